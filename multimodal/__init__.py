@@ -1,0 +1,30 @@
+"""One transformer over one sequence of text and image tokens: train it, measure it, use it.
+
+`multimodal.load(path_or_name)` returns a model folder ready to use. It is imported on first use,
+so that `import multimodal` (and with it `multimodal --help`) does not pay for torch.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from multimodal.model import load
+
+try:
+    __version__ = version("multimodal")
+except PackageNotFoundError:  # a checkout on PYTHONPATH, not installed
+    __version__ = "0+unknown"
+
+__all__ = ["__version__", "load"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "load":
+        from multimodal.model import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

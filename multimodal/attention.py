@@ -1,0 +1,37 @@
+"""One rule of attention for everything.
+
+A query may see a key if they are in the same document and the key is not later, or both are in the
+same bidirectional block. With documents 1 1 1 1 1 2 2 and the block  . . b b . . . :
+
+    query 0   1 . . . . . .        <bos>
+    query 1   1 1 . . . . .        <boi>
+    query 2   1 1 1 1 . . .        code: sees the whole image
+    query 3   1 1 1 1 . . .        code
+    query 4   1 1 1 1 1 . .        <eoi>
+    query 5   . . . . . 1 .        the next document
+    query 6   . . . . . 1 1
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_mask(documents: Tensor, blocks: Tensor) -> Tensor:
+    """documents, blocks: int64[B, L]; block 0 is causal -> bool[B, 1, L, L], True where q sees k"""
+    length = documents.shape[1]
+    same_document = documents[:, :, None] == documents[:, None, :]
+    not_later = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
+    same_block = (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] > 0)
+    return (same_document & (not_later | same_block))[:, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """q: float[B, H, L, d]; k, v: float[B, G, S, d], H a multiple of G; mask: bool[B, 1, L, S]
+
+    A mask of None lets every query see every key.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

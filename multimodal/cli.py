@@ -1,0 +1,165 @@
+"""The command line: `multimodal VERB ...`.
+
+The one file that may name every part of the package. A verb's module is found by name and imported
+only when the verb is called: `multimodal --help` must answer at once, and torch takes seconds.
+Every verb's module has `main(argv) -> exit status`. What a user got wrong (ValueError, OSError)
+becomes one line on stderr and status 1; wrong usage is status 2.
+"""
+
+import contextlib
+import difflib
+import importlib
+import os
+import select
+import sys
+import traceback
+
+from multimodal import __version__
+
+VERBS: dict[str, tuple[str, str]] = {
+    "caption": ("multimodal.commands.caption", "describe images in words"),
+    "data": ("multimodal.commands.data", "build, index and check shards of images and text"),
+    "tokenizer": ("multimodal.commands.tokenizer", "train a text tokenizer (an image one: fit)"),
+    "fit": ("multimodal.train.cli", "train, from a recipe"),
+    "validate": ("multimodal.train.cli", "measure a training checkpoint on validation data"),
+    "test": ("multimodal.train.cli", "measure a training checkpoint on test data"),
+    "predict": ("multimodal.train.cli", "run a training checkpoint over a dataset"),
+    "export": ("multimodal.commands.export", "turn a training checkpoint into a model folder"),
+    "info": ("multimodal.commands.info", "what a model folder or a shard folder holds"),
+}
+
+# The exit statuses a shell expects of a program that a signal ended: 128 + SIGINT, 128 + SIGPIPE.
+INTERRUPTED = 130
+READER_GONE = 141
+
+
+def help_text() -> str:
+    verbs = "\n".join(f"  {verb:<10} {about}" for verb, (_, about) in VERBS.items())
+    return f"""\
+usage: multimodal VERB [options]
+       multimodal VERB --help
+
+One model for text and images: train it, measure it, use it.
+
+verbs:
+{verbs}
+
+options:
+  -h, --help  show this text
+  --version   show the version
+
+examples:
+  multimodal caption cat.jpg dog.png
+  multimodal data index shards/
+  multimodal fit --config recipe.yaml
+  multimodal fit --config recipe.yaml --trainer.max_steps 100
+
+MULTIMODAL_TRACEBACK=1 in the environment shows where an error was raised."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return its exit status."""
+    verb, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    # A path that is not valid UTF-8 goes out with the bytes with which it came in.
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    try:
+        try:
+            status = _run(verb, rest)
+        except SystemExit:  # argparse: --help or wrong usage
+            _flush_stdout()
+            raise
+        _flush_stdout()  # here and not at the interpreter's exit, where a failure cannot be handled
+        return status
+    except KeyboardInterrupt:
+        _print_error(f"{_name(verb)}: interrupted")
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _stdout_reader_is_gone():  # `... | head`
+            _abandon_stdout()
+            return READER_GONE
+        if os.environ.get("MULTIMODAL_TRACEBACK", "0") not in ("", "0"):
+            traceback.print_exc()
+        _print_error(f"{_name(verb)}: error: {_describe(error)}")
+        try:
+            _flush_stdout()
+        except OSError:  # a full disk, say, which may be what was just reported
+            _abandon_stdout()
+        return 1
+
+
+def _run(verb: str, rest: list[str]) -> int:
+    if verb in ("-h", "--help"):
+        print(help_text())
+        return 0
+    if verb == "--version":
+        print(f"multimodal {__version__}")
+        return 0
+    if not verb:
+        print(help_text(), file=sys.stderr)
+        return 2
+    if verb not in VERBS:
+        _print_error(_wrong_verb(verb))
+        return 2
+    module_name, _ = VERBS[verb]
+    if module_name == "multimodal.train.cli":  # one Lightning CLI serves four verbs
+        rest = [verb, *rest]
+    status: int = importlib.import_module(module_name).main(rest)
+    return status
+
+
+def _wrong_verb(verb: str) -> str:
+    more = "'multimodal --help' lists the verbs"
+    if verb.startswith("-"):
+        return f"multimodal: error: unknown option {verb!r}; options follow the verb; {more}"
+    close = difflib.get_close_matches(verb.lower(), VERBS, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"multimodal: error: unknown verb {verb!r}; {hint}{more}"
+
+
+def _name(verb: str) -> str:
+    return f"multimodal {verb}" if verb in VERBS else "multimodal"
+
+
+def _describe(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename2 is None:
+        if isinstance(error.filename, str | bytes):
+            return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _print_error(message: str) -> None:
+    """One line, whatever is in it: file names can hold line breaks, escape codes, surrogates."""
+    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    if sys.stderr is not None:
+        encoding = sys.stderr.encoding or "utf-8"
+        line = line.encode(encoding, "backslashreplace").decode(encoding)
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _flush_stdout() -> None:
+    print(end="", flush=True)  # unlike sys.stdout.flush(), this allows for stdout being None
+
+
+def _stdout_reader_is_gone() -> bool:
+    """Whether the broken pipe is stdout's: a worker process that died breaks one too."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (AttributeError, OSError):  # no poll() here, or stdout is not a file
+        return True
+
+
+def _abandon_stdout() -> None:
+    """Point stdout at nothing, or the interpreter's last flush would fail again."""
+    with contextlib.suppress(AttributeError, OSError):
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

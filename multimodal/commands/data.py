@@ -1,0 +1,216 @@
+"""``multimodal data``: make shard folders, index those that exist, and check them."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from multimodal import shards
+
+EPILOG = """examples:
+  multimodal data build photos/ shards/ --image-size 256 --fit crop --val-share 0.05
+  multimodal data build captions.csv shards/ --image-column file --text-column caption
+  multimodal data index /data/laion             # tars that exist already: nothing is rewritten
+  multimodal data index /read/only --out mine/  # the same, with links to tars that stay there
+  multimodal data check shards/
+  multimodal data scenes scenes/ --count 2000 --seed 0
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``multimodal data ARGV...``; returns the exit status.
+
+    Errors: ``ValueError`` or ``OSError`` for what the user can put right; wrong usage exits with 2.
+    """
+    arguments = _parser().parse_args(argv)
+    status: int = arguments.run(arguments)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="multimodal data",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(metavar="build|index|check|scenes", required=True)
+
+    _add_build(verbs.add_parser)
+    index = verbs.add_parser("index", help="write manifest and indexes for shards that exist")
+    index.add_argument("folder", metavar="DIR", type=Path, help="a folder of .tar shards")
+    index.add_argument("--out", type=Path, help="write here instead, with links to the tars of DIR")
+    index.set_defaults(run=_index)
+
+    check = verbs.add_parser("check", help="verify every byte of a shard folder")
+    check.add_argument("folder", metavar="DIR", type=Path)
+    check.add_argument("--decode", action="store_true", help="decode every image and text as well")
+    check.set_defaults(run=_check)
+
+    scenes = verbs.add_parser("scenes", help="draw a synthetic dataset of simple scenes")
+    scenes.add_argument("out", metavar="OUT", type=Path)
+    scenes.add_argument("--count", type=int, required=True, help="number of training scenes")
+    scenes.add_argument("--seed", type=int, default=0)
+    scenes.add_argument("--size", type=int, default=64, help="pixels of a side (default 64)")
+    scenes.set_defaults(run=_scenes)
+    return parser
+
+
+def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    build = add_parser(
+        "build",
+        help="turn images and text into shards",
+        description="SOURCE is a folder of images with .txt or .json beside them, a .csv, .tsv or "
+        ".jsonl table, or webdataset shards. What cannot be used is named in OUT/rejected.jsonl.",
+    )
+    build.add_argument("source", metavar="SOURCE", type=Path)
+    build.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder")
+    build.add_argument("--image-size", type=int, help="make images square; default: as they are")
+    build.add_argument("--fit", choices=("squash", "crop", "letterbox"), default="squash")
+    build.add_argument("--shard-size", type=int, default=1000, help="samples in a shard")
+    build.add_argument("--val-share", type=float, default=0.0, help="share held out (by hash)")
+    build.add_argument("--quality", type=int, default=92, help="of JPEGs encoded again")
+    build.add_argument("--image-column", help="of a table; guessed if not given")
+    build.add_argument("--text-column", help="of a table; guessed if not given")
+    build.add_argument("--without-text", action="store_true", help="keep images without text")
+    build.add_argument("--overwrite", action="store_true", help="replace the shards in OUT")
+    build.add_argument("--workers", type=int, default=1, help="threads that decode images")
+    build.set_defaults(run=_build)
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from multimodal.build import REJECTED, build
+
+    report = build(
+        arguments.source,
+        arguments.out,
+        image_size=arguments.image_size,
+        fit=arguments.fit,
+        shard_size=arguments.shard_size,
+        val_share=arguments.val_share,
+        quality=arguments.quality,
+        image_column=arguments.image_column,
+        text_column=arguments.text_column,
+        need_text=not arguments.without_text,
+        overwrite=arguments.overwrite,
+        workers=arguments.workers,
+        progress=lambda items: tqdm(items, unit="sample", file=sys.stderr, disable=None),
+    )
+    for reason, count in sorted(report.reasons.items()):
+        print(f"rejected {count:,}: {reason}", file=sys.stderr)
+    if report.rejected:
+        print(f"each is named in {arguments.out / REJECTED}", file=sys.stderr)
+    for what, count in sorted(report.ignored.items()):
+        print(f"ignored {count:,}: {what}", file=sys.stderr)
+    if arguments.val_share and not report.splits.get("val"):
+        print("no sample fell into the split val: a larger --val-share?", file=sys.stderr)
+    splits = ", ".join(f"{split} {count:,}" for split, count in sorted(report.splits.items()))
+    print(f"{arguments.out}: kept {report.kept:,} of {report.found:,} samples ({splits})")
+    return 0
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    folder: Path = arguments.folder
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise ValueError(f"{folder}: no .tar files in it")
+    target: Path = arguments.out or folder
+    if target.resolve() != folder.resolve():
+        _link(tars, target)
+    elif not (os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222):
+        # The mode is asked too: root may write anywhere, but was told not to here.
+        raise ValueError(
+            f"{folder}: cannot write here; run: multimodal data index {folder} --out NEW_FOLDER "
+            "(links to the tars, nothing is copied)"
+        )
+    entries, damaged = [], 0
+    known = _known_hashes(target)
+    for tar in tqdm(tars, unit="shard", file=sys.stderr, disable=None):
+        try:
+            sha256 = known.get(tar.name)
+            if sha256 is not None and shards.file_sha256(tar) != sha256:
+                raise shards.DamagedShard(
+                    f"{tar}: differs from {target / shards.MANIFEST}; if it was changed on "
+                    "purpose, delete that file first"
+                )
+            entries.append(shards.index_shard(target / tar.name))
+        except shards.DamagedShard as error:
+            damaged += 1
+            print(error, file=sys.stderr)
+    lost = sorted(known.keys() - {tar.name for tar in tars})
+    for name in lost:
+        print(f"{target / name}: in the manifest, but not there", file=sys.stderr)
+    if damaged or lost:
+        raise ValueError(
+            f"{folder}: {damaged + len(lost)} of {len(tars) + len(lost)} shards are damaged or "
+            "missing, so no manifest is written; to keep the good samples run: "
+            f"multimodal data build {folder} NEW_FOLDER"
+        )
+    shards.write_manifest(target, entries, source=str(folder))
+    print(f"{target}: {len(entries)} shards, {sum(e['samples'] for e in entries):,} samples")
+    return 0
+
+
+def _link(tars: list[Path], target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for tar in tars:
+        link = target / tar.name
+        if link.is_symlink():
+            link.unlink()
+        elif link.exists():
+            raise ValueError(f"{link}: exists and is not a link; choose another --out")
+        link.symlink_to(tar.resolve())
+
+
+def _known_hashes(target: Path) -> dict[str, str]:
+    """What an earlier manifest says of its shards: indexing again must not bless damage."""
+    if not (target / shards.MANIFEST).is_file():
+        return {}
+    return {entry["name"]: entry["sha256"] for entry in shards.read_manifest(target)["shards"]}
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    folder: Path = arguments.folder
+    problems = 0
+    with tqdm(unit="shard", file=sys.stderr, disable=None) as bar:
+        for problem in shards.check(folder, on_shard=lambda _: bar.update()):
+            problems += 1
+            tqdm.write(problem, file=sys.stderr)
+    if arguments.decode and not problems:
+        problems += _check_contents(folder)
+    if problems:
+        print(f"{folder}: {problems} problem{'s' if problems > 1 else ''}")
+        return 1
+    manifest = shards.read_manifest(folder)
+    count = sum(entry["samples"] for entry in manifest["shards"])
+    print(f"{folder}: all is well, {len(manifest['shards'])} shards, {count:,} samples")
+    return 0
+
+
+def _check_contents(folder: Path) -> int:
+    from multimodal.images import open_image
+
+    problems = 0
+    for sample in tqdm(shards.Shards(folder), unit="sample", file=sys.stderr, disable=None):
+        try:
+            open_image(sample.image, name=f"sample {sample.key}")
+            _ = sample.record
+        except ValueError as error:
+            problems += 1
+            tqdm.write(f"{folder}: {error}", file=sys.stderr)
+    return problems
+
+
+def _scenes(arguments: argparse.Namespace) -> int:
+    from multimodal.scene_data import write_scenes
+
+    write_scenes(arguments.out, arguments.count, arguments.seed, arguments.size)
+    manifest = shards.read_manifest(arguments.out)
+    count = sum(entry["samples"] for entry in manifest["shards"])
+    print(f"{arguments.out}: {len(manifest['shards'])} shards, {count:,} samples")
+    return 0

@@ -1,0 +1,297 @@
+"""Images, from untrusted bytes to pixels and back.
+
+Everything is decoded by Pillow with three formats allowed; ``torchvision.io`` crashes the process
+on corrupt PNGs. What an image may be is decided here, once: never half a picture, never a silent
+guess. Legend: H, W are pixels; tensors are ``float32[3, H, W] in [-1, 1]``.
+"""
+
+import io
+import stat
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Fit = Literal["squash", "crop", "letterbox"]
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 100_000_000
+MAX_ASPECT = 200
+LETTERBOX_GREY = (127, 127, 127)
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+# Adam7: first column, first row, step between columns, step between rows, of each pass.
+_PNG_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
+               (0, 1, 1, 2))  # fmt: skip
+
+
+def open_image(
+    source: str | Path | bytes | Image.Image,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    name: str | None = None,
+) -> Image.Image:
+    """Decode one image to mode RGB, upright.
+
+    Transparency is composed on white, CMYK and palettes become RGB, 16-bit grey is scaled to 8
+    bits, of an animation the first frame is taken, EXIF orientation is applied (EXIF that cannot
+    be read counts as upright). Colour profiles are ignored. The result carries no metadata.
+
+    Args:
+        source: a path, the bytes of a file, or a Pillow image.
+        max_pixels: checked on the header, before anything is decoded. Pillow's own limit
+            (``PIL.Image.MAX_IMAGE_PIXELS``, twice) stays in force beside it.
+        name: what to call the image in errors; the path by default.
+    Returns: a new Pillow image, mode RGB.
+    Errors: ``ValueError``, one line with the name, for anything that is not a whole JPEG, PNG or
+        WebP: missing, a folder, truncated, damaged, too large, or over 200 times as long as wide.
+    """
+    name = name or (str(source) if isinstance(source, str | Path) else "<image>")
+    try:
+        if isinstance(source, Image.Image):
+            return _to_rgb(source, max_pixels)
+        data = source if isinstance(source, bytes) else _read(Path(source))
+        if not data:
+            raise ValueError("the file is empty")
+        with (
+            Image.open(io.BytesIO(data), formats=FORMATS) as image,
+            _no_truncated_images(),
+        ):
+            _check_size(image.size, max_pixels)
+            if image.format == "PNG":
+                _verify_png(data)
+            elif image.format == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
+                raise ValueError("truncated: the file is shorter than its header says")
+            return _to_rgb(image, max_pixels)
+    except UnidentifiedImageError:
+        reason = "not a readable JPEG, PNG or WebP image"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        reason = f"too large: {error}"
+    except ValueError as error:
+        reason = str(error)
+    except Exception as error:  # Pillow's plugins raise whatever their parsing runs into
+        reason = f"damaged image ({str(error) or type(error).__name__})"
+    raise ValueError(f"{name}: {' '.join(reason.split())}")
+
+
+def fit_image(image: Image.Image, size: int, fit: Fit) -> Image.Image:
+    """Bring an image to ``size`` x ``size`` (bicubic, antialiased).
+
+    ``squash`` changes the aspect, ``crop`` keeps the centre square, ``letterbox`` keeps everything
+    and pads with grey 127. Errors: ``ValueError`` for an unknown fit or a size below 1.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1, not {size}")
+    width, height = image.size
+    if fit == "squash":
+        return image.resize((size, size), Image.Resampling.BICUBIC)
+    if fit == "crop":
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    if fit == "letterbox":
+        scale = size / max(width, height)
+        inner = (max(1, round(width * scale)), max(1, round(height * scale)))
+        canvas = Image.new("RGB", (size, size), LETTERBOX_GREY)
+        corner = ((size - inner[0]) // 2, (size - inner[1]) // 2)
+        canvas.paste(image.resize(inner, Image.Resampling.BICUBIC), corner)
+        return canvas
+    raise ValueError(f"fit must be one of {', '.join(get_args(Fit))}, not {fit!r}")
+
+
+def augment_image(
+    image: Image.Image,
+    size: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.6, 1.0),
+    flip: bool = True,
+) -> Image.Image:
+    """A random crop, resized to ``size`` x ``size``, mirrored half the time.
+
+    The crop covers a share of the area uniform in ``scale``; its aspect, relative to the image's
+    own (so it squashes as ``fit_image(..., "squash")`` does), is log-uniform in [4/5, 5/4].
+    Always takes five numbers from ``rng``, so what follows does not depend on the options.
+    """
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"scale must be 0 < low <= high <= 1, not {scale}")
+    area_draw, aspect_draw, x_draw, y_draw, flip_draw = rng.random(5).tolist()
+    area = scale[0] + (scale[1] - scale[0]) * area_draw
+    stretch = 1.25 ** (2 * aspect_draw - 1)
+    width = image.width * min(1.0, (area * stretch) ** 0.5)
+    height = image.height * min(1.0, (area / stretch) ** 0.5)
+    left, top = (image.width - width) * x_draw, (image.height - height) * y_draw
+    # rounding must not push the box over the edge by an ulp: resize would refuse it
+    box = (left, top, min(left + width, image.width), min(top + height, image.height))
+    result = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    if flip and flip_draw < 0.5:
+        result = result.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return result
+
+
+def to_tensor(image: Image.Image) -> "Tensor":
+    """A Pillow image of mode RGB as ``float32[3, H, W] in [-1, 1]``."""
+    import torch
+    from einops import rearrange
+
+    if image.mode != "RGB":
+        raise ValueError(f"expected an image of mode RGB (see open_image), not {image.mode}")
+    pixels: Tensor = rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w")
+    return pixels.to(torch.float32).contiguous() / 127.5 - 1
+
+
+def to_image(tensor: "Tensor") -> Image.Image:
+    """``float[3, H, W]`` as a Pillow image; values outside [-1, 1] are clamped.
+
+    Errors: ``ValueError`` for another shape, or for values that are not finite.
+    """
+    import torch
+    from einops import rearrange
+
+    if tensor.ndim != 3 or tensor.shape[0] != 3:
+        raise ValueError(f"expected a tensor [3, H, W], not {list(tensor.shape)}")
+    values = tensor.detach().to("cpu", torch.float32)
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("the image tensor has values that are not finite")
+    pixels = ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy())
+
+
+def read_image_file(path: Path) -> bytes:
+    """The bytes of a file; ``ValueError`` with its name for what is not there or not a file."""
+    try:
+        return _read(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ValueError("is a folder, not an image")
+        if not stat.S_ISREG(mode):  # a pipe or a device would block or never end
+            raise ValueError("not a regular file")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError("no such file") from error
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror or error})") from error
+
+
+@contextmanager
+def _no_truncated_images() -> Iterator[None]:
+    """Other libraries switch Pillow's global to accept half a picture; here it is an error."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ValueError(f"an image of {width}x{height} has no pixels")
+    if width * height > max_pixels:
+        raise ValueError(f"too large: {width}x{height} is over the limit of {max_pixels:,} pixels")
+    if max(size) > MAX_ASPECT * min(size):
+        raise ValueError(f"a strip of {width}x{height}: over {MAX_ASPECT} times as long as wide")
+
+
+def _verify_png(data: bytes) -> None:
+    """Check what Pillow does not: the CRC of the pixel chunks, and that no row is missing.
+
+    Pillow reads ``IDAT`` without its CRC, and leaves rows that are not there black.
+    """
+    position, header, ended = len(_PNG_SIGNATURE), b"", False
+    pixels: list[bytes] = []
+    while not ended:
+        if position + 12 > len(data):
+            raise ValueError("truncated PNG: it has no end chunk")
+        (length,) = struct.unpack_from(">I", data, position)
+        kind, body = data[position + 4 : position + 8], position + 8
+        if body + length + 4 > len(data):
+            raise ValueError(f"truncated PNG: chunk {kind!r} goes past the end of the file")
+        (checksum,) = struct.unpack_from(">I", data, body + length)
+        if zlib.crc32(data[position + 4 : body + length]) != checksum:
+            raise ValueError(f"damaged PNG: the checksum of chunk {kind!r} does not match")
+        if kind == b"IHDR":
+            header = data[body : body + length]
+        elif kind == b"IDAT":
+            pixels.append(data[body : body + length])
+        ended = kind == b"IEND"
+        position = body + length + 4
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+    passes = _PNG_PASSES if interlaced else ((0, 0, 1, 1),)
+    expected = 0
+    for column, row, column_step, row_step in passes:
+        columns = -(-(width - column) // column_step) if width > column else 0
+        rows = -(-(height - row) // row_step) if height > row else 0
+        if columns and rows:
+            expected += rows * (1 + -(-columns * depth * _PNG_CHANNELS[colour] // 8))
+    stream, inflater, found = b"".join(pixels), zlib.decompressobj(), 0
+    for start in range(0, len(stream), 1 << 16):  # in steps: a bomb stops after one, at 64 MiB
+        found += len(inflater.decompress(stream[start : start + (1 << 16)]))
+        if found > expected or inflater.eof:
+            break
+    if found < expected or (found == expected and not inflater.eof):
+        raise ValueError(f"truncated PNG: {found:,} of {expected:,} bytes of pixels")
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8; 1 if there is none or it cannot be read."""
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # EXIF is written by anything and everything; the pixels are still good
+        return 1
+
+
+def _grey16_to_rgb(image: Image.Image) -> Image.Image:
+    """16-bit grey to 8 bits by scale (65535 -> 255); Pillow's own conversion clips at 255."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"mode {image.mode} with values outside 0..65535: the scale is unknown")
+    grey = ((values + 128) // 257).astype(np.uint8)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
+    _check_size(image.size, max_pixels)
+    image.load()
+    turn = orientation(image)
+    if image.mode == "F":
+        raise ValueError("mode F (floating point) has no defined range; convert it to RGB first")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        result = _grey16_to_rgb(image)
+    elif image.has_transparency_data:
+        layer = image.convert("RGBA")
+        result = Image.new("RGB", layer.size, (255, 255, 255))
+        result.paste(layer, mask=layer.getchannel("A"))
+    else:
+        result = image.convert("RGB")
+    if turn in _UPRIGHT:
+        result = result.transpose(_UPRIGHT[turn])
+    result.info = {}  # or an orientation that was applied would be applied again by the next reader
+    return result

@@ -1,0 +1,148 @@
+"""The objectives, all computed from one forward pass over the packed rows.
+
+Token objectives (caption, text, image, reconstruct) are cross-entropies over the whole vocabulary.
+Alignment is a contrastive loss between the state at <eoi> of describe and the state at <boi> of draw.
+
+Shapes: R rows, L their length, D width, V vocabulary, N positions with a target, B pairs, E embedding.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal.sequences import OBJECTIVES
+
+
+@dataclass(frozen=True)
+class ObjectivesConfig:
+    """Args:
+    weights: of the token objectives; each is a mean over its own tokens, so that the many codes of
+        an image do not drown a caption.
+    alignment_weight, alignment_form, alignment_dim: of the contrastive loss.
+    z_loss_weight: of mean (log Z)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311).
+    reconstruct_share, next_token_share: of the draw sequences that go on with the image, masked or
+        next-token; the rest end at <boi> (their text still trains text and alignment).
+    drop_condition: share of the drawn images whose text is <null>, for guidance.
+    """
+
+    weights: dict[str, float] = field(
+        default_factory=lambda: {"caption": 1.0, "text": 0.2, "image": 0.2, "reconstruct": 0.3}
+    )
+    alignment_weight: float = 0.3
+    alignment_form: Literal["siglip", "clip"] = "siglip"
+    alignment_dim: int = 256
+    z_loss_weight: float = 1e-4
+    reconstruct_share: float = 0.5
+    next_token_share: float = 0.5
+    drop_condition: float = 0.1
+
+    def __post_init__(self) -> None:
+        if set(self.weights) != set(OBJECTIVES):
+            raise ValueError(f"weights has {sorted(self.weights)}: expected {sorted(OBJECTIVES)}")
+        shares = (self.reconstruct_share, self.next_token_share, self.drop_condition)
+        if min(shares) < 0 or self.reconstruct_share + self.next_token_share > 1:
+            raise ValueError(f"shares {shares}: must be >= 0, and the first two at most 1 together")
+        if self.alignment_form not in ("siglip", "clip"):
+            raise ValueError(f"alignment_form={self.alignment_form!r}: expected siglip or clip")
+
+
+def global_sum(value: Tensor) -> Tensor:
+    """The sum over all ranks (no gradient)."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def token_losses(
+    logits: Tensor, targets: Tensor, objectives: Tensor, config: ObjectivesConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """logits: float32[N, V]; targets, objectives: int64[N] -> weighted sum, and every part
+
+    Each part is a mean over its tokens on all ranks. Gradients are averaged over ranks afterwards, so
+    the local sum is multiplied by their number.
+    """
+    log_z = logits.logsumexp(-1)
+    nll = log_z - logits.gather(-1, targets[:, None])[:, 0]
+    parts: dict[str, Tensor] = {}
+    total = logits.new_zeros(())
+    for number, name in enumerate(OBJECTIVES):
+        chosen = objectives == number
+        count = global_sum(chosen.sum())
+        parts[name] = (nll * chosen).sum() * world_size() / count.clamp(min=1)
+        total = total + config.weights[name] * parts[name]
+        if not count:
+            del parts[name]  # no curve where there was nothing to learn
+    z_loss = log_z.square().sum() * world_size() / global_sum(log_z.new_tensor(len(log_z))).clamp(1)
+    parts["log_z"] = log_z.detach().mean() if len(log_z) else log_z.new_zeros(())
+    parts["largest_logit"] = logits.detach().max() if len(logits) else logits.new_zeros(())
+    return total + config.z_loss_weight * z_loss, parts
+
+
+class Alignment(nn.Module):
+    """Projections into one space, and the pairwise loss there.
+
+    Sigmoid form: SigLIP (Zhai et al. 2023, arXiv:2303.15343); softmax form: CLIP (Radford et al.
+    2021, arXiv:2103.00020). The same image or the same text is never a negative.
+    """
+
+    def __init__(self, width: int, dim: int, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.image_projection = nn.Linear(width, dim, bias=False)
+        self.text_projection = nn.Linear(width, dim, bias=False)
+        scale, bias = (10.0, -10.0) if form == "siglip" else (1 / 0.07, 0.0)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.bias = nn.Parameter(torch.tensor(bias), requires_grad=form == "siglip")
+
+    def embed_image(self, state: Tensor) -> Tensor:
+        """The state at <eoi>, float[B, D] -> float32[B, E] of unit norm"""
+        return F.normalize(self.image_projection(state).float(), dim=-1)
+
+    def embed_text(self, state: Tensor) -> Tensor:
+        """The state at <boi>, float[B, D] -> float32[B, E] of unit norm"""
+        return F.normalize(self.text_projection(state).float(), dim=-1)
+
+    def forward(
+        self, images: Tensor, texts: Tensor, image_ids: Tensor, text_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """images, texts: float32[B, E]; ids: int64[B], equal for what is the same, text -1 dropped
+        -> the loss, and the share of the images whose own text is the nearest (of the negatives)"""
+        images, texts, image_ids, text_ids = map(gather, (images, texts, image_ids, text_ids))
+        logits = self.log_scale.clamp(max=math.log(100)).exp() * images @ texts.T + self.bias
+        own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        same = image_ids[:, None] == image_ids[None, :]
+        same = same | (text_ids[:, None] == text_ids[None, :])
+        valid = (text_ids >= 0)[None, :] & (text_ids >= 0)[:, None] & (own | ~same)
+        pairs = (text_ids >= 0).sum().clamp(min=1)
+        best = logits.masked_fill(~valid, -torch.inf).argmax(-1) == own.int().argmax(-1)
+        accuracy = (best & (text_ids >= 0)).sum() / pairs
+        if self.form == "siglip":
+            signed = torch.where(own, logits, -logits)
+            return -(F.logsigmoid(signed) * valid).sum() / pairs, accuracy
+        logits = logits.masked_fill(~valid & ~own, -torch.inf)
+        rows = -(logits.log_softmax(1).diagonal() * (text_ids >= 0)).sum()
+        columns = -(logits.log_softmax(0).diagonal() * (text_ids >= 0)).sum()
+        return (rows + columns) / 2 / pairs, accuracy
+
+
+def gather(local: Tensor) -> Tensor:
+    """[B, ...] of every rank -> [ranks * B, ...], in the order of the ranks, with gradients."""
+    if world_size() == 1:
+        return local
+    if not local.requires_grad:
+        parts = [torch.empty_like(local) for _ in range(world_size())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts)
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(local.contiguous()))

@@ -1,0 +1,187 @@
+"""Pairs become sequences, sequences become rows: which position predicts what, in one place.
+
+    sequence        tokens                                   predicts                objective
+    describe        <bos> <boi> i i i <eoi> t t <eos>        after <eoi>: t t <eos>  caption
+    draw            <bos> t t <boi> ...                      after <bos>: t t <boi>  text
+      next-token    ... <boi> i i i <eoi>                    after <boi>: i i i <eoi>  image
+      masked        ... <boi> i M i M <eoi>                  at M itself: i          reconstruct
+    text            <bos> t t <eos>                          after <bos>: t t <eos>  text
+
+A masked image is one bidirectional block of exactly the codes, without <boi> and <eoi>; the rest is
+causal. So the state at <eoi> of describe knows the image and nothing else, and the state at <boi> of
+draw knows the text and nothing else: they are the embeddings. A dropped condition is <null> in the
+place of the text, and carries no loss.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from multimodal.vocabulary import Vocabulary
+
+Ids = NDArray[np.int64]
+OBJECTIVES = ("caption", "text", "image", "reconstruct")
+NO_LOSS = -1
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Arrays of one length n.
+
+    ids: what is read; targets: the id that each position predicts; objectives: the number in
+    OBJECTIVES of that prediction, or NO_LOSS; blocks: 1 in the bidirectional block, else 0.
+    state: the position of the embedding.
+    """
+
+    ids: Ids
+    targets: Ids
+    objectives: Ids
+    blocks: Ids
+    state: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def _next_token(ids: list[int], spans: dict[str, tuple[int, int]], state: int = 0) -> Sequence:
+    """A causal sequence; positions [start, end) of each named span predict the token after them."""
+    read = np.array(ids, np.int64)
+    objectives = np.full(len(ids), NO_LOSS, np.int64)
+    for name, (start, end) in spans.items():
+        objectives[start:end] = OBJECTIVES.index(name)
+    targets = np.where(objectives == NO_LOSS, 0, np.roll(read, -1))
+    return Sequence(read, targets, objectives, np.zeros_like(read), state)
+
+
+def describe(vocabulary: Vocabulary, codes: SequenceOf[int] | Ids, text: list[int]) -> Sequence:
+    """codes: n image codes in [0, K); text: ids of the caption"""
+    image = [vocabulary.image_start + int(code) for code in codes]
+    prompt = describe_prompt(vocabulary, image)
+    ids = [*prompt, *text, vocabulary.eos]
+    eoi = len(prompt) - 1
+    return _next_token(ids, {"caption": (eoi, len(ids) - 1)}, state=eoi)
+
+
+def describe_prompt(vocabulary: Vocabulary, image: list[int]) -> list[int]:
+    """image: ids of the codes"""
+    return [vocabulary.bos, vocabulary.boi, *image, vocabulary.eoi]
+
+
+def draw_prompt(vocabulary: Vocabulary, text: list[int] | None) -> list[int]:
+    """text: ids of the caption; None: the dropped condition"""
+    return [vocabulary.bos, *([vocabulary.null] if text is None else text), vocabulary.boi]
+
+
+def draw(
+    vocabulary: Vocabulary,
+    text: list[int] | None,
+    codes: SequenceOf[int] | Ids | None = None,
+    masked: NDArray[np.bool_] | None = None,
+) -> Sequence:
+    """text: ids, or None for the dropped condition; codes: n image codes, or None to end at <boi>;
+    masked: bool[n], the codes to reconstruct, or None for next-token prediction"""
+    prompt = draw_prompt(vocabulary, text)
+    boi = len(prompt) - 1
+    spans = {} if text is None else {"text": (0, boi)}
+    if codes is None:
+        return _next_token(prompt, spans, state=boi)
+    image = [vocabulary.image_start + int(code) for code in codes]
+    end = boi + 1 + len(image)
+    if masked is None:
+        ids = [*prompt, *image, vocabulary.eoi]
+        return _next_token(ids, {**spans, "image": (boi, end)}, state=boi)
+    if len(masked) != len(image):
+        raise ValueError(f"masked has {len(masked)} entries for {len(image)} codes")
+    causal = _next_token([*prompt, *image, vocabulary.eoi], spans, state=boi)
+    where = boi + 1 + np.flatnonzero(masked)
+    causal.targets[where] = causal.ids[where]
+    causal.objectives[where] = OBJECTIVES.index("reconstruct")
+    causal.ids[where] = vocabulary.mask
+    causal.blocks[boi + 1 : end] = 1
+    return causal
+
+
+def plain_text(vocabulary: Vocabulary, text: list[int]) -> Sequence:
+    ids = [vocabulary.bos, *text, vocabulary.eos]
+    return _next_token(ids, {"text": (0, len(ids) - 1)})
+
+
+def mask_ratio(uniform: float) -> float:
+    """The cosine schedule of MaskGIT (Chang et al. 2022, arXiv:2202.04200): [0, 1) -> (0, 1]"""
+    return float(np.cos(uniform * np.pi / 2))
+
+
+def random_mask(count: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """bool[count]: a share of ``mask_ratio`` of a uniform number, at least one, is True."""
+    masked = np.zeros(count, np.bool_)
+    chosen = max(1, round(count * mask_ratio(rng.random())))
+    masked[rng.permutation(count)[:chosen]] = True
+    return masked
+
+
+@dataclass
+class Packed:
+    """Rows of one length; every tensor int64[R, L], except ``states``: int64[sequences].
+
+    documents: numbered from 1 in each row, 0 is padding; positions restart with each document;
+    states: the place of each sequence's embedding in the rows laid end to end.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    objectives: Tensor
+    blocks: Tensor
+    documents: Tensor
+    positions: Tensor
+    states: Tensor
+
+    def to(self, device: torch.device) -> "Packed":
+        return Packed(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the positions that are no padding."""
+        return float((self.documents > 0).float().mean())
+
+
+def pack(sequences: list[Sequence], row_length: int, pad: int) -> Packed:
+    """Put sequences into as few rows as first-fit-decreasing finds; their order is kept in states.
+
+    Errors: ``ValueError`` for a sequence longer than a row.
+    """
+    longest = max(map(len, sequences), default=0)
+    if longest > row_length:
+        raise ValueError(
+            f"a sequence of {longest} tokens does not fit rows of {row_length}: "
+            "raise row_length, or cut the text"
+        )
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
+        n = len(sequences[i])
+        row = next((r for r, free in enumerate(room) if free >= n), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(row_length)
+        rows[row].append(i)
+        room[row] -= n
+    shape = (len(rows), row_length)
+    ids, objectives = np.full(shape, pad, np.int64), np.full(shape, NO_LOSS, np.int64)
+    targets, blocks, documents, positions = (np.zeros(shape, np.int64) for _ in range(4))
+    states = np.zeros(len(sequences), np.int64)
+    for r, members in enumerate(rows):
+        start = 0
+        for document, i in enumerate(members, start=1):
+            one = sequences[i]
+            here = slice(start, start + len(one))
+            ids[r, here], targets[r, here] = one.ids, one.targets
+            objectives[r, here], blocks[r, here] = one.objectives, one.blocks
+            documents[r, here], positions[r, here] = document, np.arange(len(one))
+            states[i] = r * row_length + start + one.state
+            start += len(one)
+    arrays = (ids, targets, objectives, blocks, documents, positions, states)
+    return Packed(*(torch.from_numpy(array) for array in arrays))

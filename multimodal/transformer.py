@@ -1,0 +1,222 @@
+"""The decoder, in the shape of Qwen3 (arXiv:2505.09388), name for name.
+
+Pre-RMSNorm, QK-norm per head, grouped-query attention, SwiGLU, rotate-half RoPE, no bias. An image is
+only tokens here, so the weights of this file are a stock language model for any engine.
+
+Shapes: B batch, L queries, S keys, D width, H heads, G key-value heads, d head size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from multimodal.attention import attend
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The sizes; ``intermediate_size`` is the width inside the SwiGLU."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: RoPE turns pairs, so it must be even")
+
+
+# name: layers, width, heads, key-value heads, head size, SwiGLU width
+SIZES = {
+    "tiny": (2, 64, 4, 2, 16, 128),
+    "starter": (6, 384, 6, 2, 64, 1024),
+    "base": (12, 768, 12, 4, 64, 2304),
+    "large": (24, 1024, 16, 8, 64, 3072),
+    "1b": (28, 1536, 16, 8, 128, 4608),
+    "7b": (32, 4096, 32, 8, 128, 12288),
+}
+
+
+def named_config(size: str, vocab_size: int) -> TransformerConfig:
+    """A config of the table of sizes; embeddings are tied up to ``1b``."""
+    if size not in SIZES:
+        raise ValueError(f"size {size!r}: expected one of {', '.join(SIZES)}")
+    layers, width, heads, kv_heads, head_dim, intermediate = SIZES[size]
+    return TransformerConfig(
+        vocab_size, width, layers, heads, kv_heads, head_dim, intermediate, size != "7b"
+    )
+
+
+@dataclass
+class Cache:
+    """Keys and values of what was read so far.
+
+    keys, values: float[layers, B, G, S, d] with room for S tokens; length: how many are filled.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    @classmethod
+    def empty(cls, config: TransformerConfig, batch: int, room: int, like: Tensor) -> "Cache":
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, room, config.head_dim)
+        return cls(like.new_zeros(shape), like.new_zeros(shape))
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v: float[B, G, L, d] of one layer; returns all of that layer's, S = length + L."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def rope(positions: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor]:
+    """positions: int64[B, L] -> cos, sin: float32[B, 1, L, d]"""
+    half = torch.arange(0, config.head_dim, 2, device=positions.device).float()
+    frequencies = config.rope_theta ** (-half / config.head_dim)
+    angles = positions[:, None, :, None].float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + d/2) of float[B, H, L, d] by the angles of their positions."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        d, width = config.head_dim, config.hidden_size
+        self.head_dim = d
+        self.q_proj = nn.Linear(width, config.num_attention_heads * d, bias=False)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * d, bias=False)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * d, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * d, width, bias=False)
+        self.q_norm = nn.RMSNorm(d, config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(d, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None, layer: int
+    ) -> Tensor:
+        pattern = "b l (h d) -> b h l d"
+        q = rearrange(self.q_proj(x), pattern, d=self.head_dim)
+        k = rearrange(self.k_proj(x), pattern, d=self.head_dim)
+        v = rearrange(self.v_proj(x), pattern, d=self.head_dim)
+        # Norm and rotation in fp32 (the angles are), the products in the precision of the rest.
+        q = rotate(self.q_norm(q.float()), *turn).to(v.dtype)
+        k = rotate(self.k_norm(k.float()), *turn).to(v.dtype)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        out: Tensor = self.o_proj(rearrange(attend(q, k, v, mask), "b h l d -> b l (h d)"))
+        return out
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Layer(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None, layer: int
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), turn, mask, cache, layer)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Transformer(nn.Module):
+    """ids in, hidden states out; ``logits`` turns those it is given into float32 scores."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, Attention | MLP):
+            # Each layer adds twice to the residual stream: keep its variance at 1 over the depth.
+            out = module.o_proj if isinstance(module, Attention) else module.down_proj
+            with torch.no_grad():
+                out.weight.mul_((2 * self.config.num_hidden_layers) ** -0.5)
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache | None = None
+    ) -> Tensor:
+        """ids, positions: int64[B, L]; mask: bool[B, 1, L, S] or None -> float[B, L, D], normed
+
+        With a cache, S counts what it holds and the L new tokens, which are added to it.
+        """
+        turn = rope(positions, self.config)
+        x = self.embed_tokens(ids)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, turn, mask, cache, number)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        out: Tensor = self.norm(x)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float[..., D] -> float32[..., V]: bf16 logits would round away what separates tokens."""
+        scores: Tensor = self.lm_head(hidden)
+        return scores.float()
+
+    def stock_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names of ``Qwen3ForCausalLM``."""
+        return dict(self._stock_names())
+
+    def _stock_names(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self.state_dict().items():
+            if name != "lm_head.weight":
+                yield f"model.{name}", value.contiguous()
+            elif not self.config.tie_word_embeddings:
+                yield name, value.contiguous()
+
+    def load_stock_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The reverse of ``stock_state_dict``. Errors: RuntimeError, names or shapes that differ."""
+        state = {name.removeprefix("model."): value for name, value in state.items()}
+        if self.config.tie_word_embeddings:
+            state["lm_head.weight"] = state.get("embed_tokens.weight", torch.empty(0))
+        self.load_state_dict(state)

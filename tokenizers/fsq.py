@@ -1,0 +1,51 @@
+"""Finite scalar quantization (Mentzer et al. 2023, arXiv:2309.15505): no codebook to collapse.
+
+Each channel is squashed to a few integers; a code is their mixed-radix number.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from multimodal.tokenizers.quantizer import Quantized
+
+
+class FSQ(nn.Module):
+    """Args: levels: how many values each channel may take; their product is the codebook size."""
+
+    levels: Tensor
+    basis: Tensor
+
+    def __init__(self, levels: Sequence[int] = (7, 5, 5, 5, 5)) -> None:
+        super().__init__()
+        if not levels or min(levels) < 2:
+            raise ValueError(f"levels={list(levels)}: expected at least one level count, each >= 2")
+        self.codebook_size = math.prod(levels)
+        self.channels = len(levels)
+        basis = [math.prod(levels[:i]) for i in range(len(levels))]
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
+        self.register_buffer("basis", torch.tensor(basis), persistent=False)
+
+    def _bound(self, latents: Tensor) -> Tensor:
+        """Squash each channel into (-L/2, L/2), so that rounding gives exactly L integers."""
+        half = (self.levels - 1) * (1 + 1e-3) / 2
+        # An even number of levels is not symmetric around 0: shift by half a step.
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
+        return torch.tanh(latents + torch.atanh(offset / half)) * half - offset
+
+    def forward(self, latents: Tensor) -> Quantized:
+        # In fp32: a bf16 tanh moves latents across rounding boundaries.
+        with torch.autocast(latents.device.type, enabled=False):
+            bounded = self._bound(latents.float())
+            integers = bounded + (bounded.round() - bounded).detach()
+            half_width = self.levels // 2
+            codes = ((integers.detach() + half_width) * self.basis).sum(-1).round().long()
+            return Quantized(codes, integers / half_width, integers.new_zeros(()))
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """codes: int64[...] -> vectors: float[..., C] in [-1, 1]."""
+        digits = codes[..., None] // self.basis % self.levels
+        half_width = self.levels // 2
+        return (digits - half_width).float() / half_width

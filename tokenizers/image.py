@@ -1,0 +1,163 @@
+"""The one protocol of image tokenizers, and the ViT family behind it.
+
+A tokenizer is a folder: ``config.json`` and ``model.safetensors``. Its fingerprint is a hash of
+config (preprocessing included) and weights: codes of one fingerprint mean nothing to another.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from multimodal.tokenizers.quantizer import Quantized, make_quantizer
+from multimodal.tokenizers.vit import PIXELS_PER_STEP, Decoder, Encoder
+
+
+class ImageTokenizer(Protocol):
+    """images: float[B, 3, H, W] in [-1, 1] <-> codes: int64[B, h, w] in [0, codebook_size)"""
+
+    @property
+    def codebook_size(self) -> int: ...
+    @property
+    def downsample(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def encode(self, images: Tensor) -> Tensor: ...
+    def decode(self, codes: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ImageTokenizerConfig:
+    """Args:
+    image_size: side of the square image in pixels; fit: how other images are made square.
+    downsample: pixels per code and side, a power of two from 4 on.
+    dim, encoder_depth, decoder_depth, heads: of the transformers.
+    quantizer: its name and options, ``{"name": "fsq", "levels": [7, 5, 5, 5, 5]}``.
+    """
+
+    image_size: int = 128
+    fit: Literal["squash", "crop", "letterbox"] = "squash"
+    downsample: int = 16
+    dim: int = 256
+    encoder_depth: int = 4
+    decoder_depth: int = 4
+    heads: int = 4
+    quantizer: dict[str, Any] = field(
+        default_factory=lambda: {"name": "fsq", "levels": [7, 5, 5, 5, 5]}
+    )
+    family: str = "vit"
+
+    def __post_init__(self) -> None:
+        if self.downsample < PIXELS_PER_STEP or self.downsample & (self.downsample - 1):
+            raise ValueError(f"downsample={self.downsample}: expected a power of two from 4 on")
+        if self.image_size % self.downsample:
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of downsample={self.downsample}"
+            )
+        if self.dim % self.heads:
+            raise ValueError(f"dim={self.dim} is not a multiple of heads={self.heads}")
+        if self.family != "vit":
+            raise ValueError(f"family={self.family!r}: this release knows 'vit'")
+
+    @property
+    def grid(self) -> int:
+        """Codes per side."""
+        return self.image_size // self.downsample
+
+
+class ViTTokenizer(nn.Module):
+    """The ViT autoencoder with its quantizer; see ``ImageTokenizer`` for the protocol."""
+
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        options = dict(config.quantizer)
+        self.quantizer = make_quantizer(options.pop("name", "?"), **options)
+        shape = (config.heads, config.downsample, config.grid, self.quantizer.channels)
+        self.encoder = Encoder(config.dim, config.encoder_depth, *shape)
+        self.decoder = Decoder(config.dim, config.decoder_depth, *shape)
+
+    @property
+    def codebook_size(self) -> int:
+        return int(self.quantizer.codebook_size)
+
+    @property
+    def downsample(self) -> int:
+        return self.config.downsample
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
+        """images: float[B, 3, H, W] in [-1, 1] -> reconstructions of that shape, and the codes"""
+        _check_images(images, self.downsample)
+        quantized: Quantized = self.quantizer(self.encoder(images))
+        return self.decoder(quantized.vectors), quantized
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """images: float[B, 3, H, W] in [-1, 1] -> codes: int64[B, h, w]"""
+        _check_images(images, self.downsample)
+        codes: Tensor = self.quantizer(self.encoder(images)).codes
+        return codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes: int64[B, h, w] in [0, codebook_size) -> images: float[B, 3, H, W] in [-1, 1]"""
+        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.codebook_size):
+            raise ValueError(
+                f"codes from {int(codes.min())} to {int(codes.max())}: "
+                f"expected 0 to {self.codebook_size - 1}"
+            )
+        images: Tensor = self.decoder(self.quantizer.lookup(codes)).float()
+        return images.clamp(-1, 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over config and weights."""
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    def save(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors"
+        )
+        config = {**asdict(self.config), "fingerprint": self.fingerprint}
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def load_image_tokenizer(folder: str | Path) -> ViTTokenizer:
+    """Load a tokenizer folder, in eval mode. Errors: ``ValueError`` if it is not one or was altered."""
+    folder = Path(folder)
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        fingerprint = stored.pop("fingerprint")
+        tokenizer = ViTTokenizer(ImageTokenizerConfig(**stored))
+        tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: not an image tokenizer ({error.filename} is missing)") from error
+    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder}: not an image tokenizer of this release: {error}") from error
+    if tokenizer.fingerprint != fingerprint:
+        raise ValueError(
+            f"{folder}: fingerprint is {tokenizer.fingerprint}, its config says {fingerprint}: "
+            "weights and config do not belong together"
+        )
+    return tokenizer.eval()
+
+
+def _check_images(images: Tensor, downsample: int) -> None:
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images of shape {tuple(images.shape)}: expected [B, 3, H, W]")
+    if images.shape[2] % downsample or images.shape[3] % downsample:
+        raise ValueError(
+            f"images of {images.shape[2]} x {images.shape[3]} pixels: "
+            f"both sides must be multiples of {downsample}"
+        )

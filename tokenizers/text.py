@@ -1,0 +1,64 @@
+"""Text to ids and back: byte-level BPE by Hugging Face ``tokenizers``.
+
+It has no special tokens: every id stands for bytes, so nothing a user types can become a control
+token, and every string survives the round trip.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+
+class TextTokenizer:
+    """A trained BPE. ``text_tokenizer.json`` of a model folder is its file."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocabulary_size: int) -> "TextTokenizer":
+        """Learn a BPE. Errors: ``ValueError`` for a vocabulary too small to hold all 256 bytes."""
+        if vocabulary_size < 256:
+            raise ValueError(f"vocabulary_size={vocabulary_size}: byte-level BPE needs at least 256")
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary_size,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator((_valid(text) for text in texts), trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TextTokenizer":
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file; train one with: multimodal tokenizer text")
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as error:  # the Rust side raises plain Exception
+            raise ValueError(f"{path}: not a text tokenizer: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._tokenizer.save(str(path))
+
+    def to_json(self) -> str:
+        """The tokenizer in Hugging Face's format."""
+        return str(self._tokenizer.to_str())
+
+    def __len__(self) -> int:
+        return int(self._tokenizer.get_vocab_size())
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids in [0, len(self)). A lone surrogate, which no encoding knows, becomes "?"."""
+        return list(self._tokenizer.encode(_valid(text), add_special_tokens=False).ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def _valid(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,259 @@
+"""The DataModule: an order that is a function of (seed, epoch), the same on any number of ranks.
+
+A global batch is a fixed list of samples, dealt to the ranks in turn. What is random about a sample
+(its crop, which caption, masks) comes from (seed, epoch, key) alone. So a run is a function of its
+configuration, ``__len__`` is known, and the loader's state is two numbers.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from multimodal.images import Fit, augment_image, fit_image, open_image
+from multimodal.shards import Shards
+
+Item = tuple[int, int]  # (epoch, number of the sample)
+
+
+@dataclass
+class Examples:
+    """One rank's share of a global batch.
+
+    keys: B names; images: uint8[B, 3, H, W]; records: B dicts as in KEY.json;
+    seeds: B numbers from (seed, epoch, key), for what is drawn at random later.
+    """
+
+    keys: list[str]
+    images: Tensor
+    records: list[dict[str, Any]]
+    seeds: list[int]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Examples":
+        return replace(self, images=self.images.to(device, non_blocking=non_blocking))
+
+    def pixels(self) -> Tensor:
+        """float[B, 3, H, W] in [-1, 1]"""
+        return self.images.float() / 127.5 - 1
+
+
+def sample_seed(seed: int, epoch: int, key: str) -> int:
+    """A number in [0, 2**63) that depends on nothing else."""
+    digest = hashlib.sha256(f"{seed}/{epoch}/{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class ShardDataset(Dataset[dict[str, Any]]):
+    """Samples of several shard folders, one after another, as images of one size and their records."""
+
+    def __init__(
+        self,
+        sources: list[Shards],
+        image_size: int,
+        fit: Fit,
+        seed: int,
+        crop_scale: float = 1.0,
+        mirror: bool = False,
+    ) -> None:
+        self.sources = sources
+        self.ends = np.cumsum([len(source) for source in sources])
+        self.image_size, self.fit, self.seed = image_size, fit, seed
+        self.crop_scale, self.mirror = crop_scale, mirror
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, item: Item) -> dict[str, Any]:
+        epoch, number = item
+        source = int(np.searchsorted(self.ends, number, side="right"))
+        start = int(self.ends[source - 1]) if source else 0
+        sample = self.sources[source][number - start]
+        seed = sample_seed(self.seed, epoch, sample.key)
+        try:
+            image = open_image(sample.image)
+            if self.crop_scale < 1:
+                rng = np.random.default_rng(seed)
+                scale = (self.crop_scale, 1.0)
+                image = augment_image(image, self.image_size, rng, scale, flip=self.mirror)
+            else:
+                image = fit_image(image, self.image_size, self.fit)
+            record = sample.record
+        except ValueError as error:
+            folder = self.sources[source].folder
+            raise ValueError(f"{folder}: sample {sample.key}: {error}") from error
+        return {"key": sample.key, "image": np.asarray(image), "record": record, "seed": seed}
+
+
+def collate(samples: list[dict[str, Any]]) -> Examples:
+    images = torch.from_numpy(np.stack([sample["image"] for sample in samples]))
+    return Examples(
+        keys=[sample["key"] for sample in samples],
+        images=images.permute(0, 3, 1, 2).contiguous(),
+        records=[sample["record"] for sample in samples],
+        seeds=[sample["seed"] for sample in samples],
+    )
+
+
+class GlobalBatches(Sampler[list[Item]]):
+    """Yields this rank's share of each global batch: a function of (seed, epoch, step)."""
+
+    def __init__(
+        self,
+        size: int,
+        global_batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        drop_last: bool = True,
+    ) -> None:
+        if global_batch_size % world_size:
+            raise ValueError(
+                f"global_batch_size={global_batch_size} is not a multiple of {world_size} ranks"
+            )
+        if drop_last and size < global_batch_size:
+            raise ValueError(
+                f"{size} samples are fewer than one global batch of {global_batch_size}: "
+                "give more data or a smaller global_batch_size"
+            )
+        self.size, self.global_batch_size, self.seed = size, global_batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.shuffle, self.drop_last = shuffle, drop_last
+        self.epoch = 0
+        self.start = (0, 0)  # epoch, and batches of it that are done
+
+    @property
+    def sampler(self) -> "GlobalBatches":
+        """Lightning calls ``set_epoch`` on ``loader.batch_sampler.sampler``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.size, self.global_batch_size)
+        return full + bool(rest and not self.drop_last)
+
+    @property
+    def skipped(self) -> int:
+        """Batches of this epoch that were done before a resume."""
+        epoch, batches = self.start
+        return batches if epoch == self.epoch else 0
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        order = np.arange(self.size)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        for batch in range(self.skipped, len(self)):
+            chosen = order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size]
+            yield [(self.epoch, int(i)) for i in chosen[self.rank :: self.world_size]]
+
+
+class GlobalBatchLoader(DataLoader[Any]):
+    """A DataLoader whose state is (epoch, batches done): the same on every rank."""
+
+    batch_sampler: GlobalBatches
+
+    def __init__(self, dataset: ShardDataset, batches: GlobalBatches, workers: int) -> None:
+        super().__init__(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=collate,
+            # Forking a process that already runs threads can dead-lock.
+            multiprocessing_context="spawn" if workers else None,
+            persistent_workers=False,
+        )
+        self._done = (0, 0)
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, first = self.batch_sampler.epoch, self.batch_sampler.skipped
+        for number, batch in enumerate(super().__iter__(), start=first + 1):
+            self._done = (epoch, number)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._done[0], "batches": self._done[1]}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batch_sampler.start = self._done = (state["epoch"], state["batches"])
+
+
+class ShardData(L.LightningDataModule):
+    """Shard folders for ``fit``, ``validate``, ``test`` and ``predict``.
+
+    The module that it feeds says how images are made square: ``preprocessing -> (size, fit)``.
+
+    Args:
+        folders: shard folders with a manifest; their samples are put together.
+        train_split, val_split: names of splits, as in ``train-0000.tar``.
+        crop_scale: training crops cover a random share of the image, from this on; 1 = no crops.
+        mirror: half of the crops are mirrored (not where captions speak of left and right).
+        global_batch_size: samples per optimizer step over all ranks.
+        val_limit: at most so many validation samples (the first ones); 0 means all.
+        workers: processes that decode images; 0 decodes in the training process.
+        seed: of the order and of everything random about a sample.
+    """
+
+    def __init__(
+        self,
+        folders: list[str],
+        train_split: str = "train",
+        val_split: str = "val",
+        crop_scale: float = 1.0,
+        mirror: bool = False,
+        global_batch_size: int = 64,
+        val_limit: int = 0,
+        workers: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 < crop_scale <= 1:
+            raise ValueError(f"crop_scale={crop_scale}: expected a share of the area in (0, 1]")
+        self.folders, self.train_split, self.val_split = folders, train_split, val_split
+        self.crop_scale, self.mirror = crop_scale, mirror
+        self.global_batch_size, self.val_limit = global_batch_size, val_limit
+        self.workers, self.seed = workers, seed
+
+    def shards(self, split: str) -> list[Shards]:
+        if not self.folders:
+            raise ValueError("data.folders is empty: give at least one shard folder")
+        return [Shards(folder, split) for folder in self.folders]
+
+    def _loader(self, split: str, train: bool) -> GlobalBatchLoader:
+        # How an image becomes a square is the model's business, in training as in use.
+        image_size, fit = self.trainer.lightning_module.preprocessing
+        crops = {"crop_scale": self.crop_scale, "mirror": self.mirror} if train else {}
+        dataset = ShardDataset(self.shards(split), image_size, fit, self.seed, **crops)
+        size = len(dataset)
+        if not train and self.val_limit:
+            size = min(size, self.val_limit)
+        batches = GlobalBatches(
+            size,
+            self.global_batch_size,
+            seed=self.seed,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            shuffle=train,
+            drop_last=train,
+        )
+        return GlobalBatchLoader(dataset, batches, self.workers)
+
+    def train_dataloader(self) -> GlobalBatchLoader:
+        return self._loader(self.train_split, train=True)
+
+    def val_dataloader(self) -> GlobalBatchLoader:
+        return self._loader(self.val_split, train=False)
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader

@@ -1,0 +1,170 @@
+"""Training an image tokenizer: reconstruct the pixels, and keep what captions speak of.
+
+The semantic loss teaches the codes by captions: from the codes of an image alone, a small head
+predicts which text tokens its captions hold (SuperClass, Huang et al. 2024, arXiv:2411.03313; words
+as labels go back to Joulin et al. 2016, arXiv:1511.02251). Codes trained on pixels alone spend their
+bits on colour; a captioner then reads little from them. The head is not part of the tokenizer.
+"""
+
+import math
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal.images import Fit, to_image
+from multimodal.tokenizers.image import ImageTokenizerConfig, ViTTokenizer
+from multimodal.tokenizers.quantizer import CodebookUse
+from multimodal.tokenizers.text import TextTokenizer
+from multimodal.train.data import Examples
+from multimodal.train.schedule import TrainedByAdamW
+
+
+class WordHead(nn.Module):
+    """Code vectors float[B, h, w, C] -> one logit per text token, float[B, T]."""
+
+    def __init__(self, channels: int, width: int, vocabulary_size: int) -> None:
+        super().__init__()
+        self.per_code = nn.Sequential(
+            nn.Linear(channels, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
+        )
+        self.norm = nn.LayerNorm(width)
+        self.words = nn.Linear(width, vocabulary_size)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        logits: Tensor = self.words(self.norm(self.per_code(vectors).mean((1, 2))))
+        return logits
+
+
+class ImageTokenizerModule(TrainedByAdamW):
+    """Args:
+    tokenizer: the autoencoder and its quantizer.
+    text_tokenizer: file of a trained text tokenizer, for the semantic loss.
+    semantic_weight: of the semantic loss; 0 trains on pixels alone.
+    learning_rate, weight_decay, warmup_steps: AdamW with linear warm-up, then a cosine to zero.
+    compile: torch.compile (needs a C++ compiler on a CPU).
+    """
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizerConfig,
+        text_tokenizer: str | None = None,
+        semantic_weight: float = 0.0,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.05,
+        warmup_steps: int = 100,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(learning_rate, weight_decay, warmup_steps)
+        self.semantic_weight = semantic_weight
+        self.tokenizer = ViTTokenizer(tokenizer)
+        self.text_tokenizer: TextTokenizer | None = None
+        if semantic_weight:
+            if text_tokenizer is None:
+                raise ValueError("semantic_weight needs text_tokenizer: the file of a trained BPE")
+            self.text_tokenizer = TextTokenizer.load(text_tokenizer)
+            size = len(self.text_tokenizer)
+            self.head = WordHead(self.tokenizer.quantizer.channels, 512, size)
+            self.register_buffer("rarity", torch.ones(size))
+        self.compiled = torch.compile(self.losses) if compile else self.losses
+        self.train_use = CodebookUse(self.tokenizer.codebook_size)
+        self.val_use = CodebookUse(self.tokenizer.codebook_size)
+
+    @property
+    def preprocessing(self) -> tuple[int, Fit]:
+        return self.tokenizer.config.image_size, self.tokenizer.config.fit
+
+    def on_fit_start(self) -> None:
+        if self.text_tokenizer is None or self.trainer.ckpt_path:
+            return
+        # Inverse document frequency: "a" is in every caption and says nothing about the picture.
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        counts, total = torch.zeros(len(self.text_tokenizer)), 0
+        for sample in chain.from_iterable(data.shards(data.train_split)):
+            for caption in sample.record.get("captions", []):
+                total += 1
+                counts[list(set(self.text_tokenizer.encode(caption)))] += 1
+        self.rarity.copy_(torch.log(total / counts.clamp(min=1)) / math.log(max(total, 2)))
+
+    def word_targets(self, records: list[dict[str, Any]]) -> Tensor:
+        """float[B, T]: the rarity-weighted text tokens of all captions of an image, summing to 1."""
+        assert self.text_tokenizer is not None
+        targets = torch.zeros(len(records), len(self.text_tokenizer))
+        for row, record in zip(targets, records, strict=True):
+            for caption in record.get("captions", []):
+                row[list(set(self.text_tokenizer.encode(caption)))] += 1
+        targets = targets.to(self.rarity) * self.rarity
+        return targets / targets.sum(-1, keepdim=True).clamp(min=1e-6)
+
+    def losses(self, images: Tensor, targets: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        reconstruction, quantized = self.tokenizer(images)
+        parts = {"pixels": F.mse_loss(reconstruction.float(), images)}
+        total = parts["pixels"] + quantized.loss
+        if targets is not None:
+            logits = self.head(quantized.vectors).float()
+            parts["words"] = F.cross_entropy(logits, targets)
+            total = total + self.semantic_weight * parts["words"]
+        return total, {**parts, "total": total, "codes": quantized.codes}
+
+    def step(self, batch: Examples) -> tuple[Tensor, dict[str, Tensor]]:
+        targets = self.word_targets(batch.records) if self.text_tokenizer else None
+        total, parts = self.compiled(batch.pixels(), targets)
+        return total, parts
+
+    def training_step(self, batch: Examples, batch_idx: int) -> Tensor:
+        total, parts = self.step(batch)
+        self.tokens = parts["codes"].numel()
+        self.train_use.update(parts.pop("codes"))
+        self.log_dict({f"train/{k}": v.detach() for k, v in parts.items()}, batch_size=len(batch))
+        self.log("psnr", psnr(parts["pixels"].detach()), prog_bar=True, logger=False)
+        if (batch_idx + 1) % 100 == 0:
+            self._log_use("train", self.train_use)
+            self.train_use = CodebookUse(self.tokenizer.codebook_size)
+        return total
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_use = CodebookUse(self.tokenizer.codebook_size)
+
+    def validation_step(self, batch: Examples, batch_idx: int) -> None:
+        _, parts = self.step(batch)
+        self.val_use.update(parts.pop("codes"))
+        parts["psnr"] = psnr(parts["pixels"])
+        self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=len(batch))
+        if batch_idx == 0:
+            self._log_pictures(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_use("val", self.val_use)
+
+    def _log_use(self, stage: str, use: CodebookUse) -> None:
+        # The share of the codebook seen in 100 training batches or in the whole validation set.
+        self.log(f"{stage}/codebook_used", use.used)
+        self.log(f"{stage}/codebook_perplexity", use.perplexity)
+
+    def _log_pictures(self, batch: Examples) -> None:
+        """Eight fixed validation images over their reconstructions, to TensorBoard and as a file."""
+        from torchvision.utils import make_grid
+
+        images = batch.pixels()[:8]
+        with torch.no_grad():
+            pair = torch.cat([images, self.tokenizer.decode(self.tokenizer.encode(images))])
+        grid = make_grid(pair.float(), nrow=len(images))
+        for logger in self.loggers:
+            if hasattr(logger.experiment, "add_image"):
+                logger.experiment.add_image("val/images", grid / 2 + 0.5, self.global_step)
+        if self.trainer.log_dir and self.trainer.is_global_zero:
+            folder = Path(self.trainer.log_dir) / "pictures"
+            folder.mkdir(parents=True, exist_ok=True)
+            to_image(grid).save(folder / f"step-{self.global_step:06d}.png")
+
+    def export(self, folder: str) -> None:
+        """Write what is published: the tokenizer without the head."""
+        self.tokenizer.save(folder)
+
+
+def psnr(mse: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of a mean squared error on pixels in [-1, 1]."""
+    return -10 * torch.log10(mse / 4)
