@@ -24,18 +24,16 @@ def score_captions(
     Args:
         predictions: one caption an image; references: all true captions of the same images.
         tokenize: ``normalise`` both sides first; ``False`` if they are tokenized.
-    Errors: ``ValueError`` where the keys differ, or pycocoevalcap is not installed.
+    Errors: ``ValueError`` where the keys differ, or there is nothing to score.
     """
     if set(predictions) != set(references):
         missing = sorted(set(references) ^ set(predictions))[:5]
         raise ValueError(f"predictions and references differ in their images: {missing} ...")
     if not predictions:
         raise ValueError("no captions to score")
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-    except ImportError as error:
-        raise ValueError("caption metrics need: pip install multimodal[eval]") from error
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+
     ready = normalise if tokenize else str
     keys = sorted(predictions)
     truths = {key: [ready(text) for text in references[key]] for key in keys}

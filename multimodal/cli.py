@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         _flush_stdout()  # here and not at the interpreter's exit, where a failure cannot be handled
         return status
     except KeyboardInterrupt:
-        _print_error(f"{_name(verb)}: interrupted")
+        print_error(f"{_name(verb)}: interrupted")
         return INTERRUPTED
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _stdout_reader_is_gone():  # `... | head`
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             return READER_GONE
         if os.environ.get("MULTIMODAL_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exc()
-        _print_error(f"{_name(verb)}: error: {_describe(error)}")
+        print_error(f"{_name(verb)}: error: {_describe(error)}")
         try:
             _flush_stdout()
         except OSError:  # a full disk, say, which may be what was just reported
@@ -99,7 +99,7 @@ def _run(verb: str, rest: list[str]) -> int:
         print(help_text(), file=sys.stderr)
         return 2
     if verb not in VERBS:
-        _print_error(_wrong_verb(verb))
+        print_error(_wrong_verb(verb))
         return 2
     module_name, _ = VERBS[verb]
     if module_name == "multimodal.train.cli":  # one Lightning CLI serves four verbs
@@ -128,7 +128,7 @@ def _describe(error: ValueError | OSError) -> str:
     return str(error) or type(error).__name__
 
 
-def _print_error(message: str) -> None:
+def print_error(message: str) -> None:
     """One line, whatever is in it: file names can hold line breaks, escape codes, surrogates."""
     line = " ".join(part.strip() for part in message.splitlines() if part.strip())
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

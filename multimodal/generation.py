@@ -30,9 +30,12 @@ def read_images(
 ) -> Tensor:
     """float32[B, 3, H, W] in [-1, 1], made square as the model was trained"""
     config = model.image_tokenizer.config
-    return torch.stack(
-        [to_tensor(fit_image(open_image(i), config.image_size, config.fit)) for i in images]
-    )
+    pixels = []
+    for number, image in enumerate(images):
+        name = None if isinstance(image, str | Path) else f"image {number}"
+        whole = open_image(image, name=name)
+        pixels.append(to_tensor(fit_image(whole, config.image_size, config.fit)))
+    return torch.stack(pixels)
 
 
 def encode_images(model: "Multimodal", pixels: Tensor) -> Tensor:
@@ -125,6 +128,8 @@ def caption(
     """One caption an image, greedy, in the order given."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
+    if isinstance(images, str | Path | bytes) or not hasattr(images, "__len__"):
+        raise ValueError("images: expected a list of images, even for one")
     captions: list[str] = []
     for start in range(0, len(images), batch_size):
         pixels = read_images(model, images[start : start + batch_size])

@@ -217,7 +217,7 @@ class Multimodal(nn.Module):
 
     def caption(
         self,
-        images: SequenceOf["str | Path | Image.Image"],
+        images: SequenceOf["str | Path | bytes | Image.Image"],
         *,
         batch_size: int = 32,
         max_tokens: int = 64,

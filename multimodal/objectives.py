@@ -1,14 +1,15 @@
 """The objectives, all computed from one forward pass over the packed rows.
 
 Token objectives (caption, text, image, reconstruct) are cross-entropies over the whole vocabulary.
-Alignment is a contrastive loss between the state at <eoi> of describe and the state at <boi> of draw.
+Alignment is a contrastive loss between the state at <eoi> of describe and that at <boi> of draw.
 
-Shapes: R rows, L their length, D width, V vocabulary, N positions with a target, B pairs, E embedding.
+Shapes: R rows, L their length, D width, V vocabulary, N positions with a target, B pairs,
+E embedding.
 """
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -68,8 +69,8 @@ def token_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """logits: float32[N, V]; targets, objectives: int64[N] -> weighted sum, and every part
 
-    Each part is a mean over its tokens on all ranks. Gradients are averaged over ranks afterwards, so
-    the local sum is multiplied by their number.
+    Each part is a mean over its tokens on all ranks. Gradients are averaged over ranks afterwards,
+    so the local sum is multiplied by their number.
     """
     log_z = logits.logsumexp(-1)
     nll = log_z - logits.gather(-1, targets[:, None])[:, 0]
@@ -135,14 +136,31 @@ class Alignment(nn.Module):
         return (rows + columns) / 2 / pairs, accuracy
 
 
+class _Gather(torch.autograd.Function):
+    """All-gather with gradients.
+
+    torch.distributed.nn has one, deprecated, that permutes a transposed gradient on gloo (2.15).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        ctx.count = len(local)
+        parts = [torch.empty_like(local) for _ in range(world_size())]
+        dist.all_gather(parts, local)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # The loss of every rank depends on these rows: sum over them. A matrix product may hand
+        # over a transposed gradient, and collectives look at memory only.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank() * ctx.count :][: ctx.count]
+
+
 def gather(local: Tensor) -> Tensor:
     """[B, ...] of every rank -> [ranks * B, ...], in the order of the ranks, with gradients."""
     if world_size() == 1:
         return local
-    if not local.requires_grad:
-        parts = [torch.empty_like(local) for _ in range(world_size())]
-        dist.all_gather(parts, local.contiguous())
-        return torch.cat(parts)
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(local.contiguous()))
+    together: Tensor = _Gather.apply(local.contiguous())
+    return together

@@ -1,7 +1,7 @@
 """The decoder, in the shape of Qwen3 (arXiv:2505.09388), name for name.
 
-Pre-RMSNorm, QK-norm per head, grouped-query attention, SwiGLU, rotate-half RoPE, no bias. An image is
-only tokens here, so the weights of this file are a stock language model for any engine.
+Pre-RMSNorm, QK-norm per head, grouped-query attention, SwiGLU, rotate-half RoPE, no bias. An image
+is only tokens here, so the weights of this file are a stock language model for any engine.
 
 Shapes: B batch, L queries, S keys, D width, H heads, G key-value heads, d head size, V vocabulary.
 """
@@ -43,14 +43,16 @@ class TransformerConfig:
             raise ValueError(f"head_dim={self.head_dim}: RoPE turns pairs, so it must be even")
 
 
-# name: layers, width, heads, key-value heads, head size, SwiGLU width
+# name: layers, width, heads, key-value heads, head size, SwiGLU width; then the parameters of the
+# layers alone, and with a vocabulary of 49,152 ids (32k of text, 16k codes)
 SIZES = {
-    "tiny": (2, 64, 4, 2, 16, 128),
-    "starter": (6, 384, 6, 2, 64, 1024),
-    "base": (12, 768, 12, 4, 64, 2304),
-    "large": (24, 1024, 16, 8, 64, 3072),
-    "1b": (28, 1536, 16, 8, 128, 4608),
-    "7b": (32, 4096, 32, 8, 128, 12288),
+    "tiny": (2, 64, 4, 2, 16, 128),  #             74 k    3.2 M
+    "mini": (4, 256, 4, 2, 64, 768),  #           3.1 M    16 M
+    "starter": (6, 384, 6, 2, 64, 1024),  #       9.4 M    28 M
+    "base": (12, 768, 12, 4, 64, 2304),  #         83 M   120 M
+    "large": (24, 1024, 16, 8, 64, 3072),  #      302 M   352 M
+    "1b": (28, 1536, 16, 8, 128, 4608),  #        859 M   934 M
+    "7b": (32, 4096, 32, 8, 128, 12288),  #       6.2 B   6.6 B
 }
 
 
@@ -81,8 +83,9 @@ class Cache:
         return cls(like.new_zeros(shape), like.new_zeros(shape))
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v: float[B, G, L, d] of one layer; returns all of that layer's, S = length + L."""
+        """Store k, v: float[B, G, L, d] of one layer; returns all it has, S = length + L."""
         end = self.length + k.shape[2]
+        assert end <= self.keys.shape[3], f"the cache has room for {self.keys.shape[3]} tokens"
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
@@ -103,6 +106,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+def norm_in_fp32(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """float[..., d] -> float32[..., d]; torch has a fused kernel where the types are one"""
+    return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -116,15 +124,20 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(d, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None, layer: int
+        self,
+        x: Tensor,
+        turn: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: Cache | None,
+        layer: int,
     ) -> Tensor:
         pattern = "b l (h d) -> b h l d"
         q = rearrange(self.q_proj(x), pattern, d=self.head_dim)
         k = rearrange(self.k_proj(x), pattern, d=self.head_dim)
         v = rearrange(self.v_proj(x), pattern, d=self.head_dim)
         # Norm and rotation in fp32 (the angles are), the products in the precision of the rest.
-        q = rotate(self.q_norm(q.float()), *turn).to(v.dtype)
-        k = rotate(self.k_norm(k.float()), *turn).to(v.dtype)
+        q = rotate(norm_in_fp32(self.q_norm, q), *turn).to(v.dtype)
+        k = rotate(norm_in_fp32(self.k_norm, k), *turn).to(v.dtype)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         out: Tensor = self.o_proj(rearrange(attend(q, k, v, mask), "b h l d -> b l (h d)"))
@@ -152,7 +165,12 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None, layer: int
+        self,
+        x: Tensor,
+        turn: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: Cache | None,
+        layer: int,
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), turn, mask, cache, layer)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
@@ -215,8 +233,13 @@ class Transformer(nn.Module):
                 yield name, value.contiguous()
 
     def load_stock_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The reverse of ``stock_state_dict``. Errors: RuntimeError, names or shapes that differ."""
+        """The reverse of ``stock_state_dict``. Errors: RuntimeError, what does not fit."""
         state = {name.removeprefix("model."): value for name, value in state.items()}
-        if self.config.tie_word_embeddings:
-            state["lm_head.weight"] = state.get("embed_tokens.weight", torch.empty(0))
+        if self.config.tie_word_embeddings and "embed_tokens.weight" in state:
+            embeddings = state["embed_tokens.weight"]
+            head = state.setdefault("lm_head.weight", embeddings)
+            if head is not embeddings and not torch.equal(head, embeddings):
+                raise RuntimeError(
+                    "lm_head differs from embed_tokens: tie_word_embeddings is wrong"
+                )
         self.load_state_dict(state)

@@ -1,6 +1,8 @@
 """Callbacks every run has: exact random state, tokens per second, and a model folder to use."""
 
+import json
 import random
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 
 class RandomState(L.Callback):
@@ -79,3 +82,52 @@ class ExportModel(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._export(trainer, pl_module)
+
+
+class Summary(L.Callback):
+    """One line on stderr about what is trained; says so where a resume overrides what was given."""
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
+        say(
+            f"{trained:,} parameters to train, {frozen:,} frozen; steps "
+            f"{trainer.global_step:,} to {trainer.estimated_stepping_batches:,}, "
+            f"{trainer.num_training_batches:,} an epoch"
+        )
+        given = getattr(pl_module, "learning_rate", None)
+        kept = trainer.optimizers[0].param_groups[0].get("initial_lr")
+        if None not in (given, kept) and given != kept:
+            say(f"the checkpoint's learning rate {kept} stays in force, not the {given} given")
+
+
+class WritePredictions(L.Callback):
+    """``predict``: the records of ``predict_step``, one JSON object a line, in the order of the data.
+
+    Written to ``predictions.jsonl`` in the folder; on several ranks to one file each.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def _path(self, trainer: L.Trainer) -> Path:
+        rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        return self.folder / f"predictions{rank}.jsonl"
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._path(trainer).write_text("")
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any
+    ) -> None:
+        with open(self._path(trainer), "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in outputs)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        say(f"wrote {self._path(trainer)}")
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

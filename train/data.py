@@ -189,6 +189,19 @@ class GlobalBatchLoader(DataLoader[Any]):
         self.batch_sampler.start = self._done = (state["epoch"], state["batches"])
 
 
+class Unchanged:
+    """A loader as a plain iterable: to predict, Lightning rebuilds DataLoaders, and ours it cannot."""
+
+    def __init__(self, loader: GlobalBatchLoader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
 class ShardData(L.LightningDataModule):
     """Shard folders for ``fit``, ``validate``, ``test`` and ``predict``.
 
@@ -256,4 +269,6 @@ class ShardData(L.LightningDataModule):
         return self._loader(self.val_split, train=False)
 
     test_dataloader = val_dataloader
-    predict_dataloader = val_dataloader
+
+    def predict_dataloader(self) -> Unchanged:
+        return Unchanged(self.val_dataloader())

@@ -16,11 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.images import Fit, to_image
-from multimodal.tokenizers.image import ImageTokenizerConfig, ViTTokenizer
+from multimodal.tokenizers.image import (
+    ImageTokenizerConfig,
+    ViTTokenizer,
+    load_image_tokenizer,
+)
 from multimodal.tokenizers.quantizer import CodebookUse
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.data import Examples
-from multimodal.train.schedule import TrainedByAdamW
+from multimodal.train.schedule import TrainedByAdamW, can_compile
 
 
 class WordHead(nn.Module):
@@ -69,7 +73,9 @@ class ImageTokenizerModule(TrainedByAdamW):
             size = len(self.text_tokenizer)
             self.head = WordHead(self.tokenizer.quantizer.channels, 512, size)
             self.register_buffer("rarity", torch.ones(size))
-        self.compiled = torch.compile(self.losses) if compile else self.losses
+        self.compiled = self.losses
+        if compile and can_compile("cuda" if torch.cuda.is_available() else "cpu"):
+            self.compiled = torch.compile(self.losses)
         self.train_use = CodebookUse(self.tokenizer.codebook_size)
         self.val_use = CodebookUse(self.tokenizer.codebook_size)
 
@@ -159,6 +165,24 @@ class ImageTokenizerModule(TrainedByAdamW):
             folder = Path(self.trainer.log_dir) / "pictures"
             folder.mkdir(parents=True, exist_ok=True)
             to_image(grid).save(folder / f"step-{self.global_step:06d}.png")
+
+    def predict_step(self, batch: Examples, batch_idx: int) -> list[dict[str, Any]]:
+        codes = self.tokenizer.encode(batch.pixels()).tolist()
+        return [{"key": k, "codes": c} for k, c in zip(batch.keys, codes, strict=True)]
+
+    test_step = validation_step
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
+
+    def init_from(self, folder: str) -> None:
+        """Start from the weights of a tokenizer folder of the same configuration.
+
+        The head of the semantic loss, which a tokenizer folder does not hold, starts anew.
+        """
+        source = load_image_tokenizer(folder)
+        if source.config != self.tokenizer.config:
+            raise ValueError(f"{folder}: its configuration is not the one of this run")
+        self.tokenizer.load_state_dict(source.state_dict())
 
     def export(self, folder: str) -> None:
         """Write what is published: the tokenizer without the head."""

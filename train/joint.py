@@ -9,15 +9,17 @@ from einops import rearrange
 from torch import Tensor
 
 from multimodal.eval.captioning import score_captions
+from multimodal.eval.scenes import score_scene_captions
 from multimodal.generation import caption_pixels, decode_images, draw_masked
 from multimodal.images import Fit, to_image
 from multimodal.model import Multimodal, load
 from multimodal.objectives import ObjectivesConfig
+from multimodal.scenes import Scene
 from multimodal.sequences import Packed, pack
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.data import Examples, sample_seed
-from multimodal.train.schedule import TrainedByAdamW
+from multimodal.train.schedule import TrainedByAdamW, can_compile
 
 
 class JointModule(TrainedByAdamW):
@@ -55,7 +57,7 @@ class JointModule(TrainedByAdamW):
         self.row_length = row_length
         self.captions_in_validation = captions_in_validation
         self.drawings_in_validation = drawings_in_validation
-        if compile:
+        if compile and can_compile("cuda" if torch.cuda.is_available() else "cpu"):
             self.model.transformer.compile()
 
     @property
@@ -111,6 +113,7 @@ class JointModule(TrainedByAdamW):
     def on_validation_epoch_start(self) -> None:
         self.captions: dict[str, str] = {}
         self.references: dict[str, list[str]] = {}
+        self.scenes: dict[str, Scene] = {}
         self.prompts: list[str] = []
 
     def validation_step(self, batch: Examples, batch_idx: int) -> None:
@@ -121,6 +124,8 @@ class JointModule(TrainedByAdamW):
             self.captions |= dict(zip(batch.keys, found, strict=False))
             for key, record in zip(batch.keys[:wanted], batch.records, strict=False):
                 self.references[key] = record.get("captions", [])
+                if "scene" in record:
+                    self.scenes[key] = Scene.from_json(record["scene"])
         if len(self.prompts) < self.drawings_in_validation:
             firsts = [r["captions"][0] for r in batch.records if r.get("captions")]
             self.prompts = (self.prompts + firsts)[: self.drawings_in_validation]
@@ -130,6 +135,9 @@ class JointModule(TrainedByAdamW):
         step = f"step-{self.global_step:06d}"
         if self.captions:
             self.log("val/CIDEr", score_captions(self.captions, self.references)["CIDEr"])
+            if set(self.scenes) == set(self.captions):
+                facts = score_scene_captions(self.captions, self.scenes)
+                self.log_dict({f"val/scene_{name}": value for name, value in facts.items()})
             lines = [f"{k}\t{c}\t| {' | '.join(self.references[k])}" for k, c in self.captions.items()]
             if folder:
                 (folder / f"{step}.txt").write_text("\n".join(lines) + "\n")
@@ -147,8 +155,9 @@ class JointModule(TrainedByAdamW):
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def predict_step(self, batch: Examples, batch_idx: int) -> dict[str, str]:
-        return dict(zip(batch.keys, caption_pixels(self.model, batch.pixels()), strict=True))
+    def predict_step(self, batch: Examples, batch_idx: int) -> list[dict[str, str]]:
+        captions = caption_pixels(self.model, batch.pixels())
+        return [{"key": k, "caption": c} for k, c in zip(batch.keys, captions, strict=True)]
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start

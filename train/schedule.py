@@ -1,10 +1,12 @@
 """What every LightningModule here shares: AdamW, warm-up and cosine, clipping by the global norm."""
 
 import math
+import shutil
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 
@@ -33,6 +35,14 @@ class TrainedByAdamW(L.LightningModule):
         """
         norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
         self.log("train/gradient_norm", norm)
+
+
+def can_compile(device_type: str = "cpu") -> bool:
+    """Whether torch.compile can work here; on a CPU it needs a C++ compiler. Says so if not."""
+    if device_type != "cpu" or any(map(shutil.which, ("g++", "clang++"))):
+        return True
+    rank_zero_warn("compile: true, but no C++ compiler (g++, clang++) is here: going on without")
+    return False
 
 
 def adamw(module: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:

@@ -1,0 +1,191 @@
+"""``multimodal info``: what a model, an image tokenizer or a shard folder holds; or this installation.
+
+Fingerprints are verified, not quoted: every weight is read and hashed.
+"""
+
+import argparse
+import json
+import platform
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from multimodal import __version__
+
+PACKAGES = (
+    "torch", "torchvision", "lightning", "jsonargparse", "webdataset", "open_clip_torch", "timm",
+    "tokenizers", "pillow", "safetensors", "numpy", "transformers", "pycocoevalcap",
+)  # fmt: skip
+EPILOG = """examples:
+  multimodal info                            # versions and devices, for a bug report
+  multimodal info runs/photos-joint/model
+  multimodal info runs/photos-tokenizer/model --json
+  multimodal info data/flickr8k
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run ``multimodal info ARGV...``; status 1 if a fingerprint is not that of the weights."""
+    parser = argparse.ArgumentParser(
+        prog="multimodal info",
+        description="What a model folder, an image tokenizer folder or a shard folder holds. "
+        "Without a folder: the versions of what is installed, and the devices.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", nargs="?", type=Path, metavar="MODEL")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    arguments = parser.parse_args(argv)
+    facts = installation() if arguments.folder is None else describe(arguments.folder)
+    print(json.dumps(facts) if arguments.json else "\n".join(_lines(facts)))
+    return 1 if "MISMATCH" in json.dumps(facts.get("fingerprints", {})) else 0
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """The facts about a folder, whichever of the three it is. Errors: ``ValueError``."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if (folder / "manifest.json").is_file():
+        return shard_facts(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder}: neither a model folder (config.json) nor a shard folder (manifest.json)"
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: not readable as JSON: {error}") from error
+    if isinstance(config, dict) and "quantizer" in config:
+        return tokenizer_facts(folder, config)
+    return model_facts(folder)
+
+
+def model_facts(folder: Path) -> dict[str, Any]:
+    from multimodal.model import load, read_config
+
+    stored = read_config(folder)
+    model = load(folder)  # checks the image tokenizer's fingerprint
+    vocabulary, images = model.vocabulary, model.image_tokenizer
+    claimed = stored["fingerprints"]
+    return {
+        "kind": "model",
+        "format": stored["format"],
+        "transformer": stored["transformer"],
+        "parameters": {
+            "transformer": _count(model.transformer),
+            "of which embedding": model.transformer.embed_tokens.weight.numel(),
+            "heads": _count(model.alignment),
+            "image tokenizer": _count(images),
+        },
+        "vocabulary": {
+            "text": vocabulary.text_size,
+            "specials": vocabulary.image_start - vocabulary.text_size,
+            "image codes": images.codebook_size,
+            "size with padding": vocabulary.size,
+        },
+        "images": _image_facts(images),
+        "objectives": stored["objectives"],
+        "fingerprints": {
+            "model": _verified(claimed["model"], model.fingerprint),
+            "image tokenizer": _verified(claimed["image_tokenizer"], images.fingerprint),
+        },
+        **_files(folder),
+    }
+
+
+def tokenizer_facts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    from multimodal.tokenizers.image import load_image_tokenizer
+
+    tokenizer = load_image_tokenizer(folder)  # refuses weights that do not match the fingerprint
+    return {
+        "kind": "image tokenizer",
+        "config": {k: v for k, v in config.items() if k != "fingerprint"},
+        "parameters": {
+            "encoder": _count(tokenizer.encoder),
+            "decoder": _count(tokenizer.decoder),
+            "quantizer": _count(tokenizer.quantizer),
+        },
+        "images": _image_facts(tokenizer),
+        "fingerprints": {"image tokenizer": _verified(config["fingerprint"], tokenizer.fingerprint)},
+        **_files(folder),
+    }
+
+
+def shard_facts(folder: Path) -> dict[str, Any]:
+    """From the manifest alone: `multimodal data check` reads the data."""
+    from multimodal.shards import read_manifest
+
+    manifest = read_manifest(folder)
+    splits: Counter[str] = Counter()
+    for entry in manifest["shards"]:
+        splits[entry["split"]] += entry["samples"]
+    return {
+        "kind": "shards",
+        "shards": len(manifest["shards"]),
+        "samples": dict(splits),
+        "bytes": sum(entry["bytes"] for entry in manifest["shards"]),
+        "made": {k: v for k, v in manifest.items() if k not in ("format", "version", "shards")},
+    }
+
+
+def installation() -> dict[str, Any]:
+    import torch
+
+    found: dict[str, str] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    devices = {"cpu": f"{torch.get_num_threads()} threads, {platform.machine()}"}
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        memory = properties.total_memory / 2**30
+        devices[f"cuda:{number}"] = f"{properties.name}, {memory:.0f} GiB"
+    if torch.backends.mps.is_available():
+        devices["mps"] = platform.processor()
+    return {
+        "multimodal": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": found,
+        "devices": devices,
+    }
+
+
+def _count(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _image_facts(tokenizer: Any) -> dict[str, Any]:
+    config = tokenizer.config
+    return {
+        "size": config.image_size,
+        "fit": config.fit,
+        "downsample": config.downsample,
+        "tokens per image": config.grid**2,
+        "codebook": tokenizer.codebook_size,
+    }
+
+
+def _verified(claimed: str, found: str) -> str:
+    return f"{claimed} (verified)" if claimed == found else f"{claimed} (MISMATCH: it is {found})"
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+    return {"files": sizes, "bytes": sum(sizes.values())}
+
+
+def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
+    lines = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
+        else:
+            # Grouped digits where it is a count; an epsilon or a name stays what it is.
+            shown = f"{value:,}" if type(value) is int else str(value)
+            lines.append(f"{indent}{name}: {shown}")
+    return lines

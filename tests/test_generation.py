@@ -1,0 +1,204 @@
+"""The grammar holds for any weights; drawing is seeded, guided, complete."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from multimodal.generation import (
+    caption_pixels,
+    continue_text,
+    decode_images,
+    draw_masked,
+    encode_images,
+    read_images,
+)
+from multimodal.model import Multimodal
+from multimodal.sequences import describe_prompt, draw, pack
+
+Make = Callable[..., Multimodal]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Make) -> Multimodal:
+    return tiny_model(noise=0.1)
+
+
+def prompts_of(model: Multimodal, count: int = 6) -> list[list[int]]:
+    """Images, each followed by the beginning of a caption, of different lengths."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 64, (count, 16)) + model.vocabulary.image_start
+    text = model.text_tokenizer.encode("a red bus")
+    return [
+        [*describe_prompt(model.vocabulary, row.tolist()), *text[: i % 4]]
+        for i, row in enumerate(codes)
+    ]
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def test_text_never_leaves_the_text(tiny_model: Make) -> None:
+    """However much a model would rather speak in specials, codes or padding."""
+    untied = tiny_model(noise=0.1, tied=False)
+    v = untied.vocabulary
+    allowed = set(range(v.text_size))
+    with torch.no_grad():
+        # Ids outside the text get huge logits of either sign, as the state turns.
+        untied.transformer.lm_head.weight[v.text_size :] *= 100
+    for text in continue_text(untied, prompts_of(untied), 20):
+        assert set(text) <= allowed
+    free = untied.transformer.logits(torch.randn(50, 64)).argmax(-1)
+    assert (free >= v.text_size).float().mean() > 0.8, "without the grammar they would be drawn"
+
+
+def test_text_is_the_argmax_of_the_full_forward_and_ends_at_eos(tiny_model: Make) -> None:
+    model = tiny_model(noise=0.1, tied=False)
+    v, prompts = model.vocabulary, prompts_of(model)
+    before = continue_text(model, prompts, 12)
+    with torch.no_grad():  # <eos> is what the first one says at its third place
+        model.transformer.lm_head.weight[v.eos] = model.transformer.lm_head.weight[before[0][2]]
+        model.transformer.lm_head.weight[before[0][2]] = 0
+    texts = continue_text(model, prompts, 12)
+    lengths = {len(text) for text in texts}
+    assert min(lengths) < 12 and len(lengths) > 1, "some end early, not all"
+    for prompt, text in zip(prompts, texts, strict=True):
+        whole = [*prompt, *text]
+        packed = pack([draw(v, whole)], len(whole) + 2, v.pad)  # its own <bos> comes first
+        packed.ids[0, : len(whole)] = torch.tensor(whole)
+        with torch.inference_mode():
+            logits = model.transformer.logits(model.hidden(packed)[0])
+        ids = torch.arange(v.size)
+        allowed = (ids < v.text_size) | (ids == v.eos)
+        spoken = logits.where(allowed, -torch.inf).argmax(-1)[len(prompt) - 1 : len(whole)].tolist()
+        assert spoken[: len(text)] == text
+        assert (spoken[-1] == v.eos) == (len(text) < 12)
+
+
+def test_a_batch_is_each_prompt_alone(model: Multimodal) -> None:
+    prompts = prompts_of(model)
+    together = continue_text(model, prompts, 16)
+    assert together == [continue_text(model, [prompt], 16)[0] for prompt in prompts]
+    assert together[::-1] == continue_text(model, prompts[::-1], 16)
+    assert len({tuple(text) for text in together}) > 3
+
+
+def test_more_text_than_positions_is_an_error(model: Multimodal) -> None:
+    with pytest.raises(ValueError, match="max_tokens=0: expected 1 to 4093"):
+        continue_text(model, [[1, 2, 3]], 0)
+    with pytest.raises(ValueError, match="max_tokens=4094"):
+        continue_text(model, [[1, 2, 3]], 4094)
+    assert continue_text(model, [[1, 2, 3]], 1) == [continue_text(model, [[1, 2, 3]], 9)[0][:1]]
+
+
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+        for shape in ((32, 32, 3), (9, 40, 3), (64, 8, 3), (5, 5, 3), (33, 31, 3))
+    ]
+
+
+def test_captions_do_not_depend_on_the_batch(model: Multimodal, tmp_path: Path) -> None:
+    images = pictures()
+    pixels = read_images(model, images)
+    codes = encode_images(model, pixels)
+    for row in range(len(images)):
+        assert (encode_images(model, pixels[row : row + 1])[0] == codes[row]).all()
+    captions = model.caption(images, max_tokens=12)
+    assert captions == caption_pixels(model, pixels, 12)
+    assert captions == [model.caption([image], max_tokens=12)[0] for image in images]
+    assert captions == model.caption(images, batch_size=2, max_tokens=12)
+    assert len(set(captions)) > 1
+    images[1].save(tmp_path / "one.png")
+    assert model.caption([tmp_path / "one.png"], max_tokens=12) == [captions[1]]
+    assert model.caption([]) == []
+    with pytest.raises(ValueError, match="batch_size=0"):
+        model.caption(images, batch_size=0)
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+def test_a_drawing_has_all_its_codes(model: Multimodal) -> None:
+    for steps in (1, 2, 5, 16, 40):
+        codes = draw_masked(model, ["a red bus", "two dogs run on the beach"], steps=steps)
+        assert codes.shape == (2, 16) and codes.dtype == torch.int64
+        assert codes.min() >= 0 and codes.max() < 64
+    images = decode_images(model, codes)
+    assert images.shape == (2, 3, 32, 32) and images.abs().max() <= 1
+
+
+def test_the_same_seed_draws_the_same(model: Multimodal) -> None:
+    texts = ["a red bus", "two dogs"]
+    first = draw_masked(model, texts, seed=3)
+    torch.manual_seed(99)  # the global state has no part in it
+    assert torch.equal(first, draw_masked(model, texts, seed=3))
+    assert not torch.equal(first, draw_masked(model, texts, seed=4))
+    cold = draw_masked(model, texts, temperature=0, seed=3)
+    assert torch.equal(cold, draw_masked(model, texts, temperature=0, seed=4))
+
+
+def test_guidance(model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 is none and costs no second row; 0 ignores the text; near 1 is nearly none."""
+    rows: list[int] = []
+    logits = type(model.transformer).logits
+
+    def counted(self: object, hidden: Tensor) -> Tensor:
+        rows.append(len(hidden))
+        return logits(self, hidden)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(model.transformer), "logits", counted)
+    texts = ["a red bus", "two dogs run on the beach"]
+    plain = draw_masked(model, texts, guidance_scale=1, steps=6)
+    assert rows == [2] * 6
+    assert torch.equal(plain, draw_masked(model, texts, guidance_scale=1 + 1e-6, steps=6))
+    assert rows == [2] * 6 + [4] * 6
+    assert not torch.equal(plain, draw_masked(model, texts, guidance_scale=4, steps=6))
+    unconditional = draw_masked(model, texts, guidance_scale=0, steps=6)
+    assert not torch.equal(plain, unconditional)
+    assert torch.equal(unconditional, draw_masked(model, texts[::-1], guidance_scale=0, steps=6))
+
+
+def test_the_text_matters_and_its_neighbours_do_not(model: Multimodal) -> None:
+    cold = {"temperature": 0.0, "steps": 6}
+    a, b = draw_masked(model, ["a red bus", "two dogs run on the beach"], **cold)  # type: ignore[arg-type]
+    assert not torch.equal(a, b)
+    assert torch.equal(a, draw_masked(model, ["a red bus"], **cold)[0])  # type: ignore[arg-type]
+    assert torch.equal(b, draw_masked(model, ["two dogs run on the beach"], **cold)[0])  # type: ignore[arg-type]
+
+
+def test_one_cold_step_is_the_prediction_that_training_learns(model: Multimodal) -> None:
+    """All codes masked, in the sequence and with the attention of ``draw``."""
+    v, text = model.vocabulary, model.text_tokenizer.encode("a red bus")
+    sequence = draw(v, text, np.zeros(16, np.int64), np.ones(16, np.bool_))
+    with torch.inference_mode():
+        hidden = model.hidden(pack([sequence], 60, v.pad))[0]
+        logits = model.transformer.logits(hidden[sequence.state + 1 : sequence.state + 17])
+    expected = logits[:, v.image_start : v.image_end].argmax(-1)
+    codes = draw_masked(model, ["a red bus"], steps=1, guidance_scale=1, temperature=0)
+    assert codes[0].tolist() == expected.tolist()
+
+
+def test_what_is_kept_stays_and_the_most_confident_is_kept_first(
+    model: Multimodal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(
+        model.transformer,
+        "forward",
+        lambda ids, *rest: (seen.append(ids[:, -16:].clone()), type(model.transformer).forward(
+            model.transformer, ids, *rest))[1],
+    )  # fmt: skip
+    codes = draw_masked(model, ["a red bus"], steps=8, guidance_scale=1)
+    v = model.vocabulary
+    known = [int((ids != v.mask).sum()) for ids in seen]
+    cosine = [int(16 * np.cos(step / 8 * np.pi / 2)) for step in range(1, 8)]
+    assert known == [0, *(max(1, 16 - left) for left in cosine)]
+    for before, after in zip(seen, [*seen[1:], codes + v.image_start], strict=True):
+        kept = before != v.mask
+        assert torch.equal(before[kept], after[kept])

@@ -1,0 +1,418 @@
+"""Text and images to ids and back: what survives, what is refused, what a codebook does."""
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from multimodal.tokenizers.fsq import FSQ
+from multimodal.tokenizers.image import ImageTokenizerConfig, ViTTokenizer, load_image_tokenizer
+from multimodal.tokenizers.quantizer import CodebookUse, make_quantizer
+from multimodal.tokenizers.text import TextTokenizer
+from multimodal.tokenizers.vq import VQ
+from multimodal.vocabulary import SPECIALS
+
+# --- text -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text_tokenizer(sentences: tuple[str, ...]) -> TextTokenizer:
+    return TextTokenizer.train([*sentences, *SPECIALS] * 5, 320)
+
+
+def random_text(rng: random.Random) -> str:
+    """Any code points but surrogates, in runs of one kind: controls, combining marks, emoji..."""
+    kinds = [(0, 0x7F), (0x80, 0x2FF), (0x300, 0x36F), (0x370, 0xD7FF), (0xE000, 0xFFFF),
+             (0x10000, 0x10FFFF), (0x1F300, 0x1FAFF), (0x2000, 0x206F)]  # fmt: skip
+    parts = []
+    for _ in range(rng.randrange(6)):
+        low, high = rng.choice(kinds)
+        parts.append("".join(chr(rng.randint(low, high)) for _ in range(rng.randrange(12))))
+    return "".join(parts)
+
+
+def test_text_survives_the_round_trip(text_tokenizer: TextTokenizer) -> None:
+    rng = random.Random(0)
+    for text in (random_text(rng) for _ in range(1000)):
+        ids = text_tokenizer.encode(text)
+        assert text_tokenizer.decode(ids) == text
+        assert all(0 <= i < len(text_tokenizer) for i in ids)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "  two  spaces ", "\n\t\r\n", "\x00", "a" * 100_000, "e\u0301 \u200d \ufeff \u202e",
+     "👩‍👩‍👧‍👦", "ＦＵＬＬ", "<bos><eos><pad><|endoftext|>", "Ġ", "\ufffd"],
+)  # fmt: skip
+def test_hostile_texts_survive(text_tokenizer: TextTokenizer, text: str) -> None:
+    assert text_tokenizer.decode(text_tokenizer.encode(text)) == text
+
+
+def test_a_lone_surrogate_becomes_a_question_mark(text_tokenizer: TextTokenizer) -> None:
+    assert text_tokenizer.decode(text_tokenizer.encode("a\ud800b\udfff")) == "a?b?"
+
+
+def test_a_special_that_is_typed_is_only_letters(text_tokenizer: TextTokenizer) -> None:
+    # They are in the training text, too: a merge may hold "<bos>", but its id is text.
+    for special in SPECIALS:
+        ids = text_tokenizer.encode(special)
+        assert ids and max(ids) < len(text_tokenizer)
+        assert text_tokenizer.decode(ids) == special
+
+
+def test_every_byte_has_an_id_and_learning_merges_words(sentences: tuple[str, ...]) -> None:
+    bytes_only = TextTokenizer.train(sentences, 256)
+    assert len(bytes_only) == 256 and len(bytes_only.encode("dog")) == 3
+    learned = TextTokenizer.train(sentences * 9, 400)
+    assert len(learned.encode("a red bus in the snow")) <= 8
+    with pytest.raises(ValueError, match="vocabulary_size=255: byte-level BPE needs at least 256"):
+        TextTokenizer.train(sentences, 255)
+
+
+def test_text_tokenizer_file(text_tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    text_tokenizer.save(tmp_path / "sub" / "text.json")
+    again = TextTokenizer.load(tmp_path / "sub" / "text.json")
+    assert again.to_json() == text_tokenizer.to_json()
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match="bad.json: not a text tokenizer"):
+        TextTokenizer.load(tmp_path / "bad.json")
+    with pytest.raises(ValueError, match="no such file; train one with: multimodal tokenizer text"):
+        TextTokenizer.load(tmp_path / "none.json")
+
+
+# --- FSQ --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [(7, 5, 5, 5, 5), (8, 8, 5, 4), (2,), (3, 2, 4)])
+def test_fsq_round_trip_over_the_whole_codebook(levels: tuple[int, ...]) -> None:
+    fsq = FSQ(levels)
+    codes = torch.arange(fsq.codebook_size)
+    vectors = fsq.lookup(codes)
+    assert len(vectors.unique(dim=0)) == fsq.codebook_size == math.prod(levels)
+    assert vectors.abs().max() <= 1
+    # Each channel takes exactly its number of values, evenly spaced.
+    for channel, count in zip(vectors.T, levels, strict=True):
+        values = channel.unique()
+        assert len(values) == count
+        torch.testing.assert_close(values.diff(), torch.full((count - 1,), 1 / (count // 2)))
+    # Latents that the bound maps to a code's own integers give back that code, and its vector.
+    latents = inverse_of_bound(vectors, levels)
+    result = fsq(latents)
+    assert torch.equal(result.codes, codes)
+    torch.testing.assert_close(result.vectors, vectors)
+
+
+def inverse_of_bound(vectors: Tensor, levels: tuple[int, ...]) -> Tensor:
+    sizes = torch.tensor(levels)
+    half = (sizes - 1) * (1 + 1e-3) / 2
+    offset = torch.where(sizes % 2 == 0, 0.5, 0.0)
+    wanted = (vectors * (sizes // 2) + offset) / half
+    return torch.atanh(wanted.clamp(-0.999999, 0.999999)) - torch.atanh(offset / half)
+
+
+def reference_fsq(latents: list[float], levels: tuple[int, ...]) -> tuple[int, list[float]]:
+    """Appendix A of arXiv:2309.15505, for one vector, in plain Python."""
+    code, base, vector = 0, 1, []
+    for z, count in zip(latents, levels, strict=True):
+        half = (count - 1) * (1 + 1e-3) / 2
+        offset = 0.0 if count % 2 else 0.5
+        bounded = math.tanh(z + math.atanh(offset / half)) * half - offset
+        integer = round(bounded)
+        code += (integer + count // 2) * base
+        base *= count
+        vector.append(integer / (count // 2))
+    return code, vector
+
+
+@pytest.mark.parametrize("levels", [(7, 5, 5, 5, 5), (8, 8, 5, 4), (2, 3)])
+def test_fsq_is_the_formula_of_the_paper(levels: tuple[int, ...]) -> None:
+    latents = 2 * torch.randn(500, len(levels), generator=torch.Generator().manual_seed(0))
+    result = FSQ(levels)(latents)
+    expected = [reference_fsq(row, levels) for row in latents.tolist()]
+    assert result.codes.tolist() == [code for code, _ in expected]
+    torch.testing.assert_close(result.vectors, torch.tensor([vector for _, vector in expected]))
+    assert result.codes.min() >= 0 and result.codes.max() < math.prod(levels)
+
+
+def test_fsq_gradient_passes_as_if_nothing_were_rounded() -> None:
+    fsq = FSQ((7, 4))
+    latents = torch.randn(3, 2, 2, 2, requires_grad=True)
+    (straight,) = torch.autograd.grad(fsq(latents).vectors.sum(), latents)
+    smooth = (fsq._bound(latents) / torch.tensor([3, 2])).sum()
+    (expected,) = torch.autograd.grad(smooth, latents)
+    torch.testing.assert_close(straight, expected)
+    assert straight.abs().min() > 0
+
+
+# --- VQ ---------------------------------------------------------------------------------------
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def ready_vq(**options: Any) -> VQ:
+    """A VQ whose codebook is random, not waiting for data."""
+    vq = VQ(**{"codebook_size": 16, "channels": 4, **options})
+    vq.codebook.copy_(unit(vq.codebook_size, vq.channels, seed=1))
+    vq.initialised.fill_(True)
+    return vq
+
+
+def test_vq_codes_are_the_nearest_neighbours() -> None:
+    vq = ready_vq().eval()
+    latents = torch.randn(5, 3, 3, 4)
+    result = vq(latents)
+    flat = F.normalize(latents, dim=-1).view(-1, 4)
+    nearest = [min(range(16), key=lambda k: float((z - vq.codebook[k]).norm())) for z in flat]
+    assert result.codes.flatten().tolist() == nearest
+    torch.testing.assert_close(result.vectors, vq.lookup(result.codes))
+    torch.testing.assert_close(vq.codebook.norm(dim=-1), torch.ones(16))
+
+
+def test_vq_starts_from_the_data() -> None:
+    vq = VQ(codebook_size=32, channels=4, decay=1.0)
+    corner = F.normalize(torch.ones(64, 1, 1, 4) + 0.01 * torch.randn(64, 1, 1, 4), dim=-1)
+    vq.eval()(corner)
+    assert not vq.initialised, "looking must not initialise"
+    vq.train()(corner)
+    assert vq.initialised
+    assert (vq.codebook @ F.normalize(torch.ones(4), dim=0)).min() > 0.98
+    before = vq.codebook.clone()
+    vq.eval()(unit(64, 1, 1, 4))
+    assert torch.equal(vq.codebook, before), "evaluation changes nothing"
+
+
+def test_vq_codes_move_towards_their_data() -> None:
+    vq = ready_vq(codebook_size=2, decay=0.9, dead_after=0.0)
+    vq.codebook.copy_(torch.tensor([[1.0, 0, 0, 0], [-1.0, 0, 0, 0]]))
+    target = F.normalize(torch.tensor([1.0, 1.0, 0, 0]), dim=0)
+    latents = target.expand(8, 1, 1, 4)
+    angles = []
+    for _ in range(40):
+        vq.train()(latents)
+        angles.append(float(vq.codebook[0] @ target))
+    assert angles == sorted(angles) and angles[-1] > 0.999
+    assert torch.equal(vq.codebook[1], torch.tensor([-1.0, 0, 0, 0])), "no data, no move"
+    # One step by hand: decay * count * code + (1 - decay) * sum of its data, normalised.
+    vq = ready_vq(codebook_size=2, decay=0.9, dead_after=0.0)
+    vq.codebook.copy_(torch.tensor([[1.0, 0, 0, 0], [-1.0, 0, 0, 0]]))
+    vq.train()(latents)
+    by_hand = F.normalize(0.9 * torch.tensor([1.0, 0, 0, 0]) + 0.1 * 8 * target, dim=0)
+    torch.testing.assert_close(vq.codebook[0], by_hand)
+    torch.testing.assert_close(vq.counts, torch.tensor([0.9 + 0.1 * 8, 0.9]))
+
+
+def test_vq_restarts_dead_codes_from_the_data() -> None:
+    vq = ready_vq(decay=0.5, dead_after=0.1)
+    data = unit(4, 1, 1, 4, seed=3)
+    for _ in range(6):
+        used = vq.train()(data).codes.unique()
+    assert len(used) == 4, "each of the four latents ends with a code of its own"
+    nearest = (vq.codebook @ data.view(4, 4).T).amax(1)
+    assert nearest.min() > 0.9, "no code is left where no data is"
+    assert (vq.counts >= 0.1).all()
+
+
+def test_vq_gradient_passes_straight_and_commits() -> None:
+    vq = ready_vq().eval()
+    latents = unit(2, 2, 2, 4).requires_grad_()
+    result = vq(latents)
+    weights = torch.randn_like(result.vectors)
+    (found,) = torch.autograd.grad((result.vectors * weights).sum(), latents, retain_graph=True)
+    (expected,) = torch.autograd.grad((F.normalize(latents, dim=-1) * weights).sum(), latents)
+    torch.testing.assert_close(found, expected)
+    (pull,) = torch.autograd.grad(result.loss, latents)
+    closer = F.normalize(latents - 0.1 * pull, dim=-1)
+    assert vq(closer).loss < result.loss
+    distance = (latents - vq.lookup(result.codes)).square().sum(-1).mean()
+    torch.testing.assert_close(result.loss, 0.25 * distance)
+
+
+def test_unknown_quantizers_and_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="quantizer 'vqq': expected one of fsq, vq"):
+        make_quantizer("vqq")
+    with pytest.raises(ValueError, match="each >= 2"):
+        make_quantizer("fsq", levels=[7, 1])
+    with pytest.raises(ValueError, match="both must be >= 2"):
+        make_quantizer("vq", codebook_size=1)
+
+
+@pytest.mark.parametrize(
+    ("batches", "used", "perplexity"),
+    [
+        ([[0, 1, 2, 3]], 1.0, 4.0),
+        ([[2, 2], [2]], 0.25, 1.0),
+        ([[0, 0], [1, 1]], 0.5, 2.0),
+        # p = 1/2, 1/4, 1/4: an entropy of 1.5 bits
+        ([[0, 0, 1, 3]], 0.75, 2**1.5),
+        ([], 0.0, 1.0),
+    ],
+)
+def test_codebook_use(batches: list[list[int]], used: float, perplexity: float) -> None:
+    use = CodebookUse(4)
+    for batch in batches:
+        use.update(torch.tensor(batch).view(-1, 1, 1))
+    assert use.used == used and use.perplexity == pytest.approx(perplexity, rel=1e-9)
+
+
+# --- the autoencoder --------------------------------------------------------------------------
+
+CONFIG = {"image_size": 32, "downsample": 8, "dim": 32, "encoder_depth": 2, "decoder_depth": 1,
+          "heads": 2}  # fmt: skip
+QUANTIZERS: dict[str, dict[str, Any]] = {
+    "fsq": {"name": "fsq", "levels": [7, 5, 5]},
+    "vq": {"name": "vq", "codebook_size": 64, "channels": 4},
+}
+Make = Callable[..., ViTTokenizer]
+
+
+@pytest.fixture(params=QUANTIZERS)
+def tokenizer(request: pytest.FixtureRequest) -> ViTTokenizer:
+    torch.manual_seed(0)
+    made = ViTTokenizer(ImageTokenizerConfig(**CONFIG, quantizer=QUANTIZERS[request.param]))
+    made.train()(pictures(16, 32))  # statistics of the latents, and the codebook of VQ
+    return made.eval()
+
+
+def pictures(count: int, size: int, seed: int = 0) -> Tensor:
+    """float[B, 3, H, W] in [-1, 1], smooth"""
+    noise = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return (2 * F.interpolate(noise, size, mode="bilinear") - 1).clamp(-1, 1)
+
+
+def test_codes_and_images_have_their_shapes_and_ranges(tokenizer: ViTTokenizer) -> None:
+    codes = tokenizer.encode(pictures(3, 32))
+    assert codes.shape == (3, 4, 4) and codes.dtype == torch.int64
+    assert 0 <= int(codes.min()) and int(codes.max()) < tokenizer.codebook_size
+    images = tokenizer.decode(codes)
+    assert images.shape == (3, 3, 32, 32) and images.abs().max() <= 1
+    # What training reconstructs is what the codes decode to.
+    with torch.no_grad():
+        whole, quantized = tokenizer(pictures(3, 32))
+    assert torch.equal(quantized.codes, codes)
+    torch.testing.assert_close(images, whole.clamp(-1, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_a_picture_has_the_same_codes_alone_and_in_company(tokenizer: ViTTokenizer) -> None:
+    images = pictures(8, 32)
+    together = tokenizer.encode(images)
+    alone = torch.cat([tokenizer.encode(image[None]) for image in images])
+    assert (together == alone).float().mean() > 0.99  # sums of other shapes may round otherwise
+
+
+def test_another_resolution_works(tokenizer: ViTTokenizer) -> None:
+    images = pictures(2, 48)[:, :, :40]
+    codes = tokenizer.encode(images)
+    assert codes.shape == (2, 5, 6) and tokenizer.decode(codes).shape == images.shape
+
+
+def test_what_is_out_of_range_is_refused(tokenizer: ViTTokenizer) -> None:
+    with pytest.raises(ValueError, match=r"images of 30 x 32 pixels: .* multiples of 8"):
+        tokenizer.encode(torch.zeros(1, 3, 30, 32))
+    with pytest.raises(ValueError, match=r"shape \(3, 32, 32\): expected \[B, 3, H, W\]"):
+        tokenizer.encode(torch.zeros(3, 32, 32))
+    for bad in (-1, tokenizer.codebook_size):
+        with pytest.raises(ValueError, match=f"expected 0 to {tokenizer.codebook_size - 1}"):
+            tokenizer.decode(torch.full((1, 4, 4), bad))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"downsample": 12}, "a power of two from 4 on"),
+        ({"image_size": 36}, "not a multiple of downsample"),
+        ({"heads": 3}, "not a multiple of heads"),
+        ({"family": "vqgan"}, "this release knows 'vit'"),
+    ],
+)
+def test_configurations_that_cannot_be_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ImageTokenizerConfig(**{**CONFIG, **options})
+
+
+def test_folder_round_trip(tokenizer: ViTTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    again = load_image_tokenizer(tmp_path)
+    assert again.config == tokenizer.config and not again.training
+    assert again.fingerprint == tokenizer.fingerprint
+    images = pictures(4, 32)
+    assert torch.equal(again.encode(images), tokenizer.encode(images))
+
+
+def test_fingerprint_is_of_weights_and_configuration(tokenizer: ViTTokenizer) -> None:
+    before = tokenizer.fingerprint
+    assert before == tokenizer.fingerprint and len(before) == 16
+    weight = tokenizer.decoder.from_vectors.weight
+    with torch.no_grad():
+        weight[0, 0] += 1e-6
+        changed = tokenizer.fingerprint
+    config = ImageTokenizerConfig(**{**CONFIG, "fit": "crop"}, quantizer=tokenizer.config.quantizer)
+    tokenizer.config = config
+    assert len({before, changed, tokenizer.fingerprint}) == 3
+
+
+def test_an_altered_folder_is_refused(tokenizer: ViTTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    path, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    whole, state = path.read_text(), load_file(weights)
+    path.write_text(json.dumps({**json.loads(whole), "fit": "crop"}))
+    with pytest.raises(ValueError, match="weights and config do not belong together"):
+        load_image_tokenizer(tmp_path)
+    path.write_text(whole)
+    save_file(state | {"decoder.from_vectors.bias": state["decoder.from_vectors.bias"] + 1}, weights)
+    with pytest.raises(ValueError, match="weights and config do not belong together"):
+        load_image_tokenizer(tmp_path)
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(ValueError, match="not an image tokenizer"):
+        load_image_tokenizer(tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"model.safetensors is missing|not an image tokenizer"):
+        load_image_tokenizer(tmp_path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="not an image tokenizer"):
+        load_image_tokenizer(tmp_path)
+
+
+def test_bf16_gives_nearly_the_same_codes(tokenizer: ViTTokenizer) -> None:
+    images = pictures(64, 32, seed=5)
+    exact = tokenizer.encode(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = tokenizer.encode(images)
+    assert (exact == rounded).float().mean() >= 0.9
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_tokenizer_overfits_one_batch_of_scenes(name: str) -> None:
+    from multimodal.images import to_tensor
+    from multimodal.scenes import render, sample_scene
+
+    torch.manual_seed(0)
+    scenes = [render(sample_scene(random.Random(i)), 32) for i in range(8)]
+    images = torch.stack([to_tensor(scene) for scene in scenes])
+    made = ViTTokenizer(ImageTokenizerConfig(**CONFIG, quantizer=QUANTIZERS[name]))
+    optimizer = torch.optim.AdamW(made.parameters(), 3e-3)
+
+    def decibels() -> float:
+        made.eval()
+        error = F.mse_loss(made.decode(made.encode(images)), images)
+        made.train()
+        return float(-10 * torch.log10(error / 4))
+
+    made.train()(images)
+    before = decibels()
+    for _ in range(120):
+        reconstruction, quantized = made(images)
+        loss = F.mse_loss(reconstruction, images) + quantized.loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert decibels() > before + 6

@@ -1,0 +1,379 @@
+"""Training by the command line, on tiny scenes: exact resume, starting weights, recipes, errors."""
+
+import csv
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from multimodal.cli import main
+from multimodal.model import load
+from multimodal.train.cli import keep_log, recipe_names
+from multimodal.train.data import GlobalBatches
+
+RECIPES = Path(__file__).parent.parent / "train" / "recipes"
+TOKENIZER: dict[str, Any] = {
+    "image_size": 16, "downsample": 8, "dim": 32, "encoder_depth": 1, "decoder_depth": 1,
+    "heads": 2, "quantizer": {"name": "fsq", "levels": [5, 5]},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums over threads differ in their last bit with the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes, a text tokenizer, two configurations and a run of each: tokenizer/ and joint/."""
+    folder = tmp_path_factory.mktemp("training")
+    torch.set_num_threads(1)
+    assert main(["data", "scenes", str(folder / "scenes"), "--count", "50", "--size", "32"]) == 0
+    text = ["--out", str(folder / "text.json"), "--vocabulary-size", "320"]
+    assert main(["tokenizer", "text", str(folder / "scenes"), *text]) == 0
+    trainer = {
+        "max_steps": 14, "log_every_n_steps": 1, "gradient_clip_val": 1.0, "accelerator": "cpu",
+        "enable_progress_bar": False, "val_check_interval": 5, "check_val_every_n_epoch": None,
+    }  # fmt: skip
+    data = {"folders": [str(folder / "scenes")], "global_batch_size": 8, "workers": 0}
+    module = "multimodal.train.image_tokenizer.ImageTokenizerModule"
+    tokenizer = {
+        "tokenizer": TOKENIZER,
+        "text_tokenizer": str(folder / "text.json"),
+        "semantic_weight": 0.5,
+        "warmup_steps": 2,
+    }
+    crops = {"crop_scale": 0.5, "mirror": True, "val_limit": 8}
+    joint = {
+        "text_tokenizer": str(folder / "text.json"),
+        "image_tokenizer": str(folder / "tokenizer/model"),
+        "size": "tiny",
+        "row_length": 192,
+        "warmup_steps": 2,
+        "captions_in_validation": 2,
+        "drawings_in_validation": 1,
+    }
+    for name, class_path, arguments, more in (
+        ("tokenizer", module, tokenizer, crops),
+        ("joint", "multimodal.train.joint.JointModule", joint, {"val_limit": 8}),
+    ):
+        config = {
+            "output": str(folder / name),
+            "checkpoint_every": 3,
+            "model": {"class_path": class_path, "init_args": arguments},
+            "data": data | more,
+            "trainer": trainer,
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        assert main(["fit", "--config", str(folder / f"{name}.yaml")]) == 0
+    return folder
+
+
+def logged(run: Path, name: str = "train/total") -> dict[int, str]:
+    """step -> the figure, as text: of the newest log that has the step."""
+    older = sorted((run / "logs").glob("metrics.*.csv"), key=lambda path: path.suffixes)
+    found: dict[int, str] = {}
+    for path in (*older, run / "logs" / "metrics.csv"):
+        with open(path, newline="") as file:
+            found |= {int(r["step"]): r[name] for r in csv.DictReader(file) if r.get(name)}
+    return found
+
+
+def kill_at(step: int, arguments: list[str], run: Path) -> None:
+    """Run `multimodal ARGUMENTS` in a process and SIGKILL it when it has logged this step."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "multimodal.cli", *arguments, "--threads", "1"]
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    log = run / "logs" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.is_file() and max(logged(run), default=-1) >= step:
+            break
+        time.sleep(0.01)
+    died = process.poll()
+    os.killpg(process.pid, signal.SIGKILL)
+    _, errors = process.communicate()
+    assert died is None, errors
+
+
+@pytest.mark.parametrize(
+    ("name", "workers", "step"), [("tokenizer", 0, 7), ("joint", 0, 4), ("joint", 2, 7)]
+)
+def test_a_killed_run_resumes_bit_for_bit(
+    work: Path, tmp_path: Path, name: str, workers: int, step: int
+) -> None:
+    # 6 batches an epoch, a checkpoint every 3: step 4 resumes in the middle of the first epoch,
+    # step 7 at its end (or after: the kill comes when it comes), and both go on into others.
+    run = tmp_path / "run"
+    fit = ["fit", "--config", str(work / f"{name}.yaml"), "--output", str(run)]
+    fit += ["--data.workers", str(workers)]
+    kill_at(step, fit, run)
+    before = logged(run)
+    assert main([*fit, "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
+    whole, resumed = logged(work / name), logged(run)
+    # A row is written right after the checkpoint of its step: the kill may fall in between.
+    assert len(whole) == 14 and len(set(whole) - set(resumed)) <= 1
+    assert {s: whole[s] for s in resumed} == resumed
+    assert {s: whole[s] for s in before} == before, "the log of the killed run is kept"
+    expected = load_file(work / name / "model/model.safetensors")
+    found = load_file(run / "model/model.safetensors")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    samples = sorted(p.name for p in (run / "logs").rglob("step-*"))
+    assert samples == sorted(p.name for p in (work / name / "logs").rglob("step-*"))
+
+
+def test_no_log_is_ever_lost(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    for content in ("first", "second"):
+        path.write_text(content)
+        keep_log(path)
+    assert not path.exists()
+    kept = [(tmp_path / f"metrics.{i}.csv").read_text() for i in (1, 2)]
+    assert kept == ["first", "second"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "joint"])
+def test_init_from_starts_from_the_weights_at_step_0(
+    work: Path, tmp_path: Path, name: str
+) -> None:
+    config, model = str(work / f"{name}.yaml"), str(work / name / "model")
+    fit = ["fit", "--config", config, "--trainer.max_steps", "1", "--data.val_limit", "8"]
+    for run, more in (("a", ["--init_from", model]), ("b", ["--init_from", model]), ("c", [])):
+        # Nothing is learned at rate 0, and the seed decides nothing but the weights here.
+        rate = ["--model.init_args.learning_rate", "0", "--seed_everything", str(ord(run))]
+        assert main([*fit, *rate, *more, "--output", str(tmp_path / run)]) == 0
+    name_of_loss = "train/pixels" if name == "tokenizer" else "train/total"
+    first, again, random = (logged(tmp_path / run, name_of_loss) for run in "abc")
+    assert list(first) == [0] and first == again and first[0] != random[0]
+    expected = load_file(work / name / "model/model.safetensors")
+    found = load_file(tmp_path / "a" / "model/model.safetensors")
+    learned = [key for key in expected if "running" not in key and "num_batches" not in key]
+    assert all(torch.equal(found[key], expected[key]) for key in learned)
+    if name == "joint":
+        # The loss at step 0 is what the model itself says of that batch.
+        assert float(first[0]) == pytest.approx(own_loss(work, Path(model)), rel=1e-5)
+
+
+def own_loss(work: Path, folder: Path) -> float:
+    from multimodal.train.data import ShardData, ShardDataset, collate
+    from multimodal.train.joint import JointModule
+
+    config = yaml.safe_load((work / "joint.yaml").read_text())
+    module = JointModule(**config["model"]["init_args"])
+    module.model = load(folder)
+    shards = ShardData(config["data"]["folders"]).shards("train")
+    dataset = ShardDataset(shards, 16, "squash", seed=0)
+    chosen = next(iter(GlobalBatches(len(dataset), 8)))
+    loss, _ = module.model(*module.pack(collate([dataset[item] for item in chosen])))
+    return float(loss)
+
+
+# --- the order of the samples -----------------------------------------------------------------
+
+
+def order(epoch: int, **options: Any) -> list[list[int]]:
+    batches = GlobalBatches(50, 8, **options)
+    batches.set_epoch(epoch)
+    drawn = list(batches)
+    assert {e for batch in drawn for e, _ in batch} == {epoch} and len(drawn) == len(batches)
+    return [[number for _, number in batch] for batch in drawn]
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    assert order(1, seed=3) == order(1, seed=3)
+    orders = [order(epoch, seed=seed) for epoch, seed in itertools.product(range(3), range(3))]
+    assert len({str(one) for one in orders}) == 9
+    for one in orders:
+        flat = [number for batch in one for number in batch]
+        assert len(flat) == len(set(flat)) == 48 and set(flat) <= set(range(50))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_number_of_ranks_sees_the_same_global_batches(ranks: int) -> None:
+    shares = [order(2, seed=1, rank=rank, world_size=ranks) for rank in range(ranks)]
+    together = [sorted(sum(batch, [])) for batch in zip(*shares, strict=True)]
+    assert together == [sorted(batch) for batch in order(2, seed=1)]
+    assert {len(batch) for share in shares for batch in share} == {8 // ranks}
+
+
+def test_validation_sees_every_sample_once_in_order() -> None:
+    flat = sum(order(0, shuffle=False, drop_last=False), [])
+    assert flat == list(range(50))
+
+
+def test_impossible_batches_are_refused() -> None:
+    with pytest.raises(ValueError, match="7 samples are fewer than one global batch of 8"):
+        GlobalBatches(7, 8)
+    with pytest.raises(ValueError, match="not a multiple of 3 ranks"):
+        GlobalBatches(50, 8, world_size=3)
+
+
+# --- measuring and predicting -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_measuring_uses_the_last_checkpoint_and_keeps_the_training_log(
+    work: Path, verb: str
+) -> None:
+    run, before = work / "joint", logged(work / "joint")
+    assert main([verb, "--config", str(work / "joint.yaml")]) == 0
+    assert logged(run) == before
+    with open(run / verb / "metrics.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    with open(run / "logs" / "metrics.csv", newline="") as file:
+        at_10 = [float(r["val/total"]) for r in csv.DictReader(file) if r["val/total"]][-1]
+    # The last checkpoint is of step 12, the last validation was after step 10.
+    assert float(row["val/total"]) == pytest.approx(at_10, rel=0.05)
+
+
+def test_predict_writes_captions_in_the_order_of_the_data(work: Path, tmp_path: Path) -> None:
+    arguments = ["--config", str(work / "joint.yaml"), "--output", str(tmp_path / "new")]
+    model = ["--init_from", str(work / "joint/model"), "--data.val_limit", "12"]
+    assert main(["predict", *arguments, *model]) == 0
+    lines = (tmp_path / "new/predictions.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["key"] for r in records] == [f"scene-val-0-{i:07d}" for i in range(12)]
+    from multimodal.shards import Shards
+
+    images = [sample.image for sample in itertools.islice(Shards(work / "scenes", "val"), 12)]
+    expected = load(work / "joint/model").caption(images, batch_size=8)
+    assert [r["caption"] for r in records] == expected
+
+
+def test_predict_of_an_image_tokenizer_writes_codes(work: Path) -> None:
+    assert main(["predict", "--config", str(work / "tokenizer.yaml")]) == 0
+    lines = (work / "tokenizer/predictions.jsonl").read_text().splitlines()
+    codes = torch.tensor([json.loads(line)["codes"] for line in lines])
+    assert codes.shape == (8, 2, 2) and 0 <= int(codes.min()) <= int(codes.max()) < 25
+
+
+# --- recipes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", name, "--print_config"])
+    assert stopped.value.code in (0, None)
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["class_path"].startswith("multimodal.train.")
+    top = (RECIPES / name).read_text().split("\n\n")[0]
+    assert f"multimodal fit --config {name}" in top, "a recipe says how to run it"
+
+
+def test_recipes_for_scenes_run(work: Path, tmp_path: Path) -> None:
+    """Joined as the README joins them; made small by options alone."""
+    few = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.workers", "0"]
+    few += ["--data.folders", f"[{work / 'scenes'}]", "--data.global_batch_size", "4"]
+    few += ["--data.val_limit", "4", "--trainer.enable_progress_bar", "false"]
+    few += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+    few += ["--model.init_args.text_tokenizer", str(work / "text.json")]
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    small = ["--model.init_args.tokenizer.dim", "32"]
+    assert main(["fit", "--config", "scenes_tokenizer.yaml", *few, *small, "--output", first]) == 0
+    small = ["--model.init_args.size", "tiny", "--model.init_args.image_tokenizer", f"{first}/model"]
+    small += ["--model.init_args.drawings_in_validation", "1"]
+    assert main(["fit", "--config", "scenes_joint.yaml", *few, *small, "--output", second]) == 0
+    assert len(load(f"{second}/model").caption([torch_picture()])) == 1
+
+
+def torch_picture() -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (40, 30), (200, 30, 30))
+
+
+# --- what users get wrong ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (["--data.folders", "[nowhere]"], 1, r"nowhere: no such folder"),
+        (["--data.folders", "[BARE]"], 1, r"no manifest.json; .* run: multimodal data index"),
+        (["--data.train_split", "trian"], 1, r"no split 'trian'; it has heldout, train, val"),
+        (["--data.global_batch_size", "999"], 1, r"50 samples are fewer than one global batch"),
+        (["--model.init_args.text_tokenizer", "no.json"], 1, r"error: no.json: no such file; "),
+        (["--model.init_args.image_tokenizer", "no"], 1, r"error: no: not an image tokenizer"),
+        (["--model.init_args.size", "huge"], 1, r"size 'huge': expected one of tiny, "),
+        (["--model.init_args.sise", "tiny"], 2, r"Option 'sise' is not accepted"),
+        (["--model.class_path", "multimodal.train.joint.Nope"], 2, r"has no attribute 'Nope'"),
+        (["--trainer.max_steps", "many"], 2, r"trainer.max_steps.*Got value: many"),
+        (["--trainer.max_steps", "-1"], 1, r"the run has no end"),
+        (["--speed", "3"], 2, r"unrecognized arguments: --speed 3"),
+        (["--config", "no.yaml"], 1, r"no.yaml: no such file, and no recipe .*scenes_joint.yaml"),
+        (["--config", "WRONG"], 2, r"does not accept option 'trainr"),
+        (["--ckpt_path", "no.ckpt"], 1, r"Checkpoint file not found: no.ckpt"),
+        (["--ckpt_path", "OTHER"], 1, r"the checkpoint is of another model"),
+        (["--init_from", "nowhere"], 1, r"nowhere: no such model folder"),
+        (["--init_from", "MODEL", "--model.init_args.size", "mini"], 1, r"its sizes are not those"),
+        (["--init_from", "MODEL", "--ckpt_path", "x"], 1, r"give one of them"),
+    ],
+)
+def test_a_users_mistake_is_one_line(
+    work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    options: list[str], status: int, said: str,
+) -> None:  # fmt: skip
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(work / "scenes/val-0000.tar", bare)
+    (tmp_path / "wrong.yaml").write_text("trainr: {max_steps: 3}\n")
+    names = {
+        "BARE": str(bare),
+        "MODEL": str(work / "joint/model"),
+        "OTHER": str(work / "tokenizer/checkpoints/last.ckpt"),
+        "WRONG": str(tmp_path / "wrong.yaml"),
+    }
+    options = [re.sub("|".join(names), lambda m: names[m[0]], option) for option in options]
+    fit = ["fit", "--config", str(work / "joint.yaml"), "--output", str(tmp_path / "run")]
+    assert main([*fit, "--trainer.max_steps", "1", *options]) == status
+    out, err = capfd.readouterr()
+    last = err.splitlines()[-1]
+    assert last.startswith("multimodal fit: error: ") and re.search(said, last), err
+    assert len(last) < 300 and "Traceback" not in err and out == ""
+
+
+def test_measuring_without_weights_is_refused(
+    work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--config", str(work / "joint.yaml"), "--output", str(tmp_path)]
+    assert main(["validate", *run]) == 1
+    assert "no weights to use" in capfd.readouterr().err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit"]) == 2
+    assert "examples:" in capsys.readouterr().err
+    assert main(["fit", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in recipe_names()) and "--ckpt_path" in out
+
+
+def test_a_run_says_nothing_useless(work: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "multimodal.cli", "fit", "--config", str(work / "joint.yaml")]
+    command += ["--output", str(tmp_path / "run"), "--trainer.max_steps", "1", "--data.workers", "1"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert (run.returncode, run.stdout) == (0, ""), run.stderr
+    useful = ("Seed set to", "GPU available", "parameters to train", "`Trainer.fit` stopped")
+    assert [line for line in run.stderr.splitlines() if not any(u in line for u in useful)] == []
