@@ -1,6 +1,6 @@
 """A model: one transformer, two tokenizers, the alignment projections; and its folder.
 
-    config.json  model.safetensors  heads.safetensors  text_tokenizer.json  image_tokenizer/
+config.json  model.safetensors  heads.safetensors  text_tokenizer.json  image_tokenizer/
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -247,9 +248,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load(
-    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> Multimodal:
+def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Multimodal:
     """Load a model folder, ready for use. Errors: ``ValueError`` for anything that is not one."""
     folder = Path(path)
     stored = read_config(folder)
@@ -267,11 +266,11 @@ def load(
         )
         model.transformer.load_stock_state_dict(load_file(folder / "model.safetensors"))
         model.alignment.load_state_dict(load_file(folder / "heads.safetensors"))
+        expected = stored["fingerprints"]["image_tokenizer"]
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: {error.filename or error} is missing") from error
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: not a model of this release: {error}") from error
-    expected = stored["fingerprints"]["image_tokenizer"]
     if model.image_tokenizer.fingerprint != expected:
         raise ValueError(
             f"{folder}: the model was trained with image tokenizer {expected}, "

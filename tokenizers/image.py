@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -84,7 +85,7 @@ class ViTTokenizer(nn.Module):
 
     @property
     def codebook_size(self) -> int:
-        return int(self.quantizer.codebook_size)
+        return self.quantizer.codebook_size
 
     @property
     def downsample(self) -> int:
@@ -134,7 +135,7 @@ class ViTTokenizer(nn.Module):
 
 
 def load_image_tokenizer(folder: str | Path) -> ViTTokenizer:
-    """Load a tokenizer folder, in eval mode. Errors: ``ValueError`` if it is not one or was altered."""
+    """Load a tokenizer folder, in eval mode. Errors: ``ValueError`` for one that was altered."""
     folder = Path(folder)
     try:
         stored = json.loads((folder / "config.json").read_text())
@@ -142,8 +143,9 @@ def load_image_tokenizer(folder: str | Path) -> ViTTokenizer:
         tokenizer = ViTTokenizer(ImageTokenizerConfig(**stored))
         tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
     except FileNotFoundError as error:
-        raise ValueError(f"{folder}: not an image tokenizer ({error.filename} is missing)") from error
-    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        missing = error.filename or error
+        raise ValueError(f"{folder}: not an image tokenizer ({missing} is missing)") from error
+    except (KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}: not an image tokenizer of this release: {error}") from error
     if tokenizer.fingerprint != fingerprint:
         raise ValueError(

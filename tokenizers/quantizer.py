@@ -1,13 +1,17 @@
 """What every quantizer gives back, and how the health of a codebook is measured.
 
-Shapes: B batch, h w the grid of codes, C the channels of one code vector, K the size of the codebook.
+Shapes: B batch, h w the grid of codes, C the channels of a code vector, K the codebook size.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from multimodal.tokenizers.fsq import FSQ
+    from multimodal.tokenizers.vq import VQ
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,12 @@ class Quantizer(Protocol):
     def lookup(self, codes: Tensor) -> Tensor: ...
 
 
-def make_quantizer(name: str, **options: Any) -> nn.Module:
+def make_quantizer(name: str, **options: Any) -> "FSQ | VQ":
     """``fsq`` (levels) or ``vq`` (codebook_size, channels, ...)."""
     from multimodal.tokenizers.fsq import FSQ
     from multimodal.tokenizers.vq import VQ
 
-    kinds: dict[str, type[nn.Module]] = {"fsq": FSQ, "vq": VQ}
+    kinds: dict[str, type[FSQ] | type[VQ]] = {"fsq": FSQ, "vq": VQ}
     if name not in kinds:
         raise ValueError(f"quantizer {name!r}: expected one of {', '.join(kinds)}")
     return kinds[name](**options)

@@ -20,7 +20,9 @@ class TextTokenizer:
     def train(cls, texts: Iterable[str], vocabulary_size: int) -> "TextTokenizer":
         """Learn a BPE. Errors: ``ValueError`` for a vocabulary too small to hold all 256 bytes."""
         if vocabulary_size < 256:
-            raise ValueError(f"vocabulary_size={vocabulary_size}: byte-level BPE needs at least 256")
+            raise ValueError(
+                f"vocabulary_size={vocabulary_size}: byte-level BPE needs at least 256"
+            )
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()

@@ -55,12 +55,13 @@ class PositionedBlocks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float[B, D, h, w] -> float[B, h, w, D]"""
-        positions = self.positions
+        positions: Tensor = self.positions
         if positions.shape[-2:] != x.shape[-2:]:
             positions = F.interpolate(positions, x.shape[-2:], mode="bicubic", antialias=True)
         h = x.shape[-2]
         tokens = self.norm(self.blocks(rearrange(x + positions, "b d h w -> b (h w) d")))
-        return rearrange(tokens, "b (h w) d -> b h w d", h=h)
+        grid: Tensor = rearrange(tokens, "b (h w) d -> b h w d", h=h)
+        return grid
 
 
 class Encoder(nn.Module):

@@ -1,8 +1,8 @@
 """l2-normalised low-dimensional vector quantization, the codebook learned by moving averages.
 
 van den Oord et al. 2017 (arXiv:1711.00937) for VQ and its EMA update; Yu et al. 2021
-(arXiv:2110.04627) for low-dimensional unit vectors; data initialisation and the restart of dead codes
-after Dhariwal et al. 2020 (arXiv:2005.00341).
+(arXiv:2110.04627) for low-dimensional unit vectors; data initialisation and the restart of dead
+codes after Dhariwal et al. 2020 (arXiv:2005.00341).
 """
 
 import torch
@@ -35,7 +35,9 @@ class VQ(nn.Module):
     ) -> None:
         super().__init__()
         if codebook_size < 2 or channels < 2:
-            raise ValueError(f"codebook_size={codebook_size}, channels={channels}: both must be >= 2")
+            raise ValueError(
+                f"codebook_size={codebook_size}, channels={channels}: both must be >= 2"
+            )
         self.codebook_size, self.channels = codebook_size, channels
         self.decay, self.commitment, self.dead_after = decay, commitment, dead_after
         self.register_buffer("codebook", F.normalize(torch.randn(codebook_size, channels), dim=-1))

@@ -103,7 +103,7 @@ class Summary(L.Callback):
 
 
 class WritePredictions(L.Callback):
-    """``predict``: the records of ``predict_step``, one JSON object a line, in the order of the data.
+    """``predict``: the records of ``predict_step``, one JSON object a line, in the data's order.
 
     Written to ``predictions.jsonl`` in the folder; on several ranks to one file each.
     """

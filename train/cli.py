@@ -1,8 +1,8 @@
 """``multimodal fit|validate|test|predict``: LightningCLI, and what every run has.
 
-A run lives in one folder (``--output``): logs (CSV, TensorBoard), pictures, ``checkpoints/last.ckpt``
-and ``model/``, the folder to use. The recipes of this package are found by name:
-``multimodal fit --config scenes_joint.yaml``.
+A run lives in one folder (``--output``): logs (CSV, TensorBoard), pictures,
+``checkpoints/last.ckpt`` and ``model/``, the folder to use. The recipes of this package are found
+by name: ``multimodal fit --config scenes_joint.yaml``.
 """
 
 import logging
@@ -99,7 +99,7 @@ class TrainingCLI(LightningCLI):
 
             torch.set_num_threads(config.threads)
         if config.init_from and config.ckpt_path:
-            raise ValueError("--init_from starts a new run, --ckpt_path resumes one: give one of them")
+            raise ValueError("--init_from starts a run, --ckpt_path resumes one: give one of them")
         if self.subcommand == "fit" and config.trainer.max_steps == -1:
             if config.trainer.max_epochs is None and config.trainer.max_time is None:
                 raise ValueError("the run has no end: give --trainer.max_steps or max_epochs")
@@ -190,8 +190,9 @@ def _find_recipes(argv: list[str]) -> list[str]:
 
 def help_text(verb: str) -> str:
     fit = verb == "fit"
-    more = """  multimodal fit --config scenes_joint.yaml --ckpt_path runs/scenes-joint/checkpoints/last.ckpt
-  multimodal fit --config my.yaml --init_from runs/scenes-joint/model"""
+    run = "runs/scenes-joint"
+    more = f"""  multimodal fit --config scenes_joint.yaml --ckpt_path {run}/checkpoints/last.ckpt
+  multimodal fit --config my.yaml --init_from {run}/model"""
     return HELP.format(
         verb=verb,
         about=ABOUT[verb],

@@ -6,8 +6,10 @@ configuration, ``__len__`` is known, and the loader's state is two numbers.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+import multiprocessing
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import lightning as L
@@ -53,7 +55,7 @@ def sample_seed(seed: int, epoch: int, key: str) -> int:
 
 
 class ShardDataset(Dataset[dict[str, Any]]):
-    """Samples of several shard folders, one after another, as images of one size and their records."""
+    """Samples of several shard folders in turn, as images of one size and their records."""
 
     def __init__(
         self,
@@ -159,6 +161,19 @@ class GlobalBatches(Sampler[list[Item]]):
             yield [(self.epoch, int(i)) for i in chosen[self.rank :: self.world_size]]
 
 
+def worker_context() -> BaseContext:
+    """How workers start. Forking a process that already runs threads can dead-lock.
+
+    So they are forked from a server process that only imported what they need: a spawned one would
+    import torch and Lightning anew, seconds of work for each, at every epoch and validation.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 class GlobalBatchLoader(DataLoader[Any]):
     """A DataLoader whose state is (epoch, batches done): the same on every rank."""
 
@@ -170,13 +185,12 @@ class GlobalBatchLoader(DataLoader[Any]):
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=collate,
-            # Forking a process that already runs threads can dead-lock.
-            multiprocessing_context="spawn" if workers else None,
+            multiprocessing_context=worker_context() if workers else None,
             persistent_workers=False,
         )
         self._done = (0, 0)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator over torch's
         epoch, first = self.batch_sampler.epoch, self.batch_sampler.skipped
         for number, batch in enumerate(super().__iter__(), start=first + 1):
             self._done = (epoch, number)
@@ -190,7 +204,7 @@ class GlobalBatchLoader(DataLoader[Any]):
 
 
 class Unchanged:
-    """A loader as a plain iterable: to predict, Lightning rebuilds DataLoaders, and ours it cannot."""
+    """A loader as a plain iterable: to predict, Lightning rebuilds DataLoaders, but cannot ours."""
 
     def __init__(self, loader: GlobalBatchLoader) -> None:
         self.loader = loader
@@ -245,9 +259,12 @@ class ShardData(L.LightningDataModule):
 
     def _loader(self, split: str, train: bool) -> GlobalBatchLoader:
         # How an image becomes a square is the model's business, in training as in use.
-        image_size, fit = self.trainer.lightning_module.preprocessing
-        crops = {"crop_scale": self.crop_scale, "mirror": self.mirror} if train else {}
-        dataset = ShardDataset(self.shards(split), image_size, fit, self.seed, **crops)
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
+        image_size, fit = module.preprocessing
+        crop_scale, mirror = (self.crop_scale, self.mirror) if train else (1.0, False)
+        shards = self.shards(split)
+        dataset = ShardDataset(shards, image_size, fit, self.seed, crop_scale, mirror)
         size = len(dataset)
         if not train and self.val_limit:
             size = min(size, self.val_limit)

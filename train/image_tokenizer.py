@@ -2,8 +2,8 @@
 
 The semantic loss teaches the codes by captions: from the codes of an image alone, a small head
 predicts which text tokens its captions hold (SuperClass, Huang et al. 2024, arXiv:2411.03313; words
-as labels go back to Joulin et al. 2016, arXiv:1511.02251). Codes trained on pixels alone spend their
-bits on colour; a captioner then reads little from them. The head is not part of the tokenizer.
+as labels go back to Joulin et al. 2016, arXiv:1511.02251). Codes trained on pixels alone spend
+their bits on colour, and a captioner reads little from them. The head is not part of the tokenizer.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from multimodal.images import Fit, to_image
@@ -51,6 +52,8 @@ class ImageTokenizerModule(TrainedByAdamW):
     learning_rate, weight_decay, warmup_steps: AdamW with linear warm-up, then a cosine to zero.
     compile: torch.compile (needs a C++ compiler on a CPU).
     """
+
+    rarity: Tensor
 
     def __init__(
         self,
@@ -96,7 +99,7 @@ class ImageTokenizerModule(TrainedByAdamW):
         self.rarity.copy_(torch.log(total / counts.clamp(min=1)) / math.log(max(total, 2)))
 
     def word_targets(self, records: list[dict[str, Any]]) -> Tensor:
-        """float[B, T]: the rarity-weighted text tokens of all captions of an image, summing to 1."""
+        """float[B, T]: the rarity-weighted text tokens of an image's captions, summing to 1."""
         assert self.text_tokenizer is not None
         targets = torch.zeros(len(records), len(self.text_tokenizer))
         for row, record in zip(targets, records, strict=True):
@@ -151,7 +154,7 @@ class ImageTokenizerModule(TrainedByAdamW):
         self.log(f"{stage}/codebook_perplexity", use.perplexity)
 
     def _log_pictures(self, batch: Examples) -> None:
-        """Eight fixed validation images over their reconstructions, to TensorBoard and as a file."""
+        """Eight fixed validation images over their reconstructions, to TensorBoard and a file."""
         from torchvision.utils import make_grid
 
         images = batch.pixels()[:8]
@@ -159,7 +162,7 @@ class ImageTokenizerModule(TrainedByAdamW):
             pair = torch.cat([images, self.tokenizer.decode(self.tokenizer.encode(images))])
         grid = make_grid(pair.float(), nrow=len(images))
         for logger in self.loggers:
-            if hasattr(logger.experiment, "add_image"):
+            if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("val/images", grid / 2 + 0.5, self.global_step)
         if self.trainer.log_dir and self.trainer.is_global_zero:
             folder = Path(self.trainer.log_dir) / "pictures"

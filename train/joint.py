@@ -138,7 +138,10 @@ class JointModule(TrainedByAdamW):
             if set(self.scenes) == set(self.captions):
                 facts = score_scene_captions(self.captions, self.scenes)
                 self.log_dict({f"val/scene_{name}": value for name, value in facts.items()})
-            lines = [f"{k}\t{c}\t| {' | '.join(self.references[k])}" for k, c in self.captions.items()]
+            lines = [
+                f"{key}\t{caption}\t| {' | '.join(self.references[key])}"
+                for key, caption in self.captions.items()
+            ]
             if folder:
                 (folder / f"{step}.txt").write_text("\n".join(lines) + "\n")
         if self.prompts and folder:

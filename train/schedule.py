@@ -1,4 +1,4 @@
-"""What every LightningModule here shares: AdamW, warm-up and cosine, clipping by the global norm."""
+"""What every LightningModule here shares: AdamW, warm-up and cosine, clipping by global norm."""
 
 import math
 import shutil

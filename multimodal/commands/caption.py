@@ -1,7 +1,7 @@
 """``multimodal caption``: describe images in words, one line an image.
 
-Images are decoded a batch at a time, and each batch is printed as soon as it is done: neither memory
-nor the wait for the first line depends on how many images there are.
+Images are decoded a batch at a time, and each batch is printed as soon as it is done: neither
+memory nor the wait for the first line depends on how many images there are.
 """
 
 import argparse
@@ -115,8 +115,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the transformer (default float32)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="unused by greedy captions, as elsewhere")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="unused by greedy captions, as elsewhere"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="images at once (default 32)")
     parser.add_argument("--max-tokens", type=int, default=64, help="longest caption (default 64)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads (default: torch's choice)"
+    )
     return parser

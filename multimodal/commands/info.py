@@ -1,4 +1,4 @@
-"""``multimodal info``: what a model, an image tokenizer or a shard folder holds; or this installation.
+"""``multimodal info``: what a folder (model, image tokenizer, shards) holds; or this installation.
 
 Fingerprints are verified, not quoted: every weight is read and hashed.
 """
@@ -107,7 +107,9 @@ def tokenizer_facts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             "quantizer": _count(tokenizer.quantizer),
         },
         "images": _image_facts(tokenizer),
-        "fingerprints": {"image tokenizer": _verified(config["fingerprint"], tokenizer.fingerprint)},
+        "fingerprints": {
+            "image tokenizer": _verified(config["fingerprint"], tokenizer.fingerprint)
+        },
         **_files(folder),
     }
 
