@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMAT_VERSION = 1
+SHAPE_MULTIPLE = 256  # positions with a target are padded to this
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,13 @@ class Multimodal(nn.Module):
         hidden = self.hidden(packed).flatten(0, 1)
         objectives = packed.objectives.flatten()
         chosen = (objectives != NO_LOSS).nonzero()[:, 0]
+        count = len(chosen)
+        # A matrix of a new shape costs a kernel to be made and kept: pad, so that there are few.
+        chosen = F.pad(chosen, (0, -count % SHAPE_MULTIPLE))
+        objectives = objectives[chosen]
+        objectives[count:] = NO_LOSS
         logits = self.transformer.logits(hidden[chosen])
-        total, parts = token_losses(
-            logits, packed.targets.flatten()[chosen], objectives[chosen], goals
-        )
+        total, parts = token_losses(logits, packed.targets.flatten()[chosen], objectives, goals)
         if goals.alignment_weight:
             states = hidden[packed.states]
             pairs = len(image_ids)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.sequences import OBJECTIVES
+from multimodal.sequences import NO_LOSS, OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,12 @@ def token_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """logits: float32[N, V]; targets, objectives: int64[N] -> weighted sum, and every part
 
+    Positions of objective NO_LOSS count nowhere.
     Each part is a mean over its tokens on all ranks. Gradients are averaged over ranks afterwards,
     so the local sum is multiplied by their number.
     """
     nll = F.cross_entropy(logits, targets, reduction="none")
-    # nll = log Z - logit: reading log Z off it saves a second pass over all logits, and its gradient.
+    # nll = log Z - logit: log Z read off it saves another pass over all logits, and its gradient.
     log_z = nll + logits.gather(-1, targets[:, None])[:, 0]
     parts: dict[str, Tensor] = {}
     total = logits.new_zeros(())
@@ -84,9 +85,12 @@ def token_losses(
         total = total + config.weights[name] * parts[name]
         if not count:
             del parts[name]  # no curve where there was nothing to learn
-    z_loss = log_z.square().sum() * world_size() / global_sum(log_z.new_tensor(len(log_z))).clamp(1)
-    parts["log_z"] = log_z.detach().mean() if len(log_z) else log_z.new_zeros(())
-    parts["largest_logit"] = logits.detach().max() if len(logits) else logits.new_zeros(())
+    predicted = objectives != NO_LOSS
+    count = global_sum(predicted.sum()).clamp(min=1)
+    z_loss = (log_z.square() * predicted).sum() * world_size() / count
+    parts["log_z"] = (log_z.detach() * predicted).sum() * world_size() / count
+    largest = logits.detach().amax(-1).masked_fill(~predicted, -torch.inf)
+    parts["largest_logit"] = largest.max() if len(largest) else logits.new_zeros(())
     return total + config.z_loss_weight * z_loss, parts
 
 

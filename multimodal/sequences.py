@@ -7,10 +7,10 @@
       masked        ... <boi> i M i M <eoi>                  at M itself: i          reconstruct
     text            <bos> t t <eos>                          after <bos>: t t <eos>  text
 
-A masked image is one bidirectional block of exactly the codes, without <boi> and <eoi>; the rest is
-causal. So the state at <eoi> of describe knows the image and nothing else, and the state at <boi> of
-draw knows the text and nothing else: they are the embeddings. A dropped condition is <null> in the
-place of the text, and carries no loss.
+A masked image is one bidirectional block of exactly the codes, without <boi> and <eoi>; the rest
+is causal. So the state at <eoi> of describe knows the image and nothing else, and the state at
+<boi> of draw knows the text and nothing else: they are the embeddings. A dropped condition is
+<null> in the place of the text, and carries no loss.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -148,8 +148,11 @@ class Packed:
         return float((self.documents > 0).float().mean())
 
 
-def pack(sequences: list[Sequence], row_length: int, pad: int) -> Packed:
+def pack(sequences: list[Sequence], row_length: int, pad: int, row_multiple: int = 1) -> Packed:
     """Put sequences into as few rows as first-fit-decreasing finds; their order is kept in states.
+
+    Rows of padding bring their number to a multiple of ``row_multiple``: in training, a batch of a
+    new shape costs kernels to be made and kept.
 
     Errors: ``ValueError`` for a sequence longer than a row.
     """
@@ -169,7 +172,7 @@ def pack(sequences: list[Sequence], row_length: int, pad: int) -> Packed:
             room.append(row_length)
         rows[row].append(i)
         room[row] -= n
-    shape = (len(rows), row_length)
+    shape = (-(-len(rows) // row_multiple) * row_multiple, row_length)
     ids, objectives = np.full(shape, pad, np.int64), np.full(shape, NO_LOSS, np.int64)
     targets, blocks, documents, positions = (np.zeros(shape, np.int64) for _ in range(4))
     states = np.zeros(len(sequences), np.int64)

@@ -81,7 +81,7 @@ class JointModule(TrainedByAdamW):
         codes = rearrange(self.model.image_tokenizer.encode(batch.pixels()), "b h w -> b (h w)")
         texts = [choose_caption(*one) for one in zip(batch.records, batch.seeds, strict=True)]
         sequences = self.model.pair_sequences(codes, texts, batch.seeds)
-        packed = pack(sequences, self.row_length, self.model.vocabulary.pad)
+        packed = pack(sequences, self.row_length, self.model.vocabulary.pad, row_multiple=4)
         image_ids = torch.tensor([sample_seed(0, 0, key) for key in batch.keys])
         null = self.model.vocabulary.null
         text_ids = torch.tensor([
