@@ -12,8 +12,8 @@ PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]")
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation, single spaces."""
-    return " ".join(PUNCTUATION.sub(" ", text.lower()).split())
+    """Lower case, punctuation removed ("t-shirt" reads "tshirt"), single spaces."""
+    return " ".join(PUNCTUATION.sub("", text.lower()).split())
 
 
 def score_captions(

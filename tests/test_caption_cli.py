@@ -339,4 +339,4 @@ def test_scores_need_the_same_images() -> None:
 
 
 def test_normalise() -> None:
-    assert normalise("  A man's Hat, (red)! ") == "a man s hat red"
+    assert normalise("  A man's Hat, (red)! ") == "a mans hat red"
