@@ -219,6 +219,13 @@ def test_validation_sees_every_sample_once_in_order() -> None:
     assert flat == list(range(50))
 
 
+def test_validation_asks_the_same_at_every_epoch() -> None:
+    batches = GlobalBatches(50, 8, shuffle=False, drop_last=False)
+    first = list(batches)
+    batches.set_epoch(7)  # the epoch seeds the choice of captions and masks
+    assert list(batches) == first
+
+
 def test_impossible_batches_are_refused() -> None:
     with pytest.raises(ValueError, match="7 samples are fewer than one global batch of 8"):
         GlobalBatches(7, 8)

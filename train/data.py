@@ -140,7 +140,8 @@ class GlobalBatches(Sampler[list[Item]]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        # Measuring asks the same questions every time: the same captions, the same masks.
+        self.epoch = epoch if self.shuffle else 0
 
     def __len__(self) -> int:
         full, rest = divmod(self.size, self.global_batch_size)
