@@ -111,7 +111,7 @@ def continue_text(
             out[row].append(token)
         if not len(rows) or step == max_tokens - 1:
             break
-        # Finished rows leave the batch as soon as a fair share of it has finished.
+        # Finished rows leave the batch at once.
         if len(going) < len(batch.last):
             batch.keep(going)
         batch.read(ids)

@@ -48,10 +48,15 @@ class Examples:
         return self.images.float() / 127.5 - 1
 
 
+def stable_number(text: str) -> int:
+    """A number in [0, 2**63) from the text alone; Python's own hash differs between processes."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 def sample_seed(seed: int, epoch: int, key: str) -> int:
     """A number in [0, 2**63) that depends on nothing else."""
-    digest = hashlib.sha256(f"{seed}/{epoch}/{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return stable_number(f"{seed}/{epoch}/{key}")
 
 
 class ShardDataset(Dataset[dict[str, Any]]):

@@ -77,7 +77,7 @@ class ImageTokenizerModule(TrainedByAdamW):
             self.head = WordHead(self.tokenizer.quantizer.channels, 512, size)
             self.register_buffer("rarity", torch.ones(size))
         self.compiled = self.losses
-        if compile and can_compile("cuda" if torch.cuda.is_available() else "cpu"):
+        if compile and can_compile():
             self.compiled = torch.compile(self.losses)
         self.train_use = CodebookUse(self.tokenizer.codebook_size)
         self.val_use = CodebookUse(self.tokenizer.codebook_size)

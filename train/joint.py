@@ -18,7 +18,7 @@ from multimodal.scenes import Scene
 from multimodal.sequences import Packed, pack
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.train.data import Examples, sample_seed
+from multimodal.train.data import Examples, stable_number
 from multimodal.train.schedule import TrainedByAdamW, can_compile
 
 
@@ -57,7 +57,7 @@ class JointModule(TrainedByAdamW):
         self.row_length = row_length
         self.captions_in_validation = captions_in_validation
         self.drawings_in_validation = drawings_in_validation
-        if compile and can_compile("cuda" if torch.cuda.is_available() else "cpu"):
+        if compile and can_compile():
             self.model.transformer.compile()
 
     @property
@@ -77,15 +77,18 @@ class JointModule(TrainedByAdamW):
         self.model.load_state_dict(source.state_dict())
 
     def pack(self, batch: Examples) -> tuple[Packed, Tensor, Tensor]:
-        """The rows of a batch, and what tells equal images and equal captions apart from others."""
+        """The rows of a batch, and what tells equal images and equal captions apart from others.
+
+        Returns the rows, image_ids: int64[B], and text_ids: int64[B], -1 where the text is dropped.
+        """
         codes = rearrange(self.model.image_tokenizer.encode(batch.pixels()), "b h w -> b (h w)")
         texts = [choose_caption(*one) for one in zip(batch.records, batch.seeds, strict=True)]
         sequences = self.model.pair_sequences(codes, texts, batch.seeds)
         packed = pack(sequences, self.row_length, self.model.vocabulary.pad, row_multiple=4)
-        image_ids = torch.tensor([sample_seed(0, 0, key) for key in batch.keys])
+        image_ids = torch.tensor([stable_number(key) for key in batch.keys])
         null = self.model.vocabulary.null
         text_ids = torch.tensor([
-            -1 if sequence.ids[1] == null else sample_seed(0, 0, text)
+            -1 if sequence.ids[1] == null else stable_number(text)
             for sequence, text in zip(sequences[len(texts) :], texts, strict=True)
         ])  # fmt: skip
         self.tokens = int((packed.documents > 0).sum())

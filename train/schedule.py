@@ -37,9 +37,9 @@ class TrainedByAdamW(L.LightningModule):
         self.log("train/gradient_norm", norm)
 
 
-def can_compile(device_type: str = "cpu") -> bool:
+def can_compile() -> bool:
     """Whether torch.compile can work here; on a CPU it needs a C++ compiler. Says so if not."""
-    if device_type != "cpu" or any(map(shutil.which, ("g++", "clang++"))):
+    if torch.cuda.is_available() or any(map(shutil.which, ("g++", "clang++"))):
         return True
     rank_zero_warn("compile: true, but no C++ compiler (g++, clang++) is here: going on without")
     return False
