@@ -23,6 +23,7 @@ from multimodal.cli import main
 from multimodal.model import load
 from multimodal.train.cli import keep_log, recipe_names
 from multimodal.train.data import GlobalBatches
+from multimodal.train.joint import choose_caption
 
 RECIPES = Path(__file__).parent.parent / "train" / "recipes"
 TOKENIZER: dict[str, Any] = {
@@ -224,6 +225,13 @@ def test_validation_asks_the_same_at_every_epoch() -> None:
     first = list(batches)
     batches.set_epoch(7)  # the epoch seeds the choice of captions and masks
     assert list(batches) == first
+
+
+def test_a_sample_without_captions_is_named_and_never_trained_on_as_silence() -> None:
+    with pytest.raises(ValueError, match="sample owl has no captions"):
+        choose_caption("owl", {"qa": [["what is it?", "an owl"]]}, seed=1)
+    drawn = {choose_caption("owl", {"captions": ["a", "b", "c"]}, seed) for seed in range(50)}
+    assert drawn == {"a", "b", "c"}
 
 
 def test_impossible_batches_are_refused() -> None:

@@ -82,7 +82,8 @@ class JointModule(TrainedByAdamW):
         Returns the rows, image_ids: int64[B], and text_ids: int64[B], -1 where the text is dropped.
         """
         codes = rearrange(self.model.image_tokenizer.encode(batch.pixels()), "b h w -> b (h w)")
-        texts = [choose_caption(*one) for one in zip(batch.records, batch.seeds, strict=True)]
+        samples = zip(batch.keys, batch.records, batch.seeds, strict=True)
+        texts = [choose_caption(*sample) for sample in samples]
         sequences = self.model.pair_sequences(codes, texts, batch.seeds)
         packed = pack(sequences, self.row_length, self.model.vocabulary.pad, row_multiple=4)
         image_ids = torch.tensor([stable_number(key) for key in batch.keys])
@@ -173,9 +174,10 @@ class JointModule(TrainedByAdamW):
         self.model.save(folder)
 
 
-def choose_caption(record: dict[str, Any], seed: int) -> str:
-    """One of the captions, by the seed of the sample; without any, an empty text."""
+def choose_caption(key: str, record: dict[str, Any], seed: int) -> str:
+    """One of the captions of a sample, by its seed. Errors: ``ValueError`` if it has none."""
     captions = record.get("captions", [])
     if not captions:
-        return ""
+        # An empty text in its place would teach the model to say nothing.
+        raise ValueError(f"sample {key} has no captions: joint training needs at least one")
     return str(captions[int(np.random.default_rng([seed, 2]).integers(len(captions)))])
