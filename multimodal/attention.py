@@ -14,6 +14,7 @@ same bidirectional block. With documents 1 1 1 1 1 2 2 and the block  . . b b . 
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 
@@ -32,6 +33,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     A mask of None lets every query see every key.
     """
     groups = q.shape[1] // k.shape[1]
+    if q.is_cpu and q.requires_grad:
+        return _attend_written_out(q, k, v, mask, groups)
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _attend_written_out(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, groups: int
+) -> Tensor:
+    """The same, written out: training on a CPU is 1.2 to 2 times faster so, for rows of 128 to 512.
+
+    torch's kernel for a CPU takes most of its time going back (benchmarks/cpu_training.py).
+    """
+    q = rearrange(q * q.shape[-1] ** -0.5, "b (g r) l d -> b g (r l) d", r=groups)
+    scores = rearrange(q @ k.transpose(-1, -2), "b g (r l) s -> b g r l s", r=groups)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
+    weights = rearrange(scores.softmax(-1).to(v.dtype), "b g r l s -> b g (r l) s")
+    return rearrange(weights @ v, "b g (r l) d -> b (g r) l d", r=groups)

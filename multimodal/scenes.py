@@ -31,7 +31,7 @@ COLOURS: dict[str, RGB] = {
     "pink": (255, 132, 192),
     "brown": (122, 70, 30),
 }
-SIZES: dict[str, tuple[float, float]] = {"small": (0.098, 0.112), "large": (0.175, 0.195)}
+SIZES: dict[str, tuple[float, float]] = {"small": (0.125, 0.138), "large": (0.185, 0.2)}
 TEXTURES = ("solid", "striped", "dotted")
 # Each background from its top to its bottom; no name is also the name of an object's colour.
 BACKGROUNDS: dict[str, tuple[RGB, RGB]] = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from multimodal.attention import attention_mask
+from multimodal.attention import attend, attention_mask
 from multimodal.generation import Batch, continue_text
 from multimodal.model import Multimodal
 from multimodal.sequences import NO_LOSS, Packed, Sequence, describe, draw, pack, plain_text
@@ -269,3 +269,22 @@ def test_bf16_is_close_and_its_logits_are_fp32(tiny_model: Callable[..., Multimo
     logits = logits_of(model, sequence)
     assert logits.dtype == torch.float32
     assert (logits - expected).std() < 0.05 * expected.std()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_in_training_is_that_of_torch(masked: bool) -> None:
+    """With gradients a CPU computes it another way: the same values, the same gradients."""
+    torch.manual_seed(0)
+    shapes = [(2, 6, 9, 8), (2, 3, 9, 8), (2, 3, 9, 8)]
+    q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    documents = torch.tensor([[1] * 5 + [2] * 4, [1] * 7 + [0] * 2])
+    mask = attention_mask(documents, torch.zeros_like(documents)) if masked else None
+    found = attend(q, k, v, mask)
+    twice = (k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, *twice, attn_mask=mask)
+    assert torch.allclose(found, expected, atol=1e-6)
+    gradient = torch.randn_like(found)
+    ours = torch.autograd.grad(found, (q, k, v), gradient)
+    theirs = torch.autograd.grad(expected, (q, k, v), gradient)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)

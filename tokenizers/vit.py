@@ -1,8 +1,9 @@
-"""A ViT image autoencoder: a small convolutional stem, timm's transformer blocks, and back.
+"""A ViT image autoencoder: a convolutional stem, timm's transformer blocks, and back.
 
-ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627) with the convolutional stem of Xiao et al. 2021
-(arXiv:2106.14881), which learns faster from little data than one big patch projection; the decoder
-mirrors it, so that patches meet without seams.
+ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627) with a convolutional stem, as in Xiao et al. 2021
+(arXiv:2106.14881), here of residual blocks: it learns shapes from little data, where one big patch
+projection sees colours only (docs/decisions.md has the numbers). The decoder goes back in the same
+steps, so that patches meet without seams.
 
 Shapes: B batch, H W pixels, h w = H / downsample, D width, C channels of a code vector.
 """
@@ -10,10 +11,11 @@ Shapes: B batch, H W pixels, h w = H / downsample, D width, C channels of a code
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-PIXELS_PER_STEP = 4  # the first and last layer fold 4 x 4 pixels into channels
+PIXELS_PER_STEP = 4  # the last layer unfolds 4 x 4 pixels from channels
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -23,10 +25,30 @@ class ChannelNorm(nn.LayerNorm):
         return rearrange(super().forward(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
 
 
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions beside the identity, float[B, C, H, W] (He et al., arXiv:1603.05027).
+
+    Batch normalisation learns shapes several times sooner here than LayerNorm over channels.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.BatchNorm2d(channels),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.layers(x)
+        return out
+
+
 def _stage_widths(dim: int, downsample: int) -> list[int]:
-    """Channels after each halving, from 4 x 4 pixels up to ``dim``: 16 -> [D/4, D/2, D]."""
-    steps = (downsample // PIXELS_PER_STEP).bit_length() - 1
-    return [max(32, dim >> (steps - i)) for i in range(steps)] + [dim]
+    """Channels after each halving, up to ``dim``: 16 -> [D/8, D/4, D/2, D], at least 32."""
+    halvings = downsample.bit_length() - 1
+    return [max(32, dim >> (halvings - 1 - i)) for i in range(halvings)]
 
 
 class Standardise(nn.BatchNorm1d):
@@ -51,6 +73,10 @@ class PositionedBlocks(nn.Module):
         super().__init__()
         self.positions = nn.Parameter(0.02 * torch.randn(1, dim, grid, grid))
         self.blocks = nn.Sequential(*(Block(dim, heads, qk_norm=True) for _ in range(depth)))
+        for module in self.blocks.modules():
+            if isinstance(module, Attention):
+                # Written out: for so few tokens torch's kernel is slower, on a CPU eight times.
+                module.fused_attn = False  # type: ignore[misc]  # Final, for TorchScript's sake
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,10 +98,9 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         widths = _stage_widths(dim, downsample)
-        first = nn.Conv2d(3 * PIXELS_PER_STEP**2, widths[0], 3, padding=1)
-        layers: list[nn.Module] = [nn.PixelUnshuffle(PIXELS_PER_STEP), first]
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, 2, padding=1)]
         for before, after in zip(widths, widths[1:], strict=False):
-            layers += [ChannelNorm(before), nn.GELU(), nn.Conv2d(before, after, 3, 2, padding=1)]
+            layers += [nn.Conv2d(before, after, 3, 2, padding=1), Residual(after), Residual(after)]
         self.stem = nn.Sequential(*layers)
         self.transformer = PositionedBlocks(dim, depth, heads, grid)
         self.to_latents = nn.Sequential(nn.Linear(dim, channels), Standardise(channels))
@@ -94,7 +119,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.from_vectors = nn.Linear(channels, dim)
         self.transformer = PositionedBlocks(dim, depth, heads, grid)
-        widths = _stage_widths(dim, downsample)[::-1]
+        widths = _stage_widths(dim, downsample)[:0:-1]
         layers: list[nn.Module] = []
         for before, after in zip(widths, widths[1:], strict=False):
             layers += [nn.Conv2d(before, 4 * after, 1), nn.PixelShuffle(2)]

@@ -1,12 +1,5 @@
-"""Training an image tokenizer: reconstruct the pixels, and keep what captions speak of.
+"""Training an image tokenizer: reconstruct the pixels, and keep what captions speak of."""
 
-The semantic loss teaches the codes by captions: from the codes of an image alone, a small head
-predicts which text tokens its captions hold (SuperClass, Huang et al. 2024, arXiv:2411.03313; words
-as labels go back to Joulin et al. 2016, arXiv:1511.02251). Codes trained on pixels alone spend
-their bits on colour, and a captioner reads little from them. The head is not part of the tokenizer.
-"""
-
-import math
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor, nn
+from torch import Tensor
 
 from multimodal.images import Fit, to_image
 from multimodal.tokenizers.image import (
@@ -26,22 +19,7 @@ from multimodal.tokenizers.quantizer import CodebookUse
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.data import Examples
 from multimodal.train.schedule import TrainedByAdamW, can_compile
-
-
-class WordHead(nn.Module):
-    """Code vectors float[B, h, w, C] -> one logit per text token, float[B, T]."""
-
-    def __init__(self, channels: int, width: int, vocabulary_size: int) -> None:
-        super().__init__()
-        self.per_code = nn.Sequential(
-            nn.Linear(channels, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
-        )
-        self.norm = nn.LayerNorm(width)
-        self.words = nn.Linear(width, vocabulary_size)
-
-    def forward(self, vectors: Tensor) -> Tensor:
-        logits: Tensor = self.words(self.norm(self.per_code(vectors).mean((1, 2))))
-        return logits
+from multimodal.train.semantic import SemanticLoss, Words
 
 
 class ImageTokenizerModule(TrainedByAdamW):
@@ -52,8 +30,6 @@ class ImageTokenizerModule(TrainedByAdamW):
     learning_rate, weight_decay, warmup_steps: AdamW with linear warm-up, then a cosine to zero.
     compile: torch.compile (needs a C++ compiler on a CPU).
     """
-
-    rarity: Tensor
 
     def __init__(
         self,
@@ -68,14 +44,12 @@ class ImageTokenizerModule(TrainedByAdamW):
         super().__init__(learning_rate, weight_decay, warmup_steps)
         self.semantic_weight = semantic_weight
         self.tokenizer = ViTTokenizer(tokenizer)
-        self.text_tokenizer: TextTokenizer | None = None
+        self.semantic: SemanticLoss | None = None
         if semantic_weight:
             if text_tokenizer is None:
                 raise ValueError("semantic_weight needs text_tokenizer: the file of a trained BPE")
-            self.text_tokenizer = TextTokenizer.load(text_tokenizer)
-            size = len(self.text_tokenizer)
-            self.head = WordHead(self.tokenizer.quantizer.channels, 512, size)
-            self.register_buffer("rarity", torch.ones(size))
+            words = TextTokenizer.load(text_tokenizer)
+            self.semantic = SemanticLoss(words, self.tokenizer.quantizer.channels)
         self.compiled = self.losses
         if compile and can_compile():
             self.compiled = torch.compile(self.losses)
@@ -87,40 +61,27 @@ class ImageTokenizerModule(TrainedByAdamW):
         return self.tokenizer.config.image_size, self.tokenizer.config.fit
 
     def on_fit_start(self) -> None:
-        if self.text_tokenizer is None or self.trainer.ckpt_path:
+        if self.semantic is None or self.trainer.ckpt_path:
             return
-        # Inverse document frequency: "a" is in every caption and says nothing about the picture.
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        counts, total = torch.zeros(len(self.text_tokenizer)), 0
-        for sample in chain.from_iterable(data.shards(data.train_split)):
-            for caption in sample.record.get("captions", []):
-                total += 1
-                counts[list(set(self.text_tokenizer.encode(caption)))] += 1
-        self.rarity.copy_(torch.log(total / counts.clamp(min=1)) / math.log(max(total, 2)))
+        samples = chain.from_iterable(data.shards(data.train_split))
+        self.semantic.count(c for sample in samples for c in sample.record.get("captions", []))
 
-    def word_targets(self, records: list[dict[str, Any]]) -> Tensor:
-        """float[B, T]: the rarity-weighted text tokens of an image's captions, summing to 1."""
-        assert self.text_tokenizer is not None
-        targets = torch.zeros(len(records), len(self.text_tokenizer))
-        for row, record in zip(targets, records, strict=True):
-            for caption in record.get("captions", []):
-                row[list(set(self.text_tokenizer.encode(caption)))] += 1
-        targets = targets.to(self.rarity) * self.rarity
-        return targets / targets.sum(-1, keepdim=True).clamp(min=1e-6)
-
-    def losses(self, images: Tensor, targets: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, images: Tensor, words: Words | None) -> tuple[Tensor, dict[str, Tensor]]:
         reconstruction, quantized = self.tokenizer(images)
         parts = {"pixels": F.mse_loss(reconstruction.float(), images)}
         total = parts["pixels"] + quantized.loss
-        if targets is not None:
-            logits = self.head(quantized.vectors).float()
-            parts["words"] = F.cross_entropy(logits, targets)
-            total = total + self.semantic_weight * parts["words"]
+        if self.semantic is not None and words is not None:
+            semantic = self.semantic(quantized.vectors, words)
+            total = total + self.semantic_weight * (semantic["words"] + semantic["context"])
+            parts |= semantic
         return total, {**parts, "total": total, "codes": quantized.codes}
 
     def step(self, batch: Examples) -> tuple[Tensor, dict[str, Tensor]]:
-        targets = self.word_targets(batch.records) if self.text_tokenizer else None
-        total, parts = self.compiled(batch.pixels(), targets)
+        words = None
+        if self.semantic is not None:
+            words = self.semantic.words(batch.keys, batch.records, batch.seeds)
+        total, parts = self.compiled(batch.pixels(), words)
         return total, parts
 
     def training_step(self, batch: Examples, batch_idx: int) -> Tensor:

@@ -1,9 +1,7 @@
 """Joint pretraining: language modelling, alignment and mask-and-reconstruct in one forward pass."""
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -18,7 +16,7 @@ from multimodal.scenes import Scene
 from multimodal.sequences import Packed, pack
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.train.data import Examples, stable_number
+from multimodal.train.data import Examples, choose_caption, stable_number
 from multimodal.train.schedule import TrainedByAdamW, can_compile
 
 
@@ -172,12 +170,3 @@ class JointModule(TrainedByAdamW):
 
     def export(self, folder: str) -> None:
         self.model.save(folder)
-
-
-def choose_caption(key: str, record: dict[str, Any], seed: int) -> str:
-    """One of the captions of a sample, by its seed. Errors: ``ValueError`` if it has none."""
-    captions = record.get("captions", [])
-    if not captions:
-        # An empty text in its place would teach the model to say nothing.
-        raise ValueError(f"sample {key} has no captions: joint training needs at least one")
-    return str(captions[int(np.random.default_rng([seed, 2]).integers(len(captions)))])
