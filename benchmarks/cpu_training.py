@@ -8,6 +8,8 @@ back. A step is the joint step of a photo batch: 64 pairs, forward, backward, cl
 
 import argparse
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -89,7 +91,16 @@ def main() -> None:
         print(f"{seconds[name]:6.3f} s a step   {name}", flush=True)
     first, last = next(iter(seconds.values())), list(seconds.values())[-1]
     print(f"{first / last:.2f} times faster with both")
-    print(json.dumps(seconds))
+    figures = {
+        "seconds_a_step": seconds,
+        "times_faster": first / last,
+        "size": options.size,
+        "pairs": options.pairs,
+        "row_length": options.row_length,
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+    }
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,9 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         widths = _stage_widths(dim, downsample)
+        # Texture is in the first layer or nowhere: it needs its non-linearity before the next step.
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, 2, padding=1)]
+        layers += [nn.BatchNorm2d(widths[0]), nn.GELU()]
         for before, after in zip(widths, widths[1:], strict=False):
             layers += [nn.Conv2d(before, after, 3, 2, padding=1), Residual(after), Residual(after)]
         self.stem = nn.Sequential(*layers)
