@@ -54,7 +54,7 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
     codes = torch.randint(0, 4375, (pairs, 64))
     numbers = list(range(pairs))
-    packed = pack(model.pair_sequences(codes, [text] * pairs, numbers), length,
+    packed = pack(model.sequences(codes, [text] * pairs, numbers), length,
                   model.vocabulary.pad, row_multiple=4)  # fmt: skip
     times = []
     for _ in range(steps):

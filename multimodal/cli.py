@@ -18,6 +18,12 @@ from multimodal import __version__
 
 VERBS: dict[str, tuple[str, str]] = {
     "caption": ("multimodal.commands.caption", "describe images in words"),
+    "answer": ("multimodal.commands.answer", "answer a question about an image"),
+    "generate": ("multimodal.commands.generate", "go on after any mix of images and texts"),
+    "draw": ("multimodal.commands.draw", "draw images after a text"),
+    "edit": ("multimodal.commands.edit", "draw a part of an image anew"),
+    "embed": ("multimodal.commands.embed", "turn images or texts into vectors"),
+    "search": ("multimodal.commands.search", "find the images that fit a text or an image"),
     "data": ("multimodal.commands.data", "build, index and check shards of images and text"),
     "tokenizer": ("multimodal.commands.tokenizer", "train a text tokenizer (an image one: fit)"),
     "fit": ("multimodal.train.cli", "train, from a recipe"),

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from multimodal.model import Multimodal, load, read_config
+from multimodal.folder import load, read_config
+from multimodal.model import Multimodal
 from multimodal.vocabulary import SPECIALS, Vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,7 +1,7 @@
-"""Generation: text after a prompt, images after a text; with a KV cache, in batches, by a grammar.
+"""Text after a prompt of text and images: with a KV cache, in batches, by a grammar.
 
 The grammar masks the logits at every step: where text belongs only text ids and <eos> can be drawn,
-where an image belongs exactly h * w codes.
+where an image belongs exactly h * w codes (multimodal/drawing.py).
 
 Shapes: B batch, L longest prompt, S tokens in the cache, V vocabulary, n codes of an image.
 """
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from multimodal.attention import attention_mask
 from multimodal.images import fit_image, open_image, to_tensor
-from multimodal.sequences import describe_prompt, draw_prompt
+from multimodal.sampling import Sampling
+from multimodal.sequences import describe_prompt
 from multimodal.transformer import Cache
 
 if TYPE_CHECKING:
@@ -24,15 +25,19 @@ if TYPE_CHECKING:
 
     from multimodal.model import Multimodal
 
+GREEDY = Sampling()
+
 
 def read_images(
-    model: "Multimodal", images: SequenceOf["str | Path | bytes | Image.Image"]
+    model: "Multimodal",
+    images: SequenceOf["str | Path | bytes | Image.Image"],
+    names: SequenceOf[str] | None = None,
 ) -> Tensor:
-    """float32[B, 3, H, W] in [-1, 1], made square as the model was trained"""
+    """float32[B, 3, H, W] in [-1, 1], made square as the model was trained; names: for errors"""
     config = model.image_tokenizer.config
     pixels = []
     for number, image in enumerate(images):
-        name = None if isinstance(image, str | Path) else f"image {number}"
+        name = names[number] if names else _name(image, number)
         whole = open_image(image, name=name)
         pixels.append(to_tensor(fit_image(whole, config.image_size, config.fit)))
     return torch.stack(pixels)
@@ -44,6 +49,22 @@ def encode_images(model: "Multimodal", pixels: Tensor) -> Tensor:
     return rearrange(codes, "b h w -> b (h w)")
 
 
+def text_ids(model: "Multimodal", text: str) -> list[int]:
+    """What a user wrote, as ids; it can hold no special. Errors: ``ValueError`` for nothing."""
+    if not text.strip():
+        raise ValueError("the text is empty")
+    return model.text_tokenizer.encode(text.strip())
+
+
+def check_length(model: "Multimodal", prompts: SequenceOf[list[int]], room: int) -> None:
+    """Errors: ``ValueError`` where a prompt and what is to follow are more than the model reads."""
+    longest, limit = max(map(len, prompts)), model.config.transformer.max_position_embeddings
+    if longest + room > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {room} more: the model reads at most {limit}"
+        )
+
+
 class Batch:
     """Prompts of different lengths, read once into a cache and then continued token by token.
 
@@ -51,6 +72,7 @@ class Batch:
     """
 
     def __init__(self, model: "Multimodal", prompts: list[list[int]], room: int) -> None:
+        check_length(model, prompts, room)
         self.model = model
         longest = max(map(len, prompts))
         ids = torch.full((len(prompts), longest), model.vocabulary.pad)
@@ -90,21 +112,29 @@ class Batch:
 
 @torch.inference_mode()
 def continue_text(
-    model: "Multimodal", prompts: list[list[int]], max_tokens: int
+    model: "Multimodal",
+    prompts: list[list[int]],
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    numbers: SequenceOf[int] | None = None,
 ) -> list[list[int]]:
-    """Greedy text after each prompt: ids up to <eos> (not included), at most ``max_tokens``."""
+    """Text after each prompt: ids up to <eos> (not included), at most ``max_tokens``.
+
+    numbers: what the prompts are called, for the random numbers; 0, 1, ... by default.
+    """
     vocabulary = model.vocabulary
-    room = model.config.transformer.max_position_embeddings - max(map(len, prompts))
-    if max_tokens < 1 or max_tokens > room:
-        raise ValueError(f"max_tokens={max_tokens}: expected 1 to {room}")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
     batch = Batch(model, prompts, max_tokens)
     allowed = torch.zeros(vocabulary.size, dtype=torch.bool, device=model.device)
     allowed[: vocabulary.text_size] = True
     allowed[vocabulary.eos] = True
     out: list[list[int]] = [[] for _ in prompts]
     rows = torch.arange(len(prompts), device=model.device)
+    generators = sampling.generators(range(len(prompts)) if numbers is None else numbers)
     for step in range(max_tokens):
-        ids = batch.logits().masked_fill(~allowed, -torch.inf).argmax(-1)
+        logits = batch.logits().masked_fill(~allowed, -torch.inf)
+        ids = sampling.choose(logits, [generators[row] for row in rows.tolist()])
         going = (ids != vocabulary.eos).nonzero()[:, 0]
         rows, ids = rows[going], ids[going]
         for row, token in zip(rows.tolist(), ids.tolist(), strict=True):
@@ -124,93 +154,65 @@ def caption(
     *,
     batch_size: int = 32,
     max_tokens: int = 64,
+    sampling: Sampling = GREEDY,
 ) -> list[str]:
-    """One caption an image, greedy, in the order given."""
+    """One caption an image, in the order given."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
     if isinstance(images, str | Path | bytes) or not hasattr(images, "__len__"):
         raise ValueError("images: expected a list of images, even for one")
     captions: list[str] = []
     for start in range(0, len(images), batch_size):
-        pixels = read_images(model, images[start : start + batch_size])
-        captions += caption_pixels(model, pixels, max_tokens)
+        batch = images[start : start + batch_size]
+        numbers = range(start, start + len(batch))
+        pixels = read_images(model, batch, [_name(images[number], number) for number in numbers])
+        captions += caption_pixels(model, pixels, max_tokens, sampling, numbers)
     return captions
 
 
-@torch.inference_mode()
-def caption_pixels(model: "Multimodal", pixels: Tensor, max_tokens: int = 64) -> list[str]:
+def _name(image: object, number: int) -> str:
+    return str(image) if isinstance(image, str | Path) else f"image {number}"
+
+
+def caption_pixels(
+    model: "Multimodal",
+    pixels: Tensor,
+    max_tokens: int = 64,
+    sampling: Sampling = GREEDY,
+    numbers: SequenceOf[int] | None = None,
+) -> list[str]:
     """float32[B, 3, H, W] in [-1, 1] -> B captions"""
+    return text_after(model, pixels, [""] * len(pixels), max_tokens, sampling, numbers)
+
+
+def answer_pixels(
+    model: "Multimodal",
+    pixels: Tensor,
+    questions: SequenceOf[str],
+    max_tokens: int = 32,
+    sampling: Sampling = GREEDY,
+) -> list[str]:
+    """float32[B, 3, H, W] in [-1, 1], B questions -> B answers"""
+    prompts = [model.config.templates.ask(question) for question in questions]
+    return text_after(model, pixels, prompts, max_tokens, sampling)
+
+
+@torch.inference_mode()
+def text_after(
+    model: "Multimodal",
+    pixels: Tensor,
+    prompts: SequenceOf[str],
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    numbers: SequenceOf[int] | None = None,
+) -> list[str]:
+    """float32[B, 3, H, W] in [-1, 1], B texts to follow the images -> B texts that go on"""
     if not len(pixels):
         return []
     codes = encode_images(model, pixels) + model.vocabulary.image_start
-    prompts = [describe_prompt(model.vocabulary, row) for row in codes.tolist()]
-    texts = continue_text(model, prompts, max_tokens)
-    return [model.text_tokenizer.decode(ids).strip() for ids in texts]
-
-
-@torch.inference_mode()
-def draw_masked(
-    model: "Multimodal",
-    texts: SequenceOf[str],
-    *,
-    steps: int = 12,
-    guidance_scale: float = 3.0,
-    temperature: float = 1.0,
-    seed: int = 0,
-) -> Tensor:
-    """Draw by reconstructing masked codes in parallel -> codes: int64[B, n].
-
-    MaskGIT (Chang et al. 2022, arXiv:2202.04200): all codes start masked; at each step the most
-    confident are kept, by the cosine schedule, with Gumbel noise that is annealed to zero. Guidance
-    is ``u + guidance_scale * (c - u)``: 1 is none, 0 ignores the text.
-    """
-    vocabulary, n = model.vocabulary, model.image_tokenizer.config.grid**2
-    prompts = [draw_prompt(vocabulary, model.text_tokenizer.encode(text)) for text in texts]
-    guided = guidance_scale != 1
-    if guided:
-        prompts += [draw_prompt(vocabulary, None)] * len(texts)
-    generator = torch.Generator().manual_seed(seed)
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest + n), vocabulary.mask)
-    documents, blocks = torch.zeros_like(ids), torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, :longest] = vocabulary.pad
-        ids[row, longest - len(prompt) : longest] = torch.tensor(prompt)
-        documents[row, longest - len(prompt) :] = 1
-    blocks[:, longest:] = 1
-    positions = documents.cumsum(1).sub(1).clamp(min=0).to(model.device)
-    mask = attention_mask(documents, blocks).to(model.device)
-    codes = torch.full((len(texts), n), -1)
-    for step in range(steps):
-        hidden = model.transformer(ids.to(model.device), positions, mask)[:, longest:]
-        logits = model.transformer.logits(hidden)
-        logits = logits[..., vocabulary.image_start : vocabulary.image_end]
-        if guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + guidance_scale * (conditional - unconditional)
-        logits = logits.cpu()
-        noise = -torch.empty(logits.shape).exponential_(generator=generator).log()
-        drawn = (logits + temperature * noise).argmax(-1)
-        confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
-        progress = (step + 1) / steps
-        gumbel = -torch.empty(confidence.shape).exponential_(generator=generator).log()
-        confidence = confidence + temperature * (1 - progress) * gumbel
-        known = codes >= 0
-        drawn = torch.where(known, codes, drawn)
-        confidence = confidence.masked_fill(known, torch.inf)
-        left = int(n * torch.cos(torch.tensor(progress * torch.pi / 2)))
-        keep = n if step == steps - 1 else max(1, n - left)
-        chosen = confidence.topk(keep, dim=-1).indices
-        codes = torch.full_like(codes, -1).scatter(1, chosen, drawn.gather(1, chosen))
-        image = torch.where(codes >= 0, codes + vocabulary.image_start, vocabulary.mask)
-        ids[:, longest:] = image.repeat(2 if guided else 1, 1)
-    return codes
-
-
-@torch.inference_mode()
-def decode_images(model: "Multimodal", codes: Tensor) -> Tensor:
-    """codes: int64[B, n] -> float32[B, 3, H, W] in [-1, 1]"""
-    side = model.image_tokenizer.config.grid
-    grid = rearrange(codes, "b (h w) -> b h w", h=side).to(model.device)
-    images: Tensor = model.image_tokenizer.decode(grid)
-    return images
+    ids = [
+        describe_prompt(model.vocabulary, row) + model.text_tokenizer.encode(prompt)
+        for row, prompt in zip(codes.tolist(), prompts, strict=True)
+    ]
+    texts = continue_text(model, ids, max_tokens, sampling, numbers)
+    return [model.text_tokenizer.decode(text).strip() for text in texts]

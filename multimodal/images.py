@@ -6,6 +6,7 @@ guess. Legend: H, W are pixels; tensors are ``float32[3, H, W] in [-1, 1]``.
 """
 
 import io
+import math
 import stat
 import struct
 import zlib
@@ -173,6 +174,17 @@ def to_image(tensor: "Tensor") -> Image.Image:
         raise ValueError("the image tensor has values that are not finite")
     pixels = ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy())
+
+
+def grid_of(images: list[Image.Image]) -> Image.Image:
+    """Images of one size in rows, as square a grid as can be, two white pixels between them."""
+    columns = math.ceil(math.sqrt(len(images)))
+    width, height = (side + 2 for side in images[0].size)
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * width - 2, rows * height - 2), "white")
+    for number, image in enumerate(images):
+        grid.paste(image, (number % columns * width, number // columns * height))
+    return grid
 
 
 def read_image_file(path: Path) -> bytes:

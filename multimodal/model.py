@@ -1,26 +1,24 @@
-"""A model: one transformer, two tokenizers, the alignment projections; and its folder.
-
-config.json  model.safetensors  heads.safetensors  text_tokenizer.json  image_tokenizer/
-"""
+"""A model: one transformer, two tokenizers, the alignment projections."""
 
 import hashlib
 import json
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multimodal.attention import attention_mask
+from multimodal.images import open_image, to_image
 from multimodal.objectives import Alignment, ObjectivesConfig, token_losses
-from multimodal.sequences import NO_LOSS, Packed, Sequence, describe, draw, random_mask
-from multimodal.tokenizers.image import ViTTokenizer, load_image_tokenizer
+from multimodal.sampling import Sampling
+from multimodal.sequences import NO_LOSS, Packed, Sequence, answer, describe, draw, random_mask
+from multimodal.templates import Templates
+from multimodal.tokenizers.image import ViTTokenizer
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.transformer import Transformer, TransformerConfig, named_config
 from multimodal.vocabulary import Vocabulary
@@ -28,18 +26,19 @@ from multimodal.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMAT_VERSION = 1
+ImageSource: TypeAlias = "str | Path | bytes | Image.Image"
 SHAPE_MULTIPLE = 256  # positions with a target are padded to this
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything but the weights: sizes, vocabulary, objectives."""
+    """Everything but the weights: sizes, vocabulary, objectives, how tasks are put in words."""
 
     transformer: TransformerConfig
     text_size: int
     codebook_size: int
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    templates: Templates = field(default_factory=Templates)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -49,8 +48,8 @@ class ModelConfig:
 class Multimodal(nn.Module):
     """Text and images through one transformer.
 
-    Build one with ``new``, load one with ``multimodal.load``. ``forward`` returns the losses;
-    ``caption`` and its kin are for use.
+    Build one with ``new``, load one with ``multimodal.load`` (multimodal/folder.py). ``forward``
+    returns the losses; ``caption`` and its kin are for use.
     """
 
     def __init__(
@@ -134,26 +133,45 @@ class Multimodal(nn.Module):
 
     # --- training -----------------------------------------------------------------------------
 
-    def pair_sequences(
-        self, codes: Tensor, texts: SequenceOf[str], seeds: SequenceOf[int]
+    def sequences(
+        self,
+        codes: Tensor,
+        captions: SequenceOf[str | None],
+        seeds: SequenceOf[int],
+        exchanges: SequenceOf[tuple[str, str] | None] | None = None,
     ) -> list[Sequence]:
-        """Two sequences a pair: all ``describe`` first, then all ``draw``.
+        """What B images with their texts teach: B sequences that start with the image, then B that
+        start with the text, then the rest.
 
-        codes: int64[B, n]; texts: B captions; seeds: B numbers that decide all that is random.
+        codes: int64[B, n]; captions: B, None where there is none; seeds: B numbers that decide all
+        that is random; exchanges: B prompts with their answers, None where there is none.
+
+        An image without a caption starts its exchange, and is drawn from the dropped condition.
         """
-        goals = self.config.objectives
-        describes, draws = [], []
-        for image, text, seed in zip(codes.cpu().numpy(), texts, seeds, strict=True):
-            ids = self.text_tokenizer.encode(text)
-            describes.append(describe(self.vocabulary, image, ids))
+        goals, vocabulary = self.config.objectives, self.vocabulary
+        encode = self.text_tokenizer.encode
+        describes, draws, answers = [], [], []
+        exchanges = exchanges or [None] * len(codes)
+        everything = zip(codes.cpu().numpy(), captions, seeds, exchanges, strict=True)
+        for image, text, seed, exchange in everything:
+            if exchange is not None:
+                prompt, reply = map(encode, exchange)
+                answers.append(answer(vocabulary, image, prompt, reply))
+            if text is not None:
+                describes.append(describe(vocabulary, image, encode(text)))
+            elif exchange is not None:
+                describes.append(answers.pop())
+            else:
+                raise ValueError("an image needs a caption or an exchange to learn from")
             rng = np.random.default_rng([seed, 1])
             form, dropped = rng.random(), rng.random() < goals.drop_condition
+            ids = None if text is None else encode(text)
             if form >= goals.reconstruct_share + goals.next_token_share:
-                draws.append(draw(self.vocabulary, ids))
+                draws.append(draw(vocabulary, ids))
                 continue
             masked = random_mask(len(image), rng) if form < goals.reconstruct_share else None
-            draws.append(draw(self.vocabulary, None if dropped else ids, image, masked))
-        return describes + draws
+            draws.append(draw(vocabulary, None if dropped else ids, image, masked))
+        return describes + draws + answers
 
     def hidden(self, packed: Packed) -> Tensor:
         """float[R, L, D]"""
@@ -164,7 +182,7 @@ class Multimodal(nn.Module):
     def forward(
         self, packed: Packed, image_ids: Tensor, text_ids: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The joint loss of rows that hold B describe and then B draw sequences (and any others).
+        """The joint loss of rows that hold what ``sequences`` made of B images.
 
         image_ids, text_ids: int64[B], equal for equal images and equal texts, -1 for a dropped one.
         Returns the weighted sum and its parts.
@@ -192,96 +210,143 @@ class Multimodal(nn.Module):
             total = total + goals.alignment_weight * parts["alignment"]
         return total, {**parts, "total": total}
 
-    # --- the folder ---------------------------------------------------------------------------
-
     def save(self, folder: str | Path, card: str = "") -> None:
         """Write the model folder; ``card`` is its README.md."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.transformer.stock_state_dict(), folder / "model.safetensors")
-        heads = {name: value.contiguous() for name, value in self.alignment.state_dict().items()}
-        save_file(heads, folder / "heads.safetensors")
-        self.text_tokenizer.save(folder / "text_tokenizer.json")
-        self.image_tokenizer.save(folder / "image_tokenizer")
-        config = {
-            "format": FORMAT_VERSION,
-            **asdict(self.config),
-            "preprocessing": {
-                "image_size": self.image_tokenizer.config.image_size,
-                "fit": self.image_tokenizer.config.fit,
-            },
-            "fingerprints": {
-                "model": self.fingerprint,
-                "image_tokenizer": self.image_tokenizer.fingerprint,
-            },
-        }
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        if card or not (folder / "README.md").exists():
-            (folder / "README.md").write_text(card or DEFAULT_CARD)
+        from multimodal.folder import save
+
+        save(self, Path(folder), card)
 
     # --- use ----------------------------------------------------------------------------------
+    # Images are paths, bytes or Pillow images. What is wrong with them, or with an argument, is a
+    # ValueError. temperature 0 takes the likeliest token; see multimodal.sampling.
 
     def caption(
         self,
-        images: SequenceOf["str | Path | bytes | Image.Image"],
+        images: SequenceOf[ImageSource],
         *,
         batch_size: int = 32,
         max_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
     ) -> list[str]:
-        """One caption an image (paths, bytes or Pillow images), greedy. Errors: ``ValueError``."""
+        """One caption an image."""
         from multimodal.generation import caption
 
-        return caption(self, images, batch_size=batch_size, max_tokens=max_tokens)
-
-
-DEFAULT_CARD = "# A model of the multimodal toolkit\n\nNo card was written for this model.\n"
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a model folder. Errors: ``ValueError`` that says what is missing."""
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such model folder")
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder}: not a model folder (config.json is missing)") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT_VERSION:
-        raise ValueError(f"{path}: not the config of a model of this release")
-    return config
-
-
-def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Multimodal:
-    """Load a model folder, ready for use. Errors: ``ValueError`` for anything that is not one."""
-    folder = Path(path)
-    stored = read_config(folder)
-    try:
-        config = ModelConfig(
-            TransformerConfig(**stored["transformer"]),
-            stored["text_size"],
-            stored["codebook_size"],
-            ObjectivesConfig(**stored["objectives"]),
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        return caption(
+            self, images, batch_size=batch_size, max_tokens=max_tokens, sampling=sampling
         )
-        model = Multimodal(
-            config,
-            TextTokenizer.load(folder / "text_tokenizer.json"),
-            load_image_tokenizer(folder / "image_tokenizer"),
-        )
-        model.transformer.load_stock_state_dict(load_file(folder / "model.safetensors"))
-        model.alignment.load_state_dict(load_file(folder / "heads.safetensors"))
-        expected = stored["fingerprints"]["image_tokenizer"]
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder}: {error.filename or error} is missing") from error
-    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: not a model of this release: {error}") from error
-    if model.image_tokenizer.fingerprint != expected:
-        raise ValueError(
-            f"{folder}: the model was trained with image tokenizer {expected}, "
-            f"the folder holds {model.image_tokenizer.fingerprint}"
-        )
-    # The tokenizer stays in fp32: in bf16 it would pick other codes than in training.
-    model.transformer.to(dtype)
-    model.alignment.to(dtype)
-    return model.to(device).eval()
+
+    def answer(
+        self,
+        image: ImageSource,
+        question: str,
+        *,
+        max_tokens: int = 32,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> str:
+        """The answer to a question about an image."""
+        from multimodal.generation import answer_pixels, read_images
+
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        pixels = read_images(self, [image])
+        return answer_pixels(self, pixels, [question], max_tokens, sampling)[0]
+
+    def draw(
+        self,
+        text: str,
+        n: int = 1,
+        *,
+        method: Literal["masked", "causal"] = "masked",
+        steps: int = 12,
+        guidance_scale: float = 3.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> "list[Image.Image]":
+        """n drawings of a text; see multimodal.drawing for the methods and for guidance."""
+        from multimodal.drawing import decode_images, draw_codes
+
+        if n < 1:
+            raise ValueError(f"n={n}: expected at least 1")
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        codes = draw_codes(self, [text] * n, method=method, steps=steps,
+                           guidance_scale=guidance_scale, sampling=sampling)  # fmt: skip
+        return [to_image(image) for image in decode_images(self, codes)]
+
+    def edit(
+        self,
+        image: ImageSource,
+        mask: "ImageSource | tuple[int, int, int, int]",
+        text: str,
+        *,
+        steps: int = 12,
+        guidance_scale: float = 3.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> "Image.Image":
+        """Draw a part of the image anew, after a text; mask: white there, or a box x0, y0, x1, y1.
+
+        The result has the size of the image, and is the same outside the mask.
+        """
+        from multimodal.editing import box_mask, edit_image
+
+        whole = open_image(image)
+        where = box_mask(whole.size, mask) if isinstance(mask, tuple) else open_image(mask)
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        return edit_image(self, whole, where, text, steps=steps, guidance_scale=guidance_scale,
+                          sampling=sampling)  # fmt: skip
+
+    def embed(
+        self,
+        images: SequenceOf[ImageSource] | None = None,
+        texts: SequenceOf[str] | None = None,
+        *,
+        batch_size: int = 32,
+    ) -> Tensor:
+        """float32[N, D] of unit norm, on the CPU: of the images or of the texts.
+
+        The product of an image's row and a text's says how well they fit, in [-1, 1].
+        """
+        from multimodal.embedding import embed_pixels, embed_texts
+        from multimodal.generation import read_images
+
+        if (images is None) == (texts is None):
+            raise ValueError("embed: give images or texts, one of the two")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: expected at least 1")
+        rows: list[Tensor] = [torch.zeros(0, self.config.objectives.alignment_dim)]
+        if images is not None:
+            for start in range(0, len(images), batch_size):
+                pixels = read_images(self, images[start : start + batch_size])
+                rows.append(embed_pixels(self, pixels))
+        if texts is not None:
+            for start in range(0, len(texts), batch_size):
+                rows.append(embed_texts(self, texts[start : start + batch_size]))
+        return torch.cat(rows)
+
+    def generate(
+        self,
+        parts: SequenceOf[ImageSource],
+        *,
+        output: Literal["text", "image", "any"] = "text",
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> "list[str | Image.Image]":
+        """Go on after any mix: here a ``str`` is text, and images are paths (``Path``), bytes or
+        Pillow images. output: text, one image, or ``any`` mix of both."""
+        from multimodal.interleaving import generate
+
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        return generate(self, parts, output=output, max_tokens=max_tokens, sampling=sampling)

@@ -1,7 +1,8 @@
 """The objectives, all computed from one forward pass over the packed rows.
 
-Token objectives (caption, text, image, reconstruct) are cross-entropies over the whole vocabulary.
-Alignment is a contrastive loss between the state at <eoi> of describe and that at <boi> of draw.
+Token objectives (caption, answer, text, image, reconstruct) are cross-entropies over the whole
+vocabulary. Alignment is a contrastive loss between the state at <eoi> of describe and that at
+<boi> of draw.
 
 Shapes: R rows, L their length, D width, V vocabulary, N positions with a target, B pairs,
 E embedding.
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 
 from multimodal.sequences import NO_LOSS, OBJECTIVES
 
+WEIGHTS = {"caption": 1.0, "answer": 1.0, "text": 0.2, "image": 0.2, "reconstruct": 0.3}
+
 
 @dataclass(frozen=True)
 class ObjectivesConfig:
     """Args:
-    weights: of the token objectives; each is a mean over its own tokens, so that the many codes of
-        an image do not drown a caption.
+    weights: of the token objectives, over the defaults for those not named; each is a mean over its
+        own tokens, so that the many codes of an image do not drown a caption.
     alignment_weight, alignment_form, alignment_dim: of the contrastive loss.
     z_loss_weight: of mean (log Z)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311).
     reconstruct_share, next_token_share: of the draw sequences that go on with the image, masked or
@@ -31,9 +34,7 @@ class ObjectivesConfig:
     drop_condition: share of the drawn images whose text is <null>, for guidance.
     """
 
-    weights: dict[str, float] = field(
-        default_factory=lambda: {"caption": 1.0, "text": 0.2, "image": 0.2, "reconstruct": 0.3}
-    )
+    weights: dict[str, float] = field(default_factory=dict)
     alignment_weight: float = 0.3
     alignment_form: Literal["siglip", "clip"] = "siglip"
     alignment_dim: int = 256
@@ -43,8 +44,9 @@ class ObjectivesConfig:
     drop_condition: float = 0.1
 
     def __post_init__(self) -> None:
-        if set(self.weights) != set(OBJECTIVES):
-            raise ValueError(f"weights has {sorted(self.weights)}: expected {sorted(OBJECTIVES)}")
+        if unknown := set(self.weights) - set(OBJECTIVES):
+            raise ValueError(f"weights has {sorted(unknown)}: expected some of {OBJECTIVES}")
+        object.__setattr__(self, "weights", {**WEIGHTS, **self.weights})
         shares = (self.reconstruct_share, self.next_token_share, self.drop_condition)
         if min(shares) < 0 or self.reconstruct_share + self.next_token_share > 1:
             raise ValueError(f"shares {shares}: must be >= 0, and the first two at most 1 together")

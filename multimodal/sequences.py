@@ -2,15 +2,16 @@
 
     sequence        tokens                                   predicts                objective
     describe        <bos> <boi> i i i <eoi> t t <eos>        after <eoi>: t t <eos>  caption
+    answer          <bos> <boi> i i i <eoi> p p t t <eos>    after p p: t t <eos>    answer
     draw            <bos> t t <boi> ...                      after <bos>: t t <boi>  text
       next-token    ... <boi> i i i <eoi>                    after <boi>: i i i <eoi>  image
       masked        ... <boi> i M i M <eoi>                  at M itself: i          reconstruct
     text            <bos> t t <eos>                          after <bos>: t t <eos>  text
 
-A masked image is one bidirectional block of exactly the codes, without <boi> and <eoi>; the rest
-is causal. So the state at <eoi> of describe knows the image and nothing else, and the state at
-<boi> of draw knows the text and nothing else: they are the embeddings. A dropped condition is
-<null> in the place of the text, and carries no loss.
+The prompt p p of an answer carries no loss. A masked image is one bidirectional block of exactly
+the codes, without <boi> and <eoi>; the rest is causal. So the state at <eoi> of describe knows the
+image and nothing else, and the state at <boi> of draw knows the text and nothing else: they are the
+embeddings. A dropped condition is <null> in the place of the text, and carries no loss.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -24,7 +25,7 @@ from torch import Tensor
 from multimodal.vocabulary import Vocabulary
 
 Ids = NDArray[np.int64]
-OBJECTIVES = ("caption", "text", "image", "reconstruct")
+OBJECTIVES = ("caption", "text", "image", "reconstruct", "answer")
 NO_LOSS = -1
 
 
@@ -64,6 +65,17 @@ def describe(vocabulary: Vocabulary, codes: SequenceOf[int] | Ids, text: list[in
     ids = [*prompt, *text, vocabulary.eos]
     eoi = len(prompt) - 1
     return _next_token(ids, {"caption": (eoi, len(ids) - 1)}, state=eoi)
+
+
+def answer(
+    vocabulary: Vocabulary, codes: SequenceOf[int] | Ids, prompt: list[int], text: list[int]
+) -> Sequence:
+    """prompt: ids of the question, which carries no loss; text: ids of the answer"""
+    image = [vocabulary.image_start + int(code) for code in codes]
+    before = describe_prompt(vocabulary, image)
+    ids = [*before, *prompt, *text, vocabulary.eos]
+    start = len(before) + len(prompt) - 1
+    return _next_token(ids, {"answer": (start, len(ids) - 1)}, state=len(before) - 1)
 
 
 def describe_prompt(vocabulary: Vocabulary, image: list[int]) -> list[int]:

@@ -90,6 +90,10 @@ class Cache:
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def grow(self, room: int) -> None:
+        """Make room for so many tokens more."""
+        self.keys, self.values = (F.pad(x, (0, 0, 0, room)) for x in (self.keys, self.values))
+
 
 def rope(positions: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor]:
     """positions: int64[B, L] -> cos, sin: float32[B, 1, L, d]"""

@@ -12,8 +12,9 @@ from torch import Tensor
 from multimodal.attention import attention_mask
 from multimodal.cli import main
 from multimodal.export import export_hf
+from multimodal.folder import load
 from multimodal.generation import continue_text, encode_images, read_images
-from multimodal.model import Multimodal, load
+from multimodal.model import Multimodal
 from multimodal.sequences import Sequence, describe, describe_prompt, draw, pack, plain_text
 from multimodal.transformer import Transformer, TransformerConfig
 from multimodal.vocabulary import SPECIALS

@@ -49,7 +49,7 @@ def test_the_caption_is_one_of_the_sample_and_padded(text_tokenizer: TextTokeniz
 
 
 def test_a_sample_without_captions_is_named(text_tokenizer: TextTokenizer) -> None:
-    with pytest.raises(ValueError, match="sample x17 has no captions"):
+    with pytest.raises(ValueError, match="sample x17 has no captions and no questions"):
         loss(text_tokenizer).words(["x17"], [{}], [0])
 
 

@@ -11,6 +11,7 @@ from multimodal.sequences import (
     NO_LOSS,
     OBJECTIVES,
     Sequence,
+    answer,
     describe,
     draw,
     mask_ratio,
@@ -77,6 +78,26 @@ def test_draw_next_token() -> None:
         "<eoi>",
     ]
     assert name(int(sequence.ids[sequence.state])) == "<boi>"
+
+
+def test_answer() -> None:
+    """The question carries no loss, and the state is that of the image alone."""
+    sequence = answer(VOCABULARY, CODES, [7, 8], TEXT)
+    assert table(sequence) == [
+        "<bos>",
+        "<boi>",
+        "i4",
+        "i0",
+        "i49",
+        "<eoi>",
+        "7",
+        "8 -> 11 answer",
+        "11 -> 12 answer",
+        "12 -> 13 answer",
+        "13 -> <eos> answer",
+        "<eos>",
+    ]
+    assert sequence.state == 5
 
 
 def test_draw_masked() -> None:

@@ -20,16 +20,20 @@ import yaml
 from safetensors.torch import load_file
 
 from multimodal.cli import main
-from multimodal.model import load
+from multimodal.folder import load
+from multimodal.templates import Templates
 from multimodal.train.cli import keep_log, recipe_names
 from multimodal.train.data import GlobalBatches
-from multimodal.train.joint import choose_caption
+from multimodal.train.lessons import Lesson, lesson_of, texts_about
 
 RECIPES = Path(__file__).parent.parent / "train" / "recipes"
 TOKENIZER: dict[str, Any] = {
     "image_size": 16, "downsample": 8, "dim": 32, "encoder_depth": 1, "decoder_depth": 1,
     "heads": 2, "quantizer": {"name": "fsq", "levels": [5, 5]},
 }  # fmt: skip
+
+
+TEMPLATES = Templates()
 
 
 @pytest.fixture(autouse=True)
@@ -228,10 +232,35 @@ def test_validation_asks_the_same_at_every_epoch() -> None:
 
 
 def test_a_sample_without_captions_is_named_and_never_trained_on_as_silence() -> None:
-    with pytest.raises(ValueError, match="sample owl has no captions"):
-        choose_caption("owl", {"qa": [["what is it?", "an owl"]]}, seed=1)
-    drawn = {choose_caption("owl", {"captions": ["a", "b", "c"]}, seed) for seed in range(50)}
-    assert drawn == {"a", "b", "c"}
+    with pytest.raises(ValueError, match="sample owl has no captions and no questions"):
+        lesson_of("owl", {"label": "true"}, 1, TEMPLATES)
+    with pytest.raises(ValueError, match="sample owl has no captions and no questions"):
+        texts_about("owl", {"captions": []})
+
+
+def test_a_lesson_is_drawn_by_its_seed() -> None:
+    record = {"captions": ["a", "b", "c"], "qa": [["what?", "an owl"], ["where?", "a tree"]]}
+    lessons = [lesson_of("owl", record, seed, TEMPLATES, 0.5) for seed in range(200)]
+    assert {lesson.caption for lesson in lessons} == {"a", "b", "c"}
+    asked = [lesson.exchange for lesson in lessons if lesson.exchange]
+    assert set(asked) == {
+        ("Question: what? Answer:", " an owl"),
+        ("Question: where? Answer:", " a tree"),
+    }
+    assert 60 < len(asked) < 140
+    assert lessons[7] == lesson_of("owl", record, 7, TEMPLATES, 0.5)
+
+
+def test_a_statement_and_a_repeated_question_are_no_descriptions() -> None:
+    """A false caption would teach a lie, and "what colour is it? red" describes nothing."""
+    statement = {"captions": ["it is blue"], "label": "false"}
+    assert lesson_of("a", statement, 0, TEMPLATES) == Lesson(
+        None, ("True or false? it is blue Answer:", " false")
+    )
+    repeated = {"captions": ["what colour is it? red"], "qa": [["what colour is it?", "red"]]}
+    lesson = lesson_of("a", repeated, 0, TEMPLATES, question_share=0)
+    assert lesson == Lesson(None, ("Question: what colour is it? Answer:", " red"))
+    assert texts_about("a", {"qa": [["how many?", "two"]]}) == ["how many? two"]
 
 
 def test_impossible_batches_are_refused() -> None:

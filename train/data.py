@@ -59,15 +59,6 @@ def sample_seed(seed: int, epoch: int, key: str) -> int:
     return stable_number(f"{seed}/{epoch}/{key}")
 
 
-def choose_caption(key: str, record: dict[str, Any], seed: int) -> str:
-    """One of the captions of a sample, by its seed. Errors: ``ValueError`` if it has none."""
-    captions = record.get("captions", [])
-    if not captions:
-        # An empty text in its place would teach the model to say nothing.
-        raise ValueError(f"sample {key} has no captions: joint training needs at least one")
-    return str(captions[int(np.random.default_rng([seed, 2]).integers(len(captions)))])
-
-
 class ShardDataset(Dataset[dict[str, Any]]):
     """Samples of several shard folders in turn, as images of one size and their records."""
 

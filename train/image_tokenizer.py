@@ -18,6 +18,7 @@ from multimodal.tokenizers.image import (
 from multimodal.tokenizers.quantizer import CodebookUse
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.data import Examples
+from multimodal.train.lessons import texts_about
 from multimodal.train.schedule import TrainedByAdamW, can_compile
 from multimodal.train.semantic import SemanticLoss, Words
 
@@ -65,7 +66,9 @@ class ImageTokenizerModule(TrainedByAdamW):
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         samples = chain.from_iterable(data.shards(data.train_split))
-        self.semantic.count(c for sample in samples for c in sample.record.get("captions", []))
+        self.semantic.count(
+            text for sample in samples for text in texts_about(sample.key, sample.record)
+        )
 
     def losses(self, images: Tensor, words: Words | None) -> tuple[Tensor, dict[str, Tensor]]:
         reconstruction, quantized = self.tokenizer(images)

@@ -6,17 +6,21 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from multimodal.drawing import decode_images, draw_codes
+from multimodal.eval.answering import score_answers
 from multimodal.eval.captioning import score_captions
 from multimodal.eval.scenes import score_scene_captions
-from multimodal.generation import caption_pixels, decode_images, draw_masked
+from multimodal.folder import load
+from multimodal.generation import caption_pixels, text_after
 from multimodal.images import Fit, to_image
-from multimodal.model import Multimodal, load
+from multimodal.model import Multimodal
 from multimodal.objectives import ObjectivesConfig
 from multimodal.scenes import Scene
 from multimodal.sequences import Packed, pack
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.train.data import Examples, choose_caption, stable_number
+from multimodal.train.data import Examples, stable_number
+from multimodal.train.lessons import descriptions_of, exchanges_of, lesson_of
 from multimodal.train.schedule import TrainedByAdamW, can_compile
 
 
@@ -25,9 +29,11 @@ class JointModule(TrainedByAdamW):
     size: a name of the table of sizes (tiny, starter, base, large, 1b, 7b).
     text_tokenizer: file of a trained BPE; image_tokenizer: folder of a trained image tokenizer.
     objectives: weights and shares of the losses.
+    question_share: of the samples with a caption and questions, how many bring a question too.
     row_length: tokens in a packed row; at least the longest sequence.
     learning_rate, weight_decay, warmup_steps: AdamW, linear warm-up, cosine to zero.
-    captions_in_validation, drawings_in_validation: how many to write with the real sampler.
+    captions_in_validation, answers_in_validation, drawings_in_validation: how many to make with the
+        real sampler.
     compile: torch.compile of the transformer (needs a C++ compiler on a CPU).
     """
 
@@ -37,11 +43,13 @@ class JointModule(TrainedByAdamW):
         image_tokenizer: str,
         size: str = "starter",
         objectives: ObjectivesConfig = ObjectivesConfig(),  # noqa: B008 (frozen)
+        question_share: float = 0.5,
         row_length: int = 256,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.1,
         warmup_steps: int = 100,
         captions_in_validation: int = 200,
+        answers_in_validation: int = 200,
         drawings_in_validation: int = 8,
         compile: bool = False,
     ) -> None:
@@ -52,8 +60,12 @@ class JointModule(TrainedByAdamW):
             load_image_tokenizer(image_tokenizer),
             objectives,
         )
+        if not 0 <= question_share <= 1:
+            raise ValueError(f"question_share={question_share}: expected 0 to 1")
+        self.question_share = question_share
         self.row_length = row_length
         self.captions_in_validation = captions_in_validation
+        self.answers_in_validation = answers_in_validation
         self.drawings_in_validation = drawings_in_validation
         if compile and can_compile():
             self.model.transformer.compile()
@@ -77,18 +89,22 @@ class JointModule(TrainedByAdamW):
     def pack(self, batch: Examples) -> tuple[Packed, Tensor, Tensor]:
         """The rows of a batch, and what tells equal images and equal captions apart from others.
 
-        Returns the rows, image_ids: int64[B], and text_ids: int64[B], -1 where the text is dropped.
+        Returns the rows, image_ids: int64[B], and text_ids: int64[B], -1 where there is no text.
         """
         codes = rearrange(self.model.image_tokenizer.encode(batch.pixels()), "b h w -> b (h w)")
         samples = zip(batch.keys, batch.records, batch.seeds, strict=True)
-        texts = [choose_caption(*sample) for sample in samples]
-        sequences = self.model.pair_sequences(codes, texts, batch.seeds)
+        templates = self.model.config.templates
+        lessons = [lesson_of(*sample, templates, self.question_share) for sample in samples]
+        captions = [lesson.caption for lesson in lessons]
+        exchanges = [lesson.exchange for lesson in lessons]
+        sequences = self.model.sequences(codes, captions, batch.seeds, exchanges)
         packed = pack(sequences, self.row_length, self.model.vocabulary.pad, row_multiple=4)
         image_ids = torch.tensor([stable_number(key) for key in batch.keys])
         null = self.model.vocabulary.null
+        draws = sequences[len(captions) : 2 * len(captions)]
         text_ids = torch.tensor([
-            -1 if sequence.ids[1] == null else stable_number(text)
-            for sequence, text in zip(sequences[len(texts) :], texts, strict=True)
+            -1 if sequence.ids[1] == null else stable_number(str(text))
+            for sequence, text in zip(draws, captions, strict=True)
         ])  # fmt: skip
         self.tokens = int((packed.documents > 0).sum())
         return packed.to(self.device), image_ids.to(self.device), text_ids.to(self.device)
@@ -117,20 +133,34 @@ class JointModule(TrainedByAdamW):
         self.references: dict[str, list[str]] = {}
         self.scenes: dict[str, Scene] = {}
         self.prompts: list[str] = []
+        self.answers: list[tuple[str, str, str]] = []  # prompt, expected, found
 
     def validation_step(self, batch: Examples, batch_idx: int) -> None:
         self.step(batch, "val")
+        pixels, described = batch.pixels(), [descriptions_of(record) for record in batch.records]
         wanted = self.captions_in_validation - len(self.captions)
-        if wanted > 0:
-            found = caption_pixels(self.model, batch.pixels()[:wanted])
-            self.captions |= dict(zip(batch.keys, found, strict=False))
-            for key, record in zip(batch.keys[:wanted], batch.records, strict=False):
-                self.references[key] = record.get("captions", [])
-                if "scene" in record:
-                    self.scenes[key] = Scene.from_json(record["scene"])
-        if len(self.prompts) < self.drawings_in_validation:
-            firsts = [r["captions"][0] for r in batch.records if r.get("captions")]
-            self.prompts = (self.prompts + firsts)[: self.drawings_in_validation]
+        rows = [row for row, captions in enumerate(described) if captions][: max(0, wanted)]
+        found = caption_pixels(self.model, pixels[rows])
+        for row, caption in zip(rows, found, strict=True):
+            key, record = batch.keys[row], batch.records[row]
+            self.captions[key], self.references[key] = caption, described[row]
+            if "scene" in record:
+                self.scenes[key] = Scene.from_json(record["scene"])
+        firsts = [captions[0] for captions in described if captions]
+        self.prompts = (self.prompts + firsts)[: self.drawings_in_validation]
+        self._answer(batch, pixels)
+
+    def _answer(self, batch: Examples, pixels: Tensor) -> None:
+        """All questions of the first images that have any."""
+        templates = self.model.config.templates
+        for row, record in enumerate(batch.records):
+            exchanges = exchanges_of(record, templates)
+            exchanges = exchanges[: self.answers_in_validation - len(self.answers)]
+            if exchanges:
+                prompts, expected = zip(*exchanges, strict=True)
+                image = pixels[row : row + 1].expand(len(prompts), -1, -1, -1)
+                found = text_after(self.model, image, prompts, max_tokens=16)
+                self.answers += zip(prompts, expected, found, strict=True)
 
     def on_validation_epoch_end(self) -> None:
         folder = self._samples_folder()
@@ -146,10 +176,16 @@ class JointModule(TrainedByAdamW):
             ]
             if folder:
                 (folder / f"{step}.txt").write_text("\n".join(lines) + "\n")
+        if self.answers:
+            scores = score_answers([(expected, found) for _, expected, found in self.answers])
+            self.log_dict({f"val/answer_{name}": value for name, value in scores.items()})
+            lines = ["\t".join(answer) for answer in self.answers]
+            if folder:
+                (folder / f"{step}-answers.txt").write_text("\n".join(lines) + "\n")
         if self.prompts and folder:
             from torchvision.utils import make_grid
 
-            images = decode_images(self.model, draw_masked(self.model, self.prompts))
+            images = decode_images(self.model, draw_codes(self.model, self.prompts))
             to_image(make_grid(images, nrow=4)).save(folder / f"{step}.png")
             (folder / "prompts.txt").write_text("\n".join(self.prompts) + "\n")
 

@@ -29,7 +29,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.train.data import choose_caption
+from multimodal.train.lessons import texts_about
 
 LONGEST = 64  # tokens of a caption that are read
 REACH = 2  # neighbours to each side
@@ -82,14 +82,15 @@ class SemanticLoss(nn.Module):
         self.rarity.copy_(torch.log(total / counts.clamp(min=1)) / math.log(max(total, 2)))
 
     def words(self, keys: list[str], records: list[dict[str, Any]], seeds: list[int]) -> Words:
-        """The targets of a batch. Errors: ``ValueError`` for a sample without captions."""
+        """The targets of a batch. Errors: ``ValueError`` for a sample without any text."""
         bag = torch.zeros(len(records), len(self.text_tokenizer))
         captions = np.full((len(records), LONGEST), NOTHING, np.int64)
         longest = 1
-        for i, sample in enumerate(zip(keys, records, seeds, strict=True)):
-            for caption in sample[1].get("captions", []):
-                bag[i, list(set(self.text_tokenizer.encode(caption)))] += 1
-            ids = self.text_tokenizer.encode(choose_caption(*sample))[:LONGEST]
+        for i, (key, record, seed) in enumerate(zip(keys, records, seeds, strict=True)):
+            texts = [self.text_tokenizer.encode(text) for text in texts_about(key, record)]
+            for ids in texts:
+                bag[i, list(set(ids))] += 1
+            ids = texts[int(np.random.default_rng([seed, 2]).integers(len(texts)))][:LONGEST]
             captions[i, : len(ids)] = ids
             longest = max(longest, len(ids))
         bag = bag.to(self.rarity) * self.rarity

@@ -62,7 +62,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def model_facts(folder: Path) -> dict[str, Any]:
-    from multimodal.model import load, read_config
+    from multimodal.folder import load, read_config
 
     stored = read_config(folder)
     model = load(folder)  # checks the image tokenizer's fingerprint

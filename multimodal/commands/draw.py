@@ -1,0 +1,66 @@
+"""``multimodal draw``: images after a text."""
+
+from pathlib import Path
+
+from multimodal.commands.options import (
+    add_drawing,
+    add_sampling,
+    at_least_one,
+    check_output,
+    load_model,
+    parser,
+    save_image,
+)
+
+EPILOG = """With -n over 1 the files are FILE with -0, -1, ... before the suffix, and FILE itself
+shows them all in a grid. The same seed draws the same images, however many there are.
+
+examples:
+  multimodal draw --model runs/starter/model "a red circle above a blue square" --out drawing.png
+  multimodal draw --model runs/starter/model "a dog in the snow" --out dog.png -n 4 --seed 7
+  multimodal draw --model runs/starter/model "a dog" --out dog.png --method causal --top-k 100
+"""
+
+
+def main(argv: list[str]) -> int:
+    made = parser("draw", "Draw images after a text.", EPILOG)
+    made.add_argument("prompt", metavar="PROMPT")
+    made.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG, JPEG or WebP")
+    made.add_argument("-n", type=int, default=1, metavar="N", help="how many (default 1)")
+    made.add_argument(
+        "--method",
+        choices=("masked", "causal"),
+        default="masked",
+        help="many codes at a time, or one after the other (default masked)",
+    )
+    add_drawing(made)
+    add_sampling(made, 1.0)
+    arguments = made.parse_args(argv)
+    at_least_one(arguments, "n", "steps")
+    check_output(arguments.out)
+
+    from multimodal.images import grid_of
+
+    model = load_model(arguments)
+    images = model.draw(
+        arguments.prompt,
+        arguments.n,
+        method=arguments.method,
+        steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    out: Path = arguments.out
+    if len(images) > 1:
+        for number, image in enumerate(images):
+            path = out.with_name(f"{out.stem}-{number}{out.suffix}")
+            save_image(image, path)
+            print(path)
+        save_image(grid_of(images), out)
+    else:
+        save_image(images[0], out)
+    print(out)
+    return 0

@@ -1,0 +1,60 @@
+"""``multimodal edit``: a part of an image drawn anew."""
+
+import argparse
+from pathlib import Path
+
+from multimodal.commands.options import (
+    add_drawing,
+    add_sampling,
+    at_least_one,
+    check_output,
+    load_model,
+    parser,
+    save_image,
+)
+
+EPILOG = """A mask is an image of the same size: what is white in it is drawn anew. Outside the mask
+not a pixel changes.
+
+examples:
+  multimodal edit --model DIR cat.jpg --box 20,30,120,130 --prompt "a dog" --out dog.png
+  multimodal edit --model DIR cat.jpg --mask mask.png --prompt "a dog" --out dog.png
+"""
+
+
+def _box(text: str) -> tuple[int, int, int, int]:
+    try:
+        left, top, right, bottom = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected x0,y0,x1,y1 in pixels") from error
+    return left, top, right, bottom
+
+
+def main(argv: list[str]) -> int:
+    made = parser("edit", "Draw a part of an image anew, after a text.", EPILOG)
+    made.add_argument("image", metavar="IMAGE", help="a JPEG, PNG or WebP file")
+    where = made.add_mutually_exclusive_group(required=True)
+    where.add_argument("--mask", metavar="FILE", help="an image of the same size, white = draw")
+    where.add_argument("--box", type=_box, metavar="X0,Y0,X1,Y1", help="in pixels, from top left")
+    made.add_argument("--prompt", required=True, metavar="TEXT", help="what the image shows then")
+    made.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG, JPEG or WebP")
+    add_drawing(made)
+    add_sampling(made, 1.0)
+    arguments = made.parse_args(argv)
+    at_least_one(arguments, "steps")
+    check_output(arguments.out)
+    model = load_model(arguments)
+    edited = model.edit(
+        arguments.image,
+        arguments.box or arguments.mask,
+        arguments.prompt,
+        steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    save_image(edited, arguments.out)
+    print(arguments.out)
+    return 0

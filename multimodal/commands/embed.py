@@ -1,0 +1,92 @@
+"""``multimodal embed``: images or texts as rows of unit norm, beside an index of them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from multimodal.cli import print_error
+from multimodal.commands.options import (
+    at_least_one,
+    check_output,
+    load_model,
+    parser,
+    whole_file,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EPILOG = """FILE.npy holds float32 rows of unit norm, FILE.jsonl one object a row in the same order:
+{"image": PATH} or {"text": LINE}. A file that cannot be read is named on stderr, has no row, and
+the exit status is 1. The product of two rows says how well they fit, in [-1, 1].
+
+examples:
+  multimodal embed --model runs/starter/model photos/ --out photos.npy
+  multimodal embed --model runs/starter/model a.jpg b.jpg --out two.npy
+  multimodal embed --model runs/starter/model --text lines.txt --out lines.npy
+"""
+
+
+def main(argv: list[str]) -> int:
+    made = parser("embed", "Turn images, or lines of text, into vectors of one space.", EPILOG)
+    made.add_argument("images", nargs="*", metavar="IMAGE", help="files, or folders with images")
+    made.add_argument("--text", metavar="FILE", help="a text a line; - reads stdin")
+    made.add_argument("--out", type=Path, required=True, metavar="FILE.npy")
+    made.add_argument("--batch-size", type=int, default=32, help="at once (default 32)")
+    arguments = made.parse_args(argv)
+    if bool(arguments.images) == bool(arguments.text):
+        made.error("give images, or --text FILE: one of the two")
+    at_least_one(arguments, "batch_size")
+    check_output(arguments.out, (".npy",))
+
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from multimodal.embedding import embed_files, embed_texts, find_images
+
+    rows: list[Tensor] = []
+    index: list[dict[str, str]] = []
+    failed = 0
+    if arguments.text:
+        lines = _lines(arguments.text)
+        model = load_model(arguments)
+        starts = range(0, len(lines), arguments.batch_size)
+        for start in tqdm(starts, unit="batch", file=sys.stderr, disable=None):
+            batch = lines[start : start + arguments.batch_size]
+            rows += embed_texts(model, batch)
+            index += [{"text": line} for line in batch]
+    else:
+        paths: list[Path] = []
+        for name in arguments.images:
+            paths += find_images(Path(name)) if Path(name).is_dir() else [Path(name)]
+        model = load_model(arguments)
+        found = embed_files(model, paths, None, arguments.batch_size)
+        for path, row in tqdm(found, total=len(paths), unit="image", file=sys.stderr, disable=None):
+            if isinstance(row, ValueError):
+                failed += 1
+                print_error(f"multimodal embed: error: {row}")
+                continue
+            rows.append(row)
+            index.append({"image": str(path)})
+    if not rows:
+        raise ValueError("nothing could be embedded")
+    with whole_file(arguments.out) as part, part.open("wb") as file:
+        np.save(file, torch.stack(rows).numpy())
+    beside = arguments.out.with_suffix(".jsonl")
+    with whole_file(beside) as part:
+        part.write_text("".join(json.dumps(item) + "\n" for item in index))
+    print(f"{arguments.out}: {len(rows)} rows of {len(rows[0])}; index in {beside}")
+    return int(failed > 0)
+
+
+def _lines(name: str) -> list[str]:
+    text = sys.stdin.read() if name == "-" else Path(name).read_text("utf-8")
+    lines = text.splitlines()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise ValueError(f"{name}: line {number} is empty")
+    if not lines:
+        raise ValueError(f"{name}: no lines in it")
+    return lines

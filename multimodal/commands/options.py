@@ -1,0 +1,120 @@
+"""What the verbs that use a model share: options, loading, files that are whole or not there."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from multimodal.model import Multimodal
+    from multimodal.sampling import Sampling
+
+DTYPES = ("float32", "bfloat16")
+IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def parser(verb: str, about: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser with the options of every verb that uses a model."""
+    made = argparse.ArgumentParser(
+        prog=f"multimodal {verb}",
+        description=about,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--model", required=True, metavar="DIR", help="a model folder")
+    made.add_argument("--device", default="cpu", help="where torch computes (default cpu)")
+    made.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the transformer (default float32)"
+    )
+    made.add_argument("--seed", type=int, default=0, help="of all that is random (default 0)")
+    made.add_argument(
+        "--threads", type=int, default=0, help="CPU threads (default: torch's choice)"
+    )
+    return made
+
+
+def add_sampling(made: argparse.ArgumentParser, temperature: float) -> None:
+    made.add_argument(
+        "--temperature",
+        type=float,
+        default=temperature,
+        help=f"0 takes the likeliest token (default {temperature:g})",
+    )
+    made.add_argument("--top-k", type=int, default=0, help="of the k likeliest only (default all)")
+    made.add_argument(
+        "--top-p", type=float, default=1.0, help="of the likeliest with this share (default 1)"
+    )
+
+
+def add_drawing(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=3.0,
+        help="how strictly to follow the text: u + SCALE * (c - u); 1 is no guidance (default 3)",
+    )
+    made.add_argument(
+        "--steps", type=int, default=12, help="of masked drawing; fewer is faster (default 12)"
+    )
+
+
+def at_least_one(arguments: argparse.Namespace, *names: str) -> None:
+    """Errors: ``ValueError`` for an option below 1."""
+    for name in names:
+        if getattr(arguments, name) < 1:
+            option = name if len(name) == 1 else f"-{name.replace('_', '-')}"
+            raise ValueError(f"-{option} {getattr(arguments, name)}: expected at least 1")
+
+
+def sampling_of(arguments: argparse.Namespace) -> "Sampling":
+    from multimodal.sampling import Sampling
+
+    return Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+
+
+def load_model(arguments: argparse.Namespace) -> "Multimodal":
+    """The model of the options. Errors: ``ValueError`` for a device or a folder that is none."""
+    import torch
+
+    from multimodal.folder import load
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:  # CPU-only builds assert
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"--device {arguments.device}: cannot be used here ({reason})") from error
+    return load(arguments.model, arguments.device, getattr(torch, arguments.dtype))
+
+
+def check_output(path: Path, suffixes: tuple[str, ...] = tuple(IMAGE_FORMATS)) -> None:
+    """Before the work: can this be written? Errors: ``ValueError`` that says why not."""
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{path}: expected a name that ends in {', '.join(suffixes)}")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent}: no such folder")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path.parent}: cannot be written to")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to that becomes ``path`` when all went well, and vanishes when not."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_image(image: "Image.Image", path: Path) -> None:
+    with whole_file(path) as part:
+        image.save(part, format=IMAGE_FORMATS[path.suffix.lower()])

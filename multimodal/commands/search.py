@@ -1,0 +1,61 @@
+"""``multimodal search``: the images of a folder that fit a text, or another image, best."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from multimodal.cli import print_error
+from multimodal.commands.options import at_least_one, load_model, parser
+
+EPILOG = """QUERY is an image where it names a file that exists, else a text. What was embedded is
+kept by content under --cache (default: multimodal/ in the user's cache folder), so the second
+search of a folder is quick; --cache "" keeps nothing.
+
+examples:
+  multimodal search --model runs/starter/model "a dog in the snow" --images photos/ -k 5
+  multimodal search --model runs/starter/model cat.jpg --images photos/ --json
+"""
+
+
+def default_cache() -> str:
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return str(Path(home) / "multimodal" / "embeddings")
+
+
+def main(argv: list[str]) -> int:
+    made = parser("search", "Find the images that fit a text, or another image, best.", EPILOG)
+    made.add_argument("query", metavar="QUERY", help="a text, or the path of an image")
+    made.add_argument("--images", type=Path, required=True, metavar="DIR", help="where to search")
+    made.add_argument("-k", type=int, default=10, metavar="K", help="how many (default 10)")
+    made.add_argument("--json", action="store_true", help='{"image": ..., "score": ...} a line')
+    made.add_argument("--batch-size", type=int, default=32, help="images at once (default 32)")
+    made.add_argument("--cache", default=None, metavar="DIR", help='embeddings; "" for none')
+    arguments = made.parse_args(argv)
+    at_least_one(arguments, "k", "batch_size")
+
+    from tqdm import tqdm
+
+    from multimodal.embedding import EmbeddingCache, embed_files, find_images
+
+    paths = find_images(arguments.images)
+    model = load_model(arguments)
+    is_image = os.path.isfile(arguments.query)
+    asked = [arguments.query]
+    query = (model.embed(images=asked) if is_image else model.embed(texts=asked))[0]
+    folder = default_cache() if arguments.cache is None else arguments.cache
+    cache = EmbeddingCache(Path(folder), model.fingerprint) if folder else None
+    scores, failed = [], 0
+    found = embed_files(model, paths, cache, arguments.batch_size)
+    for path, row in tqdm(found, total=len(paths), unit="image", file=sys.stderr, disable=None):
+        if isinstance(row, ValueError):
+            failed += 1
+            print_error(f"multimodal search: error: {row}")
+        else:
+            scores.append((float(row @ query), str(path)))
+    if cache is not None:
+        cache.save()
+    for score, name in sorted(scores, key=lambda item: (-item[0], item[1]))[: arguments.k]:
+        print(json.dumps({"image": name, "score": score}) if arguments.json
+              else f"{score:.3f}\t{name}")  # fmt: skip
+    return int(failed > 0)

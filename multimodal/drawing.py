@@ -1,0 +1,145 @@
+"""Images after a text: masked, in parallel, or code by code; and parts of an image drawn anew.
+
+Guidance is ``u + guidance_scale * (c - u)`` on the logits with (c) and without (u) the text, where
+the text is <null>: 1 is none, 0 ignores the text, more follows it more strictly (classifier-free
+guidance, Ho & Salimans 2022, arXiv:2207.12598).
+
+Shapes: B batch, V vocabulary, n codes of an image, P longest prompt.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from multimodal.attention import attention_mask
+from multimodal.generation import Batch, check_length, text_ids
+from multimodal.sampling import Sampling, gumbel
+from multimodal.sequences import draw_prompt
+
+if TYPE_CHECKING:
+    from multimodal.model import Multimodal
+
+Method = Literal["masked", "causal"]
+UNKNOWN = -1  # a code that is to be drawn
+
+
+@torch.inference_mode()
+def draw_codes(
+    model: "Multimodal",
+    texts: SequenceOf[str],
+    *,
+    method: Method = "masked",
+    steps: int = 12,
+    guidance_scale: float = 3.0,
+    sampling: Sampling = Sampling(temperature=1.0),  # noqa: B008 (frozen)
+    known: Tensor | None = None,
+) -> Tensor:
+    """Draw one image for each text -> codes: int64[B, n] in [0, codebook_size).
+
+    known: int64[B, n], the codes that stay, UNKNOWN where to draw (masked drawing only);
+    steps: of masked drawing.
+    """
+    if method not in ("masked", "causal"):
+        raise ValueError(f"method {method!r}: expected masked or causal")
+    if steps < 1:
+        raise ValueError(f"steps={steps}: expected at least 1")
+    if not 0 <= guidance_scale < float("inf"):
+        raise ValueError(f"guidance_scale={guidance_scale}: expected a number from 0 on")
+    prompts = [draw_prompt(model.vocabulary, text_ids(model, text)) for text in texts]
+    if guidance_scale != 1:
+        prompts += [draw_prompt(model.vocabulary, None)] * len(texts)
+    n = model.image_tokenizer.config.grid**2
+    check_length(model, prompts, n)
+    if method == "causal":
+        if known is not None:
+            raise ValueError("code by code, only whole images are drawn: use the masked method")
+        return _draw_causal(model, prompts, len(texts), n, guidance_scale, sampling)
+    if known is None:
+        known = torch.full((len(texts), n), UNKNOWN)
+    return _draw_masked(model, prompts, known, steps, guidance_scale, sampling)
+
+
+def _image_logits(model: "Multimodal", hidden: Tensor, guidance_scale: float) -> Tensor:
+    """float[B or 2 B, ..., D] -> float32[B, ..., K] on the CPU: of the codes only, guided"""
+    vocabulary = model.vocabulary
+    logits = model.transformer.logits(hidden)[..., vocabulary.image_start : vocabulary.image_end]
+    if guidance_scale != 1:
+        conditional, unconditional = logits.chunk(2)
+        logits = unconditional + guidance_scale * (conditional - unconditional)
+    return logits.cpu()
+
+
+def _draw_causal(
+    model: "Multimodal",
+    prompts: list[list[int]],
+    count: int,
+    n: int,
+    guidance_scale: float,
+    sampling: Sampling,
+) -> Tensor:
+    batch = Batch(model, prompts, n)
+    generators = sampling.generators(range(count))
+    codes: list[Tensor] = []
+    for step in range(n):
+        logits = _image_logits(model, batch.hidden, guidance_scale)
+        codes.append(sampling.choose(logits, generators))
+        if step < n - 1:
+            ids = codes[-1] + model.vocabulary.image_start
+            batch.read(ids.repeat(len(prompts) // count).to(model.device))
+    return torch.stack(codes, 1)
+
+
+def _draw_masked(
+    model: "Multimodal",
+    prompts: list[list[int]],
+    codes: Tensor,
+    steps: int,
+    guidance_scale: float,
+    sampling: Sampling,
+) -> Tensor:
+    """MaskGIT (Chang et al. 2022, arXiv:2202.04200): at each step the most confident codes are
+    kept, by the cosine schedule, with Gumbel noise that is annealed to zero."""
+    vocabulary = model.vocabulary
+    (count, n), longest = codes.shape, max(map(len, prompts))
+    copies = len(prompts) // count
+    ids = torch.full((len(prompts), longest + n), vocabulary.pad)
+    documents, blocks = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) : longest] = torch.tensor(prompt)
+        documents[row, longest - len(prompt) :] = 1
+    blocks[:, longest:] = 1
+    positions = documents.cumsum(1).sub(1).clamp(min=0).to(model.device)
+    mask = attention_mask(documents, blocks).to(model.device)
+    generators = sampling.generators(range(count))
+    to_draw = (codes == UNKNOWN).sum(1)
+    for step in range(steps):
+        image = torch.where(codes == UNKNOWN, vocabulary.mask, codes + vocabulary.image_start)
+        ids[:, longest:] = image.repeat(copies, 1)
+        hidden = model.transformer(ids.to(model.device), positions, mask)[:, longest:]
+        logits = _image_logits(model, hidden, guidance_scale)
+        drawn = sampling.choose(logits, generators)
+        confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
+        progress = (step + 1) / steps
+        noise = sampling.temperature * (1 - progress) * gumbel(confidence, generators)
+        known = codes != UNKNOWN
+        confidence = (confidence + noise).masked_fill(known, torch.inf)
+        left = (to_draw * torch.cos(torch.tensor(progress * torch.pi / 2))).long()
+        if step == steps - 1:
+            left = torch.zeros_like(left)
+        # The rank of each code by confidence, known ones first: those above n - left are kept.
+        rank = confidence.argsort(-1, descending=True).argsort(-1)
+        keep = rank < (n - left.minimum((~known).sum(1) - 1).clamp(min=0))[:, None]
+        codes = torch.where(known, codes, torch.where(keep, drawn, UNKNOWN))
+    return codes
+
+
+@torch.inference_mode()
+def decode_images(model: "Multimodal", codes: Tensor) -> Tensor:
+    """codes: int64[B, n] -> float32[B, 3, H, W] in [-1, 1]"""
+    side = model.image_tokenizer.config.grid
+    grid = rearrange(codes, "b (h w) -> b h w", h=side).to(model.device)
+    images: Tensor = model.image_tokenizer.decode(grid)
+    return images

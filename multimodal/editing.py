@@ -1,0 +1,100 @@
+"""A part of an image drawn anew, after a text: codes under a mask, the rest of the codes kept."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from multimodal.drawing import UNKNOWN, decode_images, draw_codes
+from multimodal.generation import encode_images
+from multimodal.images import Fit, fit_image, to_image, to_tensor
+from multimodal.sampling import Sampling
+
+if TYPE_CHECKING:
+    from multimodal.model import Multimodal
+
+Box = tuple[int, int, int, int]
+
+
+def box_mask(size: tuple[int, int], box: Box) -> Image.Image:
+    """White in the box (left, top, right, bottom; pixels, the last two excluded), black elsewhere.
+
+    Errors: ``ValueError`` for a box that is empty or not inside the image.
+    """
+    left, top, right, bottom = box
+    if not (0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]):
+        raise ValueError(
+            f"box {left},{top},{right},{bottom}: expected x0 < x1 and y0 < y1 inside the image "
+            f"of {size[0]} x {size[1]} pixels"
+        )
+    mask = Image.new("L", size, 0)
+    mask.paste(255, box)
+    return mask
+
+
+def masked_codes(mask: Image.Image, image_size: int, fit: Fit, grid: int) -> Tensor:
+    """bool[n]: the codes of which any pixel is white in the mask, made square as its image."""
+    square = fit_image(mask.convert("RGB"), image_size, fit).convert("L")
+    white = torch.from_numpy(np.asarray(square) > 127)
+    if fit == "letterbox":
+        white &= torch.from_numpy(np.asarray(fit_image(Image.new("RGB", mask.size), image_size, fit)
+                                             .convert("L")) == 0)  # fmt: skip
+    return rearrange(white, "(h p) (w q) -> (h w) (p q)", h=grid, w=grid).any(-1)
+
+
+def _to_original(square: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
+    """Undo ``fit_image``; what a crop had cut off is black."""
+    width, height = size
+    resample = Image.Resampling.BICUBIC
+    if fit == "squash":
+        return square.resize(size, resample)
+    if fit == "crop":
+        side = min(size)
+        whole = Image.new("RGB", size)
+        whole.paste(
+            square.resize((side, side), resample), ((width - side) // 2, (height - side) // 2)
+        )
+        return whole
+    scale = square.width / max(size)
+    inner = (max(1, round(width * scale)), max(1, round(height * scale)))
+    left, top = (square.width - inner[0]) // 2, (square.height - inner[1]) // 2
+    return square.resize(size, resample, box=(left, top, left + inner[0], top + inner[1]))
+
+
+def edit_image(
+    model: "Multimodal",
+    image: Image.Image,
+    mask: Image.Image,
+    text: str,
+    *,
+    steps: int = 12,
+    guidance_scale: float = 3.0,
+    sampling: Sampling = Sampling(temperature=1.0),  # noqa: B008 (frozen)
+) -> Image.Image:
+    """Draw what is white in the mask anew -> an image of the same size, unchanged elsewhere.
+
+    The codes that any white pixel touches are drawn; of the picture they give, the white part is
+    put into the image.
+    """
+    if mask.size != image.size:
+        raise ValueError(
+            f"the mask has {mask.width} x {mask.height} pixels, the image {image.width} x "
+            f"{image.height}: they must be of one size"
+        )
+    mask = mask.convert("L").point(lambda value: 255 if value > 127 else 0)
+    config = model.image_tokenizer.config
+    fresh = masked_codes(mask, config.image_size, config.fit, config.grid)
+    if not fresh.any():
+        raise ValueError("the mask is black where the model looks: nothing to draw")
+    pixels = to_tensor(fit_image(image, config.image_size, config.fit))[None]
+    known = encode_images(model, pixels).cpu().masked_fill(fresh, UNKNOWN)
+    codes = draw_codes(model, [text], steps=steps, guidance_scale=guidance_scale,
+                       sampling=sampling, known=known)  # fmt: skip
+    drawn = to_image(decode_images(model, codes)[0])
+    if config.fit == "crop":  # the model saw only the middle: leave the rest as it is
+        inside = _to_original(Image.new("RGB", drawn.size, "white"), image.size, config.fit)
+        mask = Image.composite(mask, Image.new("L", mask.size), inside.convert("L"))
+    return Image.composite(_to_original(drawn, image.size, config.fit), image, mask)

@@ -1,0 +1,77 @@
+"""What one sample teaches in one epoch: a caption, an exchange, or both. Chosen by its seed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from multimodal.templates import Templates
+
+LABELS = ("true", "false")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """caption: describes the image; exchange: a prompt and the answer to it."""
+
+    caption: str | None
+    exchange: tuple[str, str] | None
+
+
+def descriptions_of(record: dict[str, Any]) -> list[str]:
+    """The captions that describe the image.
+
+    With a ``label`` of true or false they are statements, and may be wrong; and one that only
+    repeats a question with its answer describes nothing.
+    """
+    if record.get("label") in LABELS:
+        return []
+    questions = [str(question) for question, _ in record.get("qa", [])]
+    captions = [str(caption) for caption in record.get("captions", [])]
+    return [c for c in captions if not any(c.startswith(question) for question in questions)]
+
+
+def exchanges_of(record: dict[str, Any], templates: Templates) -> list[tuple[str, str]]:
+    """The prompts of a sample, each with its answer: its questions, and statements with a label."""
+    asked = [(templates.ask(str(q)), str(answer)) for q, answer in record.get("qa", [])]
+    if (label := record.get("label")) in LABELS:
+        asked += [(templates.judge(str(c)), str(label)) for c in record.get("captions", [])]
+    return asked
+
+
+def lesson_of(
+    key: str, record: dict[str, Any], seed: int, templates: Templates, question_share: float = 1.0
+) -> Lesson:
+    """One of the captions and one of the questions of a sample, by its seed.
+
+    ``question_share``: of the samples that have a caption, how many bring a question besides.
+
+    Errors: ``ValueError`` for a sample without any text.
+    """
+    rng = np.random.default_rng([seed, 2])
+    captions, exchanges = descriptions_of(record), exchanges_of(record, templates)
+    caption = captions[int(rng.integers(len(captions)))] if captions else None
+    exchange = None
+    if exchanges and (caption is None or rng.random() < question_share):
+        prompt, answer = exchanges[int(rng.integers(len(exchanges)))]
+        exchange = (prompt, f" {answer}")
+    if caption is None and exchange is None:
+        raise _speechless(key)
+    return Lesson(caption, exchange)
+
+
+def texts_about(key: str, record: dict[str, Any]) -> list[str]:
+    """The captions of a sample, or else its questions, each with its answer.
+
+    Errors: ``ValueError`` for a sample without any text.
+    """
+    texts = [str(caption) for caption in record.get("captions", [])]
+    texts = texts or [f"{question} {answer}" for question, answer in record.get("qa", [])]
+    if not texts:
+        raise _speechless(key)
+    return texts
+
+
+def _speechless(key: str) -> ValueError:
+    # An empty text in its place would teach the model to say nothing.
+    return ValueError(f"sample {key} has no captions and no questions: training needs a text")
