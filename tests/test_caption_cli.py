@@ -200,7 +200,11 @@ def test_paths_come_out_as_they_went_in(tiny_model_folder: Path, tmp_path: Path)
         (["--model", "."], 1, ".: not a model folder (config.json is missing)"),
         (["--model", "MODEL", "--device", "cuda:99"], 1, "--device cuda:99: cannot be used here"),
         (["--model", "MODEL", "--batch-size", "0"], 1, "--batch-size 0: expected at least 1"),
-        (["--model", "MODEL", "--max-tokens", "9999"], 1, "9999 more: the model reads at most 4096"),
+        (
+            ["--model", "MODEL", "--max-tokens", "9999"],
+            1,
+            "9999 more: the model reads at most 4096",
+        ),
         ([], 2, "required: --model"),
         (["--model", "MODEL", "--dtype", "int4"], 2, "invalid choice: 'int4'"),
     ],

@@ -58,15 +58,22 @@ def test_the_quick_path_runs(
         assert (tmp_path / "runs/scenes-joint" / name).exists(), name
     from PIL import Image
 
-    for name in ("cat.jpg", "dog.png"):
+    (tmp_path / "scenes").mkdir()
+    for name in ("scene.png", "other.png", "scenes/one.png"):
         Image.new("RGB", (60, 40), (90, 20, 200)).save(tmp_path / name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     scope: dict[str, object] = {}
     exec(python, scope)  # our own README
-    capsys.readouterr()
-    caption = next(c for c in commands(README) if c[0] == "caption")
-    assert main(caption) == 0
-    shown = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
-    assert [text.split() for text in shown] == [text.split() for text in scope["captions"]]  # type: ignore[attr-defined]
+    (using,) = (block for block in blocks("sh") if "M=runs/scenes-joint/model" in block)
+    shown = {}
+    for arguments in commands(using.replace("$M", "runs/scenes-joint/model")):
+        capsys.readouterr()
+        assert main(arguments) == 0, arguments
+        shown[arguments[0]] = capsys.readouterr().out
+    assert len(shown) == 7
+    first = shown["caption"].splitlines()[0].split("\t")[1]
+    assert first.split() == scope["captions"][0].split()  # type: ignore[index]
+    assert (tmp_path / "drawing-3.png").exists() and (tmp_path / "rows.jsonl").exists()
 
 
 def test_every_other_command_of_the_readme_exists(
