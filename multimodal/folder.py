@@ -4,6 +4,7 @@ config.json  model.safetensors  heads.safetensors  text_tokenizer.json  image_to
 """
 
 import json
+import textwrap
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -100,7 +101,8 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: {error.filename or error} is missing") from error
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: not a model of this release: {error}") from error
+        reason = textwrap.shorten(str(error), 300)  # of other weights torch names every single one
+        raise ValueError(f"{folder}: not a model of this release: {reason}") from error
     if model.image_tokenizer.fingerprint != expected:
         raise ValueError(
             f"{folder}: the model was trained with image tokenizer {expected}, "

@@ -85,7 +85,7 @@ def write_scenes(
     out.mkdir(parents=True, exist_ok=True)
     splits = {"train": count, "val": max(200, count // 20), "heldout": max(200, count // 20)}
     entries = []
-    with tqdm(total=sum(splits.values()), desc="scenes", unit="scene") as progress:
+    with tqdm(total=sum(splits.values()), desc="scenes", unit="scene", disable=None) as progress:
 
         def samples(split: str, numbers: range) -> Iterator[tuple[str, dict[str, bytes]]]:
             for number in numbers:

@@ -6,6 +6,7 @@ config (preprocessing included) and weights: codes of one fingerprint mean nothi
 
 import hashlib
 import json
+import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -146,7 +147,8 @@ def load_image_tokenizer(folder: str | Path) -> ViTTokenizer:
         missing = error.filename or error
         raise ValueError(f"{folder}: not an image tokenizer ({missing} is missing)") from error
     except (KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder}: not an image tokenizer of this release: {error}") from error
+        reason = textwrap.shorten(str(error), 300)  # of other weights torch names every single one
+        raise ValueError(f"{folder}: not an image tokenizer of this release: {reason}") from error
     if tokenizer.fingerprint != fingerprint:
         raise ValueError(
             f"{folder}: fingerprint is {tokenizer.fingerprint}, its config says {fingerprint}: "

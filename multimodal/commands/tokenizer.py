@@ -1,7 +1,6 @@
 """``multimodal tokenizer text``: train the byte-level BPE on the texts of shards and files."""
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def train_text(arguments: argparse.Namespace) -> int:
 
     from multimodal.tokenizers.text import TextTokenizer
 
-    lines = tqdm(texts(arguments.sources, arguments.split), desc="texts", unit="", file=sys.stderr)
+    lines = tqdm(texts(arguments.sources, arguments.split), desc="texts", unit="", disable=None)
     count = 0
 
     def counted() -> Iterator[str]:
