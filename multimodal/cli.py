@@ -55,7 +55,7 @@ options:
   --version   show the version
 
 examples:
-  multimodal caption cat.jpg dog.png
+  multimodal caption --model runs/photos-joint/model cat.jpg dog.png
   multimodal data index shards/
   multimodal fit --config recipe.yaml
   multimodal fit --config recipe.yaml --trainer.max_steps 100

@@ -37,7 +37,7 @@ def read_images(
     config = model.image_tokenizer.config
     pixels = []
     for number, image in enumerate(images):
-        name = names[number] if names else _name(image, number)
+        name = names[number] if names else name_of(image, number)
         whole = open_image(image, name=name)
         pixels.append(to_tensor(fit_image(whole, config.image_size, config.fit)))
     return torch.stack(pixels)
@@ -165,12 +165,13 @@ def caption(
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         numbers = range(start, start + len(batch))
-        pixels = read_images(model, batch, [_name(images[number], number) for number in numbers])
+        pixels = read_images(model, batch, [name_of(images[number], number) for number in numbers])
         captions += caption_pixels(model, pixels, max_tokens, sampling, numbers)
     return captions
 
 
-def _name(image: object, number: int) -> str:
+def name_of(image: object, number: int) -> str:
+    """What to call an image in errors."""
     return str(image) if isinstance(image, str | Path) else f"image {number}"
 
 

@@ -121,11 +121,10 @@ def test_templates() -> None:
 
 @pytest.mark.parametrize("method", ["masked", "causal"])
 def test_a_thousand_drawings_are_whole_and_of_codes(model: Multimodal, method: str) -> None:
-    untied = model
     texts = ["a red bus", "two dogs"] * 50
     for seed in range(10):
         codes = draw_codes(
-            untied,
+            model,
             texts,
             method=method,  # type: ignore[arg-type]
             steps=2,

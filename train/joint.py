@@ -26,7 +26,7 @@ from multimodal.train.schedule import TrainedByAdamW, can_compile
 
 class JointModule(TrainedByAdamW):
     """Args:
-    size: a name of the table of sizes (tiny, starter, base, large, 1b, 7b).
+    size: a name of the table of sizes (tiny, mini, starter, base, large, 1b, 7b).
     text_tokenizer: file of a trained BPE; image_tokenizer: folder of a trained image tokenizer.
     objectives: weights and shares of the losses.
     question_share: of the samples with a caption and questions, how many bring a question too.

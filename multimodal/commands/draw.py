@@ -7,6 +7,7 @@ from multimodal.commands.options import (
     add_sampling,
     at_least_one,
     check_output,
+    drawing_of,
     load_model,
     parser,
     save_image,
@@ -46,12 +47,7 @@ def main(argv: list[str]) -> int:
         arguments.prompt,
         arguments.n,
         method=arguments.method,
-        steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
+        **drawing_of(arguments),
     )
     out: Path = arguments.out
     if len(images) > 1:

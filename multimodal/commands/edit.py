@@ -8,6 +8,7 @@ from multimodal.commands.options import (
     add_sampling,
     at_least_one,
     check_output,
+    drawing_of,
     load_model,
     parser,
     save_image,
@@ -48,12 +49,7 @@ def main(argv: list[str]) -> int:
         arguments.image,
         arguments.box or arguments.mask,
         arguments.prompt,
-        steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
+        **drawing_of(arguments),
     )
     save_image(edited, arguments.out)
     print(arguments.out)

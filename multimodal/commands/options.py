@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -74,6 +74,12 @@ def sampling_of(arguments: argparse.Namespace) -> "Sampling":
     from multimodal.sampling import Sampling
 
     return Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+
+
+def drawing_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``Multimodal.draw`` and ``edit`` share."""
+    names = ("steps", "guidance_scale", "temperature", "top_k", "top_p", "seed")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def load_model(arguments: argparse.Namespace) -> "Multimodal":
