@@ -9,13 +9,16 @@ CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3)
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all lint format clean distclean
+.PHONY: help install demo test test-all lint format clean distclean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do \
 		printf 'make %-10s %s\n' "$$name" "$$text"; done
 
 install: $(STAMP)  ## make .venv and install the project in it, editable, with its tools
+
+demo: $(STAMP)  ## caption, answer, draw, edit and search with the starter; leaves demo.html
+	@$(VENV)/bin/multimodal demo
 
 test: $(STAMP)  ## run the tests, without those marked slow or gpu
 	@$(RUN) pytest -q $(ARGS)

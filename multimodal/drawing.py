@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from multimodal.model import Multimodal
 
 Method = Literal["masked", "causal"]
+ORDER = "confidence"
 UNKNOWN = -1  # a code that is to be drawn
 
 
@@ -104,7 +105,7 @@ def _draw_masked(
     kept, by the cosine schedule, with Gumbel noise that is annealed to zero."""
     vocabulary = model.vocabulary
     (count, n), longest = codes.shape, max(map(len, prompts))
-    copies = len(prompts) // count
+    copies, side = len(prompts) // count, model.image_tokenizer.config.grid
     ids = torch.full((len(prompts), longest + n), vocabulary.pad)
     documents, blocks = torch.zeros_like(ids), torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
@@ -125,7 +126,10 @@ def _draw_masked(
         progress = (step + 1) / steps
         noise = sampling.temperature * (1 - progress) * gumbel(confidence, generators)
         known = codes != UNKNOWN
-        confidence = (confidence + noise).masked_fill(known, torch.inf)
+        confidence = confidence + noise
+        if ORDER == "halton":
+            confidence = -spread_order(side).float().expand(count, -1)
+        confidence = confidence.masked_fill(known, torch.inf)
         left = (to_draw * torch.cos(torch.tensor(progress * torch.pi / 2))).long()
         if step == steps - 1:
             left = torch.zeros_like(left)
@@ -134,6 +138,30 @@ def _draw_masked(
         keep = rank < (n - left.minimum((~known).sum(1) - 1).clamp(min=0))[:, None]
         codes = torch.where(known, codes, torch.where(keep, drawn, UNKNOWN))
     return codes
+
+
+def spread_order(side: int) -> Tensor:
+    """int64[side * side]: when each code is drawn, so that those drawn together lie far apart.
+
+    The order of the Halton points of bases 2 and 3 (Besnier et al. 2025, arXiv:2503.17076).
+    """
+    order: dict[int, int] = {}
+    number = 0
+    while len(order) < side * side:
+        number += 1
+        row, column = (int(side * _radical_inverse(number, base)) for base in (2, 3))
+        order.setdefault(row * side + column, len(order))
+    return torch.tensor([order[code] for code in range(side * side)])
+
+
+def _radical_inverse(number: int, base: int) -> float:
+    """The digits of a number, mirrored behind the point: in [0, 1)."""
+    value, share = 0.0, 1.0
+    while number:
+        number, digit = divmod(number, base)
+        share /= base
+        value += digit * share
+    return value
 
 
 @torch.inference_mode()

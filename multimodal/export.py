@@ -8,13 +8,15 @@ that an export does not need transformers.
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from multimodal.folder import load, read_config
+from multimodal.folder import find, load, read_config, save
 from multimodal.model import Multimodal
 from multimodal.vocabulary import SPECIALS, Vocabulary
 
@@ -32,14 +34,40 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> No
     ``out`` appears whole or not at all. Errors: ``ValueError`` for a source that is no model
     folder, a dtype that is not in ``DTYPES``, an ``out`` that holds something already.
     """
-    source, out = Path(source), Path(out)
+    source, out = find(source), Path(out)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    with new_folder(out) as folder:
+        model = load(source, dtype=DTYPES[dtype])
+        _write(model, folder, dtype)
+        fingerprint = read_config(source)["fingerprints"]["model"]
+        (folder / "README.md").write_text(_readme(model, fingerprint), "utf-8")
+        _copy(source, folder, "LICENSE")
+
+
+def export_model(source: str | Path, out: str | Path, dtype: str = "bfloat16") -> None:
+    """Write the model folder ``source`` anew as ``out``, its weights rounded to ``dtype``.
+
+    The image tokenizer is left as it is. Errors: as ``export_hf``.
+    """
+    source, out = find(source), Path(out)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    with new_folder(out) as folder:
+        save(load(source), folder, dtype=DTYPES[dtype])
+        _copy(source, folder, "README.md", "LICENSE")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill that becomes ``out`` when all went well, and vanishes when not.
+
+    Errors: ``ValueError`` for an ``out`` that is a file or holds something.
+    """
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out}: is not empty; name a new folder")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; name a new folder")
-    model = load(source, dtype=DTYPES[dtype])
     parent = out.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     # Beside its final place, so that the rename stays on one disk; inside a private folder, so that
@@ -48,14 +76,16 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> No
     try:
         folder = staging / "export"
         folder.mkdir()
-        _write(model, folder, dtype)
-        fingerprint = read_config(source)["fingerprints"]["model"]
-        (folder / "README.md").write_text(_readme(model, fingerprint), "utf-8")
-        if (source / "LICENSE").is_file():
-            shutil.copyfile(source / "LICENSE", folder / "LICENSE")
+        yield folder
         folder.rename(out.resolve())
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _copy(source: Path, folder: Path, *names: str) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _write(model: Multimodal, folder: Path, dtype: str) -> None:

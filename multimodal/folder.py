@@ -3,6 +3,7 @@
 config.json  model.safetensors  heads.safetensors  text_tokenizer.json  image_tokenizer/  README.md
 """
 
+import copy
 import json
 import textwrap
 from dataclasses import asdict
@@ -26,12 +27,24 @@ BUNDLED = ("starter",)
 DEFAULT_CARD = "# A model of the multimodal toolkit\n\nNo card was written for this model.\n"
 
 
-def save(model: Multimodal, folder: Path, card: str = "") -> None:
-    """Write a model folder; ``card`` is its README.md."""
+def save(
+    model: Multimodal, folder: Path, card: str = "", dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a model folder; ``card`` is its README.md; dtype: what weights are rounded to.
+
+    The image tokenizer stays in fp32: rounded, it would give other codes than in training.
+    """
+    if dtype != torch.float32:
+        model = copy.deepcopy(model)
+        for part in (model.transformer, model.alignment):
+            part.to(dtype).float()  # so that the fingerprint is that of what will be loaded
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(model.transformer.stock_state_dict(), folder / "model.safetensors")
-    heads = {name: value.contiguous() for name, value in model.alignment.state_dict().items()}
-    save_file(heads, folder / "heads.safetensors")
+    weights = model.transformer.stock_state_dict()
+    save_file({name: w.to(dtype) for name, w in weights.items()}, folder / "model.safetensors")
+    heads = model.alignment.state_dict()
+    save_file(
+        {name: w.contiguous().to(dtype) for name, w in heads.items()}, folder / "heads.safetensors"
+    )
     model.text_tokenizer.save(folder / "text_tokenizer.json")
     model.image_tokenizer.save(folder / "image_tokenizer")
     config = {

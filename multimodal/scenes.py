@@ -273,7 +273,7 @@ RING_HOLE = 0.5  # of the radius
 RIM = 0.16  # of the radius
 
 
-def _stencil(shape: str, radius: int) -> Image.Image:
+def stencil(shape: str, radius: int) -> Image.Image:
     """The shape as a mask, L of 2 radius + 1 pixels; integer corners, so no rounding differs."""
     side = 2 * radius + 1
     mask = Image.new("L", (side, side), 0)
@@ -333,7 +333,7 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
     canvas = Image.fromarray(np.repeat(rows, unit, axis=1))
     for item in scene.objects:
         radius = max(1, round(item.radius * unit))
-        mask = _stencil(item.shape, radius)
+        mask = stencil(item.shape, radius)
         rgb = item.rgb or COLOURS[item.colour]
         left, top = round(item.x * unit) - radius, round(item.y * unit) - radius
         canvas.paste(rgb, (left, top, left + mask.width, top + mask.height), mask)
@@ -341,7 +341,7 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
             # A rim of the plain colour keeps the outline whole on a background like the stripes.
             rim = round(radius * RIM)
             inner = Image.new("L", mask.size, 0)
-            inner.paste(_stencil(item.shape, radius - rim), (rim, rim))
+            inner.paste(stencil(item.shape, radius - rim), (rim, rim))
             texture = _fill(item.texture, rgb, mask.width, unit)
             canvas.paste(texture, (left, top), ImageChops.darker(inner, mask))
     return canvas.reduce(OVERSAMPLING)

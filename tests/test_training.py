@@ -23,7 +23,7 @@ from multimodal.cli import main
 from multimodal.folder import load
 from multimodal.templates import Templates
 from multimodal.train.cli import keep_log, recipe_names
-from multimodal.train.data import GlobalBatches
+from multimodal.train.data import GlobalBatches, ShardData, ShardDataset, collate
 from multimodal.train.lessons import Lesson, lesson_of, texts_about
 
 RECIPES = Path(__file__).parent.parent / "train" / "recipes"
@@ -164,7 +164,7 @@ def test_init_from_starts_from_the_weights_at_step_0(work: Path, tmp_path: Path,
         # Nothing is learned at rate 0, and the seed decides nothing but the weights here.
         rate = ["--model.init_args.learning_rate", "0", "--seed_everything", str(ord(run))]
         assert main([*fit, *rate, *more, "--output", str(tmp_path / run)]) == 0
-    name_of_loss = "train/pixels" if name == "tokenizer" else "train/total"
+    name_of_loss = "train/l1" if name == "tokenizer" else "train/total"
     first, again, random = (logged(tmp_path / run, name_of_loss) for run in "abc")
     assert list(first) == [0] and first == again and first[0] != random[0]
     expected = load_file(work / name / "model/model.safetensors")
@@ -177,7 +177,6 @@ def test_init_from_starts_from_the_weights_at_step_0(work: Path, tmp_path: Path,
 
 
 def own_loss(work: Path, folder: Path) -> float:
-    from multimodal.train.data import ShardData, ShardDataset, collate
     from multimodal.train.joint import JointModule
 
     config = yaml.safe_load((work / "joint.yaml").read_text())
@@ -189,6 +188,25 @@ def own_loss(work: Path, folder: Path) -> float:
     with torch.no_grad():
         loss, _ = module.model(*module.pack(collate([dataset[item] for item in chosen])))
     return float(loss)
+
+
+def test_only_the_augmented_folders_are_cropped(tmp_path: Path) -> None:
+    for name, seed in (("photos", "1"), ("scenes", "2")):
+        arguments = ["data", "scenes", str(tmp_path / name), "--count", "4", "--size", "16"]
+        assert main([*arguments, "--seed", seed]) == 0
+    folders = [str(tmp_path / "photos"), str(tmp_path / "scenes")]
+    shards = ShardData(folders).shards("train")
+
+    def images(epoch: int, augmented: list[bool]) -> list[list[int]]:
+        dataset = ShardDataset(shards, 16, "squash", 0, 0.5, True, augmented)
+        return [dataset[epoch, number]["image"].ravel().tolist() for number in range(8)]
+
+    plain, some, later = images(0, [False] * 2), images(0, [True, False]), images(1, [True, False])
+    assert all(a != b for a, b in zip(plain[:4], some[:4], strict=True))
+    assert all(a != b for a, b in zip(later[:4], some[:4], strict=True))
+    assert plain[4:] == some[4:] == later[4:]
+    with pytest.raises(ValueError, match="augmented has .*'elsewhere'.*some of data.folders"):
+        ShardData(folders, augmented=["elsewhere"])
 
 
 # --- the order of the samples -----------------------------------------------------------------

@@ -15,7 +15,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-PIXELS_PER_STEP = 4  # the last layer unfolds 4 x 4 pixels from channels
+PIXELS_PER_STEP = 2  # the last layer unfolds 2 x 2 pixels from channels
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -121,11 +121,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.from_vectors = nn.Linear(channels, dim)
         self.transformer = PositionedBlocks(dim, depth, heads, grid)
-        widths = _stage_widths(dim, downsample)[:0:-1]
+        widths = _stage_widths(dim, downsample)[::-1]
         layers: list[nn.Module] = []
         for before, after in zip(widths, widths[1:], strict=False):
-            layers += [nn.Conv2d(before, 4 * after, 1), nn.PixelShuffle(2)]
-            layers += [ChannelNorm(after), nn.Conv2d(after, after, 3, padding=1), nn.GELU()]
+            layers += [nn.Conv2d(before, 4 * after, 1), nn.PixelShuffle(2), Residual(after)]
+        layers += [nn.BatchNorm2d(widths[-1]), nn.GELU()]
         layers += [nn.Conv2d(widths[-1], 3 * PIXELS_PER_STEP**2, 3, padding=1)]
         self.to_pixels = nn.Sequential(*layers, nn.PixelShuffle(PIXELS_PER_STEP))
 

@@ -7,7 +7,7 @@ configuration, ``__len__`` is known, and the loader's state is two numbers.
 
 import hashlib
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -70,8 +70,10 @@ class ShardDataset(Dataset[dict[str, Any]]):
         seed: int,
         crop_scale: float = 1.0,
         mirror: bool = False,
+        augmented: Sequence[bool] | None = None,
     ) -> None:
         self.sources = sources
+        self.augmented = [crop_scale < 1] * len(sources) if augmented is None else augmented
         self.ends = np.cumsum([len(source) for source in sources])
         self.image_size, self.fit, self.seed = image_size, fit, seed
         self.crop_scale, self.mirror = crop_scale, mirror
@@ -87,7 +89,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         seed = sample_seed(self.seed, epoch, sample.key)
         try:
             image = open_image(sample.image)
-            if self.crop_scale < 1:
+            if self.augmented[source]:
                 rng = np.random.default_rng(seed)
                 scale = (self.crop_scale, 1.0)
                 image = augment_image(image, self.image_size, rng, scale, flip=self.mirror)
@@ -232,6 +234,8 @@ class ShardData(L.LightningDataModule):
         train_split, val_split: names of splits, as in ``train-0000.tar``.
         crop_scale: training crops cover a random share of the image, from this on; 1 = no crops.
         mirror: half of the crops are mirrored (not where captions speak of left and right).
+        augmented: those of the folders whose training images are cropped and mirrored; all of them
+            by default.
         global_batch_size: samples per optimizer step over all ranks.
         val_limit: at most so many validation samples (the first ones); 0 means all.
         workers: processes that decode images; 0 decodes in the training process.
@@ -245,6 +249,7 @@ class ShardData(L.LightningDataModule):
         val_split: str = "val",
         crop_scale: float = 1.0,
         mirror: bool = False,
+        augmented: list[str] | None = None,
         global_batch_size: int = 64,
         val_limit: int = 0,
         workers: int = 2,
@@ -254,6 +259,9 @@ class ShardData(L.LightningDataModule):
         if not 0 < crop_scale <= 1:
             raise ValueError(f"crop_scale={crop_scale}: expected a share of the area in (0, 1]")
         self.folders, self.train_split, self.val_split = folders, train_split, val_split
+        self.augmented = folders if augmented is None else augmented
+        if unknown := set(self.augmented) - set(folders):
+            raise ValueError(f"augmented has {sorted(unknown)}: expected some of data.folders")
         self.crop_scale, self.mirror = crop_scale, mirror
         self.global_batch_size, self.val_limit = global_batch_size, val_limit
         self.workers, self.seed = workers, seed
@@ -268,9 +276,16 @@ class ShardData(L.LightningDataModule):
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
         image_size, fit = module.preprocessing
-        crop_scale, mirror = (self.crop_scale, self.mirror) if train else (1.0, False)
-        shards = self.shards(split)
-        dataset = ShardDataset(shards, image_size, fit, self.seed, crop_scale, mirror)
+        crops = train and self.crop_scale < 1
+        dataset = ShardDataset(
+            self.shards(split),
+            image_size,
+            fit,
+            self.seed,
+            self.crop_scale,
+            self.mirror,
+            [crops and folder in self.augmented for folder in self.folders],
+        )
         size = len(dataset)
         if not train and self.val_limit:
             size = min(size, self.val_limit)

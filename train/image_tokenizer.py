@@ -72,8 +72,11 @@ class ImageTokenizerModule(TrainedByAdamW):
 
     def losses(self, images: Tensor, words: Words | None) -> tuple[Tensor, dict[str, Tensor]]:
         reconstruction, quantized = self.tokenizer(images)
-        parts = {"pixels": F.mse_loss(reconstruction.float(), images)}
-        total = parts["pixels"] + quantized.loss
+        # The squares count what is far off; the absolute errors keep edges sharp.
+        reconstruction = reconstruction.float()
+        parts = {"mse": F.mse_loss(reconstruction, images)}
+        parts["l1"] = F.l1_loss(reconstruction, images)
+        total = parts["mse"] + parts["l1"] + quantized.loss
         if self.semantic is not None and words is not None:
             semantic = self.semantic(quantized.vectors, words)
             total = total + self.semantic_weight * (semantic["words"] + semantic["context"])
@@ -92,7 +95,7 @@ class ImageTokenizerModule(TrainedByAdamW):
         self.tokens = parts["codes"].numel()
         self.train_use.update(parts.pop("codes"))
         self.log_dict({f"train/{k}": v.detach() for k, v in parts.items()}, batch_size=len(batch))
-        self.log("psnr", psnr(parts["pixels"].detach()), prog_bar=True, logger=False)
+        self.log("psnr", psnr(parts["mse"].detach()), prog_bar=True, logger=False)
         if (batch_idx + 1) % 100 == 0:
             self._log_use("train", self.train_use)
             self.train_use = CodebookUse(self.tokenizer.codebook_size)
@@ -104,7 +107,7 @@ class ImageTokenizerModule(TrainedByAdamW):
     def validation_step(self, batch: Examples, batch_idx: int) -> None:
         _, parts = self.step(batch)
         self.val_use.update(parts.pop("codes"))
-        parts["psnr"] = psnr(parts["pixels"])
+        parts["psnr"] = psnr(parts["mse"])
         self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=len(batch))
         if batch_idx == 0:
             self._log_pictures(batch)

@@ -1,10 +1,11 @@
-"""``multimodal export hf MODEL OUT``: a model folder as a stock Qwen3, for other engines."""
+"""``multimodal export``: a model folder as a stock Qwen3 for other engines, or as a smaller one."""
 
 import argparse
 
 EXAMPLES = """examples:
   multimodal export hf runs/joint/model exported
   multimodal export hf runs/joint/model exported --dtype bfloat16
+  multimodal export model runs/joint/model smaller --dtype bfloat16
 """
 DTYPES = ("float32", "bfloat16", "float16")  # of multimodal.export, which would import torch
 
@@ -17,14 +18,22 @@ def export_hf(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def export_model(arguments: argparse.Namespace) -> int:
+    from multimodal.export import export_model
+
+    export_model(arguments.model, arguments.out, arguments.dtype)
+    print(arguments.out)
+    return 0
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="multimodal export",
-        description="Carry a model to other engines.",
+        description="Carry a model to other engines, or make it smaller.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = parser.add_subparsers(required=True, metavar="hf")
+    kinds = parser.add_subparsers(required=True, metavar="hf|model")
     hf = kinds.add_parser("hf", help="a Qwen3 folder for transformers, vLLM, SGLang and the like",
                           epilog=EXAMPLES,
                           formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -32,6 +41,13 @@ def main(argv: list[str]) -> int:
     hf.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")
     hf.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights")
     hf.set_defaults(run=export_hf)
+    model = kinds.add_parser("model", help="a model folder with rounded weights")
+    model.add_argument("model", metavar="MODEL", help="the model folder to read")
+    model.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")
+    model.add_argument(
+        "--dtype", choices=DTYPES[:2], default="bfloat16", help="(default bfloat16: half the size)"
+    )
+    model.set_defaults(run=export_model)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status

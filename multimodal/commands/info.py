@@ -19,6 +19,7 @@ PACKAGES = (
 )  # fmt: skip
 EPILOG = """examples:
   multimodal info                            # versions and devices, for a bug report
+  multimodal info starter                    # the bundled model, its licence too
   multimodal info runs/photos-joint/model
   multimodal info runs/photos-tokenizer/model --json
   multimodal info data/flickr8k
@@ -44,6 +45,9 @@ def main(argv: list[str]) -> int:
 
 def describe(folder: Path) -> dict[str, Any]:
     """The facts about a folder, whichever of the three it is. Errors: ``ValueError``."""
+    from multimodal.folder import find
+
+    folder = find(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if (folder / "manifest.json").is_file():
@@ -90,8 +94,16 @@ def model_facts(folder: Path) -> dict[str, Any]:
             "model": _verified(claimed["model"], model.fingerprint),
             "image tokenizer": _verified(claimed["image_tokenizer"], images.fingerprint),
         },
+        **_licence(folder),
         **_files(folder),
     }
+
+
+def _licence(folder: Path) -> dict[str, str]:
+    """The first paragraph of LICENSE: what one has to know of it."""
+    if not (folder / "LICENSE").is_file():
+        return {"license": "none is given: weights follow the licences of their data"}
+    return {"license": " ".join((folder / "LICENSE").read_text("utf-8").split("\n\n")[0].split())}
 
 
 def tokenizer_facts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

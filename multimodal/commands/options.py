@@ -25,7 +25,12 @@ def parser(verb: str, about: str, epilog: str) -> argparse.ArgumentParser:
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--model", required=True, metavar="DIR", help="a model folder")
+    made.add_argument(
+        "--model",
+        default="starter",
+        metavar="DIR",
+        help="a model folder, or the name of a bundled one (default starter)",
+    )
     made.add_argument("--device", default="cpu", help="where torch computes (default cpu)")
     made.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the transformer (default float32)"

@@ -1,0 +1,85 @@
+"""A page of pictures with words: one HTML file that needs nothing else."""
+
+import base64
+import io
+from dataclasses import dataclass, field
+from html import escape
+
+from PIL import Image
+
+SHOWN = 160  # pixels of a picture's side on the page
+
+
+@dataclass
+class Figure:
+    """A picture and what stands below it; verdict: True or False where it was checked."""
+
+    image: Image.Image
+    text: str = ""
+    verdict: bool | None = None
+
+
+@dataclass
+class Section:
+    """A part of the page: figures in rows, each row with a line above it."""
+
+    title: str
+    about: str
+    rows: list[tuple[str, list[Figure]]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #c0392b; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { margin-bottom: 0; } h2 { margin: 2.5rem 0 0; border-top: 1px solid var(--line);
+  padding-top: 1rem; }
+h2 small, p.about, figcaption { color: GrayText; } h2 small { font-weight: normal; float: right; }
+p { margin: .2rem 0; } h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
+.row { display: flex; flex-wrap: wrap; gap: .8rem; }
+figure { margin: 0; width: 8.4rem; } figcaption { font-size: .8rem; line-height: 1.3;
+  overflow-wrap: anywhere; }
+img { width: 100%; aspect-ratio: 1; border-radius: 4px; border: 1px solid var(--line);
+  box-sizing: border-box; }
+.good::before { content: "\\2713 "; color: var(--good); font-weight: bold; }
+.bad::before { content: "\\2717 "; color: var(--bad); font-weight: bold; }
+"""
+
+
+def page(title: str, about: str, sections: list[Section]) -> str:
+    """One HTML file that needs nothing else."""
+    parts = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>{escape(title)}</title><style>{STYLE}</style>",
+        f"<h1>{escape(title)}</h1><p class='about'>{escape(about)}</p>",
+    ]
+    for section in sections:
+        seconds = f"{section.seconds:.1f} s"
+        parts.append(f"<h2>{escape(section.title)} <small>{seconds}</small></h2>")
+        parts.append(f"<p class='about'>{escape(section.about)}</p>")
+        for line, figures in section.rows:
+            parts.append(f"<h3>{escape(line)}</h3><div class='row'>")
+            parts += map(_figure, figures)
+            parts.append("</div>")
+    return "\n".join([*parts, "</html>"]) + "\n"
+
+
+def _figure(figure: Figure) -> str:
+    kind = {None: "", True: " class='good'", False: " class='bad'"}[figure.verdict]
+    text = escape(figure.text)
+    source, alt = _data_address(figure.image), text or "picture"
+    caption = f"<figcaption{kind}>{text}</figcaption>" if text or kind else ""
+    return f'<figure><img src="{source}" alt="{alt}">{caption}</figure>'
+
+
+def _data_address(image: Image.Image) -> str:
+    small = image.convert("RGB")
+    if max(small.size) < SHOWN:  # a browser would blur what is small
+        small = small.resize((SHOWN, SHOWN), Image.Resampling.BICUBIC)
+    elif max(small.size) > 2 * SHOWN:
+        small = small.resize((2 * SHOWN, 2 * SHOWN), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    small.save(file, "PNG" if len(small.getcolors(4096) or []) else "JPEG", quality=90)
+    kind = "png" if file.getvalue().startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
