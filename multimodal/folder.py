@@ -72,6 +72,12 @@ def find(path: str | Path) -> Path:
     return folder
 
 
+def part_of(path: str | Path, name: str) -> Path:
+    """The file or folder of this name in a model folder or a bundled one; else the path itself."""
+    part = find(path) / name
+    return part if part.exists() else Path(path)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a model folder. Errors: ``ValueError`` that says what is missing."""
     path = folder / "config.json"

@@ -176,6 +176,18 @@ def test_init_from_starts_from_the_weights_at_step_0(work: Path, tmp_path: Path,
         assert float(first[0]) == pytest.approx(own_loss(work, Path(model)), rel=1e-5)
 
 
+def test_a_model_lends_its_tokenizers(work: Path, tmp_path: Path) -> None:
+    model = str(work / "joint" / "model")
+    fit = ["fit", "--config", str(work / "joint.yaml"), "--trainer.max_steps", "1"]
+    fit += ["--data.val_limit", "8", "--init_from", model, "--output", str(tmp_path)]
+    for kind in ("text", "image"):
+        fit += [f"--model.init_args.{kind}_tokenizer", model]
+    assert main(fit) == 0
+    before, after = load(model), load(tmp_path / "model")
+    assert after.image_tokenizer.fingerprint == before.image_tokenizer.fingerprint
+    assert after.text_tokenizer.to_json() == before.text_tokenizer.to_json()
+
+
 def own_loss(work: Path, folder: Path) -> float:
     from multimodal.train.joint import JointModule
 

@@ -10,7 +10,7 @@ from multimodal.drawing import decode_images, draw_codes
 from multimodal.eval.answering import score_answers
 from multimodal.eval.captioning import score_captions
 from multimodal.eval.scenes import score_scene_captions
-from multimodal.folder import load
+from multimodal.folder import load, part_of
 from multimodal.generation import caption_pixels, text_after
 from multimodal.images import Fit, to_image
 from multimodal.model import Multimodal
@@ -27,7 +27,8 @@ from multimodal.train.schedule import TrainedByAdamW, can_compile
 class JointModule(TrainedByAdamW):
     """Args:
     size: a name of the table of sizes (tiny, mini, starter, base, large, 1b, 7b).
-    text_tokenizer: file of a trained BPE; image_tokenizer: folder of a trained image tokenizer.
+    text_tokenizer: file of a trained BPE; image_tokenizer: folder of a trained image tokenizer;
+        either may be a model (its folder, or ``starter``), whose tokenizer is taken.
     objectives: weights and shares of the losses.
     question_share: of the samples with a caption and questions, how many bring a question too.
     row_length: tokens in a packed row; at least the longest sequence.
@@ -56,8 +57,8 @@ class JointModule(TrainedByAdamW):
         super().__init__(learning_rate, weight_decay, warmup_steps)
         self.model = Multimodal.new(
             size,
-            TextTokenizer.load(text_tokenizer),
-            load_image_tokenizer(image_tokenizer),
+            TextTokenizer.load(part_of(text_tokenizer, "text_tokenizer.json")),
+            load_image_tokenizer(part_of(image_tokenizer, "image_tokenizer")),
             objectives,
         )
         if not 0 <= question_share <= 1:
