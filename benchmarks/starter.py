@@ -1,0 +1,143 @@
+"""Every number of the starter's model card, on data it was not trained on.
+
+    python benchmarks/starter.py [--model starter] [--data data] [--threads 2] [--pictures DIR]
+
+Reads the folders flickr8k, easy_vqa and scenes under --data (`multimodal data index`, `data
+scenes`): their val splits. Everything is greedy where it is text, and seed 0 where it is drawn.
+
+- captions: flickr8k, all photos, five references, CIDEr after lower-casing, without punctuation;
+- answers: easy_vqa, all questions; exact match; open: those that are not answered by yes or no;
+- search: flickr8k, five captions each, recall at 10 in both directions (chance 1 %);
+- scenes: 200 captioned, every claim checked; 200 drawn from their first caption that names all its
+  objects with colour and shape, both ways of drawing, objects read off the pixels by program.
+
+The last line is a JSON object.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from multimodal import load
+from multimodal.drawing import decode_images, draw_codes
+from multimodal.embedding import embed_pixels, embed_texts
+from multimodal.eval.answering import score_answers
+from multimodal.eval.captioning import score_captions
+from multimodal.eval.drawings import objects_asked, score_scene_drawings
+from multimodal.eval.retrieval import score_retrieval
+from multimodal.eval.scenes import score_scene_captions
+from multimodal.generation import answer_pixels, caption_pixels, read_images
+from multimodal.images import grid_of, to_image
+from multimodal.model import Multimodal
+from multimodal.sampling import Sampling
+from multimodal.scenes import Scene
+from multimodal.shards import Sample, Shards
+
+BATCH = 50
+
+
+def batches(samples: list[Sample], name: str) -> "tqdm[list[Sample]]":
+    starts = range(0, len(samples), BATCH)
+    return tqdm([samples[i : i + BATCH] for i in starts], desc=name, unit="batch", disable=None)
+
+
+def pixels_of(model: Multimodal, samples: list[Sample]) -> Tensor:
+    return read_images(model, [sample.image for sample in samples], [s.key for s in samples])
+
+
+def photos(model: Multimodal, folder: Path) -> dict[str, float]:
+    samples = list(Shards(folder, "val"))
+    said: dict[str, str] = {}
+    images: list[Tensor] = []
+    texts: list[Tensor] = []
+    for batch in batches(samples, "photos"):
+        pixels = pixels_of(model, batch)
+        said |= zip((s.key for s in batch), caption_pixels(model, pixels), strict=True)
+        images.append(embed_pixels(model, pixels))
+        texts.append(embed_texts(model, [text for s in batch for text in s.record["captions"]]))
+    owners = [n for n, s in enumerate(samples) for _ in s.record["captions"]]
+    references = {s.key: s.record["captions"] for s in samples}
+    scores = score_captions(said, references)
+    found = score_retrieval(torch.cat(images), torch.cat(texts), owners)
+    return {"n": len(samples), "CIDEr": scores["CIDEr"], "Bleu_4": scores["Bleu_4"],
+            "distinct": len(set(said.values())), **found}  # fmt: skip
+
+
+def answers(model: Multimodal, folder: Path) -> dict[str, float]:
+    pairs = []
+    for batch in batches(list(Shards(folder, "val")), "questions"):
+        pixels = pixels_of(model, batch)
+        rows = [n for n, s in enumerate(batch) for _ in s.record["qa"]]
+        asked, expected = zip(*(pair for s in batch for pair in s.record["qa"]), strict=True)
+        pairs += zip(expected, answer_pixels(model, pixels[rows], asked, 8), strict=True)
+    return score_answers(pairs)
+
+
+def scene_captions(model: Multimodal, folder: Path, split: str) -> dict[str, float]:
+    samples = list(islice(Shards(folder, split), 200))
+    said: dict[str, str] = {}
+    for batch in batches(samples, f"scenes {split}"):
+        captions = caption_pixels(model, pixels_of(model, batch))
+        said |= zip((s.key for s in batch), captions, strict=True)
+    truth = {s.key: Scene.from_json(s.record["scene"]) for s in samples}
+    return score_scene_captions(said, truth)
+
+
+def scene_drawings(model: Multimodal, folder: Path, pictures: Path | None) -> dict[str, object]:
+    prompts = []
+    for sample in islice(Shards(folder, "val"), 200):
+        objects = len(sample.record["scene"]["objects"])
+        named = (c for c in sample.record["captions"] if objects_asked(c).total() == objects)
+        prompts += list(islice(named, 1))
+    figures: dict[str, object] = {"prompts": len(prompts)}
+    for method in ("causal", "masked"):
+        drawn = []
+        for start in tqdm(range(0, len(prompts), BATCH), desc=f"{method} drawings", disable=None):
+            some = prompts[start : start + BATCH]
+            codes = draw_codes(model, some, method=method, sampling=Sampling(temperature=1.0))
+            drawn += [to_image(image) for image in decode_images(model, codes)]
+        figures[method] = score_scene_drawings(prompts, drawn)
+        if pictures:
+            pictures.mkdir(parents=True, exist_ok=True)
+            grid_of(drawn[:40]).save(pictures / f"{method}.png")
+            (pictures / "prompts.txt").write_text("\n".join(prompts[:40]) + "\n")
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="starter")
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--scenes", default="scenes", help="the folder of scenes under --data")
+    parser.add_argument("--only", nargs="*", help="of photos, answers, scenes, heldout, drawings")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--pictures", type=Path, help="where to leave the first drawings")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model, scenes = load(options.model), options.data / options.scenes
+    parts = {
+        "photos": lambda: photos(model, options.data / "flickr8k"),
+        "answers": lambda: answers(model, options.data / "easy_vqa"),
+        "scenes": lambda: scene_captions(model, scenes, "val"),
+        "heldout": lambda: scene_captions(model, scenes, "heldout"),
+        "drawings": lambda: scene_drawings(model, scenes, options.pictures),
+    }
+    figures = {}
+    for name in options.only or parts:
+        figures[name] = parts[name]()
+        print(name, json.dumps(figures[name]), file=sys.stderr)
+    print(json.dumps({"model": model.fingerprint, **figures, "machine": platform.machine()}))
+
+
+if __name__ == "__main__":
+    main()
