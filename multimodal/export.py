@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 from multimodal.folder import find, load, read_config, save
 from multimodal.model import Multimodal
+from multimodal.tokenizers.image import ViTTokenizer, load_image_tokenizer
 from multimodal.vocabulary import SPECIALS, Vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,17 +47,42 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> No
         _copy(source, folder, "LICENSE")
 
 
-def export_model(source: str | Path, out: str | Path, dtype: str = "bfloat16") -> None:
+def export_model(
+    source: str | Path,
+    out: str | Path,
+    dtype: str = "bfloat16",
+    image_tokenizer: str | Path | None = None,
+) -> None:
     """Write the model folder ``source`` anew as ``out``, its weights rounded to ``dtype``.
 
-    The image tokenizer is left as it is. Errors: as ``export_hf``.
+    image_tokenizer: a folder with another decoder for the same codes, to put into the model; by
+    default the image tokenizer is left as it is. Errors: as ``export_hf``, and ``ValueError`` for
+    an image tokenizer that makes other codes.
     """
     source, out = find(source), Path(out)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    model = load(source)
+    if image_tokenizer is not None:
+        other = load_image_tokenizer(image_tokenizer)
+        if not _same_codes(model.image_tokenizer, other):
+            raise ValueError(
+                f"{image_tokenizer}: makes other codes than the tokenizer of {source}; "
+                "only its decoder may differ (see decoder_only)"
+            )
+        model.image_tokenizer = other
     with new_folder(out) as folder:
-        save(load(source), folder, dtype=DTYPES[dtype])
+        save(model, folder, dtype=DTYPES[dtype])
         _copy(source, folder, "README.md", "LICENSE")
+
+
+def _same_codes(one: ViTTokenizer, other: ViTTokenizer) -> bool:
+    """Whether all that makes codes of images, preprocessing included, is equal."""
+    if replace(one.config, decoder_depth=1) != replace(other.config, decoder_depth=1):
+        return False
+    mine, theirs = one.state_dict(), other.state_dict()
+    names = [name for name in mine if not name.startswith("decoder.")]
+    return all(torch.equal(mine[name], theirs[name]) for name in names)
 
 
 @contextmanager

@@ -276,3 +276,44 @@ def test_the_readme_runs(
     image = (codes[0] + ours.vocabulary.image_start).tolist()
     assert names["inputs"]["input_ids"].tolist() == [describe_prompt(ours.vocabulary, image)]
     assert capsys.readouterr().out.strip()
+
+
+def test_a_rounded_model_is_half_the_size_and_verified(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "small"
+    assert main(["export", "model", str(tiny_model_folder), str(out)]) == 0
+    before, after = load(tiny_model_folder), load(out)
+    sizes = [(f / "model.safetensors").stat().st_size for f in (tiny_model_folder, out)]
+    assert sizes[1] < 0.55 * sizes[0]
+    stored = json.loads((out / "config.json").read_text())["fingerprints"]
+    assert after.fingerprint == stored["model"] != before.fingerprint
+    assert after.image_tokenizer.fingerprint == before.image_tokenizer.fingerprint
+    for name, weight in before.transformer.state_dict().items():
+        assert torch.equal(after.transformer.state_dict()[name], weight.bfloat16().float())
+
+
+def test_only_a_decoder_of_the_same_codes_is_put_in(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load(tiny_model_folder)
+    export = ["export", "model", str(tiny_model_folder), str(tmp_path / "out"), "--dtype"]
+    export += ["float32", "--image-tokenizer", str(tmp_path / "other")]
+    weights = dict(model.image_tokenizer.named_parameters())
+    stem = weights["encoder.stem.0.weight"].clone()
+    with torch.no_grad():
+        weights["encoder.stem.0.weight"] *= 1.5
+    model.image_tokenizer.save(tmp_path / "other")
+    assert main(export) == 1
+    assert "makes other codes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with torch.no_grad():
+        weights["encoder.stem.0.weight"].copy_(stem)
+        weights["decoder.from_vectors.weight"] *= 1.5
+    model.image_tokenizer.save(tmp_path / "other")
+    assert main(export) == 0
+    old, new = load(tiny_model_folder), load(tmp_path / "out")
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    codes = old.image_tokenizer.encode(images)
+    assert torch.equal(codes, new.image_tokenizer.encode(images))
+    assert not torch.equal(old.image_tokenizer.decode(codes), new.image_tokenizer.decode(codes))

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from multimodal.cli import main
 from multimodal.folder import load
 from multimodal.templates import Templates
+from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.train.cli import keep_log, recipe_names
 from multimodal.train.data import GlobalBatches, ShardData, ShardDataset, collate
 from multimodal.train.lessons import Lesson, lesson_of, texts_about
@@ -174,6 +175,20 @@ def test_init_from_starts_from_the_weights_at_step_0(work: Path, tmp_path: Path,
     if name == "joint":
         # The loss at step 0 is what the model itself says of that batch.
         assert float(first[0]) == pytest.approx(own_loss(work, Path(model)), rel=1e-5)
+
+
+def test_a_decoder_alone_learns_and_the_codes_stay(work: Path, tmp_path: Path) -> None:
+    start = str(work / "tokenizer" / "model")
+    fit = ["fit", "--config", str(work / "tokenizer.yaml"), "--trainer.max_steps", "6"]
+    fit += ["--model.init_args.decoder_only", "true", "--init_from", start]
+    assert main([*fit, "--output", str(tmp_path)]) == 0
+    before, after = (load_image_tokenizer(f) for f in (start, tmp_path / "model"))
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    codes = before.encode(images)
+    assert torch.equal(codes, after.encode(images))
+    old, new = before.state_dict(), after.state_dict()
+    changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"decoder"}
 
 
 def test_a_model_lends_its_tokenizers(work: Path, tmp_path: Path) -> None:

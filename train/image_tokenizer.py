@@ -28,6 +28,8 @@ class ImageTokenizerModule(TrainedByAdamW):
     tokenizer: the autoencoder and its quantizer.
     text_tokenizer: file of a trained text tokenizer, for the semantic loss.
     semantic_weight: of the semantic loss; 0 trains on pixels alone.
+    decoder_only: leave the codes as they are (with --init_from) and go on with the decoder alone,
+        at a third of the cost; a model that was trained on these codes can take the result.
     learning_rate, weight_decay, warmup_steps: AdamW with linear warm-up, then a cosine to zero.
     compile: torch.compile (needs a C++ compiler on a CPU).
     """
@@ -37,6 +39,7 @@ class ImageTokenizerModule(TrainedByAdamW):
         tokenizer: ImageTokenizerConfig,
         text_tokenizer: str | None = None,
         semantic_weight: float = 0.0,
+        decoder_only: bool = False,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.05,
         warmup_steps: int = 100,
@@ -45,8 +48,12 @@ class ImageTokenizerModule(TrainedByAdamW):
         super().__init__(learning_rate, weight_decay, warmup_steps)
         self.semantic_weight = semantic_weight
         self.tokenizer = ViTTokenizer(tokenizer)
+        tokenizer_parts = (self.tokenizer.encoder, self.tokenizer.quantizer)
+        self.frozen = tokenizer_parts if decoder_only else ()
+        for part in self.frozen:
+            part.requires_grad_(False).eval()
         self.semantic: SemanticLoss | None = None
-        if semantic_weight:
+        if semantic_weight and not decoder_only:
             if text_tokenizer is None:
                 raise ValueError("semantic_weight needs text_tokenizer: the file of a trained BPE")
             words = TextTokenizer.load(text_tokenizer)
@@ -56,6 +63,12 @@ class ImageTokenizerModule(TrainedByAdamW):
             self.compiled = torch.compile(self.losses)
         self.train_use = CodebookUse(self.tokenizer.codebook_size)
         self.val_use = CodebookUse(self.tokenizer.codebook_size)
+
+    def train(self, mode: bool = True) -> "ImageTokenizerModule":
+        super().train(mode)
+        for part in self.frozen:  # the statistics of batches would move the codes too
+            part.eval()
+        return self
 
     @property
     def preprocessing(self) -> tuple[int, Fit]:

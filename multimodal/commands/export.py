@@ -21,7 +21,7 @@ def export_hf(arguments: argparse.Namespace) -> int:
 def export_model(arguments: argparse.Namespace) -> int:
     from multimodal.export import export_model
 
-    export_model(arguments.model, arguments.out, arguments.dtype)
+    export_model(arguments.model, arguments.out, arguments.dtype, arguments.image_tokenizer)
     print(arguments.out)
     return 0
 
@@ -41,11 +41,14 @@ def main(argv: list[str]) -> int:
     hf.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")
     hf.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights")
     hf.set_defaults(run=export_hf)
-    model = kinds.add_parser("model", help="a model folder with rounded weights")
+    model = kinds.add_parser("model", help="a model folder: weights rounded, another image decoder")
     model.add_argument("model", metavar="MODEL", help="the model folder to read")
     model.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")
     model.add_argument(
         "--dtype", choices=DTYPES[:2], default="bfloat16", help="(default bfloat16: half the size)"
+    )
+    model.add_argument(
+        "--image-tokenizer", metavar="DIR", help="put in this one: the same codes, another decoder"
     )
     model.set_defaults(run=export_model)
     arguments = parser.parse_args(argv)
