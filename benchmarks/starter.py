@@ -8,8 +8,9 @@ scenes`): their val splits. Everything is greedy where it is text, and seed 0 wh
 - captions: flickr8k, all photos, five references, CIDEr after lower-casing, without punctuation;
 - answers: easy_vqa, all questions; exact match; open: those that are not answered by yes or no;
 - search: flickr8k, five captions each, recall at 10 in both directions (chance 1 %);
-- scenes: 200 captioned, every claim checked; 200 drawn from their first caption that names all its
-  objects with colour and shape, both ways of drawing, objects read off the pixels by program.
+- scenes: 200 captioned, every claim checked, on val and on heldout; all their questions; recall of
+  their captions among those 200; drawings after the first caption that names all objects with
+  colour and shape, both ways of drawing, objects read off the pixels by program.
 
 The last line is a JSON object.
 """
@@ -48,6 +49,10 @@ def batches(samples: list[Sample], name: str) -> "tqdm[list[Sample]]":
     return tqdm([samples[i : i + BATCH] for i in starts], desc=name, unit="batch", disable=None)
 
 
+def first(folder: Path, split: str = "val") -> list[Sample]:
+    return list(islice(Shards(folder, split), 200))
+
+
 def pixels_of(model: Multimodal, samples: list[Sample]) -> Tensor:
     return read_images(model, [sample.image for sample in samples], [s.key for s in samples])
 
@@ -55,24 +60,28 @@ def pixels_of(model: Multimodal, samples: list[Sample]) -> Tensor:
 def photos(model: Multimodal, folder: Path) -> dict[str, float]:
     samples = list(Shards(folder, "val"))
     said: dict[str, str] = {}
-    images: list[Tensor] = []
-    texts: list[Tensor] = []
     for batch in batches(samples, "photos"):
-        pixels = pixels_of(model, batch)
-        said |= zip((s.key for s in batch), caption_pixels(model, pixels), strict=True)
-        images.append(embed_pixels(model, pixels))
-        texts.append(embed_texts(model, [text for s in batch for text in s.record["captions"]]))
-    owners = [n for n, s in enumerate(samples) for _ in s.record["captions"]]
-    references = {s.key: s.record["captions"] for s in samples}
-    scores = score_captions(said, references)
-    found = score_retrieval(torch.cat(images), torch.cat(texts), owners)
+        captions = caption_pixels(model, pixels_of(model, batch))
+        said |= zip((s.key for s in batch), captions, strict=True)
+    scores = score_captions(said, {s.key: s.record["captions"] for s in samples})
     return {"n": len(samples), "CIDEr": scores["CIDEr"], "Bleu_4": scores["Bleu_4"],
-            "distinct": len(set(said.values())), **found}  # fmt: skip
+            "distinct": len(set(said.values())), **search(model, samples)}  # fmt: skip
 
 
-def answers(model: Multimodal, folder: Path) -> dict[str, float]:
+def search(model: Multimodal, samples: list[Sample]) -> dict[str, float]:
+    images, texts, owners = [], [], []
+    for batch in batches(samples, "search"):
+        images.append(embed_pixels(model, pixels_of(model, batch)))
+        captions = [str(text) for s in batch for text in s.record["captions"]]
+        texts.append(embed_texts(model, captions))
+    for number, sample in enumerate(samples):
+        owners += [number] * len(sample.record["captions"])
+    return score_retrieval(torch.cat(images), torch.cat(texts), owners)
+
+
+def answers(model: Multimodal, samples: list[Sample]) -> dict[str, float]:
     pairs = []
-    for batch in batches(list(Shards(folder, "val")), "questions"):
+    for batch in batches(samples, "questions"):
         pixels = pixels_of(model, batch)
         rows = [n for n, s in enumerate(batch) for _ in s.record["qa"]]
         asked, expected = zip(*(pair for s in batch for pair in s.record["qa"]), strict=True)
@@ -81,7 +90,7 @@ def answers(model: Multimodal, folder: Path) -> dict[str, float]:
 
 
 def scene_captions(model: Multimodal, folder: Path, split: str) -> dict[str, float]:
-    samples = list(islice(Shards(folder, split), 200))
+    samples = first(folder, split)
     said: dict[str, str] = {}
     for batch in batches(samples, f"scenes {split}"):
         captions = caption_pixels(model, pixels_of(model, batch))
@@ -92,7 +101,7 @@ def scene_captions(model: Multimodal, folder: Path, split: str) -> dict[str, flo
 
 def scene_drawings(model: Multimodal, folder: Path, pictures: Path | None) -> dict[str, object]:
     prompts = []
-    for sample in islice(Shards(folder, "val"), 200):
+    for sample in first(folder):
         objects = len(sample.record["scene"]["objects"])
         named = (c for c in sample.record["captions"] if objects_asked(c).total() == objects)
         prompts += list(islice(named, 1))
@@ -118,7 +127,8 @@ def main() -> None:
     parser.add_argument("--model", default="starter")
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--scenes", default="scenes", help="the folder of scenes under --data")
-    parser.add_argument("--only", nargs="*", help="of photos, answers, scenes, heldout, drawings")
+    parser.add_argument("--only", nargs="*", metavar="PART", help="photos, answers, scenes, "
+                        "heldout, scene_answers, scene_search, drawings (default all)")  # fmt: skip
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--pictures", type=Path, help="where to leave the first drawings")
     options = parser.parse_args()
@@ -127,9 +137,11 @@ def main() -> None:
     model, scenes = load(options.model), options.data / options.scenes
     parts = {
         "photos": lambda: photos(model, options.data / "flickr8k"),
-        "answers": lambda: answers(model, options.data / "easy_vqa"),
+        "answers": lambda: answers(model, list(Shards(options.data / "easy_vqa", "val"))),
         "scenes": lambda: scene_captions(model, scenes, "val"),
         "heldout": lambda: scene_captions(model, scenes, "heldout"),
+        "scene_answers": lambda: answers(model, first(scenes)),
+        "scene_search": lambda: search(model, first(scenes)),
         "drawings": lambda: scene_drawings(model, scenes, options.pictures),
     }
     figures = {}

@@ -41,8 +41,8 @@ figure { margin: 0; width: 8.4rem; } figcaption { font-size: .8rem; line-height:
   overflow-wrap: anywhere; }
 img { width: 100%; aspect-ratio: 1; border-radius: 4px; border: 1px solid var(--line);
   box-sizing: border-box; }
-.good::before { content: "\\2713 "; color: var(--good); font-weight: bold; }
-.bad::before { content: "\\2717 "; color: var(--bad); font-weight: bold; }
+.good::before { content: "\\2713\\00a0"; color: var(--good); font-weight: bold; }
+.bad::before { content: "\\2717\\00a0"; color: var(--bad); font-weight: bold; }
 """
 
 

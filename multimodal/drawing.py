@@ -16,14 +16,13 @@ from torch import Tensor
 
 from multimodal.attention import attention_mask
 from multimodal.generation import Batch, check_length, text_ids
-from multimodal.sampling import Sampling, gumbel
+from multimodal.sampling import Sampling
 from multimodal.sequences import draw_prompt
 
 if TYPE_CHECKING:
     from multimodal.model import Multimodal
 
 Method = Literal["masked", "causal"]
-ORDER = "confidence"
 UNKNOWN = -1  # a code that is to be drawn
 
 
@@ -101,11 +100,12 @@ def _draw_masked(
     guidance_scale: float,
     sampling: Sampling,
 ) -> Tensor:
-    """MaskGIT (Chang et al. 2022, arXiv:2202.04200): at each step the most confident codes are
-    kept, by the cosine schedule, with Gumbel noise that is annealed to zero."""
+    """MaskGIT (Chang et al. 2022, arXiv:2202.04200): all codes are drawn at each step, and some
+    kept, by the cosine schedule. Which ones is not left to how sure the model is of them, or even
+    backgrounds would always come first: they are spread over the image (``spread_order``)."""
     vocabulary = model.vocabulary
     (count, n), longest = codes.shape, max(map(len, prompts))
-    copies, side = len(prompts) // count, model.image_tokenizer.config.grid
+    copies, order = len(prompts) // count, spread_order(model.image_tokenizer.config.grid)
     ids = torch.full((len(prompts), longest + n), vocabulary.pad)
     documents, blocks = torch.zeros_like(ids), torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
@@ -122,19 +122,13 @@ def _draw_masked(
         hidden = model.transformer(ids.to(model.device), positions, mask)[:, longest:]
         logits = _image_logits(model, hidden, guidance_scale)
         drawn = sampling.choose(logits, generators)
-        confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
-        progress = (step + 1) / steps
-        noise = sampling.temperature * (1 - progress) * gumbel(confidence, generators)
         known = codes != UNKNOWN
-        confidence = confidence + noise
-        if ORDER == "halton":
-            confidence = -spread_order(side).float().expand(count, -1)
-        confidence = confidence.masked_fill(known, torch.inf)
+        progress = (step + 1) / steps
         left = (to_draw * torch.cos(torch.tensor(progress * torch.pi / 2))).long()
         if step == steps - 1:
             left = torch.zeros_like(left)
-        # The rank of each code by confidence, known ones first: those above n - left are kept.
-        rank = confidence.argsort(-1, descending=True).argsort(-1)
+        # The rank of each code in the order, known ones first: those before n - left are kept.
+        rank = order.expand(count, -1).masked_fill(known, -1).argsort(-1).argsort(-1)
         keep = rank < (n - left.minimum((~known).sum(1) - 1).clamp(min=0))[:, None]
         codes = torch.where(known, codes, torch.where(keep, drawn, UNKNOWN))
     return codes

@@ -205,7 +205,6 @@ def test_paths_come_out_as_they_went_in(tiny_model_folder: Path, tmp_path: Path)
             1,
             "9999 more: the model reads at most 4096",
         ),
-        ([], 2, "required: --model"),
         (["--model", "MODEL", "--dtype", "int4"], 2, "invalid choice: 'int4'"),
     ],
 )

@@ -68,7 +68,7 @@ def test_verdicts_are_those_of_the_programs(
 ) -> None:
     demo = Demo(load(tiny_model_folder))
     scenes, first = demo.scenes, demo.scenes[0].objects[0]
-    said = [f"a {first.colour} {first.shape}", *["a dog"] * 13]
+    said = [f"a {first.colour} {first.shape}", *["a dog"] * (7 + len(PHOTOS))]
     monkeypatch.setattr(Multimodal, "caption", lambda *_: said)
     figures = demo.captions().rows[0][1]
     assert [figure.verdict for figure in figures] == [True, *[False] * 7]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from multimodal.drawing import decode_images, draw_codes
+from multimodal.drawing import decode_images, draw_codes, spread_order
 from multimodal.generation import (
     caption_pixels,
     continue_text,
@@ -184,7 +184,7 @@ def test_one_cold_step_is_the_prediction_that_training_learns(model: Multimodal)
     assert codes[0].tolist() == expected.tolist()
 
 
-def test_what_is_kept_stays_and_the_most_confident_is_kept_first(
+def test_what_is_kept_stays_and_is_spread_over_the_image(
     model: Multimodal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
@@ -202,3 +202,17 @@ def test_what_is_kept_stays_and_the_most_confident_is_kept_first(
     for before, after in zip(seen, [*seen[1:], codes + v.image_start], strict=True):
         kept = before != v.mask
         assert torch.equal(before[kept], after[kept])
+    order = spread_order(4)
+    for ids in seen:
+        there = order[(ids != v.mask)[0]]
+        assert sorted(there.tolist()) == list(range(len(there))), "the first ones of the order"
+
+
+@pytest.mark.parametrize("side", [1, 4, 8, 14, 32])
+def test_the_order_of_drawing_keeps_neighbours_apart(side: int) -> None:
+    order = spread_order(side)
+    assert sorted(order.tolist()) == list(range(side * side))
+    quarter = (order < side * side / 4).view(side, side).float()
+    if side >= 8:  # of the first quarter, every corner of the image has its share
+        halves = quarter.unflatten(0, (2, side // 2)).unflatten(2, (2, side // 2)).sum((1, 3))
+        assert halves.min() >= 0.6 * halves.max()

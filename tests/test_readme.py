@@ -1,14 +1,21 @@
 """What the README says can be typed: its quick path runs, its commands and options exist."""
 
+import random
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from multimodal.cli import VERBS, main
+from multimodal.folder import load
+from multimodal.scene_language import captions
+from multimodal.scenes import render, sample_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -23,6 +30,7 @@ SMALLER = {
     "fit --config scenes_joint.yaml": f"{FEW} --model.init_args.size tiny "
     "--model.init_args.drawings_in_validation 1 --model.init_args.row_length 256",
     "predict": f"{FEW} --model.init_args.size tiny",
+    "fit --config finetune.yaml": f"{FEW} --model.init_args.drawings_in_validation 1",
 }
 
 
@@ -36,51 +44,95 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(x, comments=True)[1:] for x in lines if x.startswith("multimodal ")]
 
 
-(QUICK, *_) = blocks("sh", README.split("<!-- quick path")[1])
+def after(marker: str) -> str:
+    """The shell block that follows a marker."""
+    return blocks("sh", README.split(f"<!-- {marker}")[1])[0]
+
+
+QUICK, USE, OWN = after("quick path"), after("use"), after("own data")
+
+
+@pytest.fixture
+def few_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run_small(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in commands(block):
+        line = " ".join(arguments)
+        few = next((more for start, more in SMALLER.items() if line.startswith(start)), "")
+        assert main([*arguments, *shlex.split(few)]) == 0, capsys.readouterr().err
 
 
 def test_the_quick_path_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    few_threads: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_small(QUICK, capsys)
+    for name in ("predictions.jsonl", "logs", "checkpoints/last.ckpt", "model/config.json"):
+        assert (tmp_path / "runs/scenes-joint" / name).exists(), name
+
+
+def test_the_starter_is_used_as_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (python, *_) = blocks("python")
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for arguments in commands(QUICK):
-            line = " ".join(arguments)
-            few = next((more for start, more in SMALLER.items() if line.startswith(start)), "")
-            assert main([*arguments, *shlex.split(few)]) == 0, capsys.readouterr().err
-    finally:
-        torch.set_num_threads(threads)
-    said = "\n".join(["predictions.jsonl", "logs", "checkpoints/last.ckpt", "model/config.json"])
-    for name in said.splitlines():
-        assert (tmp_path / "runs/scenes-joint" / name).exists(), name
-    from PIL import Image
-
-    (tmp_path / "scenes").mkdir()
-    for name in ("scene.png", "other.png", "scenes/one.png"):
-        Image.new("RGB", (60, 40), (90, 20, 200)).save(tmp_path / name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    scope: dict[str, object] = {}
+    (tmp_path / "scenes").mkdir()
+    rng = random.Random(0)
+    for name in ("scene.png", "other.png", "scenes/one.png"):
+        render(sample_scene(rng)).save(tmp_path / name)
+    scope: dict[str, Any] = {}
+    (python, *_) = blocks("python")
     exec(python, scope)  # our own README
-    (using,) = (block for block in blocks("sh") if "M=runs/scenes-joint/model" in block)
+    assert Image.open(tmp_path / "drawing.png").size == (64, 64)
     shown = {}
-    for arguments in commands(using.replace("$M", "runs/scenes-joint/model")):
+    for arguments in commands(USE):
         capsys.readouterr()
         assert main(arguments) == 0, arguments
         shown[arguments[0]] = capsys.readouterr().out
     assert len(shown) == 7
-    first = shown["caption"].splitlines()[0].split("\t")[1]
-    assert first.split() == scope["captions"][0].split()  # type: ignore[index]
+    assert shown["caption"].splitlines()[0].split("\t")[1] == scope["captions"][0]
     assert (tmp_path / "drawing-3.png").exists() and (tmp_path / "rows.jsonl").exists()
+
+
+def test_own_data_from_a_folder_to_a_tuned_starter(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    few_threads: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    rng = random.Random(0)
+    for number in range(60):
+        scene = sample_scene(rng)
+        name = "one" if not number else f"photo-{number}"
+        render(scene).save(tmp_path / "photos" / f"{name}.png")
+        (tmp_path / "photos" / f"{name}.txt").write_text(captions(scene, rng, 1)[0])
+    run_small(OWN, capsys)
+    before, after = load("starter"), load("runs/finetune/model")
+    assert after.image_tokenizer.fingerprint == before.image_tokenizer.fingerprint
+    changed = [
+        name
+        for name, weight in before.transformer.state_dict().items()
+        if not torch.equal(weight, after.transformer.state_dict()[name])
+    ]
+    assert changed, "it learned nothing"
 
 
 def test_every_other_command_of_the_readme_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = [command for block in blocks("sh") if block != QUICK for command in commands(block)]
-    assert len(found) > 8
+    others = [block for block in blocks("sh") if block not in (QUICK, USE, OWN)]
+    found = [command for block in others for command in commands(block)]
+    assert len(found) > 5
     for command in found:
         if command[0].startswith("-"):
             assert main(command) == 0

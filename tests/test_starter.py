@@ -1,0 +1,79 @@
+"""The bundled starter: whole, small, licensed, and as good on simple things as its card says."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from multimodal.cli import main
+from multimodal.eval.answering import score_answers
+from multimodal.eval.scenes import score_scene_captions
+from multimodal.folder import find, load, read_config
+from multimodal.model import Multimodal
+from multimodal.scene_questions import questions
+from multimodal.scenes import render, sample_scene
+
+FOLDER = find("starter")
+
+
+@pytest.fixture(scope="module")
+def starter() -> Multimodal:
+    return load("starter")
+
+
+def test_it_is_whole_and_small(capsys: pytest.CaptureFixture[str]) -> None:
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 24e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ""}
+    assert main(["info", "starter"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("(verified)") == 2 and "Apache License 2.0" in said
+
+
+def test_its_card_and_its_licence_say_what_it_was_trained_on() -> None:
+    licence, card = ((FOLDER / name).read_text("utf-8") for name in ("LICENSE", "README.md"))
+    for text in (licence, card):
+        assert "scenes" in text and "CC0" in text and "Apache License 2.0" in text
+    prints = read_config(FOLDER)["fingerprints"]
+    for fact in (*prints.values(), "recall", "seed 0", "200 scenes of val"):
+        assert fact in card
+
+
+def test_it_captions_and_answers_about_new_scenes(starter: Multimodal) -> None:
+    rng = random.Random("new scenes for the starter")
+    scenes = {str(number): sample_scene(rng) for number in range(40)}
+    pictures = [render(scene) for scene in scenes.values()]
+    said = dict(zip(scenes, starter.caption(pictures), strict=True))
+    assert score_scene_captions(said, scenes)["attribute_precision"] > 0.85
+    pairs = []
+    for scene, picture in zip(scenes.values(), pictures, strict=True):
+        ((question, expected),) = questions(scene, rng, 1)
+        pairs.append((expected, starter.answer(picture, question)))
+    assert score_answers(pairs)["accuracy"] > 0.5
+
+
+def test_what_fits_is_nearer(starter: Multimodal) -> None:
+    """Of 20 pictures and a text of each, more than half find theirs; chance is one."""
+    rng = random.Random("search")
+    scenes = [sample_scene(rng) for _ in range(20)]
+    from multimodal.scene_language import captions
+
+    texts = [captions(scene, rng, 1)[0] for scene in scenes]
+    images = starter.embed(images=[render(scene) for scene in scenes])
+    found = (images @ starter.embed(texts=texts).T).argmax(0).tolist()
+    assert sum(n == image for n, image in enumerate(found)) > 10
+
+
+def test_the_folder_says_how_it_reads_images(starter: Multimodal) -> None:
+    stored = json.loads((FOLDER / "config.json").read_text())
+    assert stored["preprocessing"]["image_size"] == starter.image_tokenizer.config.image_size
+
+
+def test_verbs_use_it_by_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "scene.png"
+    scene = sample_scene(random.Random(5))
+    render(scene).save(path)
+    assert main(["caption", str(path)]) == 0
+    shown = capsys.readouterr().out.strip()
+    assert shown == f"{path}\t{load('starter').caption([path])[0]}"
