@@ -17,6 +17,7 @@ from PIL import Image
 from multimodal.commands.options import check_output, load_model, parser, whole_file
 from multimodal.eval.drawings import objects_asked, score_scene_drawings
 from multimodal.eval.page import Figure, Section, page
+from multimodal.images import open_image
 from multimodal.scene_claims import check_caption
 from multimodal.scene_questions import questions
 from multimodal.scenes import render, sample_scene
@@ -50,7 +51,7 @@ class Demo:
         self.model, self.seed, self.rng = model, seed, rng
         self.scenes = [sample_scene(rng) for _ in range(GALLERY)]
         self.pictures = [render(scene, 128) for scene in self.scenes]
-        self.photos = [(name.removesuffix("_left"), photo(name)) for name in PHOTOS]
+        self.photos = [photo(name) for name in PHOTOS]
 
     @property
     def steps(self) -> dict[str, Callable[[], Section]]:
@@ -69,7 +70,7 @@ class Demo:
             "Greedy. Every statement about a scene is checked against its ground truth by program.",
         )
         count, true, claims = 8, 0, 0
-        images = self.pictures[:count] + [image for _, image in self.photos]
+        images = self.pictures[:count] + self.photos
         texts = self.model.caption(images)
         figures = []
         for picture, scene, text in zip(self.pictures, self.scenes, texts[:count], strict=False):
@@ -77,9 +78,7 @@ class Demo:
             true, claims = true + sum(results), claims + len(results)
             figures.append(Figure(picture, text, all(results)))
         made.rows.append((f"Scenes it never saw: {true} of {claims} statements are true", figures))
-        photos = [
-            Figure(image, text) for (_, image), text in zip(self.photos, texts[count:], strict=True)
-        ]
+        photos = [Figure(*pair) for pair in zip(self.photos, texts[count:], strict=True)]
         made.rows.append(("Photos: a model trained on scenes alone sees scenes in them", photos))
         return made
 
@@ -109,7 +108,7 @@ class Demo:
             f"{self.model.image_tokenizer.codebook_size:,}; below, the pictures decoded from them. "
             "What is lost here it cannot know.",
         )
-        images = self.pictures[:4] + [image for _, image in self.photos[:4]]
+        images = self.pictures[:4] + self.photos[:4]
         codes = encode_images(self.model, read_images(self.model, images))
         decoded = [to_image(image) for image in decode_images(self.model, codes)]
         made.rows.append(("Before", [Figure(image) for image in images]))
@@ -140,7 +139,7 @@ class Demo:
         return made
 
     def search(self) -> Section:
-        images = self.pictures + [image for _, image in self.photos]
+        images = self.pictures + self.photos
         made = Section("Search", f"The five of {len(images)} pictures that fit best.")
         rows = self.model.embed(images=images)
         wanted = self.scenes[20].objects[0]
@@ -163,18 +162,13 @@ class Demo:
 
 
 def photo(name: str) -> Image.Image:
-    """A photo of those that lie in scikit-image's wheel."""
+    """A photo of those in scikit-image's wheel, RGB. Errors: ``ValueError`` where it has none."""
     from skimage import data
 
-    found: Image.Image
     for suffix in (".png", ".jpg"):
-        path = f"{data.__path__[0]}/{name}{suffix}"
-        try:
-            with Image.open(path) as image:
-                found = image.convert("RGB")
-                return found
-        except FileNotFoundError:
-            continue
+        path = Path(data.__path__[0]) / f"{name}{suffix}"
+        if path.is_file():
+            return open_image(path)
     raise ValueError(f"scikit-image has no picture {name!r} in this release")
 
 

@@ -62,16 +62,16 @@ def export_model(
     source, out = find(source), Path(out)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    model = load(source)
-    if image_tokenizer is not None:
-        other = load_image_tokenizer(image_tokenizer)
-        if not _same_codes(model.image_tokenizer, other):
-            raise ValueError(
-                f"{image_tokenizer}: makes other codes than the tokenizer of {source}; "
-                "only its decoder may differ (see decoder_only)"
-            )
-        model.image_tokenizer = other
     with new_folder(out) as folder:
+        model = load(source)
+        if image_tokenizer is not None:
+            other = load_image_tokenizer(image_tokenizer)
+            if not _same_codes(model.image_tokenizer, other):
+                raise ValueError(
+                    f"{image_tokenizer}: makes other codes than the tokenizer of {source}; "
+                    "only its decoder may differ (see decoder_only)"
+                )
+            model.image_tokenizer = other
         save(model, folder, dtype=DTYPES[dtype])
         _copy(source, folder, "README.md", "LICENSE")
 

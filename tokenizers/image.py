@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multimodal.tokenizers.quantizer import Quantized, make_quantizer
-from multimodal.tokenizers.vit import PIXELS_PER_STEP, Decoder, Encoder
+from multimodal.tokenizers.vit import Decoder, Encoder
 
 
 class ImageTokenizer(Protocol):
@@ -55,7 +55,7 @@ class ImageTokenizerConfig:
     family: str = "vit"
 
     def __post_init__(self) -> None:
-        if self.downsample < PIXELS_PER_STEP or self.downsample & (self.downsample - 1):
+        if self.downsample < 4 or self.downsample & (self.downsample - 1):
             raise ValueError(f"downsample={self.downsample}: expected a power of two from 4 on")
         if self.image_size % self.downsample:
             raise ValueError(
