@@ -138,28 +138,30 @@ class Multimodal(nn.Module):
         codes: Tensor,
         captions: SequenceOf[str | None],
         seeds: SequenceOf[int],
-        exchanges: SequenceOf[tuple[str, str] | None] | None = None,
+        exchanges: SequenceOf[SequenceOf[tuple[str, str]]] | None = None,
+        longest: int | None = None,
     ) -> list[Sequence]:
         """What B images with their texts teach: B sequences that start with the image, then B that
         start with the text, then the rest.
 
         codes: int64[B, n]; captions: B, None where there is none; seeds: B numbers that decide all
-        that is random; exchanges: B prompts with their answers, None where there is none.
+        that is random; exchanges: B lists of prompts with their answers, empty where there is none;
+        longest: of these, only the first and those that fit so many tokens are asked.
 
-        An image without a caption starts its exchange, and is drawn from the dropped condition.
+        An image without a caption starts its exchanges, and is drawn from the dropped condition.
         """
         goals, vocabulary = self.config.objectives, self.vocabulary
         encode = self.text_tokenizer.encode
         describes, draws, answers = [], [], []
-        exchanges = exchanges or [None] * len(codes)
+        exchanges = exchanges or [()] * len(codes)
         everything = zip(codes.cpu().numpy(), captions, seeds, exchanges, strict=True)
-        for image, text, seed, exchange in everything:
-            if exchange is not None:
-                prompt, reply = map(encode, exchange)
-                answers.append(answer(vocabulary, image, prompt, reply))
+        for image, text, seed, asked in everything:
+            if asked:
+                turns = [(encode(prompt), encode(reply)) for prompt, reply in asked]
+                answers.append(answer(vocabulary, image, turns, longest))
             if text is not None:
                 describes.append(describe(vocabulary, image, encode(text)))
-            elif exchange is not None:
+            elif asked:
                 describes.append(answers.pop())
             else:
                 raise ValueError("an image needs a caption or an exchange to learn from")

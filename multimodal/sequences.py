@@ -3,12 +3,13 @@
     sequence        tokens                                   predicts                objective
     describe        <bos> <boi> i i i <eoi> t t <eos>        after <eoi>: t t <eos>  caption
     answer          <bos> <boi> i i i <eoi> p p t t <eos>    after p p: t t <eos>    answer
+                    ... and further turns of p p t t <eos>
     draw            <bos> t t <boi> ...                      after <bos>: t t <boi>  text
       next-token    ... <boi> i i i <eoi>                    after <boi>: i i i <eoi>  image
       masked        ... <boi> i M i M <eoi>                  at M itself: i          reconstruct
     text            <bos> t t <eos>                          after <bos>: t t <eos>  text
 
-The prompt p p of an answer carries no loss. A masked image is one bidirectional block of exactly
+The prompts p p of answers carry no loss. A masked image is one bidirectional block of exactly
 the codes, without <boi> and <eoi>; the rest is causal. So the state at <eoi> of describe knows the
 image and nothing else, and the state at <boi> of draw knows the text and nothing else: they are the
 embeddings. A dropped condition is <null> in the place of the text, and carries no loss.
@@ -27,6 +28,7 @@ from multimodal.vocabulary import Vocabulary
 Ids = NDArray[np.int64]
 OBJECTIVES = ("caption", "text", "image", "reconstruct", "answer")
 NO_LOSS = -1
+Span = tuple[str, int, int]  # an objective, and the positions [start, end) that have it
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,11 @@ class Sequence:
         return len(self.ids)
 
 
-def _next_token(ids: list[int], spans: dict[str, tuple[int, int]], state: int = 0) -> Sequence:
-    """A causal sequence; positions [start, end) of each named span predict the token after them."""
+def _next_token(ids: list[int], spans: SequenceOf[Span], state: int = 0) -> Sequence:
+    """A causal sequence; the positions of each span predict the token after them."""
     read = np.array(ids, np.int64)
     objectives = np.full(len(ids), NO_LOSS, np.int64)
-    for name, (start, end) in spans.items():
+    for name, start, end in spans:
         objectives[start:end] = OBJECTIVES.index(name)
     targets = np.where(objectives == NO_LOSS, 0, np.roll(read, -1))
     return Sequence(read, targets, objectives, np.zeros_like(read), state)
@@ -64,18 +66,27 @@ def describe(vocabulary: Vocabulary, codes: SequenceOf[int] | Ids, text: list[in
     prompt = describe_prompt(vocabulary, image)
     ids = [*prompt, *text, vocabulary.eos]
     eoi = len(prompt) - 1
-    return _next_token(ids, {"caption": (eoi, len(ids) - 1)}, state=eoi)
+    return _next_token(ids, [("caption", eoi, len(ids) - 1)], state=eoi)
 
 
 def answer(
-    vocabulary: Vocabulary, codes: SequenceOf[int] | Ids, prompt: list[int], text: list[int]
+    vocabulary: Vocabulary,
+    codes: SequenceOf[int] | Ids,
+    turns: SequenceOf[tuple[list[int], list[int]]],
+    longest: int | None = None,
 ) -> Sequence:
-    """prompt: ids of the question, which carries no loss; text: ids of the answer"""
+    """turns: ids of each question, which carry no loss, and of its answer; longest: turns after
+    the first that would make the sequence longer than this are left out"""
     image = [vocabulary.image_start + int(code) for code in codes]
-    before = describe_prompt(vocabulary, image)
-    ids = [*before, *prompt, *text, vocabulary.eos]
-    start = len(before) + len(prompt) - 1
-    return _next_token(ids, {"answer": (start, len(ids) - 1)}, state=len(before) - 1)
+    ids = describe_prompt(vocabulary, image)
+    state, spans = len(ids) - 1, list[Span]()
+    for prompt, text in turns:
+        turn = [*prompt, *text, vocabulary.eos]
+        if spans and longest is not None and len(ids) + len(turn) > longest:
+            continue
+        spans.append(("answer", len(ids) + len(prompt) - 1, len(ids) + len(turn) - 1))
+        ids += turn
+    return _next_token(ids, spans, state)
 
 
 def describe_prompt(vocabulary: Vocabulary, image: list[int]) -> list[int]:
@@ -98,14 +109,14 @@ def draw(
     masked: bool[n], the codes to reconstruct, or None for next-token prediction"""
     prompt = draw_prompt(vocabulary, text)
     boi = len(prompt) - 1
-    spans = {} if text is None else {"text": (0, boi)}
+    spans = [] if text is None else [("text", 0, boi)]
     if codes is None:
         return _next_token(prompt, spans, state=boi)
     image = [vocabulary.image_start + int(code) for code in codes]
     end = boi + 1 + len(image)
     if masked is None:
         ids = [*prompt, *image, vocabulary.eoi]
-        return _next_token(ids, {**spans, "image": (boi, end)}, state=boi)
+        return _next_token(ids, [*spans, ("image", boi, end)], state=boi)
     if len(masked) != len(image):
         raise ValueError(f"masked has {len(masked)} entries for {len(image)} codes")
     causal = _next_token([*prompt, *image, vocabulary.eoi], spans, state=boi)
@@ -119,7 +130,7 @@ def draw(
 
 def plain_text(vocabulary: Vocabulary, text: list[int]) -> Sequence:
     ids = [vocabulary.bos, *text, vocabulary.eos]
-    return _next_token(ids, {"text": (0, len(ids) - 1)})
+    return _next_token(ids, [("text", 0, len(ids) - 1)])
 
 
 def mask_ratio(uniform: float) -> float:

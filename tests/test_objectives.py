@@ -44,7 +44,7 @@ def codes_of(count: int) -> Tensor:
 
 def sequences_of(model: Multimodal, texts: tuple[str, ...], asked: bool) -> list[Sequence]:
     """Of images with a caption each, and, if asked, with a question that it answers."""
-    exchanges = [("Which? ", text) if asked else None for text in texts]
+    exchanges = [[("Which? ", text), ("It is? ", text)] if asked else [] for text in texts]
     return model.sequences(codes_of(len(texts)), texts, range(len(texts)), exchanges)
 
 
@@ -237,15 +237,15 @@ def test_the_draw_of_a_pair_depends_on_its_seed_alone(tiny_model: Make) -> None:
 def test_an_image_without_a_caption_starts_its_answer(tiny_model: Make) -> None:
     """Its drawing has no text: the dropped condition, whatever its seed."""
     model = tiny_model(reconstruct_share=0.5, next_token_share=0.5, drop_condition=0.0)
-    asked = ("what? ", "a cat")
-    made = model.sequences(codes_of(3), ["a cat", None, "a cat"], [0, 1, 2], [None, asked, asked])
+    asked = [("what? ", "a cat"), ("where? ", "there")]
+    made = model.sequences(codes_of(3), ["a cat", None, "a cat"], [0, 1, 2], [[], asked, asked])
     kinds = [{OBJECTIVES[o] for o in s.objectives.tolist() if o >= 0} for s in made]
     assert kinds[:3] == [{"caption"}, {"answer"}, {"caption"}]
     assert made[4].ids[1] == model.vocabulary.null and "text" not in kinds[4]
     assert kinds[6:] == [{"answer"}]
     assert made[1].ids[: made[1].state + 1].tolist() == made[1].ids[:19].tolist()
     with pytest.raises(ValueError, match="needs a caption or an exchange"):
-        model.sequences(codes_of(1), [None], [0], [None])
+        model.sequences(codes_of(1), [None], [0], [[]])
 
 
 # --- alignment ------------------------------------------------------------------------------------

@@ -81,9 +81,9 @@ def test_draw_next_token() -> None:
 
 
 def test_answer() -> None:
-    """The question carries no loss, and the state is that of the image alone."""
-    sequence = answer(VOCABULARY, CODES, [7, 8], TEXT)
-    assert table(sequence) == [
+    """The questions carry no loss, and the state is that of the image alone."""
+    turns = [([7, 8], TEXT), ([9], [10])]
+    first = [
         "<bos>",
         "<boi>",
         "i4",
@@ -97,7 +97,11 @@ def test_answer() -> None:
         "13 -> <eos> answer",
         "<eos>",
     ]
+    sequence = answer(VOCABULARY, CODES, turns)
+    assert table(sequence) == [*first, "9 -> 10 answer", "10 -> <eos> answer", "<eos>"]
     assert sequence.state == 5
+    for longest, kept in ((15, 15), (14, 12), (3, 12)):  # the first turn is always there
+        assert table(answer(VOCABULARY, CODES, turns, longest)) == table(sequence)[:kept]
 
 
 def test_draw_masked() -> None:

@@ -25,7 +25,7 @@ from multimodal.templates import Templates
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.train.cli import keep_log, recipe_names
 from multimodal.train.data import GlobalBatches, ShardData, ShardDataset, collate
-from multimodal.train.lessons import Lesson, lesson_of, texts_about
+from multimodal.train.lessons import TURNS, Lesson, lesson_of, texts_about
 
 RECIPES = Path(__file__).parent.parent / "train" / "recipes"
 TOKENIZER: dict[str, Any] = {
@@ -287,24 +287,26 @@ def test_a_lesson_is_drawn_by_its_seed() -> None:
     record = {"captions": ["a", "b", "c"], "qa": [["what?", "an owl"], ["where?", "a tree"]]}
     lessons = [lesson_of("owl", record, seed, TEMPLATES, 0.5) for seed in range(200)]
     assert {lesson.caption for lesson in lessons} == {"a", "b", "c"}
-    asked = [lesson.exchange for lesson in lessons if lesson.exchange]
-    assert set(asked) == {
-        ("Question: what? Answer:", " an owl"),
-        ("Question: where? Answer:", " a tree"),
-    }
+    what = ("Question: what? Answer:", " an owl")
+    where = ("Question: where? Answer:", " a tree")
+    asked = [lesson.exchanges for lesson in lessons if lesson.exchanges]
+    assert set(asked) == {(what, where), (where, what)}
     assert 60 < len(asked) < 140
     assert lessons[7] == lesson_of("owl", record, 7, TEMPLATES, 0.5)
+    record["qa"] *= 10
+    many = [lesson_of("owl", record, seed, TEMPLATES).exchanges for seed in range(9)]
+    assert {len(exchanges) for exchanges in many} == {TURNS}
 
 
 def test_a_statement_and_a_repeated_question_are_no_descriptions() -> None:
     """A false caption would teach a lie, and "what colour is it? red" describes nothing."""
     statement = {"captions": ["it is blue"], "label": "false"}
     assert lesson_of("a", statement, 0, TEMPLATES) == Lesson(
-        None, ("True or false? it is blue Answer:", " false")
+        None, (("True or false? it is blue Answer:", " false"),)
     )
     repeated = {"captions": ["what colour is it? red"], "qa": [["what colour is it?", "red"]]}
     lesson = lesson_of("a", repeated, 0, TEMPLATES, question_share=0)
-    assert lesson == Lesson(None, ("Question: what colour is it? Answer:", " red"))
+    assert lesson == Lesson(None, (("Question: what colour is it? Answer:", " red"),))
     assert texts_about("a", {"qa": [["how many?", "two"]]}) == ["how many? two"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 
 from multimodal.images import Fit, to_image
 from multimodal.tokenizers.image import (
@@ -19,18 +19,18 @@ from multimodal.tokenizers.quantizer import CodebookUse
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.data import Examples
 from multimodal.train.lessons import texts_about
-from multimodal.train.schedule import TrainedByAdamW, can_compile
+from multimodal.train.schedule import TrainedByMuon, can_compile
 from multimodal.train.semantic import SemanticLoss, Words
 
 
-class ImageTokenizerModule(TrainedByAdamW):
+class ImageTokenizerModule(TrainedByMuon):
     """Args:
     tokenizer: the autoencoder and its quantizer.
     text_tokenizer: file of a trained text tokenizer, for the semantic loss.
     semantic_weight: of the semantic loss; 0 trains on pixels alone.
     decoder_only: leave the codes as they are (with --init_from) and go on with the decoder alone,
         at a third of the cost; a model that was trained on these codes can take the result.
-    learning_rate, weight_decay, warmup_steps: AdamW with linear warm-up, then a cosine to zero.
+    learning_rate, weight_decay, warmup_steps: Muon's; linear warm-up, then a cosine to zero.
     compile: torch.compile (needs a C++ compiler on a CPU).
     """
 
@@ -73,6 +73,10 @@ class ImageTokenizerModule(TrainedByAdamW):
     @property
     def preprocessing(self) -> tuple[int, Fit]:
         return self.tokenizer.config.image_size, self.tokenizer.config.fit
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        return [self.semantic] if self.semantic is not None else []
 
     def on_fit_start(self) -> None:
         if self.semantic is None or self.trainer.ckpt_path:

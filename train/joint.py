@@ -21,18 +21,18 @@ from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.data import Examples, stable_number
 from multimodal.train.lessons import descriptions_of, exchanges_of, lesson_of
-from multimodal.train.schedule import TrainedByAdamW, can_compile
+from multimodal.train.schedule import TrainedByMuon, can_compile
 
 
-class JointModule(TrainedByAdamW):
+class JointModule(TrainedByMuon):
     """Args:
     size: a name of the table of sizes (tiny, mini, starter, base, large, 1b, 7b).
     text_tokenizer: file of a trained BPE; image_tokenizer: folder of a trained image tokenizer;
         either may be a model (its folder, or ``starter``), whose tokenizer is taken.
     objectives: weights and shares of the losses.
-    question_share: of the samples with a caption and questions, how many bring a question too.
+    question_share: of the samples with a caption and questions, how many bring questions too.
     row_length: tokens in a packed row; at least the longest sequence.
-    learning_rate, weight_decay, warmup_steps: AdamW, linear warm-up, cosine to zero.
+    learning_rate, weight_decay, warmup_steps: Muon's; linear warm-up, cosine to zero.
     captions_in_validation, answers_in_validation, drawings_in_validation: how many to make with the
         real sampler.
     compile: torch.compile of the transformer (needs a C++ compiler on a CPU).
@@ -97,8 +97,10 @@ class JointModule(TrainedByAdamW):
         templates = self.model.config.templates
         lessons = [lesson_of(*sample, templates, self.question_share) for sample in samples]
         captions = [lesson.caption for lesson in lessons]
-        exchanges = [lesson.exchange for lesson in lessons]
-        sequences = self.model.sequences(codes, captions, batch.seeds, exchanges)
+        exchanges = [lesson.exchanges for lesson in lessons]
+        sequences = self.model.sequences(
+            codes, captions, batch.seeds, exchanges, longest=self.row_length
+        )
         packed = pack(sequences, self.row_length, self.model.vocabulary.pad, row_multiple=4)
         image_ids = torch.tensor([stable_number(key) for key in batch.keys])
         null = self.model.vocabulary.null

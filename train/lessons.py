@@ -1,4 +1,4 @@
-"""What one sample teaches in one epoch: a caption, an exchange, or both. Chosen by its seed."""
+"""What one sample teaches in one epoch: a caption, exchanges, or both. Chosen by its seed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +8,15 @@ import numpy as np
 from multimodal.templates import Templates
 
 LABELS = ("true", "false")
+TURNS = 4  # exchanges about one image, one after the other: its codes are read once for them all
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """caption: describes the image; exchange: a prompt and the answer to it."""
+    """caption: describes the image; exchanges: prompts and the answers to them."""
 
     caption: str | None
-    exchange: tuple[str, str] | None
+    exchanges: tuple[tuple[str, str], ...] = ()
 
 
 def descriptions_of(record: dict[str, Any]) -> list[str]:
@@ -42,22 +43,21 @@ def exchanges_of(record: dict[str, Any], templates: Templates) -> list[tuple[str
 def lesson_of(
     key: str, record: dict[str, Any], seed: int, templates: Templates, question_share: float = 1.0
 ) -> Lesson:
-    """One of the captions and one of the questions of a sample, by its seed.
+    """One of the captions and up to TURNS of the questions of a sample, by its seed.
 
-    ``question_share``: of the samples that have a caption, how many bring a question besides.
+    ``question_share``: of the samples that have a caption, how many bring questions besides.
 
     Errors: ``ValueError`` for a sample without any text.
     """
     rng = np.random.default_rng([seed, 2])
     captions, exchanges = descriptions_of(record), exchanges_of(record, templates)
     caption = captions[int(rng.integers(len(captions)))] if captions else None
-    exchange = None
-    if exchanges and (caption is None or rng.random() < question_share):
-        prompt, answer = exchanges[int(rng.integers(len(exchanges)))]
-        exchange = (prompt, f" {answer}")
-    if caption is None and exchange is None:
+    if not exchanges and caption is None:
         raise _speechless(key)
-    return Lesson(caption, exchange)
+    if caption is not None and rng.random() >= question_share:
+        return Lesson(caption)
+    chosen = [exchanges[i] for i in rng.permutation(len(exchanges))[:TURNS]]
+    return Lesson(caption, tuple((prompt, f" {answer}") for prompt, answer in chosen))
 
 
 def texts_about(key: str, record: dict[str, Any]) -> list[str]:

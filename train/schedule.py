@@ -1,4 +1,4 @@
-"""What every LightningModule here shares: AdamW, warm-up and cosine, clipping by global norm."""
+"""What every LightningModule here shares: Muon, warm-up and cosine, clipping by global norm."""
 
 import math
 import shutil
@@ -7,19 +7,33 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from timm.optim import Muon
 from torch import nn
 
 
-class TrainedByAdamW(L.LightningModule):
-    """learning_rate, weight_decay: AdamW's; warmup_steps: linear, then a cosine to zero."""
+class TrainedByMuon(L.LightningModule):
+    """Muon for the matrices and kernels inside the network, AdamW for the rest.
+
+    The rest: embeddings, norms, biases, and the modules of ``heads``. Muon makes the update of a
+    matrix orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon), scaled as in Liu et
+    al. 2025 (arXiv:2502.16982), so that one learning rate fits both. AdamW alone needs twice the
+    steps here (docs/decisions.md has the numbers).
+
+    learning_rate, weight_decay: of both; warmup_steps: linear, then a cosine to zero.
+    """
 
     def __init__(self, learning_rate: float, weight_decay: float, warmup_steps: int) -> None:
         super().__init__()
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_steps = warmup_steps
 
+    @property
+    def heads(self) -> list[nn.Module]:
+        """What scores a vocabulary and is thrown away after training."""
+        return []
+
     def configure_optimizers(self) -> Any:
-        optimizer = adamw(self, self.learning_rate, self.weight_decay)
+        optimizer = muon(self, self.heads, self.learning_rate, self.weight_decay)
         return warmup_cosine(optimizer, self.warmup_steps, self.trainer)
 
     def configure_gradient_clipping(
@@ -28,11 +42,7 @@ class TrainedByAdamW(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm, and log it.
-
-        Lightning refuses to clip for a fused optimizer, since one could unscale fp16 gradients
-        inside; in bf16 and fp32 there is no scaling.
-        """
+        """Clip by the global norm, and log it."""
         norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
         self.log("train/gradient_norm", norm)
 
@@ -45,14 +55,32 @@ def can_compile() -> bool:
     return False
 
 
-def adamw(module: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; only matrices and kernels decay, not norms and biases."""
+def muon(
+    module: nn.Module, heads: list[nn.Module], learning_rate: float, weight_decay: float
+) -> Muon:
+    """Muon where it fits, AdamW elsewhere; norms and biases do not decay."""
+    by_adamw = [m for m in module.modules() if isinstance(m, nn.Embedding)] + heads
+    outside = {id(p) for part in by_adamw for p in part.parameters()}
     parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    matrices = [p for p in parameters if p.ndim >= 2]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in matrices if id(p) not in outside]},
+        {"params": [p for p in matrices if id(p) in outside], "use_fallback": True},
+        {
+            "params": [p for p in parameters if p.ndim < 2],
+            "use_fallback": True,
+            "weight_decay": 0.0,
+        },
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    return Muon(
+        [group for group in groups if group["params"]],
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        betas=(0.9, 0.95),
+        nesterov=True,
+        ns_coefficients="polar_express",
+        adjust_lr_fn="match_rms_adamw",
+    )
 
 
 def warmup_cosine(
