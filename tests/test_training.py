@@ -236,6 +236,22 @@ def test_only_the_augmented_folders_are_cropped(tmp_path: Path) -> None:
         ShardData(folders, augmented=["elsewhere"])
 
 
+def test_a_folder_named_twice_is_seen_twice_and_measured_once(tmp_path: Path) -> None:
+    """With other crops and another caption, so that it teaches something else."""
+    folder = str(tmp_path / "photos")
+    assert main(["data", "scenes", folder, "--count", "30", "--size", "16"]) == 0
+    data = ShardData([folder, folder])
+    assert [len(data.shards(split)) for split in ("train", "val")] == [2, 1]
+    once = ShardDataset(data.shards("train")[:1], 16, "squash", 0, 0.5, True)
+    twice = ShardDataset(data.shards("train"), 16, "squash", 0, 0.5, True)
+    assert len(twice) == 2 * len(once)
+    for number in range(len(once)):
+        first, again = twice[0, number], twice[0, number + len(once)]
+        assert first["key"] == again["key"] and first["seed"] != again["seed"]
+        assert first["seed"] == once[0, number]["seed"]
+        assert (first["image"] != again["image"]).any()
+
+
 # --- the order of the samples -----------------------------------------------------------------
 
 

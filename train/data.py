@@ -10,6 +10,7 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -73,6 +74,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
         augmented: Sequence[bool] | None = None,
     ) -> None:
         self.sources = sources
+        folders = [source.folder for source in sources]
+        self.copies = [folders[:number].count(folder) for number, folder in enumerate(folders)]
         self.augmented = [crop_scale < 1] * len(sources) if augmented is None else augmented
         self.ends = np.cumsum([len(source) for source in sources])
         self.image_size, self.fit, self.seed = image_size, fit, seed
@@ -86,7 +89,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
         source = int(np.searchsorted(self.ends, number, side="right"))
         start = int(self.ends[source - 1]) if source else 0
         sample = self.sources[source][number - start]
-        seed = sample_seed(self.seed, epoch, sample.key)
+        copy = self.copies[source]
+        seed = sample_seed(self.seed, epoch, f"{copy}/{sample.key}" if copy else sample.key)
         try:
             image = open_image(sample.image)
             if self.augmented[source]:
@@ -230,7 +234,8 @@ class ShardData(L.LightningDataModule):
     The module that it feeds says how images are made square: ``preprocessing -> (size, fit)``.
 
     Args:
-        folders: shard folders with a manifest; their samples are put together.
+        folders: shard folders with a manifest; their samples are put together. One that is named
+            twice is seen twice in each epoch of training, with other crops and captions.
         train_split, val_split: names of splits, as in ``train-0000.tar``.
         crop_scale: training crops cover a random share of the image, from this on; 1 = no crops.
         mirror: half of the crops are mirrored (not where captions speak of left and right).
@@ -267,9 +272,11 @@ class ShardData(L.LightningDataModule):
         self.workers, self.seed = workers, seed
 
     def shards(self, split: str) -> list[Shards]:
+        """Those of the folders, each as often as training names it, and once for any other use."""
         if not self.folders:
             raise ValueError("data.folders is empty: give at least one shard folder")
-        return [Shards(folder, split) for folder in self.folders]
+        named = self.folders if split == self.train_split else dict.fromkeys(self.folders)
+        return [Shards(folder, split) for folder in named]
 
     def _loader(self, split: str, train: bool) -> GlobalBatchLoader:
         # How an image becomes a square is the model's business, in training as in use.
@@ -277,14 +284,16 @@ class ShardData(L.LightningDataModule):
         module: Any = self.trainer.lightning_module
         image_size, fit = module.preprocessing
         crops = train and self.crop_scale < 1
+        shards = self.shards(split)
+        augmented = {Path(folder) for folder in self.augmented}
         dataset = ShardDataset(
-            self.shards(split),
+            shards,
             image_size,
             fit,
             self.seed,
             self.crop_scale,
             self.mirror,
-            [crops and folder in self.augmented for folder in self.folders],
+            [crops and one.folder in augmented for one in shards],
         )
         size = len(dataset)
         if not train and self.val_limit:

@@ -5,8 +5,8 @@ import json
 from multimodal.commands.options import add_sampling, at_least_one, load_model, parser, sampling_of
 
 EPILOG = """examples:
-  multimodal answer --model runs/starter/model cat.jpg "what colour is the cat?"
-  multimodal answer --model runs/starter/model --json cat.jpg "is there a dog?"
+  multimodal answer cat.jpg "what colour is the cat?"
+  multimodal answer --json cat.jpg "is there a dog?"
 """
 
 

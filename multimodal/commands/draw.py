@@ -17,9 +17,9 @@ EPILOG = """With -n over 1 the files are FILE with -0, -1, ... before the suffix
 shows them all in a grid. The same seed draws the same images, however many there are.
 
 examples:
-  multimodal draw --model runs/starter/model "a red circle above a blue square" --out drawing.png
-  multimodal draw --model runs/starter/model "a dog in the snow" --out dog.png -n 4 --seed 7
-  multimodal draw --model runs/starter/model "a dog" --out dog.png --method causal --top-k 100
+  multimodal draw "a red circle above a blue square" --out drawing.png
+  multimodal draw "a dog in the snow" --out dog.png -n 4 --seed 7
+  multimodal draw "a dog" --out dog.png --method causal --top-k 100
 """
 
 

@@ -22,9 +22,9 @@ EPILOG = """FILE.npy holds float32 rows of unit norm, FILE.jsonl one object a ro
 the exit status is 1. The product of two rows says how well they fit, in [-1, 1].
 
 examples:
-  multimodal embed --model runs/starter/model photos/ --out photos.npy
-  multimodal embed --model runs/starter/model a.jpg b.jpg --out two.npy
-  multimodal embed --model runs/starter/model --text lines.txt --out lines.npy
+  multimodal embed photos/ --out photos.npy
+  multimodal embed a.jpg b.jpg --out two.npy
+  multimodal embed --text lines.txt --out lines.npy
 """
 
 

@@ -19,9 +19,9 @@ EPILOG = """The prompt is what --image and --text say, in the order given. Image
 draws are written to --out (with -0, -1, ... before the suffix where there are several).
 
 examples:
-  multimodal generate --model runs/starter/model --image cat.jpg --text "a cat that"
-  multimodal generate --model runs/starter/model --text "a red bus" --output image --out bus.png
-  multimodal generate --model runs/starter/model --image a.jpg --text "a dog" --image b.jpg --json
+  multimodal generate --image cat.jpg --text "a cat that"
+  multimodal generate --text "a red bus" --output image --out bus.png
+  multimodal generate --image a.jpg --text "a dog" --image b.jpg --json
 """
 
 

@@ -13,8 +13,8 @@ kept by content under --cache (default: multimodal/ in the user's cache folder),
 search of a folder is quick; --cache "" keeps nothing.
 
 examples:
-  multimodal search --model runs/starter/model "a dog in the snow" --images photos/ -k 5
-  multimodal search --model runs/starter/model cat.jpg --images photos/ --json
+  multimodal search "a dog in the snow" --images photos/ -k 5
+  multimodal search cat.jpg --images photos/ --json
 """
 
 
