@@ -3,7 +3,7 @@
     python benchmarks/cpu_training.py [--size mini] [--pairs 64] [--row-length 192] [--steps 18]
 
 Each setting runs in a process of its own, one after the other: what malloc was told cannot be taken
-back. A step is the joint step of a photo batch: 64 pairs, forward, backward, clipping, AdamW, bf16.
+back. A step is the joint step of a photo batch: 64 pairs, forward, backward, clipping, Muon, bf16.
 """
 
 import argparse
@@ -35,6 +35,7 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
     from multimodal.tokenizers.image import ImageTokenizerConfig, ViTTokenizer
     from multimodal.tokenizers.text import TextTokenizer
     from multimodal.train.cli import keep_freed_memory
+    from multimodal.train.schedule import muon
 
     if keep:
         keep_freed_memory()
@@ -51,7 +52,7 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
     shares = ObjectivesConfig(reconstruct_share=0.2, next_token_share=0.1)
     model = Multimodal.new(size, tokenizer, ViTTokenizer(ImageTokenizerConfig()), shares)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+    optimizer = muon(model, [], 1e-3, 0.1)
     codes = torch.randint(0, 4375, (pairs, 64))
     numbers = list(range(pairs))
     packed = pack(model.sequences(codes, [text] * pairs, numbers), length,
