@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from timm.optim import Muon
+from timm.optim.muon import Muon
 from torch import nn
 
 
