@@ -75,6 +75,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.sources = sources
         folders = [source.folder for source in sources]
+        # How often each folder was named before: a copy has seeds of its own.
         self.copies = [folders[:number].count(folder) for number, folder in enumerate(folders)]
         self.augmented = [crop_scale < 1] * len(sources) if augmented is None else augmented
         self.ends = np.cumsum([len(source) for source in sources])
@@ -275,8 +276,9 @@ class ShardData(L.LightningDataModule):
         """Those of the folders, each as often as training names it, and once for any other use."""
         if not self.folders:
             raise ValueError("data.folders is empty: give at least one shard folder")
-        named = self.folders if split == self.train_split else dict.fromkeys(self.folders)
-        return [Shards(folder, split) for folder in named]
+        named = [Path(folder) for folder in self.folders]
+        once = split != self.train_split
+        return [Shards(folder, split) for folder in (dict.fromkeys(named) if once else named)]
 
     def _loader(self, split: str, train: bool) -> GlobalBatchLoader:
         # How an image becomes a square is the model's business, in training as in use.
