@@ -79,7 +79,7 @@ class Demo:
             figures.append(Figure(picture, text, all(results)))
         made.rows.append((f"Scenes it never saw: {true} of {claims} statements are true", figures))
         photos = [Figure(*pair) for pair in zip(self.photos, texts[count:], strict=True)]
-        made.rows.append(("Photos that come with scikit-image", photos))
+        made.rows.append(("Photos: a model trained on scenes alone sees scenes in them", photos))
         return made
 
     def answers(self) -> Section:
@@ -144,7 +144,7 @@ class Demo:
         rows = self.model.embed(images=images)
         wanted = self.scenes[20].objects[0]
         query = f"a {wanted.size} {wanted.colour} {wanted.shape}"
-        for text in (query, "two blue squares", "a close up of a cat", "a motorcycle"):
+        for text in (query, "two blue squares", "a striped star"):
             scores = rows @ self.model.embed(texts=[text])[0]
             best = scores.topk(5)
             figures = [
