@@ -10,7 +10,8 @@ scenes`): their val splits. Everything is greedy where it is text, and seed 0 wh
 - search: flickr8k, five captions each, recall at 10 in both directions (chance 1 %);
 - scenes: 200 captioned, every claim checked, on val and on heldout; all their questions; recall of
   their captions among those 200; drawings after the first caption that names all objects with
-  colour and shape, both ways of drawing, objects read off the pixels by program.
+  colour and shape: both ways of drawing, the best of 16 candidates, and the true pictures after
+  encoding and decoding; objects read off the pixels by program.
 
 The last line is a JSON object.
 """
@@ -34,14 +35,14 @@ from multimodal.eval.captioning import score_captions
 from multimodal.eval.drawings import objects_asked, score_scene_drawings
 from multimodal.eval.retrieval import score_retrieval
 from multimodal.eval.scenes import score_scene_captions
-from multimodal.generation import answer_pixels, caption_pixels, read_images
+from multimodal.generation import answer_pixels, caption_pixels, encode_images, read_images
 from multimodal.images import grid_of, to_image
 from multimodal.model import Multimodal
-from multimodal.sampling import Sampling
 from multimodal.scenes import Scene
 from multimodal.shards import Sample, Shards
 
-BATCH = 50
+BATCH = 64
+MANY = 16  # candidates, of which one is kept
 
 
 def batches(samples: list[Sample], name: str) -> "tqdm[list[Sample]]":
@@ -100,23 +101,32 @@ def scene_captions(model: Multimodal, folder: Path, split: str) -> dict[str, flo
 
 
 def scene_drawings(model: Multimodal, folder: Path, pictures: Path | None) -> dict[str, object]:
-    prompts = []
+    prompts, samples = [], []
     for sample in first(folder):
         objects = len(sample.record["scene"]["objects"])
         named = (c for c in sample.record["captions"] if objects_asked(c).total() == objects)
-        prompts += list(islice(named, 1))
+        for caption in islice(named, 1):
+            prompts.append(caption)
+            samples.append(sample)
     figures: dict[str, object] = {"prompts": len(prompts)}
-    for method in ("causal", "masked"):
-        drawn = []
-        for start in tqdm(range(0, len(prompts), BATCH), desc=f"{method} drawings", disable=None):
-            some = prompts[start : start + BATCH]
-            codes = draw_codes(model, some, method=method, sampling=Sampling(temperature=1.0))
-            drawn += [to_image(image) for image in decode_images(model, codes)]
-        figures[method] = score_scene_drawings(prompts, drawn)
+
+    def score(name: str, codes: Tensor) -> None:
+        drawn = [to_image(image) for image in decode_images(model, codes)]
+        figures[name] = score_scene_drawings(prompts, drawn)
         if pictures:
             pictures.mkdir(parents=True, exist_ok=True)
-            grid_of(drawn[:40]).save(pictures / f"{method}.png")
+            grid_of(drawn[:40]).save(pictures / f"{name}.png")
             (pictures / "prompts.txt").write_text("\n".join(prompts[:40]) + "\n")
+
+    # The true pictures after encoding and decoding: what no drawing can be better than.
+    score("reconstructed", encode_images(model, pixels_of(model, samples)))
+    for method, candidates in (("causal", 1), ("masked", 1), ("masked", MANY)):
+        name = method if candidates == 1 else f"{method}, best of {candidates}"
+        size, codes = BATCH // candidates, []
+        for start in tqdm(range(0, len(prompts), size), desc=name, disable=None):
+            some = prompts[start : start + size]
+            codes.append(draw_codes(model, some, method=method, candidates=candidates))
+        score(name, torch.cat(codes))
     return figures
 
 

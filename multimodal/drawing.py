@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from multimodal.attention import attention_mask
-from multimodal.generation import Batch, check_length, text_ids
+from multimodal.generation import Batch, check_length, text_ids, text_likelihoods
 from multimodal.sampling import Sampling
 from multimodal.sequences import draw_prompt
 
@@ -35,10 +35,13 @@ def draw_codes(
     steps: int = 12,
     guidance_scale: float = 3.0,
     sampling: Sampling = Sampling(temperature=1.0),  # noqa: B008 (frozen)
+    candidates: int = 1,
     known: Tensor | None = None,
 ) -> Tensor:
     """Draw one image for each text -> codes: int64[B, n] in [0, codebook_size).
 
+    candidates: draw so many and keep the one after which the model finds the text likeliest, as a
+        caption (best of n; DALL-E, Ramesh et al. 2021, arXiv:2102.12092, has another model judge);
     known: int64[B, n], the codes that stay, UNKNOWN where to draw (masked drawing only);
     steps: of masked drawing.
     """
@@ -48,6 +51,16 @@ def draw_codes(
         raise ValueError(f"steps={steps}: expected at least 1")
     if not 0 <= guidance_scale < float("inf"):
         raise ValueError(f"guidance_scale={guidance_scale}: expected a number from 0 on")
+    if candidates < 1:
+        raise ValueError(f"candidates={candidates}: expected at least 1")
+    if candidates > 1:
+        every = [text for text in texts for _ in range(candidates)]
+        known = None if known is None else known.repeat_interleave(candidates, 0)
+        codes = draw_codes(model, every, method=method, steps=steps,
+                           guidance_scale=guidance_scale, sampling=sampling,
+                           known=known)  # fmt: skip
+        likelihoods = text_likelihoods(model, codes, every).view(len(texts), candidates)
+        return codes[likelihoods.argmax(1) + candidates * torch.arange(len(texts))]
     prompts = [draw_prompt(model.vocabulary, text_ids(model, text)) for text in texts]
     if guidance_scale != 1:
         prompts += [draw_prompt(model.vocabulary, None)] * len(texts)

@@ -7,17 +7,19 @@ Shapes: B batch, L longest prompt, S tokens in the cache, V vocabulary, n codes 
 """
 
 from collections.abc import Sequence as SequenceOf
+from collections.abc import Sized
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from multimodal.attention import attention_mask
 from multimodal.images import fit_image, open_image, to_tensor
 from multimodal.sampling import Sampling
-from multimodal.sequences import describe_prompt
+from multimodal.sequences import describe, describe_prompt, pack
 from multimodal.transformer import Cache
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ def text_ids(model: "Multimodal", text: str) -> list[int]:
     return model.text_tokenizer.encode(text.strip())
 
 
-def check_length(model: "Multimodal", prompts: SequenceOf[list[int]], room: int) -> None:
+def check_length(model: "Multimodal", prompts: SequenceOf[Sized], room: int) -> None:
     """Errors: ``ValueError`` where a prompt and what is to follow are more than the model reads."""
     longest, limit = max(map(len, prompts)), model.config.transformer.max_position_embeddings
     if longest + room > limit:
@@ -108,6 +110,30 @@ class Batch:
             x[rows] for x in (self.last, self.visible, self.hidden)
         )
         self.cache.keys, self.cache.values = self.cache.keys[:, rows], self.cache.values[:, rows]
+
+
+@torch.inference_mode()
+def text_likelihoods(model: "Multimodal", codes: Tensor, texts: SequenceOf[str]) -> Tensor:
+    """How likely is each text as the caption of its image? Log probabilities in nats.
+
+    codes: int64[B, n] -> float32[B], on the CPU
+    """
+    vocabulary = model.vocabulary
+    sequences = [
+        describe(vocabulary, row, text_ids(model, text))
+        for row, text in zip(codes.tolist(), texts, strict=True)
+    ]
+    check_length(model, sequences, 0)
+    packed = pack(sequences, max(map(len, sequences)), vocabulary.pad).to(model.device)
+    # What predicts a caption starts at <eoi>, the state of the sequence, and goes on to its end.
+    lengths = [len(sequence) - 1 - sequence.state for sequence in sequences]
+    where = torch.cat([
+        start + torch.arange(length, device=model.device)
+        for start, length in zip(packed.states, lengths, strict=True)
+    ])  # fmt: skip
+    logits = model.transformer.logits(model.hidden(packed).flatten(0, 1)[where])
+    losses = F.cross_entropy(logits, packed.targets.flatten()[where], reduction="none")
+    return -torch.stack([part.sum() for part in torch.split(losses, lengths)]).cpu()
 
 
 @torch.inference_mode()

@@ -267,19 +267,22 @@ class Multimodal(nn.Module):
         method: Literal["masked", "causal"] = "masked",
         steps: int = 12,
         guidance_scale: float = 3.0,
+        candidates: int = 1,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
     ) -> "list[Image.Image]":
-        """n drawings of a text; see multimodal.drawing for the methods and for guidance."""
+        """n drawings of a text, each the best of so many candidates; see multimodal.drawing for the
+        methods and for guidance."""
         from multimodal.drawing import decode_images, draw_codes
 
         if n < 1:
             raise ValueError(f"n={n}: expected at least 1")
         sampling = Sampling(temperature, top_k, top_p, seed)
         codes = draw_codes(self, [text] * n, method=method, steps=steps,
-                           guidance_scale=guidance_scale, sampling=sampling)  # fmt: skip
+                           guidance_scale=guidance_scale, candidates=candidates,
+                           sampling=sampling)  # fmt: skip
         return [to_image(image) for image in decode_images(self, codes)]
 
     def edit(

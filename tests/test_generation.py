@@ -11,10 +11,12 @@ from torch import Tensor
 
 from multimodal.drawing import decode_images, draw_codes, spread_order
 from multimodal.generation import (
+    Batch,
     caption_pixels,
     continue_text,
     encode_images,
     read_images,
+    text_likelihoods,
 )
 from multimodal.model import Multimodal
 from multimodal.sampling import Sampling
@@ -182,6 +184,37 @@ def test_one_cold_step_is_the_prediction_that_training_learns(model: Multimodal)
     expected = logits[:, v.image_start : v.image_end].argmax(-1)
     codes = draw_codes(model, ["a red bus"], steps=1, guidance_scale=1, sampling=Sampling())
     assert codes[0].tolist() == expected.tolist()
+
+
+def test_likelihoods_are_those_of_reading_token_by_token(model: Multimodal) -> None:
+    v, texts = model.vocabulary, ["a red bus", "two dogs run on the beach near a tree", "dogs"]
+    codes = torch.randint(v.codebook_size, (3, 16), generator=torch.Generator().manual_seed(0))
+    expected = []
+    for row, text in zip((codes + v.image_start).tolist(), texts, strict=True):
+        total, ids = 0.0, [*model.text_tokenizer.encode(text), v.eos]
+        with torch.inference_mode():
+            batch = Batch(model, [describe_prompt(v, row)], len(ids))
+            for token in ids:
+                total += float(batch.logits().log_softmax(-1)[0, token])
+                batch.read(torch.tensor([token]))
+        expected.append(total)
+    assert text_likelihoods(model, codes, texts).tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_best_of_the_candidates_is_kept(model: Multimodal) -> None:
+    texts = ["a red bus", "two dogs run on the beach"]
+    every = draw_codes(model, [text for text in texts for _ in range(3)], steps=3)
+    likely = text_likelihoods(model, every, [text for text in texts for _ in range(3)])
+    assert len(set(likely.tolist())) == 6
+    best = every.view(2, 3, 16)[[0, 1], likely.view(2, 3).argmax(1)]
+    assert torch.equal(draw_codes(model, texts, steps=3, candidates=3), best)
+    first = draw_codes(model, texts[:1], steps=3, candidates=3)
+    assert torch.equal(first, best[:1]), "whatever else is drawn beside it"
+    known = torch.full((2, 16), -1)
+    known[:, 5] = 7
+    assert draw_codes(model, texts, steps=3, candidates=3, known=known)[:, 5].tolist() == [7, 7]
+    with pytest.raises(ValueError, match="candidates=0"):
+        draw_codes(model, texts, candidates=0)
 
 
 def test_what_is_kept_stays_and_is_spread_over_the_image(

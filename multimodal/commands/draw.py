@@ -19,6 +19,7 @@ shows them all in a grid. The same seed draws the same images, however many ther
 examples:
   multimodal draw "a red circle above a blue square" --out drawing.png
   multimodal draw "a dog in the snow" --out dog.png -n 4 --seed 7
+  multimodal draw "a blue square" --out square.png --candidates 16
   multimodal draw "a dog" --out dog.png --method causal --top-k 100
 """
 
@@ -34,10 +35,17 @@ def main(argv: list[str]) -> int:
         default="masked",
         help="many codes at a time, or one after the other (default masked)",
     )
+    made.add_argument(
+        "--candidates",
+        type=int,
+        default=1,
+        metavar="K",
+        help="draw K for each, keep the one that the model would caption so itself (default 1)",
+    )
     add_drawing(made)
     add_sampling(made, 1.0)
     arguments = made.parse_args(argv)
-    at_least_one(arguments, "n", "steps")
+    at_least_one(arguments, "n", "steps", "candidates")
     check_output(arguments.out)
 
     from multimodal.images import grid_of
@@ -47,6 +55,7 @@ def main(argv: list[str]) -> int:
         arguments.prompt,
         arguments.n,
         method=arguments.method,
+        candidates=arguments.candidates,
         **drawing_of(arguments),
     )
     out: Path = arguments.out
