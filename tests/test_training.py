@@ -21,20 +21,15 @@ from safetensors.torch import load_file
 
 from multimodal.cli import main
 from multimodal.folder import load
-from multimodal.templates import Templates
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.train.cli import keep_log, recipe_names
 from multimodal.train.data import GlobalBatches, ShardData, ShardDataset, collate
-from multimodal.train.lessons import TURNS, Lesson, lesson_of, texts_about
 
 RECIPES = Path(__file__).parent.parent / "train" / "recipes"
 TOKENIZER: dict[str, Any] = {
     "image_size": 16, "downsample": 8, "dim": 32, "encoder_depth": 1, "decoder_depth": 1,
     "heads": 2, "quantizer": {"name": "fsq", "levels": [5, 5]},
 }  # fmt: skip
-
-
-TEMPLATES = Templates()
 
 
 @pytest.fixture(autouse=True)
@@ -191,6 +186,22 @@ def test_a_decoder_alone_learns_and_the_codes_stay(work: Path, tmp_path: Path) -
     assert changed == {"decoder"}
 
 
+def test_a_discriminator_resumes_with_the_decoder_it_judges(work: Path, tmp_path: Path) -> None:
+    start, run = ["--init_from", str(work / "tokenizer" / "model")], tmp_path / "run"
+    fit = ["fit", "--config", str(work / "tokenizer.yaml"), "--trainer.max_steps", "8"]
+    fit += ["--model.init_args.decoder_only", "true"]
+    fit += ["--model.init_args.discriminator_weight", "0.1", "--output"]
+    assert main([*fit, str(tmp_path / "whole"), *start]) == 0
+    kill_at(4, [*fit, str(run), *start], run)
+    assert main([*fit, str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
+    for name in ("train/tell", "train/fool"):
+        whole, resumed = logged(tmp_path / "whole", name), logged(run, name)
+        assert len(whole) == 8 and {s: whole[s] for s in resumed} == resumed
+    weights = [load_file(r / "model/model.safetensors") for r in (tmp_path / "whole", run)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
 def test_a_model_lends_its_tokenizers(work: Path, tmp_path: Path) -> None:
     model = str(work / "joint" / "model")
     fit = ["fit", "--config", str(work / "joint.yaml"), "--trainer.max_steps", "1"]
@@ -215,122 +226,6 @@ def own_loss(work: Path, folder: Path) -> float:
     with torch.no_grad():
         loss, _ = module.model(*module.pack(collate([dataset[item] for item in chosen])))
     return float(loss)
-
-
-def test_only_the_augmented_folders_are_cropped(tmp_path: Path) -> None:
-    for name, seed in (("photos", "1"), ("scenes", "2")):
-        arguments = ["data", "scenes", str(tmp_path / name), "--count", "4", "--size", "16"]
-        assert main([*arguments, "--seed", seed]) == 0
-    folders = [str(tmp_path / "photos"), str(tmp_path / "scenes")]
-    shards = ShardData(folders).shards("train")
-
-    def images(epoch: int, augmented: list[bool]) -> list[list[int]]:
-        dataset = ShardDataset(shards, 16, "squash", 0, 0.5, True, augmented)
-        return [dataset[epoch, number]["image"].ravel().tolist() for number in range(8)]
-
-    plain, some, later = images(0, [False] * 2), images(0, [True, False]), images(1, [True, False])
-    assert all(a != b for a, b in zip(plain[:4], some[:4], strict=True))
-    assert all(a != b for a, b in zip(later[:4], some[:4], strict=True))
-    assert plain[4:] == some[4:] == later[4:]
-    with pytest.raises(ValueError, match="augmented has .*'elsewhere'.*some of data.folders"):
-        ShardData(folders, augmented=["elsewhere"])
-
-
-def test_a_folder_named_twice_is_seen_twice_and_measured_once(tmp_path: Path) -> None:
-    """With other crops and another caption, so that it teaches something else."""
-    folder = str(tmp_path / "photos")
-    assert main(["data", "scenes", folder, "--count", "30", "--size", "16"]) == 0
-    data = ShardData([folder, folder])
-    assert [len(data.shards(split)) for split in ("train", "val")] == [2, 1]
-    once = ShardDataset(data.shards("train")[:1], 16, "squash", 0, 0.5, True)
-    twice = ShardDataset(data.shards("train"), 16, "squash", 0, 0.5, True)
-    assert len(twice) == 2 * len(once)
-    for number in range(len(once)):
-        first, again = twice[0, number], twice[0, number + len(once)]
-        assert first["key"] == again["key"] and first["seed"] != again["seed"]
-        assert first["seed"] == once[0, number]["seed"]
-        assert (first["image"] != again["image"]).any()
-
-
-# --- the order of the samples -----------------------------------------------------------------
-
-
-def order(epoch: int, **options: Any) -> list[list[int]]:
-    batches = GlobalBatches(50, 8, **options)
-    batches.set_epoch(epoch)
-    drawn = list(batches)
-    assert {e for batch in drawn for e, _ in batch} == {epoch} and len(drawn) == len(batches)
-    return [[number for _, number in batch] for batch in drawn]
-
-
-def test_order_is_a_function_of_seed_and_epoch() -> None:
-    assert order(1, seed=3) == order(1, seed=3)
-    orders = [order(epoch, seed=seed) for epoch, seed in itertools.product(range(3), range(3))]
-    assert len({str(one) for one in orders}) == 9
-    for one in orders:
-        flat = [number for batch in one for number in batch]
-        assert len(flat) == len(set(flat)) == 48 and set(flat) <= set(range(50))
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_every_number_of_ranks_sees_the_same_global_batches(ranks: int) -> None:
-    shares = [order(2, seed=1, rank=rank, world_size=ranks) for rank in range(ranks)]
-    together = [sorted(sum(batch, [])) for batch in zip(*shares, strict=True)]
-    assert together == [sorted(batch) for batch in order(2, seed=1)]
-    assert {len(batch) for share in shares for batch in share} == {8 // ranks}
-
-
-def test_validation_sees_every_sample_once_in_order() -> None:
-    flat = sum(order(0, shuffle=False, drop_last=False), [])
-    assert flat == list(range(50))
-
-
-def test_validation_asks_the_same_at_every_epoch() -> None:
-    batches = GlobalBatches(50, 8, shuffle=False, drop_last=False)
-    first = list(batches)
-    batches.set_epoch(7)  # the epoch seeds the choice of captions and masks
-    assert list(batches) == first
-
-
-def test_a_sample_without_captions_is_named_and_never_trained_on_as_silence() -> None:
-    with pytest.raises(ValueError, match="sample owl has no captions and no questions"):
-        lesson_of("owl", {"label": "true"}, 1, TEMPLATES)
-    with pytest.raises(ValueError, match="sample owl has no captions and no questions"):
-        texts_about("owl", {"captions": []})
-
-
-def test_a_lesson_is_drawn_by_its_seed() -> None:
-    record = {"captions": ["a", "b", "c"], "qa": [["what?", "an owl"], ["where?", "a tree"]]}
-    lessons = [lesson_of("owl", record, seed, TEMPLATES, 0.5) for seed in range(200)]
-    assert {lesson.caption for lesson in lessons} == {"a", "b", "c"}
-    what = ("Question: what? Answer:", " an owl")
-    where = ("Question: where? Answer:", " a tree")
-    asked = [lesson.exchanges for lesson in lessons if lesson.exchanges]
-    assert set(asked) == {(what, where), (where, what)}
-    assert 60 < len(asked) < 140
-    assert lessons[7] == lesson_of("owl", record, 7, TEMPLATES, 0.5)
-    record["qa"] *= 10
-    many = [lesson_of("owl", record, seed, TEMPLATES).exchanges for seed in range(9)]
-    assert {len(exchanges) for exchanges in many} == {TURNS}
-
-
-def test_a_statement_and_a_repeated_question_are_no_descriptions() -> None:
-    """A false caption would teach a lie, and "what colour is it? red" describes nothing."""
-    statement = {"captions": ["it is blue"], "label": "false"}
-    assert lesson_of("a", statement, 0, TEMPLATES) == Lesson(
-        None, (("True or false? it is blue Answer:", " false"),)
-    )
-    repeated = {"captions": ["what colour is it? red"], "qa": [["what colour is it?", "red"]]}
-    lesson = lesson_of("a", repeated, 0, TEMPLATES, question_share=0)
-    assert lesson == Lesson(None, (("Question: what colour is it? Answer:", " red"),))
-    assert texts_about("a", {"qa": [["how many?", "two"]]}) == ["how many? two"]
-
-
-def test_impossible_batches_are_refused() -> None:
-    with pytest.raises(ValueError, match="7 samples are fewer than one global batch of 8"):
-        GlobalBatches(7, 8)
-    with pytest.raises(ValueError, match="not a multiple of 3 ranks"):
-        GlobalBatches(50, 8, world_size=3)
 
 
 # --- measuring and predicting -----------------------------------------------------------------

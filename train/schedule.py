@@ -29,7 +29,7 @@ class TrainedByMuon(L.LightningModule):
 
     @property
     def heads(self) -> list[nn.Module]:
-        """What scores a vocabulary and is thrown away after training."""
+        """What is thrown away after training: it judges, and is not a part of the network."""
         return []
 
     def configure_optimizers(self) -> Any:
