@@ -120,7 +120,7 @@ def scene_drawings(model: Multimodal, folder: Path, pictures: Path | None) -> di
 
     # The true pictures after encoding and decoding: what no drawing can be better than.
     score("reconstructed", encode_images(model, pixels_of(model, samples)))
-    for method, candidates in (("causal", 1), ("masked", 1), ("masked", MANY)):
+    for method, candidates in (("masked", 1), ("causal", 1), ("causal", MANY)):
         name = method if candidates == 1 else f"{method}, best of {candidates}"
         size, codes = BATCH // candidates, []
         for start in tqdm(range(0, len(prompts), size), desc=name, disable=None):

@@ -28,15 +28,16 @@ def test_it_is_whole_and_small(capsys: pytest.CaptureFixture[str]) -> None:
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ""}
     assert main(["info", "starter"]) == 0
     said = capsys.readouterr().out
-    assert said.count("(verified)") == 2 and "Apache License 2.0" in said
+    assert said.count("(verified)") == 2 and "non-commercial research" in said
 
 
 def test_its_card_and_its_licence_say_what_it_was_trained_on() -> None:
     licence, card = ((FOLDER / name).read_text("utf-8") for name in ("LICENSE", "README.md"))
     for text in (licence, card):
-        assert "scenes" in text and "CC0" in text and "Apache License 2.0" in text
+        for data in ("Flickr8k", "Noto Emoji", "easy-VQA", "scenes", "CC0", "non-commercial"):
+            assert data in text
     prints = read_config(FOLDER)["fingerprints"]
-    for fact in (*prints.values(), "recall", "seed 0", "200 scenes of val"):
+    for fact in (*prints.values(), "recall", "seed 0", "200 scenes of val", "1,000 photos"):
         assert fact in card
 
 

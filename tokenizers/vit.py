@@ -3,7 +3,8 @@
 ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627) with a convolutional stem, as in Xiao et al. 2021
 (arXiv:2106.14881), here of residual blocks: it learns shapes from little data, where one big patch
 projection sees colours only (docs/decisions.md has the numbers). The decoder goes back in the same
-steps, so that patches meet without seams.
+steps, so that patches meet without seams; what a code means depends on its neighbours, so they are
+mixed first.
 
 Shapes: B batch, H W pixels, h w = H / downsample, D width, C channels of a code vector.
 """
@@ -120,6 +121,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.from_vectors = nn.Linear(channels, dim)
+        self.mix = nn.Sequential(Residual(dim), Residual(dim))
         self.transformer = PositionedBlocks(dim, depth, heads, grid)
         widths = _stage_widths(dim, downsample)[::-1]
         layers: list[nn.Module] = []
@@ -130,7 +132,7 @@ class Decoder(nn.Module):
         self.to_pixels = nn.Sequential(*layers, nn.PixelShuffle(PIXELS_PER_STEP))
 
     def forward(self, vectors: Tensor) -> Tensor:
-        x = rearrange(self.from_vectors(vectors), "b h w d -> b d h w")
+        x = self.mix(rearrange(self.from_vectors(vectors), "b h w d -> b d h w"))
         tokens = rearrange(self.transformer(x), "b h w d -> b d h w")
         images: Tensor = self.to_pixels(tokens)
         return images
