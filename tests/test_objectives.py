@@ -101,7 +101,7 @@ def test_all_objectives_together_overfit_one_batch(
     batch = batch_of(model, sentences * 2, asked=True)
     batch[2][4:] = batch[2][:4]  # each sentence stands twice
     assert set(batch[0].objectives.unique().tolist()) == {-1, 0, 1, 2, 3, 4}
-    first, last = overfit(model, batch, 150)
+    first, last = overfit(model, batch, 240)
     assert last["text"] < floor(batch, 8) + 0.1  # above the real floor: 4 texts, not 8
     for name in ("caption", "reconstruct", "answer", "alignment"):
         assert last[name] < 0.1 * first[name], name
