@@ -33,7 +33,7 @@ class ImageTokenizerModule(TrainedByMuon):
         at a third of the cost; a model that was trained on these codes can take the result.
     discriminator_weight: of fooling a discriminator of patches, which sharpens a decoder that is
         trained already: only with decoder_only; 0.04 is about what the adaptive weight of VQGAN
-        comes to here.
+        comes to here: good on scenes, a grid of dots where photos are among the data.
     learning_rate, weight_decay, warmup_steps: Muon's; linear warm-up, then a cosine to zero.
     compile: torch.compile (needs a C++ compiler on a CPU).
     """
