@@ -18,7 +18,7 @@ from multimodal.objectives import Alignment, ObjectivesConfig, token_losses
 from multimodal.sampling import Sampling
 from multimodal.sequences import NO_LOSS, Packed, Sequence, answer, describe, draw, random_mask
 from multimodal.templates import Templates
-from multimodal.tokenizers.image import ViTTokenizer
+from multimodal.tokenizers.image import VQTokenizer
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.transformer import Transformer, TransformerConfig, named_config
 from multimodal.vocabulary import Vocabulary
@@ -53,7 +53,7 @@ class Multimodal(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, text_tokenizer: TextTokenizer, image_tokenizer: ViTTokenizer
+        self, config: ModelConfig, text_tokenizer: TextTokenizer, image_tokenizer: VQTokenizer
     ) -> None:
         super().__init__()
         self.config, self.vocabulary = config, config.vocabulary
@@ -80,7 +80,7 @@ class Multimodal(nn.Module):
         cls,
         size: str,
         text_tokenizer: TextTokenizer,
-        image_tokenizer: ViTTokenizer,
+        image_tokenizer: VQTokenizer,
         objectives: ObjectivesConfig | None = None,
     ) -> "Multimodal":
         """Random weights of a named size; code embeddings start from what the codes look like."""

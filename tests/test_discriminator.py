@@ -63,6 +63,6 @@ def test_it_learns_to_tell_and_what_it_likes_is_sharp() -> None:
 
 
 def test_it_is_only_for_a_decoder_whose_codes_are_there() -> None:
-    config = ImageTokenizerConfig(image_size=16, downsample=8, dim=32, heads=2)
+    config = ImageTokenizerConfig(image_size=16, downsample=8)
     with pytest.raises(ValueError, match="decoder_only"):
         ImageTokenizerModule(config, discriminator_weight=0.1)

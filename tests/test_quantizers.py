@@ -154,15 +154,15 @@ def test_vq_gradient_passes_straight_and_commits() -> None:
     (found,) = torch.autograd.grad((result.vectors * weights).sum(), latents, retain_graph=True)
     (expected,) = torch.autograd.grad((F.normalize(latents, dim=-1) * weights).sum(), latents)
     torch.testing.assert_close(found, expected)
-    (pull,) = torch.autograd.grad(result.loss, latents)
+    (pull,) = torch.autograd.grad(result.losses["commitment"], latents)
     closer = F.normalize(latents - 0.1 * pull, dim=-1)
-    assert vq(closer).loss < result.loss
+    assert vq(closer).losses["commitment"] < result.losses["commitment"]
     distance = (latents - vq.lookup(result.codes)).square().sum(-1).mean()
-    torch.testing.assert_close(result.loss, 0.25 * distance)
+    torch.testing.assert_close(result.losses["commitment"], 0.25 * distance)
 
 
 def test_unknown_quantizers_and_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="quantizer 'vqq': expected one of fsq, vq"):
+    with pytest.raises(ValueError, match="quantizer 'vqq': expected one of fsq, ibq, lfq, vq"):
         make_quantizer("vqq")
     with pytest.raises(ValueError, match="each >= 2"):
         make_quantizer("fsq", levels=[7, 1])

@@ -27,8 +27,9 @@ from multimodal.train.data import GlobalBatches, ShardData, ShardDataset, collat
 
 RECIPES = Path(__file__).parent.parent / "train" / "recipes"
 TOKENIZER: dict[str, Any] = {
-    "image_size": 16, "downsample": 8, "dim": 32, "encoder_depth": 1, "decoder_depth": 1,
-    "heads": 2, "quantizer": {"name": "fsq", "levels": [5, 5]},
+    "image_size": 16, "downsample": 8,
+    "autoencoder": {"name": "vit", "dim": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2},
+    "quantizer": {"name": "fsq", "levels": [5, 5]},
 }  # fmt: skip
 
 

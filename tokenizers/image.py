@@ -1,4 +1,4 @@
-"""The one protocol of image tokenizers, and the ViT family behind it.
+"""The one protocol of image tokenizers, and how one is put together: encoder, quantizer, decoder.
 
 A tokenizer is a folder: ``config.json`` and ``model.safetensors``. Its fingerprint is a hash of
 config (preprocessing included) and weights: codes of one fingerprint mean nothing to another.
@@ -7,9 +7,10 @@ config (preprocessing included) and weights: codes of one fingerprint mean nothi
 import hashlib
 import json
 import textwrap
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multimodal.tokenizers.quantizer import Quantized, make_quantizer
-from multimodal.tokenizers.vit import Decoder, Encoder
+from multimodal.tokenizers.vit import ViT
+from multimodal.tokenizers.vqgan import VQGAN
+
+Fit: TypeAlias = Literal["squash", "crop", "letterbox"]
+Made = TypeVar("Made")
 
 
 class ImageTokenizer(Protocol):
@@ -33,38 +38,38 @@ class ImageTokenizer(Protocol):
     def decode(self, codes: Tensor) -> Tensor: ...
 
 
+def make_autoencoder(name: str, **options: Any) -> ViT | VQGAN:
+    """``vit`` (dim, encoder_depth, ...) or ``vqgan`` (channels, multipliers, ...)."""
+    kinds: dict[str, type[ViT] | type[VQGAN]] = {"vit": ViT, "vqgan": VQGAN}
+    if name not in kinds:
+        raise ValueError(f"autoencoder {name!r}: expected one of {', '.join(kinds)}")
+    return kinds[name](**options)
+
+
 @dataclass(frozen=True)
 class ImageTokenizerConfig:
     """Args:
     image_size: side of the square image in pixels; fit: how other images are made square.
-    downsample: pixels per code and side, a power of two from 4 on.
-    dim, encoder_depth, decoder_depth, heads: of the transformers.
+    downsample: pixels per code and side, a power of two.
+    autoencoder: its name and options, ``{"name": "vit", "dim": 256, "encoder_depth": 4}``.
     quantizer: its name and options, ``{"name": "fsq", "levels": [7, 5, 5, 5, 5]}``.
     """
 
     image_size: int = 128
-    fit: Literal["squash", "crop", "letterbox"] = "squash"
+    fit: Fit = "squash"
     downsample: int = 16
-    dim: int = 256
-    encoder_depth: int = 4
-    decoder_depth: int = 4
-    heads: int = 4
+    autoencoder: dict[str, Any] = field(default_factory=lambda: {"name": "vit"})
     quantizer: dict[str, Any] = field(
         default_factory=lambda: {"name": "fsq", "levels": [7, 5, 5, 5, 5]}
     )
-    family: str = "vit"
 
     def __post_init__(self) -> None:
-        if self.downsample < 4 or self.downsample & (self.downsample - 1):
-            raise ValueError(f"downsample={self.downsample}: expected a power of two from 4 on")
+        if self.downsample < 2 or self.downsample & (self.downsample - 1):
+            raise ValueError(f"downsample={self.downsample}: expected a power of two from 2 on")
         if self.image_size % self.downsample:
             raise ValueError(
                 f"image_size={self.image_size} is not a multiple of downsample={self.downsample}"
             )
-        if self.dim % self.heads:
-            raise ValueError(f"dim={self.dim} is not a multiple of heads={self.heads}")
-        if self.family != "vit":
-            raise ValueError(f"family={self.family!r}: this release knows 'vit'")
 
     @property
     def grid(self) -> int:
@@ -72,17 +77,17 @@ class ImageTokenizerConfig:
         return self.image_size // self.downsample
 
 
-class ViTTokenizer(nn.Module):
-    """The ViT autoencoder with its quantizer; see ``ImageTokenizer`` for the protocol."""
+class VQTokenizer(nn.Module):
+    """An autoencoder with a quantizer in its middle; see ``ImageTokenizer`` for the protocol."""
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        options = dict(config.quantizer)
-        self.quantizer = make_quantizer(options.pop("name", "?"), **options)
-        shape = (config.heads, config.downsample, config.grid, self.quantizer.channels)
-        self.encoder = Encoder(config.dim, config.encoder_depth, *shape)
-        self.decoder = Decoder(config.dim, config.decoder_depth, *shape)
+        self.quantizer = _named(make_quantizer, config.quantizer)
+        autoencoder = _named(make_autoencoder, config.autoencoder)
+        self.encoder, self.decoder = autoencoder.build(
+            config.downsample, config.grid, self.quantizer.channels
+        )
 
     @property
     def codebook_size(self) -> int:
@@ -135,13 +140,23 @@ class ViTTokenizer(nn.Module):
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def load_image_tokenizer(folder: str | Path) -> ViTTokenizer:
+def _named(make: Callable[..., Made], options: dict[str, Any]) -> Made:
+    """What a name and options stand for. Errors: ``ValueError`` for options that are not known."""
+    if "name" not in options:
+        raise ValueError(f"{options}: name is missing")
+    try:
+        return make(**options)
+    except TypeError as error:
+        raise ValueError(f"{options['name']}: {error}") from error
+
+
+def load_image_tokenizer(folder: str | Path) -> VQTokenizer:
     """Load a tokenizer folder, in eval mode. Errors: ``ValueError`` for one that was altered."""
     folder = Path(folder)
     try:
         stored = json.loads((folder / "config.json").read_text())
         fingerprint = stored.pop("fingerprint")
-        tokenizer = ViTTokenizer(ImageTokenizerConfig(**stored))
+        tokenizer = VQTokenizer(ImageTokenizerConfig(**stored))
         tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
     except FileNotFoundError as error:
         missing = error.filename or error

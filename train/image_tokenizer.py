@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from multimodal.images import Fit, to_image
 from multimodal.tokenizers.image import (
     ImageTokenizerConfig,
-    ViTTokenizer,
+    VQTokenizer,
     load_image_tokenizer,
 )
 from multimodal.tokenizers.quantizer import CodebookUse
@@ -52,7 +52,7 @@ class ImageTokenizerModule(TrainedByMuon):
     ) -> None:
         super().__init__(learning_rate, weight_decay, warmup_steps)
         self.semantic_weight = semantic_weight
-        self.tokenizer = ViTTokenizer(tokenizer)
+        self.tokenizer = VQTokenizer(tokenizer)
         tokenizer_parts = (self.tokenizer.encoder, self.tokenizer.quantizer)
         self.frozen = tokenizer_parts if decoder_only else ()
         for part in self.frozen:
@@ -102,7 +102,8 @@ class ImageTokenizerModule(TrainedByMuon):
         reconstruction = reconstruction.float()
         parts = {"mse": F.mse_loss(reconstruction, images)}
         parts["l1"] = F.l1_loss(reconstruction, images)
-        total = parts["mse"] + parts["l1"] + quantized.loss
+        parts |= quantized.losses
+        total = sum(parts.values(), torch.zeros(()).to(images))
         if self.semantic is not None and words is not None:
             semantic = self.semantic(quantized.vectors, words)
             total = total + self.semantic_weight * (semantic["words"] + semantic["context"])
