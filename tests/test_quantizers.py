@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.tokenizers.fsq import FSQ
+from multimodal.tokenizers.ibq import IBQ
+from multimodal.tokenizers.lfq import LFQ
 from multimodal.tokenizers.quantizer import CodebookUse, make_quantizer
 from multimodal.tokenizers.vq import VQ
 
@@ -86,7 +88,8 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
 def ready_vq(**options: Any) -> VQ:
     """A VQ whose codebook is random, not waiting for data."""
     vq = VQ(**{"codebook_size": 16, "channels": 4, **options})
-    vq.codebook.copy_(unit(vq.codebook_size, vq.channels, seed=1))
+    with torch.no_grad():
+        vq.codebook.copy_(unit(vq.codebook_size, vq.channels, seed=1))
     vq.initialised.fill_(True)
     return vq
 
@@ -186,3 +189,146 @@ def test_codebook_use(batches: list[list[int]], used: float, perplexity: float) 
     for batch in batches:
         use.update(torch.tensor(batch).view(-1, 1, 1))
     assert use.used == used and use.perplexity == pytest.approx(perplexity, rel=1e-9)
+
+
+# --- beside vector-quantize-pytorch ------------------------------------------------------------
+
+
+def test_fsq_agrees_with_the_reference() -> None:
+    from vector_quantize_pytorch import FSQ as Reference
+
+    levels = [7, 5, 5, 4]
+    latents = 2 * torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    vectors, codes = Reference(levels)(latents[None])
+    ours = FSQ(levels)(latents)
+    assert torch.equal(ours.codes, codes[0].long())
+    torch.testing.assert_close(ours.vectors, vectors[0])
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_vq_agrees_with_the_reference(normalise: bool) -> None:
+    from vector_quantize_pytorch import VectorQuantize
+
+    vq = ready_vq(codebook_size=64, normalise=normalise).eval()
+    if not normalise:
+        vq.codebook.mul_(1 + torch.rand(64, 1))  # codes of other lengths than one
+    reference = VectorQuantize(dim=4, codebook_size=64, use_cosine_sim=normalise).eval()
+    reference._codebook.embed.copy_(vq.codebook[None])
+    latents = torch.randn(2, 8, 8, 4)
+    vectors, codes, _ = reference(latents.flatten(1, 2))
+    result = vq(latents)
+    assert torch.equal(result.codes.flatten(), codes.flatten())
+    torch.testing.assert_close(result.vectors.flatten(0, 2), vectors.flatten(0, 1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_lfq_agrees_with_the_reference(temperature: float) -> None:
+    from vector_quantize_pytorch import LFQ as Reference
+
+    latents = torch.randn(4, 5, 5, 6, generator=torch.Generator().manual_seed(0))
+    (_, codes, _), parts = Reference(dim=6).train()(
+        latents.flatten(1, 2), inv_temperature=1 / temperature, return_loss_breakdown=True
+    )
+    lfq = LFQ(6, entropy_weight=1.0, temperature=temperature).train()
+    result = lfq(latents)
+    flipped = sum(((codes >> bit) & 1) << (5 - bit) for bit in range(6))  # first bit first here
+    assert torch.equal(result.codes.flatten(1), flipped)
+    expected = parts.per_sample_entropy - parts.batch_entropy
+    torch.testing.assert_close(result.losses["entropy"], expected, atol=1e-3, rtol=0)
+
+
+# --- LFQ and IBQ ------------------------------------------------------------------------------
+
+
+def test_lfq_round_trip_over_the_whole_codebook() -> None:
+    lfq = LFQ(10)
+    codes = torch.arange(1024)
+    vectors = lfq.lookup(codes)
+    assert len(vectors.unique(dim=0)) == 1024 and set(vectors.unique().tolist()) == {-1.0, 1.0}
+    assert torch.equal(lfq(0.3 * vectors).codes, codes)
+
+
+def test_lfqs_entropy_by_bits_is_that_by_codes() -> None:
+    """Exact while all bits fit one group; for more, groups count as independent: never less."""
+    flat = torch.randn(300, 12, generator=torch.Generator().manual_seed(0))
+    for channels in (3, 9, 12):
+        lfq, latents = LFQ(channels), flat[:, :channels]
+        every = lfq.lookup(torch.arange(lfq.codebook_size))
+        p = (-torch.cdist(latents, every).square()).softmax(-1)
+        each = -(p * p.log()).sum(-1).mean()
+        together = -(p.mean(0) * p.mean(0).log()).sum()
+        found = lfq.entropy(latents)
+        if channels <= 9:
+            torch.testing.assert_close(found, each - together, atol=1e-4, rtol=1e-4)
+        else:
+            assert each - together - 1 < found < each - together
+
+
+def test_lfqs_entropy_loss_spreads_the_codes() -> None:
+    latents = (0.5 + 0.1 * torch.randn(512, 4)).requires_grad_()  # all of one code
+    lfq = LFQ(4, entropy_weight=1.0, commitment=0.0).train()
+    optimizer = torch.optim.Adam([latents], 0.1)
+    before = lfq(latents.view(8, 8, 8, 4)).codes.unique().numel()
+    for _ in range(100):
+        result = lfq(latents.view(8, 8, 8, 4))
+        optimizer.zero_grad()
+        result.losses["entropy"].backward()
+        optimizer.step()
+    assert before == 1 and result.usage == 1.0
+
+
+def test_ibqs_gradient_reaches_every_code() -> None:
+    torch.manual_seed(0)
+    ibq = IBQ(codebook_size=32, channels=4, entropy_weight=0.0).train()
+    latents = torch.randn(2, 3, 3, 4, requires_grad=True)
+    result = ibq(latents)
+    torch.testing.assert_close(result.vectors, ibq.lookup(result.codes))
+    products = latents @ ibq.codebook.weight.T
+    assert torch.equal(result.codes, products.argmax(-1))
+    assert result.codes.unique().numel() < 18
+    result.vectors.square().sum().backward()
+    assert (ibq.codebook.weight.grad.norm(dim=-1) > 0).all(), "chosen or not"
+    assert latents.grad is not None and latents.grad.abs().sum() > 0
+    same = ibq.eval()(latents)
+    assert torch.equal(same.codes, result.codes)
+    torch.testing.assert_close(same.vectors, result.vectors)
+
+
+def test_vq_by_gradient_moves_codes_by_its_loss_alone() -> None:
+    vq = ready_vq(codebook_size=8, learning="gradient", dead_after=0.0).train()
+    before = vq.codebook.detach().clone()
+    result = vq(torch.randn(4, 3, 3, 4))
+    assert torch.equal(vq.codebook, before)
+    sum(result.losses.values()).backward()
+    used = torch.bincount(result.codes.flatten(), minlength=8) > 0
+    assert torch.equal(vq.codebook.grad.norm(dim=-1) > 0, used)
+
+
+def test_vq_by_gradient_restarts_dead_codes_before_they_are_read() -> None:
+    vq = ready_vq(learning="gradient", decay=0.5, dead_after=0.1).train()
+    data = unit(4, 1, 1, 4, seed=3).requires_grad_()
+    for _ in range(8):
+        result = vq(data)
+        sum(result.losses.values()).backward()
+    unused = torch.ones(16, dtype=torch.bool)
+    unused[result.codes.unique()] = False
+    nearest = (F.normalize(vq.codebook, dim=-1) @ data.view(4, 4).T).amax(1)
+    assert nearest[unused].min() > 0.9, "where there is data, though no optimizer moved them"
+
+
+# --- health -----------------------------------------------------------------------------------
+
+
+def test_a_collapse_is_told_in_words() -> None:
+    healthy, collapsed, early = CodebookUse(64), CodebookUse(64), CodebookUse(64)
+    healthy.update(torch.arange(64).repeat(10))
+    collapsed.update(torch.randint(3, (640,)))
+    early.update(torch.randint(3, (20,)))
+    assert healthy.collapse() is None and early.collapse() is None
+    said = collapsed.collapse()
+    assert said is not None and "of 64 codes 4.7% appeared" in said and "fsq" in said
+    # All codes seen once, and one of them all the time: a collapse too.
+    rare = CodebookUse(64)
+    rare.update(torch.arange(64))
+    rare.update(torch.zeros(100_000, dtype=torch.int64))
+    assert rare.collapse() is not None

@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_refused(
 def test_a_checkpoint_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "last.ckpt"
     torch.save({"state_dict": {}, "callbacks": Hostile()}, path)
-    refused(path, "making it could run code", capsys)
+    refused(path, "making one could run code", capsys)
     assert not Path("/tmp/multimodal-was-here").exists()
     path.write_bytes(b"not a checkpoint")
     refused(path, "not a checkpoint of torch's", capsys)

@@ -47,7 +47,7 @@ class LFQ(nn.Module):
             signs = 2.0 * bits - 1
             losses = {"commitment": self.commitment * F.mse_loss(latents, signs)}
             if self.training and self.entropy_weight:
-                flat = rearrange(latents, "b h w c -> (b h w) c")
+                flat = rearrange(latents, "... c -> (...) c")
                 losses["entropy"] = self.entropy_weight * self.entropy(flat)
             vectors = latents + (signs - latents).detach()
             return Quantized(codes, vectors, losses, self.codebook_size)

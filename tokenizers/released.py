@@ -8,6 +8,7 @@ without running code from it, and saved as a tokenizer folder: safetensors and J
 import argparse
 import pickle
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,16 +98,15 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"the class {found[1]}" if found else "something that is no tensor"
-        raise ValueError(
-            f"{file}: holds {what}, and making it could run code. Where you trust the file, save "
-            'its tensors alone: safetensors.torch.save_file(torch.load(FILE, weights_only=False)'
-            '["state_dict"], "weights.safetensors")'
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{file}: not a checkpoint of torch's: {error}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{file}: holds a {found[1]}, and making one could run code. Where you trust the "
+                "file, save its tensors alone: safetensors.torch.save_file("
+                'torch.load(FILE, weights_only=False)["state_dict"], "weights.safetensors")'
+            ) from error
+        reason = textwrap.shorten(str(error), 200)
+        raise ValueError(f"{file}: not a checkpoint of torch's: {reason}") from error
     for key in ("ema", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
