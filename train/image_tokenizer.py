@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from multimodal.images import Fit, to_image
@@ -130,6 +131,8 @@ class ImageTokenizerModule(TrainedByMuon):
         self.log("psnr", psnr(parts["mse"].detach()), prog_bar=True, logger=False)
         if (batch_idx + 1) % 100 == 0:
             self._log_use("train", self.train_use)
+            if alarm := self.train_use.collapse():
+                rank_zero_warn(f"step {self.global_step}: {alarm}")
             self.train_use = CodebookUse(self.tokenizer.codebook_size)
         return total
 
@@ -151,6 +154,7 @@ class ImageTokenizerModule(TrainedByMuon):
         # The share of the codebook seen in 100 training batches or in the whole validation set.
         self.log(f"{stage}/codebook_used", use.used)
         self.log(f"{stage}/codebook_perplexity", use.perplexity)
+        self.log(f"{stage}/codebook_dead", float((use.counts == 0).sum()))
 
     def _log_pictures(self, batch: Examples) -> None:
         """Eight fixed validation images over their reconstructions, to TensorBoard and a file."""
