@@ -180,6 +180,12 @@ class Decoder(nn.Module):
         layers += [nn.Conv2d(widths[-1], 3 * PIXELS_PER_STEP**2, 3, padding=1)]
         self.to_pixels = nn.Sequential(*layers, nn.PixelShuffle(PIXELS_PER_STEP))
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The last weights before the pixels, for losses that are balanced there."""
+        weights: Tensor = self.to_pixels[-2].weight
+        return weights
+
     def forward(self, vectors: Tensor) -> Tensor:
         x = self.mix(rearrange(self.from_vectors(vectors), "b h w d -> b d h w"))
         tokens = rearrange(self.transformer(x), "b h w d -> b d h w")

@@ -197,6 +197,11 @@ class Decoder(nn.Module):
         self.norm_out = norm(upwards[-1])
         self.conv_out = convolution(upwards[-1], 3)
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The last weights before the pixels, for losses that are balanced there."""
+        return self.conv_out.weight
+
     def forward(self, vectors: Tensor) -> Tensor:
         x = self.conv_in(self.from_code(rearrange(vectors, "b h w c -> b c h w")))
         x = self.levels(self.middle(x))
