@@ -253,11 +253,11 @@ class Multimodal(nn.Module):
         seed: int = 0,
     ) -> str:
         """The answer to a question about an image."""
-        from multimodal.generation import answer_pixels, read_images
+        from multimodal.generation import answer_codes, encode_images, read_images
 
         sampling = Sampling(temperature, top_k, top_p, seed)
-        pixels = read_images(self, [image])
-        return answer_pixels(self, pixels, [question], max_tokens, sampling)[0]
+        codes = encode_images(self, read_images(self, [image]))
+        return answer_codes(self, codes, [question], max_tokens, sampling)[0]
 
     def draw(
         self,
@@ -321,8 +321,8 @@ class Multimodal(nn.Module):
 
         The product of an image's row and a text's says how well they fit, in [-1, 1].
         """
-        from multimodal.embedding import embed_pixels, embed_texts
-        from multimodal.generation import read_images
+        from multimodal.embedding import embed_codes, embed_texts
+        from multimodal.generation import encode_images, read_images
 
         if (images is None) == (texts is None):
             raise ValueError("embed: give images or texts, one of the two")
@@ -332,7 +332,7 @@ class Multimodal(nn.Module):
         if images is not None:
             for start in range(0, len(images), batch_size):
                 pixels = read_images(self, images[start : start + batch_size])
-                rows.append(embed_pixels(self, pixels))
+                rows.append(embed_codes(self, encode_images(self, pixels)))
         if texts is not None:
             for start in range(0, len(texts), batch_size):
                 rows.append(embed_texts(self, texts[start : start + batch_size]))

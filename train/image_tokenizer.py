@@ -101,6 +101,10 @@ class ImageTokenizerModule(TrainedByMuon):
         return self.tokenizer.config.image_size, self.tokenizer.config.fit
 
     @property
+    def codes_from(self) -> None:
+        """It reads pixels."""
+
+    @property
     def heads(self) -> list[nn.Module]:
         return [head for head in (self.semantic, self.discriminator) if head is not None]
 

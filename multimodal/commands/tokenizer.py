@@ -1,4 +1,5 @@
-"""``multimodal tokenizer``: ``text`` trains a byte-level BPE, ``import`` reads released VQ weights."""
+"""``multimodal tokenizer``: ``text`` trains a byte-level BPE, ``import`` reads released VQ weights,
+``encode`` turns shards of images into shards of codes."""
 
 import argparse
 from collections.abc import Iterator
@@ -8,6 +9,9 @@ EXAMPLES = """examples:
   multimodal tokenizer text data/photos --out text_tokenizer.json --vocabulary-size 4096
   multimodal tokenizer text data/photos corpus.txt --out text_tokenizer.json
   multimodal tokenizer import vq_ds16_t2i.pt runs/llamagen --image-size 256
+  multimodal tokenizer encode data/photos data/photos-codes --tokenizer runs/photos-tokenizer/model
+  multimodal tokenizer encode data/photos data/photos-codes --tokenizer starter \
+      --encodings 8 --crop-scale 0.5 --mirror
 """
 
 
@@ -58,15 +62,45 @@ def import_released(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def encode(arguments: argparse.Namespace) -> int:
+    import torch
+    from tqdm import tqdm
+
+    from multimodal.folder import part_of
+    from multimodal.pretokenise import Encoding, encode_shards
+    from multimodal.shards import read_manifest
+    from multimodal.tokenizers.image import load_image_tokenizer
+
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size {arguments.batch_size}: expected at least 1")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    tokenizer = load_image_tokenizer(part_of(arguments.tokenizer, "image_tokenizer"))
+    encoding = Encoding.by(
+        tokenizer, precision=arguments.precision, encodings=arguments.encodings,
+        crop_scale=arguments.crop_scale, mirror=arguments.mirror, seed=arguments.seed,
+        train_split=arguments.train_split,
+    )  # fmt: skip
+    total = sum(entry["samples"] for entry in read_manifest(Path(arguments.source))["shards"])
+    with tqdm(total=total, desc="samples", unit="sample", disable=None) as progress:
+        encode_shards(
+            arguments.source, arguments.out, tokenizer.to(arguments.device), encoding,
+            arguments.batch_size, progress.update,
+        )  # fmt: skip
+    print(f"{arguments.out}: {total} samples, codes of tokenizer {encoding.fingerprint}")
+    return 0
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="multimodal tokenizer",
-        description="Train a text tokenizer, or take over the weights of a released image tokenizer. "
-        "Image tokenizers are trained with: multimodal fit",
+        description="Train a text tokenizer, take over the weights of a released image tokenizer, or "
+        "encode shards. Image tokenizers are trained with: multimodal fit; and measured with: "
+        "multimodal tokenizer compare",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = parser.add_subparsers(required=True, metavar="text|import")
+    kinds = parser.add_subparsers(required=True, metavar="text|import|encode")
     text = kinds.add_parser("text", help="byte-level BPE", epilog=EXAMPLES,
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     text.add_argument("sources", nargs="+", help="shard folders and text files (a line, a text)")
@@ -85,6 +119,26 @@ def main(argv: list[str]) -> int:
     released.add_argument("--fit", default="squash", choices=["squash", "crop", "letterbox"],
                           help="how other images are made square")  # fmt: skip
     released.set_defaults(run=import_released)
+    shards = kinds.add_parser(
+        "encode", help="shards of codes out of shards of images",
+        description="Encode the images of a shard folder once, so that training need not. A run that "
+        "was stopped goes on where it was; the codes serve models with this image tokenizer only.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    shards.add_argument("source", help="a shard folder")
+    shards.add_argument("out", help="the folder to write")
+    shards.add_argument("--tokenizer", required=True, help="a tokenizer or model folder, or starter")
+    shards.add_argument("--encodings", type=int, default=1, help="of each training image (default 1)")
+    shards.add_argument("--crop-scale", type=float, default=1.0,
+                        help="training images: crops of at least this share (default 1: none)")
+    shards.add_argument("--mirror", action="store_true", help="mirror half of the crops")
+    shards.add_argument("--train-split", default="train", help="which split is cropped (default train)")
+    shards.add_argument("--precision", default="float32", choices=["float32", "bfloat16"],
+                        help="of the encoder; codes differ by a few percent (default float32)")
+    shards.add_argument("--seed", type=int, default=0, help="of the crops (default 0)")
+    shards.add_argument("--batch-size", type=int, default=64)
+    shards.add_argument("--device", default="cpu", help="where torch computes (default cpu)")
+    shards.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
+    shards.set_defaults(run=encode)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status
