@@ -241,6 +241,28 @@ def test_a_collapsed_codebook_raises_the_alarm(
     assert list(dead) == [11] and (float(dead[11]) == 63) == collapsed
 
 
+def test_averaged_weights_resume_and_are_what_is_exported(work: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((work / "tokenizer.yaml").read_text())
+    average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}
+    config["trainer"] |= {"callbacks": [average | {"init_args": {"decay": 0.9}}], "max_steps": 9}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    fit, run = ["fit", "--config", str(tmp_path / "config.yaml"), "--output"], tmp_path / "run"
+    assert main([*fit, str(tmp_path / "whole")]) == 0
+    kill_at(4, [*fit, str(run)], run)
+    assert main([*fit, str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
+    whole, resumed = logged(tmp_path / "whole"), logged(run)
+    assert {s: whole[s] for s in resumed} == resumed
+    # What the last checkpoint holds twice, the averages and what was trained, differs; the former
+    # is what is published.
+    last = torch.load(tmp_path / "whole/checkpoints/last.ckpt", weights_only=True)
+    name = "encoder.stem.0.weight"
+    average = last["state_dict"][f"tokenizer.{name}"]
+    trained = last["current_model_state"][f"tokenizer.{name}"]
+    assert not torch.equal(average, trained)
+    for folder in (tmp_path / "whole", run):
+        assert torch.equal(load_file(folder / "model/model.safetensors")[name], average)
+
+
 def test_a_model_lends_its_tokenizers(work: Path, tmp_path: Path) -> None:
     model = str(work / "joint" / "model")
     fit = ["fit", "--config", str(work / "joint.yaml"), "--trainer.max_steps", "1"]

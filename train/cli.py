@@ -130,7 +130,8 @@ class TrainingCLI(LightningCLI):
             ]
         elif self.subcommand == "predict":
             callbacks.append(WritePredictions(output))
-        kwargs["callbacks"] = [*callbacks, *(config.trainer.callbacks or [])]
+        # The user's first: what averages the weights has to have done so before they are exported.
+        kwargs["callbacks"] = [*(config.trainer.callbacks or []), *callbacks]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
