@@ -10,17 +10,17 @@ import io
 import json
 import re
 import shutil
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, get_args
+from typing import Any, BinaryIO, get_args
 
 from PIL import Image
 
 from multimodal.images import Fit, fit_image, open_image, orientation, read_image_file
+from multimodal.parallel import in_order
 from multimodal.shards import MANIFEST, index_shard, write_manifest
 from multimodal.sources import Found, Rejected, read_source
 
@@ -29,9 +29,6 @@ STAGING = ".building"
 _SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 _OWN_FILE = re.compile(r"[a-z]+-\d{4,}\.(tar|index\.json)")
-
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ def build(
             writer = stack.enter_context(_Writer(staging, shard_size))
             reasons: Counter[str] = Counter()
             found = 0
-            for item in _in_order(prepare, progress(items), workers):
+            for item in in_order(prepare, progress(items), workers):
                 found += 1
                 no = item if isinstance(item, Rejected) else writer.write(item, val_share)
                 if no is not None:
@@ -199,25 +196,6 @@ def _move(staging: Path, out: Path) -> None:
             path.unlink()
     for path in sorted(staging.iterdir(), key=lambda path: (path.name == MANIFEST, path.name)):
         path.replace(out / path.name)
-
-
-def _in_order(function: Callable[[In], Out], items: Iterable[In], workers: int) -> Iterator[Out]:
-    """``map`` over threads (Pillow decodes outside the GIL), with a bounded number in flight."""
-    if workers == 1:
-        yield from map(function, items)
-        return
-    pending: deque[Future[Out]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) >= 4 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
 
 
 def _prepare(found: Found, image_size: int | None, fit: Fit, quality: int) -> _Ready | Rejected:

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from multimodal.images import Fit, augment_image, fit_image, open_image
+from multimodal.parallel import in_order
 from multimodal.seeds import sample_seed
 from multimodal.shards import (
     CODES,
@@ -96,10 +97,12 @@ def encode_shards(
     tokenizer: VQTokenizer,
     encoding: Encoding,
     batch_size: int = 64,
+    workers: int = 2,
     on_sample: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
     """Write the shards of ``source`` with codes for images; returns the manifest.
 
+    workers: threads that decode images while others are encoded, 0 for none.
     out: a folder that is not there, is empty, or holds what an earlier call with the same arguments
     left. Errors: ``ValueError`` for any other, and for an image that cannot be read, by its key.
     """
@@ -116,7 +119,8 @@ def encode_shards(
         else:
             part = out / f".{name}.part"
             shards = Shards(source, only=name)
-            write_tar(part, _encoded(shards, split, tokenizer, encoding, batch_size, on_sample))
+            samples = _encoded(shards, split, tokenizer, encoding, batch_size, workers, on_sample)
+            write_tar(part, samples)
             part.replace(shard)
         entries.append(index_shard(shard))
     kept = {k: v for k, v in about.items() if k not in ("format", "version", "shards", "made_by")}
@@ -147,16 +151,21 @@ def _encoded(
     tokenizer: VQTokenizer,
     encoding: Encoding,
     batch_size: int,
+    workers: int,
     on_sample: Callable[[int], object],
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, members) of every sample of a shard, encoded in batches."""
-    samples, pictures = list[Sample](), list[NDArray[np.uint8]]()
-    for number, sample in enumerate(shards, start=1):
+
+    def ready(sample: Sample) -> tuple[Sample, NDArray[np.uint8]]:
         try:
-            pictures.append(encoding.pictures(sample, split))
+            return sample, encoding.pictures(sample, split)
         except ValueError as error:
             raise ValueError(f"{shards.folder}: sample {sample.key}: {error}") from error
+
+    samples, pictures = list[Sample](), list[NDArray[np.uint8]]()
+    for number, (sample, its_pictures) in enumerate(in_order(ready, shards, workers), start=1):
         samples.append(sample)
+        pictures.append(its_pictures)
         if sum(map(len, pictures)) >= batch_size or number == len(shards):
             codes = encode_pictures(tokenizer, np.concatenate(pictures), encoding.precision)
             ends = np.cumsum([len(one) for one in pictures])

@@ -151,6 +151,12 @@ def test_what_is_out_of_range_is_refused(tokenizer: VQTokenizer) -> None:
         tokenizer.encode(torch.zeros(1, 3, 30, 32))
     with pytest.raises(ValueError, match=r"shape \(3, 32, 32\): expected \[B, 3, H, W\]"):
         tokenizer.encode(torch.zeros(3, 32, 32))
+    with pytest.raises(ValueError, match=r"images from 0 to 255: expected -1 to 1"):
+        tokenizer.encode(torch.arange(256.0).expand(1, 3, 8, -1).reshape(1, 3, 32, 64))
+    with pytest.raises(ValueError, match="expected -1 to 1"):
+        tokenizer.encode(torch.full((1, 3, 32, 32), torch.nan))
+    with pytest.raises(ValueError, match=r"torch.uint8: expected floating point"):
+        tokenizer.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     for bad in (-1, tokenizer.codebook_size):
         with pytest.raises(ValueError, match=f"expected 0 to {tokenizer.codebook_size - 1}"):
             tokenizer.decode(torch.full((1, 4, 4), bad))

@@ -107,6 +107,12 @@ class VQTokenizer(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """images: float[B, 3, H, W] in [-1, 1] -> codes: int64[B, h, w]"""
         _check_images(images, self.downsample)
+        # Pixels from 0 to 255 would give codes, too: of nothing that was ever seen.
+        if images.numel() and not images.abs().amax() <= 1 + 1e-3:  # not a number fails as well
+            raise ValueError(
+                f"images from {images.min():.3g} to {images.max():.3g}: expected -1 to 1, "
+                "that is uint8 / 127.5 - 1"
+            )
         codes: Tensor = self.quantizer(self.encoder(images)).codes
         return codes
 
@@ -175,6 +181,8 @@ def load_image_tokenizer(folder: str | Path) -> VQTokenizer:
 def _check_images(images: Tensor, downsample: int) -> None:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images of shape {tuple(images.shape)}: expected [B, 3, H, W]")
+    if not images.is_floating_point():
+        raise ValueError(f"images of {images.dtype}: expected floating point, in [-1, 1]")
     if images.shape[2] % downsample or images.shape[3] % downsample:
         raise ValueError(
             f"images of {images.shape[2]} x {images.shape[3]} pixels: "

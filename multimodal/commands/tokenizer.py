@@ -71,8 +71,8 @@ def encode(arguments: argparse.Namespace) -> int:
     from multimodal.shards import read_manifest
     from multimodal.tokenizers.image import load_image_tokenizer
 
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size {arguments.batch_size}: expected at least 1")
+    if arguments.batch_size < 1 or arguments.workers < 0:
+        raise ValueError("--batch-size, --workers: expected at least 1, and at least 0")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     tokenizer = load_image_tokenizer(part_of(arguments.tokenizer, "image_tokenizer"))
@@ -85,7 +85,7 @@ def encode(arguments: argparse.Namespace) -> int:
     with tqdm(total=total, desc="samples", unit="sample", disable=None) as progress:
         encode_shards(
             arguments.source, arguments.out, tokenizer.to(arguments.device), encoding,
-            arguments.batch_size, progress.update,
+            arguments.batch_size, arguments.workers, progress.update,
         )  # fmt: skip
     print(f"{arguments.out}: {total} samples, codes of tokenizer {encoding.fingerprint}")
     return 0
@@ -136,6 +136,7 @@ def main(argv: list[str]) -> int:
                         help="of the encoder; codes differ by a few percent (default float32)")
     shards.add_argument("--seed", type=int, default=0, help="of the crops (default 0)")
     shards.add_argument("--batch-size", type=int, default=64)
+    shards.add_argument("--workers", type=int, default=2, help="threads that decode images (default 2)")
     shards.add_argument("--device", default="cpu", help="where torch computes (default cpu)")
     shards.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
     shards.set_defaults(run=encode)
