@@ -2,9 +2,9 @@
 
     python benchmarks/tokenize_images.py --data data/flickr8k [--image-size 128] [--batch-size 16]
 
-Both have random weights, fp32, and take turns, so that what else the machine does falls on both. Then
-shards are encoded end to end with the ViT: decoding files and encoding pictures, each alone and
-overlapped as ``multimodal tokenizer encode`` does it. Prints JSON as its last line.
+Both have random weights, fp32, and take turns, so that what else the machine does falls on both.
+Then shards are encoded end to end with the ViT: decoding files and encoding pictures, each alone
+and overlapped as ``multimodal tokenizer encode`` does it. Prints JSON as its last line.
 """
 
 import argparse
@@ -29,9 +29,13 @@ LLAMAGEN = {"name": "vqgan"}  # channels 128, multipliers 1 1 2 2 4: its VQ-16
 VQ = {"name": "vq", "codebook_size": 16384, "channels": 8, "learning": "gradient"}
 
 
-def make(image_size: int, autoencoder: dict[str, object], quantizer: dict[str, object]) -> VQTokenizer:
+def make(
+    image_size: int, autoencoder: dict[str, object], quantizer: dict[str, object]
+) -> VQTokenizer:
     torch.manual_seed(0)
-    return VQTokenizer(ImageTokenizerConfig(image_size, "squash", 16, autoencoder, quantizer)).eval()
+    return VQTokenizer(
+        ImageTokenizerConfig(image_size, "squash", 16, autoencoder, quantizer)
+    ).eval()
 
 
 def seconds_of(work: Callable[[], object]) -> float:

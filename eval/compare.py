@@ -6,10 +6,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-EXAMPLES = """Every tokenizer gets the same images, brought to one size (--image-size; by default the largest that
-any of them was made for), resizes them to its own and its reconstructions back. Perceptual distance and FID
-depend on the features: with the default, random ones of a fixed seed, they compare tokenizers with
-one another, and with nothing published.
+EXAMPLES = """Every tokenizer gets the same images, brought to one size (--image-size; by default
+the largest that any of them was made for), resizes them to its own and its reconstructions back.
+Perceptual distance and FID depend on the features: with the default, random ones of a fixed seed,
+they compare tokenizers with one another, and with nothing published.
 
 examples:
   multimodal tokenizer compare runs/a/model runs/b/model --data data/photos
@@ -29,7 +29,9 @@ def main(argv: list[str]) -> int:
     made.add_argument("tokenizers", nargs="+", help="tokenizer or model folders, or starter")
     made.add_argument("--data", required=True, help="a shard folder")
     made.add_argument("--split", default="val", help="of the shard folder (default val)")
-    made.add_argument("--limit", type=int, default=1000, help="at most so many images, the first ones")
+    made.add_argument(
+        "--limit", type=int, default=1000, help="at most so many images, the first ones"
+    )
     made.add_argument("--image-size", type=int, help="pixels of a side at which all are judged")
     made.add_argument("--fit", default="crop", choices=["squash", "crop", "letterbox"],
                       help="how images are made square (default crop)")  # fmt: skip
@@ -119,7 +121,10 @@ def table(rows: list[dict[str, Any]], protocol: dict[str, Any]) -> str:
         lines.append([str(row["tokenizer"]), *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     ]
     about = (

@@ -1,14 +1,15 @@
 """What pictures look like to a frozen network: perceptual distance, and features for FID.
 
-LPIPS (Zhang et al. 2018, arXiv:1801.03924) showed that distances between features of a trained network
-agree with people, and that those of a random one do so less, but better than pixels. Trained
-weights have to be at hand; without any, the random network here is a fixed yardstick: the same for
-everyone, comparable between tokenizers, and never to be set beside published LPIPS or FID.
+LPIPS (Zhang et al. 2018, arXiv:1801.03924) showed that distances between features of a trained
+network agree with people, and that those of a random one do so less, but better than pixels.
+Trained weights have to be at hand; without any, the random network here is a fixed yardstick: the
+same for everyone, comparable between tokenizers, and never to be set beside published LPIPS or FID.
 
 Shapes: B batch, H W pixels, D features.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +29,20 @@ class Features(nn.Module):
     """
 
     num_features: int  # D; torchmetrics reads it
+    mean: Tensor
+    std: Tensor
+    network: nn.Module
 
     def __init__(self, name: str = RANDOM) -> None:
         super().__init__()
         self.name = name
         if name == RANDOM:
-            self.network, mean, std = _random_network(), (0.5,) * 3, (0.5,) * 3
+            self.network, mean, std = _random_network(), [0.5] * 3, [0.5] * 3
             self.num_features = _WIDTHS[-1]
         else:
             self.network, mean, std = _timm_network(name)
-            self.num_features = self.network.feature_info.channels()[-1]
+            with torch.no_grad():
+                self.num_features = self.network(torch.zeros(1, 3, 64, 64))[-1].shape[1]
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         self.requires_grad_(False).eval()
@@ -56,12 +61,14 @@ class Features(nn.Module):
         return maps
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: float[B, 3, H, W] in [-1, 1] -> float[B, D]: the last layer, its mean over places"""
+        """images: float[B, 3, H, W] in [-1, 1] -> float[B, D], the mean of the last layer"""
         return self.maps(images)[-1].mean((2, 3))
 
     def distance(self, images: Tensor, others: Tensor) -> Tensor:
-        """Perceptual distance, float[B]: at each place of each layer the squared distance of the two
-        unit vectors, as LPIPS without its learned weights."""
+        """Perceptual distance, float[B]: LPIPS without its learned weights.
+
+        At each place of each layer, the squared distance of the two unit vectors.
+        """
         total = images.new_zeros(len(images))
         for a, b in zip(self.maps(images), self.maps(others), strict=True):
             apart = (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1)
@@ -100,7 +107,7 @@ def _random_network() -> _Layers:
     return network
 
 
-def _timm_network(name: str) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+def _timm_network(name: str) -> tuple[nn.Module, list[float], list[float]]:
     import timm
 
     kind, _, model = name.partition(":")
@@ -121,5 +128,5 @@ def _timm_network(name: str) -> tuple[nn.Module, tuple[float, ...], tuple[float,
             f"features {name!r}: the weights cannot be had ({type(error).__name__}: {error}). "
             f"Name a file: timm:{model}=FILE, or use the features that need none: {RANDOM}"
         ) from error
-    config = network.pretrained_cfg
-    return network, tuple(config["mean"]), tuple(config["std"])
+    config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
+    return network, list(config["mean"]), list(config["std"])

@@ -1,8 +1,8 @@
 """How well image tokenizers keep pictures: all of them by one protocol, on one set of images.
 
-PSNR; SSIM (Wang et al. 2004) and MS-SSIM (Wang et al. 2003) of torchmetrics; perceptual distance and FID
-(Heusel et al. 2017, arXiv:1706.08500) with the features named. Every tokenizer is given the same
-pictures of one size: they are resized to its own, encoded, decoded, and resized back.
+PSNR; SSIM (Wang et al. 2004) and MS-SSIM (Wang et al. 2003) of torchmetrics; perceptual distance
+and FID (Heusel et al. 2017, arXiv:1706.08500) with the features named. Every tokenizer is given the
+same pictures of one size: they are resized to its own, encoded, decoded, and resized back.
 
 Shapes: N images, R pixels of a side, h w the grid of codes.
 """
@@ -62,22 +62,26 @@ def score_reconstructions(
     scales = ms_ssim_scales(side)
     betas = tuple(weight / sum(SCALES[:scales]) for weight in SCALES[:scales])
     found = []
-    for batch in images.split(batch_size):
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
         codes = tokenizer.encode(resized(batch, tokenizer.config.image_size))
         use.update(codes)
         again = resized(tokenizer.decode(codes), side)
         found.append(again)
-        whole = {"data_range": 2.0, "reduction": "none"}
         scores = {
-            "psnr": peak_signal_noise_ratio(again, batch, dim=(1, 2, 3), **whole),
-            "ssim": structural_similarity_index_measure(again, batch, **whole),
+            "psnr": peak_signal_noise_ratio(
+                again, batch, data_range=2.0, reduction="none", dim=(1, 2, 3)
+            ),
+            "ssim": structural_similarity_index_measure(
+                again, batch, data_range=2.0, reduction="none"
+            ),
             "ms_ssim": multiscale_structural_similarity_index_measure(
-                again, batch, betas=betas, normalize="relu", **whole
+                again, batch, data_range=2.0, reduction="none", betas=betas, normalize="relu"
             ),
             "perceptual": features.distance(again, batch),
         }
         for name, values in scores.items():
-            sums[name] = sums.get(name, 0.0) + float(values.sum())
+            sums[name] = sums.get(name, 0.0) + float(torch.as_tensor(values).sum())
         frechet.update(batch, real=True)
         frechet.update(again, real=False)
         on_batch(len(batch))
@@ -115,7 +119,7 @@ def time_tokenizers(
 
 
 def describe(tokenizer: VQTokenizer, side: int) -> dict[str, Any]:
-    """What a tokenizer is: sizes, and how many bits it spends on a pixel of a picture of ``side``."""
+    """What a tokenizer is, and the bits it spends on a pixel of a picture of ``side``."""
     config = tokenizer.config
     bits = config.grid**2 * math.log2(tokenizer.codebook_size)
     return {

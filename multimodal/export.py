@@ -78,7 +78,11 @@ def export_model(
 
 def _same_codes(one: VQTokenizer, other: VQTokenizer) -> bool:
     """Whether all that makes codes of images, preprocessing included, is equal."""
-    if replace(one.config, decoder_depth=1) != replace(other.config, decoder_depth=1):
+    configs = [
+        replace(config, autoencoder={**config.autoencoder, "decoder_depth": None})
+        for config in (one.config, other.config)
+    ]
+    if configs[0] != configs[1]:
         return False
     mine, theirs = one.state_dict(), other.state_dict()
     names = [name for name in mine if not name.startswith("decoder.")]

@@ -239,7 +239,9 @@ def text_after(
         return []
     ids = [
         describe_prompt(model.vocabulary, row) + model.text_tokenizer.encode(prompt)
-        for row, prompt in zip((codes + model.vocabulary.image_start).tolist(), prompts, strict=True)
+        for row, prompt in zip(
+            (codes + model.vocabulary.image_start).tolist(), prompts, strict=True
+        )
     ]
     texts = continue_text(model, ids, max_tokens, sampling, numbers)
     return [model.text_tokenizer.decode(text).strip() for text in texts]

@@ -64,7 +64,9 @@ class Encoding:
         if self.encodings < 1:
             raise ValueError(f"encodings={self.encodings}: expected at least 1")
         if not 0 < self.crop_scale <= 1:
-            raise ValueError(f"crop_scale={self.crop_scale}: expected a share of the area in (0, 1]")
+            raise ValueError(
+                f"crop_scale={self.crop_scale}: expected a share of the area in (0, 1]"
+            )
         if self.encodings > 1 and self.crop_scale == 1 and not self.mirror:
             raise ValueError(
                 f"encodings={self.encodings} of the same pixels: give a crop_scale below 1"
@@ -124,9 +126,8 @@ def encode_shards(
             part.replace(shard)
         entries.append(index_shard(shard))
     kept = {k: v for k, v in about.items() if k not in ("format", "version", "shards", "made_by")}
-    write_manifest(out, entries, **{
-        **kept, "made_by": "multimodal.pretokenise.encode_shards", "image_tokenizer": asdict(encoding),
-    })  # fmt: skip
+    kept |= {"made_by": "multimodal.pretokenise.encode_shards", "image_tokenizer": asdict(encoding)}
+    write_manifest(out, entries, **kept)
     (out / SETTINGS).unlink()
     return read_manifest(out)
 

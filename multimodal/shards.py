@@ -63,9 +63,7 @@ class Sample:
         try:
             codes = np.load(io.BytesIO(self.members[CODES]), allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
-            raise ValueError(
-                f"sample {self.key}: its codes are not readable ({error})"
-            ) from error
+            raise ValueError(f"sample {self.key}: its codes are not readable ({error})") from error
         if codes.ndim != 3 or not len(codes) or codes.dtype.kind != "u":
             raise ValueError(
                 f"sample {self.key}: codes of shape {codes.shape} and type {codes.dtype}, "
@@ -310,7 +308,9 @@ class Shards:
         if split is not None and split not in splits:
             raise ValueError(f"{folder}: no split {split!r}; it has {', '.join(splits)}")
         self._entries = [
-            s for s in manifest["shards"] if split in (None, s["split"]) and only in (None, s["name"])
+            s
+            for s in manifest["shards"]
+            if split in (None, s["split"]) and only in (None, s["name"])
         ]
         self._verified: set[str] = set()
         self._samples: list[tuple[int, str, dict[str, list[int]]]] = []

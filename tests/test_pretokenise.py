@@ -1,4 +1,4 @@
-"""Shards of codes: the codes the tokenizer gives, whole or resumed; refused where they do not fit."""
+"""Shards of codes: those the tokenizer gives, whole or resumed; refused where they do not fit."""
 
 import json
 import shutil
@@ -62,9 +62,7 @@ def test_codes_are_those_of_the_images(work: Path, tmp_path: Path) -> None:
     assert about["license"] == read_manifest(work / "scenes")["license"]
 
 
-def test_training_images_get_several_crops_and_others_one_whole(
-    work: Path, tmp_path: Path
-) -> None:
+def test_training_images_get_several_crops_and_others_one_whole(work: Path, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     encoding = Encoding.by(tokenizer, encodings=3, crop_scale=0.5, mirror=True, seed=4)
     encode_shards(work / "scenes", tmp_path / "codes", tokenizer, encoding)

@@ -17,9 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from multimodal.tokenizers import vit, vqgan
 from multimodal.tokenizers.quantizer import Quantized, make_quantizer
-from multimodal.tokenizers.vit import ViT
-from multimodal.tokenizers.vqgan import VQGAN
 
 Fit: TypeAlias = Literal["squash", "crop", "letterbox"]
 Made = TypeVar("Made")
@@ -38,9 +37,9 @@ class ImageTokenizer(Protocol):
     def decode(self, codes: Tensor) -> Tensor: ...
 
 
-def make_autoencoder(name: str, **options: Any) -> ViT | VQGAN:
+def make_autoencoder(name: str, **options: Any) -> vit.ViT | vqgan.VQGAN:
     """``vit`` (dim, encoder_depth, ...) or ``vqgan`` (channels, multipliers, ...)."""
-    kinds: dict[str, type[ViT] | type[VQGAN]] = {"vit": ViT, "vqgan": VQGAN}
+    kinds: dict[str, type[vit.ViT] | type[vqgan.VQGAN]] = {"vit": vit.ViT, "vqgan": vqgan.VQGAN}
     if name not in kinds:
         raise ValueError(f"autoencoder {name!r}: expected one of {', '.join(kinds)}")
     return kinds[name](**options)
@@ -85,9 +84,10 @@ class VQTokenizer(nn.Module):
         self.config = config
         self.quantizer = _named(make_quantizer, config.quantizer)
         autoencoder = _named(make_autoencoder, config.autoencoder)
-        self.encoder, self.decoder = autoencoder.build(
-            config.downsample, config.grid, self.quantizer.channels
-        )
+        shape = (config.downsample, config.grid, self.quantizer.channels)
+        self.encoder: nn.Module
+        self.decoder: vit.Decoder | vqgan.Decoder
+        self.encoder, self.decoder = autoencoder.build(*shape)
 
     @property
     def codebook_size(self) -> int:

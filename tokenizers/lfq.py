@@ -66,7 +66,7 @@ class LFQ(nn.Module):
         yes = torch.sigmoid(4 * flat / self.temperature)
         each = entropy_of(torch.stack([yes, 1 - yes], -1)).sum(-1).mean()
         together = torch.stack([
-            entropy_of(_patterns(group).mean(0)) for group in yes.split(GROUP, dim=-1)
+            entropy_of(_patterns(group).mean(0)) for group in torch.split(yes, GROUP, dim=-1)
         ]).sum()  # fmt: skip
         return each - together
 

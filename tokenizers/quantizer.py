@@ -34,7 +34,7 @@ class Quantized:
     @property
     def usage(self) -> float:
         """Share of the codebook among these codes, in (0, 1]."""
-        return self.codes.unique().numel() / self.codebook_size
+        return len(torch.unique(self.codes)) / self.codebook_size
 
 
 class Quantizer(Protocol):

@@ -11,7 +11,6 @@ import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,7 +57,9 @@ def import_tokenizer(source: str | Path, image_size: int, fit: Fit = "squash") -
     if missing:
         raise ValueError(f"{source}: {_some(missing)} missing: not a whole tokenizer")
     if unknown:
-        raise ValueError(f"{source}: {_some(unknown)} of no known use: not a VQGAN of a known shape")
+        raise ValueError(
+            f"{source}: {_some(unknown)} of no known use: not a VQGAN of a known shape"
+        )
     for name, tensor in wanted.items():
         if tensor.shape != weights[name].shape:
             raise ValueError(
@@ -83,7 +84,7 @@ def read_weights(source: Path) -> dict[str, Tensor]:
         raise ValueError(f"{source}: no .safetensors file in this folder")
     if files[0].suffix != ".safetensors":
         return _without_prefix(_unpickled(files[0]), source)
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for file in files:
         try:
             with safe_open(file, "pt") as opened:
@@ -175,7 +176,7 @@ def infer_config(
     weights: Mapping[str, Tensor], image_size: int, fit: Fit, normalise: bool
 ) -> ImageTokenizerConfig:
     """The sizes of a translated tokenizer, read off its weights."""
-    widths = []
+    widths: list[int] = []
     while (block := f"encoder.levels.{len(widths)}.blocks.0.conv1.weight") in weights:
         widths.append(len(weights[block]))
     try:

@@ -161,7 +161,8 @@ class EachAlone(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return rearrange(x + self.layers(x), "b d h w -> b h w d")
+        grid: Tensor = rearrange(x + self.layers(x), "b d h w -> b h w d")
+        return grid
 
 
 class Decoder(nn.Module):
@@ -183,8 +184,9 @@ class Decoder(nn.Module):
     @property
     def last_layer(self) -> Tensor:
         """The last weights before the pixels, for losses that are balanced there."""
-        weights: Tensor = self.to_pixels[-2].weight
-        return weights
+        convolution = self.to_pixels[-2]
+        assert isinstance(convolution, nn.Conv2d)
+        return convolution.weight
 
     def forward(self, vectors: Tensor) -> Tensor:
         x = self.mix(rearrange(self.from_vectors(vectors), "b h w d -> b d h w"))

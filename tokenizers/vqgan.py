@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-
 GROUPS = 32  # of the normalisation
 
 
@@ -36,9 +35,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(F.silu(self.norm1(x)))
-        out = self.conv2(F.silu(self.norm2(out)))
-        out = self.shortcut(x) + out
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        out: Tensor = self.shortcut(x) + self.conv2(F.silu(self.norm2(hidden)))
         return out
 
 
@@ -175,7 +173,8 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.middle(self.levels(self.conv_in(images)))
         latents = self.to_code(self.conv_out(F.silu(self.norm_out(x))))
-        return rearrange(latents, "b c h w -> b h w c")
+        grid: Tensor = rearrange(latents, "b c h w -> b h w c")
+        return grid
 
 
 class Decoder(nn.Module):

@@ -29,9 +29,9 @@ Item = tuple[int, int]  # (epoch, number of the sample)
 class Examples:
     """One rank's share of a global batch.
 
-    keys: B names; images: uint8[B, 3, H, W], or of shards that hold codes int64[B, n] in their place;
-    records: B dicts as in KEY.json; seeds: B numbers from (seed, epoch, key), for what is drawn at
-    random later.
+    keys: B names; images: uint8[B, 3, H, W], or int64[B, n] of shards that hold codes in their
+    place; records: B dicts as in KEY.json; seeds: B numbers from (seed, epoch, key), for what is
+    drawn at random later.
     """
 
     keys: list[str]
@@ -57,7 +57,7 @@ class Examples:
 
 
 class ShardDataset(Dataset[dict[str, Any]]):
-    """Samples of several shard folders in turn, as images of one size (or codes) and their records."""
+    """Samples of several shard folders in turn: images of one size, or codes, and records."""
 
     def __init__(
         self,
@@ -250,13 +250,13 @@ def check_codes(shards: list[Shards], codes_from: str | None, crops: bool) -> No
         assert one.encoding is not None
         if (made_by := one.encoding.get("fingerprint")) != codes_from:
             raise ValueError(
-                f"{one.folder}: its codes are of image tokenizer {made_by}, the model reads those of "
-                f"{codes_from}; encode the shards anew: multimodal tokenizer encode"
+                f"{one.folder}: its codes are of image tokenizer {made_by}, the model reads those "
+                f"of {codes_from}; encode the shards anew: multimodal tokenizer encode"
             )
     if crops:
         raise ValueError(
-            f"{folder}: holds codes, which cannot be cropped: leave out data.crop_scale, and give it "
-            "to: multimodal tokenizer encode"
+            f"{folder}: holds codes, which cannot be cropped: leave out data.crop_scale, and give "
+            "it to: multimodal tokenizer encode"
         )
 
 

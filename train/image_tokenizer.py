@@ -154,8 +154,12 @@ class ImageTokenizerModule(TrainedByMuon):
         if not torch.is_grad_enabled():
             return torch.ones(()).to(fool)
         last = self.tokenizer.decoder.last_layer
-        norms = [torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (pixels, fool)]
-        return (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4).detach()
+        of_pixels, of_fool = (
+            torch.linalg.vector_norm(torch.autograd.grad(loss, last, retain_graph=True)[0])
+            for loss in (pixels, fool)
+        )
+        adaptive: Tensor = (of_pixels / (of_fool + 1e-6)).clamp(max=1e4).detach()
+        return adaptive
 
     def step(self, batch: Examples) -> tuple[Tensor, dict[str, Tensor]]:
         words = None

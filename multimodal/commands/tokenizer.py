@@ -94,8 +94,8 @@ def encode(arguments: argparse.Namespace) -> int:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="multimodal tokenizer",
-        description="Train a text tokenizer, take over the weights of a released image tokenizer, or "
-        "encode shards. Image tokenizers are trained with: multimodal fit; and measured with: "
+        description="Train a text tokenizer, take over the weights of a released image tokenizer, "
+        "or encode shards. Image tokenizers are trained with: multimodal fit; and measured with: "
         "multimodal tokenizer compare",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -110,8 +110,8 @@ def main(argv: list[str]) -> int:
     text.set_defaults(run=train_text)
     released = kinds.add_parser(
         "import", help="released VQ weights: LlamaGen, taming VQGAN, Janus, Chameleon",
-        description="Read the weights of a released VQ image tokenizer into a tokenizer folder. Sizes "
-        "are read off the weights; no code in a checkpoint is run.",
+        description="Read the weights of a released VQ image tokenizer into a tokenizer folder. "
+        "Sizes are read off the weights; no code in a checkpoint is run.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     released.add_argument("source", help="a checkpoint, or a folder of safetensors")
     released.add_argument("out", help="the folder to write")
@@ -121,24 +121,42 @@ def main(argv: list[str]) -> int:
     released.set_defaults(run=import_released)
     shards = kinds.add_parser(
         "encode", help="shards of codes out of shards of images",
-        description="Encode the images of a shard folder once, so that training need not. A run that "
-        "was stopped goes on where it was; the codes serve models with this image tokenizer only.",
+        description="Encode the images of a shard folder once, so that training need not. A run "
+        "that was stopped goes on where it was; the codes serve models with this image tokenizer.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     shards.add_argument("source", help="a shard folder")
     shards.add_argument("out", help="the folder to write")
-    shards.add_argument("--tokenizer", required=True, help="a tokenizer or model folder, or starter")
-    shards.add_argument("--encodings", type=int, default=1, help="of each training image (default 1)")
-    shards.add_argument("--crop-scale", type=float, default=1.0,
-                        help="training images: crops of at least this share (default 1: none)")
+    shards.add_argument(
+        "--tokenizer", required=True, help="a tokenizer or model folder, or starter"
+    )
+    shards.add_argument(
+        "--encodings", type=int, default=1, help="of each training image (default 1)"
+    )
+    shards.add_argument(
+        "--crop-scale",
+        type=float,
+        default=1.0,
+        help="training images: crops of at least this share (default 1: none)",
+    )
     shards.add_argument("--mirror", action="store_true", help="mirror half of the crops")
-    shards.add_argument("--train-split", default="train", help="which split is cropped (default train)")
-    shards.add_argument("--precision", default="float32", choices=["float32", "bfloat16"],
-                        help="of the encoder; codes differ by a few percent (default float32)")
+    shards.add_argument(
+        "--train-split", default="train", help="which split is cropped (default train)"
+    )
+    shards.add_argument(
+        "--precision",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of the encoder; codes differ by a few percent (default float32)",
+    )
     shards.add_argument("--seed", type=int, default=0, help="of the crops (default 0)")
     shards.add_argument("--batch-size", type=int, default=64)
-    shards.add_argument("--workers", type=int, default=2, help="threads that decode images (default 2)")
+    shards.add_argument(
+        "--workers", type=int, default=2, help="threads that decode images (default 2)"
+    )
     shards.add_argument("--device", default="cpu", help="where torch computes (default cpu)")
-    shards.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
+    shards.add_argument(
+        "--threads", type=int, default=0, help="CPU threads (default: torch's choice)"
+    )
     shards.set_defaults(run=encode)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
