@@ -131,6 +131,10 @@ class Encoder(nn.Module):
         # Texture is in the first layer or nowhere: it needs its non-linearity before the next step.
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, 2, padding=1)]
         layers += [nn.BatchNorm2d(widths[0]), nn.GELU()]
+        # Residuals on the grid of codes would reach across it as attention does. Where that leaves
+        # no level but the first with any, it gets them.
+        if len(widths) == 2 and not vit.encoder_depth:
+            layers += [Residual(widths[0]), Residual(widths[0])]
         for number, (before, after) in enumerate(pairwise(widths), start=2):
             layers += [nn.Conv2d(before, after, 3, 2, padding=1)]
             if number < len(widths) or vit.encoder_depth:
