@@ -146,6 +146,25 @@ def test_another_resolution_works(tokenizer: VQTokenizer) -> None:
     assert codes.shape == (2, 5, 6) and tokenizer.decode(codes).shape == images.shape
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_without_attention_a_code_sees_only_what_is_near(depth: int) -> None:
+    torch.manual_seed(0)
+    options = {**CONFIG["autoencoder"], "encoder_depth": depth}
+    made = VQTokenizer(ImageTokenizerConfig(**{**CONFIG, "autoencoder": options})).train()
+    with torch.no_grad():
+        for _ in range(20):
+            made(pictures(8, 96))
+    made.eval()
+    before = pictures(4, 96)
+    after = before.clone()
+    after[..., 40:] = pictures(4, 96, seed=9)[..., 40:]
+    latents = made.encoder(before), made.encoder(after)
+    apart = (latents[0] - latents[1]).abs().amax((0, 1, 3))  # by column of the grid
+    assert (apart[4:] > 1e-3).all()
+    # 47 pixels: 23 to each side of a code's middle, so columns 0 and 1 end before pixel 40.
+    assert (apart[:2] < 1e-5).all() == (depth == 0)
+
+
 def test_what_is_out_of_range_is_refused(tokenizer: VQTokenizer) -> None:
     with pytest.raises(ValueError, match=r"images of 30 x 32 pixels: .* multiples of 8"):
         tokenizer.encode(torch.zeros(1, 3, 30, 32))
