@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 
 from multimodal.eval.reconstruction import time_tokenizers
+from multimodal.parallel import in_order
 from multimodal.pretokenise import Encoding, encode_pictures, encode_shards
-from multimodal.shards import Shards, index_shard, write_manifest, write_tar
+from multimodal.shards import Sample, Shards, index_shard, write_manifest, write_tar
 from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
 
+WORKERS = 2  # threads that decode, as the command has them
 VIT = {"name": "vit", "dim": 192, "encoder_depth": 2, "decoder_depth": 3, "heads": 4}
 FSQ = {"name": "fsq", "levels": [3] * 7}
 LLAMAGEN = {"name": "vqgan"}  # channels 128, multipliers 1 1 2 2 4: its VQ-16
@@ -51,6 +53,10 @@ def end_to_end(tokenizer: VQTokenizer, data: Path, count: int, batch: int) -> di
     pictures = torch.stack([
         torch.from_numpy(encoding.pictures(sample, "val").copy()) for sample in samples
     ])[:, 0].numpy()  # fmt: skip
+
+    def pictures_of(sample: Sample) -> object:
+        return encoding.pictures(sample, "val")
+
     rounds: dict[str, list[float]] = {"files": [], "pictures": [], "together": []}
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
@@ -59,7 +65,7 @@ def end_to_end(tokenizer: VQTokenizer, data: Path, count: int, batch: int) -> di
         write_manifest(source, [index_shard(source / "val-0000.tar")])
         for number in range(3):
             rounds["files"].append(
-                seconds_of(lambda: [encoding.pictures(sample, "val") for sample in samples])
+                seconds_of(lambda: list(in_order(pictures_of, samples, WORKERS)))
             )
             rounds["pictures"].append(
                 seconds_of(lambda: [

@@ -80,10 +80,10 @@ def compare(arguments: argparse.Namespace) -> int:
     with tqdm(total=total, desc="reconstructions", unit="image", disable=None) as progress:
         for name, tokenizer in tokenizers.items():
             scores, found = score_reconstructions(
-                tokenizer, images, features, arguments.batch_size, progress.update
+                tokenizer, images, features, arguments.batch_size, SHOWN, progress.update
             )
             rows.append({"tokenizer": name, **describe(tokenizer, side), **scores})
-            pictures.append(found[:SHOWN])
+            pictures.append(found)
     times = time_tokenizers(tokenizers, images[: arguments.batch_size])
     rows = [{**row, **times[row["tokenizer"]]} for row in rows]
     protocol = {

@@ -48,9 +48,10 @@ def score_reconstructions(
     images: Tensor,
     features: Features,
     batch_size: int = 64,
+    keep: int = 0,
     on_batch: Callable[[int], object] = lambda count: None,
 ) -> tuple[dict[str, float], Tensor]:
-    """images: float[N, 3, R, R] in [-1, 1] -> the scores, and the reconstructions: the same shape.
+    """images: float[N, 3, R, R] in [-1, 1] -> the scores, and the first ``keep`` reconstructions.
 
     psnr: dB, mean over images; ssim, ms_ssim: up to 1; perceptual, fid: with ``features``, 0 is
     best (fid of fewer than 2 images is left out); used: share of the codebook; perplexity.
@@ -67,7 +68,7 @@ def score_reconstructions(
         codes = tokenizer.encode(resized(batch, tokenizer.config.image_size))
         use.update(codes)
         again = resized(tokenizer.decode(codes), side)
-        found.append(again)
+        found.append(again[: max(0, keep - start)])
         scores = {
             "psnr": peak_signal_noise_ratio(
                 again, batch, data_range=2.0, reduction="none", dim=(1, 2, 3)

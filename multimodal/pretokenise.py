@@ -8,9 +8,11 @@ The shard is the unit of work: each is written whole or not at all, and a run th
 on with the shards that are missing. The same input gives the same bytes.
 """
 
+import fcntl
 import io
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +38,7 @@ from multimodal.shards import (
 from multimodal.tokenizers.image import VQTokenizer
 
 SETTINGS = "encoding.json"  # what a folder that is not finished yet is made with
+LOCK = ".lock"
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -44,7 +47,8 @@ class Encoding:
     """How codes came about; the manifest holds it under ``image_tokenizer``.
 
     fingerprint, codebook_size, image_size, fit, grid: of the tokenizer; precision: of the encoder.
-    encodings: A, of training images; crop_scale, mirror, seed: of their crops (1: the whole image);
+    encodings: A, of training images; crop_scale, mirror, seed: of their crops, which are squashed
+        whatever the fit, as in training (1: no crops);
     train_split: the split they are for; images of others are encoded once, whole.
     """
 
@@ -67,9 +71,10 @@ class Encoding:
             raise ValueError(
                 f"crop_scale={self.crop_scale}: expected a share of the area in (0, 1]"
             )
-        if self.encodings > 1 and self.crop_scale == 1 and not self.mirror:
+        if self.crop_scale == 1 and (self.encodings > 1 or self.mirror):
             raise ValueError(
-                f"encodings={self.encodings} of the same pixels: give a crop_scale below 1"
+                f"encodings={self.encodings}, mirror={self.mirror} are for crops: give a "
+                "crop_scale below 1"
             )
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision={self.precision!r}: expected float32 or bfloat16")
@@ -83,7 +88,7 @@ class Encoding:
     def pictures(self, sample: Sample, split: str) -> NDArray[np.uint8]:
         """uint8[A, H, W, 3]: what is to be encoded of one sample"""
         image = open_image(sample.image, name=sample.key)
-        if split != self.train_split or (self.crop_scale == 1 and not self.mirror):
+        if split != self.train_split or self.crop_scale == 1:
             return np.asarray(fit_image(image, self.image_size, self.fit))[None]
         scale = (self.crop_scale, 1.0)
         crops = []
@@ -110,8 +115,43 @@ def encode_shards(
     """
     source, out = Path(source), Path(out)
     about = read_manifest(source)
+    splits = sorted({str(entry["split"]) for entry in about["shards"]})
+    if encoding.crop_scale < 1 and encoding.train_split not in splits:
+        raise ValueError(
+            f"{source}: no split {encoding.train_split!r} to crop; it has {', '.join(splits)}"
+        )
     settings = {"source": [entry["sha256"] for entry in about["shards"]], **asdict(encoding)}
-    _prepare(out, settings)
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone_in(out):
+        _prepare(out, settings)
+        return _encode(source, out, about, tokenizer, encoding, batch_size, workers, on_sample)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Errors: ``ValueError`` where another process is at work in the folder."""
+    path = folder / LOCK
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{folder}: another process is writing to it") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _encode(
+    source: Path,
+    out: Path,
+    about: dict[str, Any],
+    tokenizer: VQTokenizer,
+    encoding: Encoding,
+    batch_size: int,
+    workers: int,
+    on_sample: Callable[[int], object],
+) -> dict[str, Any]:
     entries = []
     for entry in about["shards"]:
         name, split = str(entry["name"]), str(entry["split"])
@@ -136,13 +176,17 @@ def _prepare(out: Path, settings: dict[str, Any]) -> None:
     """Make the folder, or see that what is in it was begun with the same arguments."""
     path = out / SETTINGS
     if path.is_file():
-        if json.loads(path.read_text("utf-8")) != settings:
+        try:
+            begun = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not readable as JSON ({error})") from error
+        if begun != settings:
             raise ValueError(f"{out}: was begun with other shards or options; give a new folder")
         return
-    if out.exists() and any(out.iterdir()):
+    strangers = {one.name for one in out.iterdir()} - {LOCK, f"{SETTINGS}.tmp"}
+    if strangers:
         done = " (it is complete)" if (out / MANIFEST).is_file() else ""
         raise ValueError(f"{out}: not empty{done}; give a new folder")
-    out.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
 
 

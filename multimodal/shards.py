@@ -9,6 +9,7 @@ member, the offset and size of its bytes in the tar). See ``docs/formats.md``.
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import tarfile
@@ -60,9 +61,15 @@ class Sample:
 
         if CODES not in self.members:
             raise ValueError(f"sample {self.key} has no codes: members are {sorted(self.members)}")
+        data = self.members[CODES]
         try:
-            codes = np.load(io.BytesIO(self.members[CODES]), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+            file = io.BytesIO(data)
+            np.lib.format.read_magic(file)
+            shape, _, kind = np.lib.format.read_array_header_1_0(file)
+            if math.prod(shape) * kind.itemsize != len(data) - file.tell():
+                raise ValueError("its size is not the one it names")  # before memory is asked for
+            codes = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        except Exception as error:  # of a damaged header numpy raises almost anything
             raise ValueError(f"sample {self.key}: its codes are not readable ({error})") from error
         if codes.ndim != 3 or not len(codes) or codes.dtype.kind != "u":
             raise ValueError(

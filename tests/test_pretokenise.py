@@ -98,13 +98,16 @@ def test_what_was_stopped_goes_on_and_gives_the_same_bytes(
         encode_shards(work / "scenes", out, tokenizer, encoding, batch_size=10)
     left = set(files(out))
     assert "manifest.json" not in left and sum(name.endswith(".tar") for name in left) == 2
+    # What a kill leaves besides: a lock nobody holds, half a shard, half of the settings.
+    for name in (".lock", ".train-0002.tar.part", "encoding.json.tmp"):
+        (out / name).write_bytes(b"half")
     # Other options, or other shards, are no continuation.
     other = Encoding.by(tokenizer, precision="bfloat16")
     with pytest.raises(ValueError, match="was begun with other shards or options"):
         encode_shards(work / "scenes", out, tokenizer, other)
     kept = {name: (out / name).stat().st_mtime_ns for name in left if name.endswith(".tar")}
     encode_shards(work / "scenes", out, tokenizer, encoding)
-    assert files(out) == files(tmp_path / "whole")
+    assert files(out) == files(tmp_path / "whole") | {"encoding.json.tmp": b"half"}
     assert kept == {name: (out / name).stat().st_mtime_ns for name in kept}, "not done twice"
     with pytest.raises(ValueError, match="it is complete"):
         encode_shards(work / "scenes", out, tokenizer, encoding)
@@ -115,7 +118,8 @@ def test_what_was_stopped_goes_on_and_gives_the_same_bytes(
     [
         ({"encodings": 0}, "expected at least 1"),
         ({"crop_scale": 0.0}, r"share of the area in \(0, 1\]"),
-        ({"encodings": 2}, "of the same pixels: give a crop_scale below 1"),
+        ({"encodings": 2}, "are for crops: give a crop_scale below 1"),
+        ({"mirror": True}, "are for crops: give a crop_scale below 1"),
         ({"precision": "float16"}, "expected float32 or bfloat16"),
     ],
 )
@@ -130,8 +134,10 @@ def test_codes_survive_in_the_smallest_numbers() -> None:
         data = codes_to_bytes(codes + size - 32, size)
         assert len(data) == 128 + 32 * width
         assert (Sample("x", {"codes.npy": data}).codes == codes + size - 32).all()
-    for bad, said in ((b"garbage", "not readable"), (b"", "not readable")):
-        with pytest.raises(ValueError, match=said):
+    whole = codes_to_bytes(codes, 64)
+    claims = whole.replace(b"(2, 4, 4)", b"(2, 4, 999999999999)")
+    for bad in (b"garbage", b"", whole[:-1], whole[:40], claims, b"PK\x03\x04" + whole):
+        with pytest.raises(ValueError, match="sample x: its codes are not readable"):
             Sample("x", {"codes.npy": bad}).codes  # noqa: B018
     with pytest.raises(ValueError, match="has no codes"):
         Sample("x", {"png": b""}).codes  # noqa: B018
@@ -198,13 +204,53 @@ def test_codes_that_do_not_fit_are_refused(
     make_tokenizer(seed=1).save(tmp_path / "other")
     said = fit(*folders, "--model.init_args.image_tokenizer", str(tmp_path / "other"))
     assert "its codes are of image tokenizer" in said and "encode the shards anew" in said
-    # A manifest that was changed by hand to look right is still of other codes: sizes tell.
+    # A manifest that was changed by hand: the codes themselves tell.
     shutil.copytree(codes, tmp_path / "codes")
     manifest = tmp_path / "codes/manifest.json"
     about = json.loads(manifest.read_text())
-    del about["image_tokenizer"]
-    manifest.write_text(json.dumps(about))
-    assert "has no image" in fit("--data.folders", f"[{tmp_path / 'codes'}]")
+    for change, said in (({"grid": 5}, "the manifest says 5 x 5"), ({"codebook_size": 2}, "of 2")):
+        forged = about | {"image_tokenizer": about["image_tokenizer"] | change}
+        manifest.write_text(json.dumps(forged))
+        assert said in fit("--data.folders", f"[{tmp_path / 'codes'}]")
+
+
+def test_indexing_and_checking_know_codes(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, out = make_tokenizer(), tmp_path / "codes"
+    encode_shards(work / "scenes", out, tokenizer, Encoding.by(tokenizer))
+    before = read_manifest(out)
+    assert main(["data", "index", str(out)]) == 0
+    assert read_manifest(out) == before
+    assert main(["data", "check", "--decode", str(out)]) == 0
+    capsys.readouterr()
+
+
+def test_one_process_at_a_time_and_a_split_to_crop(work: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    tokenizer, out = make_tokenizer(), tmp_path / "codes"
+    out.mkdir()
+    with open(out / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is writing to it"):
+            encode_shards(work / "scenes", out, tokenizer, Encoding.by(tokenizer))
+    cropped = Encoding.by(tokenizer, crop_scale=0.5, train_split="all")
+    with pytest.raises(ValueError, match="no split 'all' to crop; it has heldout, train, val"):
+        encode_shards(work / "scenes", out, tokenizer, cropped)
+
+
+def test_bfloat16_is_near_and_on_record(work: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    for precision in ("float32", "bfloat16"):
+        encoding = Encoding.by(tokenizer, precision=precision)
+        encode_shards(work / "scenes", tmp_path / precision, tokenizer, encoding)
+    exact, rounded = (
+        np.concatenate([sample.codes for sample in Shards(tmp_path / precision)])
+        for precision in ("float32", "bfloat16")
+    )
+    assert 0.9 < (exact == rounded).mean() < 1
+    assert read_manifest(tmp_path / "bfloat16")["image_tokenizer"]["precision"] == "bfloat16"
 
 
 def test_an_image_tokenizer_is_not_trained_on_codes(

@@ -1,6 +1,7 @@
 """Quantizers: round trips, the papers' formulas, and what keeps a codebook alive."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,20 +90,25 @@ def ready_vq(**options: Any) -> VQ:
     """A VQ whose codebook is random, not waiting for data."""
     vq = VQ(**{"codebook_size": 16, "channels": 4, **options})
     with torch.no_grad():
-        vq.codebook.copy_(unit(vq.codebook_size, vq.channels, seed=1))
+        vq.codebook.weight.copy_(unit(vq.codebook_size, vq.channels, seed=1))
     vq.initialised.fill_(True)
     return vq
+
+
+def set_codes(vq: VQ, rows: list[list[float]]) -> None:
+    with torch.no_grad():
+        vq.codebook.weight.copy_(torch.tensor(rows))
 
 
 def test_vq_codes_are_the_nearest_neighbours() -> None:
     vq = ready_vq().eval()
     latents = torch.randn(5, 3, 3, 4)
     result = vq(latents)
-    flat = F.normalize(latents, dim=-1).view(-1, 4)
-    nearest = [min(range(16), key=lambda k: float((z - vq.codebook[k]).norm())) for z in flat]
+    flat, codebook = F.normalize(latents, dim=-1).view(-1, 4), vq.codebook.weight
+    nearest = [min(range(16), key=lambda k: float((z - codebook[k]).norm())) for z in flat]
     assert result.codes.flatten().tolist() == nearest
     torch.testing.assert_close(result.vectors, vq.lookup(result.codes))
-    torch.testing.assert_close(vq.codebook.norm(dim=-1), torch.ones(16))
+    torch.testing.assert_close(vq.codebook.weight.norm(dim=-1), torch.ones(16))
 
 
 def test_vq_starts_from_the_data() -> None:
@@ -112,30 +118,76 @@ def test_vq_starts_from_the_data() -> None:
     assert not vq.initialised, "looking must not initialise"
     vq.train()(corner)
     assert vq.initialised
-    assert (vq.codebook @ F.normalize(torch.ones(4), dim=0)).min() > 0.98
-    before = vq.codebook.clone()
+    assert (vq.codebook.weight @ F.normalize(torch.ones(4), dim=0)).min() > 0.98
+    before = vq.codebook.weight.clone()
     vq.eval()(unit(64, 1, 1, 4))
-    assert torch.equal(vq.codebook, before), "evaluation changes nothing"
+    assert torch.equal(vq.codebook.weight, before), "evaluation changes nothing"
 
 
 def test_vq_codes_move_towards_their_data() -> None:
     vq = ready_vq(codebook_size=2, decay=0.9, dead_after=0.0)
-    vq.codebook.copy_(torch.tensor([[1.0, 0, 0, 0], [-1.0, 0, 0, 0]]))
+    set_codes(vq, [[1.0, 0, 0, 0], [-1.0, 0, 0, 0]])
     target = F.normalize(torch.tensor([1.0, 1.0, 0, 0]), dim=0)
     latents = target.expand(8, 1, 1, 4)
     angles = []
     for _ in range(40):
         vq.train()(latents)
-        angles.append(float(vq.codebook[0] @ target))
+        angles.append(float(vq.codebook.weight[0] @ target))
     assert angles == sorted(angles) and angles[-1] > 0.999
-    assert torch.equal(vq.codebook[1], torch.tensor([-1.0, 0, 0, 0])), "no data, no move"
+    assert torch.equal(vq.codebook.weight[1], torch.tensor([-1.0, 0, 0, 0])), "no data, no move"
     # One step by hand: decay * count * code + (1 - decay) * sum of its data, normalised.
     vq = ready_vq(codebook_size=2, decay=0.9, dead_after=0.0)
-    vq.codebook.copy_(torch.tensor([[1.0, 0, 0, 0], [-1.0, 0, 0, 0]]))
+    set_codes(vq, [[1.0, 0, 0, 0], [-1.0, 0, 0, 0]])
     vq.train()(latents)
     by_hand = F.normalize(0.9 * torch.tensor([1.0, 0, 0, 0]) + 0.1 * 8 * target, dim=0)
-    torch.testing.assert_close(vq.codebook[0], by_hand)
+    torch.testing.assert_close(vq.codebook.weight[0], by_hand)
     torch.testing.assert_close(vq.counts, torch.tensor([0.9 + 0.1 * 8, 0.9]))
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_vq_codes_without_data_stay_however_long(normalise: bool) -> None:
+    vq = ready_vq(codebook_size=2, decay=0.9, dead_after=0.0, normalise=normalise).train()
+    set_codes(vq, [[1.0, 0, 0, 0], [-2.0, 0, 0, 0]])
+    latents = torch.tensor([3.0, 3.0, 0, 0]).expand(8, 1, 1, 4)
+    for _ in range(400):
+        vq(latents)
+    assert vq.codebook.weight[1].tolist() == [-2.0, 0, 0, 0]
+    moved = F.normalize(latents[0, 0, 0], dim=0) if normalise else latents[0, 0, 0]
+    torch.testing.assert_close(vq.codebook.weight[0], moved, atol=1e-3, rtol=1e-3)
+
+
+def vq_of_a_rank(rank: int, file: str, learning: str, out: str) -> None:
+    """One of two ranks: half of each batch. Saves the codebook after some steps."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
+    torch.manual_seed(rank)  # what a rank draws by itself must not matter
+    vq = train_vq(learning, slice(rank, None, 2))
+    torch.save(vq.codebook.weight.detach(), f"{out}-{rank}")
+    dist.destroy_process_group()
+
+
+def train_vq(learning: str, share: slice) -> VQ:
+    vq = ready_vq(codebook_size=8, learning=learning, decay=0.9, dead_after=0.0).train()
+    for step in range(5):
+        vq(unit(16, 2, 2, 4, seed=step)[share])
+    vq.dead_after = 0.5  # of which some are restarted, alike on both
+    vq(unit(16, 2, 2, 4, seed=9)[share])
+    vq(unit(16, 2, 2, 4, seed=10)[share])
+    return vq
+
+
+@pytest.mark.parametrize("learning", ["ema", "gradient"])
+def test_vq_has_one_codebook_on_all_ranks(learning: str, tmp_path: Path) -> None:
+    import torch.multiprocessing as mp
+
+    arguments = (str(tmp_path / "meet"), learning, str(tmp_path / "codebook"))
+    mp.spawn(vq_of_a_rank, args=arguments, nprocs=2)
+    first, second = (torch.load(tmp_path / f"codebook-{rank}") for rank in (0, 1))
+    assert torch.equal(first, second)
+    if learning == "ema":  # and before any restart, it is what one rank makes of all data
+        vq = ready_vq(codebook_size=8, decay=0.9, dead_after=0.0).train()
+        assert not torch.equal(first, vq.codebook.weight)
 
 
 def test_vq_restarts_dead_codes_from_the_data() -> None:
@@ -144,7 +196,7 @@ def test_vq_restarts_dead_codes_from_the_data() -> None:
     for _ in range(6):
         used = vq.train()(data).codes.unique()
     assert len(used) == 4, "each of the four latents ends with a code of its own"
-    nearest = (vq.codebook @ data.view(4, 4).T).amax(1)
+    nearest = (vq.codebook.weight @ data.view(4, 4).T).amax(1)
     assert nearest.min() > 0.9, "no code is left where no data is"
     assert (vq.counts >= 0.1).all()
 
@@ -211,9 +263,9 @@ def test_vq_agrees_with_the_reference(normalise: bool) -> None:
 
     vq = ready_vq(codebook_size=64, normalise=normalise).eval()
     if not normalise:
-        vq.codebook.mul_(1 + torch.rand(64, 1))  # codes of other lengths than one
+        vq.codebook.weight.mul_(1 + torch.rand(64, 1))  # codes of other lengths than one
     reference = VectorQuantize(dim=4, codebook_size=64, use_cosine_sim=normalise).eval()
-    reference._codebook.embed.copy_(vq.codebook[None])
+    reference._codebook.embed.copy_(vq.codebook.weight[None])
     latents = torch.randn(2, 8, 8, 4)
     vectors, codes, _ = reference(latents.flatten(1, 2))
     result = vq(latents)
@@ -296,23 +348,23 @@ def test_ibqs_gradient_reaches_every_code() -> None:
 
 def test_vq_by_gradient_moves_codes_by_its_loss_alone() -> None:
     vq = ready_vq(codebook_size=8, learning="gradient", dead_after=0.0).train()
-    before = vq.codebook.detach().clone()
+    before = vq.codebook.weight.detach().clone()
     result = vq(torch.randn(4, 3, 3, 4))
-    assert torch.equal(vq.codebook, before)
+    assert torch.equal(vq.codebook.weight, before)
     sum(result.losses.values()).backward()
     used = torch.bincount(result.codes.flatten(), minlength=8) > 0
-    assert torch.equal(vq.codebook.grad.norm(dim=-1) > 0, used)
+    assert torch.equal(vq.codebook.weight.grad.norm(dim=-1) > 0, used)
 
 
 def test_vq_by_gradient_restarts_dead_codes_before_they_are_read() -> None:
     vq = ready_vq(learning="gradient", decay=0.5, dead_after=0.1).train()
     data = unit(4, 1, 1, 4, seed=3).requires_grad_()
-    for _ in range(8):
+    for _ in range(24):
         result = vq(data)
         sum(result.losses.values()).backward()
     unused = torch.ones(16, dtype=torch.bool)
     unused[result.codes.unique()] = False
-    nearest = (F.normalize(vq.codebook, dim=-1) @ data.view(4, 4).T).amax(1)
+    nearest = (F.normalize(vq.codebook.weight, dim=-1) @ data.view(4, 4).T).amax(1)
     assert nearest[unused].min() > 0.9, "where there is data, though no optimizer moved them"
 
 

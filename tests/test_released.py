@@ -1,7 +1,10 @@
 """Released weights in our modules: parity with transformers' own, and what is refused."""
 
 import argparse
+import random
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -112,10 +115,29 @@ def test_llamagens_codes_are_those_of_unit_vectors(janus: JanusVQVAE, tmp_path: 
     assert torch.equal(ours.encode(images()).flatten(), distances.argmin(-1))
 
 
-def test_taming_counts_its_levels_from_the_pixels(janus: JanusVQVAE, tmp_path: Path) -> None:
+class ModelCheckpoint:
+    """A class by the name it had."""
+
+
+ModelCheckpoint.__module__ = "pytorch_lightning.callbacks.model_checkpoint"
+ModelCheckpoint.__qualname__ = "ModelCheckpoint"
+
+
+def test_taming_counts_its_levels_from_the_pixels(
+    janus: JanusVQVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = from_pixels(dict(janus.state_dict()))
-    checkpoint = {"state_dict": {**weights, "loss.discriminator.main.0.weight": torch.ones(3)}}
-    torch.save(checkpoint, tmp_path / "last.ckpt")
+    # As Lightning 1.0 wrote it: what callbacks hold is keyed by their classes.
+    checkpoint = {
+        "state_dict": {**weights, "loss.discriminator.main.0.weight": torch.ones(3)},
+        "callbacks": {ModelCheckpoint: {"best_model_score": torch.ones(())}},
+    }
+    with monkeypatch.context() as patched:
+        for name in ("pytorch_lightning", "callbacks", "model_checkpoint"):
+            dotted = ModelCheckpoint.__module__.partition(name)
+            patched.setitem(sys.modules, dotted[0] + name, ModuleType(dotted[0] + name))
+        sys.modules[ModelCheckpoint.__module__].ModelCheckpoint = ModelCheckpoint  # type: ignore[attr-defined]
+        torch.save(checkpoint, tmp_path / "last.ckpt")
     ours = import_tokenizer(tmp_path / "last.ckpt", 32)
     assert not ours.config.quantizer["normalise"]
     codes = torch.randint(64, (3, 8, 8), generator=torch.Generator().manual_seed(0))
@@ -180,3 +202,11 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture
     refused(path, "not a checkpoint of torch's", capsys)
     torch.save([torch.ones(1)], path)
     refused(path, "expected named tensors", capsys)
+    torch.save({"state_dict": {"encoder.conv_in.weight": torch.ones(8, 3)}}, path)
+    whole, rng = path.read_bytes(), random.Random(0)
+    for _ in range(60):  # flipped bytes, cut ends: whatever torch makes of it, one line
+        damaged = bytearray(whole[: rng.randrange(1, len(whole))])
+        for _ in range(rng.randrange(4)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(bytes(damaged))
+        refused(path, "", capsys)

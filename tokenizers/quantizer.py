@@ -87,10 +87,15 @@ class CodebookUse:
         p = self.counts.double() / self.counts.sum().clamp(min=1)
         return float(entropy_of(p).exp())
 
+    @property
+    def enough(self) -> bool:
+        """Whether so many codes were counted that a healthy codebook would show."""
+        return int(self.counts.sum()) >= 4 * len(self.counts)
+
     def collapse(self) -> str | None:
         """What is wrong, in plain words, or None. Too few codes to tell are no collapse."""
         seen, size = int(self.counts.sum()), len(self.counts)
-        if seen < 4 * size:
+        if not self.enough:
             return None
         if self.used >= 0.5 and self.perplexity >= 0.05 * size:
             return None

@@ -6,11 +6,12 @@ without running code from it, and saved as a tokenizer folder: safetensors and J
 """
 
 import argparse
-import pickle
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +32,15 @@ _OUTSIDE = {
     "post_quant_conv": "decoder.from_code",
     "quantize.embedding": "quantizer.codebook",
 }
+
+
+class _StandIn:
+    """In the place of a class that the pickles of taming's time name: it does nothing."""
+
+
+_STAND_INS: list[Any] = [
+    (_StandIn, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+]
 
 
 def import_tokenizer(source: str | Path, image_size: int, fit: Fit = "squash") -> VQTokenizer:
@@ -83,23 +93,30 @@ def read_weights(source: Path) -> dict[str, Tensor]:
     if not files:
         raise ValueError(f"{source}: no .safetensors file in this folder")
     if files[0].suffix != ".safetensors":
-        return _without_prefix(_unpickled(files[0]), source)
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                weights |= {name: opened.get_tensor(name) for name in opened.keys()}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: cannot be read as safetensors: {error}") from error
-    return _without_prefix(weights, source)
+        weights = _unpickled(files[0])
+        prefix = _prefix(weights, source)
+        return {n.removeprefix(prefix): w.float() for n, w in weights.items() if _ours(n, prefix)}
+    try:
+        with ExitStack() as stack:
+            # Names first: the tokenizer may be a small part of a large model.
+            opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
+            where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+            prefix = _prefix(where, source)
+            return {
+                name.removeprefix(prefix): file.get_tensor(name).float()
+                for name, file in where.items()
+                if _ours(name, prefix)
+            }
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{source}: cannot be read as safetensors: {error}") from error
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
     """A checkpoint of torch's, with tensors and plain values only: no other class is ever made."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *_STAND_INS]):
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # of a damaged file torch raises almost anything
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
                 f"{file}: holds a {found[1]}, and making one could run code. Where you trust the "
@@ -116,19 +133,19 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def _without_prefix(weights: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
-    prefixes = [name.removesuffix(ENTRANCE) for name in weights if name.endswith(ENTRANCE)]
+def _prefix(names: Iterable[str], source: Path) -> str:
+    """What stands before the names of the tokenizer's weights."""
+    prefixes = [name.removesuffix(ENTRANCE) for name in names if name.endswith(ENTRANCE)]
     if len(prefixes) != 1:
         raise ValueError(
             f"{source}: {len(prefixes)} tensors are named ...{ENTRANCE}, expected 1: "
             "not the weights of LlamaGen's VQ, taming's VQGAN, Janus's or Chameleon's"
         )
-    prefix = prefixes[0]
-    return {
-        name.removeprefix(prefix): value.float()
-        for name, value in weights.items()
-        if name.startswith(prefix) and not name.removeprefix(prefix).startswith(IGNORED)
-    }
+    return prefixes[0]
+
+
+def _ours(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) and not name.removeprefix(prefix).startswith(IGNORED)
 
 
 def translate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -140,8 +157,7 @@ def translate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in weights.items():
         module, _, kind = name.rpartition(".")
         translated[f"{_module(module, max(levels) if reverse else None)}.{kind}"] = tensor
-    if (codebook := translated.pop("quantizer.codebook.weight", None)) is not None:
-        translated["quantizer.codebook"] = codebook
+    if (codebook := translated.get("quantizer.codebook.weight")) is not None:
         translated["quantizer.counts"] = torch.ones(len(codebook))
         translated["quantizer.initialised"] = torch.tensor(True)
     return translated
@@ -179,10 +195,12 @@ def infer_config(
     widths: list[int] = []
     while (block := f"encoder.levels.{len(widths)}.blocks.0.conv1.weight") in weights:
         widths.append(len(weights[block]))
+    if not widths:
+        raise ValueError("no level of the encoder has a known name: not a VQGAN of a known layout")
     try:
-        channels = len(weights[f"{ENTRANCE}"])
+        channels = len(weights[ENTRANCE])
         latent_channels = len(weights["encoder.conv_out.weight"])
-        size, code_channels = weights["quantizer.codebook"].shape
+        size, code_channels = weights["quantizer.codebook.weight"].shape
     except KeyError as error:
         raise ValueError(f"{error} is missing: not a whole tokenizer") from error
     if any(width % channels for width in widths):

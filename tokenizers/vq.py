@@ -10,11 +10,16 @@ Shapes: B batch, h w the grid, N = B h w, C channels, K codebook size.
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from multimodal.tokenizers.quantizer import Quantized
+
+
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class VQ(nn.Module):
@@ -29,7 +34,6 @@ class VQ(nn.Module):
         leaves them dead.
     """
 
-    codebook: Tensor
     counts: Tensor
     initialised: Tensor
 
@@ -53,11 +57,10 @@ class VQ(nn.Module):
         self.codebook_size, self.channels = codebook_size, channels
         self.normalise, self.learning = normalise, learning
         self.decay, self.commitment, self.dead_after = decay, commitment, dead_after
-        codebook = F.normalize(torch.randn(codebook_size, channels), dim=-1)
-        if learning == "gradient":
-            self.codebook = nn.Parameter(codebook)
-        else:
-            self.register_buffer("codebook", codebook)
+        self.codebook = nn.Embedding(codebook_size, channels)
+        self.codebook.weight.requires_grad_(learning == "gradient")
+        with torch.no_grad():
+            self.codebook.weight.copy_(F.normalize(self.codebook.weight, dim=-1))
         self.register_buffer("counts", torch.ones(codebook_size))
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
 
@@ -85,11 +88,11 @@ class VQ(nn.Module):
 
     def lookup(self, codes: Tensor) -> Tensor:
         """codes: int64[...] -> vectors: float[..., C], of unit norm if ``normalise``."""
-        return self._scaled(self.codebook[codes])
+        return self._scaled(self.codebook(codes))
 
     @torch.no_grad()
     def _nearest(self, flat: Tensor) -> Tensor:
-        codebook = self._scaled(self.codebook)
+        codebook = self._scaled(self.codebook.weight)
         products = flat @ codebook.T
         if not self.normalise:  # |z - e|^2 = |z|^2 - 2 z e + |e|^2
             products -= codebook.square().sum(-1) / 2
@@ -102,30 +105,42 @@ class VQ(nn.Module):
     @torch.no_grad()
     def _initialise(self, flat: Tensor) -> None:
         if not self.initialised:
-            self.codebook.copy_(self._draw(flat, self.codebook_size))
+            self.codebook.weight.copy_(self._draw(flat))
             self.initialised.fill_(True)
 
-    def _draw(self, flat: Tensor, count: int) -> Tensor:
-        """Latents of this batch, at random; a little noise keeps repeated ones apart."""
-        chosen = flat[torch.randint(len(flat), (count,), device=flat.device)]
-        return self._scaled(chosen + 0.01 * torch.randn_like(chosen))
+    def _draw(self, flat: Tensor) -> Tensor:
+        """Latents of this batch, at random, one for each code, the same on all ranks.
+
+        A little noise keeps repeated ones apart.
+        """
+        chosen = flat[torch.randint(len(flat), (self.codebook_size,), device=flat.device)]
+        drawn = self._scaled(chosen + 0.01 * torch.randn_like(chosen))
+        if distributed():
+            dist.broadcast(drawn, 0)
+        return drawn
 
     @torch.no_grad()
     def _update(self, flat: Tensor, codes: Tensor) -> None:
+        # Of all ranks: each must move its codebook as the others do.
         seen = torch.bincount(codes, minlength=self.codebook_size).to(flat)
+        if distributed():
+            dist.all_reduce(seen)
         mass = self.decay * self.counts
         total = mass + (1 - self.decay) * seen
         if self.learning == "ema":
-            sums = torch.zeros_like(self.codebook).index_add_(0, codes, flat)
+            weight = self.codebook.weight
+            sums = torch.zeros_like(weight).index_add_(0, codes, flat)
+            if distributed():
+                dist.all_reduce(sums)
             # A code moves by its own data: the fresh mean weighs what it brings against the memory.
-            moved = mass[:, None] * self.codebook + (1 - self.decay) * sums
-            self.codebook.copy_(self._scaled(moved / total.clamp(min=1e-6)[:, None]))
+            moved = (mass[:, None] * weight + (1 - self.decay) * sums) / total[:, None]
+            weight.copy_(torch.where(seen[:, None] > 0, self._scaled(moved), weight))
         self.counts.copy_(total)
 
     @torch.no_grad()
     def _restart_dead(self, flat: Tensor) -> None:
         # Before the codes are looked up: autograd allows no change to what it has read.
         dead = self.counts < self.dead_after
-        fresh = self._draw(flat, self.codebook_size)
-        self.codebook.copy_(torch.where(dead[:, None], fresh, self.codebook))
+        weight = self.codebook.weight
+        weight.copy_(torch.where(dead[:, None], self._draw(flat), weight))
         self.counts.copy_(torch.where(dead, torch.ones_like(self.counts), self.counts))

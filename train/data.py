@@ -89,9 +89,15 @@ class ShardDataset(Dataset[dict[str, Any]]):
         copy = self.copies[source]
         seed = sample_seed(self.seed, epoch, f"{copy}/{sample.key}" if copy else sample.key)
         try:
-            if self.sources[source].encoding is not None:
+            if (encoding := self.sources[source].encoding) is not None:
                 codes = sample.codes
                 chosen = codes[int(np.random.default_rng(seed).integers(len(codes)))]
+                grid, size = encoding["grid"], encoding["codebook_size"]
+                if chosen.shape != (grid, grid) or chosen.max() >= size:
+                    raise ValueError(
+                        f"codes of shape {chosen.shape} up to {chosen.max()}, the manifest says "
+                        f"{grid} x {grid} of {size}"
+                    )
                 return {"key": sample.key, "image": chosen.ravel(), "record": sample.record,
                         "seed": seed}  # fmt: skip
             image = open_image(sample.image)

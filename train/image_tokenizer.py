@@ -26,7 +26,7 @@ from multimodal.train.schedule import TrainedByMuon, can_compile
 from multimodal.train.semantic import SemanticLoss, Words
 
 PIXELS = ("mse", "l1", "perceptual")
-USE_EVERY = 100  # training steps over which the codes are counted
+USE_EVERY = 100  # training steps after which the use of the codebook is logged
 
 
 class ImageTokenizerModule(TrainedByMuon):
@@ -105,6 +105,10 @@ class ImageTokenizerModule(TrainedByMuon):
         """It reads pixels."""
 
     @property
+    def undecayed(self) -> list[nn.Module]:
+        return [self.tokenizer.quantizer]
+
+    @property
     def heads(self) -> list[nn.Module]:
         return [head for head in (self.semantic, self.discriminator) if head is not None]
 
@@ -147,6 +151,9 @@ class ImageTokenizerModule(TrainedByMuon):
             pixels = sum(parts[n] * weights.get(n, 1.0) for n in PIXELS if n in parts)
             adaptive = self._adaptive_weight(torch.as_tensor(pixels), parts["fool"])
             total = total + self.discriminator_weight * adaptive * parts["fool"]
+        elif self.discriminator is not None:
+            # Not judging yet; but where there are ranks, each weight has to get a gradient.
+            total = total + sum(0 * weight.sum() for weight in self.discriminator.parameters())
         return total
 
     def _adaptive_weight(self, pixels: Tensor, fool: Tensor) -> Tensor:
@@ -178,9 +185,10 @@ class ImageTokenizerModule(TrainedByMuon):
         self.log("psnr", psnr(parts["mse"].detach()), prog_bar=True, logger=False)
         if (self.global_step + 1) % USE_EVERY == 0:
             self._log_use("train", self.train_use)
-            if alarm := self.train_use.collapse():
-                rank_zero_warn(f"step {self.global_step}: {alarm}")
-            self.train_use = CodebookUse(self.tokenizer.codebook_size)
+            if self.train_use.enough:
+                if alarm := self.train_use.collapse():
+                    rank_zero_warn(f"step {self.global_step}: {alarm}")
+                self.train_use = CodebookUse(self.tokenizer.codebook_size)
         return total
 
     def on_validation_epoch_start(self) -> None:
@@ -198,7 +206,7 @@ class ImageTokenizerModule(TrainedByMuon):
         self._log_use("val", self.val_use)
 
     def _log_use(self, stage: str, use: CodebookUse) -> None:
-        # Over USE_EVERY training batches, or the whole validation set.
+        # Over USE_EVERY training batches, more for a large codebook, or the whole validation set.
         self.log(f"{stage}/codebook_used", use.used)
         self.log(f"{stage}/codebook_perplexity", use.perplexity)
         self.log(f"{stage}/codebook_dead", float((use.counts == 0).sum()))

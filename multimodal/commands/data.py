@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -151,7 +152,7 @@ def _index(arguments: argparse.Namespace) -> int:
             "missing, so no manifest is written; to keep the good samples run: "
             f"multimodal data build {folder} NEW_FOLDER"
         )
-    shards.write_manifest(target, entries, source=str(folder))
+    shards.write_manifest(target, entries, **({"source": str(folder)} | _known_facts(folder)))
     print(f"{target}: {len(entries)} shards, {sum(e['samples'] for e in entries):,} samples")
     return 0
 
@@ -172,6 +173,14 @@ def _known_hashes(target: Path) -> dict[str, str]:
     if not (target / shards.MANIFEST).is_file():
         return {}
     return {entry["name"]: entry["sha256"] for entry in shards.read_manifest(target)["shards"]}
+
+
+def _known_facts(folder: Path) -> dict[str, Any]:
+    """What an earlier manifest says besides: whose codes the shards hold, licence, source."""
+    if not (folder / shards.MANIFEST).is_file():
+        return {}
+    known = shards.read_manifest(folder)
+    return {k: v for k, v in known.items() if k not in ("format", "version", "shards")}
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -196,9 +205,13 @@ def _check_contents(folder: Path) -> int:
     from multimodal.images import open_image
 
     problems = 0
-    for sample in tqdm(shards.Shards(folder), unit="sample", file=sys.stderr, disable=None):
+    opened = shards.Shards(folder)
+    for sample in tqdm(opened, unit="sample", file=sys.stderr, disable=None):
         try:
-            open_image(sample.image, name=f"sample {sample.key}")
+            if opened.encoding is not None:
+                _ = sample.codes
+            else:
+                open_image(sample.image, name=f"sample {sample.key}")
             _ = sample.record
         except ValueError as error:
             problems += 1

@@ -63,9 +63,9 @@ def import_released(arguments: argparse.Namespace) -> int:
 
 
 def encode(arguments: argparse.Namespace) -> int:
-    import torch
     from tqdm import tqdm
 
+    from multimodal.commands.options import use_device
     from multimodal.folder import part_of
     from multimodal.pretokenise import Encoding, encode_shards
     from multimodal.shards import read_manifest
@@ -73,8 +73,7 @@ def encode(arguments: argparse.Namespace) -> int:
 
     if arguments.batch_size < 1 or arguments.workers < 0:
         raise ValueError("--batch-size, --workers: expected at least 1, and at least 0")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    use_device(arguments)
     tokenizer = load_image_tokenizer(part_of(arguments.tokenizer, "image_tokenizer"))
     encoding = Encoding.by(
         tokenizer, precision=arguments.precision, encodings=arguments.encodings,
