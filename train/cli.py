@@ -131,7 +131,8 @@ class TrainingCLI(LightningCLI):
         elif self.subcommand == "predict":
             callbacks.append(WritePredictions(output))
         # The user's first: what averages the weights has to have done so before they are exported.
-        kwargs["callbacks"] = [*(config.trainer.callbacks or []), *callbacks]
+        given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
+        kwargs["callbacks"] = [*(given if isinstance(given, list) else [given]), *callbacks]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
