@@ -63,6 +63,8 @@ def build(
     image_column: str | None = None,
     text_column: str | None = None,
     need_text: bool = True,
+    images: str | Path | None = None,
+    answers: str | Path | None = None,
     overwrite: bool = False,
     workers: int = 1,
     progress: Callable[[Iterable[Found | Rejected]], Iterable[Found | Rejected]] = iter,
@@ -79,6 +81,7 @@ def build(
             moves none. What a source of shards already calls ``val`` or ``test`` stays that.
         quality: of JPEG, where an image has to be encoded again; from a PNG it stays a PNG.
         image_column, text_column: of a table; guessed if not given.
+        images, answers: of tables and annotations, see ``read_source``.
         need_text: whether to reject images without captions, questions or label.
         overwrite: replace what an earlier build left in ``out``, and nothing else.
         workers: threads that decode; the result does not depend on it.
@@ -102,6 +105,8 @@ def build(
         text_column=text_column,
         need_text=need_text,
         outside=out.resolve(),
+        images=None if images is None else Path(images),
+        answers=None if answers is None else Path(answers),
     )
 
     def prepare(item: Found | Rejected) -> _Ready | Rejected:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from multimodal.annotations import read_annotations
 from multimodal.salvage import Lost, salvage
 from multimodal.shards import IMAGE_SUFFIXES, split_of
 
@@ -64,6 +65,8 @@ def read_source(
     text_column: str | None = None,
     need_text: bool = True,
     outside: Path | None = None,
+    images: Path | None = None,
+    answers: Path | None = None,
 ) -> Iterator[Found | Rejected]:
     """Everything in a source, in an order that depends on its content only.
 
@@ -72,11 +75,13 @@ def read_source(
 
     Args:
         source: a folder of images with .txt or .json beside them, a .csv, .tsv or .jsonl file, a
-            folder of .tar shards or one of them.
+            folder of .tar shards or one of them, a .json file of COCO captions or VQA questions.
         ignored: counts what is passed over: files of other kinds, further members of a sample.
         image_column, text_column: of a table; guessed from its header if not given.
         need_text: a sample without captions, questions or label is rejected.
         outside: a folder to leave out, where it lies in the source.
+        images: the folder of the images of a table or of annotations, by default that of the file.
+        answers: of VQA questions, the file of their answers.
     Errors: ``ValueError`` for a source that is none of these.
     """
     if source.is_dir():
@@ -87,10 +92,14 @@ def read_source(
     elif source.suffix.lower() == ".tar":
         items = _read_shards([source], ignored)
     elif source.suffix.lower() in TABLE_SUFFIXES:
-        items = _read_table(source, ignored, image_column, text_column, need_text)
+        root = images or source.parent
+        items = _read_table(source, root, ignored, image_column, text_column, need_text)
+    elif source.suffix.lower() == ".json":
+        items = _read_annotated(source, images or source.parent, answers)
     else:
         raise ValueError(
-            f"{source}: not a folder, a .tar shard, or a table ({', '.join(TABLE_SUFFIXES)})"
+            f"{source}: not a folder, a .tar shard, a table ({', '.join(TABLE_SUFFIXES)}), or "
+            "annotations (.json)"
         )
     for item in items:
         if isinstance(item, Found) and need_text and not _has_text(item.record):
@@ -267,8 +276,27 @@ def _choose(table: Path, columns: list[str], given: str | None, kind: str) -> st
     return next((lowered[name] for name in usual if name in lowered), None)
 
 
+def _read_annotated(source: Path, root: Path, answers: Path | None) -> Iterator[Found | Rejected]:
+    """Images in the order of a hash of their names, as in folders."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in read_annotations(source, answers):
+        if one.record is None:
+            yield Rejected(one.name, "unreadable annotation", one.problem)
+        elif one.file in found:
+            yield Rejected(one.name, "image named twice", one.file)
+        else:
+            try:
+                found[one.file] = normalise(one.record)
+            except _UnreadableText as error:
+                yield Rejected(one.name, "unreadable text", str(error))
+    for file in _shuffled(list(found)):
+        path = root / file
+        yield Found(shown(path), shown(os.path.splitext(file)[0]), file, path, found[file])
+
+
 def _read_table(
     table: Path,
+    root: Path,
     ignored: "Counter[str]",
     image_column: str | None,
     text_column: str | None,
@@ -307,8 +335,8 @@ def _read_table(
         if need_text and not _has_text(record):
             yield Rejected(name, "no text")
             continue
-        path = table.parent / image.strip()
-        relative = os.path.relpath(path, table.parent)  # one name for a.jpg, ./a.jpg, /full/a.jpg
+        path = root / image.strip()
+        relative = os.path.relpath(path, root)  # one name for a.jpg, ./a.jpg, /full/a.jpg
         paths.setdefault(relative, path)
         groups.setdefault(relative, []).append(record)
     for relative in _shuffled(list(groups)):

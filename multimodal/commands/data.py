@@ -14,6 +14,9 @@ from multimodal import shards
 EPILOG = """examples:
   multimodal data build photos/ shards/ --image-size 256 --fit crop --val-share 0.05
   multimodal data build captions.csv shards/ --image-column file --text-column caption
+  multimodal data build captions_val2014.json shards/ --images val2014/
+  multimodal data build v2_OpenEnded_mscoco_val2014_questions.json shards/ --images val2014/ \
+      --answers v2_mscoco_val2014_annotations.json
   multimodal data index /data/laion             # tars that exist already: nothing is rewritten
   multimodal data index /read/only --out mine/  # the same, with links to tars that stay there
   multimodal data check shards/
@@ -65,7 +68,8 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         "build",
         help="turn images and text into shards",
         description="SOURCE is a folder of images with .txt or .json beside them, a .csv, .tsv or "
-        ".jsonl table, or webdataset shards. What cannot be used is named in OUT/rejected.jsonl.",
+        ".jsonl table, a .json of COCO captions or VQA questions, or webdataset shards. What "
+        "cannot be used is named in OUT/rejected.jsonl.",
     )
     build.add_argument("source", metavar="SOURCE", type=Path)
     build.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder")
@@ -76,6 +80,9 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     build.add_argument("--quality", type=int, default=92, help="of JPEGs encoded again")
     build.add_argument("--image-column", help="of a table; guessed if not given")
     build.add_argument("--text-column", help="of a table; guessed if not given")
+    build.add_argument("--images", type=Path, help="folder of a table's or annotations' images; "
+                       "default: where the file lies")  # fmt: skip
+    build.add_argument("--answers", type=Path, help="of VQA questions: the file of the answers")
     build.add_argument("--without-text", action="store_true", help="keep images without text")
     build.add_argument("--overwrite", action="store_true", help="replace the shards in OUT")
     build.add_argument("--workers", type=int, default=1, help="threads that decode images")
@@ -96,6 +103,8 @@ def _build(arguments: argparse.Namespace) -> int:
         image_column=arguments.image_column,
         text_column=arguments.text_column,
         need_text=not arguments.without_text,
+        images=arguments.images,
+        answers=arguments.answers,
         overwrite=arguments.overwrite,
         workers=arguments.workers,
         progress=lambda items: tqdm(items, unit="sample", file=sys.stderr, disable=None),
