@@ -21,8 +21,9 @@ from PIL import Image
 
 from multimodal.images import Fit, fit_image, open_image, orientation, read_image_file
 from multimodal.parallel import in_order
+from multimodal.records import Found, Rejected
 from multimodal.shards import MANIFEST, index_shard, write_manifest
-from multimodal.sources import Found, Rejected, read_source
+from multimodal.sources import read_source
 
 REJECTED = "rejected.jsonl"
 STAGING = ".building"

@@ -1,4 +1,4 @@
-"""COCO captions and VQA questions become shards; what cannot is named."""
+"""COCO captions, VQA questions and Parquet become shards; what cannot is named."""
 
 import io
 import json
@@ -135,3 +135,61 @@ def test_what_is_neither_is_refused_in_one_line(
     assert main(["data", "build", "x.json", "out", *more]) == 1
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+# --- Parquet ----------------------------------------------------------------------------------
+
+
+def write_parquet(path: Path, columns: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path)
+
+
+def test_parquet_with_paths_is_a_table_like_others(folder: Path) -> None:
+    names = [f"COCO_val2014_{n:012d}.jpg" for n in (1, 2, 1, 8)]
+    texts = ["a dog", "a cat", "a brown dog", "not there"]
+    write_parquet(
+        folder / "t.parquet", {"filepath": names, "caption": texts, "label": [1, 2, 1, 3]}
+    )
+    kept, rejected = build(folder, str(folder / "t.parquet"))
+    assert sorted(kept.values(), key=str) == [
+        {"captions": ["a cat"], "label": 2}, {"captions": ["a dog", "a brown dog"], "label": 1},
+    ]  # fmt: skip
+    assert rejected == {"COCO_val2014_000000000008.jpg": "unreadable image"}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_parquet_with_the_files_in_it(folder: Path, wrapped: bool) -> None:
+    files = [path.read_bytes() for path in sorted((folder / "val2014").iterdir())]
+    cells: list[Any] = [*files[:3], b"", b"not an image"]
+    if wrapped:  # as Hugging Face's datasets write them
+        cells = [{"bytes": data, "path": f"dir/p{n}.jpg"} for n, data in enumerate(cells)]
+    texts = ["one", None, "three", "four", "five"]
+    write_parquet(folder / "t.parquet", {"image": cells, "text": texts})
+    kept, rejected = build(folder, str(folder / "t.parquet"))
+    hint = "p" if wrapped else "t-"
+    assert {key: record["captions"] for key, record in kept.items()} == {
+        f"{hint}0": ["one"], f"{hint}2": ["three"]
+    }  # fmt: skip
+    assert rejected == {
+        "t.parquet: row 1": "no text", "t.parquet: row 3": "no image",
+        "t.parquet: row 4": "unreadable image",
+    }  # fmt: skip
+    stored = {sample.key: sample.image for sample in Shards(folder / "out")}
+    assert stored[f"{hint}0"] == files[0]
+
+
+def test_damaged_parquet_and_columns_that_are_not_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    write_parquet(Path("t.parquet"), {"pixels": [b"x"], "caption": ["a"]})
+    for command, said in (([], "which column is the image? It has pixels, caption"),
+                          (["--image-column", "nope"], "no column 'nope'")):  # fmt: skip
+        assert main(["data", "build", "t.parquet", "out", *command]) == 1
+        assert said in capsys.readouterr().err
+    Path("t.parquet").write_bytes(Path("t.parquet").read_bytes()[:-20])
+    assert main(["data", "build", "t.parquet", "out"]) == 1
+    assert "t.parquet: not readable as Parquet" in capsys.readouterr().err

@@ -68,8 +68,8 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         "build",
         help="turn images and text into shards",
         description="SOURCE is a folder of images with .txt or .json beside them, a .csv, .tsv or "
-        ".jsonl table, a .json of COCO captions or VQA questions, or webdataset shards. What "
-        "cannot be used is named in OUT/rejected.jsonl.",
+        ".jsonl or .parquet table, a .json of COCO captions or VQA questions, or webdataset "
+        "shards. What cannot be used is named in OUT/rejected.jsonl.",
     )
     build.add_argument("source", metavar="SOURCE", type=Path)
     build.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder")
