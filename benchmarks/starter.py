@@ -31,7 +31,7 @@ from multimodal import load
 from multimodal.drawing import decode_images, draw_codes
 from multimodal.embedding import embed_codes, embed_texts
 from multimodal.eval.answering import score_answers
-from multimodal.eval.captioning import score_captions
+from multimodal.eval.captioning import normalise, score_captions
 from multimodal.eval.drawings import objects_asked, score_scene_drawings
 from multimodal.eval.retrieval import score_retrieval
 from multimodal.eval.scenes import score_scene_captions
@@ -65,7 +65,10 @@ def photos(model: Multimodal, folder: Path) -> dict[str, float]:
     for batch in batches(samples, "photos"):
         captions = caption_codes(model, codes_of(model, batch))
         said |= zip((s.key for s in batch), captions, strict=True)
-    scores = score_captions(said, {s.key: s.record["captions"] for s in samples})
+    # Lower case and no punctuation, as the figures before these; COCO's tokens differ little.
+    truth = {s.key: [normalise(text) for text in s.record["captions"]] for s in samples}
+    plain = {key: normalise(text) for key, text in said.items()}
+    scores = score_captions(plain, truth, tokenize=False)
     return {"n": len(samples), "CIDEr": scores["CIDEr"], "Bleu_4": scores["Bleu_4"],
             "distinct": len(set(said.values())), **search(model, samples)}  # fmt: skip
 
