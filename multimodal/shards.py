@@ -273,6 +273,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def splits_of(folder: str | Path) -> list[str]:
+    """The splits of a shard folder, by name."""
+    return sorted({str(entry["split"]) for entry in read_manifest(Path(folder))["shards"]})
+
+
 def read_index(shard: Path) -> list[dict[str, Any]]:
     """The samples of a shard as its index lists them; ``DamagedShard`` if it is not readable."""
     path = index_path(shard)

@@ -1,6 +1,7 @@
 """``multimodal data``: make shard folders, index those that exist, and check them."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ EPILOG = """examples:
   multimodal data index /data/laion             # tars that exist already: nothing is rewritten
   multimodal data index /read/only --out mine/  # the same, with links to tars that stay there
   multimodal data check shards/
+  multimodal data duplicates shards/            # copies, and those that leak from train into val
   multimodal data scenes scenes/ --count 2000 --seed 0
 """
 
@@ -41,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = parser.add_subparsers(metavar="build|index|check|scenes", required=True)
+    verbs = parser.add_subparsers(metavar="build|index|check|duplicates|scenes", required=True)
 
     _add_build(verbs.add_parser)
     index = verbs.add_parser("index", help="write manifest and indexes for shards that exist")
@@ -53,6 +55,16 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("folder", metavar="DIR", type=Path)
     check.add_argument("--decode", action="store_true", help="decode every image and text as well")
     check.set_defaults(run=_check)
+
+    duplicates = verbs.add_parser(
+        "duplicates",
+        help="find copies: the same image, or one encoded again, resized, slightly cropped",
+        description="Prints a line for each pair: kind, likeness, and both as FOLDER:SPLIT:KEY. "
+        "Exit status 1 where copies lie in different splits: what is measured there was trained on.",
+    )
+    duplicates.add_argument("folders", metavar="DIR", type=Path, nargs="+")
+    duplicates.add_argument("--output", type=Path, help="a JSON Lines file of the pairs as well")
+    duplicates.set_defaults(run=_duplicates)
 
     scenes = verbs.add_parser("scenes", help="draw a synthetic dataset of simple scenes")
     scenes.add_argument("out", metavar="OUT", type=Path)
@@ -226,6 +238,51 @@ def _check_contents(folder: Path) -> int:
             problems += 1
             tqdm.write(f"{folder}: {error}", file=sys.stderr)
     return problems
+
+
+def _duplicates(arguments: argparse.Namespace) -> int:
+    from multimodal.duplicates import find_copies, fingerprint
+
+    places, images, unreadable = list[tuple[Path, str, str]](), [], 0
+    opened = [
+        (folder, split, shards.Shards(folder, split))
+        for folder in arguments.folders
+        for split in shards.splits_of(folder)
+    ]
+    total = sum(len(one) for _, _, one in opened)
+    with tqdm(total=total, desc="images", unit="image", file=sys.stderr, disable=None) as bar:
+        for folder, split, samples in opened:
+            for sample in samples:
+                bar.update()
+                try:
+                    images.append(fingerprint(sample.image, f"sample {sample.key}"))
+                    places.append((folder, split, sample.key))
+                except ValueError as error:
+                    unreadable += 1
+                    tqdm.write(f"{folder}: {error}", file=sys.stderr)
+    with tqdm(total=len(images), desc="compared", file=sys.stderr, disable=None) as bar:
+        copies = find_copies(images, bar.update)
+    leaks = 0
+    rows = []
+    for one in copies:
+        first, second = places[one.first], places[one.second]
+        leaks += first[1] != second[1]
+        print(f"{one.kind}\t{one.alike:.3f}\t{':'.join(map(str, first))}\t"
+              f"{':'.join(map(str, second))}")  # fmt: skip
+        pair = {name: dict(zip(("folder", "split", "key"), map(str, place), strict=True))
+                for name, place in (("first", first), ("second", second))}  # fmt: skip
+        rows.append({"kind": one.kind, "alike": one.alike, **pair})
+    if arguments.output:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        arguments.output.write_text("".join(lines), "utf-8")
+    exact = sum(one.kind == "exact" for one in copies)
+    skipped = f"; {unreadable} could not be read" if unreadable else ""
+    print(
+        f"{len(images):,} images: {exact} exact copies, {len(copies) - exact} near, "
+        f"{leaks} of them between splits{skipped}",
+        file=sys.stderr,
+    )
+    return 1 if leaks else 0
 
 
 def _scenes(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,155 @@
+"""Copies among images: the same file, or the same picture encoded again, resized, slightly cropped.
+
+A perceptual hash (the signs of the lowest frequencies of a cosine transform, as pHash) finds
+candidates, also between an image and crops of another; then the pictures themselves are compared,
+shifted and scaled a little, so that two photos of one kind are not taken for one.
+
+Shapes: N images, V views of each, S pixels of a side of the small pictures that are compared.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from multimodal.images import open_image
+
+KEPT, SMALL = 48, 24  # pixels of a side: of the small picture that is kept, and S
+HASHED = 32  # pixels of a side from which a hash is made
+BITS = 8  # frequencies of a side; the mean is left out
+CANDIDATE = 14  # bits of 63 that may differ
+# Of 300 copies among 1,500 photos all had 0.97 or more, no other pair of candidates above 0.90.
+ALIKE = 0.935
+CROPS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85)  # sides of a crop, as a share of the whole
+PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a crop, from left to right and from top to bottom
+ROWS = 256  # images that are compared with all others at once
+Views = NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What is kept of an image: exact, of its pixels; views: uint64[V], hashes of it and of crops;
+    small: uint8[KEPT, KEPT], grey."""
+
+    exact: str
+    views: Views
+    small: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Two images that are one: first and second by their numbers, first < second; kind: exact or
+    near; alike: their correlation."""
+
+    first: int
+    second: int
+    kind: str
+    alike: float
+
+
+def fingerprint(data: bytes, name: str = "image") -> Fingerprint:
+    """Errors: ``ValueError`` for what is no image."""
+    image = open_image(data, name=name)
+    exact = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+    grey = image.convert("L")
+    small = np.asarray(grey.resize((KEPT, KEPT), Image.Resampling.LANCZOS))
+    views = [perceptual_hash(grey.resize((HASHED, HASHED), Image.Resampling.LANCZOS, box=box))
+             for box in _boxes(*grey.size)]  # fmt: skip
+    return Fingerprint(exact, np.array(views, np.uint64), small)
+
+
+def _boxes(width: int, height: int) -> Iterator[tuple[float, float, float, float]]:
+    """The whole, and crops of nine tenths: one in the middle and one in each corner."""
+    yield 0, 0, width, height
+    for x, y in ((0.5, 0.5), (0, 0), (0, 1), (1, 0), (1, 1)):
+        left, top = 0.1 * width * x, 0.1 * height * y
+        yield left, top, left + 0.9 * width, top + 0.9 * height
+
+
+def perceptual_hash(grey: Image.Image) -> int:
+    """63 bits: which of the lowest frequencies are above their median."""
+    low = (_COSINES @ np.asarray(grey, np.float64) @ _COSINES.T).ravel()[1:]
+    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
+
+
+_COSINES = np.cos(np.pi / HASHED * np.outer(np.arange(BITS), np.arange(HASHED) + 0.5))
+
+
+def find_copies(
+    images: list[Fingerprint], on_rows: Callable[[int], object] = lambda count: None
+) -> list[Copies]:
+    """Every pair of copies, in order. Of the same picture many times: each with the first of them.
+
+    Hashes are compared all with all: 10,000 images take seconds, a million hours.
+    """
+    found = {pair: Copies(*pair, "exact", 1.0) for pair in _exact(images)}
+    repeated = {second for _, second in found}
+    likely: dict[int, list[int]] = {}
+    for one, other in _candidates(images, on_rows):
+        if not {one, other} & repeated:
+            likely.setdefault(one, []).append(other)
+            likely.setdefault(other, []).append(one)
+    for whole, others in likely.items():
+        crops = _crops(images[whole].small)
+        for other in others:
+            alike = float((crops @ _standard(images[other].small)).max())
+            pair = (min(whole, other), max(whole, other))
+            if alike >= ALIKE and (pair not in found or found[pair].alike < alike):
+                found[pair] = Copies(*pair, "near", alike)
+    return [found[pair] for pair in sorted(found)]
+
+
+def _exact(images: Iterable[Fingerprint]) -> Iterator[tuple[int, int]]:
+    """Each image with the first that is the same."""
+    first: dict[str, int] = {}
+    for number, one in enumerate(images):
+        if (earlier := first.setdefault(one.exact, number)) != number:
+            yield earlier, number
+
+
+def _candidates(
+    images: list[Fingerprint], on_rows: Callable[[int], object]
+) -> Iterator[tuple[int, int]]:
+    """Pairs of which a view of one has nearly the hash of the other, each once."""
+    views = np.stack([one.views for one in images]) if images else np.zeros((0, 1), np.uint64)
+    wholes = views[:, 0]
+    seen: set[tuple[int, int]] = set()
+    for start in range(0, len(images), ROWS):
+        rows = views[start : start + ROWS]
+        apart = np.stack([np.bitwise_count(view[:, None] ^ wholes) for view in rows.T]).min(0)
+        for row, other in np.argwhere(apart <= CANDIDATE).tolist():
+            pair = (min(start + row, other), max(start + row, other))
+            if pair[0] < pair[1] and pair not in seen:
+                seen.add(pair)
+                yield pair
+        on_rows(len(rows))
+
+
+def _crops(small: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """float32[crops, S * S]: the picture and crops of it, standardised"""
+    image, crops = Image.fromarray(small), []
+    for share in CROPS:
+        for x, y in [(0.5, 0.5)] if share == 1 else product(PLACES, PLACES):
+            left, top = (1 - share) * KEPT * x, (1 - share) * KEPT * y
+            box = (left, top, left + share * KEPT, top + share * KEPT)
+            view = image.resize((SMALL, SMALL), Image.Resampling.BILINEAR, box=box)
+            crops.append(_scaled(np.asarray(view)))
+    return np.stack(crops)
+
+
+def _standard(small: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """float32[S * S]: the whole picture, standardised"""
+    return _scaled(np.asarray(Image.fromarray(small).resize((SMALL, SMALL), Image.Resampling.BOX)))
+
+
+def _scaled(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Flat, of mean 0 and length 1; of an even picture all zeros: it is like none."""
+    flat = picture.astype(np.float32).ravel()
+    flat -= flat.mean()
+    length = float(np.linalg.norm(flat))
+    scaled: NDArray[np.float32] = flat / length if length > 1e-3 else np.zeros_like(flat)
+    return scaled

@@ -1,0 +1,112 @@
+"""Copies are found, and likeness alone is none."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from multimodal.cli import main
+from multimodal.duplicates import find_copies, fingerprint
+from multimodal.shards import index_shard, write_manifest, write_tar
+
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle_left")
+
+
+def photo(name: str) -> Image.Image:
+    import skimage.data
+
+    found = getattr(skimage.data, name, None)
+    pixels = found() if found else skimage.data.stereo_motorcycle()[0]
+    return Image.fromarray(pixels).convert("RGB")
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: int) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def crop(image: Image.Image, share: float, x: float, y: float) -> Image.Image:
+    """A crop that leaves out ``share`` of each side."""
+    width, height = image.size
+    left, top = share * width * x, share * height * y
+    return image.crop((int(left), int(top), int(left + width * (1 - share)),
+                       int(top + height * (1 - share))))  # fmt: skip
+
+
+CHANGES: dict[str, Callable[[Image.Image], bytes]] = {
+    "encoded again": lambda image: encoded(image, "JPEG", quality=35),
+    "another format": lambda image: encoded(image, "WEBP", quality=80),
+    "half the size": lambda image: encoded(image.resize((image.width // 2, image.height // 2))),
+    "cropped by 5 %": lambda image: encoded(crop(image, 0.05, 0.2, 0.9), "JPEG", quality=80),
+    "cropped by 10 %": lambda image: encoded(crop(image, 0.1, 0.7, 0.3), "JPEG", quality=80),
+    "brighter": lambda image: encoded(Image.eval(image, lambda v: min(255, int(1.1 * v + 5)))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_copy_is_found_and_nothing_else(change: str) -> None:
+    originals = [photo(name) for name in PHOTOS]
+    files = [encoded(image) for image in originals] + [CHANGES[change](i) for i in originals]
+    copies = find_copies([fingerprint(data) for data in files])
+    assert [(c.first, c.second) for c in copies] == [(n, n + len(PHOTOS)) for n in range(5)]
+    assert all(c.kind == "near" and c.alike > 0.935 for c in copies)
+
+
+def test_the_same_pixels_are_exact_whatever_the_file() -> None:
+    image = photo("coffee")
+    files = [encoded(image), encoded(image, "PNG", compress_level=0), encoded(photo("rocket"))]
+    files.append(encoded(image, "WEBP", lossless=True))
+    copies = find_copies([fingerprint(data) for data in files])
+    assert [(c.first, c.second, c.kind) for c in copies] == [(0, 1, "exact"), (0, 3, "exact")]
+
+
+def test_what_is_only_alike_is_no_copy() -> None:
+    image = photo("astronaut")
+    width, height = image.size
+    others = [
+        image.crop((0, 0, width // 2, height // 2)),  # a part is another picture
+        image.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        Image.new("RGB", (64, 64), "white"),
+        Image.new("RGB", (64, 64), "black"),
+    ]
+    rng = np.random.default_rng(0)
+    others += [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(3)]
+    assert find_copies([fingerprint(encoded(one)) for one in [image, *others]]) == []
+    assert find_copies([]) == []
+
+
+def test_the_command_tells_what_leaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = photo("coffee")
+    splits = {
+        "train": {"a": encoded(image), "b": encoded(photo("rocket")), "x": b"no image"},
+        "val": {"c": CHANGES["cropped by 5 %"](image), "d": encoded(photo("chelsea"))},
+    }
+    folder = tmp_path / "data"
+    folder.mkdir()
+    entries = []
+    for split, samples in splits.items():
+        shard = folder / f"{split}-0000.tar"
+        write_tar(shard, [(key, {"png": data}) for key, data in samples.items()])
+        entries.append(index_shard(shard))
+    write_manifest(folder, entries)
+    out = tmp_path / "pairs.jsonl"
+    assert main(["data", "duplicates", str(folder), "--output", str(out)]) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.out.splitlines()
+    assert line.startswith("near\t0.9") and line.endswith(f"\t{folder}:train:a\t{folder}:val:c")
+    assert "4 images: 0 exact copies, 1 near, 1 of them between splits; 1 could not be read" in (
+        captured.err
+    )
+    (pair,) = map(json.loads, out.read_text().splitlines())
+    assert pair["first"] == {"folder": str(folder), "split": "train", "key": "a"}
+    # Without the leak there is nothing to say.
+    (folder / "val-0000.tar").unlink()
+    (folder / "val-0000.index.json").unlink()
+    write_manifest(folder, entries[:1])
+    assert main(["data", "duplicates", str(folder)]) == 0
+    assert capsys.readouterr().out == ""
