@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "duplicates",
         help="find copies: the same image, or one encoded again, resized, slightly cropped",
         description="Prints a line for each pair: kind, likeness, and both as FOLDER:SPLIT:KEY. "
-        "Exit status 1 where copies lie in different splits: what is measured there was trained on.",
+        "Exit status 1 where copies lie in different splits: what is measured is not unseen.",
     )
     duplicates.add_argument("folders", metavar="DIR", type=Path, nargs="+")
     duplicates.add_argument("--output", type=Path, help="a JSON Lines file of the pairs as well")
