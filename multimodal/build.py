@@ -13,12 +13,13 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
 from PIL import Image
 
+from multimodal.duplicates import Fingerprint, Seen, fingerprint
 from multimodal.images import Fit, fit_image, open_image, orientation, read_image_file
 from multimodal.parallel import in_order
 from multimodal.records import Found, Rejected
@@ -50,6 +51,7 @@ class _Ready:
 
     found: Found
     members: dict[str, bytes]
+    fingerprint: Fingerprint | None = None
 
 
 def build(
@@ -66,6 +68,7 @@ def build(
     need_text: bool = True,
     images: str | Path | None = None,
     answers: str | Path | None = None,
+    drop_copies: bool = False,
     overwrite: bool = False,
     workers: int = 1,
     progress: Callable[[Iterable[Found | Rejected]], Iterable[Found | Rejected]] = iter,
@@ -84,6 +87,8 @@ def build(
         image_column, text_column: of a table; guessed if not given.
         images, answers: of tables and annotations, see ``read_source``.
         need_text: whether to reject images without captions, questions or label.
+        drop_copies: reject an image that is another of the source, or nearly (see
+            multimodal/duplicates.py); the first in the order of the source is kept.
         overwrite: replace what an earlier build left in ``out``, and nothing else.
         workers: threads that decode; the result does not depend on it.
         progress: wraps the stream of samples (``tqdm``, for instance).
@@ -111,7 +116,25 @@ def build(
     )
 
     def prepare(item: Found | Rejected) -> _Ready | Rejected:
-        return item if isinstance(item, Rejected) else _prepare(item, image_size, fit, quality)
+        if isinstance(item, Rejected):
+            return item
+        ready = _prepare(item, image_size, fit, quality)
+        if drop_copies and isinstance(ready, _Ready):
+            data = next(data for kind, data in ready.members.items() if kind != "json")
+            return replace(ready, fingerprint=fingerprint(data, item.name))
+        return ready
+
+    seen, names = Seen(), list[str]()
+
+    def copy_of(ready: _Ready) -> Rejected | None:
+        if ready.fingerprint is None:
+            return None
+        names.append(ready.found.name)
+        copy = seen.add(ready.fingerprint)
+        if copy is None:
+            return None
+        detail = f"{copy.kind} copy ({copy.alike:.3f}) of {names[copy.first]}"
+        return Rejected(ready.found.name, "copy", detail)
 
     try:
         with ExitStack() as stack:
@@ -121,7 +144,10 @@ def build(
             found = 0
             for item in in_order(prepare, progress(items), workers):
                 found += 1
-                no = item if isinstance(item, Rejected) else writer.write(item, val_share)
+                if isinstance(item, Rejected):
+                    no: Rejected | None = item
+                else:
+                    no = copy_of(item) or writer.write(item, val_share)
                 if no is not None:
                     reasons[no.reason] += 1
                     line = {"sample": no.name, "reason": no.reason, "detail": no.detail}
@@ -136,6 +162,7 @@ def build(
                 fit=fit,
                 quality=quality,
                 val_share=val_share,
+                drop_copies=drop_copies,
                 rejected=found - kept,
             )
             _move(staging, out)

@@ -103,6 +103,54 @@ def find_copies(
     return [found[pair] for pair in sorted(found)]
 
 
+class Seen:
+    """Images met so far, so that a copy of one can be told when it comes."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._exact: dict[str, int] = {}
+        self._images: list[Fingerprint] = []
+        self._numbers: list[int] = []
+        self._views = np.zeros((0, 1), np.uint64)  # grows by doubling; rows beyond are not filled
+
+    def add(self, image: Fingerprint) -> Copies | None:
+        """The earliest image that this is a copy of, by its number in the order of calls.
+
+        None for one that is no copy, and is kept. A copy has a number too, but is not kept.
+        """
+        number = self._count
+        self._count += 1
+        if (earlier := self._exact.get(image.exact)) is not None:
+            return Copies(earlier, number, "exact", 1.0)
+        kept = len(self._images)
+        apart = np.minimum(
+            np.bitwise_count(self._views[:kept] ^ image.views[0]).min(1, initial=64),
+            np.bitwise_count(self._views[:kept, :1] ^ image.views).min(1, initial=64),
+        )
+        standard, crops = _standard(image.small), _crops(image.small)
+        for place in np.flatnonzero(apart <= CANDIDATE).tolist():
+            other = self._images[place]
+            alike = max(
+                float((crops @ _standard(other.small)).max()),
+                float((_crops(other.small) @ standard).max()),
+            )
+            if alike >= ALIKE:
+                return Copies(self._numbers[place], number, "near", alike)
+        self._keep(image, number)
+        return None
+
+    def _keep(self, image: Fingerprint, number: int) -> None:
+        kept = len(self._images)
+        if kept == len(self._views):
+            views = np.zeros((max(64, 2 * kept), len(image.views)), np.uint64)
+            views[:kept] = self._views[:kept]
+            self._views = views
+        self._views[kept] = image.views
+        self._images.append(image)
+        self._numbers.append(number)
+        self._exact[image.exact] = number
+
+
 def _exact(images: Iterable[Fingerprint]) -> Iterator[tuple[int, int]]:
     """Each image with the first that is the same."""
     first: dict[str, int] = {}

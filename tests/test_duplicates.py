@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from multimodal.cli import main
-from multimodal.duplicates import find_copies, fingerprint
-from multimodal.shards import index_shard, write_manifest, write_tar
+from multimodal.duplicates import Seen, find_copies, fingerprint
+from multimodal.shards import Shards, index_shard, read_manifest, write_manifest, write_tar
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle_left")
 
@@ -110,3 +110,44 @@ def test_the_command_tells_what_leaks(tmp_path: Path, capsys: pytest.CaptureFixt
     write_manifest(folder, entries[:1])
     assert main(["data", "duplicates", str(folder)]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_building_drops_copies_and_names_the_one_it_keeps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "photos"
+    source.mkdir()
+    for name in PHOTOS:
+        image = photo(name)
+        files = {f"{name}-1": encoded(image), f"{name}-2": CHANGES["cropped by 5 %"](image)}
+        for stem, data in (files | {f"{name}-3": encoded(image)}).items():
+            suffix = "png" if data.startswith(b"\x89PNG") else "jpg"
+            (source / f"{stem}.{suffix}").write_bytes(data)
+            (source / f"{stem}.txt").write_text(f"a picture of {name}")
+    kept = []
+    for workers in ("1", "3"):
+        out = tmp_path / f"out{workers}"
+        command = ["data", "build", str(source), str(out), "--drop-copies", "--workers", workers]
+        assert main(command) == 0
+        kept.append([sample.key for sample in Shards(out)])
+        rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+        assert {line["reason"] for line in rejected} == {"copy"} and len(rejected) == 10
+        for line in rejected:
+            stem = Path(line["sample"]).stem.rpartition("-")[0]
+            assert f"/{stem}-" in line["detail"] and " copy (" in line["detail"]
+        assert read_manifest(out)["drop_copies"] is True
+    assert kept[0] == kept[1]
+    assert sorted(key.rpartition("-")[0] for key in kept[0]) == sorted(PHOTOS)
+    capsys.readouterr()
+
+
+def test_met_one_by_one_the_same_copies_are_found() -> None:
+    originals = [photo(name) for name in PHOTOS]
+    files = [encoded(image) for image in originals]
+    files += [change(image) for image in originals for change in CHANGES.values()]
+    images, seen = [fingerprint(data) for data in files], Seen()
+    one_by_one = {c.second: c.first for image in images if (c := seen.add(image)) is not None}
+    together: dict[int, int] = {}
+    for copy in find_copies(images):
+        together.setdefault(copy.second, copy.first)
+    assert one_by_one == together and len(together) == 30

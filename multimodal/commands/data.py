@@ -96,6 +96,7 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
                        "default: where the file lies")  # fmt: skip
     build.add_argument("--answers", type=Path, help="of VQA questions: the file of the answers")
     build.add_argument("--without-text", action="store_true", help="keep images without text")
+    build.add_argument("--drop-copies", action="store_true", help="reject (near) copies of images")
     build.add_argument("--overwrite", action="store_true", help="replace the shards in OUT")
     build.add_argument("--workers", type=int, default=1, help="threads that decode images")
     build.set_defaults(run=_build)
@@ -117,6 +118,7 @@ def _build(arguments: argparse.Namespace) -> int:
         need_text=not arguments.without_text,
         images=arguments.images,
         answers=arguments.answers,
+        drop_copies=arguments.drop_copies,
         overwrite=arguments.overwrite,
         workers=arguments.workers,
         progress=lambda items: tqdm(items, unit="sample", file=sys.stderr, disable=None),
