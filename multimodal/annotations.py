@@ -58,7 +58,9 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _coco(path: Path, content: dict[str, Any]) -> Iterator[Annotated]:
     licenses = {
-        one.get("id"): one.get("name") for one in content.get("licenses", []) if _is_object(one)
+        one["id"]: one.get("name")
+        for one in _list(content.get("licenses"))
+        if _is_object(one) and _is_id(one.get("id"))
     }
     files: dict[Any, str] = {}
     records: dict[Any, dict[str, Any]] = {}
@@ -66,14 +68,18 @@ def _coco(path: Path, content: dict[str, Any]) -> Iterator[Annotated]:
         if not _is_object(image) or not isinstance(image.get("file_name"), str):
             yield Annotated(f"{path}: images[{number}]", problem="no file_name")
             continue
+        if not _is_id(image.get("id")) or image["id"] in files:
+            problem = "its id is another's" if _is_id(image.get("id")) else "no id"
+            yield Annotated(f"{path}: images[{number}]", problem=problem)
+            continue
         files[image.get("id")] = image["file_name"]
         record: dict[str, Any] = {"captions": []}
-        if license := licenses.get(image.get("license")):
-            record["license"] = license
+        if _is_id(image.get("license")) and image["license"] in licenses:
+            record["license"] = licenses[image["license"]]
         records[image.get("id")] = record
     for number, one in enumerate(content["annotations"]):
         name = f"{path}: annotations[{number}]"
-        if not _is_object(one) or one.get("image_id") not in records:
+        if not _is_object(one) or not _is_id(one.get("image_id")) or one["image_id"] not in records:
             yield Annotated(name, problem="its image_id is not among the images")
         elif not isinstance(one.get("caption"), str):
             yield Annotated(name, problem="no caption")
@@ -91,23 +97,29 @@ def _vqa(
         if not isinstance(given.get("annotations"), list):
             raise ValueError(f'{answers}: no "annotations": not the answers of VQA')
         for one in given["annotations"]:
-            if _is_object(one) and (answer := _answer(one)) is not None:
-                found[one.get("question_id")] = answer
-    prefix = "COCO_" if content.get("data_type", "mscoco") == "mscoco" else ""
-    subset = content.get("data_subtype")
+            if not _is_object(one) or not _is_id(one.get("question_id")):
+                continue
+            if (answer := _answer(one)) is not None:
+                found[one["question_id"]] = answer
+    # By the names of COCO's files; of other data the questions have to name their images.
+    named = content.get("data_type", "mscoco") == "mscoco"
+    subset = content.get("data_subtype") if named else None
     pairs: dict[str, list[list[str]]] = {}
     for number, one in enumerate(content["questions"]):
         name = f"{path}: questions[{number}]"
         if not _is_object(one) or not isinstance(one.get("question"), str):
             yield Annotated(name, problem="no question")
             continue
-        answer = one.get("answer", found.get(one.get("question_id")))
+        answer, key = one.get("answer"), one.get("question_id")
+        if answer is None and _is_id(key):
+            answer = found.get(key)
         file = one.get("image")
         if not isinstance(file, str):
             if not isinstance(one.get("image_id"), int) or not isinstance(subset, str):
-                yield Annotated(name, problem="no image, nor image_id and data_subtype to name it")
+                problem = "no image, nor COCO's image_id and data_subtype to name it"
+                yield Annotated(name, problem=problem)
                 continue
-            file = f"{prefix}{subset}_{one['image_id']:012d}.jpg"
+            file = f"COCO_{subset}_{one['image_id']:012d}.jpg"
         if not isinstance(answer, str):
             yield Annotated(name, problem="no answer" if given else "no answer; give --answers")
             continue
@@ -120,9 +132,17 @@ def _answer(one: Mapping[str, Any]) -> str | None:
     """The answer most people gave; of as many, the one that comes first."""
     if isinstance(answer := one.get("multiple_choice_answer"), str):
         return answer
-    said = [a.get("answer") for a in one.get("answers", []) if _is_object(a)]
+    said = [a.get("answer") for a in _list(one.get("answers")) if _is_object(a)]
     counted = Counter(text for text in said if isinstance(text, str))
     return counted.most_common(1)[0][0] if counted else None
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _is_object(value: object) -> bool:

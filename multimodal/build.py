@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 from PIL import Image
 
@@ -68,7 +68,7 @@ def build(
     need_text: bool = True,
     images: str | Path | None = None,
     answers: str | Path | None = None,
-    drop_copies: bool = False,
+    drop_copies: Literal["", "exact", "near"] = "",
     overwrite: bool = False,
     workers: int = 1,
     progress: Callable[[Iterable[Found | Rejected]], Iterable[Found | Rejected]] = iter,
@@ -87,8 +87,8 @@ def build(
         image_column, text_column: of a table; guessed if not given.
         images, answers: of tables and annotations, see ``read_source``.
         need_text: whether to reject images without captions, questions or label.
-        drop_copies: reject an image that is another of the source, or nearly (see
-            multimodal/duplicates.py); the first in the order of the source is kept.
+        drop_copies: reject an image whose pixels are those of another of the source (``exact``), or
+            nearly (``near``, for photos: see multimodal/duplicates.py); the first is kept.
         overwrite: replace what an earlier build left in ``out``, and nothing else.
         workers: threads that decode; the result does not depend on it.
         progress: wraps the stream of samples (``tqdm``, for instance).
@@ -130,7 +130,7 @@ def build(
         if ready.fingerprint is None:
             return None
         names.append(ready.found.name)
-        copy = seen.add(ready.fingerprint)
+        copy = seen.add(ready.fingerprint, near=drop_copies == "near")
         if copy is None:
             return None
         detail = f"{copy.kind} copy ({copy.alike:.3f}) of {names[copy.first]}"
@@ -236,7 +236,7 @@ def _prepare(found: Found, image_size: int | None, fit: Fit, quality: int) -> _R
         record = json.dumps(
             found.record, ensure_ascii=False, allow_nan=False, separators=(",", ":")
         ).encode("utf-8")
-    except (ValueError, RecursionError) as error:  # a lone surrogate, or not a number
+    except (ValueError, TypeError, RecursionError) as error:  # a lone surrogate, a date, ...
         return Rejected(found.name, "unreadable text", str(error))
     try:
         data = read_image_file(found.image) if isinstance(found.image, Path) else found.image

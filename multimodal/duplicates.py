@@ -2,7 +2,10 @@
 
 A perceptual hash (the signs of the lowest frequencies of a cosine transform, as pHash) finds
 candidates, also between an image and crops of another; then the pictures themselves are compared,
-shifted and scaled a little, so that two photos of one kind are not taken for one.
+in colour, shifted and scaled a little, so that two photos of one kind are not taken for one.
+
+For photos. Of drawings, charts and pages, small pictures of different ones are alike: there, only
+exact copies can be trusted.
 
 Shapes: N images, V views of each, S pixels of a side of the small pictures that are compared.
 """
@@ -26,14 +29,13 @@ CANDIDATE = 14  # bits of 63 that may differ
 ALIKE = 0.935
 CROPS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85)  # sides of a crop, as a share of the whole
 PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a crop, from left to right and from top to bottom
-ROWS = 256  # images that are compared with all others at once
 Views = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
 class Fingerprint:
     """What is kept of an image: exact, of its pixels; views: uint64[V], hashes of it and of crops;
-    small: uint8[KEPT, KEPT], grey."""
+    small: uint8[KEPT, KEPT, 3], RGB."""
 
     exact: str
     views: Views
@@ -56,7 +58,7 @@ def fingerprint(data: bytes, name: str = "image") -> Fingerprint:
     image = open_image(data, name=name)
     exact = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
     grey = image.convert("L")
-    small = np.asarray(grey.resize((KEPT, KEPT), Image.Resampling.LANCZOS))
+    small = np.asarray(image.resize((KEPT, KEPT), Image.Resampling.LANCZOS))
     views = [perceptual_hash(grey.resize((HASHED, HASHED), Image.Resampling.LANCZOS, box=box))
              for box in _boxes(*grey.size)]  # fmt: skip
     return Fingerprint(exact, np.array(views, np.uint64), small)
@@ -88,17 +90,18 @@ def find_copies(
     """
     found = {pair: Copies(*pair, "exact", 1.0) for pair in _exact(images)}
     repeated = {second for _, second in found}
-    likely: dict[int, list[int]] = {}
-    for one, other in _candidates(images, on_rows):
-        if not {one, other} & repeated:
-            likely.setdefault(one, []).append(other)
-            likely.setdefault(other, []).append(one)
-    for whole, others in likely.items():
-        crops = _crops(images[whole].small)
+    for one, others in _candidates(images, on_rows):
+        if one in repeated:
+            continue
+        crops, standard = _crops(images[one].small), _standard(images[one].small)
         for other in others:
+            pair = (min(one, other), max(one, other))
+            if other in repeated or other == one or pair in found:
+                continue
             alike = float((crops @ _standard(images[other].small)).max())
-            pair = (min(whole, other), max(whole, other))
-            if alike >= ALIKE and (pair not in found or found[pair].alike < alike):
+            if alike < ALIKE:  # the other may be the larger of the two
+                alike = float((_crops(images[other].small) @ standard).max())
+            if alike >= ALIKE:
                 found[pair] = Copies(*pair, "near", alike)
     return [found[pair] for pair in sorted(found)]
 
@@ -113,15 +116,19 @@ class Seen:
         self._numbers: list[int] = []
         self._views = np.zeros((0, 1), np.uint64)  # grows by doubling; rows beyond are not filled
 
-    def add(self, image: Fingerprint) -> Copies | None:
+    def add(self, image: Fingerprint, near: bool = True) -> Copies | None:
         """The earliest image that this is a copy of, by its number in the order of calls.
 
         None for one that is no copy, and is kept. A copy has a number too, but is not kept.
+        near: look for more than exact copies.
         """
         number = self._count
         self._count += 1
         if (earlier := self._exact.get(image.exact)) is not None:
             return Copies(earlier, number, "exact", 1.0)
+        if not near:
+            self._exact[image.exact] = number
+            return None
         kept = len(self._images)
         apart = np.minimum(
             np.bitwise_count(self._views[:kept] ^ image.views[0]).min(1, initial=64),
@@ -161,24 +168,20 @@ def _exact(images: Iterable[Fingerprint]) -> Iterator[tuple[int, int]]:
 
 def _candidates(
     images: list[Fingerprint], on_rows: Callable[[int], object]
-) -> Iterator[tuple[int, int]]:
-    """Pairs of which a view of one has nearly the hash of the other, each once."""
-    views = np.stack([one.views for one in images]) if images else np.zeros((0, 1), np.uint64)
-    wholes = views[:, 0]
-    seen: set[tuple[int, int]] = set()
-    for start in range(0, len(images), ROWS):
-        rows = views[start : start + ROWS]
-        apart = np.stack([np.bitwise_count(view[:, None] ^ wholes) for view in rows.T]).min(0)
-        for row, other in np.argwhere(apart <= CANDIDATE).tolist():
-            pair = (min(start + row, other), max(start + row, other))
-            if pair[0] < pair[1] and pair not in seen:
-                seen.add(pair)
-                yield pair
-        on_rows(len(rows))
+) -> Iterator[tuple[int, list[int]]]:
+    """Each image with those whose hash is near that of a view of it."""
+    if not images:
+        return
+    views = np.stack([one.views for one in images])
+    wholes = np.ascontiguousarray(views[:, 0])
+    for number, mine in enumerate(views):
+        apart = np.bitwise_count(mine[:, None] ^ wholes).min(0)
+        yield number, np.flatnonzero(apart <= CANDIDATE).tolist()
+        on_rows(1)
 
 
 def _crops(small: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """float32[crops, S * S]: the picture and crops of it, standardised"""
+    """float32[crops, S * S * 3]: the picture and crops of it, standardised"""
     image, crops = Image.fromarray(small), []
     for share in CROPS:
         for x, y in [(0.5, 0.5)] if share == 1 else product(PLACES, PLACES):
@@ -190,12 +193,15 @@ def _crops(small: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _standard(small: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """float32[S * S]: the whole picture, standardised"""
+    """float32[S * S * 3]: the whole picture, standardised"""
     return _scaled(np.asarray(Image.fromarray(small).resize((SMALL, SMALL), Image.Resampling.BOX)))
 
 
 def _scaled(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Flat, of mean 0 and length 1; of an even picture all zeros: it is like none."""
+    """Flat, of mean 0 and length 1; of an even picture all zeros: it is like none.
+
+    One mean for all colours, or a red and a blue thing would be the same.
+    """
     flat = picture.astype(np.float32).ravel()
     flat -= flat.mean()
     length = float(np.linalg.norm(flat))

@@ -11,6 +11,7 @@ on with the shards that are missing. The same input gives the same bytes.
 import fcntl
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -134,8 +135,13 @@ def _alone_in(folder: Path) -> Iterator[None]:
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise ValueError(f"{folder}: another process is writing to it") from error
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be locked here ({error.strerror})") from error
+        # The one that was at work may have ended, and taken its lock away, between the two lines.
+        if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+            raise ValueError(f"{folder}: another process is writing to it")
         try:
             yield
         finally:
@@ -228,7 +234,9 @@ def encode_pictures(
     """uint8[B, H, W, 3] -> codes: int64[B, h, w]"""
     device = next(tokenizer.parameters()).device
     images = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    # Convolutions on a GPU would otherwise be in TF32, which is neither of the two.
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with exact, torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         codes: NDArray[np.int64] = tokenizer.encode(images).cpu().numpy()
     return codes
 

@@ -42,6 +42,15 @@ def shown(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def encodable(name: str) -> bool:
+    """Whether a name could be a file's: a lone surrogate that stands for no byte could not."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shuffled(names: list[str]) -> list[str]:
     return sorted(names, key=lambda name: (hashlib.sha256(os.fsencode(name)).digest(), name))
 

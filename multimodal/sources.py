@@ -16,6 +16,7 @@ from multimodal.records import (
     Found,
     Rejected,
     UnreadableText,
+    encodable,
     has_text,
     normalise,
     shown,
@@ -44,8 +45,9 @@ def read_source(
 ) -> Iterator[Found | Rejected]:
     """Everything in a source, in an order that depends on its content only.
 
-    Shards keep their order; folders and tables are shuffled (by a hash of the name), because they
-    tend to be sorted by kind, and training mixes samples within a shard better than between them.
+    Shards, and Parquet with the files in it, keep their order; all else is shuffled (by a hash of
+    the name), because it tends to be sorted by kind, and training mixes samples within a shard
+    better than between them.
 
     Args:
         source: a folder of images with .txt or .json beside them, a .csv, .tsv, .jsonl or .parquet
@@ -99,7 +101,9 @@ def _record(json_bytes: bytes | None, txt_bytes: bytes | None) -> dict[str, Any]
             record["captions"] = normalise({"text": txt_bytes.decode("utf-8-sig")})["captions"]
     except UnicodeDecodeError as error:
         raise UnreadableText(f"not UTF-8 ({error})") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except UnreadableText:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is the former
         raise UnreadableText(f"not readable as JSON ({error})") from error
     return record
 
@@ -179,13 +183,19 @@ def _read_annotated(source: Path, root: Path, answers: Path | None) -> Iterator[
     for one in read_annotations(source, answers):
         if one.record is None:
             yield Rejected(one.name, "unreadable annotation", one.problem)
-        elif one.file in found:
-            yield Rejected(one.name, "image named twice", one.file)
+            continue
+        file = os.path.normpath(one.file)
+        if not encodable(file):
+            yield Rejected(one.name, "no image", "its file name is not Unicode")
+        elif file.startswith("..") or os.path.isabs(file):
+            yield Rejected(one.name, "image outside the folder", file)  # it may be someone's own
+        elif file in found:
+            yield Rejected(one.name, "image named twice", file)
         else:
             try:
-                found[one.file] = normalise(one.record)
+                found[file] = normalise(one.record)
             except UnreadableText as error:
                 yield Rejected(one.name, "unreadable text", str(error))
     for file in shuffled(list(found)):
         path = root / file
-        yield Found(shown(path), shown(os.path.splitext(file)[0]), file, path, found[file])
+        yield Found(shown(path), shown(os.path.splitext(file)[0]), shown(file), path, found[file])

@@ -13,6 +13,7 @@ from multimodal.records import (
     Found,
     Rejected,
     UnreadableText,
+    encodable,
     has_text,
     normalise,
     shown,
@@ -129,6 +130,7 @@ def read_parquet(
             )
         )
         kind = file.schema_arrow.field(columns.image).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             yield from _join_rows(table, list(rows), columns, root, ignored, need_text)
             return
@@ -167,6 +169,9 @@ def _join_rows(
         image = row.pop(columns.image, None)
         if not isinstance(image, str) or not image.strip():
             yield Rejected(name, "no image", f"column {columns.image} is empty")
+            continue
+        if not encodable(image):
+            yield Rejected(name, "no image", "its file name is not Unicode")
             continue
         try:
             record = columns.record(row)

@@ -118,6 +118,14 @@ def test_questions_that_bring_image_and_answer_need_no_other_file(folder: Path) 
         ('{"questions": [{"question_id": 1, "image": "x.jpg", "question": "?"}]}', [],
          "1 unreadable annotation"),
         ('{"images": [], "annotations": []}', ["--answers", "answers.json"], "have no answers"),
+        ('{"licenses": null, "images": [{"id": [1], "file_name": "x.jpg"}, {"file_name": "y.jpg"},'
+         ' {"id": 1, "file_name": "../x.jpg"}, {"id": 2, "file_name": "\\ud800.jpg"},'
+         ' {"id": 2, "file_name": "z.jpg"}], "annotations": [{"caption": "of what?"}]}', [],
+         "4 unreadable annotation, 1 image outside the folder, 1 no image"),
+        ('{"questions": [{"image": "x.jpg", "question": "?", "answer": null}]}', ["--answers",
+         "answers.json"], "1 unreadable annotation"),
+        ('{"data_type": "abstract_v002", "data_subtype": "val2015", "questions": [{"image_id": 1,'
+         ' "question": "?", "answer": "a"}]}', [], "1 unreadable annotation"),
         ('{"questions": []}', ["--answers", "captions.json"], "no sample could be used"),
         ('{"questions": []}', ["--answers", "none.json"], "No such file"),
     ],
@@ -179,6 +187,20 @@ def test_parquet_with_the_files_in_it(folder: Path, wrapped: bool) -> None:
     }  # fmt: skip
     stored = {sample.key: sample.image for sample in Shards(folder / "out")}
     assert stored[f"{hint}0"] == files[0]
+
+
+def test_parquet_of_other_types_costs_rows_not_the_build(folder: Path) -> None:
+    import datetime
+
+    import pyarrow as pa
+
+    names = pa.array([f"COCO_val2014_{n:012d}.jpg" for n in (1, 2)]).dictionary_encode()
+    when = [None, datetime.datetime(2026, 1, 1)]
+    columns = {"image": names, "text": ["one", "two"], "when": when}
+    write_parquet(folder / "t.parquet", columns)
+    kept, rejected = build(folder, str(folder / "t.parquet"))
+    assert [record["captions"] for record in kept.values()] == [["one"]]
+    assert rejected == {"COCO_val2014_000000000002.jpg": "unreadable text"}
 
 
 def test_damaged_parquet_and_columns_that_are_not_there(

@@ -27,6 +27,7 @@ _LEVEL = re.compile(
 )
 _MIDDLE = re.compile(r"mid\.(block_|attn_)?(\d)\.(\w+)$")
 _LAYERS = {"nin_shortcut": "shortcut", "q": "query", "k": "key", "v": "value", "proj_out": "out"}
+_DIMENSIONS = {ENTRANCE: 4, "encoder.conv_out.weight": 4, "quantizer.codebook.weight": 2}
 _OUTSIDE = {
     "quant_conv": "encoder.to_code",
     "post_quant_conv": "decoder.from_code",
@@ -158,7 +159,7 @@ def translate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module, _, kind = name.rpartition(".")
         translated[f"{_module(module, max(levels) if reverse else None)}.{kind}"] = tensor
     if (codebook := translated.get("quantizer.codebook.weight")) is not None:
-        translated["quantizer.counts"] = torch.ones(len(codebook))
+        translated["quantizer.counts"] = torch.ones(codebook.shape[:1])
         translated["quantizer.initialised"] = torch.tensor(True)
     return translated
 
@@ -194,7 +195,12 @@ def infer_config(
     """The sizes of a translated tokenizer, read off its weights."""
     widths: list[int] = []
     while (block := f"encoder.levels.{len(widths)}.blocks.0.conv1.weight") in weights:
+        if weights[block].ndim != 4 or not weights[block].numel():
+            raise ValueError(f"{block} has shape {tuple(weights[block].shape)}")
         widths.append(len(weights[block]))
+    for name, dimensions in _DIMENSIONS.items():
+        if name in weights and (weights[name].ndim != dimensions or not weights[name].numel()):
+            raise ValueError(f"{name} has shape {tuple(weights[name].shape)}")
     if not widths:
         raise ValueError("no level of the encoder has a known name: not a VQGAN of a known layout")
     try:

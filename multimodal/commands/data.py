@@ -60,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         "duplicates",
         help="find copies: the same image, or one encoded again, resized, slightly cropped",
         description="Prints a line for each pair: kind, likeness, and both as FOLDER:SPLIT:KEY. "
-        "Exit status 1 where copies lie in different splits: what is measured is not unseen.",
+        "Near copies are for photos: of drawings and pages, different ones are taken for one. Exit "
+        "status 1 where copies lie in different splits or folders: what is measured is not unseen.",
     )
     duplicates.add_argument("folders", metavar="DIR", type=Path, nargs="+")
     duplicates.add_argument("--output", type=Path, help="a JSON Lines file of the pairs as well")
@@ -96,7 +97,8 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
                        "default: where the file lies")  # fmt: skip
     build.add_argument("--answers", type=Path, help="of VQA questions: the file of the answers")
     build.add_argument("--without-text", action="store_true", help="keep images without text")
-    build.add_argument("--drop-copies", action="store_true", help="reject (near) copies of images")
+    build.add_argument("--drop-copies", choices=("exact", "near"), default="",
+                       help="reject copies of images; near: for photos only")  # fmt: skip
     build.add_argument("--overwrite", action="store_true", help="replace the shards in OUT")
     build.add_argument("--workers", type=int, default=1, help="threads that decode images")
     build.set_defaults(run=_build)
@@ -251,7 +253,10 @@ def _duplicates(arguments: argparse.Namespace) -> int:
         for folder in arguments.folders
         for split in shards.splits_of(folder)
     ]
-    total = sum(len(one) for _, _, one in opened)
+    for folder, _, samples in opened:
+        if samples.encoding is not None:
+            raise ValueError(f"{folder}: holds codes, not images")
+    total = sum(len(samples) for _, _, samples in opened)
     with tqdm(total=total, desc="images", unit="image", file=sys.stderr, disable=None) as bar:
         for folder, split, samples in opened:
             for sample in samples:
@@ -262,13 +267,15 @@ def _duplicates(arguments: argparse.Namespace) -> int:
                 except ValueError as error:
                     unreadable += 1
                     tqdm.write(f"{folder}: {error}", file=sys.stderr)
+    if not images:
+        raise ValueError("no image could be read")
     with tqdm(total=len(images), desc="compared", file=sys.stderr, disable=None) as bar:
         copies = find_copies(images, bar.update)
     leaks = 0
     rows = []
     for one in copies:
         first, second = places[one.first], places[one.second]
-        leaks += first[1] != second[1]
+        leaks += first[:2] != second[:2]
         print(f"{one.kind}\t{one.alike:.3f}\t{':'.join(map(str, first))}\t"
               f"{':'.join(map(str, second))}")  # fmt: skip
         pair = {name: dict(zip(("folder", "split", "key"), map(str, place), strict=True))
@@ -281,7 +288,7 @@ def _duplicates(arguments: argparse.Namespace) -> int:
     skipped = f"; {unreadable} could not be read" if unreadable else ""
     print(
         f"{len(images):,} images: {exact} exact copies, {len(copies) - exact} near, "
-        f"{leaks} of them between splits{skipped}",
+        f"{leaks} of them between splits or folders{skipped}",
         file=sys.stderr,
     )
     return 1 if leaks else 0
