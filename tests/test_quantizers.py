@@ -164,7 +164,7 @@ def vq_of_a_rank(rank: int, file: str, learning: str, out: str) -> None:
     torch.manual_seed(rank)  # what a rank draws by itself must not matter
     vq = train_vq(learning, slice(rank, None, 2))
     before = vq.codebook.weight.detach().clone()
-    vq.dead_after = 0.5  # of which some are restarted, alike on both
+    vq.dead_after = 8.0  # about the mean: some are restarted, alike on both
     for step in range(9, 14):
         vq(unit(16, 2, 2, 4, seed=step)[rank::2])
     torch.save((before, vq.codebook.weight.detach()), f"{out}-{rank}")
