@@ -264,7 +264,7 @@ class Multimodal(nn.Module):
         text: str,
         n: int = 1,
         *,
-        method: Literal["masked", "causal"] = "masked",
+        method: Literal["masked", "causal"] = "causal",
         steps: int = 12,
         guidance_scale: float = 3.0,
         candidates: int = 1,
