@@ -32,7 +32,7 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
     from multimodal.model import Multimodal
     from multimodal.objectives import ObjectivesConfig
     from multimodal.sequences import pack
-    from multimodal.tokenizers.image import ImageTokenizerConfig, ViTTokenizer
+    from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
     from multimodal.tokenizers.text import TextTokenizer
     from multimodal.train.cli import keep_freed_memory
     from multimodal.train.schedule import muon
@@ -50,7 +50,7 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
     text = "A brown dog runs over the grass with a red ball in its mouth ."
     tokenizer = TextTokenizer.train([text], 320)
     shares = ObjectivesConfig(reconstruct_share=0.2, next_token_share=0.1)
-    model = Multimodal.new(size, tokenizer, ViTTokenizer(ImageTokenizerConfig()), shares)
+    model = Multimodal.new(size, tokenizer, VQTokenizer(ImageTokenizerConfig()), shares)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = muon(model, [], 1e-3, 0.1)
     codes = torch.randint(0, 4375, (pairs, 64))

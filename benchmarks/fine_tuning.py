@@ -1,8 +1,10 @@
 """Fine-tuning the starter on 200 pictures of a style it never saw, against training from nothing.
 
-    python benchmarks/fine_tuning.py [--out runs/fine-tuning] [--steps 300] [--model starter]
+    python benchmarks/fine_tuning.py [--style paper] [--out runs/fine-tuning] [--steps 300]
+        [--model starter]
 
-The style: outlines of chalk on a dirty green board, and captions that say where each object is. The
+Two styles: ``paper``, shapes cut out of paper, a little turned, with shadows on brown cardboard;
+and ``chalk``, outlines on a dirty green board. The captions say where each object is. The
 data are made as a user's would be, a folder of images with texts beside them, and the commands are
 the README's. 100 other pictures are captioned (greedy) by the starter as it is, by the fine-tuned
 one, and by a model of the same size trained on the same pictures from random weights, with the
@@ -22,32 +24,59 @@ from multimodal import load
 from multimodal.cli import main as multimodal
 from multimodal.eval.scenes import score_scene_captions
 from multimodal.scene_words import with_article
-from multimodal.scenes import COLOURS, Scene, region_of, sample_scene, stencil
+from multimodal.scenes import COLOURS, Scene, SceneObject, region_of, sample_scene, stencil
 
 TRAIN, TEST, SIDE = 200, 100, 128
-BOARD = (38, 74, 58)
+BOARD, CARDBOARD = (38, 74, 58), (186, 152, 110)
+SCALE = 4  # shapes are drawn larger, then made smaller
+
+
+def ground(rgb: tuple[int, int, int], deviation: float, noise: np.random.Generator) -> Image.Image:
+    """Grain of one colour, SIDE x SIDE pixels."""
+    grain = noise.normal(0, deviation, (SIDE // 4, SIDE // 4, 1)).repeat(3, 2)
+    board = Image.fromarray((np.array(rgb) + grain).clip(0, 255).astype(np.uint8))
+    return board.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def placed(item: SceneObject, shape: Image.Image, shift: int = 0) -> Image.Image:
+    """A mask of the shape at the object's place, SIDE x SIDE; shift: pixels right and down."""
+    whole = Image.new("L", (SIDE * SCALE, SIDE * SCALE))
+    corner = (
+        round(at * SIDE * SCALE) - shape.width // 2 + shift * SCALE for at in (item.x, item.y)
+    )
+    whole.paste(shape, tuple(corner))
+    return whole.reduce(SCALE)
 
 
 def chalk(scene: Scene, rng: random.Random) -> Image.Image:
     """The scene as outlines on a board, SIDE x SIDE pixels."""
-    scale = 4
     noise = np.random.default_rng(rng.randrange(2**32))
-    grain = noise.normal(0, 14, (SIDE // 4, SIDE // 4, 1)).repeat(3, 2)
-    board = Image.fromarray((np.array(BOARD) + grain).clip(0, 255).astype(np.uint8))
-    board = board.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    board = ground(BOARD, 14, noise)
     dust = Image.fromarray((255 * (noise.random((SIDE, SIDE)) < 0.82)).astype(np.uint8))
     for item in scene.objects:
-        radius = round(item.radius * SIDE * scale)
-        shape = stencil(item.shape, radius).rotate(rng.uniform(-12, 12))
-        line = ImageChops.subtract(shape, shape.filter(ImageFilter.MinFilter(4 * scale + 1)))
-        whole = Image.new("L", (SIDE * scale, SIDE * scale))
-        place = (round(item.x * SIDE * scale) - radius, round(item.y * SIDE * scale) - radius)
-        whole.paste(line, place)
+        shape = stencil(item.shape, round(item.radius * SIDE * SCALE)).rotate(rng.uniform(-12, 12))
+        line = ImageChops.subtract(shape, shape.filter(ImageFilter.MinFilter(4 * SCALE + 1)))
         light = tuple(round(0.75 * value + 0.25 * 255) for value in COLOURS[item.colour])
-        board.paste(light, (0, 0), ImageChops.darker(whole.reduce(scale), dust))
+        board.paste(light, (0, 0), ImageChops.darker(placed(item, line), dust))
     smear = ImageDraw.Draw(board)
     smear.line([(0, rng.randrange(SIDE)), (SIDE, rng.randrange(SIDE))], fill=(60, 92, 78), width=2)
     return board
+
+
+def paper(scene: Scene, rng: random.Random) -> Image.Image:
+    """The scene cut out of paper, SIDE x SIDE pixels."""
+    noise = np.random.default_rng(rng.randrange(2**32))
+    board = ground(CARDBOARD, 12, noise)
+    for item in scene.objects:
+        shape = stencil(item.shape, round(item.radius * SIDE * SCALE)).rotate(rng.uniform(-15, 15))
+        shadow = placed(item, shape, shift=4).filter(ImageFilter.GaussianBlur(2))
+        board.paste((70, 52, 34), (0, 0), shadow.point(lambda value: value * 0.6))
+        faded = tuple(round(0.8 * value + 0.2 * 200) for value in COLOURS[item.colour])
+        board.paste(ground(faded, 6, noise), (0, 0), placed(item, shape))
+    return board
+
+
+STYLES = {"paper": paper, "chalk": chalk}
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
@@ -62,13 +91,13 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return ", ".join(parts)
 
 
-def make(folder: Path, count: int, seed: int) -> dict[str, Scene]:
+def make(folder: Path, style: str, count: int, seed: int) -> dict[str, Scene]:
     """Write NAME.png and NAME.json with four captions each; the truth by NAME."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng, scenes = random.Random(f"chalk/{seed}"), {}
+    rng, scenes = random.Random(f"{style}/{seed}"), {}
     for number in range(count):
-        scene, name = sample_scene(rng), f"chalk-{seed}-{number:04d}"
-        chalk(scene, rng).save(folder / f"{name}.png")
+        scene, name = sample_scene(rng), f"{style}-{seed}-{number:04d}"
+        STYLES[style](scene, rng).save(folder / f"{name}.png")
         texts = {"captions": [caption(scene, rng) for _ in range(4)]}
         (folder / f"{name}.json").write_text(json.dumps(texts))
         scenes[name] = scene
@@ -91,13 +120,14 @@ def score(model: str, folder: Path, scenes: dict[str, Scene]) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--style", choices=STYLES, default="paper")
     parser.add_argument("--out", type=Path, default=Path("runs/fine-tuning"))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--model", default="starter")
     options = parser.parse_args()
-    out: Path = options.out
-    make(out / "pictures", TRAIN, seed=0)
-    truth = make(out / "unseen", TEST, seed=1)
+    out: Path = options.out / options.style
+    make(out / "pictures", options.style, TRAIN, seed=0)
+    truth = make(out / "unseen", options.style, TEST, seed=1)
     if not (out / "data").exists():
         run("data", "build", str(out / "pictures"), str(out / "data"), "--val-share", "0.05")
     fit = ["fit", "--config", "finetune.yaml", "--data.folders", f"[{out / 'data'}]"]
@@ -112,7 +142,17 @@ def main() -> None:
         "from nothing": str(out / "from-nothing" / "model"),
     }
     figures = {name: score(model, out / "unseen", truth) for name, model in models.items()}
-    print(json.dumps({"pictures": TRAIN, "unseen": TEST, "steps": options.steps, **figures}))
+    print(
+        json.dumps(
+            {
+                "style": options.style,
+                "pictures": TRAIN,
+                "unseen": TEST,
+                "steps": options.steps,
+                **figures,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

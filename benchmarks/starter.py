@@ -29,13 +29,13 @@ from tqdm import tqdm
 
 from multimodal import load
 from multimodal.drawing import decode_images, draw_codes
-from multimodal.embedding import embed_pixels, embed_texts
+from multimodal.embedding import embed_codes, embed_texts
 from multimodal.eval.answering import score_answers
-from multimodal.eval.captioning import score_captions
+from multimodal.eval.captioning import normalise, score_captions
 from multimodal.eval.drawings import objects_asked, score_scene_drawings
 from multimodal.eval.retrieval import score_retrieval
 from multimodal.eval.scenes import score_scene_captions
-from multimodal.generation import answer_pixels, caption_pixels, encode_images, read_images
+from multimodal.generation import answer_codes, caption_codes, encode_images, read_images
 from multimodal.images import grid_of, to_image
 from multimodal.model import Multimodal
 from multimodal.scenes import Scene
@@ -54,17 +54,21 @@ def first(folder: Path, split: str = "val") -> list[Sample]:
     return list(islice(Shards(folder, split), 200))
 
 
-def pixels_of(model: Multimodal, samples: list[Sample]) -> Tensor:
-    return read_images(model, [sample.image for sample in samples], [s.key for s in samples])
+def codes_of(model: Multimodal, samples: list[Sample]) -> Tensor:
+    images, keys = [sample.image for sample in samples], [sample.key for sample in samples]
+    return encode_images(model, read_images(model, images, keys))
 
 
 def photos(model: Multimodal, folder: Path) -> dict[str, float]:
     samples = list(Shards(folder, "val"))
     said: dict[str, str] = {}
     for batch in batches(samples, "photos"):
-        captions = caption_pixels(model, pixels_of(model, batch))
+        captions = caption_codes(model, codes_of(model, batch))
         said |= zip((s.key for s in batch), captions, strict=True)
-    scores = score_captions(said, {s.key: s.record["captions"] for s in samples})
+    # Lower case and no punctuation, as the figures before these; COCO's tokens differ little.
+    truth = {s.key: [normalise(text) for text in s.record["captions"]] for s in samples}
+    plain = {key: normalise(text) for key, text in said.items()}
+    scores = score_captions(plain, truth, tokenize=False)
     return {"n": len(samples), "CIDEr": scores["CIDEr"], "Bleu_4": scores["Bleu_4"],
             "distinct": len(set(said.values())), **search(model, samples)}  # fmt: skip
 
@@ -72,7 +76,7 @@ def photos(model: Multimodal, folder: Path) -> dict[str, float]:
 def search(model: Multimodal, samples: list[Sample]) -> dict[str, float]:
     images, texts, owners = [], [], []
     for batch in batches(samples, "search"):
-        images.append(embed_pixels(model, pixels_of(model, batch)))
+        images.append(embed_codes(model, codes_of(model, batch)))
         captions = [str(text) for s in batch for text in s.record["captions"]]
         texts.append(embed_texts(model, captions))
     for number, sample in enumerate(samples):
@@ -83,10 +87,10 @@ def search(model: Multimodal, samples: list[Sample]) -> dict[str, float]:
 def answers(model: Multimodal, samples: list[Sample]) -> dict[str, float]:
     pairs = []
     for batch in batches(samples, "questions"):
-        pixels = pixels_of(model, batch)
+        codes = codes_of(model, batch)
         rows = [n for n, s in enumerate(batch) for _ in s.record["qa"]]
         asked, expected = zip(*(pair for s in batch for pair in s.record["qa"]), strict=True)
-        pairs += zip(expected, answer_pixels(model, pixels[rows], asked, 8), strict=True)
+        pairs += zip(expected, answer_codes(model, codes[rows], asked, 8), strict=True)
     return score_answers(pairs)
 
 
@@ -94,7 +98,7 @@ def scene_captions(model: Multimodal, folder: Path, split: str) -> dict[str, flo
     samples = first(folder, split)
     said: dict[str, str] = {}
     for batch in batches(samples, f"scenes {split}"):
-        captions = caption_pixels(model, pixels_of(model, batch))
+        captions = caption_codes(model, codes_of(model, batch))
         said |= zip((s.key for s in batch), captions, strict=True)
     truth = {s.key: Scene.from_json(s.record["scene"]) for s in samples}
     return score_scene_captions(said, truth)
@@ -119,7 +123,7 @@ def scene_drawings(model: Multimodal, folder: Path, pictures: Path | None) -> di
             (pictures / "prompts.txt").write_text("\n".join(prompts[:40]) + "\n")
 
     # The true pictures after encoding and decoding: what no drawing can be better than.
-    score("reconstructed", encode_images(model, pixels_of(model, samples)))
+    score("reconstructed", codes_of(model, samples))
     for method, candidates in (("masked", 1), ("causal", 1), ("causal", MANY)):
         name = method if candidates == 1 else f"{method}, best of {candidates}"
         size, codes = BATCH // candidates, []

@@ -1,14 +1,29 @@
-"""Caption metrics: CIDEr and BLEU by pycocoevalcap, without its Java tokenizer.
+"""Caption metrics: CIDEr, BLEU and ROUGE-L by pycocoevalcap, without its Java tokenizer.
 
-CIDEr: Vedantam et al. 2015 (arXiv:1411.5726); BLEU: Papineni et al. 2002.
+CIDEr: Vedantam et al. 2015 (arXiv:1411.5726); BLEU: Papineni et al. 2002; ROUGE-L: Lin 2004. METEOR
+and SPICE need Java and are left out.
 """
 
 import contextlib
 import io
 import re
 import string
+from typing import Any
 
 PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]")
+# The tokens of the Penn Treebank, as Stanford's tokenizer makes them of captions in lower case.
+_TOKENS = re.compile(
+    r"""
+    \.\.\. | --+
+    | [a-z]+(?=n't\b) | n't\b | '(?:s|m|d|ll|re|ve)\b  # don't: do n't; dog's: dog 's
+    | \d+(?:[.,:]\d+)*(?:-?[a-z]+)*                    # 1,000; 3:30; 2nd
+    | (?:[a-z]\.){2,}                                  # u.s.
+    | \w+(?:[-&/_.@]\w+)*                              # snow-packed, black/white
+    | \S
+    """,
+    re.VERBOSE,
+)
+_DROPPED = frozenset("'' ' `` ` \" ( ) { } [ ] . ? ! , : - -- ... ;".split())
 
 
 def normalise(text: str) -> str:
@@ -16,29 +31,56 @@ def normalise(text: str) -> str:
     return " ".join(PUNCTUATION.sub("", text.lower()).split())
 
 
+def ptb_tokenize(text: str) -> str:
+    """Lower case, tokens of the Penn Treebank between single spaces, without punctuation.
+
+    What COCO's evaluation does with Java (PTBTokenizer); the same on all 757 captions of its test.
+    """
+    return " ".join(token for token in _TOKENS.findall(text.lower()) if token not in _DROPPED)
+
+
 def score_captions(
     predictions: dict[str, str], references: dict[str, list[str]], tokenize: bool = True
-) -> dict[str, float]:
-    """Corpus CIDEr (1.0 is the scale of the paper's 100 %) and Bleu_1 to Bleu_4.
+) -> dict[str, Any]:
+    """Corpus scores by their names in COCO's evaluation, and the same of every image.
 
     Args:
-        predictions: one caption an image; references: all true captions of the same images.
-        tokenize: ``normalise`` both sides first; ``False`` if they are tokenized.
-    Errors: ``ValueError`` where the keys differ, or there is nothing to score.
+        predictions: one caption an image, which may be empty; references: all true captions of the
+            same images, at least one each.
+        tokenize: ``ptb_tokenize`` both sides first; ``False`` if they are tokenized.
+    Returns: ``CIDEr`` (1.0 is the scale of the paper's 100 %), ``Bleu_1`` to ``Bleu_4``,
+        ``ROUGE_L``: floats; ``per_image``: those by image, of BLEU smoothed as pycocoevalcap does.
+    Errors: ``ValueError`` where the keys differ, an image has no reference, or there is nothing to
+        score.
     """
     if set(predictions) != set(references):
         missing = sorted(set(references) ^ set(predictions))[:5]
         raise ValueError(f"predictions and references differ in their images: {missing} ...")
     if not predictions:
         raise ValueError("no captions to score")
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-
-    ready = normalise if tokenize else str
+    if empty := [key for key, texts in references.items() if not texts]:
+        raise ValueError(f"no reference for {empty[0]}, and {len(empty) - 1} more")
+    ready = ptb_tokenize if tokenize else str
     keys = sorted(predictions)
     truths = {key: [ready(text) for text in references[key]] for key in keys}
     guesses = {key: [ready(predictions[key])] for key in keys}
-    scores = {"CIDEr": float(Cider().compute_score(truths, guesses)[0])}
+    if not any(text.split() for texts in truths.values() for text in texts):
+        raise ValueError("no reference has a word")
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
     with contextlib.redirect_stdout(io.StringIO()):
-        bleu, _ = Bleu(4).compute_score(truths, guesses)
-    return scores | {f"Bleu_{i + 1}": float(value) for i, value in enumerate(bleu)}
+        bleu, bleus = Bleu(4).compute_score(truths, guesses)
+    cider, ciders = Cider().compute_score(truths, guesses)
+    rouge, rouges = Rouge().compute_score(truths, guesses)
+    names = ("CIDEr", *(f"Bleu_{n}" for n in (1, 2, 3, 4)), "ROUGE_L")
+    corpus = zip(names, (cider, *bleu, rouge), strict=True)
+    images = zip(keys, zip(ciders, *bleus, rouges, strict=True), strict=True)
+    return {
+        **{name: float(score) for name, score in corpus},
+        "per_image": {
+            key: {name: float(score) for name, score in zip(names, scores, strict=True)}
+            for key, scores in images
+        },
+    }

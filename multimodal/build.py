@@ -10,28 +10,27 @@ import io
 import json
 import re
 import shutil
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 from PIL import Image
 
+from multimodal.duplicates import Fingerprint, Seen, fingerprint
 from multimodal.images import Fit, fit_image, open_image, orientation, read_image_file
+from multimodal.parallel import in_order
+from multimodal.records import Found, Rejected
 from multimodal.shards import MANIFEST, index_shard, write_manifest
-from multimodal.sources import Found, Rejected, read_source
+from multimodal.sources import read_source
 
 REJECTED = "rejected.jsonl"
 STAGING = ".building"
 _SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 _OWN_FILE = re.compile(r"[a-z]+-\d{4,}\.(tar|index\.json)")
-
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ class _Ready:
 
     found: Found
     members: dict[str, bytes]
+    fingerprint: Fingerprint | None = None
 
 
 def build(
@@ -66,6 +66,9 @@ def build(
     image_column: str | None = None,
     text_column: str | None = None,
     need_text: bool = True,
+    images: str | Path | None = None,
+    answers: str | Path | None = None,
+    drop_copies: Literal["", "exact", "near"] = "",
     overwrite: bool = False,
     workers: int = 1,
     progress: Callable[[Iterable[Found | Rejected]], Iterable[Found | Rejected]] = iter,
@@ -82,7 +85,10 @@ def build(
             moves none. What a source of shards already calls ``val`` or ``test`` stays that.
         quality: of JPEG, where an image has to be encoded again; from a PNG it stays a PNG.
         image_column, text_column: of a table; guessed if not given.
+        images, answers: of tables and annotations, see ``read_source``.
         need_text: whether to reject images without captions, questions or label.
+        drop_copies: reject an image whose pixels are those of another of the source (``exact``), or
+            nearly (``near``, for photos: see multimodal/duplicates.py); the first is kept.
         overwrite: replace what an earlier build left in ``out``, and nothing else.
         workers: threads that decode; the result does not depend on it.
         progress: wraps the stream of samples (``tqdm``, for instance).
@@ -105,10 +111,30 @@ def build(
         text_column=text_column,
         need_text=need_text,
         outside=out.resolve(),
+        images=None if images is None else Path(images),
+        answers=None if answers is None else Path(answers),
     )
 
     def prepare(item: Found | Rejected) -> _Ready | Rejected:
-        return item if isinstance(item, Rejected) else _prepare(item, image_size, fit, quality)
+        if isinstance(item, Rejected):
+            return item
+        ready = _prepare(item, image_size, fit, quality)
+        if drop_copies and isinstance(ready, _Ready):
+            data = next(data for kind, data in ready.members.items() if kind != "json")
+            return replace(ready, fingerprint=fingerprint(data, item.name))
+        return ready
+
+    seen, names = Seen(), list[str]()
+
+    def copy_of(ready: _Ready) -> Rejected | None:
+        if ready.fingerprint is None:
+            return None
+        names.append(ready.found.name)
+        copy = seen.add(ready.fingerprint, near=drop_copies == "near")
+        if copy is None:
+            return None
+        detail = f"{copy.kind} copy ({copy.alike:.3f}) of {names[copy.first]}"
+        return Rejected(ready.found.name, "copy", detail)
 
     try:
         with ExitStack() as stack:
@@ -116,9 +142,12 @@ def build(
             writer = stack.enter_context(_Writer(staging, shard_size))
             reasons: Counter[str] = Counter()
             found = 0
-            for item in _in_order(prepare, progress(items), workers):
+            for item in in_order(prepare, progress(items), workers):
                 found += 1
-                no = item if isinstance(item, Rejected) else writer.write(item, val_share)
+                if isinstance(item, Rejected):
+                    no: Rejected | None = item
+                else:
+                    no = copy_of(item) or writer.write(item, val_share)
                 if no is not None:
                     reasons[no.reason] += 1
                     line = {"sample": no.name, "reason": no.reason, "detail": no.detail}
@@ -133,6 +162,7 @@ def build(
                 fit=fit,
                 quality=quality,
                 val_share=val_share,
+                drop_copies=drop_copies,
                 rejected=found - kept,
             )
             _move(staging, out)
@@ -201,31 +231,12 @@ def _move(staging: Path, out: Path) -> None:
         path.replace(out / path.name)
 
 
-def _in_order(function: Callable[[In], Out], items: Iterable[In], workers: int) -> Iterator[Out]:
-    """``map`` over threads (Pillow decodes outside the GIL), with a bounded number in flight."""
-    if workers == 1:
-        yield from map(function, items)
-        return
-    pending: deque[Future[Out]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) >= 4 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
 def _prepare(found: Found, image_size: int | None, fit: Fit, quality: int) -> _Ready | Rejected:
     try:
         record = json.dumps(
             found.record, ensure_ascii=False, allow_nan=False, separators=(",", ":")
         ).encode("utf-8")
-    except (ValueError, RecursionError) as error:  # a lone surrogate, or not a number
+    except (ValueError, TypeError, RecursionError) as error:  # a lone surrogate, a date, ...
         return Rejected(found.name, "unreadable text", str(error))
     try:
         data = read_image_file(found.image) if isinstance(found.image, Path) else found.image

@@ -25,7 +25,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "embed": ("multimodal.commands.embed", "turn images or texts into vectors"),
     "search": ("multimodal.commands.search", "find the images that fit a text or an image"),
     "data": ("multimodal.commands.data", "build, index and check shards of images and text"),
-    "tokenizer": ("multimodal.commands.tokenizer", "train a text tokenizer (an image one: fit)"),
+    "tokenizer": ("multimodal.commands.tokenizer", "train a text tokenizer, import a released one"),
+    "tokenizer compare": ("multimodal.eval.compare", "measure image tokenizers side by side"),
     "fit": ("multimodal.train.cli", "train, from a recipe"),
     "validate": ("multimodal.train.cli", "measure a training checkpoint on validation data"),
     "test": ("multimodal.train.cli", "measure a training checkpoint on test data"),
@@ -41,7 +42,7 @@ READER_GONE = 141
 
 
 def help_text() -> str:
-    verbs = "\n".join(f"  {verb:<10} {about}" for verb, (_, about) in VERBS.items())
+    verbs = "\n".join(f"  {verb:<17} {about}" for verb, (_, about) in VERBS.items())
     return f"""\
 usage: multimodal VERB [options]
        multimodal VERB --help
@@ -108,6 +109,8 @@ def _run(verb: str, rest: list[str]) -> int:
     if verb not in VERBS:
         print_error(_wrong_verb(verb))
         return 2
+    if rest and f"{verb} {rest[0]}" in VERBS:
+        verb, rest = f"{verb} {rest[0]}", rest[1:]
     module_name, _ = VERBS[verb]
     if module_name == "multimodal.train.cli":  # one Lightning CLI serves four verbs
         rest = [verb, *rest]

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 @torch.inference_mode()
-def embed_pixels(model: "Multimodal", pixels: Tensor) -> Tensor:
-    """float32[B, 3, H, W] in [-1, 1] -> float32[B, D] of unit norm, on the CPU"""
-    codes = encode_images(model, pixels) + model.vocabulary.image_start
-    prompts = [describe_prompt(model.vocabulary, row) for row in codes.tolist()]
+def embed_codes(model: "Multimodal", codes: Tensor) -> Tensor:
+    """codes: int64[B, n] -> float32[B, D] of unit norm, on the CPU"""
+    images = (codes + model.vocabulary.image_start).tolist()
+    prompts = [describe_prompt(model.vocabulary, row) for row in images]
     return model.alignment.embed_image(Batch(model, prompts, 0).hidden).cpu()
 
 
@@ -107,7 +107,7 @@ def embed_files(
             except ValueError as error:
                 found[i] = error
         if pixels:
-            rows = embed_pixels(model, torch.cat(pixels))
+            rows = embed_codes(model, encode_images(model, torch.cat(pixels)))
             for (i, key), row in zip(missing, rows, strict=True):
                 found[i] = row
                 if cache is not None:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from multimodal.folder import find, load, read_config, save
 from multimodal.model import Multimodal
-from multimodal.tokenizers.image import ViTTokenizer, load_image_tokenizer
+from multimodal.tokenizers.image import VQTokenizer, load_image_tokenizer
 from multimodal.vocabulary import SPECIALS, Vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,9 +76,13 @@ def export_model(
         _copy(source, folder, "README.md", "LICENSE")
 
 
-def _same_codes(one: ViTTokenizer, other: ViTTokenizer) -> bool:
+def _same_codes(one: VQTokenizer, other: VQTokenizer) -> bool:
     """Whether all that makes codes of images, preprocessing included, is equal."""
-    if replace(one.config, decoder_depth=1) != replace(other.config, decoder_depth=1):
+    configs = [
+        replace(config, autoencoder={**config.autoencoder, "decoder_depth": None})
+        for config in (one.config, other.config)
+    ]
+    if configs[0] != configs[1]:
         return False
     mine, theirs = one.state_dict(), other.state_dict()
     names = [name for name in mine if not name.startswith("decoder.")]

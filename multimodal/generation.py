@@ -192,7 +192,8 @@ def caption(
         batch = images[start : start + batch_size]
         numbers = range(start, start + len(batch))
         pixels = read_images(model, batch, [name_of(images[number], number) for number in numbers])
-        captions += caption_pixels(model, pixels, max_tokens, sampling, numbers)
+        codes = encode_images(model, pixels)
+        captions += caption_codes(model, codes, max_tokens, sampling, numbers)
     return captions
 
 
@@ -201,45 +202,46 @@ def name_of(image: object, number: int) -> str:
     return str(image) if isinstance(image, str | Path) else f"image {number}"
 
 
-def caption_pixels(
+def caption_codes(
     model: "Multimodal",
-    pixels: Tensor,
+    codes: Tensor,
     max_tokens: int = 64,
     sampling: Sampling = GREEDY,
     numbers: SequenceOf[int] | None = None,
 ) -> list[str]:
-    """float32[B, 3, H, W] in [-1, 1] -> B captions"""
-    return text_after(model, pixels, [""] * len(pixels), max_tokens, sampling, numbers)
+    """codes: int64[B, n] -> B captions"""
+    return text_after(model, codes, [""] * len(codes), max_tokens, sampling, numbers)
 
 
-def answer_pixels(
+def answer_codes(
     model: "Multimodal",
-    pixels: Tensor,
+    codes: Tensor,
     questions: SequenceOf[str],
     max_tokens: int = 32,
     sampling: Sampling = GREEDY,
 ) -> list[str]:
-    """float32[B, 3, H, W] in [-1, 1], B questions -> B answers"""
+    """codes: int64[B, n], B questions -> B answers"""
     prompts = [model.config.templates.ask(question) for question in questions]
-    return text_after(model, pixels, prompts, max_tokens, sampling)
+    return text_after(model, codes, prompts, max_tokens, sampling)
 
 
 @torch.inference_mode()
 def text_after(
     model: "Multimodal",
-    pixels: Tensor,
+    codes: Tensor,
     prompts: SequenceOf[str],
     max_tokens: int,
     sampling: Sampling = GREEDY,
     numbers: SequenceOf[int] | None = None,
 ) -> list[str]:
-    """float32[B, 3, H, W] in [-1, 1], B texts to follow the images -> B texts that go on"""
-    if not len(pixels):
+    """codes: int64[B, n], B texts to follow the images -> B texts that go on"""
+    if not len(codes):
         return []
-    codes = encode_images(model, pixels) + model.vocabulary.image_start
     ids = [
         describe_prompt(model.vocabulary, row) + model.text_tokenizer.encode(prompt)
-        for row, prompt in zip(codes.tolist(), prompts, strict=True)
+        for row, prompt in zip(
+            (codes + model.vocabulary.image_start).tolist(), prompts, strict=True
+        )
     ]
     texts = continue_text(model, ids, max_tokens, sampling, numbers)
     return [model.text_tokenizer.decode(text).strip() for text in texts]

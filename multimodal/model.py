@@ -18,7 +18,7 @@ from multimodal.objectives import Alignment, ObjectivesConfig, token_losses
 from multimodal.sampling import Sampling
 from multimodal.sequences import NO_LOSS, Packed, Sequence, answer, describe, draw, random_mask
 from multimodal.templates import Templates
-from multimodal.tokenizers.image import ViTTokenizer
+from multimodal.tokenizers.image import VQTokenizer
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.transformer import Transformer, TransformerConfig, named_config
 from multimodal.vocabulary import Vocabulary
@@ -53,7 +53,7 @@ class Multimodal(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, text_tokenizer: TextTokenizer, image_tokenizer: ViTTokenizer
+        self, config: ModelConfig, text_tokenizer: TextTokenizer, image_tokenizer: VQTokenizer
     ) -> None:
         super().__init__()
         self.config, self.vocabulary = config, config.vocabulary
@@ -80,7 +80,7 @@ class Multimodal(nn.Module):
         cls,
         size: str,
         text_tokenizer: TextTokenizer,
-        image_tokenizer: ViTTokenizer,
+        image_tokenizer: VQTokenizer,
         objectives: ObjectivesConfig | None = None,
     ) -> "Multimodal":
         """Random weights of a named size; code embeddings start from what the codes look like."""
@@ -253,18 +253,18 @@ class Multimodal(nn.Module):
         seed: int = 0,
     ) -> str:
         """The answer to a question about an image."""
-        from multimodal.generation import answer_pixels, read_images
+        from multimodal.generation import answer_codes, encode_images, read_images
 
         sampling = Sampling(temperature, top_k, top_p, seed)
-        pixels = read_images(self, [image])
-        return answer_pixels(self, pixels, [question], max_tokens, sampling)[0]
+        codes = encode_images(self, read_images(self, [image]))
+        return answer_codes(self, codes, [question], max_tokens, sampling)[0]
 
     def draw(
         self,
         text: str,
         n: int = 1,
         *,
-        method: Literal["masked", "causal"] = "masked",
+        method: Literal["masked", "causal"] = "causal",
         steps: int = 12,
         guidance_scale: float = 3.0,
         candidates: int = 1,
@@ -321,8 +321,8 @@ class Multimodal(nn.Module):
 
         The product of an image's row and a text's says how well they fit, in [-1, 1].
         """
-        from multimodal.embedding import embed_pixels, embed_texts
-        from multimodal.generation import read_images
+        from multimodal.embedding import embed_codes, embed_texts
+        from multimodal.generation import encode_images, read_images
 
         if (images is None) == (texts is None):
             raise ValueError("embed: give images or texts, one of the two")
@@ -332,7 +332,7 @@ class Multimodal(nn.Module):
         if images is not None:
             for start in range(0, len(images), batch_size):
                 pixels = read_images(self, images[start : start + batch_size])
-                rows.append(embed_pixels(self, pixels))
+                rows.append(embed_codes(self, encode_images(self, pixels)))
         if texts is not None:
             for start in range(0, len(texts), batch_size):
                 rows.append(embed_texts(self, texts[start : start + batch_size]))

@@ -10,7 +10,6 @@ one might draw an edge differently.
 import io
 import json
 import random
-import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from multimodal.scene_language import captions, questions
 from multimodal.scenes import HELD_OUT, render, sample_scene
-from multimodal.shards import index_shard, write_manifest
+from multimodal.shards import index_shard, write_manifest, write_tar
 
 LICENSE = "CC0-1.0"
 
@@ -46,15 +45,6 @@ def make_sample(
     render(scene, size).save(picture, "png", compress_level=9, compress_type=zlib.Z_RLE)
     text = json.dumps(record, separators=(",", ":"))
     return f"scene-{split}-{seed}-{number:07d}", {"png": picture.getvalue(), "json": text.encode()}
-
-
-def _write_tar(path: Path, samples: Iterator[tuple[str, dict[str, bytes]]]) -> None:
-    with tarfile.open(path, "w:", format=tarfile.USTAR_FORMAT) as tar:
-        for key, members in samples:
-            for suffix, data in members.items():
-                info = tarfile.TarInfo(f"{key}.{suffix}")  # time 0, nobody's
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
 
 
 def write_scenes(
@@ -95,7 +85,7 @@ def write_scenes(
         for split, total in splits.items():
             for shard, start in enumerate(range(0, total, shard_size)):
                 path = out / f"{split}-{shard:04d}.tar"
-                _write_tar(path, samples(split, range(start, min(start + shard_size, total))))
+                write_tar(path, samples(split, range(start, min(start + shard_size, total))))
                 entries.append(index_shard(path))
     write_manifest(
         out,

@@ -7,20 +7,27 @@ member, the offset and size of its bytes in the tar). See ``docs/formats.md``.
 """
 
 import hashlib
+import io
 import json
+import math
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MANIFEST = "manifest.json"
 FORMAT = "multimodal-shards"
 VERSION = 1
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIXES = ("json", "txt")
+CODES = "codes.npy"  # in the place of an image: see multimodal/pretokenise.py
 # Nothing here unpickles, but webdataset's decoder does: these members can run code elsewhere.
 PICKLE_SUFFIXES = ("pkl", "pickle", "pyd", "pt", "pth", "joblib")
 # Tar writers pad to 10 KiB; a preallocated file that was never filled ends in more.
@@ -46,6 +53,31 @@ class Sample:
             if suffix in self.members:
                 return self.members[suffix]
         raise ValueError(f"sample {self.key} has no image: members are {sorted(self.members)}")
+
+    @property
+    def codes(self) -> "NDArray[np.int64]":
+        """int64[A, h, w]: A encodings of the image, in shards that hold codes."""
+        import numpy as np
+
+        if CODES not in self.members:
+            raise ValueError(f"sample {self.key} has no codes: members are {sorted(self.members)}")
+        data = self.members[CODES]
+        try:
+            file = io.BytesIO(data)
+            np.lib.format.read_magic(file)
+            shape, _, kind = np.lib.format.read_array_header_1_0(file)
+            if math.prod(shape) * kind.itemsize != len(data) - file.tell():
+                raise ValueError("its size is not the one it names")  # before memory is asked for
+            codes = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        except Exception as error:  # of a damaged header numpy raises almost anything
+            raise ValueError(f"sample {self.key}: its codes are not readable ({error})") from error
+        if codes.ndim != 3 or not len(codes) or codes.dtype.kind != "u":
+            raise ValueError(
+                f"sample {self.key}: codes of shape {codes.shape} and type {codes.dtype}, "
+                "expected unsigned [A, h, w]"
+            )
+        found: NDArray[np.int64] = codes.astype(np.int64)
+        return found
 
     @property
     def record(self) -> dict[str, Any]:
@@ -176,6 +208,16 @@ def index_shard(shard: Path) -> dict[str, Any]:
     }
 
 
+def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+    """Write (key, members) of every sample: the same samples, the same bytes."""
+    with tarfile.open(path, "w:", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples:
+            for suffix, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")  # time 0, nobody's
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
 def write_manifest(folder: Path, shards: list[dict[str, Any]], **about: object) -> None:
     """Write ``manifest.json``; ``about`` records how the shards were made."""
     shards = sorted(shards, key=lambda entry: str(entry["name"]))
@@ -231,6 +273,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def splits_of(folder: str | Path) -> list[str]:
+    """The splits of a shard folder, by name."""
+    return sorted({str(entry["split"]) for entry in read_manifest(Path(folder))["shards"]})
+
+
 def read_index(shard: Path) -> list[dict[str, Any]]:
     """The samples of a shard as its index lists them; ``DamagedShard`` if it is not readable."""
     path = index_path(shard)
@@ -258,16 +305,25 @@ class Shards:
     Args:
         folder: a folder with ``manifest.json``.
         split: which split; ``None`` means all of them.
+        only: of these, the one shard of this name.
+    ``encoding``: how its codes came about (multimodal/pretokenise.py), None where there are images.
     Errors: ``ValueError`` for a folder or split that is not there, ``DamagedShard`` for damage.
     """
 
-    def __init__(self, folder: str | Path, split: str | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, split: str | None = None, only: str | None = None
+    ) -> None:
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
+        self.encoding: dict[str, Any] | None = manifest.get("image_tokenizer")
         splits = sorted({str(s["split"]) for s in manifest["shards"]})
         if split is not None and split not in splits:
             raise ValueError(f"{folder}: no split {split!r}; it has {', '.join(splits)}")
-        self._entries = [s for s in manifest["shards"] if split in (None, s["split"])]
+        self._entries = [
+            s
+            for s in manifest["shards"]
+            if split in (None, s["split"]) and only in (None, s["name"])
+        ]
         self._verified: set[str] = set()
         self._samples: list[tuple[int, str, dict[str, list[int]]]] = []
         for number, entry in enumerate(self._entries):

@@ -39,19 +39,20 @@ def tiny_model() -> "Callable[..., Multimodal]":
 
     from multimodal.model import ModelConfig, Multimodal
     from multimodal.objectives import ObjectivesConfig
-    from multimodal.tokenizers.image import ImageTokenizerConfig, ViTTokenizer
+    from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
     from multimodal.tokenizers.text import TextTokenizer
     from multimodal.transformer import Transformer
 
     text_tokenizer = TextTokenizer.train(SENTENCES * 4, 300)
     quantizer = {"name": "fsq", "levels": [4, 4, 4]}
-    images = ImageTokenizerConfig(32, "squash", 8, 32, 1, 1, 2, quantizer)
+    vit = {"name": "vit", "dim": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2}
+    images = ImageTokenizerConfig(32, "squash", 8, vit, quantizer)
 
     def make(seed: int = 0, noise: float = 0.0, tied: bool = True, **objectives: Any) -> Multimodal:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             goals = ObjectivesConfig(**{"alignment_dim": 32, **objectives})
-            model = Multimodal.new("tiny", text_tokenizer, ViTTokenizer(images), goals)
+            model = Multimodal.new("tiny", text_tokenizer, VQTokenizer(images), goals)
             if not tied:
                 sizes = dataclasses.replace(model.config.transformer, tie_word_embeddings=False)
                 config: ModelConfig = dataclasses.replace(model.config, transformer=sizes)

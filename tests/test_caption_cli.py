@@ -17,7 +17,7 @@ from PIL import Image
 import multimodal
 from multimodal.cli import main
 from multimodal.commands.caption import line
-from multimodal.eval.captioning import normalise, score_captions
+from multimodal.eval.captioning import normalise, ptb_tokenize, score_captions
 from multimodal.model import Multimodal
 
 
@@ -339,6 +339,34 @@ def test_scores_need_the_same_images() -> None:
         score_captions({"a": "x", "d": "y"}, TRUTHS)
     with pytest.raises(ValueError, match="no captions to score"):
         score_captions({}, {})
+
+
+def test_empty_and_foreign_captions_are_scored_not_refused() -> None:
+    truths = {"x": ["a cat"], "y": ["a dog", "a dog"], "z": ["漢字 の 猫"]}
+    scores = score_captions({"x": "", "y": "a dog", "z": "漢字 の 猫"}, truths)
+    images = scores["per_image"]
+    assert images["x"]["CIDEr"] == images["x"]["ROUGE_L"] == 0
+    assert images["y"]["ROUGE_L"] == images["z"]["ROUGE_L"] == pytest.approx(1)
+    assert scores["ROUGE_L"] == pytest.approx(2 / 3)
+    assert scores["CIDEr"] == pytest.approx(sum(i["CIDEr"] for i in images.values()) / 3)
+    with pytest.raises(ValueError, match="no reference has a word"):
+        score_captions({"x": "a cat"}, {"x": ["..."]})
+    with pytest.raises(ValueError, match="no reference for x"):
+        score_captions({"x": "a cat"}, {"x": []})
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("A Man skis in open snow-packed field.", "a man skis in open snow-packed field"),
+        ("The dog's toy isn't here, it's there!", "the dog 's toy is n't here it 's there"),
+        ('He said: "go" (now) -- or...', "he said go now or"),
+        ("At 3:30 the 2nd of 1,000 runs", "at 3:30 the 2nd of 1,000 runs"),
+        ("black/white; R&B", "black/white r&b"),
+    ],
+)
+def test_tokens_are_those_of_the_penn_treebank(text: str, tokens: str) -> None:
+    assert ptb_tokenize(text) == tokens
 
 
 def test_normalise() -> None:

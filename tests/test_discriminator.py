@@ -62,7 +62,26 @@ def test_it_learns_to_tell_and_what_it_likes_is_sharp() -> None:
     assert roughness[1] > roughness[0]
 
 
-def test_it_is_only_for_a_decoder_whose_codes_are_there() -> None:
-    config = ImageTokenizerConfig(image_size=16, downsample=8, dim=32, heads=2)
-    with pytest.raises(ValueError, match="decoder_only"):
-        ImageTokenizerModule(config, discriminator_weight=0.1)
+def test_fooling_weighs_as_much_as_the_pixels_at_the_last_layer() -> None:
+    torch.manual_seed(0)
+    vit = {"name": "vit", "dim": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2}
+    config = ImageTokenizerConfig(image_size=32, downsample=8, autoencoder=vit)
+    module = ImageTokenizerModule(config, perceptual_weight=0.5, discriminator_weight=1.0)
+    parts, _ = module.losses(squares(4, 0), None, judged=True)
+    last = module.tokenizer.decoder.last_layer
+    pixels = parts["mse"] + parts["l1"] + 0.5 * parts["perceptual"]
+    (expected,) = torch.autograd.grad(pixels, last, retain_graph=True)
+    (whole,) = torch.autograd.grad(module.total(parts), last, retain_graph=True)
+    torch.testing.assert_close((whole - expected).norm(), expected.norm(), rtol=1e-3, atol=0)
+    (direction,) = torch.autograd.grad(parts["fool"], last)
+    cosine = torch.cosine_similarity((whole - expected).flatten(), direction.flatten(), dim=0)
+    assert cosine > 0.999
+    unjudged, _ = module.losses(squares(4, 0), None, judged=False)
+    assert not {"fool", "tell"} & set(unjudged)
+
+
+@pytest.mark.parametrize("name", ["perceptual_weight", "discriminator_weight"])
+def test_weights_below_zero_are_refused(name: str) -> None:
+    config = ImageTokenizerConfig(image_size=16, downsample=8)
+    with pytest.raises(ValueError, match=f"{name}=-1.*expected 0 or more"):
+        ImageTokenizerModule(config, **{name: -1})

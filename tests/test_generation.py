@@ -12,7 +12,7 @@ from torch import Tensor
 from multimodal.drawing import decode_images, draw_codes, spread_order
 from multimodal.generation import (
     Batch,
-    caption_pixels,
+    caption_codes,
     continue_text,
     encode_images,
     read_images,
@@ -112,7 +112,7 @@ def test_captions_do_not_depend_on_the_batch(model: Multimodal, tmp_path: Path) 
     for row in range(len(images)):
         assert (encode_images(model, pixels[row : row + 1])[0] == codes[row]).all()
     captions = model.caption(images, max_tokens=12)
-    assert captions == caption_pixels(model, pixels, 12)
+    assert captions == caption_codes(model, codes, 12)
     assert captions == [model.caption([image], max_tokens=12)[0] for image in images]
     assert captions == model.caption(images, batch_size=2, max_tokens=12)
     assert len(set(captions)) > 1

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from multimodal.tokenizers.image import ImageTokenizerConfig, ViTTokenizer, load_image_tokenizer
+from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer, load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.vocabulary import SPECIALS
 
@@ -86,19 +87,29 @@ def test_text_tokenizer_file(text_tokenizer: TextTokenizer, tmp_path: Path) -> N
 
 # --- the autoencoder --------------------------------------------------------------------------
 
-CONFIG = {"image_size": 32, "downsample": 8, "dim": 32, "encoder_depth": 2, "decoder_depth": 1,
-          "heads": 2}  # fmt: skip
-QUANTIZERS: dict[str, dict[str, Any]] = {
-    "fsq": {"name": "fsq", "levels": [7, 5, 5]},
-    "vq": {"name": "vq", "codebook_size": 64, "channels": 4},
-}
-Make = Callable[..., ViTTokenizer]
+CONFIG = {"image_size": 32, "downsample": 8,
+          "autoencoder": {"name": "vit", "dim": 32, "encoder_depth": 2, "decoder_depth": 1,
+                          "heads": 2}}  # fmt: skip
+VQGAN = {"name": "vqgan", "channels": 32, "multipliers": [1, 1, 1, 2], "depth": 1,
+         "latent_channels": 16}  # fmt: skip
+VQ = {"name": "vq", "codebook_size": 64, "channels": 4}
+KINDS: dict[str, dict[str, Any]] = {
+    "vit fsq": {"quantizer": {"name": "fsq", "levels": [7, 5, 5]}},
+    "vit vq": {"quantizer": VQ},
+    "vit vq by gradient": {"quantizer": {**VQ, "learning": "gradient"}},
+    "vit lfq": {"quantizer": {"name": "lfq", "channels": 6}},
+    "vit ibq": {"quantizer": {"name": "ibq", "codebook_size": 64, "channels": 8}},
+    "local vit": {"autoencoder": {**CONFIG["autoencoder"], "encoder_depth": 0},
+                  "quantizer": {"name": "fsq", "levels": [7, 5, 5]}},
+    "vqgan vq": {"autoencoder": VQGAN, "quantizer": {**VQ, "normalise": False}},
+}  # fmt: skip
+Make = Callable[..., VQTokenizer]
 
 
-@pytest.fixture(params=QUANTIZERS)
-def tokenizer(request: pytest.FixtureRequest) -> ViTTokenizer:
+@pytest.fixture(params=KINDS)
+def tokenizer(request: pytest.FixtureRequest) -> VQTokenizer:
     torch.manual_seed(0)
-    made = ViTTokenizer(ImageTokenizerConfig(**CONFIG, quantizer=QUANTIZERS[request.param]))
+    made = VQTokenizer(ImageTokenizerConfig(**{**CONFIG, **KINDS[request.param]}))
     made.train()(pictures(16, 32))  # statistics of the latents, and the codebook of VQ
     return made.eval()
 
@@ -109,7 +120,7 @@ def pictures(count: int, size: int, seed: int = 0) -> Tensor:
     return (2 * F.interpolate(noise, size, mode="bilinear") - 1).clamp(-1, 1)
 
 
-def test_codes_and_images_have_their_shapes_and_ranges(tokenizer: ViTTokenizer) -> None:
+def test_codes_and_images_have_their_shapes_and_ranges(tokenizer: VQTokenizer) -> None:
     codes = tokenizer.encode(pictures(3, 32))
     assert codes.shape == (3, 4, 4) and codes.dtype == torch.int64
     assert 0 <= int(codes.min()) and int(codes.max()) < tokenizer.codebook_size
@@ -122,24 +133,49 @@ def test_codes_and_images_have_their_shapes_and_ranges(tokenizer: ViTTokenizer) 
     torch.testing.assert_close(images, whole.clamp(-1, 1), atol=1e-5, rtol=1e-5)
 
 
-def test_a_picture_has_the_same_codes_alone_and_in_company(tokenizer: ViTTokenizer) -> None:
+def test_a_picture_has_the_same_codes_alone_and_in_company(tokenizer: VQTokenizer) -> None:
     images = pictures(8, 32)
     together = tokenizer.encode(images)
     alone = torch.cat([tokenizer.encode(image[None]) for image in images])
     assert (together == alone).float().mean() > 0.99  # sums of other shapes may round otherwise
 
 
-def test_another_resolution_works(tokenizer: ViTTokenizer) -> None:
+def test_another_resolution_works(tokenizer: VQTokenizer) -> None:
     images = pictures(2, 48)[:, :, :40]
     codes = tokenizer.encode(images)
     assert codes.shape == (2, 5, 6) and tokenizer.decode(codes).shape == images.shape
 
 
-def test_what_is_out_of_range_is_refused(tokenizer: ViTTokenizer) -> None:
+@pytest.mark.parametrize("depth", [0, 1])
+def test_without_attention_a_code_sees_only_what_is_near(depth: int) -> None:
+    torch.manual_seed(0)
+    options = {**CONFIG["autoencoder"], "encoder_depth": depth}
+    made = VQTokenizer(ImageTokenizerConfig(**{**CONFIG, "autoencoder": options})).train()
+    with torch.no_grad():
+        for _ in range(20):
+            made(pictures(8, 96))
+    made.eval()
+    before = pictures(4, 96)
+    after = before.clone()
+    after[..., 40:] = pictures(4, 96, seed=9)[..., 40:]
+    latents = made.encoder(before), made.encoder(after)
+    apart = (latents[0] - latents[1]).abs().amax((0, 1, 3))  # by column of the grid
+    assert (apart[4:] > 1e-3).all()
+    # 47 pixels: 23 to each side of a code's middle, so columns 0 and 1 end before pixel 40.
+    assert (apart[:2] < 1e-5).all() == (depth == 0)
+
+
+def test_what_is_out_of_range_is_refused(tokenizer: VQTokenizer) -> None:
     with pytest.raises(ValueError, match=r"images of 30 x 32 pixels: .* multiples of 8"):
         tokenizer.encode(torch.zeros(1, 3, 30, 32))
     with pytest.raises(ValueError, match=r"shape \(3, 32, 32\): expected \[B, 3, H, W\]"):
         tokenizer.encode(torch.zeros(3, 32, 32))
+    with pytest.raises(ValueError, match=r"images from 0 to 255: expected -1 to 1"):
+        tokenizer.encode(torch.arange(256.0).expand(1, 3, 8, -1).reshape(1, 3, 32, 64))
+    with pytest.raises(ValueError, match="expected -1 to 1"):
+        tokenizer.encode(torch.full((1, 3, 32, 32), torch.nan))
+    with pytest.raises(ValueError, match=r"torch.uint8: expected floating point"):
+        tokenizer.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     for bad in (-1, tokenizer.codebook_size):
         with pytest.raises(ValueError, match=f"expected 0 to {tokenizer.codebook_size - 1}"):
             tokenizer.decode(torch.full((1, 4, 4), bad))
@@ -148,18 +184,22 @@ def test_what_is_out_of_range_is_refused(tokenizer: ViTTokenizer) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"downsample": 12}, "a power of two from 4 on"),
+        ({"downsample": 12}, "a power of two from 2 on"),
         ({"image_size": 36}, "not a multiple of downsample"),
-        ({"heads": 3}, "not a multiple of heads"),
-        ({"family": "vqgan"}, "this release knows 'vit'"),
+        ({"autoencoder": {"name": "vit", "dim": 32, "heads": 3}}, "not a multiple of heads"),
+        ({"autoencoder": {"name": "unet"}}, "expected one of vit, vqgan"),
+        ({"autoencoder": {"dim": 32}}, "name is missing"),
+        ({"autoencoder": {"name": "vit", "width": 3}}, "vit: .*unexpected keyword .*width"),
+        ({"autoencoder": {"name": "vqgan"}}, "downsample=8 with 5 multipliers: expected 16"),
+        ({"quantizer": {"name": "fsq", "level": [3]}}, "fsq: .*unexpected keyword .*level"),
     ],
 )
 def test_configurations_that_cannot_be_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        ImageTokenizerConfig(**{**CONFIG, **options})
+        VQTokenizer(ImageTokenizerConfig(**{**CONFIG, **options}))
 
 
-def test_folder_round_trip(tokenizer: ViTTokenizer, tmp_path: Path) -> None:
+def test_folder_round_trip(tokenizer: VQTokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
     again = load_image_tokenizer(tmp_path)
     assert again.config == tokenizer.config and not again.training
@@ -168,19 +208,18 @@ def test_folder_round_trip(tokenizer: ViTTokenizer, tmp_path: Path) -> None:
     assert torch.equal(again.encode(images), tokenizer.encode(images))
 
 
-def test_fingerprint_is_of_weights_and_configuration(tokenizer: ViTTokenizer) -> None:
+def test_fingerprint_is_of_weights_and_configuration(tokenizer: VQTokenizer) -> None:
     before = tokenizer.fingerprint
     assert before == tokenizer.fingerprint and len(before) == 16
-    weight = tokenizer.decoder.from_vectors.weight
+    weight = next(tokenizer.decoder.parameters())
     with torch.no_grad():
-        weight[0, 0] += 1e-6
+        weight.flatten()[0] += 1e-6
         changed = tokenizer.fingerprint
-    config = ImageTokenizerConfig(**{**CONFIG, "fit": "crop"}, quantizer=tokenizer.config.quantizer)
-    tokenizer.config = config
+    tokenizer.config = replace(tokenizer.config, fit="crop")
     assert len({before, changed, tokenizer.fingerprint}) == 3
 
 
-def test_an_altered_folder_is_refused(tokenizer: ViTTokenizer, tmp_path: Path) -> None:
+def test_an_altered_folder_is_refused(tokenizer: VQTokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
     path, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
     whole, state = path.read_text(), load_file(weights)
@@ -188,7 +227,7 @@ def test_an_altered_folder_is_refused(tokenizer: ViTTokenizer, tmp_path: Path) -
     with pytest.raises(ValueError, match="weights and config do not belong together"):
         load_image_tokenizer(tmp_path)
     path.write_text(whole)
-    name = "decoder.from_vectors.bias"
+    name = min(state)
     save_file(state | {name: state[name] + 1}, weights)
     with pytest.raises(ValueError, match="weights and config do not belong together"):
         load_image_tokenizer(tmp_path)
@@ -203,7 +242,7 @@ def test_an_altered_folder_is_refused(tokenizer: ViTTokenizer, tmp_path: Path) -
         load_image_tokenizer(tmp_path)
 
 
-def test_bf16_gives_nearly_the_same_codes(tokenizer: ViTTokenizer) -> None:
+def test_bf16_gives_nearly_the_same_codes(tokenizer: VQTokenizer) -> None:
     images = pictures(64, 32, seed=5)
     exact = tokenizer.encode(images)
     with torch.autocast("cpu", torch.bfloat16):
@@ -211,7 +250,7 @@ def test_bf16_gives_nearly_the_same_codes(tokenizer: ViTTokenizer) -> None:
     assert (exact == rounded).float().mean() >= 0.9
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_tokenizer_overfits_one_batch_of_scenes(name: str) -> None:
     from multimodal.images import to_tensor
     from multimodal.scenes import render, sample_scene
@@ -219,7 +258,7 @@ def test_a_tokenizer_overfits_one_batch_of_scenes(name: str) -> None:
     torch.manual_seed(0)
     scenes = [render(sample_scene(random.Random(i)), 32) for i in range(8)]
     images = torch.stack([to_tensor(scene) for scene in scenes])
-    made = ViTTokenizer(ImageTokenizerConfig(**CONFIG, quantizer=QUANTIZERS[name]))
+    made = VQTokenizer(ImageTokenizerConfig(**{**CONFIG, **KINDS[name]}))
     optimizer = torch.optim.AdamW(made.parameters(), 3e-3)
 
     def decibels() -> float:
@@ -232,7 +271,7 @@ def test_a_tokenizer_overfits_one_batch_of_scenes(name: str) -> None:
     before = decibels()
     for _ in range(80):
         reconstruction, quantized = made(images)
-        loss = F.mse_loss(reconstruction, images) + quantized.loss
+        loss = F.mse_loss(reconstruction, images) + sum(quantized.losses.values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -22,13 +22,16 @@ from safetensors.torch import load_file
 from multimodal.cli import main
 from multimodal.folder import load
 from multimodal.tokenizers.image import load_image_tokenizer
+from multimodal.tokenizers.vq import VQ
+from multimodal.train import image_tokenizer
 from multimodal.train.cli import keep_log, recipe_names
 from multimodal.train.data import GlobalBatches, ShardData, ShardDataset, collate
 
 RECIPES = Path(__file__).parent.parent / "train" / "recipes"
 TOKENIZER: dict[str, Any] = {
-    "image_size": 16, "downsample": 8, "dim": 32, "encoder_depth": 1, "decoder_depth": 1,
-    "heads": 2, "quantizer": {"name": "fsq", "levels": [5, 5]},
+    "image_size": 16, "downsample": 8,
+    "autoencoder": {"name": "vit", "dim": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2},
+    "quantizer": {"name": "fsq", "levels": [5, 5]},
 }  # fmt: skip
 
 
@@ -186,20 +189,78 @@ def test_a_decoder_alone_learns_and_the_codes_stay(work: Path, tmp_path: Path) -
     assert changed == {"decoder"}
 
 
-def test_a_discriminator_resumes_with_the_decoder_it_judges(work: Path, tmp_path: Path) -> None:
-    start, run = ["--init_from", str(work / "tokenizer" / "model")], tmp_path / "run"
+@pytest.mark.parametrize("part", ["decoder", "all"])
+def test_a_discriminator_resumes_with_the_decoder_it_judges(
+    work: Path, tmp_path: Path, part: str
+) -> None:
+    start, run = list[str](), tmp_path / "run"
     fit = ["fit", "--config", str(work / "tokenizer.yaml"), "--trainer.max_steps", "8"]
-    fit += ["--model.init_args.decoder_only", "true"]
-    fit += ["--model.init_args.discriminator_weight", "0.1", "--output"]
+    fit += ["--model.init_args.perceptual_weight", "0.1"]
+    fit += ["--model.init_args.discriminator_weight", "0.5"]
+    if part == "decoder":
+        start = ["--init_from", str(work / "tokenizer" / "model")]
+        fit += ["--model.init_args.decoder_only", "true"]
+    else:
+        fit += ["--model.init_args.discriminator_start", "2"]
+    fit += ["--output"]
     assert main([*fit, str(tmp_path / "whole"), *start]) == 0
     kill_at(4, [*fit, str(run), *start], run)
     assert main([*fit, str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
-    for name in ("train/tell", "train/fool"):
+    for name in ("train/tell", "train/fool", "train/perceptual"):
         whole, resumed = logged(tmp_path / "whole", name), logged(run, name)
-        assert len(whole) == 8 and {s: whole[s] for s in resumed} == resumed
+        late = part == "all" and name != "train/perceptual"
+        assert list(whole) == list(range(2 if late else 0, 8))
+        assert {s: whole[s] for s in resumed} == resumed
     weights = [load_file(r / "model/model.safetensors") for r in (tmp_path / "whole", run)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_a_collapsed_codebook_raises_the_alarm(
+    work: Path,
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+    monkeypatch: pytest.MonkeyPatch,
+    collapsed: bool,
+) -> None:
+    monkeypatch.setattr(image_tokenizer, "USE_EVERY", 12)
+    quantizer = {"name": "vq", "codebook_size": 64, "channels": 4, "decay": 0.5}
+    if collapsed:  # all codes start alike, none ever moves, and none is started anew
+        monkeypatch.setattr(VQ, "_draw", lambda self, flat: flat[:1].expand(self.codebook_size, -1))
+        quantizer |= {"decay": 1.0, "dead_after": 0.0}
+    config = yaml.safe_load((work / "tokenizer.yaml").read_text())
+    config["model"]["init_args"]["tokenizer"] = {**TOKENIZER, "quantizer": quantizer}
+    config |= {"output": str(tmp_path / "run")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(tmp_path / "config.yaml")]) == 0
+    alarms = [str(w.message) for w in recwarn if "the codebook collapses" in str(w.message)]
+    assert bool(alarms) == collapsed
+    assert not collapsed or "step 11: " in alarms[0]
+    dead = logged(tmp_path / "run", "train/codebook_dead")
+    assert list(dead) == [11] and (float(dead[11]) == 63) == collapsed
+
+
+def test_averaged_weights_resume_and_are_what_is_exported(work: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((work / "tokenizer.yaml").read_text())
+    average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}
+    config["trainer"] |= {"callbacks": [average | {"init_args": {"decay": 0.9}}], "max_steps": 9}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    fit, run = ["fit", "--config", str(tmp_path / "config.yaml"), "--output"], tmp_path / "run"
+    assert main([*fit, str(tmp_path / "whole")]) == 0
+    kill_at(4, [*fit, str(run)], run)
+    assert main([*fit, str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
+    whole, resumed = logged(tmp_path / "whole"), logged(run)
+    assert {s: whole[s] for s in resumed} == resumed
+    # What the last checkpoint holds twice, the averages and what was trained, differs; the former
+    # is what is published.
+    last = torch.load(tmp_path / "whole/checkpoints/last.ckpt", weights_only=True)
+    name = "encoder.stem.0.weight"
+    average = last["state_dict"][f"tokenizer.{name}"]
+    trained = last["current_model_state"][f"tokenizer.{name}"]
+    assert not torch.equal(average, trained)
+    for folder in (tmp_path / "whole", run):
+        assert torch.equal(load_file(folder / "model/model.safetensors")[name], average)
 
 
 def test_a_model_lends_its_tokenizers(work: Path, tmp_path: Path) -> None:

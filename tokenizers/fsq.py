@@ -42,7 +42,7 @@ class FSQ(nn.Module):
             integers = bounded + (bounded.round() - bounded).detach()
             half_width = self.levels // 2
             codes = ((integers.detach() + half_width) * self.basis).sum(-1).round().long()
-            return Quantized(codes, integers / half_width, integers.new_zeros(()))
+            return Quantized(codes, integers / half_width, {}, self.codebook_size)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """codes: int64[...] -> vectors: float[..., C] in [-1, 1]."""

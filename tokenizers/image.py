@@ -1,4 +1,4 @@
-"""The one protocol of image tokenizers, and the ViT family behind it.
+"""The one protocol of image tokenizers, and how one is put together: encoder, quantizer, decoder.
 
 A tokenizer is a folder: ``config.json`` and ``model.safetensors``. Its fingerprint is a hash of
 config (preprocessing included) and weights: codes of one fingerprint mean nothing to another.
@@ -7,17 +7,21 @@ config (preprocessing included) and weights: codes of one fingerprint mean nothi
 import hashlib
 import json
 import textwrap
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from multimodal.tokenizers import vit, vqgan
 from multimodal.tokenizers.quantizer import Quantized, make_quantizer
-from multimodal.tokenizers.vit import Decoder, Encoder
+
+Fit: TypeAlias = Literal["squash", "crop", "letterbox"]
+Made = TypeVar("Made")
 
 
 class ImageTokenizer(Protocol):
@@ -33,38 +37,38 @@ class ImageTokenizer(Protocol):
     def decode(self, codes: Tensor) -> Tensor: ...
 
 
+def make_autoencoder(name: str, **options: Any) -> vit.ViT | vqgan.VQGAN:
+    """``vit`` (dim, encoder_depth, ...) or ``vqgan`` (channels, multipliers, ...)."""
+    kinds: dict[str, type[vit.ViT] | type[vqgan.VQGAN]] = {"vit": vit.ViT, "vqgan": vqgan.VQGAN}
+    if name not in kinds:
+        raise ValueError(f"autoencoder {name!r}: expected one of {', '.join(kinds)}")
+    return kinds[name](**options)
+
+
 @dataclass(frozen=True)
 class ImageTokenizerConfig:
     """Args:
     image_size: side of the square image in pixels; fit: how other images are made square.
-    downsample: pixels per code and side, a power of two from 4 on.
-    dim, encoder_depth, decoder_depth, heads: of the transformers.
+    downsample: pixels per code and side, a power of two.
+    autoencoder: its name and options, ``{"name": "vit", "dim": 256, "encoder_depth": 4}``.
     quantizer: its name and options, ``{"name": "fsq", "levels": [7, 5, 5, 5, 5]}``.
     """
 
     image_size: int = 128
-    fit: Literal["squash", "crop", "letterbox"] = "squash"
+    fit: Fit = "squash"
     downsample: int = 16
-    dim: int = 256
-    encoder_depth: int = 4
-    decoder_depth: int = 4
-    heads: int = 4
+    autoencoder: dict[str, Any] = field(default_factory=lambda: {"name": "vit"})
     quantizer: dict[str, Any] = field(
         default_factory=lambda: {"name": "fsq", "levels": [7, 5, 5, 5, 5]}
     )
-    family: str = "vit"
 
     def __post_init__(self) -> None:
-        if self.downsample < 4 or self.downsample & (self.downsample - 1):
-            raise ValueError(f"downsample={self.downsample}: expected a power of two from 4 on")
+        if self.downsample < 2 or self.downsample & (self.downsample - 1):
+            raise ValueError(f"downsample={self.downsample}: expected a power of two from 2 on")
         if self.image_size % self.downsample:
             raise ValueError(
                 f"image_size={self.image_size} is not a multiple of downsample={self.downsample}"
             )
-        if self.dim % self.heads:
-            raise ValueError(f"dim={self.dim} is not a multiple of heads={self.heads}")
-        if self.family != "vit":
-            raise ValueError(f"family={self.family!r}: this release knows 'vit'")
 
     @property
     def grid(self) -> int:
@@ -72,17 +76,18 @@ class ImageTokenizerConfig:
         return self.image_size // self.downsample
 
 
-class ViTTokenizer(nn.Module):
-    """The ViT autoencoder with its quantizer; see ``ImageTokenizer`` for the protocol."""
+class VQTokenizer(nn.Module):
+    """An autoencoder with a quantizer in its middle; see ``ImageTokenizer`` for the protocol."""
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        options = dict(config.quantizer)
-        self.quantizer = make_quantizer(options.pop("name", "?"), **options)
-        shape = (config.heads, config.downsample, config.grid, self.quantizer.channels)
-        self.encoder = Encoder(config.dim, config.encoder_depth, *shape)
-        self.decoder = Decoder(config.dim, config.decoder_depth, *shape)
+        self.quantizer = _named(make_quantizer, config.quantizer)
+        autoencoder = _named(make_autoencoder, config.autoencoder)
+        shape = (config.downsample, config.grid, self.quantizer.channels)
+        self.encoder: nn.Module
+        self.decoder: vit.Decoder | vqgan.Decoder
+        self.encoder, self.decoder = autoencoder.build(*shape)
 
     @property
     def codebook_size(self) -> int:
@@ -102,6 +107,12 @@ class ViTTokenizer(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """images: float[B, 3, H, W] in [-1, 1] -> codes: int64[B, h, w]"""
         _check_images(images, self.downsample)
+        # Pixels from 0 to 255 would give codes, too: of nothing that was ever seen.
+        if images.numel() and not images.abs().amax() <= 1 + 1e-3:  # not a number fails as well
+            raise ValueError(
+                f"images from {images.min():.3g} to {images.max():.3g}: expected -1 to 1, "
+                "that is uint8 / 127.5 - 1"
+            )
         codes: Tensor = self.quantizer(self.encoder(images)).codes
         return codes
 
@@ -135,13 +146,23 @@ class ViTTokenizer(nn.Module):
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def load_image_tokenizer(folder: str | Path) -> ViTTokenizer:
+def _named(make: Callable[..., Made], options: dict[str, Any]) -> Made:
+    """What a name and options stand for. Errors: ``ValueError`` for options that are not known."""
+    if "name" not in options:
+        raise ValueError(f"{options}: name is missing")
+    try:
+        return make(**options)
+    except TypeError as error:
+        raise ValueError(f"{options['name']}: {error}") from error
+
+
+def load_image_tokenizer(folder: str | Path) -> VQTokenizer:
     """Load a tokenizer folder, in eval mode. Errors: ``ValueError`` for one that was altered."""
     folder = Path(folder)
     try:
         stored = json.loads((folder / "config.json").read_text())
         fingerprint = stored.pop("fingerprint")
-        tokenizer = ViTTokenizer(ImageTokenizerConfig(**stored))
+        tokenizer = VQTokenizer(ImageTokenizerConfig(**stored))
         tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
     except FileNotFoundError as error:
         missing = error.filename or error
@@ -160,6 +181,8 @@ def load_image_tokenizer(folder: str | Path) -> ViTTokenizer:
 def _check_images(images: Tensor, downsample: int) -> None:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images of shape {tuple(images.shape)}: expected [B, 3, H, W]")
+    if not images.is_floating_point():
+        raise ValueError(f"images of {images.dtype}: expected floating point, in [-1, 1]")
     if images.shape[2] % downsample or images.shape[3] % downsample:
         raise ValueError(
             f"images of {images.shape[2]} x {images.shape[3]} pixels: "

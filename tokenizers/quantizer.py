@@ -1,6 +1,7 @@
 """What every quantizer gives back, and how the health of a codebook is measured.
 
-Shapes: B batch, h w the grid of codes, C the channels of a code vector, K the codebook size.
+Shapes: B batch, h w the grid of codes, N = B h w, C the channels of a code vector, K the codebook
+size.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from multimodal.tokenizers.fsq import FSQ
+    from multimodal.tokenizers.ibq import IBQ
+    from multimodal.tokenizers.lfq import LFQ
     from multimodal.tokenizers.vq import VQ
 
 
@@ -19,12 +22,19 @@ class Quantized:
     """One result type for all quantizers.
 
     codes: int64[B, h, w] in [0, K); vectors: float[B, h, w, C], what the decoder reads, with the
-    gradient passed straight through; loss: float[], what the quantizer itself asks to be minimised.
+    gradient passed straight through; losses: by name, each a weighted float32[], what the
+    quantizer itself asks to be minimised; codebook_size: K.
     """
 
     codes: Tensor
     vectors: Tensor
-    loss: Tensor
+    losses: dict[str, Tensor]
+    codebook_size: int
+
+    @property
+    def usage(self) -> float:
+        """Share of the codebook among these codes, in (0, 1]."""
+        return len(torch.unique(self.codes)) / self.codebook_size
 
 
 class Quantizer(Protocol):
@@ -38,15 +48,23 @@ class Quantizer(Protocol):
     def lookup(self, codes: Tensor) -> Tensor: ...
 
 
-def make_quantizer(name: str, **options: Any) -> "FSQ | VQ":
-    """``fsq`` (levels) or ``vq`` (codebook_size, channels, ...)."""
+def make_quantizer(name: str, **options: Any) -> "FSQ | IBQ | LFQ | VQ":
+    """``fsq`` (levels), ``lfq`` (channels), ``vq`` or ``ibq`` (codebook_size, channels, ...)."""
     from multimodal.tokenizers.fsq import FSQ
+    from multimodal.tokenizers.ibq import IBQ
+    from multimodal.tokenizers.lfq import LFQ
     from multimodal.tokenizers.vq import VQ
 
-    kinds: dict[str, type[FSQ] | type[VQ]] = {"fsq": FSQ, "vq": VQ}
+    kinds = {"fsq": FSQ, "ibq": IBQ, "lfq": LFQ, "vq": VQ}
     if name not in kinds:
         raise ValueError(f"quantizer {name!r}: expected one of {', '.join(kinds)}")
-    return kinds[name](**options)
+    made: FSQ | IBQ | LFQ | VQ = kinds[name](**options)
+    return made
+
+
+def entropy_of(probabilities: Tensor) -> Tensor:
+    """float[..., K] that sum to 1 -> float[...], in nats"""
+    return -(probabilities * probabilities.clamp(min=1e-12).log()).sum(-1)
 
 
 class CodebookUse:
@@ -67,4 +85,22 @@ class CodebookUse:
     def perplexity(self) -> float:
         """exp(entropy) of the codes, in [1, K]: how many codes would be in use if used equally."""
         p = self.counts.double() / self.counts.sum().clamp(min=1)
-        return float(torch.exp(-(p * p.clamp(min=1e-12).log()).sum()))
+        return float(entropy_of(p).exp())
+
+    @property
+    def enough(self) -> bool:
+        """Whether so many codes were counted that a healthy codebook would show."""
+        return int(self.counts.sum()) >= 4 * len(self.counts)
+
+    def collapse(self) -> str | None:
+        """What is wrong, in plain words, or None. Too few codes to tell are no collapse."""
+        seen, size = int(self.counts.sum()), len(self.counts)
+        if not self.enough:
+            return None
+        if self.used >= 0.5 and self.perplexity >= 0.05 * size:
+            return None
+        return (
+            f"the codebook collapses: of {size} codes {self.used:.1%} appeared among the last "
+            f"{seen}, as if only {self.perplexity:.0f} were in use. A smaller learning rate, a "
+            "smaller codebook, fewer channels, or fsq, which has no codebook to lose, may help"
+        )

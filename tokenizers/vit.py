@@ -9,6 +9,9 @@ mixed first.
 Shapes: B batch, H W pixels, h w = H / downsample, D width, C channels of a code vector.
 """
 
+from dataclasses import dataclass
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -91,45 +94,103 @@ class PositionedBlocks(nn.Module):
         return grid
 
 
+@dataclass(frozen=True)
+class ViT:
+    """Args:
+    dim: width of the transformers, a multiple of heads; heads: of their attention.
+    encoder_depth, decoder_depth: of their blocks. Without any in the encoder nothing mixes codes
+        with one another there, and each sees only the pixels around it.
+    """
+
+    dim: int = 256
+    encoder_depth: int = 4
+    decoder_depth: int = 4
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise ValueError(f"dim={self.dim} is not a multiple of heads={self.heads}")
+        if min(self.encoder_depth, self.decoder_depth) < 0:
+            raise ValueError(
+                f"encoder_depth={self.encoder_depth}, decoder_depth={self.decoder_depth}: "
+                "expected 0 or more"
+            )
+
+    def build(self, downsample: int, grid: int, channels: int) -> tuple["Encoder", "Decoder"]:
+        if downsample < 4:
+            raise ValueError(f"downsample={downsample}: vit expects a power of two from 4 on")
+        return Encoder(self, downsample, grid, channels), Decoder(self, downsample, grid, channels)
+
+
 class Encoder(nn.Module):
     """images: float[B, 3, H, W] in [-1, 1] -> latents: float[B, h, w, C]"""
 
-    def __init__(
-        self, dim: int, depth: int, heads: int, downsample: int, grid: int, channels: int
-    ) -> None:
+    def __init__(self, vit: ViT, downsample: int, grid: int, channels: int) -> None:
         super().__init__()
-        widths = _stage_widths(dim, downsample)
+        widths = _stage_widths(vit.dim, downsample)
         # Texture is in the first layer or nowhere: it needs its non-linearity before the next step.
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, 2, padding=1)]
         layers += [nn.BatchNorm2d(widths[0]), nn.GELU()]
-        for before, after in zip(widths, widths[1:], strict=False):
-            layers += [nn.Conv2d(before, after, 3, 2, padding=1), Residual(after), Residual(after)]
+        # Residuals on the grid of codes would reach across it as attention does. Where that leaves
+        # no level but the first with any, it gets them.
+        if len(widths) == 2 and not vit.encoder_depth:
+            layers += [Residual(widths[0]), Residual(widths[0])]
+        for number, (before, after) in enumerate(pairwise(widths), start=2):
+            layers += [nn.Conv2d(before, after, 3, 2, padding=1)]
+            if number < len(widths) or vit.encoder_depth:
+                layers += [Residual(after), Residual(after)]
         self.stem = nn.Sequential(*layers)
-        self.transformer = PositionedBlocks(dim, depth, heads, grid)
-        self.to_latents = nn.Sequential(nn.Linear(dim, channels), Standardise(channels))
+        if vit.encoder_depth:
+            self.tokens: nn.Module = PositionedBlocks(vit.dim, vit.encoder_depth, vit.heads, grid)
+        else:
+            self.tokens = EachAlone(vit.dim)
+        self.to_latents = nn.Sequential(nn.Linear(vit.dim, channels), Standardise(channels))
 
     def forward(self, images: Tensor) -> Tensor:
-        latents: Tensor = self.to_latents(self.transformer(self.stem(images)))
+        latents: Tensor = self.to_latents(self.tokens(self.stem(images)))
         return latents
+
+
+class EachAlone(nn.Module):
+    """An MLP on every token: float[B, D, h, w] -> float[B, h, w, D].
+
+    With attention here, the codes of an empty background carry what the objects' have no room for:
+    a good use of bits, but a code that depends on everything is hard to draw (docs/decisions.md).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.BatchNorm2d(dim), nn.Conv2d(dim, 2 * dim, 1), nn.GELU(), nn.Conv2d(2 * dim, dim, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid: Tensor = rearrange(x + self.layers(x), "b d h w -> b h w d")
+        return grid
 
 
 class Decoder(nn.Module):
     """vectors: float[B, h, w, C] -> images: float[B, 3, H, W], near [-1, 1] but not clipped"""
 
-    def __init__(
-        self, dim: int, depth: int, heads: int, downsample: int, grid: int, channels: int
-    ) -> None:
+    def __init__(self, vit: ViT, downsample: int, grid: int, channels: int) -> None:
         super().__init__()
-        self.from_vectors = nn.Linear(channels, dim)
-        self.mix = nn.Sequential(Residual(dim), Residual(dim))
-        self.transformer = PositionedBlocks(dim, depth, heads, grid)
-        widths = _stage_widths(dim, downsample)[::-1]
+        self.from_vectors = nn.Linear(channels, vit.dim)
+        self.mix = nn.Sequential(Residual(vit.dim), Residual(vit.dim))
+        self.transformer = PositionedBlocks(vit.dim, vit.decoder_depth, vit.heads, grid)
+        widths = _stage_widths(vit.dim, downsample)[::-1]
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, 4 * after, 1), nn.PixelShuffle(2), Residual(after)]
         layers += [nn.BatchNorm2d(widths[-1]), nn.GELU()]
         layers += [nn.Conv2d(widths[-1], 3 * PIXELS_PER_STEP**2, 3, padding=1)]
         self.to_pixels = nn.Sequential(*layers, nn.PixelShuffle(PIXELS_PER_STEP))
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The last weights before the pixels, for losses that are balanced there."""
+        convolution = self.to_pixels[-2]
+        assert isinstance(convolution, nn.Conv2d)
+        return convolution.weight
 
     def forward(self, vectors: Tensor) -> Tensor:
         x = self.mix(rearrange(self.from_vectors(vectors), "b h w d -> b d h w"))

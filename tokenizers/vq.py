@@ -1,11 +1,16 @@
-"""l2-normalised low-dimensional vector quantization, the codebook learned by moving averages.
+"""Vector quantization: a code is the nearest row of a learned codebook.
 
-van den Oord et al. 2017 (arXiv:1711.00937) for VQ and its EMA update; Yu et al. 2021
-(arXiv:2110.04627) for low-dimensional unit vectors; data initialisation and the restart of dead
-codes after Dhariwal et al. 2020 (arXiv:2005.00341).
+van den Oord et al. 2017 (arXiv:1711.00937) for VQ, by gradient or by moving averages; Yu et al.
+2021 (arXiv:2110.04627) for few channels and unit vectors; data initialisation and the restart of
+dead codes after Dhariwal et al. 2020 (arXiv:2005.00341).
+
+Shapes: B batch, h w the grid, N = B h w, C channels, K codebook size.
 """
 
+from typing import Literal
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -13,15 +18,22 @@ from torch import Tensor, nn
 from multimodal.tokenizers.quantizer import Quantized
 
 
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class VQ(nn.Module):
     """Args:
     codebook_size: K; channels: C, small (8) so that all codes are reached.
+    normalise: latents and codes are unit vectors; released VQGANs before LlamaGen's are without.
+    learning: how codes move: ``ema``, to the moving average of their latents, or ``gradient``, by a
+        loss of weight 1.
     decay: of the moving averages, per training step.
     commitment: weight of the loss that pulls latents to their codes.
-    dead_after: a code whose average count per step falls below this is restarted from the data.
+    dead_after: a code whose average count per step falls below this is restarted from the data; 0
+        leaves them dead.
     """
 
-    codebook: Tensor
     counts: Tensor
     initialised: Tensor
 
@@ -29,6 +41,8 @@ class VQ(nn.Module):
         self,
         codebook_size: int = 4096,
         channels: int = 8,
+        normalise: bool = True,
+        learning: Literal["ema", "gradient"] = "ema",
         decay: float = 0.99,
         commitment: float = 0.25,
         dead_after: float = 0.01,
@@ -38,55 +52,95 @@ class VQ(nn.Module):
             raise ValueError(
                 f"codebook_size={codebook_size}, channels={channels}: both must be >= 2"
             )
+        if learning not in ("ema", "gradient"):
+            raise ValueError(f"learning={learning!r}: expected ema or gradient")
         self.codebook_size, self.channels = codebook_size, channels
+        self.normalise, self.learning = normalise, learning
         self.decay, self.commitment, self.dead_after = decay, commitment, dead_after
-        self.register_buffer("codebook", F.normalize(torch.randn(codebook_size, channels), dim=-1))
+        self.codebook = nn.Embedding(codebook_size, channels)
+        self.codebook.weight.requires_grad_(learning == "gradient")
+        with torch.no_grad():
+            self.codebook.weight.copy_(F.normalize(self.codebook.weight, dim=-1))
         self.register_buffer("counts", torch.ones(codebook_size))
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
+
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.normalise else vectors
 
     def forward(self, latents: Tensor) -> Quantized:
         # In fp32: bf16 products pick another neighbour for several percent of the positions.
         with torch.autocast(latents.device.type, enabled=False):
-            latents = F.normalize(latents.float(), dim=-1)
+            latents = self._scaled(latents.float())
             flat = rearrange(latents, "b h w c -> (b h w) c")
             if self.training:
                 self._initialise(flat.detach())
-            # Between unit vectors the nearest is the one of the largest product.
-            codes = (flat.detach() @ self.codebook.T).argmax(-1)
-            nearest = self.codebook[codes].view_as(latents)
+                self._restart_dead(flat.detach())
+            codes = self._nearest(flat.detach())
+            nearest = self.lookup(codes).view_as(latents)
+            pull = self._distance(latents, nearest.detach())
+            losses = {"commitment": self.commitment * pull}
+            if self.learning == "gradient":
+                losses["codebook"] = self._distance(nearest, latents.detach())
             if self.training:
                 self._update(flat.detach(), codes)
-            loss = self.commitment * F.mse_loss(latents, nearest) * self.channels
             vectors = latents + (nearest - latents).detach()
-            return Quantized(codes.view(latents.shape[:-1]), vectors, loss)
+            return Quantized(codes.view(latents.shape[:-1]), vectors, losses, self.codebook_size)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """codes: int64[...] -> vectors: float[..., C] of unit norm."""
-        return self.codebook[codes]
+        """codes: int64[...] -> vectors: float[..., C], of unit norm if ``normalise``."""
+        return self._scaled(self.codebook(codes))
+
+    @torch.no_grad()
+    def _nearest(self, flat: Tensor) -> Tensor:
+        codebook = self._scaled(self.codebook.weight)
+        products = flat @ codebook.T
+        if not self.normalise:  # |z - e|^2 = |z|^2 - 2 z e + |e|^2
+            products -= codebook.square().sum(-1) / 2
+        return products.argmax(-1)
+
+    def _distance(self, moved: Tensor, target: Tensor) -> Tensor:
+        """Mean squared distance; of unit vectors summed over channels, as each has 1 / C of it."""
+        return F.mse_loss(moved, target) * (self.channels if self.normalise else 1)
 
     @torch.no_grad()
     def _initialise(self, flat: Tensor) -> None:
         if not self.initialised:
-            self.codebook.copy_(self._draw(flat, self.codebook_size))
+            self.codebook.weight.copy_(self._draw(flat))
             self.initialised.fill_(True)
 
-    @staticmethod
-    def _draw(flat: Tensor, count: int) -> Tensor:
-        """Latents of this batch, at random; a little noise keeps repeated ones apart."""
-        chosen = flat[torch.randint(len(flat), (count,), device=flat.device)]
-        return F.normalize(chosen + 0.01 * torch.randn_like(chosen), dim=-1)
+    def _draw(self, flat: Tensor) -> Tensor:
+        """Latents of this batch, at random, one for each code, the same on all ranks.
+
+        A little noise keeps repeated ones apart.
+        """
+        chosen = flat[torch.randint(len(flat), (self.codebook_size,), device=flat.device)]
+        drawn = self._scaled(chosen + 0.01 * torch.randn_like(chosen))
+        if distributed():
+            dist.broadcast(drawn, 0)
+        return drawn
 
     @torch.no_grad()
     def _update(self, flat: Tensor, codes: Tensor) -> None:
+        # Of all ranks: each must move its codebook as the others do.
         seen = torch.bincount(codes, minlength=self.codebook_size).to(flat)
-        sums = torch.zeros_like(self.codebook).index_add_(0, codes, flat)
-        # A code moves by its own data: the fresh mean weighs what it brings against the memory.
+        if distributed():
+            dist.all_reduce(seen)
         mass = self.decay * self.counts
-        moved = mass[:, None] * self.codebook + (1 - self.decay) * sums
-        self.counts.copy_(mass + (1 - self.decay) * seen)
-        self.codebook.copy_(F.normalize(moved, dim=-1))
+        total = mass + (1 - self.decay) * seen
+        if self.learning == "ema":
+            weight = self.codebook.weight
+            sums = torch.zeros_like(weight).index_add_(0, codes, flat)
+            if distributed():
+                dist.all_reduce(sums)
+            # A code moves by its own data: the fresh mean weighs what it brings against the memory.
+            moved = (mass[:, None] * weight + (1 - self.decay) * sums) / total[:, None]
+            weight.copy_(torch.where(seen[:, None] > 0, self._scaled(moved), weight))
+        self.counts.copy_(total)
+
+    @torch.no_grad()
+    def _restart_dead(self, flat: Tensor) -> None:
+        # Before the codes are looked up: autograd allows no change to what it has read.
         dead = self.counts < self.dead_after
-        self.codebook.copy_(
-            torch.where(dead[:, None], self._draw(flat, self.codebook_size), self.codebook)
-        )
+        weight = self.codebook.weight
+        weight.copy_(torch.where(dead[:, None], self._draw(flat), weight))
         self.counts.copy_(torch.where(dead, torch.ones_like(self.counts), self.counts))

@@ -130,7 +130,9 @@ class TrainingCLI(LightningCLI):
             ]
         elif self.subcommand == "predict":
             callbacks.append(WritePredictions(output))
-        kwargs["callbacks"] = [*callbacks, *(config.trainer.callbacks or [])]
+        # The user's first: what averages the weights has to have done so before they are exported.
+        given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
+        kwargs["callbacks"] = [*(given if isinstance(given, list) else [given]), *callbacks]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:

@@ -5,7 +5,6 @@ A global batch is a fixed list of samples, dealt to the ranks in turn. What is r
 configuration, ``__len__`` is known, and the loader's state is two numbers.
 """
 
-import hashlib
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from multimodal.images import Fit, augment_image, fit_image, open_image
+from multimodal.seeds import sample_seed
 from multimodal.shards import Shards
 
 Item = tuple[int, int]  # (epoch, number of the sample)
@@ -29,14 +29,20 @@ Item = tuple[int, int]  # (epoch, number of the sample)
 class Examples:
     """One rank's share of a global batch.
 
-    keys: B names; images: uint8[B, 3, H, W]; records: B dicts as in KEY.json;
-    seeds: B numbers from (seed, epoch, key), for what is drawn at random later.
+    keys: B names; images: uint8[B, 3, H, W], or int64[B, n] of shards that hold codes in their
+    place; records: B dicts as in KEY.json; seeds: B numbers from (seed, epoch, key), for what is
+    drawn at random later.
     """
 
     keys: list[str]
     images: Tensor
     records: list[dict[str, Any]]
     seeds: list[int]
+
+    @property
+    def codes(self) -> Tensor | None:
+        """int64[B, n], where the shards hold codes."""
+        return self.images if self.images.ndim == 2 else None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -46,22 +52,12 @@ class Examples:
 
     def pixels(self) -> Tensor:
         """float[B, 3, H, W] in [-1, 1]"""
+        assert self.codes is None, "these are codes, and training on pixels was refused"
         return self.images.float() / 127.5 - 1
 
 
-def stable_number(text: str) -> int:
-    """A number in [0, 2**63) from the text alone; Python's own hash differs between processes."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def sample_seed(seed: int, epoch: int, key: str) -> int:
-    """A number in [0, 2**63) that depends on nothing else."""
-    return stable_number(f"{seed}/{epoch}/{key}")
-
-
 class ShardDataset(Dataset[dict[str, Any]]):
-    """Samples of several shard folders in turn, as images of one size and their records."""
+    """Samples of several shard folders in turn: images of one size, or codes, and records."""
 
     def __init__(
         self,
@@ -93,6 +89,17 @@ class ShardDataset(Dataset[dict[str, Any]]):
         copy = self.copies[source]
         seed = sample_seed(self.seed, epoch, f"{copy}/{sample.key}" if copy else sample.key)
         try:
+            if (encoding := self.sources[source].encoding) is not None:
+                codes = sample.codes
+                chosen = codes[int(np.random.default_rng(seed).integers(len(codes)))]
+                grid, size = encoding["grid"], encoding["codebook_size"]
+                if chosen.shape != (grid, grid) or chosen.max() >= size:
+                    raise ValueError(
+                        f"codes of shape {chosen.shape} up to {chosen.max()}, the manifest says "
+                        f"{grid} x {grid} of {size}"
+                    )
+                return {"key": sample.key, "image": chosen.ravel(), "record": sample.record,
+                        "seed": seed}  # fmt: skip
             image = open_image(sample.image)
             if self.augmented[source]:
                 rng = np.random.default_rng(seed)
@@ -111,7 +118,7 @@ def collate(samples: list[dict[str, Any]]) -> Examples:
     images = torch.from_numpy(np.stack([sample["image"] for sample in samples]))
     return Examples(
         keys=[sample["key"] for sample in samples],
-        images=images.permute(0, 3, 1, 2).contiguous(),
+        images=images if images.ndim == 2 else images.permute(0, 3, 1, 2).contiguous(),
         records=[sample["record"] for sample in samples],
         seeds=[sample["seed"] for sample in samples],
     )
@@ -229,10 +236,41 @@ class Unchanged:
         return iter(self.loader)
 
 
+def check_codes(shards: list[Shards], codes_from: str | None, crops: bool) -> None:
+    """Errors: ``ValueError`` where shards hold codes that this training cannot use.
+
+    codes_from: fingerprint of the image tokenizer whose codes it reads; None: it reads pixels.
+    """
+    encoded = [one for one in shards if one.encoding is not None]
+    if not encoded:
+        return
+    folder = encoded[0].folder
+    if codes_from is None:
+        raise ValueError(f"{folder}: holds codes, and an image tokenizer is trained on images")
+    if len(encoded) < len(shards):
+        others = {one.folder for one in shards} - {one.folder for one in encoded}
+        raise ValueError(
+            f"{folder}: holds codes, and {min(others)} images: encode all folders or none"
+        )
+    for one in encoded:
+        assert one.encoding is not None
+        if (made_by := one.encoding.get("fingerprint")) != codes_from:
+            raise ValueError(
+                f"{one.folder}: its codes are of image tokenizer {made_by}, the model reads those "
+                f"of {codes_from}; encode the shards anew: multimodal tokenizer encode"
+            )
+    if crops:
+        raise ValueError(
+            f"{folder}: holds codes, which cannot be cropped: leave out data.crop_scale, and give "
+            "it to: multimodal tokenizer encode"
+        )
+
+
 class ShardData(L.LightningDataModule):
     """Shard folders for ``fit``, ``validate``, ``test`` and ``predict``.
 
-    The module that it feeds says how images are made square: ``preprocessing -> (size, fit)``.
+    The module that it feeds says how images are made square, ``preprocessing -> (size, fit)``, and
+    of which image tokenizer it could read codes, ``codes_from -> fingerprint or None``.
 
     Args:
         folders: shard folders with a manifest; their samples are put together. One that is named
@@ -287,6 +325,7 @@ class ShardData(L.LightningDataModule):
         image_size, fit = module.preprocessing
         crops = train and self.crop_scale < 1
         shards = self.shards(split)
+        check_codes(shards, module.codes_from, crops)
         augmented = {Path(folder) for folder in self.augmented}
         dataset = ShardDataset(
             shards,

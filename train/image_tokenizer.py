@@ -7,12 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from multimodal.eval.features import RANDOM, Features
 from multimodal.images import Fit, to_image
 from multimodal.tokenizers.image import (
     ImageTokenizerConfig,
-    ViTTokenizer,
+    VQTokenizer,
     load_image_tokenizer,
 )
 from multimodal.tokenizers.quantizer import CodebookUse
@@ -23,6 +25,9 @@ from multimodal.train.lessons import texts_about
 from multimodal.train.schedule import TrainedByMuon, can_compile
 from multimodal.train.semantic import SemanticLoss, Words
 
+PIXELS = ("mse", "l1", "perceptual")
+USE_EVERY = 100  # training steps after which the use of the codebook is logged
+
 
 class ImageTokenizerModule(TrainedByMuon):
     """Args:
@@ -31,9 +36,11 @@ class ImageTokenizerModule(TrainedByMuon):
     semantic_weight: of the semantic loss; 0 trains on pixels alone.
     decoder_only: leave the codes as they are (with --init_from) and go on with the decoder alone,
         at a third of the cost; a model that was trained on these codes can take the result.
-    discriminator_weight: of fooling a discriminator of patches, which sharpens a decoder that is
-        trained already: only with decoder_only; 0.04 is about what the adaptive weight of VQGAN
-        comes to here: good on scenes, a grid of dots where photos are among the data.
+    perceptual_weight, perceptual_features: of the distance between features of a frozen network
+        (multimodal/eval/features.py): ``random``, timm:MODEL or timm:MODEL=FILE.
+    discriminator_weight: of fooling a discriminator of patches, against VQGAN's adaptive weight: at
+        1 its gradient at the last layer is as large as that of the pixels.
+    discriminator_start: step from which on there is a discriminator; codes should stand by then.
     learning_rate, weight_decay, warmup_steps: Muon's; linear warm-up, then a cosine to zero.
     compile: torch.compile (needs a C++ compiler on a CPU).
     """
@@ -44,7 +51,10 @@ class ImageTokenizerModule(TrainedByMuon):
         text_tokenizer: str | None = None,
         semantic_weight: float = 0.0,
         decoder_only: bool = False,
+        perceptual_weight: float = 0.0,
+        perceptual_features: str = RANDOM,
         discriminator_weight: float = 0.0,
+        discriminator_start: int = 0,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.05,
         warmup_steps: int = 100,
@@ -52,14 +62,21 @@ class ImageTokenizerModule(TrainedByMuon):
     ) -> None:
         super().__init__(learning_rate, weight_decay, warmup_steps)
         self.semantic_weight = semantic_weight
-        self.tokenizer = ViTTokenizer(tokenizer)
+        self.tokenizer = VQTokenizer(tokenizer)
         tokenizer_parts = (self.tokenizer.encoder, self.tokenizer.quantizer)
         self.frozen = tokenizer_parts if decoder_only else ()
         for part in self.frozen:
             part.requires_grad_(False).eval()
-        if discriminator_weight and not decoder_only:
-            raise ValueError("discriminator_weight needs decoder_only and --init_from: codes first")
+        self.perceptual_weight = perceptual_weight
+        self.features = Features(perceptual_features) if perceptual_weight else None
+        if min(perceptual_weight, discriminator_weight, discriminator_start) < 0:
+            raise ValueError(
+                f"perceptual_weight={perceptual_weight}, discriminator_weight="
+                f"{discriminator_weight}, discriminator_start={discriminator_start}: "
+                "expected 0 or more"
+            )
         self.discriminator_weight = discriminator_weight
+        self.discriminator_start = discriminator_start
         self.discriminator = PatchDiscriminator() if discriminator_weight else None
         self.semantic: SemanticLoss | None = None
         if semantic_weight and not decoder_only:
@@ -84,6 +101,14 @@ class ImageTokenizerModule(TrainedByMuon):
         return self.tokenizer.config.image_size, self.tokenizer.config.fit
 
     @property
+    def codes_from(self) -> None:
+        """It reads pixels."""
+
+    @property
+    def undecayed(self) -> list[nn.Module]:
+        return [self.tokenizer.quantizer]
+
+    @property
     def heads(self) -> list[nn.Module]:
         return [head for head in (self.semantic, self.discriminator) if head is not None]
 
@@ -96,30 +121,61 @@ class ImageTokenizerModule(TrainedByMuon):
             text for sample in samples for text in texts_about(sample.key, sample.record)
         )
 
-    def losses(self, images: Tensor, words: Words | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(
+        self, images: Tensor, words: Words | None, judged: bool
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Every loss by its name, and the codes; judged: by the discriminator, too."""
         reconstruction, quantized = self.tokenizer(images)
         # The squares count what is far off; the absolute errors keep edges sharp.
         reconstruction = reconstruction.float()
         parts = {"mse": F.mse_loss(reconstruction, images)}
         parts["l1"] = F.l1_loss(reconstruction, images)
-        total = parts["mse"] + parts["l1"] + quantized.loss
+        if self.features is not None:
+            parts["perceptual"] = self.features.distance(reconstruction, images).mean()
+        parts |= quantized.losses
         if self.semantic is not None and words is not None:
-            semantic = self.semantic(quantized.vectors, words)
-            total = total + self.semantic_weight * (semantic["words"] + semantic["context"])
-            parts |= semantic
-        if self.discriminator is not None:
-            adversarial = adversarial_losses(self.discriminator, images, reconstruction)
-            # One backward for both: neither loss has a gradient for the other's weights.
-            total = total + self.discriminator_weight * adversarial["fool"] + adversarial["tell"]
-            parts |= adversarial
-        return total, {**parts, "total": total, "codes": quantized.codes}
+            parts |= self.semantic(quantized.vectors, words)
+        if self.discriminator is not None and judged:
+            parts |= adversarial_losses(self.discriminator, images, reconstruction)
+        return parts, quantized.codes
+
+    def total(self, parts: dict[str, Tensor]) -> Tensor:
+        """The weighted sum; one backward for all, as each loss moves its own side only."""
+        weights = {"perceptual": self.perceptual_weight, "fool": 0.0}
+        weights |= dict.fromkeys(("words", "context"), self.semantic_weight)
+        total = torch.zeros(()).to(parts["mse"])
+        for name, loss in parts.items():
+            if weight := weights.get(name, 1.0):
+                total = total + weight * loss
+        if "fool" in parts:
+            pixels = sum(parts[n] * weights.get(n, 1.0) for n in PIXELS if n in parts)
+            adaptive = self._adaptive_weight(torch.as_tensor(pixels), parts["fool"])
+            total = total + self.discriminator_weight * adaptive * parts["fool"]
+        elif self.discriminator is not None:
+            # Not judging yet; but where there are ranks, each weight has to get a gradient.
+            total = total + sum(0 * weight.sum() for weight in self.discriminator.parameters())
+        return total
+
+    def _adaptive_weight(self, pixels: Tensor, fool: Tensor) -> Tensor:
+        """How much larger the gradient of the pixels' losses is at the last layer (VQGAN)."""
+        if not torch.is_grad_enabled():
+            return torch.ones(()).to(fool)
+        last = self.tokenizer.decoder.last_layer
+        of_pixels, of_fool = (
+            torch.linalg.vector_norm(torch.autograd.grad(loss, last, retain_graph=True)[0])
+            for loss in (pixels, fool)
+        )
+        adaptive: Tensor = (of_pixels / (of_fool + 1e-6)).clamp(max=1e4).detach()
+        return adaptive
 
     def step(self, batch: Examples) -> tuple[Tensor, dict[str, Tensor]]:
         words = None
         if self.semantic is not None:
             words = self.semantic.words(batch.keys, batch.records, batch.seeds)
-        total, parts = self.compiled(batch.pixels(), words)
-        return total, parts
+        judged = self.global_step >= self.discriminator_start
+        parts, codes = self.compiled(batch.pixels(), words, judged)
+        total = self.total(parts)
+        return total, {**parts, "total": total, "codes": codes}
 
     def training_step(self, batch: Examples, batch_idx: int) -> Tensor:
         total, parts = self.step(batch)
@@ -127,9 +183,12 @@ class ImageTokenizerModule(TrainedByMuon):
         self.train_use.update(parts.pop("codes"))
         self.log_dict({f"train/{k}": v.detach() for k, v in parts.items()}, batch_size=len(batch))
         self.log("psnr", psnr(parts["mse"].detach()), prog_bar=True, logger=False)
-        if (batch_idx + 1) % 100 == 0:
+        if (self.global_step + 1) % USE_EVERY == 0:
             self._log_use("train", self.train_use)
-            self.train_use = CodebookUse(self.tokenizer.codebook_size)
+            if self.train_use.enough:
+                if alarm := self.train_use.collapse():
+                    rank_zero_warn(f"step {self.global_step}: {alarm}")
+                self.train_use = CodebookUse(self.tokenizer.codebook_size)
         return total
 
     def on_validation_epoch_start(self) -> None:
@@ -147,9 +206,10 @@ class ImageTokenizerModule(TrainedByMuon):
         self._log_use("val", self.val_use)
 
     def _log_use(self, stage: str, use: CodebookUse) -> None:
-        # The share of the codebook seen in 100 training batches or in the whole validation set.
+        # Over USE_EVERY training batches, more for a large codebook, or the whole validation set.
         self.log(f"{stage}/codebook_used", use.used)
         self.log(f"{stage}/codebook_perplexity", use.perplexity)
+        self.log(f"{stage}/codebook_dead", float((use.counts == 0).sum()))
 
     def _log_pictures(self, batch: Examples) -> None:
         """Eight fixed validation images over their reconstructions, to TensorBoard and a file."""

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from multimodal.drawing import decode_images, draw_codes
@@ -11,15 +10,16 @@ from multimodal.eval.answering import score_answers
 from multimodal.eval.captioning import score_captions
 from multimodal.eval.scenes import score_scene_captions
 from multimodal.folder import load, part_of
-from multimodal.generation import caption_pixels, text_after
+from multimodal.generation import caption_codes, encode_images, text_after
 from multimodal.images import Fit, to_image
 from multimodal.model import Multimodal
 from multimodal.objectives import ObjectivesConfig
 from multimodal.scenes import Scene
+from multimodal.seeds import stable_number
 from multimodal.sequences import Packed, pack
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.train.data import Examples, stable_number
+from multimodal.train.data import Examples
 from multimodal.train.lessons import descriptions_of, exchanges_of, lesson_of
 from multimodal.train.schedule import TrainedByMuon, can_compile
 
@@ -76,6 +76,15 @@ class JointModule(TrainedByMuon):
         config = self.model.image_tokenizer.config
         return config.image_size, config.fit
 
+    @property
+    def codes_from(self) -> str:
+        """Fingerprint of the image tokenizer whose codes it reads."""
+        return self.model.image_tokenizer.fingerprint
+
+    def codes(self, batch: Examples) -> Tensor:
+        """int64[B, n]"""
+        return encode_images(self.model, batch.pixels()) if batch.codes is None else batch.codes
+
     def init_from(self, folder: str) -> None:
         """Start from the weights of a model folder of the same sizes and tokenizers."""
         source = load(folder)
@@ -92,7 +101,7 @@ class JointModule(TrainedByMuon):
 
         Returns the rows, image_ids: int64[B], and text_ids: int64[B], -1 where there is no text.
         """
-        codes = rearrange(self.model.image_tokenizer.encode(batch.pixels()), "b h w -> b (h w)")
+        codes = self.codes(batch)
         samples = zip(batch.keys, batch.records, batch.seeds, strict=True)
         templates = self.model.config.templates
         lessons = [lesson_of(*sample, templates, self.question_share) for sample in samples]
@@ -140,10 +149,10 @@ class JointModule(TrainedByMuon):
 
     def validation_step(self, batch: Examples, batch_idx: int) -> None:
         self.step(batch, "val")
-        pixels, described = batch.pixels(), [descriptions_of(record) for record in batch.records]
+        codes, described = self.codes(batch), [descriptions_of(record) for record in batch.records]
         wanted = self.captions_in_validation - len(self.captions)
         rows = [row for row, captions in enumerate(described) if captions][: max(0, wanted)]
-        found = caption_pixels(self.model, pixels[rows])
+        found = caption_codes(self.model, codes[rows])
         for row, caption in zip(rows, found, strict=True):
             key, record = batch.keys[row], batch.records[row]
             self.captions[key], self.references[key] = caption, described[row]
@@ -151,9 +160,9 @@ class JointModule(TrainedByMuon):
                 self.scenes[key] = Scene.from_json(record["scene"])
         firsts = [captions[0] for captions in described if captions]
         self.prompts = (self.prompts + firsts)[: self.drawings_in_validation]
-        self._answer(batch, pixels)
+        self._answer(batch, codes)
 
-    def _answer(self, batch: Examples, pixels: Tensor) -> None:
+    def _answer(self, batch: Examples, codes: Tensor) -> None:
         """All questions of the first images that have any."""
         templates = self.model.config.templates
         for row, record in enumerate(batch.records):
@@ -161,7 +170,7 @@ class JointModule(TrainedByMuon):
             exchanges = exchanges[: self.answers_in_validation - len(self.answers)]
             if exchanges:
                 prompts, expected = zip(*exchanges, strict=True)
-                image = pixels[row : row + 1].expand(len(prompts), -1, -1, -1)
+                image = codes[row : row + 1].expand(len(prompts), -1)
                 found = text_after(self.model, image, prompts, max_tokens=16)
                 self.answers += zip(prompts, expected, found, strict=True)
 
@@ -200,7 +209,7 @@ class JointModule(TrainedByMuon):
         return folder
 
     def predict_step(self, batch: Examples, batch_idx: int) -> list[dict[str, str]]:
-        captions = caption_pixels(self.model, batch.pixels())
+        captions = caption_codes(self.model, self.codes(batch))
         return [{"key": k, "caption": c} for k, c in zip(batch.keys, captions, strict=True)]
 
     test_step = validation_step

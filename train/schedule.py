@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -14,10 +15,10 @@ from torch import nn
 class TrainedByMuon(L.LightningModule):
     """Muon for the matrices and kernels inside the network, AdamW for the rest.
 
-    The rest: embeddings, norms, biases, and the modules of ``heads``. Muon makes the update of a
-    matrix orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon), scaled as in Liu et
-    al. 2025 (arXiv:2502.16982), so that one learning rate fits both. AdamW alone needs twice the
-    steps here (docs/decisions.md has the numbers).
+    The rest: embeddings, norms, biases, the modules of ``heads``, and codebooks. Muon makes the
+    update of a matrix orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon), scaled as
+    in Liu et al. 2025 (arXiv:2502.16982), so that one learning rate fits both. AdamW alone needs
+    twice the steps here (docs/decisions.md has the numbers).
 
     learning_rate, weight_decay: of both; warmup_steps: linear, then a cosine to zero.
     """
@@ -32,8 +33,13 @@ class TrainedByMuon(L.LightningModule):
         """What is thrown away after training: it judges, and is not a part of the network."""
         return []
 
+    @property
+    def undecayed(self) -> list[nn.Module]:
+        """What weight decay would pull from where it has to be: codebooks."""
+        return []
+
     def configure_optimizers(self) -> Any:
-        optimizer = muon(self, self.heads, self.learning_rate, self.weight_decay)
+        optimizer = muon(self, self.heads, self.learning_rate, self.weight_decay, self.undecayed)
         return warmup_cosine(optimizer, self.warmup_steps, self.trainer)
 
     def configure_gradient_clipping(
@@ -56,18 +62,23 @@ def can_compile() -> bool:
 
 
 def muon(
-    module: nn.Module, heads: list[nn.Module], learning_rate: float, weight_decay: float
+    module: nn.Module,
+    heads: list[nn.Module],
+    learning_rate: float,
+    weight_decay: float,
+    undecayed: Sequence[nn.Module] = (),
 ) -> Muon:
-    """Muon where it fits, AdamW elsewhere; norms and biases do not decay."""
+    """Muon where it fits, AdamW elsewhere; norms, biases and ``undecayed`` do not decay."""
     by_adamw = [m for m in module.modules() if isinstance(m, nn.Embedding)] + heads
     outside = {id(p) for part in by_adamw for p in part.parameters()}
+    free = {id(p) for part in undecayed for p in part.parameters()}
     parameters = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim >= 2]
+    matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in free]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in matrices if id(p) not in outside]},
         {"params": [p for p in matrices if id(p) in outside], "use_fallback": True},
         {
-            "params": [p for p in parameters if p.ndim < 2],
+            "params": [p for p in parameters if p.ndim < 2 or id(p) in free],
             "use_fallback": True,
             "weight_decay": 0.0,
         },

@@ -20,13 +20,13 @@ def main(argv: list[str]) -> int:
     arguments = made.parse_args(argv)
     at_least_one(arguments, "max_tokens")
 
-    from multimodal.generation import answer_pixels, read_images
+    from multimodal.generation import answer_codes, encode_images, read_images
 
     sampling = sampling_of(arguments)
     model = load_model(arguments)
     model.config.templates.ask(arguments.question)  # an empty one is an error before any work
-    pixels = read_images(model, [arguments.image])
-    (answer,) = answer_pixels(model, pixels, [arguments.question], arguments.max_tokens, sampling)
+    codes = encode_images(model, read_images(model, [arguments.image]))
+    (answer,) = answer_codes(model, codes, [arguments.question], arguments.max_tokens, sampling)
     if arguments.json:
         said = {"image": arguments.image, "question": arguments.question, "answer": answer}
         print(json.dumps(said))

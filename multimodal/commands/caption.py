@@ -65,7 +65,7 @@ def caption_files(
     import torch
     from tqdm import tqdm
 
-    from multimodal.generation import caption_pixels, read_images
+    from multimodal.generation import caption_codes, encode_images, read_images
 
     starts = range(0, len(paths), batch_size)
     # None: no bar where stderr is not a terminal.
@@ -73,15 +73,15 @@ def caption_files(
     with tqdm(total=len(paths), unit="image", file=sys.stderr, disable=hidden) as bar:
         for start in starts:
             batch = paths[start : start + batch_size]
-            pixels, numbers, errors = [], [], {}
+            codes, numbers, errors = [], [], {}
             for i, path in enumerate(batch):
                 try:
-                    pixels.append(read_images(model, [path]))
+                    codes.append(encode_images(model, read_images(model, [path])))
                     numbers.append(start + i)
                 except ValueError as error:
                     errors[i] = error
-            together = torch.cat(pixels) if pixels else torch.zeros(0)
-            captions = iter(caption_pixels(model, together, max_tokens, sampling, numbers))
+            together = torch.cat(codes) if codes else torch.zeros(0, 0, dtype=torch.int64)
+            captions = iter(caption_codes(model, together, max_tokens, sampling, numbers))
             bar.clear()  # or the lines of the caller would run into it
             for i, path in enumerate(batch):
                 yield path, errors[i] if i in errors else next(captions)

@@ -1,10 +1,12 @@
 """``multimodal data``: make shard folders, index those that exist, and check them."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -13,9 +15,13 @@ from multimodal import shards
 EPILOG = """examples:
   multimodal data build photos/ shards/ --image-size 256 --fit crop --val-share 0.05
   multimodal data build captions.csv shards/ --image-column file --text-column caption
+  multimodal data build captions_val2014.json shards/ --images val2014/
+  multimodal data build v2_OpenEnded_mscoco_val2014_questions.json shards/ --images val2014/ \
+      --answers v2_mscoco_val2014_annotations.json
   multimodal data index /data/laion             # tars that exist already: nothing is rewritten
   multimodal data index /read/only --out mine/  # the same, with links to tars that stay there
   multimodal data check shards/
+  multimodal data duplicates shards/            # copies, and those that leak from train into val
   multimodal data scenes scenes/ --count 2000 --seed 0
 """
 
@@ -37,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = parser.add_subparsers(metavar="build|index|check|scenes", required=True)
+    verbs = parser.add_subparsers(metavar="build|index|check|duplicates|scenes", required=True)
 
     _add_build(verbs.add_parser)
     index = verbs.add_parser("index", help="write manifest and indexes for shards that exist")
@@ -49,6 +55,17 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("folder", metavar="DIR", type=Path)
     check.add_argument("--decode", action="store_true", help="decode every image and text as well")
     check.set_defaults(run=_check)
+
+    duplicates = verbs.add_parser(
+        "duplicates",
+        help="find copies: the same image, or one encoded again, resized, slightly cropped",
+        description="Prints a line for each pair: kind, likeness, and both as FOLDER:SPLIT:KEY. "
+        "Near copies are for photos: of drawings and pages, different ones are taken for one. Exit "
+        "status 1 where copies lie in different splits or folders: what is measured is not unseen.",
+    )
+    duplicates.add_argument("folders", metavar="DIR", type=Path, nargs="+")
+    duplicates.add_argument("--output", type=Path, help="a JSON Lines file of the pairs as well")
+    duplicates.set_defaults(run=_duplicates)
 
     scenes = verbs.add_parser("scenes", help="draw a synthetic dataset of simple scenes")
     scenes.add_argument("out", metavar="OUT", type=Path)
@@ -64,7 +81,8 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         "build",
         help="turn images and text into shards",
         description="SOURCE is a folder of images with .txt or .json beside them, a .csv, .tsv or "
-        ".jsonl table, or webdataset shards. What cannot be used is named in OUT/rejected.jsonl.",
+        ".jsonl or .parquet table, a .json of COCO captions or VQA questions, or webdataset "
+        "shards. What cannot be used is named in OUT/rejected.jsonl.",
     )
     build.add_argument("source", metavar="SOURCE", type=Path)
     build.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder")
@@ -75,7 +93,12 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     build.add_argument("--quality", type=int, default=92, help="of JPEGs encoded again")
     build.add_argument("--image-column", help="of a table; guessed if not given")
     build.add_argument("--text-column", help="of a table; guessed if not given")
+    build.add_argument("--images", type=Path, help="folder of a table's or annotations' images; "
+                       "default: where the file lies")  # fmt: skip
+    build.add_argument("--answers", type=Path, help="of VQA questions: the file of the answers")
     build.add_argument("--without-text", action="store_true", help="keep images without text")
+    build.add_argument("--drop-copies", choices=("exact", "near"), default="",
+                       help="reject copies of images; near: for photos only")  # fmt: skip
     build.add_argument("--overwrite", action="store_true", help="replace the shards in OUT")
     build.add_argument("--workers", type=int, default=1, help="threads that decode images")
     build.set_defaults(run=_build)
@@ -95,6 +118,9 @@ def _build(arguments: argparse.Namespace) -> int:
         image_column=arguments.image_column,
         text_column=arguments.text_column,
         need_text=not arguments.without_text,
+        images=arguments.images,
+        answers=arguments.answers,
+        drop_copies=arguments.drop_copies,
         overwrite=arguments.overwrite,
         workers=arguments.workers,
         progress=lambda items: tqdm(items, unit="sample", file=sys.stderr, disable=None),
@@ -151,7 +177,7 @@ def _index(arguments: argparse.Namespace) -> int:
             "missing, so no manifest is written; to keep the good samples run: "
             f"multimodal data build {folder} NEW_FOLDER"
         )
-    shards.write_manifest(target, entries, source=str(folder))
+    shards.write_manifest(target, entries, **({"source": str(folder)} | _known_facts(folder)))
     print(f"{target}: {len(entries)} shards, {sum(e['samples'] for e in entries):,} samples")
     return 0
 
@@ -172,6 +198,14 @@ def _known_hashes(target: Path) -> dict[str, str]:
     if not (target / shards.MANIFEST).is_file():
         return {}
     return {entry["name"]: entry["sha256"] for entry in shards.read_manifest(target)["shards"]}
+
+
+def _known_facts(folder: Path) -> dict[str, Any]:
+    """What an earlier manifest says besides: whose codes the shards hold, licence, source."""
+    if not (folder / shards.MANIFEST).is_file():
+        return {}
+    known = shards.read_manifest(folder)
+    return {k: v for k, v in known.items() if k not in ("format", "version", "shards")}
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -196,14 +230,68 @@ def _check_contents(folder: Path) -> int:
     from multimodal.images import open_image
 
     problems = 0
-    for sample in tqdm(shards.Shards(folder), unit="sample", file=sys.stderr, disable=None):
+    opened = shards.Shards(folder)
+    for sample in tqdm(opened, unit="sample", file=sys.stderr, disable=None):
         try:
-            open_image(sample.image, name=f"sample {sample.key}")
+            if opened.encoding is not None:
+                _ = sample.codes
+            else:
+                open_image(sample.image, name=f"sample {sample.key}")
             _ = sample.record
         except ValueError as error:
             problems += 1
             tqdm.write(f"{folder}: {error}", file=sys.stderr)
     return problems
+
+
+def _duplicates(arguments: argparse.Namespace) -> int:
+    from multimodal.duplicates import find_copies, fingerprint
+
+    places, images, unreadable = list[tuple[Path, str, str]](), [], 0
+    opened = [
+        (folder, split, shards.Shards(folder, split))
+        for folder in arguments.folders
+        for split in shards.splits_of(folder)
+    ]
+    for folder, _, samples in opened:
+        if samples.encoding is not None:
+            raise ValueError(f"{folder}: holds codes, not images")
+    total = sum(len(samples) for _, _, samples in opened)
+    with tqdm(total=total, desc="images", unit="image", file=sys.stderr, disable=None) as bar:
+        for folder, split, samples in opened:
+            for sample in samples:
+                bar.update()
+                try:
+                    images.append(fingerprint(sample.image, f"sample {sample.key}"))
+                    places.append((folder, split, sample.key))
+                except ValueError as error:
+                    unreadable += 1
+                    tqdm.write(f"{folder}: {error}", file=sys.stderr)
+    if not images:
+        raise ValueError("no image could be read")
+    with tqdm(total=len(images), desc="compared", file=sys.stderr, disable=None) as bar:
+        copies = find_copies(images, bar.update)
+    leaks = 0
+    rows = []
+    for one in copies:
+        first, second = places[one.first], places[one.second]
+        leaks += first[:2] != second[:2]
+        print(f"{one.kind}\t{one.alike:.3f}\t{':'.join(map(str, first))}\t"
+              f"{':'.join(map(str, second))}")  # fmt: skip
+        pair = {name: dict(zip(("folder", "split", "key"), map(str, place), strict=True))
+                for name, place in (("first", first), ("second", second))}  # fmt: skip
+        rows.append({"kind": one.kind, "alike": one.alike, **pair})
+    if arguments.output:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        arguments.output.write_text("".join(lines), "utf-8")
+    exact = sum(one.kind == "exact" for one in copies)
+    skipped = f"; {unreadable} could not be read" if unreadable else ""
+    print(
+        f"{len(images):,} images: {exact} exact copies, {len(copies) - exact} near, "
+        f"{leaks} of them between splits or folders{skipped}",
+        file=sys.stderr,
+    )
+    return 1 if leaks else 0
 
 
 def _scenes(arguments: argparse.Namespace) -> int:

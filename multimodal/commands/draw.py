@@ -32,8 +32,8 @@ def main(argv: list[str]) -> int:
     made.add_argument(
         "--method",
         choices=("masked", "causal"),
-        default="masked",
-        help="many codes at a time, or one after the other (default masked)",
+        default="causal",
+        help="many codes at a time, or one after the other (default causal)",
     )
     made.add_argument(
         "--candidates",

@@ -87,11 +87,9 @@ def drawing_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
-def load_model(arguments: argparse.Namespace) -> "Multimodal":
-    """The model of the options. Errors: ``ValueError`` for a device or a folder that is none."""
+def use_device(arguments: argparse.Namespace) -> None:
+    """Set the threads and try the device. Errors: ``ValueError`` for one that cannot be used."""
     import torch
-
-    from multimodal.folder import load
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -100,6 +98,15 @@ def load_model(arguments: argparse.Namespace) -> "Multimodal":
     except (RuntimeError, AssertionError) as error:  # CPU-only builds assert
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"--device {arguments.device}: cannot be used here ({reason})") from error
+
+
+def load_model(arguments: argparse.Namespace) -> "Multimodal":
+    """The model of the options. Errors: ``ValueError`` for a device or a folder that is none."""
+    import torch
+
+    from multimodal.folder import load
+
+    use_device(arguments)
     return load(arguments.model, arguments.device, getattr(torch, arguments.dtype))
 
 

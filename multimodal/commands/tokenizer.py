@@ -1,4 +1,5 @@
-"""``multimodal tokenizer text``: train the byte-level BPE on the texts of shards and files."""
+"""``multimodal tokenizer``: ``text`` trains a byte-level BPE, ``import`` reads released VQ weights,
+``encode`` turns shards of images into shards of codes."""
 
 import argparse
 from collections.abc import Iterator
@@ -7,6 +8,10 @@ from pathlib import Path
 EXAMPLES = """examples:
   multimodal tokenizer text data/photos --out text_tokenizer.json --vocabulary-size 4096
   multimodal tokenizer text data/photos corpus.txt --out text_tokenizer.json
+  multimodal tokenizer import vq_ds16_t2i.pt runs/llamagen --image-size 256
+  multimodal tokenizer encode data/photos data/photos-codes --tokenizer runs/photos-tokenizer/model
+  multimodal tokenizer encode data/photos data/photos-codes --tokenizer starter \
+      --encodings 8 --crop-scale 0.5 --mirror
 """
 
 
@@ -44,14 +49,57 @@ def train_text(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def import_released(arguments: argparse.Namespace) -> int:
+    out = Path(arguments.out)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: not empty; give a new folder")
+    from multimodal.tokenizers.released import import_tokenizer
+
+    tokenizer = import_tokenizer(arguments.source, arguments.image_size, arguments.fit)
+    tokenizer.save(out)
+    grid, size = tokenizer.config.grid, tokenizer.codebook_size
+    print(f"{out}: {grid} x {grid} codes of {size}, fingerprint {tokenizer.fingerprint}")
+    return 0
+
+
+def encode(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from multimodal.commands.options import use_device
+    from multimodal.folder import part_of
+    from multimodal.pretokenise import Encoding, encode_shards
+    from multimodal.shards import read_manifest
+    from multimodal.tokenizers.image import load_image_tokenizer
+
+    if arguments.batch_size < 1 or arguments.workers < 0:
+        raise ValueError("--batch-size, --workers: expected at least 1, and at least 0")
+    use_device(arguments)
+    tokenizer = load_image_tokenizer(part_of(arguments.tokenizer, "image_tokenizer"))
+    encoding = Encoding.by(
+        tokenizer, precision=arguments.precision, encodings=arguments.encodings,
+        crop_scale=arguments.crop_scale, mirror=arguments.mirror, seed=arguments.seed,
+        train_split=arguments.train_split,
+    )  # fmt: skip
+    total = sum(entry["samples"] for entry in read_manifest(Path(arguments.source))["shards"])
+    with tqdm(total=total, desc="samples", unit="sample", disable=None) as progress:
+        encode_shards(
+            arguments.source, arguments.out, tokenizer.to(arguments.device), encoding,
+            arguments.batch_size, arguments.workers, progress.update,
+        )  # fmt: skip
+    print(f"{arguments.out}: {total} samples, codes of tokenizer {encoding.fingerprint}")
+    return 0
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="multimodal tokenizer",
-        description="Train a text tokenizer. Image tokenizers are trained with: multimodal fit",
+        description="Train a text tokenizer, take over the weights of a released image tokenizer, "
+        "or encode shards. Image tokenizers are trained with: multimodal fit; and measured with: "
+        "multimodal tokenizer compare",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = parser.add_subparsers(required=True, metavar="text")
+    kinds = parser.add_subparsers(required=True, metavar="text|import|encode")
     text = kinds.add_parser("text", help="byte-level BPE", epilog=EXAMPLES,
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     text.add_argument("sources", nargs="+", help="shard folders and text files (a line, a text)")
@@ -59,6 +107,56 @@ def main(argv: list[str]) -> int:
     text.add_argument("--vocabulary-size", type=int, default=4096, help="at most so many tokens")
     text.add_argument("--split", default="train", help="split of the shard folders to read")
     text.set_defaults(run=train_text)
+    released = kinds.add_parser(
+        "import", help="released VQ weights: LlamaGen, taming VQGAN, Janus, Chameleon",
+        description="Read the weights of a released VQ image tokenizer into a tokenizer folder. "
+        "Sizes are read off the weights; no code in a checkpoint is run.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    released.add_argument("source", help="a checkpoint, or a folder of safetensors")
+    released.add_argument("out", help="the folder to write")
+    released.add_argument("--image-size", type=int, default=256, help="pixels of a side")
+    released.add_argument("--fit", default="squash", choices=["squash", "crop", "letterbox"],
+                          help="how other images are made square")  # fmt: skip
+    released.set_defaults(run=import_released)
+    shards = kinds.add_parser(
+        "encode", help="shards of codes out of shards of images",
+        description="Encode the images of a shard folder once, so that training need not. A run "
+        "that was stopped goes on where it was; the codes serve models with this image tokenizer.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    shards.add_argument("source", help="a shard folder")
+    shards.add_argument("out", help="the folder to write")
+    shards.add_argument(
+        "--tokenizer", required=True, help="a tokenizer or model folder, or starter"
+    )
+    shards.add_argument(
+        "--encodings", type=int, default=1, help="of each training image (default 1)"
+    )
+    shards.add_argument(
+        "--crop-scale",
+        type=float,
+        default=1.0,
+        help="training images: crops of at least this share (default 1: none)",
+    )
+    shards.add_argument("--mirror", action="store_true", help="mirror half of the crops")
+    shards.add_argument(
+        "--train-split", default="train", help="which split is cropped (default train)"
+    )
+    shards.add_argument(
+        "--precision",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of the encoder; codes differ by a few percent (default float32)",
+    )
+    shards.add_argument("--seed", type=int, default=0, help="of the crops (default 0)")
+    shards.add_argument("--batch-size", type=int, default=64)
+    shards.add_argument(
+        "--workers", type=int, default=2, help="threads that decode images (default 2)"
+    )
+    shards.add_argument("--device", default="cpu", help="where torch computes (default cpu)")
+    shards.add_argument(
+        "--threads", type=int, default=0, help="CPU threads (default: torch's choice)"
+    )
+    shards.set_defaults(run=encode)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status

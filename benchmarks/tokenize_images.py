@@ -1,0 +1,107 @@
+"""Images a second: the ViT of the photos recipe beside a VQGAN in the shape of LlamaGen's ds16.
+
+    python benchmarks/tokenize_images.py --data data/flickr8k [--image-size 128] [--batch-size 16]
+
+Both have random weights, fp32, and take turns, so that what else the machine does falls on both.
+Then shards are encoded end to end with the ViT: decoding files and encoding pictures, each alone
+and overlapped as ``multimodal tokenizer encode`` does it. Prints JSON as its last line.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from multimodal.eval.reconstruction import time_tokenizers
+from multimodal.parallel import in_order
+from multimodal.pretokenise import Encoding, encode_pictures, encode_shards
+from multimodal.shards import Sample, Shards, index_shard, write_manifest, write_tar
+from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
+
+WORKERS = 2  # threads that decode, as the command has them
+VIT = {"name": "vit", "dim": 192, "encoder_depth": 2, "decoder_depth": 3, "heads": 4}
+FSQ = {"name": "fsq", "levels": [3] * 7}
+LLAMAGEN = {"name": "vqgan"}  # channels 128, multipliers 1 1 2 2 4: its VQ-16
+VQ = {"name": "vq", "codebook_size": 16384, "channels": 8, "learning": "gradient"}
+
+
+def make(
+    image_size: int, autoencoder: dict[str, object], quantizer: dict[str, object]
+) -> VQTokenizer:
+    torch.manual_seed(0)
+    return VQTokenizer(
+        ImageTokenizerConfig(image_size, "squash", 16, autoencoder, quantizer)
+    ).eval()
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def end_to_end(tokenizer: VQTokenizer, data: Path, count: int, batch: int) -> dict[str, float]:
+    """Images a second of files alone, pictures alone, and both as the command does it."""
+    encoding = Encoding.by(tokenizer)
+    samples = list(islice(Shards(data, "val"), count))
+    pictures = torch.stack([
+        torch.from_numpy(encoding.pictures(sample, "val").copy()) for sample in samples
+    ])[:, 0].numpy()  # fmt: skip
+
+    def pictures_of(sample: Sample) -> object:
+        return encoding.pictures(sample, "val")
+
+    rounds: dict[str, list[float]] = {"files": [], "pictures": [], "together": []}
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"
+        source.mkdir()
+        write_tar(source / "val-0000.tar", [(s.key, s.members) for s in samples])
+        write_manifest(source, [index_shard(source / "val-0000.tar")])
+        for number in range(3):
+            rounds["files"].append(
+                seconds_of(lambda: list(in_order(pictures_of, samples, WORKERS)))
+            )
+            rounds["pictures"].append(
+                seconds_of(lambda: [
+                    encode_pictures(tokenizer, pictures[i : i + batch], "float32")
+                    for i in range(0, count, batch)
+                ])
+            )  # fmt: skip
+            out = Path(folder) / str(number)
+            rounds["together"].append(
+                seconds_of(lambda out=out: encode_shards(source, out, tokenizer, encoding, batch))
+            )
+    return {name: count / statistics.median(times) for name, times in rounds.items()}
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--data", type=Path, required=True, help="a shard folder with a split val")
+    made.add_argument("--image-size", type=int, default=128)
+    made.add_argument("--batch-size", type=int, default=16)
+    made.add_argument("--count", type=int, default=512, help="images for the way end to end")
+    arguments = made.parse_args()
+    side, batch = arguments.image_size, arguments.batch_size
+    both = {"vit": make(side, VIT, FSQ), "vqgan": make(side, LLAMAGEN, VQ)}
+    images = torch.rand(batch, 3, side, side) * 2 - 1
+    speeds = time_tokenizers(both, images, rounds=5)
+    figures = {
+        "encode_ratio": speeds["vit"]["encode_per_second"] / speeds["vqgan"]["encode_per_second"],
+        "decode_ratio": speeds["vit"]["decode_per_second"] / speeds["vqgan"]["decode_per_second"],
+        "images_per_second": speeds,
+    }
+    whole = end_to_end(both["vit"], arguments.data, arguments.count, 64)
+    whole["of_the_slower_alone"] = whole["together"] / min(whole["files"], whole["pictures"])
+    protocol = {"image_size": side, "batch_size": batch, "precision": "float32",
+                "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+    print(json.dumps({**figures, "end_to_end": whole, **protocol}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Shards of codes in the place of images: encoded once, then read many times faster.
+
+``KEY.codes.npy`` is ``uint16[A, h, w]`` (``uint32`` for more than 65,536 codes): A encodings of the
+image, of which training takes one by chance; the record stays as it is. The manifest says
+which image tokenizer made them: codes mean nothing to another.
+
+The shard is the unit of work: each is written whole or not at all, and a run that was stopped goes
+on with the shards that are missing. The same input gives the same bytes.
+"""
+
+import fcntl
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from multimodal.images import Fit, augment_image, fit_image, open_image
+from multimodal.parallel import in_order
+from multimodal.seeds import sample_seed
+from multimodal.shards import (
+    CODES,
+    MANIFEST,
+    Sample,
+    Shards,
+    index_shard,
+    read_manifest,
+    write_json,
+    write_manifest,
+    write_tar,
+)
+from multimodal.tokenizers.image import VQTokenizer
+
+SETTINGS = "encoding.json"  # what a folder that is not finished yet is made with
+LOCK = ".lock"
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How codes came about; the manifest holds it under ``image_tokenizer``.
+
+    fingerprint, codebook_size, image_size, fit, grid: of the tokenizer; precision: of the encoder.
+    encodings: A, of training images; crop_scale, mirror, seed: of their crops, which are squashed
+        whatever the fit, as in training (1: no crops);
+    train_split: the split they are for; images of others are encoded once, whole.
+    """
+
+    fingerprint: str
+    codebook_size: int
+    image_size: int
+    fit: Fit
+    grid: int
+    precision: Precision = "float32"
+    encodings: int = 1
+    crop_scale: float = 1.0
+    mirror: bool = False
+    seed: int = 0
+    train_split: str = "train"
+
+    def __post_init__(self) -> None:
+        if self.encodings < 1:
+            raise ValueError(f"encodings={self.encodings}: expected at least 1")
+        if not 0 < self.crop_scale <= 1:
+            raise ValueError(
+                f"crop_scale={self.crop_scale}: expected a share of the area in (0, 1]"
+            )
+        if self.crop_scale == 1 and (self.encodings > 1 or self.mirror):
+            raise ValueError(
+                f"encodings={self.encodings}, mirror={self.mirror} are for crops: give a "
+                "crop_scale below 1"
+            )
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision={self.precision!r}: expected float32 or bfloat16")
+
+    @classmethod
+    def by(cls, tokenizer: VQTokenizer, **options: Any) -> "Encoding":
+        config = tokenizer.config
+        return cls(tokenizer.fingerprint, tokenizer.codebook_size, config.image_size, config.fit,
+                   config.grid, **options)  # fmt: skip
+
+    def pictures(self, sample: Sample, split: str) -> NDArray[np.uint8]:
+        """uint8[A, H, W, 3]: what is to be encoded of one sample"""
+        image = open_image(sample.image, name=sample.key)
+        if split != self.train_split or self.crop_scale == 1:
+            return np.asarray(fit_image(image, self.image_size, self.fit))[None]
+        scale = (self.crop_scale, 1.0)
+        crops = []
+        for number in range(self.encodings):
+            rng = np.random.default_rng(sample_seed(self.seed, number, sample.key))
+            crops.append(augment_image(image, self.image_size, rng, scale, flip=self.mirror))
+        return np.stack([np.asarray(crop) for crop in crops])
+
+
+def encode_shards(
+    source: str | Path,
+    out: str | Path,
+    tokenizer: VQTokenizer,
+    encoding: Encoding,
+    batch_size: int = 64,
+    workers: int = 2,
+    on_sample: Callable[[int], object] = lambda count: None,
+) -> dict[str, Any]:
+    """Write the shards of ``source`` with codes for images; returns the manifest.
+
+    workers: threads that decode images while others are encoded, 0 for none.
+    out: a folder that is not there, is empty, or holds what an earlier call with the same arguments
+    left. Errors: ``ValueError`` for any other, and for an image that cannot be read, by its key.
+    """
+    source, out = Path(source), Path(out)
+    about = read_manifest(source)
+    splits = sorted({str(entry["split"]) for entry in about["shards"]})
+    if encoding.crop_scale < 1 and encoding.train_split not in splits:
+        raise ValueError(
+            f"{source}: no split {encoding.train_split!r} to crop; it has {', '.join(splits)}"
+        )
+    settings = {"source": [entry["sha256"] for entry in about["shards"]], **asdict(encoding)}
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone_in(out):
+        _prepare(out, settings)
+        return _encode(source, out, about, tokenizer, encoding, batch_size, workers, on_sample)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Errors: ``ValueError`` where another process is at work in the folder."""
+    path = folder / LOCK
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: another process is writing to it") from error
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be locked here ({error.strerror})") from error
+        # The one that was at work may have ended, and taken its lock away, between the two lines.
+        if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+            raise ValueError(f"{folder}: another process is writing to it")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _encode(
+    source: Path,
+    out: Path,
+    about: dict[str, Any],
+    tokenizer: VQTokenizer,
+    encoding: Encoding,
+    batch_size: int,
+    workers: int,
+    on_sample: Callable[[int], object],
+) -> dict[str, Any]:
+    entries = []
+    for entry in about["shards"]:
+        name, split = str(entry["name"]), str(entry["split"])
+        shard = out / name
+        if shard.is_file():
+            on_sample(int(entry["samples"]))
+        else:
+            part = out / f".{name}.part"
+            shards = Shards(source, only=name)
+            samples = _encoded(shards, split, tokenizer, encoding, batch_size, workers, on_sample)
+            write_tar(part, samples)
+            part.replace(shard)
+        entries.append(index_shard(shard))
+    kept = {k: v for k, v in about.items() if k not in ("format", "version", "shards", "made_by")}
+    kept |= {"made_by": "multimodal.pretokenise.encode_shards", "image_tokenizer": asdict(encoding)}
+    write_manifest(out, entries, **kept)
+    (out / SETTINGS).unlink()
+    return read_manifest(out)
+
+
+def _prepare(out: Path, settings: dict[str, Any]) -> None:
+    """Make the folder, or see that what is in it was begun with the same arguments."""
+    path = out / SETTINGS
+    if path.is_file():
+        try:
+            begun = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not readable as JSON ({error})") from error
+        if begun != settings:
+            raise ValueError(f"{out}: was begun with other shards or options; give a new folder")
+        return
+    strangers = {one.name for one in out.iterdir()} - {LOCK, f"{SETTINGS}.tmp"}
+    if strangers:
+        done = " (it is complete)" if (out / MANIFEST).is_file() else ""
+        raise ValueError(f"{out}: not empty{done}; give a new folder")
+    write_json(path, settings)
+
+
+def _encoded(
+    shards: Shards,
+    split: str,
+    tokenizer: VQTokenizer,
+    encoding: Encoding,
+    batch_size: int,
+    workers: int,
+    on_sample: Callable[[int], object],
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, members) of every sample of a shard, encoded in batches."""
+
+    def ready(sample: Sample) -> tuple[Sample, NDArray[np.uint8]]:
+        try:
+            return sample, encoding.pictures(sample, split)
+        except ValueError as error:
+            raise ValueError(f"{shards.folder}: sample {sample.key}: {error}") from error
+
+    samples, pictures = list[Sample](), list[NDArray[np.uint8]]()
+    for number, (sample, its_pictures) in enumerate(in_order(ready, shards, workers), start=1):
+        samples.append(sample)
+        pictures.append(its_pictures)
+        if sum(map(len, pictures)) >= batch_size or number == len(shards):
+            codes = encode_pictures(tokenizer, np.concatenate(pictures), encoding.precision)
+            ends = np.cumsum([len(one) for one in pictures])
+            for one, mine in zip(samples, np.split(codes, ends[:-1]), strict=True):
+                text = {k: v for k, v in one.members.items() if k in ("json", "txt")}
+                yield one.key, {CODES: codes_to_bytes(mine, tokenizer.codebook_size), **text}
+            on_sample(len(samples))
+            samples, pictures = [], []
+
+
+@torch.inference_mode()
+def encode_pictures(
+    tokenizer: VQTokenizer, pictures: NDArray[np.uint8], precision: Precision
+) -> NDArray[np.int64]:
+    """uint8[B, H, W, 3] -> codes: int64[B, h, w]"""
+    device = next(tokenizer.parameters()).device
+    images = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    # Convolutions on a GPU would otherwise be in TF32, which is neither of the two.
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with exact, torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        codes: NDArray[np.int64] = tokenizer.encode(images).cpu().numpy()
+    return codes
+
+
+def codes_to_bytes(codes: NDArray[np.int64], codebook_size: int) -> bytes:
+    """int64[A, h, w] as a .npy file of the smallest unsigned numbers that hold them."""
+    file = io.BytesIO()
+    small = np.uint16 if codebook_size <= 1 << 16 else np.uint32
+    np.save(file, codes.astype(small), allow_pickle=False)
+    return file.getvalue()

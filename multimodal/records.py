@@ -1,0 +1,90 @@
+"""One thing found in a source: an image with its record, or what cannot be used, by name."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Found:
+    """One image with its record.
+
+    ``hint`` is what its key should be, ``identity`` tells it from every other sample of the source,
+    ``name`` is what to call it in messages; ``split`` is given where the source held it out.
+    """
+
+    name: str
+    hint: str
+    identity: str
+    image: Path | bytes
+    record: dict[str, Any]
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Something found that cannot be used: ``reason`` is of a small set, to be counted."""
+
+    name: str
+    reason: str
+    detail: str = ""
+
+
+class UnreadableText(ValueError):
+    pass
+
+
+def shown(path: str | Path) -> str:
+    """A path as text that can be printed: bytes that are no UTF-8 become ``\\\\xNN``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def encodable(name: str) -> bool:
+    """Whether a name could be a file's: a lone surrogate that stands for no byte could not."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shuffled(names: list[str]) -> list[str]:
+    return sorted(names, key=lambda name: (hashlib.sha256(os.fsencode(name)).digest(), name))
+
+
+def has_text(record: Mapping[str, Any]) -> bool:
+    return bool(record["captions"] or record.get("qa")) or "label" in record
+
+
+def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"captions": [str], "qa": [[question, answer]], ...}`` from what people write.
+
+    The captions are the first of ``captions``, ``caption``, ``text`` that is there, a string or a
+    list; ``question`` and ``answer`` become a pair of ``qa``. All other keys are passed on.
+    """
+    rest = dict(given)
+    captions: Any = []
+    for name in ("captions", "caption", "text"):
+        if rest.get(name) is not None:
+            captions = rest.pop(name)
+            break
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        raise UnreadableText("captions are not a string or a list of strings")
+    record: dict[str, Any] = {"captions": [text.strip() for text in captions if text.strip()]}
+    pairs: Any = rest.pop("qa", None) or []
+    if isinstance(rest.get("question"), str) and isinstance(rest.get("answer"), str):
+        pairs = [*pairs, [rest.pop("question"), rest.pop("answer")]]
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(isinstance(text, str) for text in pair)
+        for pair in pairs
+    ):
+        raise UnreadableText("qa is not a list of [question, answer]")
+    if pairs:
+        record["qa"] = [list(pair) for pair in pairs]
+    return record | rest

@@ -1,0 +1,237 @@
+"""Weights of released VQ tokenizers, in our modules: LlamaGen, taming VQGAN, Janus, Chameleon.
+
+All are the autoencoder of tokenizers/vqgan.py under other names. What the weights do not say in
+words (sizes, depth, where attention is) is read off their names and shapes. A checkpoint is opened
+without running code from it, and saved as a tokenizer folder: safetensors and JSON.
+"""
+
+import argparse
+import re
+import textwrap
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from multimodal.tokenizers.image import Fit, ImageTokenizerConfig, VQTokenizer
+
+ENTRANCE = "encoder.conv_in.weight"  # every layout has it; what stands before it is a prefix
+IGNORED = ("loss.", "quantize.codebook_used")  # of the training, not of the tokenizer
+_UP = re.compile(r"decoder\.up\.(\d+)\.")
+_LEVEL = re.compile(
+    r"(?:down|up|conv_blocks)\.(\d+)\.(?:(block|res|attn)\.(\d+)\.(\w+)|(?:down|up)sample\.conv)$"
+)
+_MIDDLE = re.compile(r"mid\.(block_|attn_)?(\d)\.(\w+)$")
+_LAYERS = {"nin_shortcut": "shortcut", "q": "query", "k": "key", "v": "value", "proj_out": "out"}
+_DIMENSIONS = {ENTRANCE: 4, "encoder.conv_out.weight": 4, "quantizer.codebook.weight": 2}
+_OUTSIDE = {
+    "quant_conv": "encoder.to_code",
+    "post_quant_conv": "decoder.from_code",
+    "quantize.embedding": "quantizer.codebook",
+}
+
+
+class _StandIn:
+    """In the place of a class that the pickles of taming's time name: it does nothing."""
+
+
+_STAND_INS: list[Any] = [
+    (_StandIn, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+]
+
+
+def import_tokenizer(source: str | Path, image_size: int, fit: Fit = "squash") -> VQTokenizer:
+    """Read released weights from a ``.safetensors``, ``.pt``, ``.pth``, ``.ckpt`` or ``.bin`` file,
+    or a folder of safetensors.
+
+    image_size: pixels of a side that images are brought to; fit: how. The weights do not say.
+    Errors: ``ValueError`` for what is not there, cannot be read, or does not fit together.
+    """
+    source = Path(source)
+    released = read_weights(source)
+    weights = translate(released)
+    # LlamaGen's codes are unit vectors, and so are Janus's, whose weights are of its making; both
+    # use the decoder's levels in their order, which taming and Chameleon do not.
+    normalise = "decoder.up.0.block.0.conv1.weight" not in released or (
+        "decoder.up.0.upsample.conv.weight" in released
+    )
+    try:
+        tokenizer = VQTokenizer(infer_config(weights, image_size, fit, normalise))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    wanted = tokenizer.state_dict()
+    missing, unknown = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted))
+    if missing:
+        raise ValueError(f"{source}: {_some(missing)} missing: not a whole tokenizer")
+    if unknown:
+        raise ValueError(
+            f"{source}: {_some(unknown)} of no known use: not a VQGAN of a known shape"
+        )
+    for name, tensor in wanted.items():
+        if tensor.shape != weights[name].shape:
+            raise ValueError(
+                f"{source}: {name} has shape {tuple(weights[name].shape)}, "
+                f"expected {tuple(tensor.shape)}"
+            )
+    tokenizer.load_state_dict(weights)
+    return tokenizer.eval()
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
+
+
+def read_weights(source: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by the names they have there, without what is before them all."""
+    if not source.exists():
+        raise ValueError(f"{source}: no such file or folder")
+    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+    if not files:
+        raise ValueError(f"{source}: no .safetensors file in this folder")
+    if files[0].suffix != ".safetensors":
+        weights = _unpickled(files[0])
+        prefix = _prefix(weights, source)
+        return {n.removeprefix(prefix): w.float() for n, w in weights.items() if _ours(n, prefix)}
+    try:
+        with ExitStack() as stack:
+            # Names first: the tokenizer may be a small part of a large model.
+            opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
+            where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+            prefix = _prefix(where, source)
+            return {
+                name.removeprefix(prefix): file.get_tensor(name).float()
+                for name, file in where.items()
+                if _ours(name, prefix)
+            }
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{source}: cannot be read as safetensors: {error}") from error
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    """A checkpoint of torch's, with tensors and plain values only: no other class is ever made."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *_STAND_INS]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a damaged file torch raises almost anything
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{file}: holds a {found[1]}, and making one could run code. Where you trust the "
+                "file, save its tensors alone: safetensors.torch.save_file("
+                'torch.load(FILE, weights_only=False)["state_dict"], "weights.safetensors")'
+            ) from error
+        reason = textwrap.shorten(str(error), 200)
+        raise ValueError(f"{file}: not a checkpoint of torch's: {reason}") from error
+    for key in ("ema", "state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{file}: holds a {type(content).__name__}, expected named tensors")
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _prefix(names: Iterable[str], source: Path) -> str:
+    """What stands before the names of the tokenizer's weights."""
+    prefixes = [name.removesuffix(ENTRANCE) for name in names if name.endswith(ENTRANCE)]
+    if len(prefixes) != 1:
+        raise ValueError(
+            f"{source}: {len(prefixes)} tensors are named ...{ENTRANCE}, expected 1: "
+            "not the weights of LlamaGen's VQ, taming's VQGAN, Janus's or Chameleon's"
+        )
+    return prefixes[0]
+
+
+def _ours(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) and not name.removeprefix(prefix).startswith(IGNORED)
+
+
+def translate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Released names to ours; a name of no layout stays as it is."""
+    levels = {int(found[1]) for name in weights if (found := _UP.match(name))}
+    # taming counts the levels of the decoder from the pixels on, the others as they are used.
+    reverse = bool(levels) and "decoder.up.0.upsample.conv.weight" not in weights
+    translated = {}
+    for name, tensor in weights.items():
+        module, _, kind = name.rpartition(".")
+        translated[f"{_module(module, max(levels) if reverse else None)}.{kind}"] = tensor
+    if (codebook := translated.get("quantizer.codebook.weight")) is not None:
+        translated["quantizer.counts"] = torch.ones(codebook.shape[:1])
+        translated["quantizer.initialised"] = torch.tensor(True)
+    return translated
+
+
+def _module(name: str, last: int | None) -> str:
+    """One released module name in ours; last: the decoder's last level, if counted from there."""
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    side, _, rest = name.partition(".")
+    if found := _MIDDLE.match(rest):
+        kind, number, layer = found.groups()
+        # taming says block_1, attn_1, block_2; LlamaGen numbers the three from 0.
+        place = number if kind is None else {"block_1": 0, "attn_1": 1, "block_2": 2}[kind + number]
+        return f"{side}.middle.{place}{_layer(layer)}"
+    if found := _LEVEL.match(rest):
+        level, kind, number, layer = found.groups()
+        if side == "decoder" and last is not None:
+            level = str(last - int(level))
+        if kind is None:
+            return f"{side}.levels.{level}.resize"
+        part = "attention" if kind == "attn" else "blocks"
+        return f"{side}.levels.{level}.{part}.{number}{_layer(layer)}"
+    return name
+
+
+def _layer(name: str) -> str:
+    return f".{_LAYERS.get(name, name)}"
+
+
+def infer_config(
+    weights: Mapping[str, Tensor], image_size: int, fit: Fit, normalise: bool
+) -> ImageTokenizerConfig:
+    """The sizes of a translated tokenizer, read off its weights."""
+    widths: list[int] = []
+    while (block := f"encoder.levels.{len(widths)}.blocks.0.conv1.weight") in weights:
+        if weights[block].ndim != 4 or not weights[block].numel():
+            raise ValueError(f"{block} has shape {tuple(weights[block].shape)}")
+        widths.append(len(weights[block]))
+    for name, dimensions in _DIMENSIONS.items():
+        if name in weights and (weights[name].ndim != dimensions or not weights[name].numel()):
+            raise ValueError(f"{name} has shape {tuple(weights[name].shape)}")
+    if not widths:
+        raise ValueError("no level of the encoder has a known name: not a VQGAN of a known layout")
+    try:
+        channels = len(weights[ENTRANCE])
+        latent_channels = len(weights["encoder.conv_out.weight"])
+        size, code_channels = weights["quantizer.codebook.weight"].shape
+    except KeyError as error:
+        raise ValueError(f"{error} is missing: not a whole tokenizer") from error
+    if any(width % channels for width in widths):
+        raise ValueError(f"levels of {widths} channels are no multiples of the first {channels}")
+    blocks = [name for name in weights if name.startswith("encoder.levels.0.blocks.")]
+    return ImageTokenizerConfig(
+        image_size,
+        fit,
+        2 ** (len(widths) - 1),
+        {
+            "name": "vqgan",
+            "channels": channels,
+            "multipliers": [width // channels for width in widths],
+            "depth": len({name.split(".")[4] for name in blocks}),
+            "attention": [
+                f"encoder.levels.{level}.attention.0.query.weight" in weights
+                for level in range(len(widths))
+            ],
+            "latent_channels": latent_channels,
+        },
+        {
+            "name": "vq",
+            "codebook_size": size,
+            "channels": code_channels,
+            "normalise": normalise,
+            "learning": "gradient",
+        },
+    )
