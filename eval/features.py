@@ -129,4 +129,5 @@ def _timm_network(name: str) -> tuple[nn.Module, list[float], list[float]]:
             f"Name a file: timm:{model}=FILE, or use the features that need none: {RANDOM}"
         ) from error
     config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
+    network.eval()  # before anything goes through it: the statistics of batches must not move
     return network, list(config["mean"]), list(config["std"])

@@ -42,7 +42,8 @@ READER_GONE = 141
 
 
 def help_text() -> str:
-    verbs = "\n".join(f"  {verb:<17} {about}" for verb, (_, about) in VERBS.items())
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {about}" for verb, (_, about) in VERBS.items())
     return f"""\
 usage: multimodal VERB [options]
        multimodal VERB --help

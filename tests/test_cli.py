@@ -52,7 +52,7 @@ raise SystemExit(status)
 """
     run = run_python(code)
     assert (run.returncode, run.stderr) == (0, "")
-    listed = [line.split()[0] for line in run.stdout.splitlines() if line.startswith("  ")]
+    listed = [line[2:].split("  ")[0] for line in run.stdout.splitlines() if line.startswith("  ")]
     assert set(VERBS) <= set(listed)
 
 

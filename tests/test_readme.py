@@ -26,7 +26,7 @@ FEW = "--trainer.max_steps 2 --trainer.val_check_interval 2 --trainer.enable_pro
 SMALLER = {
     "data scenes": "--count 20 --size 32",
     "tokenizer text": "--vocabulary-size 400",
-    "fit --config scenes_tokenizer.yaml": f"{FEW} --model.init_args.tokenizer.dim 32",
+    "fit --config scenes_tokenizer.yaml": f"{FEW} --model.init_args.tokenizer.autoencoder.dim 32",
     "fit --config scenes_joint.yaml": f"{FEW} --model.init_args.size tiny "
     "--model.init_args.drawings_in_validation 1 --model.init_args.row_length 256",
     "predict": f"{FEW} --model.init_args.size tiny",

@@ -350,7 +350,7 @@ def test_recipes_for_scenes_run(work: Path, tmp_path: Path) -> None:
     few += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
     few += ["--model.init_args.text_tokenizer", str(work / "text.json")]
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
-    small = ["--model.init_args.tokenizer.dim", "32"]
+    small = ["--model.init_args.tokenizer.autoencoder.dim", "32"]
     assert main(["fit", "--config", "scenes_tokenizer.yaml", *few, *small, "--output", first]) == 0
     small = [
         "--model.init_args.image_tokenizer",
