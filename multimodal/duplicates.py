@@ -86,22 +86,18 @@ def find_copies(
 ) -> list[Copies]:
     """Every pair of copies, in order. Of the same picture many times: each with the first of them.
 
-    Hashes are compared all with all: 10,000 images take seconds, a million hours.
+    Hashes are compared all with all: time grows with the square of the number of images.
     """
     found = {pair: Copies(*pair, "exact", 1.0) for pair in _exact(images)}
     repeated = {second for _, second in found}
     for one, others in _candidates(images, on_rows):
         if one in repeated:
             continue
-        crops, standard = _crops(images[one].small), _standard(images[one].small)
         for other in others:
             pair = (min(one, other), max(one, other))
             if other in repeated or other == one or pair in found:
                 continue
-            alike = float((crops @ _standard(images[other].small)).max())
-            if alike < ALIKE:  # the other may be the larger of the two
-                alike = float((_crops(images[other].small) @ standard).max())
-            if alike >= ALIKE:
+            if (alike := likeness(images[one], images[other])) >= ALIKE:
                 found[pair] = Copies(*pair, "near", alike)
     return [found[pair] for pair in sorted(found)]
 
@@ -134,14 +130,8 @@ class Seen:
             np.bitwise_count(self._views[:kept] ^ image.views[0]).min(1, initial=64),
             np.bitwise_count(self._views[:kept, :1] ^ image.views).min(1, initial=64),
         )
-        standard, crops = _standard(image.small), _crops(image.small)
         for place in np.flatnonzero(apart <= CANDIDATE).tolist():
-            other = self._images[place]
-            alike = max(
-                float((crops @ _standard(other.small)).max()),
-                float((_crops(other.small) @ standard).max()),
-            )
-            if alike >= ALIKE:
+            if (alike := likeness(image, self._images[place])) >= ALIKE:
                 return Copies(self._numbers[place], number, "near", alike)
         self._keep(image, number)
         return None
@@ -178,6 +168,14 @@ def _candidates(
         apart = np.bitwise_count(mine[:, None] ^ wholes).min(0)
         yield number, np.flatnonzero(apart <= CANDIDATE).tolist()
         on_rows(1)
+
+
+def likeness(one: Fingerprint, other: Fingerprint) -> float:
+    """The largest correlation, in [-1, 1], of either picture with the other or a crop of it."""
+    return max(
+        float((_crops(one.small) @ _standard(other.small)).max()),
+        float((_crops(other.small) @ _standard(one.small)).max()),
+    )
 
 
 def _crops(small: NDArray[np.uint8]) -> NDArray[np.float32]:

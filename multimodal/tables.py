@@ -98,6 +98,7 @@ def read_table(
     text_column: str | None,
     need_text: bool,
 ) -> Iterator[Found | Rejected]:
+    """.csv, .tsv and .jsonl; arguments as of ``read_source``, root: the folder of the images."""
     rows = list(_read_rows(table))
     names = list(dict.fromkeys(c for _, row in rows if isinstance(row, dict) for c in row))
     columns = _find_columns(table, names, image_column, text_column, need_text)
