@@ -8,12 +8,9 @@ The shard is the unit of work: each is written whole or not at all, and a run th
 on with the shards that are missing. The same input gives the same bytes.
 """
 
-import fcntl
 import io
 import json
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from multimodal.images import Fit, augment_image, fit_image, open_image
-from multimodal.parallel import in_order
+from multimodal.parallel import alone_in, in_order
 from multimodal.seeds import sample_seed
 from multimodal.shards import (
     CODES,
@@ -123,29 +120,9 @@ def encode_shards(
         )
     settings = {"source": [entry["sha256"] for entry in about["shards"]], **asdict(encoding)}
     out.mkdir(parents=True, exist_ok=True)
-    with _alone_in(out):
+    with alone_in(out, LOCK):
         _prepare(out, settings)
         return _encode(source, out, about, tokenizer, encoding, batch_size, workers, on_sample)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Errors: ``ValueError`` where another process is at work in the folder."""
-    path = folder / LOCK
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{folder}: another process is writing to it") from error
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be locked here ({error.strerror})") from error
-        # The one that was at work may have ended, and taken its lock away, between the two lines.
-        if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
-            raise ValueError(f"{folder}: another process is writing to it")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _encode(

@@ -4,8 +4,48 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Bytes that lie in another file, a shard for instance."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An image file in a cell of a Parquet table."""
+
+    path: Path
+    group: int
+    row: int
+    column: str
+
+    def read(self) -> bytes:
+        value = _row_group(self.path, self.group, self.column)[self.row]
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes) or not data:
+            raise ValueError(f"column {self.column} holds no file")
+        return data
+
+
+@lru_cache(1)  # the rows of a group are asked for one after the other
+def _row_group(path: Path, group: int, column: str) -> list[Any]:
+    import pyarrow.parquet as pq
+
+    rows: list[Any] = pq.ParquetFile(path).read_row_group(group, [column])[column].to_pylist()
+    return rows
 
 
 @dataclass(frozen=True)
@@ -19,7 +59,7 @@ class Found:
     name: str
     hint: str
     identity: str
-    image: Path | bytes
+    image: Path | Slice | Cell
     record: dict[str, Any]
     split: str | None = None
 

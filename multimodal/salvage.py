@@ -7,10 +7,11 @@ neither.
 
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from multimodal.records import Slice
 from multimodal.shards import (
     IMAGE_SUFFIXES,
     MAX_PADDING,
@@ -42,6 +43,22 @@ class _Run:
         return any(suffix in suffixes for suffix, _, _ in self.members)
 
 
+class Members(Mapping[str, bytes]):
+    """The members of a sample, each read when it is asked for; ``places``: where they lie."""
+
+    def __init__(self, places: dict[str, Slice]) -> None:
+        self.places = places
+
+    def __getitem__(self, suffix: str) -> bytes:
+        return self.places[suffix].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
 def salvage(shard: Path) -> Iterator[Sample | Lost]:
     """The samples of a shard in order, damaged or not; its index is used if there is one.
 
@@ -53,16 +70,12 @@ def salvage(shard: Path) -> Iterator[Sample | Lost]:
     size = shard.stat().st_size
     runs, gaps = _walk(shard, size)
     times = Counter(run.key for run in runs)
-    with open(shard, "rb") as file:
-        for run in runs:
-            if reason := _fault(run, times, size):
-                yield Lost(f"{shard}: {run.key or run.members[0][0]}", reason)
-                continue
-            members = {}
-            for suffix, offset, length in run.members:
-                file.seek(offset)
-                members[suffix] = file.read(length)
-            yield Sample(run.key, members)
+    for run in runs:
+        if reason := _fault(run, times, size):
+            yield Lost(f"{shard}: {run.key or run.members[0][0]}", reason)
+            continue
+        places = {suffix: Slice(shard, offset, length) for suffix, offset, length in run.members}
+        yield Sample(run.key, Members(places))
     try:
         for indexed in read_index(shard):
             if indexed["key"] not in times:

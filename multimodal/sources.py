@@ -22,12 +22,13 @@ from multimodal.records import (
     shown,
     shuffled,
 )
-from multimodal.salvage import Lost, salvage
-from multimodal.shards import IMAGE_SUFFIXES, split_of
+from multimodal.salvage import Lost, Members, salvage
+from multimodal.shards import IMAGE_SUFFIXES, read_index, split_of
 from multimodal.tables import TABLE_SUFFIXES, read_parquet, read_table
 
 _JPEG_NAMES = ("jfif", "jpe")
 _OTHER_IMAGES = ("gif", "bmp", "tif", "tiff", "heic", "heif", "avif", "jxl", "jp2", "svg", "ico")
+TEXTS = ("json", "txt", "cls")
 # A source that holds samples out by such a name must not find them in training.
 _HELD_OUT = ("val", "valid", "validation", "dev", "test", "eval", "heldout", "holdout")
 
@@ -84,6 +85,27 @@ def read_source(
             yield Rejected(item.name, "no text")
         else:
             yield item
+
+
+def expected_samples(source: Path) -> int | None:
+    """About how many samples a source has, for a progress bar; None where that takes long."""
+    suffix = source.suffix.lower()
+    try:
+        if source.is_dir() and (tars := sorted(source.glob("*.tar"))):
+            return sum(len(read_index(tar)) for tar in tars)
+        if source.is_dir():
+            names = (name for _, _, files in os.walk(source, followlinks=True) for name in files)
+            return sum(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
+        if suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return int(pq.ParquetFile(source).metadata.num_rows)
+        if suffix in TABLE_SUFFIXES:
+            with open(source, "rb") as file:
+                return sum(1 for line in file if line.strip()) - (suffix != ".jsonl")
+    except (ValueError, OSError, ImportError):
+        pass  # what is wrong with it is said when it is read
+    return None
 
 
 def _record(json_bytes: bytes | None, txt_bytes: bytes | None) -> dict[str, Any]:
@@ -158,21 +180,23 @@ def _read_shards(tars: list[Path], ignored: "Counter[str]") -> Iterator[Found | 
             if isinstance(item, Lost):
                 yield Rejected(item.name, "damaged shard", item.reason)
                 continue
-            name, members = f"{tar}: {item.key}", dict(item.members)
-            suffix = next((s for s in IMAGE_SUFFIXES if s in members), None)
+            assert isinstance(item.members, Members)
+            name, places = f"{tar}: {item.key}", dict(item.members.places)
+            suffix = next((s for s in IMAGE_SUFFIXES if s in places), None)
             if suffix is None:
-                yield Rejected(name, "no image", f"its members are {', '.join(sorted(members))}")
+                yield Rejected(name, "no image", f"its members are {', '.join(sorted(places))}")
                 continue
-            image = members.pop(suffix)
-            label = members.pop("cls", None)
+            image = places.pop(suffix)
+            texts = {kind: places.pop(kind).read() for kind in TEXTS if kind in places}
+            label = texts.get("cls")
             try:
-                record = _record(members.pop("json", None), members.pop("txt", None))
+                record = _record(texts.get("json"), texts.get("txt"))
                 if label is not None:
                     record.setdefault("label", label.decode("utf-8").strip())
             except ValueError as error:
                 yield Rejected(name, "unreadable text", str(error))
                 continue
-            ignored.update(f"members .{other}" for other in members)
+            ignored.update(f"members .{other}" for other in places)
             held_out = split if split in _HELD_OUT else None
             yield Found(name, item.key, f"{tar.name}/{item.key}", image, record, held_out)
 

@@ -5,8 +5,8 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import multimodal.build
+import multimodal.parts
 from multimodal.build import build, is_held_out, make_key
 from multimodal.commands.data import main
 from multimodal.shards import Sample, Shards, check, index_shard, write_manifest
@@ -271,7 +273,7 @@ def test_the_same_source_gives_the_same_bytes(photos: Path, tmp_path: Path) -> N
     build(photos, tmp_path / "one", shard_size=3, val_share=0.3)
     for path in photos.rglob("*"):
         os.utime(path, (1, 1))
-    build(photos, tmp_path / "two", shard_size=3, val_share=0.3, workers=3)
+    build(photos, tmp_path / "two", shard_size=3, val_share=0.3, workers=2)
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
     assert {"train-0000.tar", "train-0001.tar", "val-0000.tar"} < hashes(tmp_path / "one").keys()
     # shards built from shards are the same shards
@@ -336,29 +338,37 @@ def test_out_that_holds_something(photos: Path, tmp_path: Path) -> None:
     assert build(photos, photos / "shards", overwrite=True).found == 14
 
 
-def test_an_interrupted_run_leaves_nothing(
+def test_an_interrupted_build_goes_on(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(multimodal.build, "PART_SIZE", 4)
+    wanted = tmp_path / "wanted"
+    build(photos, wanted, shard_size=2)
+
     def interrupted(items: Any) -> Iterator[Any]:
         for number, item in enumerate(items):
-            if number == 10:
+            if number == 9:
                 raise KeyboardInterrupt
             yield item
 
     out = tmp_path / "out"
-    for workers in (1, 2):
-        with pytest.raises(KeyboardInterrupt):
-            build(photos, out, shard_size=2, progress=interrupted, workers=workers)
-        assert list(out.iterdir()) == []
-
-    # killed: no chance to tidy up
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises(KeyboardInterrupt):
         build(photos, out, shard_size=2, progress=interrupted)
-    monkeypatch.undo()
     assert [path.name for path in out.iterdir()] == [".building"]
-    assert build(photos, out).kept == 7
-    assert not (out / ".building").exists() and len(samples(out)) == 7
+    assert any("no manifest.json" in problem for problem in check(out))
+    made = list((out / ".building/parts").glob("*.json"))
+    times = {path: path.stat().st_mtime_ns for path in made}
+    opened = Counter[str]()
+    make = multimodal.parts.make_image
+    monkeypatch.setattr(
+        multimodal.parts, "make_image", lambda s, w: opened.update([s.name]) or make(s, w)
+    )
+    (photos / "later.jpg").write_bytes(picture(33, "JPEG"))  # it has no text: nothing changes
+    build(photos, out, shard_size=2)
+    (photos / "later.jpg").unlink()
+    assert len(times) >= 2 and 0 < opened.total() < 13, "parts that were there are not made again"
+    tars = {name: value for name, value in hashes(wanted).items() if name.endswith(".tar")}
+    assert tars.items() <= hashes(out).items() and not (out / ".building").exists()
 
     # killed while the files are moved in place: no manifest, so nobody takes it for whole
     before = hashes(out)
@@ -373,10 +383,23 @@ def test_an_interrupted_run_leaves_nothing(
         build(photos, out, shard_size=2, overwrite=True)
     monkeypatch.undo()
     assert any("no manifest.json" in problem for problem in check(out))
-    with pytest.raises(ValueError, match="--overwrite"):
-        build(photos, out)
-    build(photos, out, overwrite=True)
-    assert hashes(out) == before
+    build(photos, out, shard_size=2)  # the same command again
+    tars = {name for name in hashes(out) if name.endswith(".tar")}
+    assert {name: hashes(out)[name] for name in tars} == {name: before[name] for name in tars}
+
+
+def test_an_image_that_changed_is_made_again(photos: Path, tmp_path: Path) -> None:
+    def stop(items: Any) -> Iterator[Any]:
+        yield from items
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        build(photos, out, progress=stop)
+    new = picture(55, "JPEG")
+    (photos / "a.jpg").write_bytes(new)
+    build(photos, out)
+    assert by_caption(out)["caption of a.jpg"].image == new
 
 
 def test_nothing_kept_is_an_error_and_says_why(photos: Path, tmp_path: Path) -> None:

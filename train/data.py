@@ -5,10 +5,8 @@ A global batch is a fixed list of samples, dealt to the ranks in turn. What is r
 configuration, ``__len__`` is known, and the loader's state is two numbers.
 """
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from multimodal.images import Fit, augment_image, fit_image, open_image
+from multimodal.parallel import worker_context
 from multimodal.seeds import sample_seed
 from multimodal.shards import Shards
 
@@ -181,19 +180,6 @@ class GlobalBatches(Sampler[list[Item]]):
             yield [(self.epoch, int(i)) for i in chosen[self.rank :: self.world_size]]
 
 
-def worker_context() -> BaseContext:
-    """How workers start. Forking a process that already runs threads can dead-lock.
-
-    So they are forked from a server process that only imported what they need: a spawned one would
-    import torch and Lightning anew, seconds of work for each, at every epoch and validation.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
 class GlobalBatchLoader(DataLoader[Any]):
     """A DataLoader whose state is (epoch, batches done): the same on every rank."""
 
@@ -205,7 +191,7 @@ class GlobalBatchLoader(DataLoader[Any]):
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=collate,
-            multiprocessing_context=worker_context() if workers else None,
+            multiprocessing_context=worker_context(__name__) if workers else None,
             persistent_workers=False,
         )
         self._done = (0, 0)

@@ -55,6 +55,13 @@ def add_sampling(made: argparse.ArgumentParser, temperature: float) -> None:
     )
 
 
+def add_engine(made: argparse.ArgumentParser) -> None:
+    """Of verbs that work shard by shard; under torchrun, its ranks share the work besides."""
+    made.add_argument("--workers", type=int, default=1, help="processes at work (default 1)")
+    made.add_argument("--engine", choices=("processes", "ray"), default="processes",
+                      help="who they are: of this machine, or tasks of Ray; the result is the same")  # fmt: skip
+
+
 def add_drawing(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--guidance-scale",
