@@ -18,7 +18,8 @@ PersonalData = Literal["", "mask", "drop"]
 _EMAIL = re.compile(r"[\w.+-]+@\w[\w-]*(?:\.[\w-]+)+")
 # Groups of digits as numbers are dialled; how many digits there are in all is asked afterwards.
 _DIALLED = re.compile(
-    r"(?<![\w.])(?:\+|\()?\d{1,5}\)?(?:[ ./-]{0,2}\(\d{1,5}\)|[ ./-]{1,2}\d{2,8}){0,6}(?!\w)|\+\d{9,15}"
+    r"(?<![\w.])[+(]?\d{1,5}\)?(?:[ ./-]{0,2}\(\d{1,5}\)|[ ./-]{1,2}\d{2,8}){0,6}(?!\w)"
+    r"|\+\d{9,15}"
 )
 DIGITS = (9, 15)  # of a telephone number; a date has 8, a card number 16
 _WORD = re.compile(r"\w+")

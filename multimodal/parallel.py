@@ -159,6 +159,10 @@ def _by_processes(
         pool.shutdown(cancel_futures=True)
 
 
+def _call(function: Callable[[In], Out], unit: In) -> Out:
+    return function(unit)
+
+
 def _by_ray(function: Callable[[In], Out], units: Iterable[In], workers: int) -> Iterator[Out]:
     """A cluster is used where RAY_ADDRESS names one; ``workers`` units are in flight at a time."""
     try:
@@ -168,13 +172,14 @@ def _by_ray(function: Callable[[In], Out], units: Iterable[In], workers: int) ->
     started = not ray.is_initialized()
     if started:
         local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers}
-        ray.init(include_dashboard=False, log_to_driver=False, **local)
-    task = ray.remote(num_cpus=1, max_retries=DEATHS)(function)
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+        ray.init(**quiet, **local)
+    task = ray.remote(num_cpus=1, max_retries=DEATHS)(_call)
     waiting, pending = iter(units), deque[Any]()
     try:
         while True:
             for unit in islice(waiting, AHEAD * workers - len(pending)):
-                pending.append(task.remote(unit))
+                pending.append(task.remote(function, unit))
             if not pending:
                 return
             try:

@@ -108,7 +108,7 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     steps.add_argument("--drop-copies", choices=("exact", "near"), default="",
                        help="of images, in any split; near: for photos only")  # fmt: skip
     steps.add_argument("--blocklist", type=Path, metavar="FILE",
-                       help="a word a line; samples with one in their texts are left out")  # fmt: skip
+                       help="words, one a line: leave out samples with one of them")  # fmt: skip
     steps.add_argument("--personal-data", choices=("mask", "drop"), default="",
                        help="e-mail addresses and telephone numbers in texts")  # fmt: skip
     steps.add_argument("--licenses", nargs="+", default=[], metavar="NAME",

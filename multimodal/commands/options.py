@@ -59,7 +59,7 @@ def add_engine(made: argparse.ArgumentParser) -> None:
     """Of verbs that work shard by shard; under torchrun, its ranks share the work besides."""
     made.add_argument("--workers", type=int, default=1, help="processes at work (default 1)")
     made.add_argument("--engine", choices=("processes", "ray"), default="processes",
-                      help="who they are: of this machine, or tasks of Ray; the result is the same")  # fmt: skip
+                      help="workers are processes, or tasks of Ray: same result")  # fmt: skip
 
 
 def add_drawing(made: argparse.ArgumentParser) -> None:
