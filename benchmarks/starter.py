@@ -38,8 +38,9 @@ from multimodal.eval.scenes import score_scene_captions
 from multimodal.generation import answer_codes, caption_codes, encode_images, read_images
 from multimodal.images import grid_of, to_image
 from multimodal.model import Multimodal
+from multimodal.samples import Sample
 from multimodal.scenes import Scene
-from multimodal.shards import Sample, Shards
+from multimodal.shards import Shards
 
 BATCH = 64
 MANY = 16  # candidates, of which one is kept

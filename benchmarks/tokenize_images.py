@@ -21,7 +21,8 @@ import torch
 from multimodal.eval.reconstruction import time_tokenizers
 from multimodal.parallel import in_order
 from multimodal.pretokenise import Encoding, encode_pictures, encode_shards
-from multimodal.shards import Sample, Shards, index_shard, write_manifest, write_tar
+from multimodal.samples import Sample
+from multimodal.shards import Shards, index_shard, write_manifest, write_tar
 from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
 
 WORKERS = 2  # threads that decode, as the command has them

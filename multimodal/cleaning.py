@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from multimodal.shards import texts_of
+from multimodal.samples import texts_of
 
 Copies = Literal["", "exact", "near"]
 PersonalData = Literal["", "mask", "drop"]

@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "embed": ("multimodal.commands.embed", "turn images or texts into vectors"),
     "search": ("multimodal.commands.search", "find the images that fit a text or an image"),
     "data": ("multimodal.commands.data", "build, index and check shards of images and text"),
+    "data report": ("multimodal.eval.data_report", "what is in shard folders, as a page"),
     "tokenizer": ("multimodal.commands.tokenizer", "train a text tokenizer, import a released one"),
     "tokenizer compare": ("multimodal.eval.compare", "measure image tokenizers side by side"),
     "fit": ("multimodal.train.cli", "train, from a recipe"),

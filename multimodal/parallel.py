@@ -5,6 +5,7 @@ was killed, so doing one twice must give the same, and half a unit must not look
 """
 
 import fcntl
+import logging
 import multiprocessing
 import os
 import time
@@ -85,7 +86,7 @@ def units_in_order(
     workers: processes; 1 works in this one. ``done`` says whether a unit's result is on the disk:
     with it, ranks share the units. The first rank waits for those of the others, and calls
     ``function`` on them, which finds them done; another rank gets the results of its own only.
-    Errors: those of ``function``; ``RuntimeError`` where processes die again and again.
+    Errors: those of ``function``; ``ChildProcessError`` where processes die again and again.
     """
     if engine not in get_args(Engine):
         raise ValueError(f"engine {engine!r}: expected one of {', '.join(get_args(Engine))}")
@@ -144,7 +145,7 @@ def _by_processes(
             except BrokenProcessPool as error:
                 deaths += 1
                 if deaths == DEATHS:
-                    raise RuntimeError(
+                    raise ChildProcessError(
                         f"a worker process was killed {DEATHS} times at the same unit of work; is "
                         "memory short? Fewer workers need less of it"
                     ) from error
@@ -171,10 +172,11 @@ def _by_ray(function: Callable[[In], Out], units: Iterable[In], workers: int) ->
         raise ValueError("engine ray: install it: pip install 'multimodal[ray]'") from error
     started = not ray.is_initialized()
     if started:
-        local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers}
-        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-        ray.init(**quiet, **local)
-    task = ray.remote(num_cpus=1, max_retries=DEATHS)(_call)
+        options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
+        if "RAY_ADDRESS" not in os.environ:
+            options["num_cpus"] = workers
+        ray.init(logging_level=logging.ERROR, **options)
+    task: Any = ray.remote(num_cpus=1, max_retries=DEATHS)(_call)
     waiting, pending = iter(units), deque[Any]()
     try:
         while True:

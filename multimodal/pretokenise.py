@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 
 from multimodal.images import Fit, augment_image, fit_image, open_image
 from multimodal.parallel import alone_in, in_order
+from multimodal.samples import CODES, Sample
 from multimodal.seeds import sample_seed
 from multimodal.shards import (
-    CODES,
     MANIFEST,
-    Sample,
     Shards,
     index_shard,
     read_manifest,

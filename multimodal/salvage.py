@@ -12,16 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from multimodal.records import Slice
-from multimodal.shards import (
-    IMAGE_SUFFIXES,
-    MAX_PADDING,
-    TEXT_SUFFIXES,
-    DamagedShard,
-    Sample,
-    only_zeros,
-    read_index,
-    split_name,
-)
+from multimodal.samples import IMAGE_SUFFIXES, TEXT_SUFFIXES, Sample
+from multimodal.shards import MAX_PADDING, DamagedShard, only_zeros, read_index, split_name
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from multimodal.records import (
     shuffled,
 )
 from multimodal.salvage import Lost, Members, salvage
-from multimodal.shards import IMAGE_SUFFIXES, read_index, split_of
+from multimodal.samples import IMAGE_SUFFIXES
+from multimodal.shards import read_index, split_of
 from multimodal.tables import TABLE_SUFFIXES, read_parquet, read_table
 
 _JPEG_NAMES = ("jfif", "jpe")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from multimodal.checking import check
 from multimodal.cli import main
-from multimodal.shards import Shards, check
+from multimodal.shards import Shards
 
 
 @pytest.fixture

@@ -18,8 +18,10 @@ from PIL import Image
 import multimodal.build
 import multimodal.parts
 from multimodal.build import build, is_held_out, make_key
+from multimodal.checking import check
 from multimodal.commands.data import main
-from multimodal.shards import Sample, Shards, check, index_shard, write_manifest
+from multimodal.samples import Sample
+from multimodal.shards import Shards, index_shard, write_manifest
 
 
 def picture(number: int, kind: str = "PNG", size: tuple[int, int] = (16, 12)) -> bytes:

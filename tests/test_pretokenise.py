@@ -10,12 +10,14 @@ import pytest
 import torch
 import yaml
 
+from multimodal.checking import check
 from multimodal.cli import main
 from multimodal.images import augment_image, fit_image, open_image, to_tensor
 from multimodal.pretokenise import Encoding, codes_to_bytes, encode_shards
+from multimodal.samples import Sample
 from multimodal.scene_data import write_scenes
 from multimodal.seeds import sample_seed
-from multimodal.shards import Sample, Shards, check, read_manifest
+from multimodal.shards import Shards, read_manifest
 from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer, load_image_tokenizer
 
 VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads": 2}

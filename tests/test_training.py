@@ -26,6 +26,7 @@ from multimodal.tokenizers.vq import VQ
 from multimodal.train import image_tokenizer
 from multimodal.train.cli import keep_log, recipe_names
 from multimodal.train.data import GlobalBatches, ShardData, ShardDataset, collate
+from multimodal.train.order import Order
 
 RECIPES = Path(__file__).parent.parent / "train" / "recipes"
 TOKENIZER: dict[str, Any] = {
@@ -283,7 +284,7 @@ def own_loss(work: Path, folder: Path) -> float:
     module.model = load(folder)
     shards = ShardData(config["data"]["folders"]).shards("train")
     dataset = ShardDataset(shards, 16, "squash", seed=0)
-    chosen = next(iter(GlobalBatches(len(dataset), 8)))
+    chosen = next(iter(GlobalBatches(Order([[len(dataset)]]), 8)))
     with torch.no_grad():
         loss, _ = module.model(*module.pack(collate([dataset[item] for item in chosen])))
     return float(loss)

@@ -67,6 +67,35 @@ class Throughput(L.Callback):
             pl_module.log("tokens/s", tokens / max(last - first, 1e-9), prog_bar=True)
 
 
+class Mixture(L.Callback):
+    """Which share of the samples came from each folder, since the start or a resume.
+
+    Of one rank's samples: a global batch is dealt in turn, so the others' are alike.
+    """
+
+    def __init__(self) -> None:
+        self._seen: torch.Tensor | None = None
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        folders = getattr(getattr(trainer, "datamodule", None), "folders", [])
+        if len(folders) < 2:
+            return
+        counts = torch.bincount(torch.tensor(batch.sources), minlength=len(folders))
+        self._seen = counts if self._seen is None else self._seen + counts
+        shares: dict[str, float] = {}
+        for folder, share in zip(folders, (self._seen / self._seen.sum()).tolist(), strict=True):
+            name = f"data/share/{Path(folder).name}"
+            shares[name] = shares.get(name, 0.0) + share
+        pl_module.log_dict(shares)
+
+
 class ExportModel(L.Callback):
     """Writes the model folder after every validation and at the end, so that a run is usable."""
 

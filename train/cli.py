@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from multimodal.cli import print_error
 from multimodal.train.callbacks import (
     ExportModel,
+    Mixture,
     RandomState,
     Summary,
     Throughput,
@@ -114,7 +115,7 @@ class TrainingCLI(LightningCLI):
                 CSVLogger(output, name="", version=version, flush_logs_every_n_steps=1),
                 TensorBoardLogger(output, name="", version=version),
             ]
-        callbacks: list[L.Callback] = [RandomState(), Throughput(), Summary()]
+        callbacks: list[L.Callback] = [RandomState(), Throughput(), Summary(), Mixture()]
         if find_spec("rich") and config.trainer.enable_progress_bar is not False:
             callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
         if self.subcommand == "fit":

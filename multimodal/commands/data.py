@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from multimodal import shards
+from multimodal.checking import check
 from multimodal.commands.options import add_engine
 
 EPILOG = """examples:
@@ -251,7 +252,7 @@ def _check(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.folder
     problems = 0
     with tqdm(unit="shard", file=sys.stderr, disable=None) as bar:
-        for problem in shards.check(folder, on_shard=lambda _: bar.update()):
+        for problem in check(folder, on_shard=lambda _: bar.update()):
             problems += 1
             tqdm.write(problem, file=sys.stderr)
     if arguments.decode and not problems:

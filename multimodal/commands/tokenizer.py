@@ -17,7 +17,8 @@ EXAMPLES = """examples:
 
 def texts(sources: list[str], split: str) -> Iterator[str]:
     """Every text of shard folders (captions, questions, answers) and every line of text files."""
-    from multimodal.shards import Shards, texts_of
+    from multimodal.samples import texts_of
+    from multimodal.shards import Shards
 
     for source in sources:
         if Path(source).is_dir():
