@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from multimodal.commands.options import check_output, whole_file
+from multimodal.documents import images_of
 from multimodal.eval.page import Bars, Figure, Section, page
 from multimodal.images import FORMATS, open_image
+from multimodal.records import has_text
 from multimodal.samples import Sample, texts_of
 from multimodal.shards import Shards, read_manifest, splits_of
 
@@ -113,7 +116,8 @@ class Folder:
         self.kinds["captions"] += len(captions)
         self.kinds["questions"] += len(asked)
         self.kinds["labels"] += "label" in record
-        self.kinds["samples without any text"] += not (captions or asked or "label" in record)
+        self.kinds["documents"] += "content" in record
+        self.kinds["samples without any text"] += not has_text({"captions": [], **record})
         self.captions[str(len(captions))] += 1
         for caption in captions:
             self.lengths[between(len(_WORD.findall(caption)), LENGTHS)] += 1
@@ -123,15 +127,17 @@ class Folder:
         self.sources[str(record.get("source", "not said"))] += 1
 
     def measure(self, sample: Sample) -> None:
-        """The size of its image, from the header alone."""
-        try:
-            with Image.open(io.BytesIO(sample.image), formats=FORMATS) as image:
-                width, height = image.size
-        except Exception as error:  # Pillow's plugins raise whatever their parsing runs into
-            self.unreadable.append(f"{sample.key}: {error}")
-            return
-        self.sides[between(min(width, height), SIDES)] += 1
-        self.aspects[between(width / height, ASPECTS)] += 1
+        """The sizes of its images, from their headers alone."""
+        for suffix in images_of(sample.members) or ["image"]:
+            try:
+                data = sample.members.get(suffix) or sample.image
+                with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                    width, height = image.size
+            except Exception as error:  # Pillow's plugins raise whatever their parsing runs into
+                self.unreadable.append(f"{sample.key}: {error}")
+                continue
+            self.sides[between(min(width, height), SIDES)] += 1
+            self.aspects[between(width / height, ASPECTS)] += 1
 
     def sections(self) -> list[Section]:
         built = {
@@ -213,7 +219,7 @@ def read_folder(path: Path, seed: int) -> Folder:
                 folder.add(split, sample)
                 if images:
                     folder.measure(sample)
-                    if number in chosen:
+                    if number in chosen and images_of(sample.members):
                         folder.shown.append(shown(sample))
             except ValueError as error:
                 folder.unreadable.append(f"{sample.key}: {error}")
@@ -222,8 +228,10 @@ def read_folder(path: Path, seed: int) -> Folder:
 
 def shown(sample: Sample) -> Figure:
     record = sample.record
-    said = [*record.get("captions", [])[:1], *(f"{q} {a}" for q, a in record.get("qa", [])[:1])]
-    return Figure(open_image(sample.image, name=sample.key), f"{sample.key}: {'; '.join(said)}")
+    said = [*islice(texts_of(record), 1)] if not record.get("qa") else []
+    said += [f"{question} {answer}" for question, answer in record.get("qa", [])[:1]]
+    first = sample.members[images_of(sample.members)[0]]
+    return Figure(open_image(first, name=sample.key), f"{sample.key}: {'; '.join(said)}")
 
 
 def mixture(folders: list[Folder], weights: list[float] | None) -> Section:

@@ -131,7 +131,7 @@ def build(
         for item, made in progress(ready):
             found += 1
             no = _refused(item, made) or copies.refuse(item, made)
-            if isinstance(item, Found) and isinstance(made, Made) and no is None:
+            if isinstance(item, Found) and isinstance(made, list) and no is None:
                 no = writer.write(item, made, val_share)
             if no is not None:
                 reasons[no.reason] += 1
@@ -177,8 +177,8 @@ def _cleaned(
 
 def _made(
     items: Iterator[Found | Rejected], folder: Path, work: ImageWork, engine: Engine, workers: int
-) -> Iterator[tuple[Found | Rejected, Made | Unusable | None]]:
-    """Every item with its image, in order; None for those that were rejected before."""
+) -> Iterator[tuple[Found | Rejected, list[Made] | Unusable | None]]:
+    """Every item with its images, in order; None for those that were rejected before."""
     batches = deque[list[Found | Rejected]]()
 
     def parts() -> Iterator[Part]:
@@ -196,23 +196,23 @@ def _made(
 
 
 class _Copies:
-    """Rejects copies of what came before; without fingerprints there are none."""
+    """Rejects copies of what came before, one image each; without fingerprints there are none."""
 
     def __init__(self, near: bool) -> None:
         self._seen, self._names, self._near = Seen(), list[str](), near
 
-    def refuse(self, item: Found | Rejected, made: Made | Unusable | None) -> Rejected | None:
-        if not isinstance(made, Made) or made.fingerprint is None:
+    def refuse(self, item: Found | Rejected, made: list[Made] | Unusable | None) -> Rejected | None:
+        if not isinstance(made, list) or len(made) != 1 or made[0].fingerprint is None:
             return None
         self._names.append(item.name)
-        copy = self._seen.add(made.fingerprint, near=self._near)
+        copy = self._seen.add(made[0].fingerprint, near=self._near)
         if copy is None:
             return None
         detail = f"{copy.kind} copy ({copy.alike:.3f}) of {self._names[copy.first]}"
         return Rejected(item.name, "copy", detail)
 
 
-def _refused(item: Found | Rejected, made: Made | Unusable | None) -> Rejected | None:
+def _refused(item: Found | Rejected, made: list[Made] | Unusable | None) -> Rejected | None:
     if isinstance(item, Rejected):
         return item
     return Rejected(item.name, made.reason, made.detail) if isinstance(made, Unusable) else None
@@ -275,6 +275,11 @@ def _move(staging: Path, out: Path) -> None:
         path.replace(out / path.name)
 
 
+def name_of(found: Found, number: int, made: Made) -> str:
+    """``jpg``, or of a document ``0.jpg``, ``1.jpg`` ..."""
+    return f"{number}.{made.suffix}" if "content" in found.record else made.suffix
+
+
 class _Writer:
     """Writes samples to numbered shards of each split, and indexes every shard that is full."""
 
@@ -292,7 +297,7 @@ class _Writer:
         for split in list(self._open):
             self._close(split, index=kind is None)
 
-    def write(self, found: Found, made: Made, val_share: float) -> Rejected | None:
+    def write(self, found: Found, made: list[Made], val_share: float) -> Rejected | None:
         """Write one sample, or say why it cannot be."""
         try:
             record = json.dumps(
@@ -307,7 +312,8 @@ class _Writer:
         split = found.split or ("val" if is_held_out(key, val_share) else "train")
         if self.splits[split] % self._shard_size == 0:
             self._next(split)
-        self._open[split][2].write({"__key__": key, made.suffix: made.data, "json": record})
+        images = {name_of(found, number, one): one.data for number, one in enumerate(made)}
+        self._open[split][2].write({"__key__": key, **images, "json": record})
         self.splits[split] += 1
         return None
 

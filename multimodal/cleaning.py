@@ -114,6 +114,15 @@ class Cleaning:
                 new != old for new, old in zip(masked, record["captions"], strict=True)
             ) + sum(new != list(old) for new, old in zip(pairs, asked, strict=True))
             record = {**record, "captions": masked, **({"qa": pairs} if asked else {})}
+            if "content" in record:
+                parts = [
+                    {**part, "text": mask_personal(part["text"])} if "text" in part else part
+                    for part in record["content"]
+                ]
+                done["texts with personal data masked"] += sum(
+                    new != old for new, old in zip(parts, record["content"], strict=True)
+                )
+                record["content"] = parts
         return record
 
     def _right_length(self, caption: str) -> bool:

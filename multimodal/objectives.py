@@ -62,6 +62,12 @@ def global_sum(value: Tensor) -> Tensor:
     return value
 
 
+def mean_over_ranks(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of every figure, detached: what each rank logs is then of the whole batch."""
+    values = torch.stack([value.detach().float() for value in parts.values()])
+    return dict(zip(parts, global_sum(values) / world_size(), strict=True))
+
+
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

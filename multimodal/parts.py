@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -83,67 +83,75 @@ class Part:
 
 
 def _made_from(sample: Found) -> list[Any]:
-    image = sample.image
-    path = image if isinstance(image, Path) else image.path
-    place: list[Any] = [os.fsencode(path).hex()]
-    if isinstance(image, Slice):
-        place += [image.offset, image.size]
-    elif isinstance(image, Cell):
-        place += [image.group, image.row, image.column]
-    try:
-        stat = path.stat()
-        place += [stat.st_size, stat.st_mtime_ns]
-    except OSError as error:
-        place.append(error.errno)
-    return [sample.name, *place]
+    made_from: list[Any] = [sample.name]
+    for image in sample.images:
+        path = image if isinstance(image, Path) else image.path
+        made_from.append(os.fsencode(path).hex())
+        if isinstance(image, Slice):
+            made_from += [image.offset, image.size]
+        elif isinstance(image, Cell):
+            made_from += [image.group, image.row, image.column]
+        try:
+            stat = path.stat()
+            made_from += [stat.st_size, stat.st_mtime_ns]
+        except OSError as error:
+            made_from.append(error.errno)
+    return made_from
 
 
 def make_part(part: Part) -> Part:
     """Make a part, unless it is there."""
     if part.done():
         return part
-    entries: list[dict[str, Any]] = []
+    entries: list[list[dict[str, Any]]] = []
     temporary = part.files.with_name(f".{part.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         for sample in part.samples:
-            made = make_image(sample, part.work)
-            if isinstance(made, Unusable):
-                entries.append(asdict(made))
-                continue
-            file.write(made.data)
-            entry: dict[str, Any] = {"suffix": made.suffix, "size": len(made.data)}
-            if (seen := made.fingerprint) is not None:
-                small = base64.b64encode(seen.small.tobytes()).decode()
-                entry |= {"exact": seen.exact, "views": seen.views.tolist(), "small": small}
-            entries.append(entry)
+            images = [make_image(sample.name, image, part.work) for image in sample.images]
+            entries.append([_entry(made) for made in images])
+            file.writelines(made.data for made in images if isinstance(made, Made))
     temporary.replace(part.files)
     write_json(part.marker, entries)
     return part
 
 
-def read_part(part: Part) -> Iterator[Made | Unusable]:
-    """One for each sample of a part that was made."""
+def _entry(made: Made | Unusable) -> dict[str, Any]:
+    """What the marker says of an image."""
+    if isinstance(made, Unusable):
+        return asdict(made)
+    entry: dict[str, Any] = {"suffix": made.suffix, "size": len(made.data)}
+    if (seen := made.fingerprint) is not None:
+        small = base64.b64encode(seen.small.tobytes()).decode()
+        entry |= {"exact": seen.exact, "views": seen.views.tolist(), "small": small}
+    return entry
+
+
+def read_part(part: Part) -> Iterator[list[Made] | Unusable]:
+    """For each sample of a part that was made its images, or what is wrong with one of them."""
     with open(part.files, "rb") as file:
-        for entry in json.loads(part.marker.read_text("utf-8")):
-            if "reason" in entry:
-                yield Unusable(**entry)
-                continue
-            seen = None
-            if "exact" in entry:
-                small = np.frombuffer(base64.b64decode(entry["small"]), np.uint8)
-                views = np.array(entry["views"], np.uint64)
-                seen = Fingerprint(entry["exact"], views, small.reshape(KEPT, KEPT, 3))
-            yield Made(entry["suffix"], file.read(entry["size"]), seen)
+        for entries in json.loads(part.marker.read_text("utf-8")):
+            images = [_made(entry, file) for entry in entries]
+            made = [image for image in images if isinstance(image, Made)]
+            bad = [image for image in images if isinstance(image, Unusable)]
+            yield bad[0] if bad else made
 
 
-def make_image(sample: Found, work: ImageWork) -> Made | Unusable:
+def _made(entry: dict[str, Any], file: BinaryIO) -> Made | Unusable:
+    if "reason" in entry:
+        return Unusable(**entry)
+    seen = None
+    if "exact" in entry:
+        small = np.frombuffer(base64.b64decode(entry["small"]), np.uint8)
+        views = np.array(entry["views"], np.uint64)
+        seen = Fingerprint(entry["exact"], views, small.reshape(KEPT, KEPT, 3))
+    return Made(entry["suffix"], file.read(entry["size"]), seen)
+
+
+def make_image(name: str, source: Path | Slice | Cell, work: ImageWork) -> Made | Unusable:
     """The file that goes into the shard; a good one stays as it is, byte for byte."""
     try:
-        if isinstance(sample.image, Path):
-            data = read_image_file(sample.image)
-        else:
-            data = sample.image.read()
-        image = open_image(data, name=sample.name)
+        data = read_image_file(source) if isinstance(source, Path) else source.read()
+        image = open_image(data, name=name)
         with Image.open(io.BytesIO(data)) as original:
             suffix = _SUFFIX.get(original.format or "", "jpg")
             plain = (
@@ -154,7 +162,7 @@ def make_image(sample: Found, work: ImageWork) -> Made | Unusable:
                 and orientation(original) == 1
             )
     except (ValueError, OSError) as error:
-        return Unusable("unreadable image", str(error).removeprefix(f"{sample.name}: "))
+        return Unusable("unreadable image", str(error).removeprefix(f"{name}: "))
     limits = Cleaning(min_side=work.min_side, max_aspect_ratio=work.max_aspect_ratio)
     if fault := limits.fault_of_size(*image.size):
         return Unusable(*fault)
@@ -168,4 +176,4 @@ def make_image(sample: Found, work: ImageWork) -> Made | Unusable:
             suffix = "jpg"
             image.save(buffer, "JPEG", quality=work.quality)
         data = buffer.getvalue()
-    return Made(suffix, data, fingerprint(data, sample.name) if work.fingerprints else None)
+    return Made(suffix, data, fingerprint(data, name) if work.fingerprints else None)

@@ -50,7 +50,7 @@ def _row_group(path: Path, group: int, column: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class Found:
-    """One image with its record.
+    """One image with its record, or the images of a document in their order.
 
     ``hint`` is what its key should be, ``identity`` tells it from every other sample of the source,
     ``name`` is what to call it in messages; ``split`` is given where the source held it out.
@@ -59,7 +59,7 @@ class Found:
     name: str
     hint: str
     identity: str
-    image: Path | Slice | Cell
+    images: tuple[Path | Slice | Cell, ...]
     record: dict[str, Any]
     split: str | None = None
 
@@ -96,7 +96,8 @@ def shuffled(names: list[str]) -> list[str]:
 
 
 def has_text(record: Mapping[str, Any]) -> bool:
-    return bool(record["captions"] or record.get("qa")) or "label" in record
+    said = record["captions"] or record.get("qa")
+    return bool(said) or "label" in record or any("text" in p for p in record.get("content", []))
 
 
 def normalise(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,10 @@ class Sample:
         for suffix in IMAGE_SUFFIXES:
             if suffix in self.members:
                 return self.members[suffix]
+        if documents := [name for name in self.members if name[:1].isdigit()]:
+            raise ValueError(
+                f"sample {self.key} is a document of {len(documents)} images, where one is expected"
+            )
         raise ValueError(f"sample {self.key} has no image: members are {sorted(self.members)}")
 
     @property
@@ -92,8 +96,9 @@ def _npy_header(header: bytes) -> "tuple[tuple[int, ...], np.dtype[Any]]":
 
 
 def texts_of(record: Mapping[str, Any]) -> Iterator[str]:
-    """Every text of a record: captions, questions and answers."""
+    """Every text of a record: captions, those of a document, questions and answers."""
     yield from record.get("captions", [])
+    yield from (part["text"] for part in record.get("content", []) if "text" in part)
     for question, answer in record.get("qa", []):
         yield question
         yield answer

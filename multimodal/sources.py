@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.annotations import read_annotations
+from multimodal.documents import check_content, images_of, is_documents, read_documents
 from multimodal.records import (
     Found,
     Rejected,
@@ -53,8 +54,8 @@ def read_source(
 
     Args:
         source: a folder of images with .txt or .json beside them, a .csv, .tsv, .jsonl or .parquet
-            table, a folder of .tar shards or one of them, a .json file of COCO captions or VQA
-            questions.
+            table, a .jsonl of documents (multimodal/documents.py), a folder of .tar shards or one
+            of them, a .json file of COCO captions or VQA questions.
         ignored: counts what is passed over: files of other kinds, further members of a sample.
         image_column, text_column: of a table; guessed from its header if not given.
         need_text: a sample without captions, questions or label is rejected.
@@ -72,8 +73,12 @@ def read_source(
         items = _read_shards([source], ignored)
     elif source.suffix.lower() in TABLE_SUFFIXES:
         root = images or source.parent
-        read = read_parquet if source.suffix.lower() == ".parquet" else read_table
-        items = read(source, root, ignored, image_column, text_column, need_text)
+        if is_documents(source):
+            items = read_documents(source, root)
+        elif source.suffix.lower() == ".parquet":
+            items = read_parquet(source, root, ignored, image_column, text_column, need_text)
+        else:
+            items = read_table(source, root, ignored, image_column, text_column, need_text)
     elif source.suffix.lower() == ".json":
         items = _read_annotated(source, images or source.parent, answers)
     else:
@@ -171,7 +176,7 @@ def _read_folder(
         except (OSError, UnreadableText) as error:
             yield Rejected(shown(images[name]), "unreadable text", str(error))
         else:
-            yield Found(shown(images[name]), shown(stem), shown(name), images[name], record)
+            yield Found(shown(images[name]), shown(stem), shown(name), (images[name],), record)
 
 
 def _read_shards(tars: list[Path], ignored: "Counter[str]") -> Iterator[Found | Rejected]:
@@ -183,23 +188,25 @@ def _read_shards(tars: list[Path], ignored: "Counter[str]") -> Iterator[Found | 
                 continue
             assert isinstance(item.members, Members)
             name, places = f"{tar}: {item.key}", dict(item.members.places)
-            suffix = next((s for s in IMAGE_SUFFIXES if s in places), None)
-            if suffix is None:
+            images = images_of(places)
+            if not images:
                 yield Rejected(name, "no image", f"its members are {', '.join(sorted(places))}")
                 continue
-            image = places.pop(suffix)
+            slices = tuple(places.pop(suffix) for suffix in images)
             texts = {kind: places.pop(kind).read() for kind in TEXTS if kind in places}
             label = texts.get("cls")
             try:
                 record = _record(texts.get("json"), texts.get("txt"))
                 if label is not None:
                     record.setdefault("label", label.decode("utf-8").strip())
+                if "content" in record:
+                    record["content"] = check_content(record["content"], len(slices))
             except ValueError as error:
                 yield Rejected(name, "unreadable text", str(error))
                 continue
             ignored.update(f"members .{other}" for other in places)
             held_out = split if split in _HELD_OUT else None
-            yield Found(name, item.key, f"{tar.name}/{item.key}", image, record, held_out)
+            yield Found(name, item.key, f"{tar.name}/{item.key}", slices, record, held_out)
 
 
 def _read_annotated(source: Path, root: Path, answers: Path | None) -> Iterator[Found | Rejected]:
@@ -223,4 +230,6 @@ def _read_annotated(source: Path, root: Path, answers: Path | None) -> Iterator[
                 yield Rejected(one.name, "unreadable text", str(error))
     for file in shuffled(list(found)):
         path = root / file
-        yield Found(shown(path), shown(os.path.splitext(file)[0]), shown(file), path, found[file])
+        yield Found(
+            shown(path), shown(os.path.splitext(file)[0]), shown(file), (path,), found[file]
+        )

@@ -27,7 +27,7 @@ IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "image_file", "
 TEXT_COLUMNS = ("captions", "caption", "text", "title", "description", "prompt", "alt")
 
 
-def _read_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def read_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(line, row) of a table; a string in place of a row says what is wrong with it."""
     # surrogateescape: a line that is no UTF-8 fails later, by itself and by name
     with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -100,7 +100,7 @@ def read_table(
     need_text: bool,
 ) -> Iterator[Found | Rejected]:
     """.csv, .tsv and .jsonl; arguments as of ``read_source``, root: the folder of the images."""
-    rows = list(_read_rows(table))
+    rows = list(read_rows(table))
     names = list(dict.fromkeys(c for _, row in rows if isinstance(row, dict) for c in row))
     columns = _find_columns(table, names, image_column, text_column, need_text)
     yield from _join_rows(table, rows, columns, root, ignored, need_text)
@@ -148,7 +148,7 @@ def read_parquet(
                 cell = Cell(table, group, at, columns.image)
                 try:
                     record = columns.record(row)
-                    yield Found(name, shown(hint), f"{table.name}/{number}", cell, record)
+                    yield Found(name, shown(hint), f"{table.name}/{number}", (cell,), record)
                 except UnreadableText as error:
                     yield Rejected(name, "unreadable text", str(error))
                 number += 1
@@ -194,7 +194,7 @@ def _join_rows(
     for relative in shuffled(list(groups)):
         record, path = _join(groups[relative], ignored), paths[relative]
         hint = shown(os.path.splitext(relative)[0])
-        yield Found(shown(path), hint, shown(relative), path, record)
+        yield Found(shown(path), hint, shown(relative), (path,), record)
 
 
 def _join(records: list[dict[str, Any]], ignored: "Counter[str]") -> dict[str, Any]:

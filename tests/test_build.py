@@ -363,7 +363,7 @@ def test_an_interrupted_build_goes_on(
     opened = Counter[str]()
     make = multimodal.parts.make_image
     monkeypatch.setattr(
-        multimodal.parts, "make_image", lambda s, w: opened.update([s.name]) or make(s, w)
+        multimodal.parts, "make_image", lambda n, s, w: opened.update([n]) or make(n, s, w)
     )
     (photos / "later.jpg").write_bytes(picture(33, "JPEG"))  # it has no text: nothing changes
     build(photos, out, shard_size=2)

@@ -42,7 +42,7 @@ def test_a_report_counts_what_is_there(folders: tuple[Path, Path], tmp_path: Pat
     one, other = found["folders"]
     assert one["samples"] == 430 and one["splits"]["heldout"] == 200
     assert other["splits"] == {"train": 4, "val": 2}
-    assert other["texts"] == {"captions": 12, "questions": 1, "labels": 0,
+    assert other["texts"] == {"captions": 12, "questions": 1, "labels": 0, "documents": 0,
                               "samples without any text": 0}  # fmt: skip
     assert other["licenses"] == {"CC0": 5, "<script>": 1}
     assert other["words"]["zebra"] == 7 and other["rejected"] == {"no text": 5}

@@ -146,6 +146,31 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert samples == sorted(p.name for p in (work / name / "logs").rglob("step-*"))
 
 
+def test_two_ranks_resume_bit_for_bit_and_agree_with_one(work: Path, tmp_path: Path) -> None:
+    ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--threads", "1"]
+    fit = ["fit", "--config", str(work / "joint.yaml"), *ranks, "--trainer.max_steps", "8"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def train(output: Path, *more: str) -> None:
+        command = [sys.executable, "-m", "multimodal.cli", *fit, "--output", str(output), *more]
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=200)
+
+    train(whole)
+    kill_at(4, [*fit[:-2], "--trainer.max_steps", "8", "--output", str(run)], run)
+    train(run, "--ckpt_path", str(run / "checkpoints/last.ckpt"))
+    expected = load_file(whole / "model/model.safetensors")
+    found = load_file(run / "model/model.safetensors")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    # The same global batches as on one rank; the sums are of other parts.
+    for name in ("train/text", "train/image", "train/total", "val/total"):
+        alone, together = logged(work / "joint", name), logged(whole, name)
+        assert len(together) == (1 if name.startswith("val") else 8), name
+        for step, loss in together.items():  # Muon makes the last bits of a sum grow
+            bound = 1e-5 if step == 0 else 2e-2
+            assert abs(float(loss) / float(alone[step]) - 1) < bound, (name, step)
+
+
 def test_no_log_is_ever_lost(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     for content in ("first", "second"):

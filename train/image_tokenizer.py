@@ -222,8 +222,9 @@ class ImageTokenizerModule(TrainedByMuon):
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("val/images", grid / 2 + 0.5, self.global_step)
-        if self.trainer.log_dir and self.trainer.is_global_zero:
-            folder = Path(self.trainer.log_dir) / "pictures"
+        log_dir = self.trainer.log_dir  # once, and on every rank: it is a broadcast
+        if log_dir and self.trainer.is_global_zero:
+            folder = Path(log_dir) / "pictures"
             folder.mkdir(parents=True, exist_ok=True)
             to_image(grid).save(folder / f"step-{self.global_step:06d}.png")
 

@@ -13,7 +13,7 @@ from multimodal.folder import load, part_of
 from multimodal.generation import caption_codes, encode_images, text_after
 from multimodal.images import Fit, to_image
 from multimodal.model import Multimodal
-from multimodal.objectives import ObjectivesConfig
+from multimodal.objectives import ObjectivesConfig, mean_over_ranks
 from multimodal.scenes import Scene
 from multimodal.seeds import stable_number
 from multimodal.sequences import Packed, pack
@@ -124,9 +124,9 @@ class JointModule(TrainedByMuon):
     def step(self, batch: Examples, stage: str) -> Tensor:
         packed, image_ids, text_ids = self.pack(batch)
         total, parts = self.model(packed, image_ids, text_ids)
-        parts["packing"] = torch.tensor(packed.efficiency)
+        parts["packing"] = torch.tensor(packed.efficiency, device=total.device)
         self.log_dict(
-            {f"{stage}/{name}": value.detach() for name, value in parts.items()},
+            {f"{stage}/{name}": value for name, value in mean_over_ranks(parts).items()},
             batch_size=len(batch),
             sync_dist=stage == "val",
         )
@@ -202,9 +202,10 @@ class JointModule(TrainedByMuon):
             (folder / "prompts.txt").write_text("\n".join(self.prompts) + "\n")
 
     def _samples_folder(self) -> Path | None:
-        if not (self.trainer.log_dir and self.trainer.is_global_zero):
+        log_dir = self.trainer.log_dir  # once, and on every rank: it is a broadcast
+        if not (log_dir and self.trainer.is_global_zero):
             return None
-        folder = Path(self.trainer.log_dir) / "samples"
+        folder = Path(log_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -267,6 +267,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _check_contents(folder: Path) -> int:
+    from multimodal.documents import images_of
     from multimodal.images import open_image
 
     problems = 0
@@ -276,7 +277,9 @@ def _check_contents(folder: Path) -> int:
             if opened.encoding is not None:
                 _ = sample.codes
             else:
-                open_image(sample.image, name=f"sample {sample.key}")
+                for suffix in images_of(sample.members) or ["image"]:
+                    data = sample.members.get(suffix) or sample.image  # none: says what there is
+                    open_image(data, name=f"sample {sample.key}")
             _ = sample.record
         except ValueError as error:
             problems += 1
