@@ -91,7 +91,8 @@ def main() -> None:
         fit(out / name.replace(" ", "-").replace(",", ""), module, tokenizer, data, steps)
     compare = [
         sys.executable, "-m", "multimodal.cli", "tokenizer", "compare", "--data", arguments.data,
-        "--fit", "squash", "--output", out / "compare.json", "--picture", out / "table.png",
+        "--fit", "squash", "--limit", "256", "--batch-size", "16",
+        "--output", out / "compare.json", "--picture", out / "table.png",
     ]  # fmt: skip
     folders = [out / name.replace(" ", "-").replace(",", "") for name, _, _ in rows]
     compare += [folder / "model" for folder in folders]

@@ -29,23 +29,20 @@ from multimodal.shards import Shards
 
 SIZE, TEXT_TOKENS = 64, 20  # pixels of a side; tokens of a caption, about
 VIT = {"name": "vit", "dim": 128, "encoder_depth": 0, "decoder_depth": 2, "heads": 4}
-ATTENDING = {**VIT, "encoder_depth": 1}
 FSQ = {"name": "fsq", "levels": [3] * 7}
+VQ = {"name": "vq", "codebook_size": 2048, "channels": 8}
 ROWS: dict[str, dict[str, Any]] = {
     "fsq 2187": {"quantizer": FSQ},
     "fsq 2187, no words": {"quantizer": FSQ, "semantic_weight": 0.0},
-    "fsq 2187, words 1": {"quantizer": FSQ, "semantic_weight": 1.0},
-    "fsq 2187, attention": {"quantizer": FSQ, "autoencoder": ATTENDING},
-    "fsq 243": {"quantizer": {"name": "fsq", "levels": [3] * 5}},
-    "fsq 6561": {"quantizer": {"name": "fsq", "levels": [3] * 8}},
-    "fsq 2187, 16 codes": {"quantizer": FSQ, "downsample": 16},
-    "fsq 2187, 256 codes": {"quantizer": FSQ, "downsample": 4},
-    "vq 2048": {"quantizer": {"name": "vq", "codebook_size": 2048, "channels": 8}},
-    "vq 2048, gradient": {
-        "quantizer": {"name": "vq", "codebook_size": 2048, "channels": 8, "learning": "gradient"}
-    },
+    "vq 2048": {"quantizer": VQ},
+    "vq 2048, gradient": {"quantizer": {**VQ, "learning": "gradient"}},
     "lfq 2048": {"quantizer": {"name": "lfq", "channels": 11}},
     "ibq 2048": {"quantizer": {"name": "ibq", "codebook_size": 2048, "channels": 16}},
+    "fsq 243": {"quantizer": {"name": "fsq", "levels": [3] * 5}},
+    "fsq 2187, 16 codes": {"quantizer": FSQ, "downsample": 16},
+    "fsq 2187, 256 codes": {"quantizer": FSQ, "downsample": 4},
+    "fsq 2187, words 1": {"quantizer": FSQ, "semantic_weight": 1.0},
+    "vq 256": {"quantizer": {**VQ, "codebook_size": 256}},
 }
 
 
@@ -73,7 +70,7 @@ def main() -> None:
     made.add_argument("--text-tokenizer", required=True)
     made.add_argument("--out", type=Path, default=Path("runs/quantizers"))
     made.add_argument("--tokenizer-steps", type=int, default=400)
-    made.add_argument("--joint-steps", type=int, default=160)
+    made.add_argument("--joint-steps", type=int, default=160, help="0: none")
     made.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS))
     arguments = made.parse_args()
     for name in arguments.only:
@@ -89,6 +86,8 @@ def main() -> None:
         module = "image_tokenizer.ImageTokenizerModule"
         data = {"folders": [arguments.data]}
         fit(folder / "tokenizer", module, tokenizer, data, arguments.tokenizer_steps)
+        if not arguments.joint_steps:
+            continue
         joint = {
             "text_tokenizer": arguments.text_tokenizer, "size": "mini", "learning_rate": 2e-3,
             "image_tokenizer": str(folder / "tokenizer/model"),
@@ -114,12 +113,16 @@ def report(arguments: argparse.Namespace) -> None:
     kept = json.loads((out / "compare.json").read_text())["tokenizers"]
     table = []
     for (name, folder), pictures in zip(folders.items(), kept, strict=True):
-        learned = last_figures(folder / "joint")
-        drawn = score_drawings(folder / "joint/model", arguments.data)
         table.append({
             "name": name,
             **{k: pictures[k] for k in ("codes", "codebook_size", "psnr", "ms_ssim", "used")},
             "words": last_figures(folder / "tokenizer").get("val/words"),
+        })  # fmt: skip
+        if not arguments.joint_steps:
+            continue
+        learned = last_figures(folder / "joint")
+        drawn = score_drawings(folder / "joint/model", arguments.data)
+        table[-1].update({
             "claims_true": learned["val/scene_attribute_precision"],
             "objects_said": learned["val/scene_object_recall"],
             "image_nats": learned["val/image"],

@@ -19,6 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from multimodal.remote import fetch, is_mirror, local_folder
 from multimodal.samples import Sample
 
 MANIFEST = "manifest.json"
@@ -230,7 +231,7 @@ class Shards:
     OPEN_INDEXES shards, so it can have any number of them and be sent to worker processes.
 
     Args:
-        folder: a folder with ``manifest.json``.
+        folder: a folder with ``manifest.json``, or an address (multimodal/remote.py).
         split: which split; ``None`` means all of them.
         only: of these, the one shard of this name.
     ``encoding``: how its codes came about (multimodal/pretokenise.py), None where there are images.
@@ -240,7 +241,8 @@ class Shards:
     def __init__(
         self, folder: str | Path, split: str | None = None, only: str | None = None
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = local_folder(folder)
+        self._mirror = is_mirror(self.folder)
         self._folder = str(self.folder)
         manifest = read_manifest(self.folder)
         self.encoding: dict[str, Any] | None = manifest.get("image_tokenizer")
@@ -267,6 +269,8 @@ class Shards:
 
     def _check_size(self, entry: dict[str, Any]) -> None:
         path = self.folder / entry["name"]
+        if self._mirror and not path.exists():
+            return  # it comes when it is read
         try:
             size = path.stat().st_size
         except FileNotFoundError as error:
@@ -281,6 +285,8 @@ class Shards:
             return self._indexes[number]
         entry = self._entries[number]
         path = self.folder / entry["name"]
+        if self._mirror:
+            fetch(self.folder, index_path(path).name)
         index = read_index(path)
         if file_sha256(index_path(path)) != entry["index_sha256"] or len(index) != entry["samples"]:
             raise DamagedShard(f"{index_path(path)}: not the index that the manifest knows")
@@ -309,6 +315,8 @@ class Shards:
         key, members = indexed["key"], indexed["members"]
         path = f"{self._folder}/{entry['name']}"
         if entry["name"] not in self._verified:
+            if self._mirror:
+                fetch(self.folder, entry["name"])
             if file_sha256(Path(path)) != entry["sha256"]:
                 raise DamagedShard(
                     f"{path}: its bytes are not those the manifest knows (SHA-256 differs); "

@@ -91,7 +91,7 @@ class Mixture(L.Callback):
         self._seen = counts if self._seen is None else self._seen + counts
         shares: dict[str, float] = {}
         for folder, share in zip(folders, (self._seen / self._seen.sum()).tolist(), strict=True):
-            name = f"data/share/{Path(folder).name}"
+            name = f"data/share/{Path(folder).name}"  # of an address the last part, too
             shares[name] = shares.get(name, 0.0) + share
         pl_module.log_dict(shares)
 

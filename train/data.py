@@ -7,7 +7,6 @@ configuration, ``__len__`` is known, and the loader's state is two numbers.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from multimodal.images import Fit, augment_image, fit_image, open_image
 from multimodal.parallel import worker_context
+from multimodal.remote import local_folder
 from multimodal.seeds import sample_seed, stable_number
 from multimodal.shards import Shards
 from multimodal.train.order import Item, Order
@@ -283,8 +283,9 @@ class ShardData(L.LightningDataModule):
     of which image tokenizer it could read codes, ``codes_from -> fingerprint or None``.
 
     Args:
-        folders: shard folders with a manifest; their samples are put together. One that is named
-            twice is seen twice in each epoch of training, with other crops and captions.
+        folders: shard folders with a manifest, or their addresses (s3://...); their samples are put
+            together. One that is named twice is seen twice in each epoch, with other crops and
+            captions.
         train_split, val_split: names of splits, as in ``train-0000.tar``.
         crop_scale: training crops cover a random share of the image, from this on; 1 = no crops.
         mirror: half of the crops are mirrored (not where captions speak of left and right).
@@ -332,7 +333,7 @@ class ShardData(L.LightningDataModule):
         """Those of the folders, each as often as training names it, and once for any other use."""
         if not self.folders:
             raise ValueError("data.folders is empty: give at least one shard folder")
-        named = [Path(folder) for folder in self.folders]
+        named = [local_folder(folder) for folder in self.folders]
         once = split != self.train_split
         return [Shards(folder, split) for folder in (dict.fromkeys(named) if once else named)]
 
@@ -344,7 +345,7 @@ class ShardData(L.LightningDataModule):
         crops = train and self.crop_scale < 1
         shards = self.shards(split)
         check_codes(shards, module.codes_from, crops)
-        augmented = {Path(folder) for folder in self.augmented}
+        augmented = {local_folder(folder) for folder in self.augmented}
         dataset = ShardDataset(
             shards,
             image_size,
