@@ -98,10 +98,11 @@ def build(
     _check_arguments(image_size, fit, shard_size, val_share, quality, workers)
     if source.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"{out}: the source {source} lies in it; choose another folder")
-    _check_out(out, overwrite)
     staging = out / STAGING
     parts = staging / PARTS
-    parts.mkdir(parents=True, exist_ok=True)
+    if not ranks()[0]:  # another rank may come when all is done
+        _check_out(out, overwrite)
+        parts.mkdir(parents=True, exist_ok=True)
     ignored, reasons, changed = Counter[str](), Counter[str](), Counter[str]()
     items = read_source(
         source,

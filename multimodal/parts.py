@@ -103,6 +103,7 @@ def make_part(part: Part) -> Part:
     """Make a part, unless it is there."""
     if part.done():
         return part
+    part.folder.mkdir(parents=True, exist_ok=True)
     entries: list[list[dict[str, Any]]] = []
     temporary = part.files.with_name(f".{part.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
