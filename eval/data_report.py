@@ -71,6 +71,10 @@ def main(argv: list[str]) -> int:
         raise ValueError(
             f"{len(arguments.weights)} --weights for {len(arguments.folders)} folders: one each"
         )
+    if len(set(arguments.folders)) < len(arguments.folders):
+        raise ValueError("a folder is named twice: give each once, and --weights for its share")
+    if arguments.weights and not min(arguments.weights) > 0:
+        raise ValueError(f"--weights {arguments.weights}: expected positive numbers")
     found = [read_folder(folder, arguments.seed) for folder in arguments.folders]
     sections = [mixture(found, arguments.weights)]
     for one in found:
@@ -238,11 +242,10 @@ def mixture(folders: list[Folder], weights: list[float] | None) -> Section:
     """How much of an epoch each folder is, and how often its samples come."""
     train = {str(one.path): one.counts["train"] or one.counts.total() for one in folders}
     total = sum(train.values())
-    shares = {name: count / total for name, count in train.items()}
+    shares = {name: count / max(1, total) for name, count in train.items()}
     if weights:
-        every = sum(weights)
-        shares = {name: weight / every for name, weight in zip(train, weights, strict=True)}
-    passes = {name: share * total / train[name] for name, share in shares.items()}
+        shares = {name: weight / sum(weights) for name, weight in zip(train, weights, strict=True)}
+    passes = {name: share * total / max(1, train[name]) for name, share in shares.items()}
     about = "Of the training split: every sample once an epoch."
     if weights:
         about = "Of the training split, by the weights given."
@@ -261,15 +264,16 @@ def duplicates(folders: list[Path], kind: str) -> tuple[Section, dict[str, Any]]
     """Copies, those between splits or folders by themselves, and the first pairs as pictures."""
     from multimodal.duplicates import find_copies, fingerprint
 
-    prints, places = [], list[tuple[str, str, Sample]]()
-    for folder in folders:
+    prints, places = [], list[tuple[Shards, str, int]]()
+    for folder in dict.fromkeys(folders):
         for split in splits_of(folder):
-            bar = tqdm(Shards(folder, split), f"copies {folder} {split}", unit="sample",
-                       file=sys.stderr, disable=None)  # fmt: skip
-            for sample in bar:
+            shards = Shards(folder, split)
+            bar = tqdm(shards, f"copies {folder} {split}", unit="sample", file=sys.stderr,
+                       disable=None)  # fmt: skip
+            for number, sample in enumerate(bar):
                 try:
                     prints.append(fingerprint(sample.image, sample.key))
-                    places.append((str(folder), split, sample))
+                    places.append((shards, split, number))
                 except ValueError:
                     continue  # counted as unreadable above
     copies = [one for one in find_copies(prints) if kind == "near" or one.kind == "exact"]
@@ -278,7 +282,10 @@ def duplicates(folders: list[Path], kind: str) -> tuple[Section, dict[str, Any]]
     for one in [*leaks, *(pair for pair in copies if pair not in leaks)][: SHOWN // 2]:
         pair = [places[one.first], places[one.second]]
         name = f"{one.kind} ({one.alike:.3f}){', between splits or folders' * (one in leaks)}"
-        figures = [Figure(open_image(s.image), f"{f} {split}: {s.key}") for f, split, s in pair]
+        figures = [
+            Figure(open_image(shards[n].image), f"{shards.folder} {split}: {shards.key(n)}")
+            for shards, split, n in pair
+        ]
         rows.append((name, figures))
     counts = {
         "images": len(prints),

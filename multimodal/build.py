@@ -14,7 +14,6 @@ import re
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -32,6 +31,7 @@ from multimodal.sources import read_source
 REJECTED = "rejected.jsonl"
 STAGING = ".building"
 PARTS, LOCK = "parts", "lock"
+MOVING = "moving"  # from when on what is in OUT is this build's
 PART_SIZE = 128  # samples in a part: seconds of work, and what a killed process has to do again
 _SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 _OWN_FILE = re.compile(r"[a-z]+-\d{4,}\.(tar|index\.json)")
@@ -121,40 +121,46 @@ def build(
     if ranks()[0]:
         deque(ready, maxlen=0)  # the first rank puts the shards together
         return None
-    with ExitStack() as stack:
-        stack.enter_context(alone_in(staging, LOCK))
+    with alone_in(staging, LOCK):
         for left in staging.glob("*.*"):  # of a build that was interrupted; its parts stay
             left.unlink()
-        rejections = stack.enter_context(open(staging / REJECTED, "w", encoding="utf-8"))
-        writer = stack.enter_context(_Writer(staging, shard_size))
-        copies = _Copies(near=cleaning.copies == "near")
-        found = 0
-        for item, made in progress(ready):
-            found += 1
-            no = _refused(item, made) or copies.refuse(item, made)
-            if isinstance(item, Found) and isinstance(made, list) and no is None:
-                no = writer.write(item, made, val_share)
-            if no is not None:
-                reasons[no.reason] += 1
-                line = {"sample": no.name, "reason": no.reason, "detail": no.detail}
-                rejections.write(json.dumps(line, ensure_ascii=True) + "\n")
-    kept = sum(writer.splits.values())
-    if kept:
-        write_manifest(
-            staging,
-            writer.entries,
-            source=str(source),
-            image_size=image_size,
-            fit=fit,
-            quality=quality,
-            val_share=val_share,
-            cleaning={**cleaning.described(), "changed": dict(+changed)},
-            rejected=dict(sorted(reasons.items())),
-        )
-        _move(staging, out)
-    else:
-        (staging / REJECTED).replace(out / REJECTED)
-    shutil.rmtree(staging, ignore_errors=True)
+        try:
+            with (
+                open(staging / REJECTED, "w", encoding="utf-8") as rejections,
+                _Writer(staging, shard_size) as writer,
+            ):
+                copies = _Copies(near=cleaning.copies == "near")
+                found = 0
+                for item, made in progress(ready):
+                    found += 1
+                    no = _refused(item, made) or copies.refuse(item, made)
+                    if isinstance(item, Found) and isinstance(made, list) and no is None:
+                        no = writer.write(item, made, val_share)
+                    if no is not None:
+                        reasons[no.reason] += 1
+                        line = {"sample": no.name, "reason": no.reason, "detail": no.detail}
+                        rejections.write(json.dumps(line, ensure_ascii=True) + "\n")
+        except ValueError:
+            if not any(parts.iterdir()):  # of the arguments or the source: nothing to go on with
+                shutil.rmtree(staging)
+            raise
+        kept = sum(writer.splits.values())
+        if kept:
+            write_manifest(
+                staging,
+                writer.entries,
+                source=str(source),
+                image_size=image_size,
+                fit=fit,
+                quality=quality,
+                val_share=val_share,
+                cleaning={**cleaning.described(), "changed": dict(+changed)},
+                rejected=dict(sorted(reasons.items())),
+            )
+            _move(staging, out)
+        else:
+            (staging / REJECTED).replace(out / REJECTED)
+        shutil.rmtree(staging, ignore_errors=True)
     if not kept:
         why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "nothing found"
         raise ValueError(f"{source}: no sample could be used ({why}); see {out / REJECTED}")
@@ -184,7 +190,8 @@ def _made(
 
     def parts() -> Iterator[Part]:
         while batch := list(islice(items, PART_SIZE)):
-            batches.append(batch)
+            if not ranks()[0]:
+                batches.append(batch)
             samples = (replace(item, record={}) for item in batch if isinstance(item, Found))
             yield Part(folder, work, tuple(samples))
 
@@ -260,25 +267,26 @@ def _check_out(out: Path, overwrite: bool) -> None:
     strangers = {name for name in there - {REJECTED, MANIFEST} if not _OWN_FILE.fullmatch(name)}
     if strangers:
         raise ValueError(f"{out}: not empty, holds {min(strangers)}; choose a new folder")
-    interrupted = (out / STAGING).is_dir() and not (out / MANIFEST).exists()
+    interrupted = (out / STAGING / MOVING).exists() and not (out / MANIFEST).exists()
     if not overwrite and not interrupted:
         raise ValueError(f"{out}: not empty; choose a new folder, or --overwrite the shards in it")
 
 
 def _move(staging: Path, out: Path) -> None:
     """Put the new files in place of the old ones; there is a manifest only when all are there."""
+    (staging / MOVING).touch()
     (out / MANIFEST).unlink(missing_ok=True)
     for path in sorted(out.iterdir()):
         if path.name == REJECTED or _OWN_FILE.fullmatch(path.name):
             path.unlink()
-    made = [path for path in staging.iterdir() if path.is_file()]
+    made = [path for path in staging.iterdir() if path.name not in (PARTS, LOCK, MOVING)]
     for path in sorted(made, key=lambda path: (path.name == MANIFEST, path.name)):
         path.replace(out / path.name)
 
 
 def name_of(found: Found, number: int, made: Made) -> str:
     """``jpg``, or of a document ``0.jpg``, ``1.jpg`` ..."""
-    return f"{number}.{made.suffix}" if "content" in found.record else made.suffix
+    return f"{number}.{made.suffix}" if found.document else made.suffix
 
 
 class _Writer:

@@ -7,6 +7,7 @@ cannot be read has ``"error"`` in the place of its result. ``job.json`` says how
 
 import io
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -105,6 +106,9 @@ def run_job(
         for good, bad in units_in_order(run_shard, shards, engine, workers, done=ShardOfJob.done):
             on_sample(good + bad)
             done, failed = done + good, failed + bad
+        if ends:
+            for part in out.glob(".*.part"):  # of processes that were killed
+                part.unlink(missing_ok=True)
     return (done, failed) if ends else None
 
 
@@ -134,13 +138,14 @@ def run_shard(shard: ShardOfJob) -> tuple[int, int]:
             _write(shard.rows, file.getvalue())
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         _write(shard.lines, text.encode())
-    written = [json.loads(line) for line in shard.lines.read_text("utf-8").splitlines()]
+    with open(shard.lines, encoding="utf-8", newline="\n") as text_file:  # no other line breaks
+        written = [json.loads(line) for line in text_file]
     failed = sum("error" in line for line in written)
     return len(written) - failed, failed
 
 
 def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_bytes(data)
     part.replace(path)
 

@@ -10,18 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from multimodal.samples import texts_of
+from multimodal.samples import parts_of, texts_of
 
 Copies = Literal["", "exact", "near"]
 PersonalData = Literal["", "mask", "drop"]
 
-_EMAIL = re.compile(r"[\w.+-]+@\w[\w-]*(?:\.[\w-]+)+")
+_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@\w[\w-]*(?:\.[\w-]+)+")
 # Groups of digits as numbers are dialled; how many digits there are in all is asked afterwards.
 _DIALLED = re.compile(
     r"(?<![\w.])[+(]?\d{1,5}\)?(?:[ ./-]{0,2}\(\d{1,5}\)|[ ./-]{1,2}\d{2,8}){0,6}(?!\w)"
     r"|\+\d{9,15}"
 )
 DIGITS = (9, 15)  # of a telephone number; a date has 8, a card number 16
+_NO_NUMBER = re.compile(r"\d{4}-\d\d-\d\d\b|\d{1,3}(?:\.\d{1,3}){3}$")  # a date, an IP address
 _WORD = re.compile(r"\w+")
 
 
@@ -114,13 +115,13 @@ class Cleaning:
                 new != old for new, old in zip(masked, record["captions"], strict=True)
             ) + sum(new != list(old) for new, old in zip(pairs, asked, strict=True))
             record = {**record, "captions": masked, **({"qa": pairs} if asked else {})}
-            if "content" in record:
+            if content := parts_of(record):
                 parts = [
-                    {**part, "text": mask_personal(part["text"])} if "text" in part else part
-                    for part in record["content"]
+                    {"text": mask_personal(part["text"])} if "text" in part else part
+                    for part in content
                 ]
                 done["texts with personal data masked"] += sum(
-                    new != old for new, old in zip(parts, record["content"], strict=True)
+                    new != old for new, old in zip(parts, content, strict=True)
                 )
                 record["content"] = parts
         return record
@@ -133,8 +134,10 @@ class Cleaning:
 def find_personal(text: str) -> list[tuple[int, int, str]]:
     """Where e-mail addresses and telephone numbers stand: (start, end, kind), in order."""
     found = [(*match.span(), "e-mail") for match in _EMAIL.finditer(text)]
-    for match in _DIALLED.finditer(text):
-        if DIGITS[0] <= sum(map(str.isdigit, match.group())) <= DIGITS[1]:
+    rest = _EMAIL.sub(lambda match: "@" * len(match.group()), text)
+    for match in _DIALLED.finditer(rest):
+        digits = sum(map(str.isdigit, match.group()))
+        if DIGITS[0] <= digits <= DIGITS[1] and not _NO_NUMBER.match(match.group()):
             found.append((*match.span(), "phone"))
     return sorted(found)
 

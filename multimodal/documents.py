@@ -49,7 +49,8 @@ def read_documents(source: Path, root: Path) -> Iterator[Found | Rejected]:
             key = row.get("key")
             hint = key if isinstance(key, str) else f"{source.stem}-{line}"
             images = tuple(root / path for path in inside)
-            yield Found(name, hint, f"{source.name}/{line}", images, record)
+            identity = f"{source.name}/{line}"
+            yield Found(name, hint, identity, images, record, document=True)
 
 
 def _parts(row: Mapping[str, Any]) -> tuple[list[str], list[dict[str, str]]]:
@@ -81,13 +82,17 @@ def _parts(row: Mapping[str, Any]) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def images_of(members: Iterable[str]) -> list[str]:
-    """The suffixes of a sample's images in their order: one, or ``0.jpg``, ``1.png``, ..."""
+    """The suffixes of a sample's images in their order: one, or of a document ``0.jpg``, ``1.png``
+    and so on; none where a number is missing or there twice."""
     members = list(members)
     if one := next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None):
         return [one]
     numbered = [name.partition(".") for name in members]
     images = [(n, kind) for n, _, kind in numbered if n.isdecimal() and kind in IMAGE_SUFFIXES]
-    return [f"{n}.{kind}" for n, kind in sorted(images, key=lambda image: int(image[0]))]
+    images.sort(key=lambda image: int(image[0]))
+    if [n for n, _ in images] != [str(number) for number in range(len(images))]:
+        return []
+    return [f"{n}.{kind}" for n, kind in images]
 
 
 def check_content(content: Any, images: int) -> list[dict[str, str]]:

@@ -17,17 +17,19 @@ LOCK = ".lock"
 
 
 @contextmanager
-def job_folder(out: Path, settings: Path, begun_with: dict[str, Any]) -> Iterator[bool]:
+def job_folder(
+    out: Path, settings: Path, begun_with: dict[str, Any], result: Path | None = None
+) -> Iterator[bool]:
     """Make the folder, or see that what is in it was begun with the same arguments.
 
     settings: the file in it that says so; as long as it is there, the job can go on. Under torchrun
-    the first rank does this, and the others wait for it.
+    the first rank does this, and the others wait for it, or for the ``result`` that ends the job.
     Yields whether this process is the first rank, which ends the job.
     Errors: ``ValueError`` for a folder of something else, or where another process is at work.
     """
     begun_with = json.loads(json.dumps(begun_with))  # as it will be read
     if ranks()[0]:
-        while not (settings.is_file() and _read(settings) == begun_with):
+        while not ((result and result.is_file()) or _begun(settings, begun_with)):
             time.sleep(WAIT)
         yield False
         return
@@ -44,6 +46,13 @@ def job_folder(out: Path, settings: Path, begun_with: dict[str, Any]) -> Iterato
                 raise ValueError(f"{out}: not empty; give a new folder")
             write_json(settings, begun_with)
         yield True
+
+
+def _begun(settings: Path, begun_with: dict[str, Any]) -> bool:
+    try:
+        return bool(_read(settings) == begun_with)
+    except (OSError, ValueError):
+        return False
 
 
 def _read(settings: Path) -> Any:

@@ -63,9 +63,17 @@ def global_sum(value: Tensor) -> Tensor:
 
 
 def mean_over_ranks(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of every figure, detached: what each rank logs is then of the whole batch."""
+    """Of every figure, detached, of a ``largest_...`` the maximum: what each rank logs is then of
+    the whole batch. The ranks have equal shares of it."""
     values = torch.stack([value.detach().float() for value in parts.values()])
-    return dict(zip(parts, global_sum(values) / world_size(), strict=True))
+    largest = values.clone()
+    if world_size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    means = global_sum(values) / world_size()
+    return {
+        name: (high if name.startswith("largest") else mean)
+        for name, mean, high in zip(parts, means, largest, strict=True)
+    }
 
 
 def world_size() -> int:

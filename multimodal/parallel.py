@@ -24,6 +24,7 @@ Out = TypeVar("Out")
 Engine: TypeAlias = Literal["processes", "ray"]
 DEATHS = 3  # of processes in a row, at one unit, after which it is given up
 AHEAD = 2  # units for each worker that are under way or done, and not yet asked for
+PATIENCE = 600.0  # seconds a unit of another rank is waited for
 WAIT = 0.05  # seconds between two looks for what another rank does
 
 
@@ -108,8 +109,10 @@ def units_in_order(
 
 
 def _when(done: Callable[[In], bool], unit: In) -> In:
-    """The unit, as soon as another rank is done with it; torchrun ends all ranks if one fails."""
-    while not done(unit):
+    """The unit, as soon as another rank is done with it, or has been at it for so long that it may
+    be lost: to do it twice does no harm. Torchrun ends all ranks if one fails."""
+    start = time.monotonic()
+    while not done(unit) and time.monotonic() < start + PATIENCE:
         time.sleep(WAIT)
     return unit
 
@@ -128,6 +131,16 @@ def worker_context(*preloaded: str) -> BaseContext:
     return context
 
 
+def _submit(pool: Executor, function: Callable[[In], Out], unit: In) -> Future[Out]:
+    """``pool.submit``; a pool that broke in the meantime says so when the result is asked for."""
+    try:
+        return pool.submit(function, unit)
+    except BrokenProcessPool as error:
+        broken: Future[Out] = Future()
+        broken.set_exception(error)
+        return broken
+
+
 def _by_processes(
     function: Callable[[In], Out], units: Iterable[In], workers: int
 ) -> Iterator[Out]:
@@ -136,8 +149,8 @@ def _by_processes(
     pool: Executor = ProcessPoolExecutor(workers, worker_context())
     try:
         while True:
-            for unit in islice(waiting, AHEAD * workers - len(pending)):
-                pending.append((unit, pool.submit(function, unit)))
+            while len(pending) < AHEAD * workers and (more := list(islice(waiting, 1))):
+                pending.append((more[0], _submit(pool, function, more[0])))
             if not pending:
                 return
             try:
@@ -147,11 +160,12 @@ def _by_processes(
                 if deaths == DEATHS:
                     raise ChildProcessError(
                         f"a worker process was killed {DEATHS} times at the same unit of work; is "
-                        "memory short? Fewer workers need less of it"
+                        "memory short? Fewer workers need less of it. (A script that starts them "
+                        "needs: if __name__ == '__main__')"
                     ) from error
                 pool.shutdown(cancel_futures=True)
                 pool = ProcessPoolExecutor(workers, worker_context())
-                pending = deque((unit, pool.submit(function, unit)) for unit, _ in pending)
+                pending = deque((unit, _submit(pool, function, unit)) for unit, _ in pending)
                 continue
             pending.popleft()
             deaths = 0

@@ -23,7 +23,7 @@ from multimodal.cleaning import Cleaning
 from multimodal.duplicates import KEPT, Fingerprint, fingerprint
 from multimodal.images import Fit, fit_image, open_image, orientation, read_image_file
 from multimodal.records import Cell, Found, Slice
-from multimodal.shards import write_json
+from multimodal.shards import file_sha256, write_json
 
 _SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -94,14 +94,14 @@ def _made_from(sample: Found) -> list[Any]:
         try:
             stat = path.stat()
             made_from += [stat.st_size, stat.st_mtime_ns]
-        except OSError as error:
-            made_from.append(error.errno)
+        except (OSError, ValueError) as error:  # the latter: a NUL in the name
+            made_from.append(str(error))
     return made_from
 
 
 def make_part(part: Part) -> Part:
-    """Make a part, unless it is there."""
-    if part.done():
+    """Make a part, unless it is there and whole (a machine that lost power may have lost data)."""
+    if part.done() and _whole(part):
         return part
     part.folder.mkdir(parents=True, exist_ok=True)
     entries: list[list[dict[str, Any]]] = []
@@ -112,8 +112,16 @@ def make_part(part: Part) -> Part:
             entries.append([_entry(made) for made in images])
             file.writelines(made.data for made in images if isinstance(made, Made))
     temporary.replace(part.files)
-    write_json(part.marker, entries)
+    write_json(part.marker, {"sha256": file_sha256(part.files), "samples": entries})
     return part
+
+
+def _whole(part: Part) -> bool:
+    try:
+        wanted = json.loads(part.marker.read_text("utf-8"))["sha256"]
+        return bool(file_sha256(part.files) == wanted)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _entry(made: Made | Unusable) -> dict[str, Any]:
@@ -130,7 +138,7 @@ def _entry(made: Made | Unusable) -> dict[str, Any]:
 def read_part(part: Part) -> Iterator[list[Made] | Unusable]:
     """For each sample of a part that was made its images, or what is wrong with one of them."""
     with open(part.files, "rb") as file:
-        for entries in json.loads(part.marker.read_text("utf-8")):
+        for entries in json.loads(part.marker.read_text("utf-8"))["samples"]:
             images = [_made(entry, file) for entry in entries]
             made = [image for image in images if isinstance(image, Made)]
             bad = [image for image in images if isinstance(image, Unusable)]
@@ -162,7 +170,7 @@ def make_image(name: str, source: Path | Slice | Cell, work: ImageWork) -> Made 
                 and getattr(original, "n_frames", 1) == 1
                 and orientation(original) == 1
             )
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return Unusable("unreadable image", str(error).removeprefix(f"{name}: "))
     limits = Cleaning(min_side=work.min_side, max_aspect_ratio=work.max_aspect_ratio)
     if fault := limits.fault_of_size(*image.size):

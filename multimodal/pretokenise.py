@@ -9,6 +9,7 @@ on with the shards that are missing. The same input gives the same bytes.
 """
 
 import io
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -142,9 +143,11 @@ def encode_shards(
             f"{source}: no split {encoding.train_split!r} to crop; it has {', '.join(splits)}"
         )
     settings = {"source": [entry["sha256"] for entry in about["shards"]], **asdict(encoding)}
-    if (out / MANIFEST).is_file():
+    if (out / MANIFEST).is_file() and not ranks()[0]:
         raise ValueError(f"{out}: not empty (it is complete); give a new folder")
-    with job_folder(out, out / SETTINGS, settings) as first:
+    with job_folder(out, out / SETTINGS, settings, result=out / MANIFEST) as first:
+        if not first and (out / MANIFEST).is_file():
+            return None  # the others were faster
         shared: dict[str, Any] = {}
         work: Callable[[EncodedShard], int] = partial(encode_shard, tokenizer, on_sample)
         if workers > 1 or engine != "processes":
@@ -171,6 +174,8 @@ def encode_shards(
         write_manifest(out, entries, **kept)
         for folder in out.glob(f"{TOKENIZER}*"):
             shutil.rmtree(folder)
+        for part in out.glob(".*.part"):  # of processes that were killed
+            part.unlink(missing_ok=True)
         (out / SETTINGS).unlink()
     return read_manifest(out)
 
@@ -185,7 +190,7 @@ def encode_shard(
     samples = Shards(shard.source, only=shard.name)
     if shard.done():
         return len(samples)
-    part = shard.out / f".{shard.name}.part"
+    part = shard.out / f".{shard.name}.{os.getpid()}.part"
     write_tar(part, _encoded(samples, shard, tokenizer, on_sample))
     part.replace(shard.out / shard.name)
     return 0

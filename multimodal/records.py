@@ -8,6 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from multimodal.samples import parts_of
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -53,7 +55,8 @@ class Found:
     """One image with its record, or the images of a document in their order.
 
     ``hint`` is what its key should be, ``identity`` tells it from every other sample of the source,
-    ``name`` is what to call it in messages; ``split`` is given where the source held it out.
+    ``name`` is what to call it in messages; ``split`` is given where the source held it out;
+    ``document``: its record has a ``content`` that orders the images.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Found:
     images: tuple[Path | Slice | Cell, ...]
     record: dict[str, Any]
     split: str | None = None
+    document: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def shuffled(names: list[str]) -> list[str]:
 
 def has_text(record: Mapping[str, Any]) -> bool:
     said = record["captions"] or record.get("qa")
-    return bool(said) or "label" in record or any("text" in p for p in record.get("content", []))
+    return bool(said) or "label" in record or any("text" in part for part in parts_of(record))
 
 
 def normalise(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,16 +22,23 @@ def local_folder(folder: str | Path) -> Path:
     address = str(folder).rstrip("/")
     if "://" not in address:
         return Path(folder)
-    cache = Path(os.environ.get("MULTIMODAL_CACHE", "~/.cache/multimodal")).expanduser()
-    mirror = cache / "shards" / hashlib.sha256(address.encode()).hexdigest()[:16]
+    mirror = _mirrors() / hashlib.sha256(address.encode()).hexdigest()[:16]
     mirror.mkdir(parents=True, exist_ok=True)
-    (mirror / ADDRESS).write_text(address)
+    if not (mirror / ADDRESS).is_file():
+        part = mirror / f"{ADDRESS}.{os.getpid()}"
+        part.write_text(address)
+        part.replace(mirror / ADDRESS)
     fetch(mirror, "manifest.json", again=True)
     return mirror
 
 
 def is_mirror(folder: Path) -> bool:
-    return (folder / ADDRESS).is_file()
+    return folder.parent == _mirrors() and (folder / ADDRESS).is_file()
+
+
+def _mirrors() -> Path:
+    cache = Path(os.environ.get("MULTIMODAL_CACHE", "~/.cache/multimodal")).expanduser()
+    return cache / "shards"
 
 
 def fetch(mirror: Path, name: str, again: bool = False) -> None:

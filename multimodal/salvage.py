@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from multimodal.documents import images_of
 from multimodal.records import Slice
-from multimodal.samples import IMAGE_SUFFIXES, TEXT_SUFFIXES, Sample
+from multimodal.samples import TEXT_SUFFIXES, Sample
 from multimodal.shards import MAX_PADDING, DamagedShard, only_zeros, read_index, split_name
 
 
@@ -30,6 +31,9 @@ class _Run:
 
     key: str
     members: list[tuple[str, int, int]]
+
+    def has_images(self) -> bool:
+        return bool(images_of(suffix for suffix, _, _ in self.members))
 
     def has(self, suffixes: tuple[str, ...]) -> bool:
         return any(suffix in suffixes for suffix, _, _ in self.members)
@@ -79,7 +83,7 @@ def salvage(shard: Path) -> Iterator[Sample | Lost]:
         beside = runs[max(0, number - 1) : number + 1]
         # A neighbour without its image or its text is what this gap cost, and is named already.
         if any(
-            _fault(run, times, size) or not (run.has(IMAGE_SUFFIXES) and run.has(TEXT_SUFFIXES))
+            _fault(run, times, size) or not (run.has_images() and run.has(TEXT_SUFFIXES))
             for run in beside
         ):
             continue

@@ -72,6 +72,13 @@ class Sample:
                 ) from error
             if not isinstance(record, dict):
                 raise ValueError(f"sample {self.key}: its json is not an object")
+            if not _are_texts(record.get("captions", [])):
+                raise ValueError(f"sample {self.key}: its captions are not a list of strings")
+            pairs = record.get("qa", [])
+            if not isinstance(pairs, list) or not all(
+                _are_texts(pair) and len(pair) == 2 for pair in pairs
+            ):
+                raise ValueError(f"sample {self.key}: its qa is not a list of pairs of strings")
             return record
         if "txt" in self.members:
             try:
@@ -95,10 +102,27 @@ def _npy_header(header: bytes) -> "tuple[tuple[int, ...], np.dtype[Any]]":
     return shape, kind
 
 
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def parts_of(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The content of a document; none where there is none, or something else of that name."""
+    content = record.get("content")
+    if not isinstance(content, list) or not all(
+        isinstance(part, dict)
+        and len(part) == 1
+        and all(key in ("image", "text") and isinstance(part[key], str) for key in part)
+        for part in content
+    ):
+        return []
+    return content
+
+
 def texts_of(record: Mapping[str, Any]) -> Iterator[str]:
     """Every text of a record: captions, those of a document, questions and answers."""
     yield from record.get("captions", [])
-    yield from (part["text"] for part in record.get("content", []) if "text" in part)
+    yield from (part["text"] for part in parts_of(record) if "text" in part)
     for question, answer in record.get("qa", []):
         yield question
         yield answer

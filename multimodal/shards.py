@@ -27,7 +27,7 @@ FORMAT = "multimodal-shards"
 VERSION = 1
 # Tar writers pad to 10 KiB; a preallocated file that was never filled ends in more.
 MAX_PADDING = 1 << 16
-OPEN_INDEXES = 256  # of a folder; more than a block of the training order has, usually
+OPEN_SAMPLES = 1 << 18  # whose places are kept in memory; more than a block of training has
 _STRINGS, _NUMBERS = ("name", "split", "sha256", "index_sha256"), ("samples", "bytes")
 
 
@@ -227,8 +227,8 @@ class Shards:
     """The samples of one split of a shard folder, by number: ``shards[i] -> Sample``.
 
     Opening checks the manifest and that every shard is there with its size; the first sample of a
-    shard checks the index and the SHA-256 of both. Keeps no file open, and the indexes of the last
-    OPEN_INDEXES shards, so it can have any number of them and be sent to worker processes.
+    shard checks the index and the SHA-256 of both. Keeps no file open, and where OPEN_SAMPLES lie,
+    so it can have any number of shards and be sent to worker processes.
 
     Args:
         folder: a folder with ``manifest.json``, or an address (multimodal/remote.py).
@@ -269,7 +269,7 @@ class Shards:
 
     def _check_size(self, entry: dict[str, Any]) -> None:
         path = self.folder / entry["name"]
-        if self._mirror and not path.exists():
+        if self._mirror:
             return  # it comes when it is read
         try:
             size = path.stat().st_size
@@ -285,15 +285,21 @@ class Shards:
             return self._indexes[number]
         entry = self._entries[number]
         path = self.folder / entry["name"]
-        if self._mirror:
-            fetch(self.folder, index_path(path).name)
+        self._bring(index_path(path), entry["index_sha256"])
         index = read_index(path)
         if file_sha256(index_path(path)) != entry["index_sha256"] or len(index) != entry["samples"]:
             raise DamagedShard(f"{index_path(path)}: not the index that the manifest knows")
         self._indexes[number] = index
-        if len(self._indexes) > OPEN_INDEXES:
+        while len(self._indexes) > 1 and sum(map(len, self._indexes.values())) > OPEN_SAMPLES:
             self._indexes.popitem(last=False)
         return index
+
+    def _bring(self, path: Path, sha256: str) -> None:
+        """Of a folder far away: fetch a file, also in the place of one that is of another time."""
+        if self._mirror:
+            fetch(self.folder, path.name)
+            if file_sha256(path) != sha256:
+                fetch(self.folder, path.name, again=True)
 
     def _place(self, i: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """The entry of the shard that holds sample i, and its line in the index."""
@@ -315,8 +321,7 @@ class Shards:
         key, members = indexed["key"], indexed["members"]
         path = f"{self._folder}/{entry['name']}"
         if entry["name"] not in self._verified:
-            if self._mirror:
-                fetch(self.folder, entry["name"])
+            self._bring(Path(path), entry["sha256"])
             if file_sha256(Path(path)) != entry["sha256"]:
                 raise DamagedShard(
                     f"{path}: its bytes are not those the manifest knows (SHA-256 differs); "

@@ -199,14 +199,16 @@ def _read_shards(tars: list[Path], ignored: "Counter[str]") -> Iterator[Found | 
                 record = _record(texts.get("json"), texts.get("txt"))
                 if label is not None:
                     record.setdefault("label", label.decode("utf-8").strip())
-                if "content" in record:
-                    record["content"] = check_content(record["content"], len(slices))
+                document = images[0][0].isdecimal()
+                if document:
+                    record["content"] = check_content(record.get("content"), len(slices))
             except ValueError as error:
                 yield Rejected(name, "unreadable text", str(error))
                 continue
             ignored.update(f"members .{other}" for other in places)
             held_out = split if split in _HELD_OUT else None
-            yield Found(name, item.key, f"{tar.name}/{item.key}", slices, record, held_out)
+            yield Found(name, item.key, f"{tar.name}/{item.key}", slices, record, held_out,
+                        document)  # fmt: skip
 
 
 def _read_annotated(source: Path, root: Path, answers: Path | None) -> Iterator[Found | Rejected]:

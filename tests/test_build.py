@@ -390,6 +390,60 @@ def test_an_interrupted_build_goes_on(
     assert {name: hashes(out)[name] for name in tars} == {name: before[name] for name in tars}
 
 
+def test_a_build_that_fails_leaves_no_right_to_delete(photos: Path, tmp_path: Path) -> None:
+    """Shards that were put there after a failed or interrupted build are somebody's."""
+    out = tmp_path / "out"
+    (photos / "t.csv").write_text("image,caption\na.jpg,one\n")
+    with pytest.raises(ValueError, match="no column 'zz'"):
+        build(photos / "t.csv", out, image_column="zz")
+    assert list(out.iterdir()) == []
+
+    def stop(items: Any) -> Iterator[Any]:
+        yield next(iter(items))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(photos, out, progress=stop)
+    (out / "train-0000.tar").write_bytes(b"years of work")
+    with pytest.raises(ValueError, match="not empty"):
+        build(photos, out)
+    assert (out / "train-0000.tar").read_bytes() == b"years of work"
+
+
+def test_a_part_that_lost_data_is_made_again(photos: Path, tmp_path: Path) -> None:
+    out, wanted = tmp_path / "out", tmp_path / "wanted"
+    build(photos, wanted)
+
+    def stop(items: Any) -> Iterator[Any]:
+        yield next(iter(items))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(photos, out, progress=stop)
+    (part,) = out.glob(".building/parts/*.bin")
+    part.write_bytes(part.read_bytes()[:-500])
+    build(photos, out)
+    assert hashes(out) == hashes(wanted)
+
+
+def test_what_the_machine_lacks_is_no_fault_of_an_image(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_bytes
+
+    def few_files(path: Path) -> bytes:
+        if path.name == "a.jpg":
+            raise OSError(24, "Too many open files")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", few_files)
+    with pytest.raises(OSError, match="Too many open files"):
+        build(photos, tmp_path / "out")
+    monkeypatch.undo()
+    report = build(photos, tmp_path / "out")
+    assert report is not None and report.kept == 7
+
+
 def test_an_image_that_changed_is_made_again(photos: Path, tmp_path: Path) -> None:
     def stop(items: Any) -> Iterator[Any]:
         yield from items

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import multimodal.train.order as train_order
 from multimodal.cli import main
 from multimodal.templates import Templates
+from multimodal.train.callbacks import Mixture
 from multimodal.train.data import GlobalBatches, GlobalBatchLoader, ShardData, ShardDataset
 from multimodal.train.lessons import TURNS, Lesson, lesson_of, texts_about
 from multimodal.train.order import Order
@@ -109,6 +111,13 @@ def test_many_shards_are_shuffled_block_by_block(
     # how far apart, in samples read, the first and the last of a shard are
     spans = [np.ptp(np.flatnonzero(shard_of[whole] == shard)) for shard in range(40)]
     assert max(spans) < 2 * block + 9
+    _, _, ends = shuffled._laid_out(3)
+    blocks = np.diff(ends, prepend=0)
+    assert min(blocks) >= min(block, len(shuffled)) and ends[-1] == len(shuffled)
+    if block == 10:
+        assert len(blocks) > 8 and max(blocks) < 2 * block + 9
+    huge = train_order.Shuffled([10, 200_000, 10, 10, 90_000], seed=0)
+    assert min(np.diff(huge._laid_out(0)[2], prepend=0)) >= block
 
 
 def test_weights_are_kept_to_the_sample_and_nothing_comes_again_too_soon() -> None:
@@ -133,6 +142,32 @@ def test_weights_are_kept_to_the_sample_and_nothing_comes_again_too_soon() -> No
         ShardData(["a"], weights=[1, 2])
 
 
+def test_validation_deals_ranks_equal_shares() -> None:
+    with pytest.warns(UserWarning, match="the last 1 of 9 samples cannot be dealt to 2 ranks"):
+        shares = [
+            [len(part) for part in GlobalBatches(Order([[9]], shuffle=False), 4, rank=rank,
+                                                 world_size=2)]
+            for rank in range(2)
+        ]  # fmt: skip
+    assert shares == [[2, 2], [2, 2]]
+    with pytest.raises(ValueError, match="too few for 2 ranks"):
+        GlobalBatches(Order([[1]], shuffle=False), 4, world_size=2)
+
+
+def test_the_realised_mixture_is_logged() -> None:
+    logged: dict[str, float] = {}
+    module: Any = SimpleNamespace(log_dict=logged.update)
+    trainer: Any = SimpleNamespace(
+        datamodule=SimpleNamespace(folders=["a/photos", "b/scenes", "c/scenes", "a/photos"])
+    )
+    mixture = Mixture()
+    for sources in ([0, 1, 1, 2], [3, 3, 2, 0]):
+        batch = SimpleNamespace(sources=sources)
+        mixture.on_train_batch_end(trainer, module, None, batch, 0)
+    assert logged == {"data/share/photos": 4 / 8, "data/share/b_scenes": 2 / 8,
+                      "data/share/c_scenes": 2 / 8}  # fmt: skip
+
+
 def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
     for name, seed in (("a", "1"), ("b", "2")):
         line = ["data", "scenes", str(tmp_path / name), "--count", "16", "--size", "16"]
@@ -150,6 +185,9 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
     resumed = loader("a")
     resumed.load_state_dict(state)
     assert [batch.keys for batch in resumed] == batches[3:]
+    older = {name: value for name, value in state.items() if name != "order_of"}
+    with pytest.raises(ValueError, match="--init_from"):
+        loader("a").load_state_dict(older)
     for other, said in ((loader("b"), "shards"), (loader("a", seed=1), "seed 0 -> 1"),
                         (loader("a", batch=8), "global_batch_size 4 -> 8")):  # fmt: skip
         with pytest.raises(ValueError, match=said):

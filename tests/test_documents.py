@@ -44,6 +44,7 @@ def source(tmp_path: Path) -> Path:
         {"content": "img/a.jpg"},
         {"images": ["img/a.jpg"], "texts": []},
         {"content": [{"text": "gone"}, {"image": "img/missing.jpg"}]},
+        {"content": [{"text": "nul"}, {"image": "img/a\0.jpg"}]},
     ]  # fmt: skip
     lines = [json.dumps(row) + "\n" for row in rows]
     (folder / "docs.jsonl").write_text("".join([*lines, "{broken\n"]))
@@ -58,11 +59,11 @@ def rejected(out: Path) -> dict[int, str]:
 def test_documents_are_whole_and_in_order(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = build(source, out)
-    assert report is not None and (report.found, report.kept) == (11, 2)
+    assert report is not None and (report.found, report.kept) == (12, 2)
     assert rejected(out) == {
         3: "no text", 4: "no image", 5: "unreadable image", 6: "image outside the folder",
         7: "unreadable text", 8: "unreadable text", 9: "unreadable text", 10: "unreadable image",
-        11: "unreadable row",
+        11: "unreadable image", 12: "unreadable row",
     }  # fmt: skip
     first, second = Shards(out)
     assert first.key == "first" and first.record["license"] == "CC0"
@@ -82,6 +83,57 @@ def test_documents_are_whole_and_in_order(source: Path, tmp_path: Path) -> None:
     assert {k: v for k, v in again[0].members.items() if k != "json"} == {
         k: v for k, v in first.members.items() if k != "json"
     }
+
+
+def test_several_images_without_an_order_are_no_sample(tmp_path: Path) -> None:
+    from multimodal.shards import write_tar
+
+    two = {"0.jpg": picture("red"), "1.jpg": picture("blue")}
+    content = [{"image": "0"}, {"text": "x"}, {"image": "1"}]
+    samples = [
+        ("unordered", {**two, "json": b'{"caption": "a red and a blue view"}'}),
+        ("from_one", {"1.jpg": two["0.jpg"], "2.jpg": two["1.jpg"],
+                      "json": json.dumps({"content": content}).encode()}),
+        ("twice", {**two, "1.png": picture("green", "PNG"),
+                   "json": json.dumps({"content": content}).encode()}),
+        ("good", {**two, "json": json.dumps({"content": content}).encode()}),
+    ]  # fmt: skip
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in/train-0000.tar", samples)
+    report = build(tmp_path / "in", tmp_path / "out")
+    assert report is not None and (report.found, report.kept) == (4, 1)
+    assert report.reasons == {"unreadable text": 1, "no image": 2}
+    assert [sample.key for sample in Shards(tmp_path / "out")] == ["good"]
+
+
+def test_a_lost_document_is_named(tmp_path: Path) -> None:
+    from multimodal.shards import write_tar
+
+    record = json.dumps({"content": [{"image": "0"}, {"text": "x"}]}).encode()
+    (tmp_path / "in").mkdir()
+    tar = tmp_path / "in/train-0000.tar"
+    write_tar(tar, [(f"k{n}", {"0.jpg": picture("red"), "json": record}) for n in range(5)])
+    data = bytearray(tar.read_bytes())
+    for name in (b"k2.0.jpg", b"k2.json"):
+        data[data.index(name) + 150] ^= 1  # both headers
+    tar.write_bytes(data)
+    report = build(tmp_path / "in", tmp_path / "out")
+    assert report is not None and (report.found, report.kept) == (5, 4)
+    assert report.reasons == {"damaged shard": 1}
+
+
+@pytest.mark.parametrize("content", [None, "news", ["some text"], [{"text": 3}], {"a": 1}])
+def test_a_field_of_that_name_is_no_document(tmp_path: Path, content: object) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(picture("red"))
+    record = {"caption": "write to me@x.org", "content": content}
+    (folder / "a.json").write_text(json.dumps(record))
+    cleaning = Cleaning(blocklist=["bad"], personal_data="mask")
+    build(folder, tmp_path / "out", cleaning=cleaning)
+    (sample,) = Shards(tmp_path / "out")
+    assert sample.record == {"captions": ["write to [e-mail]"], "content": content}
+    assert sample.image == picture("red")
 
 
 def test_a_document_is_no_pair_and_says_so(source: Path, tmp_path: Path) -> None:

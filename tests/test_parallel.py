@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from multimodal import parallel
 from multimodal.parallel import Engine, alone_in, units_in_order
 
 ENGINES: tuple[Engine, ...] = ("processes", "ray")
@@ -43,6 +44,27 @@ def test_a_killed_worker_costs_nothing(engine: Engine, tmp_path: Path) -> None:
     function = partial(square, tmp_path)
     assert list(units_in_order(function, range(9), engine, workers=2)) == [n * n for n in range(9)]
     assert (tmp_path / "died").exists()
+
+
+def test_a_worker_that_dies_while_the_caller_is_busy_costs_nothing(tmp_path: Path) -> None:
+    """The pool is broken already when the next unit is handed to it."""
+    results = units_in_order(partial(square, tmp_path), range(12), workers=2)
+    found = [next(results)]
+    while not (tmp_path / "died").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert [*found, *results] == [n * n for n in range(12)]
+
+
+def test_a_unit_that_another_rank_lost_is_done_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(parallel, "PATIENCE", 0.1)
+    assert list(units_in_order(abs, range(4), done=lambda unit: False)) == [0, 1, 2, 3]
+    monkeypatch.setenv("RANK", "1")
+    assert list(units_in_order(abs, range(4), done=lambda unit: False)) == [1, 3], "its own only"
 
 
 def test_a_unit_that_kills_every_worker_ends_the_work() -> None:
@@ -133,10 +155,19 @@ def test_ranks_of_torchrun_share_a_build(
     assert hashes(tmp_path / "out") == expected
 
 
+def test_a_rank_above_0_makes_its_parts_and_nothing_else(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
+    subprocess.run(command(photos, out), env=environment, check=True, timeout=120)
+    made = {path.suffix for path in (out / ".building/parts").iterdir()}
+    assert made == {".bin", ".json"} and len(list(out.glob(".building/parts/*.bin"))) == 1
+    assert [path.name for path in out.iterdir()] == [".building"]
+
+
 def test_a_build_that_is_killed_again_and_again_ends_with_the_same_bytes(
     photos: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    out, parts = tmp_path / "out", set[str]()
+    out, parts, killed = tmp_path / "out", set[str](), 0
     for moment in range(4):  # the first part is there, the second, the third, all of the shards
         process = subprocess.Popen(
             command(photos, out, "--workers", "2"),
@@ -151,12 +182,14 @@ def test_a_build_that_is_killed_again_and_again_ends_with_the_same_bytes(
             time.sleep(0.005)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+            killed += 1
         process.wait()
-        assert parts <= {path.name for path in out.glob(".building/parts/*.json")} or not parts
-        parts = {path.name for path in out.glob(".building/parts/*.json")}
         if (out / "manifest.json").exists():
             break  # it was faster than we are
+        left = {path.name for path in out.glob(".building/parts/*.json")}
+        assert parts <= left
+        parts = left
     else:
-        assert parts, "nothing was interrupted"
         subprocess.run(command(photos, out), check=True, capture_output=True)
+    assert killed >= 2
     assert hashes(out) == expected

@@ -138,14 +138,19 @@ def test_who_encodes_changes_no_byte(work: Path, tmp_path: Path, options: Any) -
             for rank in "01"
         ]
         assert [process.wait(120) for process in ranks] == [0, 0]
+        late = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}  # when all is done
+        subprocess.run(line, env=late, check=True, timeout=120)
     else:
+        killed = 0
         for shards in (1, 2, 3) if options == "killed" else ():
             process = subprocess.Popen([*line, "--workers", "2"], start_new_session=True)
             while process.poll() is None and len(list(out.glob("*.tar"))) < shards:
                 time.sleep(0.002)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+                killed += 1
             process.wait()
+        assert killed >= 1 or options != "killed"
         if not (out / "manifest.json").exists():  # the last kill may have come too late
             more = () if options == "killed" else options
             subprocess.run([*line, *more], check=True, timeout=120)

@@ -55,6 +55,19 @@ def test_what_was_damaged_on_the_way_is_noticed(far: Path) -> None:
         Shards(address)[4]
 
 
+def test_a_folder_that_was_built_anew_is_fetched_anew(far: Path) -> None:
+    address = f"file://{far}"
+    list(Shards(address))
+    samples = list(Shards(far))
+    write_tar(far / "train-0001.tar", [(s.key, s.members) for s in samples[5:2:-1]])
+    write_manifest(far, [index_shard(tar) for tar in sorted(far.glob("*.tar"))])
+    again = [sample.key for sample in Shards(address)]
+    assert again == [s.key for s in [*samples[:3], *samples[5:2:-1], *samples[6:]]]
+    # a file of that name in another folder sends nobody anywhere
+    (far / ".address").write_text("memory://elsewhere")
+    assert list(Shards(far))[4] == Shards(address)[4]
+
+
 def test_training_reads_addresses(far: Path) -> None:
     address = f"file://{far}"
     data = ShardData([address, str(far)], augmented=[address])

@@ -4,7 +4,7 @@ import json
 import random
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,13 @@ class Mixture(L.Callback):
         self._seen = counts if self._seen is None else self._seen + counts
         shares: dict[str, float] = {}
         for folder, share in zip(folders, (self._seen / self._seen.sum()).tolist(), strict=True):
-            name = f"data/share/{Path(folder).name}"  # of an address the last part, too
-            shares[name] = shares.get(name, 0.0) + share
-        pl_module.log_dict(shares)
+            shares[str(folder)] = shares.get(str(folder), 0.0) + share
+        last = Counter(Path(folder).name for folder in shares)  # of an address, too
+        pl_module.log_dict({
+            "data/share/" + (Path(folder).name if last[Path(folder).name] == 1
+                             else folder.strip("/").replace("/", "_")): share
+            for folder, share in shares.items()
+        })  # fmt: skip
 
 
 class ExportModel(L.Callback):

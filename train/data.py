@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -20,7 +21,7 @@ from multimodal.parallel import worker_context
 from multimodal.remote import local_folder
 from multimodal.seeds import sample_seed, stable_number
 from multimodal.shards import Shards
-from multimodal.train.order import Item, Order
+from multimodal.train.order import VERSION, Item, Order
 
 
 @dataclass
@@ -149,6 +150,15 @@ class GlobalBatches(Sampler[list[Item]]):
             )
         self.order, self.global_batch_size = order, global_batch_size
         self.size = min(len(order), limit or len(order))
+        if not order.shuffle and (over := self.size % world_size):
+            # Ranks that are given different numbers of samples would wait for one another.
+            rank_zero_warn(
+                f"the last {over} of {self.size} samples cannot be dealt to {world_size} ranks "
+                "alike: they are not measured"
+            )
+            self.size -= over
+            if not self.size:
+                raise ValueError(f"{over} samples are too few for {world_size} ranks")
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self.start = (0, 0)  # epoch, and batches of it that are done
@@ -211,6 +221,7 @@ class GlobalBatchLoader(DataLoader[Any]):
         batches = self.batch_sampler
         weights = batches.order.weights
         return {
+            "version": VERSION,
             "seed": batches.order.seed,
             "global_batch_size": batches.global_batch_size,
             "samples": len(batches.order),
@@ -222,7 +233,7 @@ class GlobalBatchLoader(DataLoader[Any]):
         return {"epoch": self._done[0], "batches": self._done[1], "order_of": self.order_of}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        before, now = state["order_of"], self.order_of
+        before, now = state.get("order_of", {}), self.order_of
         changed = [name for name in now if before.get(name) != now[name]]
         if changed and self.batch_sampler.order.shuffle:
             was = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in changed)

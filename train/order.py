@@ -12,6 +12,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+VERSION = 2  # of the order: a checkpoint of another cannot be gone on with
 BLOCK = 1 << 16  # samples that are shuffled with one another, at least
 Item: TypeAlias = tuple[int, int]  # (pass over its source, number of the sample)
 
@@ -45,13 +46,14 @@ class Shuffled:
         if self._layout is None or self._layout[0] != turn:
             shards = np.random.default_rng([self.seed, turn]).permutation(len(self.sizes))
             ends = np.cumsum(self.sizes[shards])
-            # A block ends with the first shard that fills it; what remains joins the last one.
-            number = ends // BLOCK
-            last = np.flatnonzero(np.diff(number, append=number[-1] + 1))[:-1]
-            block_ends = np.append(ends[last], ends[-1])
-            if len(block_ends) > 1 and block_ends[-1] - block_ends[-2] < BLOCK:
-                block_ends = np.delete(block_ends, -2)
-            self._layout = turn, shards, block_ends
+            # A block ends with the shard that fills it; what is left over joins the last one.
+            block_ends: list[int] = []
+            while (begun := block_ends[-1] if block_ends else 0) < ends[-1]:
+                filled = int(np.searchsorted(ends, begun + BLOCK))
+                if filled == len(ends) or ends[-1] - ends[filled] < BLOCK:
+                    filled = len(ends) - 1
+                block_ends.append(int(ends[filled]))
+            self._layout = turn, shards, np.array(block_ends)
         return self._layout
 
     def _shuffled(self, turn: int, block: int) -> NDArray[np.int64]:
@@ -104,6 +106,7 @@ class Order:
             shares = np.cumsum(weights) / np.sum(weights) * len(self)
             self.counts = np.diff(np.round(shares).astype(np.int64), prepend=0)
         self._turns: tuple[int, NDArray[np.int16]] | None = None
+        self._counted: tuple[int, int, NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
         return len(self._all)
@@ -120,7 +123,7 @@ class Order:
         if self.weights is None:
             return [(epoch, int(n)) for n in self._all.numbers(epoch, start, stop)]
         turns = self._whose_turn(epoch)
-        before = np.bincount(turns[:start], minlength=len(self._sources))
+        before = self._drawn_before(epoch, start)
         found: list[Item] = []
         for source in turns[start:stop]:
             shuffled = self._sources[source]
@@ -129,7 +132,17 @@ class Order:
             turn, position = divmod(drawn, len(shuffled))
             number = int(shuffled.numbers(turn, position, position + 1)[0])
             found.append((turn, int(self._starts[source]) + number))
+        self._counted = epoch, stop, before.copy()
         return found
+
+    def _drawn_before(self, epoch: int, start: int) -> NDArray[np.int64]:
+        """How many samples each source gave in an epoch before a position; on from the last call
+        where that is possible, since counting them all takes time with every batch."""
+        turns = self._whose_turn(epoch)
+        at, counts = 0, np.zeros(len(self._sources), np.int64)
+        if self._counted is not None and self._counted[0] == epoch and self._counted[1] <= start:
+            at, counts = self._counted[1], self._counted[2]
+        return counts + np.bincount(turns[at:start], minlength=len(self._sources))
 
     def _whose_turn(self, epoch: int) -> NDArray[np.int16]:
         if self._turns is None or self._turns[0] != epoch:

@@ -140,6 +140,8 @@ def use_device(arguments: argparse.Namespace) -> None:
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.device == "cuda" and "LOCAL_RANK" in os.environ:
+        arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: a GPU for each
     try:
         torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:  # CPU-only builds assert
