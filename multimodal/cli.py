@@ -32,6 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "validate": ("multimodal.train.cli", "measure a training checkpoint on validation data"),
     "test": ("multimodal.train.cli", "measure a training checkpoint on test data"),
     "predict": ("multimodal.train.cli", "run a training checkpoint over a dataset"),
+    "eval": ("multimodal.eval.evaluate", "measure what a model can do, with the protocol"),
     "export": ("multimodal.commands.export", "turn a training checkpoint into a model folder"),
     "demo": ("multimodal.eval.demo", "do all of it on pictures that need no download"),
     "info": ("multimodal.commands.info", "what a model folder or a shard folder holds"),
