@@ -107,7 +107,7 @@ class ExportModel(L.Callback):
         self.folder = Path(folder)
 
     def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.sanity_checking and trainer.state.fn == "fit":
+        if not trainer.sanity_checking and trainer.state.fn == "fit":  # every rank may have a part
             module.export(self.folder)  # type: ignore[operator]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

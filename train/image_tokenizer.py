@@ -262,8 +262,9 @@ class ImageTokenizerModule(TrainedByMuon):
         self.tokenizer.load_state_dict(source.state_dict())
 
     def export(self, folder: str) -> None:
-        """Write what is published: the tokenizer without the head."""
-        self.tokenizer.save(folder)
+        """Write what is published: the tokenizer without the head. The first rank does."""
+        if self.trainer.is_global_zero:
+            self.tokenizer.save(folder)
 
 
 def psnr(mse: Tensor) -> Tensor:
