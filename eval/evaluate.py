@@ -65,7 +65,8 @@ def run(
     """The report; writes the page on the way."""
     from tqdm import tqdm
 
-    from multimodal.eval.evaluators import EVALUATORS, Subject, chosen, evaluate
+    from multimodal.eval.evaluators import EVALUATORS
+    from multimodal.eval.measuring import Subject, chosen, evaluate
     from multimodal.eval.page import Figure, Section, page
 
     model = load_model(arguments)

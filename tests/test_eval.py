@@ -19,10 +19,9 @@ from multimodal.eval.evaluators import (
     Likelihood,
     Reconstruction,
     Retrieval,
-    Subject,
-    evaluate,
-    interval,
+    shapes_said,
 )
+from multimodal.eval.measuring import Example, Subject, Value, evaluate, interval
 from multimodal.generation import text_likelihoods
 from multimodal.samples import Sample
 from multimodal.shards import Shards
@@ -116,6 +115,29 @@ def test_the_interval_is_that_of_the_mean() -> None:
         inside += low < 0 < high
     assert 87 <= inside <= 100
     assert interval([1.0, 1.0]) == (1, 1)
+    # six answers about each image, all right or all wrong: as uncertain as one each
+    each = torch.rand(100, generator=generator).round()
+    alone = interval(each.tolist())
+    six = interval(
+        each.repeat_interleave(6).tolist(), owners=[n for n in range(100) for _ in "123456"]
+    )
+    assert six == pytest.approx(alone)
+
+
+def test_what_is_left_out_is_not_invented() -> None:
+    assert shapes_said("a circle") == shapes_said("two circles") == {"circle"}
+    assert shapes_said("a green object left of a large red heart") == {"heart"}
+
+
+def test_drawings_depend_on_the_seed_and_not_on_the_batch(subject: Subject) -> None:
+    usable = [sample for sample in subject.samples if Drawing().fits(sample)]
+
+    def drawn(batch: int, seed: int) -> list[bytes]:
+        evaluator = Drawing()
+        evaluate(evaluator, Subject(subject.model, usable, batch, seed))
+        return [one.image.tobytes() for one in evaluator.examples]
+
+    assert drawn(2, 0) == drawn(5, 0) != drawn(5, 1)
 
 
 def test_the_command(
@@ -169,12 +191,12 @@ def test_an_evaluator_of_ones_own(subject: Subject) -> None:
         name, protocol = "colours", "mean of the pixels"
 
         def __init__(self) -> None:
-            self.examples: list[evaluators.Example] = []
+            self.examples: list[Example] = []
 
         def fits(self, sample: Sample) -> bool:
             return True
 
-        def measure(self, subject: Subject) -> Iterator[tuple[str, evaluators.Value]]:
+        def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
             yield "brightness", subject.pixels.mean((1, 2, 3)).tolist()
 
     found = evaluate(Colours(), subject)

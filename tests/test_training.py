@@ -195,8 +195,12 @@ def test_a_model_over_two_ranks_resumes_and_agrees_with_one(work: Path, tmp_path
     expected = load_file(whole / "model/model.safetensors")
     found = load_file(run / "model/model.safetensors")
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+    fit[0] = "predict"
+    train(run, "--data.val_limit", "4")
+    assert len(list(run.glob("predictions-*.jsonl"))) == 2
     for name in ("train/text", "train/image", "train/total", "train/gradient_norm", "val/total"):
         alone, together = logged(work / "joint", name), logged(whole, name)
+        assert len(together) == (1 if name.startswith("val") else 8), name
         for step, value in together.items():  # Muon makes the last bits of a sum grow
             bound = 1e-5 if step == 0 else 0.2 if name.endswith("norm") else 5e-2
             assert abs(float(value) / float(alone[step]) - 1) < bound, (name, step)

@@ -148,7 +148,7 @@ class TrainingCLI(LightningCLI):
             self.model.init_from(config.init_from)
         elif not config.ckpt_path:
             last = Path(config.output) / "checkpoints" / "last.ckpt"
-            if not last.is_file():
+            if not last.exists():  # of a sharded run it is a folder
                 raise ValueError(
                     f"no weights to use: {last} is not there; give --ckpt_path or --init_from"
                 )
@@ -260,6 +260,8 @@ def main(argv: list[str]) -> int:
                 "use_distributed_sampler": False,
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,  # ours is one line
+                # Weights that FSDP2 gathers in inference mode cannot be trained afterwards.
+                "inference_mode": False,
             },
             save_config_kwargs={"overwrite": True},
             parser_kwargs={

@@ -69,7 +69,10 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
     """Scale the gradients to a global norm of at most ``largest``; returns what it was."""
     gradients = [p for p in parameters if p.grad is not None]
     sharded = [p for p in gradients if isinstance(p.grad, DTensor)]
-    kinds = [sharded, [p for p in gradients if not isinstance(p.grad, DTensor)]]
+    plain = [p for p in gradients if not isinstance(p.grad, DTensor)]
+    kinds = [kind for kind in (sharded, plain) if kind]
+    if not kinds:
+        return torch.zeros(())
     norms = []
     for kind in kinds:
         norm = nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])
