@@ -32,14 +32,15 @@ from multimodal.drawing import decode_images, draw_codes
 from multimodal.embedding import embed_codes, embed_texts
 from multimodal.eval.answering import score_answers
 from multimodal.eval.captioning import normalise, score_captions
-from multimodal.eval.drawings import objects_asked, score_scene_drawings
+from multimodal.eval.drawings import score_scene_drawings, whole_caption
 from multimodal.eval.retrieval import score_retrieval
 from multimodal.eval.scenes import score_scene_captions
 from multimodal.generation import answer_codes, caption_codes, encode_images, read_images
 from multimodal.images import grid_of, to_image
 from multimodal.model import Multimodal
+from multimodal.samples import Sample
 from multimodal.scenes import Scene
-from multimodal.shards import Sample, Shards
+from multimodal.shards import Shards
 
 BATCH = 64
 MANY = 16  # candidates, of which one is kept
@@ -107,9 +108,7 @@ def scene_captions(model: Multimodal, folder: Path, split: str) -> dict[str, flo
 def scene_drawings(model: Multimodal, folder: Path, pictures: Path | None) -> dict[str, object]:
     prompts, samples = [], []
     for sample in first(folder):
-        objects = len(sample.record["scene"]["objects"])
-        named = (c for c in sample.record["captions"] if objects_asked(c).total() == objects)
-        for caption in islice(named, 1):
+        if caption := whole_caption(sample.record):
             prompts.append(caption)
             samples.append(sample)
     figures: dict[str, object] = {"prompts": len(prompts)}

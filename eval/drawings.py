@@ -6,9 +6,10 @@ best. On true renderings this program finds 99 % of the objects (tests/test_draw
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,6 +110,13 @@ def objects_asked(caption: str) -> Counter[tuple[str, str]]:
         if claim.kind in ("colour", "shape"):
             said.setdefault(claim.subject[0], {})[claim.kind] = claim.value
     return Counter((s["colour"], s["shape"]) for s in said.values() if len(s) == 2)
+
+
+def whole_caption(record: Mapping[str, Any]) -> str | None:
+    """The first caption of a scene's record that names every object with its colour and shape."""
+    objects = len(record["scene"]["objects"])
+    named = (c for c in record["captions"] if objects_asked(c).total() == objects)
+    return next(named, None)
 
 
 def score_scene_drawings(

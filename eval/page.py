@@ -20,13 +20,22 @@ class Figure:
 
 
 @dataclass
+class Bars:
+    """Numbers by their names, drawn as long as they are large."""
+
+    title: str
+    values: dict[str, float]
+
+
+@dataclass
 class Section:
-    """A part of the page: figures in rows, each row with a line above it."""
+    """A part of the page: bars side by side, then figures in rows, each with a line above it."""
 
     title: str
     about: str
     rows: list[tuple[str, list[Figure]]] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: float | None = None
+    bars: list[Bars] = field(default_factory=list)
 
 
 STYLE = """
@@ -41,6 +50,11 @@ figure { margin: 0; width: 8.4rem; } figcaption { font-size: .8rem; line-height:
   overflow-wrap: anywhere; }
 img { width: 100%; aspect-ratio: 1; border-radius: 4px; border: 1px solid var(--line);
   box-sizing: border-box; }
+.charts { columns: 22rem; margin: .5rem 0; }
+table { border-spacing: .5rem .1rem; font-size: .85rem; break-inside: avoid; margin-bottom: 1rem; }
+caption { text-align: left; font-weight: bold; } td { max-width: 22rem; overflow-wrap: anywhere; }
+td.bar { width: 11rem; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.bar div { background: #4a7db5; height: .7rem; border-radius: 2px; min-width: 1px; }
 .good::before { content: "\\2713\\00a0"; color: var(--good); font-weight: bold; }
 .bad::before { content: "\\2717\\00a0"; color: var(--bad); font-weight: bold; }
 """
@@ -55,14 +69,32 @@ def page(title: str, about: str, sections: list[Section]) -> str:
         f"<h1>{escape(title)}</h1><p class='about'>{escape(about)}</p>",
     ]
     for section in sections:
-        seconds = f"{section.seconds:.1f} s"
-        parts.append(f"<h2>{escape(section.title)} <small>{seconds}</small></h2>")
+        seconds = "" if section.seconds is None else f"<small>{section.seconds:.1f} s</small>"
+        parts.append(f"<h2>{escape(section.title)} {seconds}</h2>")
         parts.append(f"<p class='about'>{escape(section.about)}</p>")
+        if section.bars:
+            parts += ["<div class='charts'>", *map(_bars, section.bars), "</div>"]
         for line, figures in section.rows:
             parts.append(f"<h3>{escape(line)}</h3><div class='row'>")
             parts += map(_figure, figures)
             parts.append("</div>")
     return "\n".join([*parts, "</html>"]) + "\n"
+
+
+def _bars(bars: Bars) -> str:
+    largest = max(bars.values.values(), default=0) or 1
+    rows = [
+        f"<tr><td>{escape(name)}</td><td class='number'>{value:,.4g}</td>"
+        if isinstance(value, float)
+        else f"<tr><td>{escape(name)}</td><td class='number'>{value:,}</td>"
+        for name, value in bars.values.items()
+    ]
+    widths = [100 * value / largest for value in bars.values.values()]
+    drawn = [
+        f"{row}<td class='bar'><div style='width:{width:.1f}%'></div></td></tr>"
+        for row, width in zip(rows, widths, strict=True)
+    ]
+    return f"<table><caption>{escape(bars.title)}</caption>{''.join(drawn)}</table>"
 
 
 def _figure(figure: Figure) -> str:

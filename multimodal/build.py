@@ -1,41 +1,46 @@
 """Turn images and text into verified webdataset shards.
 
-The same source gives the same bytes. All is written in ``OUT/.building`` and moved in place at the
-end, the manifest last: a run that was interrupted leaves nothing that could be taken for a result.
-What could not be used is named, with the reason, in ``OUT/rejected.jsonl``.
+Images are made ready in parts (multimodal/parts.py), by as many processes as wanted; the shards are
+put together from them in the order of the source. So the same source gives the same bytes, however
+many there were, and a build that was killed goes on when it is started again. All is written in
+``OUT/.building`` and moved in place at the end, the manifest last: what was interrupted leaves
+nothing that could be taken for a result. What could not be used is named, with the reason, in
+``OUT/rejected.jsonl``.
 """
 
 import hashlib
-import io
 import json
 import re
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, get_args
 
-from PIL import Image
-
-from multimodal.duplicates import Fingerprint, Seen, fingerprint
-from multimodal.images import Fit, fit_image, open_image, orientation, read_image_file
-from multimodal.parallel import in_order
-from multimodal.records import Found, Rejected
+from multimodal.cleaning import Cleaning
+from multimodal.duplicates import Seen
+from multimodal.images import Fit
+from multimodal.parallel import Engine, alone_in, ranks, units_in_order
+from multimodal.parts import ImageWork, Made, Part, Unusable, make_part, read_part
+from multimodal.records import Found, Rejected, has_text
 from multimodal.shards import MANIFEST, index_shard, write_manifest
 from multimodal.sources import read_source
 
 REJECTED = "rejected.jsonl"
 STAGING = ".building"
-_SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+PARTS, LOCK = "parts", "lock"
+MOVING = "moving"  # from when on what is in OUT is this build's
+PART_SIZE = 128  # samples in a part: seconds of work, and what a killed process has to do again
 _SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 _OWN_FILE = re.compile(r"[a-z]+-\d{4,}\.(tar|index\.json)")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a build did. ``kept + rejected == found``; ``ignored`` counts what is no sample."""
+    """What a build did. ``kept + rejected == found``; ``ignored`` counts what is no sample,
+    ``changed`` what cleaning changed."""
 
     found: int
     kept: int
@@ -43,15 +48,7 @@ class Report:
     reasons: dict[str, int]
     splits: dict[str, int]
     ignored: dict[str, int]
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A sample that can be written: ``members`` maps suffixes to bytes."""
-
-    found: Found
-    members: dict[str, bytes]
-    fingerprint: Fingerprint | None = None
+    changed: dict[str, int]
 
 
 def build(
@@ -68,16 +65,17 @@ def build(
     need_text: bool = True,
     images: str | Path | None = None,
     answers: str | Path | None = None,
-    drop_copies: Literal["", "exact", "near"] = "",
+    cleaning: Cleaning = Cleaning(),  # noqa: B008 (frozen)
     overwrite: bool = False,
+    engine: Engine = "processes",
     workers: int = 1,
-    progress: Callable[[Iterable[Found | Rejected]], Iterable[Found | Rejected]] = iter,
-) -> Report:
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Report | None:
     """Write ``OUT/train-0000.tar`` ..., their indexes, the manifest and ``rejected.jsonl``.
 
     Args:
         source: see ``multimodal.sources.read_source``.
-        out: a new or empty folder.
+        out: a new or empty folder, or one where a build was interrupted.
         image_size: bring images to this square size by ``fit``. ``None``: a JPEG, PNG or WebP that
             is RGB, upright and not animated is stored byte for byte (its metadata too).
         shard_size: samples in a shard.
@@ -87,11 +85,12 @@ def build(
         image_column, text_column: of a table; guessed if not given.
         images, answers: of tables and annotations, see ``read_source``.
         need_text: whether to reject images without captions, questions or label.
-        drop_copies: reject an image whose pixels are those of another of the source (``exact``), or
-            nearly (``near``, for photos: see multimodal/duplicates.py); the first is kept.
+        cleaning: what else to reject or change.
         overwrite: replace what an earlier build left in ``out``, and nothing else.
-        workers: threads that decode; the result does not depend on it.
+        engine, workers: who prepares the images: processes (1: this one), or tasks of Ray; under
+            torchrun, the ranks share the work. The result does not depend on it.
         progress: wraps the stream of samples (``tqdm``, for instance).
+    Returns a report, or None on all ranks but the first.
     Errors: ``ValueError`` if an argument, the source or ``out`` cannot be used, or if no sample
         could be; then ``out`` holds what it held, and a new ``rejected.jsonl``.
     """
@@ -99,11 +98,12 @@ def build(
     _check_arguments(image_size, fit, shard_size, val_share, quality, workers)
     if source.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"{out}: the source {source} lies in it; choose another folder")
-    _check_out(out, overwrite)
     staging = out / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    ignored: Counter[str] = Counter()
+    parts = staging / PARTS
+    if not ranks()[0]:  # another rank may come when all is done
+        _check_out(out, overwrite)
+        parts.mkdir(parents=True, exist_ok=True)
+    ignored, reasons, changed = Counter[str](), Counter[str](), Counter[str]()
     items = read_source(
         source,
         ignored,
@@ -114,44 +114,36 @@ def build(
         images=None if images is None else Path(images),
         answers=None if answers is None else Path(answers),
     )
-
-    def prepare(item: Found | Rejected) -> _Ready | Rejected:
-        if isinstance(item, Rejected):
-            return item
-        ready = _prepare(item, image_size, fit, quality)
-        if drop_copies and isinstance(ready, _Ready):
-            data = next(data for kind, data in ready.members.items() if kind != "json")
-            return replace(ready, fingerprint=fingerprint(data, item.name))
-        return ready
-
-    seen, names = Seen(), list[str]()
-
-    def copy_of(ready: _Ready) -> Rejected | None:
-        if ready.fingerprint is None:
-            return None
-        names.append(ready.found.name)
-        copy = seen.add(ready.fingerprint, near=drop_copies == "near")
-        if copy is None:
-            return None
-        detail = f"{copy.kind} copy ({copy.alike:.3f}) of {names[copy.first]}"
-        return Rejected(ready.found.name, "copy", detail)
-
-    try:
-        with ExitStack() as stack:
-            rejections = stack.enter_context(open(staging / REJECTED, "w", encoding="utf-8"))
-            writer = stack.enter_context(_Writer(staging, shard_size))
-            reasons: Counter[str] = Counter()
-            found = 0
-            for item in in_order(prepare, progress(items), workers):
-                found += 1
-                if isinstance(item, Rejected):
-                    no: Rejected | None = item
-                else:
-                    no = copy_of(item) or writer.write(item, val_share)
-                if no is not None:
-                    reasons[no.reason] += 1
-                    line = {"sample": no.name, "reason": no.reason, "detail": no.detail}
-                    rejections.write(json.dumps(line, ensure_ascii=True) + "\n")
+    work = ImageWork(image_size, fit, quality, cleaning.min_side, cleaning.max_aspect_ratio,
+                     fingerprints=bool(cleaning.copies))  # fmt: skip
+    clean = (_cleaned(item, cleaning, need_text, changed) for item in items)
+    ready = _made(clean, parts, work, engine, workers)
+    if ranks()[0]:
+        deque(ready, maxlen=0)  # the first rank puts the shards together
+        return None
+    with alone_in(staging, LOCK):
+        for left in staging.glob("*.*"):  # of a build that was interrupted; its parts stay
+            left.unlink()
+        try:
+            with (
+                open(staging / REJECTED, "w", encoding="utf-8") as rejections,
+                _Writer(staging, shard_size) as writer,
+            ):
+                copies = _Copies(near=cleaning.copies == "near")
+                found = 0
+                for item, made in progress(ready):
+                    found += 1
+                    no = _refused(item, made) or copies.refuse(item, made)
+                    if isinstance(item, Found) and isinstance(made, list) and no is None:
+                        no = writer.write(item, made, val_share)
+                    if no is not None:
+                        reasons[no.reason] += 1
+                        line = {"sample": no.name, "reason": no.reason, "detail": no.detail}
+                        rejections.write(json.dumps(line, ensure_ascii=True) + "\n")
+        except ValueError:
+            if not any(parts.iterdir()):  # of the arguments or the source: nothing to go on with
+                shutil.rmtree(staging)
+            raise
         kept = sum(writer.splits.values())
         if kept:
             write_manifest(
@@ -162,18 +154,76 @@ def build(
                 fit=fit,
                 quality=quality,
                 val_share=val_share,
-                drop_copies=drop_copies,
-                rejected=found - kept,
+                cleaning={**cleaning.described(), "changed": dict(+changed)},
+                rejected=dict(sorted(reasons.items())),
             )
             _move(staging, out)
         else:
             (staging / REJECTED).replace(out / REJECTED)
-    finally:
         shutil.rmtree(staging, ignore_errors=True)
     if not kept:
         why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "nothing found"
         raise ValueError(f"{source}: no sample could be used ({why}); see {out / REJECTED}")
-    return Report(found, kept, found - kept, dict(reasons), dict(writer.splits), dict(ignored))
+    return Report(found, kept, found - kept, dict(reasons), dict(writer.splits), dict(ignored),
+                  dict(+changed))  # fmt: skip
+
+
+def _cleaned(
+    item: Found | Rejected, cleaning: Cleaning, need_text: bool, changed: "Counter[str]"
+) -> Found | Rejected:
+    """The steps that need no image."""
+    if isinstance(item, Rejected):
+        return item
+    if fault := cleaning.fault_of_texts(item.record):
+        return Rejected(item.name, *fault)
+    record = cleaning.cleaned(item.record, changed)
+    if need_text and not has_text(record):
+        return Rejected(item.name, "no text left")
+    return replace(item, record=record)
+
+
+def _made(
+    items: Iterator[Found | Rejected], folder: Path, work: ImageWork, engine: Engine, workers: int
+) -> Iterator[tuple[Found | Rejected, list[Made] | Unusable | None]]:
+    """Every item with its images, in order; None for those that were rejected before."""
+    batches = deque[list[Found | Rejected]]()
+
+    def parts() -> Iterator[Part]:
+        while batch := list(islice(items, PART_SIZE)):
+            if not ranks()[0]:
+                batches.append(batch)
+            samples = (replace(item, record={}) for item in batch if isinstance(item, Found))
+            yield Part(folder, work, tuple(samples))
+
+    for part in units_in_order(make_part, parts(), engine, workers, done=Part.done):
+        if ranks()[0]:
+            continue  # the first rank puts the shards together
+        images = read_part(part)
+        for item in batches.popleft():
+            yield item, next(images) if isinstance(item, Found) else None
+
+
+class _Copies:
+    """Rejects copies of what came before, one image each; without fingerprints there are none."""
+
+    def __init__(self, near: bool) -> None:
+        self._seen, self._names, self._near = Seen(), list[str](), near
+
+    def refuse(self, item: Found | Rejected, made: list[Made] | Unusable | None) -> Rejected | None:
+        if not isinstance(made, list) or len(made) != 1 or made[0].fingerprint is None:
+            return None
+        self._names.append(item.name)
+        copy = self._seen.add(made[0].fingerprint, near=self._near)
+        if copy is None:
+            return None
+        detail = f"{copy.kind} copy ({copy.alike:.3f}) of {self._names[copy.first]}"
+        return Rejected(item.name, "copy", detail)
+
+
+def _refused(item: Found | Rejected, made: list[Made] | Unusable | None) -> Rejected | None:
+    if isinstance(item, Rejected):
+        return item
+    return Rejected(item.name, made.reason, made.detail) if isinstance(made, Unusable) else None
 
 
 def is_held_out(key: str, share: float) -> bool:
@@ -217,53 +267,26 @@ def _check_out(out: Path, overwrite: bool) -> None:
     strangers = {name for name in there - {REJECTED, MANIFEST} if not _OWN_FILE.fullmatch(name)}
     if strangers:
         raise ValueError(f"{out}: not empty, holds {min(strangers)}; choose a new folder")
-    if not overwrite:
+    interrupted = (out / STAGING / MOVING).exists() and not (out / MANIFEST).exists()
+    if not overwrite and not interrupted:
         raise ValueError(f"{out}: not empty; choose a new folder, or --overwrite the shards in it")
 
 
 def _move(staging: Path, out: Path) -> None:
     """Put the new files in place of the old ones; there is a manifest only when all are there."""
+    (staging / MOVING).touch()
     (out / MANIFEST).unlink(missing_ok=True)
     for path in sorted(out.iterdir()):
         if path.name == REJECTED or _OWN_FILE.fullmatch(path.name):
             path.unlink()
-    for path in sorted(staging.iterdir(), key=lambda path: (path.name == MANIFEST, path.name)):
+    made = [path for path in staging.iterdir() if path.name not in (PARTS, LOCK, MOVING)]
+    for path in sorted(made, key=lambda path: (path.name == MANIFEST, path.name)):
         path.replace(out / path.name)
 
 
-def _prepare(found: Found, image_size: int | None, fit: Fit, quality: int) -> _Ready | Rejected:
-    try:
-        record = json.dumps(
-            found.record, ensure_ascii=False, allow_nan=False, separators=(",", ":")
-        ).encode("utf-8")
-    except (ValueError, TypeError, RecursionError) as error:  # a lone surrogate, a date, ...
-        return Rejected(found.name, "unreadable text", str(error))
-    try:
-        data = read_image_file(found.image) if isinstance(found.image, Path) else found.image
-        image = open_image(data, name=found.name)
-        with Image.open(io.BytesIO(data)) as original:
-            suffix = _SUFFIX.get(original.format or "", "jpg")
-            plain = (
-                original.format in _SUFFIX
-                and original.mode == "RGB"
-                and not original.has_transparency_data
-                and getattr(original, "n_frames", 1) == 1
-                and orientation(original) == 1
-            )
-    except ValueError as error:
-        detail = str(error).removeprefix(f"{found.name}: ")
-        return Rejected(found.name, "unreadable image", detail)
-    if image_size is not None:
-        image = fit_image(image, image_size, fit)
-    elif plain:
-        return _Ready(found, {suffix: data, "json": record})
-    buffer = io.BytesIO()
-    if suffix == "png":
-        image.save(buffer, "PNG")
-    else:
-        suffix = "jpg"
-        image.save(buffer, "JPEG", quality=quality)
-    return _Ready(found, {suffix: buffer.getvalue(), "json": record})
+def name_of(found: Found, number: int, made: Made) -> str:
+    """``jpg``, or of a document ``0.jpg``, ``1.jpg`` ..."""
+    return f"{number}.{made.suffix}" if found.document else made.suffix
 
 
 class _Writer:
@@ -283,9 +306,14 @@ class _Writer:
         for split in list(self._open):
             self._close(split, index=kind is None)
 
-    def write(self, sample: _Ready, val_share: float) -> Rejected | None:
-        """Write one sample, or say that its key is taken."""
-        found = sample.found
+    def write(self, found: Found, made: list[Made], val_share: float) -> Rejected | None:
+        """Write one sample, or say why it cannot be."""
+        try:
+            record = json.dumps(
+                found.record, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+            ).encode("utf-8")
+        except (ValueError, TypeError, RecursionError) as error:  # a lone surrogate, a date, ...
+            return Rejected(found.name, "unreadable text", str(error))
         key = make_key(found.hint, found.identity, self._keys)
         if key in self._keys:
             return Rejected(found.name, "key taken", f"another sample has the key {key}")
@@ -293,7 +321,8 @@ class _Writer:
         split = found.split or ("val" if is_held_out(key, val_share) else "train")
         if self.splits[split] % self._shard_size == 0:
             self._next(split)
-        self._open[split][2].write({"__key__": key, **sample.members})
+        images = {name_of(found, number, one): one.data for number, one in enumerate(made)}
+        self._open[split][2].write({"__key__": key, **images, "json": record})
         self.splits[split] += 1
         return None
 

@@ -37,14 +37,17 @@ def draw_codes(
     sampling: Sampling = Sampling(temperature=1.0),  # noqa: B008 (frozen)
     candidates: int = 1,
     known: Tensor | None = None,
+    numbers: SequenceOf[int] | None = None,
 ) -> Tensor:
     """Draw one image for each text -> codes: int64[B, n] in [0, codebook_size).
 
     candidates: draw so many and keep the one after which the model finds the text likeliest, as a
         caption (best of n; DALL-E, Ramesh et al. 2021, arXiv:2102.12092, has another model judge);
     known: int64[B, n], the codes that stay, UNKNOWN where to draw (masked drawing only);
-    steps: of masked drawing.
+    steps: of masked drawing;
+    numbers: what the texts are called, for the random numbers; 0, 1, ... by default.
     """
+    numbers = range(len(texts)) if numbers is None else numbers
     if method not in ("masked", "causal"):
         raise ValueError(f"method {method!r}: expected masked or causal")
     if steps < 1:
@@ -58,7 +61,9 @@ def draw_codes(
         known = None if known is None else known.repeat_interleave(candidates, 0)
         codes = draw_codes(model, every, method=method, steps=steps,
                            guidance_scale=guidance_scale, sampling=sampling,
-                           known=known)  # fmt: skip
+                           known=known,
+                           numbers=[candidates * n + c for n in numbers
+                                    for c in range(candidates)])  # fmt: skip
         likelihoods = text_likelihoods(model, codes, every).view(len(texts), candidates)
         return codes[likelihoods.argmax(1) + candidates * torch.arange(len(texts))]
     prompts = [draw_prompt(model.vocabulary, text_ids(model, text)) for text in texts]
@@ -69,10 +74,10 @@ def draw_codes(
     if method == "causal":
         if known is not None:
             raise ValueError("code by code, only whole images are drawn: use the masked method")
-        return _draw_causal(model, prompts, len(texts), n, guidance_scale, sampling)
+        return _draw_causal(model, prompts, n, guidance_scale, sampling, numbers)
     if known is None:
         known = torch.full((len(texts), n), UNKNOWN)
-    return _draw_masked(model, prompts, known, steps, guidance_scale, sampling)
+    return _draw_masked(model, prompts, known, steps, guidance_scale, sampling, numbers)
 
 
 def _image_logits(model: "Multimodal", hidden: Tensor, guidance_scale: float) -> Tensor:
@@ -88,13 +93,14 @@ def _image_logits(model: "Multimodal", hidden: Tensor, guidance_scale: float) ->
 def _draw_causal(
     model: "Multimodal",
     prompts: list[list[int]],
-    count: int,
     n: int,
     guidance_scale: float,
     sampling: Sampling,
+    numbers: SequenceOf[int],
 ) -> Tensor:
+    count = len(numbers)
     batch = Batch(model, prompts, n)
-    generators = sampling.generators(range(count))
+    generators = sampling.generators(numbers)
     codes: list[Tensor] = []
     for step in range(n):
         logits = _image_logits(model, batch.hidden, guidance_scale)
@@ -112,6 +118,7 @@ def _draw_masked(
     steps: int,
     guidance_scale: float,
     sampling: Sampling,
+    numbers: SequenceOf[int],
 ) -> Tensor:
     """MaskGIT (Chang et al. 2022, arXiv:2202.04200): all codes are drawn at each step, and some
     kept, by the cosine schedule. Which ones is not left to how sure the model is of them, or even
@@ -127,7 +134,7 @@ def _draw_masked(
     blocks[:, longest:] = 1
     positions = documents.cumsum(1).sub(1).clamp(min=0).to(model.device)
     mask = attention_mask(documents, blocks).to(model.device)
-    generators = sampling.generators(range(count))
+    generators = sampling.generators(numbers)
     to_draw = (codes == UNKNOWN).sum(1)
     for step in range(steps):
         image = torch.where(codes == UNKNOWN, vocabulary.mask, codes + vocabulary.image_start)

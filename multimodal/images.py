@@ -5,6 +5,7 @@ on corrupt PNGs. What an image may be is decided here, once: never half a pictur
 guess. Legend: H, W are pixels; tensors are ``float32[3, H, W] in [-1, 1]``.
 """
 
+import errno
 import io
 import math
 import stat
@@ -82,6 +83,8 @@ def open_image(
             elif image.format == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
                 raise ValueError("truncated: the file is shorter than its header says")
             return _to_rgb(image, max_pixels)
+    except MemoryError:
+        raise
     except UnidentifiedImageError:
         reason = "not a readable JPEG, PNG or WebP image"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -206,6 +209,8 @@ def _read(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise ValueError("no such file") from error
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE):
+            raise  # of the machine, not of the file: another time it may be read
         raise ValueError(f"cannot be read ({error.strerror or error})") from error
 
 

@@ -74,6 +74,8 @@ class Multimodal(nn.Module):
         self.alignment = Alignment(
             config.transformer.hidden_size, goals.alignment_dim, goals.alignment_form
         )
+        if not goals.alignment_weight:
+            self.alignment.requires_grad_(False)  # several ranks would wait for its gradients
 
     @classmethod
     def new(

@@ -10,7 +10,7 @@ E embedding.
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from multimodal.sequences import NO_LOSS, OBJECTIVES
 
+Found = TypeVar("Found", dict[str, Any], list[Any])
 WEIGHTS = {"caption": 1.0, "answer": 1.0, "text": 0.2, "image": 0.2, "reconstruct": 0.3}
 
 
@@ -60,6 +61,31 @@ def global_sum(value: Tensor) -> Tensor:
         value = value.clone()
         dist.all_reduce(value)
     return value
+
+
+def mean_over_ranks(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of every figure, detached, of a ``largest_...`` the maximum: what each rank logs is then of
+    the whole batch. The ranks have equal shares of it."""
+    values = torch.stack([value.detach().float() for value in parts.values()])
+    largest = values.clone()
+    if world_size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    means = global_sum(values) / world_size()
+    return {
+        name: (high if name.startswith("largest") else mean)
+        for name, mean, high in zip(parts, means, largest, strict=True)
+    }
+
+
+def over_ranks(found: Found) -> Found:
+    """A dictionary or a list of what each rank found, put together in the order of the ranks."""
+    if world_size() == 1:
+        return found
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, found)
+    if isinstance(found, dict):
+        return {key: value for part in parts for key, value in part.items()}
+    return [item for part in parts for item in part]
 
 
 def world_size() -> int:

@@ -8,13 +8,12 @@ The shard is the unit of work: each is written whole or not at all, and a run th
 on with the shards that are missing. The same input gives the same bytes.
 """
 
-import fcntl
 import io
-import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,23 +22,22 @@ import torch
 from numpy.typing import NDArray
 
 from multimodal.images import Fit, augment_image, fit_image, open_image
-from multimodal.parallel import in_order
+from multimodal.jobs import job_folder
+from multimodal.parallel import Engine, in_order, ranks, units_in_order
+from multimodal.samples import CODES, Sample
 from multimodal.seeds import sample_seed
 from multimodal.shards import (
-    CODES,
     MANIFEST,
-    Sample,
     Shards,
     index_shard,
     read_manifest,
-    write_json,
     write_manifest,
     write_tar,
 )
-from multimodal.tokenizers.image import VQTokenizer
+from multimodal.tokenizers.image import VQTokenizer, load_image_tokenizer
 
 SETTINGS = "encoding.json"  # what a folder that is not finished yet is made with
-LOCK = ".lock"
+TOKENIZER = ".tokenizer-"  # its folder, for other processes
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -99,18 +97,41 @@ class Encoding:
         return np.stack([np.asarray(crop) for crop in crops])
 
 
+@dataclass(frozen=True)
+class EncodedShard:
+    """One shard that is to be encoded; tokenizer: a folder, for processes that have none yet."""
+
+    source: Path
+    out: Path
+    name: str
+    split: str
+    encoding: Encoding
+    batch_size: int
+    decoders: int
+    tokenizer: str = ""
+    device: str = "cpu"
+    threads: int = 0
+
+    def done(self) -> bool:
+        return (self.out / self.name).is_file()
+
+
 def encode_shards(
     source: str | Path,
     out: str | Path,
     tokenizer: VQTokenizer,
     encoding: Encoding,
     batch_size: int = 64,
-    workers: int = 2,
+    decoders: int = 2,
     on_sample: Callable[[int], object] = lambda count: None,
-) -> dict[str, Any]:
+    engine: Engine = "processes",
+    workers: int = 1,
+) -> dict[str, Any] | None:
     """Write the shards of ``source`` with codes for images; returns the manifest.
 
-    workers: threads that decode images while others are encoded, 0 for none.
+    decoders: threads that decode images while others are encoded, 0 for none.
+    engine, workers: who encodes shards: processes (1: this one), or tasks of Ray; under torchrun,
+        the ranks share the shards, and only the first gets the manifest.
     out: a folder that is not there, is empty, or holds what an earlier call with the same arguments
     left. Errors: ``ValueError`` for any other, and for an image that cannot be read, by its key.
     """
@@ -122,102 +143,93 @@ def encode_shards(
             f"{source}: no split {encoding.train_split!r} to crop; it has {', '.join(splits)}"
         )
     settings = {"source": [entry["sha256"] for entry in about["shards"]], **asdict(encoding)}
-    out.mkdir(parents=True, exist_ok=True)
-    with _alone_in(out):
-        _prepare(out, settings)
-        return _encode(source, out, about, tokenizer, encoding, batch_size, workers, on_sample)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Errors: ``ValueError`` where another process is at work in the folder."""
-    path = folder / LOCK
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{folder}: another process is writing to it") from error
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be locked here ({error.strerror})") from error
-        # The one that was at work may have ended, and taken its lock away, between the two lines.
-        if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
-            raise ValueError(f"{folder}: another process is writing to it")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _encode(
-    source: Path,
-    out: Path,
-    about: dict[str, Any],
-    tokenizer: VQTokenizer,
-    encoding: Encoding,
-    batch_size: int,
-    workers: int,
-    on_sample: Callable[[int], object],
-) -> dict[str, Any]:
-    entries = []
-    for entry in about["shards"]:
-        name, split = str(entry["name"]), str(entry["split"])
-        shard = out / name
-        if shard.is_file():
-            on_sample(int(entry["samples"]))
-        else:
-            part = out / f".{name}.part"
-            shards = Shards(source, only=name)
-            samples = _encoded(shards, split, tokenizer, encoding, batch_size, workers, on_sample)
-            write_tar(part, samples)
-            part.replace(shard)
-        entries.append(index_shard(shard))
-    kept = {k: v for k, v in about.items() if k not in ("format", "version", "shards", "made_by")}
-    kept |= {"made_by": "multimodal.pretokenise.encode_shards", "image_tokenizer": asdict(encoding)}
-    write_manifest(out, entries, **kept)
-    (out / SETTINGS).unlink()
+    if (out / MANIFEST).is_file() and not ranks()[0]:
+        raise ValueError(f"{out}: not empty (it is complete); give a new folder")
+    with job_folder(out, out / SETTINGS, settings, result=out / MANIFEST) as first:
+        if not first and (out / MANIFEST).is_file():
+            return None  # the others were faster
+        shared: dict[str, Any] = {}
+        work: Callable[[EncodedShard], int] = partial(encode_shard, tokenizer, on_sample)
+        if workers > 1 or engine != "processes":
+            folder = out / f"{TOKENIZER}{ranks()[0]}"  # where all can read it
+            device = next(tokenizer.parameters()).device
+            tokenizer.save(folder)
+            threads = max(1, torch.get_num_threads() // workers)
+            shared = {"tokenizer": str(folder), "device": str(device), "threads": threads}
+            work = encode_shard_by_folder
+        shards = [
+            EncodedShard(source, out, str(entry["name"]), str(entry["split"]), encoding,
+                         batch_size, decoders, **shared)
+            for entry in about["shards"]
+        ]  # fmt: skip
+        for count in units_in_order(work, shards, engine, workers, done=EncodedShard.done):
+            on_sample(count)
+        if not first:
+            return None
+        entries = [index_shard(out / shard.name) for shard in shards]
+        ours = ("format", "version", "shards", "made_by")
+        kept = {k: v for k, v in about.items() if k not in ours}
+        kept["made_by"] = "multimodal.pretokenise.encode_shards"
+        kept["image_tokenizer"] = asdict(encoding)
+        write_manifest(out, entries, **kept)
+        for folder in out.glob(f"{TOKENIZER}*"):
+            shutil.rmtree(folder)
+        for part in out.glob(".*.part"):  # of processes that were killed
+            part.unlink(missing_ok=True)
+        (out / SETTINGS).unlink()
     return read_manifest(out)
 
 
-def _prepare(out: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, or see that what is in it was begun with the same arguments."""
-    path = out / SETTINGS
-    if path.is_file():
-        try:
-            begun = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not readable as JSON ({error})") from error
-        if begun != settings:
-            raise ValueError(f"{out}: was begun with other shards or options; give a new folder")
-        return
-    strangers = {one.name for one in out.iterdir()} - {LOCK, f"{SETTINGS}.tmp"}
-    if strangers:
-        done = " (it is complete)" if (out / MANIFEST).is_file() else ""
-        raise ValueError(f"{out}: not empty{done}; give a new folder")
-    write_json(path, settings)
+def encode_shard(
+    tokenizer: VQTokenizer, on_sample: Callable[[int], object], shard: EncodedShard
+) -> int:
+    """Write one shard of codes, unless it is there.
+
+    Returns how many samples ``on_sample`` was not told of: those of a shard that was there.
+    """
+    samples = Shards(shard.source, only=shard.name)
+    if shard.done():
+        return len(samples)
+    part = shard.out / f".{shard.name}.{os.getpid()}.part"
+    write_tar(part, _encoded(samples, shard, tokenizer, on_sample))
+    part.replace(shard.out / shard.name)
+    return 0
+
+
+def encode_shard_by_folder(shard: EncodedShard) -> int:
+    """``encode_shard`` in a process of its own; returns the samples of the shard."""
+    torch.set_num_threads(shard.threads)
+    encode_shard(_tokenizer(shard.tokenizer, shard.device), lambda count: None, shard)
+    return len(Shards(shard.source, only=shard.name))
+
+
+@lru_cache(1)
+def _tokenizer(folder: str, device: str) -> VQTokenizer:
+    return load_image_tokenizer(folder).to(device)
 
 
 def _encoded(
     shards: Shards,
-    split: str,
+    shard: EncodedShard,
     tokenizer: VQTokenizer,
-    encoding: Encoding,
-    batch_size: int,
-    workers: int,
     on_sample: Callable[[int], object],
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, members) of every sample of a shard, encoded in batches."""
+    encoding = shard.encoding
 
     def ready(sample: Sample) -> tuple[Sample, NDArray[np.uint8]]:
         try:
-            return sample, encoding.pictures(sample, split)
+            return sample, encoding.pictures(sample, shard.split)
         except ValueError as error:
             raise ValueError(f"{shards.folder}: sample {sample.key}: {error}") from error
 
     samples, pictures = list[Sample](), list[NDArray[np.uint8]]()
-    for number, (sample, its_pictures) in enumerate(in_order(ready, shards, workers), start=1):
+    for number, (sample, its_pictures) in enumerate(
+        in_order(ready, shards, shard.decoders), start=1
+    ):
         samples.append(sample)
         pictures.append(its_pictures)
-        if sum(map(len, pictures)) >= batch_size or number == len(shards):
+        if sum(map(len, pictures)) >= shard.batch_size or number == len(shards):
             codes = encode_pictures(tokenizer, np.concatenate(pictures), encoding.precision)
             ends = np.cumsum([len(one) for one in pictures])
             for one, mine in zip(samples, np.split(codes, ends[:-1]), strict=True):

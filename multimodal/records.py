@@ -4,24 +4,68 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from multimodal.samples import parts_of
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Bytes that lie in another file, a shard for instance."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An image file in a cell of a Parquet table."""
+
+    path: Path
+    group: int
+    row: int
+    column: str
+
+    def read(self) -> bytes:
+        value = _row_group(self.path, self.group, self.column)[self.row]
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes) or not data:
+            raise ValueError(f"column {self.column} holds no file")
+        return data
+
+
+@lru_cache(1)  # the rows of a group are asked for one after the other
+def _row_group(path: Path, group: int, column: str) -> list[Any]:
+    import pyarrow.parquet as pq
+
+    rows: list[Any] = pq.ParquetFile(path).read_row_group(group, [column])[column].to_pylist()
+    return rows
 
 
 @dataclass(frozen=True)
 class Found:
-    """One image with its record.
+    """One image with its record, or the images of a document in their order.
 
     ``hint`` is what its key should be, ``identity`` tells it from every other sample of the source,
-    ``name`` is what to call it in messages; ``split`` is given where the source held it out.
+    ``name`` is what to call it in messages; ``split`` is given where the source held it out;
+    ``document``: its record has a ``content`` that orders the images.
     """
 
     name: str
     hint: str
     identity: str
-    image: Path | bytes
+    images: tuple[Path | Slice | Cell, ...]
     record: dict[str, Any]
     split: str | None = None
+    document: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +100,8 @@ def shuffled(names: list[str]) -> list[str]:
 
 
 def has_text(record: Mapping[str, Any]) -> bool:
-    return bool(record["captions"] or record.get("qa")) or "label" in record
+    said = record["captions"] or record.get("qa")
+    return bool(said) or "label" in record or any("text" in part for part in parts_of(record))
 
 
 def normalise(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,20 +7,14 @@ neither.
 
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from multimodal.shards import (
-    IMAGE_SUFFIXES,
-    MAX_PADDING,
-    TEXT_SUFFIXES,
-    DamagedShard,
-    Sample,
-    only_zeros,
-    read_index,
-    split_name,
-)
+from multimodal.documents import images_of
+from multimodal.records import Slice
+from multimodal.samples import TEXT_SUFFIXES, Sample
+from multimodal.shards import MAX_PADDING, DamagedShard, only_zeros, read_index, split_name
 
 
 @dataclass(frozen=True)
@@ -38,8 +32,27 @@ class _Run:
     key: str
     members: list[tuple[str, int, int]]
 
+    def has_images(self) -> bool:
+        return bool(images_of(suffix for suffix, _, _ in self.members))
+
     def has(self, suffixes: tuple[str, ...]) -> bool:
         return any(suffix in suffixes for suffix, _, _ in self.members)
+
+
+class Members(Mapping[str, bytes]):
+    """The members of a sample, each read when it is asked for; ``places``: where they lie."""
+
+    def __init__(self, places: dict[str, Slice]) -> None:
+        self.places = places
+
+    def __getitem__(self, suffix: str) -> bytes:
+        return self.places[suffix].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 def salvage(shard: Path) -> Iterator[Sample | Lost]:
@@ -53,16 +66,12 @@ def salvage(shard: Path) -> Iterator[Sample | Lost]:
     size = shard.stat().st_size
     runs, gaps = _walk(shard, size)
     times = Counter(run.key for run in runs)
-    with open(shard, "rb") as file:
-        for run in runs:
-            if reason := _fault(run, times, size):
-                yield Lost(f"{shard}: {run.key or run.members[0][0]}", reason)
-                continue
-            members = {}
-            for suffix, offset, length in run.members:
-                file.seek(offset)
-                members[suffix] = file.read(length)
-            yield Sample(run.key, members)
+    for run in runs:
+        if reason := _fault(run, times, size):
+            yield Lost(f"{shard}: {run.key or run.members[0][0]}", reason)
+            continue
+        places = {suffix: Slice(shard, offset, length) for suffix, offset, length in run.members}
+        yield Sample(run.key, Members(places))
     try:
         for indexed in read_index(shard):
             if indexed["key"] not in times:
@@ -74,7 +83,7 @@ def salvage(shard: Path) -> Iterator[Sample | Lost]:
         beside = runs[max(0, number - 1) : number + 1]
         # A neighbour without its image or its text is what this gap cost, and is named already.
         if any(
-            _fault(run, times, size) or not (run.has(IMAGE_SUFFIXES) and run.has(TEXT_SUFFIXES))
+            _fault(run, times, size) or not (run.has_images() and run.has(TEXT_SUFFIXES))
             for run in beside
         ):
             continue

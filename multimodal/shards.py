@@ -9,103 +9,30 @@ member, the offset and size of its bytes in the tar). See ``docs/formats.md``.
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from multimodal.remote import fetch, is_mirror, local_folder
+from multimodal.samples import Sample
 
 MANIFEST = "manifest.json"
 FORMAT = "multimodal-shards"
 VERSION = 1
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-TEXT_SUFFIXES = ("json", "txt")
-CODES = "codes.npy"  # in the place of an image: see multimodal/pretokenise.py
-# Nothing here unpickles, but webdataset's decoder does: these members can run code elsewhere.
-PICKLE_SUFFIXES = ("pkl", "pickle", "pyd", "pt", "pth", "joblib")
 # Tar writers pad to 10 KiB; a preallocated file that was never filled ends in more.
 MAX_PADDING = 1 << 16
+OPEN_SAMPLES = 1 << 18  # whose places are kept in memory; more than a block of training has
 _STRINGS, _NUMBERS = ("name", "split", "sha256", "index_sha256"), ("samples", "bytes")
 
 
 class DamagedShard(ValueError):
     """A shard that is not what its manifest or index says."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sample as it lies in the shard: ``members`` maps a suffix ("jpg") to its bytes."""
-
-    key: str
-    members: Mapping[str, bytes]
-
-    @property
-    def image(self) -> bytes:
-        """The bytes of the image, still encoded."""
-        for suffix in IMAGE_SUFFIXES:
-            if suffix in self.members:
-                return self.members[suffix]
-        raise ValueError(f"sample {self.key} has no image: members are {sorted(self.members)}")
-
-    @property
-    def codes(self) -> "NDArray[np.int64]":
-        """int64[A, h, w]: A encodings of the image, in shards that hold codes."""
-        import numpy as np
-
-        if CODES not in self.members:
-            raise ValueError(f"sample {self.key} has no codes: members are {sorted(self.members)}")
-        data = self.members[CODES]
-        try:
-            file = io.BytesIO(data)
-            np.lib.format.read_magic(file)
-            shape, _, kind = np.lib.format.read_array_header_1_0(file)
-            if math.prod(shape) * kind.itemsize != len(data) - file.tell():
-                raise ValueError("its size is not the one it names")  # before memory is asked for
-            codes = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-        except Exception as error:  # of a damaged header numpy raises almost anything
-            raise ValueError(f"sample {self.key}: its codes are not readable ({error})") from error
-        if codes.ndim != 3 or not len(codes) or codes.dtype.kind != "u":
-            raise ValueError(
-                f"sample {self.key}: codes of shape {codes.shape} and type {codes.dtype}, "
-                "expected unsigned [A, h, w]"
-            )
-        found: NDArray[np.int64] = codes.astype(np.int64)
-        return found
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What ``KEY.json`` says; a ``KEY.txt`` reads as one caption."""
-        if "json" in self.members:
-            try:
-                record = json.loads(self.members["json"])
-            except ValueError as error:
-                raise ValueError(
-                    f"sample {self.key}: its json is not readable ({error})"
-                ) from error
-            if not isinstance(record, dict):
-                raise ValueError(f"sample {self.key}: its json is not an object")
-            return record
-        if "txt" in self.members:
-            try:
-                return {"captions": [self.members["txt"].decode("utf-8").strip()]}
-            except ValueError as error:
-                raise ValueError(f"sample {self.key}: its txt is not UTF-8 ({error})") from error
-        return {}
-
-
-def texts_of(record: Mapping[str, Any]) -> Iterator[str]:
-    """Every text of a record: captions, questions and answers."""
-    yield from record.get("captions", [])
-    for question, answer in record.get("qa", []):
-        yield question
-        yield answer
 
 
 def split_of(name: str) -> str:
@@ -149,7 +76,7 @@ def only_zeros(path: Path, start: int, stop: int) -> bool:
     return True
 
 
-def _scan(shard: Path) -> Iterator[tuple[str, str, int, int]]:
+def scan(shard: Path) -> Iterator[tuple[str, str, int, int]]:
     """(key, suffix, offset, size) of each member, in order; damage of any kind is an error."""
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -186,7 +113,7 @@ def index_shard(shard: Path) -> dict[str, Any]:
     """
     samples: dict[str, dict[str, list[int]]] = {}
     last = None
-    for key, suffix, offset, size in _scan(shard):
+    for key, suffix, offset, size in scan(shard):
         members = samples.setdefault(key, {})
         if members and key != last:
             raise DamagedShard(f"{shard}: key {key} appears twice")
@@ -299,11 +226,12 @@ def read_index(shard: Path) -> list[dict[str, Any]]:
 class Shards:
     """The samples of one split of a shard folder, by number: ``shards[i] -> Sample``.
 
-    Opening checks the manifest, the presence and size of every shard and every index; the first
-    read of a shard checks its SHA-256. Keeps no file open, so it can be sent to worker processes.
+    Opening checks the manifest and that every shard is there with its size; the first sample of a
+    shard checks the index and the SHA-256 of both. Keeps no file open, and where OPEN_SAMPLES lie,
+    so it can have any number of shards and be sent to worker processes.
 
     Args:
-        folder: a folder with ``manifest.json``.
+        folder: a folder with ``manifest.json``, or an address (multimodal/remote.py).
         split: which split; ``None`` means all of them.
         only: of these, the one shard of this name.
     ``encoding``: how its codes came about (multimodal/pretokenise.py), None where there are images.
@@ -313,7 +241,9 @@ class Shards:
     def __init__(
         self, folder: str | Path, split: str | None = None, only: str | None = None
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = local_folder(folder)
+        self._mirror = is_mirror(self.folder)
+        self._folder = str(self.folder)
         manifest = read_manifest(self.folder)
         self.encoding: dict[str, Any] | None = manifest.get("image_tokenizer")
         splits = sorted({str(s["split"]) for s in manifest["shards"]})
@@ -324,113 +254,90 @@ class Shards:
             for s in manifest["shards"]
             if split in (None, s["split"]) and only in (None, s["name"])
         ]
+        self.sizes: list[int] = [entry["samples"] for entry in self._entries]
+        self._ends = list(accumulate(self.sizes))
         self._verified: set[str] = set()
-        self._samples: list[tuple[int, str, dict[str, list[int]]]] = []
-        for number, entry in enumerate(self._entries):
-            self._samples += self._open(number, entry)
+        self._indexes: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
+        for entry in self._entries:
+            self._check_size(entry)
 
-    def _open(
-        self, number: int, entry: dict[str, Any]
-    ) -> list[tuple[int, str, dict[str, list[int]]]]:
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over the shards: their names, their bytes, their order."""
+        names = "".join(f"{entry['name']}{entry['sha256']}" for entry in self._entries)
+        return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+    def _check_size(self, entry: dict[str, Any]) -> None:
         path = self.folder / entry["name"]
-        if not path.is_file():
-            raise DamagedShard(f"{path}: missing, {entry['samples']} samples lost")
-        if path.stat().st_size != entry["bytes"]:
-            raise DamagedShard(
-                f"{path}: {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
-            )
+        if self._mirror:
+            return  # it comes when it is read
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError as error:
+            raise DamagedShard(f"{path}: missing, {entry['samples']} samples lost") from error
+        if size != entry["bytes"]:
+            raise DamagedShard(f"{path}: {size} bytes, the manifest says {entry['bytes']}")
+
+    def _index(self, number: int) -> list[dict[str, Any]]:
+        """The samples of a shard, from its index."""
+        if number in self._indexes:
+            self._indexes.move_to_end(number)
+            return self._indexes[number]
+        entry = self._entries[number]
+        path = self.folder / entry["name"]
+        self._bring(index_path(path), entry["index_sha256"])
         index = read_index(path)
         if file_sha256(index_path(path)) != entry["index_sha256"] or len(index) != entry["samples"]:
             raise DamagedShard(f"{index_path(path)}: not the index that the manifest knows")
-        return [(number, sample["key"], sample["members"]) for sample in index]
+        self._indexes[number] = index
+        while len(self._indexes) > 1 and sum(map(len, self._indexes.values())) > OPEN_SAMPLES:
+            self._indexes.popitem(last=False)
+        return index
+
+    def _bring(self, path: Path, sha256: str) -> None:
+        """Of a folder far away: fetch a file, also in the place of one that is of another time."""
+        if self._mirror:
+            fetch(self.folder, path.name)
+            if file_sha256(path) != sha256:
+                fetch(self.folder, path.name, again=True)
+
+    def _place(self, i: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The entry of the shard that holds sample i, and its line in the index."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        i %= len(self)
+        number = bisect_right(self._ends, i)
+        first = self._ends[number] - self.sizes[number]
+        return self._entries[number], self._index(number)[i - first]
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return self._ends[-1] if self._ends else 0
 
     def key(self, i: int) -> str:
-        return self._samples[i][1]
+        return str(self._place(i)[1]["key"])
 
     def __getitem__(self, i: int) -> Sample:
-        number, key, members = self._samples[i]
-        entry = self._entries[number]
-        path = self.folder / entry["name"]
+        entry, indexed = self._place(i)
+        key, members = indexed["key"], indexed["members"]
+        path = f"{self._folder}/{entry['name']}"
         if entry["name"] not in self._verified:
-            if file_sha256(path) != entry["sha256"]:
+            self._bring(Path(path), entry["sha256"])
+            if file_sha256(Path(path)) != entry["sha256"]:
                 raise DamagedShard(
                     f"{path}: its bytes are not those the manifest knows (SHA-256 differs); "
                     f"run: multimodal data check {self.folder}"
                 )
             self._verified.add(entry["name"])
-        with open(path, "rb") as file:
+        descriptor = os.open(path, os.O_RDONLY)  # without a buffer: it is read once
+        try:
             found = {}
             for suffix, (offset, size) in members.items():
-                file.seek(offset)
-                found[suffix] = file.read(size)
+                found[suffix] = os.pread(descriptor, size, offset)
                 if len(found[suffix]) != size:
                     raise DamagedShard(f"{path}: cut off inside {key}.{suffix}")
+        finally:
+            os.close(descriptor)
         return Sample(key, found)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
-
-
-def check(folder: str | Path, on_shard: Callable[[str], object] | None = None) -> Iterator[str]:
-    """Verify a whole folder; yields one line for each thing that is wrong (none: all is well).
-
-    ``on_shard`` is called with the name of each shard once it has been read, for progress.
-    """
-    folder = Path(folder)
-    try:
-        manifest = read_manifest(folder)
-    except ValueError as error:
-        yield str(error)
-        return
-    known = {entry["name"] for entry in manifest["shards"]}
-    for path in sorted(folder.glob("*.tar")):
-        if path.name not in known:
-            yield f"{path}: not in the manifest; run: multimodal data index {folder}"
-    keys: dict[str, str] = {}
-    for entry in manifest["shards"]:
-        yield from _check_shard(folder / entry["name"], entry, keys)
-        if on_shard is not None:
-            on_shard(entry["name"])
-
-
-def _check_shard(path: Path, entry: dict[str, Any], keys: dict[str, str]) -> Iterator[str]:
-    at_stake = f"{entry['samples']} samples at stake"
-    if not path.is_file():
-        yield f"{path}: missing ({at_stake})"
-        return
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        yield f"{path}: {size} bytes, the manifest says {entry['bytes']} ({at_stake})"
-    elif file_sha256(path) != entry["sha256"]:
-        yield f"{path}: SHA-256 differs from the manifest's ({at_stake})"
-    wanted: dict[tuple[str, str], tuple[int, int]] = {}
-    try:
-        index = read_index(path)
-        if file_sha256(index_path(path)) != entry["index_sha256"] or len(index) != entry["samples"]:
-            yield f"{index_path(path)}: not the index that the manifest knows"
-        for sample in index:
-            key = sample["key"]
-            if key in keys:
-                yield f"{path}: key {key} is also in {keys[key]}: keys must be unique in a folder"
-            keys[key] = path.name
-            wanted |= {(key, suffix): tuple(place) for suffix, place in sample["members"].items()}
-    except DamagedShard as error:
-        yield str(error)
-    try:
-        for key, suffix, *place in _scan(path):
-            if suffix.rpartition(".")[2] in PICKLE_SUFFIXES:
-                yield f"{path}: member {key}.{suffix} is a pickle: other readers would run it"
-            if key.startswith("pipe:"):
-                yield f"{path}: member {key}.{suffix} has the form of a shell command's address"
-            if wanted.get((key, suffix)) == tuple(place):
-                del wanted[key, suffix]
-            elif wanted:
-                yield f"{path}: member {key}.{suffix} is not where the index says, or not in it"
-    except DamagedShard as error:
-        yield str(error)
-    if lost := sorted({key for key, _ in wanted}):
-        more = ", ..." if len(lost) > 20 else ""
-        yield f"{path}: lost {len(lost)} samples: {', '.join(lost[:20])}{more}"

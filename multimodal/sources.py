@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.annotations import read_annotations
+from multimodal.documents import check_content, images_of, is_documents, read_documents
 from multimodal.records import (
     Found,
     Rejected,
@@ -22,12 +23,14 @@ from multimodal.records import (
     shown,
     shuffled,
 )
-from multimodal.salvage import Lost, salvage
-from multimodal.shards import IMAGE_SUFFIXES, split_of
+from multimodal.salvage import Lost, Members, salvage
+from multimodal.samples import IMAGE_SUFFIXES
+from multimodal.shards import read_index, split_of
 from multimodal.tables import TABLE_SUFFIXES, read_parquet, read_table
 
 _JPEG_NAMES = ("jfif", "jpe")
 _OTHER_IMAGES = ("gif", "bmp", "tif", "tiff", "heic", "heif", "avif", "jxl", "jp2", "svg", "ico")
+TEXTS = ("json", "txt", "cls")
 # A source that holds samples out by such a name must not find them in training.
 _HELD_OUT = ("val", "valid", "validation", "dev", "test", "eval", "heldout", "holdout")
 
@@ -51,8 +54,8 @@ def read_source(
 
     Args:
         source: a folder of images with .txt or .json beside them, a .csv, .tsv, .jsonl or .parquet
-            table, a folder of .tar shards or one of them, a .json file of COCO captions or VQA
-            questions.
+            table, a .jsonl of documents (multimodal/documents.py), a folder of .tar shards or one
+            of them, a .json file of COCO captions or VQA questions.
         ignored: counts what is passed over: files of other kinds, further members of a sample.
         image_column, text_column: of a table; guessed from its header if not given.
         need_text: a sample without captions, questions or label is rejected.
@@ -70,8 +73,12 @@ def read_source(
         items = _read_shards([source], ignored)
     elif source.suffix.lower() in TABLE_SUFFIXES:
         root = images or source.parent
-        read = read_parquet if source.suffix.lower() == ".parquet" else read_table
-        items = read(source, root, ignored, image_column, text_column, need_text)
+        if is_documents(source):
+            items = read_documents(source, root)
+        elif source.suffix.lower() == ".parquet":
+            items = read_parquet(source, root, ignored, image_column, text_column, need_text)
+        else:
+            items = read_table(source, root, ignored, image_column, text_column, need_text)
     elif source.suffix.lower() == ".json":
         items = _read_annotated(source, images or source.parent, answers)
     else:
@@ -84,6 +91,27 @@ def read_source(
             yield Rejected(item.name, "no text")
         else:
             yield item
+
+
+def expected_samples(source: Path) -> int | None:
+    """About how many samples a source has, for a progress bar; None where that takes long."""
+    suffix = source.suffix.lower()
+    try:
+        if source.is_dir() and (tars := sorted(source.glob("*.tar"))):
+            return sum(len(read_index(tar)) for tar in tars)
+        if source.is_dir():
+            names = (name for _, _, files in os.walk(source, followlinks=True) for name in files)
+            return sum(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
+        if suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return int(pq.ParquetFile(source).metadata.num_rows)
+        if suffix in TABLE_SUFFIXES:
+            with open(source, "rb") as file:
+                return sum(1 for line in file if line.strip()) - (suffix != ".jsonl")
+    except (ValueError, OSError, ImportError):
+        pass  # what is wrong with it is said when it is read
+    return None
 
 
 def _record(json_bytes: bytes | None, txt_bytes: bytes | None) -> dict[str, Any]:
@@ -148,7 +176,7 @@ def _read_folder(
         except (OSError, UnreadableText) as error:
             yield Rejected(shown(images[name]), "unreadable text", str(error))
         else:
-            yield Found(shown(images[name]), shown(stem), shown(name), images[name], record)
+            yield Found(shown(images[name]), shown(stem), shown(name), (images[name],), record)
 
 
 def _read_shards(tars: list[Path], ignored: "Counter[str]") -> Iterator[Found | Rejected]:
@@ -158,23 +186,29 @@ def _read_shards(tars: list[Path], ignored: "Counter[str]") -> Iterator[Found | 
             if isinstance(item, Lost):
                 yield Rejected(item.name, "damaged shard", item.reason)
                 continue
-            name, members = f"{tar}: {item.key}", dict(item.members)
-            suffix = next((s for s in IMAGE_SUFFIXES if s in members), None)
-            if suffix is None:
-                yield Rejected(name, "no image", f"its members are {', '.join(sorted(members))}")
+            assert isinstance(item.members, Members)
+            name, places = f"{tar}: {item.key}", dict(item.members.places)
+            images = images_of(places)
+            if not images:
+                yield Rejected(name, "no image", f"its members are {', '.join(sorted(places))}")
                 continue
-            image = members.pop(suffix)
-            label = members.pop("cls", None)
+            slices = tuple(places.pop(suffix) for suffix in images)
+            texts = {kind: places.pop(kind).read() for kind in TEXTS if kind in places}
+            label = texts.get("cls")
             try:
-                record = _record(members.pop("json", None), members.pop("txt", None))
+                record = _record(texts.get("json"), texts.get("txt"))
                 if label is not None:
                     record.setdefault("label", label.decode("utf-8").strip())
+                document = images[0][0].isdecimal()
+                if document:
+                    record["content"] = check_content(record.get("content"), len(slices))
             except ValueError as error:
                 yield Rejected(name, "unreadable text", str(error))
                 continue
-            ignored.update(f"members .{other}" for other in members)
+            ignored.update(f"members .{other}" for other in places)
             held_out = split if split in _HELD_OUT else None
-            yield Found(name, item.key, f"{tar.name}/{item.key}", image, record, held_out)
+            yield Found(name, item.key, f"{tar.name}/{item.key}", slices, record, held_out,
+                        document)  # fmt: skip
 
 
 def _read_annotated(source: Path, root: Path, answers: Path | None) -> Iterator[Found | Rejected]:
@@ -198,4 +232,6 @@ def _read_annotated(source: Path, root: Path, answers: Path | None) -> Iterator[
                 yield Rejected(one.name, "unreadable text", str(error))
     for file in shuffled(list(found)):
         path = root / file
-        yield Found(shown(path), shown(os.path.splitext(file)[0]), shown(file), path, found[file])
+        yield Found(
+            shown(path), shown(os.path.splitext(file)[0]), shown(file), (path,), found[file]
+        )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.records import (
+    Cell,
     Found,
     Rejected,
     UnreadableText,
@@ -26,7 +27,7 @@ IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "image_file", "
 TEXT_COLUMNS = ("captions", "caption", "text", "title", "description", "prompt", "alt")
 
 
-def _read_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def read_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(line, row) of a table; a string in place of a row says what is wrong with it."""
     # surrogateescape: a line that is no UTF-8 fails later, by itself and by name
     with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -99,7 +100,7 @@ def read_table(
     need_text: bool,
 ) -> Iterator[Found | Rejected]:
     """.csv, .tsv and .jsonl; arguments as of ``read_source``, root: the folder of the images."""
-    rows = list(_read_rows(table))
+    rows = list(read_rows(table))
     names = list(dict.fromkeys(c for _, row in rows if isinstance(row, dict) for c in row))
     columns = _find_columns(table, names, image_column, text_column, need_text)
     yield from _join_rows(table, rows, columns, root, ignored, need_text)
@@ -124,29 +125,33 @@ def read_parquet(
         file = pq.ParquetFile(table)
         names = file.schema_arrow.names
         columns = _find_columns(table, names, image_column, text_column, need_text)
-        rows = (
-            (number, row)
-            for number, row in enumerate(
-                row for batch in file.iter_batches(batch_size=64) for row in batch.to_pylist()
-            )
-        )
         kind = file.schema_arrow.field(columns.image).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            yield from _join_rows(table, list(rows), columns, root, ignored, need_text)
+            rows = (row for batch in file.iter_batches(batch_size=64) for row in batch.to_pylist())
+            yield from _join_rows(table, enumerate(rows), columns, root, ignored, need_text)
             return
-        for number, row in rows:
-            image, name = row.pop(columns.image), f"{table}: row {number}"
-            path = image.get("path") if isinstance(image, dict) else None
-            image = image.get("bytes") if isinstance(image, dict) else image
-            if not isinstance(image, bytes) or not image:
-                yield Rejected(name, "no image", f"column {columns.image} holds no file")
-                continue
-            hint = Path(path).stem if isinstance(path, str) and path else f"{table.stem}-{number}"
-            try:
-                yield Found(name, shown(hint), f"{table.name}/{number}", image, columns.record(row))
-            except UnreadableText as error:
-                yield Rejected(name, "unreadable text", str(error))
+        # The files stay where they are: they are read when it is their turn.
+        others = [name for name in names if name != columns.image]
+        named = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
+        number = 0
+        for group in range(file.num_row_groups):
+            read = [*others, f"{columns.image}.path"] if named else others
+            rows_of_group = file.read_row_group(group, read).to_pylist() if read else []
+            for at in range(file.metadata.row_group(group).num_rows):
+                row = rows_of_group[at] if rows_of_group else {}
+                path = (row.pop(columns.image) or {}).get("path") if named else None
+                name = f"{table}: row {number}"
+                hint = (
+                    Path(path).stem if isinstance(path, str) and path else f"{table.stem}-{number}"
+                )
+                cell = Cell(table, group, at, columns.image)
+                try:
+                    record = columns.record(row)
+                    yield Found(name, shown(hint), f"{table.name}/{number}", (cell,), record)
+                except UnreadableText as error:
+                    yield Rejected(name, "unreadable text", str(error))
+                number += 1
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{table}: not readable as Parquet ({error})") from error
 
@@ -189,7 +194,7 @@ def _join_rows(
     for relative in shuffled(list(groups)):
         record, path = _join(groups[relative], ignored), paths[relative]
         hint = shown(os.path.splitext(relative)[0])
-        yield Found(shown(path), hint, shown(relative), path, record)
+        yield Found(shown(path), hint, shown(relative), (path,), record)
 
 
 def _join(records: list[dict[str, Any]], ignored: "Counter[str]") -> dict[str, Any]:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from multimodal.checking import check
 from multimodal.cli import main
-from multimodal.shards import Shards, check
+from multimodal.shards import Shards
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ def test_parquet_with_the_files_in_it(folder: Path, wrapped: bool) -> None:
         f"{hint}0": ["one"], f"{hint}2": ["three"]
     }  # fmt: skip
     assert rejected == {
-        "t.parquet: row 1": "no text", "t.parquet: row 3": "no image",
+        "t.parquet: row 1": "no text", "t.parquet: row 3": "unreadable image",
         "t.parquet: row 4": "unreadable image",
     }  # fmt: skip
     stored = {sample.key: sample.image for sample in Shards(folder / "out")}

@@ -138,7 +138,7 @@ def test_building_drops_copies_and_names_the_one_it_keeps(
         for line in rejected:
             stem = Path(line["sample"]).stem.rpartition("-")[0]
             assert f"/{stem}-" in line["detail"] and " copy (" in line["detail"]
-        assert read_manifest(out)["drop_copies"] == "near"
+        assert read_manifest(out)["cleaning"]["copies"] == "near"
     assert kept[0] == kept[1]
     command = ["data", "build", str(source), str(tmp_path / "exact"), "--drop-copies", "exact"]
     assert main(command) == 0

@@ -1,7 +1,12 @@
 """Shards of codes: those the tokenizer gives, whole or resumed; refused where they do not fit."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +15,14 @@ import pytest
 import torch
 import yaml
 
+from multimodal.checking import check
 from multimodal.cli import main
 from multimodal.images import augment_image, fit_image, open_image, to_tensor
 from multimodal.pretokenise import Encoding, codes_to_bytes, encode_shards
+from multimodal.samples import Sample
 from multimodal.scene_data import write_scenes
 from multimodal.seeds import sample_seed
-from multimodal.shards import Sample, Shards, check, read_manifest
+from multimodal.shards import Shards, read_manifest
 from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer, load_image_tokenizer
 
 VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads": 2}
@@ -111,6 +118,43 @@ def test_what_was_stopped_goes_on_and_gives_the_same_bytes(
     assert kept == {name: (out / name).stat().st_mtime_ns for name in kept}, "not done twice"
     with pytest.raises(ValueError, match="it is complete"):
         encode_shards(work / "scenes", out, tokenizer, encoding)
+
+
+@pytest.mark.parametrize(
+    "options", [("--workers", "2"), ("--workers", "2", "--engine", "ray"), "ranks", "killed"]
+)
+def test_who_encodes_changes_no_byte(work: Path, tmp_path: Path, options: Any) -> None:
+    """Processes, Ray, two ranks of torchrun, and processes that are killed three times."""
+    command = ["tokenizer", "encode", str(work / "scenes"), "--threads", "1"]
+    command += ["--tokenizer", str(work / "tokenizer")]
+    threads = torch.get_num_threads()
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    torch.set_num_threads(threads)
+    out = tmp_path / "out"
+    line = [sys.executable, "-m", "multimodal.cli", *command, str(out)]
+    if options == "ranks":
+        ranks = [
+            subprocess.Popen(line, env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"})
+            for rank in "01"
+        ]
+        assert [process.wait(120) for process in ranks] == [0, 0]
+        late = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}  # when all is done
+        subprocess.run(line, env=late, check=True, timeout=120)
+    else:
+        killed = 0
+        for shards in (1, 2, 3) if options == "killed" else ():
+            process = subprocess.Popen([*line, "--workers", "2"], start_new_session=True)
+            while process.poll() is None and len(list(out.glob("*.tar"))) < shards:
+                time.sleep(0.002)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                killed += 1
+            process.wait()
+        assert killed >= 1 or options != "killed"
+        if not (out / "manifest.json").exists():  # the last kill may have come too late
+            more = () if options == "killed" else options
+            subprocess.run([*line, *more], check=True, timeout=120)
+    assert files(out) == files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

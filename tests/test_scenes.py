@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from multimodal.checking import check
 from multimodal.eval.scenes import score_scene_captions
 from multimodal.scene_data import make_sample, write_scenes
 from multimodal.scene_language import captions, check_caption, parse_caption, questions
@@ -25,7 +26,7 @@ from multimodal.scenes import (
     render,
     sample_scene,
 )
-from multimodal.shards import Shards, check
+from multimodal.shards import Shards
 
 SCENES = [sample_scene(random.Random(f"test {k}"), held_out=k % 5 == 0) for k in range(300)]
 WRITTEN = [(scene, captions(scene, random.Random(k), 6)) for k, scene in enumerate(SCENES)]

@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 
 from multimodal import shards
+from multimodal.checking import check
 from multimodal.commands.data import main
 from multimodal.salvage import Lost, salvage
-from multimodal.shards import DamagedShard, Shards, check, index_shard, write_manifest
+from multimodal.samples import Sample
+from multimodal.shards import DamagedShard, Shards, index_shard, write_manifest
 
 KEYS = {"train-0000.tar": ["a", "b", "c"], "train-0001.tar": ["d", "e"], "val-0000.tar": ["f"]}
 
@@ -55,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def assert_right(samples: Iterable[shards.Sample]) -> list[str]:
+def assert_right(samples: Iterable[Sample]) -> list[str]:
     keys = []
     for sample in samples:
         if "jpg" in sample.members:
@@ -105,7 +107,7 @@ def test_cut_at_every_block(folder: Path) -> None:
             Shards(folder)
         # Salvage with the index names every sample, and what it returns is right.
         found = list(salvage(path))
-        whole = assert_right(s for s in found if isinstance(s, shards.Sample))
+        whole = assert_right(s for s in found if isinstance(s, Sample))
         lost = [item.name.rpartition(": ")[2] for item in found if isinstance(item, Lost)]
         assert sorted(whole + lost) == ["a", "b", "c"]
 
@@ -123,7 +125,7 @@ def test_a_cut_shard_cannot_be_indexed_or_salvaged_as_if_whole(tmp_path: Path) -
     for position in cuts(data):
         path.write_bytes(data[:position])
         found = list(salvage(path))
-        keys = assert_right(s for s in found if isinstance(s, shards.Sample))
+        keys = assert_right(s for s in found if isinstance(s, Sample))
         if position >= needed + 1024:  # only padding is gone
             assert index_shard(path)["samples"] == 3 and keys == ["a", "b", "c"]
             shards.index_path(path).unlink()
@@ -131,7 +133,7 @@ def test_a_cut_shard_cannot_be_indexed_or_salvaged_as_if_whole(tmp_path: Path) -
         with pytest.raises(DamagedShard, match="cut.tar"):
             index_shard(path)
         assert not shards.index_path(path).exists()
-        halves = [s for s in found if isinstance(s, shards.Sample) and len(s.members) < 2]
+        halves = [s for s in found if isinstance(s, Sample) and len(s.members) < 2]
         assert halves or any(isinstance(item, Lost) for item in found), position
 
 
@@ -150,7 +152,7 @@ def test_flipped_bits_in_headers_and_data(folder: Path) -> None:
                 assert Shards(folder)[0]
             shards.index_path(path).unlink()
             for item in salvage(path):  # data may be wrong now, but never another sample's
-                if isinstance(item, shards.Sample) and "jpg" in item.members:
+                if isinstance(item, Sample) and "jpg" in item.members:
                     other = {key for key in "abc" if item.members["jpg"] == image_of(key)}
                     assert other <= {item.key}
             shards.index_path(path).write_bytes(index)
@@ -168,9 +170,7 @@ def test_damaged_header_without_any_index(tmp_path: Path) -> None:
         with pytest.raises(DamagedShard):
             index_shard(path)
         found = list(salvage(path))
-        whole = assert_right(
-            s for s in found if isinstance(s, shards.Sample) and len(s.members) == 2
-        )
+        whole = assert_right(s for s in found if isinstance(s, Sample) and len(s.members) == 2)
         assert whole == [key for key in "abcde" if key != name[0]]
         assert len(found) == 5, "the other half of the sample is there, under its name"
     # both headers gone: the sample has no name left, but its place is told
@@ -179,7 +179,7 @@ def test_damaged_header_without_any_index(tmp_path: Path) -> None:
     damaged[headers["c.json"]] ^= 1
     path.write_bytes(damaged)
     found = list(salvage(path))
-    assert [type(item) for item in found] == [shards.Sample] * 4 + [Lost]
+    assert [type(item) for item in found] == [Sample] * 4 + [Lost]
     # a hole of zeros, in the middle and at the end
     for first, last in (("c.jpg", "d.jpg"), ("d.jpg", None)):
         stop = headers[last] if last else len(data)
@@ -260,7 +260,7 @@ def test_damaged_index(folder: Path) -> None:
         path.write_bytes(content)
         assert any("index" in problem for problem in check(folder))
         with pytest.raises(DamagedShard):
-            Shards(folder)
+            list(Shards(folder))
     path.unlink()
     assert any("missing" in problem for problem in assert_noticed(folder))
 
@@ -347,12 +347,12 @@ def test_names_as_other_writers_make_them(tmp_path: Path) -> None:
 def test_records_that_cannot_be_read() -> None:
     for data in (b"", b"{", b"[1]", b"\xff\xfe", b"null"):
         with pytest.raises(ValueError, match="sample k"):
-            assert shards.Sample("k", {"json": data}).record
+            assert Sample("k", {"json": data}).record
     with pytest.raises(ValueError, match="sample k"):
-        assert shards.Sample("k", {"txt": b"\xff"}).record
+        assert Sample("k", {"txt": b"\xff"}).record
     with pytest.raises(ValueError, match="sample k has no image"):
-        assert shards.Sample("k", {"txt": b"x"}).image
-    assert shards.Sample("k", {"txt": b" a cat\n"}).record["captions"] == ["a cat"]
+        assert Sample("k", {"txt": b"x"}).image
+    assert Sample("k", {"txt": b" a cat\n"}).record["captions"] == ["a cat"]
 
 
 def test_index_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

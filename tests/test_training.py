@@ -26,6 +26,7 @@ from multimodal.tokenizers.vq import VQ
 from multimodal.train import image_tokenizer
 from multimodal.train.cli import keep_log, recipe_names
 from multimodal.train.data import GlobalBatches, ShardData, ShardDataset, collate
+from multimodal.train.order import Order
 
 RECIPES = Path(__file__).parent.parent / "train" / "recipes"
 TOKENIZER: dict[str, Any] = {
@@ -143,6 +144,66 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     samples = sorted(p.name for p in (run / "logs").rglob("step-*"))
     assert samples == sorted(p.name for p in (work / name / "logs").rglob("step-*"))
+
+
+def test_two_ranks_resume_bit_for_bit_and_agree_with_one(work: Path, tmp_path: Path) -> None:
+    ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--threads", "1"]
+    fit = ["fit", "--config", str(work / "joint.yaml"), *ranks, "--trainer.max_steps", "8"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def train(output: Path, *more: str) -> None:
+        command = [sys.executable, "-m", "multimodal.cli", *fit, "--output", str(output), *more]
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=200)
+
+    train(whole)
+    kill_at(4, [*fit[:-2], "--trainer.max_steps", "8", "--output", str(run)], run)
+    train(run, "--ckpt_path", str(run / "checkpoints/last.ckpt"))
+    expected = load_file(whole / "model/model.safetensors")
+    found = load_file(run / "model/model.safetensors")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    # The same global batches as on one rank; the sums are of other parts.
+    for name in ("train/text", "train/image", "train/total", "val/total"):
+        alone, together = logged(work / "joint", name), logged(whole, name)
+        assert len(together) == (1 if name.startswith("val") else 8), name
+        for step, loss in together.items():  # Muon makes the last bits of a sum grow
+            bound = 1e-5 if step == 0 else 5e-2
+            assert abs(float(loss) / float(alone[step]) - 1) < bound, (name, step)
+
+
+def test_a_model_over_two_ranks_resumes_and_agrees_with_one(work: Path, tmp_path: Path) -> None:
+    """FSDP2: each rank has a part of every weight; checkpoints are in parts, too."""
+    sharded = {
+        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+        "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+    }
+    config = yaml.safe_load((work / "joint.yaml").read_text())
+    config["trainer"] |= {"devices": 2, "strategy": sharded, "max_steps": 8}
+    (tmp_path / "sharded.yaml").write_text(yaml.safe_dump(config))
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    fit = ["fit", "--config", str(tmp_path / "sharded.yaml"), "--output"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def train(output: Path, *more: str) -> None:
+        command = [sys.executable, "-m", "multimodal.cli", *fit, str(output), "--threads", "1"]
+        subprocess.run([*command, *more], env=environment, check=True, timeout=200)
+
+    train(whole)
+    kill_at(4, [*fit, str(run)], run)
+    assert (run / "checkpoints/last.ckpt").is_dir()
+    train(run, "--ckpt_path", str(run / "checkpoints/last.ckpt"))
+    expected = load_file(whole / "model/model.safetensors")
+    found = load_file(run / "model/model.safetensors")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    fit[0] = "predict"
+    train(run, "--data.val_limit", "4")
+    assert len(list(run.glob("predictions-*.jsonl"))) == 2
+    for name in ("train/text", "train/image", "train/total", "train/gradient_norm", "val/total"):
+        alone, together = logged(work / "joint", name), logged(whole, name)
+        assert len(together) == (1 if name.startswith("val") else 8), name
+        for step, value in together.items():  # Muon makes the last bits of a sum grow
+            bound = 1e-5 if step == 0 else 0.2 if name.endswith("norm") else 5e-2
+            assert abs(float(value) / float(alone[step]) - 1) < bound, (name, step)
 
 
 def test_no_log_is_ever_lost(tmp_path: Path) -> None:
@@ -283,7 +344,7 @@ def own_loss(work: Path, folder: Path) -> float:
     module.model = load(folder)
     shards = ShardData(config["data"]["folders"]).shards("train")
     dataset = ShardDataset(shards, 16, "squash", seed=0)
-    chosen = next(iter(GlobalBatches(len(dataset), 8)))
+    chosen = next(iter(GlobalBatches(Order([[len(dataset)]]), 8)))
     with torch.no_grad():
         loss, _ = module.model(*module.pack(collate([dataset[item] for item in chosen])))
     return float(loss)

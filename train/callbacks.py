@@ -4,7 +4,7 @@ import json
 import random
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,39 @@ class Throughput(L.Callback):
             pl_module.log("tokens/s", tokens / max(last - first, 1e-9), prog_bar=True)
 
 
+class Mixture(L.Callback):
+    """Which share of the samples came from each folder, since the start or a resume.
+
+    Of one rank's samples: a global batch is dealt in turn, so the others' are alike.
+    """
+
+    def __init__(self) -> None:
+        self._seen: torch.Tensor | None = None
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        folders = getattr(getattr(trainer, "datamodule", None), "folders", [])
+        if len(folders) < 2:
+            return
+        counts = torch.bincount(torch.tensor(batch.sources), minlength=len(folders))
+        self._seen = counts if self._seen is None else self._seen + counts
+        shares: dict[str, float] = {}
+        for folder, share in zip(folders, (self._seen / self._seen.sum()).tolist(), strict=True):
+            shares[str(folder)] = shares.get(str(folder), 0.0) + share
+        last = Counter(Path(folder).name for folder in shares)  # of an address, too
+        pl_module.log_dict({
+            "data/share/" + (Path(folder).name if last[Path(folder).name] == 1
+                             else folder.strip("/").replace("/", "_")): share
+            for folder, share in shares.items()
+        })  # fmt: skip
+
+
 class ExportModel(L.Callback):
     """Writes the model folder after every validation and at the end, so that a run is usable."""
 
@@ -74,7 +107,7 @@ class ExportModel(L.Callback):
         self.folder = Path(folder)
 
     def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.sanity_checking and trainer.state.fn == "fit":
+        if not trainer.sanity_checking and trainer.state.fn == "fit":  # every rank may have a part
             module.export(self.folder)  # type: ignore[operator]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

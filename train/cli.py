@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from multimodal.cli import print_error
 from multimodal.train.callbacks import (
     ExportModel,
+    Mixture,
     RandomState,
     Summary,
     Throughput,
@@ -114,7 +115,7 @@ class TrainingCLI(LightningCLI):
                 CSVLogger(output, name="", version=version, flush_logs_every_n_steps=1),
                 TensorBoardLogger(output, name="", version=version),
             ]
-        callbacks: list[L.Callback] = [RandomState(), Throughput(), Summary()]
+        callbacks: list[L.Callback] = [RandomState(), Throughput(), Summary(), Mixture()]
         if find_spec("rich") and config.trainer.enable_progress_bar is not False:
             callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
         if self.subcommand == "fit":
@@ -147,7 +148,7 @@ class TrainingCLI(LightningCLI):
             self.model.init_from(config.init_from)
         elif not config.ckpt_path:
             last = Path(config.output) / "checkpoints" / "last.ckpt"
-            if not last.is_file():
+            if not last.exists():  # of a sharded run it is a folder
                 raise ValueError(
                     f"no weights to use: {last} is not there; give --ckpt_path or --init_from"
                 )
@@ -259,6 +260,8 @@ def main(argv: list[str]) -> int:
                 "use_distributed_sampler": False,
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,  # ours is one line
+                # Weights that FSDP2 gathers in inference mode cannot be trained afterwards.
+                "inference_mode": False,
             },
             save_config_kwargs={"overwrite": True},
             parser_kwargs={

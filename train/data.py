@@ -5,24 +5,23 @@ A global batch is a fixed list of samples, dealt to the ranks in turn. What is r
 configuration, ``__len__`` is known, and the loader's state is two numbers.
 """
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.context import BaseContext
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from multimodal.images import Fit, augment_image, fit_image, open_image
-from multimodal.seeds import sample_seed
+from multimodal.parallel import worker_context
+from multimodal.remote import local_folder
+from multimodal.seeds import sample_seed, stable_number
 from multimodal.shards import Shards
-
-Item = tuple[int, int]  # (epoch, number of the sample)
+from multimodal.train.order import VERSION, Item, Order
 
 
 @dataclass
@@ -31,13 +30,14 @@ class Examples:
 
     keys: B names; images: uint8[B, 3, H, W], or int64[B, n] of shards that hold codes in their
     place; records: B dicts as in KEY.json; seeds: B numbers from (seed, epoch, key), for what is
-    drawn at random later.
+    drawn at random later; sources: B numbers of the folders they are from.
     """
 
     keys: list[str]
     images: Tensor
     records: list[dict[str, Any]]
     seeds: list[int]
+    sources: list[int]
 
     @property
     def codes(self) -> Tensor | None:
@@ -82,7 +82,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         return int(self.ends[-1])
 
     def __getitem__(self, item: Item) -> dict[str, Any]:
-        epoch, number = item
+        epoch, number = item  # of a source that is weighted, the pass over its samples
         source = int(np.searchsorted(self.ends, number, side="right"))
         start = int(self.ends[source - 1]) if source else 0
         sample = self.sources[source][number - start]
@@ -91,7 +91,10 @@ class ShardDataset(Dataset[dict[str, Any]]):
         try:
             if (encoding := self.sources[source].encoding) is not None:
                 codes = sample.codes
-                chosen = codes[int(np.random.default_rng(seed).integers(len(codes)))]
+                which = (
+                    int(np.random.default_rng(seed).integers(len(codes))) if len(codes) > 1 else 0
+                )
+                chosen = codes[which]
                 grid, size = encoding["grid"], encoding["codebook_size"]
                 if chosen.shape != (grid, grid) or chosen.max() >= size:
                     raise ValueError(
@@ -99,7 +102,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
                         f"{grid} x {grid} of {size}"
                     )
                 return {"key": sample.key, "image": chosen.ravel(), "record": sample.record,
-                        "seed": seed}  # fmt: skip
+                        "seed": seed, "source": source}  # fmt: skip
             image = open_image(sample.image)
             if self.augmented[source]:
                 rng = np.random.default_rng(seed)
@@ -111,7 +114,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
         except ValueError as error:
             folder = self.sources[source].folder
             raise ValueError(f"{folder}: sample {sample.key}: {error}") from error
-        return {"key": sample.key, "image": np.asarray(image), "record": record, "seed": seed}
+        return {"key": sample.key, "image": np.asarray(image), "record": record, "seed": seed,
+                "source": source}  # fmt: skip
 
 
 def collate(samples: list[dict[str, Any]]) -> Examples:
@@ -121,35 +125,41 @@ def collate(samples: list[dict[str, Any]]) -> Examples:
         images=images if images.ndim == 2 else images.permute(0, 3, 1, 2).contiguous(),
         records=[sample["record"] for sample in samples],
         seeds=[sample["seed"] for sample in samples],
+        sources=[sample["source"] for sample in samples],
     )
 
 
 class GlobalBatches(Sampler[list[Item]]):
-    """Yields this rank's share of each global batch: a function of (seed, epoch, step)."""
+    """Yields this rank's share of each global batch: a function of (seed, epoch, step).
+
+    An order that is shuffled is for training: what is left over at its end is dropped.
+    """
 
     def __init__(
-        self,
-        size: int,
-        global_batch_size: int,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle: bool = True,
-        drop_last: bool = True,
-    ) -> None:
+        self, order: Order, global_batch_size: int, *, rank: int = 0, world_size: int = 1,
+        limit: int = 0,
+    ) -> None:  # fmt: skip
         if global_batch_size % world_size:
             raise ValueError(
                 f"global_batch_size={global_batch_size} is not a multiple of {world_size} ranks"
             )
-        if drop_last and size < global_batch_size:
+        if order.shuffle and len(order) < global_batch_size:
             raise ValueError(
-                f"{size} samples are fewer than one global batch of {global_batch_size}: "
+                f"{len(order)} samples are fewer than one global batch of {global_batch_size}: "
                 "give more data or a smaller global_batch_size"
             )
-        self.size, self.global_batch_size, self.seed = size, global_batch_size, seed
+        self.order, self.global_batch_size = order, global_batch_size
+        self.size = min(len(order), limit or len(order))
+        if not order.shuffle and (over := self.size % world_size):
+            # Ranks that are given different numbers of samples would wait for one another.
+            rank_zero_warn(
+                f"the last {over} of {self.size} samples cannot be dealt to {world_size} ranks "
+                "alike: they are not measured"
+            )
+            self.size -= over
+            if not self.size:
+                raise ValueError(f"{over} samples are too few for {world_size} ranks")
         self.rank, self.world_size = rank, world_size
-        self.shuffle, self.drop_last = shuffle, drop_last
         self.epoch = 0
         self.start = (0, 0)  # epoch, and batches of it that are done
 
@@ -160,11 +170,11 @@ class GlobalBatches(Sampler[list[Item]]):
 
     def set_epoch(self, epoch: int) -> None:
         # Measuring asks the same questions every time: the same captions, the same masks.
-        self.epoch = epoch if self.shuffle else 0
+        self.epoch = epoch if self.order.shuffle else 0
 
     def __len__(self) -> int:
         full, rest = divmod(self.size, self.global_batch_size)
-        return full + bool(rest and not self.drop_last)
+        return full + bool(rest and not self.order.shuffle)
 
     @property
     def skipped(self) -> int:
@@ -173,31 +183,20 @@ class GlobalBatches(Sampler[list[Item]]):
         return batches if epoch == self.epoch else 0
 
     def __iter__(self) -> Iterator[list[Item]]:
-        order = np.arange(self.size)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
         for batch in range(self.skipped, len(self)):
-            chosen = order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size]
-            yield [(self.epoch, int(i)) for i in chosen[self.rank :: self.world_size]]
-
-
-def worker_context() -> BaseContext:
-    """How workers start. Forking a process that already runs threads can dead-lock.
-
-    So they are forked from a server process that only imported what they need: a spawned one would
-    import torch and Lightning anew, seconds of work for each, at every epoch and validation.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
+            start = batch * self.global_batch_size
+            stop = min(self.size, start + self.global_batch_size)
+            yield self.order.items(self.epoch, start, stop)[self.rank :: self.world_size]
 
 
 class GlobalBatchLoader(DataLoader[Any]):
-    """A DataLoader whose state is (epoch, batches done): the same on every rank."""
+    """A DataLoader whose state is (epoch, batches done): the same on every rank.
+
+    The state goes with what the order is a function of; where that is another, it is refused.
+    """
 
     batch_sampler: GlobalBatches
+    dataset: ShardDataset
 
     def __init__(self, dataset: ShardDataset, batches: GlobalBatches, workers: int) -> None:
         super().__init__(
@@ -205,7 +204,7 @@ class GlobalBatchLoader(DataLoader[Any]):
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=collate,
-            multiprocessing_context=worker_context() if workers else None,
+            multiprocessing_context=worker_context(__name__) if workers else None,
             persistent_workers=False,
         )
         self._done = (0, 0)
@@ -216,10 +215,32 @@ class GlobalBatchLoader(DataLoader[Any]):
             self._done = (epoch, number)
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self._done[0], "batches": self._done[1]}
+    @property
+    def order_of(self) -> dict[str, Any]:
+        """What the order of the samples is a function of."""
+        batches = self.batch_sampler
+        weights = batches.order.weights
+        return {
+            "version": VERSION,
+            "seed": batches.order.seed,
+            "global_batch_size": batches.global_batch_size,
+            "samples": len(batches.order),
+            "weights": None if weights is None else [float(weight) for weight in weights],
+            "shards": stable_number("".join(one.fingerprint for one in self.dataset.sources)),
+        }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._done[0], "batches": self._done[1], "order_of": self.order_of}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        before, now = state.get("order_of", {}), self.order_of
+        changed = [name for name in now if before.get(name) != now[name]]
+        if changed and self.batch_sampler.order.shuffle:
+            was = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in changed)
+            raise ValueError(
+                f"the data are not those of the checkpoint ({was}), so it is not known which "
+                "samples were seen; to go on with its weights alone, use --init_from"
+            )
         self.batch_sampler.start = self._done = (state["epoch"], state["batches"])
 
 
@@ -273,11 +294,14 @@ class ShardData(L.LightningDataModule):
     of which image tokenizer it could read codes, ``codes_from -> fingerprint or None``.
 
     Args:
-        folders: shard folders with a manifest; their samples are put together. One that is named
-            twice is seen twice in each epoch of training, with other crops and captions.
+        folders: shard folders with a manifest, or their addresses (s3://...); their samples are put
+            together. One that is named twice is seen twice in each epoch, with other crops and
+            captions.
         train_split, val_split: names of splits, as in ``train-0000.tar``.
         crop_scale: training crops cover a random share of the image, from this on; 1 = no crops.
         mirror: half of the crops are mirrored (not where captions speak of left and right).
+        weights: for each folder, its share of the samples, relative to the others'; by default each
+            sample comes once an epoch. The realised shares are in the log (``data/share/...``).
         augmented: those of the folders whose training images are cropped and mirrored; all of them
             by default.
         global_batch_size: samples per optimizer step over all ranks.
@@ -293,6 +317,7 @@ class ShardData(L.LightningDataModule):
         val_split: str = "val",
         crop_scale: float = 1.0,
         mirror: bool = False,
+        weights: list[float] | None = None,
         augmented: list[str] | None = None,
         global_batch_size: int = 64,
         val_limit: int = 0,
@@ -306,6 +331,11 @@ class ShardData(L.LightningDataModule):
         self.augmented = folders if augmented is None else augmented
         if unknown := set(self.augmented) - set(folders):
             raise ValueError(f"augmented has {sorted(unknown)}: expected some of data.folders")
+        if weights is not None and len(weights) != len(folders):
+            raise ValueError(
+                f"{len(weights)} weights for {len(folders)} folders: expected one each"
+            )
+        self.weights = weights
         self.crop_scale, self.mirror = crop_scale, mirror
         self.global_batch_size, self.val_limit = global_batch_size, val_limit
         self.workers, self.seed = workers, seed
@@ -314,7 +344,7 @@ class ShardData(L.LightningDataModule):
         """Those of the folders, each as often as training names it, and once for any other use."""
         if not self.folders:
             raise ValueError("data.folders is empty: give at least one shard folder")
-        named = [Path(folder) for folder in self.folders]
+        named = [local_folder(folder) for folder in self.folders]
         once = split != self.train_split
         return [Shards(folder, split) for folder in (dict.fromkeys(named) if once else named)]
 
@@ -326,7 +356,7 @@ class ShardData(L.LightningDataModule):
         crops = train and self.crop_scale < 1
         shards = self.shards(split)
         check_codes(shards, module.codes_from, crops)
-        augmented = {Path(folder) for folder in self.augmented}
+        augmented = {local_folder(folder) for folder in self.augmented}
         dataset = ShardDataset(
             shards,
             image_size,
@@ -336,17 +366,18 @@ class ShardData(L.LightningDataModule):
             self.mirror,
             [crops and one.folder in augmented for one in shards],
         )
-        size = len(dataset)
-        if not train and self.val_limit:
-            size = min(size, self.val_limit)
+        order = Order(
+            [one.sizes for one in shards],
+            self.seed,
+            weights=self.weights if train else None,
+            shuffle=train,
+        )
         batches = GlobalBatches(
-            size,
+            order,
             self.global_batch_size,
-            seed=self.seed,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
-            shuffle=train,
-            drop_last=train,
+            limit=0 if train else self.val_limit,
         )
         return GlobalBatchLoader(dataset, batches, self.workers)
 

@@ -21,6 +21,7 @@ from multimodal.tokenizers.quantizer import CodebookUse
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.data import Examples
 from multimodal.train.discriminator import PatchDiscriminator, adversarial_losses
+from multimodal.train.distillation import Distillation
 from multimodal.train.lessons import texts_about
 from multimodal.train.schedule import TrainedByMuon, can_compile
 from multimodal.train.semantic import SemanticLoss, Words
@@ -34,6 +35,8 @@ class ImageTokenizerModule(TrainedByMuon):
     tokenizer: the autoencoder and its quantizer.
     text_tokenizer: file of a trained text tokenizer, for the semantic loss.
     semantic_weight: of the semantic loss; 0 trains on pixels alone.
+    teacher_weight, teacher: of codes that tell the features of a frozen network
+        (train/distillation.py): timm:MODEL or timm:MODEL=FILE.
     decoder_only: leave the codes as they are (with --init_from) and go on with the decoder alone,
         at a third of the cost; a model that was trained on these codes can take the result.
     perceptual_weight, perceptual_features: of the distance between features of a frozen network
@@ -50,6 +53,8 @@ class ImageTokenizerModule(TrainedByMuon):
         tokenizer: ImageTokenizerConfig,
         text_tokenizer: str | None = None,
         semantic_weight: float = 0.0,
+        teacher_weight: float = 0.0,
+        teacher: str = "",
         decoder_only: bool = False,
         perceptual_weight: float = 0.0,
         perceptual_features: str = RANDOM,
@@ -84,6 +89,12 @@ class ImageTokenizerModule(TrainedByMuon):
                 raise ValueError("semantic_weight needs text_tokenizer: the file of a trained BPE")
             words = TextTokenizer.load(text_tokenizer)
             self.semantic = SemanticLoss(words, self.tokenizer.quantizer.channels)
+        if teacher_weight < 0 or (teacher_weight and not teacher):
+            raise ValueError(f"teacher_weight={teacher_weight} needs teacher: timm:MODEL[=FILE]")
+        self.teacher_weight = teacher_weight
+        self.distillation: Distillation | None = None
+        if teacher_weight and not decoder_only:
+            self.distillation = Distillation(teacher, self.tokenizer.quantizer.channels)
         self.compiled = self.losses
         if compile and can_compile():
             self.compiled = torch.compile(self.losses)
@@ -110,7 +121,8 @@ class ImageTokenizerModule(TrainedByMuon):
 
     @property
     def heads(self) -> list[nn.Module]:
-        return [head for head in (self.semantic, self.discriminator) if head is not None]
+        heads = (self.semantic, self.distillation, self.discriminator)
+        return [head for head in heads if head is not None]
 
     def on_fit_start(self) -> None:
         if self.semantic is None or self.trainer.ckpt_path:
@@ -135,13 +147,16 @@ class ImageTokenizerModule(TrainedByMuon):
         parts |= quantized.losses
         if self.semantic is not None and words is not None:
             parts |= self.semantic(quantized.vectors, words)
+        if self.distillation is not None:
+            parts["teacher"] = self.distillation(quantized.vectors, images)
         if self.discriminator is not None and judged:
             parts |= adversarial_losses(self.discriminator, images, reconstruction)
         return parts, quantized.codes
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
         """The weighted sum; one backward for all, as each loss moves its own side only."""
-        weights = {"perceptual": self.perceptual_weight, "fool": 0.0}
+        weights = {"perceptual": self.perceptual_weight, "teacher": self.teacher_weight}
+        weights["fool"] = 0.0
         weights |= dict.fromkeys(("words", "context"), self.semantic_weight)
         total = torch.zeros(()).to(parts["mse"])
         for name, loss in parts.items():
@@ -222,8 +237,9 @@ class ImageTokenizerModule(TrainedByMuon):
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("val/images", grid / 2 + 0.5, self.global_step)
-        if self.trainer.log_dir and self.trainer.is_global_zero:
-            folder = Path(self.trainer.log_dir) / "pictures"
+        log_dir = self.trainer.log_dir  # once, and on every rank: it is a broadcast
+        if log_dir and self.trainer.is_global_zero:
+            folder = Path(log_dir) / "pictures"
             folder.mkdir(parents=True, exist_ok=True)
             to_image(grid).save(folder / f"step-{self.global_step:06d}.png")
 
@@ -246,8 +262,9 @@ class ImageTokenizerModule(TrainedByMuon):
         self.tokenizer.load_state_dict(source.state_dict())
 
     def export(self, folder: str) -> None:
-        """Write what is published: the tokenizer without the head."""
-        self.tokenizer.save(folder)
+        """Write what is published: the tokenizer without the head. The first rank does."""
+        if self.trainer.is_global_zero:
+            self.tokenizer.save(folder)
 
 
 def psnr(mse: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from multimodal.folder import load, part_of
 from multimodal.generation import caption_codes, encode_images, text_after
 from multimodal.images import Fit, to_image
 from multimodal.model import Multimodal
-from multimodal.objectives import ObjectivesConfig
+from multimodal.objectives import ObjectivesConfig, mean_over_ranks, over_ranks
 from multimodal.scenes import Scene
 from multimodal.seeds import stable_number
 from multimodal.sequences import Packed, pack
@@ -22,6 +22,7 @@ from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.data import Examples
 from multimodal.train.lessons import descriptions_of, exchanges_of, lesson_of
 from multimodal.train.schedule import TrainedByMuon, can_compile
+from multimodal.train.sharding import groups, shard, together, whole_weights
 
 
 class JointModule(TrainedByMuon):
@@ -70,6 +71,10 @@ class JointModule(TrainedByMuon):
         self.drawings_in_validation = drawings_in_validation
         if compile and can_compile():
             self.model.transformer.compile()
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not groups(self.model):  # FSDP2
+            shard(self.model, self.device_mesh["data_parallel"])
 
     @property
     def preprocessing(self) -> tuple[int, Fit]:
@@ -124,9 +129,9 @@ class JointModule(TrainedByMuon):
     def step(self, batch: Examples, stage: str) -> Tensor:
         packed, image_ids, text_ids = self.pack(batch)
         total, parts = self.model(packed, image_ids, text_ids)
-        parts["packing"] = torch.tensor(packed.efficiency)
+        parts["packing"] = torch.tensor(packed.efficiency, device=total.device)
         self.log_dict(
-            {f"{stage}/{name}": value.detach() for name, value in parts.items()},
+            {f"{stage}/{name}": value for name, value in mean_over_ranks(parts).items()},
             batch_size=len(batch),
             sync_dist=stage == "val",
         )
@@ -149,6 +154,10 @@ class JointModule(TrainedByMuon):
 
     def validation_step(self, batch: Examples, batch_idx: int) -> None:
         self.step(batch, "val")
+        with together(self.model):
+            self._sample(batch)
+
+    def _sample(self, batch: Examples) -> None:
         codes, described = self.codes(batch), [descriptions_of(record) for record in batch.records]
         wanted = self.captions_in_validation - len(self.captions)
         rows = [row for row, captions in enumerate(described) if captions][: max(0, wanted)]
@@ -175,13 +184,17 @@ class JointModule(TrainedByMuon):
                 self.answers += zip(prompts, expected, found, strict=True)
 
     def on_validation_epoch_end(self) -> None:
+        self.captions, self.references = over_ranks(self.captions), over_ranks(self.references)
+        self.scenes, self.answers = over_ranks(self.scenes), over_ranks(self.answers)
         folder = self._samples_folder()
         step = f"step-{self.global_step:06d}"
         if self.captions:
-            self.log("val/CIDEr", score_captions(self.captions, self.references)["CIDEr"])
+            cider = score_captions(self.captions, self.references)["CIDEr"]
+            self.log("val/CIDEr", cider, sync_dist=True)  # the same on every rank
             if set(self.scenes) == set(self.captions):
                 facts = score_scene_captions(self.captions, self.scenes)
-                self.log_dict({f"val/scene_{name}": value for name, value in facts.items()})
+                facts = {f"val/scene_{name}": value for name, value in facts.items()}
+                self.log_dict(facts, sync_dist=True)
             lines = [
                 f"{key}\t{caption}\t| {' | '.join(self.references[key])}"
                 for key, caption in self.captions.items()
@@ -190,26 +203,31 @@ class JointModule(TrainedByMuon):
                 (folder / f"{step}.txt").write_text("\n".join(lines) + "\n")
         if self.answers:
             scores = score_answers([(expected, found) for _, expected, found in self.answers])
-            self.log_dict({f"val/answer_{name}": value for name, value in scores.items()})
+            named = {f"val/answer_{name}": value for name, value in scores.items()}
+            self.log_dict(named, sync_dist=True)
             lines = ["\t".join(answer) for answer in self.answers]
             if folder:
                 (folder / f"{step}-answers.txt").write_text("\n".join(lines) + "\n")
-        if self.prompts and folder:
+        with together(self.model):
+            drawn = draw_codes(self.model, self.prompts) if self.prompts and folder else None
+        if drawn is not None and folder:
             from torchvision.utils import make_grid
 
-            images = decode_images(self.model, draw_codes(self.model, self.prompts))
-            to_image(make_grid(images, nrow=4)).save(folder / f"{step}.png")
+            grid = make_grid(decode_images(self.model, drawn), nrow=4)
+            to_image(grid).save(folder / f"{step}.png")
             (folder / "prompts.txt").write_text("\n".join(self.prompts) + "\n")
 
     def _samples_folder(self) -> Path | None:
-        if not (self.trainer.log_dir and self.trainer.is_global_zero):
+        log_dir = self.trainer.log_dir  # once, and on every rank: it is a broadcast
+        if not (log_dir and self.trainer.is_global_zero):
             return None
-        folder = Path(self.trainer.log_dir) / "samples"
+        folder = Path(log_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def predict_step(self, batch: Examples, batch_idx: int) -> list[dict[str, str]]:
-        captions = caption_codes(self.model, self.codes(batch))
+        with together(self.model):
+            captions = caption_codes(self.model, self.codes(batch))
         return [{"key": k, "caption": c} for k, c in zip(batch.keys, captions, strict=True)]
 
     test_step = validation_step
@@ -217,4 +235,14 @@ class JointModule(TrainedByMuon):
     on_test_epoch_end = on_validation_epoch_end
 
     def export(self, folder: str) -> None:
-        self.model.save(folder)
+        if not groups(self.model):
+            if self.trainer.is_global_zero:
+                self.model.save(folder)
+            return
+        weights = whole_weights(self.model)
+        if self.trainer.is_global_zero:
+            plain = Multimodal(
+                self.model.config, self.model.text_tokenizer, self.model.image_tokenizer
+            )
+            plain.load_state_dict(weights)
+            plain.save(folder)

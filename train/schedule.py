@@ -11,6 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from timm.optim.muon import Muon
 from torch import nn
 
+from multimodal.train.sharding import clip_gradients
+
 
 class TrainedByMuon(L.LightningModule):
     """Muon for the matrices and kernels inside the network, AdamW for the rest.
@@ -49,7 +51,7 @@ class TrainedByMuon(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the global norm, and log it."""
-        norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
+        norm = clip_gradients(list(self.parameters()), gradient_clip_val or math.inf)
         self.log("train/gradient_norm", norm)
 
 

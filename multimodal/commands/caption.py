@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from multimodal.cli import print_error
-from multimodal.commands.options import add_sampling, at_least_one, load_model, parser, sampling_of
+from multimodal.commands.options import (
+    add_bulk,
+    add_sampling,
+    at_least_one,
+    load_model,
+    parser,
+    run_bulk,
+    sampling_of,
+)
 
 if TYPE_CHECKING:
     from multimodal.model import Multimodal
@@ -23,6 +31,7 @@ that is not UTF-8 reads as Python's surrogateescape has it).
 examples:
   multimodal caption --model runs/photos-joint/model cat.jpg dog.png
   multimodal caption --model runs/photos-joint/model --json photos/*.jpg > captions.jsonl
+  multimodal caption --data data/photos --out-dir captions/ --workers 4
 """
 
 
@@ -33,13 +42,18 @@ def main(argv: list[str]) -> int:
         "Describe images in words: PATH<TAB>CAPTION on stdout, in the order given.",
         EPILOG,
     )
-    made.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP files")
+    made.add_argument("images", nargs="*", metavar="IMAGE", help="JPEG, PNG or WebP files")
     made.add_argument("--json", action="store_true", help='{"image": ..., "caption": ...} a line')
     made.add_argument("--batch-size", type=int, default=32, help="images at once (default 32)")
     made.add_argument("--max-tokens", type=int, default=64, help="longest caption (default 64)")
     add_sampling(made, 0.0)
+    add_bulk(made)
     arguments = made.parse_args(argv)
+    if bool(arguments.images) == bool(arguments.data):
+        made.error("give images, or --data and --out-dir: one of the two")
     at_least_one(arguments, "batch_size", "max_tokens")
+    if arguments.data:
+        return run_bulk(arguments, "caption")
     sampling = sampling_of(arguments)
     model = load_model(arguments)
     failed = 0

@@ -11,6 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from multimodal import shards
+from multimodal.checking import check
+from multimodal.commands.options import add_engine
 
 EPILOG = """examples:
   multimodal data build photos/ shards/ --image-size 256 --fit crop --val-share 0.05
@@ -97,16 +99,40 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
                        "default: where the file lies")  # fmt: skip
     build.add_argument("--answers", type=Path, help="of VQA questions: the file of the answers")
     build.add_argument("--without-text", action="store_true", help="keep images without text")
-    build.add_argument("--drop-copies", choices=("exact", "near"), default="",
-                       help="reject copies of images; near: for photos only")  # fmt: skip
     build.add_argument("--overwrite", action="store_true", help="replace the shards in OUT")
-    build.add_argument("--workers", type=int, default=1, help="threads that decode images")
+    add_engine(build)
+    steps = build.add_argument_group("cleaning", "steps that are off unless asked for")
+    steps.add_argument("--min-side", type=int, default=0, help="pixels of the shorter side")
+    steps.add_argument("--max-aspect-ratio", type=float, default=0.0, help="longer by shorter side")
+    steps.add_argument("--min-words", type=int, default=0, help="of a caption")
+    steps.add_argument("--max-words", type=int, default=0, help="of a caption")
+    steps.add_argument("--drop-copies", choices=("exact", "near"), default="",
+                       help="of images, in any split; near: for photos only")  # fmt: skip
+    steps.add_argument("--blocklist", type=Path, metavar="FILE",
+                       help="words, one a line: leave out samples with one of them")  # fmt: skip
+    steps.add_argument("--personal-data", choices=("mask", "drop"), default="",
+                       help="e-mail addresses and telephone numbers in texts")  # fmt: skip
+    steps.add_argument("--licenses", nargs="+", default=[], metavar="NAME",
+                       help="leave out all samples of others")  # fmt: skip
     build.set_defaults(run=_build)
 
 
 def _build(arguments: argparse.Namespace) -> int:
     from multimodal.build import REJECTED, build
+    from multimodal.cleaning import Cleaning
+    from multimodal.sources import expected_samples
 
+    cleaning = Cleaning(
+        min_side=arguments.min_side,
+        max_aspect_ratio=arguments.max_aspect_ratio,
+        min_words=arguments.min_words,
+        max_words=arguments.max_words,
+        copies=arguments.drop_copies,
+        blocklist=_words(arguments.blocklist) if arguments.blocklist else (),
+        personal_data=arguments.personal_data,
+        licenses=arguments.licenses,
+    )
+    total = expected_samples(arguments.source)
     report = build(
         arguments.source,
         arguments.out,
@@ -120,15 +146,22 @@ def _build(arguments: argparse.Namespace) -> int:
         need_text=not arguments.without_text,
         images=arguments.images,
         answers=arguments.answers,
-        drop_copies=arguments.drop_copies,
+        cleaning=cleaning,
         overwrite=arguments.overwrite,
+        engine=arguments.engine,
         workers=arguments.workers,
-        progress=lambda items: tqdm(items, unit="sample", file=sys.stderr, disable=None),
+        progress=lambda items: tqdm(
+            items, total=total, unit="sample", file=sys.stderr, disable=None
+        ),
     )
+    if report is None:  # another rank has it
+        return 0
     for reason, count in sorted(report.reasons.items()):
         print(f"rejected {count:,}: {reason}", file=sys.stderr)
     if report.rejected:
         print(f"each is named in {arguments.out / REJECTED}", file=sys.stderr)
+    for what, count in sorted(report.changed.items()):
+        print(f"changed {count:,}: {what}", file=sys.stderr)
     for what, count in sorted(report.ignored.items()):
         print(f"ignored {count:,}: {what}", file=sys.stderr)
     if arguments.val_share and not report.splits.get("val"):
@@ -136,6 +169,13 @@ def _build(arguments: argparse.Namespace) -> int:
     splits = ", ".join(f"{split} {count:,}" for split, count in sorted(report.splits.items()))
     print(f"{arguments.out}: kept {report.kept:,} of {report.found:,} samples ({splits})")
     return 0
+
+
+def _words(file: Path) -> list[str]:
+    words = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
+    if not any(words):
+        raise ValueError(f"{file}: holds no words")
+    return [word for word in words if word]
 
 
 def _index(arguments: argparse.Namespace) -> int:
@@ -212,7 +252,7 @@ def _check(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.folder
     problems = 0
     with tqdm(unit="shard", file=sys.stderr, disable=None) as bar:
-        for problem in shards.check(folder, on_shard=lambda _: bar.update()):
+        for problem in check(folder, on_shard=lambda _: bar.update()):
             problems += 1
             tqdm.write(problem, file=sys.stderr)
     if arguments.decode and not problems:
@@ -227,6 +267,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _check_contents(folder: Path) -> int:
+    from multimodal.documents import images_of
     from multimodal.images import open_image
 
     problems = 0
@@ -236,7 +277,9 @@ def _check_contents(folder: Path) -> int:
             if opened.encoding is not None:
                 _ = sample.codes
             else:
-                open_image(sample.image, name=f"sample {sample.key}")
+                for suffix in images_of(sample.members) or ["image"]:
+                    data = sample.members.get(suffix) or sample.image  # none: says what there is
+                    open_image(data, name=f"sample {sample.key}")
             _ = sample.record
         except ValueError as error:
             problems += 1

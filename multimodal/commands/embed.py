@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from multimodal.cli import print_error
 from multimodal.commands.options import (
+    add_bulk,
     at_least_one,
     check_output,
     load_model,
     parser,
+    run_bulk,
     whole_file,
 )
 
@@ -25,6 +27,7 @@ examples:
   multimodal embed photos/ --out photos.npy
   multimodal embed a.jpg b.jpg --out two.npy
   multimodal embed --text lines.txt --out lines.npy
+  multimodal embed --data data/photos --out-dir rows/ --workers 4
 """
 
 
@@ -32,12 +35,17 @@ def main(argv: list[str]) -> int:
     made = parser("embed", "Turn images, or lines of text, into vectors of one space.", EPILOG)
     made.add_argument("images", nargs="*", metavar="IMAGE", help="files, or folders with images")
     made.add_argument("--text", metavar="FILE", help="a text a line; - reads stdin")
-    made.add_argument("--out", type=Path, required=True, metavar="FILE.npy")
+    made.add_argument("--out", type=Path, metavar="FILE.npy")
     made.add_argument("--batch-size", type=int, default=32, help="at once (default 32)")
+    add_bulk(made)
     arguments = made.parse_args(argv)
-    if bool(arguments.images) == bool(arguments.text):
-        made.error("give images, or --text FILE: one of the two")
+    if sum(map(bool, (arguments.images, arguments.text, arguments.data))) != 1:
+        made.error("give images, or --text FILE, or --data DIR: one of them")
     at_least_one(arguments, "batch_size")
+    if arguments.data:
+        return run_bulk(arguments, "embed")
+    if arguments.out is None:
+        made.error("the following arguments are required: --out")
     check_output(arguments.out, (".npy",))
 
     import numpy as np

@@ -4,8 +4,9 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,6 +56,52 @@ def add_sampling(made: argparse.ArgumentParser, temperature: float) -> None:
     )
 
 
+def add_engine(made: argparse.ArgumentParser) -> None:
+    """Of verbs that work shard by shard; under torchrun, its ranks share the work besides."""
+    made.add_argument("--workers", type=int, default=1, help="processes at work (default 1)")
+    made.add_argument("--engine", choices=("processes", "ray"), default="processes",
+                      help="workers are processes, or tasks of Ray: same result")  # fmt: skip
+
+
+def add_bulk(made: argparse.ArgumentParser) -> None:
+    """Of verbs that take a whole shard folder in the place of files."""
+    bulk = made.add_argument_group("shards", "a result for each shard; what is there already stays")
+    bulk.add_argument("--data", type=Path, metavar="DIR", help="a shard folder, not files")
+    bulk.add_argument("--out-dir", type=Path, metavar="DIR", help="the folder of the results")
+    bulk.add_argument("--split", help="of the shard folder; by default all of it")
+    add_engine(made)
+
+
+def run_bulk(arguments: argparse.Namespace, kind: "Literal['caption', 'embed']") -> int:
+    """Do what ``add_bulk``'s options ask for; returns the exit status, 1 if an image failed."""
+    import sys
+
+    import torch
+    from tqdm import tqdm
+
+    from multimodal.bulk import Job, run_job
+    from multimodal.shards import Shards
+
+    if arguments.out_dir is None:
+        raise ValueError("--data: give --out-dir, a folder for the results")
+    use_device(arguments)
+    job = Job(kind, arguments.model, arguments.device, arguments.dtype, arguments.batch_size)
+    if arguments.workers > 1 or arguments.engine != "processes":
+        job = replace(job, threads=max(1, torch.get_num_threads() // arguments.workers))
+    if kind == "caption":
+        job = replace(job, max_tokens=arguments.max_tokens, sampling=sampling_of(arguments))
+    total = len(Shards(arguments.data, arguments.split))
+    with tqdm(total=total, unit="image", file=sys.stderr, disable=None) as bar:
+        counts = run_job(job, arguments.data, arguments.out_dir, arguments.split,
+                         arguments.engine, arguments.workers, bar.update)  # fmt: skip
+    if counts is None:  # the first rank says it
+        return 0
+    done, failed = counts
+    unread = f"; {failed:,} could not be read, see the lines with an error" if failed else ""
+    print(f"{arguments.out_dir}: {done:,} of {done + failed:,} images{unread}")
+    return int(failed > 0)
+
+
 def add_drawing(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--guidance-scale",
@@ -93,6 +140,8 @@ def use_device(arguments: argparse.Namespace) -> None:
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.device == "cuda" and "LOCAL_RANK" in os.environ:
+        arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: a GPU for each
     try:
         torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:  # CPU-only builds assert

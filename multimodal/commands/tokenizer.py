@@ -5,6 +5,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from multimodal.commands.options import add_engine
+
 EXAMPLES = """examples:
   multimodal tokenizer text data/photos --out text_tokenizer.json --vocabulary-size 4096
   multimodal tokenizer text data/photos corpus.txt --out text_tokenizer.json
@@ -17,7 +19,8 @@ EXAMPLES = """examples:
 
 def texts(sources: list[str], split: str) -> Iterator[str]:
     """Every text of shard folders (captions, questions, answers) and every line of text files."""
-    from multimodal.shards import Shards, texts_of
+    from multimodal.samples import texts_of
+    from multimodal.shards import Shards
 
     for source in sources:
         if Path(source).is_dir():
@@ -71,8 +74,8 @@ def encode(arguments: argparse.Namespace) -> int:
     from multimodal.shards import read_manifest
     from multimodal.tokenizers.image import load_image_tokenizer
 
-    if arguments.batch_size < 1 or arguments.workers < 0:
-        raise ValueError("--batch-size, --workers: expected at least 1, and at least 0")
+    if arguments.batch_size < 1 or arguments.decoders < 0:
+        raise ValueError("--batch-size, --decoders: expected at least 1, and at least 0")
     use_device(arguments)
     tokenizer = load_image_tokenizer(part_of(arguments.tokenizer, "image_tokenizer"))
     encoding = Encoding.by(
@@ -82,10 +85,13 @@ def encode(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     total = sum(entry["samples"] for entry in read_manifest(Path(arguments.source))["shards"])
     with tqdm(total=total, desc="samples", unit="sample", disable=None) as progress:
-        encode_shards(
+        manifest = encode_shards(
             arguments.source, arguments.out, tokenizer.to(arguments.device), encoding,
-            arguments.batch_size, arguments.workers, progress.update,
+            arguments.batch_size, arguments.decoders, progress.update, arguments.engine,
+            arguments.workers,
         )  # fmt: skip
+    if manifest is None:  # the first rank says it
+        return 0
     print(f"{arguments.out}: {total} samples, codes of tokenizer {encoding.fingerprint}")
     return 0
 
@@ -150,8 +156,9 @@ def main(argv: list[str]) -> int:
     shards.add_argument("--seed", type=int, default=0, help="of the crops (default 0)")
     shards.add_argument("--batch-size", type=int, default=64)
     shards.add_argument(
-        "--workers", type=int, default=2, help="threads that decode images (default 2)"
+        "--decoders", type=int, default=2, help="threads that decode images (default 2)"
     )
+    add_engine(shards)
     shards.add_argument("--device", default="cpu", help="where torch computes (default cpu)")
     shards.add_argument(
         "--threads", type=int, default=0, help="CPU threads (default: torch's choice)"

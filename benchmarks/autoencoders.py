@@ -1,0 +1,116 @@
+"""Pictures kept after equal time: the ViT of the photos recipe beside the VQGAN of LlamaGen.
+
+    python benchmarks/autoencoders.py --data data/flickr8k [--out runs/autoencoders] [--minutes 4]
+
+Both are trained from nothing on the training split at 128 x 128 pixels, to 8 x 8 codes of one
+codebook size, on pixels alone, by the same optimizer, and measured on val by ``multimodal tokenizer
+compare``. Rows: the ViT; the VQGAN in its released shape (72 M parameters), and one a quarter as
+wide, with about the parameters of the ViT, for the same wall-clock time; the narrow one for the
+same steps. Steps that fit the time come from steps of all that take turns. A row that is done is
+not done again. Leaves ``table.md``, ``table.json`` and ``table.png`` in the folder.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fits import fit, markdown
+
+from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
+from multimodal.train.schedule import muon
+
+SIZE, DOWNSAMPLE, BATCH = 128, 16, 32
+VIT = {
+    "autoencoder": {"name": "vit", "dim": 192, "encoder_depth": 2, "decoder_depth": 3, "heads": 4},
+    "quantizer": {"name": "fsq", "levels": [3] * 7},
+}
+VQ = {"name": "vq", "codebook_size": 2187, "channels": 8, "learning": "gradient"}
+RELEASED = {"autoencoder": {"name": "vqgan"}, "quantizer": VQ}
+NARROW = {"autoencoder": {"name": "vqgan", "channels": 32, "latent_channels": 64}, "quantizer": VQ}
+SHAPES = {"vit": VIT, "vqgan": RELEASED, "narrow vqgan": NARROW}
+
+
+def config_of(shape: dict[str, Any]) -> dict[str, Any]:
+    return {"image_size": SIZE, "fit": "squash", "downsample": DOWNSAMPLE, **shape}
+
+
+def step_seconds(rounds: int = 4) -> dict[str, float]:
+    """A training step of each, the median of some that take turns."""
+    torch.manual_seed(0)
+    images = torch.rand(BATCH, 3, SIZE, SIZE) * 2 - 1
+    models = {
+        name: VQTokenizer(ImageTokenizerConfig(**config_of(shape)))
+        for name, shape in SHAPES.items()
+    }
+    optimizers = {name: muon(model, [], 1e-4, 0.0) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds + 1):
+        for name, model in models.items():
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16):
+                made, quantized = model(images)
+            loss = F.mse_loss(made.float(), images) + sum(quantized.losses.values())
+            optimizers[name].zero_grad()
+            loss.backward()
+            optimizers[name].step()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(some[1:]) for name, some in times.items()}
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--data", required=True)
+    made.add_argument("--out", type=Path, default=Path("runs/autoencoders"))
+    made.add_argument("--minutes", type=float, default=4.0, help="of training, for each")
+    arguments = made.parse_args()
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "step_seconds.json").is_file():
+        (out / "step_seconds.json").write_text(json.dumps(step_seconds()) + "\n")
+    seconds = json.loads((out / "step_seconds.json").read_text())
+    fitting = {name: round(60 * arguments.minutes / one) for name, one in seconds.items()}
+    rows = [(name, shape, fitting[name]) for name, shape in SHAPES.items()]
+    rows.append(("narrow vqgan, equal steps", NARROW, fitting["vit"]))
+    for name, shape, steps in rows:
+        tokenizer = {
+            "tokenizer": config_of(shape), "learning_rate": 1.5e-3,
+            "warmup_steps": max(1, min(100, steps // 10)),
+        }  # fmt: skip
+        data = {
+            "folders": [arguments.data], "global_batch_size": BATCH, "crop_scale": 0.4,
+            "mirror": True, "val_limit": 256,
+        }  # fmt: skip
+        module = "image_tokenizer.ImageTokenizerModule"
+        fit(out / name.replace(" ", "-").replace(",", ""), module, tokenizer, data, steps)
+    compare = [
+        sys.executable, "-m", "multimodal.cli", "tokenizer", "compare", "--data", arguments.data,
+        "--fit", "squash", "--limit", "256", "--batch-size", "16",
+        "--output", out / "compare.json", "--picture", out / "table.png",
+    ]  # fmt: skip
+    folders = [out / name.replace(" ", "-").replace(",", "") for name, _, _ in rows]
+    compare += [folder / "model" for folder in folders]
+    subprocess.run([str(part) for part in compare], check=True)
+    kept = json.loads((out / "compare.json").read_text())
+    figures = ("psnr", "ssim", "ms_ssim", "perceptual", "used", "parameters")
+    table = [
+        {
+            "name": name, "steps": steps, "images": steps * BATCH,
+            "seconds": int((folder / "seconds").read_text()), **{k: row[k] for k in figures},
+        }
+        for (name, _, steps), folder, row in zip(rows, folders, kept["tokenizers"], strict=True)
+    ]  # fmt: skip
+    result = {"step_seconds": seconds, "protocol": kept["protocol"], "rows": table}
+    (out / "table.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "table.md").write_text(markdown(table))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

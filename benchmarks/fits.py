@@ -1,0 +1,56 @@
+"""Runs of ``multimodal fit`` for benchmarks that train: started, gone on with, and read."""
+
+import csv
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+TRAINER = {
+    "precision": "bf16-mixed", "gradient_clip_val": 1.0, "check_val_every_n_epoch": None,
+    "log_every_n_steps": 20, "enable_progress_bar": False,
+}  # fmt: skip
+
+
+def fit(
+    folder: Path, module: str, arguments: dict[str, Any], data: dict[str, Any], steps: int
+) -> None:
+    """One run, the rest of one that was stopped, or nothing for one that is done.
+
+    ``folder/model`` is what it trained, ``folder/seconds`` what its last part took.
+    """
+    if (folder / "seconds").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "output": str(folder),
+        "model": {"class_path": f"multimodal.train.{module}", "init_args": arguments},
+        "data": {"workers": 1, **data},
+        "trainer": {**TRAINER, "max_steps": steps, "val_check_interval": steps},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "multimodal.cli", "fit", "--config", folder / "config.yaml"]
+    if (last := folder / "checkpoints/last.ckpt").is_file():
+        command += ["--ckpt_path", last]
+    start = time.perf_counter()
+    subprocess.run([str(part) for part in command], check=True)
+    (folder / "seconds").write_text(f"{time.perf_counter() - start:.0f}\n")
+
+
+def last_figures(folder: Path) -> dict[str, float]:
+    """The newest value of everything the log has."""
+    figures: dict[str, float] = {}
+    with open(folder / "logs/metrics.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            figures |= {name: float(value) for name, value in row.items() if name and value}
+    return figures
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Rows of the same names as a table."""
+    lines = [[*rows[0]], ["---"] * len(rows[0])]
+    lines += [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

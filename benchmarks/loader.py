@@ -1,0 +1,166 @@
+"""Images a second that training is given, beside the least that could be done, and webdataset.
+
+    python benchmarks/loader.py --data data/flickr8k [--image-size 128] [--count 1024]
+
+One process, one thread each, in turns: a bare loop (read the tar, decode with Pillow, resize);
+plain webdataset with the same decoding, into batches with their texts; the loader of training,
+shuffled, over the same images; and over their codes (``multimodal tokenizer encode``). Then what a
+folder of 100,000 shards (simulated: their files are empty) costs before the first sample, and what
+ten epochs do to memory. Prints JSON as its last line.
+"""
+
+import argparse
+import io
+import json
+import resource
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from multimodal.pretokenise import Encoding, encode_shards
+from multimodal.shards import Shards, index_shard, write_manifest, write_tar
+from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
+from multimodal.train.data import GlobalBatches, GlobalBatchLoader, ShardDataset
+from multimodal.train.order import Order
+
+BATCH, ROUNDS = 64, 9  # of the rounds the best counts: the least that others disturbed
+MANY = 100_000  # shards of the simulated folder
+START_UP = """
+import json, re, sys, time
+from multimodal.shards import Shards
+from multimodal.train.data import GlobalBatches
+from multimodal.train.order import Order
+
+def largest():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+before, start = largest(), time.perf_counter()  # the imports are not what is measured
+shards = Shards(sys.argv[1], "train")
+first = next(iter(GlobalBatches(Order([shards.sizes]), 64)))
+print(json.dumps({"samples": len(shards), "seconds": time.perf_counter() - start,
+                  "megabytes": largest() - before, "megabytes_of_the_process": largest()}))
+"""
+
+
+def pixels(data: bytes, side: int) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB").resize((side, side))
+
+
+def bare(tars: list[Path], side: int) -> Iterator[object]:
+    for path in tars:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                if file is not None and member.name.endswith(("jpg", "png", "webp")):
+                    yield pixels(file.read(), side)
+
+
+def webdataset_loop(tars: list[Path], side: int) -> Iterator[tuple[torch.Tensor, list[object]]]:
+    """Batches of images and texts, as training has to have them."""
+    import webdataset
+
+    dataset = webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False)
+    samples = ((pixels(one["jpg"], side), json.loads(one["json"])) for one in dataset)
+    while batch := list(islice(samples, BATCH)):
+        images, texts = zip(*batch, strict=True)
+        stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+        yield stacked.permute(0, 3, 1, 2).contiguous(), list(texts)
+
+
+def loader(folder: Path, side: int) -> GlobalBatchLoader:
+    shards = [Shards(folder, "train")]
+    dataset = ShardDataset(shards, side, "squash", 0)
+    return GlobalBatchLoader(dataset, GlobalBatches(Order([shards[0].sizes]), BATCH), 0)
+
+
+def images_a_second(folders: dict[str, Path], side: int, count: int) -> dict[str, float]:
+    tars = sorted(folders["raw"].glob("*.tar"))
+    loaders = {name: loader(folder, side) for name, folder in folders.items()}
+    kept = len(loaders["raw"]) * BATCH
+    ways = {
+        "bare": lambda: sum(1 for _ in bare(tars, side)),
+        "webdataset": lambda: sum(len(images) for images, _ in webdataset_loop(tars, side)),
+        **{name: (lambda one=one: sum(map(len, one))) for name, one in loaders.items()},
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            done = way()
+            times[name].append((time.perf_counter() - start) / done)
+            assert done == (kept if name in loaders else count), (name, done)
+    return {name: 1 / min(some) for name, some in times.items()}
+
+
+def start_up(folder: Path) -> dict[str, float]:
+    """Of a manifest as it would be; the shards are as long as it says, but hold nothing."""
+    digest = "0" * 64
+    entries = [
+        {"name": f"train-{n:06d}.tar", "split": "train", "samples": 1000, "bytes": 0,
+         "sha256": digest, "index_sha256": digest}
+        for n in range(MANY)
+    ]  # fmt: skip
+    for entry in entries:
+        (folder / str(entry["name"])).touch()
+    manifest = {"format": "multimodal-shards", "version": 1, "shards": entries}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    command = [sys.executable, "-c", START_UP, str(folder)]
+    found: dict[str, float] = json.loads(subprocess.check_output(command, text=True))
+    return found
+
+
+def ten_epochs(folder: Path, side: int) -> list[float]:
+    """Megabytes of this process at its largest, after each epoch."""
+    one, largest = loader(folder, side), []
+    for epoch in range(10):
+        one.batch_sampler.set_epoch(epoch)
+        for _ in one:
+            pass
+        largest.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return largest
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--data", type=Path, required=True, help="a shard folder with JPEGs")
+    made.add_argument("--image-size", type=int, default=128)
+    made.add_argument("--count", type=int, default=1024, help="images, in shards of 256")
+    arguments = made.parse_args()
+    side, count = arguments.image_size, arguments.count
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        raw, coded, many = (Path(name) / part for part in ("raw", "coded", "many"))
+        raw.mkdir()
+        many.mkdir()
+        samples = list(islice(Shards(arguments.data, "train"), count))
+        for start in range(0, count, 256):
+            chosen = [(sample.key, sample.members) for sample in samples[start : start + 256]]
+            write_tar(raw / f"train-{start // 256:04d}.tar", chosen)
+        write_manifest(raw, [index_shard(tar) for tar in sorted(raw.glob("*.tar"))])
+        small = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 0, "heads": 2}
+        tokenizer = VQTokenizer(ImageTokenizerConfig(side, "squash", 16, small)).eval()
+        encode_shards(raw, coded, tokenizer, Encoding.by(tokenizer))
+        speeds = images_a_second({"raw": raw, "codes": coded}, side, count)
+        memory = ten_epochs(raw, side)
+        figures = {
+            "of_the_bare_loop": speeds["raw"] / speeds["bare"],
+            "of_webdataset": speeds["raw"] / speeds["webdataset"],
+            "codes_of_raw": speeds["codes"] / speeds["raw"],
+            "images_per_second": speeds,
+            "start_up": start_up(many),
+            "megabytes_after_each_epoch": [round(size) for size in memory],
+        }
+    print(json.dumps({**figures, "image_size": side, "count": count, "torch": torch.__version__}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""What a model can do, measured: small classes that yield ``(name, value)``.
+
+An evaluator says which samples it can use; what it found for single samples is kept in
+``examples``, to be looked at. To add one, write a class like these and put it into ``EVALUATORS``.
+
+Shapes: N samples, n codes of an image, D dimensions of an embedding.
+"""
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from PIL import Image
+
+from multimodal.drawing import decode_images, draw_codes
+from multimodal.embedding import embed_codes, embed_texts
+from multimodal.eval.answering import normalise, score_answers
+from multimodal.eval.captioning import score_captions
+from multimodal.eval.drawings import objects_asked, score_scene_drawings, whole_caption
+from multimodal.eval.features import Features
+from multimodal.eval.measuring import Evaluator, Example, PerQuestion, Subject, Value
+from multimodal.eval.reconstruction import score_reconstructions
+from multimodal.eval.retrieval import score_retrieval
+from multimodal.eval.scenes import score_scene_captions
+from multimodal.generation import caption_codes, encode_images, text_after, text_likelihoods
+from multimodal.images import to_image
+from multimodal.model import Multimodal
+from multimodal.objectives import token_losses
+from multimodal.samples import Sample
+from multimodal.sampling import Sampling
+from multimodal.scene_claims import check_caption, parse_caption
+from multimodal.scenes import Scene
+from multimodal.sequences import draw, pack
+
+
+def shapes_said(caption: str) -> set[str]:
+    """The kinds of things a caption about a scene speaks of.
+
+    Captions that name one that is not there are CHAIR's share of sentences (Rohrbach et al. 2018,
+    arXiv:1809.02156), here without its doubts, as all is known that is there.
+    """
+    return {claim.value for claim in parse_caption(caption) if claim.kind == "shape"}
+
+
+def scene_of(sample: Sample) -> Scene | None:
+    scene = sample.record.get("scene")
+    return None if scene is None else Scene.from_json(scene)
+
+
+@dataclass
+class Captioning:
+    """Captions beside references; of scenes, which of their statements are true."""
+
+    name: ClassVar[str] = "captioning"
+    protocol: ClassVar[str] = "greedy, at most 64 tokens; Penn Treebank tokens, pycocoevalcap"
+    examples: list[Example] = field(default_factory=list)
+
+    def fits(self, sample: Sample) -> bool:
+        return bool(sample.record.get("captions")) and "label" not in sample.record
+
+    def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        keys = [sample.key for sample in subject.samples]
+        said: list[str] = []
+        for rows in subject.batches(range(len(keys))):
+            said += caption_codes(subject.model, subject.codes[list(rows)])
+        found = dict(zip(keys, said, strict=True))
+        truth = {sample.key: sample.record["captions"] for sample in subject.samples}
+        scores = score_captions(found, truth)
+        each = scores["per_image"]
+        yield "CIDEr", [each[key]["CIDEr"] for key in keys]
+        for name in ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4"):
+            yield name, scores[name]  # a corpus' figure is not the mean of its images'
+        yield "ROUGE_L", [each[key]["ROUGE_L"] for key in keys]
+        yield "words", [float(len(text.split())) for text in said]
+        yield "distinct", len(set(said)) / len(said)
+        for n in (1, 2):
+            grams = [gram for text in said for gram in zip(*(text.split()[i:] for i in range(n)),
+                                                           strict=False)]  # fmt: skip
+            yield f"distinct_{n}", len(set(grams)) / max(1, len(grams))
+        quality = {key: each[key]["CIDEr"] for key in keys}
+        scenes = {sample.key: scene for sample in subject.samples if (scene := scene_of(sample))}
+        if scenes and len(scenes) == len(keys):
+            results = {key: check_caption(found[key], scene) for key, scene in scenes.items()}
+            quality = {key: (one.precision + one.recall) / 2 for key, one in results.items()}
+            for name, value in score_scene_captions(found, scenes).items():
+                if name != "n":
+                    yield f"scene_{name}", value
+            yield (
+                "hallucinated",
+                [
+                    float(bool(shapes_said(found[key]) - {thing.shape for thing in scene.objects}))
+                    for key, scene in scenes.items()
+                ],
+            )
+        for sample, image in zip(subject.samples, subject.images, strict=True):
+            key = sample.key
+            self.examples.append(
+                Example(key, f"{found[key]} | {truth[key][0]}", quality[key], image)
+            )
+
+
+@dataclass
+class Answers:
+    """Questions and statements: by kind, and beside it what the model says without the image."""
+
+    name: ClassVar[str] = "answers"
+    protocol: ClassVar[str] = (
+        "greedy, at most 16 tokens; exact match after case, spaces and marks around; blind: the "
+        "same questions about an even grey picture"
+    )
+    examples: list[Example] = field(default_factory=list)
+
+    def fits(self, sample: Sample) -> bool:
+        return bool(asked_of(sample, None))
+
+    def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        model = subject.model
+        asked = [
+            (row, *one)
+            for row, sample in enumerate(subject.samples)
+            for one in asked_of(sample, model)
+        ]
+        grey = encode_images(model, torch.zeros_like(subject.pixels[:1]))
+        found: list[str] = []
+        blind: list[str] = []
+        for part in subject.batches(asked):
+            prompts = [prompt for _, prompt, _, _ in part]
+            codes = subject.codes[[row for row, _, _, _ in part]]
+            found += text_after(model, codes, prompts, max_tokens=16)
+            blind += text_after(model, grey.expand(len(part), -1), prompts, max_tokens=16)
+        expected = [answer for _, _, _, answer in asked]
+        right = [normalise(a) == normalise(b) for a, b in zip(expected, found, strict=True)]
+        yield "accuracy", PerQuestion([float(one) for one in right], [one[0] for one in asked])
+        for name, value in score_answers(zip(expected, found, strict=True)).items():
+            if name in ("open", "closed"):
+                yield name, value
+        for name, value in score_answers(zip(expected, blind, strict=True)).items():
+            if name != "n":
+                yield f"blind_{name}", value
+        said = Counter(normalise(text) for text in found)
+        yes, no = said["yes"], said["no"]
+        if yes + no:
+            wanted = Counter(map(normalise, expected))
+            yield "says_yes", yes / (yes + no)
+            yield "yes_is_right", wanted["yes"] / max(1, wanted["yes"] + wanted["no"])
+        by_start: dict[str, list[bool]] = {}
+        for (_, _, question, _), correct in zip(asked, right, strict=True):
+            by_start.setdefault(question.lower().split()[0].strip("?:,."), []).append(correct)
+        for start, each in sorted(by_start.items(), key=lambda item: -len(item[1]))[:8]:
+            yield f"{start}...", sum(each) / len(each)
+        yield "questions", float(len(asked))
+        for (row, _, question, answer), text, correct in zip(asked, found, right, strict=True):
+            sample = subject.samples[row]
+            more = "" if correct else f" (right: {answer})"
+            self.examples.append(
+                Example(sample.key, f"{question} {text}{more}", float(correct), subject.images[row])
+            )
+
+
+def asked_of(sample: Sample, model: Multimodal | None) -> list[tuple[str, str, str]]:
+    """(prompt, question, answer) of a sample's questions, or of the statement it judges."""
+    record = sample.record
+    ask = (lambda text: text) if model is None else model.config.templates.ask
+    pairs = [(ask(question), question, answer) for question, answer in record.get("qa", [])]
+    if "label" in record and record.get("captions"):
+        judge = (lambda text: text) if model is None else model.config.templates.judge
+        statement = record["captions"][0]
+        pairs.append((judge(statement), statement, str(record["label"])))
+    return pairs
+
+
+@dataclass
+class Retrieval:
+    """Which image a text means among all, and which text an image."""
+
+    name: ClassVar[str] = "retrieval"
+    protocol: ClassVar[str] = "every caption against every image; ties count against the model"
+    examples: list[Example] = field(default_factory=list)
+
+    def fits(self, sample: Sample) -> bool:
+        return bool(sample.record.get("captions")) and "label" not in sample.record
+
+    def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        images = torch.cat([
+            embed_codes(subject.model, subject.codes[list(rows)])
+            for rows in subject.batches(range(len(subject.samples)))
+        ])  # fmt: skip
+        texts, owners = list[str](), list[int]()
+        for number, sample in enumerate(subject.samples):
+            texts += sample.record["captions"]
+            owners += [number] * len(sample.record["captions"])
+        rows = torch.cat([embed_texts(subject.model, part) for part in subject.batches(texts)])
+        scores = score_retrieval(images, rows, owners)
+        yield from scores.items()
+        likeness = rows @ images.T
+        ranks = (likeness >= likeness.gather(1, torch.tensor(owners)[:, None])).sum(1).float()
+        yield "text_to_image_median_rank", float(ranks.median())
+        yield "images", float(len(images))
+
+
+@dataclass
+class Likelihood:
+    """How surprised the model is: bits a byte of captions, nats a code of images."""
+
+    name: ClassVar[str] = "likelihood"
+    protocol: ClassVar[str] = (
+        "the first caption given its image; codes one by one given the caption"
+    )
+    examples: list[Example] = field(default_factory=list)
+
+    def fits(self, sample: Sample) -> bool:
+        return bool(sample.record.get("captions")) and "label" not in sample.record
+
+    @torch.inference_mode()
+    def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        model, bits, code_nats = subject.model, list[float](), list[float]()
+        for rows in subject.batches(range(len(subject.samples))):
+            codes = subject.codes[list(rows)]
+            captions = [subject.samples[row].record["captions"][0] for row in rows]
+            nats = -text_likelihoods(model, codes, captions)
+            bytes_of = [len(text.encode()) + 1 for text in captions]  # and the end
+            bits += [
+                float(nat) / math.log(2) / size for nat, size in zip(nats, bytes_of, strict=True)
+            ]
+            for row, caption in zip(codes.numpy(), captions, strict=True):
+                ids = model.text_tokenizer.encode(caption)
+                sequence = draw(model.vocabulary, ids, row)
+                packed = pack([sequence], len(sequence), model.vocabulary.pad).to(model.device)
+                logits = model.transformer.logits(model.hidden(packed).flatten(0, 1))
+                targets, objectives = packed.targets.flatten(), packed.objectives.flatten()
+                _, parts = token_losses(logits, targets, objectives, model.config.objectives)
+                code_nats.append(float(parts["image"]))
+        yield "caption_bits_per_byte", bits
+        yield "image_nats_per_code", code_nats
+
+
+@dataclass
+class Drawing:
+    """Drawings after captions of scenes, read off their pixels; others by the model's own view."""
+
+    name: ClassVar[str] = "drawing"
+    protocol: ClassVar[str] = (
+        "code by code, guidance 3, temperature 1; of scenes after the first caption that names all "
+        "objects, read off the pixels by program; of others the model's own alignment score (the "
+        "product of the embeddings of caption and drawing)"
+    )
+    examples: list[Example] = field(default_factory=list)
+
+    def fits(self, sample: Sample) -> bool:
+        if "scene" in sample.record:
+            return whole_caption(sample.record) is not None
+        return bool(sample.record.get("captions")) and "label" not in sample.record
+
+    def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        model = subject.model
+        prompts = [
+            whole_caption(sample.record) if "scene" in sample.record else None
+            for sample in subject.samples
+        ]
+        texts = [
+            prompt or sample.record["captions"][0]
+            for prompt, sample in zip(prompts, subject.samples, strict=True)
+        ]
+        drawn, kept = list[Image.Image](), list[Image.Image]()
+        own, real = list[float](), list[float]()
+        sampling = Sampling(temperature=1.0, seed=subject.seed)
+        for rows in subject.batches(range(len(texts))):
+            some, true = [texts[row] for row in rows], subject.codes[list(rows)]
+            codes = draw_codes(model, some, method="causal", sampling=sampling, numbers=rows)
+            meant = embed_texts(model, some)
+            own += (embed_codes(model, codes) * meant).sum(-1).tolist()
+            real += (embed_codes(model, true) * meant).sum(-1).tolist()
+            drawn += [to_image(image) for image in decode_images(model, codes)]
+            kept += [to_image(image) for image in decode_images(model, true)]
+        yield "own_alignment", own
+        yield "own_alignment_of_true_images", real
+        quality = own
+        if all(prompts):
+            scores = score_scene_drawings(texts, drawn)
+            again = score_scene_drawings(texts, kept)
+            for name in ("objects", "colours", "extra"):
+                yield name, scores[name]
+                yield f"{name}_of_reconstructions", again[name]
+            yield "objects_asked", scores["n"]
+            quality = [
+                score_scene_drawings([text], [image])["objects"]
+                for text, image in zip(texts, drawn, strict=True)
+                if objects_asked(text)
+            ]
+        for sample, text, image, score in zip(subject.samples, texts, drawn, quality, strict=True):
+            self.examples.append(Example(sample.key, text, score, image))
+
+
+@dataclass
+class Reconstruction:
+    """What the image tokenizer keeps."""
+
+    name: ClassVar[str] = "reconstruction"
+    protocol: ClassVar[str] = (
+        "images as the model sees them; perceptual and fid with random features of seed 0: to "
+        "compare with one another, with nothing published"
+    )
+    examples: list[Example] = field(default_factory=list)
+
+    def fits(self, sample: Sample) -> bool:
+        return True
+
+    def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        tokenizer = copy.deepcopy(subject.model.image_tokenizer).cpu()  # where the pictures are
+        scores, again = score_reconstructions(
+            tokenizer, subject.pixels, Features(), keep=len(subject.samples),
+            on_batch=subject.on_batch,
+        )  # fmt: skip
+        yield from scores.items()
+        errors = (again - subject.pixels).square().mean((1, 2, 3))
+        for sample, image, error in zip(subject.samples, again, errors.tolist(), strict=True):
+            psnr = -10 * math.log10(max(error, 1e-10) / 4)
+            self.examples.append(Example(sample.key, f"{psnr:.1f} dB", psnr, to_image(image)))
+
+
+EVALUATORS: dict[str, Callable[[], Evaluator]] = {
+    one.name: one for one in (Captioning, Answers, Retrieval, Likelihood, Drawing, Reconstruction)
+}

@@ -1,0 +1,104 @@
+"""Interleaved documents: texts and images in an order of their own, as samples.
+
+In a source, a line of a .jsonl is a document: ``{"content": [{"image": PATH}, {"text": "..."}]}``,
+or as OBELICS (Laurençon et al. 2023, arXiv:2306.16527) has them, two lists of one length of which
+at each place one is null: ``{"images": [PATH, null], "texts": [null, "..."]}``. In a shard,
+``{"image": "0"}`` names the member ``KEY.0.jpg``.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from multimodal.records import Found, Rejected, UnreadableText, encodable, normalise, shown
+from multimodal.samples import IMAGE_SUFFIXES
+from multimodal.tables import read_rows
+
+
+def is_documents(source: Path) -> bool:
+    """Whether the first readable line of a .jsonl is a document, and not a row of a table."""
+    if source.suffix.lower() != ".jsonl":
+        return False
+    row = next((row for _, row in read_rows(source) if isinstance(row, dict)), {})
+    listed = isinstance(row.get("images"), list) and isinstance(row.get("texts"), list)
+    return listed or isinstance(row.get("content"), list)
+
+
+def read_documents(source: Path, root: Path) -> Iterator[Found | Rejected]:
+    """The documents of a .jsonl in their order; root: the folder of their images."""
+    for line, row in read_rows(source):
+        name = f"{source}: line {line}"
+        if isinstance(row, str):
+            yield Rejected(name, "unreadable row", row)
+            continue
+        try:
+            paths, content = _parts(row)
+            rest = {k: v for k, v in row.items() if k not in ("content", "images", "texts", "key")}
+            record = {**normalise(rest), "content": content}
+        except UnreadableText as error:
+            yield Rejected(name, "unreadable text", str(error))
+            continue
+        inside = [os.path.normpath(path) for path in paths]
+        outside = [path for path in inside if path.startswith("..") or os.path.isabs(path)]
+        if not paths:
+            yield Rejected(name, "no image")
+        elif outside or not all(map(encodable, inside)):
+            yield Rejected(name, "image outside the folder", shown(outside[0] if outside else "?"))
+        else:
+            key = row.get("key")
+            hint = key if isinstance(key, str) else f"{source.stem}-{line}"
+            images = tuple(root / path for path in inside)
+            identity = f"{source.name}/{line}"
+            yield Found(name, hint, identity, images, record, document=True)
+
+
+def _parts(row: Mapping[str, Any]) -> tuple[list[str], list[dict[str, str]]]:
+    """The paths of the images, and the content with their numbers in their places."""
+    given = row.get("content")
+    if given is None:
+        images, texts = row.get("images"), row.get("texts")
+        if not (isinstance(images, list) and isinstance(texts, list) and len(images) == len(texts)):
+            raise UnreadableText("neither content, nor images and texts of one length")
+        given = [
+            {"image": image} if text is None else {"text": text}
+            for image, text in zip(images, texts, strict=True)
+            if image is not None or text is not None
+        ]
+    paths: list[str] = []
+    content: list[dict[str, str]] = []
+    for part in given if isinstance(given, list) else [None]:
+        if not isinstance(part, dict) or len({"image", "text"} & part.keys()) != 1:
+            raise UnreadableText('a part is neither {"image": PATH} nor {"text": STRING}')
+        value = part.get("image", part.get("text"))
+        if not isinstance(value, str):
+            raise UnreadableText("a part is not a string")
+        if "image" in part:
+            content.append({"image": str(len(paths))})
+            paths.append(value)
+        elif value.strip():
+            content.append({"text": value})
+    return paths, content
+
+
+def images_of(members: Iterable[str]) -> list[str]:
+    """The suffixes of a sample's images in their order: one, or of a document ``0.jpg``, ``1.png``
+    and so on; none where a number is missing or there twice."""
+    members = list(members)
+    if one := next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None):
+        return [one]
+    numbered = [name.partition(".") for name in members]
+    images = [(n, kind) for n, _, kind in numbered if n.isdecimal() and kind in IMAGE_SUFFIXES]
+    images.sort(key=lambda image: int(image[0]))
+    if [n for n, _ in images] != [str(number) for number in range(len(images))]:
+        return []
+    return [f"{n}.{kind}" for n, kind in images]
+
+
+def check_content(content: Any, images: int) -> list[dict[str, str]]:
+    """The content of a document in a shard. Errors: ``UnreadableText`` where it does not name its
+    images 0, 1, ... in their order."""
+    named, checked = _parts({"content": content})
+    if named != [str(number) for number in range(images)]:
+        raise UnreadableText(f"its content names the images {named}, and it has {images}")
+    return checked
