@@ -67,7 +67,7 @@ def run(
 
     from multimodal.eval.evaluators import EVALUATORS
     from multimodal.eval.measuring import Subject, chosen, evaluate
-    from multimodal.eval.page import Figure, Section, page
+    from multimodal.eval.page import Bars, Figure, Section, page
 
     model = load_model(arguments)
     config = model.image_tokenizer.config
@@ -89,7 +89,9 @@ def run(
                 "task": task, "data": str(folder), "n": len(usable),
                 "protocol": evaluator.protocol, "scores": scores, "cost": paid,
             })  # fmt: skip
-            section = Section(f"{task}: {folder}", evaluator.protocol, seconds=paid["seconds"])
+            values = {name: round(score["value"], 4) for name, score in scores.items()}
+            section = Section(f"{task}: {folder}", f"{len(usable):,} samples; {evaluator.protocol}",
+                              seconds=paid["seconds"], bars=[Bars("", values)])  # fmt: skip
             for name, examples in chosen(evaluator.examples, SHOWN, arguments.seed).items():
                 if examples:
                     figures = [Figure(one.image, one.text) for one in examples]

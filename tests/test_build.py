@@ -490,3 +490,30 @@ def test_command(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["check", str(out), "--decode"]) == 0
     with pytest.raises(SystemExit, match="2"):
         main(["build", str(photos)])
+
+
+def test_what_img2dataset_wrote(tmp_path: Path) -> None:
+    """Tars named by digits, a record with everything it knows, and tables beside them."""
+    source = tmp_path / "laion"
+    source.mkdir()
+    record = {
+        "url": "https://example.org/a.jpg", "caption": "a  cat", "key": "000000003",
+        "status": "success", "error_message": None, "width": 16, "height": 12, "exif": "{}",
+        "license": "CC0",
+    }  # fmt: skip
+    tar_of(source / "00000.tar", [
+        ("000000003.jpg", picture(1, "JPEG")), ("000000003.txt", b"a  cat"),
+        ("000000003.json", json.dumps(record).encode()),
+        ("000000004.jpg", picture(2, "JPEG")), ("000000004.txt", b"a dog"),
+        ("000000004.json", json.dumps({**record, "caption": None}).encode()),
+    ])  # fmt: skip
+    for name in ("00000.parquet", "00000_stats.json"):
+        (source / name).write_bytes(b"of no interest")
+    report = build(source, tmp_path / "out")
+    assert report is not None and (report.kept, report.splits) == (2, {"train": 2})
+    found = samples(tmp_path / "out")
+    assert found["000000003"].record["captions"] == ["a  cat"]
+    assert found["000000003"].record["license"] == "CC0"
+    assert found["000000004"].record["captions"] == ["a dog"], (
+        "the .txt speaks where the json is mute"
+    )

@@ -150,7 +150,7 @@ HOSTILE: list[tuple[tuple[str, ...], int, str]] = [
     (("generate",), 2, "the prompt is empty"),
     (("generate", "--text", "a", "--output", "image"), 2, "needs --out"),
     (("generate", "--image", "missing.png"), 1, "missing.png"),
-    (("embed", "--out", "x.npy"), 2, "one of the two"),
+    (("embed", "--out", "x.npy"), 2, "one of them"),
     (("embed", "PHOTO", "--out", "x.npz"), 1, "ends in .npy"),
     (("embed", "missing.png", "--out", "x.npy"), 1, "nothing could be embedded"),
     (("search", "a bus", "--images", "nowhere"), 1, "nowhere: no such folder"),
