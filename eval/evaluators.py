@@ -46,6 +46,11 @@ def shapes_said(caption: str) -> set[str]:
     return {claim.value for claim in parse_caption(caption) if claim.kind == "shape"}
 
 
+def is_described(sample: Sample) -> bool:
+    """Whether its captions describe it; one with a label is a statement to be judged."""
+    return bool(sample.record.get("captions")) and "label" not in sample.record
+
+
 def scene_of(sample: Sample) -> Scene | None:
     scene = sample.record.get("scene")
     return None if scene is None else Scene.from_json(scene)
@@ -60,7 +65,7 @@ class Captioning:
     examples: list[Example] = field(default_factory=list)
 
     def fits(self, sample: Sample) -> bool:
-        return bool(sample.record.get("captions")) and "label" not in sample.record
+        return is_described(sample)
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         keys = [sample.key for sample in subject.samples]
@@ -182,7 +187,7 @@ class Retrieval:
     examples: list[Example] = field(default_factory=list)
 
     def fits(self, sample: Sample) -> bool:
-        return bool(sample.record.get("captions")) and "label" not in sample.record
+        return is_described(sample)
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         images = torch.cat([
@@ -213,7 +218,7 @@ class Likelihood:
     examples: list[Example] = field(default_factory=list)
 
     def fits(self, sample: Sample) -> bool:
-        return bool(sample.record.get("captions")) and "label" not in sample.record
+        return is_described(sample)
 
     @torch.inference_mode()
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
@@ -253,7 +258,7 @@ class Drawing:
     def fits(self, sample: Sample) -> bool:
         if "scene" in sample.record:
             return whole_caption(sample.record) is not None
-        return bool(sample.record.get("captions")) and "label" not in sample.record
+        return is_described(sample)
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         model = subject.model
