@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from multimodal.commands.options import check_output, whole_file
-from multimodal.documents import images_of
+from multimodal.documents import images_in, images_of
 from multimodal.eval.page import Bars, Figure, Section, page
 from multimodal.images import FORMATS, open_image
 from multimodal.records import has_text
@@ -132,9 +132,8 @@ class Folder:
 
     def measure(self, sample: Sample) -> None:
         """The sizes of its images, from their headers alone."""
-        for suffix in images_of(sample.members) or ["image"]:
+        for data in images_in(sample):
             try:
-                data = sample.members.get(suffix) or sample.image
                 with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                     width, height = image.size
             except Exception as error:  # Pillow's plugins raise whatever their parsing runs into

@@ -2,18 +2,23 @@
 
 In a source, a line of a .jsonl is a document: ``{"content": [{"image": PATH}, {"text": "..."}]}``,
 or as OBELICS (Laurençon et al. 2023, arXiv:2306.16527) has them, two lists of one length of which
-at each place one is null: ``{"images": [PATH, null], "texts": [null, "..."]}``. In a shard,
-``{"image": "0"}`` names the member ``KEY.0.jpg``.
+at each place one is null: ``{"images": [PATH, null], "texts": [null, "..."]}``, or plain text,
+``{"text": "..."}`` without a column of images. In a shard, ``{"image": "0"}`` names the member
+``KEY.0.jpg``.
 """
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from multimodal.records import Found, Rejected, UnreadableText, encodable, normalise, shown
-from multimodal.samples import IMAGE_SUFFIXES
-from multimodal.tables import read_rows
+from multimodal.samples import CODES, IMAGE_SUFFIXES, Sample, parts_of
+from multimodal.tables import IMAGE_COLUMNS, read_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def is_documents(source: Path) -> bool:
@@ -22,7 +27,8 @@ def is_documents(source: Path) -> bool:
         return False
     row = next((row for _, row in read_rows(source) if isinstance(row, dict)), {})
     listed = isinstance(row.get("images"), list) and isinstance(row.get("texts"), list)
-    return listed or isinstance(row.get("content"), list)
+    plain = isinstance(row.get("text"), str) and not {c.lower() for c in row} & {*IMAGE_COLUMNS}
+    return listed or plain or isinstance(row.get("content"), list)
 
 
 def read_documents(source: Path, root: Path) -> Iterator[Found | Rejected]:
@@ -34,15 +40,16 @@ def read_documents(source: Path, root: Path) -> Iterator[Found | Rejected]:
             continue
         try:
             paths, content = _parts(row)
-            rest = {k: v for k, v in row.items() if k not in ("content", "images", "texts", "key")}
+            used = {"content"} & {*row} or {"images", "texts"} & {*row} or {"text"}
+            rest = {k: v for k, v in row.items() if k not in {*used, "key"}}
             record = {**normalise(rest), "content": content}
         except UnreadableText as error:
             yield Rejected(name, "unreadable text", str(error))
             continue
         inside = [os.path.normpath(path) for path in paths]
         outside = [path for path in inside if path.startswith("..") or os.path.isabs(path)]
-        if not paths:
-            yield Rejected(name, "no image")
+        if not content:
+            yield Rejected(name, "no text")
         elif outside or not all(map(encodable, inside)):
             yield Rejected(name, "image outside the folder", shown(outside[0] if outside else "?"))
         else:
@@ -56,6 +63,8 @@ def read_documents(source: Path, root: Path) -> Iterator[Found | Rejected]:
 def _parts(row: Mapping[str, Any]) -> tuple[list[str], list[dict[str, str]]]:
     """The paths of the images, and the content with their numbers in their places."""
     given = row.get("content")
+    if given is None and not {"images", "texts"} & {*row}:
+        given = [{"text": row.get("text")}]
     if given is None:
         images, texts = row.get("images"), row.get("texts")
         if not (isinstance(images, list) and isinstance(texts, list) and len(images) == len(texts)):
@@ -81,18 +90,53 @@ def _parts(row: Mapping[str, Any]) -> tuple[list[str], list[dict[str, str]]]:
     return paths, content
 
 
-def images_of(members: Iterable[str]) -> list[str]:
+def images_of(members: Iterable[str], kinds: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
     """The suffixes of a sample's images in their order: one, or of a document ``0.jpg``, ``1.png``
     and so on; none where a number is missing or there twice."""
     members = list(members)
-    if one := next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None):
+    if one := next((suffix for suffix in kinds if suffix in members), None):
         return [one]
     numbered = [name.partition(".") for name in members]
-    images = [(n, kind) for n, _, kind in numbered if n.isdecimal() and kind in IMAGE_SUFFIXES]
+    images = [(n, kind) for n, _, kind in numbered if n.isdecimal() and kind in kinds]
     images.sort(key=lambda image: int(image[0]))
     if [n for n, _ in images] != [str(number) for number in range(len(images))]:
         return []
     return [f"{n}.{kind}" for n, kind in images]
+
+
+def is_plain_text(record: Mapping[str, Any]) -> bool:
+    """Whether it is a document of texts alone."""
+    parts = parts_of(record)
+    return bool(parts) and all("text" in part for part in parts)
+
+
+def images_in(sample: Sample) -> list[bytes]:
+    """The files of its images in their order: one, those of a document, or of plain text none.
+
+    Errors: ``ValueError`` for a sample without any that is no plain text."""
+    suffixes = images_of(sample.members)
+    if not suffixes and is_plain_text(sample.record):
+        return []
+    return [sample.members[suffix] for suffix in suffixes] or [sample.image]
+
+
+def codes_in(sample: Sample) -> "list[NDArray[np.int64]]":
+    """``images_in`` for shards that hold codes: int64[A, h, w] each."""
+    suffixes = images_of(sample.members, (CODES,))
+    if not suffixes and is_plain_text(sample.record):
+        return []
+    return [sample.codes_of(suffix) for suffix in suffixes] or [sample.codes]
+
+
+def document_of(sample: Sample) -> list[str | None]:
+    """The texts of a document, with None for each of its images in turn; empty for a pair.
+
+    Errors: ``ValueError`` where the content does not name the images that there are."""
+    suffixes = images_of(sample.members, (*IMAGE_SUFFIXES, CODES))
+    if not (suffixes[0][0].isdecimal() if suffixes else is_plain_text(sample.record)):
+        return []
+    content = check_content(sample.record.get("content"), len(suffixes))
+    return [part.get("text") for part in content]
 
 
 def check_content(content: Any, images: int) -> list[dict[str, str]]:

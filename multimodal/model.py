@@ -16,7 +16,16 @@ from multimodal.attention import attention_mask
 from multimodal.images import open_image, to_image
 from multimodal.objectives import Alignment, ObjectivesConfig, token_losses
 from multimodal.sampling import Sampling
-from multimodal.sequences import NO_LOSS, Packed, Sequence, answer, describe, draw, random_mask
+from multimodal.sequences import (
+    NO_LOSS,
+    Packed,
+    Sequence,
+    answer,
+    describe,
+    document,
+    draw,
+    random_mask,
+)
 from multimodal.templates import Templates
 from multimodal.tokenizers.image import VQTokenizer
 from multimodal.tokenizers.text import TextTokenizer
@@ -176,6 +185,17 @@ class Multimodal(nn.Module):
             masked = random_mask(len(image), rng) if form < goals.reconstruct_share else None
             draws.append(draw(vocabulary, None if dropped else ids, image, masked))
         return describes + draws + answers
+
+    def document(
+        self, parts: SequenceOf[str | None], codes: Tensor, longest: int | None = None
+    ) -> list[Sequence]:
+        """What a document teaches.
+
+        parts: its texts, and None for each image; codes: int64[images, n]; longest: tokens of a
+        sequence, what is more goes on in the next."""
+        images = iter(codes.cpu().numpy())
+        made = [next(images) if p is None else self.text_tokenizer.encode(p) for p in parts]
+        return document(self.vocabulary, made, longest)
 
     def hidden(self, packed: Packed) -> Tensor:
         """float[R, L, D]"""

@@ -1,7 +1,8 @@
 """Shards of codes in the place of images: encoded once, then read many times faster.
 
 ``KEY.codes.npy`` is ``uint16[A, h, w]`` (``uint32`` for more than 65,536 codes): A encodings of the
-image, of which training takes one by chance; the record stays as it is. The manifest says
+image, of which training takes one by chance, and of a document ``KEY.0.codes.npy`` and on; the
+record stays as it is. The manifest says
 which image tokenizer made them: codes mean nothing to another.
 
 The shard is the unit of work: each is written whole or not at all, and a run that was stopped goes
@@ -14,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from multimodal.documents import document_of, images_in
 from multimodal.images import Fit, augment_image, fit_image, open_image
 from multimodal.jobs import job_folder
 from multimodal.parallel import Engine, in_order, ranks, units_in_order
@@ -84,15 +87,15 @@ class Encoding:
         return cls(tokenizer.fingerprint, tokenizer.codebook_size, config.image_size, config.fit,
                    config.grid, **options)  # fmt: skip
 
-    def pictures(self, sample: Sample, split: str) -> NDArray[np.uint8]:
-        """uint8[A, H, W, 3]: what is to be encoded of one sample"""
-        image = open_image(sample.image, name=sample.key)
+    def pictures(self, key: str, data: bytes, split: str) -> NDArray[np.uint8]:
+        """uint8[A, H, W, 3]: what is to be encoded of an image of the sample"""
+        image = open_image(data, name=key)
         if split != self.train_split or self.crop_scale == 1:
             return np.asarray(fit_image(image, self.image_size, self.fit))[None]
         scale = (self.crop_scale, 1.0)
         crops = []
         for number in range(self.encodings):
-            rng = np.random.default_rng(sample_seed(self.seed, number, sample.key))
+            rng = np.random.default_rng(sample_seed(self.seed, number, key))
             crops.append(augment_image(image, self.image_size, rng, scale, flip=self.mirror))
         return np.stack([np.asarray(crop) for crop in crops])
 
@@ -217,26 +220,45 @@ def _encoded(
     """(key, members) of every sample of a shard, encoded in batches."""
     encoding = shard.encoding
 
-    def ready(sample: Sample) -> tuple[Sample, NDArray[np.uint8]]:
+    def ready(sample: Sample) -> tuple[Sample, list[NDArray[np.uint8]]]:
         try:
-            return sample, encoding.pictures(sample, shard.split)
+            document_of(sample)  # is as it should be
+            images = images_in(sample)
+            keys = [sample.key, *(f"{n}/{sample.key}" for n in range(1, len(images)))]
+            return sample, [encoding.pictures(key, data, shard.split)
+                            for key, data in zip(keys, images, strict=False)]  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{shards.folder}: sample {sample.key}: {error}") from error
 
-    samples, pictures = list[Sample](), list[NDArray[np.uint8]]()
+    samples, pictures = list[Sample](), list[list[NDArray[np.uint8]]]()
     for number, (sample, its_pictures) in enumerate(
         in_order(ready, shards, shard.decoders), start=1
     ):
         samples.append(sample)
         pictures.append(its_pictures)
-        if sum(map(len, pictures)) >= shard.batch_size or number == len(shards):
-            codes = encode_pictures(tokenizer, np.concatenate(pictures), encoding.precision)
-            ends = np.cumsum([len(one) for one in pictures])
-            for one, mine in zip(samples, np.split(codes, ends[:-1]), strict=True):
+        images = list(chain.from_iterable(pictures))
+        if sum(map(len, images)) >= shard.batch_size or number == len(shards):
+            encoded = iter(encode_images(tokenizer, images, encoding.precision))
+            for one, its_images in zip(samples, pictures, strict=True):
+                names = [CODES]
+                if document_of(one):
+                    names = [f"{n}.{CODES}" for n in range(len(its_images))]
+                codes = {name: codes_to_bytes(next(encoded), tokenizer.codebook_size)
+                         for name in names}  # fmt: skip
                 text = {k: v for k, v in one.members.items() if k in ("json", "txt")}
-                yield one.key, {CODES: codes_to_bytes(mine, tokenizer.codebook_size), **text}
+                yield one.key, {**codes, **text}
             on_sample(len(samples))
             samples, pictures = [], []
+
+
+def encode_images(
+    tokenizer: VQTokenizer, images: list[NDArray[np.uint8]], precision: Precision
+) -> list[NDArray[np.int64]]:
+    """uint8[A, H, W, 3] each -> codes: int64[A, h, w] each, all in one batch"""
+    if not images:
+        return []
+    codes = encode_pictures(tokenizer, np.concatenate(images), precision)
+    return np.split(codes, np.cumsum([len(image) for image in images])[:-1])
 
 
 @torch.inference_mode()

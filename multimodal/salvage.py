@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from multimodal.documents import images_of
+from multimodal.documents import images_of, is_plain_text
 from multimodal.records import Slice
 from multimodal.samples import TEXT_SUFFIXES, Sample
 from multimodal.shards import MAX_PADDING, DamagedShard, only_zeros, read_index, split_name
@@ -32,11 +32,19 @@ class _Run:
     key: str
     members: list[tuple[str, int, int]]
 
-    def has_images(self) -> bool:
-        return bool(images_of(suffix for suffix, _, _ in self.members))
+    def sample(self, shard: Path) -> Sample:
+        places = {suffix: Slice(shard, offset, length) for suffix, offset, length in self.members}
+        return Sample(self.key, Members(places))
 
-    def has(self, suffixes: tuple[str, ...]) -> bool:
-        return any(suffix in suffixes for suffix, _, _ in self.members)
+    def is_whole(self, shard: Path) -> bool:
+        """Whether it has an image and a text, or is plain text."""
+        suffixes = [suffix for suffix, _, _ in self.members]
+        if images_of(suffixes):
+            return any(suffix in TEXT_SUFFIXES for suffix in suffixes)
+        try:
+            return is_plain_text(self.sample(shard).record)
+        except ValueError:
+            return False
 
 
 class Members(Mapping[str, bytes]):
@@ -70,8 +78,7 @@ def salvage(shard: Path) -> Iterator[Sample | Lost]:
         if reason := _fault(run, times, size):
             yield Lost(f"{shard}: {run.key or run.members[0][0]}", reason)
             continue
-        places = {suffix: Slice(shard, offset, length) for suffix, offset, length in run.members}
-        yield Sample(run.key, Members(places))
+        yield run.sample(shard)
     try:
         for indexed in read_index(shard):
             if indexed["key"] not in times:
@@ -82,10 +89,7 @@ def salvage(shard: Path) -> Iterator[Sample | Lost]:
     for start, stop, number in gaps:
         beside = runs[max(0, number - 1) : number + 1]
         # A neighbour without its image or its text is what this gap cost, and is named already.
-        if any(
-            _fault(run, times, size) or not (run.has_images() and run.has(TEXT_SUFFIXES))
-            for run in beside
-        ):
+        if any(_fault(run, times, size) or not run.is_whole(shard) for run in beside):
             continue
         if not only_zeros(shard, start, stop):
             yield Lost(f"{shard}: bytes {start} to {stop}", "unreadable: a damaged header?")

@@ -39,11 +39,15 @@ class Sample:
     @property
     def codes(self) -> "NDArray[np.int64]":
         """int64[A, h, w]: A encodings of the image, in shards that hold codes."""
-        import numpy as np
-
         if CODES not in self.members:
             raise ValueError(f"sample {self.key} has no codes: members are {sorted(self.members)}")
-        data = self.members[CODES]
+        return self.codes_of(CODES)
+
+    def codes_of(self, member: str) -> "NDArray[np.int64]":
+        """int64[A, h, w]: the codes in a member."""
+        import numpy as np
+
+        data = self.members[member]
         start = 10 + int.from_bytes(data[8:10], "little")
         try:
             shape, kind = _npy_header(data[:start])

@@ -7,10 +7,14 @@
     draw            <bos> t t <boi> ...                      after <bos>: t t <boi>  text
       next-token    ... <boi> i i i <eoi>                    after <boi>: i i i <eoi>  image
       masked        ... <boi> i M i M <eoi>                  at M itself: i          reconstruct
-    text            <bos> t t <eos>                          after <bos>: t t <eos>  text
+    document        <bos> t t <boi> i i <eoi> t t <eos>      after <bos>: t t <boi>  text
+                    texts and images in any order            after <boi>: i i <eoi>  image
+                                                             after <eoi>: t t <eos>  caption
+    text            <bos> t t <eos>, a document              after <bos>: t t <eos>  text
 
-The prompts p p of answers carry no loss. A masked image is one bidirectional block of exactly
-the codes, without <boi> and <eoi>; the rest is causal. So the state at <eoi> of describe knows the
+The prompts p p of answers carry no loss. What of a document does not fit a row goes on after
+another <bos>; an image is never cut. A masked image is one bidirectional block of exactly the
+codes, without <boi> and <eoi>; the rest is causal. So the state at <eoi> of describe knows the
 image and nothing else, and the state at <boi> of draw knows the text and nothing else: they are the
 embeddings. A dropped condition is <null> in the place of the text, and carries no loss.
 """
@@ -128,9 +132,50 @@ def draw(
     return causal
 
 
+def document(
+    vocabulary: Vocabulary, parts: SequenceOf[list[int] | Ids], longest: int | None = None
+) -> list[Sequence]:
+    """parts: ids of a text (a list), or n image codes (an array), in their order; longest: tokens
+    of a sequence, what is more goes on in the next. Errors: ``ValueError`` if no image fits."""
+    pieces: list[Sequence] = []
+    ids, spans, name = [vocabulary.bos], list[Span](), "text"
+
+    def extend(more: list[int], objective: str) -> None:
+        spans.append((objective, len(ids) - 1, len(ids) - 1 + len(more)))
+        ids.extend(more)
+
+    def cut() -> None:
+        nonlocal ids, spans, name
+        if spans:
+            pieces.append(_next_token(ids, spans))
+        ids, spans, name = [vocabulary.bos], [], "text"
+
+    for part in parts:
+        if isinstance(part, list):
+            while longest is not None and len(ids) + len(part) > longest:
+                room = longest - len(ids)
+                extend(part[:room], name)
+                part = part[room:]
+                cut()
+            extend(part, name)
+            continue
+        image = [vocabulary.image_start + int(code) for code in part]
+        if longest is not None and len(ids) + len(image) + 2 > longest:
+            cut()
+            if len(image) + 3 > longest:
+                raise ValueError(f"an image of {len(image)} codes does not fit {longest} tokens")
+        extend([vocabulary.boi], name)
+        extend([*image, vocabulary.eoi], "image")
+        name = "caption"
+    if longest is not None and len(ids) + 1 > longest:
+        cut()
+    extend([vocabulary.eos], name)
+    cut()
+    return pieces
+
+
 def plain_text(vocabulary: Vocabulary, text: list[int]) -> Sequence:
-    ids = [vocabulary.bos, *text, vocabulary.eos]
-    return _next_token(ids, [("text", 0, len(ids) - 1)])
+    return document(vocabulary, [text])[0]
 
 
 def mask_ratio(uniform: float) -> float:

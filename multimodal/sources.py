@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.annotations import read_annotations
-from multimodal.documents import check_content, images_of, is_documents, read_documents
+from multimodal.documents import (
+    check_content,
+    images_of,
+    is_documents,
+    is_plain_text,
+    read_documents,
+)
 from multimodal.records import (
     Found,
     Rejected,
@@ -188,10 +194,7 @@ def _read_shards(tars: list[Path], ignored: "Counter[str]") -> Iterator[Found | 
                 continue
             assert isinstance(item.members, Members)
             name, places = f"{tar}: {item.key}", dict(item.members.places)
-            images = images_of(places)
-            if not images:
-                yield Rejected(name, "no image", f"its members are {', '.join(sorted(places))}")
-                continue
+            images, members = images_of(places), ", ".join(sorted(places))
             slices = tuple(places.pop(suffix) for suffix in images)
             texts = {kind: places.pop(kind).read() for kind in TEXTS if kind in places}
             label = texts.get("cls")
@@ -199,7 +202,10 @@ def _read_shards(tars: list[Path], ignored: "Counter[str]") -> Iterator[Found | 
                 record = _record(texts.get("json"), texts.get("txt"))
                 if label is not None:
                     record.setdefault("label", label.decode("utf-8").strip())
-                document = images[0][0].isdecimal()
+                document = images[0][0].isdecimal() if images else is_plain_text(record)
+                if not images and not document:
+                    yield Rejected(name, "no image", f"its members are {members}")
+                    continue
                 if document:
                     record["content"] = check_content(record.get("content"), len(slices))
             except ValueError as error:

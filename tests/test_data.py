@@ -28,7 +28,7 @@ def test_only_the_augmented_folders_are_cropped(tmp_path: Path) -> None:
 
     def images(epoch: int, augmented: list[bool]) -> list[list[int]]:
         dataset = ShardDataset(shards, 16, "squash", 0, 0.5, True, augmented)
-        return [dataset[epoch, number]["image"].ravel().tolist() for number in range(8)]
+        return [dataset[epoch, number]["images"][0].ravel().tolist() for number in range(8)]
 
     plain, some, later = images(0, [False] * 2), images(0, [True, False]), images(1, [True, False])
     assert all(a != b for a, b in zip(plain[:4], some[:4], strict=True))
@@ -51,7 +51,7 @@ def test_a_folder_named_twice_is_seen_twice_and_measured_once(tmp_path: Path) ->
         first, again = twice[0, number], twice[0, number + len(once)]
         assert first["key"] == again["key"] and first["seed"] != again["seed"]
         assert first["seed"] == once[0, number]["seed"]
-        assert (first["image"] != again["image"]).any()
+        assert (first["images"][0] != again["images"][0]).any()
 
 
 # --- the order of the samples -----------------------------------------------------------------

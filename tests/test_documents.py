@@ -59,13 +59,14 @@ def rejected(out: Path) -> dict[int, str]:
 def test_documents_are_whole_and_in_order(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = build(source, out)
-    assert report is not None and (report.found, report.kept) == (12, 2)
+    assert report is not None and (report.found, report.kept) == (12, 3)
     assert rejected(out) == {
-        3: "no text", 4: "no image", 5: "unreadable image", 6: "image outside the folder",
+        3: "no text", 5: "unreadable image", 6: "image outside the folder",
         7: "unreadable text", 8: "unreadable text", 9: "unreadable text", 10: "unreadable image",
         11: "unreadable image", 12: "unreadable row",
     }  # fmt: skip
-    first, second = Shards(out)
+    first, second, plain = Shards(out)
+    assert plain.record["content"] == [{"text": "no picture"}] and {*plain.members} == {"json"}
     assert first.key == "first" and first.record["license"] == "CC0"
     assert first.record["content"] == [
         {"text": "Red:"}, {"image": "0"}, {"text": "and green, ask me@x.org:"}, {"image": "1"},
@@ -78,7 +79,7 @@ def test_documents_are_whole_and_in_order(source: Path, tmp_path: Path) -> None:
     # shards of documents can be built again, and stay what they are
     build(out, tmp_path / "again", cleaning=Cleaning(personal_data="mask", copies="exact"))
     again = list(Shards(tmp_path / "again"))
-    assert [sample.key for sample in again] == ["first", second.key]
+    assert [sample.key for sample in again] == ["first", second.key, plain.key]
     assert again[0].record["content"][2] == {"text": "and green, ask [e-mail]:"}
     assert {k: v for k, v in again[0].members.items() if k != "json"} == {
         k: v for k, v in first.members.items() if k != "json"
@@ -136,11 +137,53 @@ def test_a_field_of_that_name_is_no_document(tmp_path: Path, content: object) ->
     assert sample.image == picture("red")
 
 
+def test_plain_text_is_a_document_without_images(tmp_path: Path) -> None:
+    lines = [{"text": "one", "license": "CC0"}, {"text": " "}, {"text": 3}, {"text": "two"}]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = build(tmp_path / "texts.jsonl", tmp_path / "out")
+    assert report is not None and report.reasons == {"no text": 1, "unreadable text": 1}
+    one, two = Shards(tmp_path / "out")
+    assert one.record == {"captions": [], "license": "CC0", "content": [{"text": "one"}]}
+    assert main(["data", "check", str(tmp_path / "out"), "--decode"]) == 0
+    report = build(tmp_path / "out", tmp_path / "again")
+    assert report is not None and report.kept == 2
+    assert list(Shards(tmp_path / "again"))[1].members == two.members
+
+
+def test_a_hole_between_plain_texts_is_named(tmp_path: Path) -> None:
+    from multimodal.shards import write_tar
+
+    (tmp_path / "in").mkdir()
+    tar = tmp_path / "in/train-0000.tar"
+    texts = [json.dumps({"content": [{"text": f"text {n}"}]}).encode() for n in range(5)]
+    write_tar(tar, [(f"k{n}", {"json": text}) for n, text in enumerate(texts)])
+    data = bytearray(tar.read_bytes())
+    data[data.index(b"k2.json") + 150] ^= 1
+    tar.write_bytes(data)
+    report = build(tmp_path / "in", tmp_path / "out")
+    assert report is not None and (report.found, report.kept) == (5, 4)
+    assert report.reasons == {"damaged shard": 1}
+
+
+def test_training_sees_a_document_as_it_is(source: Path, tmp_path: Path) -> None:
+    build(source, tmp_path / "out")
+    data = ShardDataset([Shards(tmp_path / "out")], 16, "squash", 0)
+    batch = data.collate([data[0, n] for n in range(3)])
+    assert batch.documents == [
+        ["Red:", None, "and green, ask me@x.org:", None],
+        ["Blue and red:", None, None],
+        ["no picture"],
+    ]
+    assert batch.image_counts == [2, 2, 0] and batch.images.shape == (4, 3, 16, 16)
+    strongest = [image.float().mean((1, 2)).argmax().item() for image in batch.images]
+    assert strongest == [0, 1, 2, 0]  # red, green, blue, red
+    assert data.collate([data[0, 2]]).images.shape == (0, 3, 16, 16)
+
+
 def test_a_document_is_no_pair_and_says_so(source: Path, tmp_path: Path) -> None:
     build(source, tmp_path / "out")
-    shards = Shards(tmp_path / "out")
     with pytest.raises(ValueError, match="sample first is a document of 2 images"):
-        ShardDataset([shards], 16, "squash", 0)[0, 0]
+        Shards(tmp_path / "out")[0].image  # noqa: B018
 
 
 def test_content_that_names_other_images_is_refused(source: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Shards of codes: those the tokenizer gives, whole or resumed; refused where they do not fit."""
 
+import csv
 import json
 import os
 import shutil
@@ -231,6 +232,37 @@ def test_training_on_codes_is_training_on_their_images(joint: Path, tmp_path: Pa
     for one, other in zip(*rows, strict=True):
         del one[speed], other[speed]
         assert one == other
+
+
+def test_documents_and_texts_train_beside_pairs_as_codes_too(joint: Path, tmp_path: Path) -> None:
+    scenes = Shards(joint / "scenes")
+    images = tmp_path / "images"
+    images.mkdir()
+    lines = list[dict[str, Any]]()
+    for n in range(5):
+        texts = [scenes[2 * n + one].record["captions"][0] for one in (0, 1)]
+        for one in (0, 1):
+            (images / f"{n}-{one}.png").write_bytes(scenes[2 * n + one].image)
+        parts = [{"image": f"{n}-0.png"}, {"text": texts[0]}, {"image": f"{n}-1.png"}]
+        lines += [{"content": [*parts, {"text": texts[1]}]}, {"text": " and ".join(texts)}]
+    (images / "few.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["data", "build", str(images / "few.jsonl"), str(tmp_path / "docs")]) == 0
+    encode = ["tokenizer", "encode", str(tmp_path / "docs"), str(tmp_path / "codes")]
+    assert main([*encode, "--tokenizer", str(joint / "tokenizer")]) == 0
+    assert list(check(tmp_path / "codes")) == []
+    totals = []
+    for pairs, documents in (("scenes", "docs"), ("codes", "codes")):
+        folders = f"[{joint / pairs}, {tmp_path / documents}]"
+        out = tmp_path / f"run-{pairs}"
+        run = ["--output", str(out), "--data.folders", folders, "--data.weights", "[1, 1]"]
+        assert main(["fit", "--config", str(joint / "joint.yaml"), *run,
+                     "--trainer.limit_val_batches", "0"]) == 0  # fmt: skip
+        rows = csv.DictReader((out / "logs/metrics.csv").read_text().splitlines())
+        totals.append([row["train/total"] for row in rows])
+        assert {"caption", "text", "image", "alignment"} <= {
+            name.removeprefix("train/") for name in rows.fieldnames or ()
+        }
+    assert totals[0] == totals[1] and len(totals[0]) == 3
 
 
 def test_codes_that_do_not_fit_are_refused(

@@ -13,6 +13,7 @@ from multimodal.sequences import (
     Sequence,
     answer,
     describe,
+    document,
     draw,
     mask_ratio,
     pack,
@@ -146,6 +147,35 @@ def test_draw_without_an_image_and_text() -> None:
     assert table(plain_text(VOCABULARY, TEXT)) == [
         "<bos> -> 11 text", "11 -> 12 text", "12 -> 13 text", "13 -> <eos> text", "<eos>"
     ]  # fmt: skip
+
+
+def test_a_document_has_texts_and_images_in_any_order() -> None:
+    image, more = np.array(CODES), np.array([1, 2, 3])
+    (whole,) = document(VOCABULARY, [TEXT, image, [14], more])
+    assert table(whole) == [
+        "<bos> -> 11 text", "11 -> 12 text", "12 -> 13 text", "13 -> <boi> text",
+        "<boi> -> i4 image", "i4 -> i0 image", "i0 -> i49 image", "i49 -> <eoi> image",
+        "<eoi> -> 14 caption", "14 -> <boi> caption",
+        "<boi> -> i1 image", "i1 -> i2 image", "i2 -> i3 image", "i3 -> <eoi> image",
+        "<eoi> -> <eos> caption", "<eos>",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("longest", range(6, 20))
+def test_a_long_document_goes_on_in_the_next_sequence_and_nothing_is_lost(longest: int) -> None:
+    parts = [[11, 12, 13, 14, 15, 16, 17, 18], np.array([1, 2, 3]), [], [19], np.array([4, 5, 6])]
+    (whole,) = document(VOCABULARY, parts)
+    pieces = document(VOCABULARY, parts, longest)
+    assert max(map(len, pieces)) <= longest
+    assert len(pieces) == 1 or longest < len(whole)
+    read = [token for piece in pieces for token in piece.ids[1:]]
+    assert read == whole.ids[1:].tolist()
+    assert all(piece.ids[0] == VOCABULARY.bos for piece in pieces)
+    for piece in pieces:  # every token after <bos> is predicted, once
+        assert piece.targets[:-1].tolist() == piece.ids[1:].tolist()
+        assert (piece.objectives[:-1] >= 0).all() and piece.objectives[-1] == NO_LOSS
+    with pytest.raises(ValueError, match="an image of 3 codes does not fit 5 tokens"):
+        document(VOCABULARY, parts, 5)
 
 
 def test_an_empty_text() -> None:

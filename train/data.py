@@ -13,9 +13,11 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from multimodal.documents import codes_in, document_of, images_in
 from multimodal.images import Fit, augment_image, fit_image, open_image
 from multimodal.parallel import worker_context
 from multimodal.remote import local_folder
@@ -28,9 +30,11 @@ from multimodal.train.order import VERSION, Item, Order
 class Examples:
     """One rank's share of a global batch.
 
-    keys: B names; images: uint8[B, 3, H, W], or int64[B, n] of shards that hold codes in their
-    place; records: B dicts as in KEY.json; seeds: B numbers from (seed, epoch, key), for what is
-    drawn at random later; sources: B numbers of the folders they are from.
+    keys: B names; images: uint8[I, 3, H, W], those of all samples one after the other, or
+    int64[I, n] of shards that hold codes in their place; records: B dicts as in KEY.json;
+    seeds: B numbers from (seed, epoch, key), for what is drawn at random later; sources: B numbers
+    of the folders they are from; documents: B lists of the texts of a document, with None for each
+    of its images in turn, empty for a sample of one image.
     """
 
     keys: list[str]
@@ -38,11 +42,17 @@ class Examples:
     records: list[dict[str, Any]]
     seeds: list[int]
     sources: list[int]
+    documents: list[list[str | None]]
 
     @property
     def codes(self) -> Tensor | None:
-        """int64[B, n], where the shards hold codes."""
+        """int64[I, n], where the shards hold codes."""
         return self.images if self.images.ndim == 2 else None
+
+    @property
+    def image_counts(self) -> list[int]:
+        """B numbers: how many images each sample has."""
+        return [parts.count(None) if parts else 1 for parts in self.documents]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -51,7 +61,7 @@ class Examples:
         return replace(self, images=self.images.to(device, non_blocking=non_blocking))
 
     def pixels(self) -> Tensor:
-        """float[B, 3, H, W] in [-1, 1]"""
+        """float[I, 3, H, W] in [-1, 1]"""
         assert self.codes is None, "these are codes, and training on pixels was refused"
         return self.images.float() / 127.5 - 1
 
@@ -88,45 +98,66 @@ class ShardDataset(Dataset[dict[str, Any]]):
         sample = self.sources[source][number - start]
         copy = self.copies[source]
         seed = sample_seed(self.seed, epoch, f"{copy}/{sample.key}" if copy else sample.key)
+        encoding = self.sources[source].encoding
         try:
-            if (encoding := self.sources[source].encoding) is not None:
-                codes = sample.codes
-                which = (
-                    int(np.random.default_rng(seed).integers(len(codes))) if len(codes) > 1 else 0
-                )
-                chosen = codes[which]
-                grid, size = encoding["grid"], encoding["codebook_size"]
-                if chosen.shape != (grid, grid) or chosen.max() >= size:
-                    raise ValueError(
-                        f"codes of shape {chosen.shape} up to {chosen.max()}, the manifest says "
-                        f"{grid} x {grid} of {size}"
-                    )
-                return {"key": sample.key, "image": chosen.ravel(), "record": sample.record,
-                        "seed": seed, "source": source}  # fmt: skip
-            image = open_image(sample.image)
-            if self.augmented[source]:
-                rng = np.random.default_rng(seed)
-                scale = (self.crop_scale, 1.0)
-                image = augment_image(image, self.image_size, rng, scale, flip=self.mirror)
+            document = document_of(sample)
+            images: list[NDArray[Any]]
+            if encoding is not None:
+                images = [chosen_codes(codes, encoding, seed + number)
+                          for number, codes in enumerate(codes_in(sample))]  # fmt: skip
             else:
-                image = fit_image(image, self.image_size, self.fit)
+                images = [self._image(data, self.augmented[source], seed + number)
+                          for number, data in enumerate(images_in(sample))]  # fmt: skip
             record = sample.record
         except ValueError as error:
             folder = self.sources[source].folder
             raise ValueError(f"{folder}: sample {sample.key}: {error}") from error
-        return {"key": sample.key, "image": np.asarray(image), "record": record, "seed": seed,
-                "source": source}  # fmt: skip
+        return {"key": sample.key, "images": images, "record": record, "seed": seed,
+                "source": source, "document": document}  # fmt: skip
+
+    def _image(self, data: bytes, augmented: bool, seed: int) -> NDArray[np.uint8]:
+        """uint8[H, W, 3]"""
+        image = open_image(data)
+        if not augmented:
+            return np.asarray(fit_image(image, self.image_size, self.fit))
+        rng = np.random.default_rng(seed)
+        scale = (self.crop_scale, 1.0)
+        return np.asarray(augment_image(image, self.image_size, rng, scale, flip=self.mirror))
+
+    def collate(self, samples: list[dict[str, Any]]) -> Examples:
+        """Samples, as a batch."""
+        every = [image for sample in samples for image in sample["images"]]
+        if every:
+            images = torch.from_numpy(np.stack(every))
+        else:  # plain texts alone
+            images = torch.zeros(0, self.image_size, self.image_size, 3, dtype=torch.uint8)
+        return Examples(
+            keys=[sample["key"] for sample in samples],
+            images=images if images.ndim == 2 else images.permute(0, 3, 1, 2).contiguous(),
+            records=[sample["record"] for sample in samples],
+            seeds=[sample["seed"] for sample in samples],
+            sources=[sample["source"] for sample in samples],
+            documents=[sample["document"] for sample in samples],
+        )
 
 
-def collate(samples: list[dict[str, Any]]) -> Examples:
-    images = torch.from_numpy(np.stack([sample["image"] for sample in samples]))
-    return Examples(
-        keys=[sample["key"] for sample in samples],
-        images=images if images.ndim == 2 else images.permute(0, 3, 1, 2).contiguous(),
-        records=[sample["record"] for sample in samples],
-        seeds=[sample["seed"] for sample in samples],
-        sources=[sample["source"] for sample in samples],
-    )
+def chosen_codes(
+    codes: NDArray[np.int64], encoding: dict[str, Any], seed: int
+) -> NDArray[np.int64]:
+    """One of the encodings of an image, int64[A, h, w] -> int64[n].
+
+    Errors: ``ValueError`` for codes that are not as the manifest says."""
+    # A generator costs more than the codes: none where there is nothing to choose.
+    which = int(np.random.default_rng(seed).integers(len(codes))) if len(codes) > 1 else 0
+    chosen = codes[which]
+    grid, size = encoding["grid"], encoding["codebook_size"]
+    if chosen.shape != (grid, grid) or chosen.max() >= size:
+        raise ValueError(
+            f"codes of shape {chosen.shape} up to {chosen.max()}, the manifest says "
+            f"{grid} x {grid} of {size}"
+        )
+    flat: NDArray[np.int64] = chosen.ravel()
+    return flat
 
 
 class GlobalBatches(Sampler[list[Item]]):
@@ -203,7 +234,7 @@ class GlobalBatchLoader(DataLoader[Any]):
             dataset,
             batch_sampler=batches,
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=dataset.collate,
             multiprocessing_context=worker_context(__name__) if workers else None,
             persistent_workers=False,
         )

@@ -185,8 +185,20 @@ class ImageTokenizerModule(TrainedByMuon):
 
     def step(self, batch: Examples) -> tuple[Tensor, dict[str, Tensor]]:
         words = None
+        counts = batch.image_counts
+        if 0 in counts:
+            key = batch.keys[counts.index(0)]
+            raise ValueError(
+                f"sample {key} is plain text, and an image tokenizer is trained on images: "
+                "leave its folder out of data.folders"
+            )
         if self.semantic is not None:
-            words = self.semantic.words(batch.keys, batch.records, batch.seeds)
+            of = [row for row, count in enumerate(counts) for _ in range(count)]
+            words = self.semantic.words(
+                [batch.keys[row] for row in of],
+                [batch.records[row] for row in of],
+                [batch.seeds[row] for row in of],
+            )
         judged = self.global_step >= self.discriminator_start
         parts, codes = self.compiled(batch.pixels(), words, judged)
         total = self.total(parts)
@@ -244,8 +256,11 @@ class ImageTokenizerModule(TrainedByMuon):
             to_image(grid).save(folder / f"step-{self.global_step:06d}.png")
 
     def predict_step(self, batch: Examples, batch_idx: int) -> list[dict[str, Any]]:
-        codes = self.tokenizer.encode(batch.pixels()).tolist()
-        return [{"key": k, "codes": c} for k, c in zip(batch.keys, codes, strict=True)]
+        codes = torch.split(self.tokenizer.encode(batch.pixels()), batch.image_counts)
+        return [
+            {"key": key, "codes": (mine if parts else mine[0]).tolist()}
+            for key, mine, parts in zip(batch.keys, codes, batch.documents, strict=True)
+        ]
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start

@@ -1,6 +1,7 @@
 """Joint pretraining: language modelling, alignment and mask-and-reconstruct in one forward pass."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,8 +88,16 @@ class JointModule(TrainedByMuon):
         return self.model.image_tokenizer.fingerprint
 
     def codes(self, batch: Examples) -> Tensor:
-        """int64[B, n]"""
+        """int64[I, n], of all images of the batch"""
         return encode_images(self.model, batch.pixels()) if batch.codes is None else batch.codes
+
+    def _divided(self, batch: Examples) -> tuple[tuple[Tensor, ...], list[int], Tensor]:
+        """The codes of every sample, int64[images, n] each; the rows of those that are no
+        documents; and the codes of these, int64[pairs, n]."""
+        codes = self.codes(batch)
+        images = torch.split(codes, batch.image_counts)
+        rows = [row for row, parts in enumerate(batch.documents) if not parts]
+        return images, rows, torch.cat([codes[:0], *(images[row] for row in rows)])
 
     def init_from(self, folder: str) -> None:
         """Start from the weights of a model folder of the same sizes and tokenizers."""
@@ -104,25 +113,40 @@ class JointModule(TrainedByMuon):
     def pack(self, batch: Examples) -> tuple[Packed, Tensor, Tensor]:
         """The rows of a batch, and what tells equal images and equal captions apart from others.
 
-        Returns the rows, image_ids: int64[B], and text_ids: int64[B], -1 where there is no text.
+        Returns the rows, image_ids: int64[B], and text_ids: int64[B], -1 where there is no text. A
+        document is in the rows, and for alignment it is an image without a text: every rank has as
+        many of each.
         """
-        codes = self.codes(batch)
-        samples = zip(batch.keys, batch.records, batch.seeds, strict=True)
+        images, rows, pairs = self._divided(batch)
         templates = self.model.config.templates
-        lessons = [lesson_of(*sample, templates, self.question_share) for sample in samples]
+        lessons = [
+            lesson_of(batch.keys[row], batch.records[row], batch.seeds[row], templates,
+                      self.question_share)
+            for row in rows
+        ]  # fmt: skip
         captions = [lesson.caption for lesson in lessons]
         exchanges = [lesson.exchanges for lesson in lessons]
         sequences = self.model.sequences(
-            codes, captions, batch.seeds, exchanges, longest=self.row_length
+            pairs,
+            captions,
+            [batch.seeds[row] for row in rows],
+            exchanges,
+            longest=self.row_length,
         )
+        draws = sequences[len(rows) : 2 * len(rows)]
+        for row, parts in enumerate(batch.documents):
+            if parts:
+                sequences += self.model.document(parts, images[row], longest=self.row_length)
         packed = pack(sequences, self.row_length, self.model.vocabulary.pad, row_multiple=4)
-        image_ids = torch.tensor([stable_number(key) for key in batch.keys])
         null = self.model.vocabulary.null
-        draws = sequences[len(captions) : 2 * len(captions)]
-        text_ids = torch.tensor([
-            -1 if sequence.ids[1] == null else stable_number(str(text))
-            for sequence, text in zip(draws, captions, strict=True)
-        ])  # fmt: skip
+        image_ids = torch.tensor([stable_number(key) for key in batch.keys])
+        text_ids = torch.full_like(image_ids, -1)
+        states = torch.zeros(2, len(batch), dtype=torch.int64)
+        states[:, rows] = packed.states[: 2 * len(rows)].view(2, -1)
+        packed.states = states.flatten()
+        for row, sequence, text in zip(rows, draws, captions, strict=True):
+            if sequence.ids[1] != null:
+                text_ids[row] = stable_number(str(text))
         self.tokens = int((packed.documents > 0).sum())
         return packed.to(self.device), image_ids.to(self.device), text_ids.to(self.device)
 
@@ -158,23 +182,24 @@ class JointModule(TrainedByMuon):
             self._sample(batch)
 
     def _sample(self, batch: Examples) -> None:
-        codes, described = self.codes(batch), [descriptions_of(record) for record in batch.records]
+        _, pairs, codes = self._divided(batch)
+        described = [descriptions_of(batch.records[row]) for row in pairs]
         wanted = self.captions_in_validation - len(self.captions)
         rows = [row for row, captions in enumerate(described) if captions][: max(0, wanted)]
         found = caption_codes(self.model, codes[rows])
         for row, caption in zip(rows, found, strict=True):
-            key, record = batch.keys[row], batch.records[row]
+            key, record = batch.keys[pairs[row]], batch.records[pairs[row]]
             self.captions[key], self.references[key] = caption, described[row]
             if "scene" in record:
                 self.scenes[key] = Scene.from_json(record["scene"])
         firsts = [captions[0] for captions in described if captions]
         self.prompts = (self.prompts + firsts)[: self.drawings_in_validation]
-        self._answer(batch, codes)
+        self._answer([batch.records[row] for row in pairs], codes)
 
-    def _answer(self, batch: Examples, codes: Tensor) -> None:
+    def _answer(self, records: list[dict[str, Any]], codes: Tensor) -> None:
         """All questions of the first images that have any."""
         templates = self.model.config.templates
-        for row, record in enumerate(batch.records):
+        for row, record in enumerate(records):
             exchanges = exchanges_of(record, templates)
             exchanges = exchanges[: self.answers_in_validation - len(self.answers)]
             if exchanges:
@@ -226,9 +251,11 @@ class JointModule(TrainedByMuon):
         return folder
 
     def predict_step(self, batch: Examples, batch_idx: int) -> list[dict[str, str]]:
+        _, rows, codes = self._divided(batch)  # a document has its texts
         with together(self.model):
-            captions = caption_codes(self.model, self.codes(batch))
-        return [{"key": k, "caption": c} for k, c in zip(batch.keys, captions, strict=True)]
+            captions = caption_codes(self.model, codes)
+        keys = [batch.keys[row] for row in rows]
+        return [{"key": k, "caption": c} for k, c in zip(keys, captions, strict=True)]
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start

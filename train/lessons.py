@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from multimodal.samples import parts_of
 from multimodal.templates import Templates
 
 LABELS = ("true", "false")
@@ -61,11 +62,13 @@ def lesson_of(
 
 
 def texts_about(key: str, record: dict[str, Any]) -> list[str]:
-    """The captions of a sample, or else its questions, each with its answer.
+    """The captions of a sample, or the texts of a document, or else its questions, each with its
+    answer.
 
     Errors: ``ValueError`` for a sample without any text.
     """
     texts = [str(caption) for caption in record.get("captions", [])]
+    texts = texts or [part["text"] for part in parts_of(record) if "text" in part]
     texts = texts or [f"{question} {answer}" for question, answer in record.get("qa", [])]
     if not texts:
         raise _speechless(key)

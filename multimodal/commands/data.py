@@ -267,7 +267,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _check_contents(folder: Path) -> int:
-    from multimodal.documents import images_of
+    from multimodal.documents import images_in
     from multimodal.images import open_image
 
     problems = 0
@@ -277,8 +277,7 @@ def _check_contents(folder: Path) -> int:
             if opened.encoding is not None:
                 _ = sample.codes
             else:
-                for suffix in images_of(sample.members) or ["image"]:
-                    data = sample.members.get(suffix) or sample.image  # none: says what there is
+                for data in images_in(sample):
                     open_image(data, name=f"sample {sample.key}")
             _ = sample.record
         except ValueError as error:
@@ -288,6 +287,7 @@ def _check_contents(folder: Path) -> int:
 
 
 def _duplicates(arguments: argparse.Namespace) -> int:
+    from multimodal.documents import images_in
     from multimodal.duplicates import find_copies, fingerprint
 
     places, images, unreadable = list[tuple[Path, str, str]](), [], 0
@@ -305,8 +305,9 @@ def _duplicates(arguments: argparse.Namespace) -> int:
             for sample in samples:
                 bar.update()
                 try:
-                    images.append(fingerprint(sample.image, f"sample {sample.key}"))
-                    places.append((folder, split, sample.key))
+                    for image in images_in(sample):
+                        images.append(fingerprint(image, f"sample {sample.key}"))
+                        places.append((folder, split, sample.key))
                 except ValueError as error:
                     unreadable += 1
                     tqdm.write(f"{folder}: {error}", file=sys.stderr)
