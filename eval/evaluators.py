@@ -235,9 +235,9 @@ class Likelihood:
                 ids = model.text_tokenizer.encode(caption)
                 sequence = draw(model.vocabulary, ids, row)
                 packed = pack([sequence], len(sequence), model.vocabulary.pad).to(model.device)
-                logits = model.transformer.logits(model.hidden(packed).flatten(0, 1))
+                hidden, head = model.hidden(packed).flatten(0, 1), model.transformer.lm_head.weight
                 targets, objectives = packed.targets.flatten(), packed.objectives.flatten()
-                _, parts = token_losses(logits, targets, objectives, model.config.objectives)
+                _, parts = token_losses(hidden, head, targets, objectives, model.config.objectives)
                 code_nats.append(float(parts["image"]))
         yield "caption_bits_per_byte", bits
         yield "image_nats_per_code", code_nats

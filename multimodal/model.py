@@ -220,8 +220,8 @@ class Multimodal(nn.Module):
         chosen = F.pad(chosen, (0, -count % SHAPE_MULTIPLE))
         objectives = objectives[chosen]
         objectives[count:] = NO_LOSS
-        logits = self.transformer.logits(hidden[chosen])
-        total, parts = token_losses(logits, packed.targets.flatten()[chosen], objectives, goals)
+        head, targets = self.transformer.lm_head.weight, packed.targets.flatten()[chosen]
+        total, parts = token_losses(hidden[chosen], head, targets, objectives, goals)
         if goals.alignment_weight:
             states = hidden[packed.states]
             pairs = len(image_ids)

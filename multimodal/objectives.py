@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal.head import head_losses
 from multimodal.sequences import NO_LOSS, OBJECTIVES
 
 Found = TypeVar("Found", dict[str, Any], list[Any])
@@ -93,33 +94,32 @@ def world_size() -> int:
 
 
 def token_losses(
-    logits: Tensor, targets: Tensor, objectives: Tensor, config: ObjectivesConfig
+    hidden: Tensor, head: Tensor, targets: Tensor, objectives: Tensor, config: ObjectivesConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """logits: float32[N, V]; targets, objectives: int64[N] -> weighted sum, and every part
+    """hidden: float[N, D]; head: float[V, D]; targets, objectives: int64[N] -> weighted sum, parts
 
     Positions of objective NO_LOSS count nowhere.
     Each part is a mean over its tokens on all ranks. Gradients are averaged over ranks afterwards,
     so the local sum is multiplied by their number.
     """
-    nll = F.cross_entropy(logits, targets, reduction="none")
-    # nll = log Z - logit: log Z read off it saves another pass over all logits, and its gradient.
-    log_z = nll + logits.gather(-1, targets[:, None])[:, 0]
-    parts: dict[str, Tensor] = {}
-    total = logits.new_zeros(())
+    predicted = objectives != NO_LOSS
+    shares = torch.zeros(objectives.shape, device=objectives.device)
+    weights = torch.zeros_like(shares)
+    taught: list[tuple[int, str]] = []  # no curve where there was nothing to learn
     for number, name in enumerate(OBJECTIVES):
         chosen = objectives == number
-        count = global_sum(chosen.sum())
-        parts[name] = (nll * chosen).sum() * world_size() / count.clamp(min=1)
-        total = total + config.weights[name] * parts[name]
-        if not count:
-            del parts[name]  # no curve where there was nothing to learn
-    predicted = objectives != NO_LOSS
+        if count := global_sum(chosen.sum()):
+            share = chosen * (world_size() / count)
+            shares, weights = shares + share, weights + config.weights[name] * share
+            taught.append((number, name))
     count = global_sum(predicted.sum()).clamp(min=1)
-    z_loss = (log_z.square() * predicted).sum() * world_size() / count
-    parts["log_z"] = (log_z.detach() * predicted).sum() * world_size() / count
-    largest = logits.detach().amax(-1).masked_fill(~predicted, -torch.inf)
-    parts["largest_logit"] = largest.max() if len(largest) else logits.new_zeros(())
-    return total + config.z_loss_weight * z_loss, parts
+    z_shares = predicted * (world_size() / count)
+    losses = head_losses(hidden, head, targets, weights, config.z_loss_weight * z_shares)
+    parts = {name: (losses.nll * shares * (objectives == n)).sum() for n, name in taught}
+    parts["log_z"] = (losses.log_z * z_shares).sum()
+    largest = losses.largest.masked_fill(~predicted, -torch.inf)
+    parts["largest_logit"] = largest.max() if len(largest) else largest.new_zeros(())
+    return losses.total, parts
 
 
 class Alignment(nn.Module):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import grad
 
+from multimodal.head import head_losses
 from multimodal.model import Multimodal
 from multimodal.objectives import Alignment, ObjectivesConfig, token_losses
 from multimodal.sequences import OBJECTIVES, Packed, Sequence, describe, draw, pack
@@ -21,6 +22,7 @@ from multimodal.sequences import OBJECTIVES, Packed, Sequence, describe, draw, p
 Make = Callable[..., Multimodal]
 Batch = tuple[Packed, Tensor, Tensor]
 ALONE = (*OBJECTIVES, "siglip", "clip")
+HEAD = torch.eye(40)  # hidden states are the logits then
 
 
 def only(name: str, **others: object) -> dict[str, object]:
@@ -174,7 +176,7 @@ def test_each_objective_is_a_mean_over_its_own_tokens() -> None:
     objectives, logits = objectives[order], 3 * torch.randn(len(objectives), 40)
     targets = torch.randint(40, objectives.shape)
     config = ObjectivesConfig(weights=weights, z_loss_weight=0.01)
-    total, parts = token_losses(logits, targets, objectives, config)
+    total, parts = token_losses(logits, HEAD, targets, objectives, config)
     expected = torch.zeros(())
     for number, name in enumerate(OBJECTIVES):
         mean = F.cross_entropy(logits[objectives == number], targets[objectives == number])
@@ -189,19 +191,48 @@ def test_each_objective_is_a_mean_over_its_own_tokens() -> None:
     image = objectives == 2
     more = [torch.cat([x[~image], *[x[image]] * 10]) for x in (logits, targets, objectives)]
     config = ObjectivesConfig(weights=weights, z_loss_weight=0)
-    again, _ = token_losses(more[0], more[1], more[2], config)
-    once, _ = token_losses(logits, targets, objectives, config)
+    again, _ = token_losses(more[0], HEAD, more[1], more[2], config)
+    once, _ = token_losses(logits, HEAD, targets, objectives, config)
     assert again.item() == pytest.approx(once.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_losses_in_slices_are_those_of_all_logits(
+    precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients, of hidden states and of the head, whatever is weighed how."""
+    monkeypatch.setattr("multimodal.head.SLICE", 50 * 16)  # 16 positions at a time, of 61
+    torch.manual_seed(0)
+    hidden = torch.randn(61, 24).requires_grad_()
+    head = torch.randn(50, 24).requires_grad_()
+    targets, weights, z_weights = torch.randint(50, (61,)), torch.rand(61), torch.rand(61) / 9
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        losses = head_losses(hidden, head, targets, weights, z_weights)
+        logits = F.linear(hidden, head).float()
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    expected = (weights * nll + z_weights * logits.logsumexp(-1).square()).sum()
+    # A product in bf16 that is cut into slices is the same; its gradient is rounded elsewhere.
+    close = (
+        {"rtol": 1e-4, "atol": 1e-5} if precision == torch.float32 else {"rtol": 0.02, "atol": 0.1}
+    )
+    torch.testing.assert_close(losses.total, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses.nll, nll)
+    torch.testing.assert_close(losses.largest, logits.amax(-1))
+    mine, theirs = (grad(3 * total, (hidden, head)) for total in (losses.total, expected))
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, **close)
+    with torch.no_grad():
+        assert head_losses(hidden, head, targets, weights, z_weights).total.requires_grad is False
 
 
 def test_nothing_to_learn_is_a_zero_and_no_curve() -> None:
     logits = torch.zeros(0, 40, requires_grad=True)
     nothing = torch.zeros(0, dtype=torch.int64)
-    total, parts = token_losses(logits, nothing, nothing, ObjectivesConfig())
+    total, parts = token_losses(logits, HEAD, nothing, nothing, ObjectivesConfig())
     total.backward()
     assert total == 0 and not set(OBJECTIVES) & set(parts)
     some, parts = token_losses(
-        torch.zeros(2, 40), torch.tensor([1, 2]), torch.tensor([3, 3]), ObjectivesConfig()
+        torch.zeros(2, 40), HEAD, torch.tensor([1, 2]), torch.tensor([3, 3]), ObjectivesConfig()
     )
     assert set(OBJECTIVES) & set(parts) == {"reconstruct"} and some.isfinite()
 
@@ -210,7 +241,7 @@ def test_z_loss_pulls_log_z_to_zero() -> None:
     logits = torch.full((4, 16), 5.0, requires_grad=True)
     config = ObjectivesConfig(weights=dict.fromkeys(OBJECTIVES, 0.0), z_loss_weight=1.0)
     zeros = torch.zeros(4, dtype=torch.int64)
-    total, _ = token_losses(logits, zeros, zeros, config)
+    total, _ = token_losses(logits, torch.eye(16), zeros, zeros, config)
     assert total.item() == pytest.approx((5 + math.log(16)) ** 2, rel=1e-5)
     total.backward()
     assert logits.grad is not None and (logits.grad > 0).all()

@@ -1,0 +1,90 @@
+"""The head and the cross-entropy in one, a slice of the positions at a time.
+
+All logits of a batch, N x V in fp32, are often the largest tensor of a training step. Here a slice
+of them is made, turned into losses and at once into gradients, and forgotten: what each position
+weighs in the loss is known beforehand, so its gradient needs nothing from backward. (Hsu et al.
+2024, arXiv:2410.10989, do so on GPUs.)
+
+Shapes: N positions, D width, V vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SLICE = 1 << 24  # logits in memory at a time: 64 MiB in fp32, and some copies of them
+
+
+class HeadLosses(NamedTuple):
+    """total: float32[], the only one with a gradient; nll, log_z, largest: float32[N], of each
+    position minus the log-likelihood of its target, log Z, and the largest logit."""
+
+    total: Tensor
+    nll: Tensor
+    log_z: Tensor
+    largest: Tensor
+
+
+def head_losses(
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, z_weights: Tensor
+) -> HeadLosses:
+    """sum over positions of weights * nll + z_weights * log_z^2, of logits = hidden @ head.T
+
+    hidden: float[N, D]; head: float[V, D]; targets: int64[N]; weights, z_weights: float32[N].
+    The product is in autocast's precision where that is on, all else in fp32.
+    """
+    device = hidden.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    learns = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    found: tuple[Tensor, ...] = _HeadLosses.apply(
+        hidden, head, targets, weights, z_weights, kind, learns
+    )
+    return HeadLosses(*found)
+
+
+class _HeadLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        z_weights: Tensor,
+        kind: torch.dtype,
+        learns: bool,
+    ) -> tuple[Tensor, ...]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            read, matrix = hidden.to(kind), head.to(kind)
+            size = max(1, SLICE // len(head))
+            of_hidden = torch.empty_like(read) if learns else None
+            of_head = torch.zeros_like(matrix, dtype=torch.float32) if learns else None
+            nll, log_z, largest = (
+                hidden.new_empty(len(hidden), dtype=torch.float32) for _ in "123"
+            )
+            for start in range(0, len(hidden), size):
+                here = slice(start, start + size)
+                logits = (read[here] @ matrix.T).float()
+                rows = torch.arange(len(logits), device=logits.device)
+                largest[here] = logits.amax(-1)
+                log_z[here] = z = logits.logsumexp(-1)
+                nll[here] = z - logits[rows, targets[here]]
+                if of_hidden is None or of_head is None:
+                    continue
+                slope = weights[here] + 2 * z_weights[here] * z
+                gradient = logits.sub_(z[:, None]).exp_().mul_(slope[:, None])
+                gradient[rows, targets[here]] -= weights[here]
+                gradient = gradient.to(kind)
+                of_hidden[here] = gradient @ matrix
+                of_head += gradient.T @ read[here]
+            total = (weights * nll + z_weights * log_z.square()).sum()
+        if of_hidden is not None and of_head is not None:
+            ctx.save_for_backward(of_hidden.to(hidden.dtype), of_head.to(head.dtype))
+        ctx.mark_non_differentiable(nll, log_z, largest)
+        return total, nll, log_z, largest
+
+    @staticmethod
+    def backward(ctx: Any, of_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        of_hidden, of_head = ctx.saved_tensors
+        return of_total * of_hidden, of_total * of_head, None, None, None, None, None
