@@ -5,7 +5,10 @@ config.json  model.safetensors  heads.safetensors  text_tokenizer.json  image_to
 
 import copy
 import json
+import shutil
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -34,11 +37,39 @@ def save(
 
     The image tokenizer stays in fp32: rounded, it would give other codes than in training.
     """
+    with written_beside(folder) as part:
+        _write(model, part, dtype)
+        if card or not (folder / "README.md").exists():
+            (part / "README.md").write_text(card or DEFAULT_CARD)
+
+
+@contextmanager
+def written_beside(folder: Path) -> Iterator[Path]:
+    """A folder to write to, whose files then take their places: a full disk leaves what was there.
+
+    Errors: ``OSError`` where something could not be written."""
+    folder = folder.resolve()
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        for path in sorted(part.rglob("*")):
+            if path.is_file():
+                place = folder / path.relative_to(part)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(place)
+    except SafetensorError as error:
+        raise OSError(f"{folder}: could not be written ({error})") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(model: Multimodal, folder: Path, dtype: torch.dtype) -> None:
     if dtype != torch.float32:
         model = copy.deepcopy(model)
         for part in (model.transformer, model.alignment):
             part.to(dtype).float()  # so that the fingerprint is that of what will be loaded
-    folder.mkdir(parents=True, exist_ok=True)
     weights = model.transformer.stock_state_dict()
     save_file({name: w.to(dtype) for name, w in weights.items()}, folder / "model.safetensors")
     heads = model.alignment.state_dict()
@@ -60,8 +91,6 @@ def save(
         },
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    if card or not (folder / "README.md").exists():
-        (folder / "README.md").write_text(card or DEFAULT_CARD)
 
 
 def find(path: str | Path) -> Path:

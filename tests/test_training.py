@@ -25,7 +25,7 @@ from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.vq import VQ
 from multimodal.train import image_tokenizer
 from multimodal.train.cli import keep_log, recipe_names
-from multimodal.train.data import GlobalBatches, ShardData, ShardDataset, collate
+from multimodal.train.data import GlobalBatches, ShardData, ShardDataset
 from multimodal.train.order import Order
 
 RECIPES = Path(__file__).parent.parent / "train" / "recipes"
@@ -144,6 +144,82 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     samples = sorted(p.name for p in (run / "logs").rglob("step-*"))
     assert samples == sorted(p.name for p in (work / name / "logs").rglob("step-*"))
+
+
+def stopped(code: str, arguments: list[str]) -> tuple[int, str]:
+    """The exit status and stderr of ``multimodal ARGUMENTS`` in a process in which ``code`` ran."""
+    command = f"{code}\nimport sys\nfrom multimodal.cli import main\nsys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", command, *arguments, "--threads", "1"],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+AT_STEP = """
+import os, signal
+from multimodal.train.joint import JointModule
+step = JointModule.{hook}
+def and_signal(self, batch, batch_idx):
+    if self.global_step == {step} and batch_idx == {batch}: os.kill(os.getpid(), signal.{signal})
+    return step(self, batch, batch_idx)
+JointModule.{hook} = and_signal
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "hook", "step", "batch"),
+    [
+        ("SIGTERM", "training_step", 4, 4),
+        ("SIGINT", "training_step", 8, 2),
+        ("SIGTERM", "validation_step", 5, 0),
+    ],
+)
+def test_a_run_that_is_told_to_stop_saves_and_resumes_bit_for_bit(
+    work: Path, tmp_path: Path, name: str, hook: str, step: int, batch: int
+) -> None:
+    run = tmp_path / "run"
+    fit = ["fit", "--config", str(work / "joint.yaml"), "--output", str(run)]
+    code = AT_STEP.format(signal=name, hook=hook, step=step, batch=batch)
+    status, said = stopped(code, [*fit, "--checkpoint_every", "100"])
+    assert status == 128 + signal.Signals[name] and "Traceback" not in said, said
+    assert f"stopped at step {step + 1}; go on with --ckpt_path" in said
+    assert main([*fit, "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
+    assert logged(run) == logged(work / "joint")
+    expected = load_file(work / "joint/model/model.safetensors")
+    found = load_file(run / "model/model.safetensors")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("validation", "reason"),
+    [("0", "checkpoint could not be written"), ("1.0", "model: could not be written")],
+)
+def test_a_full_disk_leaves_what_was_there(
+    work: Path, tmp_path: Path, validation: str, reason: str
+) -> None:
+    run = tmp_path / "run"
+    fit = ["fit", "--config", str(work / "joint.yaml"), "--output", str(run)]
+    assert main([*fit, "--trainer.max_steps", "3"]) == 0
+    kept = [path for path in run.rglob("*") if path.is_file() and "logs" not in path.parts]
+    before = {path: path.read_bytes() for path in kept}
+    resume = ["--ckpt_path", str(run / "checkpoints/last.ckpt")]
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 10**5,) * 2)"
+    status, said = stopped(full, [*fit, *resume, "--trainer.limit_val_batches", validation])
+    assert status == 1 and "Traceback" not in said and reason in said.splitlines()[-1], said
+    assert {path: path.read_bytes() for path in kept} == before
+    assert not list(run.rglob("*.part"))
+    assert main([*fit, *resume]) == 0
+
+
+def test_a_checkpoint_cannot_name_a_class(work: Path, tmp_path: Path) -> None:
+    whole = torch.load(work / "joint/checkpoints/last.ckpt", weights_only=True)
+    whole["hyper_parameters"] = {"_class_path": "antigravity.Flight", "size": "large"}
+    torch.save(whole, tmp_path / "named.ckpt")
+    command = ["validate", "--config", str(work / "joint.yaml"), "--output", str(tmp_path)]
+    assert main([*command, "--ckpt_path", str(tmp_path / "named.ckpt")]) == 0
+    assert "antigravity" not in sys.modules
 
 
 def test_two_ranks_resume_bit_for_bit_and_agree_with_one(work: Path, tmp_path: Path) -> None:
@@ -345,8 +421,9 @@ def own_loss(work: Path, folder: Path) -> float:
     shards = ShardData(config["data"]["folders"]).shards("train")
     dataset = ShardDataset(shards, 16, "squash", seed=0)
     chosen = next(iter(GlobalBatches(Order([[len(dataset)]]), 8)))
+    batch = dataset.collate([dataset[item] for item in chosen])
     with torch.no_grad():
-        loss, _ = module.model(*module.pack(collate([dataset[item] for item in chosen])))
+        loss, _ = module.model(*module.pack(batch))
     return float(loss)
 
 

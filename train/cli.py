@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from multimodal.cli import print_error
 from multimodal.train.callbacks import (
@@ -32,6 +33,7 @@ from multimodal.train.callbacks import (
     WritePredictions,
 )
 from multimodal.train.data import ShardData
+from multimodal.train.safety import StopGently, WholeCheckpoints
 
 VERBS = ("fit", "validate", "test", "predict")
 HELP = """\
@@ -128,6 +130,12 @@ class TrainingCLI(LightningCLI):
                     enable_version_counter=False,
                 ),
                 ExportModel(output / "model"),
+                StopGently(output / "checkpoints" / "last.ckpt"),
+            ]
+            given = self._get(self.config_init, "trainer", default={}).get("plugins") or []
+            kwargs["plugins"] = [
+                *(given if isinstance(given, list) else [given]),
+                WholeCheckpoints(),
             ]
         elif self.subcommand == "predict":
             callbacks.append(WritePredictions(output))
@@ -135,6 +143,11 @@ class TrainingCLI(LightningCLI):
         given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
         kwargs["callbacks"] = [*(given if isinstance(given, list) else [given]), *callbacks]
         return super().instantiate_trainer(**kwargs)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take nothing from a checkpoint but its state: the configuration is what was given.
+
+        Lightning would import whatever class a checkpoint names."""
 
     def before_fit(self) -> None:
         source = self.config.fit.init_from
@@ -270,6 +283,8 @@ def main(argv: list[str]) -> int:
             },
             args=_find_recipes([verb, *rest]),
         )
+    except SIGTERMException as stop:
+        return int(str(stop.code))
     except ArgumentError as error:
         print_error(f"multimodal {verb}: error: {_reason(error)}")
         return 2

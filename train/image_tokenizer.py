@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from multimodal.eval.features import RANDOM, Features
+from multimodal.folder import written_beside
 from multimodal.images import Fit, to_image
 from multimodal.tokenizers.image import (
     ImageTokenizerConfig,
@@ -279,7 +280,8 @@ class ImageTokenizerModule(TrainedByMuon):
     def export(self, folder: str) -> None:
         """Write what is published: the tokenizer without the head. The first rank does."""
         if self.trainer.is_global_zero:
-            self.tokenizer.save(folder)
+            with written_beside(Path(folder)) as part:
+                self.tokenizer.save(part)
 
 
 def psnr(mse: Tensor) -> Tensor:

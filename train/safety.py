@@ -1,0 +1,89 @@
+"""What keeps a run: checkpoints that are whole or not there, and one more when it is stopped."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from multimodal.train.callbacks import say
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it: a crash or a full disk leaves the last.
+
+    Lightning's own goes through the system's temporary folder; where that is another disk, it is
+    copied over the last one, which can end in the middle.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        path = Path(path)
+        part = path.with_name(f"{path.name}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # the latter is torch's for a write that failed
+            raise ValueError(
+                f"{path}: the checkpoint could not be written (a full disk?); the one before it is "
+                f"whole, and --ckpt_path goes on with it: {str(error).splitlines()[0]}"
+            ) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+
+class StopGently(L.Callback):
+    """On SIGTERM, and on the first Ctrl-C, of any rank: ends the step, and saves it to ``path``.
+
+    In a validation, it is the next step. Lightning's own handler would stop there, where no state
+    can be saved from which a run goes on exactly.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._before: dict[int, Any] = {}
+        self._asked = 0  # the number of the signal
+        self._saved = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        say("stopping after this step" + "; Ctrl-C again stops at once" * (number == signal.SIGINT))
+        self._asked = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before.clear()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.strategy.reduce_boolean_decision(bool(self._asked), all=False):
+            trainer.save_checkpoint(self.path)
+            say(f"stopped at step {trainer.global_step:,}; go on with --ckpt_path {self.path}")
+            self._saved = True
+
+    def _stop(self, *_: Any) -> None:
+        if self._saved:  # and the step is in the log by now
+            raise SIGTERMException(128 + (self._asked or signal.SIGTERM))
+
+    on_train_batch_start = on_validation_start = _stop
+
+    def on_exception(self, *_: Any, **__: Any) -> None:
+        self._restore()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self._restore()
