@@ -183,12 +183,11 @@ def _tokenizer(model: Multimodal) -> dict[str, Any]:
     vocabulary: Vocabulary = model.vocabulary
     stored: dict[str, Any] = json.loads(model.text_tokenizer.to_json())
     names = [*SPECIALS, *map(image_token, range(vocabulary.codebook_size))]
-    taken = [name for name in names if name in stored["model"]["vocab"]]
-    if taken or stored.get("added_tokens"):
-        raise ValueError(
-            f"the text tokenizer has tokens of its own where {taken[:3] or 'specials'} belong"
-        )
-    stored["added_tokens"] = [
+    there = stored.get("added_tokens") or []  # of the Qwen3 it began with
+    own = {*stored["model"]["vocab"], *(token["content"] for token in there)}
+    if taken := [name for name in names if name in own]:
+        raise ValueError(f"the text tokenizer has tokens of its own where {taken[:3]} belong")
+    stored["added_tokens"] = there + [
         {
             "id": vocabulary.text_size + number,
             "content": name,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence as SequenceOf
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from multimodal.attention import attention_mask
 from multimodal.images import open_image, to_image
 from multimodal.objectives import Alignment, ObjectivesConfig, token_losses
+from multimodal.qwen3 import read_qwen3
 from multimodal.sampling import Sampling
 from multimodal.sequences import (
     NO_LOSS,
@@ -37,6 +38,16 @@ if TYPE_CHECKING:
 
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image"
 SHAPE_MULTIPLE = 256  # positions with a target are padded to this
+
+
+def _grown(table: Tensor, vocabulary: Vocabulary, codes: Tensor) -> Tensor:
+    """float[old V, D] with the rows of text kept and all others at their mean, around which codes
+    differ by a tenth of what texts do."""
+    text = table[: vocabulary.text_size]
+    grown = text.mean(0).repeat(vocabulary.size, 1)
+    grown[: vocabulary.text_size] = text
+    grown[vocabulary.image_start : vocabulary.image_end] += 0.1 * text.std() * codes
+    return grown
 
 
 @dataclass(frozen=True)
@@ -94,33 +105,55 @@ class Multimodal(nn.Module):
         image_tokenizer: VQTokenizer,
         objectives: ObjectivesConfig | None = None,
     ) -> "Multimodal":
-        """Random weights of a named size; code embeddings start from what the codes look like."""
+        """A model to train. size: a named one, with random weights, or the folder of a Qwen3, with
+        its weights (and its text tokenizer).
+
+        Of a Qwen3 the rows of the text ids are kept, and the others start at their mean. Codes that
+        mean alike start alike (``_code_features``).
+        """
         vocabulary = Vocabulary(len(text_tokenizer), image_tokenizer.codebook_size)
+        weights = None
+        if Path(size).is_dir():
+            sizes, weights = read_qwen3(size)
+            if sizes.vocab_size < vocabulary.text_size:
+                raise ValueError(
+                    f"{size}: has {sizes.vocab_size} embeddings, and the text tokenizer "
+                    f"{vocabulary.text_size} tokens: is it that of the same folder?"
+                )
+            sizes = replace(sizes, vocab_size=vocabulary.size)
+        else:
+            sizes = named_config(size, vocabulary.size)
         config = ModelConfig(
-            named_config(size, vocabulary.size),
+            sizes,
             vocabulary.text_size,
             vocabulary.codebook_size,
             objectives or ObjectivesConfig(),
         )
         model = cls(config, text_tokenizer, image_tokenizer)
-        model._embed_codes()
+        codes = model._code_features()
+        if weights is not None:
+            for name in ("model.embed_tokens.weight", "lm_head.weight"):
+                if name in weights:
+                    weights[name] = _grown(weights[name].float(), vocabulary, codes)
+            model.transformer.load_stock_state_dict(weights)
+        else:
+            with torch.no_grad():
+                table = model.transformer.embed_tokens.weight
+                table[vocabulary.image_start : vocabulary.image_end] = 0.02 * codes
         return model
 
-    @torch.no_grad()
-    def _embed_codes(self) -> None:
-        """Codes that mean alike start alike: random Fourier features of their vectors.
+    def _code_features(self) -> Tensor:
+        """Codes that mean alike start alike: random Fourier features of their vectors, float[K, D].
 
         Rahimi & Recht 2007. With thousands of codes, most are rare; without this each has to be
         learned alone.
         """
         codes = torch.arange(self.config.codebook_size)
-        vectors = self.image_tokenizer.quantizer.lookup(codes)
+        vectors = self.image_tokenizer.quantizer.lookup(codes).detach()
         width = self.config.transformer.hidden_size
         # A frequency of pi over the range [-1, 1]: neighbouring values of a channel stay similar.
         angles = vectors @ (torch.randn(vectors.shape[-1], width) * torch.pi / 2)
-        features = 2**0.5 * torch.cos(angles + 2 * torch.pi * torch.rand(width))
-        table = self.transformer.embed_tokens.weight
-        table[self.vocabulary.image_start : self.vocabulary.image_end] = 0.02 * features
+        return 2**0.5 * torch.cos(angles + 2 * torch.pi * torch.rand(width))
 
     def train(self, mode: bool = True) -> "Multimodal":
         super().train(mode)

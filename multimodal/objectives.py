@@ -27,8 +27,9 @@ WEIGHTS = {"caption": 1.0, "answer": 1.0, "text": 0.2, "image": 0.2, "reconstruc
 @dataclass(frozen=True)
 class ObjectivesConfig:
     """Args:
-    weights: of the token objectives, over the defaults for those not named; each is a mean over its
-        own tokens, so that the many codes of an image do not drown a caption.
+    weights: of the token objectives, WEIGHTS for those not named; each is a mean over its own
+        tokens, so that the many codes of an image do not drown a caption. What is named, training
+        wants to find in the data.
     alignment_weight, alignment_form, alignment_dim: of the contrastive loss.
     z_loss_weight: of mean (log Z)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311).
     reconstruct_share, next_token_share: of the draw sequences that go on with the image, masked or
@@ -48,12 +49,20 @@ class ObjectivesConfig:
     def __post_init__(self) -> None:
         if unknown := set(self.weights) - set(OBJECTIVES):
             raise ValueError(f"weights has {sorted(unknown)}: expected some of {OBJECTIVES}")
-        object.__setattr__(self, "weights", {**WEIGHTS, **self.weights})
+        learned = [self.alignment_weight, *map(self.weight_of, OBJECTIVES)]
+        if min(*learned, self.z_loss_weight) < 0:
+            raise ValueError(f"weights {learned}, z-loss {self.z_loss_weight}: expected 0 or more")
+        if not any(learned):
+            raise ValueError("the weights of all objectives are zero: nothing would be learned")
         shares = (self.reconstruct_share, self.next_token_share, self.drop_condition)
         if min(shares) < 0 or self.reconstruct_share + self.next_token_share > 1:
             raise ValueError(f"shares {shares}: must be >= 0, and the first two at most 1 together")
         if self.alignment_form not in ("siglip", "clip"):
             raise ValueError(f"alignment_form={self.alignment_form!r}: expected siglip or clip")
+
+    def weight_of(self, name: str) -> float:
+        """Of a token objective."""
+        return self.weights.get(name, WEIGHTS[name])
 
 
 def global_sum(value: Tensor) -> Tensor:
@@ -110,7 +119,7 @@ def token_losses(
         chosen = objectives == number
         if count := global_sum(chosen.sum()):
             share = chosen * (world_size() / count)
-            shares, weights = shares + share, weights + config.weights[name] * share
+            shares, weights = shares + share, weights + config.weight_of(name) * share
             taught.append((number, name))
     count = global_sum(predicted.sum()).clamp(min=1)
     z_shares = predicted * (world_size() / count)

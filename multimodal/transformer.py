@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from multimodal.attention import attend
 
@@ -182,7 +183,13 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """ids in, hidden states out; ``logits`` turns those it is given into float32 scores."""
+    """ids in, hidden states out; ``logits`` turns those it is given into float32 scores.
+
+    ``recompute``: in training, keep what enters a layer, and compute the rest again going back
+    (Chen et al. 2016, arXiv:1604.06174).
+    """
+
+    recompute = False
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -214,7 +221,10 @@ class Transformer(nn.Module):
         turn = rope(positions, self.config)
         x = self.embed_tokens(ids)
         for number, layer in enumerate(self.layers):
-            x = layer(x, turn, mask, cache, number)
+            if self.recompute and torch.is_grad_enabled() and cache is None:
+                x = checkpoint(layer, x, turn, mask, cache, number, use_reentrant=False)
+            else:
+                x = layer(x, turn, mask, cache, number)
         if cache is not None:
             cache.length += ids.shape[1]
         out: Tensor = self.norm(x)

@@ -510,6 +510,9 @@ def torch_picture() -> Any:
 
 # --- what users get wrong ---------------------------------------------------------------------
 
+ZERO = ["--model.init_args.objectives.weights",
+        "{caption: 0, answer: 0, text: 0, image: 0, reconstruct: 0}"]  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("options", "status", "said"),
@@ -520,6 +523,35 @@ def torch_picture() -> Any:
         (["--data.global_batch_size", "999"], 1, r"50 samples are fewer than one global batch"),
         (["--model.init_args.text_tokenizer", "no.json"], 1, r"error: no.json: no such file; "),
         (["--model.init_args.image_tokenizer", "no"], 1, r"error: no: not an image tokenizer"),
+        (["--model.init_args.row_length", "7"], 1, r"an image of 4 codes needs 8"),
+        (["--model.init_args.row_length", "9999"], 1, r"the model reads at most 4096 tokens"),
+        (["--model.init_args.row_length", "30"], 1, r"sample \S+ makes a sequence of \d+ tokens"),
+        (
+            [*ZERO, "--model.init_args.objectives.alignment_weight", "0"],
+            1,
+            r"the weights of all objectives are zero",
+        ),
+        (["--model.init_args.objectives.weights.caption", "-1"], 1, r"expected 0 or more"),
+        (
+            [
+                "--model.init_args.objectives.weights.answer",
+                "1",
+                "--model.init_args.question_share",
+                "0",
+            ],
+            1,
+            r"has answer: 1.0, but none of the",
+        ),
+        (
+            [
+                "--model.init_args.objectives.weights.reconstruct",
+                "1",
+                "--model.init_args.objectives.reconstruct_share",
+                "0",
+            ],
+            1,
+            r"has reconstruct: 1.0, but none",
+        ),
         (["--model.init_args.size", "huge"], 1, r"size 'huge': expected one of tiny, "),
         (["--model.init_args.sise", "tiny"], 2, r"Option 'sise' is not accepted"),
         (["--model.class_path", "multimodal.train.joint.Nope"], 2, r"has no attribute 'Nope'"),

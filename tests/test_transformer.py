@@ -133,6 +133,11 @@ def test_packed_is_separate_in_values_and_gradients(tiny_model: Callable[..., Mu
 
     alone = [pack([sequence], len(sequence), 0) for sequence in sequences]
     loss, gradients = loss_and_gradients([together])
+    model.transformer.recompute = True  # what is not kept is computed again, the same
+    again, gradients_again = loss_and_gradients([together])
+    model.transformer.recompute = False
+    assert again == loss
+    assert all(torch.equal(gradients_again[name], g) for name, g in gradients.items())
     expected_loss, expected = loss_and_gradients(alone)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     for name, gradient in gradients.items():

@@ -15,6 +15,8 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        # One that was made elsewhere may have control tokens: in a text they are text.
+        tokenizer.encode_special_tokens = True
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary_size: int) -> "TextTokenizer":
@@ -36,7 +38,10 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "TextTokenizer":
-        if not Path(path).is_file():
+        """Read the file, or the ``tokenizer.json`` of a Hugging Face folder."""
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
             raise ValueError(f"{path}: no such file; train one with: multimodal tokenizer text")
         try:
             return cls(Tokenizer.from_file(str(path)))

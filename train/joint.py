@@ -22,19 +22,25 @@ from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.data import Examples
 from multimodal.train.lessons import descriptions_of, exchanges_of, lesson_of
-from multimodal.train.schedule import TrainedByMuon, can_compile
+from multimodal.train.preflight import check_data
+from multimodal.train.schedule import TrainedByMuon, can_compile, parts_named
 from multimodal.train.sharding import groups, shard, together, whole_weights
 
 
 class JointModule(TrainedByMuon):
     """Args:
-    size: a name of the table of sizes (tiny, mini, starter, base, large, 1b, 7b).
+    size: a name of the table of sizes (tiny, mini, starter, base, large, 1b, 7b), or the folder of
+        a Qwen3 of Hugging Face, to start from its weights; text_tokenizer is that folder, too.
     text_tokenizer: file of a trained BPE; image_tokenizer: folder of a trained image tokenizer;
         either may be a model (its folder, or ``starter``), whose tokenizer is taken.
     objectives: weights and shares of the losses.
     question_share: of the samples with a caption and questions, how many bring questions too.
     row_length: tokens in a packed row; at least the longest sequence.
     learning_rate, weight_decay, warmup_steps: Muon's; linear warm-up, cosine to zero.
+    learning_rates: other rates for parts by name; freeze: names of parts that are not trained, such
+        as ``model.transformer.layers.0`` or ``*.mlp.*``.
+    recompute: keep no activations inside layers, and compute them again for the gradients: a third
+        more time for much less memory.
     captions_in_validation, answers_in_validation, drawings_in_validation: how many to make with the
         real sampler.
     compile: torch.compile of the transformer (needs a C++ compiler on a CPU).
@@ -51,18 +57,29 @@ class JointModule(TrainedByMuon):
         learning_rate: float = 1e-3,
         weight_decay: float = 0.1,
         warmup_steps: int = 100,
+        learning_rates: dict[str, float] | None = None,
+        freeze: list[str] | None = None,
+        recompute: bool = False,
         captions_in_validation: int = 200,
         answers_in_validation: int = 200,
         drawings_in_validation: int = 8,
         compile: bool = False,
     ) -> None:
-        super().__init__(learning_rate, weight_decay, warmup_steps)
+        super().__init__(learning_rate, weight_decay, warmup_steps, learning_rates)
         self.model = Multimodal.new(
             size,
             TextTokenizer.load(part_of(text_tokenizer, "text_tokenizer.json")),
             load_image_tokenizer(part_of(image_tokenizer, "image_tokenizer")),
             objectives,
         )
+        for name in freeze or ():
+            for parameter in parts_named(self, name):
+                parameter.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise ValueError(f"freeze={freeze}: nothing is left to train")
+        for name in self.learning_rates:
+            parts_named(self, name)  # a wrong name is said now
+        self.model.transformer.recompute = recompute
         if not 0 <= question_share <= 1:
             raise ValueError(f"question_share={question_share}: expected 0 to 1")
         self.question_share = question_share
@@ -76,6 +93,11 @@ class JointModule(TrainedByMuon):
     def configure_model(self) -> None:
         if self.device_mesh is not None and not groups(self.model):  # FSDP2
             shard(self.model, self.device_mesh["data_parallel"])
+
+    def on_fit_start(self) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        shards = data.shards(data.train_split)
+        check_data(self.model, shards, self.row_length, self.question_share)
 
     @property
     def preprocessing(self) -> tuple[int, Fit]:

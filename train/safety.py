@@ -76,11 +76,12 @@ class StopGently(L.Callback):
             say(f"stopped at step {trainer.global_step:,}; go on with --ckpt_path {self.path}")
             self._saved = True
 
-    def _stop(self, *_: Any) -> None:
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
         if self._saved:  # and the step is in the log by now
             raise SIGTERMException(128 + (self._asked or signal.SIGTERM))
 
-    on_train_batch_start = on_validation_start = _stop
+    def on_validation_start(self, *_: Any, **__: Any) -> None:
+        self.on_train_batch_start()
 
     def on_exception(self, *_: Any, **__: Any) -> None:
         self._restore()

@@ -2,7 +2,8 @@
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import lightning as L
@@ -23,12 +24,19 @@ class TrainedByMuon(L.LightningModule):
     twice the steps here (docs/decisions.md has the numbers).
 
     learning_rate, weight_decay: of both; warmup_steps: linear, then a cosine to zero.
+    learning_rates: other rates for parts, by their names as ``parts_named`` reads them.
     """
 
-    def __init__(self, learning_rate: float, weight_decay: float, warmup_steps: int) -> None:
+    def __init__(
+        self,
+        learning_rate: float,
+        weight_decay: float,
+        warmup_steps: int,
+        learning_rates: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__()
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.warmup_steps = warmup_steps
+        self.warmup_steps, self.learning_rates = warmup_steps, dict(learning_rates or {})
 
     @property
     def heads(self) -> list[nn.Module]:
@@ -41,7 +49,14 @@ class TrainedByMuon(L.LightningModule):
         return []
 
     def configure_optimizers(self) -> Any:
-        optimizer = muon(self, self.heads, self.learning_rate, self.weight_decay, self.undecayed)
+        rates = {
+            parameter: rate
+            for name, rate in self.learning_rates.items()
+            for parameter in parts_named(self, name)
+        }
+        optimizer = muon(
+            self, self.heads, self.learning_rate, self.weight_decay, self.undecayed, rates
+        )
         return warmup_cosine(optimizer, self.warmup_steps, self.trainer)
 
     def configure_gradient_clipping(
@@ -53,6 +68,20 @@ class TrainedByMuon(L.LightningModule):
         """Clip by the global norm, and log it."""
         norm = clip_gradients(list(self.parameters()), gradient_clip_val or math.inf)
         self.log("train/gradient_norm", norm)
+
+
+def parts_named(module: nn.Module, name: str) -> list[nn.Parameter]:
+    """The parameters of this name, or of the part of this name: ``model.transformer.layers.0``;
+    with wildcards: ``*.mlp.*``. Errors: ``ValueError`` where there are none."""
+    found = [
+        parameter
+        for own, parameter in module.named_parameters()
+        if own == name or own.startswith(f"{name}.") or fnmatchcase(own, name)
+    ]
+    if not found:
+        tops = dict.fromkeys(".".join(n.split(".")[:2]) for n, _ in module.named_parameters())
+        raise ValueError(f"{name!r}: no part of that name; there is {', '.join(tops)}")
+    return found
 
 
 def can_compile() -> bool:
@@ -69,8 +98,10 @@ def muon(
     learning_rate: float,
     weight_decay: float,
     undecayed: Sequence[nn.Module] = (),
+    rates: Mapping[nn.Parameter, float] | None = None,
 ) -> Muon:
-    """Muon where it fits, AdamW elsewhere; norms, biases and ``undecayed`` do not decay."""
+    """Muon where it fits, AdamW elsewhere; norms, biases and ``undecayed`` do not decay; rates: of
+    the parameters that have one of their own."""
     by_adamw = [m for m in module.modules() if isinstance(m, nn.Embedding)] + heads
     outside = {id(p) for part in by_adamw for p in part.parameters()}
     free = {id(p) for part in undecayed for p in part.parameters()}
@@ -85,8 +116,15 @@ def muon(
             "weight_decay": 0.0,
         },
     ]
+    rate_of = {id(parameter): rate for parameter, rate in (rates or {}).items()}
+    divided = []
+    for group in groups:
+        own = [rate_of.get(id(p), learning_rate) for p in group["params"]]
+        for rate in dict.fromkeys(own):
+            of_rate = [p for p, its in zip(group["params"], own, strict=True) if its == rate]
+            divided.append({**group, "params": of_rate, "lr": rate})
     return Muon(
-        [group for group in groups if group["params"]],
+        divided,
         lr=learning_rate,
         weight_decay=weight_decay,
         betas=(0.9, 0.95),
