@@ -17,13 +17,15 @@ SLICE = 1 << 24  # logits in memory at a time: 64 MiB in fp32, and some copies o
 
 
 class HeadLosses(NamedTuple):
-    """total: float32[], the only one with a gradient; nll, log_z, largest: float32[N], of each
-    position minus the log-likelihood of its target, log Z, and the largest logit."""
+    """total: float32[], the only one with a gradient; nll, log_z, largest, pull: float32[N], of
+    each position minus the log-likelihood of its target, log Z, the largest logit, and the squared
+    norm of the gradient of its state (0 where none is wanted)."""
 
     total: Tensor
     nll: Tensor
     log_z: Tensor
     largest: Tensor
+    pull: Tensor
 
 
 def head_losses(
@@ -60,8 +62,8 @@ class _HeadLosses(torch.autograd.Function):
             size = max(1, SLICE // len(head))
             of_hidden = torch.empty_like(read) if learns else None
             of_head = torch.zeros_like(matrix, dtype=torch.float32) if learns else None
-            nll, log_z, largest = (
-                hidden.new_empty(len(hidden), dtype=torch.float32) for _ in "123"
+            nll, log_z, largest, pull = (
+                hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(4)
             )
             for start in range(0, len(hidden), size):
                 here = slice(start, start + size)
@@ -77,12 +79,13 @@ class _HeadLosses(torch.autograd.Function):
                 gradient[rows, targets[here]] -= weights[here]
                 gradient = gradient.to(kind)
                 of_hidden[here] = gradient @ matrix
+                pull[here] = of_hidden[here].float().square().sum(-1)
                 of_head += gradient.T @ read[here]
             total = (weights * nll + z_weights * log_z.square()).sum()
         if of_hidden is not None and of_head is not None:
             ctx.save_for_backward(of_hidden.to(hidden.dtype), of_head.to(head.dtype))
-        ctx.mark_non_differentiable(nll, log_z, largest)
-        return total, nll, log_z, largest
+        ctx.mark_non_differentiable(nll, log_z, largest, pull)
+        return total, nll, log_z, largest, pull
 
     @staticmethod
     def backward(ctx: Any, of_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

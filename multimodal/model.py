@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -19,6 +20,7 @@ from multimodal.qwen3 import read_qwen3
 from multimodal.sampling import Sampling
 from multimodal.sequences import (
     NO_LOSS,
+    OBJECTIVES,
     Packed,
     Sequence,
     answer,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image"
+MASKED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # the bins of the logged curves
 SHAPE_MULTIPLE = 256  # positions with a target are padded to this
 
 
@@ -254,7 +257,13 @@ class Multimodal(nn.Module):
         objectives = objectives[chosen]
         objectives[count:] = NO_LOSS
         head, targets = self.transformer.lm_head.weight, packed.targets.flatten()[chosen]
-        total, parts = token_losses(hidden[chosen], head, targets, objectives, goals)
+        shares = packed.masked_shares.flatten()[chosen]
+        masked = objectives == OBJECTIVES.index("reconstruct")
+        groups = {
+            f"reconstruct/{low:.2f}-{high:.2f}": masked & (shares > low) & (shares <= high)
+            for low, high in pairwise(MASKED_SHARES)
+        }
+        total, parts = token_losses(hidden[chosen], head, targets, objectives, goals, groups)
         if goals.alignment_weight:
             states = hidden[packed.states]
             pairs = len(image_ids)
@@ -264,7 +273,11 @@ class Multimodal(nn.Module):
                 image_ids,
                 text_ids,
             )
-            total = total + goals.alignment_weight * parts["alignment"]
+            weighted = goals.alignment_weight * parts["alignment"]
+            if states.requires_grad:
+                (of_states,) = torch.autograd.grad(weighted, states, retain_graph=True)
+                parts["pull/alignment"] = of_states.norm()
+            total = total + weighted
         return total, {**parts, "total": total}
 
     def save(self, folder: str | Path, card: str = "") -> None:

@@ -9,6 +9,7 @@ E embedding.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -103,29 +104,40 @@ def world_size() -> int:
 
 
 def token_losses(
-    hidden: Tensor, head: Tensor, targets: Tensor, objectives: Tensor, config: ObjectivesConfig
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    objectives: Tensor,
+    config: ObjectivesConfig,
+    groups: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """hidden: float[N, D]; head: float[V, D]; targets, objectives: int64[N] -> weighted sum, parts
 
-    Positions of objective NO_LOSS count nowhere.
+    Positions of objective NO_LOSS count nowhere. groups: bool[N] each, of which the mean over their
+    tokens is a part by that name, too. ``pull/NAME`` is the norm of the gradient with which an
+    objective pulls at the last states.
     Each part is a mean over its tokens on all ranks. Gradients are averaged over ranks afterwards,
     so the local sum is multiplied by their number.
     """
     predicted = objectives != NO_LOSS
-    shares = torch.zeros(objectives.shape, device=objectives.device)
-    weights = torch.zeros_like(shares)
-    taught: list[tuple[int, str]] = []  # no curve where there was nothing to learn
-    for number, name in enumerate(OBJECTIVES):
-        chosen = objectives == number
-        if count := global_sum(chosen.sum()):
-            share = chosen * (world_size() / count)
-            shares, weights = shares + share, weights + config.weight_of(name) * share
-            taught.append((number, name))
-    count = global_sum(predicted.sum()).clamp(min=1)
-    z_shares = predicted * (world_size() / count)
-    losses = head_losses(hidden, head, targets, weights, config.z_loss_weight * z_shares)
-    parts = {name: (losses.nll * shares * (objectives == n)).sum() for n, name in taught}
-    parts["log_z"] = (losses.log_z * z_shares).sum()
+    chosen = {name: objectives == number for number, name in enumerate(OBJECTIVES)}
+    every = {**chosen, **(groups or {}), "log_z": predicted}
+    counts = global_sum(torch.stack([one.sum() for one in every.values()])).tolist()
+    # What each position has of a mean; no curve where there was nothing to learn.
+    shares = {
+        name: one * (world_size() / count)
+        for (name, one), count in zip(every.items(), counts, strict=True)
+        if count
+    }
+    taught = [name for name in OBJECTIVES if name in shares]
+    none = torch.zeros(objectives.shape, device=objectives.device)
+    weights = sum((config.weight_of(name) * shares[name] for name in taught), none)
+    z_weights = config.z_loss_weight * shares.get("log_z", none)
+    losses = head_losses(hidden, head, targets, weights, z_weights)
+    parts = {name: (losses.nll * share).sum() for name, share in shares.items()}
+    parts["log_z"] = (losses.log_z * shares.get("log_z", none)).sum()
+    if losses.total.requires_grad:
+        parts |= {f"pull/{name}": losses.pull[chosen[name]].sum().sqrt() for name in taught}
     largest = losses.largest.masked_fill(~predicted, -torch.inf)
     parts["largest_logit"] = largest.max() if len(largest) else largest.new_zeros(())
     return losses.total, parts

@@ -211,6 +211,17 @@ class Packed:
         return Packed(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     @property
+    def masked_shares(self) -> Tensor:
+        """float32[R, L]: of each document, the share of its bidirectional block that is masked."""
+        rows, length = self.ids.shape
+        number = self.documents + (length + 1) * torch.arange(rows, device=self.ids.device)[:, None]
+        sums = torch.zeros(2, rows * (length + 1), device=self.ids.device)
+        masked = self.objectives == OBJECTIVES.index("reconstruct")
+        for one, counted in zip(sums, (masked, self.blocks > 0), strict=True):
+            one.index_add_(0, number.flatten(), counted.flatten().float())
+        return (sums[0] / sums[1].clamp(min=1))[number]
+
+    @property
     def efficiency(self) -> float:
         """Share of the positions that are no padding."""
         return float((self.documents > 0).float().mean())

@@ -237,6 +237,33 @@ def test_nothing_to_learn_is_a_zero_and_no_curve() -> None:
     assert set(OBJECTIVES) & set(parts) == {"reconstruct"} and some.isfinite()
 
 
+def test_curves_say_how_hard_each_objective_pulls_and_how_masked_images_fare(
+    tiny_model: Make, sentences: tuple[str, ...]
+) -> None:
+    torch.manual_seed(0)
+    objectives = torch.tensor([0, 0, 2, 2, 2, 4])
+    hidden, targets = torch.randn(6, 40).requires_grad_(), torch.randint(40, (6,))
+    config = ObjectivesConfig(z_loss_weight=0.0)
+    total, parts = token_losses(hidden, HEAD, targets, objectives, config)
+    (pulled,) = grad(total, hidden)
+    assert {name for name in parts if name.startswith("pull/")} == {
+        "pull/caption", "pull/image", "pull/answer"
+    }  # fmt: skip
+    assert parts["pull/image"].item() == pytest.approx(pulled[2:5].norm().item(), rel=1e-4)
+
+    model = tiny_model(**only("reconstruct"))
+    vocabulary, codes = model.vocabulary, np.arange(16)
+    masks = [np.arange(16) < count for count in (2, 8, 16)]
+    draws = [draw(vocabulary, [5], codes, mask) for mask in masks]
+    packed = pack(draws, 40, vocabulary.pad)
+    ids = torch.arange(3)
+    _, parts = model(packed, ids, ids)
+    bins = {name: value for name, value in parts.items() if name.startswith("reconstruct/")}
+    assert [*bins] == ["reconstruct/0.00-0.25", "reconstruct/0.25-0.50", "reconstruct/0.75-1.00"]
+    mean = sum(n * value for n, value in zip((2, 8, 16), bins.values(), strict=True)) / 26
+    assert parts["reconstruct"].item() == pytest.approx(mean.item(), rel=1e-5)
+
+
 def test_z_loss_pulls_log_z_to_zero() -> None:
     logits = torch.full((4, 16), 5.0, requires_grad=True)
     config = ObjectivesConfig(weights=dict.fromkeys(OBJECTIVES, 0.0), z_loss_weight=1.0)

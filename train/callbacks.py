@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from multimodal.train.cost import peak_flops, peak_memory
+
 
 class RandomState(L.Callback):
     """Puts the random state of this process into the checkpoint, which Lightning leaves out."""
@@ -49,10 +51,14 @@ class RandomState(L.Callback):
 
 
 class Throughput(L.Callback):
-    """Tokens per second over the last 20 steps, all ranks, in the progress bar and the log."""
+    """Over the last 20 steps: tokens per second of all ranks, TFLOP/s of one, and on a known GPU
+    what share that is of its peak (MFU); and the most memory so far.
+
+    A module says what a step was in ``tokens`` and, if it knows, in ``flops``.
+    """
 
     def __init__(self) -> None:
-        self._steps: deque[tuple[float, int]] = deque(maxlen=21)
+        self._steps: deque[tuple[float, int, float]] = deque(maxlen=21)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._steps.clear()  # the time that validation took is not training time
@@ -60,11 +66,18 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        self._steps.append((time.perf_counter(), int(getattr(pl_module, "tokens", 0))))
+        tokens, flops = getattr(pl_module, "tokens", 0), getattr(pl_module, "flops", 0.0)
+        self._steps.append((time.perf_counter(), int(tokens), float(flops)))
         if len(self._steps) > 1:
-            (first, _), (last, _) = self._steps[0], self._steps[-1]
-            tokens = sum(count for _, count in list(self._steps)[1:]) * trainer.world_size
-            pl_module.log("tokens/s", tokens / max(last - first, 1e-9), prog_bar=True)
+            times, counts, work = zip(*self._steps, strict=True)
+            seconds = max(times[-1] - times[0], 1e-9)
+            speed = sum(counts[1:]) * trainer.world_size / seconds
+            pl_module.log("tokens/s", speed, prog_bar=True)
+            if done := sum(work[1:]) / seconds:
+                pl_module.log("TFLOP/s", done / 1e12)
+                if peak := peak_flops():
+                    pl_module.log("MFU", done / peak, prog_bar=True)
+        pl_module.log("memory_GB", peak_memory(), prog_bar=True)
 
 
 class Mixture(L.Callback):

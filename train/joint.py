@@ -20,6 +20,7 @@ from multimodal.seeds import stable_number
 from multimodal.sequences import Packed, pack
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
+from multimodal.train.cost import training_flops
 from multimodal.train.data import Examples
 from multimodal.train.lessons import descriptions_of, exchanges_of, lesson_of
 from multimodal.train.preflight import check_data
@@ -156,6 +157,12 @@ class JointModule(TrainedByMuon):
             longest=self.row_length,
         )
         draws = sequences[len(rows) : 2 * len(rows)]
+        for row, *both in zip(rows, sequences, draws, strict=False):
+            if (longest := max(map(len, both))) > self.row_length:
+                raise ValueError(
+                    f"sample {batch.keys[row]} makes a sequence of {longest} tokens, more than "
+                    f"row_length={self.row_length}: raise it, or cut the text"
+                )
         for row, parts in enumerate(batch.documents):
             if parts:
                 sequences += self.model.document(parts, images[row], longest=self.row_length)
@@ -170,6 +177,7 @@ class JointModule(TrainedByMuon):
             if sequence.ids[1] != null:
                 text_ids[row] = stable_number(str(text))
         self.tokens = int((packed.documents > 0).sum())
+        self.flops = training_flops(self.model.config.transformer, packed)
         return packed.to(self.device), image_ids.to(self.device), text_ids.to(self.device)
 
     def step(self, batch: Examples, stage: str) -> Tensor:

@@ -1,0 +1,44 @@
+"""The arithmetic of a step is what torch counts."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from multimodal.model import Multimodal
+from multimodal.sequences import NO_LOSS, describe, draw, pack
+from multimodal.train.cost import layer_parameters, peak_memory, training_flops
+
+
+def test_flops_are_those_of_all_products_that_the_mask_lets_through(
+    tiny_model: Callable[..., Multimodal],
+) -> None:
+    model = tiny_model()
+    config, codes = model.config.transformer, np.arange(16)
+    masked = draw(model.vocabulary, [5, 6], codes, np.arange(16) < 4)
+    causal = describe(model.vocabulary, codes, [7, 8, 9])
+    packed = pack([masked, causal], 64, model.vocabulary.pad)
+    hidden = model.hidden(packed)
+    with FlopCounterMode(display=False) as counter:  # one long row, padding and all
+        model.transformer(packed.ids, packed.positions, None)
+    counted = counter.get_total_flops()
+    visible = 16 * 15 / 2 + sum(n * (n + 1) / 2 for n in map(len, (masked, causal)))
+    per_pair = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    length = packed.ids.numel()
+    assert counted == 2 * layer_parameters(config) * length + per_pair * length**2
+    tokens = len(masked) + len(causal)
+    targets = int((packed.objectives != NO_LOSS).sum())
+    expected = 3 * (
+        2 * layer_parameters(config) * tokens
+        + per_pair * visible
+        + 2 * config.hidden_size * config.vocab_size * targets
+    )
+    assert training_flops(config, packed) == expected and hidden.isfinite().all()
+
+
+def test_memory_is_in_gigabytes() -> None:
+    before = peak_memory()
+    assert 0.05 < before < 200
+    held = torch.ones(3 * 10**8 // 4)
+    assert peak_memory() >= before and held.sum() > 0

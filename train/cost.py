@@ -1,0 +1,63 @@
+"""What a step costs: its arithmetic, and the memory of the process."""
+
+import resource
+import sys
+
+import torch
+
+from multimodal.sequences import NO_LOSS, Packed
+from multimodal.transformer import TransformerConfig
+
+# Dense bf16 products in TFLOP/s, by what torch calls the device (data sheets of the makers).
+PEAKS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
+         "RTX 4090": 165.0}  # fmt: skip
+
+
+def layer_parameters(config: TransformerConfig) -> int:
+    """Numbers in the matrices of all layers."""
+    heads = config.num_attention_heads + config.num_key_value_heads
+    attention = 2 * config.hidden_size * heads * config.head_dim
+    return config.num_hidden_layers * (
+        attention + 3 * config.hidden_size * config.intermediate_size
+    )
+
+
+def training_flops(config: TransformerConfig, packed: Packed) -> float:
+    """Floating-point operations of a step on these rows: products forwards, and twice that back.
+
+    As PaLM counts them (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), but of attention what
+    the mask lets through, of the head what has a target, and nothing for padding.
+    """
+    read = packed.documents > 0
+    # A token sees those before it in its document, and one of a bidirectional block all of it.
+    pairs = float((packed.positions + 1)[read].sum())
+    pairs += _later_in_blocks(packed)
+    attention = 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * pairs
+    layers = layer_parameters(config) * float(read.sum())
+    targets = float((packed.objectives != NO_LOSS).sum())
+    head = config.hidden_size * config.vocab_size * targets
+    return 3 * 2 * (layers + attention + head)
+
+
+def _later_in_blocks(packed: Packed) -> float:
+    """How many pairs of a query and a later key lie in one bidirectional block."""
+    rows, length = packed.ids.shape
+    number = packed.documents + (length + 1) * torch.arange(rows, device=packed.ids.device)[:, None]
+    sizes = torch.bincount(number[packed.blocks > 0]).double()
+    return float((sizes * (sizes - 1) / 2).sum())
+
+
+def peak_flops() -> float | None:
+    """Of the GPU in use, per second; None where it is not known, and on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((1e12 * peak for kind, peak in PEAKS.items() if kind in name), None)
+
+
+def peak_memory() -> float:
+    """The most memory that was in use, in GB (1e9 bytes): of the GPU, or else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
