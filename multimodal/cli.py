@@ -36,6 +36,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("multimodal.commands.export", "turn a training checkpoint into a model folder"),
     "demo": ("multimodal.eval.demo", "do all of it on pictures that need no download"),
     "info": ("multimodal.commands.info", "what a model folder or a shard folder holds"),
+    "info --config": ("multimodal.train.forecast", "what a training run will need"),
 }
 
 # The exit statuses a shell expects of a program that a signal ended: 128 + SIGINT, 128 + SIGPIPE.

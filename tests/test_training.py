@@ -606,6 +606,18 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in out for name in recipe_names()) and "--ckpt_path" in out
 
 
+def test_a_forecast_says_what_a_run_needs_and_keeps_nothing(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted((work / "joint").rglob("*"))
+    assert main(["info", "--config", str(work / "joint.yaml"), "--trainer.max_steps", "900"]) == 0
+    said = capsys.readouterr().out
+    assert "131,458 to train, " in said and "900 steps in " in said and " GB at most" in said
+    assert sorted((work / "joint").rglob("*")) == before and not list(tmp_path.iterdir())
+    assert main(["info", "--config", str(work / "joint.yaml"), "--model.nope", "1"]) == 2
+
+
 def test_a_run_says_nothing_useless(work: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "multimodal.cli", "fit", "--config", str(work / "joint.yaml")]
     command += ["--output", str(tmp_path / "run"), "--trainer.max_steps", "1"]

@@ -254,7 +254,7 @@ def _quiet() -> None:
         logging.getLogger(name).addFilter(wanted)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], cli: type[TrainingCLI] = TrainingCLI) -> int:
     """Run ``multimodal ARGV...``; argv[0] is the verb. Returns the exit status."""
     verb, *rest = argv
     if not rest or {"-h", "--help"} & set(rest):
@@ -264,7 +264,7 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     rest = ["--help" if argument == "--help-all" else argument for argument in rest]
     try:
-        TrainingCLI(
+        cli(
             L.LightningModule,
             ShardData,
             subclass_mode_model=True,

@@ -23,6 +23,7 @@ EPILOG = """examples:
   multimodal info runs/photos-joint/model
   multimodal info runs/photos-tokenizer/model --json
   multimodal info data/flickr8k
+  multimodal info --config recipe.yaml       # what a training run will need
 """
 
 
