@@ -1,0 +1,167 @@
+"""A joint step beside plain language modelling, ours and that of transformers' Qwen3.
+
+    python benchmarks/train_step.py [--size mini] [--pairs 32] [--vocabulary 4096] [--steps 16]
+
+All read the same packed rows of image codes and captions, in bf16 on a CPU (a GPU where there is
+one), and each is measured in a process of its own, in turn, --rounds times; the best median counts.
+Tokens are those that are no padding. Theirs gets the rows as they are, causal, without a mask: what
+is fastest for it. ``kept``: with freed memory kept, as `multimodal fit` does on a CPU.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+CODES, TEXT = 64, "A brown dog runs over the grass with a red ball in its mouth ."
+SETTINGS = {
+    "joint, Muon": ("ours", True), "joint, AdamW": ("ours", True),
+    "joint, AdamW, compiled": ("ours", True),
+    "plain LM, Muon": ("ours", True), "plain LM, AdamW": ("ours", True),
+    "transformers, AdamW": ("theirs", False), "transformers, AdamW, kept": ("theirs", True),
+    "transformers, AdamW, compiled": ("theirs", False),
+    "transformers, AdamW, compiled, kept": ("theirs", True),
+}  # fmt: skip
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a step, tokens in it, and the most memory in GB, of one setting."""
+    import torch
+
+    from multimodal.model import Multimodal
+    from multimodal.objectives import ObjectivesConfig
+    from multimodal.sequences import NO_LOSS, OBJECTIVES, pack
+    from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
+    from multimodal.tokenizers.text import TextTokenizer
+    from multimodal.train.cli import keep_freed_memory
+    from multimodal.train.cost import peak_memory
+    from multimodal.train.schedule import muon
+
+    whose, kept = SETTINGS[name]
+    if kept:
+        keep_freed_memory()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    tokenizer = TextTokenizer.train([TEXT], 320)
+    codebook = options.vocabulary - 320 - 7
+    vq = {"name": "vq", "codebook_size": codebook, "channels": 8}
+    shares = ObjectivesConfig(reconstruct_share=0.5, next_token_share=0.5)
+    images = VQTokenizer(ImageTokenizerConfig(quantizer=vq))
+    model = Multimodal.new(options.size, tokenizer, images, shares).to(device)
+    numbers = list(range(options.pairs))
+    codes = torch.randint(0, codebook, (options.pairs, CODES))
+    packed = pack(model.sequences(codes, [TEXT] * options.pairs, numbers), options.row_length,
+                  model.vocabulary.pad, row_multiple=4)  # fmt: skip
+    real = packed.documents > 0
+    ids = torch.tensor(numbers)
+    step: Callable[[], torch.Tensor]
+    if whose == "theirs":
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        c = model.config.transformer
+        config = Qwen3Config(
+            vocab_size=c.vocab_size, hidden_size=c.hidden_size, head_dim=c.head_dim,
+            num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_key_value_heads, intermediate_size=c.intermediate_size,
+            tie_word_embeddings=c.tie_word_embeddings, use_cache=False,
+        )  # fmt: skip
+        trained: Any = Qwen3ForCausalLM(config).to(device).train()
+        call = torch.compile(trained) if "compiled" in name else trained
+        rows = packed.ids.to(device)
+        labels = rows.masked_fill(~real.to(device), -100)
+
+        def step() -> torch.Tensor:
+            loss: torch.Tensor = call(input_ids=rows, labels=labels).loss
+            return loss
+    else:
+        trained = model.train()
+        if "compiled" in name:
+            model.transformer.compile()
+        if name.startswith("plain"):
+            following = torch.zeros_like(packed.ids)
+            following[:, :-1] = packed.ids[:, 1:]
+            last = packed.documents != torch.nn.functional.pad(packed.documents[:, 1:], (0, 1))
+            packed.targets, packed.blocks = following, torch.zeros_like(packed.blocks)
+            packed.objectives = torch.where(last | ~real, NO_LOSS, OBJECTIVES.index("text"))
+            plain = ObjectivesConfig(weights={"text": 1.0}, alignment_weight=0.0)
+            object.__setattr__(model.config, "objectives", plain)
+        packed, ids = packed.to(torch.device(device)), ids.to(device)
+
+        def step() -> torch.Tensor:
+            return model(packed, ids, ids)[0]
+
+    if "Muon" in name:
+        optimizer: Any = muon(trained, [], 1e-3, 0.1)
+    else:
+        learned = [p for p in trained.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learned, 1e-3, weight_decay=0.1, fused=True)
+    times = []
+    for _ in range(options.steps):
+        start = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16):
+            loss = step()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(times[options.steps // 3 :]),
+            "tokens": int(real.sum()), "GB": peak_memory()}  # fmt: skip
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--size", default="mini")
+    made.add_argument("--pairs", type=int, default=32)
+    made.add_argument("--row-length", type=int, default=176)
+    made.add_argument("--vocabulary", type=int, default=4096, help="ids, those of text too")
+    made.add_argument("--steps", type=int, default=16)
+    made.add_argument("--rounds", type=int, default=2)
+    made.add_argument("--only", nargs="*", choices=SETTINGS, default=list(SETTINGS))
+    made.add_argument("--one", help=argparse.SUPPRESS)
+    options = made.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.one, options)))
+        return
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
+    for _ in range(options.rounds):
+        for name in options.only:
+            command = [sys.executable, *sys.argv, "--one", name]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            one = found[name][-1]
+            print(f"{name:<38}{one['tokens'] / one['seconds']:>9,.0f} tokens/s "
+                  f"{one['GB']:.2f} GB", file=sys.stderr, flush=True)  # fmt: skip
+    best = {name: min(rounds, key=lambda one: one["seconds"]) for name, rounds in found.items()}
+    speed = {name: one["tokens"] / one["seconds"] for name, one in best.items()}
+    ratios = {}
+    for ours in ("joint, Muon", "joint, AdamW", "joint, AdamW, compiled"):
+        for other in speed:
+            if ours in speed and other != ours:
+                ratios[f"{ours} / {other}"] = round(speed[ours] / speed[other], 2)
+    import torch
+    import transformers
+
+    print(json.dumps({
+        "tokens_per_second": {name: round(value) for name, value in speed.items()},
+        "GB": {name: round(one["GB"], 2) for name, one in best.items()},
+        "ratios": ratios,
+        "size": options.size, "pairs": options.pairs, "vocabulary": options.vocabulary,
+        "row_length": options.row_length, "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else
+        platform.processor() or platform.machine(),
+        "torch": torch.__version__, "transformers": transformers.__version__,
+        "cores": os.cpu_count(),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
