@@ -54,6 +54,8 @@ def draw_codes(
         raise ValueError(f"steps={steps}: expected at least 1")
     if not 0 <= guidance_scale < float("inf"):
         raise ValueError(f"guidance_scale={guidance_scale}: expected a number from 0 on")
+    if sampling.beams > 1 or sampling.repetition_penalty != 1:
+        raise ValueError("beams and a repetition penalty are for texts, not for images")
     if candidates < 1:
         raise ValueError(f"candidates={candidates}: expected at least 1")
     if candidates > 1:

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from multimodal.attention import attention_mask
+from multimodal.beams import search
 from multimodal.images import fit_image, open_image, to_tensor
 from multimodal.sampling import Sampling
 from multimodal.sequences import describe, describe_prompt, pack
@@ -136,6 +137,14 @@ def text_likelihoods(model: "Multimodal", codes: Tensor, texts: SequenceOf[str])
     return -torch.stack([part.sum() for part in torch.split(losses, lengths)]).cpu()
 
 
+def text_mask(model: "Multimodal") -> Tensor:
+    """bool[V]: the ids that may stand in a text, <eos> among them"""
+    allowed = torch.zeros(model.vocabulary.size, dtype=torch.bool, device=model.device)
+    allowed[: model.vocabulary.text_size] = True
+    allowed[model.vocabulary.eos] = True
+    return allowed
+
+
 @torch.inference_mode()
 def continue_text(
     model: "Multimodal",
@@ -151,15 +160,16 @@ def continue_text(
     vocabulary = model.vocabulary
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
-    batch = Batch(model, prompts, max_tokens)
-    allowed = torch.zeros(vocabulary.size, dtype=torch.bool, device=model.device)
-    allowed[: vocabulary.text_size] = True
-    allowed[vocabulary.eos] = True
+    batch, allowed = Batch(model, prompts, max_tokens), text_mask(model)
+    if sampling.beams > 1:
+        return search(batch, allowed, vocabulary.eos, max_tokens, sampling.beams,
+                      sampling.length_penalty)  # fmt: skip
     out: list[list[int]] = [[] for _ in prompts]
     rows = torch.arange(len(prompts), device=model.device)
     generators = sampling.generators(range(len(prompts)) if numbers is None else numbers)
     for step in range(max_tokens):
         logits = batch.logits().masked_fill(~allowed, -torch.inf)
+        logits = sampling.penalise(logits, [out[row] for row in rows.tolist()])
         ids = sampling.choose(logits, [generators[row] for row in rows.tolist()])
         going = (ids != vocabulary.eos).nonzero()[:, 0]
         rows, ids = rows[going], ids[going]

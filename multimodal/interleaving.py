@@ -8,7 +8,13 @@ import torch
 from PIL import Image
 
 from multimodal.drawing import decode_images
-from multimodal.generation import Batch, check_length, encode_images, read_images
+from multimodal.generation import (
+    Batch,
+    check_length,
+    continue_text,
+    encode_images,
+    read_images,
+)
 from multimodal.images import to_image
 from multimodal.sampling import Sampling
 
@@ -54,10 +60,15 @@ def generate(
         raise ValueError(f"output {output!r}: expected text, image or any")
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
+    if sampling.beams > 1 and output != "text":
+        raise ValueError(f"beams={sampling.beams}: beam search is for texts, not for {output}")
     v, n = model.vocabulary, model.image_tokenizer.config.grid**2
     ids = prompt_ids(model, parts)
     if output == "image":
         ids.append(v.boi)
+    if output == "text":
+        (text,) = continue_text(model, [ids], max_tokens, sampling)
+        return [model.text_tokenizer.decode(text).strip()]
     room = n if output == "image" else max_tokens
     check_length(model, [ids], room)
     images = torch.zeros(v.size, dtype=torch.bool, device=model.device)
@@ -68,7 +79,7 @@ def generate(
     limit = model.config.transformer.max_position_embeddings
     batch, generators = Batch(model, [ids], room), sampling.generators([0])
     found: list[str | Image.Image] = []
-    text: list[int] = []
+    text = list[int]()
     codes: list[int] = []
     left, used, drawing = max_tokens, len(ids), output == "image"
 
@@ -80,7 +91,7 @@ def generate(
     while left > 0 or drawing:
         allowed = images.clone() if drawing else texts.clone()
         # An image is begun only where all of it fits.
-        allowed[v.boi] = output == "any" and not drawing and used + n + 2 + left <= limit
+        allowed[v.boi] = not drawing and used + n + 2 + left <= limit
         logits = batch.logits().masked_fill(~allowed, -torch.inf)
         token = int(sampling.choose(logits, generators))
         if token == v.eos:

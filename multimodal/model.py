@@ -6,7 +6,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, Unpack
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from multimodal.attention import attention_mask
 from multimodal.images import open_image, to_image
 from multimodal.objectives import Alignment, ObjectivesConfig, token_losses
 from multimodal.qwen3 import read_qwen3
-from multimodal.sampling import Sampling
+from multimodal.sampling import Sampling, SamplingOptions
 from multimodal.sequences import (
     NO_LOSS,
     OBJECTIVES,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image"
+DRAWN: SamplingOptions = {"temperature": 1.0}  # the default of drawings
 MASKED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # the bins of the logged curves
 SHAPE_MULTIPLE = 256  # positions with a target are padded to this
 
@@ -288,7 +289,8 @@ class Multimodal(nn.Module):
 
     # --- use ----------------------------------------------------------------------------------
     # Images are paths, bytes or Pillow images. What is wrong with them, or with an argument, is a
-    # ValueError. temperature 0 takes the likeliest token; see multimodal.sampling.
+    # ValueError. How tokens are chosen, and the seed: see multimodal.sampling.Sampling; texts take
+    # the likeliest ones (temperature 0), drawings are drawn (temperature 1).
 
     def caption(
         self,
@@ -296,17 +298,17 @@ class Multimodal(nn.Module):
         *,
         batch_size: int = 32,
         max_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        **sampling: Unpack[SamplingOptions],
     ) -> list[str]:
         """One caption an image."""
         from multimodal.generation import caption
 
-        sampling = Sampling(temperature, top_k, top_p, seed)
         return caption(
-            self, images, batch_size=batch_size, max_tokens=max_tokens, sampling=sampling
+            self,
+            images,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            sampling=Sampling(**sampling),
         )
 
     def answer(
@@ -315,17 +317,13 @@ class Multimodal(nn.Module):
         question: str,
         *,
         max_tokens: int = 32,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        **sampling: Unpack[SamplingOptions],
     ) -> str:
         """The answer to a question about an image."""
         from multimodal.generation import answer_codes, encode_images, read_images
 
-        sampling = Sampling(temperature, top_k, top_p, seed)
         codes = encode_images(self, read_images(self, [image]))
-        return answer_codes(self, codes, [question], max_tokens, sampling)[0]
+        return answer_codes(self, codes, [question], max_tokens, Sampling(**sampling))[0]
 
     def draw(
         self,
@@ -336,10 +334,7 @@ class Multimodal(nn.Module):
         steps: int = 12,
         guidance_scale: float = 3.0,
         candidates: int = 1,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        **sampling: Unpack[SamplingOptions],
     ) -> "list[Image.Image]":
         """n drawings of a text, each the best of so many candidates; see multimodal.drawing for the
         methods and for guidance."""
@@ -347,10 +342,9 @@ class Multimodal(nn.Module):
 
         if n < 1:
             raise ValueError(f"n={n}: expected at least 1")
-        sampling = Sampling(temperature, top_k, top_p, seed)
         codes = draw_codes(self, [text] * n, method=method, steps=steps,
                            guidance_scale=guidance_scale, candidates=candidates,
-                           sampling=sampling)  # fmt: skip
+                           sampling=Sampling(**(DRAWN | sampling)))  # fmt: skip
         return [to_image(image) for image in decode_images(self, codes)]
 
     def edit(
@@ -361,10 +355,7 @@ class Multimodal(nn.Module):
         *,
         steps: int = 12,
         guidance_scale: float = 3.0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        **sampling: Unpack[SamplingOptions],
     ) -> "Image.Image":
         """Draw a part of the image anew, after a text; mask: white there, or a box x0, y0, x1, y1.
 
@@ -374,9 +365,8 @@ class Multimodal(nn.Module):
 
         whole = open_image(image)
         where = box_mask(whole.size, mask) if isinstance(mask, tuple) else open_image(mask)
-        sampling = Sampling(temperature, top_k, top_p, seed)
         return edit_image(self, whole, where, text, steps=steps, guidance_scale=guidance_scale,
-                          sampling=sampling)  # fmt: skip
+                          sampling=Sampling(**(DRAWN | sampling)))  # fmt: skip
 
     def embed(
         self,
@@ -412,14 +402,11 @@ class Multimodal(nn.Module):
         *,
         output: Literal["text", "image", "any"] = "text",
         max_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        **sampling: Unpack[SamplingOptions],
     ) -> "list[str | Image.Image]":
         """Go on after any mix: here a ``str`` is text, and images are paths (``Path``), bytes or
         Pillow images. output: text, one image, or ``any`` mix of both."""
         from multimodal.interleaving import generate
 
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        return generate(self, parts, output=output, max_tokens=max_tokens, sampling=sampling)
+        how = Sampling(**sampling)
+        return generate(self, parts, output=output, max_tokens=max_tokens, sampling=how)

@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
     made.add_argument("question", metavar="QUESTION")
     made.add_argument("--json", action="store_true", help='{"image", "question", "answer"}')
     made.add_argument("--max-tokens", type=int, default=32, help="longest answer (default 32)")
-    add_sampling(made, 0.0)
+    add_sampling(made, 0.0, texts=True)
     arguments = made.parse_args(argv)
     at_least_one(arguments, "max_tokens")
 

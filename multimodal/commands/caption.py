@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     made.add_argument("--json", action="store_true", help='{"image": ..., "caption": ...} a line')
     made.add_argument("--batch-size", type=int, default=32, help="images at once (default 32)")
     made.add_argument("--max-tokens", type=int, default=64, help="longest caption (default 64)")
-    add_sampling(made, 0.0)
+    add_sampling(made, 0.0, texts=True)
     add_bulk(made)
     arguments = made.parse_args(argv)
     if bool(arguments.images) == bool(arguments.data):

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     made.add_argument("--out", type=Path, metavar="FILE", help="where images go")
     made.add_argument("--json", action="store_true", help='{"output": [{"text"}, {"image"}, ...]}')
     made.add_argument("--max-tokens", type=int, default=64, help="longest text (default 64)")
-    add_sampling(made, 0.0)
+    add_sampling(made, 0.0, texts=True)
     arguments = made.parse_args(argv)
     if not arguments.parts:
         made.error("the prompt is empty: give --image and --text")

@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,7 +43,8 @@ def parser(verb: str, about: str, epilog: str) -> argparse.ArgumentParser:
     return made
 
 
-def add_sampling(made: argparse.ArgumentParser, temperature: float) -> None:
+def add_sampling(made: argparse.ArgumentParser, temperature: float, texts: bool = False) -> None:
+    """texts: of a verb that writes texts."""
     made.add_argument(
         "--temperature",
         type=float,
@@ -54,6 +55,13 @@ def add_sampling(made: argparse.ArgumentParser, temperature: float) -> None:
     made.add_argument(
         "--top-p", type=float, default=1.0, help="of the likeliest with this share (default 1)"
     )
+    made.add_argument("--min-p", type=float, default=0.0, metavar="P",
+                      help="of those at least P times as likely as the likeliest")  # fmt: skip
+    if texts:
+        made.add_argument("--beams", type=int, default=1,
+                          help="follow so many texts at once (default 1: greedy)")  # fmt: skip
+        made.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X",
+                          help="more than 1: fewer words twice (default 1)")  # fmt: skip
 
 
 def add_engine(made: argparse.ArgumentParser) -> None:
@@ -125,12 +133,13 @@ def at_least_one(arguments: argparse.Namespace, *names: str) -> None:
 def sampling_of(arguments: argparse.Namespace) -> "Sampling":
     from multimodal.sampling import Sampling
 
-    return Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    given = vars(arguments)
+    return Sampling(**{one.name: given[one.name] for one in fields(Sampling) if one.name in given})
 
 
 def drawing_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What ``Multimodal.draw`` and ``edit`` share."""
-    names = ("steps", "guidance_scale", "temperature", "top_k", "top_p", "seed")
+    names = ("steps", "guidance_scale", "temperature", "top_k", "top_p", "min_p", "seed")
     return {name: getattr(arguments, name) for name in names}
 
 
