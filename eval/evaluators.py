@@ -36,6 +36,8 @@ from multimodal.scene_claims import check_caption, parse_caption
 from multimodal.scenes import Scene
 from multimodal.sequences import draw, pack
 
+BEAMS = 5
+
 
 def shapes_said(caption: str) -> set[str]:
     """The kinds of things a caption about a scene speaks of.
@@ -61,7 +63,10 @@ class Captioning:
     """Captions beside references; of scenes, which of their statements are true."""
 
     name: ClassVar[str] = "captioning"
-    protocol: ClassVar[str] = "greedy, at most 64 tokens; Penn Treebank tokens, pycocoevalcap"
+    protocol: ClassVar[str] = (
+        f"greedy, at most 64 tokens, and CIDEr_beams with {BEAMS} beams, length penalty "
+        f"{Sampling().length_penalty}; Penn Treebank tokens, pycocoevalcap"
+    )
     examples: list[Example] = field(default_factory=list)
 
     def fits(self, sample: Sample) -> bool:
@@ -80,6 +85,12 @@ class Captioning:
         for name in ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4"):
             yield name, scores[name]  # a corpus' figure is not the mean of its images'
         yield "ROUGE_L", [each[key]["ROUGE_L"] for key in keys]
+        searched: list[str] = []
+        for rows in subject.batches(range(len(keys))):
+            codes = subject.codes[list(rows)]
+            searched += caption_codes(subject.model, codes, sampling=Sampling(beams=BEAMS))
+        by_beams = score_captions(dict(zip(keys, searched, strict=True)), truth)["per_image"]
+        yield "CIDEr_beams", [by_beams[key]["CIDEr"] for key in keys]
         yield "words", [float(len(text.split())) for text in said]
         yield "distinct", len(set(said)) / len(said)
         for n in (1, 2):

@@ -50,7 +50,7 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     beams: int = 1
-    length_penalty: float = 1.0
+    length_penalty: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
