@@ -19,10 +19,12 @@ from multimodal.shards import Shards
 if TYPE_CHECKING:
     from multimodal.samples import Sample
 
-TASKS = ("captioning", "answers", "retrieval", "likelihood", "drawing", "reconstruction")
-EPILOG = """TASK is one of captioning, answers, retrieval, likelihood, drawing, reconstruction, or
-all. Of a folder without what a task needs (captions, questions) it is left out. Intervals are of
-95 %, by the bootstrap over samples. Nothing is downloaded.
+TASKS = ("captioning", "answers", "choices", "retrieval", "classification", "likelihood",
+         "drawing", "reconstruction", "few_shot", "robustness")  # fmt: skip
+EPILOG = """TASK is one of captioning, answers, choices, retrieval, classification, likelihood,
+drawing, reconstruction, few_shot, robustness, or all. Of a folder without what a task needs
+(captions, questions, classes) it is left out. Intervals are of 95 %, by the bootstrap over
+samples. Nothing is downloaded.
 
 examples:
   multimodal eval all --data data/scenes --limit 200 --output results.json --page results.html
@@ -65,9 +67,9 @@ def run(
     """The report; writes the page on the way."""
     from tqdm import tqdm
 
-    from multimodal.eval.evaluators import EVALUATORS
     from multimodal.eval.measuring import Subject, chosen, evaluate
     from multimodal.eval.page import Bars, Figure, Section, page
+    from multimodal.eval.tasks import EVALUATORS
 
     model = load_model(arguments)
     config = model.image_tokenizer.config

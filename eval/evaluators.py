@@ -1,7 +1,7 @@
 """What a model can do, measured: small classes that yield ``(name, value)``.
 
 An evaluator says which samples it can use; what it found for single samples is kept in
-``examples``, to be looked at. To add one, write a class like these and put it into ``EVALUATORS``.
+``examples``, to be looked at. To add one, write a class like these and put it into tasks.py.
 
 Shapes: N samples, n codes of an image, D dimensions of an embedding.
 """
@@ -9,7 +9,7 @@ Shapes: N samples, n codes of an image, D dimensions of an embedding.
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -22,7 +22,7 @@ from multimodal.eval.answering import normalise, score_answers
 from multimodal.eval.captioning import score_captions
 from multimodal.eval.drawings import objects_asked, score_scene_drawings, whole_caption
 from multimodal.eval.features import Features
-from multimodal.eval.measuring import Evaluator, Example, PerQuestion, Subject, Value
+from multimodal.eval.measuring import Example, PerQuestion, Subject, Value
 from multimodal.eval.reconstruction import score_reconstructions
 from multimodal.eval.retrieval import score_retrieval
 from multimodal.eval.scenes import score_scene_captions
@@ -336,8 +336,3 @@ class Reconstruction:
         for sample, image, error in zip(subject.samples, again, errors.tolist(), strict=True):
             psnr = -10 * math.log10(max(error, 1e-10) / 4)
             self.examples.append(Example(sample.key, f"{psnr:.1f} dB", psnr, to_image(image)))
-
-
-EVALUATORS: dict[str, Callable[[], Evaluator]] = {
-    one.name: one for one in (Captioning, Answers, Retrieval, Likelihood, Drawing, Reconstruction)
-}

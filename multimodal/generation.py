@@ -20,7 +20,7 @@ from multimodal.attention import attention_mask
 from multimodal.beams import search
 from multimodal.images import fit_image, open_image, to_tensor
 from multimodal.sampling import Sampling
-from multimodal.sequences import describe, describe_prompt, pack
+from multimodal.sequences import NO_LOSS, answer, describe, describe_prompt, pack
 from multimodal.transformer import Cache
 
 if TYPE_CHECKING:
@@ -114,27 +114,37 @@ class Batch:
 
 
 @torch.inference_mode()
-def text_likelihoods(model: "Multimodal", codes: Tensor, texts: SequenceOf[str]) -> Tensor:
-    """How likely is each text as the caption of its image? Log probabilities in nats.
+def text_likelihoods(
+    model: "Multimodal",
+    codes: Tensor,
+    texts: SequenceOf[str],
+    prompts: SequenceOf[str] | None = None,
+) -> Tensor:
+    """How likely is each text, to its end, as the caption of its image, or after a prompt to it?
 
-    codes: int64[B, n] -> float32[B], on the CPU
+    Log probabilities in nats. codes: int64[B, n] -> float32[B], on the CPU
     """
-    vocabulary = model.vocabulary
-    sequences = [
-        describe(vocabulary, row, text_ids(model, text))
-        for row, text in zip(codes.tolist(), texts, strict=True)
-    ]
+    vocabulary, encode = model.vocabulary, model.text_tokenizer.encode
+    said = [text_ids(model, text) for text in texts]
+    if prompts is None:
+        sequences = [describe(vocabulary, *one) for one in zip(codes.tolist(), said, strict=True)]
+    else:
+        # An answer follows its prompt after a space, as in training.
+        turns = [
+            [(encode(p), encode(f" {t.strip()}"))] for p, t in zip(prompts, texts, strict=True)
+        ]
+        sequences = [answer(vocabulary, *one) for one in zip(codes.tolist(), turns, strict=True)]
     check_length(model, sequences, 0)
     packed = pack(sequences, max(map(len, sequences)), vocabulary.pad).to(model.device)
-    # What predicts a caption starts at <eoi>, the state of the sequence, and goes on to its end.
-    lengths = [len(sequence) - 1 - sequence.state for sequence in sequences]
+    places = [torch.from_numpy((one.objectives != NO_LOSS).nonzero()[0]) for one in sequences]
+    starts = packed.states.tolist()
     where = torch.cat([
-        start + torch.arange(length, device=model.device)
-        for start, length in zip(packed.states, lengths, strict=True)
-    ])  # fmt: skip
+        start - one.state + place
+        for start, one, place in zip(starts, sequences, places, strict=True)
+    ]).to(model.device)  # fmt: skip
     logits = model.transformer.logits(model.hidden(packed).flatten(0, 1)[where])
     losses = F.cross_entropy(logits, packed.targets.flatten()[where], reduction="none")
-    return -torch.stack([part.sum() for part in torch.split(losses, lengths)]).cpu()
+    return -torch.stack([part.sum() for part in torch.split(losses, list(map(len, places)))]).cpu()
 
 
 def text_mask(model: "Multimodal") -> Tensor:
