@@ -23,6 +23,7 @@ from multimodal.eval.captioning import score_captions
 from multimodal.eval.drawings import objects_asked, score_scene_drawings, whole_caption
 from multimodal.eval.features import Features
 from multimodal.eval.measuring import Example, PerQuestion, Subject, Value
+from multimodal.eval.objects import objects_said
 from multimodal.eval.reconstruction import score_reconstructions
 from multimodal.eval.retrieval import score_retrieval
 from multimodal.eval.scenes import score_scene_captions
@@ -112,6 +113,15 @@ class Captioning:
                     for key, scene in scenes.items()
                 ],
             )
+        elif not scenes:  # CHAIR, by sentences and by objects
+            named = {key: objects_said(text) for key, text in found.items()}
+            there = {key: objects_said(" ".join(texts)) for key, texts in truth.items()}
+            yield "hallucinated", [float(bool(named[key] - there[key])) for key in keys]
+            wrong, all_named = (
+                sum(map(len, sets))
+                for sets in ([named[key] - there[key] for key in keys], named.values())
+            )
+            yield "hallucinated_objects", wrong / max(1, all_named)
         for sample, image in zip(subject.samples, subject.images, strict=True):
             key = sample.key
             self.examples.append(

@@ -22,6 +22,7 @@ from multimodal.eval.evaluators import (
     shapes_said,
 )
 from multimodal.eval.measuring import Example, Subject, Value, evaluate, interval
+from multimodal.eval.objects import objects_said
 from multimodal.eval.tasks import EVALUATORS
 from multimodal.generation import text_likelihoods
 from multimodal.samples import Sample
@@ -129,6 +130,23 @@ def test_the_interval_is_that_of_the_mean() -> None:
 def test_what_is_left_out_is_not_invented() -> None:
     assert shapes_said("a circle") == shapes_said("two circles") == {"circle"}
     assert shapes_said("a green object left of a large red heart") == {"heart"}
+
+
+def test_photos_are_held_to_what_references_name(subject: Subject) -> None:
+    assert objects_said("Two men and a dog on the beach.") == {"person", "dog", "beach"}
+    assert objects_said("a man-eating shark") == {"person"} and not objects_said("")
+    photos = [
+        Sample(s.key, {**s.members, "json": b'{"captions": ["two dogs run", "by a lake"]}'})
+        for s in subject.samples
+    ]
+    model = subject.model
+    texts = iter(["a dog by a man", *["a dog"] * (len(photos) - 1)] * 2)
+    with pytest.MonkeyPatch.context() as patch:
+        said = lambda _, codes, **__: [next(texts) for _ in codes]  # noqa: E731
+        patch.setattr(evaluators, "caption_codes", said)
+        found = values(evaluate(Captioning(), Subject(model, photos, 5)))
+    assert found["hallucinated"] == pytest.approx(1 / len(photos))
+    assert found["hallucinated_objects"] == pytest.approx(1 / (len(photos) + 1))
 
 
 def test_drawings_depend_on_the_seed_and_not_on_the_batch(subject: Subject) -> None:

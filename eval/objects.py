@@ -1,0 +1,84 @@
+"""What a caption of a photo says is there: a list of words, in the manner of CHAIR.
+
+CHAIR (Rohrbach et al. 2018, arXiv:1809.02156) counts objects that a caption names and that are not
+in the image: here, in none of its references. So it depends on how much they say, and a synonym
+that is missing below counts against the model.
+"""
+
+import re
+
+# An object and the words for it; what a word belongs to comes first.
+_WORDS = """
+person: man woman boy girl child kid baby toddler people men women boys girls children kids babies \
+lady guy person player runner rider skier surfer climber biker cyclist skateboarder swimmer \
+snowboarder crowd group couple teenager adult soldier worker musician performer dancer
+dog: dog puppy dogs puppies
+cat: cat kitten cats
+horse: horse horses pony
+cow: cow cows cattle bull
+sheep: sheep lamb goat goats
+bird: bird birds duck ducks seagull pigeon
+elephant: elephant elephants
+bicycle: bicycle bike bikes bicycles
+motorcycle: motorcycle motorbike motorcycles dirtbike
+car: car cars van jeep taxi
+bus: bus buses
+truck: truck trucks
+train: train trains
+boat: boat boats canoe kayak raft sailboat ship
+airplane: airplane plane jet
+skateboard: skateboard skateboards
+surfboard: surfboard surfboards
+snowboard: snowboard snowboards
+skis: ski skis
+sled: sled sledge
+ball: ball balls football baseball basketball volleyball
+frisbee: frisbee frisbees
+kite: kite kites
+racket: racket racquet
+helmet: helmet helmets
+hat: hat hats cap caps
+glasses: glasses sunglasses goggles
+umbrella: umbrella umbrellas
+backpack: backpack backpacks bag bags purse
+guitar: guitar guitars
+camera: camera cameras
+phone: phone cellphone phones
+microphone: microphone microphones
+flag: flag flags
+bench: bench benches
+chair: chair chairs stool
+table: table tables
+bed: bed beds
+couch: couch sofa
+swing: swing swings
+slide: slide slides
+fountain: fountain fountains
+tree: tree trees
+flower: flower flowers
+fence: fence fences
+rope: rope ropes
+stick: stick sticks
+toy: toy toys doll
+book: book books newspaper magazine
+food: food cake pizza sandwich bread
+drink: drink drinks beer wine coffee bottle cup glass
+snow: snow snowy
+water: water lake river ocean sea pool pond wave waves
+beach: beach sand
+mountain: mountain mountains cliff hill rock rocks
+building: building buildings house houses
+street: street road sidewalk
+grass: grass grassy lawn field
+"""
+OBJECT_OF = {
+    word: name.strip()
+    for line in _WORDS.strip().splitlines()
+    for name, _, words in [line.partition(":")]
+    for word in words.split()
+}
+
+
+def objects_said(text: str) -> set[str]:
+    """The objects that a text names."""
+    return {OBJECT_OF[word] for word in re.findall(r"[a-z]+", text.lower()) if word in OBJECT_OF}
