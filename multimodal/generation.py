@@ -9,7 +9,7 @@ Shapes: B batch, L longest prompt, S tokens in the cache, V vocabulary, n codes 
 from collections.abc import Sequence as SequenceOf
 from collections.abc import Sized
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from multimodal.attention import attention_mask
 from multimodal.beams import search
+from multimodal.constraints import Schema
 from multimodal.images import fit_image, open_image, to_tensor
 from multimodal.sampling import Sampling
 from multimodal.sequences import NO_LOSS, answer, describe, describe_prompt, pack
@@ -162,35 +163,50 @@ def continue_text(
     max_tokens: int,
     sampling: Sampling = GREEDY,
     numbers: SequenceOf[int] | None = None,
+    schema: Schema | None = None,
 ) -> list[list[int]]:
     """Text after each prompt: ids up to <eos> (not included), at most ``max_tokens``.
 
-    numbers: what the prompts are called, for the random numbers; 0, 1, ... by default.
+    numbers: what the prompts are called, for the random numbers; 0, 1, ... by default; schema: what
+    the texts have to follow. Errors: ``ValueError`` where one is not whole after ``max_tokens``.
     """
     vocabulary = model.vocabulary
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
     batch, allowed = Batch(model, prompts, max_tokens), text_mask(model)
     if sampling.beams > 1:
+        if schema is not None:
+            raise ValueError("beams and a JSON schema: give one of the two")
         return search(batch, allowed, vocabulary.eos, max_tokens, sampling.beams,
                       sampling.length_penalty)  # fmt: skip
     out: list[list[int]] = [[] for _ in prompts]
     rows = torch.arange(len(prompts), device=model.device)
     generators = sampling.generators(range(len(prompts)) if numbers is None else numbers)
+    states = [schema.follow() for _ in prompts] if schema is not None else []
     for step in range(max_tokens):
         logits = batch.logits().masked_fill(~allowed, -torch.inf)
         logits = sampling.penalise(logits, [out[row] for row in rows.tolist()])
+        if states:
+            may = [states[row].allowed(one) for row, one in zip(rows.tolist(), logits, strict=True)]
+            logits = logits.masked_fill(~torch.stack(may), -torch.inf)
         ids = sampling.choose(logits, [generators[row] for row in rows.tolist()])
         going = (ids != vocabulary.eos).nonzero()[:, 0]
         rows, ids = rows[going], ids[going]
         for row, token in zip(rows.tolist(), ids.tolist(), strict=True):
             out[row].append(token)
+            if states:
+                states[row].read(token)
         if not len(rows) or step == max_tokens - 1:
             break
         # Finished rows leave the batch at once.
         if len(going) < len(batch.last):
             batch.keep(going)
         batch.read(ids)
+    if unfinished := sum(not state.done for state in states):
+        raise ValueError(
+            f"{unfinished} of {len(states)} texts do not follow the schema to its end in "
+            f"{max_tokens} tokens: raise max_tokens, or bound its strings (maxLength)"
+        )
     return out
 
 
@@ -239,10 +255,23 @@ def answer_codes(
     questions: SequenceOf[str],
     max_tokens: int = 32,
     sampling: Sampling = GREEDY,
+    choices: SequenceOf[str] | None = None,
+    schema: dict[str, Any] | None = None,
 ) -> list[str]:
-    """codes: int64[B, n], B questions -> B answers"""
+    """codes: int64[B, n], B questions -> B answers: free, the likeliest of the choices, or JSON
+    that follows the schema"""
     prompts = [model.config.templates.ask(question) for question in questions]
-    return text_after(model, codes, prompts, max_tokens, sampling)
+    if choices is None:
+        follow = None if schema is None else Schema(model, schema)
+        return text_after(model, codes, prompts, max_tokens, sampling, schema=follow)
+    if schema is not None or len(set(choices)) < 2:
+        raise ValueError(f"choices={list(choices)}: expected two or more, without a schema")
+    found = []
+    for image, prompt in zip(codes, prompts, strict=True):
+        every = image.expand(len(choices), -1)
+        likely = text_likelihoods(model, every, choices, [prompt] * len(choices))
+        found.append(choices[int(likely.argmax())].strip())
+    return found
 
 
 @torch.inference_mode()
@@ -253,6 +282,7 @@ def text_after(
     max_tokens: int,
     sampling: Sampling = GREEDY,
     numbers: SequenceOf[int] | None = None,
+    schema: Schema | None = None,
 ) -> list[str]:
     """codes: int64[B, n], B texts to follow the images -> B texts that go on"""
     if not len(codes):
@@ -263,5 +293,5 @@ def text_after(
             (codes + model.vocabulary.image_start).tolist(), prompts, strict=True
         )
     ]
-    texts = continue_text(model, ids, max_tokens, sampling, numbers)
+    texts = continue_text(model, ids, max_tokens, sampling, numbers, schema)
     return [model.text_tokenizer.decode(text).strip() for text in texts]

@@ -6,7 +6,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack
 
 import numpy as np
 import torch
@@ -316,14 +316,20 @@ class Multimodal(nn.Module):
         image: ImageSource,
         question: str,
         *,
+        choices: SequenceOf[str] | None = None,
+        schema: dict[str, Any] | None = None,
         max_tokens: int = 32,
         **sampling: Unpack[SamplingOptions],
     ) -> str:
-        """The answer to a question about an image."""
+        """The answer to a question about an image.
+
+        choices: the likeliest of these, to its end; schema: JSON that follows this JSON schema.
+        """
         from multimodal.generation import answer_codes, encode_images, read_images
 
         codes = encode_images(self, read_images(self, [image]))
-        return answer_codes(self, codes, [question], max_tokens, Sampling(**sampling))[0]
+        return answer_codes(self, codes, [question], max_tokens, Sampling(**sampling), choices,
+                            schema)[0]  # fmt: skip
 
     def draw(
         self,

@@ -59,6 +59,10 @@ class TextTokenizer:
     def __len__(self) -> int:
         return int(self._tokenizer.get_vocab_size())
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, as the file writes it, with its id."""
+        return dict(self._tokenizer.get_vocab())
+
     def encode(self, text: str) -> list[int]:
         """Text to ids in [0, len(self)). A lone surrogate, which no encoding knows, becomes "?"."""
         return list(self._tokenizer.encode(_valid(text), add_special_tokens=False).ids)

@@ -1,13 +1,28 @@
 """``multimodal answer``: a question about an image."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 from multimodal.commands.options import add_sampling, at_least_one, load_model, parser, sampling_of
 
 EPILOG = """examples:
   multimodal answer cat.jpg "what colour is the cat?"
   multimodal answer --json cat.jpg "is there a dog?"
+  multimodal answer cat.jpg "is there a dog?" --choices yes no
+  multimodal answer cat.jpg "what is there?" --schema animals.json --max-tokens 80
 """
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Errors: ``ValueError`` for anything else."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return found
 
 
 def main(argv: list[str]) -> int:
@@ -16,6 +31,10 @@ def main(argv: list[str]) -> int:
     made.add_argument("question", metavar="QUESTION")
     made.add_argument("--json", action="store_true", help='{"image", "question", "answer"}')
     made.add_argument("--max-tokens", type=int, default=32, help="longest answer (default 32)")
+    asked = made.add_mutually_exclusive_group()
+    asked.add_argument("--choices", nargs="+", metavar="TEXT", help="answer with one of these")
+    asked.add_argument("--schema", type=Path, metavar="FILE",
+                       help="answer in JSON that follows this JSON schema")  # fmt: skip
     add_sampling(made, 0.0, texts=True)
     arguments = made.parse_args(argv)
     at_least_one(arguments, "max_tokens")
@@ -23,10 +42,12 @@ def main(argv: list[str]) -> int:
     from multimodal.generation import answer_codes, encode_images, read_images
 
     sampling = sampling_of(arguments)
+    schema = read_json(arguments.schema) if arguments.schema else None
     model = load_model(arguments)
     model.config.templates.ask(arguments.question)  # an empty one is an error before any work
     codes = encode_images(model, read_images(model, [arguments.image]))
-    (answer,) = answer_codes(model, codes, [arguments.question], arguments.max_tokens, sampling)
+    (answer,) = answer_codes(model, codes, [arguments.question], arguments.max_tokens, sampling,
+                             arguments.choices, schema)  # fmt: skip
     if arguments.json:
         said = {"image": arguments.image, "question": arguments.question, "answer": answer}
         print(json.dumps(said))
