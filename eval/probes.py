@@ -18,7 +18,13 @@ from multimodal.eval.answering import normalise
 from multimodal.eval.captioning import score_captions
 from multimodal.eval.evaluators import asked_of, is_described
 from multimodal.eval.measuring import Example, PerQuestion, Subject, Value
-from multimodal.generation import continue_text, encode_images, text_after, text_likelihoods
+from multimodal.generation import (
+    continue_text,
+    encode_images,
+    examples_prompt,
+    text_after,
+    text_likelihoods,
+)
 from multimodal.images import fit_image, to_tensor
 from multimodal.model import Multimodal
 from multimodal.samples import Sample
@@ -163,10 +169,9 @@ class FewShot:
             for rows in subject.batches(range(count)):
                 prompts = []
                 for row in rows:
-                    ids = [v.bos]
-                    for other in range(row + 1, row + 1 + shots):
-                        said = model.text_tokenizer.encode(captions[other % count])
-                        ids += [v.boi, *images[other % count], v.eoi, *said]
+                    others = [other % count for other in range(row + 1, row + 1 + shots)]
+                    shown = [(subject.codes[other], captions[other]) for other in others]
+                    ids = examples_prompt(model, shown)
                     prompts.append([*ids, v.boi, *images[row], v.eoi])
                 if max(map(len, prompts)) + 64 > limit:
                     return

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from multimodal.model import Multimodal
 
 GREEDY = Sampling()
+SHARED_AT_LEAST = 16  # tokens
 
 
 def read_images(
@@ -69,30 +70,57 @@ def check_length(model: "Multimodal", prompts: SequenceOf[Sized], room: int) -> 
         )
 
 
+def shared_length(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with, if that is worth a pass of its own; else 0."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # by their tokens: what these share, all do
+    least = min(map(len, prompts)) - 1  # each has to have a token left
+    shared = next((n for n in range(least) if first[n] != last[n]), least)
+    return shared if shared >= SHARED_AT_LEAST else 0
+
+
 class Batch:
     """Prompts of different lengths, read once into a cache and then continued token by token.
 
-    Prompts are padded on the left; padding is a document of its own that no real token sees.
+    A beginning that all have in common (an image of many questions, examples) is read once for
+    all. The rest is padded on the left; padding is a document of its own that no real token sees.
     """
 
     def __init__(self, model: "Multimodal", prompts: list[list[int]], room: int) -> None:
         check_length(model, prompts, room)
         self.model = model
-        longest = max(map(len, prompts))
+        shared = shared_length(prompts)
+        longest = max(map(len, prompts)) - shared
         ids = torch.full((len(prompts), longest), model.vocabulary.pad)
         documents = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            documents[row, longest - len(prompt) :] = 1
+            start = longest - (len(prompt) - shared)
+            ids[row, start:] = torch.tensor(prompt[shared:])
+            documents[row, start:] = 1
         ids, documents = ids.to(model.device), documents.to(model.device)
-        self.positions = documents.cumsum(1).sub(1).clamp(min=0)
-        weight = model.transformer.embed_tokens.weight
-        self.cache = Cache.empty(model.config.transformer, len(prompts), longest + room, weight)
+        self.positions = documents.cumsum(1).sub(1).clamp(min=0) + shared
+        config, weight = model.config.transformer, model.transformer.embed_tokens.weight
+        self.cache = Cache.empty(config, len(prompts), shared + longest + room, weight)
         mask = attention_mask(documents, torch.zeros_like(documents))
+        if shared:
+            self._read_once(prompts[0][:shared], weight)
+            sees = documents.bool()[:, None, :, None].expand(-1, -1, -1, shared)
+            mask = torch.cat([sees, mask], dim=-1)
         hidden = model.transformer(ids, self.positions, mask, self.cache)
         self.last = self.positions[:, -1:]
-        self.visible = documents.bool()
+        self.visible = F.pad(documents.bool(), (shared, 0), value=True)
         self.hidden = hidden[:, -1]
+
+    def _read_once(self, ids: list[int], like: Tensor) -> None:
+        """Put the keys and values of a common beginning into the cache, for all rows."""
+        begun = torch.tensor([ids], device=like.device)
+        one = Cache.empty(self.model.config.transformer, 1, len(ids), like)
+        causal = attention_mask(torch.ones_like(begun), torch.zeros_like(begun))
+        self.model.transformer(begun, torch.arange(len(ids), device=like.device)[None], causal, one)
+        self.cache.keys[:, :, :, : len(ids)] = one.keys
+        self.cache.values[:, :, :, : len(ids)] = one.values
+        self.cache.length = len(ids)
 
     def logits(self) -> Tensor:
         """float32[B, V] for the next token"""
@@ -217,20 +245,36 @@ def caption(
     batch_size: int = 32,
     max_tokens: int = 64,
     sampling: Sampling = GREEDY,
+    examples: SequenceOf[tuple["str | Path | bytes | Image.Image", str]] = (),
 ) -> list[str]:
-    """One caption an image, in the order given."""
+    """One caption an image, in the order given; examples: images with texts to go by."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
     if isinstance(images, str | Path | bytes) or not hasattr(images, "__len__"):
         raise ValueError("images: expected a list of images, even for one")
     captions: list[str] = []
+    begun = [model.vocabulary.bos]
+    if examples:
+        shown = encode_images(model, read_images(model, [image for image, _ in examples]))
+        pairs = zip(shown, (text for _, text in examples), strict=True)
+        begun = examples_prompt(model, [(codes, text) for codes, text in pairs])
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         numbers = range(start, start + len(batch))
         pixels = read_images(model, batch, [name_of(images[number], number) for number in numbers])
         codes = encode_images(model, pixels)
-        captions += caption_codes(model, codes, max_tokens, sampling, numbers)
+        captions += text_after(model, codes, [""] * len(codes), max_tokens, sampling, numbers,
+                               begun=begun)  # fmt: skip
     return captions
+
+
+def examples_prompt(model: "Multimodal", examples: SequenceOf[tuple[Tensor, str]]) -> list[int]:
+    """<bos>, then each image, codes: int64[n], with its text: what few-shot prompts begin with."""
+    v = model.vocabulary
+    ids = [v.bos]
+    for codes, text in examples:
+        ids += [v.boi, *(codes + v.image_start).tolist(), v.eoi, *text_ids(model, text)]
+    return ids
 
 
 def name_of(image: object, number: int) -> str:
@@ -283,12 +327,15 @@ def text_after(
     sampling: Sampling = GREEDY,
     numbers: SequenceOf[int] | None = None,
     schema: Schema | None = None,
+    begun: SequenceOf[int] = (),
 ) -> list[str]:
-    """codes: int64[B, n], B texts to follow the images -> B texts that go on"""
+    """codes: int64[B, n], B texts to follow the images -> B texts that go on; begun: what stands
+    before the images, by default <bos>"""
     if not len(codes):
         return []
+    before = list(begun) or [model.vocabulary.bos]
     ids = [
-        describe_prompt(model.vocabulary, row) + model.text_tokenizer.encode(prompt)
+        before + describe_prompt(model.vocabulary, row)[1:] + model.text_tokenizer.encode(prompt)
         for row, prompt in zip(
             (codes + model.vocabulary.image_start).tolist(), prompts, strict=True
         )

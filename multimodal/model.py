@@ -296,11 +296,12 @@ class Multimodal(nn.Module):
         self,
         images: SequenceOf[ImageSource],
         *,
+        examples: SequenceOf[tuple[ImageSource, str]] = (),
         batch_size: int = 32,
         max_tokens: int = 64,
         **sampling: Unpack[SamplingOptions],
     ) -> list[str]:
-        """One caption an image."""
+        """One caption an image; examples: images with texts to go by (few-shot)."""
         from multimodal.generation import caption
 
         return caption(
@@ -309,6 +310,7 @@ class Multimodal(nn.Module):
             batch_size=batch_size,
             max_tokens=max_tokens,
             sampling=Sampling(**sampling),
+            examples=examples,
         )
 
     def answer(

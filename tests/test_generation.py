@@ -249,3 +249,54 @@ def test_the_order_of_drawing_keeps_neighbours_apart(side: int) -> None:
     if side >= 8:  # of the first quarter, every corner of the image has its share
         halves = quarter.unflatten(0, (2, side // 2)).unflatten(2, (2, side // 2)).sum((1, 3))
         assert halves.min() >= 0.6 * halves.max()
+
+
+# --- what prompts have in common ------------------------------------------------------------------
+
+
+def test_a_common_beginning_is_read_once_and_changes_nothing(
+    model: Multimodal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    v, encode = model.vocabulary, model.text_tokenizer.encode
+    image = [v.image_start + n for n in range(16)]
+    prompts = [
+        describe_prompt(v, image) + encode(text)
+        for text in ("is it?", "a red", "two dogs run on the beach and", "is it a bus?")
+    ]
+    reads: list[tuple[int, int]] = []
+    forward = model.transformer.forward
+
+    def counting(ids: torch.Tensor, *rest: object) -> torch.Tensor:
+        reads.append(tuple(ids.shape))  # type: ignore[arg-type]
+        return forward(ids, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model.transformer, "forward", counting)
+    batch = Batch(model, prompts, 5)
+    assert reads[0] == (1, 19) and reads[1][0] == 4  # the image once, then four questions
+    together, logits = continue_text(model, prompts, 12), batch.logits()
+    batch.read(torch.tensor([3, 4, 5, 6]))
+    after = batch.logits()
+    monkeypatch.setattr("multimodal.generation.SHARED_AT_LEAST", 10**9)
+    reads.clear()
+    apart = Batch(model, prompts, 5)
+    assert len(reads) == 1
+    assert (logits - apart.logits()).abs().max() < 1e-4
+    apart.read(torch.tensor([3, 4, 5, 6]))
+    assert (after - apart.logits()).abs().max() < 1e-4
+    assert together == continue_text(model, prompts, 12)
+
+
+def test_examples_stand_before_the_image(model: Multimodal) -> None:
+    images = pictures()
+    v, encode = model.vocabulary, model.text_tokenizer.encode
+    codes = encode_images(model, read_images(model, images)) + v.image_start
+    examples = [(images[0], "a red bus"), (images[1], "two dogs")]
+    found = model.caption(images[2:], examples=examples, max_tokens=12)
+    begun = [v.bos, v.boi, *codes[0].tolist(), v.eoi, *encode("a red bus")]
+    begun += [v.boi, *codes[1].tolist(), v.eoi, *encode("two dogs")]
+    for image, caption in zip(codes[2:].tolist(), found, strict=True):
+        (ids,) = continue_text(model, [[*begun, v.boi, *image, v.eoi]], 12)
+        assert caption == model.text_tokenizer.decode(ids).strip()
+    assert found != model.caption(images[2:], max_tokens=12)
+    with pytest.raises(ValueError, match="the text is empty"):
+        model.caption(images[2:], examples=[(images[0], " ")])
