@@ -113,8 +113,9 @@ def _run(verb: str, rest: list[str]) -> int:
     if verb not in VERBS:
         print_error(_wrong_verb(verb))
         return 2
-    if rest and f"{verb} {rest[0]}" in VERBS:
-        verb, rest = f"{verb} {rest[0]}", rest[1:]
+    word, equals, value = (rest or [""])[0].partition("=")  # info --config=recipe.yaml
+    if f"{verb} {word}" in VERBS:
+        verb, rest = f"{verb} {word}", [*([value] if equals else []), *rest[1:]]
     module_name, _ = VERBS[verb]
     if module_name == "multimodal.train.cli":  # one Lightning CLI serves four verbs
         rest = [verb, *rest]

@@ -9,6 +9,7 @@ at each place one is null: ``{"images": [PATH, null], "texts": [null, "..."]}``,
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +21,28 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+LOOKED_AT = 1000  # rows, to tell what a file holds
+
 
 def is_documents(source: Path) -> bool:
-    """Whether the first readable line of a .jsonl is a document, and not a row of a table."""
+    """Whether the rows of a .jsonl are documents, and not those of a table: by the first readable
+    ones, of which plain text has a ``text`` and none names an image."""
     if source.suffix.lower() != ".jsonl":
         return False
-    row = next((row for _, row in read_rows(source) if isinstance(row, dict)), {})
-    listed = isinstance(row.get("images"), list) and isinstance(row.get("texts"), list)
-    plain = isinstance(row.get("text"), str) and not {c.lower() for c in row} & {*IMAGE_COLUMNS}
-    return listed or plain or isinstance(row.get("content"), list)
+    rows = [row for _, row in islice(read_rows(source), LOOKED_AT) if isinstance(row, dict)]
+    first = rows[0] if rows else {}
+    listed = isinstance(first.get("images"), list) and isinstance(first.get("texts"), list)
+    if listed or isinstance(first.get("content"), list):
+        return True
+    return bool(rows) and all("text" in row and not names_image(row) for row in rows)
+
+
+def names_image(row: Mapping[str, Any]) -> bool:
+    """Whether a row of a table has a column of images, or the path of one anywhere."""
+    if {column.lower() for column in row} & {*IMAGE_COLUMNS}:
+        return True
+    texts = (value.lower() for value in row.values() if isinstance(value, str))
+    return any(text.endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)) for text in texts)
 
 
 def read_documents(source: Path, root: Path) -> Iterator[Found | Rejected]:
@@ -39,6 +53,8 @@ def read_documents(source: Path, root: Path) -> Iterator[Found | Rejected]:
             yield Rejected(name, "unreadable row", row)
             continue
         try:
+            if not {"content", "images", "texts"} & {*row} and names_image(row):
+                raise UnreadableText("it names an image, among rows of plain text")
             paths, content = _parts(row)
             used = {"content"} & {*row} or {"images", "texts"} & {*row} or {"text"}
             rest = {k: v for k, v in row.items() if k not in {*used, "key"}}

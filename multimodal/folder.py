@@ -5,6 +5,7 @@ config.json  model.safetensors  heads.safetensors  text_tokenizer.json  image_to
 
 import copy
 import json
+import os
 import shutil
 import textwrap
 from collections.abc import Iterator
@@ -48,17 +49,21 @@ def written_beside(folder: Path) -> Iterator[Path]:
     """A folder to write to, whose files then take their places: a full disk leaves what was there.
 
     Errors: ``OSError`` where something could not be written."""
-    folder = folder.resolve()
-    part = folder.with_name(f".{folder.name}.part")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / ".part"  # on the same disk, whatever is mounted where
     shutil.rmtree(part, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
+        part.mkdir()
         yield part
-        for path in sorted(part.rglob("*")):
-            if path.is_file():
-                place = folder / path.relative_to(part)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                path.replace(place)
+        files = [path for path in part.rglob("*") if path.is_file()]
+        for path in files:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        # What says what the others are comes last.
+        for path in sorted(files, key=lambda path: (path == part / "config.json", path)):
+            place = folder / path.relative_to(part)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)
     except SafetensorError as error:
         raise OSError(f"{folder}: could not be written ({error})") from error
     finally:

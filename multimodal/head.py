@@ -60,6 +60,13 @@ class _HeadLosses(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             read, matrix = hidden.to(kind), head.to(kind)
             size = max(1, SLICE // len(head))
+            # Weights are like 1 / tokens: in fp16 products with them would vanish, so they are
+            # brought to 1 for the products, and back with the factor of the whole loss.
+            unit = (
+                torch.maximum(weights.abs(), z_weights.abs()).amax().clamp(min=1e-30)
+                if len(weights)
+                else weights.new_ones(())
+            )
             of_hidden = torch.empty_like(read) if learns else None
             of_head = torch.zeros_like(matrix, dtype=torch.float32) if learns else None
             nll, log_z, largest, pull = (
@@ -74,20 +81,27 @@ class _HeadLosses(torch.autograd.Function):
                 nll[here] = z - logits[rows, targets[here]]
                 if of_hidden is None or of_head is None:
                     continue
-                slope = weights[here] + 2 * z_weights[here] * z
+                slope = (weights[here] + 2 * z_weights[here] * z) / unit
                 gradient = logits.sub_(z[:, None]).exp_().mul_(slope[:, None])
-                gradient[rows, targets[here]] -= weights[here]
+                gradient[rows, targets[here]] -= weights[here] / unit
                 gradient = gradient.to(kind)
                 of_hidden[here] = gradient @ matrix
-                pull[here] = of_hidden[here].float().square().sum(-1)
+                pull[here] = (of_hidden[here].float() * unit).square().sum(-1)
                 of_head += gradient.T @ read[here]
             total = (weights * nll + z_weights * log_z.square()).sum()
         if of_hidden is not None and of_head is not None:
-            ctx.save_for_backward(of_hidden.to(hidden.dtype), of_head.to(head.dtype))
+            ctx.save_for_backward(of_hidden, of_head, unit)
+            ctx.types = hidden.dtype, head.dtype
         ctx.mark_non_differentiable(nll, log_z, largest, pull)
         return total, nll, log_z, largest, pull
 
     @staticmethod
     def backward(ctx: Any, of_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        of_hidden, of_head = ctx.saved_tensors
-        return of_total * of_hidden, of_total * of_head, None, None, None, None, None
+        of_hidden, of_head, unit = ctx.saved_tensors
+        hidden, head = ctx.types
+        factor = of_total.float() * unit
+        return (
+            (factor * of_hidden.float()).to(hidden),
+            (factor * of_head).to(head),
+            *[None] * 5,
+        )

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from multimodal.attention import attention_mask
 from multimodal.images import open_image, to_image
-from multimodal.objectives import Alignment, ObjectivesConfig, token_losses
+from multimodal.objectives import (
+    Alignment,
+    ObjectivesConfig,
+    global_sum,
+    token_losses,
+    world_size,
+)
 from multimodal.qwen3 import read_qwen3
 from multimodal.sampling import Sampling, SamplingOptions
 from multimodal.sequences import (
@@ -32,7 +38,7 @@ from multimodal.sequences import (
 from multimodal.templates import Templates
 from multimodal.tokenizers.image import VQTokenizer
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.transformer import Transformer, TransformerConfig, named_config
+from multimodal.transformer import SIZES, Transformer, TransformerConfig, named_config
 from multimodal.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -117,7 +123,7 @@ class Multimodal(nn.Module):
         """
         vocabulary = Vocabulary(len(text_tokenizer), image_tokenizer.codebook_size)
         weights = None
-        if Path(size).is_dir():
+        if size not in SIZES and Path(size).is_dir():
             sizes, weights = read_qwen3(size)
             if sizes.vocab_size < vocabulary.text_size:
                 raise ValueError(
@@ -277,7 +283,8 @@ class Multimodal(nn.Module):
             weighted = goals.alignment_weight * parts["alignment"]
             if states.requires_grad:
                 (of_states,) = torch.autograd.grad(weighted, states, retain_graph=True)
-                parts["pull/alignment"] = of_states.norm()
+                squares = global_sum(of_states.float().square().sum())
+                parts["pull/alignment"] = squares.sqrt() / world_size()
             total = total + weighted
         return total, {**parts, "total": total}
 

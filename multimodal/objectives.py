@@ -125,19 +125,21 @@ def token_losses(
     counts = global_sum(torch.stack([one.sum() for one in every.values()])).tolist()
     # What each position has of a mean; no curve where there was nothing to learn.
     shares = {
-        name: one * (world_size() / count)
+        name: one.float() * (world_size() / count)
         for (name, one), count in zip(every.items(), counts, strict=True)
         if count
     }
     taught = [name for name in OBJECTIVES if name in shares]
-    none = torch.zeros(objectives.shape, device=objectives.device)
+    none = torch.zeros(objectives.shape, dtype=torch.float32, device=objectives.device)
     weights = sum((config.weight_of(name) * shares[name] for name in taught), none)
     z_weights = config.z_loss_weight * shares.get("log_z", none)
     losses = head_losses(hidden, head, targets, weights, z_weights)
     parts = {name: (losses.nll * share).sum() for name, share in shares.items()}
     parts["log_z"] = (losses.log_z * shares.get("log_z", none)).sum()
     if losses.total.requires_grad:
-        parts |= {f"pull/{name}": losses.pull[chosen[name]].sum().sqrt() for name in taught}
+        squares = torch.stack([losses.pull[chosen[name]].sum() for name in taught] or [none.sum()])
+        pulls = global_sum(squares).sqrt() / world_size()  # of the mean over the ranks
+        parts |= {f"pull/{name}": pull for name, pull in zip(taught, pulls, strict=False)}
     largest = losses.largest.masked_fill(~predicted, -torch.inf)
     parts["largest_logit"] = largest.max() if len(largest) else largest.new_zeros(())
     return losses.total, parts

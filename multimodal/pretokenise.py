@@ -41,6 +41,7 @@ from multimodal.tokenizers.image import VQTokenizer, load_image_tokenizer
 
 SETTINGS = "encoding.json"  # what a folder that is not finished yet is made with
 TOKENIZER = ".tokenizer-"  # its folder, for other processes
+AT_ONCE = 512  # pictures, at most
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -257,7 +258,9 @@ def encode_images(
     """uint8[A, H, W, 3] each -> codes: int64[A, h, w] each, all in one batch"""
     if not images:
         return []
-    codes = encode_pictures(tokenizer, np.concatenate(images), precision)
+    every = np.concatenate(images)  # of one document any number
+    some = [every[start : start + AT_ONCE] for start in range(0, len(every), AT_ONCE)]
+    codes = np.concatenate([encode_pictures(tokenizer, part, precision) for part in some])
     return np.split(codes, np.cumsum([len(image) for image in images])[:-1])
 
 

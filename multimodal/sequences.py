@@ -167,9 +167,9 @@ def document(
         extend([vocabulary.boi], name)
         extend([*image, vocabulary.eoi], "image")
         name = "caption"
-    if longest is not None and len(ids) + 1 > longest:
-        cut()
-    extend([vocabulary.eos], name)
+    # After a cut it would teach to say nothing after <bos>.
+    if longest is None or len(ids) < longest and (spans or not pieces):
+        extend([vocabulary.eos], name)
     cut()
     return pieces
 
@@ -215,7 +215,7 @@ class Packed:
         """float32[R, L]: of each document, the share of its bidirectional block that is masked."""
         rows, length = self.ids.shape
         number = self.documents + (length + 1) * torch.arange(rows, device=self.ids.device)[:, None]
-        sums = torch.zeros(2, rows * (length + 1), device=self.ids.device)
+        sums = torch.zeros(2, rows * (length + 1), dtype=torch.float32, device=self.ids.device)
         masked = self.objectives == OBJECTIVES.index("reconstruct")
         for one, counted in zip(sums, (masked, self.blocks > 0), strict=True):
             one.index_add_(0, number.flatten(), counted.flatten().float())

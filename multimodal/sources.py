@@ -79,7 +79,7 @@ def read_source(
         items = _read_shards([source], ignored)
     elif source.suffix.lower() in TABLE_SUFFIXES:
         root = images or source.parent
-        if is_documents(source):
+        if image_column is None and is_documents(source):
             items = read_documents(source, root)
         elif source.suffix.lower() == ".parquet":
             items = read_parquet(source, root, ignored, image_column, text_column, need_text)

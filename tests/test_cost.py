@@ -37,8 +37,9 @@ def test_flops_are_those_of_all_products_that_the_mask_lets_through(
     assert training_flops(config, packed) == expected and hidden.isfinite().all()
 
 
-def test_memory_is_in_gigabytes() -> None:
+def test_memory_is_in_gigabytes_and_remembers_the_most() -> None:
     before = peak_memory()
-    assert 0.05 < before < 200
-    held = torch.ones(3 * 10**8 // 4)
-    assert peak_memory() >= before and held.sum() > 0
+    assert 0 < before < 200
+    if not torch.cuda.is_available():
+        held = torch.ones(round((before + 0.4) * 1e9) // 4)  # more than ever
+        assert peak_memory() > before + 0.3 and held.sum() > 0

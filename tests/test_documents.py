@@ -150,6 +150,42 @@ def test_plain_text_is_a_document_without_images(tmp_path: Path) -> None:
     assert list(Shards(tmp_path / "again"))[1].members == two.members
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"photo": "img/a.jpg", "text": "red"}, {"photo": "img/c.jpg", "text": "blue"}],
+        [{"text": "none here"}, {"image": "img/a.jpg", "text": "red"}],
+        [{"text": "none here", "url": "https://x.org/1.PNG"}],
+    ],
+)
+def test_a_table_of_images_is_never_taken_for_plain_text(
+    source: Path, tmp_path: Path, rows: list[dict[str, str]]
+) -> None:
+    table = source.with_name("table.jsonl")
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if any("image" in row for row in rows):
+        report = build(table, tmp_path / "out")
+        assert report is not None and report.kept == 1 and report.reasons == {"no image": 1}
+        return
+    with pytest.raises(ValueError, match="which column is the image"):
+        build(table, tmp_path / "out")
+    if "photo" in rows[0]:
+        report = build(table, tmp_path / "out", image_column="photo")
+        assert report is not None and report.kept == 2
+        assert all("jpg" in sample.members for sample in Shards(tmp_path / "out"))
+
+
+def test_a_late_image_among_plain_texts_is_rejected_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multimodal.documents.LOOKED_AT", 2)
+    lines = [{"text": "one"}, {"text": "two"}, {"text": "red", "image": "a.jpg"}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = build(tmp_path / "t.jsonl", tmp_path / "out")
+    assert report is not None and report.kept == 2
+    assert rejected(tmp_path / "out") == {3: "unreadable text"}
+
+
 def test_a_hole_between_plain_texts_is_named(tmp_path: Path) -> None:
     from multimodal.shards import write_tar
 

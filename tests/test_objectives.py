@@ -196,7 +196,7 @@ def test_each_objective_is_a_mean_over_its_own_tokens() -> None:
     assert again.item() == pytest.approx(once.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
 def test_losses_in_slices_are_those_of_all_logits(
     precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,7 +205,9 @@ def test_losses_in_slices_are_those_of_all_logits(
     torch.manual_seed(0)
     hidden = torch.randn(61, 24).requires_grad_()
     head = torch.randn(50, 24).requires_grad_()
-    targets, weights, z_weights = torch.randint(50, (61,)), torch.rand(61), torch.rand(61) / 9
+    # As small as means over many tokens make them: in fp16 their products would vanish.
+    targets, weights = torch.randint(50, (61,)), torch.rand(61) / 20_000
+    z_weights = torch.rand(61) / 180_000
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
         losses = head_losses(hidden, head, targets, weights, z_weights)
         logits = F.linear(hidden, head).float()
@@ -218,11 +220,26 @@ def test_losses_in_slices_are_those_of_all_logits(
     torch.testing.assert_close(losses.total, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(losses.nll, nll)
     torch.testing.assert_close(losses.largest, logits.amax(-1))
-    mine, theirs = (grad(3 * total, (hidden, head)) for total in (losses.total, expected))
+    mine, theirs = (grad(60_000 * total, (hidden, head)) for total in (losses.total, expected))
     for one, other in zip(mine, theirs, strict=True):
         torch.testing.assert_close(one, other, **close)
     with torch.no_grad():
         assert head_losses(hidden, head, targets, weights, z_weights).total.requires_grad is False
+
+
+def test_half_precision_throughout_keeps_shares_exact(
+    tiny_model: Make, sentences: tuple[str, ...]
+) -> None:
+    """Lightning's bf16-true: weights in bf16, and torch's default type, too."""
+    model = tiny_model().to(torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        loss, parts = model(*batch_of(model, sentences))
+        loss.backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loss.isfinite() and loss.dtype == torch.float32
+    assert all(value.isfinite() for value in parts.values())
 
 
 def test_nothing_to_learn_is_a_zero_and_no_curve() -> None:

@@ -250,7 +250,7 @@ def test_documents_and_texts_train_beside_pairs_as_codes_too(joint: Path, tmp_pa
     assert main(["data", "build", str(images / "few.jsonl"), str(tmp_path / "docs")]) == 0
     encode = ["tokenizer", "encode", str(tmp_path / "docs"), str(tmp_path / "codes")]
     assert main([*encode, "--tokenizer", str(joint / "tokenizer")]) == 0
-    assert list(check(tmp_path / "codes")) == []
+    assert main(["data", "check", str(tmp_path / "codes"), "--decode"]) == 0
     totals = []
     for pairs, documents in (("scenes", "docs"), ("codes", "codes")):
         folders = f"[{joint / pairs}, {tmp_path / documents}]"

@@ -169,7 +169,9 @@ def test_a_long_document_goes_on_in_the_next_sequence_and_nothing_is_lost(longes
     assert max(map(len, pieces)) <= longest
     assert len(pieces) == 1 or longest < len(whole)
     read = [token for piece in pieces for token in piece.ids[1:]]
-    assert read == whole.ids[1:].tolist()
+    assert read in (whole.ids[1:].tolist(), whole.ids[1:-1].tolist())  # no room for <eos> alone
+    empty = [VOCABULARY.bos, VOCABULARY.eos]
+    assert all(piece.ids.tolist() != empty for piece in pieces), "none teaches to say nothing"
     assert all(piece.ids[0] == VOCABULARY.bos for piece in pieces)
     for piece in pieces:  # every token after <bos> is predicted, once
         assert piece.targets[:-1].tolist() == piece.ids[1:].tolist()

@@ -1,5 +1,6 @@
 """Starting from a Qwen3, freezing parts, other rates for parts."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from multimodal.scene_data import write_scenes
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 
-SAID = "two dogs run on the <|im_end|> beach"
+SAID = "two dogs run <think> on the <|im_end|> beach"
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -33,6 +34,7 @@ def qwen(
     TextTokenizer.train(sentences * 4, 300).save(folder / "tokenizer.json")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.add_tokens(["<think>"])  # Qwen's is not marked as special
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
         vocab_size=384, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -56,8 +58,9 @@ def test_a_qwen3_keeps_its_words_and_the_new_rows_start_at_their_mean(
 ) -> None:
     text = TextTokenizer.load(qwen)
     model = Multimodal.new(str(qwen), text, load_image_tokenizer(images)).eval()
-    assert len(text) == 301 and text.decode(text.encode(SAID)) == SAID
-    assert max(text.encode(SAID)) < 300, "what a user types is no control token"
+    assert len(text) == 302 and text.decode(text.encode(SAID)) == SAID
+    for one in (text, copy.deepcopy(text), TextTokenizer.from_json(text.to_json())):
+        assert max(one.encode(SAID)) < 300, "what a user types is no control token"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(qwen).eval()
     ids = torch.tensor([text.encode(SAID)])
     positions = torch.arange(ids.shape[1])[None]
@@ -65,9 +68,9 @@ def test_a_qwen3_keeps_its_words_and_the_new_rows_start_at_their_mean(
     with torch.no_grad():
         ours = model.transformer.logits(model.transformer(ids, positions, causal))
         expected = theirs(ids).logits
-    torch.testing.assert_close(ours[..., :301], expected[..., :301], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours[..., :302], expected[..., :302], atol=1e-5, rtol=1e-5)
     table = model.transformer.lm_head.weight
-    mean = theirs.lm_head.weight[:301].mean(0)
+    mean = theirs.lm_head.weight[:302].mean(0)
     torch.testing.assert_close(table[model.vocabulary.boi], mean)
     codes = table[model.vocabulary.image_start : model.vocabulary.image_end]
     torch.testing.assert_close(codes.mean(0), mean, atol=0.03, rtol=0)

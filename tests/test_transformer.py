@@ -134,8 +134,12 @@ def test_packed_is_separate_in_values_and_gradients(tiny_model: Callable[..., Mu
     alone = [pack([sequence], len(sequence), 0) for sequence in sequences]
     loss, gradients = loss_and_gradients([together])
     model.transformer.recompute = True  # what is not kept is computed again, the same
+    layer, calls = model.transformer.layers[0], list[int]()
+    handle = layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     again, gradients_again = loss_and_gradients([together])
+    handle.remove()
     model.transformer.recompute = False
+    assert len(calls) == 2, "once forwards, once going back"
     assert again == loss
     assert all(torch.equal(gradients_again[name], g) for name, g in gradients.items())
     expected_loss, expected = loss_and_gradients(alone)

@@ -1,11 +1,14 @@
 """Text to ids and back: byte-level BPE by Hugging Face ``tokenizers``.
 
-It has no special tokens: every id stands for bytes, so nothing a user types can become a control
-token, and every string survives the round trip.
+One that is trained here has no special tokens: every id stands for bytes, and every string survives
+the round trip. One that was made elsewhere may have control tokens, and a normalizer: what a user
+types never becomes a control token.
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -14,9 +17,20 @@ class TextTokenizer:
     """A trained BPE. ``text_tokenizer.json`` of a model folder is its file."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        # One that was made elsewhere may have control tokens: in a text they are text.
-        tokenizer.encode_special_tokens = True
+        stored = json.loads(tokenizer.to_str())
+        for token in stored.get("added_tokens") or []:
+            token["special"] = True  # some are not marked, and would be found in a text
+        self._tokenizer = Tokenizer.from_str(json.dumps(stored))
+        self._tokenizer.encode_special_tokens = True  # a text is text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is made as it was: the library's forgets what stands above."""
+        return TextTokenizer.from_json, (self.to_json(),)
+
+    @classmethod
+    def from_json(cls, text: str) -> "TextTokenizer":
+        """The reverse of ``to_json``."""
+        return cls(Tokenizer.from_str(text))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary_size: int) -> "TextTokenizer":

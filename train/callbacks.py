@@ -75,7 +75,8 @@ class Throughput(L.Callback):
             pl_module.log("tokens/s", speed, prog_bar=True)
             if done := sum(work[1:]) / seconds:
                 pl_module.log("TFLOP/s", done / 1e12)
-                if peak := peak_flops():
+                on_gpu = pl_module.device.type == "cuda"
+                if on_gpu and (peak := peak_flops()):
                     pl_module.log("MFU", done / peak, prog_bar=True)
         pl_module.log("memory_GB", peak_memory(), prog_bar=True)
 
@@ -143,9 +144,10 @@ class Summary(L.Callback):
             f"{trainer.num_training_batches:,} an epoch"
         )
         given = getattr(pl_module, "learning_rate", None)
-        kept = trainer.optimizers[0].param_groups[0].get("initial_lr")
-        if None not in (given, kept) and given != kept:
-            say(f"the checkpoint's learning rate {kept} stays in force, not the {given} given")
+        kept = {group.get("initial_lr") for group in trainer.optimizers[0].param_groups}
+        if trainer.ckpt_path and given is not None and given not in kept:
+            rates = ", ".join(map(str, sorted(rate for rate in kept if rate is not None)))
+            say(f"the checkpoint's learning rate {rates} stays in force, not the {given} given")
 
 
 class WritePredictions(L.Callback):

@@ -1,5 +1,6 @@
 """What a step costs: its arithmetic, and the memory of the process."""
 
+import re
 import resource
 import sys
 
@@ -9,8 +10,10 @@ from multimodal.sequences import NO_LOSS, Packed
 from multimodal.transformer import TransformerConfig
 
 # Dense bf16 products in TFLOP/s, by what torch calls the device (data sheets of the makers).
-PEAKS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
-         "RTX 4090": 165.0}  # fmt: skip
+PEAKS = {
+    "B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0,
+    "L40S": 362.0, "L4": 121.0, "RTX 4090": 165.0,
+}  # fmt: skip
 
 
 def layer_parameters(config: TransformerConfig) -> int:
@@ -52,12 +55,14 @@ def peak_flops() -> float | None:
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((1e12 * peak for kind, peak in PEAKS.items() if kind in name), None)
+    return next(
+        (1e12 * peak for kind, peak in PEAKS.items() if re.search(rf"\b{kind}\b", name)), None
+    )
 
 
 def peak_memory() -> float:
     """The most memory that was in use, in GB (1e9 bytes): of the GPU, or else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+    if torch.cuda.is_available() and (used := torch.cuda.max_memory_allocated()):
+        return used / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -8,10 +8,12 @@ import statistics
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 
 from multimodal.train.callbacks import ExportModel
 from multimodal.train.cli import TrainingCLI
@@ -33,25 +35,34 @@ examples:
 
 
 class Forecast(L.Callback):
-    """Prints what a run of ``planned`` steps needs; 0: of so many epochs."""
+    """Prints what a run needs that ends after so many steps and epochs (-1: neither)."""
 
-    def __init__(self, planned: int, epochs: int) -> None:
-        self.planned, self.epochs = planned, epochs
+    def __init__(self, max_steps: int, max_epochs: int) -> None:
+        self.max_steps, self.max_epochs = max_steps, max_epochs
         self.ends: list[float] = []
+        self._step = 0
 
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+    def on_train_start(self, *_: Any) -> None:
         self.ends.append(time.perf_counter())
 
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        if trainer.global_step > self._step:  # batches may add up to a step
+            self._step = trainer.global_step
+            self.ends.append(time.perf_counter())
+
+    @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        steps = self.planned or int(trainer.num_training_batches) * self.epochs
-        seconds = [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
+        an_epoch = max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+        planned = [self.max_steps, self.max_epochs * an_epoch]
+        steps = min((one for one in planned if one > 0), default=0)
+        seconds = [end - start for start, end in pairwise(self.ends)]
         step = statistics.median(seconds[WARMUP:] or seconds)
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
         rows = {
             "parameters": f"{trained:,} to train, {frozen:,} frozen",
             "memory": f"{peak_memory():.2f} GB at most, on each of {trainer.world_size} ranks",
-            "step": f"{step:.3f} s, {getattr(pl_module, 'tokens', 0) / step:,.0f} tokens/s a rank",
+            "step": f"{step:.3f} s",
             "run": f"{steps:,} steps in {spoken(steps * step)}, without validations",
         }
         print("\n".join(f"{name + ':':<12}{value}" for name, value in rows.items()))
@@ -65,13 +76,12 @@ def spoken(seconds: float) -> str:
 class ForecastCLI(TrainingCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         asked = self.config[self.subcommand].trainer
-        planned = max(0, asked.max_steps)
-        steps = min(STEPS, planned) or STEPS
+        steps = min(STEPS, asked.max_steps) if asked.max_steps > 0 else STEPS
         kwargs |= {"max_steps": steps, "limit_val_batches": 0}
         trainer = super().instantiate_trainer(**kwargs)
         kept = (ModelCheckpoint, ExportModel, StopGently)
         own = [one for one in trainer.callbacks if not isinstance(one, kept)]  # type: ignore[attr-defined]
-        trainer.callbacks = [*own, Forecast(planned, asked.max_epochs or 1)]  # type: ignore[attr-defined]
+        trainer.callbacks = [*own, Forecast(asked.max_steps, asked.max_epochs or -1)]  # type: ignore[attr-defined]
         return trainer
 
 

@@ -187,12 +187,10 @@ class ImageTokenizerModule(TrainedByMuon):
     def step(self, batch: Examples) -> tuple[Tensor, dict[str, Tensor]]:
         words = None
         counts = batch.image_counts
-        if 0 in counts:
-            key = batch.keys[counts.index(0)]
-            raise ValueError(
-                f"sample {key} is plain text, and an image tokenizer is trained on images: "
-                "leave its folder out of data.folders"
-            )
+        if not len(batch.images):  # plain texts alone: nothing to learn, and no rank may be missing
+            none = torch.zeros((), device=self.device)
+            total = none + sum(0 * p.sum() for p in self.parameters() if p.requires_grad)
+            return total, {"mse": none, "codes": torch.zeros(0, dtype=torch.int64)}
         if self.semantic is not None:
             of = [row for row, count in enumerate(counts) for _ in range(count)]
             words = self.semantic.words(

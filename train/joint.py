@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from multimodal.model import Multimodal
 from multimodal.objectives import ObjectivesConfig, mean_over_ranks, over_ranks
 from multimodal.scenes import Scene
 from multimodal.seeds import stable_number
-from multimodal.sequences import Packed, pack
+from multimodal.sequences import Packed, Sequence, pack
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.cost import training_flops
@@ -26,6 +27,18 @@ from multimodal.train.lessons import descriptions_of, exchanges_of, lesson_of
 from multimodal.train.preflight import check_data
 from multimodal.train.schedule import TrainedByMuon, can_compile, parts_named
 from multimodal.train.sharding import groups, shard, together, whole_weights
+
+IMAGES_AT_ONCE = 256
+PIECES = 8  # rows of a document that one step reads
+
+
+def window(pieces: list[Sequence], seed: int) -> list[Sequence]:
+    """Of a document of more than PIECES rows, that many in a row, by the seed: others each epoch.
+
+    A book would make a batch of any size."""
+    more = len(pieces) - PIECES
+    start = int(np.random.default_rng([seed, 3]).integers(more + 1)) if more > 0 else 0
+    return pieces[start : start + PIECES]
 
 
 class JointModule(TrainedByMuon):
@@ -98,7 +111,8 @@ class JointModule(TrainedByMuon):
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         shards = data.shards(data.train_split)
-        check_data(self.model, shards, self.row_length, self.question_share)
+        resumed = bool(self.trainer.ckpt_path)
+        check_data(self.model, shards, self.row_length, self.question_share, resumed)
 
     @property
     def preprocessing(self) -> tuple[int, Fit]:
@@ -112,7 +126,10 @@ class JointModule(TrainedByMuon):
 
     def codes(self, batch: Examples) -> Tensor:
         """int64[I, n], of all images of the batch"""
-        return encode_images(self.model, batch.pixels()) if batch.codes is None else batch.codes
+        if batch.codes is not None:
+            return batch.codes
+        some = torch.split(batch.pixels(), IMAGES_AT_ONCE)  # a document may have any number
+        return torch.cat([encode_images(self.model, pixels) for pixels in some])
 
     def _divided(self, batch: Examples) -> tuple[tuple[Tensor, ...], list[int], Tensor]:
         """The codes of every sample, int64[images, n] each; the rows of those that are no
@@ -165,7 +182,8 @@ class JointModule(TrainedByMuon):
                 )
         for row, parts in enumerate(batch.documents):
             if parts:
-                sequences += self.model.document(parts, images[row], longest=self.row_length)
+                pieces = self.model.document(parts, images[row], longest=self.row_length)
+                sequences += window(pieces, batch.seeds[row])
         packed = pack(sequences, self.row_length, self.model.vocabulary.pad, row_multiple=4)
         null = self.model.vocabulary.null
         image_ids = torch.tensor([stable_number(key) for key in batch.keys])

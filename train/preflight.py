@@ -17,10 +17,15 @@ MEANT = {
 
 
 def check_data(
-    model: Multimodal, shards: list[Shards], row_length: int, question_share: float
+    model: Multimodal,
+    shards: list[Shards],
+    row_length: int,
+    question_share: float,
+    resumed: bool = False,
 ) -> None:
     """Errors: ``ValueError`` where a sequence does not fit a row, or an objective that the
-    configuration names has nothing to learn from in the first samples."""
+    configuration names has nothing to learn from in the first samples; resumed: a run whose
+    configuration has been found good, and may name what it has no use for."""
     goals, codes = model.config.objectives, model.image_tokenizer.config.grid**2
     if row_length > (limit := model.config.transformer.max_position_embeddings):
         raise ValueError(f"row_length={row_length}: the model reads at most {limit} tokens")
@@ -38,9 +43,12 @@ def check_data(
                 continue
             descriptions = descriptions_of(record)
             exchanges = exchanges_of(record, model.config.templates)
-            found |= {"image", "reconstruct"} | ({"caption", "text"} if descriptions else set())
-            if exchanges and (question_share or not descriptions):
-                found.add("answer")
+            if descriptions and not question_share:
+                exchanges = []
+            drawn = {"image"} if goals.next_token_share else set()
+            masked = {"reconstruct"} if goals.reconstruct_share else set()
+            found |= drawn | masked | ({"caption", "text"} if descriptions else set())
+            found |= {"answer"} if exchanges else set()
             texts = chain(descriptions, (f"{prompt} {said}" for prompt, said in exchanges))
             longest = max((len(model.text_tokenizer.encode(text)) for text in texts), default=0)
             if (needed := longest + codes + AROUND_IMAGE) > row_length:
@@ -48,11 +56,9 @@ def check_data(
                     f"{folder.folder}: sample {sample.key} makes a sequence of {needed} tokens, "
                     f"more than row_length={row_length}: raise it, or cut the text"
                 )
-    found -= {"image"} if not goals.next_token_share else set()
-    found -= {"reconstruct"} if not goals.reconstruct_share else set()
     where = f"none of the first {seen:,} training samples has"
     for name, weight in goals.weights.items():
-        if weight and name not in found:
+        if weight and name not in found and not resumed:
             raise ValueError(
                 f"objectives.weights has {name}: {weight}, but {where} {MEANT[name]}; "
                 f"give such data, or leave {name} out"

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from multimodal.train.callbacks import say
@@ -34,6 +35,8 @@ class WholeCheckpoints(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, RuntimeError) as error:  # the latter is torch's for a write that failed
             raise ValueError(
                 f"{path}: the checkpoint could not be written (a full disk?); the one before it is "
@@ -41,6 +44,13 @@ class WholeCheckpoints(TorchCheckpointIO):
             ) from error
         finally:
             part.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Tensors and plain values only, from wherever: no code of a pickle is run."""
+        loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=True)
+        return loaded
 
 
 class StopGently(L.Callback):
@@ -55,15 +65,22 @@ class StopGently(L.Callback):
         self._before: dict[int, Any] = {}
         self._asked = 0  # the number of the signal
         self._saved = False
+        self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
-        say("stopping after this step" + "; Ctrl-C again stops at once" * (number == signal.SIGINT))
+        if not self._asked:
+            again = "; Ctrl-C again stops at once" * (number == signal.SIGINT)
+            say(f"stopping after this step{again}")
         self._asked = number
-        self._restore()
+        # Another SIGTERM (a scheduler's, and torchrun's) changes nothing: it must not get to
+        # Lightning's handler, which waits for the other ranks wherever this one is.
+        if signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, self._before.pop(signal.SIGINT))
 
     def _restore(self) -> None:
         for number, before in self._before.items():
@@ -71,9 +88,16 @@ class StopGently(L.Callback):
         self._before.clear()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self._step:
+            return  # in the middle of gradients that add up, which no checkpoint holds
+        self._step = trainer.global_step
         if trainer.strategy.reduce_boolean_decision(bool(self._asked), all=False):
-            trainer.save_checkpoint(self.path)
-            say(f"stopped at step {trainer.global_step:,}; go on with --ckpt_path {self.path}")
+            path = self.path
+            if isinstance(trainer.strategy, ModelParallelStrategy):
+                # In parts, a checkpoint is written where it stays: not over one that is whole.
+                path = path.with_name(f"stopped-{trainer.global_step}.ckpt")
+            trainer.save_checkpoint(path)
+            say(f"stopped at step {trainer.global_step:,}; go on with --ckpt_path {path}")
             self._saved = True
 
     def on_train_batch_start(self, *_: Any, **__: Any) -> None:

@@ -267,7 +267,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _check_contents(folder: Path) -> int:
-    from multimodal.documents import images_in
+    from multimodal.documents import codes_in, document_of, images_in
     from multimodal.images import open_image
 
     problems = 0
@@ -275,10 +275,11 @@ def _check_contents(folder: Path) -> int:
     for sample in tqdm(opened, unit="sample", file=sys.stderr, disable=None):
         try:
             if opened.encoding is not None:
-                _ = sample.codes
+                codes_in(sample)
             else:
                 for data in images_in(sample):
                     open_image(data, name=f"sample {sample.key}")
+            document_of(sample)
             _ = sample.record
         except ValueError as error:
             problems += 1
