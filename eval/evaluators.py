@@ -15,11 +15,13 @@ from typing import ClassVar
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from multimodal.drawing import decode_images, draw_codes
 from multimodal.embedding import embed_codes, embed_texts
 from multimodal.eval.answering import normalise, score_answers
 from multimodal.eval.captioning import score_captions
+from multimodal.eval.distribution import score_distribution
 from multimodal.eval.drawings import objects_asked, score_scene_drawings, whole_caption
 from multimodal.eval.features import Features
 from multimodal.eval.measuring import Example, PerQuestion, Subject, Value
@@ -272,7 +274,9 @@ class Drawing:
     protocol: ClassVar[str] = (
         "code by code, guidance 3, temperature 1; of scenes after the first caption that names all "
         "objects, read off the pixels by program; of others the model's own alignment score (the "
-        "product of the embeddings of caption and drawing)"
+        "product of the embeddings of caption and drawing); fid and kid of the drawings, and of "
+        "the true pictures encoded and decoded, to the true ones, with random features of seed 0: "
+        "to compare with one another, with nothing published"
     )
     examples: list[Example] = field(default_factory=list)
 
@@ -292,6 +296,7 @@ class Drawing:
             for prompt, sample in zip(prompts, subject.samples, strict=True)
         ]
         drawn, kept = list[Image.Image](), list[Image.Image]()
+        made, again = list[Tensor](), list[Tensor]()
         own, real = list[float](), list[float]()
         sampling = Sampling(temperature=1.0, seed=subject.seed)
         for rows in subject.batches(range(len(texts))):
@@ -300,17 +305,25 @@ class Drawing:
             meant = embed_texts(model, some)
             own += (embed_codes(model, codes) * meant).sum(-1).tolist()
             real += (embed_codes(model, true) * meant).sum(-1).tolist()
-            drawn += [to_image(image) for image in decode_images(model, codes)]
-            kept += [to_image(image) for image in decode_images(model, true)]
+            made.append(decode_images(model, codes).cpu())
+            again.append(decode_images(model, true).cpu())
+            drawn += [to_image(image) for image in made[-1]]
+            kept += [to_image(image) for image in again[-1]]
+        for end, pictures in (("", made), ("_of_reconstructions", again)):
+            found = score_distribution(
+                torch.cat(pictures), subject.pixels, Features(), subject.seed
+            )
+            for name, value in found.items():
+                yield f"{name}_random_features{end}", value
         yield "own_alignment", own
         yield "own_alignment_of_true_images", real
         quality = own
         if all(prompts):
             scores = score_scene_drawings(texts, drawn)
-            again = score_scene_drawings(texts, kept)
+            best = score_scene_drawings(texts, kept)
             for name in ("objects", "colours", "extra"):
                 yield name, scores[name]
-                yield f"{name}_of_reconstructions", again[name]
+                yield f"{name}_of_reconstructions", best[name]
             yield "objects_asked", scores["n"]
             quality = [
                 score_scene_drawings([text], [image])["objects"]

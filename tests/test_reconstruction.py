@@ -176,3 +176,29 @@ def test_mistakes_are_one_line(
     assert main(["tokenizer", "compare", "--data", "scenes", *arguments]) == 1
     error = capsys.readouterr().err
     assert said in error and "multimodal tokenizer" in error and error.count("\n") == 1
+
+
+def test_distributions_are_compared_as_torchmetrics_does() -> None:
+    from multimodal.eval.distribution import score_distribution
+
+    generator = torch.Generator().manual_seed(0)
+    real, near, far = (torch.rand(40, 3, 32, 32, generator=generator) * 2 - 1 for _ in range(3))
+    far = far.sign()
+    features = Features()
+    found = score_distribution(near, real, features)
+    x, y = features((near + 1) / 2), features((real + 1) / 2)
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
+
+    def apart(k: torch.Tensor) -> torch.Tensor:
+        return (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
+
+    # All 40 are in every subset: the unbiased estimate itself.
+    expected = apart(kernel(x, x)) + apart(kernel(y, y)) - 2 * kernel(x, y).mean()
+    assert found["kid"] == pytest.approx(expected.item(), abs=1e-5)
+    assert score_distribution(near, real, features) == found, "the same seed, the same numbers"
+    assert score_distribution(real, real, features)["fid"] == pytest.approx(0, abs=1e-3)
+    worse = score_distribution(far, real, features)
+    assert worse["fid"] > 2 * found["fid"] and worse["kid"] > abs(found["kid"])
+    assert score_distribution(real[:1], real, features) == {}
