@@ -186,7 +186,7 @@ def test_distributions_are_compared_as_torchmetrics_does() -> None:
     far = far.sign()
     features = Features()
     found = score_distribution(near, real, features)
-    x, y = features((near + 1) / 2), features((real + 1) / 2)
+    x, y = features(near), features(real)
 
     def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
