@@ -4,10 +4,18 @@ import csv
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+
+from multimodal.drawing import Method, decode_images, draw_codes
+from multimodal.eval.drawings import score_scene_drawings, whole_caption
+from multimodal.images import to_image
+from multimodal.model import Multimodal
+from multimodal.shards import Shards
 
 TRAINER = {
     "precision": "bf16-mixed", "gradient_clip_val": 1.0, "check_val_every_n_epoch": None,
@@ -16,7 +24,12 @@ TRAINER = {
 
 
 def fit(
-    folder: Path, module: str, arguments: dict[str, Any], data: dict[str, Any], steps: int
+    folder: Path,
+    module: str,
+    arguments: dict[str, Any],
+    data: dict[str, Any],
+    steps: int,
+    seed: int = 0,
 ) -> None:
     """One run, the rest of one that was stopped, or nothing for one that is done.
 
@@ -27,6 +40,7 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "output": str(folder),
+        "seed_everything": seed,
         "model": {"class_path": f"multimodal.train.{module}", "init_args": arguments},
         "data": {"workers": 1, **data},
         "trainer": {**TRAINER, "max_steps": steps, "val_check_interval": steps},
@@ -47,6 +61,18 @@ def last_figures(folder: Path) -> dict[str, float]:
         for row in csv.DictReader(file):
             figures |= {name: float(value) for name, value in row.items() if name and value}
     return figures
+
+
+def score_drawings(model: Multimodal, data: str, method: Method = "causal") -> dict[str, float]:
+    """Drawings of 200 scenes of val, guidance 3, seed 0."""
+    records = (sample.record for sample in islice(Shards(data, "val"), 200))
+    prompts = [caption for record in records if (caption := whole_caption(record))]
+    codes = [
+        draw_codes(model, prompts[start : start + 64], method=method)
+        for start in range(0, len(prompts), 64)
+    ]
+    drawn = [to_image(image) for image in decode_images(model, torch.cat(codes))]
+    return score_scene_drawings(prompts, drawn)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

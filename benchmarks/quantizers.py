@@ -14,18 +14,12 @@ import argparse
 import json
 import subprocess
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from fits import fit, last_figures, markdown
+from fits import fit, last_figures, markdown, score_drawings
 
 from multimodal import load
-from multimodal.drawing import decode_images, draw_codes
-from multimodal.eval.drawings import score_scene_drawings, whole_caption
-from multimodal.images import to_image
-from multimodal.shards import Shards
 
 SIZE, TEXT_TOKENS = 64, 20  # pixels of a side; tokens of a caption, about
 VIT = {"name": "vit", "dim": 128, "encoder_depth": 0, "decoder_depth": 2, "heads": 4}
@@ -49,19 +43,6 @@ ROWS: dict[str, dict[str, Any]] = {
 def steps_of_equal_tokens(steps: int, downsample: int) -> int:
     """So that images of fewer codes are read more often: ``steps`` is what 64 codes get."""
     return round(steps * (64 + TEXT_TOKENS) / ((SIZE // downsample) ** 2 + TEXT_TOKENS))
-
-
-def score_drawings(model_folder: Path, data: str) -> dict[str, float]:
-    """Drawings of 200 scenes of val, code by code, guidance 3, seed 0."""
-    model = load(str(model_folder))
-    records = (sample.record for sample in islice(Shards(data, "val"), 200))
-    prompts = [caption for record in records if (caption := whole_caption(record))]
-    codes = [
-        draw_codes(model, prompts[start : start + 64], method="causal")
-        for start in range(0, len(prompts), 64)
-    ]
-    drawn = [to_image(image) for image in decode_images(model, torch.cat(codes))]
-    return score_scene_drawings(prompts, drawn)
 
 
 def main() -> None:
@@ -121,7 +102,7 @@ def report(arguments: argparse.Namespace) -> None:
         if not arguments.joint_steps:
             continue
         learned = last_figures(folder / "joint")
-        drawn = score_drawings(folder / "joint/model", arguments.data)
+        drawn = score_drawings(load(folder / "joint/model"), arguments.data)
         table[-1].update({
             "claims_true": learned["val/scene_attribute_precision"],
             "objects_said": learned["val/scene_object_recall"],

@@ -1,0 +1,143 @@
+"""A long bf16 run at three times the learning rate, with and without QK-norm and z-loss.
+
+    python benchmarks/stability.py --data data/scenes --text-tokenizer runs/scenes-text.json \
+        --image-tokenizer runs/scenes-tokenizer/model [--steps 3000] [--rate 1.2e-2]
+        [--picture docs/stability.png] [--out runs/stability]
+
+Four runs of a `tiny`, the same seed and batches. Says for each the largest loss after the warm-up,
+how often the loss rose above twice its running median (a spike), the largest logit and where log Z
+ended; the picture has the curves. What is done is kept in ``--out``; the last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from multimodal.train.data import Examples, ShardData
+from multimodal.train.joint import JointModule
+
+SETTINGS = {
+    "as it is": (True, 1e-4), "without z-loss": (True, 0.0), "without QK-norm": (False, 1e-4),
+    "without both": (False, 0.0),
+}  # fmt: skip
+KEPT = ("total", "largest_logit", "log_z")
+
+
+class NoNorm(nn.Module):
+    """In the place of a norm of queries or keys: nothing, but its scale."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
+
+
+class Record(L.Callback):
+    def __init__(self) -> None:
+        self.curves: dict[str, list[float]] = {name: [] for name in KEPT}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Examples, n: int
+    ) -> None:
+        for name in KEPT:
+            self.curves[name].append(float(trainer.callback_metrics[f"train/{name}"]))
+
+
+def train(arguments: argparse.Namespace, qk_norm: bool, z_loss: float) -> dict[str, list[float]]:
+    import multimodal.transformer as transformer
+
+    whole = transformer.norm_in_fp32
+
+    def plain(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return x.float() if isinstance(norm, NoNorm) else whole(norm, x)  # type: ignore[arg-type]
+
+    L.seed_everything(0, verbose=False)
+    module = JointModule(
+        arguments.text_tokenizer, arguments.image_tokenizer, "tiny", row_length=192,
+        learning_rate=arguments.rate, answers_in_validation=0, drawings_in_validation=0,
+    )  # fmt: skip
+    object.__setattr__(module.model.config.objectives, "z_loss_weight", z_loss)
+    if not qk_norm:
+        for layer in module.model.transformer.layers:
+            size = layer.self_attn.head_dim
+            layer.self_attn.q_norm, layer.self_attn.k_norm = NoNorm(size), NoNorm(size)
+    transformer.norm_in_fp32 = plain  # type: ignore[assignment]
+    record = Record()
+    trainer = L.Trainer(
+        max_steps=arguments.steps, precision="bf16-mixed", gradient_clip_val=1.0, logger=False,
+        callbacks=[record], enable_checkpointing=False, use_distributed_sampler=False,
+        limit_val_batches=0, enable_model_summary=False,
+    )  # fmt: skip
+    data = ShardData([arguments.data], global_batch_size=32, workers=1)
+    try:
+        trainer.fit(module, data)
+    finally:
+        transformer.norm_in_fp32 = whole
+    return record.curves
+
+
+def summary(curves: dict[str, list[float]]) -> dict[str, float]:
+    total, warm = curves["total"], 100
+    spikes = sum(
+        value > 2 * statistics.median(total[max(0, n - 50) : n])
+        for n, value in enumerate(total) if n > warm
+    )  # fmt: skip
+    return {
+        "last": statistics.mean(total[-50:]), "largest_after_warm_up": max(total[warm:]),
+        "spikes": spikes, "largest_logit": max(curves["largest_logit"]),
+        "log_z": statistics.mean(curves["log_z"][-50:]),
+    }  # fmt: skip
+
+
+def draw(found: dict[str, dict[str, list[float]]], picture: Path) -> None:
+    """The losses of all runs, one below the other, as a picture without any further library."""
+    from PIL import Image, ImageDraw
+
+    width, height = 900, 170
+    image = Image.new("RGB", (width, height * len(found)), "white")
+    pen = ImageDraw.Draw(image)
+    top = max(max(curves["total"][20:]) for curves in found.values())
+    for number, (name, curves) in enumerate(found.items()):
+        total = curves["total"]
+        points = [
+            (10 + (width - 20) * n / len(total),
+             height * (number + 1) - 10 - (height - 35) * min(value, top) / top)
+            for n, value in enumerate(total)
+        ]  # fmt: skip
+        pen.text((12, height * number + 6), f"{name}: loss, 0 to {top:.1f}", fill="black")
+        pen.line(points, fill=(30, 90, 170))
+        pen.line((10, height * (number + 1) - 10, width - 10, height * (number + 1) - 10), "gray")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    image.save(picture)
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--data", required=True)
+    made.add_argument("--text-tokenizer", required=True)
+    made.add_argument("--image-tokenizer", required=True)
+    made.add_argument("--steps", type=int, default=3000)
+    made.add_argument("--rate", type=float, default=1.2e-2, help="three times the tuned 4e-3")
+    made.add_argument("--out", type=Path, default=Path("runs/stability"))
+    made.add_argument("--picture", type=Path, default=Path("docs/stability.png"))
+    arguments = made.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name, (qk_norm, z_loss) in SETTINGS.items():
+        kept = arguments.out / f"{name.replace(' ', '-')}-{arguments.steps}.json"
+        if not kept.is_file():
+            kept.write_text(json.dumps(train(arguments, qk_norm, z_loss)))
+        found[name] = json.loads(kept.read_text())
+        print(name, summary(found[name]), flush=True)
+    draw(found, arguments.picture)
+    runs = {name: summary(curves) for name, curves in found.items()}
+    print(json.dumps({"steps": arguments.steps, "rate": arguments.rate, "runs": runs}))
+
+
+if __name__ == "__main__":
+    main()
