@@ -7,8 +7,8 @@
 Every row trains a `mini` from nothing on about the same number of tokens: of each sample the
 caption after the image, the caption alone, and in half of the draws the image after the caption,
 code by code; reconstruction fills three tenths of the draws with masked images besides. 256 scenes
-of val: captions greedy, their claims checked by program; 200 drawings; recall at 1 among 200. A row that
-is done is not done again. Leaves ``table.md`` and ``table.json``; the last line is JSON.
+of val: captions greedy, their claims checked by program; 200 drawings; recall at 1 among 200. A row
+that is done is not done again. Leaves ``table.md`` and ``table.json``; the last line is JSON.
 """
 
 import argparse

@@ -1,11 +1,20 @@
-"""Any mix of texts and images in; text, an image, or any mix of both out."""
+"""Any mix of texts and images in; text, an image, or any mix of both out; many prompts at once.
 
+Each prompt has a state of its own: in a text (text ids, <eos>, and <boi> where an image may begin),
+in an image (codes, exactly n of them), or at its end (<eoi>). The state says what may come next.
+
+Shapes: B prompts, V vocabulary, n codes of an image.
+"""
+
+from collections.abc import Generator, Iterator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from multimodal.drawing import decode_images
 from multimodal.generation import (
@@ -14,6 +23,7 @@ from multimodal.generation import (
     continue_text,
     encode_images,
     read_images,
+    text_mask,
 )
 from multimodal.images import to_image
 from multimodal.sampling import Sampling
@@ -21,8 +31,27 @@ from multimodal.sampling import Sampling
 if TYPE_CHECKING:
     from multimodal.model import Multimodal
 
-Part = str | Path | bytes | Image.Image
+IMAGES_AT_MOST = 8  # in one reply
+Part: TypeAlias = str | Path | bytes | Image.Image
 Output = Literal["text", "image", "any"]
+Piece: TypeAlias = tuple[int, str | Image.Image]  # the number of the prompt, and what it gave
+
+
+@dataclass
+class Reply:
+    """What one prompt gave.
+
+    parts: texts and images in their order; prompt_tokens: what was read; text_tokens, image_tokens:
+    what was made; log_probability: of all of it in nats, among what might have come at each place
+    (0 for beam search, which does not say); ended: by the model (``end``) or by max_tokens.
+    """
+
+    parts: list[str | Image.Image] = field(default_factory=list)
+    prompt_tokens: int = 0
+    text_tokens: int = 0
+    image_tokens: int = 0
+    log_probability: float = 0.0
+    ended: Literal["end", "length"] = "length"
 
 
 def prompt_ids(model: "Multimodal", parts: SequenceOf[Part]) -> list[int]:
@@ -43,7 +72,183 @@ def prompt_ids(model: "Multimodal", parts: SequenceOf[Part]) -> list[int]:
     return ids
 
 
+def check_output(output: Output, max_tokens: int, sampling: Sampling) -> None:
+    """Errors: ``ValueError`` for what cannot be made so."""
+    if output not in ("text", "image", "any"):
+        raise ValueError(f"output {output!r}: expected text, image or any")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
+    if sampling.beams > 1 and output != "text":
+        raise ValueError(f"beams={sampling.beams}: beam search is for texts, not for {output}")
+
+
+class _Row:
+    """The state of one prompt."""
+
+    def __init__(
+        self, model: "Multimodal", number: int, prompt: list[int], output: Output, max_tokens: int
+    ) -> None:
+        self.model, self.number, self.output = model, number, output
+        self.reply = Reply(prompt_tokens=len(prompt))
+        self.left, self.used = max_tokens, len(prompt)
+        self.text: list[int] = []
+        self.said: list[int] = []  # of all texts
+        self.shown = ""
+        self.codes: list[int] = []
+        self.inside: Literal["text", "image", "end of image"]
+        self.inside = "image" if output == "image" else "text"
+        self.done = False
+
+    def allow(self, texts: Tensor, images: Tensor) -> Tensor:
+        """bool[V]: what may come next; texts, images: bool[V]"""
+        v, n = self.model.vocabulary, self.model.image_tokenizer.config.grid**2
+        if self.inside == "image":
+            return images
+        allowed = torch.zeros_like(texts) if self.inside == "end of image" else texts.clone()
+        if self.inside == "end of image":
+            allowed[v.eoi] = True
+        # An image is begun only where all of it fits, and what is left of the text.
+        elif self.output == "any":
+            limit = self.model.config.transformer.max_position_embeddings
+            fits = self.used + n + 2 + self.left <= limit
+            allowed[v.boi] = fits and self.reply.image_tokens < IMAGES_AT_MOST * n
+        return allowed
+
+    def take(self, token: int, log_probability: float) -> Iterator[str | Image.Image]:
+        """Go on by a token; yields pieces of text as they are sure, and images when whole."""
+        v, n = self.model.vocabulary, self.model.image_tokenizer.config.grid**2
+        self.reply.log_probability += log_probability
+        self.used += 1
+        if token == v.eos:
+            self.reply.ended, self.done = "end", True
+            yield from self._finish_text()
+        elif token == v.boi:
+            yield from self._finish_text()
+            self.inside = "image"
+        elif token == v.eoi:
+            self.inside = "text"
+            self.done = self.left == 0
+        elif self.inside == "image":
+            self.codes.append(token - v.image_start)
+            self.reply.image_tokens += 1
+            if len(self.codes) == n:
+                image = to_image(decode_images(self.model, torch.tensor([self.codes]))[0])
+                self.reply.parts.append(image)
+                self.codes, self.inside = [], "end of image"
+                self.done = self.output == "image"
+                self.reply.ended = "end" if self.done else "length"
+                yield image
+        else:
+            self.text.append(token)
+            self.said.append(token)
+            self.reply.text_tokens += 1
+            self.left -= 1
+            self.done = self.left == 0
+            # The end may be half of a character.
+            sure = self.model.text_tokenizer.decode(self.text).rstrip("\N{REPLACEMENT CHARACTER}")
+            if len(sure) > len(self.shown):
+                piece, self.shown = sure[len(self.shown) :], sure
+                yield piece
+            if self.done:
+                yield from self._finish_text()
+
+    def _finish_text(self) -> Iterator[str]:
+        if self.text:
+            whole = self.model.text_tokenizer.decode(self.text)
+            if rest := whole[len(self.shown) :]:
+                yield rest
+            self.reply.parts.append(whole.strip())
+            self.text, self.shown = [], ""
+
+
 @torch.inference_mode()
+def run(
+    model: "Multimodal",
+    prompts: SequenceOf[list[int]],
+    output: Output,
+    max_tokens: int,
+    sampling: Sampling,
+    numbers: SequenceOf[int] | None = None,
+) -> Generator[Piece, None, list[Reply]]:
+    """Go on after all prompts together: yields pieces as they come, returns the replies.
+
+    numbers: what the prompts are called, for the random numbers; 0, 1, ... by default.
+    """
+    v, n = model.vocabulary, model.image_tokenizer.config.grid**2
+    numbers = range(len(prompts)) if numbers is None else numbers
+    begun = [[*prompt, *([v.boi] if output == "image" else [])] for prompt in prompts]
+    rows = [_Row(model, i, ids, output, max_tokens) for i, ids in enumerate(begun)]
+    replies = [row.reply for row in rows]
+    if sampling.beams > 1:
+        for row, said in zip(rows, continue_text(model, begun, max_tokens, sampling), strict=True):
+            text = model.text_tokenizer.decode(said).strip()
+            row.reply.parts, row.reply.text_tokens = [text], len(said)
+            row.reply.ended = "end" if len(said) < max_tokens else "length"
+            yield row.number, text
+        return replies
+    texts, images = text_mask(model), torch.zeros(v.size, dtype=torch.bool, device=model.device)
+    images[v.image_start : v.image_end] = True
+    room = n if output == "image" else max_tokens
+    batch, generators = Batch(model, begun, room), sampling.generators(numbers)
+    while True:
+        allowed = torch.stack([row.allow(texts, images) for row in rows])
+        logits = batch.logits().masked_fill(~allowed, -torch.inf)
+        logits = sampling.penalise(logits, [row.said for row in rows])
+        ids = sampling.choose(logits, [generators[row.number] for row in rows])
+        likely = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist()
+        for row, token, one in zip(rows, ids.tolist(), likely, strict=True):
+            for piece in row.take(token, one):
+                yield row.number, piece
+        going = torch.tensor([i for i, row in enumerate(rows) if not row.done], dtype=torch.int64)
+        if not len(going):
+            return replies
+        if len(going) < len(rows):
+            rows = [row for row in rows if not row.done]
+            batch.keep(going.to(model.device))
+            ids = ids[going.to(model.device)]
+        if batch.cache.length == batch.cache.keys.shape[3]:
+            batch.cache.grow(n + 2)
+        batch.read(ids)
+
+
+def reply(
+    model: "Multimodal",
+    prompts: SequenceOf[SequenceOf[Part]],
+    *,
+    output: Output = "text",
+    max_tokens: int = 64,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+) -> list[Reply | ValueError]:
+    """Go on after every prompt; one that cannot be read has its error in its place."""
+    check_output(output, max_tokens, sampling)
+    found: list[Reply | ValueError] = []
+    good: list[tuple[int, list[int]]] = []
+    n = model.image_tokenizer.config.grid**2
+    for number, parts in enumerate(prompts):
+        try:
+            ids = prompt_ids(model, parts)
+            check_length(model, [ids], n + 1 if output == "image" else max_tokens)
+            good.append((number, ids))
+            found.append(Reply())
+        except ValueError as error:
+            found.append(error)
+    if good:
+        numbers = [number for number, _ in good]
+        steps = run(model, [ids for _, ids in good], output, max_tokens, sampling, numbers)
+        for number, one in zip(numbers, _last(steps), strict=True):
+            found[number] = one
+    return found
+
+
+def _last(steps: Generator[Piece, None, list[Reply]]) -> list[Reply]:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            replies: list[Reply] = end.value
+            return replies
+
+
 def generate(
     model: "Multimodal",
     parts: SequenceOf[Part],
@@ -54,66 +259,26 @@ def generate(
 ) -> list[str | Image.Image]:
     """Go on after the prompt. ``max_tokens`` bounds the text; an image is always whole.
 
-    output: ``text``; ``image``: exactly one; ``any``: what the model wants, until it ends.
+    output: ``text``; ``image``: exactly one; ``any``: what the model wants, until it ends, with at
+    most IMAGES_AT_MOST images.
     """
-    if output not in ("text", "image", "any"):
-        raise ValueError(f"output {output!r}: expected text, image or any")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
-    if sampling.beams > 1 and output != "text":
-        raise ValueError(f"beams={sampling.beams}: beam search is for texts, not for {output}")
-    v, n = model.vocabulary, model.image_tokenizer.config.grid**2
+    (one,) = reply(model, [parts], output=output, max_tokens=max_tokens, sampling=sampling)
+    if isinstance(one, ValueError):
+        raise one
+    return one.parts or [""]
+
+
+def stream(
+    model: "Multimodal",
+    parts: SequenceOf[Part],
+    *,
+    output: Output = "text",
+    max_tokens: int = 64,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+) -> Iterator[str | Image.Image]:
+    """``generate``, piece by piece as it comes: texts in whole characters, images when whole."""
+    check_output(output, max_tokens, sampling)
     ids = prompt_ids(model, parts)
-    if output == "image":
-        ids.append(v.boi)
-    if output == "text":
-        (text,) = continue_text(model, [ids], max_tokens, sampling)
-        return [model.text_tokenizer.decode(text).strip()]
-    room = n if output == "image" else max_tokens
-    check_length(model, [ids], room)
-    images = torch.zeros(v.size, dtype=torch.bool, device=model.device)
-    images[v.image_start : v.image_end] = True
-    texts = torch.zeros_like(images)
-    texts[: v.text_size] = True
-    texts[v.eos] = True
-    limit = model.config.transformer.max_position_embeddings
-    batch, generators = Batch(model, [ids], room), sampling.generators([0])
-    found: list[str | Image.Image] = []
-    text = list[int]()
-    codes: list[int] = []
-    left, used, drawing = max_tokens, len(ids), output == "image"
-
-    def finish_text() -> None:
-        if text:
-            found.append(model.text_tokenizer.decode(text).strip())
-            text.clear()
-
-    while left > 0 or drawing:
-        allowed = images.clone() if drawing else texts.clone()
-        # An image is begun only where all of it fits.
-        allowed[v.boi] = not drawing and used + n + 2 + left <= limit
-        logits = batch.logits().masked_fill(~allowed, -torch.inf)
-        token = int(sampling.choose(logits, generators))
-        if token == v.eos:
-            break
-        follow = [token]
-        if drawing:
-            codes.append(token - v.image_start)
-            if len(codes) == n:
-                found.append(to_image(decode_images(model, torch.tensor([codes]))[0]))
-                if output == "image":
-                    break
-                codes, drawing = [], False
-                follow.append(v.eoi)
-        elif token == v.boi:
-            finish_text()
-            drawing = True
-            batch.cache.grow(n + 2)
-        else:
-            text.append(token)
-            left -= 1
-        for one in follow:
-            batch.read(torch.tensor([one], device=model.device))
-        used += len(follow)
-    finish_text()
-    return found or [""]
+    n = model.image_tokenizer.config.grid**2
+    check_length(model, [ids], n + 1 if output == "image" else max_tokens)
+    return (piece for _, piece in run(model, [ids], output, max_tokens, sampling))

@@ -42,7 +42,11 @@ from multimodal.transformer import SIZES, Transformer, TransformerConfig, named_
 from multimodal.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from PIL import Image
+
+    from multimodal.interleaving import Reply
 
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image"
 DRAWN: SamplingOptions = {"temperature": 1.0}  # the default of drawings
@@ -425,3 +429,32 @@ class Multimodal(nn.Module):
 
         how = Sampling(**sampling)
         return generate(self, parts, output=output, max_tokens=max_tokens, sampling=how)
+
+    def reply(
+        self,
+        prompts: SequenceOf[SequenceOf[ImageSource]],
+        *,
+        output: Literal["text", "image", "any"] = "text",
+        max_tokens: int = 64,
+        **sampling: Unpack[SamplingOptions],
+    ) -> "list[Reply | ValueError]":
+        """``generate`` for many prompts at once, each with its counts and its log probability; what
+        is wrong with one stands in its place, and the others are done."""
+        from multimodal.interleaving import reply
+
+        how = Sampling(**sampling)
+        return reply(self, prompts, output=output, max_tokens=max_tokens, sampling=how)
+
+    def stream(
+        self,
+        parts: SequenceOf[ImageSource],
+        *,
+        output: Literal["text", "image", "any"] = "text",
+        max_tokens: int = 64,
+        **sampling: Unpack[SamplingOptions],
+    ) -> "Iterator[str | Image.Image]":
+        """``generate`` piece by piece, as it comes: whole characters, and whole images."""
+        from multimodal.interleaving import stream
+
+        how = Sampling(**sampling)
+        return stream(self, parts, output=output, max_tokens=max_tokens, sampling=how)

@@ -80,10 +80,15 @@ def test_generate(run: Run, photo: Path, tmp_path: Path, tiny_model_folder: Path
     (expected,) = load(tiny_model_folder).generate(["a red", photo, "bus"])
     prompt = ("generate", "--text", "a red", "--image", photo, "--text", "bus")
     status, out, _ = run(*prompt, "--json")
-    assert status == 0 and json.loads(out) == {"output": [{"text": expected}]}
+    said = json.loads(out)
+    assert status == 0 and said["output"] == [{"text": expected}]
+    usage = said["usage"]
+    assert usage["prompt_tokens"] > 18 and usage["text_tokens"] <= 64 and not usage["image_tokens"]
+    assert usage["log_probability"] < 0 and usage["ended"] in ("end", "length")
     drawn = tmp_path / "drawn.png"
     status, out, _ = run(*prompt, "--output", "image", "--out", drawn, "--json")
-    assert status == 0 and json.loads(out) == {"output": [{"image": str(drawn)}]}
+    assert status == 0 and json.loads(out)["output"] == [{"image": str(drawn)}]
+    assert json.loads(out)["usage"]["image_tokens"] == 16
     assert Image.open(drawn).size == (32, 32)
 
 

@@ -25,6 +25,9 @@ examples:
 """
 
 
+USAGE = ("prompt_tokens", "text_tokens", "image_tokens", "log_probability", "ended")
+
+
 class _Part(argparse.Action):
     """Collect --image and --text in one list, in their order."""
 
@@ -40,7 +43,9 @@ def main(argv: list[str]) -> int:
     made.add_argument("--output", choices=("text", "image", "any"), default="text",
                       help="what to make; any: what the model wants (default text)")  # fmt: skip
     made.add_argument("--out", type=Path, metavar="FILE", help="where images go")
-    made.add_argument("--json", action="store_true", help='{"output": [{"text"}, {"image"}, ...]}')
+    made.add_argument(
+        "--json", action="store_true", help='{"output": [{"text"}, {"image"}, ...], "usage"}'
+    )
     made.add_argument("--max-tokens", type=int, default=64, help="longest text (default 64)")
     add_sampling(made, 0.0, texts=True)
     arguments = made.parse_args(argv)
@@ -52,17 +57,20 @@ def main(argv: list[str]) -> int:
     if arguments.out is not None:
         check_output(arguments.out)
 
-    from multimodal.interleaving import generate
+    from multimodal.interleaving import reply
 
     sampling = sampling_of(arguments)
     model = load_model(arguments)
-    found = generate(
+    (one,) = reply(
         model,
-        arguments.parts,
+        [arguments.parts],
         output=arguments.output,
         max_tokens=arguments.max_tokens,
         sampling=sampling,
     )
+    if isinstance(one, ValueError):
+        raise one
+    found = one.parts or [""]
     images = sum(not isinstance(part, str) for part in found)
     said, number = [], 0
     for part in found:
@@ -76,7 +84,8 @@ def main(argv: list[str]) -> int:
         save_image(part, out)
         said.append({"image": str(out)})
     if arguments.json:
-        print(json.dumps({"output": said}))
+        usage = {name: getattr(one, name) for name in USAGE}
+        print(json.dumps({"output": said, "usage": usage}))
     else:
         for item in said:
             print(" ".join(next(iter(item.values())).split()))
