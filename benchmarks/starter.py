@@ -11,8 +11,8 @@ photos are captioned with 5 beams (length penalty 0.5), too.
 - search: flickr8k, five captions each, recall at 10 in both directions (chance 1 %);
 - scenes: 200 captioned, every claim checked, on val and on heldout; all their questions; recall of
   their captions among those 200; drawings after the first caption that names all objects with
-  colour and shape: both ways of drawing, the best of 16 candidates, and the true pictures after
-  encoding and decoding; objects read off the pixels by program.
+  colour and shape: both ways of drawing, the best of so many candidates, and the true pictures
+  after encoding and decoding; objects read off the pixels by program.
 
 The last line is a JSON object.
 """
@@ -45,7 +45,6 @@ from multimodal.scenes import Scene
 from multimodal.shards import Shards
 
 BATCH = 64
-MANY = 16  # candidates, of which one is kept
 BEAMS = 5
 
 
@@ -110,7 +109,9 @@ def scene_captions(model: Multimodal, folder: Path, split: str) -> dict[str, flo
     return score_scene_captions(said, truth)
 
 
-def scene_drawings(model: Multimodal, folder: Path, pictures: Path | None) -> dict[str, object]:
+def scene_drawings(
+    model: Multimodal, folder: Path, pictures: Path | None, many: int
+) -> dict[str, object]:
     prompts, samples = [], []
     for sample in first(folder):
         if caption := whole_caption(sample.record):
@@ -128,7 +129,7 @@ def scene_drawings(model: Multimodal, folder: Path, pictures: Path | None) -> di
 
     # The true pictures after encoding and decoding: what no drawing can be better than.
     score("reconstructed", codes_of(model, samples))
-    for method, candidates in (("masked", 1), ("causal", 1), ("causal", MANY)):
+    for method, candidates in (("masked", 1), ("causal", 1), ("causal", many)):
         name = method if candidates == 1 else f"{method}, best of {candidates}"
         size, codes = BATCH // candidates, []
         for start in tqdm(range(0, len(prompts), size), desc=name, disable=None):
@@ -147,6 +148,7 @@ def main() -> None:
     parser.add_argument("--scenes", default="scenes", help="the folder of scenes under --data")
     parser.add_argument("--only", nargs="*", metavar="PART", help="photos, answers, scenes, "
                         "heldout, scene_answers, scene_search, drawings (default all)")  # fmt: skip
+    parser.add_argument("--candidates", type=int, default=16, help="of which the best is kept")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--pictures", type=Path, help="where to leave the first drawings")
     options = parser.parse_args()
@@ -160,7 +162,7 @@ def main() -> None:
         "heldout": lambda: scene_captions(model, scenes, "heldout"),
         "scene_answers": lambda: answers(model, first(scenes)),
         "scene_search": lambda: search(model, first(scenes)),
-        "drawings": lambda: scene_drawings(model, scenes, options.pictures),
+        "drawings": lambda: scene_drawings(model, scenes, options.pictures, options.candidates),
     }
     figures = {}
     for name in options.only or parts:

@@ -4,6 +4,7 @@ Tests are imported one by one (import-mode=importlib) and share code as fixtures
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,9 @@ import pytest
 
 if TYPE_CHECKING:
     from multimodal.model import Multimodal
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SENTENCES = (
     "a red bus in the snow",
