@@ -1,14 +1,17 @@
 """Images after a text: masked, in parallel, or code by code; and parts of an image drawn anew.
 
 Guidance is ``u + guidance_scale * (c - u)`` on the logits with (c) and without (u) the text, where
-the text is <null>: 1 is none, 0 ignores the text, more follows it more strictly (classifier-free
-guidance, Ho & Salimans 2022, arXiv:2207.12598).
+the text is <null>, or a negative text that the image is to be led away from: 1 is none, 0 ignores
+the text, more follows it more strictly (classifier-free guidance, Ho & Salimans 2022,
+arXiv:2207.12598). A rising schedule goes from 1 to 2 scale - 1 over the drawing (Muse, Chang et al.
+2023, arXiv:2301.00704): first what the image could be, then what it is to be.
 
 Shapes: B batch, V vocabulary, n codes of an image, P longest prompt.
 """
 
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 import torch
 from einops import rearrange
@@ -16,14 +19,35 @@ from torch import Tensor
 
 from multimodal.attention import attention_mask
 from multimodal.generation import Batch, check_length, text_ids, text_likelihoods
-from multimodal.sampling import Sampling
+from multimodal.sampling import Sampling, SamplingOptions
 from multimodal.sequences import draw_prompt
 
 if TYPE_CHECKING:
     from multimodal.model import Multimodal
 
 Method = Literal["masked", "causal"]
+Schedule = Literal["constant", "rising"]
 UNKNOWN = -1  # a code that is to be drawn
+
+
+class DrawingOptions(TypedDict, total=False):
+    """Those arguments of ``draw_codes`` that all ways of drawing share."""
+
+    steps: int
+    guidance_scale: float
+    guidance_schedule: Schedule
+    negative: str | None
+
+
+class DrawingArguments(SamplingOptions, DrawingOptions, total=False):
+    """Those, and how codes are chosen."""
+
+
+def divided(given: DrawingArguments) -> tuple[DrawingOptions, Sampling]:
+    """What goes to ``draw_codes``, and the sampling: by default at temperature 1."""
+    options = {name: given[name] for name in DrawingOptions.__annotations__ if name in given}  # type: ignore[literal-required]
+    rest = {name: value for name, value in given.items() if name not in options}
+    return cast(DrawingOptions, options), Sampling(**{"temperature": 1.0, **rest})  # type: ignore[arg-type]
 
 
 @torch.inference_mode()
@@ -34,6 +58,8 @@ def draw_codes(
     method: Method = "masked",
     steps: int = 12,
     guidance_scale: float = 3.0,
+    guidance_schedule: Schedule = "constant",
+    negative: str | None = None,
     sampling: Sampling = Sampling(temperature=1.0),  # noqa: B008 (frozen)
     candidates: int = 1,
     known: Tensor | None = None,
@@ -44,7 +70,7 @@ def draw_codes(
     candidates: draw so many and keep the one after which the model finds the text likeliest, as a
         caption (best of n; DALL-E, Ramesh et al. 2021, arXiv:2102.12092, has another model judge);
     known: int64[B, n], the codes that stay, UNKNOWN where to draw (masked drawing only);
-    steps: of masked drawing;
+    steps: of masked drawing; negative: a text to be led away from, by the guidance;
     numbers: what the texts are called, for the random numbers; 0, 1, ... by default.
     """
     numbers = range(len(texts)) if numbers is None else numbers
@@ -54,6 +80,10 @@ def draw_codes(
         raise ValueError(f"steps={steps}: expected at least 1")
     if not 0 <= guidance_scale < float("inf"):
         raise ValueError(f"guidance_scale={guidance_scale}: expected a number from 0 on")
+    if guidance_schedule not in ("constant", "rising"):
+        raise ValueError(f"guidance_schedule {guidance_schedule!r}: expected constant or rising")
+    if negative is not None and guidance_scale == 1:
+        raise ValueError("a negative text works by guidance: give a guidance_scale other than 1")
     if sampling.beams > 1 or sampling.repetition_penalty != 1:
         raise ValueError("beams and a repetition penalty are for texts, not for images")
     if candidates < 1:
@@ -62,33 +92,52 @@ def draw_codes(
         every = [text for text in texts for _ in range(candidates)]
         known = None if known is None else known.repeat_interleave(candidates, 0)
         codes = draw_codes(model, every, method=method, steps=steps,
-                           guidance_scale=guidance_scale, sampling=sampling,
-                           known=known,
+                           guidance_scale=guidance_scale, guidance_schedule=guidance_schedule,
+                           negative=negative, sampling=sampling, known=known,
                            numbers=[candidates * n + c for n in numbers
                                     for c in range(candidates)])  # fmt: skip
         likelihoods = text_likelihoods(model, codes, every).view(len(texts), candidates)
         return codes[likelihoods.argmax(1) + candidates * torch.arange(len(texts))]
     prompts = [draw_prompt(model.vocabulary, text_ids(model, text)) for text in texts]
     if guidance_scale != 1:
-        prompts += [draw_prompt(model.vocabulary, None)] * len(texts)
+        away = None if negative is None else text_ids(model, negative)
+        prompts += [draw_prompt(model.vocabulary, away)] * len(texts)
+    scale = _Scale(guidance_scale, guidance_schedule)
     n = model.image_tokenizer.config.grid**2
     check_length(model, prompts, n)
     if method == "causal":
         if known is not None:
             raise ValueError("code by code, only whole images are drawn: use the masked method")
-        return _draw_causal(model, prompts, n, guidance_scale, sampling, numbers)
+        return _draw_causal(model, prompts, n, scale, sampling, numbers)
     if known is None:
         known = torch.full((len(texts), n), UNKNOWN)
-    return _draw_masked(model, prompts, known, steps, guidance_scale, sampling, numbers)
+    return _draw_masked(model, prompts, known, steps, scale, sampling, numbers)
 
 
-def _image_logits(model: "Multimodal", hidden: Tensor, guidance_scale: float) -> Tensor:
+@dataclass(frozen=True)
+class _Scale:
+    """How strong the guidance is; ``guided``: whether there is any."""
+
+    scale: float
+    schedule: Schedule
+
+    @property
+    def guided(self) -> bool:
+        return self.scale != 1
+
+    def at(self, progress: float) -> float:
+        """progress: 0 at the first step, 1 at the last"""
+        rising = self.schedule == "rising"
+        return 1 + (self.scale - 1) * 2 * progress if rising else self.scale
+
+
+def _image_logits(model: "Multimodal", hidden: Tensor, guidance: _Scale, progress: float) -> Tensor:
     """float[B or 2 B, ..., D] -> float32[B, ..., K] on the CPU: of the codes only, guided"""
     vocabulary = model.vocabulary
     logits = model.transformer.logits(hidden)[..., vocabulary.image_start : vocabulary.image_end]
-    if guidance_scale != 1:
+    if guidance.guided:
         conditional, unconditional = logits.chunk(2)
-        logits = unconditional + guidance_scale * (conditional - unconditional)
+        logits = unconditional + guidance.at(progress) * (conditional - unconditional)
     return logits.cpu()
 
 
@@ -96,7 +145,7 @@ def _draw_causal(
     model: "Multimodal",
     prompts: list[list[int]],
     n: int,
-    guidance_scale: float,
+    guidance: _Scale,
     sampling: Sampling,
     numbers: SequenceOf[int],
 ) -> Tensor:
@@ -105,7 +154,7 @@ def _draw_causal(
     generators = sampling.generators(numbers)
     codes: list[Tensor] = []
     for step in range(n):
-        logits = _image_logits(model, batch.hidden, guidance_scale)
+        logits = _image_logits(model, batch.hidden, guidance, step / max(1, n - 1))
         codes.append(sampling.choose(logits, generators))
         if step < n - 1:
             ids = codes[-1] + model.vocabulary.image_start
@@ -118,7 +167,7 @@ def _draw_masked(
     prompts: list[list[int]],
     codes: Tensor,
     steps: int,
-    guidance_scale: float,
+    guidance: _Scale,
     sampling: Sampling,
     numbers: SequenceOf[int],
 ) -> Tensor:
@@ -142,7 +191,7 @@ def _draw_masked(
         image = torch.where(codes == UNKNOWN, vocabulary.mask, codes + vocabulary.image_start)
         ids[:, longest:] = image.repeat(copies, 1)
         hidden = model.transformer(ids.to(model.device), positions, mask)[:, longest:]
-        logits = _image_logits(model, hidden, guidance_scale)
+        logits = _image_logits(model, hidden, guidance, step / max(1, steps - 1))
         drawn = sampling.choose(logits, generators)
         known = codes != UNKNOWN
         progress = (step + 1) / steps

@@ -1,6 +1,6 @@
 """A part of an image drawn anew, after a text: codes under a mask, the rest of the codes kept."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
@@ -8,8 +8,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from multimodal.drawing import UNKNOWN, decode_images, draw_codes
-from multimodal.generation import encode_images
+from multimodal.drawing import UNKNOWN, DrawingOptions, decode_images, draw_codes
+from multimodal.generation import caption_codes, encode_images
 from multimodal.images import Fit, fit_image, to_image, to_tensor
 from multimodal.sampling import Sampling
 
@@ -70,9 +70,8 @@ def edit_image(
     mask: Image.Image,
     text: str,
     *,
-    steps: int = 12,
-    guidance_scale: float = 3.0,
     sampling: Sampling = Sampling(temperature=1.0),  # noqa: B008 (frozen)
+    **drawing: Unpack[DrawingOptions],
 ) -> Image.Image:
     """Draw what is white in the mask anew -> an image of the same size, unchanged elsewhere.
 
@@ -91,10 +90,63 @@ def edit_image(
         raise ValueError("the mask is black where the model looks: nothing to draw")
     pixels = to_tensor(fit_image(image, config.image_size, config.fit))[None]
     known = encode_images(model, pixels).cpu().masked_fill(fresh, UNKNOWN)
-    codes = draw_codes(model, [text], steps=steps, guidance_scale=guidance_scale,
-                       sampling=sampling, known=known)  # fmt: skip
+    codes = draw_codes(model, [text], method="masked", sampling=sampling, known=known, **drawing)
     drawn = to_image(decode_images(model, codes)[0])
     if config.fit == "crop":  # the model saw only the middle: leave the rest as it is
         inside = _to_original(Image.new("RGB", drawn.size, "white"), image.size, config.fit)
         mask = Image.composite(mask, Image.new("L", mask.size), inside.convert("L"))
     return Image.composite(_to_original(drawn, image.size, config.fit), image, mask)
+
+
+def outpaint(
+    model: "Multimodal",
+    image: Image.Image,
+    margins: Box,
+    text: str,
+    *,
+    sampling: Sampling = Sampling(temperature=1.0),  # noqa: B008 (frozen)
+    **drawing: Unpack[DrawingOptions],
+) -> Image.Image:
+    """Draw what lies around an image -> a larger one, with the image unchanged inside.
+
+    margins: pixels to add at left, top, right and bottom.
+    """
+    left, top, right, bottom = margins
+    if min(margins) < 0 or not any(margins):
+        raise ValueError(f"margins {margins}: expected pixels from 0 on, one of them more")
+    size = (image.width + left + right, image.height + top + bottom)
+    average = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+    canvas = Image.new("RGB", size, average)
+    canvas.paste(image, (left, top))
+    mask = Image.new("L", size, 255)
+    mask.paste(0, (left, top, left + image.width, top + image.height))
+    return edit_image(model, canvas, mask, text, sampling=sampling, **drawing)
+
+
+def vary(
+    model: "Multimodal",
+    image: Image.Image,
+    share: float = 0.5,
+    text: str | None = None,
+    *,
+    sampling: Sampling = Sampling(temperature=1.0),  # noqa: B008 (frozen)
+    **drawing: Unpack[DrawingOptions],
+) -> Image.Image:
+    """Draw a share of the codes anew, anywhere -> another picture of the same, of its size.
+
+    text: what it shows; by default what the model says of it.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share}: expected a share of the codes in (0, 1]")
+    config = model.image_tokenizer.config
+    pixels = to_tensor(fit_image(image, config.image_size, config.fit))[None]
+    codes = encode_images(model, pixels)
+    text = caption_codes(model, codes)[0] if text is None else text
+    generator = torch.Generator().manual_seed(sampling.seed)
+    chosen = torch.randperm(config.grid**2, generator=generator)[
+        : max(1, round(share * config.grid**2))
+    ]
+    known = codes.cpu()
+    known[:, chosen] = UNKNOWN
+    drawn = draw_codes(model, [text], method="masked", sampling=sampling, known=known, **drawing)
+    return _to_original(to_image(decode_images(model, drawn)[0]), image.size, config.fit)

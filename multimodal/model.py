@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+    from multimodal.drawing import DrawingArguments
     from multimodal.interleaving import Reply
 
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image"
-DRAWN: SamplingOptions = {"temperature": 1.0}  # the default of drawings
 MASKED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # the bins of the logged curves
 SHAPE_MULTIPLE = 256  # positions with a target are padded to this
 
@@ -350,20 +350,18 @@ class Multimodal(nn.Module):
         n: int = 1,
         *,
         method: Literal["masked", "causal"] = "causal",
-        steps: int = 12,
-        guidance_scale: float = 3.0,
         candidates: int = 1,
-        **sampling: Unpack[SamplingOptions],
+        **drawing: "Unpack[DrawingArguments]",
     ) -> "list[Image.Image]":
         """n drawings of a text, each the best of so many candidates; see multimodal.drawing for the
         methods and for guidance."""
-        from multimodal.drawing import decode_images, draw_codes
+        from multimodal.drawing import decode_images, divided, draw_codes
 
         if n < 1:
             raise ValueError(f"n={n}: expected at least 1")
-        codes = draw_codes(self, [text] * n, method=method, steps=steps,
-                           guidance_scale=guidance_scale, candidates=candidates,
-                           sampling=Sampling(**(DRAWN | sampling)))  # fmt: skip
+        options, sampling = divided(drawing)
+        codes = draw_codes(self, [text] * n, method=method, candidates=candidates,
+                           sampling=sampling, **options)  # fmt: skip
         return [to_image(image) for image in decode_images(self, codes)]
 
     def edit(
@@ -371,21 +369,48 @@ class Multimodal(nn.Module):
         image: ImageSource,
         mask: "ImageSource | tuple[int, int, int, int]",
         text: str,
-        *,
-        steps: int = 12,
-        guidance_scale: float = 3.0,
-        **sampling: Unpack[SamplingOptions],
+        **drawing: "Unpack[DrawingArguments]",
     ) -> "Image.Image":
         """Draw a part of the image anew, after a text; mask: white there, or a box x0, y0, x1, y1.
 
         The result has the size of the image, and is the same outside the mask.
         """
+        from multimodal.drawing import divided
         from multimodal.editing import box_mask, edit_image
 
         whole = open_image(image)
         where = box_mask(whole.size, mask) if isinstance(mask, tuple) else open_image(mask)
-        return edit_image(self, whole, where, text, steps=steps, guidance_scale=guidance_scale,
-                          sampling=Sampling(**(DRAWN | sampling)))  # fmt: skip
+        options, sampling = divided(drawing)
+        return edit_image(self, whole, where, text, sampling=sampling, **options)
+
+    def outpaint(
+        self,
+        image: ImageSource,
+        margins: tuple[int, int, int, int],
+        text: str,
+        **drawing: "Unpack[DrawingArguments]",
+    ) -> "Image.Image":
+        """Draw what lies around the image; margins: pixels at left, top, right and bottom."""
+        from multimodal.drawing import divided
+        from multimodal.editing import outpaint
+
+        options, sampling = divided(drawing)
+        return outpaint(self, open_image(image), margins, text, sampling=sampling, **options)
+
+    def vary(
+        self,
+        image: ImageSource,
+        share: float = 0.5,
+        text: str | None = None,
+        **drawing: "Unpack[DrawingArguments]",
+    ) -> "Image.Image":
+        """Draw a share of the image's codes anew, anywhere; text: what it shows, by default what
+        the model says of it."""
+        from multimodal.drawing import divided
+        from multimodal.editing import vary
+
+        options, sampling = divided(drawing)
+        return vary(self, open_image(image), share, text, sampling=sampling, **options)
 
     def embed(
         self,

@@ -20,6 +20,8 @@ not a pixel changes.
 examples:
   multimodal edit --model DIR cat.jpg --box 20,30,120,130 --prompt "a dog" --out dog.png
   multimodal edit --model DIR cat.jpg --mask mask.png --prompt "a dog" --out dog.png
+  multimodal edit cat.jpg --margins 0,0,80,0 --prompt "a cat and a dog" --out wider.png
+  multimodal edit cat.jpg --vary 0.4 --prompt "a cat" --out another.png
 """
 
 
@@ -27,7 +29,7 @@ def _box(text: str) -> tuple[int, int, int, int]:
     try:
         left, top, right, bottom = (int(part) for part in text.split(","))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected x0,y0,x1,y1 in pixels") from error
+        raise argparse.ArgumentTypeError(f"{text!r}: expected four numbers, pixels") from error
     return left, top, right, bottom
 
 
@@ -37,6 +39,8 @@ def main(argv: list[str]) -> int:
     where = made.add_mutually_exclusive_group(required=True)
     where.add_argument("--mask", metavar="FILE", help="an image of the same size, white = draw")
     where.add_argument("--box", type=_box, metavar="X0,Y0,X1,Y1", help="in pixels, from top left")
+    where.add_argument("--margins", type=_box, metavar="L,T,R,B", help="pixels to draw around it")
+    where.add_argument("--vary", type=float, metavar="SHARE", help="draw this share of it anew")
     made.add_argument("--prompt", required=True, metavar="TEXT", help="what the image shows then")
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG, JPEG or WebP")
     add_drawing(made)
@@ -45,12 +49,13 @@ def main(argv: list[str]) -> int:
     at_least_one(arguments, "steps")
     check_output(arguments.out)
     model = load_model(arguments)
-    edited = model.edit(
-        arguments.image,
-        arguments.box or arguments.mask,
-        arguments.prompt,
-        **drawing_of(arguments),
-    )
+    prompt, how = arguments.prompt, drawing_of(arguments)
+    if arguments.margins:
+        edited = model.outpaint(arguments.image, arguments.margins, prompt, **how)
+    elif arguments.vary is not None:
+        edited = model.vary(arguments.image, arguments.vary, prompt, **how)
+    else:
+        edited = model.edit(arguments.image, arguments.box or arguments.mask, prompt, **how)
     save_image(edited, arguments.out)
     print(arguments.out)
     return 0

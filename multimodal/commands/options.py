@@ -117,6 +117,9 @@ def add_drawing(made: argparse.ArgumentParser) -> None:
         default=3.0,
         help="how strictly to follow the text: u + SCALE * (c - u); 1 is no guidance (default 3)",
     )
+    made.add_argument("--guidance-schedule", choices=("constant", "rising"), default="constant",
+                      help="rising: from 1 to 2 SCALE - 1 (default constant)")  # fmt: skip
+    made.add_argument("--negative", metavar="TEXT", help="what to lead away from")
     made.add_argument(
         "--steps", type=int, default=12, help="of masked drawing; fewer is faster (default 12)"
     )
@@ -139,7 +142,8 @@ def sampling_of(arguments: argparse.Namespace) -> "Sampling":
 
 def drawing_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What ``Multimodal.draw`` and ``edit`` share."""
-    names = ("steps", "guidance_scale", "temperature", "top_k", "top_p", "min_p", "seed")
+    names = ("steps", "guidance_scale", "guidance_schedule", "negative", "temperature", "top_k",
+             "top_p", "min_p", "seed")  # fmt: skip
     return {name: getattr(arguments, name) for name in names}
 
 
