@@ -246,8 +246,12 @@ def caption(
     max_tokens: int = 64,
     sampling: Sampling = GREEDY,
     examples: SequenceOf[tuple["str | Path | bytes | Image.Image", str]] = (),
+    candidates: int = 1,
 ) -> list[str]:
-    """One caption an image, in the order given; examples: images with texts to go by."""
+    """One caption an image, in the order given; examples: images with texts to go by; candidates:
+    write so many, with a temperature, and keep the one nearest to the image by the embeddings."""
+    if candidates < 1 or (candidates > 1 and not sampling.temperature):
+        raise ValueError(f"candidates={candidates}: expected 1, or more and a temperature above 0")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
     if isinstance(images, str | Path | bytes) or not hasattr(images, "__len__"):
@@ -263,9 +267,25 @@ def caption(
         numbers = range(start, start + len(batch))
         pixels = read_images(model, batch, [name_of(images[number], number) for number in numbers])
         codes = encode_images(model, pixels)
-        captions += text_after(model, codes, [""] * len(codes), max_tokens, sampling, numbers,
-                               begun=begun)  # fmt: skip
+        every = codes.repeat_interleave(candidates, 0)
+        names = [number * candidates + one for number in numbers for one in range(candidates)]
+        texts = text_after(model, every, [""] * len(every), max_tokens, sampling, names,
+                           begun=begun)  # fmt: skip
+        captions += nearest(model, codes, texts) if candidates > 1 else texts
     return captions
+
+
+def nearest(model: "Multimodal", codes: Tensor, texts: SequenceOf[str]) -> list[str]:
+    """codes: int64[B, n]; texts: as many for each image, in turn -> of each the nearest to it"""
+    from multimodal.embedding import embed_codes, embed_texts
+
+    rows = embed_texts(model, [text or "?" for text in texts])  # nothing is nearest to nothing
+    likeness = (embed_codes(model, codes)[:, None] * rows.view(len(codes), -1, rows.shape[-1])).sum(
+        -1
+    )
+    likeness[torch.tensor([not text for text in texts]).view_as(likeness)] = -torch.inf
+    count = likeness.shape[1]
+    return [texts[row * count + int(best)] for row, best in enumerate(likeness.argmax(1))]
 
 
 def examples_prompt(model: "Multimodal", examples: SequenceOf[tuple[Tensor, str]]) -> list[int]:

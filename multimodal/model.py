@@ -308,11 +308,13 @@ class Multimodal(nn.Module):
         images: SequenceOf[ImageSource],
         *,
         examples: SequenceOf[tuple[ImageSource, str]] = (),
+        candidates: int = 1,
         batch_size: int = 32,
         max_tokens: int = 64,
         **sampling: Unpack[SamplingOptions],
     ) -> list[str]:
-        """One caption an image; examples: images with texts to go by (few-shot)."""
+        """One caption an image; examples: images with texts to go by (few-shot); candidates: of so
+        many, the one nearest to the image by the model's own embeddings."""
         from multimodal.generation import caption
 
         return caption(
@@ -322,6 +324,7 @@ class Multimodal(nn.Module):
             max_tokens=max_tokens,
             sampling=Sampling(**sampling),
             examples=examples,
+            candidates=candidates,
         )
 
     def answer(

@@ -300,3 +300,19 @@ def test_examples_stand_before_the_image(model: Multimodal) -> None:
     assert found != model.caption(images[2:], max_tokens=12)
     with pytest.raises(ValueError, match="the text is empty"):
         model.caption(images[2:], examples=[(images[0], " ")])
+
+
+def test_the_kept_candidate_is_the_nearest(model: Multimodal) -> None:
+    images, hot = pictures(), {"temperature": 1.0, "max_tokens": 8}
+    kept = model.caption(images, candidates=5, **hot)  # type: ignore[arg-type]
+    assert kept == model.caption(images, candidates=5, batch_size=2, **hot)  # type: ignore[arg-type]
+    codes = encode_images(model, read_images(model, images))
+    for row, caption in enumerate(kept):
+        sampling = Sampling(temperature=1.0)
+        every = caption_codes(
+            model, codes[row].expand(5, -1), 8, sampling, range(5 * row, 5 * row + 5)
+        )
+        image, texts = model.embed(images=[images[row]])[0], [text for text in every if text]
+        assert caption == texts[int((model.embed(texts=texts) @ image).argmax())]
+    with pytest.raises(ValueError, match="and a temperature above 0"):
+        model.caption(images, candidates=5)
