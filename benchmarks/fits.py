@@ -33,10 +33,9 @@ def fit(
 ) -> None:
     """One run, the rest of one that was stopped, or nothing for one that is done.
 
-    ``folder/model`` is what it trained, ``folder/seconds`` what its last part took.
+    ``folder/model`` is what it trained, ``folder/seconds`` what its last part took. Errors:
+    ``SystemExit`` for a folder that holds a run of another configuration.
     """
-    if (folder / "seconds").is_file():
-        return
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "output": str(folder),
@@ -45,7 +44,12 @@ def fit(
         "data": {"workers": 1, **data},
         "trainer": {**TRAINER, "max_steps": steps, "val_check_interval": steps},
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    written, text = folder / "config.yaml", yaml.safe_dump(config)
+    if written.is_file() and yaml.safe_load(written.read_text()) != yaml.safe_load(text):
+        sys.exit(f"{folder}: holds a run of another configuration; give another --out")
+    written.write_text(text)
+    if (folder / "seconds").is_file():
+        return
     command = [sys.executable, "-m", "multimodal.cli", "fit", "--config", folder / "config.yaml"]
     if (last := folder / "checkpoints/last.ckpt").is_file():
         command += ["--ckpt_path", last]
@@ -68,9 +72,10 @@ def score_drawings(model: Multimodal, data: str, method: Method = "causal") -> d
     records = (sample.record for sample in islice(Shards(data, "val"), 200))
     prompts = [caption for record in records if (caption := whole_caption(record))]
     codes = [
-        draw_codes(model, prompts[start : start + 64], method=method)
+        draw_codes(model, prompts[start : start + 64], method=method,
+                   numbers=range(start, min(start + 64, len(prompts))))
         for start in range(0, len(prompts), 64)
-    ]
+    ]  # fmt: skip
     drawn = [to_image(image) for image in decode_images(model, torch.cat(codes))]
     return score_scene_drawings(prompts, drawn)
 

@@ -27,6 +27,7 @@ from multimodal.eval.retrieval import score_retrieval
 from multimodal.generation import encode_images, read_images
 from multimodal.model import Multimodal
 from multimodal.shards import Shards
+from multimodal.tokenizers.image import load_image_tokenizer
 
 TEXT_TOKENS = 20  # of a caption, about
 ROWS: dict[str, dict[str, Any]] = {
@@ -62,6 +63,7 @@ def main() -> None:
     made.add_argument("--steps", type=int, default=400)
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = made.parse_args()
+    codes = load_image_tokenizer(arguments.image_tokenizer).config.grid ** 2
     table = []
     for name, goals in ROWS.items():
         found: list[dict[str, float]] = []
@@ -69,13 +71,13 @@ def main() -> None:
             folder = arguments.out / f"{name.replace(' ', '-').replace('+', 'and')}-{seed}"
             module = {
                 "text_tokenizer": arguments.text_tokenizer, "size": "mini",
-                "image_tokenizer": arguments.image_tokenizer, "row_length": 192,
+                "image_tokenizer": arguments.image_tokenizer, "row_length": 3 * codes,
                 "objectives": {"next_token_share": 0.5, **goals}, "question_share": 0.0,
                 "learning_rate": 4e-3, "answers_in_validation": 0, "drawings_in_validation": 0,
             }  # fmt: skip
             data = {"folders": [arguments.data], "global_batch_size": 32, "val_limit": 256,
                     "seed": seed}  # fmt: skip
-            steps = steps_of_equal_tokens(arguments.steps, 64, goals["reconstruct_share"])
+            steps = steps_of_equal_tokens(arguments.steps, codes, goals["reconstruct_share"])
             fit(folder, "joint.JointModule", module, data, steps, seed)
             learned, model = last_figures(folder), load(folder / "model")
             one = {

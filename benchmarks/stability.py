@@ -11,6 +11,7 @@ ended; the picture has the curves. What is done is kept in ``--out``; the last l
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ SETTINGS = {
     "without both": (False, 0.0),
 }  # fmt: skip
 KEPT = ("total", "largest_logit", "log_z")
+WARM_UP = 100  # steps
 
 
 class NoNorm(nn.Module):
@@ -81,16 +83,20 @@ def train(arguments: argparse.Namespace, qk_norm: bool, z_loss: float) -> dict[s
     return record.curves
 
 
-def summary(curves: dict[str, list[float]]) -> dict[str, float]:
-    total, warm = curves["total"], 100
+def summary(curves: dict[str, list[float]]) -> dict[str, float | None]:
+    """``diverged``: the first step whose loss is no number, if there is one."""
+    total = curves["total"]
+    diverged = next((n for n, value in enumerate(total) if not math.isfinite(value)), None)
+    good = total[:diverged]
     spikes = sum(
-        value > 2 * statistics.median(total[max(0, n - 50) : n])
-        for n, value in enumerate(total) if n > warm
+        value > 2 * statistics.median(good[n - 50 : n])
+        for n, value in enumerate(good) if n > WARM_UP
     )  # fmt: skip
+    logits, z = (curves[name][: len(good)] for name in ("largest_logit", "log_z"))
     return {
-        "last": statistics.mean(total[-50:]), "largest_after_warm_up": max(total[warm:]),
-        "spikes": spikes, "largest_logit": max(curves["largest_logit"]),
-        "log_z": statistics.mean(curves["log_z"][-50:]),
+        "diverged": diverged, "spikes": spikes, "last": statistics.mean(good[-50:]),
+        "largest_after_warm_up": max(good[WARM_UP:], default=math.nan) if not diverged else None,
+        "largest_logit": max(logits), "log_z": statistics.mean(z[-50:]),
     }  # fmt: skip
 
 
@@ -101,13 +107,14 @@ def draw(found: dict[str, dict[str, list[float]]], picture: Path) -> None:
     width, height = 900, 170
     image = Image.new("RGB", (width, height * len(found)), "white")
     pen = ImageDraw.Draw(image)
-    top = max(max(curves["total"][20:]) for curves in found.values())
+    values = [v for curves in found.values() for v in curves["total"][20:] if math.isfinite(v)]
+    top = max(values)
     for number, (name, curves) in enumerate(found.items()):
         total = curves["total"]
         points = [
             (10 + (width - 20) * n / len(total),
              height * (number + 1) - 10 - (height - 35) * min(value, top) / top)
-            for n, value in enumerate(total)
+            for n, value in enumerate(total) if math.isfinite(value)
         ]  # fmt: skip
         pen.text((12, height * number + 6), f"{name}: loss, 0 to {top:.1f}", fill="black")
         pen.line(points, fill=(30, 90, 170))
@@ -126,13 +133,20 @@ def main() -> None:
     made.add_argument("--out", type=Path, default=Path("runs/stability"))
     made.add_argument("--picture", type=Path, default=Path("docs/stability.png"))
     arguments = made.parse_args()
+    if arguments.steps <= WARM_UP + 50:
+        made.error(f"--steps {arguments.steps}: expected more than {WARM_UP + 50}")
     arguments.out.mkdir(parents=True, exist_ok=True)
+    settings = {key: str(value) for key, value in vars(arguments).items() if key != "picture"}
     found = {}
     for name, (qk_norm, z_loss) in SETTINGS.items():
         kept = arguments.out / f"{name.replace(' ', '-')}-{arguments.steps}.json"
         if not kept.is_file():
-            kept.write_text(json.dumps(train(arguments, qk_norm, z_loss)))
-        found[name] = json.loads(kept.read_text())
+            curves = train(arguments, qk_norm, z_loss)
+            kept.write_text(json.dumps({"settings": settings, "curves": curves}))
+        stored = json.loads(kept.read_text())
+        if stored["settings"] != settings:
+            made.error(f"{kept}: is of other settings; give another --out")
+        found[name] = stored["curves"]
         print(name, summary(found[name]), flush=True)
     draw(found, arguments.picture)
     runs = {name: summary(curves) for name, curves in found.items()}

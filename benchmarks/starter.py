@@ -134,7 +134,8 @@ def scene_drawings(
         size, codes = BATCH // candidates, []
         for start in tqdm(range(0, len(prompts), size), desc=name, disable=None):
             some = prompts[start : start + size]
-            codes.append(draw_codes(model, some, method=method, candidates=candidates))
+            codes.append(draw_codes(model, some, method=method, candidates=candidates,
+                                    numbers=range(start, start + len(some))))  # fmt: skip
         score(name, torch.cat(codes))
     return figures
 

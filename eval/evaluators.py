@@ -31,13 +31,14 @@ from multimodal.eval.retrieval import score_retrieval
 from multimodal.eval.scenes import score_scene_captions
 from multimodal.generation import caption_codes, encode_images, text_after, text_likelihoods
 from multimodal.images import to_image
-from multimodal.model import Multimodal
 from multimodal.objectives import token_losses
 from multimodal.samples import Sample
 from multimodal.sampling import Sampling
 from multimodal.scene_claims import check_caption, parse_caption
 from multimodal.scenes import Scene
-from multimodal.sequences import draw, pack
+from multimodal.sequences import NO_LOSS, draw, pack
+from multimodal.templates import Templates
+from multimodal.texts import asked_of, descriptions_of
 
 BEAMS = 5
 
@@ -52,8 +53,7 @@ def shapes_said(caption: str) -> set[str]:
 
 
 def is_described(sample: Sample) -> bool:
-    """Whether its captions describe it; one with a label is a statement to be judged."""
-    return bool(sample.record.get("captions")) and "label" not in sample.record
+    return bool(descriptions_of(sample.record))
 
 
 def scene_of(sample: Sample) -> Scene | None:
@@ -81,7 +81,7 @@ class Captioning:
         for rows in subject.batches(range(len(keys))):
             said += caption_codes(subject.model, subject.codes[list(rows)])
         found = dict(zip(keys, said, strict=True))
-        truth = {sample.key: sample.record["captions"] for sample in subject.samples}
+        truth = {sample.key: descriptions_of(sample.record) for sample in subject.samples}
         scores = score_captions(found, truth)
         each = scores["per_image"]
         yield "CIDEr", [each[key]["CIDEr"] for key in keys]
@@ -143,14 +143,14 @@ class Answers:
     examples: list[Example] = field(default_factory=list)
 
     def fits(self, sample: Sample) -> bool:
-        return bool(asked_of(sample, None))
+        return bool(asked_of(sample.record, Templates()))
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         model = subject.model
         asked = [
             (row, *one)
             for row, sample in enumerate(subject.samples)
-            for one in asked_of(sample, model)
+            for one in asked_of(sample.record, model.config.templates)
         ]
         grey = encode_images(model, torch.zeros_like(subject.pixels[:1]))
         found: list[str] = []
@@ -189,18 +189,6 @@ class Answers:
             )
 
 
-def asked_of(sample: Sample, model: Multimodal | None) -> list[tuple[str, str, str]]:
-    """(prompt, question, answer) of a sample's questions, or of the statement it judges."""
-    record = sample.record
-    ask = (lambda text: text) if model is None else model.config.templates.ask
-    pairs = [(ask(question), question, answer) for question, answer in record.get("qa", [])]
-    if "label" in record and record.get("captions"):
-        judge = (lambda text: text) if model is None else model.config.templates.judge
-        statement = record["captions"][0]
-        pairs.append((judge(statement), statement, str(record["label"])))
-    return pairs
-
-
 @dataclass
 class Retrieval:
     """Which image a text means among all, and which text an image."""
@@ -219,8 +207,8 @@ class Retrieval:
         ])  # fmt: skip
         texts, owners = list[str](), list[int]()
         for number, sample in enumerate(subject.samples):
-            texts += sample.record["captions"]
-            owners += [number] * len(sample.record["captions"])
+            texts += descriptions_of(sample.record)
+            owners += [number] * len(descriptions_of(sample.record))
         rows = torch.cat([embed_texts(subject.model, part) for part in subject.batches(texts)])
         scores = score_retrieval(images, rows, owners)
         yield from scores.items()
@@ -248,9 +236,9 @@ class Likelihood:
         model, bits, code_nats = subject.model, list[float](), list[float]()
         for rows in subject.batches(range(len(subject.samples))):
             codes = subject.codes[list(rows)]
-            captions = [subject.samples[row].record["captions"][0] for row in rows]
+            captions = [descriptions_of(subject.samples[row].record)[0] for row in rows]
             nats = -text_likelihoods(model, codes, captions)
-            bytes_of = [len(text.encode()) + 1 for text in captions]  # and the end
+            bytes_of = [len(text.strip().encode()) + 1 for text in captions]  # and the end
             bits += [
                 float(nat) / math.log(2) / size for nat, size in zip(nats, bytes_of, strict=True)
             ]
@@ -260,6 +248,7 @@ class Likelihood:
                 packed = pack([sequence], len(sequence), model.vocabulary.pad).to(model.device)
                 hidden, head = model.hidden(packed).flatten(0, 1), model.transformer.lm_head.weight
                 targets, objectives = packed.targets.flatten(), packed.objectives.flatten()
+                objectives[targets == model.vocabulary.eoi] = NO_LOSS  # no code, and always sure
                 _, parts = token_losses(hidden, head, targets, objectives, model.config.objectives)
                 code_nats.append(float(parts["image"]))
         yield "caption_bits_per_byte", bits
@@ -292,7 +281,7 @@ class Drawing:
             for sample in subject.samples
         ]
         texts = [
-            prompt or sample.record["captions"][0]
+            prompt or descriptions_of(sample.record)[0]
             for prompt, sample in zip(prompts, subject.samples, strict=True)
         ]
         drawn, kept = list[Image.Image](), list[Image.Image]()

@@ -51,8 +51,6 @@ chair: chair chairs stool
 table: table tables
 bed: bed beds
 couch: couch sofa
-swing: swing swings
-slide: slide slides
 fountain: fountain fountains
 tree: tree trees
 flower: flower flowers
@@ -71,14 +69,25 @@ building: building buildings house houses
 street: street road sidewalk
 grass: grass grassy lawn field
 """
+_OF_THEM = re.compile(r"\b(group|couple|crowd|pair|bunch) of\b")
+
+
+def _forms(word: str) -> set[str]:
+    """A word and its plural, if it is a regular one."""
+    plural = f"{word[:-1]}ies" if word.endswith("y") and word[-2:-1] not in "aeou" else f"{word}s"
+    return {word, f"{word}es" if word.endswith(("s", "x", "ch", "sh")) else plural}
+
+
 OBJECT_OF = {
-    word: name.strip()
+    form: name.strip()
     for line in _WORDS.strip().splitlines()
     for name, _, words in [line.partition(":")]
     for word in words.split()
+    for form in _forms(word)
 }
 
 
 def objects_said(text: str) -> set[str]:
-    """The objects that a text names."""
-    return {OBJECT_OF[word] for word in re.findall(r"[a-z]+", text.lower()) if word in OBJECT_OF}
+    """The objects that a text names; a couple of dogs is not a couple."""
+    words = re.findall(r"[a-z]+", _OF_THEM.sub(" ", text.lower()))
+    return {OBJECT_OF[word] for word in words if word in OBJECT_OF}

@@ -4,6 +4,7 @@ Shapes: N samples, C classes, n codes of an image, D dimensions of an embedding.
 """
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from torch import Tensor
 from multimodal.embedding import embed_codes, embed_texts
 from multimodal.eval.answering import normalise
 from multimodal.eval.captioning import score_captions
-from multimodal.eval.evaluators import asked_of, is_described
+from multimodal.eval.evaluators import is_described
 from multimodal.eval.measuring import Example, PerQuestion, Subject, Value
 from multimodal.generation import (
     continue_text,
@@ -28,6 +29,8 @@ from multimodal.generation import (
 from multimodal.images import fit_image, to_tensor
 from multimodal.model import Multimodal
 from multimodal.samples import Sample
+from multimodal.templates import Templates
+from multimodal.texts import LABELS, asked_of, descriptions_of
 
 CLASS_FIELDS = ("label", "class", "group")  # of a record; true and false label statements
 SHOTS = (0, 1, 2, 4)
@@ -37,7 +40,7 @@ ANSWERS_AT_MOST = 16  # choices: the commonest answers of that kind of question
 
 def class_of(record: dict[str, Any]) -> str | None:
     names = (str(record[name]) for name in CLASS_FIELDS if name in record)
-    return next((name for name in names if name not in ("true", "false")), None)
+    return next((name for name in names if name not in LABELS), None)
 
 
 def zero_shot_classifier(
@@ -90,51 +93,57 @@ class Choices:
 
     name: ClassVar[str] = "choices"
     protocol: ClassVar[str] = (
-        "the likeliest, to its end, of the answers that questions of the same first two words have "
-        f"in these samples (the {ANSWERS_AT_MOST} commonest, the right one among them)"
+        "the likeliest, to its end, of yes and no, true and false, or the answers that questions "
+        f"of the same first two words have in these samples (the {ANSWERS_AT_MOST} commonest, the "
+        "right one among them); questions that leave no choice are left out, and counted"
     )
     examples: list[Example] = field(default_factory=list)
 
     def fits(self, sample: Sample) -> bool:
-        return bool(asked_of(sample, None))
+        return bool(asked_of(sample.record, Templates()))
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         model = subject.model
         asked = [
             (row, *one)
             for row, sample in enumerate(subject.samples)
-            for one in asked_of(sample, model)
+            for one in asked_of(sample.record, model.config.templates)
         ]
-        usual: dict[str, dict[str, int]] = {}
+        usual: dict[str, Counter[str]] = {}
         for _, _, question, answer in asked:
-            counts = usual.setdefault(_kind(question), {})
-            counts[normalise(answer)] = counts.get(normalise(answer), 0) + 1
+            usual.setdefault(_kind(question), Counter())[normalise(answer)] += 1
+        every = [(*one, _choices(usual[_kind(one[2])], normalise(one[3]))) for one in asked]
+        put = [one for one in every if len(one[-1]) > 1]
         right, chance = list[float](), list[float]()
-        for part in subject.batches(asked):
-            rows, prompts, texts = list[int](), list[str](), list[str]()
-            sizes = []
-            for row, prompt, question, answer in part:
-                counts = usual[_kind(question)]
-                ordered = sorted(counts, key=lambda one: (-counts[one], one))
-                own = normalise(answer)
-                choices = [own, *(one for one in ordered if one != own)][:ANSWERS_AT_MOST]
-                choices = [one for one in choices if one]
-                sizes.append(len(choices))
-                rows += [row] * len(choices)
-                prompts += [prompt] * len(choices)
-                texts += choices
+        for part in subject.batches(put):
+            rows = [row for row, *_, choices in part for _ in choices]
+            prompts = [prompt for _, prompt, *_, choices in part for _ in choices]
+            texts = [text for *_, choices in part for text in choices]
             likely = text_likelihoods(model, subject.codes[rows], texts, prompts)
-            for found in torch.split(likely, sizes):
+            for found in torch.split(likely, [len(choices) for *_, choices in part]):
                 # The right one is first: what is as likely counts against it.
-                right.append(float(len(found) < 2 or bool(found[0] > found[1:].max())))
+                right.append(float(found[0] > found[1:].max()))
                 chance.append(1 / len(found))
-        owners = [row for row, *_ in asked]
-        yield "accuracy", PerQuestion(right, owners)
+        if not put:
+            return
+        yield "accuracy", PerQuestion(right, [row for row, *_ in put])
         yield "chance", sum(chance) / len(chance)
-        for (row, _, question, answer), good in zip(asked, right, strict=True):
+        yield "questions", float(len(put))
+        yield "without_a_choice", float(len(asked) - len(put))
+        for (row, _, question, answer, _), good in zip(put, right, strict=True):
             sample = subject.samples[row]
             said = f"{question} {answer}: {'found' if good else 'not found'}"
             self.examples.append(Example(sample.key, said, good, subject.images[row]))
+
+
+def _choices(usual: Counter[str], right: str) -> list[str]:
+    """The right answer first, then what else it could be; of yes or no, and true or false, both."""
+    for both in (("yes", "no"), LABELS):
+        if right in both:
+            return [right, *(one for one in both if one != right)]
+    ordered = sorted(usual, key=lambda one: (-usual[one], one))
+    others = [one for one in ordered if one and one != right and one not in ("yes", "no", *LABELS)]
+    return [right, *others][:ANSWERS_AT_MOST] if right else []
 
 
 def _kind(question: str) -> str:
@@ -159,30 +168,37 @@ class FewShot:
         model, count = subject.model, len(subject.samples)
         v = model.vocabulary
         images = (subject.codes + v.image_start).tolist()
-        captions = [sample.record["captions"][0] for sample in subject.samples]
-        truth = {sample.key: sample.record["captions"] for sample in subject.samples}
+        captions = [descriptions_of(sample.record)[0] for sample in subject.samples]
+        truth = {sample.key: descriptions_of(sample.record) for sample in subject.samples}
         limit = model.config.transformer.max_position_embeddings
-        for shots in SHOTS:
-            if shots >= count:
-                return
-            found = dict[str, str]()
-            for rows in subject.batches(range(count)):
-                prompts = []
-                for row in rows:
-                    others = [other % count for other in range(row + 1, row + 1 + shots)]
-                    shown = [(subject.codes[other], captions[other]) for other in others]
-                    ids = examples_prompt(model, shown)
-                    prompts.append([*ids, v.boi, *images[row], v.eoi])
-                if max(map(len, prompts)) + 64 > limit:
-                    return
-                texts = continue_text(model, prompts, 64)
-                for row, text in zip(rows, texts, strict=True):
-                    found[subject.samples[row].key] = model.text_tokenizer.decode(text).strip()
+        each: dict[str, dict[str, float]] = {}
+        found = dict[str, str]()
+        for shots in (shots for shots in SHOTS if shots < count):
+            prompts = [
+                [
+                    *examples_prompt(model, [
+                        (subject.codes[other % count], captions[other % count])
+                        for other in range(row + 1, row + 1 + shots)
+                    ]),
+                    v.boi, *images[row], v.eoi,
+                ]
+                for row in range(count)
+            ]  # fmt: skip
+            if max(map(len, prompts)) + 64 > limit:
+                break  # more examples than the model reads
+            said: list[list[int]] = []
+            for some in subject.batches(prompts):
+                said += continue_text(model, list(some), 64)
+            found = {
+                sample.key: model.text_tokenizer.decode(text).strip()
+                for sample, text in zip(subject.samples, said, strict=True)
+            }
             each = score_captions(found, truth)["per_image"]
             yield f"CIDEr_{shots}", [each[key]["CIDEr"] for key in truth]
         for sample, image in zip(subject.samples, subject.images, strict=True):
-            score = each[sample.key]["CIDEr"]
-            self.examples.append(Example(sample.key, found[sample.key], score, image))
+            if sample.key in each:
+                score = each[sample.key]["CIDEr"]
+                self.examples.append(Example(sample.key, found[sample.key], score, image))
 
 
 def noisy(image: Image.Image, seed: int) -> Image.Image:

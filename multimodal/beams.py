@@ -26,7 +26,8 @@ class _Whole:
         self.found = sorted(self.found, key=lambda one: -one[0])[: self.beams]
 
     def beats(self, best_to_come: float) -> bool:
-        """Whether nothing that is still unfinished can get among them."""
+        """Whether what is still unfinished, ended now, would not get among them (that a longer text
+        might yet, by the length penalty, is left aside, as in transformers)."""
         return len(self.found) == self.beams and self.found[-1][0] >= best_to_come
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Method = Literal["masked", "causal"]
 Schedule = Literal["constant", "rising"]
 UNKNOWN = -1  # a code that is to be drawn
+AT_ONCE = 64  # drawings
 
 
 class DrawingOptions(TypedDict, total=False):
@@ -96,8 +97,19 @@ def draw_codes(
                            negative=negative, sampling=sampling, known=known,
                            numbers=[candidates * n + c for n in numbers
                                     for c in range(candidates)])  # fmt: skip
-        likelihoods = text_likelihoods(model, codes, every).view(len(texts), candidates)
+        parts = [slice(start, start + AT_ONCE) for start in range(0, len(every), AT_ONCE)]
+        likelihoods = torch.cat([text_likelihoods(model, codes[one], every[one]) for one in parts])
+        likelihoods = likelihoods.view(len(texts), candidates)
         return codes[likelihoods.argmax(1) + candidates * torch.arange(len(texts))]
+    if len(texts) > AT_ONCE:
+        parts = [slice(start, start + AT_ONCE) for start in range(0, len(texts), AT_ONCE)]
+        return torch.cat([
+            draw_codes(model, texts[one], method=method, steps=steps,
+                       guidance_scale=guidance_scale, guidance_schedule=guidance_schedule,
+                       negative=negative, sampling=sampling,
+                       known=None if known is None else known[one], numbers=numbers[one])
+            for one in parts
+        ])  # fmt: skip
     prompts = [draw_prompt(model.vocabulary, text_ids(model, text)) for text in texts]
     if guidance_scale != 1:
         away = None if negative is None else text_ids(model, negative)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
-from einops import rearrange
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -35,14 +35,19 @@ def box_mask(size: tuple[int, int], box: Box) -> Image.Image:
     return mask
 
 
-def masked_codes(mask: Image.Image, image_size: int, fit: Fit, grid: int) -> Tensor:
+def masked_codes(mask: Image.Image, fit: Fit, grid: int) -> Tensor:
     """bool[n]: the codes of which any pixel is white in the mask, made square as its image."""
-    square = fit_image(mask.convert("RGB"), image_size, fit).convert("L")
-    white = torch.from_numpy(np.asarray(square) > 127)
-    if fit == "letterbox":
-        white &= torch.from_numpy(np.asarray(fit_image(Image.new("RGB", mask.size), image_size, fit)
-                                             .convert("L")) == 0)  # fmt: skip
-    return rearrange(white, "(h p) (w q) -> (h w) (p q)", h=grid, w=grid).any(-1)
+    white = torch.from_numpy(np.asarray(mask.convert("L")) > 127).float()
+    (height, width), side = white.shape, min(mask.size)
+    if fit == "crop":
+        top, left = (height - side) // 2, (width - side) // 2
+        white = white[top : top + side, left : left + side]
+    elif fit == "letterbox":
+        side = max(mask.size)
+        left, top = (side - width) // 2, (side - height) // 2
+        white = F.pad(white, (left, side - width - left, top, side - height - top))
+    # The largest of every pixel that a code touches: nothing white is too thin.
+    return F.adaptive_max_pool2d(white[None, None], grid).flatten().bool()
 
 
 def _to_original(square: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
@@ -85,7 +90,7 @@ def edit_image(
         )
     mask = mask.convert("L").point(lambda value: 255 if value > 127 else 0)
     config = model.image_tokenizer.config
-    fresh = masked_codes(mask, config.image_size, config.fit, config.grid)
+    fresh = masked_codes(mask, config.fit, config.grid)
     if not fresh.any():
         raise ValueError("the mask is black where the model looks: nothing to draw")
     pixels = to_tensor(fit_image(image, config.image_size, config.fit))[None]
@@ -115,6 +120,8 @@ def outpaint(
     if min(margins) < 0 or not any(margins):
         raise ValueError(f"margins {margins}: expected pixels from 0 on, one of them more")
     size = (image.width + left + right, image.height + top + bottom)
+    if model.image_tokenizer.config.fit == "crop":
+        raise ValueError("this model sees the middle of an image only: it cannot draw around it")
     average = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
     canvas = Image.new("RGB", size, average)
     canvas.paste(image, (left, top))
@@ -141,7 +148,8 @@ def vary(
     config = model.image_tokenizer.config
     pixels = to_tensor(fit_image(image, config.image_size, config.fit))[None]
     codes = encode_images(model, pixels)
-    text = caption_codes(model, codes)[0] if text is None else text
+    if text is None and not (text := caption_codes(model, codes)[0]):
+        raise ValueError("the model says nothing of this image: give a text")
     generator = torch.Generator().manual_seed(sampling.seed)
     chosen = torch.randperm(config.grid**2, generator=generator)[
         : max(1, round(share * config.grid**2))
@@ -149,4 +157,6 @@ def vary(
     known = codes.cpu()
     known[:, chosen] = UNKNOWN
     drawn = draw_codes(model, [text], method="masked", sampling=sampling, known=known, **drawing)
-    return _to_original(to_image(decode_images(model, drawn)[0]), image.size, config.fit)
+    varied = _to_original(to_image(decode_images(model, drawn)[0]), image.size, config.fit)
+    seen = Image.new("RGB", (config.image_size, config.image_size), "white")
+    return Image.composite(varied, image, _to_original(seen, image.size, config.fit).convert("L"))

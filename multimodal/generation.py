@@ -328,7 +328,7 @@ def answer_codes(
     if choices is None:
         follow = None if schema is None else Schema(model, schema)
         return text_after(model, codes, prompts, max_tokens, sampling, schema=follow)
-    if schema is not None or len(set(choices)) < 2:
+    if schema is not None or isinstance(choices, str) or len(set(choices)) < 2:
         raise ValueError(f"choices={list(choices)}: expected two or more, without a schema")
     found = []
     for image, prompt in zip(codes, prompts, strict=True):

@@ -218,8 +218,14 @@ def reply(
     output: Output = "text",
     max_tokens: int = 64,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    batch_size: int = 32,
 ) -> list[Reply | ValueError]:
-    """Go on after every prompt; one that cannot be read has its error in its place."""
+    """Go on after every prompt; one that cannot be read has its error in its place.
+
+    batch_size: prompts at once; those of one length are together.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected at least 1")
     check_output(output, max_tokens, sampling)
     found: list[Reply | ValueError] = []
     good: list[tuple[int, list[int]]] = []
@@ -232,9 +238,11 @@ def reply(
             found.append(Reply())
         except ValueError as error:
             found.append(error)
-    if good:
-        numbers = [number for number, _ in good]
-        steps = run(model, [ids for _, ids in good], output, max_tokens, sampling, numbers)
+    good.sort(key=lambda one: len(one[1]))
+    for start in range(0, len(good), batch_size):
+        some = good[start : start + batch_size]
+        numbers = [number for number, _ in some]
+        steps = run(model, [ids for _, ids in some], output, max_tokens, sampling, numbers)
         for number, one in zip(numbers, _last(steps), strict=True):
             found[number] = one
     return found

@@ -163,6 +163,8 @@ class Usable:
 
         if (images is None) == (texts is None):
             raise ValueError("embed: give images or texts, one of the two")
+        if isinstance(images if texts is None else texts, str | Path | bytes):
+            raise ValueError("embed: give a list, even for one")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1")
         rows: list[Tensor] = [torch.zeros(0, self._model.config.objectives.alignment_dim)]
@@ -196,6 +198,7 @@ class Usable:
         *,
         output: Literal["text", "image", "any"] = "text",
         max_tokens: int = 64,
+        batch_size: int = 32,
         **sampling: Unpack[SamplingOptions],
     ) -> "list[Reply | ValueError]":
         """``generate`` for many prompts at once, each with its counts and its log probability; what
@@ -203,7 +206,8 @@ class Usable:
         from multimodal.interleaving import reply
 
         how = Sampling(**sampling)
-        return reply(self._model, prompts, output=output, max_tokens=max_tokens, sampling=how)
+        return reply(self._model, prompts, output=output, max_tokens=max_tokens, sampling=how,
+                     batch_size=batch_size)  # fmt: skip
 
     def stream(
         self,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from multimodal.model import Multimodal
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each wait for one another
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 SENTENCES = (
     "a red bus in the snow",

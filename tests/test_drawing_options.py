@@ -114,3 +114,28 @@ def test_the_commands(tiny_model_folder: Path, tmp_path: Path) -> None:
     assert main([*line, "--vary", "0.5", "--guidance-schedule", "rising"]) == 0
     assert Image.open(tmp_path / "b.png").size == (40, 24)
     assert main([*line, "--vary", "2"]) == 1
+
+
+def test_a_thin_mask_touches_its_codes(model: Multimodal) -> None:
+    from multimodal.editing import box_mask, masked_codes
+
+    thin = box_mask((1024, 1024), (255, 100, 257, 400))  # two pixels, on both sides of a border
+    found = masked_codes(thin, "squash", 4).reshape(4, 4)
+    assert found.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    edge = box_mask((500, 250), (0, 0, 1, 1))
+    assert masked_codes(edge, "crop", 4).sum() == 0 and masked_codes(edge, "letterbox", 4).any()
+
+
+def test_what_a_crop_leaves_out_is_left_alone(
+    model: Multimodal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dataclasses
+
+    config = dataclasses.replace(model.image_tokenizer.config, fit="crop")
+    monkeypatch.setattr(model.image_tokenizer, "config", config)
+    image = picture()  # 40 x 24: the outer 8 columns are not seen
+    varied = np.asarray(model.vary(image, 1.0, "a red bus"))
+    assert (varied[:, :8] == np.asarray(image)[:, :8]).all()
+    assert (varied[:, 8:32] != np.asarray(image)[:, 8:32]).any()
+    with pytest.raises(ValueError, match="cannot draw around it"):
+        model.outpaint(image, (0, 0, 40, 0), "a red bus")

@@ -27,6 +27,8 @@ from multimodal.eval.tasks import EVALUATORS
 from multimodal.generation import text_likelihoods
 from multimodal.samples import Sample
 from multimodal.shards import Shards
+from multimodal.templates import Templates
+from multimodal.texts import asked_of
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +134,24 @@ def test_what_is_left_out_is_not_invented() -> None:
     assert shapes_said("a green object left of a large red heart") == {"heart"}
 
 
+def test_a_class_beside_captions_makes_no_statement_of_them(subject: Subject) -> None:
+    record = {
+        "captions": ["a dog on grass", "is it? yes"],
+        "qa": [["is it?", "yes"]],
+        "label": "dog",
+    }
+    sample = Sample("a", {"json": json.dumps(record).encode()})
+    assert Captioning().fits(sample) and Retrieval().fits(sample)
+    assert asked_of(record, Templates()) == [("Question: is it? Answer:", "is it?", "yes")]
+    statement = Sample("b", {"json": b'{"captions": ["it is", "so"], "label": "false"}'})
+    assert not Captioning().fits(statement) and Answers().fits(statement)
+    assert len(asked_of(statement.record, Templates())) == 2
+
+
 def test_photos_are_held_to_what_references_name(subject: Subject) -> None:
     assert objects_said("Two men and a dog on the beach.") == {"person", "dog", "beach"}
+    assert objects_said("a couple of ponies by two boxes") == {"horse"}
+    assert objects_said("two players and a couple") == {"person"}
     assert objects_said("a man-eating shark") == {"person"} and not objects_said("")
     photos = [
         Sample(s.key, {**s.members, "json": b'{"captions": ["two dogs run", "by a lake"]}'})

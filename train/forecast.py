@@ -52,7 +52,7 @@ class Forecast(L.Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        an_epoch = max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+        an_epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
         planned = [self.max_steps, self.max_epochs * an_epoch]
         steps = min((one for one in planned if one > 0), default=0)
         seconds = [end - start for start, end in pairwise(self.ends)]
@@ -63,7 +63,9 @@ class Forecast(L.Callback):
             "parameters": f"{trained:,} to train, {frozen:,} frozen",
             "memory": f"{peak_memory():.2f} GB at most, on each of {trainer.world_size} ranks",
             "step": f"{step:.3f} s",
-            "run": f"{steps:,} steps in {spoken(steps * step)}, without validations",
+            "run": f"{steps:,} steps in {spoken(steps * step)}, without validations"
+            if steps
+            else "ends by the clock (max_time)",
         }
         print("\n".join(f"{name + ':':<12}{value}" for name, value in rows.items()))
 
@@ -76,6 +78,8 @@ def spoken(seconds: float) -> str:
 class ForecastCLI(TrainingCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         asked = self.config[self.subcommand].trainer
+        if self.config[self.subcommand].ckpt_path:
+            raise ValueError("a forecast is of a run from its start: leave out --ckpt_path")
         steps = min(STEPS, asked.max_steps) if asked.max_steps > 0 else STEPS
         kwargs |= {"max_steps": steps, "limit_val_batches": 0}
         trainer = super().instantiate_trainer(**kwargs)

@@ -19,11 +19,12 @@ from multimodal.objectives import ObjectivesConfig, mean_over_ranks, over_ranks
 from multimodal.scenes import Scene
 from multimodal.seeds import stable_number
 from multimodal.sequences import Packed, Sequence, pack
+from multimodal.texts import descriptions_of, exchanges_of
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.cost import training_flops
 from multimodal.train.data import Examples
-from multimodal.train.lessons import descriptions_of, exchanges_of, lesson_of
+from multimodal.train.lessons import lesson_of
 from multimodal.train.preflight import check_data
 from multimodal.train.schedule import TrainedByMuon, can_compile, parts_named
 from multimodal.train.sharding import groups, shard, together, whole_weights

@@ -7,8 +7,8 @@ import numpy as np
 
 from multimodal.samples import parts_of
 from multimodal.templates import Templates
+from multimodal.texts import descriptions_of, exchanges_of
 
-LABELS = ("true", "false")
 TURNS = 4  # exchanges about one image, one after the other: its codes are read once for them all
 
 
@@ -18,27 +18,6 @@ class Lesson:
 
     caption: str | None
     exchanges: tuple[tuple[str, str], ...] = ()
-
-
-def descriptions_of(record: dict[str, Any]) -> list[str]:
-    """The captions that describe the image.
-
-    With a ``label`` of true or false they are statements, and may be wrong; and one that only
-    repeats a question with its answer describes nothing.
-    """
-    if record.get("label") in LABELS:
-        return []
-    questions = [str(question) for question, _ in record.get("qa", [])]
-    captions = [str(caption) for caption in record.get("captions", [])]
-    return [c for c in captions if not any(c.startswith(question) for question in questions)]
-
-
-def exchanges_of(record: dict[str, Any], templates: Templates) -> list[tuple[str, str]]:
-    """The prompts of a sample, each with its answer: its questions, and statements with a label."""
-    asked = [(templates.ask(str(q)), str(answer)) for q, answer in record.get("qa", [])]
-    if (label := record.get("label")) in LABELS:
-        asked += [(templates.judge(str(c)), str(label)) for c in record.get("captions", [])]
-    return asked
 
 
 def lesson_of(

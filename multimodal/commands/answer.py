@@ -52,5 +52,5 @@ def main(argv: list[str]) -> int:
         said = {"image": arguments.image, "question": arguments.question, "answer": answer}
         print(json.dumps(said))
     else:
-        print(" ".join(answer.split()))
+        print(answer if schema else " ".join(answer.split()))
     return 0
