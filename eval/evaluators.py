@@ -131,6 +131,16 @@ class Captioning:
             )
 
 
+def all_asked(subject: Subject) -> list[tuple[int, str, str, str]]:
+    """(number of the sample, prompt, question or statement, answer) of everything that is asked."""
+    templates = subject.model.config.templates
+    return [
+        (row, *one)
+        for row, sample in enumerate(subject.samples)
+        for one in asked_of(sample.record, templates)
+    ]
+
+
 @dataclass
 class Answers:
     """Questions and statements: by kind, and beside it what the model says without the image."""
@@ -147,11 +157,7 @@ class Answers:
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         model = subject.model
-        asked = [
-            (row, *one)
-            for row, sample in enumerate(subject.samples)
-            for one in asked_of(sample.record, model.config.templates)
-        ]
+        asked = all_asked(subject)
         grey = encode_images(model, torch.zeros_like(subject.pixels[:1]))
         found: list[str] = []
         blind: list[str] = []

@@ -17,7 +17,7 @@ from torch import Tensor
 from multimodal.embedding import embed_codes, embed_texts
 from multimodal.eval.answering import normalise
 from multimodal.eval.captioning import score_captions
-from multimodal.eval.evaluators import is_described
+from multimodal.eval.evaluators import all_asked, is_described
 from multimodal.eval.measuring import Example, PerQuestion, Subject, Value
 from multimodal.generation import (
     continue_text,
@@ -104,11 +104,7 @@ class Choices:
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         model = subject.model
-        asked = [
-            (row, *one)
-            for row, sample in enumerate(subject.samples)
-            for one in asked_of(sample.record, model.config.templates)
-        ]
+        asked = all_asked(subject)
         usual: dict[str, Counter[str]] = {}
         for _, _, question, answer in asked:
             usual.setdefault(_kind(question), Counter())[normalise(answer)] += 1

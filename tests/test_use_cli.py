@@ -146,8 +146,16 @@ HOSTILE: list[tuple[tuple[str, ...], int, str]] = [
     (("draw", "a bus", "--out", "x.tiff"), 1, "expected a name that ends in .png"),
     (("draw", "a bus", "--out", "nowhere/x.png"), 1, "nowhere: no such folder"),
     (("draw", "a bus", "--out", "x.png", "--method", "magic"), 2, "invalid choice"),
-    (("edit", "PHOTO", "--prompt", "a", "--out", "x.png"), 2, "--mask --box --margins --vary is required"),
-    (("edit", "PHOTO", "--box", "1,2", "--prompt", "a", "--out", "x.png"), 2, "expected four numbers, pixels"),
+    (
+        ("edit", "PHOTO", "--prompt", "a", "--out", "x.png"),
+        2,
+        "--mask --box --margins --vary is required",
+    ),
+    (
+        ("edit", "PHOTO", "--box", "1,2", "--prompt", "a", "--out", "x.png"),
+        2,
+        "expected four numbers, pixels",
+    ),
     (("edit", "PHOTO", "--box", "9,9,2,2", "--prompt", "a", "--out", "x.png"), 1, "x0 < x1"),
     (("edit", "PHOTO", "--mask", "no.png", "--prompt", "a", "--out", "x.png"), 1, "no.png"),
     (("edit", "PHOTO", "--mask", "SMALL", "--prompt", "a", "--out", "x.png"), 1, "of one size"),
