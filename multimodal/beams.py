@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from multimodal.generation import Batch
+    from multimodal.batch import Batch
 
 
 class _Whole:

@@ -44,6 +44,7 @@ class Job:
     batch_size: int = 32
     max_tokens: int = 64
     sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
     threads: int = 0
 
 
@@ -94,7 +95,8 @@ def run_job(
     begun_with = {
         "kind": job.kind, "model": model.fingerprint, "dtype": job.dtype, "split": split,
         "shards": [entry["sha256"] for entry in entries if split in (None, entry["split"])],
-        **({"max_tokens": job.max_tokens, **asdict(job.sampling)} if job.kind == "caption" else {}),
+        **({"max_tokens": job.max_tokens, "stop": list(job.stop), **asdict(job.sampling)}
+           if job.kind == "caption" else {}),
     }  # fmt: skip
     shards, first = [], 0
     for entry in entries:
@@ -159,37 +161,31 @@ def _results(model: "Multimodal", shard: ShardOfJob) -> tuple[list[dict[str, Any
     """A line for each sample of the shard, and the rows of embeddings."""
     job, samples = shard.job, Shards(shard.source, only=shard.name)
     lines: list[dict[str, Any]] = []
-    rows: list[Tensor] = []
-    made = 0
-    for start in range(0, len(samples), job.batch_size):
-        batch = [samples[i] for i in range(start, min(start + job.batch_size, len(samples)))]
-        codes, whose = [], []
-        for number, sample in enumerate(batch):
-            lines.append({"key": sample.key})
-            try:
-                if samples.encoding is not None:
-                    codes.append(torch.from_numpy(sample.codes[:1]).flatten(1))
-                else:
-                    codes.append(
-                        encode_images(model, read_images(model, [sample.image], [sample.key]))
-                    )
-                whose.append(start + number)
-            except ValueError as error:
-                lines[-1]["error"] = str(error)
-        if not codes:
-            continue
-        together = torch.cat(codes)
-        if job.kind == "embed":
-            rows.append(embed_codes(model, together))
-            for row, number in enumerate(whose, start=made):
-                lines[number]["row"] = row
-            made += len(whose)
-            continue
-        numbers = [shard.first + number for number in whose]
-        captions = caption_codes(model, together, job.max_tokens, job.sampling, numbers)
-        for number, caption in zip(whose, captions, strict=True):
-            lines[number]["caption"] = caption
-    if job.kind == "caption":
-        return lines, None
-    width = model.config.objectives.alignment_dim
-    return lines, torch.cat(rows) if rows else torch.zeros(0, width)
+    codes: list[Tensor] = []
+    whose: list[int] = []  # the numbers of the samples that have codes
+    for number in range(len(samples)):
+        sample = samples[number]
+        lines.append({"key": sample.key})
+        try:
+            if samples.encoding is not None:
+                codes.append(torch.from_numpy(sample.codes[:1]).flatten(1))
+            else:
+                pixels = read_images(model, [sample.image], [sample.key])
+                codes.append(encode_images(model, pixels))
+            whose.append(number)
+        except ValueError as error:
+            lines[-1]["error"] = str(error)
+    together = torch.cat(codes) if codes else torch.zeros(0, 0, dtype=torch.int64)
+    if job.kind == "embed":
+        for row, number in enumerate(whose):
+            lines[number]["row"] = row
+        parts = torch.split(together, job.batch_size) if codes else ()
+        rows = [embed_codes(model, part) for part in parts]
+        width = model.config.objectives.alignment_dim
+        return lines, torch.cat(rows) if rows else torch.zeros(0, width)
+    numbers = [shard.first + number for number in whose]
+    captions = caption_codes(model, together, job.max_tokens, job.sampling, numbers, job.stop,
+                             job.batch_size)  # fmt: skip
+    for number, caption in zip(whose, captions, strict=True):
+        lines[number]["caption"] = caption
+    return lines, None

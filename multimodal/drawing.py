@@ -18,7 +18,8 @@ from einops import rearrange
 from torch import Tensor
 
 from multimodal.attention import attention_mask
-from multimodal.generation import Batch, check_length, text_ids, text_likelihoods
+from multimodal.batch import Batch, check_length
+from multimodal.generation import text_ids, text_likelihoods
 from multimodal.sampling import Sampling, SamplingOptions
 from multimodal.sequences import draw_prompt
 

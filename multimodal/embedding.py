@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from multimodal.generation import Batch, encode_images, text_ids
+from multimodal.batch import Batch
+from multimodal.generation import encode_images, text_ids
 from multimodal.sequences import describe_prompt, draw_prompt
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ Shapes: B batch, L longest prompt, S tokens in the cache, V vocabulary, n codes 
 """
 
 from collections.abc import Sequence as SequenceOf
-from collections.abc import Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +15,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from multimodal.attention import attention_mask
+from multimodal.batch import Batch, check_length
 from multimodal.beams import search
 from multimodal.constraints import Schema
 from multimodal.images import fit_image, open_image, to_tensor
 from multimodal.sampling import Sampling
 from multimodal.sequences import NO_LOSS, answer, describe, describe_prompt, pack
-from multimodal.transformer import Cache
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from multimodal.model import Multimodal
 
 GREEDY = Sampling()
-SHARED_AT_LEAST = 16  # tokens
+REFILL = 0.75  # of a batch that are left when others join
 
 
 def read_images(
@@ -59,87 +57,6 @@ def text_ids(model: "Multimodal", text: str) -> list[int]:
     if not text.strip():
         raise ValueError("the text is empty")
     return model.text_tokenizer.encode(text.strip())
-
-
-def check_length(model: "Multimodal", prompts: SequenceOf[Sized], room: int) -> None:
-    """Errors: ``ValueError`` where a prompt and what is to follow are more than the model reads."""
-    longest, limit = max(map(len, prompts)), model.config.transformer.max_position_embeddings
-    if longest + room > limit:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {room} more: the model reads at most {limit}"
-        )
-
-
-def shared_length(prompts: list[list[int]]) -> int:
-    """How many tokens all prompts begin with, if that is worth a pass of its own; else 0."""
-    if len(prompts) < 2:
-        return 0
-    first, last = min(prompts), max(prompts)  # by their tokens: what these share, all do
-    least = min(map(len, prompts)) - 1  # each has to have a token left
-    shared = next((n for n in range(least) if first[n] != last[n]), least)
-    return shared if shared >= SHARED_AT_LEAST else 0
-
-
-class Batch:
-    """Prompts of different lengths, read once into a cache and then continued token by token.
-
-    A beginning that all have in common (an image of many questions, examples) is read once for
-    all. The rest is padded on the left; padding is a document of its own that no real token sees.
-    """
-
-    def __init__(self, model: "Multimodal", prompts: list[list[int]], room: int) -> None:
-        check_length(model, prompts, room)
-        self.model = model
-        shared = shared_length(prompts)
-        longest = max(map(len, prompts)) - shared
-        ids = torch.full((len(prompts), longest), model.vocabulary.pad)
-        documents = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            start = longest - (len(prompt) - shared)
-            ids[row, start:] = torch.tensor(prompt[shared:])
-            documents[row, start:] = 1
-        ids, documents = ids.to(model.device), documents.to(model.device)
-        self.positions = documents.cumsum(1).sub(1).clamp(min=0) + shared
-        config, weight = model.config.transformer, model.transformer.embed_tokens.weight
-        self.cache = Cache.empty(config, len(prompts), shared + longest + room, weight)
-        mask = attention_mask(documents, torch.zeros_like(documents))
-        if shared:
-            self._read_once(prompts[0][:shared], weight)
-            sees = documents.bool()[:, None, :, None].expand(-1, -1, -1, shared)
-            mask = torch.cat([sees, mask], dim=-1)
-        hidden = model.transformer(ids, self.positions, mask, self.cache)
-        self.last = self.positions[:, -1:]
-        self.visible = F.pad(documents.bool(), (shared, 0), value=True)
-        self.hidden = hidden[:, -1]
-
-    def _read_once(self, ids: list[int], like: Tensor) -> None:
-        """Put the keys and values of a common beginning into the cache, for all rows."""
-        begun = torch.tensor([ids], device=like.device)
-        one = Cache.empty(self.model.config.transformer, 1, len(ids), like)
-        causal = attention_mask(torch.ones_like(begun), torch.zeros_like(begun))
-        self.model.transformer(begun, torch.arange(len(ids), device=like.device)[None], causal, one)
-        self.cache.keys[:, :, :, : len(ids)] = one.keys
-        self.cache.values[:, :, :, : len(ids)] = one.values
-        self.cache.length = len(ids)
-
-    def logits(self) -> Tensor:
-        """float32[B, V] for the next token"""
-        return self.model.transformer.logits(self.hidden)
-
-    def read(self, ids: Tensor) -> None:
-        """Go on by ids: int64[B]"""
-        self.last = self.last + 1
-        self.visible = torch.cat([self.visible, torch.ones_like(self.visible[:, :1])], dim=1)
-        # Nothing is padded: every key may be seen, and SDPA needs no mask.
-        mask = None if self.visible.all() else self.visible[:, None, None, :]
-        self.hidden = self.model.transformer(ids[:, None], self.last, mask, self.cache)[:, -1]
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only: int64[rows]"""
-        self.last, self.visible, self.hidden = (
-            x[rows] for x in (self.last, self.visible, self.hidden)
-        )
-        self.cache.keys, self.cache.values = self.cache.keys[:, rows], self.cache.values[:, rows]
 
 
 @torch.inference_mode()
@@ -192,50 +109,87 @@ def continue_text(
     sampling: Sampling = GREEDY,
     numbers: SequenceOf[int] | None = None,
     schema: Schema | None = None,
+    stop: SequenceOf[str] = (),
+    batch_size: int = 0,
 ) -> list[list[int]]:
     """Text after each prompt: ids up to <eos> (not included), at most ``max_tokens``.
 
     numbers: what the prompts are called, for the random numbers; 0, 1, ... by default; schema: what
-    the texts have to follow. Errors: ``ValueError`` where one is not whole after ``max_tokens``.
+    the texts have to follow; stop: a text ends with the token that completes one of these;
+    batch_size: prompts at once (all by default), others take the places of those that are done.
+    Errors: ``ValueError`` where a text does not follow the schema to its end.
     """
-    vocabulary = model.vocabulary
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
-    batch, allowed = Batch(model, prompts, max_tokens), text_mask(model)
+    vocabulary, decode = model.vocabulary, model.text_tokenizer.decode
+    check_limits(max_tokens, stop)
+    at_once = batch_size or len(prompts)
+    allowed = text_mask(model)
     if sampling.beams > 1:
-        if schema is not None:
-            raise ValueError("beams and a JSON schema: give one of the two")
-        return search(batch, allowed, vocabulary.eos, max_tokens, sampling.beams,
-                      sampling.length_penalty)  # fmt: skip
+        if schema is not None or stop:
+            raise ValueError("beams, and a JSON schema or stop: give one of the two")
+        found: list[list[int]] = []
+        for start in range(0, len(prompts), at_once):
+            batch = Batch(model, prompts[start : start + at_once], max_tokens)
+            found += search(batch, allowed, vocabulary.eos, max_tokens, sampling.beams,
+                            sampling.length_penalty)  # fmt: skip
+        return found
+    check_length(model, prompts, max_tokens)
     out: list[list[int]] = [[] for _ in prompts]
-    rows = torch.arange(len(prompts), device=model.device)
     generators = sampling.generators(range(len(prompts)) if numbers is None else numbers)
     states = [schema.follow() for _ in prompts] if schema is not None else []
-    for step in range(max_tokens):
+    # Those of one length together: the less of a row is padding, the less is read for nothing.
+    waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    rows: list[int] = []
+    while rows or waiting:
+        if waiting and len(rows) <= REFILL * at_once:
+            fresh, waiting = waiting[: at_once - len(rows)], waiting[at_once - len(rows) :]
+            others = Batch(model, [prompts[row] for row in fresh], max_tokens)
+            if rows:
+                batch.join(others, max_tokens)
+            else:
+                batch = others
+            rows += fresh
         logits = batch.logits().masked_fill(~allowed, -torch.inf)
-        logits = sampling.penalise(logits, [out[row] for row in rows.tolist()])
+        logits = sampling.penalise(logits, [out[row] for row in rows])
         if states:
-            may = [states[row].allowed(one) for row, one in zip(rows.tolist(), logits, strict=True)]
+            may = [states[row].allowed(one) for row, one in zip(rows, logits, strict=True)]
             logits = logits.masked_fill(~torch.stack(may), -torch.inf)
-        ids = sampling.choose(logits, [generators[row] for row in rows.tolist()])
-        going = (ids != vocabulary.eos).nonzero()[:, 0]
-        rows, ids = rows[going], ids[going]
-        for row, token in zip(rows.tolist(), ids.tolist(), strict=True):
+        ids = sampling.choose(logits, [generators[row] for row in rows])
+        going = []
+        for place, (row, token) in enumerate(zip(rows, ids.tolist(), strict=True)):
+            if token == vocabulary.eos:
+                continue
             out[row].append(token)
             if states:
                 states[row].read(token)
-        if not len(rows) or step == max_tokens - 1:
-            break
-        # Finished rows leave the batch at once.
-        if len(going) < len(batch.last):
-            batch.keep(going)
-        batch.read(ids)
+            stopped = bool(stop) and any(one in decode(out[row]) for one in stop)
+            if len(out[row]) < max_tokens and not stopped:
+                going.append(place)
+        if len(going) < len(rows):  # finished rows leave the batch at once
+            rows, places = [rows[place] for place in going], torch.tensor(going, dtype=torch.int64)
+            batch.keep(places.to(model.device))
+            ids = ids[places.to(model.device)]
+        if rows:
+            batch.read(ids)
     if unfinished := sum(not state.done for state in states):
         raise ValueError(
             f"{unfinished} of {len(states)} texts do not follow the schema to its end in "
             f"{max_tokens} tokens: raise max_tokens, or bound its strings (maxLength)"
         )
     return out
+
+
+def check_limits(max_tokens: int, stop: SequenceOf[str]) -> None:
+    """Errors: ``ValueError`` for limits that no text can have."""
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop={stop!r}: expected a list of texts, none of them empty")
+
+
+def before_stop(text: str, stop: SequenceOf[str]) -> str:
+    """The text up to the first of the stop texts in it."""
+    places = [place for one in stop if (place := text.find(one)) >= 0]
+    return text[: min(places)] if places else text
 
 
 def caption(
@@ -245,11 +199,13 @@ def caption(
     batch_size: int = 32,
     max_tokens: int = 64,
     sampling: Sampling = GREEDY,
+    stop: SequenceOf[str] = (),
     examples: SequenceOf[tuple["str | Path | bytes | Image.Image", str]] = (),
     candidates: int = 1,
 ) -> list[str]:
-    """One caption an image, in the order given; examples: images with texts to go by; candidates:
-    write so many, with a temperature, and keep the one nearest to the image by the embeddings."""
+    """One caption an image, in the order given; stop: a caption ends before the first of these;
+    examples: images with texts to go by; candidates: write so many, with a temperature, and keep
+    the one nearest to the image by the embeddings."""
     if candidates < 1 or (candidates > 1 and not sampling.temperature):
         raise ValueError(f"candidates={candidates}: expected 1, or more and a temperature above 0")
     if batch_size < 1:
@@ -270,7 +226,7 @@ def caption(
         every = codes.repeat_interleave(candidates, 0)
         names = [number * candidates + one for number in numbers for one in range(candidates)]
         texts = text_after(model, every, [""] * len(every), max_tokens, sampling, names,
-                           begun=begun)  # fmt: skip
+                           begun=begun, stop=stop)  # fmt: skip
         captions += nearest(model, codes, texts) if candidates > 1 else texts
     return captions
 
@@ -308,9 +264,13 @@ def caption_codes(
     max_tokens: int = 64,
     sampling: Sampling = GREEDY,
     numbers: SequenceOf[int] | None = None,
+    stop: SequenceOf[str] = (),
+    batch_size: int = 0,
 ) -> list[str]:
-    """codes: int64[B, n] -> B captions"""
-    return text_after(model, codes, [""] * len(codes), max_tokens, sampling, numbers)
+    """codes: int64[B, n] -> B captions; batch_size: written at once, by default all"""
+    prompts = [""] * len(codes)
+    return text_after(model, codes, prompts, max_tokens, sampling, numbers, stop=stop,
+                      batch_size=batch_size)  # fmt: skip
 
 
 def answer_codes(
@@ -321,13 +281,14 @@ def answer_codes(
     sampling: Sampling = GREEDY,
     choices: SequenceOf[str] | None = None,
     schema: dict[str, Any] | None = None,
+    stop: SequenceOf[str] = (),
 ) -> list[str]:
     """codes: int64[B, n], B questions -> B answers: free, the likeliest of the choices, or JSON
     that follows the schema"""
     prompts = [model.config.templates.ask(question) for question in questions]
     if choices is None:
         follow = None if schema is None else Schema(model, schema)
-        return text_after(model, codes, prompts, max_tokens, sampling, schema=follow)
+        return text_after(model, codes, prompts, max_tokens, sampling, schema=follow, stop=stop)
     if schema is not None or isinstance(choices, str) or len(set(choices)) < 2:
         raise ValueError(f"choices={list(choices)}: expected two or more, without a schema")
     found = []
@@ -348,9 +309,11 @@ def text_after(
     numbers: SequenceOf[int] | None = None,
     schema: Schema | None = None,
     begun: SequenceOf[int] = (),
+    stop: SequenceOf[str] = (),
+    batch_size: int = 0,
 ) -> list[str]:
     """codes: int64[B, n], B texts to follow the images -> B texts that go on; begun: what stands
-    before the images, by default <bos>"""
+    before the images, by default <bos>; the rest as for ``continue_text``"""
     if not len(codes):
         return []
     before = list(begun) or [model.vocabulary.bos]
@@ -360,5 +323,5 @@ def text_after(
             (codes + model.vocabulary.image_start).tolist(), prompts, strict=True
         )
     ]
-    texts = continue_text(model, ids, max_tokens, sampling, numbers, schema)
-    return [model.text_tokenizer.decode(text).strip() for text in texts]
+    texts = continue_text(model, ids, max_tokens, sampling, numbers, schema, stop, batch_size)
+    return [before_stop(model.text_tokenizer.decode(text), stop).strip() for text in texts]

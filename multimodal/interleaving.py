@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from multimodal.batch import Batch, check_length
 from multimodal.drawing import decode_images
 from multimodal.generation import (
-    Batch,
-    check_length,
+    before_stop,
+    check_limits,
     continue_text,
     encode_images,
     read_images,
@@ -43,7 +44,8 @@ class Reply:
 
     parts: texts and images in their order; prompt_tokens: what was read; text_tokens, image_tokens:
     what was made; log_probability: of all of it in nats, among what might have come at each place
-    (0 for beam search, which does not say); ended: by the model (``end``) or by max_tokens.
+    (0 for beam search, which does not say); ended: by the model (``end``), by max_tokens
+    (``length``) or before one of the texts of ``stop``.
     """
 
     parts: list[str | Image.Image] = field(default_factory=list)
@@ -51,7 +53,7 @@ class Reply:
     text_tokens: int = 0
     image_tokens: int = 0
     log_probability: float = 0.0
-    ended: Literal["end", "length"] = "length"
+    ended: Literal["end", "length", "stop"] = "length"
 
 
 def prompt_ids(model: "Multimodal", parts: SequenceOf[Part]) -> list[int]:
@@ -72,12 +74,13 @@ def prompt_ids(model: "Multimodal", parts: SequenceOf[Part]) -> list[int]:
     return ids
 
 
-def check_output(output: Output, max_tokens: int, sampling: Sampling) -> None:
+def check_output(
+    output: Output, max_tokens: int, sampling: Sampling, stop: SequenceOf[str]
+) -> None:
     """Errors: ``ValueError`` for what cannot be made so."""
     if output not in ("text", "image", "any"):
         raise ValueError(f"output {output!r}: expected text, image or any")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
+    check_limits(max_tokens, stop)
     if sampling.beams > 1 and output != "text":
         raise ValueError(f"beams={sampling.beams}: beam search is for texts, not for {output}")
 
@@ -86,9 +89,15 @@ class _Row:
     """The state of one prompt."""
 
     def __init__(
-        self, model: "Multimodal", number: int, prompt: list[int], output: Output, max_tokens: int
+        self,
+        model: "Multimodal",
+        number: int,
+        prompt: list[int],
+        output: Output,
+        max_tokens: int,
+        stop: SequenceOf[str],
     ) -> None:
-        self.model, self.number, self.output = model, number, output
+        self.model, self.number, self.output, self.stop = model, number, output, stop
         self.reply = Reply(prompt_tokens=len(prompt))
         self.left, self.used = max_tokens, len(prompt)
         self.text: list[int] = []
@@ -146,7 +155,10 @@ class _Row:
             self.done = self.left == 0
             # The end may be half of a character.
             sure = self.model.text_tokenizer.decode(self.text).rstrip("\N{REPLACEMENT CHARACTER}")
-            if len(sure) > len(self.shown):
+            if before_stop(sure, self.stop) != sure:
+                self.reply.ended, self.done = "stop", True
+            sure = sure[: len(sure) - held_back(sure, self.stop)]
+            if len(sure) > len(self.shown) and not self.done:
                 piece, self.shown = sure[len(self.shown) :], sure
                 yield piece
             if self.done:
@@ -154,11 +166,16 @@ class _Row:
 
     def _finish_text(self) -> Iterator[str]:
         if self.text:
-            whole = self.model.text_tokenizer.decode(self.text)
+            whole = before_stop(self.model.text_tokenizer.decode(self.text), self.stop)
             if rest := whole[len(self.shown) :]:
                 yield rest
             self.reply.parts.append(whole.strip())
             self.text, self.shown = [], ""
+
+
+def held_back(text: str, stop: SequenceOf[str]) -> int:
+    """How many characters at the end of a text may yet become one of the stop texts."""
+    return max((n for one in stop for n in range(1, len(one)) if text.endswith(one[:n])), default=0)
 
 
 @torch.inference_mode()
@@ -169,6 +186,7 @@ def run(
     max_tokens: int,
     sampling: Sampling,
     numbers: SequenceOf[int] | None = None,
+    stop: SequenceOf[str] = (),
 ) -> Generator[Piece, None, list[Reply]]:
     """Go on after all prompts together: yields pieces as they come, returns the replies.
 
@@ -177,10 +195,12 @@ def run(
     v, n = model.vocabulary, model.image_tokenizer.config.grid**2
     numbers = range(len(prompts)) if numbers is None else numbers
     begun = [[*prompt, *([v.boi] if output == "image" else [])] for prompt in prompts]
-    rows = [_Row(model, i, ids, output, max_tokens) for i, ids in enumerate(begun)]
+    rows = [_Row(model, i, ids, output, max_tokens, stop) for i, ids in enumerate(begun)]
     replies = [row.reply for row in rows]
     if sampling.beams > 1:
-        for row, said in zip(rows, continue_text(model, begun, max_tokens, sampling), strict=True):
+        for row, said in zip(
+            rows, continue_text(model, begun, max_tokens, sampling, stop=stop), strict=True
+        ):
             text = model.text_tokenizer.decode(said).strip()
             row.reply.parts, row.reply.text_tokens = [text], len(said)
             row.reply.ended = "end" if len(said) < max_tokens else "length"
@@ -218,15 +238,17 @@ def reply(
     output: Output = "text",
     max_tokens: int = 64,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    stop: SequenceOf[str] = (),
     batch_size: int = 32,
 ) -> list[Reply | ValueError]:
     """Go on after every prompt; one that cannot be read has its error in its place.
 
+    stop: a text, and with it the reply, ends before the first of these;
     batch_size: prompts at once; those of one length are together.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
-    check_output(output, max_tokens, sampling)
+    check_output(output, max_tokens, sampling, stop)
     found: list[Reply | ValueError] = []
     good: list[tuple[int, list[int]]] = []
     n = model.image_tokenizer.config.grid**2
@@ -242,7 +264,7 @@ def reply(
     for start in range(0, len(good), batch_size):
         some = good[start : start + batch_size]
         numbers = [number for number, _ in some]
-        steps = run(model, [ids for _, ids in some], output, max_tokens, sampling, numbers)
+        steps = run(model, [ids for _, ids in some], output, max_tokens, sampling, numbers, stop)
         for number, one in zip(numbers, _last(steps), strict=True):
             found[number] = one
     return found
@@ -264,13 +286,16 @@ def generate(
     output: Output = "text",
     max_tokens: int = 64,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    stop: SequenceOf[str] = (),
 ) -> list[str | Image.Image]:
     """Go on after the prompt. ``max_tokens`` bounds the text; an image is always whole.
 
     output: ``text``; ``image``: exactly one; ``any``: what the model wants, until it ends, with at
     most IMAGES_AT_MOST images.
     """
-    (one,) = reply(model, [parts], output=output, max_tokens=max_tokens, sampling=sampling)
+    (one,) = reply(
+        model, [parts], output=output, max_tokens=max_tokens, sampling=sampling, stop=stop
+    )
     if isinstance(one, ValueError):
         raise one
     return one.parts or [""]
@@ -283,10 +308,11 @@ def stream(
     output: Output = "text",
     max_tokens: int = 64,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    stop: SequenceOf[str] = (),
 ) -> Iterator[str | Image.Image]:
     """``generate``, piece by piece as it comes: texts in whole characters, images when whole."""
-    check_output(output, max_tokens, sampling)
+    check_output(output, max_tokens, sampling, stop)
     ids = prompt_ids(model, parts)
     n = model.image_tokenizer.config.grid**2
     check_length(model, [ids], n + 1 if output == "image" else max_tokens)
-    return (piece for _, piece in run(model, [ids], output, max_tokens, sampling))
+    return (piece for _, piece in run(model, [ids], output, max_tokens, sampling, stop=stop))

@@ -42,10 +42,14 @@ class Usable:
         candidates: int = 1,
         batch_size: int = 32,
         max_tokens: int = 64,
+        stop: SequenceOf[str] = (),
         **sampling: Unpack[SamplingOptions],
     ) -> list[str]:
-        """One caption an image; examples: images with texts to go by (few-shot); candidates: of so
-        many, the one nearest to the image by the model's own embeddings."""
+        """One caption an image, that ends before the first of the texts in stop.
+
+        examples: images with texts to go by (few-shot); candidates: of so many, the one nearest to
+        the image by the model's own embeddings.
+        """
         from multimodal.generation import caption
 
         return caption(
@@ -54,6 +58,7 @@ class Usable:
             batch_size=batch_size,
             max_tokens=max_tokens,
             sampling=Sampling(**sampling),
+            stop=stop,
             examples=examples,
             candidates=candidates,
         )
@@ -66,6 +71,7 @@ class Usable:
         choices: SequenceOf[str] | None = None,
         schema: dict[str, Any] | None = None,
         max_tokens: int = 32,
+        stop: SequenceOf[str] = (),
         **sampling: Unpack[SamplingOptions],
     ) -> str:
         """The answer to a question about an image.
@@ -76,7 +82,9 @@ class Usable:
 
         codes = encode_images(self._model, read_images(self._model, [image]))
         how = Sampling(**sampling)
-        (said,) = answer_codes(self._model, codes, [question], max_tokens, how, choices, schema)
+        (said,) = answer_codes(
+            self._model, codes, [question], max_tokens, how, choices, schema, stop
+        )
         return said
 
     def draw(
@@ -183,14 +191,17 @@ class Usable:
         *,
         output: Literal["text", "image", "any"] = "text",
         max_tokens: int = 64,
+        stop: SequenceOf[str] = (),
         **sampling: Unpack[SamplingOptions],
     ) -> "list[str | Image.Image]":
         """Go on after any mix: here a ``str`` is text, and images are paths (``Path``), bytes or
-        Pillow images. output: text, one image, or ``any`` mix of both."""
+        Pillow images. output: text, one image, or ``any`` mix of both; stop: texts to end before.
+        """
         from multimodal.interleaving import generate
 
         how = Sampling(**sampling)
-        return generate(self._model, parts, output=output, max_tokens=max_tokens, sampling=how)
+        return generate(self._model, parts, output=output, max_tokens=max_tokens, sampling=how,
+                        stop=stop)  # fmt: skip
 
     def reply(
         self,
@@ -198,6 +209,7 @@ class Usable:
         *,
         output: Literal["text", "image", "any"] = "text",
         max_tokens: int = 64,
+        stop: SequenceOf[str] = (),
         batch_size: int = 32,
         **sampling: Unpack[SamplingOptions],
     ) -> "list[Reply | ValueError]":
@@ -207,7 +219,7 @@ class Usable:
 
         how = Sampling(**sampling)
         return reply(self._model, prompts, output=output, max_tokens=max_tokens, sampling=how,
-                     batch_size=batch_size)  # fmt: skip
+                     stop=stop, batch_size=batch_size)  # fmt: skip
 
     def stream(
         self,
@@ -215,10 +227,12 @@ class Usable:
         *,
         output: Literal["text", "image", "any"] = "text",
         max_tokens: int = 64,
+        stop: SequenceOf[str] = (),
         **sampling: Unpack[SamplingOptions],
     ) -> "Iterator[str | Image.Image]":
         """``generate`` piece by piece, as it comes: whole characters, and whole images."""
         from multimodal.interleaving import stream
 
         how = Sampling(**sampling)
-        return stream(self._model, parts, output=output, max_tokens=max_tokens, sampling=how)
+        return stream(self._model, parts, output=output, max_tokens=max_tokens, sampling=how,
+                      stop=stop)  # fmt: skip

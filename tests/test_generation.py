@@ -9,15 +9,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from multimodal.batch import Batch
 from multimodal.drawing import decode_images, draw_codes, spread_order
 from multimodal.generation import (
-    Batch,
     caption_codes,
     continue_text,
     encode_images,
     read_images,
     text_likelihoods,
 )
+from multimodal.images import to_image
 from multimodal.model import Multimodal
 from multimodal.sampling import Sampling
 from multimodal.sequences import describe_prompt, draw, pack
@@ -87,6 +88,40 @@ def test_a_batch_is_each_prompt_alone(model: Multimodal) -> None:
     assert together == [continue_text(model, [prompt], 16)[0] for prompt in prompts]
     assert together[::-1] == continue_text(model, prompts[::-1], 16)
     assert len({tuple(text) for text in together}) > 3
+
+
+def test_rows_that_are_done_make_room_for_others(tiny_model: Make) -> None:
+    """Of different lengths, some ending early; the random numbers are those of the prompt."""
+    eager = tiny_model(noise=0.1, tied=False)
+    with torch.no_grad():
+        eager.transformer.lm_head.weight[eager.vocabulary.eos] *= 3
+    prompts = prompts_of(eager, 11) + [[1, 2, 3], [4] * 40]
+    for sampling in (Sampling(), Sampling(temperature=1.0, seed=2)):
+        together = continue_text(eager, prompts, 16, sampling)
+        assert len({len(text) for text in together}) > 2, "or nobody makes room"
+        for size in (1, 2, 4, 12):
+            assert continue_text(eager, prompts, 16, sampling, batch_size=size) == together
+    beams = Sampling(beams=3)
+    assert continue_text(eager, prompts, 6, beams, batch_size=4) == continue_text(
+        eager, prompts, 6, beams
+    )
+
+
+def test_a_text_ends_before_what_it_is_to_stop_at(model: Multimodal) -> None:
+    codes = torch.from_numpy(np.random.default_rng(0).integers(0, 64, (4, 16)))
+    whole = caption_codes(model, codes, 24)
+    stops = [text[5:8] for text in whole]
+    cut = caption_codes(model, codes, 24, stop=stops)
+    first = [min(text.find(one) for one in stops if one in text) for text in whole]
+    assert cut == [text[:end].strip() for text, end in zip(whole, first, strict=True)]
+    assert any(len(one) < len(text) for one, text in zip(cut, whole, strict=True))
+    image = to_image(decode_images(model, codes[:1])[0])
+    assert model.caption([image], max_tokens=24, stop=["never said"]) == model.caption(
+        [image], max_tokens=24
+    )
+    for wrong in ("a", [""]):
+        with pytest.raises(ValueError, match="expected a list of texts, none of them empty"):
+            model.caption([image], stop=wrong)  # type: ignore[arg-type]
 
 
 def test_more_text_than_positions_is_an_error(model: Multimodal) -> None:
@@ -276,7 +311,7 @@ def test_a_common_beginning_is_read_once_and_changes_nothing(
     together, logits = continue_text(model, prompts, 12), batch.logits()
     batch.read(torch.tensor([3, 4, 5, 6]))
     after = batch.logits()
-    monkeypatch.setattr("multimodal.generation.SHARED_AT_LEAST", 10**9)
+    monkeypatch.setattr("multimodal.batch.SHARED_AT_LEAST", 10**9)
     reads.clear()
     apart = Batch(model, prompts, 5)
     assert len(reads) == 1

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import multimodal.eval.probes as probes
 from multimodal import load
+from multimodal.batch import Batch
 from multimodal.cli import main
 from multimodal.embedding import embed_texts
 from multimodal.eval.evaluators import Answers
@@ -22,7 +23,7 @@ from multimodal.eval.probes import (
     Robustness,
     zero_shot_classifier,
 )
-from multimodal.generation import Batch, text_likelihoods
+from multimodal.generation import text_likelihoods
 from multimodal.samples import Sample
 from multimodal.sequences import describe_prompt
 from multimodal.shards import Shards

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from multimodal.generation import Batch
+from multimodal.batch import Batch
 from multimodal.interleaving import Reply, prompt_ids
 from multimodal.model import Multimodal
 
@@ -125,3 +125,17 @@ def test_the_probability_is_that_of_the_tokens(model: Multimodal) -> None:
         total += float(allowed.log_softmax(-1)[best])
         batch.read(torch.tensor([v.eos if best == v.text_size else best]))
     assert found.log_probability == pytest.approx(total, abs=1e-3)
+
+
+def test_a_reply_and_its_stream_end_before_a_stop(model: Multimodal) -> None:
+    (whole,) = model.reply([["a red"]], max_tokens=24)
+    assert isinstance(whole, Reply) and isinstance(whole.parts[0], str)
+    text = whole.parts[0]
+    stop = [text[6:9], "nowhere"]
+    (found,) = model.reply([["a red"]], max_tokens=24, stop=stop)
+    assert isinstance(found, Reply) and found.ended == "stop"
+    assert found.parts == [text[: text.find(stop[0])].strip()]
+    assert found.text_tokens < whole.text_tokens
+    # No piece holds what is cut off, not even its beginning.
+    pieces = list(model.stream(["a red"], max_tokens=24, stop=stop))
+    assert "".join(map(str, pieces)).strip() == found.parts[0]

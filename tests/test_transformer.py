@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from multimodal.attention import attend, attention_mask
-from multimodal.generation import Batch, continue_text
+from multimodal.batch import Batch
+from multimodal.generation import continue_text
 from multimodal.model import Multimodal
 from multimodal.sequences import NO_LOSS, Packed, Sequence, describe, draw, pack, plain_text
 from multimodal.transformer import SIZES, Cache, Transformer, TransformerConfig, named_config

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     model.config.templates.ask(arguments.question)  # an empty one is an error before any work
     codes = encode_images(model, read_images(model, [arguments.image]))
     (answer,) = answer_codes(model, codes, [arguments.question], arguments.max_tokens, sampling,
-                             arguments.choices, schema)  # fmt: skip
+                             arguments.choices, schema, arguments.stop)  # fmt: skip
     if arguments.json:
         said = {"image": arguments.image, "question": arguments.question, "answer": answer}
         print(json.dumps(said))

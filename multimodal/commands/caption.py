@@ -58,7 +58,12 @@ def main(argv: list[str]) -> int:
     model = load_model(arguments)
     failed = 0
     for path, caption in caption_files(
-        model, arguments.images, arguments.batch_size, arguments.max_tokens, sampling
+        model,
+        arguments.images,
+        arguments.batch_size,
+        arguments.max_tokens,
+        sampling,
+        arguments.stop,
     ):
         if isinstance(caption, ValueError):
             failed += 1
@@ -74,6 +79,7 @@ def caption_files(
     batch_size: int,
     max_tokens: int,
     sampling: "Sampling",
+    stop: list[str],
 ) -> Iterator[tuple[str, str | ValueError]]:
     """(path, its caption or what was wrong with the file), in the order of the paths."""
     import torch
@@ -95,7 +101,7 @@ def caption_files(
                 except ValueError as error:
                     errors[i] = error
             together = torch.cat(codes) if codes else torch.zeros(0, 0, dtype=torch.int64)
-            captions = iter(caption_codes(model, together, max_tokens, sampling, numbers))
+            captions = iter(caption_codes(model, together, max_tokens, sampling, numbers, stop))
             bar.clear()  # or the lines of the caller would run into it
             for i, path in enumerate(batch):
                 yield path, errors[i] if i in errors else next(captions)

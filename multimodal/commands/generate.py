@@ -67,6 +67,7 @@ def main(argv: list[str]) -> int:
         output=arguments.output,
         max_tokens=arguments.max_tokens,
         sampling=sampling,
+        stop=arguments.stop,
     )
     if isinstance(one, ValueError):
         raise one

@@ -60,6 +60,8 @@ def add_sampling(made: argparse.ArgumentParser, temperature: float, texts: bool 
     if texts:
         made.add_argument("--beams", type=int, default=1,
                           help="follow so many texts at once (default 1: greedy)")  # fmt: skip
+        made.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                          help="end before this text; may be given several times")  # fmt: skip
         made.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X",
                           help="more than 1: fewer words twice (default 1)")  # fmt: skip
 
@@ -97,7 +99,8 @@ def run_bulk(arguments: argparse.Namespace, kind: "Literal['caption', 'embed']")
     if arguments.workers > 1 or arguments.engine != "processes":
         job = replace(job, threads=max(1, torch.get_num_threads() // arguments.workers))
     if kind == "caption":
-        job = replace(job, max_tokens=arguments.max_tokens, sampling=sampling_of(arguments))
+        job = replace(job, max_tokens=arguments.max_tokens, sampling=sampling_of(arguments),
+                      stop=tuple(arguments.stop))  # fmt: skip
     total = len(Shards(arguments.data, arguments.split))
     with tqdm(total=total, unit="image", file=sys.stderr, disable=None) as bar:
         counts = run_job(job, arguments.data, arguments.out_dir, arguments.split,

@@ -1,0 +1,131 @@
+"""Prompts of different lengths, read together into one cache, and gone on with token by token.
+
+Rows leave when they are done, and others take their places: a row sees its own tokens only, so what
+becomes of it does not depend on those beside it.
+
+Shapes: B rows, L longest prompt, S tokens in the cache, V vocabulary.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from collections.abc import Sized
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multimodal.attention import attention_mask
+from multimodal.transformer import Cache
+
+if TYPE_CHECKING:
+    from multimodal.model import Multimodal
+
+SHARED_AT_LEAST = 16  # tokens
+
+
+def check_length(model: "Multimodal", prompts: SequenceOf[Sized], room: int) -> None:
+    """Errors: ``ValueError`` where a prompt and what is to follow are more than the model reads."""
+    longest, limit = max(map(len, prompts)), model.config.transformer.max_position_embeddings
+    if longest + room > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {room} more: the model reads at most {limit}"
+        )
+
+
+def shared_length(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with, if that is worth a pass of its own; else 0."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # by their tokens: what these share, all do
+    least = min(map(len, prompts)) - 1  # each has to have a token left
+    shared = next((n for n in range(least) if first[n] != last[n]), least)
+    return shared if shared >= SHARED_AT_LEAST else 0
+
+
+class Batch:
+    """Prompts of different lengths, read once into a cache and then continued token by token.
+
+    A beginning that all have in common (an image of many questions, examples) is read once for
+    all. The rest is padded on the left; padding is a document of its own that no real token sees.
+    """
+
+    def __init__(self, model: "Multimodal", prompts: list[list[int]], room: int) -> None:
+        check_length(model, prompts, room)
+        self.model = model
+        shared = shared_length(prompts)
+        longest = max(map(len, prompts)) - shared
+        ids = torch.full((len(prompts), longest), model.vocabulary.pad)
+        documents = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            start = longest - (len(prompt) - shared)
+            ids[row, start:] = torch.tensor(prompt[shared:])
+            documents[row, start:] = 1
+        ids, documents = ids.to(model.device), documents.to(model.device)
+        self.positions = documents.cumsum(1).sub(1).clamp(min=0) + shared
+        config, weight = model.config.transformer, model.transformer.embed_tokens.weight
+        self.cache = Cache.empty(config, len(prompts), shared + longest + room, weight)
+        mask = attention_mask(documents, torch.zeros_like(documents))
+        if shared:
+            self._read_once(prompts[0][:shared], weight)
+            sees = documents.bool()[:, None, :, None].expand(-1, -1, -1, shared)
+            mask = torch.cat([sees, mask], dim=-1)
+        hidden = model.transformer(ids, self.positions, mask, self.cache)
+        self.last = self.positions[:, -1:]
+        self.visible = F.pad(documents.bool(), (shared, 0), value=True)
+        self.hidden = hidden[:, -1]
+
+    def _read_once(self, ids: list[int], like: Tensor) -> None:
+        """Put the keys and values of a common beginning into the cache, for all rows."""
+        begun = torch.tensor([ids], device=like.device)
+        one = Cache.empty(self.model.config.transformer, 1, len(ids), like)
+        causal = attention_mask(torch.ones_like(begun), torch.zeros_like(begun))
+        self.model.transformer(begun, torch.arange(len(ids), device=like.device)[None], causal, one)
+        self.cache.keys[:, :, :, : len(ids)] = one.keys
+        self.cache.values[:, :, :, : len(ids)] = one.values
+        self.cache.length = len(ids)
+
+    def logits(self) -> Tensor:
+        """float32[B, V] for the next token"""
+        return self.model.transformer.logits(self.hidden)
+
+    def read(self, ids: Tensor) -> None:
+        """Go on by ids: int64[B]"""
+        self.last = self.last + 1
+        self.visible = torch.cat([self.visible, torch.ones_like(self.visible[:, :1])], dim=1)
+        # Nothing is padded: every key may be seen, and SDPA needs no mask.
+        mask = None if self.visible.all() else self.visible[:, None, None, :]
+        self.hidden = self.model.transformer(ids[:, None], self.last, mask, self.cache)[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only: int64[rows]"""
+        self.last, self.visible, self.hidden = (
+            x[rows] for x in (self.last, self.visible, self.hidden)
+        )
+        self.cache.keys, self.cache.values = self.cache.keys[:, rows], self.cache.values[:, rows]
+
+    def join(self, others: "Batch", room: int) -> None:
+        """Go on with the rows of another batch too, after those of this one; room: for how many
+        tokens more. Columns of the cache that no row sees any more are given up."""
+        unseen = int(self.visible.any(0).int().argmax())
+        lengths = self.cache.length - unseen, others.cache.length
+        counts = len(self.last), len(others.last)
+        length = max(lengths)
+        config, weight = self.model.config.transformer, self.model.transformer.embed_tokens.weight
+        cache = Cache.empty(config, sum(counts), length + room, weight)
+        cache.length = length
+        for rows, own, start, begun in (
+            (slice(counts[0]), lengths[0], unseen, self.cache),
+            (slice(counts[0], None), lengths[1], 0, others.cache),
+        ):
+            # All rows end in the same column: the next token of each is the next of all.
+            cache.keys[:, rows, :, length - own : length] = begun.keys[:, :, :, start : start + own]
+            cache.values[:, rows, :, length - own : length] = begun.values[
+                :, :, :, start : start + own
+            ]
+        self.visible = torch.cat([
+            F.pad(self.visible[:, unseen:], (length - lengths[0], 0)),
+            F.pad(others.visible, (length - lengths[1], 0)),
+        ])  # fmt: skip
+        self.last = torch.cat([self.last, others.last])
+        self.hidden = torch.cat([self.hidden, others.hidden])
+        self.cache = cache
