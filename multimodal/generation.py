@@ -19,6 +19,7 @@ from multimodal.batch import Batch, check_length
 from multimodal.beams import search
 from multimodal.constraints import Schema
 from multimodal.images import fit_image, open_image, to_tensor
+from multimodal.prompts import Prompt
 from multimodal.sampling import Sampling
 from multimodal.sequences import NO_LOSS, answer, describe, describe_prompt, pack
 
@@ -282,19 +283,21 @@ def answer_codes(
     choices: SequenceOf[str] | None = None,
     schema: dict[str, Any] | None = None,
     stop: SequenceOf[str] = (),
+    prompt: Prompt | None = None,
 ) -> list[str]:
     """codes: int64[B, n], B questions -> B answers: free, the likeliest of the choices, or JSON
-    that follows the schema"""
-    prompts = [model.config.templates.ask(question) for question in questions]
+    that follows the schema; prompt: the words around the questions, else the model's own"""
+    words = model.config.templates
+    prompts = [words.ask(one) if prompt is None else prompt.fill(one, words) for one in questions]
     if choices is None:
         follow = None if schema is None else Schema(model, schema)
         return text_after(model, codes, prompts, max_tokens, sampling, schema=follow, stop=stop)
     if schema is not None or isinstance(choices, str) or len(set(choices)) < 2:
         raise ValueError(f"choices={list(choices)}: expected two or more, without a schema")
     found = []
-    for image, prompt in zip(codes, prompts, strict=True):
+    for image, asked in zip(codes, prompts, strict=True):
         every = image.expand(len(choices), -1)
-        likely = text_likelihoods(model, every, choices, [prompt] * len(choices))
+        likely = text_likelihoods(model, every, choices, [asked] * len(choices))
         found.append(choices[int(likely.argmax())].strip())
     return found
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from multimodal.drawing import DrawingArguments
     from multimodal.interleaving import Reply
     from multimodal.model import Multimodal
+    from multimodal.prompts import Prompt
 
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image"
 
@@ -68,22 +69,37 @@ class Usable:
         image: ImageSource,
         question: str,
         *,
+        prompt: "str | Prompt" = "question",
         choices: SequenceOf[str] | None = None,
         schema: dict[str, Any] | None = None,
-        max_tokens: int = 32,
-        stop: SequenceOf[str] = (),
+        max_tokens: int | None = None,
+        stop: SequenceOf[str] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> str:
         """The answer to a question about an image.
 
-        choices: the likeliest of these, to its end; schema: JSON that follows this JSON schema.
+        prompt: one that is kept as a file (multimodal/prompts.py): the words around the question,
+            and the other arguments where they are not given; choices: the likeliest of these, to
+            its end; schema: JSON that follows this JSON schema.
         """
         from multimodal.generation import answer_codes, encode_images, read_images
+        from multimodal.prompts import Prompt, find_prompt
 
+        words = prompt if isinstance(prompt, Prompt) else find_prompt(prompt)
         codes = encode_images(self._model, read_images(self._model, [image]))
-        how = Sampling(**sampling)
+        how = words.sampling(**sampling)
+        if choices is None and schema is None:
+            choices = words.choices or None
         (said,) = answer_codes(
-            self._model, codes, [question], max_tokens, how, choices, schema, stop
+            self._model,
+            codes,
+            [question],
+            words.max_tokens if max_tokens is None else max_tokens,
+            how,
+            choices,
+            schema,
+            words.stop if stop is None else stop,
+            words,
         )
         return said
 

@@ -10,6 +10,7 @@ EPILOG = """examples:
   multimodal answer cat.jpg "what colour is the cat?"
   multimodal answer --json cat.jpg "is there a dog?"
   multimodal answer cat.jpg "is there a dog?" --choices yes no
+  multimodal answer cat.jpg "is it a dog?" --prompt yes_or_no
   multimodal answer cat.jpg "what is there?" --schema animals.json --max-tokens 80
 """
 
@@ -35,19 +36,33 @@ def main(argv: list[str]) -> int:
     asked.add_argument("--choices", nargs="+", metavar="TEXT", help="answer with one of these")
     asked.add_argument("--schema", type=Path, metavar="FILE",
                        help="answer in JSON that follows this JSON schema")  # fmt: skip
+    kept = made.add_argument_group("prompts", "the words around the question, and the options above"
+                                   " where they are not given: multimodal prompts")  # fmt: skip
+    kept.add_argument("--prompt", default="question", metavar="NAME", help="one that is kept")
+    kept.add_argument("--prompts", metavar="DIR", help="a folder with prompts of your own")
     add_sampling(made, 0.0, texts=True)
     arguments = made.parse_args(argv)
+
+    from multimodal.prompts import find_prompt
+
+    prompt = find_prompt(arguments.prompt, arguments.prompts)
+    made.set_defaults(temperature=prompt.temperature, top_p=prompt.top_p,
+                      max_tokens=prompt.max_tokens)  # fmt: skip
+    arguments = made.parse_args(argv)
     at_least_one(arguments, "max_tokens")
+    if not arguments.schema and not arguments.choices:
+        arguments.choices = list(prompt.choices) or None
 
     from multimodal.generation import answer_codes, encode_images, read_images
 
     sampling = sampling_of(arguments)
     schema = read_json(arguments.schema) if arguments.schema else None
     model = load_model(arguments)
-    model.config.templates.ask(arguments.question)  # an empty one is an error before any work
+    prompt.fill(arguments.question, model.config.templates)  # an empty one is an error at once
     codes = encode_images(model, read_images(model, [arguments.image]))
+    stop = arguments.stop or prompt.stop
     (answer,) = answer_codes(model, codes, [arguments.question], arguments.max_tokens, sampling,
-                             arguments.choices, schema, arguments.stop)  # fmt: skip
+                             arguments.choices, schema, stop, prompt)  # fmt: skip
     if arguments.json:
         said = {"image": arguments.image, "question": arguments.question, "answer": answer}
         print(json.dumps(said))

@@ -1,0 +1,39 @@
+"""``multimodal prompts``: the prompts that are kept as files."""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from multimodal.prompts import prompt_files, read_prompt
+
+EPILOG = """A prompt of your own is a file NAME.yaml in a folder of yours:
+
+  version: 1
+  about: What is wrong with the plant, in one word.
+  template: "Question: which disease does this leaf have: {text}? Answer:"
+  temperature: 0.0
+  max_tokens: 8
+  stop: ["."]
+
+examples:
+  multimodal prompts
+  multimodal prompts --prompts mine/ --json
+  multimodal answer leaf.jpg "rust or blight" --prompt disease --prompts mine/
+"""
+
+
+def main(argv: list[str]) -> int:
+    made = argparse.ArgumentParser(
+        prog="multimodal prompts", description="List the prompts that answer --prompt takes.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    made.add_argument("--prompts", metavar="DIR", help="a folder of your own, before the library")
+    made.add_argument("--json", action="store_true", help="all fields, a prompt a line")
+    arguments = made.parse_args(argv)
+    for path in prompt_files(arguments.prompts).values():
+        prompt = read_prompt(path)
+        if arguments.json:
+            print(json.dumps(asdict(prompt)))
+        else:
+            print(f"{prompt}\t{prompt.about}")
+    return 0
