@@ -9,9 +9,10 @@ arXiv:2207.12598). A rising schedule goes from 1 to 2 scale - 1 over the drawing
 Shapes: B batch, V vocabulary, n codes of an image, P longest prompt.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, cast
 
 import torch
 from einops import rearrange
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
 Method = Literal["masked", "causal"]
 Schedule = Literal["constant", "rising"]
+OnStep: TypeAlias = Callable[[SequenceOf[int], Tensor], object]
 UNKNOWN = -1  # a code that is to be drawn
+GREY = 0.0  # of a preview, where nothing is drawn yet
 AT_ONCE = 64  # drawings
 
 
@@ -66,6 +69,7 @@ def draw_codes(
     candidates: int = 1,
     known: Tensor | None = None,
     numbers: SequenceOf[int] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw one image for each text -> codes: int64[B, n] in [0, codebook_size).
 
@@ -73,7 +77,9 @@ def draw_codes(
         caption (best of n; DALL-E, Ramesh et al. 2021, arXiv:2102.12092, has another model judge);
     known: int64[B, n], the codes that stay, UNKNOWN where to draw (masked drawing only);
     steps: of masked drawing; negative: a text to be led away from, by the guidance;
-    numbers: what the texts are called, for the random numbers; 0, 1, ... by default.
+    numbers: what the texts are called, for the random numbers; 0, 1, ... by default;
+    on_step: is given the numbers and the codes so far, int64[some of B, n], after each step of
+        masked drawing (all codes, as they are drawn now) and each row of codes (UNKNOWN below it).
     """
     numbers = range(len(texts)) if numbers is None else numbers
     if method not in ("masked", "causal"):
@@ -91,6 +97,8 @@ def draw_codes(
     if candidates < 1:
         raise ValueError(f"candidates={candidates}: expected at least 1")
     if candidates > 1:
+        if on_step is not None:
+            raise ValueError("of several candidates there is nothing to see before the end")
         every = [text for text in texts for _ in range(candidates)]
         known = None if known is None else known.repeat_interleave(candidates, 0)
         codes = draw_codes(model, every, method=method, steps=steps,
@@ -108,7 +116,8 @@ def draw_codes(
             draw_codes(model, texts[one], method=method, steps=steps,
                        guidance_scale=guidance_scale, guidance_schedule=guidance_schedule,
                        negative=negative, sampling=sampling,
-                       known=None if known is None else known[one], numbers=numbers[one])
+                       known=None if known is None else known[one], numbers=numbers[one],
+                       on_step=on_step)
             for one in parts
         ])  # fmt: skip
     prompts = [draw_prompt(model.vocabulary, text_ids(model, text)) for text in texts]
@@ -121,10 +130,10 @@ def draw_codes(
     if method == "causal":
         if known is not None:
             raise ValueError("code by code, only whole images are drawn: use the masked method")
-        return _draw_causal(model, prompts, n, scale, sampling, numbers)
+        return _draw_causal(model, prompts, n, scale, sampling, numbers, on_step)
     if known is None:
         known = torch.full((len(texts), n), UNKNOWN)
-    return _draw_masked(model, prompts, known, steps, scale, sampling, numbers)
+    return _draw_masked(model, prompts, known, steps, scale, sampling, numbers, on_step)
 
 
 @dataclass(frozen=True)
@@ -161,14 +170,19 @@ def _draw_causal(
     guidance: _Scale,
     sampling: Sampling,
     numbers: SequenceOf[int],
+    on_step: OnStep | None,
 ) -> Tensor:
-    count = len(numbers)
+    count, side = len(numbers), model.image_tokenizer.config.grid
     batch = Batch(model, prompts, n)
     generators = sampling.generators(numbers)
     codes: list[Tensor] = []
     for step in range(n):
         logits = _image_logits(model, batch.hidden, guidance, step / max(1, n - 1))
         codes.append(sampling.choose(logits, generators))
+        if on_step is not None and len(codes) % side == 0:
+            so_far = torch.full((count, n), UNKNOWN)
+            so_far[:, : len(codes)] = torch.stack(codes, 1)
+            on_step(numbers, so_far)
         if step < n - 1:
             ids = codes[-1] + model.vocabulary.image_start
             batch.read(ids.repeat(len(prompts) // count).to(model.device))
@@ -183,6 +197,7 @@ def _draw_masked(
     guidance: _Scale,
     sampling: Sampling,
     numbers: SequenceOf[int],
+    on_step: OnStep | None,
 ) -> Tensor:
     """MaskGIT (Chang et al. 2022, arXiv:2202.04200): all codes are drawn at each step, and some
     kept, by the cosine schedule. Which ones is not left to how sure the model is of them, or even
@@ -207,6 +222,8 @@ def _draw_masked(
         logits = _image_logits(model, hidden, guidance, step / max(1, steps - 1))
         drawn = sampling.choose(logits, generators)
         known = codes != UNKNOWN
+        if on_step is not None:
+            on_step(numbers, torch.where(known, codes, drawn))
         progress = (step + 1) / steps
         left = (to_draw * torch.cos(torch.tensor(progress * torch.pi / 2))).long()
         if step == steps - 1:
@@ -248,4 +265,22 @@ def decode_images(model: "Multimodal", codes: Tensor) -> Tensor:
     side = model.image_tokenizer.config.grid
     grid = rearrange(codes, "b (h w) -> b h w", h=side).to(model.device)
     images: Tensor = model.image_tokenizer.decode(grid)
+    return images
+
+
+@torch.inference_mode()
+def preview_images(model: "Multimodal", codes: Tensor) -> Tensor:
+    """What is drawn of images so far: codes: int64[B, n], UNKNOWN after some row -> float32[B, 3,
+    H, W] in [-1, 1], GREY where there is nothing yet.
+
+    The decoder looks at neighbours: what is below is given the codes above it, and then hidden.
+    """
+    side = model.image_tokenizer.config.grid
+    grid = rearrange(codes, "b (h w) -> b h w", h=side).clone()
+    rows = int((grid != UNKNOWN).all(-1).all(0).sum())
+    if rows == 0:
+        raise ValueError("a preview needs at least one row of codes")
+    grid[:, rows:] = grid[:, rows - 1 : rows]
+    images = decode_images(model, rearrange(grid, "b h w -> b (h w)"))
+    images[:, :, rows * model.image_tokenizer.downsample :] = GREY
     return images

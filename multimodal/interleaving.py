@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from multimodal.batch import Batch, check_length
-from multimodal.drawing import decode_images
+from multimodal.drawing import UNKNOWN, decode_images, preview_images
 from multimodal.generation import (
     before_stop,
     check_limits,
@@ -35,7 +35,18 @@ if TYPE_CHECKING:
 IMAGES_AT_MOST = 8  # in one reply
 Part: TypeAlias = str | Path | bytes | Image.Image
 Output = Literal["text", "image", "any"]
-Piece: TypeAlias = tuple[int, str | Image.Image]  # the number of the prompt, and what it gave
+
+
+@dataclass(frozen=True)
+class Preview:
+    """An image that is being drawn; share: of its codes, in (0, 1)."""
+
+    image: Image.Image
+    share: float
+
+
+Made: TypeAlias = str | Image.Image | Preview
+Piece: TypeAlias = tuple[int, Made]  # the number of the prompt, and what it gave
 
 
 @dataclass
@@ -96,8 +107,10 @@ class _Row:
         output: Output,
         max_tokens: int,
         stop: SequenceOf[str],
+        previews: bool,
     ) -> None:
         self.model, self.number, self.output, self.stop = model, number, output, stop
+        self.previews = previews
         self.reply = Reply(prompt_tokens=len(prompt))
         self.left, self.used = max_tokens, len(prompt)
         self.text: list[int] = []
@@ -123,7 +136,7 @@ class _Row:
             allowed[v.boi] = fits and self.reply.image_tokens < IMAGES_AT_MOST * n
         return allowed
 
-    def take(self, token: int, log_probability: float) -> Iterator[str | Image.Image]:
+    def take(self, token: int, log_probability: float) -> Iterator[Made]:
         """Go on by a token; yields pieces of text as they are sure, and images when whole."""
         v, n = self.model.vocabulary, self.model.image_tokenizer.config.grid**2
         self.reply.log_probability += log_probability
@@ -147,6 +160,11 @@ class _Row:
                 self.done = self.output == "image"
                 self.reply.ended = "end" if self.done else "length"
                 yield image
+            elif self.previews and len(self.codes) % self.model.image_tokenizer.config.grid == 0:
+                so_far = torch.full((1, n), UNKNOWN)
+                so_far[0, : len(self.codes)] = torch.tensor(self.codes)
+                shown = preview_images(self.model, so_far)[0]
+                yield Preview(to_image(shown), len(self.codes) / n)
         else:
             self.text.append(token)
             self.said.append(token)
@@ -187,6 +205,7 @@ def run(
     sampling: Sampling,
     numbers: SequenceOf[int] | None = None,
     stop: SequenceOf[str] = (),
+    previews: bool = False,
 ) -> Generator[Piece, None, list[Reply]]:
     """Go on after all prompts together: yields pieces as they come, returns the replies.
 
@@ -195,7 +214,7 @@ def run(
     v, n = model.vocabulary, model.image_tokenizer.config.grid**2
     numbers = range(len(prompts)) if numbers is None else numbers
     begun = [[*prompt, *([v.boi] if output == "image" else [])] for prompt in prompts]
-    rows = [_Row(model, i, ids, output, max_tokens, stop) for i, ids in enumerate(begun)]
+    rows = [_Row(model, i, ids, output, max_tokens, stop, previews) for i, ids in enumerate(begun)]
     replies = [row.reply for row in rows]
     if sampling.beams > 1:
         for row, said in zip(
@@ -309,10 +328,17 @@ def stream(
     max_tokens: int = 64,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     stop: SequenceOf[str] = (),
-) -> Iterator[str | Image.Image]:
-    """``generate``, piece by piece as it comes: texts in whole characters, images when whole."""
+    previews: bool = False,
+) -> Iterator[Made]:
+    """``generate``, piece by piece as it comes: texts in whole characters, images when whole and,
+    with ``previews``, after each row of codes."""
     check_output(output, max_tokens, sampling, stop)
     ids = prompt_ids(model, parts)
     n = model.image_tokenizer.config.grid**2
     check_length(model, [ids], n + 1 if output == "image" else max_tokens)
-    return (piece for _, piece in run(model, [ids], output, max_tokens, sampling, stop=stop))
+    return (
+        piece
+        for _, piece in run(
+            model, [ids], output, max_tokens, sampling, stop=stop, previews=previews
+        )
+    )

@@ -16,12 +16,12 @@ from multimodal.images import open_image, to_image
 from multimodal.sampling import Sampling, SamplingOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from PIL import Image
 
     from multimodal.drawing import DrawingArguments
-    from multimodal.interleaving import Reply
+    from multimodal.interleaving import Preview, Reply
     from multimodal.model import Multimodal
     from multimodal.prompts import Prompt
 
@@ -110,17 +110,25 @@ class Usable:
         *,
         method: Literal["masked", "causal"] = "causal",
         candidates: int = 1,
+        on_preview: "Callable[[SequenceOf[int], list[Image.Image]], object] | None" = None,
         **drawing: "Unpack[DrawingArguments]",
     ) -> "list[Image.Image]":
         """n drawings of a text, each the best of so many candidates; see multimodal.drawing for the
-        methods and for guidance."""
-        from multimodal.drawing import decode_images, divided, draw_codes
+        methods and for guidance. on_preview: is given the numbers of drawings, and what there is of
+        them, after each step."""
+        from multimodal.drawing import decode_images, divided, draw_codes, preview_images
 
         if n < 1:
             raise ValueError(f"n={n}: expected at least 1")
         options, sampling = divided(drawing)
+
+        def on_step(numbers: SequenceOf[int], codes: Tensor) -> None:
+            if on_preview is not None:
+                on_preview(numbers, [to_image(one) for one in preview_images(self._model, codes)])
+
         codes = draw_codes(self._model, [text] * n, method=method, candidates=candidates,
-                           sampling=sampling, **options)  # fmt: skip
+                           sampling=sampling, on_step=on_step if on_preview else None,
+                           **options)  # fmt: skip
         return [to_image(image) for image in decode_images(self._model, codes)]
 
     def edit(
@@ -244,11 +252,13 @@ class Usable:
         output: Literal["text", "image", "any"] = "text",
         max_tokens: int = 64,
         stop: SequenceOf[str] = (),
+        previews: bool = False,
         **sampling: Unpack[SamplingOptions],
-    ) -> "Iterator[str | Image.Image]":
-        """``generate`` piece by piece, as it comes: whole characters, and whole images."""
+    ) -> "Iterator[str | Image.Image | Preview]":
+        """``generate`` piece by piece, as it comes: whole characters, and whole images; previews:
+        of an image also what there is after each row of codes, as a ``Preview``."""
         from multimodal.interleaving import stream
 
         how = Sampling(**sampling)
         return stream(self._model, parts, output=output, max_tokens=max_tokens, sampling=how,
-                      stop=stop)  # fmt: skip
+                      stop=stop, previews=previews)  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from multimodal.batch import Batch
-from multimodal.interleaving import Reply, prompt_ids
+from multimodal.interleaving import Preview, Reply, prompt_ids
 from multimodal.model import Multimodal
 
 Make = Callable[..., Multimodal]
@@ -139,3 +139,29 @@ def test_a_reply_and_its_stream_end_before_a_stop(model: Multimodal) -> None:
     # No piece holds what is cut off, not even its beginning.
     pieces = list(model.stream(["a red"], max_tokens=24, stop=stop))
     assert "".join(map(str, pieces)).strip() == found.parts[0]
+
+
+def test_an_image_can_be_watched(eager: Multimodal) -> None:
+    options = {"output": "image", "temperature": 1.0, "seed": 3}
+    plain = list(eager.stream(["a red"], **options))  # type: ignore[arg-type]
+    *previews, image = eager.stream(["a red"], previews=True, **options)  # type: ignore[arg-type]
+    assert isinstance(image, Image.Image) and [image] == plain
+    assert [one.share for one in previews if isinstance(one, Preview)] == [0.25, 0.5, 0.75]
+    for number, one in enumerate(previews, start=1):
+        assert isinstance(one, Preview)
+        pixels = np.asarray(one.image)
+        assert (pixels[8 * number :] == 128).all() and (pixels[: 8 * number] != 128).any()
+
+
+@pytest.mark.parametrize(("method", "calls"), [("causal", 4), ("masked", 6)])
+def test_drawings_can_be_watched(model: Multimodal, method: str, calls: int) -> None:
+    seen: list[tuple[list[int], list[Image.Image]]] = []
+    how = {"method": method, "steps": 6, "seed": 1}
+    drawn = model.draw(
+        "a red bus", 3, on_preview=lambda n, images: seen.append((list(n), images)), **how
+    )  # type: ignore[arg-type]
+    assert drawn == model.draw("a red bus", 3, **how)  # type: ignore[arg-type]
+    assert [numbers for numbers, _ in seen] == [[0, 1, 2]] * calls
+    assert seen[-1][1] == drawn and seen[0][1] != drawn
+    with pytest.raises(ValueError, match="nothing to see before the end"):
+        model.draw("a red bus", candidates=2, on_preview=lambda n, images: None)
