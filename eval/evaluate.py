@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,20 +23,22 @@ if TYPE_CHECKING:
 TASKS = ("captioning", "answers", "choices", "retrieval", "classification", "likelihood",
          "drawing", "reconstruction", "few_shot", "robustness")  # fmt: skip
 EPILOG = """TASK is one of captioning, answers, choices, retrieval, classification, likelihood,
-drawing, reconstruction, few_shot, robustness, or all. Of a folder without what a task needs
-(captions, questions, classes) it is left out. Intervals are of 95 %, by the bootstrap over
+drawing, reconstruction, few_shot, robustness, or all, or FILE.py:CLASS, an evaluator of your own
+(docs/evaluation.md). Of a folder without what a task needs (captions, questions, classes) it is
+left out. Intervals are of 95 %, by the bootstrap over samples. Under torchrun, ranks share the
 samples. Nothing is downloaded.
 
 examples:
   multimodal eval all --data data/scenes --limit 200 --output results.json --page results.html
   multimodal eval captioning retrieval --model runs/photos-joint/model --data data/flickr8k
+  multimodal eval mine.py:Colours --data data/scenes
 """
 SHOWN = 8  # best, worst and random examples on the page
 
 
 def main(argv: list[str]) -> int:
     made = parser("eval", "Measure what a model can do.", EPILOG)
-    made.add_argument("tasks", nargs="+", metavar="TASK", choices=(*TASKS, "all"))
+    made.add_argument("tasks", nargs="+", metavar="TASK")
     made.add_argument("--data", type=Path, nargs="+", required=True, help="shard folders")
     made.add_argument("--split", default="val", help="of the folders (default val)")
     made.add_argument("--limit", type=int, default=1000, help="samples of each, the first ones")
@@ -43,6 +46,9 @@ def main(argv: list[str]) -> int:
     made.add_argument("--output", type=Path, help="a JSON file for the results")
     made.add_argument("--page", type=Path, help="an HTML file: best, worst and random samples")
     arguments = made.parse_args(argv)
+    for task in arguments.tasks:
+        if task not in (*TASKS, "all") and ":" not in task:
+            made.error(f"TASK {task}: expected {', '.join(TASKS)}, all, or FILE.py:CLASS")
     if arguments.limit < 1 or arguments.batch_size < 1:
         raise ValueError("--limit and --batch-size: expected at least 1")
     for path, suffix in ((arguments.output, ".json"), (arguments.page, ".html")):
@@ -52,8 +58,12 @@ def main(argv: list[str]) -> int:
         folder: list(islice(Shards(folder, arguments.split), arguments.limit))
         for folder in arguments.data
     }
-    tasks = TASKS if "all" in arguments.tasks else tuple(dict.fromkeys(arguments.tasks))
-    report = run(arguments, tasks, samples)
+    named = [TASKS if task == "all" else (task,) for task in arguments.tasks]
+    tasks = tuple(dict.fromkeys(chain.from_iterable(named)))
+    with ranks() as rank:
+        report = run(arguments, tasks, samples, first=rank == 0)
+    if rank:
+        return 0
     print(table(report))
     if arguments.output:
         with whole_file(arguments.output) as file:
@@ -61,28 +71,50 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+@contextmanager
+def ranks() -> Iterator[int]:
+    """The rank of this process among those of torchrun, which can reach one another meanwhile."""
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0
+        return
+    dist.init_process_group("gloo")  # what they tell one another are results, on the CPU
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
 def run(
-    arguments: argparse.Namespace, tasks: tuple[str, ...], samples: "dict[Path, list[Sample]]"
+    arguments: argparse.Namespace,
+    tasks: tuple[str, ...],
+    samples: "dict[Path, list[Sample]]",
+    first: bool,
 ) -> dict[str, Any]:
-    """The report; writes the page on the way."""
+    """The report; the first rank writes the page on the way."""
     from tqdm import tqdm
 
     from multimodal.eval.measuring import Subject, chosen, evaluate
     from multimodal.eval.page import Bars, Figure, Section, page
-    from multimodal.eval.tasks import EVALUATORS
+    from multimodal.eval.tasks import find_evaluator
+    from multimodal.objectives import world_size
 
+    makers = {task: find_evaluator(task) for task in tasks}
     model = load_model(arguments)
     config = model.image_tokenizer.config
     results: list[dict[str, Any]] = []
     sections: list[Section] = []
     for folder, all_of_it in samples.items():
-        for task in tasks:
-            evaluator = EVALUATORS[task]()
+        for task, make in makers.items():
+            evaluator = make()
             usable = [sample for sample in all_of_it if evaluator.fits(sample)]
             if not usable:
                 continue
             with (
-                tqdm(desc=f"{folder} {task}", file=sys.stderr, disable=None) as bar,
+                tqdm(
+                    desc=f"{folder} {task}", file=sys.stderr, disable=None if first else True
+                ) as bar,  # fmt: skip
                 cost() as paid,
             ):
                 subject = Subject(model, usable, arguments.batch_size, arguments.seed, bar.update)
@@ -106,12 +138,13 @@ def run(
             "model": arguments.model, "fingerprint": model.fingerprint, "split": arguments.split,
             "image_size": config.image_size, "fit": config.fit, "seed": arguments.seed,
             "dtype": arguments.dtype, "device": arguments.device, "threads": arguments.threads,
+            "ranks": world_size(),
             "commit": commit(),
             "versions": {name: version(name) for name in ("multimodal", "torch", "pillow")},
         },
         "results": results,
     }  # fmt: skip
-    if arguments.page:
+    if arguments.page and first:
         with whole_file(arguments.page) as file:
             file.write_text(page(f"{arguments.model} ({model.fingerprint})", f"commit {commit()}",
                                  sections), "utf-8")  # fmt: skip

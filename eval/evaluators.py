@@ -9,12 +9,12 @@ Shapes: N samples, n codes of an image, D dimensions of an embedding.
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.drawing import decode_images, draw_codes
@@ -31,12 +31,11 @@ from multimodal.eval.retrieval import score_retrieval
 from multimodal.eval.scenes import score_scene_captions
 from multimodal.generation import caption_codes, encode_images, text_after, text_likelihoods
 from multimodal.images import to_image
-from multimodal.objectives import token_losses
 from multimodal.samples import Sample
 from multimodal.sampling import Sampling
 from multimodal.scene_claims import check_caption, parse_caption
 from multimodal.scenes import Scene
-from multimodal.sequences import NO_LOSS, draw, pack
+from multimodal.sequences import OBJECTIVES, draw, pack
 from multimodal.templates import Templates
 from multimodal.texts import asked_of, descriptions_of
 
@@ -77,9 +76,8 @@ class Captioning:
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         keys = [sample.key for sample in subject.samples]
-        said: list[str] = []
-        for rows in subject.batches(range(len(keys))):
-            said += caption_codes(subject.model, subject.codes[list(rows)])
+        model, codes = subject.model, subject.codes
+        said = subject.over(range(len(keys)), lambda rows: caption_codes(model, codes[list(rows)]))
         found = dict(zip(keys, said, strict=True))
         truth = {sample.key: descriptions_of(sample.record) for sample in subject.samples}
         scores = score_captions(found, truth)
@@ -88,10 +86,11 @@ class Captioning:
         for name in ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4"):
             yield name, scores[name]  # a corpus' figure is not the mean of its images'
         yield "ROUGE_L", [each[key]["ROUGE_L"] for key in keys]
-        searched: list[str] = []
-        for rows in subject.batches(range(len(keys))):
-            codes = subject.codes[list(rows)]
-            searched += caption_codes(subject.model, codes, sampling=Sampling(beams=BEAMS))
+        by_search = Sampling(beams=BEAMS)
+        searched = subject.over(
+            range(len(keys)),
+            lambda rows: caption_codes(model, codes[list(rows)], sampling=by_search),
+        )
         by_beams = score_captions(dict(zip(keys, searched, strict=True)), truth)["per_image"]
         yield "CIDEr_beams", [by_beams[key]["CIDEr"] for key in keys]
         yield "words", [float(len(text.split())) for text in said]
@@ -131,7 +130,10 @@ class Captioning:
             )
 
 
-def all_asked(subject: Subject) -> list[tuple[int, str, str, str]]:
+Asked: TypeAlias = tuple[int, str, str, str]
+
+
+def all_asked(subject: Subject) -> list[Asked]:
     """(number of the sample, prompt, question or statement, answer) of everything that is asked."""
     templates = subject.model.config.templates
     return [
@@ -159,13 +161,17 @@ class Answers:
         model = subject.model
         asked = all_asked(subject)
         grey = encode_images(model, torch.zeros_like(subject.pixels[:1]))
-        found: list[str] = []
-        blind: list[str] = []
-        for part in subject.batches(asked):
+        codes = subject.codes
+
+        def answered(part: Sequence[Asked]) -> list[str]:
             prompts = [prompt for _, prompt, _, _ in part]
-            codes = subject.codes[[row for row, _, _, _ in part]]
-            found += text_after(model, codes, prompts, max_tokens=16)
-            blind += text_after(model, grey.expand(len(part), -1), prompts, max_tokens=16)
+            return text_after(model, codes[[row for row, *_ in part]], prompts, max_tokens=16)
+
+        def unseeing(part: Sequence[Asked]) -> list[str]:
+            prompts = [prompt for _, prompt, _, _ in part]
+            return text_after(model, grey.expand(len(part), -1), prompts, max_tokens=16)
+
+        found, blind = subject.over(asked, answered), subject.over(asked, unseeing)
         expected = [answer for _, _, _, answer in asked]
         right = [normalise(a) == normalise(b) for a, b in zip(expected, found, strict=True)]
         yield "accuracy", PerQuestion([float(one) for one in right], [one[0] for one in asked])
@@ -207,15 +213,13 @@ class Retrieval:
         return is_described(sample)
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        images = torch.cat([
-            embed_codes(subject.model, subject.codes[list(rows)])
-            for rows in subject.batches(range(len(subject.samples)))
-        ])  # fmt: skip
+        model = subject.model
+        images = subject.rows_over(lambda codes: embed_codes(model, codes), subject.codes)
         texts, owners = list[str](), list[int]()
         for number, sample in enumerate(subject.samples):
             texts += descriptions_of(sample.record)
             owners += [number] * len(descriptions_of(sample.record))
-        rows = torch.cat([embed_texts(subject.model, part) for part in subject.batches(texts)])
+        rows = torch.stack(subject.over(texts, lambda part: list(embed_texts(model, part))))
         scores = score_retrieval(images, rows, owners)
         yield from scores.items()
         likeness = rows @ images.T
@@ -239,26 +243,29 @@ class Likelihood:
 
     @torch.inference_mode()
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        model, bits, code_nats = subject.model, list[float](), list[float]()
-        for rows in subject.batches(range(len(subject.samples))):
-            codes = subject.codes[list(rows)]
+        model, all_codes = subject.model, subject.codes
+
+        def surprise(rows: Sequence[int]) -> list[tuple[float, float]]:
+            """Of each: bits a byte of its caption, nats a code."""
+            codes = all_codes[list(rows)]
             captions = [descriptions_of(subject.samples[row].record)[0] for row in rows]
-            nats = -text_likelihoods(model, codes, captions)
-            bytes_of = [len(text.strip().encode()) + 1 for text in captions]  # and the end
-            bits += [
-                float(nat) / math.log(2) / size for nat, size in zip(nats, bytes_of, strict=True)
-            ]
-            for row, caption in zip(codes.numpy(), captions, strict=True):
+            nats = (-text_likelihoods(model, codes, captions)).tolist()
+            found = []
+            for row, caption, nat in zip(codes.numpy(), captions, nats, strict=True):
                 ids = model.text_tokenizer.encode(caption)
                 sequence = draw(model.vocabulary, ids, row)
                 packed = pack([sequence], len(sequence), model.vocabulary.pad).to(model.device)
-                hidden, head = model.hidden(packed).flatten(0, 1), model.transformer.lm_head.weight
-                targets, objectives = packed.targets.flatten(), packed.objectives.flatten()
-                objectives[targets == model.vocabulary.eoi] = NO_LOSS  # no code, and always sure
-                _, parts = token_losses(hidden, head, targets, objectives, model.config.objectives)
-                code_nats.append(float(parts["image"]))
-        yield "caption_bits_per_byte", bits
-        yield "image_nats_per_code", code_nats
+                of_image = packed.objectives == OBJECTIVES.index("image")
+                of_image &= packed.targets != model.vocabulary.eoi  # no code, and always sure
+                logits = model.transformer.logits(model.hidden(packed)[of_image])
+                code_nats = F.cross_entropy(logits, packed.targets[of_image])
+                size = len(caption.strip().encode()) + 1  # and the end
+                found.append((nat / math.log(2) / size, float(code_nats)))
+            return found
+
+        each = subject.over(range(len(subject.samples)), surprise)
+        yield "caption_bits_per_byte", [bits for bits, _ in each]
+        yield "image_nats_per_code", [nats for _, nats in each]
 
 
 @dataclass
@@ -290,24 +297,25 @@ class Drawing:
             prompt or descriptions_of(sample.record)[0]
             for prompt, sample in zip(prompts, subject.samples, strict=True)
         ]
-        drawn, kept = list[Image.Image](), list[Image.Image]()
-        made, again = list[Tensor](), list[Tensor]()
-        own, real = list[float](), list[float]()
         sampling = Sampling(temperature=1.0, seed=subject.seed)
-        for rows in subject.batches(range(len(texts))):
-            some, true = [texts[row] for row in rows], subject.codes[list(rows)]
-            codes = draw_codes(model, some, method="causal", sampling=sampling, numbers=rows)
-            meant = embed_texts(model, some)
-            own += (embed_codes(model, codes) * meant).sum(-1).tolist()
-            real += (embed_codes(model, true) * meant).sum(-1).tolist()
-            made.append(decode_images(model, codes).cpu())
-            again.append(decode_images(model, true).cpu())
-            drawn += [to_image(image) for image in made[-1]]
-            kept += [to_image(image) for image in again[-1]]
+        true = subject.codes
+
+        def drawings(rows: Sequence[int]) -> list[Tensor]:
+            some = [texts[row] for row in rows]
+            return list(draw_codes(model, some, method="causal", sampling=sampling, numbers=rows))
+
+        codes = torch.stack(subject.over(range(len(texts)), drawings))
+        meant = torch.stack(subject.over(texts, lambda some: list(embed_texts(model, some))))
+        own, real = (
+            (subject.rows_over(lambda some: embed_codes(model, some), of) * meant).sum(-1).tolist()
+            for of in (codes, true)
+        )
+        made, again = (
+            subject.rows_over(lambda some: decode_images(model, some), of) for of in (codes, true)
+        )
+        drawn, kept = ([to_image(image) for image in pictures] for pictures in (made, again))
         for end, pictures in (("", made), ("_of_reconstructions", again)):
-            found = score_distribution(
-                torch.cat(pictures), subject.pixels, Features(), subject.seed
-            )
+            found = score_distribution(pictures, subject.pixels, Features(), subject.seed)
             for name, value in found.items():
                 yield f"{name}_random_features{end}", value
         yield "own_alignment", own

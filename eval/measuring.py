@@ -19,6 +19,7 @@ from torch import Tensor
 from multimodal.generation import encode_images
 from multimodal.images import fit_image, open_image, to_tensor
 from multimodal.model import Multimodal
+from multimodal.objectives import over_ranks, rank, world_size
 from multimodal.samples import Sample
 
 
@@ -32,6 +33,7 @@ class PerQuestion:
 
 Value: TypeAlias = float | Sequence[float] | PerQuestion
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,34 @@ class Subject:
         fitted = [fit_image(image, config.image_size, config.fit) for image in self.images]
         return torch.stack([to_tensor(image) for image in fitted])
 
+    def encoded(self, pixels: Tensor) -> Tensor:
+        """float32[N, 3, H, W] in [-1, 1] -> codes: int64[N, n]"""
+        return self.rows_over(lambda some: encode_images(self.model, some), pixels)
+
     @cached_property
     def codes(self) -> Tensor:
         """int64[N, n]"""
-        parts = torch.split(self.pixels, 64)
-        return torch.cat([encode_images(self.model, part).cpu() for part in parts])
+        return self.encoded(self.pixels)
 
-    def batches(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
-        """Parts of a list, each reported as done when the next is asked for."""
-        for start in range(0, len(items), self.batch_size):
-            part = items[start : start + self.batch_size]
-            yield part
+    def over(self, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[U]]) -> list[U]:
+        """What ``work`` makes of the items, one for each and in their order.
+
+        It is given a batch at a time; of several ranks each does a share, and all get the whole.
+        """
+        size = -(-len(items) // world_size())
+        share = items[rank() * size : (rank() + 1) * size]
+        found: list[U] = []
+        for start in range(0, len(share), self.batch_size):
+            part = share[start : start + self.batch_size]
+            found += work(part)
             self.on_batch(len(part))
+        assert len(found) == len(share), f"{len(found)} results of {len(share)} items"
+        return over_ranks(found)
+
+    def rows_over(self, work: Callable[[Tensor], Tensor], read: Tensor) -> Tensor:
+        """``over`` the rows of a tensor, for work that makes another: float[N, ...]"""
+        made = self.over(range(len(read)), lambda rows: list(work(read[list(rows)]).cpu()))
+        return torch.stack(made)
 
 
 class Evaluator(Protocol):

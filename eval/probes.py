@@ -21,7 +21,6 @@ from multimodal.eval.evaluators import all_asked, is_described
 from multimodal.eval.measuring import Example, PerQuestion, Subject, Value
 from multimodal.generation import (
     continue_text,
-    encode_images,
     examples_prompt,
     text_after,
     text_likelihoods,
@@ -70,10 +69,7 @@ class Classification:
         own = [class_of(sample.record) or "" for sample in subject.samples]
         names = sorted(set(own))
         classifier = zero_shot_classifier(subject.model, names, OPENAI_IMAGENET_TEMPLATES)
-        images = torch.cat([
-            embed_codes(subject.model, subject.codes[list(rows)])
-            for rows in subject.batches(range(len(own)))
-        ])  # fmt: skip
+        images = subject.rows_over(lambda codes: embed_codes(subject.model, codes), subject.codes)
         ranked = (images @ classifier).argsort(dim=-1, descending=True)
         place = (ranked == torch.tensor([names.index(one) for one in own])[:, None]).int().argmax(1)
         yield "top1", (place < 1).float().tolist()
@@ -110,18 +106,21 @@ class Choices:
             usual.setdefault(_kind(question), Counter())[normalise(answer)] += 1
         every = [(*one, _choices(usual[_kind(one[2])], normalise(one[3]))) for one in asked]
         put = [one for one in every if len(one[-1]) > 1]
-        right, chance = list[float](), list[float]()
-        for part in subject.batches(put):
+        codes = subject.codes
+
+        def found_right(part: Sequence[tuple[int, str, str, str, list[str]]]) -> list[float]:
             rows = [row for row, *_, choices in part for _ in choices]
             prompts = [prompt for _, prompt, *_, choices in part for _ in choices]
             texts = [text for *_, choices in part for text in choices]
-            likely = text_likelihoods(model, subject.codes[rows], texts, prompts)
-            for found in torch.split(likely, [len(choices) for *_, choices in part]):
-                # The right one is first: what is as likely counts against it.
-                right.append(float(found[0] > found[1:].max()))
-                chance.append(1 / len(found))
+            likely = text_likelihoods(model, codes[rows], texts, prompts)
+            parts = torch.split(likely, [len(choices) for *_, choices in part])
+            # The right one is first: what is as likely counts against it.
+            return [float(found[0] > found[1:].max()) for found in parts]
+
         if not put:
             return
+        right = subject.over(put, found_right)
+        chance = [1 / len(choices) for *_, choices in put]
         yield "accuracy", PerQuestion(right, [row for row, *_ in put])
         yield "chance", sum(chance) / len(chance)
         yield "questions", float(len(put))
@@ -182,9 +181,7 @@ class FewShot:
             ]  # fmt: skip
             if max(map(len, prompts)) + 64 > limit:
                 break  # more examples than the model reads
-            said: list[list[int]] = []
-            for some in subject.batches(prompts):
-                said += continue_text(model, list(some), 64)
+            said = subject.over(prompts, lambda some: continue_text(model, list(some), 64))
             found = {
                 sample.key: model.text_tokenizer.decode(text).strip()
                 for sample, text in zip(subject.samples, said, strict=True)
@@ -261,13 +258,14 @@ class Robustness:
 
         def accuracy(codes: Tensor, wording: str) -> list[float]:
             templates = replace(model.config.templates, question=wording)
-            right = []
-            for part in subject.batches(pairs):
+
+            def right(part: Sequence[tuple[int, str, str]]) -> list[float]:
                 prompts = [templates.ask(question) for _, question, _ in part]
                 found = text_after(model, codes[[row for row, _, _ in part]], prompts, 16)
-                right += [float(normalise(text) == normalise(answer))
-                          for text, (_, _, answer) in zip(found, part, strict=True)]  # fmt: skip
-            return right
+                return [float(normalise(text) == normalise(answer))
+                        for text, (_, _, answer) in zip(found, part, strict=True)]  # fmt: skip
+
+            return subject.over(pairs, right)
 
         owners = [row for row, _, _ in pairs]
         own = model.config.templates.question
@@ -284,7 +282,4 @@ class Robustness:
             pixels = torch.stack([
                 to_tensor(handle(image, subject.seed + row)) for row, image in enumerate(fitted)
             ])  # fmt: skip
-            codes = torch.cat(
-                [encode_images(model, some).cpu() for some in torch.split(pixels, 64)]
-            )
-            yield name, PerQuestion(accuracy(codes, own), owners)
+            yield name, PerQuestion(accuracy(subject.encoded(pixels), own), owners)

@@ -99,6 +99,10 @@ def over_ranks(found: Found) -> Found:
     return [item for part in parts for item in part]
 
 
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

@@ -1,0 +1,127 @@
+"""The same numbers from the command line, in a validation, on one rank and on two."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from multimodal.cli import main
+from multimodal.eval.tasks import find_evaluator
+from multimodal.train.evaluation import EvaluateModel
+
+MINE = """
+class Brightness:
+    name, protocol = "brightness", "mean of the pixels"
+
+    def __init__(self):
+        self.examples = []
+
+    def fits(self, sample):
+        return "scene" in sample.record
+
+    def measure(self, subject):
+        yield "mean", subject.pixels.mean((1, 2, 3)).tolist()
+        codes = subject.rows_over(lambda codes: codes.float().mean(-1), subject.codes)
+        yield "code", codes.tolist()
+
+
+class Nothing:
+    pass
+"""
+TASKS = ("captioning", "answers", "retrieval", "likelihood", "drawing", "few_shot")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    assert main(["data", "scenes", str(folder / "scenes"), "--count", "50", "--size", "32"]) == 0
+    (folder / "mine.py").write_text(MINE)
+    return folder
+
+
+def scores(report: Path) -> dict[str, dict[str, Any]]:
+    found = json.loads(report.read_text())["results"]
+    return {result["task"].rpartition(":")[2]: result["scores"] for result in found}
+
+
+def test_a_validation_measures_what_the_command_does(
+    work: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    tasks = ["captioning", "answers", f"{work / 'mine.py'}:Brightness"]
+    run = tmp_path / "run"
+    callback = "multimodal.train.evaluation.EvaluateModel"
+    config = {
+        "output": str(run),
+        "model": {
+            "class_path": "multimodal.train.joint.JointModule",
+            "init_args": {
+                "text_tokenizer": str(tiny_model_folder), "size": "tiny", "row_length": 192,
+                "image_tokenizer": str(tiny_model_folder), "drawings_in_validation": 0,
+                "captions_in_validation": 0, "answers_in_validation": 0,
+            },
+        },
+        "data": {"folders": [str(work / "scenes")], "global_batch_size": 4, "workers": 0,
+                 "val_limit": 4},
+        "trainer": {
+            "max_steps": 2, "val_check_interval": 2, "check_val_every_n_epoch": None,
+            "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1,
+            "callbacks": [{"class_path": callback, "init_args": {"tasks": tasks, "limit": 6}}],
+        },
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(tmp_path / "run.yaml")]) == 0
+    with open(run / "logs/metrics.csv", newline="") as file:
+        logged = {
+            name: value for row in csv.DictReader(file) for name, value in row.items() if value
+        }
+    line = ["eval", *tasks, "--model", str(run / "model"), "--data", str(work / "scenes")]
+    assert main([*line, "--limit", "6", "--output", str(tmp_path / "eval.json")]) == 0
+    expected = scores(tmp_path / "eval.json")
+    assert set(expected) == {"captioning", "answers", "Brightness"}
+    kept = json.loads((run / "logs/evaluation/step-000002.json").read_text())
+    for task, of_task in expected.items():
+        assert kept[task]["n"] == 6
+        for name, score in of_task.items():
+            assert float(logged[f"val/{task}/{name}"]) == pytest.approx(score["value"], abs=1e-5)
+            assert kept[task]["scores"][name] == pytest.approx(score, abs=1e-5)
+
+
+def test_two_ranks_find_what_one_finds(work: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    line = ["eval", *TASKS, f"{work / 'mine.py'}:Brightness", "--model", str(tiny_model_folder),
+            "--data", str(work / "scenes"), "--limit", "7", "--batch-size", "3"]  # fmt: skip
+    one, two, page = tmp_path / "one.json", tmp_path / "two.json", tmp_path / "page.html"
+    assert main([*line, "--output", str(one)]) == 0
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*ranks, "-m", "multimodal.cli", *line, "--output", str(two), "--page", str(page)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.stdout.count("captioning:") == 1 and page.is_file()
+    assert json.loads(two.read_text())["protocol"]["ranks"] == 2
+    first, second = scores(one), scores(two)
+    assert set(first) == {*TASKS, "Brightness"}
+    for task in first:
+        for name, score in first[task].items():
+            # Sums of other parts; nothing counted twice or left out.
+            assert second[task][name] == pytest.approx(score, rel=1e-3, abs=1e-4), (task, name)
+
+
+def test_what_is_no_evaluator_is_said(work: Path) -> None:
+    for task, reason in (
+        ("nonsense", "no task 'nonsense'; there are captioning, "),
+        (f"{work / 'none.py'}:A", "no such Python file"),
+        (f"{work / 'mine.py'}:Absent", "has no Absent"),
+        (f"{work / 'mine.py'}:Nothing", "Nothing has no name, protocol, fits, measure"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            find_evaluator(task)
+    for wrong in ({"tasks": []}, {"tasks": ["answers"], "limit": 0}):
+        with pytest.raises(ValueError, match="expected at least one task"):
+            EvaluateModel(**wrong)
