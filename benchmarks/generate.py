@@ -1,88 +1,213 @@
-"""Captions a second: ours beside transformers' ``generate`` with the same exported weights.
+"""Captions and drawings a second: ours beside transformers' ``generate`` and open_clip's CoCa.
 
-    python benchmarks/generate.py [--model starter] [--batches 1 32] [--rounds 5]
+    python benchmarks/generate.py [--model starter] [--rounds 5] [--only captions coca drawing]
 
-The codes of the images are given to both, fp32, greedy, up to 32 tokens, KV cache on. Both take
-turns, so that what else the machine does falls on both. Says how many captions are equal, token for
-token; the last line is JSON.
+captions: of scenes, from their codes, with the same exported weights, fp32, greedy, up to 32
+    tokens, KV cache on: one after the other, and 128 in batches of 32 (ours fills the places of
+    those that are done). Says how many are equal, token for token.
+coca: open_clip's CoCa of about as many parameters with random weights, pixels to as many tokens as
+    our captions have on average, as its own ``generate`` does it (image read once, no cache), here
+    greedy; ours from pixels, too.
+drawing: masked in 8 steps beside code by code, guidance 3, by the size of the batch.
+
+All take turns, so that what else the machine does falls on all. The last line is JSON.
 """
 
 import argparse
 import json
+import os
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from multimodal import load
+from multimodal.drawing import draw_codes
 from multimodal.export import export_hf
-from multimodal.generation import continue_text, encode_images, read_images
+from multimodal.generation import caption_codes, continue_text, encode_images, read_images
+from multimodal.model import Multimodal
 from multimodal.scenes import render, sample_scene
 from multimodal.sequences import describe_prompt
 
-TOKENS = 32
+TOKENS, BATCH, MANY = 32, 32, 128
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+def speeds(
+    work: dict[str, Callable[[], object]], rounds: int, results: int
+) -> dict[str, dict[str, float]]:
+    """Results a second of each, by the median of rounds in which all take turns, and ours over
+    theirs."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(rounds + 1):  # the first is to warm up
+        for name, one in work.items():
+            start = time.perf_counter()
+            one()
+            if number:
+                times[name].append(time.perf_counter() - start)
+    a_second = {name: results / statistics.median(taken) for name, taken in times.items()}
+    ours = max(value for name, value in a_second.items() if name.startswith("ours"))
+    ratios = {name: ours / value for name, value in a_second.items() if "ours" not in name}
+    found = {"per_second": a_second, "best of ours over": ratios}
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def captions(model: Multimodal, name: str, prompts: list[list[int]], rounds: int) -> Any:
+    """name: of the model; prompts: MANY of one length"""
+    v = model.vocabulary
+    compiled = load(name)
+    compiled.compile_decoding()
+    with tempfile.TemporaryDirectory() as folder:
+        export_hf(name, Path(folder) / "hf")
+        eager, faster = (
+            transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "hf").float().eval()
+            for _ in range(2)
+        )
+    faster.forward = torch.compile(faster.forward, dynamic=False)
+    settings = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": v.eos,
+                "pad_token_id": v.pad}  # fmt: skip
+    said: dict[str, list[list[int]]] = {}
+
+    @torch.inference_mode()
+    def theirs(peer: Any, some: list[list[int]], size: int, **more: Any) -> list[list[int]]:
+        out = []
+        for start in range(0, len(some), size):
+            ids = torch.tensor(some[start : start + size])
+            rows = peer.generate(ids, attention_mask=torch.ones_like(ids), **settings, **more)
+            out += [row[: row.index(v.eos)] if v.eos in row else row
+                    for row in rows[:, ids.shape[1] :].tolist()]  # fmt: skip
+        return out
+
+    def into(name: str, made: Callable[[], list[list[int]]]) -> Callable[[], object]:
+        return lambda: said.update({name: made()})
+
+    few = prompts[:8]
+    static = {"cache_implementation": "static"}
+    one_by_one = {
+        "ours": into("ours", lambda: [continue_text(model, [p], TOKENS)[0] for p in few]),
+        "ours, compiled": into(
+            "ours, compiled", lambda: [continue_text(compiled, [p], TOKENS)[0] for p in few]
+        ),
+        "transformers": into("transformers", lambda: theirs(eager, few, 1)),
+        "transformers, compiled": into(
+            "transformers, compiled", lambda: theirs(faster, few, 1, **static)
+        ),
+    }
+    found: dict[str, Any] = {"batch 1": speeds(one_by_one, rounds, len(few))}
+    found["batch 1"]["equal"] = {
+        name: sum(a == b for a, b in zip(said["ours"], one, strict=True))
+        for name, one in said.items()
+    }
+    together = {
+        "ours": into("ours", lambda: continue_text(model, prompts, TOKENS, batch_size=BATCH)),
+        "transformers": into("transformers", lambda: theirs(eager, prompts, BATCH)),
+        "transformers, compiled": into(
+            "transformers, compiled", lambda: theirs(faster, prompts, BATCH, **static)
+        ),
+    }
+    found[f"batch {BATCH}"] = speeds(together, rounds, len(prompts))
+    found[f"batch {BATCH}"]["equal"] = {
+        name: sum(a == b for a, b in zip(said["ours"], said[name], strict=True))
+        for name in together
+    }
+    lengths = [len(text) for text in said["ours"]]
+    return {**found, "mean_tokens": statistics.mean(lengths), "longest": max(lengths)}
+
+
+def coca(model: Multimodal, pixels: torch.Tensor, tokens: int, rounds: int) -> Any:
+    """pixels: float32[BATCH, 3, H, W]; tokens: that CoCa writes for each"""
+    from open_clip.coca_model import CoCa
+
+    size, v = model.image_tokenizer.config.image_size, model.vocabulary
+    text = {"context_length": 76, "vocab_size": v.text_size + 2, "width": 192, "heads": 3,
+            "layers": 2}  # fmt: skip
+    torch.manual_seed(0)
+    peer = CoCa(
+        embed_dim=192,
+        multimodal_cfg={**text, "mlp_ratio": 4, "dim_head": 64, "n_queries": 64,
+                        "attn_pooler_heads": 3},
+        text_cfg={**text, "embed_cls": True, "output_tokens": True},
+        vision_cfg={"image_size": size, "layers": 2, "width": 192, "head_width": 64,
+                    "patch_size": 8, "output_tokens": True, "attentional_pool": True,
+                    "attn_pooler_heads": 3},
+    ).eval()  # fmt: skip
+
+    @torch.inference_mode()
+    def theirs(images: torch.Tensor) -> torch.Tensor:
+        latent, embedded = peer._encode_image(images)
+        out = torch.full((len(images), 1), v.text_size)
+        for _ in range(tokens):
+            found = peer(images, out, image_latent=latent, image_embs=embedded,
+                         output_labels=False)  # fmt: skip
+            out = torch.cat([out, found["logits"][:, -1:].argmax(-1)], dim=1)
+        return out
+
+    def ours(images: torch.Tensor) -> list[str]:
+        return caption_codes(model, encode_images(model, images), TOKENS)
+
+    found: dict[str, Any] = {
+        "parameters": {
+            "ours": sum(p.numel() for p in model.parameters()),
+            "coca": sum(p.numel() for p in peer.parameters()),
+        },
+        "tokens": tokens,
+    }
+    for batch in (1, BATCH):
+        images = pixels[:batch]
+        work = {
+            "ours": lambda images=images: ours(images), "coca": lambda images=images: theirs(images)
+        }  # fmt: skip
+        found[f"batch {batch}"] = speeds(work, rounds, batch)
+    return found
+
+
+def drawing(model: Multimodal, rounds: int) -> Any:
+    found: dict[str, Any] = {}
+    text = "a red circle and a blue square"
+    for batch in (1, 2, 4, 8, 32):
+        texts = [text] * batch
+        work: dict[str, Callable[[], object]] = {
+            "ours, masked": lambda texts=texts: draw_codes(model, texts, method="masked", steps=8),
+            "code by code": lambda texts=texts: draw_codes(model, texts, method="causal"),
+        }
+        found[f"batch {batch}"] = speeds(work, rounds, batch)
+    return found
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--model", default="starter")
-    made.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     made.add_argument("--rounds", type=int, default=5)
+    parts = ("captions", "coca", "drawing")
+    made.add_argument("--only", nargs="*", choices=parts, default=parts)
     arguments = made.parse_args()
     model = load(arguments.model)
-    with tempfile.TemporaryDirectory() as folder:
-        export_hf(arguments.model, Path(folder) / "hf")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "hf")
-    theirs = theirs.float().eval()
-    vocabulary = model.vocabulary
     rng = random.Random("generate")
-    pictures = [render(sample_scene(rng)) for _ in range(max(arguments.batches))]
-    codes = (encode_images(model, read_images(model, pictures)) + vocabulary.image_start).tolist()
-    prompts = [describe_prompt(vocabulary, row) for row in codes]
-    settings = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": vocabulary.eos,
-                "pad_token_id": vocabulary.pad}  # fmt: skip
-    figures = {}
-    for batch in arguments.batches:
-        ours_ids: list[list[int]] = []
-        theirs_ids: list[list[int]] = []
-
-        def ours(batch: int = batch, out: list[list[int]] = ours_ids) -> None:
-            out[:] = continue_text(model, prompts[:batch], TOKENS)
-
-        @torch.inference_mode()
-        def peer(batch: int = batch, out: list[list[int]] = theirs_ids) -> None:
-            ids = torch.tensor(prompts[:batch])
-            found = theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-            out[:] = [
-                row[: row.index(vocabulary.eos)] if vocabulary.eos in row else row
-                for row in found[:, ids.shape[1] :].tolist()
-            ]
-
-        times: dict[str, list[float]] = {"ours": [], "transformers": []}
-        for _ in range(arguments.rounds + 1):  # the first is to warm up
-            times["ours"].append(seconds_of(ours))
-            times["transformers"].append(seconds_of(peer))
-        speeds = {name: batch / statistics.median(taken[1:]) for name, taken in times.items()}
-        figures[f"batch {batch}"] = {
-            **speeds,
-            "ratio": speeds["ours"] / speeds["transformers"],
-            "equal": sum(a == b for a, b in zip(ours_ids, theirs_ids, strict=True)),
-        }
-        print(batch, figures[f"batch {batch}"])
-    about = {"threads": torch.get_num_threads(), "torch": torch.__version__,
+    pixels = read_images(model, [render(sample_scene(rng)) for _ in range(MANY)])
+    codes = encode_images(model, pixels)
+    ids = (codes + model.vocabulary.image_start).tolist()
+    prompts = [describe_prompt(model.vocabulary, row) for row in ids]
+    figures: dict[str, Any] = {}
+    if "captions" in arguments.only:
+        figures["captions"] = captions(model, arguments.model, prompts, arguments.rounds)
+    if "coca" in arguments.only:
+        said = continue_text(model, prompts, TOKENS, batch_size=BATCH)
+        tokens = round(statistics.mean(len(text) + 1 for text in said))
+        figures["coca"] = coca(model, pixels[:BATCH], tokens, arguments.rounds)
+    if "drawing" in arguments.only:
+        figures["drawing"] = drawing(model, arguments.rounds)
+    about = {"model": model.fingerprint, "threads": torch.get_num_threads(),
+             "cores": os.cpu_count(), "torch": torch.__version__,
              "transformers": transformers.__version__, "rounds": arguments.rounds}  # fmt: skip
-    print(json.dumps({"model": model.fingerprint, "captions_per_second": figures, **about}))
+    print(json.dumps({**figures, **about}))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.attention import attention_mask
+from multimodal.decoding import ROOM_MULTIPLE, read_token
 from multimodal.transformer import Cache
 
 if TYPE_CHECKING:
@@ -63,13 +64,16 @@ class Batch:
         ids, documents = ids.to(model.device), documents.to(model.device)
         self.positions = documents.cumsum(1).sub(1).clamp(min=0) + shared
         config, weight = model.config.transformer, model.transformer.embed_tokens.weight
-        self.cache = Cache.empty(config, len(prompts), shared + longest + room, weight)
+        room += shared + longest
+        if model.compiled_step is not None:
+            room += -room % ROOM_MULTIPLE
+        self.cache = Cache.empty(config, len(prompts), room, weight)
         mask = attention_mask(documents, torch.zeros_like(documents))
         if shared:
             self._read_once(prompts[0][:shared], weight)
             sees = documents.bool()[:, None, :, None].expand(-1, -1, -1, shared)
             mask = torch.cat([sees, mask], dim=-1)
-        hidden = model.transformer(ids, self.positions, mask, self.cache)
+        hidden = model.transformer(ids, self.positions, mask, self.cache, last=1)
         self.last = self.positions[:, -1:]
         self.visible = F.pad(documents.bool(), (shared, 0), value=True)
         self.hidden = hidden[:, -1]
@@ -84,17 +88,30 @@ class Batch:
         self.cache.values[:, :, :, : len(ids)] = one.values
         self.cache.length = len(ids)
 
-    def logits(self) -> Tensor:
-        """float32[B, V] for the next token"""
-        return self.model.transformer.logits(self.hidden)
+    def logits(self, ids: slice = slice(None)) -> Tensor:
+        """float32[B, V] for the next token; ids: those that are asked for"""
+        return self.model.transformer.logits(self.hidden, ids)
 
     def read(self, ids: Tensor) -> None:
         """Go on by ids: int64[B]"""
         self.last = self.last + 1
         self.visible = torch.cat([self.visible, torch.ones_like(self.visible[:, :1])], dim=1)
-        # Nothing is padded: every key may be seen, and SDPA needs no mask.
-        mask = None if self.visible.all() else self.visible[:, None, None, :]
-        self.hidden = self.model.transformer(ids[:, None], self.last, mask, self.cache)[:, -1]
+        cache, end = self.cache, self.cache.length + 1
+        room = cache.keys.shape[3]
+        assert end <= room, f"the cache has room for {room} tokens"
+        place = torch.tensor([end - 1], device=ids.device)
+        compiled = self.model.compiled_step
+        # On a CPU compiled is ahead for one row, and behind for several (docs/decisions.md).
+        if compiled is not None and (len(ids) == 1 or ids.is_cuda) and room % ROOM_MULTIPLE == 0:
+            mask = F.pad(self.visible, (0, room - end))[:, None, None, :]
+            state = compiled(ids, self.last, mask, cache.keys, cache.values, place)
+            self.hidden = state.clone()  # a CUDA graph writes to the same memory again
+        else:
+            # Nothing is padded: every key may be seen, and SDPA needs no mask.
+            seen = None if self.visible.all() else self.visible[:, None, None, :]
+            filled = cache.keys[:, :, :, :end], cache.values[:, :, :, :end]
+            self.hidden = read_token(self.model.transformer, ids, self.last, seen, *filled, place)
+        cache.length = end
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only: int64[rows]"""

@@ -18,7 +18,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from multimodal.attention import attention_mask
 from multimodal.batch import Batch, check_length
 from multimodal.generation import text_ids, text_likelihoods
 from multimodal.sampling import Sampling, SamplingOptions
@@ -79,7 +78,8 @@ def draw_codes(
     steps: of masked drawing; negative: a text to be led away from, by the guidance;
     numbers: what the texts are called, for the random numbers; 0, 1, ... by default;
     on_step: is given the numbers and the codes so far, int64[some of B, n], after each step of
-        masked drawing (all codes, as they are drawn now) and each row of codes (UNKNOWN below it).
+        masked drawing (what is not drawn yet as it is likeliest) and each row of codes (UNKNOWN
+        below it).
     """
     numbers = range(len(texts)) if numbers is None else numbers
     if method not in ("masked", "causal"):
@@ -156,7 +156,8 @@ class _Scale:
 def _image_logits(model: "Multimodal", hidden: Tensor, guidance: _Scale, progress: float) -> Tensor:
     """float[B or 2 B, ..., D] -> float32[B, ..., K] on the CPU: of the codes only, guided"""
     vocabulary = model.vocabulary
-    logits = model.transformer.logits(hidden)[..., vocabulary.image_start : vocabulary.image_end]
+    codes = slice(vocabulary.image_start, vocabulary.image_end)
+    logits = model.transformer.logits(hidden, codes)
     if guidance.guided:
         conditional, unconditional = logits.chunk(2)
         logits = unconditional + guidance.at(progress) * (conditional - unconditional)
@@ -199,39 +200,44 @@ def _draw_masked(
     numbers: SequenceOf[int],
     on_step: OnStep | None,
 ) -> Tensor:
-    """MaskGIT (Chang et al. 2022, arXiv:2202.04200): all codes are drawn at each step, and some
-    kept, by the cosine schedule. Which ones is not left to how sure the model is of them, or even
+    """MaskGIT (Chang et al. 2022, arXiv:2202.04200): some codes are drawn at each step, how many by
+    the cosine schedule. Which ones is not left to how sure the model is of them, or even
     backgrounds would always come first: they are spread over the image (``spread_order``)."""
-    vocabulary = model.vocabulary
-    (count, n), longest = codes.shape, max(map(len, prompts))
+    vocabulary, (count, n) = model.vocabulary, codes.shape
     copies, order = len(prompts) // count, spread_order(model.image_tokenizer.config.grid)
-    ids = torch.full((len(prompts), longest + n), vocabulary.pad)
-    documents, blocks = torch.zeros_like(ids), torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) : longest] = torch.tensor(prompt)
-        documents[row, longest - len(prompt) :] = 1
-    blocks[:, longest:] = 1
-    positions = documents.cumsum(1).sub(1).clamp(min=0).to(model.device)
-    mask = attention_mask(documents, blocks).to(model.device)
+    # What a text means does not depend on the image after it: it is read once, into the cache.
+    batch = Batch(model, prompts, n)
+    read = batch.cache.length
+    positions = batch.last + 1 + torch.arange(n, device=model.device)
+    every = batch.visible.new_ones(len(prompts), n)
+    mask = torch.cat([batch.visible, every], 1)[:, None, None].expand(-1, 1, n, -1)
     generators = sampling.generators(numbers)
     to_draw = (codes == UNKNOWN).sum(1)
     for step in range(steps):
         image = torch.where(codes == UNKNOWN, vocabulary.mask, codes + vocabulary.image_start)
-        ids[:, longest:] = image.repeat(copies, 1)
-        hidden = model.transformer(ids.to(model.device), positions, mask)[:, longest:]
-        logits = _image_logits(model, hidden, guidance, step / max(1, steps - 1))
-        drawn = sampling.choose(logits, generators)
-        known = codes != UNKNOWN
-        if on_step is not None:
-            on_step(numbers, torch.where(known, codes, drawn))
-        progress = (step + 1) / steps
+        batch.cache.length = read
+        ids = image.repeat(copies, 1).to(model.device)
+        hidden = model.transformer(ids, positions, mask, batch.cache)
+        known, progress = codes != UNKNOWN, (step + 1) / steps
         left = (to_draw * torch.cos(torch.tensor(progress * torch.pi / 2))).long()
         if step == steps - 1:
             left = torch.zeros_like(left)
         # The rank of each code in the order, known ones first: those before n - left are kept.
         rank = order.expand(count, -1).masked_fill(known, -1).argsort(-1).argsort(-1)
         keep = rank < (n - left.minimum((~known).sum(1) - 1).clamp(min=0))[:, None]
-        codes = torch.where(known, codes, torch.where(keep, drawn, UNKNOWN))
+        fresh, guided = keep & ~known, step / max(1, steps - 1)
+        # Only what is kept is drawn: the head and the noise are a third of a step on a CPU.
+        states = hidden[fresh.repeat(copies, 1).to(model.device)]
+        logits = _image_logits(model, states, guidance, guided)
+        rows = torch.split(logits, fresh.sum(1).tolist())
+        chosen = [sampling.choose(own[None], [generator])[0]
+                  for own, generator in zip(rows, generators, strict=True)]  # fmt: skip
+        if on_step is not None:
+            likely = _image_logits(model, hidden, guidance, guided).argmax(-1)
+            shown = torch.where(known, codes, likely)
+            shown[fresh] = torch.cat(chosen)
+            on_step(numbers, shown)
+        codes = codes.masked_scatter(fresh, torch.cat(chosen))
     return codes
 
 

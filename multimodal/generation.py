@@ -123,7 +123,8 @@ def continue_text(
     vocabulary, decode = model.vocabulary, model.text_tokenizer.decode
     check_limits(max_tokens, stop)
     at_once = batch_size or len(prompts)
-    allowed = text_mask(model)
+    # No code can be said, and they come last: their logits are not made.
+    allowed, spoken = text_mask(model), slice(0, vocabulary.image_start)
     if sampling.beams > 1:
         if schema is not None or stop:
             raise ValueError("beams, and a JSON schema or stop: give one of the two")
@@ -149,7 +150,7 @@ def continue_text(
             else:
                 batch = others
             rows += fresh
-        logits = batch.logits().masked_fill(~allowed, -torch.inf)
+        logits = batch.logits(spoken).masked_fill(~allowed[spoken], -torch.inf)
         logits = sampling.penalise(logits, [out[row] for row in rows])
         if states:
             may = [states[row].allowed(one) for row, one in zip(rows, logits, strict=True)]

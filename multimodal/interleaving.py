@@ -228,10 +228,11 @@ def run(
     texts, images = text_mask(model), torch.zeros(v.size, dtype=torch.bool, device=model.device)
     images[v.image_start : v.image_end] = True
     room = n if output == "image" else max_tokens
+    reach = slice(0, v.image_start) if output == "text" else slice(None)
     batch, generators = Batch(model, begun, room), sampling.generators(numbers)
     while True:
-        allowed = torch.stack([row.allow(texts, images) for row in rows])
-        logits = batch.logits().masked_fill(~allowed, -torch.inf)
+        allowed = torch.stack([row.allow(texts, images) for row in rows])[:, reach]
+        logits = batch.logits(reach).masked_fill(~allowed, -torch.inf)
         logits = sampling.penalise(logits, [row.said for row in rows])
         ids = sampling.choose(logits, [generators[row.number] for row in rows])
         likely = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.attention import attention_mask
+from multimodal.decoding import Step
 from multimodal.objectives import (
     Alignment,
     ObjectivesConfig,
@@ -97,6 +98,7 @@ class Multimodal(Usable, nn.Module):
         self.alignment = Alignment(
             config.transformer.hidden_size, goals.alignment_dim, goals.alignment_form
         )
+        self.compiled_step: Step | None = None  # of decoding; see compile_decoding
         if not goals.alignment_weight:
             self.alignment.requires_grad_(False)  # several ranks would wait for its gradients
 

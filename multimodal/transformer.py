@@ -97,18 +97,17 @@ class Cache:
 
 
 def rope(positions: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor]:
-    """positions: int64[B, L] -> cos, sin: float32[B, 1, L, d]"""
+    """positions: int64[B, L] -> cos, sin: float32[B, 1, L, d], the first half of sin negated"""
     half = torch.arange(0, config.head_dim, 2, device=positions.device).float()
     frequencies = config.rope_theta ** (-half / config.head_dim)
     angles = positions[:, None, :, None].float() * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (i, i + d/2) of float[B, H, L, d] by the angles of their positions."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def norm_in_fp32(norm: nn.RMSNorm, x: Tensor) -> Tensor:
@@ -135,16 +134,22 @@ class Attention(nn.Module):
         mask: Tensor | None,
         cache: Cache | None,
         layer: int,
+        queries: int,
     ) -> Tensor:
         pattern = "b l (h d) -> b h l d"
-        q = rearrange(self.q_proj(x), pattern, d=self.head_dim)
+        asking = x[:, -queries:]
+        q = rearrange(self.q_proj(asking), pattern, d=self.head_dim)
         k = rearrange(self.k_proj(x), pattern, d=self.head_dim)
         v = rearrange(self.v_proj(x), pattern, d=self.head_dim)
         # Norm and rotation in fp32 (the angles are), the products in the precision of the rest.
-        q = rotate(norm_in_fp32(self.q_norm, q), *turn).to(v.dtype)
+        cos, sin = turn
+        of_queries = cos[:, :, -queries:], sin[:, :, -queries:]
+        q = rotate(norm_in_fp32(self.q_norm, q), *of_queries).to(v.dtype)
         k = rotate(norm_in_fp32(self.k_norm, k), *turn).to(v.dtype)
         if cache is not None:
             k, v = cache.append(layer, k, v)
+        if mask is not None:
+            mask = mask[:, :, -queries:]
         out: Tensor = self.o_proj(rearrange(attend(q, k, v, mask), "b h l d -> b l (h d)"))
         return out
 
@@ -176,8 +181,10 @@ class Layer(nn.Module):
         mask: Tensor | None,
         cache: Cache | None,
         layer: int,
+        queries: int,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), turn, mask, cache, layer)
+        read = self.self_attn(self.input_layernorm(x), turn, mask, cache, layer, queries)
+        x = x[:, -queries:] + read
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -212,28 +219,38 @@ class Transformer(nn.Module):
                 out.weight.mul_((2 * self.config.num_hidden_layers) ** -0.5)
 
     def forward(
-        self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None = None,
+        last: int = 0,
     ) -> Tensor:
         """ids, positions: int64[B, L]; mask: bool[B, 1, L, S] or None -> float[B, L, D], normed
 
-        With a cache, S counts what it holds and the L new tokens, which are added to it.
+        With a cache, S counts what it holds and the L new tokens, which are added to it. last: only
+        the states of so many tokens at the end are wanted, float[B, last, D]; 0 means all.
         """
         turn = rope(positions, self.config)
         x = self.embed_tokens(ids)
         for number, layer in enumerate(self.layers):
+            # What is not wanted needs no more than keys and values in the last layer.
+            queries = last if last and number == len(self.layers) - 1 else ids.shape[1]
             if self.recompute and torch.is_grad_enabled() and cache is None:
-                x = checkpoint(layer, x, turn, mask, cache, number, use_reentrant=False)
+                x = checkpoint(layer, x, turn, mask, cache, number, queries, use_reentrant=False)
             else:
-                x = layer(x, turn, mask, cache, number)
+                x = layer(x, turn, mask, cache, number, queries)
         if cache is not None:
             cache.length += ids.shape[1]
         out: Tensor = self.norm(x)
         return out
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float[..., D] -> float32[..., V]: bf16 logits would round away what separates tokens."""
-        scores: Tensor = self.lm_head(hidden)
-        return scores.float()
+    def logits(self, hidden: Tensor, ids: slice = slice(None)) -> Tensor:
+        """float[..., D] -> float32[..., V]: bf16 logits would round away what separates tokens.
+
+        ids: those whose logits are wanted; of a large vocabulary, a part costs a part.
+        """
+        return F.linear(hidden, self.lm_head.weight[ids]).float()
 
     def stock_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names of ``Qwen3ForCausalLM``."""

@@ -1,5 +1,6 @@
 """The grammar holds for any weights; drawing is seeded, guided, complete."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,14 +94,22 @@ def test_a_batch_is_each_prompt_alone(model: Multimodal) -> None:
 def test_rows_that_are_done_make_room_for_others(tiny_model: Make) -> None:
     """Of different lengths, some ending early; the random numbers are those of the prompt."""
     eager = tiny_model(noise=0.1, tied=False)
-    with torch.no_grad():
-        eager.transformer.lm_head.weight[eager.vocabulary.eos] *= 3
     prompts = prompts_of(eager, 11) + [[1, 2, 3], [4] * 40]
+    logits = eager.transformer.logits
+
+    def ending(hidden: Tensor, ids: slice) -> Tensor:
+        """<eos> comes when a dimension of the state says so."""
+        scores = logits(hidden, ids)
+        scores[:, eager.vocabulary.eos] += 9 * hidden[:, 0]
+        return scores
+
+    eager.transformer.logits = ending  # type: ignore[method-assign]
     for sampling in (Sampling(), Sampling(temperature=1.0, seed=2)):
         together = continue_text(eager, prompts, 16, sampling)
         assert len({len(text) for text in together}) > 2, "or nobody makes room"
         for size in (1, 2, 4, 12):
             assert continue_text(eager, prompts, 16, sampling, batch_size=size) == together
+    eager.transformer.logits = logits  # type: ignore[method-assign]
     beams = Sampling(beams=3)
     assert continue_text(eager, prompts, 6, beams, batch_size=4) == continue_text(
         eager, prompts, 6, beams
@@ -122,6 +131,25 @@ def test_a_text_ends_before_what_it_is_to_stop_at(model: Multimodal) -> None:
     for wrong in ("a", [""]):
         with pytest.raises(ValueError, match="expected a list of texts, none of them empty"):
             model.caption([image], stop=wrong)  # type: ignore[arg-type]
+
+
+COMPILER = any(map(shutil.which, ("g++", "clang++")))
+
+
+@pytest.mark.skipif(not COMPILER, reason="compiling on a CPU needs a C++ compiler")
+def test_a_compiled_step_says_the_same(tiny_model: Make) -> None:
+    model = tiny_model(noise=0.1)
+    prompts = prompts_of(model)
+    before = continue_text(model, prompts, 16)
+    drawn = draw_codes(model, ["a red bus"], method="causal", guidance_scale=1)
+    model.compile_decoding()
+    step, calls = model.compiled_step, list[int]()
+    assert step is not None
+    model.compiled_step = lambda ids, *rest: (calls.append(len(ids)), step(ids, *rest))[1]
+    assert [continue_text(model, [prompt], 16)[0] for prompt in prompts] == before
+    assert len(calls) == 15 * len(prompts) and set(calls) == {1}
+    assert continue_text(model, prompts, 16) == before, "several rows go the other way"
+    assert torch.equal(drawn, draw_codes(model, ["a red bus"], method="causal", guidance_scale=1))
 
 
 def test_more_text_than_positions_is_an_error(model: Multimodal) -> None:
@@ -185,16 +213,16 @@ def test_guidance(model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     logits = type(model.transformer).logits
 
-    def counted(self: object, hidden: Tensor) -> Tensor:
+    def counted(self: object, hidden: Tensor, ids: slice) -> Tensor:
         rows.append(len(hidden))
-        return logits(self, hidden)  # type: ignore[arg-type]
+        return logits(self, hidden, ids)  # type: ignore[arg-type]
 
     monkeypatch.setattr(type(model.transformer), "logits", counted)
     texts = ["a red bus", "two dogs run on the beach"]
     plain = draw_codes(model, texts, guidance_scale=1, steps=6)
-    assert rows == [2] * 6
+    assert sum(rows) == 2 * 16, "each code once"
     assert torch.equal(plain, draw_codes(model, texts, guidance_scale=1 + 1e-6, steps=6))
-    assert rows == [2] * 6 + [4] * 6
+    assert sum(rows) == 2 * 16 + 4 * 16
     assert not torch.equal(plain, draw_codes(model, texts, guidance_scale=4, steps=6))
     unconditional = draw_codes(model, texts, guidance_scale=0, steps=6)
     assert not torch.equal(plain, unconditional)
@@ -259,11 +287,12 @@ def test_what_is_kept_stays_and_is_spread_over_the_image(
     monkeypatch.setattr(
         model.transformer,
         "forward",
-        lambda ids, *rest: (seen.append(ids[:, -16:].clone()), type(model.transformer).forward(
-            model.transformer, ids, *rest))[1],
+        lambda ids, *rest, **more: (seen.append(ids.clone()), type(model.transformer).forward(
+            model.transformer, ids, *rest, **more))[1],
     )  # fmt: skip
     codes = draw_codes(model, ["a red bus"], steps=8, guidance_scale=1)
     v = model.vocabulary
+    assert seen.pop(0).tolist()[0][-1] == v.boi, "the text is read once, and first"
     known = [int((ids != v.mask).sum()) for ids in seen]
     cosine = [int(16 * np.cos(step / 8 * np.pi / 2)) for step in range(1, 8)]
     assert known == [0, *(max(1, 16 - left) for left in cosine)]
@@ -301,9 +330,9 @@ def test_a_common_beginning_is_read_once_and_changes_nothing(
     reads: list[tuple[int, int]] = []
     forward = model.transformer.forward
 
-    def counting(ids: torch.Tensor, *rest: object) -> torch.Tensor:
+    def counting(ids: torch.Tensor, *rest: object, **more: object) -> torch.Tensor:
         reads.append(tuple(ids.shape))  # type: ignore[arg-type]
-        return forward(ids, *rest)  # type: ignore[arg-type]
+        return forward(ids, *rest, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(model.transformer, "forward", counting)
     batch = Batch(model, prompts, 5)

@@ -26,8 +26,8 @@ def eager(tiny_model: Make) -> Multimodal:
     eager = tiny_model(seed=3, noise=0.1, tied=False)
     v, logits = eager.vocabulary, eager.transformer.logits
 
-    def liking(hidden: torch.Tensor) -> torch.Tensor:
-        scores = logits(hidden)
+    def liking(hidden: torch.Tensor, *ids: slice) -> torch.Tensor:
+        scores = logits(hidden, *ids)
         scores[..., v.boi] += 6
         scores[..., v.eos] += 3
         return scores

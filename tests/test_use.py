@@ -347,8 +347,8 @@ def test_any_mix_comes_out_by_the_grammar(tiny_model: Make) -> None:
     v, drawn, said = eager.vocabulary, [0], [0]
     logits = type(eager.transformer).logits
 
-    def forced(hidden: torch.Tensor) -> torch.Tensor:
-        scores = logits(eager.transformer, hidden)
+    def forced(hidden: torch.Tensor, *ids: slice) -> torch.Tensor:
+        scores = logits(eager.transformer, hidden, *ids)
         scores[..., v.text_size :] = scores[..., v.text_size :].clamp(max=50)
         scores[..., v.boi] = 1e4 if said[0] % 5 == 4 and drawn[0] < 2 else -1e4
         scores[..., v.eos] = 1e4 if drawn[0] == 2 else -1e4

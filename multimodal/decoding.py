@@ -1,0 +1,67 @@
+"""The transformer's forward for one token of each row, after a cache: the same numbers, sooner.
+
+On a CPU a step of a small model is mostly the calling of operations, and here are as few of them
+as it takes: no rearranging of one token, no keys and values repeated for the heads of a group.
+Compiled, a step is a handful of kernels (on a GPU, a CUDA graph); that takes some ten seconds
+first, and shapes that stay the same: the whole cache, with a mask over what is not filled yet.
+
+Shapes: B rows, S tokens in the cache, D width, H heads, G key-value heads, d head size.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multimodal.transformer import Layer, Transformer, norm_in_fp32, rope, rotate
+
+Step: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor], Tensor]
+ROOM_MULTIPLE = 128  # tokens in the cache of a compiled step: a new shape is compiled anew
+
+
+def read_token(
+    transformer: Transformer,
+    ids: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    place: Tensor,
+) -> Tensor:
+    """ids: int64[B]; positions: int64[B, 1]; mask: bool[B, 1, 1, S] or None, which sees all; keys,
+    values: float[layers, B, G, S, d]; place: int64[1], where in them the token goes
+    -> float[B, D], normed"""
+    cos, sin = (angles[:, 0] for angles in rope(positions, transformer.config))
+    x: Tensor = transformer.embed_tokens(ids)
+    for number, layer in enumerate(transformer.layers):
+        assert isinstance(layer, Layer)
+        own, read = layer.self_attn, layer.input_layernorm(x)
+        q, k, v = (
+            project(read).unflatten(-1, (-1, own.head_dim))
+            for project in (own.q_proj, own.k_proj, own.v_proj)
+        )
+        q = rotate(norm_in_fp32(own.q_norm, q), cos, sin).to(v.dtype)
+        k = rotate(norm_in_fp32(own.k_norm, k), cos, sin).to(v.dtype)
+        keys[number].index_copy_(2, place, k[:, :, None])
+        values[number].index_copy_(2, place, v[:, :, None])
+        # The heads of a group stand where queries do: [B, G, H / G, d].
+        grouped = q.reshape(len(q), keys.shape[2], -1, own.head_dim)
+        seen = F.scaled_dot_product_attention(grouped, keys[number], values[number], attn_mask=mask)
+        x = x + own.o_proj(seen.flatten(1))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    out: Tensor = transformer.norm(x)
+    return out
+
+
+def compiled_step(transformer: Transformer) -> Step:
+    """``read_token`` of a transformer, compiled when it is first called."""
+    graphs = transformer.embed_tokens.weight.is_cuda
+    step: Step = torch.compile(
+        partial(read_token, transformer),
+        dynamic=False,
+        mode="reduce-overhead" if graphs else "default",
+    )
+    return step
