@@ -31,7 +31,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "vq 2048": {"quantizer": VQ},
     "vq 2048, gradient": {"quantizer": {**VQ, "learning": "gradient"}},
     "lfq 2048": {"quantizer": {"name": "lfq", "channels": 11}},
-    "ibq 2048": {"quantizer": {"name": "ibq", "codebook_size": 2048, "channels": 16}},
+    "ibq 2048": {"quantizer": {"name": "ibq", "codebook_size": 2048, "channels": 8}},
     "fsq 243": {"quantizer": {"name": "fsq", "levels": [3] * 5}},
     "fsq 2187, 16 codes": {"quantizer": FSQ, "downsample": 16},
     "fsq 2187, 256 codes": {"quantizer": FSQ, "downsample": 4},

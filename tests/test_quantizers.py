@@ -337,15 +337,34 @@ def test_ibqs_gradient_reaches_every_code() -> None:
     latents = torch.randn(2, 3, 3, 4, requires_grad=True)
     result = ibq(latents)
     torch.testing.assert_close(result.vectors, ibq.lookup(result.codes))
-    products = latents @ ibq.codebook.weight.T
-    assert torch.equal(result.codes, products.argmax(-1))
+    cosines = F.normalize(latents, dim=-1) @ F.normalize(ibq.codebook.weight, dim=-1).T
+    assert torch.equal(result.codes, cosines.argmax(-1))
     assert result.codes.unique().numel() < 18
-    result.vectors.square().sum().backward()
+    (result.vectors * torch.randn(4)).sum().backward()
     assert (ibq.codebook.weight.grad.norm(dim=-1) > 0).all(), "chosen or not"
     assert latents.grad is not None and latents.grad.abs().sum() > 0
     same = ibq.eval()(latents)
     assert torch.equal(same.codes, result.codes)
     torch.testing.assert_close(same.vectors, result.vectors)
+
+
+def test_ibq_puts_its_codes_where_the_data_are_and_uses_them() -> None:
+    """Latents that crowd in a corner, as those of a young encoder do."""
+    torch.manual_seed(0)
+    ibq = IBQ(codebook_size=64, channels=4).train()
+    data = torch.tensor([1.0, 0.2, -0.1, 0.0]) + 0.15 * torch.randn(64, 2, 2, 4)
+    optimizer = torch.optim.Adam(ibq.parameters(), 1e-3)
+    use = CodebookUse(64)
+    for step in range(40):
+        result = ibq(data)
+        optimizer.zero_grad()
+        sum(result.losses.values()).backward()
+        optimizer.step()
+        if step >= 30:
+            use.update(result.codes)
+    assert use.used >= 0.9 and use.perplexity > 35
+    error = 1 - (F.normalize(data, dim=-1) * ibq.eval()(data).vectors).sum(-1)
+    assert error.mean() < 0.01
 
 
 def test_vq_by_gradient_moves_codes_by_its_loss_alone() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -60,6 +61,23 @@ def make_quantizer(name: str, **options: Any) -> "FSQ | IBQ | LFQ | VQ":
         raise ValueError(f"quantizer {name!r}: expected one of {', '.join(kinds)}")
     made: FSQ | IBQ | LFQ | VQ = kinds[name](**options)
     return made
+
+
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@torch.no_grad()
+def drawn_from(flat: Tensor, count: int) -> Tensor:
+    """Latents of a batch, float[N, C], at random, one for each of so many codes: float[count, C].
+
+    The same on all ranks. A little noise keeps repeated ones apart.
+    """
+    chosen = flat[torch.randint(len(flat), (count,), device=flat.device)]
+    drawn = chosen + 0.01 * torch.randn_like(chosen)
+    if distributed():
+        dist.broadcast(drawn, 0)
+    return drawn
 
 
 def entropy_of(probabilities: Tensor) -> Tensor:

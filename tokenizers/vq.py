@@ -15,11 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from multimodal.tokenizers.quantizer import Quantized
-
-
-def distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+from multimodal.tokenizers.quantizer import Quantized, distributed, drawn_from
 
 
 class VQ(nn.Module):
@@ -105,19 +101,8 @@ class VQ(nn.Module):
     @torch.no_grad()
     def _initialise(self, flat: Tensor) -> None:
         if not self.initialised:
-            self.codebook.weight.copy_(self._draw(flat))
+            self.codebook.weight.copy_(self._scaled(drawn_from(flat, self.codebook_size)))
             self.initialised.fill_(True)
-
-    def _draw(self, flat: Tensor) -> Tensor:
-        """Latents of this batch, at random, one for each code, the same on all ranks.
-
-        A little noise keeps repeated ones apart.
-        """
-        chosen = flat[torch.randint(len(flat), (self.codebook_size,), device=flat.device)]
-        drawn = self._scaled(chosen + 0.01 * torch.randn_like(chosen))
-        if distributed():
-            dist.broadcast(drawn, 0)
-        return drawn
 
     @torch.no_grad()
     def _update(self, flat: Tensor, codes: Tensor) -> None:
@@ -142,5 +127,6 @@ class VQ(nn.Module):
         # Before the codes are looked up: autograd allows no change to what it has read.
         dead = self.counts < self.dead_after
         weight = self.codebook.weight
-        weight.copy_(torch.where(dead[:, None], self._draw(flat), weight))
+        drawn = self._scaled(drawn_from(flat, self.codebook_size))
+        weight.copy_(torch.where(dead[:, None], drawn, weight))
         self.counts.copy_(torch.where(dead, torch.ones_like(self.counts), self.counts))
