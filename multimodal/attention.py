@@ -10,12 +10,26 @@ same bidirectional block. With documents 1 1 1 1 1 2 2 and the block  . . b b . 
     query 4   1 1 1 1 1 . .        <eoi>
     query 5   . . . . . 1 .        the next document
     query 6   . . . . . 1 1
+
+Two backends hold it, equal in values and gradients: SDPA with a boolean mask, which runs anywhere
+and is the reference, and FlexAttention (Dong et al. 2024, arXiv:2412.05496), which on a GPU skips
+what the rule forbids instead of computing it.
 """
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Backend = Literal["sdpa", "flex"]
+Mask: TypeAlias = "Tensor | BlockMask | None"
 
 
 def attention_mask(documents: Tensor, blocks: Tensor) -> Tensor:
@@ -27,12 +41,37 @@ def attention_mask(documents: Tensor, blocks: Tensor) -> Tensor:
     return (same_document & (not_later | same_block))[:, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q: float[B, H, L, d]; k, v: float[B, G, S, d], H a multiple of G; mask: bool[B, 1, L, S]
+def block_mask(documents: Tensor, blocks: Tensor) -> "BlockMask":
+    """The same rule, for FlexAttention; documents, blocks: int64[B, L]"""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same_document = documents[b, query] == documents[b, key]
+        same_block = (blocks[b, query] == blocks[b, key]) & (blocks[b, query] > 0)
+        return same_document & ((key <= query) | same_block)
+
+    rows, length = documents.shape
+    return create_block_mask(sees, rows, None, length, length, device=documents.device.type)
+
+
+@lru_cache
+def _flex(compiled: bool) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    plain: Any = flex_attention
+    return torch.compile(plain) if compiled else plain  # type: ignore[no-any-return]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """q: float[B, H, L, d]; k, v: float[B, G, S, d], H a multiple of G; mask: bool[B, 1, L, S], or
+    what ``block_mask`` makes
 
     A mask of None lets every query see every key.
     """
     groups = q.shape[1] // k.shape[1]
+    if mask is not None and not isinstance(mask, Tensor):
+        out: Tensor = _flex(q.is_cuda)(q, k, v, block_mask=mask, enable_gqa=groups > 1)
+        return out
     if q.is_cpu and q.requires_grad:
         return _attend_written_out(q, k, v, mask, groups)
     if groups > 1:

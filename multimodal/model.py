@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.attention import attention_mask
+from multimodal.attention import Backend, attention_mask, block_mask
 from multimodal.decoding import Step
 from multimodal.objectives import (
     Alignment,
@@ -98,6 +98,7 @@ class Multimodal(Usable, nn.Module):
         self.alignment = Alignment(
             config.transformer.hidden_size, goals.alignment_dim, goals.alignment_form
         )
+        self.attention_backend: Backend = "sdpa"  # of training
         self.compiled_step: Step | None = None  # of decoding; see compile_decoding
         if not goals.alignment_weight:
             self.alignment.requires_grad_(False)  # several ranks would wait for its gradients
@@ -237,7 +238,8 @@ class Multimodal(Usable, nn.Module):
 
     def hidden(self, packed: Packed) -> Tensor:
         """float[R, L, D]"""
-        mask = attention_mask(packed.documents, packed.blocks)
+        made = block_mask if self.attention_backend == "flex" else attention_mask
+        mask = made(packed.documents, packed.blocks)
         states: Tensor = self.transformer(packed.ids, packed.positions, mask)
         return states
 

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from multimodal.attention import attend
+from multimodal.attention import Mask, attend
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         turn: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Mask,
         cache: Cache | None,
         layer: int,
         queries: int,
@@ -148,7 +148,7 @@ class Attention(nn.Module):
         k = rotate(norm_in_fp32(self.k_norm, k), *turn).to(v.dtype)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        if mask is not None:
+        if isinstance(mask, Tensor):
             mask = mask[:, :, -queries:]
         out: Tensor = self.o_proj(rearrange(attend(q, k, v, mask), "b h l d -> b l (h d)"))
         return out
@@ -178,7 +178,7 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         turn: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Mask,
         cache: Cache | None,
         layer: int,
         queries: int,
@@ -222,11 +222,12 @@ class Transformer(nn.Module):
         self,
         ids: Tensor,
         positions: Tensor,
-        mask: Tensor | None,
+        mask: Mask,
         cache: Cache | None = None,
         last: int = 0,
     ) -> Tensor:
-        """ids, positions: int64[B, L]; mask: bool[B, 1, L, S] or None -> float[B, L, D], normed
+        """ids, positions: int64[B, L]; mask: bool[B, 1, L, S], that of another
+        backend (multimodal/attention.py), or None -> float[B, L, D], normed
 
         With a cache, S counts what it holds and the L new tokens, which are added to it. last: only
         the states of so many tokens at the end are wanted, float[B, last, D]; 0 means all.

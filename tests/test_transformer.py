@@ -298,3 +298,41 @@ def test_attention_in_training_is_that_of_torch(masked: bool) -> None:
     theirs = torch.autograd.grad(expected, (q, k, v), gradient)
     for one, other in zip(ours, theirs, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
+
+
+def rows_of_all_kinds(model: Multimodal) -> Packed:
+    v = model.vocabulary
+    masked = np.arange(16) % 3 == 0
+    sequences = [describe(v, CODES, TEXT), draw(v, TEXT, CODES, masked), draw(v, TEXT, CODES),
+                 draw(v, None, CODES, ~masked)]  # fmt: skip
+    return pack(sequences, 64, v.pad)
+
+
+def losses_and_gradients(model: Multimodal, packed: Packed) -> tuple[Tensor, list[Tensor]]:
+    ids = torch.arange(2, device=packed.ids.device)
+    total, _ = model(packed, ids, ids)
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
+    return total.detach(), list(torch.autograd.grad(total, learned, allow_unused=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_backends_of_attention_are_one_rule(
+    tiny_model: Callable[..., Multimodal], monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Causal, bidirectional, packed and padded: the same loss and gradients from both."""
+    import torch.nn.attention.flex_attention as library
+
+    if device == "cpu":  # its kernel has no backward there, but what it means can be computed
+        monkeypatch.setattr(library, "_validate_device", lambda *_: None)
+    model = tiny_model(noise=0.1).to(device).train()
+    packed = rows_of_all_kinds(model).to(torch.device(device))
+    loss, gradients = losses_and_gradients(model, packed)
+    model.attention_backend = "flex"
+    other, others = losses_and_gradients(model, packed)
+    assert other.item() == pytest.approx(loss.item(), rel=1e-5)
+    for one, another in zip(gradients, others, strict=True):
+        if one is not None:
+            assert torch.allclose(one, another, atol=1e-4, rtol=1e-3)
+    # and the rule is in force: a causal mask alone would give another loss
+    packed.blocks = torch.zeros_like(packed.blocks)
+    assert abs(losses_and_gradients(model, packed)[0].item() - loss.item()) > 1e-4

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multimodal.attention import Backend
 from multimodal.drawing import decode_images, draw_codes
 from multimodal.eval.answering import score_answers
 from multimodal.eval.captioning import score_captions
@@ -59,6 +60,7 @@ class JointModule(TrainedByMuon):
     captions_in_validation, answers_in_validation, drawings_in_validation: how many to make with the
         real sampler.
     compile: torch.compile of the transformer (needs a C++ compiler on a CPU).
+    attention: ``sdpa`` anywhere; ``flex`` on a GPU computes only what the mask lets through.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class JointModule(TrainedByMuon):
         answers_in_validation: int = 200,
         drawings_in_validation: int = 8,
         compile: bool = False,
+        attention: Backend = "sdpa",
     ) -> None:
         super().__init__(learning_rate, weight_decay, warmup_steps, learning_rates)
         self.model = Multimodal.new(
@@ -87,6 +90,7 @@ class JointModule(TrainedByMuon):
             load_image_tokenizer(part_of(image_tokenizer, "image_tokenizer")),
             objectives,
         )
+        self.model.attention_backend = attention
         for name in freeze or ():
             for parameter in parts_named(self, name):
                 parameter.requires_grad_(False)
@@ -110,6 +114,8 @@ class JointModule(TrainedByMuon):
             shard(self.model, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
+        if self.model.attention_backend == "flex" and self.device.type != "cuda":
+            raise ValueError("attention: flex needs a GPU (CUDA); sdpa runs anywhere")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         shards = data.shards(data.train_split)
         resumed = bool(self.trainer.ckpt_path)
