@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.drawing import decode_images, draw_codes
+from multimodal.drawing import Method, decode_images, draw_codes
 from multimodal.embedding import embed_codes, embed_texts
 from multimodal.eval.answering import normalise, score_answers
 from multimodal.eval.captioning import score_captions
@@ -29,8 +29,9 @@ from multimodal.eval.objects import objects_said
 from multimodal.eval.reconstruction import score_reconstructions
 from multimodal.eval.retrieval import score_retrieval
 from multimodal.eval.scenes import score_scene_captions
-from multimodal.generation import caption_codes, encode_images, text_after, text_likelihoods
+from multimodal.generation import caption_codes, encode_images, text_after
 from multimodal.images import to_image
+from multimodal.likelihoods import text_likelihoods
 from multimodal.samples import Sample
 from multimodal.sampling import Sampling
 from multimodal.scene_claims import check_caption, parse_caption
@@ -274,9 +275,9 @@ class Drawing:
 
     name: ClassVar[str] = "drawing"
     protocol: ClassVar[str] = (
-        "code by code, guidance 3, temperature 1; of scenes after the first caption that names all "
-        "objects, read off the pixels by program; of others the model's own alignment score (the "
-        "product of the embeddings of caption and drawing); fid and kid of the drawings, and of "
+        "code by code (masked: in 12 steps), guidance 3, temperature 1; of scenes after the first "
+        "caption that names all objects, read off the pixels by program; of others the model's own "
+        "alignment score (the product of the embeddings of caption and drawing); fid and kid of the drawings, and of "
         "the true pictures encoded and decoded, to the true ones, with random features of seed 0: "
         "to compare with one another, with nothing published"
     )
@@ -300,11 +301,18 @@ class Drawing:
         sampling = Sampling(temperature=1.0, seed=subject.seed)
         true = subject.codes
 
-        def drawings(rows: Sequence[int]) -> list[Tensor]:
-            some = [texts[row] for row in rows]
-            return list(draw_codes(model, some, method="causal", sampling=sampling, numbers=rows))
+        def drawings(method: Method) -> Tensor:
+            """int64[N, n]"""
+            made = subject.over(
+                range(len(texts)),
+                lambda rows: list(
+                    draw_codes(model, [texts[row] for row in rows], method=method,
+                               sampling=sampling, numbers=rows)
+                ),
+            )  # fmt: skip
+            return torch.stack(made)
 
-        codes = torch.stack(subject.over(range(len(texts)), drawings))
+        codes = drawings("causal")
         meant = torch.stack(subject.over(texts, lambda some: list(embed_texts(model, some))))
         own, real = (
             (subject.rows_over(lambda some: embed_codes(model, some), of) * meant).sum(-1).tolist()
@@ -327,6 +335,10 @@ class Drawing:
             for name in ("objects", "colours", "extra"):
                 yield name, scores[name]
                 yield f"{name}_of_reconstructions", best[name]
+            masked = subject.rows_over(lambda some: decode_images(model, some), drawings("masked"))
+            by_mask = score_scene_drawings(texts, [to_image(image) for image in masked])
+            for name in ("objects", "colours"):
+                yield f"{name}_masked", by_mask[name]
             yield "objects_asked", scores["n"]
             quality = [
                 score_scene_drawings([text], [image])["objects"]

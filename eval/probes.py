@@ -23,9 +23,9 @@ from multimodal.generation import (
     continue_text,
     examples_prompt,
     text_after,
-    text_likelihoods,
 )
 from multimodal.images import fit_image, to_tensor
+from multimodal.likelihoods import choice_likelihoods
 from multimodal.model import Multimodal
 from multimodal.samples import Sample
 from multimodal.templates import Templates
@@ -34,6 +34,7 @@ from multimodal.texts import LABELS, asked_of, descriptions_of
 CLASS_FIELDS = ("label", "class", "group")  # of a record; true and false label statements
 SHOTS = (0, 1, 2, 4)
 WORDINGS = ("Question: {text} Answer:", "Q: {text} A:", "{text}", "Please answer. {text} Answer:")
+QUESTIONS = 2  # of each image, where images are handled roughly
 ANSWERS_AT_MOST = 16  # choices: the commonest answers of that kind of question
 
 
@@ -109,13 +110,10 @@ class Choices:
         codes = subject.codes
 
         def found_right(part: Sequence[tuple[int, str, str, str, list[str]]]) -> list[float]:
-            rows = [row for row, *_, choices in part for _ in choices]
-            prompts = [prompt for _, prompt, *_, choices in part for _ in choices]
-            texts = [text for *_, choices in part for text in choices]
-            likely = text_likelihoods(model, codes[rows], texts, prompts)
-            parts = torch.split(likely, [len(choices) for *_, choices in part])
+            rows, prompts, *_, choices = zip(*part, strict=True)
+            likely = choice_likelihoods(model, codes[list(rows)], prompts, choices)
             # The right one is first: what is as likely counts against it.
-            return [float(found[0] > found[1:].max()) for found in parts]
+            return [float(found[0] > found[1:].max()) for found in likely]
 
         if not put:
             return
@@ -237,9 +235,10 @@ class Robustness:
 
     name: ClassVar[str] = "robustness"
     protocol: ClassVar[str] = (
-        "answers as in answers; in other words: " + ", ".join(WORDINGS) + "; images at the model's "
-        "size with noise of a tenth of the range, blurred by a fortieth of the side, as JPEG of "
-        "quality 10, with a grey square of a sixteenth"
+        f"answers as in answers, to the first {QUESTIONS} questions of each; in other words: "
+        + ", ".join(WORDINGS)
+        + "; images at the model's size with noise of a tenth of the range, blurred by a fortieth "
+        "of the side, as JPEG of quality 10, with a grey square of a sixteenth"
     )
     examples: list[Example] = field(default_factory=list)
 
@@ -251,7 +250,7 @@ class Robustness:
         pairs = [
             (row, str(question), str(answer))
             for row, sample in enumerate(subject.samples)
-            for question, answer in sample.record["qa"]
+            for question, answer in sample.record["qa"][:QUESTIONS]
         ]
         config = model.image_tokenizer.config
         fitted = [fit_image(image, config.image_size, config.fit) for image in subject.images]

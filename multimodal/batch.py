@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 SHARED_AT_LEAST = 16  # tokens
 
 
+def text_ids(model: "Multimodal", text: str) -> list[int]:
+    """What a user wrote, as ids; it can hold no special. Errors: ``ValueError`` for nothing."""
+    if not text.strip():
+        raise ValueError("the text is empty")
+    return model.text_tokenizer.encode(text.strip())
+
+
 def check_length(model: "Multimodal", prompts: SequenceOf[Sized], room: int) -> None:
     """Errors: ``ValueError`` where a prompt and what is to follow are more than the model reads."""
     longest, limit = max(map(len, prompts)), model.config.transformer.max_position_embeddings

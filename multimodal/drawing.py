@@ -18,8 +18,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from multimodal.batch import Batch, check_length
-from multimodal.generation import text_ids, text_likelihoods
+from multimodal.batch import Batch, check_length, text_ids
+from multimodal.likelihoods import text_likelihoods
 from multimodal.sampling import Sampling, SamplingOptions
 from multimodal.sequences import draw_prompt
 

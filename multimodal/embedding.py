@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from multimodal.batch import Batch
-from multimodal.generation import encode_images, text_ids
+from multimodal.batch import Batch, text_ids
+from multimodal.generation import encode_images
 from multimodal.sequences import describe_prompt, draw_prompt
 
 if TYPE_CHECKING:

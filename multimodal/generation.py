@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from multimodal.batch import Batch, check_length
+from multimodal.batch import Batch, check_length, text_ids
 from multimodal.beams import search
 from multimodal.constraints import Schema
 from multimodal.images import fit_image, open_image, to_tensor
+from multimodal.likelihoods import choice_likelihoods
 from multimodal.prompts import Prompt
 from multimodal.sampling import Sampling
-from multimodal.sequences import NO_LOSS, answer, describe, describe_prompt, pack
+from multimodal.sequences import describe_prompt
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,47 +51,6 @@ def encode_images(model: "Multimodal", pixels: Tensor) -> Tensor:
     """float32[B, 3, H, W] in [-1, 1] -> codes: int64[B, n]"""
     codes = model.image_tokenizer.encode(pixels.to(model.device))
     return rearrange(codes, "b h w -> b (h w)")
-
-
-def text_ids(model: "Multimodal", text: str) -> list[int]:
-    """What a user wrote, as ids; it can hold no special. Errors: ``ValueError`` for nothing."""
-    if not text.strip():
-        raise ValueError("the text is empty")
-    return model.text_tokenizer.encode(text.strip())
-
-
-@torch.inference_mode()
-def text_likelihoods(
-    model: "Multimodal",
-    codes: Tensor,
-    texts: SequenceOf[str],
-    prompts: SequenceOf[str] | None = None,
-) -> Tensor:
-    """How likely is each text, to its end, as the caption of its image, or after a prompt to it?
-
-    Log probabilities in nats. codes: int64[B, n] -> float32[B], on the CPU
-    """
-    vocabulary, encode = model.vocabulary, model.text_tokenizer.encode
-    said = [text_ids(model, text) for text in texts]
-    if prompts is None:
-        sequences = [describe(vocabulary, *one) for one in zip(codes.tolist(), said, strict=True)]
-    else:
-        # An answer follows its prompt after a space, as in training.
-        turns = [
-            [(encode(p), encode(f" {t.strip()}"))] for p, t in zip(prompts, texts, strict=True)
-        ]
-        sequences = [answer(vocabulary, *one) for one in zip(codes.tolist(), turns, strict=True)]
-    check_length(model, sequences, 0)
-    packed = pack(sequences, max(map(len, sequences)), vocabulary.pad).to(model.device)
-    places = [torch.from_numpy((one.objectives != NO_LOSS).nonzero()[0]) for one in sequences]
-    starts = packed.states.tolist()
-    where = torch.cat([
-        start - one.state + place
-        for start, one, place in zip(starts, sequences, places, strict=True)
-    ]).to(model.device)  # fmt: skip
-    logits = model.transformer.logits(model.hidden(packed).flatten(0, 1)[where])
-    losses = F.cross_entropy(logits, packed.targets.flatten()[where], reduction="none")
-    return -torch.stack([part.sum() for part in torch.split(losses, list(map(len, places)))]).cpu()
 
 
 def text_mask(model: "Multimodal") -> Tensor:
@@ -295,12 +254,8 @@ def answer_codes(
         return text_after(model, codes, prompts, max_tokens, sampling, schema=follow, stop=stop)
     if schema is not None or isinstance(choices, str) or len(set(choices)) < 2:
         raise ValueError(f"choices={list(choices)}: expected two or more, without a schema")
-    found = []
-    for image, asked in zip(codes, prompts, strict=True):
-        every = image.expand(len(choices), -1)
-        likely = text_likelihoods(model, every, choices, [asked] * len(choices))
-        found.append(choices[int(likely.argmax())].strip())
-    return found
+    likely = choice_likelihoods(model, codes, prompts, [choices] * len(prompts))
+    return [choices[int(one.argmax())].strip() for one in likely]
 
 
 @torch.inference_mode()

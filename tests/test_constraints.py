@@ -11,7 +11,8 @@ from PIL import Image
 
 from multimodal.cli import main
 from multimodal.constraints import Schema, token_bytes
-from multimodal.generation import answer_codes, continue_text, text_likelihoods
+from multimodal.generation import answer_codes, continue_text
+from multimodal.likelihoods import choice_likelihoods
 from multimodal.model import Multimodal
 from multimodal.sampling import Sampling
 from multimodal.sequences import describe_prompt
@@ -79,7 +80,7 @@ def test_the_choice_is_the_likeliest(model: Multimodal) -> None:
     found = answer_codes(model, codes, ["is it?"] * 5, choices=choices)
     asked = model.config.templates.ask("is it?")
     for row, answer in zip(codes, found, strict=True):
-        likely = text_likelihoods(model, row.expand(3, -1), choices, [asked] * 3)
+        (likely,) = choice_likelihoods(model, row[None], [asked], [choices])
         assert answer == choices[int(likely.argmax())]
     assert answer_codes(model, codes[:1], ["is it?"], choices=choices[::-1]) == found[:1]
     for wrong in ([], ["yes"], ["yes", "yes"]):

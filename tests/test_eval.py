@@ -24,7 +24,7 @@ from multimodal.eval.evaluators import (
 from multimodal.eval.measuring import Example, Subject, Value, evaluate, interval
 from multimodal.eval.objects import objects_said
 from multimodal.eval.tasks import EVALUATORS
-from multimodal.generation import text_likelihoods
+from multimodal.likelihoods import text_likelihoods
 from multimodal.samples import Sample
 from multimodal.shards import Shards
 from multimodal.templates import Templates

@@ -17,9 +17,9 @@ from multimodal.generation import (
     continue_text,
     encode_images,
     read_images,
-    text_likelihoods,
 )
 from multimodal.images import to_image
+from multimodal.likelihoods import text_likelihoods
 from multimodal.model import Multimodal
 from multimodal.sampling import Sampling
 from multimodal.sequences import describe_prompt, draw, pack

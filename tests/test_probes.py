@@ -23,7 +23,7 @@ from multimodal.eval.probes import (
     Robustness,
     zero_shot_classifier,
 )
-from multimodal.generation import text_likelihoods
+from multimodal.likelihoods import choice_likelihoods
 from multimodal.samples import Sample
 from multimodal.sequences import describe_prompt
 from multimodal.shards import Shards
@@ -87,17 +87,19 @@ def test_classes_are_found_by_who_knows_them(
 
 def test_likelihoods_of_answers_are_sums_over_their_tokens(subject: Subject) -> None:
     model = subject.model
-    prompts, texts = ["Which? Answer:", "What now?"], ["a red bus", "dogs"]
-    found = text_likelihoods(model, subject.codes[:2], texts, prompts)
+    prompts, choices = ["Which? Answer:", "What now?"], [["a red bus", "dogs", "on"], ["x", "the"]]
+    found = choice_likelihoods(model, subject.codes[:2], prompts, choices)
     v, encode = model.vocabulary, model.text_tokenizer.encode
+    assert [len(one) for one in found] == [3, 2]
     for row in range(2):
         image = (subject.codes[row] + v.image_start).tolist()
-        total, said = 0.0, [*encode(f" {texts[row]}"), v.eos]
-        batch = Batch(model, [describe_prompt(v, image) + encode(prompts[row])], len(said))
-        for token in said:
-            total += float(batch.logits().log_softmax(-1)[0, token])
-            batch.read(torch.tensor([token]))
-        assert float(found[row]) == pytest.approx(total, abs=1e-3)
+        for text, likely in zip(choices[row], found[row].tolist(), strict=True):
+            total, said = 0.0, [*encode(f" {text}"), v.eos]
+            batch = Batch(model, [describe_prompt(v, image) + encode(prompts[row])], len(said))
+            for token in said:
+                total += batch.logits().log_softmax(-1)[0, token].item()
+                batch.read(torch.tensor([token]))
+            assert likely == pytest.approx(total, abs=1e-3)
 
 
 def test_the_likeliest_choice_counts_and_a_tie_does_not(
@@ -106,11 +108,11 @@ def test_the_likeliest_choice_counts_and_a_tie_does_not(
     chance = evaluate(Choices(), subject)["chance"]["value"]
     assert 0.1 < chance < 0.9
 
-    def likely(_: Any, codes: Tensor, texts: list[str], prompts: list[str]) -> Tensor:
-        starts = [n == 0 or prompts[n] != prompts[n - 1] for n in range(len(texts))]
-        return torch.tensor(starts).float() * good  # the right one is the first of its prompt
+    def likely(_: Any, codes: Tensor, prompts: list[str], choices: list[list[str]]) -> list[Tensor]:
+        # the right one is the first of its prompt
+        return [torch.tensor([good] + [0.0] * (len(several) - 1)) for several in choices]
 
-    monkeypatch.setattr(probes, "text_likelihoods", likely)
+    monkeypatch.setattr(probes, "choice_likelihoods", likely)
     good = 1.0
     assert evaluate(Choices(), subject)["accuracy"]["value"] > 0.95
     good = 0.0
