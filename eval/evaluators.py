@@ -277,9 +277,9 @@ class Drawing:
     protocol: ClassVar[str] = (
         "code by code (masked: in 12 steps), guidance 3, temperature 1; of scenes after the first "
         "caption that names all objects, read off the pixels by program; of others the model's own "
-        "alignment score (the product of the embeddings of caption and drawing); fid and kid of the drawings, and of "
-        "the true pictures encoded and decoded, to the true ones, with random features of seed 0: "
-        "to compare with one another, with nothing published"
+        "alignment score (the product of the embeddings of caption and drawing); fid and kid of "
+        "the drawings, and of the true pictures encoded and decoded, to the true ones, with random "
+        "features of seed 0: to compare with one another, with nothing published"
     )
     examples: list[Example] = field(default_factory=list)
 
