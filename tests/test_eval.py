@@ -244,3 +244,25 @@ def test_an_evaluator_of_ones_own(subject: Subject) -> None:
 
     found = evaluate(Colours(), subject)
     assert found["brightness"]["n"] == 12
+
+
+def test_shuffled_images_give_chance(tmp_path: Path) -> None:
+    """The starter finds scenes by their captions, and hears what they show: of the right ones."""
+    assert main(["data", "scenes", str(tmp_path / "scenes"), "--count", "40"]) == 0
+    own = list(Shards(tmp_path / "scenes", "val"))[:40]
+    others = [
+        Sample(one.key, {**one.members, "png": other.image})
+        for one, other in zip(own, own[7:] + own[:7], strict=True)
+    ]
+    model = load("starter")
+    found, shuffled = (
+        {
+            **values(evaluate(Retrieval(), Subject(model, samples))),
+            **values(evaluate(Captioning(), Subject(model, samples))),
+        }
+        for samples in (own, others)
+    )
+    assert found["text_to_image@1"] > 0.5 and shuffled["text_to_image@1"] < 0.1
+    assert found["text_to_image_median_rank"] <= 2 and shuffled["text_to_image_median_rank"] > 8
+    assert found["scene_attribute_precision"] > 0.85 > 0.6 > shuffled["scene_attribute_precision"]
+    assert found["CIDEr"] > 4 * shuffled["CIDEr"]
