@@ -22,7 +22,7 @@ from typing import Any
 CODES, TEXT = 64, "A brown dog runs over the grass with a red ball in its mouth ."
 SETTINGS = {
     "joint, Muon": ("ours", True), "joint, AdamW": ("ours", True),
-    "joint, AdamW, compiled": ("ours", True),
+    "joint, Muon, compiled": ("ours", True), "joint, AdamW, compiled": ("ours", True),
     "plain LM, Muon": ("ours", True), "plain LM, AdamW": ("ours", True),
     "transformers, AdamW": ("theirs", False), "transformers, AdamW, kept": ("theirs", True),
     "transformers, AdamW, compiled": ("theirs", False),
@@ -143,7 +143,7 @@ def main() -> None:
     best = {name: min(rounds, key=lambda one: one["seconds"]) for name, rounds in found.items()}
     speed = {name: one["tokens"] / one["seconds"] for name, one in best.items()}
     ratios = {}
-    for ours in ("joint, Muon", "joint, AdamW", "joint, AdamW, compiled"):
+    for ours in (name for name in SETTINGS if name.startswith("joint")):
         for other in speed:
             if ours in speed and other != ours:
                 ratios[f"{ours} / {other}"] = round(speed[ours] / speed[other], 2)

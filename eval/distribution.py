@@ -6,6 +6,8 @@ torchmetrics. FID depends on how many pictures there are; KID does not, on avera
 Shapes: N, M pictures of H x W pixels.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -28,9 +30,11 @@ def score_distribution(
     if fewest < 2:
         return {}
     frechet = FrechetInceptionDistance(feature=features, normalize=True)
-    kernel = KernelInceptionDistance(
-        feature=features, subsets=SUBSETS, subset_size=min(SUBSET, fewest), normalize=True
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it keeps the features: a few thousand short rows
+        kernel = KernelInceptionDistance(
+            feature=features, subsets=SUBSETS, subset_size=min(SUBSET, fewest), normalize=True
+        )
     for pictures, true in ((made, False), (real, True)):
         for some in torch.split(pictures.float().cpu(), batch_size):
             frechet.update(some, real=true)

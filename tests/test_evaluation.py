@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,16 @@ def test_two_ranks_find_what_one_finds(work: Path, tiny_model_folder: Path, tmp_
             if task == "retrieval" and name != "images" or "random_features" in name:
                 continue
             assert second[task][name] == pytest.approx(score, rel=1e-3, abs=1e-4), (task, name)
+
+
+def test_the_example_of_the_guide_runs(work: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    guide = (Path(__file__).parent.parent / "docs/evaluation.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    (tmp_path / "mine.py").write_text(code)
+    line = ["eval", f"{tmp_path / 'mine.py'}:Colours", "--model", str(tiny_model_folder)]
+    out = tmp_path / "out.json"
+    assert main([*line, "--data", str(work / "scenes"), "--limit", "5", "--output", str(out)]) == 0
+    assert scores(out)["Colours"]["red"]["n"] == 5
 
 
 def test_what_is_no_evaluator_is_said(work: Path) -> None:

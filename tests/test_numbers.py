@@ -1,0 +1,89 @@
+"""What README and model card say of the starter is what ``multimodal eval`` found, to the digit."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from multimodal.folder import find, read_config
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORTS = {split: ROOT / f"docs/starter_{split}.json" for split in ("val", "heldout")}
+CARD = "multimodal/starter/README.md"
+# {SPLIT FOLDER TASK SCORE:FORMAT}
+ROWS = {
+    "README.md": (
+        "CIDEr with 5 beams; greedy | {val flickr8k captioning CIDEr_beams:.3f}; "
+        "{val flickr8k captioning CIDEr:.3f} |",
+        "in the first ten; and the reverse | {val flickr8k retrieval text_to_image@10:%}; "
+        "{val flickr8k retrieval image_to_text@10:%} |",
+        "all; open questions | {val easy_vqa answers accuracy:%}; {val easy_vqa answers open:%} |",
+        "objects said right | {val scenes captioning scene_attribute_precision:%}; "
+        "{val scenes captioning scene_object_recall:%} |",
+        "answer about scenes | {val scenes answers accuracy:%} |",
+        "with the right colour | {val scenes drawing objects:%}; {val scenes drawing colours:%} | "
+        "true pictures after encoding and decoding "
+        "{val scenes drawing objects_of_reconstructions:%}",
+    ),
+    CARD: (
+        "greedy: CIDEr {val flickr8k captioning CIDEr:.3f}, BLEU-4 "
+        "{val flickr8k captioning Bleu_4:.3f}; 5 beams, length penalty 0.5 (chosen on the first "
+        "300 of these photos): CIDEr {val flickr8k captioning CIDEr_beams:.3f}",
+        "text to image {val flickr8k retrieval text_to_image@10:%}, image to text "
+        "{val flickr8k retrieval image_to_text@10:%}",
+        "{val easy_vqa answers accuracy:%}; not answered by yes or no "
+        "{val easy_vqa answers open:%}; about a grey picture "
+        "{val easy_vqa answers blind_accuracy:%}, {val easy_vqa answers blind_open:%}",
+        "{val scenes captioning scene_attribute_precision:%} of the claims true, "
+        "{val scenes captioning scene_object_recall:%} of the objects",
+        "{heldout scenes captioning scene_attribute_precision:%}, "
+        "{heldout scenes captioning scene_object_recall:%}",
+        "{val scenes answers accuracy:%}; by yes or no {val scenes answers closed:%}",
+        "text to image {val scenes retrieval text_to_image@10:%}, image to text "
+        "{val scenes retrieval image_to_text@10:%}",
+        "code by code: {val scenes drawing objects:%} of the objects with the right colour and "
+        "shape, {val scenes drawing colours:%} with the right colour; masked: "
+        "{val scenes drawing objects_masked:%}, {val scenes drawing colours_masked:%}. The true "
+        "pictures, encoded and decoded: {val scenes drawing objects_of_reconstructions:%}, "
+        "{val scenes drawing colours_of_reconstructions:%}",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, dict[str, Any]]:
+    return {split: json.loads(path.read_text("utf-8")) for split, path in REPORTS.items()}
+
+
+def filled(row: str, reports: dict[str, dict[str, Any]]) -> str:
+    def value(match: re.Match[str]) -> str:
+        split, folder, task, score, form = match.groups()
+        (found,) = (
+            result["scores"][score]["value"]
+            for result in reports[split]["results"]
+            if result["task"] == task and Path(result["data"]).name == folder
+        )
+        return f"{100 * found:.1f} %" if form == "%" else format(found, form)
+
+    return re.sub(r"\{(\w+) (\w+) (\w+) ([\w@]+):([^}]+)\}", value, row)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_numbers_are_those_that_were_measured(
+    name: str, reports: dict[str, dict[str, Any]]
+) -> None:
+    text = " ".join((ROOT / name).read_text("utf-8").split())
+    for row in ROWS[name]:
+        assert (wanted := filled(row, reports)) in text, wanted
+
+
+def test_they_are_of_the_starter_that_comes_along(reports: dict[str, dict[str, Any]]) -> None:
+    fingerprint = read_config(find("starter"))["fingerprints"]["model"]
+    for split, report in reports.items():
+        about = report["protocol"]
+        assert about["fingerprint"] == fingerprint and about["split"] == split
+        assert about["seed"] == 0 and about["dtype"] == "float32" and about["commit"] != "unknown"
+    sizes = {(Path(one["data"]).name, one["task"]): one["n"] for one in reports["val"]["results"]}
+    assert sizes["flickr8k", "captioning"] == 1000 and sizes["scenes", "captioning"] == 1000
