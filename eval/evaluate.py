@@ -96,7 +96,7 @@ def run(
     from tqdm import tqdm
 
     from multimodal.eval.measuring import Subject, chosen, evaluate
-    from multimodal.eval.page import Bars, Figure, Section, page
+    from multimodal.eval.page import Figure, Numbers, Section, page
     from multimodal.eval.tasks import find_evaluator
     from multimodal.objectives import world_size
 
@@ -123,9 +123,13 @@ def run(
                 "task": task, "data": str(folder), "n": len(usable),
                 "protocol": evaluator.protocol, "scores": scores, "cost": paid,
             })  # fmt: skip
-            values = {name: round(score["value"], 4) for name, score in scores.items()}
+            numbers = [
+                (name, f"{score['value']:,.4g}",
+                 f"{score['low']:.4g} to {score['high']:.4g}" if "low" in score else "")
+                for name, score in scores.items()
+            ]  # fmt: skip
             section = Section(f"{task}: {folder}", f"{len(usable):,} samples; {evaluator.protocol}",
-                              seconds=paid["seconds"], bars=[Bars("", values)])  # fmt: skip
+                              seconds=paid["seconds"], numbers=[Numbers(numbers)])  # fmt: skip
             for name, examples in chosen(evaluator.examples, SHOWN, arguments.seed).items():
                 if examples:
                     figures = [Figure(one.image, one.text) for one in examples]

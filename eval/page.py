@@ -28,14 +28,23 @@ class Bars:
 
 
 @dataclass
+class Numbers:
+    """Rows of a name, its number and what belongs to it, such as an interval."""
+
+    rows: list[tuple[str, str, str]]
+
+
+@dataclass
 class Section:
-    """A part of the page: bars side by side, then figures in rows, each with a line above it."""
+    """A part of the page: numbers and bars side by side, then figures in rows, each with a line
+    above it."""
 
     title: str
     about: str
     rows: list[tuple[str, list[Figure]]] = field(default_factory=list)
     seconds: float | None = None
     bars: list[Bars] = field(default_factory=list)
+    numbers: list[Numbers] = field(default_factory=list)
 
 
 STYLE = """
@@ -54,6 +63,9 @@ img { width: 100%; aspect-ratio: 1; border-radius: 4px; border: 1px solid var(--
 table { border-spacing: .5rem .1rem; font-size: .85rem; break-inside: avoid; margin-bottom: 1rem; }
 caption { text-align: left; font-weight: bold; } td { max-width: 22rem; overflow-wrap: anywhere; }
 td.bar { width: 11rem; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.numbers { columns: 32rem; margin: .5rem 0; } .numbers td { white-space: nowrap; }
+.numbers tr { break-inside: avoid; } .numbers table { break-inside: auto; }
+td.more { color: GrayText; }
 td.bar div { background: #4a7db5; height: .7rem; border-radius: 2px; min-width: 1px; }
 .good::before { content: "\\2713\\00a0"; color: var(--good); font-weight: bold; }
 .bad::before { content: "\\2717\\00a0"; color: var(--bad); font-weight: bold; }
@@ -72,6 +84,7 @@ def page(title: str, about: str, sections: list[Section]) -> str:
         seconds = "" if section.seconds is None else f"<small>{section.seconds:.1f} s</small>"
         parts.append(f"<h2>{escape(section.title)} {seconds}</h2>")
         parts.append(f"<p class='about'>{escape(section.about)}</p>")
+        parts += map(_numbers, section.numbers)
         if section.bars:
             parts += ["<div class='charts'>", *map(_bars, section.bars), "</div>"]
         for line, figures in section.rows:
@@ -79,6 +92,15 @@ def page(title: str, about: str, sections: list[Section]) -> str:
             parts += map(_figure, figures)
             parts.append("</div>")
     return "\n".join([*parts, "</html>"]) + "\n"
+
+
+def _numbers(numbers: Numbers) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td class='number'>{escape(value)}</td>"
+        f"<td class='more'>{escape(more)}</td></tr>"
+        for name, value, more in numbers.rows
+    )
+    return f"<div class='numbers'><table>{rows}</table></div>"
 
 
 def _bars(bars: Bars) -> str:
