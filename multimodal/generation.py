@@ -81,6 +81,8 @@ def continue_text(
     """
     vocabulary, decode = model.vocabulary, model.text_tokenizer.decode
     check_limits(max_tokens, stop)
+    if schema is not None and stop:
+        raise ValueError("stop, and a JSON schema that says where a text ends: give one of the two")
     at_once = batch_size or len(prompts)
     # No code can be said, and they come last: their logits are not made.
     allowed, spoken = text_mask(model), slice(0, vocabulary.image_start)

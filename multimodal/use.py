@@ -109,7 +109,7 @@ class Usable:
             how,
             choices,
             schema,
-            words.stop if stop is None else stop,
+            words.stop if stop is None and schema is None else stop or (),
             words,
         )
         return said

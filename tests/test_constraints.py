@@ -64,6 +64,8 @@ def test_batch_equals_single_and_what_does_not_end_is_said(model: Multimodal) ->
     assert together == [continue_text(model, [one], 120, schema=schema)[0] for one in prompts]
     with pytest.raises(ValueError, match="4 of 4 texts do not follow the schema to its end in 5 "):
         continue_text(model, prompts, 5, schema=schema)
+    with pytest.raises(ValueError, match="stop, and a JSON schema"):
+        continue_text(model, prompts, 5, schema=schema, stop=["a"])
     with pytest.raises(ValueError, match="beams, and a JSON schema"):
         continue_text(model, prompts, 5, Sampling(beams=2), schema=schema)
 

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     model = load_model(arguments)
     prompt.fill(arguments.question, model.config.templates)  # an empty one is an error at once
     codes = encode_images(model, read_images(model, [arguments.image]))
-    stop = arguments.stop or prompt.stop
+    stop = arguments.stop or (() if schema else prompt.stop)
     (answer,) = answer_codes(model, codes, [arguments.question], arguments.max_tokens, sampling,
                              arguments.choices, schema, stop, prompt)  # fmt: skip
     if arguments.json:
