@@ -43,10 +43,13 @@ def read_token(
             project(read).unflatten(-1, (-1, own.head_dim))
             for project in (own.q_proj, own.k_proj, own.v_proj)
         )
-        q = rotate(norm_in_fp32(own.q_norm, q), cos, sin).to(v.dtype)
-        k = rotate(norm_in_fp32(own.k_norm, k), cos, sin).to(v.dtype)
-        keys[number].index_copy_(2, place, k[:, :, None])
-        values[number].index_copy_(2, place, v[:, :, None])
+        q, k = (
+            rotate(norm_in_fp32(norm, part), cos, sin).to(v.dtype)
+            for norm, part in ((own.q_norm, q), (own.k_norm, k))
+        )
+        # Under autocast the cache is wider than what goes into it.
+        keys[number].index_copy_(2, place, k[:, :, None].to(keys.dtype))
+        values[number].index_copy_(2, place, v[:, :, None].to(keys.dtype))
         # The heads of a group stand where queries do: [B, G, H / G, d].
         grouped = q.reshape(len(q), keys.shape[2], -1, own.head_dim)
         seen = F.scaled_dot_product_attention(grouped, keys[number], values[number], attn_mask=mask)

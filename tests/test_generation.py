@@ -133,6 +133,18 @@ def test_a_text_ends_before_what_it_is_to_stop_at(model: Multimodal) -> None:
             model.caption([image], stop=wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_a_validation_samples_in_mixed_precision(model: Multimodal, kind: torch.dtype) -> None:
+    """Weights and cache in fp32, products in less: what a run does between its steps."""
+    prompts = prompts_of(model)
+    exact = continue_text(model, prompts, 16)
+    with torch.autocast("cpu", kind):
+        texts = continue_text(model, prompts, 16)
+        drawn = draw_codes(model, ["a red bus"], method="causal")
+    assert [text[0] for text in texts] == [text[0] for text in exact]
+    assert drawn.shape == (1, 16)
+
+
 COMPILER = any(map(shutil.which, ("g++", "clang++")))
 
 
