@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from multimodal.cli import main
 from multimodal.folder import load
+from multimodal.tokenizers import vq
 from multimodal.tokenizers.image import load_image_tokenizer
-from multimodal.tokenizers.vq import VQ
 from multimodal.train import image_tokenizer
 from multimodal.train.cli import keep_log, recipe_names
 from multimodal.train.data import GlobalBatches, ShardData, ShardDataset
@@ -365,7 +365,7 @@ def test_a_collapsed_codebook_raises_the_alarm(
     monkeypatch.setattr(image_tokenizer, "USE_EVERY", 12)
     quantizer = {"name": "vq", "codebook_size": 64, "channels": 4, "decay": 0.5}
     if collapsed:  # all codes start alike, none ever moves, and none is started anew
-        monkeypatch.setattr(VQ, "_draw", lambda self, flat: flat[:1].expand(self.codebook_size, -1))
+        monkeypatch.setattr(vq, "drawn_from", lambda flat, count: flat[:1].expand(count, -1))
         quantizer |= {"decay": 1.0, "dead_after": 0.0}
     config = yaml.safe_load((work / "tokenizer.yaml").read_text())
     config["model"]["init_args"]["tokenizer"] = {**TOKENIZER, "quantizer": quantizer}
