@@ -15,14 +15,24 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from multimodal.scene_claims import parse_caption
-from multimodal.scenes import BACKGROUNDS, COLOURS, SHAPES, stencil
+from multimodal.scene_claims import check_caption, parse_caption
+from multimodal.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    MAX_OBJECTS,
+    SHAPES,
+    SIZES,
+    Scene,
+    SceneObject,
+    stencil,
+)
 
 Mask = NDArray[np.bool_]
 SIDE = 64  # pixels: drawings are looked at in this size
 CONTRAST = 60  # RGB distance from the background that makes a pixel part of something
 SMALLEST = 40  # pixels of a blob; the smallest cross has 110
 FITS = 0.7  # of stencil and blob together, the share in both; below it a blob has no shape
+CLAIMED = ("count", "position", "relation", "size", "background")  # what else drawings are held to
 STENCIL = 48  # pixels per side at which shapes are compared
 
 
@@ -40,9 +50,9 @@ def objects_seen(image: Image.Image) -> list[Seen]:
     """The objects of a picture of a scene, from left to right."""
     from scipy import ndimage
 
-    picture = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
-    pixels = np.asarray(picture, np.float64)
-    labels, _ = ndimage.label(np.linalg.norm(pixels - _background(pixels), axis=-1) > CONTRAST)
+    pixels = _pixels(image)
+    _, ramp = _background(pixels)
+    labels, _ = ndimage.label(np.linalg.norm(pixels - ramp, axis=-1) > CONTRAST)
     found = []
     for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
         blob = labels[rows, columns] == number
@@ -53,15 +63,64 @@ def objects_seen(image: Image.Image) -> list[Seen]:
     return sorted(found, key=lambda seen: seen.box)
 
 
-def _background(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[SIDE, 1, 3]: the background of the scenes that is nearest to the picture's edges."""
+def _pixels(image: Image.Image) -> NDArray[np.float64]:
+    picture = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
+    return np.asarray(picture, np.float64)
+
+
+def scene_seen(image: Image.Image) -> Scene | None:
+    """The scene that a picture shows, as far as it can be read off: its objects that have a shape,
+    at most MAX_OBJECTS, the largest ones, their textures not among what is read; None without any.
+    """
+    found = []
+    for seen in objects_seen(image):
+        left, top, right, bottom = (edge / SIDE for edge in seen.box)
+        if seen.shape is not None:
+            radius = min(0.5, max(right - left, bottom - top) / 2 / _extents()[seen.shape])
+            size = "large" if radius > (SIZES["small"][1] + SIZES["large"][0]) / 2 else "small"
+            place = (left + right) / 2, (top + bottom) / 2
+            found.append(SceneObject(seen.shape, seen.colour, size, "solid", *place, radius))
+    largest = sorted(found, key=lambda item: -item.radius)[:MAX_OBJECTS]
+    if not largest:
+        return None
+    name, _ = _background(_pixels(image))
+    return Scene(tuple(item for item in found if item in largest), name)
+
+
+def score_drawn_claims(
+    captions: Sequence[str], drawings: Sequence[Image.Image]
+) -> dict[str, tuple[float, int]]:
+    """Of each kind of claim that captions make of their drawings (count, position, relation, size,
+    background): the share that is true of what is seen there, and how many there are.
+
+    Textures are not read off, so how many striped ones there are is left out."""
+    results: dict[str, list[bool]] = {kind: [] for kind in CLAIMED}
+    for caption, drawing in zip(captions, drawings, strict=True):
+        scene = scene_seen(drawing)
+        if scene is None:
+            checked = [(claim, False) for claim in parse_caption(caption)]
+        else:
+            checked = list(check_caption(caption, scene).results)
+        textured = {
+            slot for claim, _ in checked if claim.kind == "texture" for slot in claim.subject
+        }
+        for claim, true in checked:
+            of_texture = claim.kind == "count" and not textured.isdisjoint(claim.subject)
+            if claim.kind in results and not of_texture:
+                results[claim.kind].append(true)
+    return {kind: (sum(each) / len(each), len(each)) for kind, each in results.items() if each}
+
+
+def _background(pixels: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
+    """The background of the scenes that is nearest to the picture's edges: its name, and its
+    colours from top to bottom, [SIDE, 1, 3]."""
     edges = np.concatenate([pixels[:, :1], pixels[:, -1:]], 1)
-    best, least = pixels[:, :1], np.inf
-    for high, low in BACKGROUNDS.values():
+    best, least = ("", pixels[:, :1]), np.inf
+    for name, (high, low) in BACKGROUNDS.items():
         ramp = np.linspace(np.array(high, np.float64), np.array(low, np.float64), SIDE)[:, None]
         distance = float(np.median(np.linalg.norm(edges - ramp, axis=-1)))
         if distance < least:
-            best, least = ramp, distance
+            best, least = (name, ramp), distance
     return best
 
 
@@ -71,6 +130,17 @@ def _colour(pixels: NDArray[np.float64], blob: Mask) -> str:
     distances = np.linalg.norm(pixels[blob][:, None] - values, axis=-1)
     votes = np.exp(-((distances / 40) ** 2)).sum(0)
     return names[int(votes.argmax())]
+
+
+@cache
+def _extents() -> dict[str, float]:
+    """Of each shape, half of its longer side over the radius of the circle around it."""
+    boxes = {shape: stencil(shape, STENCIL).getbbox() for shape in SHAPES}
+    return {
+        shape: max(box[2] - box[0], box[3] - box[1]) / 2 / STENCIL
+        for shape, box in boxes.items()
+        if box is not None
+    }
 
 
 @cache

@@ -22,7 +22,12 @@ from multimodal.embedding import embed_codes, embed_texts
 from multimodal.eval.answering import normalise, score_answers
 from multimodal.eval.captioning import score_captions
 from multimodal.eval.distribution import score_distribution
-from multimodal.eval.drawings import objects_asked, score_scene_drawings, whole_caption
+from multimodal.eval.drawings import (
+    objects_asked,
+    score_drawn_claims,
+    score_scene_drawings,
+    whole_caption,
+)
 from multimodal.eval.features import Features
 from multimodal.eval.measuring import Example, PerQuestion, Subject, Value
 from multimodal.eval.objects import objects_said
@@ -340,6 +345,9 @@ class Drawing:
             for name in ("objects", "colours"):
                 yield f"{name}_masked", by_mask[name]
             yield "objects_asked", scores["n"]
+            for kind, (share, claims) in score_drawn_claims(texts, drawn).items():
+                yield f"{kind}_true", share
+                yield f"{kind}_claims", float(claims)
             quality = [
                 score_scene_drawings([text], [image])["objects"]
                 for text, image in zip(texts, drawn, strict=True)

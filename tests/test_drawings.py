@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from multimodal.eval.drawings import objects_asked, objects_seen, score_scene_drawings
+from multimodal.eval.drawings import (
+    objects_asked,
+    objects_seen,
+    scene_seen,
+    score_drawn_claims,
+    score_scene_drawings,
+)
+from multimodal.scene_language import captions as captions_of
 from multimodal.scenes import COLOURS, SHAPES, Scene, SceneObject, render, sample_scene
 
 
@@ -87,3 +94,21 @@ def test_captions_that_ask_for_nothing_are_no_score() -> None:
     blank = Image.fromarray(np.zeros((64, 64, 3), np.uint8))
     with pytest.raises(ValueError, match="no caption names an object"):
         score_scene_drawings(["a dog"], [blank])
+
+
+def test_what_captions_claim_is_true_of_their_own_scenes_and_not_of_others() -> None:
+    """Counts, places, relations, sizes and backgrounds, read off the pixels."""
+    rng = random.Random(3)
+    scenes = [sample_scene(rng) for _ in range(60)]
+    pictures = [render(scene) for scene in scenes]
+    texts = [text for scene in scenes for text in captions_of(scene, rng, 4)]
+    own = [picture for picture in pictures for _ in range(4)]
+    true = score_drawn_claims(texts, own)
+    assert set(true) == {"count", "position", "relation", "size", "background"}
+    assert all(share > 0.95 for share, _ in true.values()), true
+    others = score_drawn_claims(texts, own[40:] + own[:40])
+    assert others["relation"][0] < 0.5 and others["count"][0] < 0.6, others
+    nothing = Image.new("RGB", (64, 64), (150, 150, 150))
+    assert scene_seen(nothing) is None
+    empty = score_drawn_claims(texts[:8], [nothing] * 8)
+    assert all(share == 0 for share, _ in empty.values())
