@@ -20,13 +20,13 @@ from multimodal.shards import Shards
 if TYPE_CHECKING:
     from multimodal.samples import Sample
 
-TASKS = ("captioning", "answers", "choices", "retrieval", "classification", "likelihood",
-         "drawing", "reconstruction", "few_shot", "robustness")  # fmt: skip
-EPILOG = """TASK is one of captioning, answers, choices, retrieval, classification, likelihood,
-drawing, reconstruction, few_shot, robustness, or all, or FILE.py:CLASS, an evaluator of your own
-(docs/evaluation.md). Of a folder without what a task needs (captions, questions, classes) it is
-left out. Intervals are of 95 %, by the bootstrap over samples. Under torchrun, ranks share the
-samples. Nothing is downloaded.
+TASKS = ("captioning", "answers", "choices", "presence", "retrieval", "classification",
+         "likelihood", "drawing", "reconstruction", "few_shot", "robustness")  # fmt: skip
+EPILOG = """TASK is one of captioning, answers, choices, presence, retrieval, classification,
+likelihood, drawing, reconstruction, few_shot, robustness, or all, or FILE.py:CLASS, an evaluator
+of your own (docs/evaluation.md). Of a folder without what a task needs (captions, questions,
+classes) it is left out. Intervals are of 95 %, by the bootstrap over samples. Under torchrun,
+ranks share the samples. Nothing is downloaded.
 
 examples:
   multimodal eval all --data data/scenes --limit 200 --output results.json --page results.html
@@ -43,6 +43,8 @@ def main(argv: list[str]) -> int:
     made.add_argument("--split", default="val", help="of the folders (default val)")
     made.add_argument("--limit", type=int, default=1000, help="samples of each, the first ones")
     made.add_argument("--batch-size", type=int, default=32)
+    made.add_argument("--clip", metavar="MODEL=FILE", help="an open_clip model and its weights "
+                      "(safetensors), to judge drawings by CLIPScore")  # fmt: skip
     made.add_argument("--output", type=Path, help="a JSON file for the results")
     made.add_argument("--page", type=Path, help="an HTML file: best, worst and random samples")
     arguments = made.parse_args(argv)
@@ -95,12 +97,14 @@ def run(
     """The report; the first rank writes the page on the way."""
     from tqdm import tqdm
 
+    from multimodal.eval.clip_score import ClipScore
     from multimodal.eval.measuring import Subject, chosen, evaluate
     from multimodal.eval.page import Figure, Numbers, Section, page
     from multimodal.eval.tasks import find_evaluator
     from multimodal.objectives import world_size
 
     makers = {task: find_evaluator(task) for task in tasks}
+    clip = ClipScore(arguments.clip) if arguments.clip else None
     model = load_model(arguments)
     config = model.image_tokenizer.config
     results: list[dict[str, Any]] = []
@@ -117,7 +121,9 @@ def run(
                 ) as bar,  # fmt: skip
                 cost() as paid,
             ):
-                subject = Subject(model, usable, arguments.batch_size, arguments.seed, bar.update)
+                subject = Subject(
+                    model, usable, arguments.batch_size, arguments.seed, bar.update, clip
+                )
                 scores = evaluate(evaluator, subject)
             results.append({
                 "task": task, "data": str(folder), "n": len(usable),
@@ -142,7 +148,7 @@ def run(
             "model": arguments.model, "fingerprint": model.fingerprint, "split": arguments.split,
             "image_size": config.image_size, "fit": config.fit, "seed": arguments.seed,
             "dtype": arguments.dtype, "device": arguments.device, "threads": arguments.threads,
-            "ranks": world_size(),
+            "ranks": world_size(), "clip": clip.name if clip else None,
             "commit": commit(),
             "versions": {name: version(name) for name in ("multimodal", "torch", "pillow")},
         },

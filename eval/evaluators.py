@@ -333,6 +333,11 @@ class Drawing:
                 yield f"{name}_random_features{end}", value
         yield "own_alignment", own
         yield "own_alignment_of_true_images", real
+        if (clip := subject.clip) is not None:
+            for name, pictures_of in (("clip_score", drawn), ("clip_score_of_true_images",
+                                                              subject.images)):  # fmt: skip
+                pairs = list(zip(pictures_of, texts, strict=True))
+                yield name, subject.over(pairs, lambda some: clip(*zip(*some, strict=True)))
         quality = own
         if all(prompts):
             scores = score_scene_drawings(texts, drawn)

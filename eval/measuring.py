@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from multimodal.eval.clip_score import ClipScore
 from multimodal.generation import encode_images
 from multimodal.images import fit_image, open_image, to_tensor
 from multimodal.model import Multimodal
@@ -48,13 +49,15 @@ class Example:
 
 @dataclass
 class Subject:
-    """What is measured: a model, and samples with their images. on_batch: is told of progress."""
+    """What is measured: a model, and samples with their images. on_batch: is told of progress;
+    clip: another judge of how images fit texts, where there is one."""
 
     model: Multimodal
     samples: list[Sample]
     batch_size: int = 32
     seed: int = 0
     on_batch: Callable[[int], object] = lambda count: None
+    clip: ClipScore | None = None
 
     @cached_property
     def images(self) -> list[Image.Image]:

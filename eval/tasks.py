@@ -13,12 +13,13 @@ from multimodal.eval.evaluators import (
     Retrieval,
 )
 from multimodal.eval.measuring import Evaluator
+from multimodal.eval.presence import Presence
 from multimodal.eval.probes import Choices, Classification, FewShot, Robustness
 
 EVALUATORS: dict[str, Callable[[], Evaluator]] = {
     one.name: one
     for one in (
-        Captioning, Answers, Choices, Retrieval, Classification, Likelihood, Drawing,
+        Captioning, Answers, Choices, Presence, Retrieval, Classification, Likelihood, Drawing,
         Reconstruction, FewShot, Robustness,
     )
 }  # fmt: skip

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 from multimodal.cli import main
+from multimodal.eval.clip_score import ClipScore
 from multimodal.eval.tasks import find_evaluator
 from multimodal.train.evaluation import EvaluateModel
 
@@ -131,6 +134,42 @@ def test_the_example_of_the_guide_runs(work: Path, tiny_model_folder: Path, tmp_
     out = tmp_path / "out.json"
     assert main([*line, "--data", str(work / "scenes"), "--limit", "5", "--output", str(out)]) == 0
     assert scores(out)["Colours"]["red"]["n"] == 5
+
+
+def test_a_clip_at_hand_judges_drawings(
+    work: Path, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import open_clip
+    from safetensors.torch import save_file
+
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
+    tiny = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    (tmp_path / "clip-tiny.json").write_text(json.dumps(tiny))
+    open_clip.add_model_config(tmp_path / "clip-tiny.json")
+    peer, _, preprocess = open_clip.create_model_and_transforms("clip-tiny")
+    save_file({k: v.contiguous() for k, v in peer.state_dict().items()}, tmp_path / "c.safetensors")
+    clip = ClipScore(f"clip-tiny={tmp_path / 'c.safetensors'}")
+    image, words = Image.new("RGB", (40, 30), "red"), "a red picture"
+    seen, meant = (
+        torch.nn.functional.normalize(one, dim=-1)
+        for one in (
+            peer.eval().encode_image(preprocess(image)[None]),
+            peer.encode_text(open_clip.get_tokenizer("clip-tiny")([words])),
+        )
+    )
+    expected = max(0.0, 2.5 * float((seen * meant).sum().detach()))
+    assert clip([image], [words]) == pytest.approx([expected], abs=1e-5)
+    line = ["eval", "drawing", "--model", str(tiny_model_folder), "--data", str(work / "scenes"),
+            "--limit", "5", "--output", str(tmp_path / "out.json"), "--clip"]  # fmt: skip
+    assert main([*line, f"clip-tiny={tmp_path / 'c.safetensors'}"]) == 0
+    found = scores(tmp_path / "out.json")["drawing"]["clip_score"]
+    assert 0 <= found["value"] <= 2.5 and "low" in found
+    (tmp_path / "c.pt").touch()
+    capsys.readouterr()
+    for wrong in ("clip-tiny", f"clip-tiny={tmp_path / 'c.pt'}", f"nope={tmp_path}/c.safetensors"):
+        assert main([*line, wrong]) == 1
+        assert capsys.readouterr().err.startswith(f"multimodal eval: error: --clip {wrong}: ")
 
 
 def test_what_is_no_evaluator_is_said(work: Path) -> None:

@@ -1,5 +1,6 @@
 """Classes by name, choices, few-shot prompts, rough handling: what is measured is what is meant."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import multimodal.eval.presence as presence
 import multimodal.eval.probes as probes
 from multimodal import load
 from multimodal.batch import Batch
@@ -15,6 +17,7 @@ from multimodal.cli import main
 from multimodal.embedding import embed_texts
 from multimodal.eval.evaluators import Answers
 from multimodal.eval.measuring import Subject, evaluate
+from multimodal.eval.presence import Presence
 from multimodal.eval.probes import (
     HANDLED,
     Choices,
@@ -156,3 +159,32 @@ def test_rough_handling_changes_images_the_same_each_time(subject: Subject) -> N
     plain = evaluate(Answers(), subject)["accuracy"]["value"]
     assert found["plain"]["value"] == pytest.approx(plain)
     assert {"spread of wordings", *HANDLED} <= found.keys()
+
+
+def test_presence_asks_as_much_about_what_is_not_there(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def eager(_: Any, codes: Tensor, prompts: list[str], choices: list[Any]) -> list[Tensor]:
+        seen.extend(prompts)
+        return [torch.tensor([1.0, 0.0]) for _ in choices]  # yes to all
+
+    monkeypatch.setattr(presence, "choice_likelihoods", eager)
+    usable = [sample for sample in subject.samples if Presence().fits(sample)]
+    found = evaluate(Presence(), Subject(subject.model, usable, 5))
+    for name in ("random", "popular", "adversarial"):
+        assert found[f"{name}_accuracy"]["value"] == pytest.approx(0.5)
+        assert found[f"{name}_says_yes"]["value"] == 1
+        assert found[f"{name}_f1"]["value"] == pytest.approx(2 / 3)
+    assert all("is there a" in prompt for prompt in seen)
+    there = [presence.things_of(sample) for sample in usable]
+    others = presence.negatives(there, random.Random(0))
+    for some, *sets in zip(there, *others.values(), strict=True):
+        assert all(not some & set(names) for names in sets)
+    # What is there and beside it: a ball is thrown at dogs, and cats sit on sofas.
+    made = presence.negatives(
+        [{"dog", "ball"}, {"dog", "ball"}, {"cat", "sofa"}, {"dog"}, {"man"}, {"man"}, {"man"}],
+        random.Random(0),
+    )
+    assert made["adversarial"][3][0] == "ball" and made["popular"][3][0] == "man"
