@@ -51,7 +51,8 @@ def end_to_end(tokenizer: VQTokenizer, data: Path, count: int, batch: int) -> di
     encoding = Encoding.by(tokenizer)
     samples = list(islice(Shards(data, "val"), count))
     pictures = torch.stack([
-        torch.from_numpy(encoding.pictures(sample.key, sample.image, "val").copy()) for sample in samples
+        torch.from_numpy(encoding.pictures(sample.key, sample.image, "val").copy())
+        for sample in samples
     ])[:, 0].numpy()  # fmt: skip
 
     def pictures_of(sample: Sample) -> object:
