@@ -18,6 +18,8 @@ from multimodal.commands.options import check_output, load_model, parser, whole_
 from multimodal.shards import Shards
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from multimodal.samples import Sample
 
 TASKS = ("captioning", "answers", "choices", "presence", "retrieval", "classification",
@@ -119,7 +121,7 @@ def run(
                 tqdm(
                     desc=f"{folder} {task}", file=sys.stderr, disable=None if first else True
                 ) as bar,  # fmt: skip
-                cost() as paid,
+                cost(model.transformer.embed_tokens) as paid,
             ):
                 subject = Subject(
                     model, usable, arguments.batch_size, arguments.seed, bar.update, clip
@@ -162,12 +164,21 @@ def run(
 
 
 @contextmanager
-def cost() -> Iterator[dict[str, float]]:
-    """What a task costs: seconds, those of all cores, and the largest the process was until then,
-    put into the dictionary when it is done."""
-    paid: dict[str, float] = {}
+def cost(embeddings: "nn.Module") -> Iterator[dict[str, float]]:
+    """What a task costs: tokens that the transformer read on this rank (padding and what it wrote
+    itself among them), seconds, those of all cores, and the largest the process was until then, put
+    into the dictionary when it is done. embeddings: where every token passes."""
+    paid: dict[str, float] = {"tokens": 0}
+
+    def count(_: "nn.Module", ids: "tuple[Tensor, ...]", __: "Tensor") -> None:
+        paid["tokens"] += ids[0].numel()
+
+    counting = embeddings.register_forward_hook(count)
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    yield paid
+    try:
+        yield paid
+    finally:
+        counting.remove()
     after = resource.getrusage(resource.RUSAGE_SELF)
     paid["seconds"] = time.perf_counter() - start
     paid["cpu_seconds"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -199,6 +199,8 @@ def test_the_command(
     for one, other in zip(first["results"], second["results"], strict=True):
         assert one["scores"] == other["scores"], "the same seed, the same numbers"
         assert one["cost"]["seconds"] > 0 and one["protocol"] and one["n"] > 0
+        read = one["cost"]["tokens"]
+        assert read == other["cost"]["tokens"] and (read > 0) == (one["task"] != "reconstruction")
     about = first["protocol"]
     assert about["fingerprint"] == load(tiny_model_folder).fingerprint
     assert {"seed", "split", "image_size", "fit", "commit", "versions"} <= about.keys()
