@@ -19,7 +19,7 @@ from torch import Tensor
 
 from multimodal.drawing import Method, decode_images, draw_codes
 from multimodal.embedding import embed_codes, embed_texts
-from multimodal.eval.answering import normalise, score_answers
+from multimodal.eval.answering import normalise, same_answer, score_answers
 from multimodal.eval.captioning import score_captions
 from multimodal.eval.distribution import score_distribution
 from multimodal.eval.drawings import (
@@ -155,7 +155,8 @@ class Answers:
 
     name: ClassVar[str] = "answers"
     protocol: ClassVar[str] = (
-        "greedy, at most 16 tokens; exact match after case, spaces and marks around; blind: the "
+        "greedy, at most 16 tokens; equal but for case, punctuation, articles and numbers in words "
+        "or digits (VQA); blind: the "
         "same questions about an even grey picture"
     )
     examples: list[Example] = field(default_factory=list)
@@ -179,7 +180,7 @@ class Answers:
 
         found, blind = subject.over(asked, answered), subject.over(asked, unseeing)
         expected = [answer for _, _, _, answer in asked]
-        right = [normalise(a) == normalise(b) for a, b in zip(expected, found, strict=True)]
+        right = [same_answer(a, b) for a, b in zip(expected, found, strict=True)]
         yield "accuracy", PerQuestion([float(one) for one in right], [one[0] for one in asked])
         for name, value in score_answers(zip(expected, found, strict=True)).items():
             if name in ("open", "closed"):

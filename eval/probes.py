@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from multimodal.embedding import embed_codes, embed_texts
-from multimodal.eval.answering import normalise
+from multimodal.eval.answering import normalise, same_answer
 from multimodal.eval.captioning import score_captions
 from multimodal.eval.evaluators import all_asked, is_described
 from multimodal.eval.measuring import Example, PerQuestion, Subject, Value
@@ -261,7 +261,7 @@ class Robustness:
             def right(part: Sequence[tuple[int, str, str]]) -> list[float]:
                 prompts = [templates.ask(question) for _, question, _ in part]
                 found = text_after(model, codes[[row for row, _, _ in part]], prompts, 16)
-                return [float(normalise(text) == normalise(answer))
+                return [float(same_answer(text, answer))
                         for text, (_, _, answer) in zip(found, part, strict=True)]  # fmt: skip
 
             return subject.over(pairs, right)

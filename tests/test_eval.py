@@ -11,6 +11,7 @@ import torch
 import multimodal.eval.evaluators as evaluators
 from multimodal import load
 from multimodal.cli import main
+from multimodal.eval.answering import same_answer
 from multimodal.eval.evaluate import TASKS
 from multimodal.eval.evaluators import (
     Answers,
@@ -86,6 +87,19 @@ def test_a_cheat_that_copies_the_reference_gets_all(
     found = values(evaluate(Retrieval(), subject))
     assert found["text_to_image@1"] == found["image_to_text@1"] == 1
     assert found["text_to_image_median_rank"] == 1
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "same"),
+    [
+        ("yes", " Yes.", True), ("a red circle", "the red circle", True), ("three", "3", True),
+        ("top left", "top-left", False), ("red, blue", "red blue", True), ("none", "0", True),
+        ("dog's", "dogs", False), ("", "a", False), ("a", "", False), ("red", "dark red", False),
+        ("left", "", False), ("Größe", "größe", True),
+    ],
+)  # fmt: skip
+def test_answers_are_compared_as_by_vqa(expected: str, found: str, same: bool) -> None:
+    assert same_answer(expected, found) == same == same_answer(found, expected)
 
 
 def test_likelihoods_are_those_of_the_model(subject: Subject) -> None:
