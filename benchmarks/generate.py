@@ -1,10 +1,12 @@
 """Captions and drawings a second: ours beside transformers' ``generate`` and open_clip's CoCa.
 
-    python benchmarks/generate.py [--model starter] [--rounds 5] [--only captions coca drawing]
+    python benchmarks/generate.py [--model starter] [--dtype float32] [--rounds 5]
+        [--only captions coca drawing]
 
-captions: of scenes, from their codes, with the same exported weights, fp32, greedy, up to 32
-    tokens, KV cache on: one after the other, and 128 in batches of 32 (ours fills the places of
-    those that are done). Says how many are equal, token for token.
+captions: of scenes, from their codes, with the same exported weights in the same --dtype (the
+    starter's are stored in bfloat16), greedy, up to 32 tokens, KV cache on: one after the other,
+    and 128 in batches of 32 (ours fills the places of those that are done). Says how many are
+    equal, token for token.
 coca: open_clip's CoCa of about as many parameters with random weights, pixels to as many tokens as
     our captions have on average, as its own ``generate`` does it (image read once, no cache), here
     greedy; ours from pixels, too.
@@ -61,12 +63,13 @@ def speeds(
 def captions(model: Multimodal, name: str, prompts: list[list[int]], rounds: int) -> Any:
     """name: of the model; prompts: MANY of one length"""
     v = model.vocabulary
-    compiled = load(name)
+    dtype = model.transformer.embed_tokens.weight.dtype
+    compiled = load(name, dtype=dtype)
     compiled.compile_decoding()
     with tempfile.TemporaryDirectory() as folder:
         export_hf(name, Path(folder) / "hf")
         eager, faster = (
-            transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "hf").float().eval()
+            transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "hf").to(dtype).eval()
             for _ in range(2)
         )
     faster.forward = torch.compile(faster.forward, dynamic=False)
@@ -120,27 +123,30 @@ def captions(model: Multimodal, name: str, prompts: list[list[int]], rounds: int
     return {**found, "mean_tokens": statistics.mean(lengths), "longest": max(lengths)}
 
 
-def coca(model: Multimodal, pixels: torch.Tensor, tokens: int, rounds: int) -> Any:
-    """pixels: float32[BATCH, 3, H, W]; tokens: that CoCa writes for each"""
+def coca(model: Multimodal, name: str, pixels: torch.Tensor, tokens: int, rounds: int) -> Any:
+    """name: of the model; pixels: float32[BATCH, 3, H, W]; tokens: that CoCa writes for each"""
     from open_clip.coca_model import CoCa
 
     size, v = model.image_tokenizer.config.image_size, model.vocabulary
-    text = {"context_length": 76, "vocab_size": v.text_size + 2, "width": 192, "heads": 3,
+    text = {"context_length": 76, "vocab_size": v.text_size + 2, "width": 256, "heads": 4,
             "layers": 2}  # fmt: skip
     torch.manual_seed(0)
+    dtype = model.transformer.embed_tokens.weight.dtype
+    compiled = load(name, dtype=dtype)
+    compiled.compile_decoding()
     peer = CoCa(
-        embed_dim=192,
+        embed_dim=256,
         multimodal_cfg={**text, "mlp_ratio": 4, "dim_head": 64, "n_queries": 64,
-                        "attn_pooler_heads": 3},
+                        "attn_pooler_heads": 4},
         text_cfg={**text, "embed_cls": True, "output_tokens": True},
-        vision_cfg={"image_size": size, "layers": 2, "width": 192, "head_width": 64,
+        vision_cfg={"image_size": size, "layers": 2, "width": 256, "head_width": 64,
                     "patch_size": 8, "output_tokens": True, "attentional_pool": True,
-                    "attn_pooler_heads": 3},
-    ).eval()  # fmt: skip
+                    "attn_pooler_heads": 4},
+    ).to(dtype).eval()  # fmt: skip
 
     @torch.inference_mode()
     def theirs(images: torch.Tensor) -> torch.Tensor:
-        latent, embedded = peer._encode_image(images)
+        latent, embedded = peer._encode_image(images.to(dtype))
         out = torch.full((len(images), 1), v.text_size)
         for _ in range(tokens):
             found = peer(images, out, image_latent=latent, image_embs=embedded,
@@ -149,7 +155,7 @@ def coca(model: Multimodal, pixels: torch.Tensor, tokens: int, rounds: int) -> A
         return out
 
     def ours(images: torch.Tensor) -> list[str]:
-        return caption_codes(model, encode_images(model, images), TOKENS)
+        return caption_codes(compiled, encode_images(compiled, images), TOKENS)
 
     found: dict[str, Any] = {
         "parameters": {
@@ -167,7 +173,10 @@ def coca(model: Multimodal, pixels: torch.Tensor, tokens: int, rounds: int) -> A
     return found
 
 
-def drawing(model: Multimodal, rounds: int) -> Any:
+def drawing(model: Multimodal, name: str, rounds: int) -> Any:
+    """name: of the model"""
+    compiled = load(name, dtype=model.transformer.embed_tokens.weight.dtype)
+    compiled.compile_decoding()
     found: dict[str, Any] = {}
     text = "a red circle and a blue square"
     for batch in (1, 2, 4, 8, 32):
@@ -176,6 +185,8 @@ def drawing(model: Multimodal, rounds: int) -> Any:
             "ours, masked": lambda texts=texts: draw_codes(model, texts, method="masked", steps=8),
             "code by code": lambda texts=texts: draw_codes(model, texts, method="causal"),
         }
+        if batch == 1:  # for more it is not used on a CPU
+            work["code by code, compiled"] = lambda: draw_codes(compiled, [text], method="causal")
         found[f"batch {batch}"] = speeds(work, rounds, batch)
     return found
 
@@ -185,11 +196,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--model", default="starter")
+    made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     made.add_argument("--rounds", type=int, default=5)
     parts = ("captions", "coca", "drawing")
     made.add_argument("--only", nargs="*", choices=parts, default=parts)
     arguments = made.parse_args()
-    model = load(arguments.model)
+    model = load(arguments.model, dtype=getattr(torch, arguments.dtype))
     rng = random.Random("generate")
     pixels = read_images(model, [render(sample_scene(rng)) for _ in range(MANY)])
     codes = encode_images(model, pixels)
@@ -201,12 +213,13 @@ def main() -> None:
     if "coca" in arguments.only:
         said = continue_text(model, prompts, TOKENS, batch_size=BATCH)
         tokens = round(statistics.mean(len(text) + 1 for text in said))
-        figures["coca"] = coca(model, pixels[:BATCH], tokens, arguments.rounds)
+        figures["coca"] = coca(model, arguments.model, pixels[:BATCH], tokens, arguments.rounds)
     if "drawing" in arguments.only:
-        figures["drawing"] = drawing(model, arguments.rounds)
-    about = {"model": model.fingerprint, "threads": torch.get_num_threads(),
-             "cores": os.cpu_count(), "torch": torch.__version__,
-             "transformers": transformers.__version__, "rounds": arguments.rounds}  # fmt: skip
+        figures["drawing"] = drawing(model, arguments.model, arguments.rounds)
+    about = {"model": model.fingerprint, "dtype": arguments.dtype, "rounds": arguments.rounds,
+             "threads": torch.get_num_threads(), "cores": os.cpu_count(),
+             "torch": torch.__version__,
+             "transformers": transformers.__version__}  # fmt: skip
     print(json.dumps({**figures, **about}))
 
 

@@ -1,14 +1,15 @@
 """What each objective gives and costs: language modelling alone, and with the others beside it.
 
-    python benchmarks/objectives.py --data data/scenes --text-tokenizer runs/scenes-text.json \
-        --image-tokenizer runs/scenes-tokenizer/model [--out runs/objectives] [--steps 400]
-        [--seeds 0 1 2]
+    python benchmarks/objectives.py --data data/scenes [--tokenizers starter] [--steps 400]
+        [--seeds 0 1 2] [--score data/scenes] [--out runs/objectives]
 
 Every row trains a `mini` from nothing on about the same number of tokens: of each sample the
 caption after the image, the caption alone, and in half of the draws the image after the caption,
-code by code; reconstruction fills three tenths of the draws with masked images besides. 256 scenes
-of val: captions greedy, their claims checked by program; 200 drawings; recall at 1 among 200. A row
-that is done is not done again. Leaves ``table.md`` and ``table.json``; the last line is JSON.
+code by code; reconstruction fills three tenths of the draws with masked images besides. On val:
+256 captions, greedy (of scenes their claims are checked by program, of photos there is CIDEr);
+recall at 10 among up to 1,000; 200 drawings, of scenes. Several folders are mixed; with codes in
+--data (``multimodal tokenizer encode``), --score names the folder of images. A row that is done is
+not done again. Leaves ``table.md`` and ``table.json``; the last line is JSON.
 """
 
 import argparse
@@ -24,12 +25,19 @@ from fits import fit, last_figures, markdown, score_drawings
 from multimodal import load
 from multimodal.embedding import embed_codes, embed_texts
 from multimodal.eval.retrieval import score_retrieval
+from multimodal.folder import part_of
 from multimodal.generation import encode_images, read_images
 from multimodal.model import Multimodal
 from multimodal.shards import Shards
 from multimodal.tokenizers.image import load_image_tokenizer
 
 TEXT_TOKENS = 20  # of a caption, about
+CANDIDATES = 1000  # images among which one is found
+LEARNED = {
+    "val/scene_attribute_precision": "claims_true", "val/scene_object_recall": "objects_said",
+    "val/CIDEr": "CIDEr", "val/caption": "caption_nats", "val/image": "image_nats",
+    "val/reconstruct": "reconstruct_nats",
+}  # fmt: skip
 ROWS: dict[str, dict[str, Any]] = {
     "LM": {"alignment_weight": 0.0, "reconstruct_share": 0.0},
     "LM + alignment": {"reconstruct_share": 0.0},
@@ -45,7 +53,7 @@ def steps_of_equal_tokens(steps: int, codes: int, reconstruct_share: float) -> i
 
 
 def recall(model: Multimodal, data: str) -> dict[str, float]:
-    samples = list(islice(Shards(data, "val"), 200))
+    samples = list(islice(Shards(data, "val"), CANDIDATES))
     pixels = read_images(model, [sample.image for sample in samples])
     images = torch.cat([embed_codes(model, encode_images(model, p)) for p in pixels.split(50)])
     owners = [n for n, sample in enumerate(samples) for _ in sample.record["captions"]]
@@ -56,22 +64,25 @@ def recall(model: Multimodal, data: str) -> dict[str, float]:
 
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--data", required=True)
-    made.add_argument("--text-tokenizer", required=True)
-    made.add_argument("--image-tokenizer", required=True)
+    made.add_argument("--data", required=True, help="a shard folder, of images or of codes")
+    made.add_argument("--score", help="the same as images (default: --data)")
+    made.add_argument("--tokenizers", default="starter", help="a model, whose tokenizers are taken")
     made.add_argument("--out", type=Path, default=Path("runs/objectives"))
     made.add_argument("--steps", type=int, default=400)
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = made.parse_args()
-    codes = load_image_tokenizer(arguments.image_tokenizer).config.grid ** 2
+    score = arguments.score or arguments.data
+    tokenizer = load_image_tokenizer(part_of(arguments.tokenizers, "image_tokenizer"))
+    codes = tokenizer.config.grid**2
+    of_scenes = "scene" in next(iter(Shards(score, "val"))).record
     table = []
     for name, goals in ROWS.items():
         found: list[dict[str, float]] = []
         for seed in arguments.seeds:
             folder = arguments.out / f"{name.replace(' ', '-').replace('+', 'and')}-{seed}"
             module = {
-                "text_tokenizer": arguments.text_tokenizer, "size": "mini",
-                "image_tokenizer": arguments.image_tokenizer, "row_length": 3 * codes,
+                "text_tokenizer": arguments.tokenizers, "size": "mini",
+                "image_tokenizer": arguments.tokenizers, "row_length": 3 * codes,
                 "objectives": {"next_token_share": 0.5, **goals}, "question_share": 0.0,
                 "learning_rate": 4e-3, "answers_in_validation": 0, "drawings_in_validation": 0,
             }  # fmt: skip
@@ -80,19 +91,14 @@ def main() -> None:
             steps = steps_of_equal_tokens(arguments.steps, codes, goals["reconstruct_share"])
             fit(folder, "joint.JointModule", module, data, steps, seed)
             learned, model = last_figures(folder), load(folder / "model")
-            one = {
-                "claims_true": learned["val/scene_attribute_precision"],
-                "objects_said": learned["val/scene_object_recall"],
-                "caption_nats": learned["val/caption"], "image_nats": learned["val/image"],
-                "objects_drawn": score_drawings(model, arguments.data)["objects"],
-            }  # fmt: skip
-            if goals["reconstruct_share"]:
-                one["reconstruct_nats"] = learned["val/reconstruct"]
-                masked = score_drawings(model, arguments.data, "masked")
-                one["objects_drawn_masked"] = masked["objects"]
+            one = {said: learned[name] for name, said in LEARNED.items() if name in learned}
+            if of_scenes:
+                one["objects_drawn"] = score_drawings(model, score)["objects"]
+            if of_scenes and goals["reconstruct_share"]:
+                one["objects_drawn_masked"] = score_drawings(model, score, "masked")["objects"]
             if goals.get("alignment_weight", 1.0):
-                found_by = recall(model, arguments.data)
-                one |= {way: found_by[f"{way}@1"] for way in ("text_to_image", "image_to_text")}
+                found_by = recall(model, score)
+                one |= {way: found_by[f"{way}@10"] for way in ("text_to_image", "image_to_text")}
             found.append(one)
             print(name, seed, json.dumps(one), flush=True)
         row: dict[str, Any] = {"trained": name}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.attention import attention_mask
-from multimodal.decoding import ROOM_MULTIPLE, read_token
+from multimodal.decoding import COMPILED_ROWS, ROOM_MULTIPLE, read_token
 from multimodal.transformer import Cache
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ class Batch:
             self._read_once(prompts[0][:shared], weight)
             sees = documents.bool()[:, None, :, None].expand(-1, -1, -1, shared)
             mask = torch.cat([sees, mask], dim=-1)
-        hidden = model.transformer(ids, self.positions, mask, self.cache, last=1)
+        end = torch.full((len(prompts), 1), longest - 1, device=model.device)
+        hidden = model.transformer(ids, self.positions, mask, self.cache, end)
         self.last = self.positions[:, -1:]
         self.visible = F.pad(documents.bool(), (shared, 0), value=True)
         self.hidden = hidden[:, -1]
@@ -108,8 +109,8 @@ class Batch:
         assert end <= room, f"the cache has room for {room} tokens"
         place = torch.tensor([end - 1], device=ids.device)
         compiled = self.model.compiled_step
-        # On a CPU compiled is ahead for one row, and behind for several (docs/decisions.md).
-        if compiled is not None and (len(ids) == 1 or ids.is_cuda) and room % ROOM_MULTIPLE == 0:
+        few = ids.is_cuda or len(ids) <= COMPILED_ROWS
+        if compiled is not None and few and room % ROOM_MULTIPLE == 0:
             mask = F.pad(self.visible, (0, room - end))[:, None, None, :]
             state = compiled(ids, self.last, mask, cache.keys, cache.values, place)
             self.hidden = state.clone()  # a CUDA graph writes to the same memory again

@@ -14,12 +14,27 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from multimodal.transformer import Layer, Transformer, norm_in_fp32, rope, rotate
 
 Step: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor], Tensor]
 ROOM_MULTIPLE = 128  # tokens in the cache of a compiled step: a new shape is compiled anew
+COMPILED_ROWS = 2  # on a CPU: one, or a drawing and its guidance; for many it is slower
+
+
+def product(x: Tensor, linear: nn.Module) -> Tensor:
+    """float[B, D] times weight: float[N, D] of a layer without bias -> float[B, N]
+
+    Compiled for a CPU it is written as a sum. Of a few rows the product waits for its weights
+    alone, and the loop that the compiler makes of this reads them three times as fast as the
+    matrix product of a library (docs/decisions.md).
+    """
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    if torch.compiler.is_compiling() and not x.is_cuda:
+        return (x[:, None].float() * weight.float()).sum(-1).to(x.dtype)
+    return F.linear(x, weight)
 
 
 def read_token(
@@ -40,8 +55,8 @@ def read_token(
         assert isinstance(layer, Layer)
         own, read = layer.self_attn, layer.input_layernorm(x)
         q, k, v = (
-            project(read).unflatten(-1, (-1, own.head_dim))
-            for project in (own.q_proj, own.k_proj, own.v_proj)
+            product(read, projection).view(len(ids), -1, own.head_dim)
+            for projection in (own.q_proj, own.k_proj, own.v_proj)
         )
         q, k = (
             rotate(norm_in_fp32(norm, part), cos, sin).to(v.dtype)
@@ -53,8 +68,10 @@ def read_token(
         # The heads of a group stand where queries do: [B, G, H / G, d].
         grouped = q.reshape(len(q), keys.shape[2], -1, own.head_dim)
         seen = F.scaled_dot_product_attention(grouped, keys[number], values[number], attn_mask=mask)
-        x = x + own.o_proj(seen.flatten(1))
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        x = x + product(seen.flatten(1), own.o_proj)
+        read, mlp = layer.post_attention_layernorm(x), layer.mlp
+        gated = F.silu(product(read, mlp.gate_proj)) * product(read, mlp.up_proj)
+        x = x + product(gated, mlp.down_proj)
     out: Tensor = transformer.norm(x)
     return out
 

@@ -115,6 +115,13 @@ def norm_in_fp32(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
 
 
+def at(wanted: Tensor | None, x: Tensor) -> Tensor:
+    """float[B, L, ...] at the places int64[B, Q] of its tokens, or all of them"""
+    if wanted is None:
+        return x
+    return x[torch.arange(len(wanted), device=x.device)[:, None], wanted]
+
+
 class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -134,22 +141,20 @@ class Attention(nn.Module):
         mask: Mask,
         cache: Cache | None,
         layer: int,
-        queries: int,
+        wanted: Tensor | None,
     ) -> Tensor:
         pattern = "b l (h d) -> b h l d"
-        asking = x[:, -queries:]
-        q = rearrange(self.q_proj(asking), pattern, d=self.head_dim)
+        q = rearrange(self.q_proj(at(wanted, x)), pattern, d=self.head_dim)
         k = rearrange(self.k_proj(x), pattern, d=self.head_dim)
         v = rearrange(self.v_proj(x), pattern, d=self.head_dim)
         # Norm and rotation in fp32 (the angles are), the products in the precision of the rest.
-        cos, sin = turn
-        of_queries = cos[:, :, -queries:], sin[:, :, -queries:]
+        of_queries = [at(wanted, angles[:, 0])[:, None] for angles in turn]
         q = rotate(norm_in_fp32(self.q_norm, q), *of_queries).to(v.dtype)
         k = rotate(norm_in_fp32(self.k_norm, k), *turn).to(v.dtype)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        if isinstance(mask, Tensor):
-            mask = mask[:, :, -queries:]
+        if isinstance(mask, Tensor) and wanted is not None:
+            mask = at(wanted, mask[:, 0])[:, None]
         out: Tensor = self.o_proj(rearrange(attend(q, k, v, mask), "b h l d -> b l (h d)"))
         return out
 
@@ -181,10 +186,10 @@ class Layer(nn.Module):
         mask: Mask,
         cache: Cache | None,
         layer: int,
-        queries: int,
+        wanted: Tensor | None,
     ) -> Tensor:
-        read = self.self_attn(self.input_layernorm(x), turn, mask, cache, layer, queries)
-        x = x[:, -queries:] + read
+        read = self.self_attn(self.input_layernorm(x), turn, mask, cache, layer, wanted)
+        x = at(wanted, x) + read
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -224,23 +229,23 @@ class Transformer(nn.Module):
         positions: Tensor,
         mask: Mask,
         cache: Cache | None = None,
-        last: int = 0,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """ids, positions: int64[B, L]; mask: bool[B, 1, L, S], that of another
         backend (multimodal/attention.py), or None -> float[B, L, D], normed
 
-        With a cache, S counts what it holds and the L new tokens, which are added to it. last: only
-        the states of so many tokens at the end are wanted, float[B, last, D]; 0 means all.
+        With a cache, S counts what it holds and the L new tokens, which are added to it. wanted:
+        int64[B, Q], the places in ids of those whose states are, float[B, Q, D]; by default all.
         """
         turn = rope(positions, self.config)
         x = self.embed_tokens(ids)
         for number, layer in enumerate(self.layers):
             # What is not wanted needs no more than keys and values in the last layer.
-            queries = last if last and number == len(self.layers) - 1 else ids.shape[1]
+            asked = wanted if number == len(self.layers) - 1 else None
             if self.recompute and torch.is_grad_enabled() and cache is None:
-                x = checkpoint(layer, x, turn, mask, cache, number, queries, use_reentrant=False)
+                x = checkpoint(layer, x, turn, mask, cache, number, asked, use_reentrant=False)
             else:
-                x = layer(x, turn, mask, cache, number, queries)
+                x = layer(x, turn, mask, cache, number, asked)
         if cache is not None:
             cache.length += ids.shape[1]
         out: Tensor = self.norm(x)

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from multimodal.batch import Batch
-from multimodal.drawing import decode_images, draw_codes, spread_order
+from multimodal.drawing import UNKNOWN, decode_images, draw_codes, spread_order
 from multimodal.generation import (
     caption_codes,
     continue_text,
@@ -153,7 +154,7 @@ def test_a_compiled_step_says_the_same(tiny_model: Make) -> None:
     model = tiny_model(noise=0.1)
     prompts = prompts_of(model)
     before = continue_text(model, prompts, 16)
-    drawn = draw_codes(model, ["a red bus"], method="causal", guidance_scale=1)
+    drawn = draw_codes(model, ["a red bus"], method="causal")
     model.compile_decoding()
     step, calls = model.compiled_step, list[int]()
     assert step is not None
@@ -161,7 +162,8 @@ def test_a_compiled_step_says_the_same(tiny_model: Make) -> None:
     assert [continue_text(model, [prompt], 16)[0] for prompt in prompts] == before
     assert len(calls) == 15 * len(prompts) and set(calls) == {1}
     assert continue_text(model, prompts, 16) == before, "several rows go the other way"
-    assert torch.equal(drawn, draw_codes(model, ["a red bus"], method="causal", guidance_scale=1))
+    assert torch.equal(drawn, draw_codes(model, ["a red bus"], method="causal"))
+    assert set(calls) == {1, 2}, "a drawing and its guidance are two rows"
 
 
 def test_more_text_than_positions_is_an_error(model: Multimodal) -> None:
@@ -315,6 +317,19 @@ def test_what_is_kept_stays_and_is_spread_over_the_image(
     for ids in seen:
         there = order[(ids != v.mask)[0]]
         assert sorted(there.tolist()) == list(range(len(there))), "the first ones of the order"
+
+
+def test_who_watches_a_drawing_changes_nothing(model: Multimodal) -> None:
+    """Unwatched, the last layer makes the states of those codes alone that are kept: here other
+    numbers of them in each row."""
+    known = torch.full((2, 16), UNKNOWN)
+    known[1, :9] = torch.arange(9)
+    options: Any = {"method": "masked", "steps": 5, "known": known}
+    seen: list[torch.Tensor] = []
+    texts = ["a red bus", "two dogs"]
+    drawn = draw_codes(model, texts, on_step=lambda _, codes: seen.append(codes), **options)
+    assert len(seen) == 5 and torch.equal(seen[-1], drawn)
+    assert torch.equal(drawn, draw_codes(model, texts, **options))
 
 
 @pytest.mark.parametrize("side", [1, 4, 8, 14, 32])

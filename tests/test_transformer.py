@@ -188,6 +188,27 @@ def test_prefill_and_single_steps_give_the_full_forward(model: Multimodal) -> No
 
 
 @torch.inference_mode()
+def test_states_that_are_wanted_are_those_of_all(model: Multimodal) -> None:
+    """Others in each row, in any order, after a cache or without one."""
+    ids = torch.tensor(draw(model.vocabulary, TEXT, CODES, MASKED).ids).repeat(2, 1)
+    ids[1, 3:7] += 1
+    one = torch.ones_like(ids)
+    positions, mask = one.cumsum(1) - 1, attention_mask(one, torch.zeros_like(ids))
+    full = model.transformer(ids, positions, mask)
+    wanted = torch.tensor([[9, 4, 5], [2, 20, 1]])
+    for read in (0, 5):
+        cache = Cache.empty(model.config.transformer, 2, ids.shape[1], full)
+        if read:
+            model.transformer(ids[:, :read], positions[:, :read], mask[..., :read, :read], cache)
+        places = wanted.clamp(min=read)
+        some = model.transformer(
+            ids[:, read:], positions[:, read:], mask[:, :, read:], cache, places - read
+        )
+        expected = torch.stack([full[row, each] for row, each in enumerate(places)])
+        assert (some - expected).abs().max() < NOTHING
+
+
+@torch.inference_mode()
 def test_a_full_cache_takes_no_more(model: Multimodal) -> None:
     """Not even one token, which torch would broadcast into the empty rest without a word."""
     batch = Batch(model, [[1, 2, 3]], room=1)
