@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.head import head_losses
-from multimodal.sequences import NO_LOSS, OBJECTIVES
+from multimodal.sequences import NO_LOSS, OBJECTIVES, Sequence
 
 Found = TypeVar("Found", dict[str, Any], list[Any])
 WEIGHTS = {"caption": 1.0, "answer": 1.0, "text": 0.2, "image": 0.2, "reconstruct": 0.3}
@@ -64,6 +65,11 @@ class ObjectivesConfig:
     def weight_of(self, name: str) -> float:
         """Of a token objective."""
         return self.weights.get(name, WEIGHTS[name])
+
+    def teaches(self, sequence: Sequence) -> bool:
+        """Whether a token objective of any weight has a target in it."""
+        taught = [number for number, name in enumerate(OBJECTIVES) if self.weight_of(name)]
+        return bool(np.isin(sequence.objectives, taught).any())
 
 
 def global_sum(value: Tensor) -> Tensor:

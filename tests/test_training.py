@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 
 from multimodal.cli import main
 from multimodal.folder import load
+from multimodal.objectives import ObjectivesConfig
 from multimodal.tokenizers import vq
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.train import image_tokenizer
 from multimodal.train.cli import keep_log, recipe_names
-from multimodal.train.data import GlobalBatches, ShardData, ShardDataset
+from multimodal.train.data import Examples, GlobalBatches, ShardData, ShardDataset
+from multimodal.train.joint import JointModule
 from multimodal.train.order import Order
 
 RECIPES = Path(__file__).parent.parent / "train" / "recipes"
@@ -413,19 +415,38 @@ def test_a_model_lends_its_tokenizers(work: Path, tmp_path: Path) -> None:
     assert after.text_tokenizer.to_json() == before.text_tokenizer.to_json()
 
 
-def own_loss(work: Path, folder: Path) -> float:
-    from multimodal.train.joint import JointModule
-
+def a_batch(work: Path, **arguments: Any) -> tuple[JointModule, Examples]:
     config = yaml.safe_load((work / "joint.yaml").read_text())
-    module = JointModule(**config["model"]["init_args"])
-    module.model = load(folder)
+    module = JointModule(**config["model"]["init_args"] | arguments)
     shards = ShardData(config["data"]["folders"]).shards("train")
     dataset = ShardDataset(shards, 16, "squash", seed=0)
     chosen = next(iter(GlobalBatches(Order([[len(dataset)]]), 8)))
-    batch = dataset.collate([dataset[item] for item in chosen])
+    return module, dataset.collate([dataset[item] for item in chosen])
+
+
+def own_loss(work: Path, folder: Path) -> float:
+    module, batch = a_batch(work)
+    module.model = load(folder)
     with torch.no_grad():
         loss, _ = module.model(*module.pack(batch))
     return float(loss)
+
+
+def test_what_no_loss_reads_is_not_computed(work: Path) -> None:
+    """A run that only draws: the same loss, from half of the tokens."""
+    goals = ObjectivesConfig(
+        weights={"caption": 0, "answer": 0, "text": 0}, alignment_weight=0,
+        next_token_share=1.0, reconstruct_share=0.0,
+    )  # fmt: skip
+    module, batch = a_batch(work, objectives=goals)
+    losses, tokens = [], []
+    for training in (False, True):
+        loss, parts = module.train(training).model(*module.pack(batch))
+        losses.append(float(loss))
+        tokens.append(module.tokens)
+        assert ("caption" in parts) != training and "image" in parts
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert tokens[1] < 0.6 * tokens[0]
 
 
 # --- measuring and predicting -----------------------------------------------------------------

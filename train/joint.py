@@ -191,13 +191,17 @@ class JointModule(TrainedByMuon):
             if parts:
                 pieces = self.model.document(parts, images[row], longest=self.row_length)
                 sequences += window(pieces, batch.seeds[row])
+        goals, null = self.model.config.objectives, self.model.vocabulary.null
+        if self.training and not goals.alignment_weight:
+            # What no loss reads is not computed: a run that only draws costs half.
+            sequences = [one for one in sequences if goals.teaches(one)] or sequences[:1]
         packed = pack(sequences, self.row_length, self.model.vocabulary.pad, row_multiple=4)
-        null = self.model.vocabulary.null
         image_ids = torch.tensor([stable_number(key) for key in batch.keys])
         text_ids = torch.full_like(image_ids, -1)
-        states = torch.zeros(2, len(batch), dtype=torch.int64)
-        states[:, rows] = packed.states[: 2 * len(rows)].view(2, -1)
-        packed.states = states.flatten()
+        if goals.alignment_weight:
+            states = torch.zeros(2, len(batch), dtype=torch.int64)
+            states[:, rows] = packed.states[: 2 * len(rows)].view(2, -1)
+            packed.states = states.flatten()
         for row, sequence, text in zip(rows, draws, captions, strict=True):
             if sequence.ids[1] != null:
                 text_ids[row] = stable_number(str(text))
