@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from multimodal.folder import find, load, read_config, save
+from multimodal.folder import find, load, read_config, readable, save
 from multimodal.model import Multimodal
 from multimodal.tokenizers.image import VQTokenizer, load_image_tokenizer
 from multimodal.vocabulary import SPECIALS, Vocabulary
@@ -108,6 +108,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         folder = staging / "export"
         folder.mkdir()
         yield folder
+        readable(folder)
         folder.rename(out.resolve())
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -55,6 +55,7 @@ def written_beside(folder: Path) -> Iterator[Path]:
     try:
         part.mkdir()
         yield part
+        readable(part)
         files = [path for path in part.rglob("*") if path.is_file()]
         for path in files:
             with open(path, "rb") as file:
@@ -68,6 +69,17 @@ def written_beside(folder: Path) -> Iterator[Path]:
         raise OSError(f"{folder}: could not be written ({error})") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def readable(folder: Path) -> None:
+    """Give every file the permissions of a new one: safetensors writes some that only their owner
+    may read."""
+    (new := folder / ".new").touch()
+    mode = new.stat().st_mode
+    new.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _write(model: Multimodal, folder: Path, dtype: torch.dtype) -> None:

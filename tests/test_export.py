@@ -1,6 +1,7 @@
 """The exported folder is a stock Qwen3: the same logits, the same ids, the same greedy text."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,20 @@ def test_a_rounded_model_is_half_the_size_and_verified(
     assert after.image_tokenizer.fingerprint == before.image_tokenizer.fingerprint
     for name, weight in before.transformer.state_dict().items():
         assert torch.equal(after.transformer.state_dict()[name], weight.bfloat16().float())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
+@pytest.mark.parametrize("form", ["hf", "model"])
+def test_others_may_read_what_is_written(
+    tiny_model_folder: Path, tmp_path: Path, form: str
+) -> None:
+    before = os.umask(0o027)
+    try:
+        assert main(["export", form, str(tiny_model_folder), str(tmp_path / "out")]) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) > 3 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
 def test_only_a_decoder_of_the_same_codes_is_put_in(
