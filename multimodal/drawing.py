@@ -225,7 +225,7 @@ def _draw_masked(
         rank = order.expand(count, -1).masked_fill(known, -1).argsort(-1).argsort(-1)
         keep = rank < (n - left.minimum((~known).sum(1) - 1).clamp(min=0))[:, None]
         fresh, guided = keep & ~known, step / max(1, steps - 1)
-        # Only what is kept goes through the last layer, the head and the noise: half of a step.
+        # Only what is kept goes through the last layer, the head and the noise.
         drawn = fresh if on_step is None else torch.ones_like(fresh)
         most = int(drawn.sum(1).max())
         wanted = drawn.int().argsort(dim=-1, descending=True, stable=True)[:, :most]
