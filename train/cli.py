@@ -126,7 +126,7 @@ class TrainingCLI(LightningCLI):
                     output / "checkpoints",
                     filename="{step}",
                     every_n_train_steps=config.checkpoint_every,
-                    save_last=True,
+                    save_last="link",  # once on the disk, and never half of a new one over the last
                     enable_version_counter=False,
                 ),
                 ExportModel(output / "model"),
