@@ -118,7 +118,7 @@ def check_codes_fit(model: "Multimodal", shards: Shards) -> None:
     """Errors: ``ValueError`` for shards of codes that the model does not read."""
     if shards.encoding is None:
         return
-    made_by, read = shards.encoding.get("fingerprint"), model.image_tokenizer.fingerprint
+    made_by, read = shards.encoding.get("fingerprint"), model.image_tokenizer.codes_fingerprint
     if made_by != read:
         raise ValueError(
             f"{shards.folder}: its codes are of image tokenizer {made_by}, the model reads those "

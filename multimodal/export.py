@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 
 from multimodal.folder import find, load, read_config, readable, save
 from multimodal.model import Multimodal
-from multimodal.tokenizers.image import VQTokenizer, load_image_tokenizer
+from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.vocabulary import SPECIALS, Vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,7 +65,7 @@ def export_model(
         model = load(source)
         if image_tokenizer is not None:
             other = load_image_tokenizer(image_tokenizer)
-            if not _same_codes(model.image_tokenizer, other):
+            if other.codes_fingerprint != model.image_tokenizer.codes_fingerprint:
                 raise ValueError(
                     f"{image_tokenizer}: makes other codes than the tokenizer of {source}; "
                     "only its decoder may differ (see decoder_only)"
@@ -74,19 +73,6 @@ def export_model(
             model.image_tokenizer = other
         save(model, folder, dtype=DTYPES[dtype])
         _copy(source, folder, "README.md", "LICENSE")
-
-
-def _same_codes(one: VQTokenizer, other: VQTokenizer) -> bool:
-    """Whether all that makes codes of images, preprocessing included, is equal."""
-    configs = [
-        replace(config, autoencoder={**config.autoencoder, "decoder_depth": None})
-        for config in (one.config, other.config)
-    ]
-    if configs[0] != configs[1]:
-        return False
-    mine, theirs = one.state_dict(), other.state_dict()
-    names = [name for name in mine if not name.startswith("decoder.")]
-    return all(torch.equal(mine[name], theirs[name]) for name in names)
 
 
 @contextmanager

@@ -49,7 +49,8 @@ Precision = Literal["float32", "bfloat16"]
 class Encoding:
     """How codes came about; the manifest holds it under ``image_tokenizer``.
 
-    fingerprint, codebook_size, image_size, fit, grid: of the tokenizer; precision: of the encoder.
+    fingerprint: of the tokenizer's codes (``codes_fingerprint``); codebook_size, image_size, fit,
+        grid: of the tokenizer; precision: of the encoder.
     encodings: A, of training images; crop_scale, mirror, seed: of their crops, which are squashed
         whatever the fit, as in training (1: no crops);
     train_split: the split they are for; images of others are encoded once, whole.
@@ -84,9 +85,9 @@ class Encoding:
 
     @classmethod
     def by(cls, tokenizer: VQTokenizer, **options: Any) -> "Encoding":
-        config = tokenizer.config
-        return cls(tokenizer.fingerprint, tokenizer.codebook_size, config.image_size, config.fit,
-                   config.grid, **options)  # fmt: skip
+        config, codes = tokenizer.config, tokenizer.codes_fingerprint
+        return cls(codes, tokenizer.codebook_size, config.image_size, config.fit, config.grid,
+                   **options)  # fmt: skip
 
     def pictures(self, key: str, data: bytes, split: str) -> NDArray[np.uint8]:
         """uint8[A, H, W, 3]: what is to be encoded of an image of the sample"""

@@ -65,7 +65,7 @@ def test_codes_are_those_of_the_images(work: Path, tmp_path: Path) -> None:
         assert encoded.key == sample.key and encoded.record == sample.record
         assert torch.equal(torch.from_numpy(encoded.codes), tokenizer.encode(image[None]))
     about = read_manifest(out)
-    assert about["image_tokenizer"]["fingerprint"] == tokenizer.fingerprint
+    assert about["image_tokenizer"]["fingerprint"] == tokenizer.codes_fingerprint
     assert about["image_tokenizer"]["precision"] == "float32"
     assert about["license"] == read_manifest(work / "scenes")["license"]
 

@@ -209,14 +209,16 @@ def test_folder_round_trip(tokenizer: VQTokenizer, tmp_path: Path) -> None:
 
 
 def test_fingerprint_is_of_weights_and_configuration(tokenizer: VQTokenizer) -> None:
-    before = tokenizer.fingerprint
+    before, codes = tokenizer.fingerprint, tokenizer.codes_fingerprint
     assert before == tokenizer.fingerprint and len(before) == 16
     weight = next(tokenizer.decoder.parameters())
     with torch.no_grad():
         weight.flatten()[0] += 1e-6
         changed = tokenizer.fingerprint
+        assert tokenizer.codes_fingerprint == codes, "a decoder makes no codes"
     tokenizer.config = replace(tokenizer.config, fit="crop")
     assert len({before, changed, tokenizer.fingerprint}) == 3
+    assert tokenizer.codes_fingerprint != codes, "how images are made square does"
 
 
 def test_an_altered_folder_is_refused(tokenizer: VQTokenizer, tmp_path: Path) -> None:

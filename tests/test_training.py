@@ -3,17 +3,19 @@
 import csv
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -103,23 +105,39 @@ def logged(run: Path, name: str = "train/total") -> dict[int, str]:
     return found
 
 
-def kill_at(step: int, arguments: list[str], run: Path) -> None:
-    """Run `multimodal ARGUMENTS` in a process and SIGKILL it when it has logged this step."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "multimodal.cli", *arguments, "--threads", "1"]
-    process = subprocess.Popen(
-        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
-    log = run / "logs" / "metrics.csv"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if log.is_file() and max(logged(run), default=-1) >= step:
-            break
-        time.sleep(0.01)
-    died = process.poll()
-    os.killpg(process.pid, signal.SIGKILL)
-    _, errors = process.communicate()
-    assert died is None, errors
+def one_rank(commands: list[list[str]], environment: dict[str, str], dies_at: int | None) -> None:
+    """What a process of a launch does: `multimodal ARGUMENTS`, for each of the commands."""
+
+    def die(module: L.LightningModule, *_: Any) -> None:
+        if module.global_step == dies_at:
+            os.killpg(0, signal.SIGKILL)
+
+    os.setsid()  # so that its workers are killed with it
+    os.environ |= environment
+    L.LightningModule.on_train_batch_start = die  # type: ignore[method-assign]
+    for arguments in commands:
+        assert main([*arguments, "--threads", "1"]) == 0
+
+
+def launch(*commands: list[str], ranks: int = 1, dies_at: int | None = None) -> None:
+    """Run `multimodal ARGUMENTS`, one command after the other, in as many processes as torchrun
+    would start, but with everything imported already; SIGKILL them before the step ``dies_at``."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["multimodal.train.cli"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    started = []
+    for rank in range(ranks):
+        environment = shared | {"LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        started.append(
+            processes.Process(target=one_rank, args=(list(commands), environment, dies_at))
+        )
+        started[-1].start()
+    for process in started:
+        process.join(200)
+    ends = {process.exitcode for process in started}
+    assert ends == {0 if dies_at is None else -signal.SIGKILL}
 
 
 @pytest.mark.parametrize(
@@ -129,17 +147,15 @@ def test_a_killed_run_resumes_bit_for_bit(
     work: Path, tmp_path: Path, name: str, workers: int, step: int
 ) -> None:
     # 6 batches an epoch, a checkpoint every 3: step 4 resumes in the middle of the first epoch,
-    # step 7 at its end (or after: the kill comes when it comes), and both go on into others.
+    # step 7 at its end, and both go on into others.
     run = tmp_path / "run"
     fit = ["fit", "--config", str(work / f"{name}.yaml"), "--output", str(run)]
     fit += ["--data.workers", str(workers)]
-    kill_at(step, fit, run)
+    launch(fit, dies_at=step)
     before = logged(run)
     assert main([*fit, "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
     whole, resumed = logged(work / name), logged(run)
-    # A row is written right after the checkpoint of its step: the kill may fall in between.
-    assert len(whole) == 14 and len(set(whole) - set(resumed)) <= 1
-    assert {s: whole[s] for s in resumed} == resumed
+    assert len(whole) == 14 and whole == resumed
     assert {s: whole[s] for s in before} == before, "the log of the killed run is kept"
     expected = load_file(work / name / "model/model.safetensors")
     found = load_file(run / "model/model.safetensors")
@@ -226,18 +242,12 @@ def test_a_checkpoint_cannot_name_a_class(work: Path, tmp_path: Path) -> None:
 
 
 def test_two_ranks_resume_bit_for_bit_and_agree_with_one(work: Path, tmp_path: Path) -> None:
-    ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--threads", "1"]
-    fit = ["fit", "--config", str(work / "joint.yaml"), *ranks, "--trainer.max_steps", "8"]
+    devices = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    fit = ["fit", "--config", str(work / "joint.yaml"), *devices, "--trainer.max_steps", "8"]
     whole, run = tmp_path / "whole", tmp_path / "run"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def train(output: Path, *more: str) -> None:
-        command = [sys.executable, "-m", "multimodal.cli", *fit, "--output", str(output), *more]
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=200)
-
-    train(whole)
-    kill_at(4, [*fit[:-2], "--trainer.max_steps", "8", "--output", str(run)], run)
-    train(run, "--ckpt_path", str(run / "checkpoints/last.ckpt"))
+    launch([*fit, "--output", str(run)], ranks=2, dies_at=5)
+    resume = [*fit, "--output", str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]
+    launch([*fit, "--output", str(whole)], resume, ranks=2)
     expected = load_file(whole / "model/model.safetensors")
     found = load_file(run / "model/model.safetensors")
     assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -261,21 +271,14 @@ def test_a_model_over_two_ranks_resumes_and_agrees_with_one(work: Path, tmp_path
     (tmp_path / "sharded.yaml").write_text(yaml.safe_dump(config))
     whole, run = tmp_path / "whole", tmp_path / "run"
     fit = ["fit", "--config", str(tmp_path / "sharded.yaml"), "--output"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def train(output: Path, *more: str) -> None:
-        command = [sys.executable, "-m", "multimodal.cli", *fit, str(output), "--threads", "1"]
-        subprocess.run([*command, *more], env=environment, check=True, timeout=200)
-
-    train(whole)
-    kill_at(4, [*fit, str(run)], run)
+    launch([*fit, str(run)], ranks=2, dies_at=5)
     assert (run / "checkpoints/last.ckpt").is_dir()
-    train(run, "--ckpt_path", str(run / "checkpoints/last.ckpt"))
+    resume = [*fit, str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]
+    predict = ["predict", *fit[1:], str(run), "--data.val_limit", "4"]
+    launch([*fit, str(whole)], resume, predict, ranks=2)
     expected = load_file(whole / "model/model.safetensors")
     found = load_file(run / "model/model.safetensors")
     assert all(torch.equal(found[key], expected[key]) for key in expected)
-    fit[0] = "predict"
-    train(run, "--data.val_limit", "4")
     assert len(list(run.glob("predictions-*.jsonl"))) == 2
     for name in ("train/text", "train/image", "train/total", "train/gradient_norm", "val/total"):
         alone, together = logged(work / "joint", name), logged(whole, name)
@@ -315,18 +318,25 @@ def test_init_from_starts_from_the_weights_at_step_0(work: Path, tmp_path: Path,
         assert float(first[0]) == pytest.approx(own_loss(work, Path(model)), rel=1e-5)
 
 
-def test_a_decoder_alone_learns_and_the_codes_stay(work: Path, tmp_path: Path) -> None:
+def test_a_decoder_alone_learns_and_a_model_takes_it(work: Path, tmp_path: Path) -> None:
     start = str(work / "tokenizer" / "model")
     fit = ["fit", "--config", str(work / "tokenizer.yaml"), "--trainer.max_steps", "6"]
-    fit += ["--model.init_args.decoder_only", "true", "--init_from", start]
-    assert main([*fit, "--output", str(tmp_path)]) == 0
-    before, after = (load_image_tokenizer(f) for f in (start, tmp_path / "model"))
+    fit += ["--model.init_args.decoder_only", "true", "--model.init_args.mse_weight", "0"]
+    sharper, model = str(tmp_path / "model"), str(work / "joint" / "model")
+    assert main([*fit, "--init_from", start, "--output", str(tmp_path)]) == 0
+    before, after = (load_image_tokenizer(f) for f in (start, sharper))
     images = torch.rand(4, 3, 16, 16) * 2 - 1
     codes = before.encode(images)
     assert torch.equal(codes, after.encode(images))
     old, new = before.state_dict(), after.state_dict()
     changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
     assert changed == {"decoder"}
+    assert after.codes_fingerprint == before.codes_fingerprint
+    # Training goes on with it, from a model and on shards of codes that had the other decoder.
+    fit = ["fit", "--config", str(work / "joint.yaml"), "--trainer.max_steps", "1"]
+    fit += ["--data.val_limit", "8", "--model.init_args.image_tokenizer", sharper]
+    assert main([*fit, "--init_from", model, "--output", str(tmp_path / "joint")]) == 0
+    assert load(tmp_path / "joint/model").image_tokenizer.fingerprint == after.fingerprint
 
 
 @pytest.mark.parametrize("part", ["decoder", "all"])
@@ -344,7 +354,7 @@ def test_a_discriminator_resumes_with_the_decoder_it_judges(
         fit += ["--model.init_args.discriminator_start", "2"]
     fit += ["--output"]
     assert main([*fit, str(tmp_path / "whole"), *start]) == 0
-    kill_at(4, [*fit, str(run), *start], run)
+    launch([*fit, str(run), *start], dies_at=5)
     assert main([*fit, str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
     for name in ("train/tell", "train/fool", "train/perceptual"):
         whole, resumed = logged(tmp_path / "whole", name), logged(run, name)
@@ -388,7 +398,7 @@ def test_averaged_weights_resume_and_are_what_is_exported(work: Path, tmp_path: 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     fit, run = ["fit", "--config", str(tmp_path / "config.yaml"), "--output"], tmp_path / "run"
     assert main([*fit, str(tmp_path / "whole")]) == 0
-    kill_at(4, [*fit, str(run)], run)
+    launch([*fit, str(run)], dies_at=5)
     assert main([*fit, str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
     whole, resumed = logged(tmp_path / "whole"), logged(run)
     assert {s: whole[s] for s in resumed} == resumed

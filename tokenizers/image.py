@@ -1,7 +1,8 @@
 """The one protocol of image tokenizers, and how one is put together: encoder, quantizer, decoder.
 
 A tokenizer is a folder: ``config.json`` and ``model.safetensors``. Its fingerprint is a hash of
-config (preprocessing included) and weights: codes of one fingerprint mean nothing to another.
+config (preprocessing included) and weights; its codes have one of their own, of all that but the
+decoder: codes of one codes' fingerprint mean nothing to another.
 """
 
 import hashlib
@@ -33,6 +34,8 @@ class ImageTokenizer(Protocol):
     def downsample(self) -> int: ...
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def codes_fingerprint(self) -> str: ...
     def encode(self, images: Tensor) -> Tensor: ...
     def decode(self, codes: Tensor) -> Tensor: ...
 
@@ -130,11 +133,17 @@ class VQTokenizer(nn.Module):
     @property
     def fingerprint(self) -> str:
         """16 hex digits over config and weights."""
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        return _digest(asdict(self.config), self.state_dict())
+
+    @property
+    def codes_fingerprint(self) -> str:
+        """16 hex digits over what makes codes of images: everything but the decoder."""
+        config = asdict(self.config)
+        config["autoencoder"] = {
+            name: value for name, value in config["autoencoder"].items() if name != "decoder_depth"
+        }
+        weights = self.state_dict()
+        return _digest(config, {k: v for k, v in weights.items() if not k.startswith("decoder.")})
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -144,6 +153,14 @@ class VQTokenizer(nn.Module):
         )
         config = {**asdict(self.config), "fingerprint": self.fingerprint}
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _digest(config: dict[str, Any], weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _named(make: Callable[..., Made], options: dict[str, Any]) -> Made:

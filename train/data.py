@@ -291,7 +291,7 @@ class Unchanged:
 def check_codes(shards: list[Shards], codes_from: str | None, crops: bool) -> None:
     """Errors: ``ValueError`` where shards hold codes that this training cannot use.
 
-    codes_from: fingerprint of the image tokenizer whose codes it reads; None: it reads pixels.
+    codes_from: fingerprint of the codes it reads; None: it reads pixels.
     """
     encoded = [one for one in shards if one.encoding is not None]
     if not encoded:

@@ -40,6 +40,9 @@ class ImageTokenizerModule(TrainedByMuon):
         (train/distillation.py): timm:MODEL or timm:MODEL=FILE.
     decoder_only: leave the codes as they are (with --init_from) and go on with the decoder alone,
         at a third of the cost; a model that was trained on these codes can take the result.
+    mse_weight: of the squared errors beside the absolute ones. Squares get a decoder going; but
+        where codes leave an edge open, the least squares are a blur, the least absolute errors an
+        edge. So 0 for decoder_only.
     perceptual_weight, perceptual_features: of the distance between features of a frozen network
         (multimodal/eval/features.py): ``random``, timm:MODEL or timm:MODEL=FILE.
     discriminator_weight: of fooling a discriminator of patches, against VQGAN's adaptive weight: at
@@ -57,6 +60,7 @@ class ImageTokenizerModule(TrainedByMuon):
         teacher_weight: float = 0.0,
         teacher: str = "",
         decoder_only: bool = False,
+        mse_weight: float = 1.0,
         perceptual_weight: float = 0.0,
         perceptual_features: str = RANDOM,
         discriminator_weight: float = 0.0,
@@ -73,13 +77,14 @@ class ImageTokenizerModule(TrainedByMuon):
         self.frozen = tokenizer_parts if decoder_only else ()
         for part in self.frozen:
             part.requires_grad_(False).eval()
+        self.mse_weight = mse_weight
         self.perceptual_weight = perceptual_weight
         self.features = Features(perceptual_features) if perceptual_weight else None
-        if min(perceptual_weight, discriminator_weight, discriminator_start) < 0:
+        if min(mse_weight, perceptual_weight, discriminator_weight, discriminator_start) < 0:
             raise ValueError(
-                f"perceptual_weight={perceptual_weight}, discriminator_weight="
-                f"{discriminator_weight}, discriminator_start={discriminator_start}: "
-                "expected 0 or more"
+                f"mse_weight={mse_weight}, perceptual_weight={perceptual_weight}, "
+                f"discriminator_weight={discriminator_weight}, "
+                f"discriminator_start={discriminator_start}: expected 0 or more"
             )
         self.discriminator_weight = discriminator_weight
         self.discriminator_start = discriminator_start
@@ -139,7 +144,6 @@ class ImageTokenizerModule(TrainedByMuon):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Every loss by its name, and the codes; judged: by the discriminator, too."""
         reconstruction, quantized = self.tokenizer(images)
-        # The squares count what is far off; the absolute errors keep edges sharp.
         reconstruction = reconstruction.float()
         parts = {"mse": F.mse_loss(reconstruction, images)}
         parts["l1"] = F.l1_loss(reconstruction, images)
@@ -156,7 +160,8 @@ class ImageTokenizerModule(TrainedByMuon):
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
         """The weighted sum; one backward for all, as each loss moves its own side only."""
-        weights = {"perceptual": self.perceptual_weight, "teacher": self.teacher_weight}
+        weights = {"mse": self.mse_weight, "perceptual": self.perceptual_weight}
+        weights["teacher"] = self.teacher_weight
         weights["fool"] = 0.0
         weights |= dict.fromkeys(("words", "context"), self.semantic_weight)
         total = torch.zeros(()).to(parts["mse"])

@@ -128,8 +128,8 @@ class JointModule(TrainedByMuon):
 
     @property
     def codes_from(self) -> str:
-        """Fingerprint of the image tokenizer whose codes it reads."""
-        return self.model.image_tokenizer.fingerprint
+        """Fingerprint of the codes that it reads."""
+        return self.model.image_tokenizer.codes_fingerprint
 
     def codes(self, batch: Examples) -> Tensor:
         """int64[I, n], of all images of the batch"""
@@ -147,14 +147,19 @@ class JointModule(TrainedByMuon):
         return images, rows, torch.cat([codes[:0], *(images[row] for row in rows)])
 
     def init_from(self, folder: str) -> None:
-        """Start from the weights of a model folder of the same sizes and tokenizers."""
+        """Start from the weights of a model folder of the same sizes and tokenizers.
+
+        The image decoder may be another one, for the same codes: it stays that of this run.
+        """
         source = load(folder)
         if source.config.transformer != self.model.config.transformer:
             raise ValueError(f"{folder}: its sizes are not those of this run")
-        if source.image_tokenizer.fingerprint != self.model.image_tokenizer.fingerprint:
+        mine, its = self.model.image_tokenizer, source.image_tokenizer
+        if its.codes_fingerprint != mine.codes_fingerprint:
             raise ValueError(f"{folder}: its image tokenizer is not the one of this run")
         if source.text_tokenizer.to_json() != self.model.text_tokenizer.to_json():
             raise ValueError(f"{folder}: its text tokenizer is not the one of this run")
+        source.image_tokenizer = mine
         self.model.load_state_dict(source.state_dict())
 
     def pack(self, batch: Examples) -> tuple[Packed, Tensor, Tensor]:
