@@ -1,10 +1,10 @@
-"""How drawings depend on the method, the steps and the guidance.
+"""How drawings depend on the method, the steps, the guidance and the temperature.
 
     python benchmarks/drawing_dials.py [--model starter] [--scenes DIR] [--photos DIR]
 
 100 captions of scenes (val): objects with the right colour and shape, read off the pixels; 100
-first captions of photos (val): the model's own alignment score of drawing and caption. Seed 0,
-temperature 1. Prints a table; the last line is JSON.
+first captions of photos (val): the model's own alignment score of drawing and caption. Seed 0.
+Prints a table; the last line is JSON.
 """
 
 import argparse
@@ -23,12 +23,14 @@ from multimodal.drawing import Method, decode_images, draw_codes
 from multimodal.embedding import embed_codes, embed_texts
 from multimodal.eval.drawings import score_scene_drawings, whole_caption
 from multimodal.images import to_image
+from multimodal.sampling import Sampling
 from multimodal.shards import Shards
 from multimodal.texts import descriptions_of
 
 COUNT = 100
-METHODS: tuple[tuple[Method, int], ...] = (
-    ("causal", 1), ("masked", 4), ("masked", 8), ("masked", 12)
+METHODS: tuple[tuple[Method, int, float], ...] = (  # steps, temperature
+    ("causal", 1, 1.0), ("causal", 1, 0.8), ("causal", 1, 0.6), ("causal", 1, 0.4),
+    ("masked", 4, 1.0), ("masked", 8, 1.0), ("masked", 12, 1.0), ("masked", 12, 0.6),
 )  # fmt: skip
 SCALES = (1.0, 2.0, 3.0, 5.0)
 
@@ -48,18 +50,21 @@ def main() -> None:
     ]
     meant = embed_texts(model, of_photos)
     rows: list[dict[str, Any]] = []
-    settings = [(method, steps, scale) for method, steps in METHODS for scale in SCALES]
-    for method, steps, scale in tqdm(settings, disable=None):
+    settings = [(*method, scale) for method in METHODS for scale in SCALES]
+    for method, steps, temperature, scale in tqdm(settings, disable=None):
         start = time.perf_counter()
-        how = {"method": method, "steps": steps, "guidance_scale": scale}
+        sampling = Sampling(temperature=temperature)
+        how = {
+            "method": method, "steps": steps, "guidance_scale": scale, "sampling": sampling
+        }  # fmt: skip
         drawn = decode_images(model, draw_codes(model, prompts, **how))  # type: ignore[arg-type]
         score = score_scene_drawings(prompts, [to_image(image) for image in drawn])
         photos = draw_codes(model, of_photos, **how)  # type: ignore[arg-type]
         likeness = torch.cat([embed_codes(model, some) for some in photos.split(64)])
         rows.append({
             "method": method if method == "causal" else f"masked, {steps} steps",
-            "guidance": scale, "objects": score["objects"], "colours": score["colours"],
-            "extra": score["extra"],
+            "temperature": temperature, "guidance": scale,
+            "objects": score["objects"], "colours": score["colours"], "extra": score["extra"],
             "alignment on photos": float((likeness * meant).sum(-1).mean()),
             "seconds": round(time.perf_counter() - start, 1),
         })  # fmt: skip

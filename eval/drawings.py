@@ -1,8 +1,9 @@
 """What a drawing of a scene shows, read off its pixels: for scores of drawings, not of captions.
 
 No model judges here. What differs from the background is cut into connected blobs; a blob has the
-colour most of its pixels are nearest to, and the shape whose stencil, laid over its box, covers it
-best. On true renderings this program finds 99 % of the objects (tests/test_drawings.py).
+colour most of its pixels are nearest to, and the shape whose stencil, sharp or blurred, covers it
+best. On true renderings this program finds 99 % of the objects, blurred by 0.8 pixels over 90 %
+(tests/test_drawings.py).
 """
 
 from collections import Counter
@@ -34,6 +35,8 @@ SMALLEST = 40  # pixels of a blob; the smallest cross has 110
 FITS = 0.7  # of stencil and blob together, the share in both; below it a blob has no shape
 CLAIMED = ("count", "position", "relation", "size", "background")  # what else drawings are held to
 STENCIL = 48  # pixels per side at which shapes are compared
+SOFTNESS = (0.0, 0.04, 0.08, 0.12)  # deviations of the blurs of stencils, in longer sides
+STRETCH = 1.25  # how far a blob's proportions may be from its stencil's
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ def objects_seen(image: Image.Image) -> list[Seen]:
         if blob.sum() >= SMALLEST:
             box = (columns.start, rows.start, columns.stop, rows.stop)
             colour = _colour(pixels[rows, columns], ndimage.binary_fill_holes(blob))
-            found.append(Seen(colour, _shape(blob), box))
+            behind = ramp[(rows.start + rows.stop) // 2, 0]
+            visible = CONTRAST / float(np.linalg.norm(np.array(COLOURS[colour]) - behind))
+            found.append(Seen(colour, _shape(blob, visible), box))
     return sorted(found, key=lambda seen: seen.box)
 
 
@@ -144,18 +149,30 @@ def _extents() -> dict[str, float]:
 
 
 @cache
-def _stencils() -> dict[str, Mask]:
-    """Each shape, cut to its box, at STENCIL x STENCIL pixels and in its own proportions."""
-    made = {}
+def _stencils(tenths: int) -> list[tuple[str, float, Mask]]:
+    """Each shape in each softness, what of it is seen from so many tenths of its full contrast on:
+    its name, height over width, and form. Blurs that close a ring's hole are left out."""
+    from scipy import ndimage
+
+    made = []
     for shape in SHAPES:
-        mask = stencil(shape, 2 * STENCIL)
-        box = mask.getbbox()
-        assert box is not None
-        made[shape] = np.asarray(mask.crop(box).resize((STENCIL, STENCIL))) > 127
+        sharp = np.pad(np.asarray(stencil(shape, STENCIL), np.float64) / 255, STENCIL)
+        for softness in SOFTNESS:
+            blurred = ndimage.gaussian_filter(sharp, softness * 2 * STENCIL * _extents()[shape])
+            form = blurred > (tenths / 10 if softness else 0.5)
+            if shape != "ring" or ndimage.binary_fill_holes(form).sum() > form.sum():
+                rows, columns = ndimage.find_objects(form.astype(int))[0]
+                cut = form[rows, columns]
+                made.append((shape, cut.shape[0] / cut.shape[1], _stretched(cut)))
     return made
 
 
-def _shape(blob: Mask) -> str | None:
+def _stretched(form: Mask) -> Mask:
+    return np.asarray(Image.fromarray(form).resize((STENCIL, STENCIL))) > 0
+
+
+def _shape(blob: Mask, visible: float) -> str | None:
+    """visible: the share of its full contrast from which on a pixel is in the blob."""
     from scipy import ndimage
 
     # A texture like the background leaves holes; the one hole that counts is the ring's.
@@ -163,14 +180,15 @@ def _shape(blob: Mask) -> str | None:
     height, width = blob.shape
     middle = blob[height // 3 : -(height // 3), width // 3 : -(width // 3)]
     hollow = whole.sum() > blob.sum() and middle.mean() < 0.3
-    resized = Image.fromarray(blob if hollow else whole).resize((STENCIL, STENCIL))
-    mask = np.asarray(resized) > 0
-    scores = {}
-    for shape, form in _stencils().items():
-        if (shape == "ring") == hollow:
-            scores[shape] = (mask & form).sum() / (mask | form).sum()
-    best = max(scores, key=lambda shape: scores[shape])
-    return best if scores[best] >= FITS else None
+    mask = _stretched(blob if hollow else whole)
+    best, most = None, FITS
+    for shape, proportion, form in _stencils(round(10 * min(visible, 0.5))):
+        alike = 1 / STRETCH < height / width / proportion < STRETCH
+        if alike and (shape == "ring") == hollow:
+            overlap = (mask & form).sum() / (mask | form).sum()
+            if overlap >= most:
+                best, most = shape, overlap
+    return best
 
 
 def objects_asked(caption: str) -> Counter[tuple[str, str]]:

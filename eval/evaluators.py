@@ -10,14 +10,14 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.drawing import Method, decode_images, draw_codes
+from multimodal.drawing import DRAWN, Method, decode_images, draw_codes
 from multimodal.embedding import embed_codes, embed_texts
 from multimodal.eval.answering import normalise, same_answer, score_answers
 from multimodal.eval.captioning import score_captions
@@ -281,9 +281,10 @@ class Drawing:
 
     name: ClassVar[str] = "drawing"
     protocol: ClassVar[str] = (
-        "code by code (masked: in 12 steps), guidance 3, temperature 1; of scenes after the first "
-        "caption that names all objects, read off the pixels by program; of others the model's own "
-        "alignment score (the product of the embeddings of caption and drawing); fid and kid of "
+        f"code by code (masked: in 12 steps), guidance 3, temperature {DRAWN.temperature}; of "
+        "scenes after the first caption that names all objects, read off the pixels by program; of "
+        "others the model's own alignment score (the product of the embeddings of caption and "
+        "drawing); fid and kid of "
         "the drawings, and of the true pictures encoded and decoded, to the true ones, with random "
         "features of seed 0: to compare with one another, with nothing published"
     )
@@ -304,7 +305,7 @@ class Drawing:
             prompt or descriptions_of(sample.record)[0]
             for prompt, sample in zip(prompts, subject.samples, strict=True)
         ]
-        sampling = Sampling(temperature=1.0, seed=subject.seed)
+        sampling = replace(DRAWN, seed=subject.seed)
         true = subject.codes
 
         def drawings(method: Method) -> Tensor:

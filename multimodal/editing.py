@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from multimodal.drawing import UNKNOWN, DrawingOptions, decode_images, draw_codes
+from multimodal.drawing import DRAWN, UNKNOWN, DrawingOptions, decode_images, draw_codes
 from multimodal.generation import caption_codes, encode_images
 from multimodal.images import Fit, fit_image, to_image, to_tensor
 from multimodal.sampling import Sampling
@@ -75,7 +75,7 @@ def edit_image(
     mask: Image.Image,
     text: str,
     *,
-    sampling: Sampling = Sampling(temperature=1.0),  # noqa: B008 (frozen)
+    sampling: Sampling = DRAWN,
     **drawing: Unpack[DrawingOptions],
 ) -> Image.Image:
     """Draw what is white in the mask anew -> an image of the same size, unchanged elsewhere.
@@ -109,7 +109,7 @@ def outpaint(
     margins: Box,
     text: str,
     *,
-    sampling: Sampling = Sampling(temperature=1.0),  # noqa: B008 (frozen)
+    sampling: Sampling = DRAWN,
     **drawing: Unpack[DrawingOptions],
 ) -> Image.Image:
     """Draw what lies around an image -> a larger one, with the image unchanged inside.
@@ -136,7 +136,7 @@ def vary(
     share: float = 0.5,
     text: str | None = None,
     *,
-    sampling: Sampling = Sampling(temperature=1.0),  # noqa: B008 (frozen)
+    sampling: Sampling = DRAWN,
     **drawing: Unpack[DrawingOptions],
 ) -> Image.Image:
     """Draw a share of the codes anew, anywhere -> another picture of the same, of its size.

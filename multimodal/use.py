@@ -2,7 +2,7 @@
 
 Images are paths, bytes or Pillow images. What is wrong with them, or with an argument, is a
 ``ValueError``. How tokens are chosen, and the seed: see multimodal.sampling.Sampling; texts take
-the likeliest ones (temperature 0), drawings are drawn (temperature 1).
+the likeliest ones (temperature 0), drawings are drawn (temperature 0.8).
 """
 
 import shutil

@@ -11,7 +11,8 @@ from PIL import Image
 
 import multimodal.editing as editing
 from multimodal.cli import main
-from multimodal.drawing import UNKNOWN, draw_codes
+from multimodal.commands.options import DRAWN_AT
+from multimodal.drawing import DRAWN, UNKNOWN, draw_codes
 from multimodal.generation import encode_images, read_images
 from multimodal.model import Multimodal
 
@@ -139,3 +140,7 @@ def test_what_a_crop_leaves_out_is_left_alone(
     assert (varied[:, 8:32] != np.asarray(image)[:, 8:32]).any()
     with pytest.raises(ValueError, match="cannot draw around it"):
         model.outpaint(image, (0, 0, 40, 0), "a red bus")
+
+
+def test_the_command_line_draws_at_the_same_temperature() -> None:
+    assert DRAWN_AT == DRAWN.temperature

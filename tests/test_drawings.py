@@ -75,6 +75,21 @@ def test_a_blur_costs_the_shapes_before_the_colours() -> None:
     assert soft["colours"] > soft["objects"]
 
 
+def test_soft_pictures_are_read_as_eyes_read_them() -> None:
+    """A blur of 0.8 pixels hides no shape of a large object from anyone: not from the program."""
+    rng = random.Random(5)
+    blur = ImageFilter.GaussianBlur(0.8)
+    wanted, found = Counter[str](), Counter[str]()
+    for scene in (sample_scene(rng) for _ in range(100)):
+        seen = Counter((s.colour, s.shape) for s in objects_seen(render(scene, 64).filter(blur)))
+        for item in scene.objects:
+            wanted[item.shape] += 1
+            found[item.shape] += seen[(item.colour, item.shape)] > 0
+            seen[(item.colour, item.shape)] -= 1
+    assert found.total() >= 0.9 * wanted.total()
+    assert all(found[shape] >= 0.85 * wanted[shape] for shape in SHAPES), (found, wanted)
+
+
 def test_scores_of_a_wrong_drawing() -> None:
     drawing = render(scene_of(("red", "circle"), ("blue", "square"), ("green", "heart")), 64)
     caption = "a red circle and a blue star"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from multimodal.commands.options import (
+    DRAWN_AT,
     add_drawing,
     add_sampling,
     at_least_one,
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
         help="draw K for each, keep the one that the model would caption so itself (default 1)",
     )
     add_drawing(made)
-    add_sampling(made, 1.0)
+    add_sampling(made, DRAWN_AT)
     arguments = made.parse_args(argv)
     at_least_one(arguments, "n", "steps", "candidates")
     check_output(arguments.out)

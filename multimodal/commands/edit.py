@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from multimodal.commands.options import (
+    DRAWN_AT,
     add_drawing,
     add_sampling,
     at_least_one,
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
     made.add_argument("--prompt", required=True, metavar="TEXT", help="what the image shows then")
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG, JPEG or WebP")
     add_drawing(made)
-    add_sampling(made, 1.0)
+    add_sampling(made, DRAWN_AT)
     arguments = made.parse_args(argv)
     at_least_one(arguments, "steps")
     check_output(arguments.out)

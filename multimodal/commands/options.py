@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16")
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+DRAWN_AT = 0.8  # temperature: that of multimodal.drawing.DRAWN, which would import torch
 
 
 def parser(verb: str, about: str, epilog: str) -> argparse.ArgumentParser:
