@@ -68,7 +68,7 @@ def last_figures(folder: Path) -> dict[str, float]:
 
 
 def score_drawings(model: Multimodal, data: str, method: Method = "causal") -> dict[str, float]:
-    """Drawings of 200 scenes of val, guidance 3, seed 0."""
+    """Drawings of 200 scenes of val, guidance 3, the default temperature, seed 0."""
     records = (sample.record for sample in islice(Shards(data, "val"), 200))
     prompts = [caption for record in records if (caption := whole_caption(record))]
     codes = [

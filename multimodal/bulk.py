@@ -121,8 +121,8 @@ def check_codes_fit(model: "Multimodal", shards: Shards) -> None:
     made_by, read = shards.encoding.get("fingerprint"), model.image_tokenizer.codes_fingerprint
     if made_by != read:
         raise ValueError(
-            f"{shards.folder}: its codes are of image tokenizer {made_by}, the model reads those "
-            f"of {read}"
+            f"{shards.folder}: its codes are of another image tokenizer ({made_by}; the model "
+            f"reads codes {read})"
         )
 
 

@@ -2,7 +2,8 @@
 
 Images are paths, bytes or Pillow images. What is wrong with them, or with an argument, is a
 ``ValueError``. How tokens are chosen, and the seed: see multimodal.sampling.Sampling; texts take
-the likeliest ones (temperature 0), drawings are drawn (temperature 0.8).
+the likeliest ones (temperature 0), and so do images of ``generate``, ``reply`` and ``stream``;
+drawings and edits are drawn (temperature 0.8).
 """
 
 import shutil

@@ -119,7 +119,7 @@ def test_embeddings_of_images_and_of_their_codes(
     np.testing.assert_allclose(np.load(tmp_path / "again/train-0000.npy"), rows["train-0000"])
     capsys.readouterr()
     assert run("embed", Path("starter"), tmp_path / "codes", tmp_path / "other") == 1
-    assert "its codes are of image tokenizer" in capsys.readouterr().err
+    assert "its codes are of another image tokenizer" in capsys.readouterr().err
 
 
 def test_wrong_arguments(

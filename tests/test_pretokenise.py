@@ -280,7 +280,15 @@ def test_codes_that_do_not_fit_are_refused(
     assert "cannot be cropped" in fit(*folders, "--data.crop_scale", "0.5")
     make_tokenizer(seed=1).save(tmp_path / "other")
     said = fit(*folders, "--model.init_args.image_tokenizer", str(tmp_path / "other"))
-    assert "its codes are of image tokenizer" in said and "encode the shards anew" in said
+    assert "its codes are of another image tokenizer" in said and "encode the shards anew" in said
+    # One that differs in its decoder alone makes the same codes.
+    sharper = make_tokenizer()
+    with torch.no_grad():
+        sharper.decoder.last_layer.mul_(2)
+    sharper.save(tmp_path / "sharper")
+    fits = ["fit", "--config", str(joint / "joint.yaml"), "--output", str(tmp_path / "fits")]
+    taken = ["--model.init_args.image_tokenizer", str(tmp_path / "sharper")]
+    assert main([*fits, *folders, *taken, "--trainer.max_steps", "1"]) == 0
     # A manifest that was changed by hand: the codes themselves tell.
     shutil.copytree(codes, tmp_path / "codes")
     manifest = tmp_path / "codes/manifest.json"

@@ -134,10 +134,14 @@ def launch(*commands: list[str], ranks: int = 1, dies_at: int | None = None) -> 
             processes.Process(target=one_rank, args=(list(commands), environment, dies_at))
         )
         started[-1].start()
-    for process in started:
-        process.join(200)
-    ends = {process.exitcode for process in started}
-    assert ends == {0 if dies_at is None else -signal.SIGKILL}
+    try:
+        for process in started:
+            process.join(200)
+        ends = {process.exitcode for process in started}
+        assert ends == {0 if dies_at is None else -signal.SIGKILL}
+    finally:
+        for process in started:
+            process.kill()  # one that waits for a rank that is gone
 
 
 @pytest.mark.parametrize(
@@ -260,6 +264,15 @@ def test_two_ranks_resume_bit_for_bit_and_agree_with_one(work: Path, tmp_path: P
             assert abs(float(loss) / float(alone[step]) - 1) < bound, (name, step)
 
 
+def test_ranks_are_started_by_lightning_too(work: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "multimodal.cli", "fit", "--config", str(work / "joint.yaml")]
+    command += ["--trainer.devices", "2", "--trainer.max_steps", "1", "--data.val_limit", "4"]
+    command += ["--trainer.limit_val_batches", "0", "--threads", "1", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stderr and (tmp_path / "model/model.safetensors").is_file()
+
+
 def test_a_model_over_two_ranks_resumes_and_agrees_with_one(work: Path, tmp_path: Path) -> None:
     """FSDP2: each rank has a part of every weight; checkpoints are in parts, too."""
     sharded = {
@@ -332,7 +345,7 @@ def test_a_decoder_alone_learns_and_a_model_takes_it(work: Path, tmp_path: Path)
     changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
     assert changed == {"decoder"}
     assert after.codes_fingerprint == before.codes_fingerprint
-    # Training goes on with it, from a model and on shards of codes that had the other decoder.
+    # Training goes on with it, from a model that had the other decoder.
     fit = ["fit", "--config", str(work / "joint.yaml"), "--trainer.max_steps", "1"]
     fit += ["--data.val_limit", "8", "--model.init_args.image_tokenizer", sharper]
     assert main([*fit, "--init_from", model, "--output", str(tmp_path / "joint")]) == 0

@@ -17,7 +17,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import ArgumentError
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -33,7 +33,7 @@ from multimodal.train.callbacks import (
     WritePredictions,
 )
 from multimodal.train.data import ShardData
-from multimodal.train.safety import StopGently, WholeCheckpoints
+from multimodal.train.safety import KeptCheckpoints, StopGently, WholeCheckpoints
 
 VERBS = ("fit", "validate", "test", "predict")
 HELP = """\
@@ -122,11 +122,11 @@ class TrainingCLI(LightningCLI):
             callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
         if self.subcommand == "fit":
             callbacks += [
-                ModelCheckpoint(
+                KeptCheckpoints(
                     output / "checkpoints",
                     filename="{step}",
                     every_n_train_steps=config.checkpoint_every,
-                    save_last="link",  # once on the disk, and never half of a new one over the last
+                    save_last="link",
                     enable_version_counter=False,
                 ),
                 ExportModel(output / "model"),

@@ -308,8 +308,8 @@ def check_codes(shards: list[Shards], codes_from: str | None, crops: bool) -> No
         assert one.encoding is not None
         if (made_by := one.encoding.get("fingerprint")) != codes_from:
             raise ValueError(
-                f"{one.folder}: its codes are of image tokenizer {made_by}, the model reads those "
-                f"of {codes_from}; encode the shards anew: multimodal tokenizer encode"
+                f"{one.folder}: its codes are of another image tokenizer ({made_by}; the model "
+                f"reads codes {codes_from}); encode the shards anew: multimodal tokenizer encode"
             )
     if crops:
         raise ValueError(

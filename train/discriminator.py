@@ -1,10 +1,11 @@
 """A critic of patches, so that reconstructions are sharp instead of the mean of all that could be.
 
-What codes leave open (an edge one pixel to the left or to the right) squares and absolute errors
-paint as a blur. A critic that tells real patches from decoded ones, and a decoder that learns to
-fool it, settle for one of the possible edges: VQGAN (Esser et al. 2021, arXiv:2012.09841), with the
-patches of pix2pix (Isola et al. 2017, arXiv:1611.07004), the hinge loss of Lim & Ye 2017
-(arXiv:1705.02894) and spectral normalisation (Miyato et al. 2018, arXiv:1802.05957).
+What codes leave open (an edge one pixel to the left or to the right) squares paint as its mean, a
+blur, and absolute errors as its median, without texture. A critic that tells real patches from
+decoded ones, and a decoder that learns to fool it, settle for one of the possible edges: VQGAN
+(Esser et al. 2021, arXiv:2012.09841), with the patches of pix2pix (Isola et al. 2017,
+arXiv:1611.07004), the hinge loss of Lim & Ye 2017 (arXiv:1705.02894) and spectral normalisation
+(Miyato et al. 2018, arXiv:1802.05957).
 """
 
 import torch.nn.functional as F

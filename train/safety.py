@@ -1,6 +1,7 @@
 """What keeps a run: checkpoints that are whole or not there, and one more when it is stopped."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -51,6 +53,34 @@ class WholeCheckpoints(TorchCheckpointIO):
         """Tensors and plain values only, from wherever: no code of a pickle is run."""
         loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=True)
         return loaded
+
+
+class KeptCheckpoints(ModelCheckpoint):
+    """``last.ckpt`` is a link to the newest checkpoint, and at no moment to none.
+
+    Lightning's own leads nowhere from when the one before is removed until it is made anew.
+    """
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        if self.save_last == "link" and self._last_checkpoint_saved:
+            last = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
+            self._link_checkpoint(trainer, self._last_checkpoint_saved, last)
+        super()._remove_checkpoint(trainer, filepath)
+
+    @staticmethod
+    def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
+        if trainer.is_global_zero:
+            link = Path(linkpath)
+            if link.is_dir() and not link.is_symlink():
+                shutil.rmtree(link)
+            part = link.with_name(f"{link.name}.part")
+            part.unlink(missing_ok=True)
+            try:
+                part.symlink_to(Path(filepath).name)
+            except OSError:  # on Windows it takes a privilege
+                shutil.copy(filepath, part)
+            part.replace(link)
+        trainer.strategy.barrier()
 
 
 class StopGently(L.Callback):

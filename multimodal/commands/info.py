@@ -181,6 +181,7 @@ def _image_facts(tokenizer: Any) -> dict[str, Any]:
         "downsample": config.downsample,
         "tokens per image": config.grid**2,
         "codebook": tokenizer.codebook_size,
+        "codes": tokenizer.codes_fingerprint,
     }
 
 

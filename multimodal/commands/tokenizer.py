@@ -92,7 +92,7 @@ def encode(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     if manifest is None:  # the first rank says it
         return 0
-    print(f"{arguments.out}: {total} samples, codes of tokenizer {encoding.fingerprint}")
+    print(f"{arguments.out}: {total} samples, codes {encoding.fingerprint}")
     return 0
 
 
