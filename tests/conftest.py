@@ -1,11 +1,12 @@
 """Tiny models with random weights, for the tests of everything that has one.
 
-Tests are imported one by one (import-mode=importlib) and share code as fixtures.
+Tests are imported one by one (import-mode=importlib) and share code as fixtures; what their own
+processes have to import as well is in tests/launches.py.
 """
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,4 +77,74 @@ def tiny_model_folder(
     """The folder of ``tiny_model(noise=0.1)``; only to be read."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_model(noise=0.1).save(folder)
+    return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums over threads differ in their last bit with the number of threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+TINY_TOKENIZER: dict[str, Any] = {
+    "image_size": 16, "downsample": 8,
+    "autoencoder": {"name": "vit", "dim": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2},
+    "quantizer": {"name": "fsq", "levels": [5, 5]},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes, a text tokenizer, two configurations and a run of each: tokenizer/ and joint/."""
+    import torch
+    import yaml
+
+    from multimodal.cli import main
+
+    folder, threads = tmp_path_factory.mktemp("training"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert main(["data", "scenes", str(folder / "scenes"), "--count", "50", "--size", "32"]) == 0
+    text = ["--out", str(folder / "text.json"), "--vocabulary-size", "320"]
+    assert main(["tokenizer", "text", str(folder / "scenes"), *text]) == 0
+    trainer = {
+        "max_steps": 14, "log_every_n_steps": 1, "gradient_clip_val": 1.0, "accelerator": "cpu",
+        "enable_progress_bar": False, "val_check_interval": 5, "check_val_every_n_epoch": None,
+    }  # fmt: skip
+    data = {"folders": [str(folder / "scenes")], "global_batch_size": 8, "workers": 0}
+    module = "multimodal.train.image_tokenizer.ImageTokenizerModule"
+    tokenizer = {
+        "tokenizer": TINY_TOKENIZER,
+        "text_tokenizer": str(folder / "text.json"),
+        "semantic_weight": 0.5,
+        "warmup_steps": 2,
+    }
+    crops = {"crop_scale": 0.5, "mirror": True, "val_limit": 8}
+    joint = {
+        "text_tokenizer": str(folder / "text.json"),
+        "image_tokenizer": str(folder / "tokenizer/model"),
+        "size": "tiny",
+        "row_length": 192,
+        "warmup_steps": 2,
+        "captions_in_validation": 2,
+        "drawings_in_validation": 1,
+    }
+    for name, class_path, arguments, more in (
+        ("tokenizer", module, tokenizer, crops),
+        ("joint", "multimodal.train.joint.JointModule", joint, {"val_limit": 8}),
+    ):
+        config = {
+            "output": str(folder / name),
+            "checkpoint_every": 3,
+            "model": {"class_path": class_path, "init_args": arguments},
+            "data": data | more,
+            "trainer": trainer,
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        assert main(["fit", "--config", str(folder / f"{name}.yaml")]) == 0
+    torch.set_num_threads(threads)
     return folder

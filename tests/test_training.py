@@ -1,21 +1,16 @@
-"""Training by the command line, on tiny scenes: exact resume, starting weights, recipes, errors."""
+"""Training by the command line, on tiny scenes: starting weights, recipes, errors."""
 
 import csv
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 import yaml
@@ -27,288 +22,14 @@ from multimodal.objectives import ObjectivesConfig
 from multimodal.tokenizers import vq
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.train import image_tokenizer
-from multimodal.train.cli import keep_log, recipe_names
+from multimodal.train.cli import recipe_names
 from multimodal.train.data import Examples, GlobalBatches, ShardData, ShardDataset
 from multimodal.train.joint import JointModule
 from multimodal.train.order import Order
+from tests.launches import logged
 
 RECIPES = Path(__file__).parent.parent / "train" / "recipes"
-TOKENIZER: dict[str, Any] = {
-    "image_size": 16, "downsample": 8,
-    "autoencoder": {"name": "vit", "dim": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2},
-    "quantizer": {"name": "fsq", "levels": [5, 5]},
-}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums over threads differ in their last bit with the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Scenes, a text tokenizer, two configurations and a run of each: tokenizer/ and joint/."""
-    folder = tmp_path_factory.mktemp("training")
-    torch.set_num_threads(1)
-    assert main(["data", "scenes", str(folder / "scenes"), "--count", "50", "--size", "32"]) == 0
-    text = ["--out", str(folder / "text.json"), "--vocabulary-size", "320"]
-    assert main(["tokenizer", "text", str(folder / "scenes"), *text]) == 0
-    trainer = {
-        "max_steps": 14, "log_every_n_steps": 1, "gradient_clip_val": 1.0, "accelerator": "cpu",
-        "enable_progress_bar": False, "val_check_interval": 5, "check_val_every_n_epoch": None,
-    }  # fmt: skip
-    data = {"folders": [str(folder / "scenes")], "global_batch_size": 8, "workers": 0}
-    module = "multimodal.train.image_tokenizer.ImageTokenizerModule"
-    tokenizer = {
-        "tokenizer": TOKENIZER,
-        "text_tokenizer": str(folder / "text.json"),
-        "semantic_weight": 0.5,
-        "warmup_steps": 2,
-    }
-    crops = {"crop_scale": 0.5, "mirror": True, "val_limit": 8}
-    joint = {
-        "text_tokenizer": str(folder / "text.json"),
-        "image_tokenizer": str(folder / "tokenizer/model"),
-        "size": "tiny",
-        "row_length": 192,
-        "warmup_steps": 2,
-        "captions_in_validation": 2,
-        "drawings_in_validation": 1,
-    }
-    for name, class_path, arguments, more in (
-        ("tokenizer", module, tokenizer, crops),
-        ("joint", "multimodal.train.joint.JointModule", joint, {"val_limit": 8}),
-    ):
-        config = {
-            "output": str(folder / name),
-            "checkpoint_every": 3,
-            "model": {"class_path": class_path, "init_args": arguments},
-            "data": data | more,
-            "trainer": trainer,
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
-        assert main(["fit", "--config", str(folder / f"{name}.yaml")]) == 0
-    return folder
-
-
-def logged(run: Path, name: str = "train/total") -> dict[int, str]:
-    """step -> the figure, as text: of the newest log that has the step."""
-    older = sorted((run / "logs").glob("metrics.*.csv"), key=lambda path: path.suffixes)
-    found: dict[int, str] = {}
-    for path in (*older, run / "logs" / "metrics.csv"):
-        with open(path, newline="") as file:
-            found |= {int(r["step"]): r[name] for r in csv.DictReader(file) if r.get(name)}
-    return found
-
-
-def one_rank(commands: list[list[str]], environment: dict[str, str], dies_at: int | None) -> None:
-    """What a process of a launch does: `multimodal ARGUMENTS`, for each of the commands."""
-
-    def die(module: L.LightningModule, *_: Any) -> None:
-        if module.global_step == dies_at:
-            os.killpg(0, signal.SIGKILL)
-
-    os.setsid()  # so that its workers are killed with it
-    os.environ |= environment
-    L.LightningModule.on_train_batch_start = die  # type: ignore[method-assign]
-    for arguments in commands:
-        assert main([*arguments, "--threads", "1"]) == 0
-
-
-def launch(*commands: list[str], ranks: int = 1, dies_at: int | None = None) -> None:
-    """Run `multimodal ARGUMENTS`, one command after the other, in as many processes as torchrun
-    would start, but with everything imported already; SIGKILL them before the step ``dies_at``."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["multimodal.train.cli"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    started = []
-    for rank in range(ranks):
-        environment = shared | {"LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        started.append(
-            processes.Process(target=one_rank, args=(list(commands), environment, dies_at))
-        )
-        started[-1].start()
-    try:
-        for process in started:
-            process.join(200)
-        ends = {process.exitcode for process in started}
-        assert ends == {0 if dies_at is None else -signal.SIGKILL}
-    finally:
-        for process in started:
-            process.kill()  # one that waits for a rank that is gone
-
-
-@pytest.mark.parametrize(
-    ("name", "workers", "step"), [("tokenizer", 0, 7), ("joint", 0, 4), ("joint", 2, 5)]
-)
-def test_a_killed_run_resumes_bit_for_bit(
-    work: Path, tmp_path: Path, name: str, workers: int, step: int
-) -> None:
-    # 6 batches an epoch, a checkpoint every 3: step 4 resumes in the middle of the first epoch,
-    # step 7 at its end, and both go on into others.
-    run = tmp_path / "run"
-    fit = ["fit", "--config", str(work / f"{name}.yaml"), "--output", str(run)]
-    fit += ["--data.workers", str(workers)]
-    launch(fit, dies_at=step)
-    before = logged(run)
-    assert main([*fit, "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
-    whole, resumed = logged(work / name), logged(run)
-    assert len(whole) == 14 and whole == resumed
-    assert {s: whole[s] for s in before} == before, "the log of the killed run is kept"
-    expected = load_file(work / name / "model/model.safetensors")
-    found = load_file(run / "model/model.safetensors")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-    samples = sorted(p.name for p in (run / "logs").rglob("step-*"))
-    assert samples == sorted(p.name for p in (work / name / "logs").rglob("step-*"))
-
-
-def stopped(code: str, arguments: list[str]) -> tuple[int, str]:
-    """The exit status and stderr of ``multimodal ARGUMENTS`` in a process in which ``code`` ran."""
-    command = f"{code}\nimport sys\nfrom multimodal.cli import main\nsys.exit(main(sys.argv[1:]))"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", command, *arguments, "--threads", "1"],
-        env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    return done.returncode, done.stderr
-
-
-AT_STEP = """
-import os, signal
-from multimodal.train.joint import JointModule
-step = JointModule.{hook}
-def and_signal(self, batch, batch_idx):
-    if self.global_step == {step} and batch_idx == {batch}:
-        for _ in range(2 if "{signal}" == "SIGTERM" else 1): os.kill(os.getpid(), signal.{signal})
-    return step(self, batch, batch_idx)
-JointModule.{hook} = and_signal
-"""
-
-
-@pytest.mark.parametrize(
-    ("name", "hook", "step", "batch", "accumulate"),
-    [("SIGINT", "training_step", 3, 0, 2), ("SIGTERM", "validation_step", 5, 0, 1)],
-)
-def test_a_run_that_is_told_to_stop_saves_and_resumes_bit_for_bit(
-    work: Path, tmp_path: Path, name: str, hook: str, step: int, batch: int, accumulate: int
-) -> None:
-    run, whole = tmp_path / "run", work / "joint"
-    fit = ["fit", "--config", str(work / "joint.yaml"), "--output", str(run)]
-    if accumulate > 1:  # the signal comes with half of the gradients of a step
-        fit += ["--trainer.accumulate_grad_batches", str(accumulate), "--trainer.max_steps", "6"]
-        whole = tmp_path / "whole"
-        assert main([*fit, "--output", str(whole)]) == 0
-    code = AT_STEP.format(signal=name, hook=hook, step=step, batch=batch)
-    status, said = stopped(code, [*fit, "--checkpoint_every", "100"])
-    assert status == 128 + signal.Signals[name] and "Traceback" not in said, said
-    assert f"stopped at step {step + 1}; go on with --ckpt_path" in said
-    assert main([*fit, "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
-    assert logged(run) == logged(whole)
-    expected = load_file(whole / "model/model.safetensors")
-    found = load_file(run / "model/model.safetensors")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-
-
-@pytest.mark.parametrize(
-    ("validation", "reason"),
-    [("0", "checkpoint could not be written"), ("1.0", "model: could not be written")],
-)
-def test_a_full_disk_leaves_what_was_there(
-    work: Path, tmp_path: Path, validation: str, reason: str
-) -> None:
-    run = tmp_path / "run"
-    fit = ["fit", "--config", str(work / "joint.yaml"), "--output", str(run)]
-    assert main([*fit, "--trainer.max_steps", "3"]) == 0
-    kept = [path for path in run.rglob("*") if path.is_file() and "logs" not in path.parts]
-    before = {path: path.read_bytes() for path in kept}
-    resume = ["--ckpt_path", str(run / "checkpoints/last.ckpt")]
-    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 10**5,) * 2)"
-    status, said = stopped(full, [*fit, *resume, "--trainer.limit_val_batches", validation])
-    assert status == 1 and "Traceback" not in said and reason in said.splitlines()[-1], said
-    assert {path: path.read_bytes() for path in kept} == before
-    assert not list(run.rglob("*.part*"))
-    assert main([*fit, *resume]) == 0
-
-
-def test_a_checkpoint_cannot_name_a_class(work: Path, tmp_path: Path) -> None:
-    whole = torch.load(work / "joint/checkpoints/last.ckpt", weights_only=True)
-    whole["hyper_parameters"] = {"_class_path": "antigravity.Flight", "size": "large"}
-    torch.save(whole, tmp_path / "named.ckpt")
-    command = ["validate", "--config", str(work / "joint.yaml"), "--output", str(tmp_path)]
-    assert main([*command, "--ckpt_path", str(tmp_path / "named.ckpt")]) == 0
-    assert "antigravity" not in sys.modules
-
-
-def test_two_ranks_resume_bit_for_bit_and_agree_with_one(work: Path, tmp_path: Path) -> None:
-    devices = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    fit = ["fit", "--config", str(work / "joint.yaml"), *devices, "--trainer.max_steps", "8"]
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    launch([*fit, "--output", str(run)], ranks=2, dies_at=5)
-    resume = [*fit, "--output", str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]
-    launch([*fit, "--output", str(whole)], resume, ranks=2)
-    expected = load_file(whole / "model/model.safetensors")
-    found = load_file(run / "model/model.safetensors")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-    # The same global batches as on one rank; the sums are of other parts.
-    for name in ("train/text", "train/image", "train/total", "val/total"):
-        alone, together = logged(work / "joint", name), logged(whole, name)
-        assert len(together) == (1 if name.startswith("val") else 8), name
-        for step, loss in together.items():  # Muon makes the last bits of a sum grow
-            bound = 1e-5 if step == 0 else 5e-2
-            assert abs(float(loss) / float(alone[step]) - 1) < bound, (name, step)
-
-
-def test_ranks_are_started_by_lightning_too(work: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "multimodal.cli", "fit", "--config", str(work / "joint.yaml")]
-    command += ["--trainer.devices", "2", "--trainer.max_steps", "1", "--data.val_limit", "4"]
-    command += ["--trainer.limit_val_batches", "0", "--threads", "1", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "2 processes" in done.stderr and (tmp_path / "model/model.safetensors").is_file()
-
-
-def test_a_model_over_two_ranks_resumes_and_agrees_with_one(work: Path, tmp_path: Path) -> None:
-    """FSDP2: each rank has a part of every weight; checkpoints are in parts, too."""
-    sharded = {
-        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
-        "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
-    }
-    config = yaml.safe_load((work / "joint.yaml").read_text())
-    config["trainer"] |= {"devices": 2, "strategy": sharded, "max_steps": 8}
-    (tmp_path / "sharded.yaml").write_text(yaml.safe_dump(config))
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    fit = ["fit", "--config", str(tmp_path / "sharded.yaml"), "--output"]
-    launch([*fit, str(run)], ranks=2, dies_at=5)
-    assert (run / "checkpoints/last.ckpt").is_dir()
-    resume = [*fit, str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]
-    predict = ["predict", *fit[1:], str(run), "--data.val_limit", "4"]
-    launch([*fit, str(whole)], resume, predict, ranks=2)
-    expected = load_file(whole / "model/model.safetensors")
-    found = load_file(run / "model/model.safetensors")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-    assert len(list(run.glob("predictions-*.jsonl"))) == 2
-    for name in ("train/text", "train/image", "train/total", "train/gradient_norm", "val/total"):
-        alone, together = logged(work / "joint", name), logged(whole, name)
-        assert len(together) == (1 if name.startswith("val") else 8), name
-        for step, value in together.items():  # Muon makes the last bits of a sum grow
-            bound = 1e-5 if step == 0 else 0.2 if name.endswith("norm") else 5e-2
-            assert abs(float(value) / float(alone[step]) - 1) < bound, (name, step)
-
-
-def test_no_log_is_ever_lost(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.csv"
-    for content in ("first", "second"):
-        path.write_text(content)
-        keep_log(path)
-    assert not path.exists()
-    kept = [(tmp_path / f"metrics.{i}.csv").read_text() for i in (1, 2)]
-    assert kept == ["first", "second"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "joint"])
@@ -352,33 +73,6 @@ def test_a_decoder_alone_learns_and_a_model_takes_it(work: Path, tmp_path: Path)
     assert load(tmp_path / "joint/model").image_tokenizer.fingerprint == after.fingerprint
 
 
-@pytest.mark.parametrize("part", ["decoder", "all"])
-def test_a_discriminator_resumes_with_the_decoder_it_judges(
-    work: Path, tmp_path: Path, part: str
-) -> None:
-    start, run = list[str](), tmp_path / "run"
-    fit = ["fit", "--config", str(work / "tokenizer.yaml"), "--trainer.max_steps", "8"]
-    fit += ["--model.init_args.perceptual_weight", "0.1"]
-    fit += ["--model.init_args.discriminator_weight", "0.5"]
-    if part == "decoder":
-        start = ["--init_from", str(work / "tokenizer" / "model")]
-        fit += ["--model.init_args.decoder_only", "true"]
-    else:
-        fit += ["--model.init_args.discriminator_start", "2"]
-    fit += ["--output"]
-    assert main([*fit, str(tmp_path / "whole"), *start]) == 0
-    launch([*fit, str(run), *start], dies_at=5)
-    assert main([*fit, str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
-    for name in ("train/tell", "train/fool", "train/perceptual"):
-        whole, resumed = logged(tmp_path / "whole", name), logged(run, name)
-        late = part == "all" and name != "train/perceptual"
-        assert list(whole) == list(range(2 if late else 0, 8))
-        assert {s: whole[s] for s in resumed} == resumed
-    weights = [load_file(r / "model/model.safetensors") for r in (tmp_path / "whole", run)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-
-
 @pytest.mark.parametrize("collapsed", [False, True])
 def test_a_collapsed_codebook_raises_the_alarm(
     work: Path,
@@ -393,7 +87,7 @@ def test_a_collapsed_codebook_raises_the_alarm(
         monkeypatch.setattr(vq, "drawn_from", lambda flat, count: flat[:1].expand(count, -1))
         quantizer |= {"decay": 1.0, "dead_after": 0.0}
     config = yaml.safe_load((work / "tokenizer.yaml").read_text())
-    config["model"]["init_args"]["tokenizer"] = {**TOKENIZER, "quantizer": quantizer}
+    config["model"]["init_args"]["tokenizer"]["quantizer"] = quantizer
     config |= {"output": str(tmp_path / "run")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["fit", "--config", str(tmp_path / "config.yaml")]) == 0
@@ -402,28 +96,6 @@ def test_a_collapsed_codebook_raises_the_alarm(
     assert not collapsed or "step 11: " in alarms[0]
     dead = logged(tmp_path / "run", "train/codebook_dead")
     assert list(dead) == [11] and (float(dead[11]) == 63) == collapsed
-
-
-def test_averaged_weights_resume_and_are_what_is_exported(work: Path, tmp_path: Path) -> None:
-    config = yaml.safe_load((work / "tokenizer.yaml").read_text())
-    average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}
-    config["trainer"] |= {"callbacks": [average | {"init_args": {"decay": 0.9}}], "max_steps": 9}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    fit, run = ["fit", "--config", str(tmp_path / "config.yaml"), "--output"], tmp_path / "run"
-    assert main([*fit, str(tmp_path / "whole")]) == 0
-    launch([*fit, str(run)], dies_at=5)
-    assert main([*fit, str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
-    whole, resumed = logged(tmp_path / "whole"), logged(run)
-    assert {s: whole[s] for s in resumed} == resumed
-    # What the last checkpoint holds twice, the averages and what was trained, differs; the former
-    # is what is published.
-    last = torch.load(tmp_path / "whole/checkpoints/last.ckpt", weights_only=True)
-    name = "encoder.stem.0.weight"
-    average = last["state_dict"][f"tokenizer.{name}"]
-    trained = last["current_model_state"][f"tokenizer.{name}"]
-    assert not torch.equal(average, trained)
-    for folder in (tmp_path / "whole", run):
-        assert torch.equal(load_file(folder / "model/model.safetensors")[name], average)
 
 
 def test_a_model_lends_its_tokenizers(work: Path, tmp_path: Path) -> None:
