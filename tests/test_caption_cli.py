@@ -271,6 +271,7 @@ def test_info_verifies_fingerprints(
     assert all(value.endswith("(verified)") for value in facts["fingerprints"].values())
     assert facts["images"] == {
         "size": 32, "fit": "squash", "downsample": 8, "tokens per image": 16, "codebook": 64,
+        "codes": multimodal.load(tiny_model_folder).image_tokenizer.codes_fingerprint,
     }  # fmt: skip
     assert facts["bytes"] == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     if not part:
