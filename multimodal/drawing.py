@@ -11,7 +11,7 @@ Shapes: B batch, V vocabulary, n codes of an image, P longest prompt.
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, cast
 
 import torch
@@ -52,7 +52,7 @@ def divided(given: DrawingArguments) -> tuple[DrawingOptions, Sampling]:
     """What goes to ``draw_codes``, and the sampling: by default at that of ``DRAWN``."""
     options = {name: given[name] for name in DrawingOptions.__annotations__ if name in given}  # type: ignore[literal-required]
     rest = {name: value for name, value in given.items() if name not in options}
-    return cast(DrawingOptions, options), Sampling(**{"temperature": DRAWN.temperature, **rest})  # type: ignore[arg-type]
+    return cast(DrawingOptions, options), replace(DRAWN, **rest)  # type: ignore[arg-type]
 
 
 @torch.inference_mode()

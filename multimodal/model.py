@@ -34,7 +34,7 @@ from multimodal.sequences import (
     random_mask,
 )
 from multimodal.templates import Templates
-from multimodal.tokenizers.image import VQTokenizer
+from multimodal.tokenizers.image import VQTokenizer, hash_weights
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.transformer import SIZES, Transformer, TransformerConfig, named_config
 from multimodal.use import Usable
@@ -175,9 +175,7 @@ class Multimodal(Usable, nn.Module):
         """16 hex digits over config, weights, and both tokenizers."""
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         digest.update(self.text_tokenizer.to_json().encode())
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        hash_weights(digest, self.state_dict())
         digest.update(self.image_tokenizer.fingerprint.encode())
         return digest.hexdigest()[:16]
 

@@ -3,7 +3,6 @@
 import random
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +51,6 @@ def after(marker: str) -> str:
 QUICK, USE, OWN = after("quick path"), after("use"), after("own data")
 
 
-@pytest.fixture
-def few_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run_small(block: str, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in commands(block):
         line = " ".join(arguments)
@@ -71,7 +62,7 @@ def test_the_quick_path_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    few_threads: None,
+    one_thread: None,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run_small(QUICK, capsys)
@@ -106,7 +97,7 @@ def test_own_data_from_a_folder_to_a_tuned_starter(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    few_threads: None,
+    one_thread: None,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()

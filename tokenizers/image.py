@@ -157,10 +157,15 @@ class VQTokenizer(nn.Module):
 
 def _digest(config: dict[str, Any], weights: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    hash_weights(digest, weights)
+    return digest.hexdigest()[:16]
+
+
+def hash_weights(digest: "hashlib._Hash", weights: dict[str, Tensor]) -> None:
+    """Update the hash with name, shape, dtype and bytes of every weight, sorted by name."""
     for name, value in sorted(weights.items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def _named(make: Callable[..., Made], options: dict[str, Any]) -> Made:
