@@ -29,12 +29,12 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
     from torch.nn.functional import scaled_dot_product_attention
 
     import multimodal.transformer
+    from multimodal.memory import keep_freed_memory
     from multimodal.model import Multimodal
     from multimodal.objectives import ObjectivesConfig
     from multimodal.sequences import pack
     from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
     from multimodal.tokenizers.text import TextTokenizer
-    from multimodal.train.cli import keep_freed_memory
     from multimodal.train.schedule import muon
 
     if keep:

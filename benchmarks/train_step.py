@@ -34,12 +34,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     """Seconds of a step, tokens in it, and the most memory in GB, of one setting."""
     import torch
 
+    from multimodal.memory import keep_freed_memory
     from multimodal.model import Multimodal
     from multimodal.objectives import ObjectivesConfig
     from multimodal.sequences import NO_LOSS, OBJECTIVES, pack
     from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
     from multimodal.tokenizers.text import TextTokenizer
-    from multimodal.train.cli import keep_freed_memory
     from multimodal.train.cost import peak_memory
     from multimodal.train.schedule import muon
 

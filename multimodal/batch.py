@@ -8,6 +8,7 @@ Shapes: B rows, L longest prompt, S tokens in the cache, V vocabulary.
 
 from collections.abc import Sequence as SequenceOf
 from collections.abc import Sized
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.attention import attention_mask
-from multimodal.decoding import COMPILED_ROWS, ROOM_MULTIPLE, read_token
+from multimodal.decoding import COMPILED_ROWS, ROOM_MULTIPLE, Compiled, read_token
 from multimodal.transformer import Cache
 
 if TYPE_CHECKING:
@@ -50,6 +51,13 @@ def shared_length(prompts: list[list[int]]) -> int:
     return shared if shared >= SHARED_AT_LEAST else 0
 
 
+def closed_up(going: list[int]) -> list[int]:
+    """The places of rows that go on, in such an order that few move: the last ones into holes."""
+    count, staying = len(going), set(going)
+    behind = [place for place in going if place >= count]
+    return [place if place in staying else behind.pop() for place in range(count)]
+
+
 class Batch:
     """Prompts of different lengths, read once into a cache and then continued token by token.
 
@@ -72,7 +80,7 @@ class Batch:
         self.positions = documents.cumsum(1).sub(1).clamp(min=0) + shared
         config, weight = model.config.transformer, model.transformer.embed_tokens.weight
         room += shared + longest
-        if model.compiled_step is not None:
+        if model.compiled is not None:
             room += -room % ROOM_MULTIPLE
         self.cache = Cache.empty(config, len(prompts), room, weight)
         mask = attention_mask(documents, torch.zeros_like(documents))
@@ -105,14 +113,11 @@ class Batch:
         self.last = self.last + 1
         self.visible = torch.cat([self.visible, torch.ones_like(self.visible[:, :1])], dim=1)
         cache, end = self.cache, self.cache.length + 1
-        room = cache.keys.shape[3]
-        assert end <= room, f"the cache has room for {room} tokens"
+        assert end <= cache.room, f"the cache has room for {cache.room} tokens"
         place = torch.tensor([end - 1], device=ids.device)
-        compiled = self.model.compiled_step
-        few = ids.is_cuda or len(ids) <= COMPILED_ROWS
-        if compiled is not None and few and room % ROOM_MULTIPLE == 0:
-            mask = F.pad(self.visible, (0, room - end))[:, None, None, :]
-            state = compiled(ids, self.last, mask, cache.keys, cache.values, place)
+        if (compiled := self._compiled()) is not None:
+            mask = F.pad(self.visible, (0, cache.room - end))[:, None, None, :]
+            state = compiled.step(ids, self.last, mask, cache.keys, cache.values, place)
             self.hidden = state.clone()  # a CUDA graph writes to the same memory again
         else:
             # Nothing is padded: every key may be seen, and SDPA needs no mask.
@@ -121,12 +126,39 @@ class Batch:
             self.hidden = read_token(self.model.transformer, ids, self.last, seen, *filled, place)
         cache.length = end
 
+    def read_block(self, ids: Tensor, wanted: Tensor) -> Tensor:
+        """The states of a block after the prompts that sees them and itself, and is not kept.
+
+        ids: int64[B, n]; wanted: int64[B, Q], places in it -> float[B, Q, D]
+        """
+        count, compiled = ids.shape[1], self._compiled()
+        # Compiled, it goes to the end of the cache, so that its place is one for all prompts.
+        start = self.cache.length if compiled is None else self.cache.room - count
+        seen = F.pad(self.visible, (0, start - self.cache.length))
+        mask = F.pad(seen, (0, count), value=True)[:, None, None].expand(-1, 1, count, -1)
+        positions = self.last + 1 + torch.arange(count, device=ids.device)
+        forward = self.model.transformer if compiled is None else compiled.forward
+        return forward(ids, positions, mask, replace(self.cache, length=start), wanted)
+
+    def _compiled(self) -> Compiled | None:
+        """What is compiled, where this batch can use it."""
+        few = self.hidden.is_cuda or len(self.hidden) <= COMPILED_ROWS
+        return self.model.compiled if few and self.cache.room % ROOM_MULTIPLE == 0 else None
+
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only: int64[rows]"""
+        """Go on with these rows only, in this order: int64[rows]. Those that stay where they are
+        cost nothing (see ``closed_up``)."""
+        cache, count, before = self.cache, len(rows), len(self.last)
         self.last, self.visible, self.hidden = (
             x[rows] for x in (self.last, self.visible, self.hidden)
         )
-        self.cache.keys, self.cache.values = self.cache.keys[:, rows], self.cache.values[:, rows]
+        if count > before:
+            cache.keys, cache.values = cache.keys[:, rows], cache.values[:, rows]
+            return
+        moved = (rows != torch.arange(count, device=rows.device)).nonzero()[:, 0]
+        for x in (cache.keys, cache.values):
+            x[:, moved, :, : cache.length] = x[:, rows[moved], :, : cache.length]
+        cache.keys, cache.values = cache.keys[:, :count], cache.values[:, :count]
 
     def join(self, others: "Batch", room: int) -> None:
         """Go on with the rows of another batch too, after those of this one; room: for how many

@@ -15,6 +15,7 @@ import sys
 import traceback
 
 from multimodal import __version__
+from multimodal.memory import keep_freed_memory
 
 VERBS: dict[str, tuple[str, str]] = {
     "caption": ("multimodal.commands.caption", "describe images in words"),
@@ -117,6 +118,7 @@ def _run(verb: str, rest: list[str]) -> int:
     word, equals, value = (rest or [""])[0].partition("=")  # info --config=recipe.yaml
     if f"{verb} {word}" in VERBS:
         verb, rest = f"{verb} {word}", [*([value] if equals else []), *rest[1:]]
+    keep_freed_memory()
     module_name, _ = VERBS[verb]
     if module_name == "multimodal.train.cli":  # one Lightning CLI serves four verbs
         rest = [verb, *rest]

@@ -2,13 +2,15 @@
 
 On a CPU a step of a small model is mostly the calling of operations, and here are as few of them
 as it takes: no rearranging of one token, no keys and values repeated for the heads of a group.
-Compiled, a step is a handful of kernels (on a GPU, a CUDA graph); that takes some ten seconds
-first, and shapes that stay the same: the whole cache, with a mask over what is not filled yet.
+Compiled, a step (of one token, or of a drawing's codes) is a handful of kernels, on a GPU a CUDA
+graph; that takes ten to twenty seconds first, and shapes that stay the same: the whole cache, with
+a mask over what is not filled.
 
 Shapes: B rows, S tokens in the cache, D width, H heads, G key-value heads, d head size.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.transformer import Layer, Transformer, norm_in_fp32, rope, rotate
+from multimodal.transformer import Cache, Layer, Transformer, norm_in_fp32, rope, rotate
 
 Step: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor], Tensor]
 ROOM_MULTIPLE = 128  # tokens in the cache of a compiled step: a new shape is compiled anew
@@ -49,7 +51,7 @@ def read_token(
     """ids: int64[B]; positions: int64[B, 1]; mask: bool[B, 1, 1, S] or None, which sees all; keys,
     values: float[layers, B, G, S, d]; place: int64[1], where in them the token goes
     -> float[B, D], normed"""
-    cos, sin = (angles[:, 0] for angles in rope(positions, transformer.config))
+    cos, sin = (angles[:, 0] for angles in rope(positions, transformer.config))  # [B, 1, d]
     x: Tensor = transformer.embed_tokens(ids)
     for number, layer in enumerate(transformer.layers):
         assert isinstance(layer, Layer)
@@ -76,12 +78,22 @@ def read_token(
     return out
 
 
-def compiled_step(transformer: Transformer) -> Step:
-    """``read_token`` of a transformer, compiled when it is first called."""
-    graphs = transformer.embed_tokens.weight.is_cuda
-    step: Step = torch.compile(
-        partial(read_token, transformer),
-        dynamic=False,
-        mode="reduce-overhead" if graphs else "default",
-    )
-    return step
+@dataclass(frozen=True)
+class Compiled:
+    """Compiled when first called, and for each new shape.
+
+    step: ``read_token``; forward: the transformer's, of a block (``Batch.read_block``)
+    """
+
+    step: Step
+    forward: Callable[[Tensor, Tensor, Tensor, Cache, Tensor], Tensor]
+
+    @classmethod
+    def of(cls, transformer: Transformer) -> "Compiled":
+        graphs = transformer.embed_tokens.weight.is_cuda
+        mode = "reduce-overhead" if graphs else "default"
+        step, forward = (
+            torch.compile(function, dynamic=False, mode=mode)
+            for function in (partial(read_token, transformer), transformer.forward)
+        )
+        return cls(step, forward)

@@ -208,16 +208,10 @@ def _draw_masked(
     copies, order = len(prompts) // count, spread_order(model.image_tokenizer.config.grid)
     # What a text means does not depend on the image after it: it is read once, into the cache.
     batch = Batch(model, prompts, n)
-    read = batch.cache.length
-    positions = batch.last + 1 + torch.arange(n, device=model.device)
-    every = batch.visible.new_ones(len(prompts), n)
-    mask = torch.cat([batch.visible, every], 1)[:, None, None].expand(-1, 1, n, -1)
     generators = sampling.generators(numbers)
     to_draw = (codes == UNKNOWN).sum(1)
     for step in range(steps):
         image = torch.where(codes == UNKNOWN, vocabulary.mask, codes + vocabulary.image_start)
-        batch.cache.length = read
-        ids = image.repeat(copies, 1).to(model.device)
         known, progress = codes != UNKNOWN, (step + 1) / steps
         left = (to_draw * torch.cos(torch.tensor(progress * torch.pi / 2))).long()
         if step == steps - 1:
@@ -228,10 +222,10 @@ def _draw_masked(
         fresh, guided = keep & ~known, step / max(1, steps - 1)
         # Only what is kept goes through the last layer, the head and the noise.
         drawn = fresh if on_step is None else torch.ones_like(fresh)
-        most = int(drawn.sum(1).max())
+        most = _rounded(int(drawn.sum(1).max()))
         wanted = drawn.int().argsort(dim=-1, descending=True, stable=True)[:, :most]
-        hidden = model.transformer(
-            ids, positions, mask, batch.cache, wanted.repeat(copies, 1).to(model.device)
+        hidden = batch.read_block(
+            image.repeat(copies, 1).to(model.device), wanted.repeat(copies, 1).to(model.device)
         )
         states = hidden[fresh.gather(1, wanted).repeat(copies, 1).to(model.device)]
         logits = _image_logits(model, states, guidance, guided)
@@ -245,6 +239,11 @@ def _draw_masked(
             on_step(numbers, shown)
         codes = codes.masked_scatter(fresh, torch.cat(chosen))
     return codes
+
+
+def _rounded(count: int) -> int:
+    """Up to a power of two of at least 16: a compiled step is compiled for each number anew."""
+    return max(16, 1 << (count - 1).bit_length())
 
 
 def spread_order(side: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from multimodal.batch import Batch, check_length, text_ids
+from multimodal.batch import Batch, check_length, closed_up, text_ids
 from multimodal.beams import search
 from multimodal.constraints import Schema
 from multimodal.images import fit_image, open_image, to_tensor
@@ -128,9 +128,11 @@ def continue_text(
             if len(out[row]) < max_tokens and not stopped:
                 going.append(place)
         if len(going) < len(rows):  # finished rows leave the batch at once
-            rows, places = [rows[place] for place in going], torch.tensor(going, dtype=torch.int64)
-            batch.keep(places.to(model.device))
-            ids = ids[places.to(model.device)]
+            going = closed_up(going)
+            rows = [rows[place] for place in going]
+            places = torch.tensor(going, dtype=torch.int64, device=model.device)
+            batch.keep(places)
+            ids = ids[places]
         if rows:
             batch.read(ids)
     if unfinished := sum(not state.done for state in states):

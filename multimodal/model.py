@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.attention import Backend, attention_mask, block_mask
-from multimodal.decoding import Step
+from multimodal.decoding import Compiled
 from multimodal.objectives import (
     Alignment,
     ObjectivesConfig,
@@ -99,7 +99,7 @@ class Multimodal(Usable, nn.Module):
             config.transformer.hidden_size, goals.alignment_dim, goals.alignment_form
         )
         self.attention_backend: Backend = "sdpa"  # of training
-        self.compiled_step: Step | None = None  # of decoding; see compile_decoding
+        self.compiled: Compiled | None = None  # see compile_decoding
         if not goals.alignment_weight:
             self.alignment.requires_grad_(False)  # several ranks would wait for its gradients
 

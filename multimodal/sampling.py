@@ -117,12 +117,13 @@ class Sampling:
         """logits: float[B, ..., V]; generators: B -> int64[B, ...]"""
         if self.temperature == 0:
             return logits.argmax(-1)
-        return (self.truncate(logits) + gumbel(logits, generators)).argmax(-1)
-
-
-def gumbel(like: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """Gumbel noise of the shape of float[B, ...]: argmax(logits + noise) is a draw from them."""
-    noise = torch.empty(like.shape)
-    for row, generator in zip(noise, generators, strict=True):
-        row.exponential_(generator=generator)
-    return -noise.log().to(like.device)
+        # One number for each choice, where it falls among the probabilities laid end to end: noise
+        # for each token of a large vocabulary would take longer than a step of a small model.
+        laid = self.truncate(logits).softmax(-1, dtype=torch.float64).cumsum(-1)
+        share = torch.stack([
+            torch.rand(logits.shape[1:-1], generator=one, dtype=torch.float64)
+            for one in generators
+        ]).to(laid.device)  # fmt: skip
+        end = laid[..., -1]
+        place = (share * end).minimum(end.nextafter(torch.zeros_like(end)))  # never past the last
+        return torch.searchsorted(laid, place[..., None], right=True)[..., 0]

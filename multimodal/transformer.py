@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -83,10 +82,14 @@ class Cache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, room, config.head_dim)
         return cls(like.new_zeros(shape), like.new_zeros(shape))
 
+    @property
+    def room(self) -> int:
+        return self.keys.shape[3]
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v: float[B, G, L, d] of one layer; returns all it has, S = length + L."""
         end = self.length + k.shape[2]
-        assert end <= self.keys.shape[3], f"the cache has room for {self.keys.shape[3]} tokens"
+        assert end <= self.room, f"the cache has room for {self.room} tokens"
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
@@ -97,16 +100,16 @@ class Cache:
 
 
 def rope(positions: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor]:
-    """positions: int64[B, L] -> cos, sin: float32[B, 1, L, d], the first half of sin negated"""
+    """positions: int64[B, L] -> cos, sin: float32[B, L, 1, d], the first half of sin negated"""
     half = torch.arange(0, config.head_dim, 2, device=positions.device).float()
     frequencies = config.rope_theta ** (-half / config.head_dim)
-    angles = positions[:, None, :, None].float() * frequencies
+    angles = positions[:, :, None, None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + d/2) of float[B, H, L, d] by the angles of their positions."""
+    """Turn the pairs (i, i + d/2) of float[B, L, H, d] by the angles of their positions."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -143,19 +146,23 @@ class Attention(nn.Module):
         layer: int,
         wanted: Tensor | None,
     ) -> Tensor:
-        pattern = "b l (h d) -> b h l d"
-        q = rearrange(self.q_proj(at(wanted, x)), pattern, d=self.head_dim)
-        k = rearrange(self.k_proj(x), pattern, d=self.head_dim)
-        v = rearrange(self.v_proj(x), pattern, d=self.head_dim)
+        asked = at(wanted, x)
+        q, k, v = (
+            projection(read).unflatten(-1, (-1, self.head_dim))
+            for projection, read in ((self.q_proj, asked), (self.k_proj, x), (self.v_proj, x))
+        )
         # Norm and rotation in fp32 (the angles are), the products in the precision of the rest.
-        of_queries = [at(wanted, angles[:, 0])[:, None] for angles in turn]
+        # Heads stand behind tokens until both are done: every operation reads what lies in a row.
+        of_queries = [at(wanted, angles) for angles in turn]
         q = rotate(norm_in_fp32(self.q_norm, q), *of_queries).to(v.dtype)
         k = rotate(norm_in_fp32(self.k_norm, k), *turn).to(v.dtype)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if cache is not None:
             k, v = cache.append(layer, k, v)
         if isinstance(mask, Tensor) and wanted is not None:
             mask = at(wanted, mask[:, 0])[:, None]
-        out: Tensor = self.o_proj(rearrange(attend(q, k, v, mask), "b h l d -> b l (h d)"))
+        read = attend(q, k, v, mask).transpose(1, 2).flatten(2)
+        out: Tensor = self.o_proj(read)
         return out
 
 

@@ -38,14 +38,15 @@ class Usable:
         return cast("Multimodal", self)
 
     def compile_decoding(self) -> None:
-        """Compile the step that makes a token: some ten seconds at its first use (and again for
-        each further 128 tokens of prompt and reply), then about twice as fast for one prompt at a
-        time. Errors: ``ValueError`` on a CPU without a C++ compiler."""
-        from multimodal.decoding import compiled_step
+        """Compile the step that makes a token, and that of masked drawing: ten to twenty seconds
+        at the first use of each (and again for each further 128 tokens of prompt and reply), then
+        about twice as fast for one prompt at a time, and for one drawing 1.5 times. Errors:
+        ``ValueError`` on a CPU without a C++ compiler."""
+        from multimodal.decoding import Compiled
 
         if self._model.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
             raise ValueError("compiling on a CPU needs a C++ compiler: install g++ or clang++")
-        self._model.compiled_step = compiled_step(self._model.transformer)
+        self._model.compiled = Compiled.of(self._model.transformer)
 
     def caption(
         self,

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from multimodal.batch import Batch
+from multimodal.decoding import Compiled
 from multimodal.drawing import UNKNOWN, decode_images, draw_codes, spread_order
 from multimodal.generation import (
     caption_codes,
@@ -152,18 +153,30 @@ COMPILER = any(map(shutil.which, ("g++", "clang++")))
 @pytest.mark.skipif(not COMPILER, reason="compiling on a CPU needs a C++ compiler")
 def test_a_compiled_step_says_the_same(tiny_model: Make) -> None:
     model = tiny_model(noise=0.1)
-    prompts = prompts_of(model)
-    before = continue_text(model, prompts, 16)
-    drawn = draw_codes(model, ["a red bus"], method="causal")
+    prompts, drawings = prompts_of(model), ("a red bus", "two small green crosses on grey")
+
+    def draw() -> list[Tensor]:
+        causal = draw_codes(model, drawings[:1], method="causal")
+        return [causal] + [draw_codes(model, [text], steps=2) for text in drawings]
+
+    before, drawn = continue_text(model, prompts, 16), draw()
     model.compile_decoding()
-    step, calls = model.compiled_step, list[int]()
-    assert step is not None
-    model.compiled_step = lambda ids, *rest: (calls.append(len(ids)), step(ids, *rest))[1]
+    assert model.compiled is not None
+    rows: dict[str, list[int]] = {"step": [], "forward": []}
+
+    def counted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda ids, *rest: (rows[name].append(len(ids)), function(ids, *rest))[1]
+
+    made = {name: counted(name, getattr(model.compiled, name)) for name in rows}
+    model.compiled = Compiled(**made)
     assert [continue_text(model, [prompt], 16)[0] for prompt in prompts] == before
-    assert len(calls) == 15 * len(prompts) and set(calls) == {1}
+    assert rows == {"step": [1] * 15 * len(prompts), "forward": []}
     assert continue_text(model, prompts, 16) == before, "several rows go the other way"
-    assert torch.equal(drawn, draw_codes(model, ["a red bus"], method="causal"))
-    assert set(calls) == {1, 2}, "a drawing and its guidance are two rows"
+    assert all(map(torch.equal, draw(), drawn))
+    # A drawing and its guidance are two rows. Texts of different lengths are of one shape.
+    assert set(rows["step"]) == {1, 2} and rows["forward"] == [2] * 4
+    assert len(draw_codes(model, ["a red bus"] * 2, steps=2)) == 2
+    assert rows["forward"] == [2] * 4, "several drawings go the other way"
 
 
 def test_more_text_than_positions_is_an_error(model: Multimodal) -> None:

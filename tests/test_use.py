@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from multimodal.drawing import UNKNOWN, draw_codes
 from multimodal.editing import box_mask, edit_image, masked_codes
@@ -41,6 +42,21 @@ def test_draws_follow_the_probabilities() -> None:
     drawn = sampling.choose(logits, sampling.generators(range(4000)))
     shares = torch.bincount(drawn, minlength=3) / 4000
     assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.03)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 1), (1 - 2**-53, 3)])
+def test_what_cannot_be_drawn_never_is(
+    share: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rand(shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        return torch.full(shape, share, dtype=dtype)
+
+    monkeypatch.setattr(torch, "rand", rand)
+    never = -torch.inf
+    for some in ([never, 0.0, never, 1.0, never], [never, 5.0, 2.0, 0.1, never]):
+        logits, sampling = torch.tensor([[some] * 2]), Sampling(temperature=1.0)
+        drawn = sampling.choose(logits, sampling.generators([0]))
+        assert drawn.tolist() == [[expected] * 2]
 
 
 @pytest.mark.parametrize(

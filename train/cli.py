@@ -5,7 +5,6 @@ A run lives in one folder (``--output``): logs (CSV, TensorBoard), pictures,
 by name: ``multimodal fit --config scenes_joint.yaml``.
 """
 
-import ctypes
 import logging
 import re
 import sys
@@ -76,7 +75,6 @@ IGNORED_WARNINGS = (
     ".*callbacks used to create the checkpoint need to be provided",  # to measure, none is
     ".*Precision .* is not supported by the model summary",
 )
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 IGNORED_MESSAGES = ("litlogger", "litmodels", "TPU available", "HPU available")
 
 
@@ -170,18 +168,6 @@ class TrainingCLI(LightningCLI):
     before_validate = before_test = before_predict = _find_weights
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to reuse large blocks, rather than give them back and get them anew, zeroed.
-
-    Each step frees and takes the same activations; without this, page faults are up to half of the
-    time of a step on a CPU (benchmarks/cpu_training.py). Does nothing where there is no mallopt.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
-            mallopt(option, value)
-
-
 @rank_zero_only
 def keep_log(path: Path) -> None:
     """Move the log of an earlier run aside, to metrics.1.csv and on: CSVLogger would delete it."""
@@ -261,7 +247,6 @@ def main(argv: list[str], cli: type[TrainingCLI] = TrainingCLI) -> int:
         print(help_text(verb), file=sys.stdout if rest else sys.stderr)
         return 0 if rest else 2
     _quiet()
-    keep_freed_memory()
     rest = ["--help" if argument == "--help-all" else argument for argument in rest]
     try:
         cli(
