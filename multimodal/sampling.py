@@ -120,10 +120,8 @@ class Sampling:
         # One number for each choice, where it falls among the probabilities laid end to end: noise
         # for each token of a large vocabulary would take longer than a step of a small model.
         laid = self.truncate(logits).softmax(-1, dtype=torch.float64).cumsum(-1)
-        share = torch.stack([
-            torch.rand(logits.shape[1:-1], generator=one, dtype=torch.float64)
-            for one in generators
-        ]).to(laid.device)  # fmt: skip
-        end = laid[..., -1]
-        place = (share * end).minimum(end.nextafter(torch.zeros_like(end)))  # never past the last
+        shape = logits.shape[1:-1]
+        shares = [torch.rand(shape, generator=one, dtype=torch.float64) for one in generators]
+        # A share is below 1, and its product below the end: what is -inf at the end is not reached.
+        place = torch.stack(shares).to(laid.device) * laid[..., -1]
         return torch.searchsorted(laid, place[..., None], right=True)[..., 0]
