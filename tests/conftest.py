@@ -1,7 +1,7 @@
 """Tiny models with random weights, for the tests of everything that has one.
 
 Tests are imported one by one (import-mode=importlib) and share code as fixtures; what their own
-processes have to import as well is in tests/launches.py.
+processes have to import as well is in tests/launches.py, and a folder of photos in tests/photos.py.
 """
 
 import dataclasses
@@ -30,6 +30,14 @@ SENTENCES = (
 def sentences() -> tuple[str, ...]:
     """What the tiny text tokenizer was trained on."""
     return SENTENCES
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder: 14 found, 7 good and 7 not."""
+    from tests.photos import photo_folder
+
+    return photo_folder(tmp_path / "photos")
 
 
 @pytest.fixture(scope="session")

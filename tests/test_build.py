@@ -1,87 +1,20 @@
 """Every sample of a source ends in a shard or, by name and reason, in rejected.jsonl."""
 
 import csv
-import hashlib
 import io
 import json
 import os
 import tarfile
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import multimodal.build
-import multimodal.parts
 from multimodal.build import build, is_held_out, make_key
-from multimodal.checking import check
 from multimodal.commands.data import main
-from multimodal.samples import Sample
-from multimodal.shards import Shards, index_shard, write_manifest
-
-
-def picture(number: int, kind: str = "PNG", size: tuple[int, int] = (16, 12)) -> bytes:
-    rng = np.random.default_rng(number)
-    buffer = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """14 found: 7 good, 7 not."""
-    folder = tmp_path / "photos"
-    (folder / "sub.dir").mkdir(parents=True)
-    good = {
-        "a.jpg": picture(0, "JPEG"),
-        "b.v2.png": picture(1),
-        "c.webp": picture(2, "WEBP"),
-        "sub.dir/a.jpg": picture(3, "JPEG"),
-        "dög ß.JPG": picture(4, "JPEG"),
-        "e.jpg": picture(5, "JPEG"),
-        "e.png": picture(6),
-        "broken.jpg": picture(7, "JPEG")[:300],
-        "empty.png": b"",
-        "silent.jpg": picture(8, "JPEG"),
-        "badjson.jpg": picture(9, "JPEG"),
-        "animation.gif": picture(10, "GIF"),
-        "surrogate.jpg": picture(11, "JPEG"),
-    }
-    for name, data in good.items():
-        (folder / name).write_bytes(data)
-        if name not in ("silent.jpg", "badjson.jpg", "surrogate.jpg", "animation.gif", "c.webp"):
-            (folder / name).with_suffix(".txt").write_text(f" caption of {name}\n", "utf-8")
-    (folder / "e.txt").write_text("caption of e", "utf-8")
-    record = {"caption": "caption of c.webp", "license": "CC0", "label": 3, "qa": [["q", "a"]]}
-    (folder / "c.json").write_text(json.dumps(record))
-    (folder / "badjson.json").write_text("{")
-    (folder / "surrogate.json").write_text('{"caption": "\\ud800"}')
-    (folder / "orphan.txt").write_text("no image here")
-    (folder / "notes.md").write_text("not a sample")
-    (folder / ".hidden.jpg").write_bytes(b"")
-    return folder
-
-
-def samples(out: Path, split: str | None = None) -> dict[str, Sample]:
-    assert list(check(out)) == []
-    return {sample.key: sample for sample in Shards(out, split)}
-
-
-def rejected(out: Path) -> dict[str, str]:
-    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
-    return {Path(line["sample"]).name: line["reason"] for line in lines}
-
-
-def hashes(out: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir())}
-
-
-def by_caption(out: Path) -> dict[str, Sample]:
-    return {sample.record["captions"][0]: sample for sample in samples(out).values()}
+from multimodal.shards import index_shard, write_manifest
+from tests.photos import by_caption, hashes, picture, rejected, samples
 
 
 def test_folder(photos: Path, tmp_path: Path) -> None:
@@ -338,124 +271,6 @@ def test_out_that_holds_something(photos: Path, tmp_path: Path) -> None:
     # an OUT inside the source is not read as a part of it
     assert build(photos, photos / "shards").found == 14
     assert build(photos, photos / "shards", overwrite=True).found == 14
-
-
-def test_an_interrupted_build_goes_on(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(multimodal.build, "PART_SIZE", 4)
-    wanted = tmp_path / "wanted"
-    build(photos, wanted, shard_size=2)
-
-    def interrupted(items: Any) -> Iterator[Any]:
-        for number, item in enumerate(items):
-            if number == 9:
-                raise KeyboardInterrupt
-            yield item
-
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        build(photos, out, shard_size=2, progress=interrupted)
-    assert [path.name for path in out.iterdir()] == [".building"]
-    assert any("no manifest.json" in problem for problem in check(out))
-    made = list((out / ".building/parts").glob("*.json"))
-    times = {path: path.stat().st_mtime_ns for path in made}
-    opened = Counter[str]()
-    make = multimodal.parts.make_image
-    monkeypatch.setattr(
-        multimodal.parts, "make_image", lambda n, s, w: opened.update([n]) or make(n, s, w)
-    )
-    (photos / "later.jpg").write_bytes(picture(33, "JPEG"))  # it has no text: nothing changes
-    build(photos, out, shard_size=2)
-    (photos / "later.jpg").unlink()
-    assert len(times) >= 2 and 0 < opened.total() < 13, "parts that were there are not made again"
-    tars = {name: value for name, value in hashes(wanted).items() if name.endswith(".tar")}
-    assert tars.items() <= hashes(out).items() and not (out / ".building").exists()
-
-    # killed while the files are moved in place: no manifest, so nobody takes it for whole
-    before = hashes(out)
-
-    def full(self: Path, target: Path) -> None:
-        if self.name == "train-0001.tar":
-            raise OSError(28, "No space left on device")
-        os.replace(self, target)
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        build(photos, out, shard_size=2, overwrite=True)
-    monkeypatch.undo()
-    assert any("no manifest.json" in problem for problem in check(out))
-    build(photos, out, shard_size=2)  # the same command again
-    tars = {name for name in hashes(out) if name.endswith(".tar")}
-    assert {name: hashes(out)[name] for name in tars} == {name: before[name] for name in tars}
-
-
-def test_a_build_that_fails_leaves_no_right_to_delete(photos: Path, tmp_path: Path) -> None:
-    """Shards that were put there after a failed or interrupted build are somebody's."""
-    out = tmp_path / "out"
-    (photos / "t.csv").write_text("image,caption\na.jpg,one\n")
-    with pytest.raises(ValueError, match="no column 'zz'"):
-        build(photos / "t.csv", out, image_column="zz")
-    assert list(out.iterdir()) == []
-
-    def stop(items: Any) -> Iterator[Any]:
-        yield next(iter(items))
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(photos, out, progress=stop)
-    (out / "train-0000.tar").write_bytes(b"years of work")
-    with pytest.raises(ValueError, match="not empty"):
-        build(photos, out)
-    assert (out / "train-0000.tar").read_bytes() == b"years of work"
-
-
-def test_a_part_that_lost_data_is_made_again(photos: Path, tmp_path: Path) -> None:
-    out, wanted = tmp_path / "out", tmp_path / "wanted"
-    build(photos, wanted)
-
-    def stop(items: Any) -> Iterator[Any]:
-        yield next(iter(items))
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(photos, out, progress=stop)
-    (part,) = out.glob(".building/parts/*.bin")
-    part.write_bytes(part.read_bytes()[:-500])
-    build(photos, out)
-    assert hashes(out) == hashes(wanted)
-
-
-def test_what_the_machine_lacks_is_no_fault_of_an_image(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read = Path.read_bytes
-
-    def few_files(path: Path) -> bytes:
-        if path.name == "a.jpg":
-            raise OSError(24, "Too many open files")
-        return read(path)
-
-    monkeypatch.setattr(Path, "read_bytes", few_files)
-    with pytest.raises(OSError, match="Too many open files"):
-        build(photos, tmp_path / "out")
-    monkeypatch.undo()
-    report = build(photos, tmp_path / "out")
-    assert report is not None and report.kept == 7
-
-
-def test_an_image_that_changed_is_made_again(photos: Path, tmp_path: Path) -> None:
-    def stop(items: Any) -> Iterator[Any]:
-        yield from items
-        raise KeyboardInterrupt
-
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        build(photos, out, progress=stop)
-    new = picture(55, "JPEG")
-    (photos / "a.jpg").write_bytes(new)
-    build(photos, out)
-    assert by_caption(out)["caption of a.jpg"].image == new
 
 
 def test_nothing_kept_is_an_error_and_says_why(photos: Path, tmp_path: Path) -> None:
