@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from multimodal.model import Multimodal
 
 SHARED_AT_LEAST = 16  # tokens
+LEAST_WANTED = 16  # states of a compiled block
 
 
 def text_ids(model: "Multimodal", text: str) -> list[int]:
@@ -129,16 +130,21 @@ class Batch:
     def read_block(self, ids: Tensor, wanted: Tensor) -> Tensor:
         """The states of a block after the prompts that sees them and itself, and is not kept.
 
-        ids: int64[B, n]; wanted: int64[B, Q], places in it -> float[B, Q, D]
+        ids: int64[B, n]; wanted: int64[B, Q], places in it -> float[B, Q, D], until the next call
         """
-        count, compiled = ids.shape[1], self._compiled()
-        # Compiled, it goes to the end of the cache, so that its place is one for all prompts.
+        count, asked, compiled = ids.shape[1], wanted.shape[1], self._compiled()
+        # Compiled it is for a few shapes: at the end of the cache its place is one for all prompts,
+        # and states are asked for in powers of two.
         start = self.cache.length if compiled is None else self.cache.room - count
         seen = F.pad(self.visible, (0, start - self.cache.length))
         mask = F.pad(seen, (0, count), value=True)[:, None, None].expand(-1, 1, count, -1)
         positions = self.last + 1 + torch.arange(count, device=ids.device)
-        forward = self.model.transformer if compiled is None else compiled.forward
-        return forward(ids, positions, mask, replace(self.cache, length=start), wanted)
+        cache = replace(self.cache, length=start)
+        if compiled is None:
+            out: Tensor = self.model.transformer(ids, positions, mask, cache, wanted)
+            return out
+        more = max(LEAST_WANTED, 1 << (asked - 1).bit_length()) - asked
+        return compiled.forward(ids, positions, mask, cache, F.pad(wanted, (0, more)))[:, :asked]
 
     def _compiled(self) -> Compiled | None:
         """What is compiled, where this batch can use it."""
@@ -147,7 +153,7 @@ class Batch:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only, in this order: int64[rows]. Those that stay where they are
-        cost nothing (see ``closed_up``)."""
+        cost nothing (see ``closed_up``); the room of those that are gone is kept."""
         cache, count, before = self.cache, len(rows), len(self.last)
         self.last, self.visible, self.hidden = (
             x[rows] for x in (self.last, self.visible, self.hidden)
@@ -159,6 +165,8 @@ class Batch:
         for x in (cache.keys, cache.values):
             x[:, moved, :, : cache.length] = x[:, rows[moved], :, : cache.length]
         cache.keys, cache.values = cache.keys[:, :count], cache.values[:, :count]
+        if self._compiled() is not None:  # of one layout, or it would be compiled for each anew
+            cache.keys, cache.values = cache.keys.contiguous(), cache.values.contiguous()
 
     def join(self, others: "Batch", room: int) -> None:
         """Go on with the rows of another batch too, after those of this one; room: for how many

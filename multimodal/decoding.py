@@ -1,10 +1,10 @@
-"""The transformer's forward for one token of each row, after a cache: the same numbers, sooner.
+"""The transformer's forward after a cache, of one token of each row: the same numbers, sooner.
 
 On a CPU a step of a small model is mostly the calling of operations, and here are as few of them
 as it takes: no rearranging of one token, no keys and values repeated for the heads of a group.
-Compiled, a step (of one token, or of a drawing's codes) is a handful of kernels, on a GPU a CUDA
-graph; that takes ten to twenty seconds first, and shapes that stay the same: the whole cache, with
-a mask over what is not filled.
+Compiled, a step (of one token, or of the codes of a drawing) is a handful of kernels, on a GPU a
+CUDA graph; that takes ten to twenty seconds first, and shapes that stay the same: the whole cache,
+with a mask over what is not filled.
 
 Shapes: B rows, S tokens in the cache, D width, H heads, G key-value heads, d head size.
 """

@@ -220,9 +220,9 @@ def _draw_masked(
         rank = order.expand(count, -1).masked_fill(known, -1).argsort(-1).argsort(-1)
         keep = rank < (n - left.minimum((~known).sum(1) - 1).clamp(min=0))[:, None]
         fresh, guided = keep & ~known, step / max(1, steps - 1)
-        # Only what is kept goes through the last layer, the head and the noise.
+        # Only what is kept goes through the last layer and the head.
         drawn = fresh if on_step is None else torch.ones_like(fresh)
-        most = _rounded(int(drawn.sum(1).max()))
+        most = int(drawn.sum(1).max())
         wanted = drawn.int().argsort(dim=-1, descending=True, stable=True)[:, :most]
         hidden = batch.read_block(
             image.repeat(copies, 1).to(model.device), wanted.repeat(copies, 1).to(model.device)
@@ -239,11 +239,6 @@ def _draw_masked(
             on_step(numbers, shown)
         codes = codes.masked_scatter(fresh, torch.cat(chosen))
     return codes
-
-
-def _rounded(count: int) -> int:
-    """Up to a power of two of at least 16: a compiled step is compiled for each number anew."""
-    return max(16, 1 << (count - 1).bit_length())
 
 
 def spread_order(side: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from multimodal.batch import Batch, check_length
+from multimodal.batch import Batch, check_length, closed_up
 from multimodal.drawing import UNKNOWN, decode_images, preview_images
 from multimodal.generation import (
     before_stop,
@@ -239,14 +239,15 @@ def run(
         for row, token, one in zip(rows, ids.tolist(), likely, strict=True):
             for piece in row.take(token, one):
                 yield row.number, piece
-        going = torch.tensor([i for i, row in enumerate(rows) if not row.done], dtype=torch.int64)
-        if not len(going):
+        going = closed_up([place for place, row in enumerate(rows) if not row.done])
+        if not going:
             return replies
         if len(going) < len(rows):
-            rows = [row for row in rows if not row.done]
-            batch.keep(going.to(model.device))
-            ids = ids[going.to(model.device)]
-        if batch.cache.length == batch.cache.keys.shape[3]:
+            rows = [rows[place] for place in going]
+            places = torch.tensor(going, dtype=torch.int64, device=model.device)
+            batch.keep(places)
+            ids = ids[places]
+        if batch.cache.length == batch.cache.room:
             batch.cache.grow(n + 2)
         batch.read(ids)
 

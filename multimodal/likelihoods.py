@@ -71,6 +71,6 @@ def choice_likelihoods(
         here = column.clamp(min=0).to(model.device)
         likely = batch.logits().log_softmax(-1).gather(1, here[:, None])[:, 0].cpu()
         total += likely.where(column != AFTER_THE_END, 0.0)
-        if batch.cache.length < batch.cache.keys.shape[3]:
+        if batch.cache.length < batch.cache.room:
             batch.read(here)
     return list(torch.split(total, counts))

@@ -114,14 +114,23 @@ class Sampling:
         return logits
 
     def choose(self, logits: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """logits: float[B, ..., V]; generators: B -> int64[B, ...]"""
+        """logits: float[B, ..., V]; generators: B -> int64[B, ...]
+
+        Errors: ``ValueError`` where there is nothing to draw from.
+        """
         if self.temperature == 0:
             return logits.argmax(-1)
         # One number for each choice, where it falls among the probabilities laid end to end: noise
         # for each token of a large vocabulary would take longer than a step of a small model.
-        laid = self.truncate(logits).softmax(-1, dtype=torch.float64).cumsum(-1)
-        shape = logits.shape[1:-1]
-        shares = [torch.rand(shape, generator=one, dtype=torch.float64) for one in generators]
+        exact = torch.float32 if logits.device.type == "mps" else torch.float64  # mps has no more
+        laid = self.truncate(logits).softmax(-1, dtype=exact).cumsum(-1)
+        end, shape = laid[..., -1], logits.shape[1:-1]
+        if not end.isfinite().all():
+            raise ValueError(
+                "logits are not finite, or nothing can be chosen: weights that are not numbers, or "
+                f"temperature={self.temperature} is too small (0 takes the likeliest)"
+            )
+        shares = [torch.rand(shape, generator=one, dtype=exact) for one in generators]
         # A share is below 1, and its product below the end: what is -inf at the end is not reached.
-        place = torch.stack(shares).to(laid.device) * laid[..., -1]
+        place = torch.stack(shares).to(laid.device) * end
         return torch.searchsorted(laid, place[..., None], right=True)[..., 0]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -146,23 +147,21 @@ class Attention(nn.Module):
         layer: int,
         wanted: Tensor | None,
     ) -> Tensor:
-        asked = at(wanted, x)
-        q, k, v = (
-            projection(read).unflatten(-1, (-1, self.head_dim))
-            for projection, read in ((self.q_proj, asked), (self.k_proj, x), (self.v_proj, x))
-        )
+        heads = "b l (h d) -> b l h d"
+        q = rearrange(self.q_proj(at(wanted, x)), heads, d=self.head_dim)
+        k = rearrange(self.k_proj(x), heads, d=self.head_dim)
+        v = rearrange(self.v_proj(x), heads, d=self.head_dim)
         # Norm and rotation in fp32 (the angles are), the products in the precision of the rest.
         # Heads stand behind tokens until both are done: every operation reads what lies in a row.
         of_queries = [at(wanted, angles) for angles in turn]
         q = rotate(norm_in_fp32(self.q_norm, q), *of_queries).to(v.dtype)
         k = rotate(norm_in_fp32(self.k_norm, k), *turn).to(v.dtype)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q, k, v = (rearrange(one, "b l h d -> b h l d") for one in (q, k, v))
         if cache is not None:
             k, v = cache.append(layer, k, v)
         if isinstance(mask, Tensor) and wanted is not None:
             mask = at(wanted, mask[:, 0])[:, None]
-        read = attend(q, k, v, mask).transpose(1, 2).flatten(2)
-        out: Tensor = self.o_proj(read)
+        out: Tensor = self.o_proj(rearrange(attend(q, k, v, mask), "b h l d -> b l (h d)"))
         return out
 
 

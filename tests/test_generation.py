@@ -1,6 +1,5 @@
 """The grammar holds for any weights; drawing is seeded, guided, complete."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from multimodal.batch import Batch
-from multimodal.decoding import Compiled
 from multimodal.drawing import UNKNOWN, decode_images, draw_codes, spread_order
 from multimodal.generation import (
     caption_codes,
@@ -93,31 +91,6 @@ def test_a_batch_is_each_prompt_alone(model: Multimodal) -> None:
     assert len({tuple(text) for text in together}) > 3
 
 
-def test_rows_that_are_done_make_room_for_others(tiny_model: Make) -> None:
-    """Of different lengths, some ending early; the random numbers are those of the prompt."""
-    eager = tiny_model(noise=0.1, tied=False)
-    prompts = prompts_of(eager, 11) + [[1, 2, 3], [4] * 40]
-    logits = eager.transformer.logits
-
-    def ending(hidden: Tensor, ids: slice) -> Tensor:
-        """<eos> comes when a dimension of the state says so."""
-        scores = logits(hidden, ids)
-        scores[:, eager.vocabulary.eos] += 9 * hidden[:, 0]
-        return scores
-
-    eager.transformer.logits = ending  # type: ignore[method-assign]
-    for sampling in (Sampling(), Sampling(temperature=1.0, seed=2)):
-        together = continue_text(eager, prompts, 16, sampling)
-        assert len({len(text) for text in together}) > 2, "or nobody makes room"
-        for size in (1, 2, 4, 12):
-            assert continue_text(eager, prompts, 16, sampling, batch_size=size) == together
-    eager.transformer.logits = logits  # type: ignore[method-assign]
-    beams = Sampling(beams=3)
-    assert continue_text(eager, prompts, 6, beams, batch_size=4) == continue_text(
-        eager, prompts, 6, beams
-    )
-
-
 def test_a_text_ends_before_what_it_is_to_stop_at(model: Multimodal) -> None:
     codes = torch.from_numpy(np.random.default_rng(0).integers(0, 64, (4, 16)))
     whole = caption_codes(model, codes, 24)
@@ -145,38 +118,6 @@ def test_a_validation_samples_in_mixed_precision(model: Multimodal, kind: torch.
         drawn = draw_codes(model, ["a red bus"], method="causal")
     assert [text[0] for text in texts] == [text[0] for text in exact]
     assert drawn.shape == (1, 16)
-
-
-COMPILER = any(map(shutil.which, ("g++", "clang++")))
-
-
-@pytest.mark.skipif(not COMPILER, reason="compiling on a CPU needs a C++ compiler")
-def test_a_compiled_step_says_the_same(tiny_model: Make) -> None:
-    model = tiny_model(noise=0.1)
-    prompts, drawings = prompts_of(model), ("a red bus", "two small green crosses on grey")
-
-    def draw() -> list[Tensor]:
-        causal = draw_codes(model, drawings[:1], method="causal")
-        return [causal] + [draw_codes(model, [text], steps=2) for text in drawings]
-
-    before, drawn = continue_text(model, prompts, 16), draw()
-    model.compile_decoding()
-    assert model.compiled is not None
-    rows: dict[str, list[int]] = {"step": [], "forward": []}
-
-    def counted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda ids, *rest: (rows[name].append(len(ids)), function(ids, *rest))[1]
-
-    made = {name: counted(name, getattr(model.compiled, name)) for name in rows}
-    model.compiled = Compiled(**made)
-    assert [continue_text(model, [prompt], 16)[0] for prompt in prompts] == before
-    assert rows == {"step": [1] * 15 * len(prompts), "forward": []}
-    assert continue_text(model, prompts, 16) == before, "several rows go the other way"
-    assert all(map(torch.equal, draw(), drawn))
-    # A drawing and its guidance are two rows. Texts of different lengths are of one shape.
-    assert set(rows["step"]) == {1, 2} and rows["forward"] == [2] * 4
-    assert len(draw_codes(model, ["a red bus"] * 2, steps=2)) == 2
-    assert rows["forward"] == [2] * 4, "several drawings go the other way"
 
 
 def test_more_text_than_positions_is_an_error(model: Multimodal) -> None:

@@ -59,6 +59,13 @@ def test_what_cannot_be_drawn_never_is(
         assert drawn.tolist() == [[expected] * 2]
 
 
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_nothing_is_drawn_from_what_is_no_number(broken: float) -> None:
+    logits, sampling = torch.full((2, 5), broken), Sampling(temperature=1.0)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        sampling.choose(logits, sampling.generators(range(2)))
+
+
 @pytest.mark.parametrize(
     ("options", "left"),
     [

@@ -1,0 +1,145 @@
+"""Rows come and go, and a compiled step serves them all: what is said and drawn stays the same."""
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from multimodal.batch import Batch, closed_up
+from multimodal.decoding import Compiled, read_token
+from multimodal.drawing import draw_codes
+from multimodal.generation import continue_text
+from multimodal.model import Multimodal
+from multimodal.sampling import Sampling
+from multimodal.sequences import describe_prompt
+from multimodal.transformer import Cache
+
+Make = Callable[..., Multimodal]
+COMPILER = any(map(shutil.which, ("g++", "clang++")))
+
+
+def prompts_of(model: Multimodal, count: int = 6) -> list[list[int]]:
+    """Images, each followed by the beginning of a caption, of different lengths."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 64, (count, 16)) + model.vocabulary.image_start
+    text = model.text_tokenizer.encode("a red bus")
+    return [
+        [*describe_prompt(model.vocabulary, row.tolist()), *text[: i % 4]]
+        for i, row in enumerate(codes)
+    ]
+
+
+def test_rows_that_are_done_make_room_for_others(tiny_model: Make) -> None:
+    """Of different lengths, some ending early; the random numbers are those of the prompt."""
+    eager = tiny_model(noise=0.1, tied=False)
+    prompts = prompts_of(eager, 11) + [[1, 2, 3], [4] * 40]
+    logits = eager.transformer.logits
+
+    def ending(hidden: Tensor, ids: slice) -> Tensor:
+        """<eos> comes when a dimension of the state says so."""
+        scores = logits(hidden, ids)
+        scores[:, eager.vocabulary.eos] += 9 * hidden[:, 0]
+        return scores
+
+    eager.transformer.logits = ending  # type: ignore[method-assign]
+    for sampling in (Sampling(), Sampling(temperature=1.0, seed=2)):
+        together = continue_text(eager, prompts, 16, sampling)
+        assert len({len(text) for text in together}) > 2, "or nobody makes room"
+        for size in (1, 2, 4, 12):
+            assert continue_text(eager, prompts, 16, sampling, batch_size=size) == together
+    eager.transformer.logits = logits  # type: ignore[method-assign]
+    beams = Sampling(beams=3)
+    assert continue_text(eager, prompts, 6, beams, batch_size=4) == continue_text(
+        eager, prompts, 6, beams
+    )
+
+
+def test_the_last_rows_move_into_the_holes() -> None:
+    assert closed_up([0, 1, 2]) == [0, 1, 2] and closed_up([]) == []
+    assert closed_up([1, 3, 4]) == [4, 1, 3]
+    assert closed_up([2, 5, 6, 0]) == [0, 6, 2, 5]
+
+
+@pytest.mark.parametrize("kept", [[4, 1, 3], [0], [2, 2, 0], [5, 4, 3, 2, 1, 0], [1] * 9])
+def test_kept_rows_go_on_as_if_they_were_alone(tiny_model: Make, kept: list[int]) -> None:
+    model = tiny_model(noise=0.1)
+    prompts, ids = prompts_of(model), torch.tensor([7, 8])
+    with torch.inference_mode():
+        batch = Batch(model, prompts, 4)
+        batch.read(ids[:1].expand(6))
+        batch.keep(torch.tensor(kept))
+        batch.read(ids[1:].expand(len(kept)))
+        for row, number in enumerate(kept):
+            alone = Batch(model, [prompts[number]], 4)
+            for one in ids:
+                alone.read(one[None])
+            assert (batch.logits()[row] - alone.logits()[0]).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(not COMPILER, reason="compiling on a CPU needs a C++ compiler")
+def test_a_compiled_step_says_the_same(tiny_model: Make) -> None:
+    model = tiny_model(noise=0.1)
+    prompts, drawings = prompts_of(model), ("a red bus", "two small green crosses on grey")
+
+    def draw() -> list[Tensor]:
+        causal = draw_codes(model, drawings[:1], method="causal")
+        return [causal] + [draw_codes(model, [text], steps=2) for text in drawings]
+
+    before, drawn = continue_text(model, prompts, 16), draw()
+    model.compile_decoding()
+    assert model.compiled is not None
+    rows: dict[str, list[int]] = {"step": [], "forward": []}
+
+    def counted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda ids, *rest: (rows[name].append(len(ids)), function(ids, *rest))[1]
+
+    made = {name: counted(name, getattr(model.compiled, name)) for name in rows}
+    model.compiled = Compiled(**made)
+    assert [continue_text(model, [prompt], 16)[0] for prompt in prompts] == before
+    assert rows == {"step": [1] * 15 * len(prompts), "forward": []}
+    assert continue_text(model, prompts, 16) == before, "several rows go the other way"
+    assert all(map(torch.equal, draw(), drawn))
+    # A drawing and its guidance are two rows.
+    assert set(rows["step"]) == {1, 2} and rows["forward"] == [2] * 4
+    assert len(draw_codes(model, ["a red bus"] * 2, steps=2)) == 2
+    assert rows["forward"] == [2] * 4, "several drawings go the other way"
+
+
+def test_what_is_compiled_is_compiled_for_few_shapes(tiny_model: Make) -> None:
+    """torch compiles anew where sizes, strides or numbers differ from all it has seen."""
+    model = tiny_model(noise=0.1)
+    met: dict[str, set[Any]] = {"step": set(), "forward": set()}
+    real = {"step": partial(read_token, model.transformer), "forward": model.transformer.forward}
+
+    def watched(name: str) -> Callable[..., Tensor]:
+        def call(*given: Any) -> Tensor:
+            cache = [
+                one for part in given if isinstance(part, Cache) for one in vars(part).values()
+            ]
+            shapes = [
+                (one.shape, one.stride()) if isinstance(one, Tensor) else one
+                for one in (*given, *cache)
+                if not isinstance(one, Cache)
+            ]
+            met[name].add(tuple(shapes))
+            out: Tensor = real[name](*given)
+            return out
+
+        return call
+
+    model.compiled = Compiled(watched("step"), watched("forward"))
+    for count in range(2, 6):  # rows leave until two are left, and one
+        batch = Batch(model, prompts_of(model)[:count], 16)
+        for left in range(count, 0, -1):
+            batch.keep(torch.arange(left))
+            batch.read(torch.full((left,), 7))
+    assert len(met["step"]) == 2
+    for text in ("a red bus", "two small green crosses above a blue ring"):
+        for steps in (2, 3, 8):
+            draw_codes(model, [text], steps=steps)
+    assert len(met["forward"]) == 1
