@@ -151,9 +151,11 @@ class Batch:
         few = self.hidden.is_cuda or len(self.hidden) <= COMPILED_ROWS
         return self.model.compiled if few and self.cache.room % ROOM_MULTIPLE == 0 else None
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only, in this order: int64[rows]. Those that stay where they are
-        cost nothing (see ``closed_up``); the room of those that are gone is kept."""
+    def keep(self, places: SequenceOf[int] | Tensor) -> None:
+        """Go on with the rows of these places only (0 to B - 1), in this order, with some several
+        times. Those that stay where they are cost nothing (see ``closed_up``); the room of those
+        that are gone is kept."""
+        rows = torch.as_tensor(places, dtype=torch.int64, device=self.last.device)
         cache, count, before = self.cache, len(rows), len(self.last)
         self.last, self.visible, self.hidden = (
             x[rows] for x in (self.last, self.visible, self.hidden)

@@ -38,7 +38,7 @@ def search(
     prompts = len(batch.last)
     whole = [_Whole(beams) for _ in range(prompts)]
     alive = list(range(prompts))
-    batch.keep(torch.arange(prompts, device=allowed.device).repeat_interleave(beams))
+    batch.keep([row for row in range(prompts) for _ in range(beams)])
     scores = torch.full((prompts, beams), -torch.inf, device=allowed.device)
     scores[:, 0] = 0  # all beams of a prompt begin alike: one is enough
     said: list[list[list[int]]] = [[[] for _ in range(beams)] for _ in range(prompts)]
@@ -77,6 +77,6 @@ def search(
             break
         alive, said = keep, next_said
         scores = torch.tensor(next_scores, device=allowed.device)
-        batch.keep(torch.tensor(rows, device=allowed.device))
+        batch.keep(rows)
         batch.read(torch.tensor(following, device=allowed.device))
     return [one.found[0][1] for one in whole]

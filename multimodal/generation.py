@@ -130,9 +130,8 @@ def continue_text(
         if len(going) < len(rows):  # finished rows leave the batch at once
             going = closed_up(going)
             rows = [rows[place] for place in going]
-            places = torch.tensor(going, dtype=torch.int64, device=model.device)
-            batch.keep(places)
-            ids = ids[places]
+            batch.keep(going)
+            ids = ids[going]
         if rows:
             batch.read(ids)
     if unfinished := sum(not state.done for state in states):

@@ -244,9 +244,8 @@ def run(
             return replies
         if len(going) < len(rows):
             rows = [rows[place] for place in going]
-            places = torch.tensor(going, dtype=torch.int64, device=model.device)
-            batch.keep(places)
-            ids = ids[places]
+            batch.keep(going)
+            ids = ids[going]
         if batch.cache.length == batch.cache.room:
             batch.cache.grow(n + 2)
         batch.read(ids)

@@ -64,7 +64,7 @@ def choice_likelihoods(
     longest = max(map(len, said))
     counts = [len(several) for several in choices]
     batch = Batch(model, begun, longest)
-    batch.keep(torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(model.device))
+    batch.keep([row for row, count in enumerate(counts) for _ in range(count)])
     targets = torch.tensor([ids + [AFTER_THE_END] * (longest - len(ids)) for ids in said])
     total = torch.zeros(len(said))
     for column in targets.unbind(1):

@@ -85,6 +85,7 @@ class Cache:
 
     @property
     def room(self) -> int:
+        """How many tokens it can hold."""
         return self.keys.shape[3]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Tiny models with random weights, for the tests of everything that has one.
 
 Tests are imported one by one (import-mode=importlib) and share code as fixtures; what their own
-processes have to import as well is in tests/launches.py, and a folder of photos in tests/photos.py.
+processes have to import as well is in tests/launches.py, what is no fixture in tests/photos.py and
+tests/prompts.py.
 """
 
 import dataclasses

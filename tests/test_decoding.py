@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,22 +15,11 @@ from multimodal.drawing import draw_codes
 from multimodal.generation import continue_text
 from multimodal.model import Multimodal
 from multimodal.sampling import Sampling
-from multimodal.sequences import describe_prompt
 from multimodal.transformer import Cache
+from tests.prompts import prompts_of
 
 Make = Callable[..., Multimodal]
 COMPILER = any(map(shutil.which, ("g++", "clang++")))
-
-
-def prompts_of(model: Multimodal, count: int = 6) -> list[list[int]]:
-    """Images, each followed by the beginning of a caption, of different lengths."""
-    rng = np.random.default_rng(0)
-    codes = rng.integers(0, 64, (count, 16)) + model.vocabulary.image_start
-    text = model.text_tokenizer.encode("a red bus")
-    return [
-        [*describe_prompt(model.vocabulary, row.tolist()), *text[: i % 4]]
-        for i, row in enumerate(codes)
-    ]
 
 
 def test_rows_that_are_done_make_room_for_others(tiny_model: Make) -> None:

@@ -23,6 +23,7 @@ from multimodal.likelihoods import text_likelihoods
 from multimodal.model import Multimodal
 from multimodal.sampling import Sampling
 from multimodal.sequences import describe_prompt, draw, pack
+from tests.prompts import prompts_of
 
 Make = Callable[..., Multimodal]
 
@@ -30,17 +31,6 @@ Make = Callable[..., Multimodal]
 @pytest.fixture(scope="module")
 def model(tiny_model: Make) -> Multimodal:
     return tiny_model(noise=0.1)
-
-
-def prompts_of(model: Multimodal, count: int = 6) -> list[list[int]]:
-    """Images, each followed by the beginning of a caption, of different lengths."""
-    rng = np.random.default_rng(0)
-    codes = rng.integers(0, 64, (count, 16)) + model.vocabulary.image_start
-    text = model.text_tokenizer.encode("a red bus")
-    return [
-        [*describe_prompt(model.vocabulary, row.tolist()), *text[: i % 4]]
-        for i, row in enumerate(codes)
-    ]
 
 
 # --- text -----------------------------------------------------------------------------------------

@@ -1,0 +1,17 @@
+"""What tests of generation share: prompts of the tiny model."""
+
+import numpy as np
+
+from multimodal.model import Multimodal
+from multimodal.sequences import describe_prompt
+
+
+def prompts_of(model: Multimodal, count: int = 6) -> list[list[int]]:
+    """Images, each followed by the beginning of a caption, of different lengths."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 64, (count, 16)) + model.vocabulary.image_start
+    text = model.text_tokenizer.encode("a red bus")
+    return [
+        [*describe_prompt(model.vocabulary, row.tolist()), *text[: i % 4]]
+        for i, row in enumerate(codes)
+    ]
