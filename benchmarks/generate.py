@@ -7,10 +7,11 @@ captions: of scenes, from their codes, with the same exported weights in the sam
     starter's are stored in bfloat16), greedy, up to 32 tokens, KV cache on: one after the other,
     and 128 in batches of 32 (ours fills the places of those that are done). Says how many are
     equal, token for token.
-coca: open_clip's CoCa of about as many parameters with random weights, pixels to as many tokens as
-    our caption of the image has, as its own ``generate`` does it (image read once, no cache, a
-    batch goes on until its longest text ends), here greedy; ours from pixels, too. 8 one after the
-    other, and 32 at once.
+coca: open_clip's CoCa of about as many parameters with random weights, in two shapes: that of its
+    ``coca_base`` (12 layers to look, 12 to read, 12 to write), made narrow, and 2, 2 and 2 layers
+    as wide as ours. Pixels to as many tokens as our caption of the image has, as its own
+    ``generate`` does it (image read once, no cache, a batch goes on until its longest text ends),
+    here greedy; ours from pixels, too. 8 one after the other, and 32 at once.
 drawing: masked in 8 steps beside code by code, guidance 3, by the size of the batch; of one
     drawing, both compiled, too.
 
@@ -135,24 +136,28 @@ def coca(
     from open_clip.coca_model import CoCa
 
     size, v = model.image_tokenizer.config.image_size, model.vocabulary
-    text = {"context_length": 76, "vocab_size": v.text_size + 2, "width": 256, "heads": 4,
-            "layers": 2}  # fmt: skip
-    torch.manual_seed(0)
     dtype = model.transformer.embed_tokens.weight.dtype
     compiled = load(name, dtype=dtype)
     compiled.compile_decoding()
-    peer = CoCa(
-        embed_dim=256,
-        multimodal_cfg={**text, "mlp_ratio": 4, "dim_head": 64, "n_queries": 64,
-                        "attn_pooler_heads": 4},
-        text_cfg={**text, "embed_cls": True, "output_tokens": True},
-        vision_cfg={"image_size": size, "layers": 2, "width": 256, "head_width": 64,
-                    "patch_size": 8, "output_tokens": True, "attentional_pool": True,
-                    "attn_pooler_heads": 4},
-    ).to(dtype).eval()  # fmt: skip
+
+    def built(layers: int, width: int, heads: int) -> torch.nn.Module:
+        torch.manual_seed(0)
+        text = {"context_length": 76, "vocab_size": v.text_size + 2, "width": width,
+                "heads": heads, "layers": layers}  # fmt: skip
+        return CoCa(
+            embed_dim=width,
+            multimodal_cfg={**text, "mlp_ratio": 4, "dim_head": width // heads, "n_queries": 64,
+                            "attn_pooler_heads": heads},
+            text_cfg={**text, "embed_cls": True, "output_tokens": True},
+            vision_cfg={"image_size": size, "layers": layers, "width": width,
+                        "head_width": width // heads, "patch_size": 8, "output_tokens": True,
+                        "attentional_pool": True, "attn_pooler_heads": heads},
+        ).to(dtype).eval()  # fmt: skip
+
+    peers = {"coca, 12 layers each": built(12, 112, 2), "coca, 2 layers each": built(2, 256, 4)}
 
     @torch.inference_mode()
-    def theirs(images: torch.Tensor, tokens: int) -> torch.Tensor:
+    def theirs(peer: Any, images: torch.Tensor, tokens: int) -> torch.Tensor:
         latent, embedded = peer._encode_image(images.to(dtype))
         out = torch.full((len(images), 1), v.text_size)
         for _ in range(tokens):
@@ -166,17 +171,21 @@ def coca(
 
     found: dict[str, Any] = {
         "parameters": {
-            "ours": sum(p.numel() for p in model.parameters()),
-            "coca": sum(p.numel() for p in peer.parameters()),
+            name: sum(p.numel() for p in one.parameters())
+            for name, one in {"ours": model, **peers}.items()
         },
         "tokens": {"each": lengths[:FEW], f"longest of {BATCH}": max(lengths)},
     }
     one_by_one = {
         "ours": lambda: [ours(pixels[n : n + 1]) for n in range(FEW)],
-        "coca": lambda: [theirs(pixels[n : n + 1], lengths[n]) for n in range(FEW)],
     }
+    together = {"ours": lambda: ours(pixels)}
+    for shape, peer in peers.items():
+        one_by_one[shape] = lambda peer=peer: [
+            theirs(peer, pixels[n : n + 1], lengths[n]) for n in range(FEW)
+        ]
+        together[shape] = lambda peer=peer: theirs(peer, pixels, max(lengths))
     found["batch 1"] = speeds(one_by_one, rounds, FEW)
-    together = {"ours": lambda: ours(pixels), "coca": lambda: theirs(pixels, max(lengths))}
     found[f"batch {BATCH}"] = speeds(together, rounds, BATCH)
     return found
 

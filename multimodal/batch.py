@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from multimodal.model import Multimodal
 
 SHARED_AT_LEAST = 16  # tokens
-LEAST_WANTED = 16  # states of a compiled block
+LEAST_BLOCK = 16  # tokens of one that is compiled
 
 
 def text_ids(model: "Multimodal", text: str) -> list[int]:
@@ -89,8 +89,7 @@ class Batch:
             self._read_once(prompts[0][:shared], weight)
             sees = documents.bool()[:, None, :, None].expand(-1, -1, -1, shared)
             mask = torch.cat([sees, mask], dim=-1)
-        end = torch.full((len(prompts), 1), longest - 1, device=model.device)
-        hidden = model.transformer(ids, self.positions, mask, self.cache, end)
+        hidden = model.transformer(ids, self.positions, mask, self.cache, slice(-1, None))
         self.last = self.positions[:, -1:]
         self.visible = F.pad(documents.bool(), (shared, 0), value=True)
         self.hidden = hidden[:, -1]
@@ -127,24 +126,28 @@ class Batch:
             self.hidden = read_token(self.model.transformer, ids, self.last, seen, *filled, place)
         cache.length = end
 
-    def read_block(self, ids: Tensor, wanted: Tensor) -> Tensor:
-        """The states of a block after the prompts that sees them and itself, and is not kept.
+    def read_block(self, ids: Tensor, places: Tensor, read: Tensor, asked: int) -> Tensor:
+        """The states of codes after the prompts that see them and each other, and are not kept.
 
-        ids: int64[B, n]; wanted: int64[B, Q], places in it -> float[B, Q, D], until the next call
+        ids: int64[B, m]; places: int64[B, m], where each stands in the image; read: bool[B, m],
+        False for padding; asked: how many states, from the first -> float[B, asked, D], until the
+        next call
         """
-        count, asked, compiled = ids.shape[1], wanted.shape[1], self._compiled()
-        # Compiled it is for a few shapes: at the end of the cache its place is one for all prompts,
-        # and states are asked for in powers of two.
-        start = self.cache.length if compiled is None else self.cache.room - count
-        seen = F.pad(self.visible, (0, start - self.cache.length))
-        mask = F.pad(seen, (0, count), value=True)[:, None, None].expand(-1, 1, count, -1)
-        positions = self.last + 1 + torch.arange(count, device=ids.device)
-        cache = replace(self.cache, length=start)
-        if compiled is None:
-            out: Tensor = self.model.transformer(ids, positions, mask, cache, wanted)
-            return out
-        more = max(LEAST_WANTED, 1 << (asked - 1).bit_length()) - asked
-        return compiled.forward(ids, positions, mask, cache, F.pad(wanted, (0, more)))[:, :asked]
+        compiled, wanted, start = self._compiled(), asked, self.cache.length
+        if compiled is not None:
+            # It is for a few shapes: a block is filled up to a power of two, its states are all
+            # or LEAST_BLOCK, and at the end of the cache its place is one for all prompts.
+            count, most = ids.shape[1], self.model.image_tokenizer.config.grid**2
+            width = min(max(LEAST_BLOCK, 1 << (count - 1).bit_length()), most)
+            ids, places, read = (F.pad(x, (0, width - count)) for x in (ids, places, read))
+            wanted = LEAST_BLOCK if asked <= LEAST_BLOCK else width
+            start = self.cache.room - width
+        seen = torch.cat([F.pad(self.visible, (0, start - self.cache.length)), read], dim=1)
+        mask = seen[:, None, None].expand(-1, 1, ids.shape[1], -1)
+        positions, cache = self.last + 1 + places, replace(self.cache, length=start)
+        forward = self.model.transformer if compiled is None else compiled.forward
+        states: Tensor = forward(ids, positions, mask, cache, slice(wanted))
+        return states[:, :asked]
 
     def _compiled(self) -> Compiled | None:
         """What is compiled, where this batch can use it."""

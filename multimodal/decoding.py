@@ -86,7 +86,7 @@ class Compiled:
     """
 
     step: Step
-    forward: Callable[[Tensor, Tensor, Tensor, Cache, Tensor], Tensor]
+    forward: Callable[[Tensor, Tensor, Tensor, Cache, slice], Tensor]
 
     @classmethod
     def of(cls, transformer: Transformer) -> "Compiled":

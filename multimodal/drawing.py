@@ -209,9 +209,25 @@ def _draw_masked(
     # What a text means does not depend on the image after it: it is read once, into the cache.
     batch = Batch(model, prompts, n)
     generators = sampling.generators(numbers)
+
+    def logits_of(asked: Tensor, codes: Tensor, progress: float) -> Tensor:
+        """asked: bool[B, n], of the codes that are UNKNOWN -> float32[so many, K]
+
+        Those and what is known are read; a mask that nobody asks for would say nothing.
+        """
+        known = codes != UNKNOWN
+        places = (2 * asked.int() + known.int()).argsort(dim=-1, descending=True, stable=True)
+        places = places[:, : int((asked | known).sum(1).max())]
+        ids = torch.where(known, codes + vocabulary.image_start, vocabulary.mask)
+        block = ids.gather(1, places), places, (asked | known).gather(1, places)
+        ids, places, read = (x.repeat(copies, 1).to(model.device) for x in block)
+        counts = asked.sum(1)
+        hidden = batch.read_block(ids, places, read, int(counts.max()))
+        first = (torch.arange(hidden.shape[1]) < counts[:, None]).repeat(copies, 1)
+        return _image_logits(model, hidden[first.to(model.device)], guidance, progress)
+
     to_draw = (codes == UNKNOWN).sum(1)
     for step in range(steps):
-        image = torch.where(codes == UNKNOWN, vocabulary.mask, codes + vocabulary.image_start)
         known, progress = codes != UNKNOWN, (step + 1) / steps
         left = (to_draw * torch.cos(torch.tensor(progress * torch.pi / 2))).long()
         if step == steps - 1:
@@ -220,24 +236,15 @@ def _draw_masked(
         rank = order.expand(count, -1).masked_fill(known, -1).argsort(-1).argsort(-1)
         keep = rank < (n - left.minimum((~known).sum(1) - 1).clamp(min=0))[:, None]
         fresh, guided = keep & ~known, step / max(1, steps - 1)
-        # Only what is kept goes through the last layer and the head.
-        drawn = fresh if on_step is None else torch.ones_like(fresh)
-        most = int(drawn.sum(1).max())
-        wanted = drawn.int().argsort(dim=-1, descending=True, stable=True)[:, :most]
-        hidden = batch.read_block(
-            image.repeat(copies, 1).to(model.device), wanted.repeat(copies, 1).to(model.device)
-        )
-        states = hidden[fresh.gather(1, wanted).repeat(copies, 1).to(model.device)]
-        logits = _image_logits(model, states, guidance, guided)
-        rows = torch.split(logits, fresh.sum(1).tolist())
+        rows = torch.split(logits_of(fresh, codes, guided), fresh.sum(1).tolist())
         chosen = [sampling.choose(own[None], [generator])[0]
                   for own, generator in zip(rows, generators, strict=True)]  # fmt: skip
-        if on_step is not None:
-            likely = _image_logits(model, hidden, guidance, guided).argmax(-1)
-            shown = torch.where(known, codes, likely)
-            shown[fresh] = torch.cat(chosen)
-            on_step(numbers, shown)
         codes = codes.masked_scatter(fresh, torch.cat(chosen))
+        if on_step is not None:
+            rest, shown = codes == UNKNOWN, codes
+            if rest.any():
+                shown = codes.masked_scatter(rest, logits_of(rest, codes, guided).argmax(-1))
+            on_step(numbers, shown)
     return codes
 
 

@@ -40,7 +40,7 @@ from multimodal.transformer import SIZES, Transformer, TransformerConfig, named_
 from multimodal.use import Usable
 from multimodal.vocabulary import Vocabulary
 
-MASKED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # the bins of the logged curves
+UNKNOWN_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # the bins of the logged curves
 SHAPE_MULTIPLE = 256  # positions with a target are padded to this
 
 
@@ -219,8 +219,8 @@ class Multimodal(Usable, nn.Module):
             if form >= goals.reconstruct_share + goals.next_token_share:
                 draws.append(draw(vocabulary, ids))
                 continue
-            masked = random_mask(len(image), rng) if form < goals.reconstruct_share else None
-            draws.append(draw(vocabulary, None if dropped else ids, image, masked))
+            masked = random_mask(len(image), rng) if form < goals.reconstruct_share else ()
+            draws.append(draw(vocabulary, None if dropped else ids, image, *masked))
         return describes + draws + answers
 
     def document(
@@ -259,11 +259,12 @@ class Multimodal(Usable, nn.Module):
         objectives = objectives[chosen]
         objectives[count:] = NO_LOSS
         head, targets = self.transformer.lm_head.weight, packed.targets.flatten()[chosen]
-        shares = packed.masked_shares.flatten()[chosen]
+        codes = self.image_tokenizer.config.grid**2
+        shares = packed.unknown_shares(codes).flatten()[chosen]
         masked = objectives == OBJECTIVES.index("reconstruct")
         groups = {
             f"reconstruct/{low:.2f}-{high:.2f}": masked & (shares > low) & (shares <= high)
-            for low, high in pairwise(MASKED_SHARES)
+            for low, high in pairwise(UNKNOWN_SHARES)
         }
         total, parts = token_losses(hidden[chosen], head, targets, objectives, goals, groups)
         if goals.alignment_weight:

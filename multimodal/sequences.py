@@ -6,17 +6,20 @@
                     ... and further turns of p p t t <eos>
     draw            <bos> t t <boi> ...                      after <bos>: t t <boi>  text
       next-token    ... <boi> i i i <eoi>                    after <boi>: i i i <eoi>  image
-      masked        ... <boi> i M i M <eoi>                  at M itself: i          reconstruct
+      masked        ... <boi> i M M i                        at M itself: i          reconstruct
     document        <bos> t t <boi> i i <eoi> t t <eos>      after <bos>: t t <boi>  text
                     texts and images in any order            after <boi>: i i <eoi>  image
                                                              after <eoi>: t t <eos>  caption
     text            <bos> t t <eos>, a document              after <bos>: t t <eos>  text
 
 The prompts p p of answers carry no loss. What of a document does not fit a row goes on after
-another <bos>; an image is never cut. A masked image is one bidirectional block of exactly the
-codes, without <boi> and <eoi>; the rest is causal. So the state at <eoi> of describe knows the
-image and nothing else, and the state at <boi> of draw knows the text and nothing else: they are the
-embeddings. A dropped condition is <null> in the place of the text, and carries no loss.
+another <bos>; an image is never cut. A masked image is one bidirectional block of codes, without
+<boi> and <eoi>: those that are known and those that are asked for, each at the position it has in
+the whole image. The others are left out, in training as in drawing: a <mask> that nobody asks for
+says nothing, and costs as much as a code. The rest is causal. So the state at <eoi> of describe
+knows the image and nothing else, and the state at <boi> of draw knows the text and nothing else:
+they are the embeddings. A dropped condition is <null> in the place of the text, and carries no
+loss.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -40,14 +43,15 @@ class Sequence:
     """Arrays of one length n.
 
     ids: what is read; targets: the id that each position predicts; objectives: the number in
-    OBJECTIVES of that prediction, or NO_LOSS; blocks: 1 in the bidirectional block, else 0.
-    state: the position of the embedding.
+    OBJECTIVES of that prediction, or NO_LOSS; blocks: 1 in the bidirectional block, else 0;
+    positions: for RoPE. state: the index of the embedding.
     """
 
     ids: Ids
     targets: Ids
     objectives: Ids
     blocks: Ids
+    positions: Ids
     state: int = 0
 
     def __len__(self) -> int:
@@ -61,7 +65,7 @@ def _next_token(ids: list[int], spans: SequenceOf[Span], state: int = 0) -> Sequ
     for name, start, end in spans:
         objectives[start:end] = OBJECTIVES.index(name)
     targets = np.where(objectives == NO_LOSS, 0, np.roll(read, -1))
-    return Sequence(read, targets, objectives, np.zeros_like(read), state)
+    return Sequence(read, targets, objectives, np.zeros_like(read), np.arange(len(ids)), state)
 
 
 def describe(vocabulary: Vocabulary, codes: SequenceOf[int] | Ids, text: list[int]) -> Sequence:
@@ -108,28 +112,33 @@ def draw(
     text: list[int] | None,
     codes: SequenceOf[int] | Ids | None = None,
     masked: NDArray[np.bool_] | None = None,
+    known: NDArray[np.bool_] | None = None,
 ) -> Sequence:
     """text: ids, or None for the dropped condition; codes: n image codes, or None to end at <boi>;
-    masked: bool[n], the codes to reconstruct, or None for next-token prediction"""
+    masked: bool[n], the codes to reconstruct, or None for next-token prediction; known: bool[n],
+    those that are read, by default all others"""
     prompt = draw_prompt(vocabulary, text)
     boi = len(prompt) - 1
     spans = [] if text is None else [("text", 0, boi)]
     if codes is None:
         return _next_token(prompt, spans, state=boi)
     image = [vocabulary.image_start + int(code) for code in codes]
-    end = boi + 1 + len(image)
     if masked is None:
         ids = [*prompt, *image, vocabulary.eoi]
-        return _next_token(ids, [*spans, ("image", boi, end)], state=boi)
-    if len(masked) != len(image):
-        raise ValueError(f"masked has {len(masked)} entries for {len(image)} codes")
-    causal = _next_token([*prompt, *image, vocabulary.eoi], spans, state=boi)
-    where = boi + 1 + np.flatnonzero(masked)
-    causal.targets[where] = causal.ids[where]
-    causal.objectives[where] = OBJECTIVES.index("reconstruct")
-    causal.ids[where] = vocabulary.mask
-    causal.blocks[boi + 1 : end] = 1
-    return causal
+        return _next_token(ids, [*spans, ("image", boi, boi + 1 + len(image))], state=boi)
+    known = ~masked if known is None else known
+    if not len(masked) == len(known) == len(image):
+        raise ValueError(f"masks of {len(masked)} and {len(known)} entries for {len(image)} codes")
+    places = np.flatnonzero(masked | known)
+    made = _next_token([*prompt, *(image[place] for place in places)], spans, state=boi)
+    block = slice(boi + 1, None)
+    asked = boi + 1 + np.flatnonzero(masked[places])
+    made.positions[block] = boi + 1 + places
+    made.blocks[block] = 1
+    made.targets[asked] = made.ids[asked]
+    made.objectives[asked] = OBJECTIVES.index("reconstruct")
+    made.ids[asked] = vocabulary.mask
+    return made
 
 
 def document(
@@ -183,20 +192,26 @@ def mask_ratio(uniform: float) -> float:
     return float(np.cos(uniform * np.pi / 2))
 
 
-def random_mask(count: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """bool[count]: a share of ``mask_ratio`` of a uniform number, at least one, is True."""
-    masked = np.zeros(count, np.bool_)
-    chosen = max(1, round(count * mask_ratio(rng.random())))
-    masked[rng.permutation(count)[:chosen]] = True
-    return masked
+def random_mask(
+    count: int, rng: np.random.Generator
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """masked, known: bool[count], what a step of a drawing asks for, and what it knows.
+
+    A share of ``mask_ratio`` of a uniform number, at least one, is not known; of these, a uniform
+    share is asked for, at least one.
+    """
+    unknown = max(1, round(count * mask_ratio(rng.random())))
+    asked = max(1, round(unknown * rng.random()))
+    rank = rng.permutation(count)
+    return rank < asked, rank >= unknown
 
 
 @dataclass
 class Packed:
     """Rows of one length; every tensor int64[R, L], except ``states``: int64[sequences].
 
-    documents: numbered from 1 in each row, 0 is padding; positions restart with each document;
-    states: the place of each sequence's embedding in the rows laid end to end.
+    documents: numbered from 1 in each row, 0 is padding; positions: within the document; states:
+    the place of each sequence's embedding in the rows laid end to end.
     """
 
     ids: Tensor
@@ -210,16 +225,24 @@ class Packed:
     def to(self, device: torch.device) -> "Packed":
         return Packed(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
+    def unknown_shares(self, codes: int) -> Tensor:
+        """float32[R, L]: of the codes of each document's masked image, the share that is not known;
+        codes: of a whole image"""
+        known = (self.blocks > 0) & (self.objectives != OBJECTIVES.index("reconstruct"))
+        return (1 - self.count(known).to(torch.float32) / codes)[self.numbers]
+
     @property
-    def masked_shares(self) -> Tensor:
-        """float32[R, L]: of each document, the share of its bidirectional block that is masked."""
+    def numbers(self) -> Tensor:
+        """int64[R, L]: documents, and the padding of each row, numbered through all rows."""
         rows, length = self.ids.shape
-        number = self.documents + (length + 1) * torch.arange(rows, device=self.ids.device)[:, None]
-        sums = torch.zeros(2, rows * (length + 1), dtype=torch.float32, device=self.ids.device)
-        masked = self.objectives == OBJECTIVES.index("reconstruct")
-        for one, counted in zip(sums, (masked, self.blocks > 0), strict=True):
-            one.index_add_(0, number.flatten(), counted.flatten().float())
-        return (sums[0] / sums[1].clamp(min=1))[number]
+        first = (length + 1) * torch.arange(rows, device=self.ids.device)
+        return self.documents + first[:, None]
+
+    def count(self, tokens: Tensor) -> Tensor:
+        """bool[R, L] -> int64[R (L + 1)]: how many of each of ``numbers`` there are"""
+        rows, length = self.ids.shape
+        counts = torch.zeros(rows * (length + 1), dtype=torch.int64, device=self.ids.device)
+        return counts.index_add_(0, self.numbers.flatten(), tokens.flatten().long())
 
     @property
     def efficiency(self) -> float:
@@ -262,7 +285,7 @@ def pack(sequences: list[Sequence], row_length: int, pad: int, row_multiple: int
             here = slice(start, start + len(one))
             ids[r, here], targets[r, here] = one.ids, one.targets
             objectives[r, here], blocks[r, here] = one.objectives, one.blocks
-            documents[r, here], positions[r, here] = document, np.arange(len(one))
+            documents[r, here], positions[r, here] = document, one.positions
             states[i] = r * row_length + start + one.state
             start += len(one)
     arrays = (ids, targets, objectives, blocks, documents, positions, states)

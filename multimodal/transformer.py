@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from multimodal.attention import Mask, attend
 
+ALL = slice(None)
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -120,13 +122,6 @@ def norm_in_fp32(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
 
 
-def at(wanted: Tensor | None, x: Tensor) -> Tensor:
-    """float[B, L, ...] at the places int64[B, Q] of its tokens, or all of them"""
-    if wanted is None:
-        return x
-    return x[torch.arange(len(wanted), device=x.device)[:, None], wanted]
-
-
 class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -146,22 +141,22 @@ class Attention(nn.Module):
         mask: Mask,
         cache: Cache | None,
         layer: int,
-        wanted: Tensor | None,
+        wanted: slice,
     ) -> Tensor:
         heads = "b l (h d) -> b l h d"
-        q = rearrange(self.q_proj(at(wanted, x)), heads, d=self.head_dim)
+        q = rearrange(self.q_proj(x[:, wanted]), heads, d=self.head_dim)
         k = rearrange(self.k_proj(x), heads, d=self.head_dim)
         v = rearrange(self.v_proj(x), heads, d=self.head_dim)
         # Norm and rotation in fp32 (the angles are), the products in the precision of the rest.
         # Heads stand behind tokens until both are done: every operation reads what lies in a row.
-        of_queries = [at(wanted, angles) for angles in turn]
+        of_queries = [angles[:, wanted] for angles in turn]
         q = rotate(norm_in_fp32(self.q_norm, q), *of_queries).to(v.dtype)
         k = rotate(norm_in_fp32(self.k_norm, k), *turn).to(v.dtype)
         q, k, v = (rearrange(one, "b l h d -> b h l d") for one in (q, k, v))
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        if isinstance(mask, Tensor) and wanted is not None:
-            mask = at(wanted, mask[:, 0])[:, None]
+        if isinstance(mask, Tensor):
+            mask = mask[:, :, wanted]
         out: Tensor = self.o_proj(rearrange(attend(q, k, v, mask), "b h l d -> b l (h d)"))
         return out
 
@@ -193,10 +188,10 @@ class Layer(nn.Module):
         mask: Mask,
         cache: Cache | None,
         layer: int,
-        wanted: Tensor | None,
+        wanted: slice,
     ) -> Tensor:
         read = self.self_attn(self.input_layernorm(x), turn, mask, cache, layer, wanted)
-        x = at(wanted, x) + read
+        x = x[:, wanted] + read
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -236,19 +231,19 @@ class Transformer(nn.Module):
         positions: Tensor,
         mask: Mask,
         cache: Cache | None = None,
-        wanted: Tensor | None = None,
+        wanted: slice = ALL,
     ) -> Tensor:
         """ids, positions: int64[B, L]; mask: bool[B, 1, L, S], that of another
         backend (multimodal/attention.py), or None -> float[B, L, D], normed
 
         With a cache, S counts what it holds and the L new tokens, which are added to it. wanted:
-        int64[B, Q], the places in ids of those whose states are, float[B, Q, D]; by default all.
+        those of ids whose states are, by default all.
         """
         turn = rope(positions, self.config)
         x = self.embed_tokens(ids)
         for number, layer in enumerate(self.layers):
             # What is not wanted needs no more than keys and values in the last layer.
-            asked = wanted if number == len(self.layers) - 1 else None
+            asked = wanted if number == len(self.layers) - 1 else ALL
             if self.recompute and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(layer, x, turn, mask, cache, number, asked, use_reentrant=False)
             else:

@@ -110,7 +110,7 @@ def test_what_is_compiled_is_compiled_for_few_shapes(tiny_model: Make) -> None:
                 one for part in given if isinstance(part, Cache) for one in vars(part).values()
             ]
             shapes = [
-                (one.shape, one.stride()) if isinstance(one, Tensor) else one
+                (one.shape, one.stride()) if isinstance(one, Tensor) else str(one)
                 for one in (*given, *cache)
                 if not isinstance(one, Cache)
             ]

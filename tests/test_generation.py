@@ -1,6 +1,7 @@
 """The grammar holds for any weights; drawing is seeded, guided, complete."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -195,16 +196,27 @@ def test_the_text_matters_and_its_neighbours_do_not(model: Multimodal) -> None:
     assert torch.equal(b, draw_codes(model, ["two dogs run on the beach"], **cold)[0])  # type: ignore[arg-type]
 
 
-def test_one_cold_step_is_the_prediction_that_training_learns(model: Multimodal) -> None:
-    """All codes masked, in the sequence and with the attention of ``draw``."""
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_cold_step_is_the_prediction_that_training_learns(
+    model: Multimodal, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """What is asked for and what is known, in the sequence and with the attention of ``draw``."""
     v, text = model.vocabulary, model.text_tokenizer.encode("a red bus")
-    sequence = draw(v, text, np.zeros(16, np.int64), np.ones(16, np.bool_))
-    with torch.inference_mode():
-        hidden = model.hidden(pack([sequence], 60, v.pad))[0]
-        logits = model.transformer.logits(hidden[sequence.state + 1 : sequence.state + 17])
-    expected = logits[:, v.image_start : v.image_end].argmax(-1)
-    codes = draw_codes(model, ["a red bus"], steps=1, guidance_scale=1, sampling=Sampling())
-    assert codes[0].tolist() == expected.tolist()
+    seen: list[Tensor] = []
+    monkeypatch.setattr(Sampling, "choose", lambda _, logits, __: (
+        seen.append(logits[0]), logits.argmax(-1))[1])  # fmt: skip
+    codes = draw_codes(model, ["a red bus"], steps=steps, guidance_scale=1)[0].numpy()
+    order, done = spread_order(4).numpy(), 0
+    for logits in seen:
+        asked = (order >= done) & (order < done + len(logits))
+        sequence = draw(v, text, np.where(order < done, codes, 0), asked, order < done)
+        assert len(sequence) == sequence.state + 1 + done + len(logits)
+        with torch.inference_mode():
+            hidden = model.hidden(pack([sequence], 60, v.pad))[0, : len(sequence)]
+            expected = model.transformer.logits(hidden[sequence.ids == v.mask])
+        assert (logits - expected[:, v.image_start : v.image_end]).abs().max() < 1e-4
+        done += len(logits)
+    assert len(seen) == steps and done == 16
 
 
 def test_likelihoods_are_those_of_reading_token_by_token(model: Multimodal) -> None:
@@ -251,21 +263,20 @@ def test_what_is_kept_stays_and_is_spread_over_the_image(
     codes = draw_codes(model, ["a red bus"], steps=8, guidance_scale=1)
     v = model.vocabulary
     assert seen.pop(0).tolist()[0][-1] == v.boi, "the text is read once, and first"
-    known = [int((ids != v.mask).sum()) for ids in seen]
+    counts = [int((ids != v.mask).sum()) for ids in seen]
     cosine = [int(16 * np.cos(step / 8 * np.pi / 2)) for step in range(1, 8)]
-    assert known == [0, *(max(1, 16 - left) for left in cosine)]
-    for before, after in zip(seen, [*seen[1:], codes + v.image_start], strict=True):
-        kept = before != v.mask
-        assert torch.equal(before[kept], after[kept])
+    assert counts == [0, *(max(1, 16 - left) for left in cosine)]
+    asked = [int((ids == v.mask).sum()) for ids in seen]
+    assert asked == [b - a for a, b in pairwise([*counts, 16])], "what is left out is not read"
     order = spread_order(4)
-    for ids in seen:
-        there = order[(ids != v.mask)[0]]
-        assert sorted(there.tolist()) == list(range(len(there))), "the first ones of the order"
+    for ids, count in zip(seen, counts, strict=True):
+        known = codes[0, order < count] + v.image_start
+        assert ids[ids != v.mask].tolist() == known.tolist(), "the first ones of the order"
 
 
 def test_who_watches_a_drawing_changes_nothing(model: Multimodal) -> None:
-    """Unwatched, the last layer makes the states of those codes alone that are kept: here other
-    numbers of them in each row."""
+    """Unwatched, nothing is read but what is known and what is asked for: here other numbers of
+    codes in each row."""
     known = torch.full((2, 16), UNKNOWN)
     known[1, :9] = torch.arange(9)
     options: Any = {"method": "masked", "steps": 5, "known": known}
@@ -274,6 +285,10 @@ def test_who_watches_a_drawing_changes_nothing(model: Multimodal) -> None:
     drawn = draw_codes(model, texts, on_step=lambda _, codes: seen.append(codes), **options)
     assert len(seen) == 5 and torch.equal(seen[-1], drawn)
     assert torch.equal(drawn, draw_codes(model, texts, **options))
+    for row, text in enumerate(texts):
+        alone = {**options, "known": known[row : row + 1], "numbers": [row]}
+        assert torch.equal(draw_codes(model, [text], **alone)[0], drawn[row])
+    assert (seen[0] != UNKNOWN).all(), "what is not drawn yet is shown as it is likeliest"
 
 
 @pytest.mark.parametrize("side", [1, 4, 8, 14, 32])

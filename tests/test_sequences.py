@@ -116,9 +116,18 @@ def test_draw_masked() -> None:
         "<mask> -> i4 reconstruct b",
         "i0 b",
         "<mask> -> i49 reconstruct b",
-        "<eoi>",
     ]
     assert name(int(sequence.ids[sequence.state])) == "<boi>"
+    assert sequence.positions.tolist() == [*range(8)]
+
+
+def test_what_is_neither_asked_for_nor_known_is_left_out_and_the_rest_keeps_its_place() -> None:
+    masked, known = np.array([False, False, True]), np.array([True, False, False])
+    sequence = draw(VOCABULARY, TEXT, CODES, masked, known)
+    whole = draw(VOCABULARY, TEXT, CODES, ~known, known)
+    assert table(sequence) == table(whole)[:6] + ["<mask> -> i49 reconstruct b"]
+    assert sequence.positions.tolist() == [0, 1, 2, 3, 4, 5, 7]
+    assert sequence.state == whole.state
 
 
 def test_a_dropped_condition_is_null_and_carries_no_loss() -> None:
@@ -134,7 +143,7 @@ def test_a_dropped_condition_is_null_and_carries_no_loss() -> None:
     ]
     masked = draw(VOCABULARY, None, CODES, np.array([False, True, False]))
     assert table(masked) == [
-        "<bos>", "<null>", "<boi>", "i4 b", "<mask> -> i0 reconstruct b", "i49 b", "<eoi>"
+        "<bos>", "<null>", "<boi>", "i4 b", "<mask> -> i0 reconstruct b", "i49 b"
     ]  # fmt: skip
 
 
@@ -187,8 +196,9 @@ def test_an_empty_text() -> None:
 
 
 def test_a_mask_of_another_length_is_refused() -> None:
-    with pytest.raises(ValueError, match="2 entries for 3 codes"):
-        draw(VOCABULARY, TEXT, CODES, np.array([True, False]))
+    for masks in ([True, False],), ([True, False, True], [False, True]):
+        with pytest.raises(ValueError, match="and 2 entries for 3 codes"):
+            draw(VOCABULARY, TEXT, CODES, *map(np.array, masks))
 
 
 def test_the_codes_are_not_changed_by_masking() -> None:
@@ -202,7 +212,8 @@ def test_the_codes_are_not_changed_by_masking() -> None:
 
 def of_length(n: int, mark: int) -> Sequence:
     """n tokens, all of them the id ``mark``; its state is its last position."""
-    return Sequence(*(np.full(n, mark, np.int64) for _ in range(4)), state=n - 1)
+    marks = (np.full(n, mark, np.int64) for _ in range(4))
+    return Sequence(*marks, positions=np.arange(n), state=n - 1)
 
 
 def test_pack_lays_the_longest_first_into_the_first_row_with_room() -> None:
@@ -232,7 +243,7 @@ def test_pack_lays_the_longest_first_into_the_first_row_with_room() -> None:
 def test_pack_keeps_every_sequence_whole() -> None:
     rng = np.random.default_rng(0)
     sequences = [
-        draw(VOCABULARY, TEXT[: i % 4], rng.integers(50, size=9), random_mask(9, rng))
+        draw(VOCABULARY, TEXT[: i % 4], rng.integers(50, size=9), *random_mask(9, rng))
         if i % 2
         else describe(VOCABULARY, rng.integers(50, size=4), TEXT)
         for i in range(20)
@@ -240,13 +251,12 @@ def test_pack_keeps_every_sequence_whole() -> None:
     packed = pack(sequences, 40, VOCABULARY.pad)
     flat = {
         key: getattr(packed, key).flatten().numpy()
-        for key in ("ids", "targets", "objectives", "blocks")
+        for key in ("ids", "targets", "objectives", "blocks", "positions")
     }
     for sequence, state in zip(sequences, packed.states.tolist(), strict=True):
         here = slice(state - sequence.state, state - sequence.state + len(sequence))
         for key, values in flat.items():
             assert values[here].tolist() == getattr(sequence, key).tolist()
-        assert packed.positions.flatten()[here].tolist() == list(range(len(sequence)))
         assert len(packed.documents.flatten()[here].unique()) == 1
     assert int((packed.documents > 0).sum()) == sum(map(len, sequences))
 
@@ -268,16 +278,24 @@ def test_the_mask_ratio_is_a_cosine() -> None:
 
 
 def test_a_random_mask_follows_the_schedule() -> None:
-    masks = [random_mask(64, np.random.default_rng(seed)) for seed in range(4000)]
-    counts = np.array([mask.sum() for mask in masks])
-    assert counts.min() == 1 and counts.max() == 64
-    assert counts.mean() / 64 == pytest.approx(2 / math.pi, abs=0.02)  # mean of the cosine
+    both = [random_mask(64, np.random.default_rng(seed)) for seed in range(4000)]
+    masked, known = (np.array(one) for one in zip(*both, strict=True))
+    assert not (masked & known).any()
+    unknown = 64 - known.sum(1)
+    assert unknown.min() == 1 and unknown.max() == 64
+    assert unknown.mean() / 64 == pytest.approx(2 / math.pi, abs=0.02)  # mean of the cosine
     # The median of uniform is 1/2.
-    assert np.median(counts) / 64 == pytest.approx(math.cos(math.pi / 4), abs=0.03)
-    each = np.mean(masks, axis=0)
-    assert each == pytest.approx(np.full(64, 2 / math.pi), abs=0.06), "every place alike"
+    assert np.median(unknown) / 64 == pytest.approx(math.cos(math.pi / 4), abs=0.03)
+    assert known.mean(0) == pytest.approx(np.full(64, 1 - 2 / math.pi), abs=0.06), "places alike"
+    share = masked.sum(1) / unknown
+    assert masked.sum(1).min() == 1 and share.max() == 1
+    early = unknown > 32
+    assert np.quantile(share[early], [0.25, 0.5, 0.75]) == pytest.approx(
+        [0.25, 0.5, 0.75], abs=0.04
+    )
+    assert masked.mean(0) == pytest.approx(np.full(64, 1 / math.pi), abs=0.06)
     again = random_mask(64, np.random.default_rng(7))
-    assert (again == masks[7]).all()
+    assert (again[0] == masked[7]).all() and (again[1] == known[7]).all()
 
 
 def test_the_attention_rule_is_the_drawn_table() -> None:

@@ -32,22 +32,14 @@ def training_flops(config: TransformerConfig, packed: Packed) -> float:
     the mask lets through, of the head what has a target, and nothing for padding.
     """
     read = packed.documents > 0
-    # A token sees those before it in its document, and one of a bidirectional block all of it.
-    pairs = float((packed.positions + 1)[read].sum())
-    pairs += _later_in_blocks(packed)
+    # A token sees itself and those before it in its document, and in a block those after it, too.
+    documents, blocks = (packed.count(part).double() for part in (read, packed.blocks > 0))
+    pairs = float((documents * (documents + 1) / 2).sum() + (blocks * (blocks - 1) / 2).sum())
     attention = 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * pairs
     layers = layer_parameters(config) * float(read.sum())
     targets = float((packed.objectives != NO_LOSS).sum())
     head = config.hidden_size * config.vocab_size * targets
     return 3 * 2 * (layers + attention + head)
-
-
-def _later_in_blocks(packed: Packed) -> float:
-    """How many pairs of a query and a later key lie in one bidirectional block."""
-    rows, length = packed.ids.shape
-    number = packed.documents + (length + 1) * torch.arange(rows, device=packed.ids.device)[:, None]
-    sizes = torch.bincount(number[packed.blocks > 0]).double()
-    return float((sizes * (sizes - 1) / 2).sum())
 
 
 def peak_flops() -> float | None:
