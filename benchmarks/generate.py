@@ -171,8 +171,8 @@ def coca(
 
     found: dict[str, Any] = {
         "parameters": {
-            name: sum(p.numel() for p in one.parameters())
-            for name, one in {"ours": model, **peers}.items()
+            shape: sum(p.numel() for p in one.parameters())
+            for shape, one in {"ours": model, **peers}.items()
         },
         "tokens": {"each": lengths[:FEW], f"longest of {BATCH}": max(lengths)},
     }

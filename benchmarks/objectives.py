@@ -14,6 +14,7 @@ not done again. Leaves ``table.md`` and ``table.json``; the last line is JSON.
 
 import argparse
 import json
+import math
 import statistics
 from itertools import islice
 from pathlib import Path
@@ -38,6 +39,7 @@ LEARNED = {
     "val/CIDEr": "CIDEr", "val/caption": "caption_nats", "val/image": "image_nats",
     "val/reconstruct": "reconstruct_nats",
 }  # fmt: skip
+READ_OF_MASKED = 1 - 1 / math.pi  # mean share of the codes of a masked image (``random_mask``)
 ROWS: dict[str, dict[str, Any]] = {
     "LM": {"alignment_weight": 0.0, "reconstruct_share": 0.0},
     "LM + alignment": {"reconstruct_share": 0.0},
@@ -49,7 +51,7 @@ ROWS: dict[str, dict[str, Any]] = {
 def steps_of_equal_tokens(steps: int, codes: int, reconstruct_share: float) -> int:
     """``steps`` is what rows without reconstruction get."""
     plain = codes + TEXT_TOKENS + TEXT_TOKENS + 0.5 * codes
-    return round(steps * plain / (plain + reconstruct_share * codes))
+    return round(steps * plain / (plain + reconstruct_share * READ_OF_MASKED * codes))
 
 
 def recall(model: Multimodal, data: str) -> dict[str, float]:

@@ -5,9 +5,9 @@ same bidirectional block. With documents 1 1 1 1 1 2 2 and the block  . . b b . 
 
     query 0   1 . . . . . .        <bos>
     query 1   1 1 . . . . .        <boi>
-    query 2   1 1 1 1 . . .        code: sees the whole image
+    query 2   1 1 1 1 . . .        code: sees all of its block
     query 3   1 1 1 1 . . .        code
-    query 4   1 1 1 1 1 . .        <eoi>
+    query 4   1 1 1 1 1 . .        what follows the block
     query 5   . . . . . 1 .        the next document
     query 6   . . . . . 1 1
 

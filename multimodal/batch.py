@@ -6,8 +6,8 @@ becomes of it does not depend on those beside it.
 Shapes: B rows, L longest prompt, S tokens in the cache, V vocabulary.
 """
 
+from collections.abc import Callable, Sized
 from collections.abc import Sequence as SequenceOf
-from collections.abc import Sized
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from multimodal.model import Multimodal
 
 SHARED_AT_LEAST = 16  # tokens
-LEAST_BLOCK = 16  # tokens of one that is compiled
 
 
 def text_ids(model: "Multimodal", text: str) -> list[int]:
@@ -126,28 +125,26 @@ class Batch:
             self.hidden = read_token(self.model.transformer, ids, self.last, seen, *filled, place)
         cache.length = end
 
-    def read_block(self, ids: Tensor, places: Tensor, read: Tensor, asked: int) -> Tensor:
+    def read_block(self, ids: Tensor, places: Tensor, real: Tensor, asked: int) -> Tensor:
         """The states of codes after the prompts that see them and each other, and are not kept.
 
-        ids: int64[B, m]; places: int64[B, m], where each stands in the image; read: bool[B, m],
+        ids: int64[B, m]; places: int64[B, m], where each stands in the image; real: bool[B, m],
         False for padding; asked: how many states, from the first -> float[B, asked, D], until the
         next call
         """
-        compiled, wanted, start = self._compiled(), asked, self.cache.length
-        if compiled is not None:
-            # It is for a few shapes: a block is filled up to a power of two, its states are all
-            # or LEAST_BLOCK, and at the end of the cache its place is one for all prompts.
-            count, most = ids.shape[1], self.model.image_tokenizer.config.grid**2
-            width = min(max(LEAST_BLOCK, 1 << (count - 1).bit_length()), most)
-            ids, places, read = (F.pad(x, (0, width - count)) for x in (ids, places, read))
-            wanted = LEAST_BLOCK if asked <= LEAST_BLOCK else width
-            start = self.cache.room - width
-        seen = torch.cat([F.pad(self.visible, (0, start - self.cache.length)), read], dim=1)
+        forward: Callable[..., Tensor] = self.model.transformer.forward
+        wanted, start = asked, self.cache.length
+        if (compiled := self._compiled()) is not None:
+            # It is for few shapes: blocks are a quarter, a half or the whole of an image, and at
+            # the end of the cache the place of a block is one for all prompts.
+            whole, count = self.model.image_tokenizer.config.grid**2, ids.shape[1]
+            width = next(size for size in (whole // 4, whole // 2, whole) if size >= count)
+            ids, places, real = (F.pad(x, (0, width - count)) for x in (ids, places, real))
+            forward, wanted, start = compiled.forward, width, self.cache.room - width
+        seen = torch.cat([F.pad(self.visible, (0, start - self.cache.length)), real], dim=1)
         mask = seen[:, None, None].expand(-1, 1, ids.shape[1], -1)
         positions, cache = self.last + 1 + places, replace(self.cache, length=start)
-        forward = self.model.transformer if compiled is None else compiled.forward
-        states: Tensor = forward(ids, positions, mask, cache, slice(wanted))
-        return states[:, :asked]
+        return forward(ids, positions, mask, cache, slice(wanted))[:, :asked]
 
     def _compiled(self) -> Compiled | None:
         """What is compiled, where this batch can use it."""

@@ -79,8 +79,8 @@ def draw_codes(
     steps: of masked drawing; negative: a text to be led away from, by the guidance;
     numbers: what the texts are called, for the random numbers; 0, 1, ... by default;
     on_step: is given the numbers and the codes so far, int64[some of B, n], after each step of
-        masked drawing (what is not drawn yet as it is likeliest) and each row of codes (UNKNOWN
-        below it).
+        masked drawing (what is not drawn yet as it is likeliest: so a step takes two to three times
+        as long) and each row of codes (UNKNOWN below it).
     """
     numbers = range(len(texts)) if numbers is None else numbers
     if method not in ("masked", "causal"):
@@ -220,9 +220,9 @@ def _draw_masked(
         places = places[:, : int((asked | known).sum(1).max())]
         ids = torch.where(known, codes + vocabulary.image_start, vocabulary.mask)
         block = ids.gather(1, places), places, (asked | known).gather(1, places)
-        ids, places, read = (x.repeat(copies, 1).to(model.device) for x in block)
+        ids, places, real = (x.repeat(copies, 1).to(model.device) for x in block)
         counts = asked.sum(1)
-        hidden = batch.read_block(ids, places, read, int(counts.max()))
+        hidden = batch.read_block(ids, places, real, int(counts.max()))
         first = (torch.arange(hidden.shape[1]) < counts[:, None]).repeat(copies, 1)
         return _image_logits(model, hidden[first.to(model.device)], guidance, progress)
 
@@ -236,10 +236,11 @@ def _draw_masked(
         rank = order.expand(count, -1).masked_fill(known, -1).argsort(-1).argsort(-1)
         keep = rank < (n - left.minimum((~known).sum(1) - 1).clamp(min=0))[:, None]
         fresh, guided = keep & ~known, step / max(1, steps - 1)
-        rows = torch.split(logits_of(fresh, codes, guided), fresh.sum(1).tolist())
-        chosen = [sampling.choose(own[None], [generator])[0]
-                  for own, generator in zip(rows, generators, strict=True)]  # fmt: skip
-        codes = codes.masked_scatter(fresh, torch.cat(chosen))
+        if fresh.any():  # fewer codes than steps: the last ones have nothing to do
+            rows = torch.split(logits_of(fresh, codes, guided), fresh.sum(1).tolist())
+            chosen = [sampling.choose(own[None], [generator])[0]
+                      for own, generator in zip(rows, generators, strict=True)]  # fmt: skip
+            codes = codes.masked_scatter(fresh, torch.cat(chosen))
         if on_step is not None:
             rest, shown = codes == UNKNOWN, codes
             if rest.any():

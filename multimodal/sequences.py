@@ -128,7 +128,9 @@ def draw(
         return _next_token(ids, [*spans, ("image", boi, boi + 1 + len(image))], state=boi)
     known = ~masked if known is None else known
     if not len(masked) == len(known) == len(image):
-        raise ValueError(f"masks of {len(masked)} and {len(known)} entries for {len(image)} codes")
+        raise ValueError(
+            f"masked, known: {len(masked)} and {len(known)} entries for {len(image)} codes"
+        )
     places = np.flatnonzero(masked | known)
     made = _next_token([*prompt, *(image[place] for place in places)], spans, state=boi)
     block = slice(boi + 1, None)
@@ -188,7 +190,8 @@ def plain_text(vocabulary: Vocabulary, text: list[int]) -> Sequence:
 
 
 def mask_ratio(uniform: float) -> float:
-    """The cosine schedule of MaskGIT (Chang et al. 2022, arXiv:2202.04200): [0, 1) -> (0, 1]"""
+    """How much is unknown, by the cosine schedule of MaskGIT (Chang et al. 2022,
+    arXiv:2202.04200): [0, 1) -> (0, 1]"""
     return float(np.cos(uniform * np.pi / 2))
 
 
@@ -229,20 +232,20 @@ class Packed:
         """float32[R, L]: of the codes of each document's masked image, the share that is not known;
         codes: of a whole image"""
         known = (self.blocks > 0) & (self.objectives != OBJECTIVES.index("reconstruct"))
-        return (1 - self.count(known).to(torch.float32) / codes)[self.numbers]
+        return (1 - self.count(known).to(torch.float32) / codes)[self.document_numbers]
 
     @property
-    def numbers(self) -> Tensor:
+    def document_numbers(self) -> Tensor:
         """int64[R, L]: documents, and the padding of each row, numbered through all rows."""
         rows, length = self.ids.shape
         first = (length + 1) * torch.arange(rows, device=self.ids.device)
         return self.documents + first[:, None]
 
     def count(self, tokens: Tensor) -> Tensor:
-        """bool[R, L] -> int64[R (L + 1)]: how many of each of ``numbers`` there are"""
+        """bool[R, L] -> int64[R (L + 1)]: how many of each of ``document_numbers`` there are"""
         rows, length = self.ids.shape
         counts = torch.zeros(rows * (length + 1), dtype=torch.int64, device=self.ids.device)
-        return counts.index_add_(0, self.numbers.flatten(), tokens.flatten().long())
+        return counts.index_add_(0, self.document_numbers.flatten(), tokens.flatten().long())
 
     @property
     def efficiency(self) -> float:

@@ -39,10 +39,9 @@ class Usable:
 
     def compile_decoding(self) -> None:
         """Compile the step that makes a token, and that of masked drawing: ten to twenty seconds
-        at the first use of each, and again for each further 128 tokens of prompt and reply. On a
-        CPU one prompt at a time is about twice as fast then, and one masked drawing up to 1.3 times
-        (in bf16; in fp32 it gains next to nothing). Errors: ``ValueError`` on a CPU without a C++
-        compiler."""
+        at the first use, of a drawing for each of three sizes, and again for each further 128
+        tokens of prompt and reply. On a CPU one prompt at a time is about twice as fast then; a
+        masked drawing MEASURE. Errors: ``ValueError`` on a CPU without a C++ compiler."""
         from multimodal.decoding import Compiled
 
         if self._model.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
@@ -129,7 +128,7 @@ class Usable:
     ) -> "list[Image.Image]":
         """n drawings of a text, each the best of so many candidates; see multimodal.drawing for the
         methods and for guidance. on_preview: is given the numbers of drawings, and what there is of
-        them, after each step."""
+        them, after each step (each takes two to three times as long then, if masked)."""
         from multimodal.drawing import decode_images, divided, draw_codes, preview_images
 
         if n < 1:

@@ -41,6 +41,14 @@ def changes(model: Multimodal, sequence: Sequence, position: int) -> Tensor:
     return (logits_of(model, sequence) - logits_of(model, other)).abs().amax(-1)
 
 
+def followed(sequence: Sequence, token: int) -> Sequence:
+    """One more token after a sequence, causal, without a loss."""
+    more = {"ids": token, "targets": 0, "objectives": NO_LOSS, "blocks": 0,
+            "positions": sequence.positions[-1] + 1}  # fmt: skip
+    longer = {name: np.append(getattr(sequence, name), value) for name, value in more.items()}
+    return replace(sequence, **longer)
+
+
 def all_forms(model: Multimodal) -> dict[str, Sequence]:
     vocabulary = model.vocabulary
     return {
@@ -49,6 +57,7 @@ def all_forms(model: Multimodal) -> dict[str, Sequence]:
         "masked": draw(vocabulary, TEXT, CODES, MASKED),
         "some left out": draw(vocabulary, TEXT, CODES, MASKED, ~MASKED & (CODES % 3 > 0)),
         "dropped": draw(vocabulary, None, CODES, ~MASKED),
+        "after a block": followed(draw(vocabulary, TEXT, CODES, MASKED), vocabulary.eoi),
         "text": plain_text(vocabulary, TEXT),
     }
 
@@ -56,7 +65,9 @@ def all_forms(model: Multimodal) -> dict[str, Sequence]:
 # --- what sees what -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["describe", "draw", "masked", "some left out", "dropped", "text"])
+@pytest.mark.parametrize(
+    "form", ["describe", "draw", "masked", "some left out", "after a block", "dropped", "text"]
+)
 def test_a_token_changes_itself_and_what_follows_and_its_block(
     model: Multimodal, form: str
 ) -> None:
