@@ -211,7 +211,8 @@ def _draw_masked(
     generators = sampling.generators(numbers)
 
     def logits_of(asked: Tensor, codes: Tensor, progress: float) -> Tensor:
-        """asked: bool[B, n], of the codes that are UNKNOWN -> float32[so many, K]
+        """asked: bool[B, n], some of the codes that are UNKNOWN; progress: in [0, 1], of the
+        guidance -> float32[so many, K], guided, row by row
 
         Those and what is known are read; a mask that nobody asks for would say nothing.
         """

@@ -44,7 +44,8 @@ class Sequence:
 
     ids: what is read; targets: the id that each position predicts; objectives: the number in
     OBJECTIVES of that prediction, or NO_LOSS; blocks: 1 in the bidirectional block, else 0;
-    positions: for RoPE. state: the index of the embedding.
+    positions: places in the document, from 0, for RoPE; a code of a masked image has that which it
+    has in the whole one. state: the index of the embedding.
     """
 
     ids: Ids
@@ -116,7 +117,8 @@ def draw(
 ) -> Sequence:
     """text: ids, or None for the dropped condition; codes: n image codes, or None to end at <boi>;
     masked: bool[n], the codes to reconstruct, or None for next-token prediction; known: bool[n],
-    those that are read, by default all others"""
+    those that are read, by default all others. Errors: ``ValueError`` for masks that are not as
+    long as codes."""
     prompt = draw_prompt(vocabulary, text)
     boi = len(prompt) - 1
     spans = [] if text is None else [("text", 0, boi)]
@@ -229,8 +231,8 @@ class Packed:
         return Packed(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def unknown_shares(self, codes: int) -> Tensor:
-        """float32[R, L]: of the codes of each document's masked image, the share that is not known;
-        codes: of a whole image"""
+        """float32[R, L] in [0, 1]: of the codes of each document's masked image, the share that is
+        not known, and 1 where there is none; codes: how many a whole image has"""
         known = (self.blocks > 0) & (self.objectives != OBJECTIVES.index("reconstruct"))
         return (1 - self.count(known).to(torch.float32) / codes)[self.document_numbers]
 

@@ -237,7 +237,7 @@ class Transformer(nn.Module):
         backend (multimodal/attention.py), or None -> float[B, L, D], normed
 
         With a cache, S counts what it holds and the L new tokens, which are added to it. wanted:
-        those of ids whose states are, by default all.
+        those of the L whose states are wanted, Q of them -> float[B, Q, D]; by default all.
         """
         turn = rope(positions, self.config)
         x = self.embed_tokens(ids)
