@@ -114,6 +114,9 @@ def captions(model: Multimodal, name: str, prompts: list[list[int]], rounds: int
     }
     together = {
         "ours": into("ours", lambda: continue_text(model, prompts, TOKENS, batch_size=BATCH)),
+        "ours, compiled": into(
+            "ours, compiled", lambda: continue_text(compiled, prompts, TOKENS, batch_size=BATCH)
+        ),
         "transformers": into("transformers", lambda: theirs(eager, prompts, BATCH)),
         "transformers, compiled": into(
             "transformers, compiled", lambda: theirs(faster, prompts, BATCH, **static)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.attention import attention_mask
-from multimodal.decoding import COMPILED_ROWS, ROOM_MULTIPLE, Compiled, read_token
+from multimodal.decoding import FEW, ROOM_MULTIPLE, read_token
 from multimodal.transformer import Cache
 
 if TYPE_CHECKING:
@@ -79,10 +79,7 @@ class Batch:
         ids, documents = ids.to(model.device), documents.to(model.device)
         self.positions = documents.cumsum(1).sub(1).clamp(min=0) + shared
         config, weight = model.config.transformer, model.transformer.embed_tokens.weight
-        room += shared + longest
-        if model.compiled is not None:
-            room += -room % ROOM_MULTIPLE
-        self.cache = Cache.empty(config, len(prompts), room, weight)
+        self.cache = Cache.empty(config, len(prompts), self._room(shared + longest + room), weight)
         mask = attention_mask(documents, torch.zeros_like(documents))
         if shared:
             self._read_once(prompts[0][:shared], weight)
@@ -99,8 +96,7 @@ class Batch:
         one = Cache.empty(self.model.config.transformer, 1, len(ids), like)
         causal = attention_mask(torch.ones_like(begun), torch.zeros_like(begun))
         self.model.transformer(begun, torch.arange(len(ids), device=like.device)[None], causal, one)
-        self.cache.keys[:, :, :, : len(ids)] = one.keys
-        self.cache.values[:, :, :, : len(ids)] = one.values
+        self.cache.put(slice(None), 0, one.keys, one.values)
         self.cache.length = len(ids)
 
     def logits(self, ids: slice = slice(None)) -> Tensor:
@@ -114,61 +110,57 @@ class Batch:
         cache, end = self.cache, self.cache.length + 1
         assert end <= cache.room, f"the cache has room for {cache.room} tokens"
         place = torch.tensor([end - 1], device=ids.device)
-        if (compiled := self._compiled()) is not None:
-            mask = F.pad(self.visible, (0, cache.room - end))[:, None, None, :]
+        seen, filled = self.visible[:, None, None, :], cache.columns(slice(end))
+        if (compiled := self.model.compiled) is None:
+            # Nothing is padded: every key may be seen, and SDPA needs no mask.
+            needed = None if self.visible.all() else seen
+            self.hidden = read_token(self.model.transformer, ids, self.last, needed, *filled, place)
+        elif not self._fixed():
+            self.hidden = compiled.step_of_many(ids, self.last, seen, *filled, place)
+        else:
+            compiled.may_write(cache)
+            mask = F.pad(seen, (0, cache.room - end))
             state = compiled.step(ids, self.last, mask, cache.keys, cache.values, place)
             self.hidden = state.clone()  # a CUDA graph writes to the same memory again
-        else:
-            # Nothing is padded: every key may be seen, and SDPA needs no mask.
-            seen = None if self.visible.all() else self.visible[:, None, None, :]
-            filled = cache.keys[:, :, :, :end], cache.values[:, :, :, :end]
-            self.hidden = read_token(self.model.transformer, ids, self.last, seen, *filled, place)
         cache.length = end
 
     def read_block(self, ids: Tensor, places: Tensor, real: Tensor, asked: int) -> Tensor:
         """The states of codes after the prompts that see them and each other, and are not kept.
 
         ids: int64[B, m]; places: int64[B, m], where each stands in the image; real: bool[B, m],
-        False for padding; asked: how many states, from the first -> float[B, asked, D], until the
-        next call
+        False for padding; asked: how many states, from the first -> float[B, asked, D]
         """
         forward: Callable[..., Tensor] = self.model.transformer.forward
-        wanted, start = asked, self.cache.length
-        if (compiled := self._compiled()) is not None:
-            # It is for few shapes: blocks are a quarter, a half or the whole of an image, and at
-            # the end of the cache the place of a block is one for all prompts.
-            whole, count = self.model.image_tokenizer.config.grid**2, ids.shape[1]
-            width = next(size for size in (whole // 4, whole // 2, whole) if size >= count)
-            ids, places, real = (F.pad(x, (0, width - count)) for x in (ids, places, real))
-            forward, wanted, start = compiled.forward, width, self.cache.room - width
-        seen = torch.cat([F.pad(self.visible, (0, start - self.cache.length)), real], dim=1)
+        wanted = asked
+        if (compiled := self.model.compiled) is not None:
+            # To a compiler one is a shape of its own, and so is asking for all: neither is met.
+            forward, wanted = compiled.forward, max(2, asked)
+            missing = max(0, wanted + 1 - ids.shape[1])
+            ids, places, real = (F.pad(x, (0, missing)) for x in (ids, places, real))
+        seen = torch.cat([self.visible, real], dim=1)
         mask = seen[:, None, None].expand(-1, 1, ids.shape[1], -1)
-        positions, cache = self.last + 1 + places, replace(self.cache, length=start)
+        # The cache forgets them: this one's length stays.
+        positions, cache = self.last + 1 + places, replace(self.cache)
         return forward(ids, positions, mask, cache, slice(wanted))[:, :asked]
 
-    def _compiled(self) -> Compiled | None:
-        """What is compiled, where this batch can use it."""
-        few = self.hidden.is_cuda or len(self.hidden) <= COMPILED_ROWS
-        return self.model.compiled if few and self.cache.room % ROOM_MULTIPLE == 0 else None
+    def _room(self, tokens: int) -> int:
+        """In the cache, for so many tokens, and for the padding of a block (see ``read_block``)."""
+        if self.model.compiled is None:
+            return tokens
+        return (tokens // ROOM_MULTIPLE + 1) * ROOM_MULTIPLE
+
+    def _fixed(self) -> bool:
+        """Whether a compiled step finds shapes here that stay the same."""
+        return len(self.hidden) <= FEW and self.cache.room % ROOM_MULTIPLE == 0
 
     def keep(self, places: SequenceOf[int] | Tensor) -> None:
         """Go on with the rows of these places only (0 to B - 1), in this order, with some several
-        times. Those that stay where they are cost nothing (see ``closed_up``); the room of those
-        that are gone is kept."""
+        times (see ``closed_up``)."""
         rows = torch.as_tensor(places, dtype=torch.int64, device=self.last.device)
-        cache, count, before = self.cache, len(rows), len(self.last)
         self.last, self.visible, self.hidden = (
             x[rows] for x in (self.last, self.visible, self.hidden)
         )
-        if count > before:
-            cache.keys, cache.values = cache.keys[:, rows], cache.values[:, rows]
-            return
-        moved = (rows != torch.arange(count, device=rows.device)).nonzero()[:, 0]
-        for x in (cache.keys, cache.values):
-            x[:, moved, :, : cache.length] = x[:, rows[moved], :, : cache.length]
-        cache.keys, cache.values = cache.keys[:, :count], cache.values[:, :count]
-        if self._compiled() is not None:  # of one layout, or it would be compiled for each anew
-            cache.keys, cache.values = cache.keys.contiguous(), cache.values.contiguous()
+        self.cache.keep(rows)
 
     def join(self, others: "Batch", room: int) -> None:
         """Go on with the rows of another batch too, after those of this one; room: for how many
@@ -178,17 +170,14 @@ class Batch:
         counts = len(self.last), len(others.last)
         length = max(lengths)
         config, weight = self.model.config.transformer, self.model.transformer.embed_tokens.weight
-        cache = Cache.empty(config, sum(counts), length + room, weight)
+        cache = Cache.empty(config, sum(counts), self._room(length + room), weight)
         cache.length = length
         for rows, own, start, begun in (
             (slice(counts[0]), lengths[0], unseen, self.cache),
             (slice(counts[0], None), lengths[1], 0, others.cache),
         ):
             # All rows end in the same column: the next token of each is the next of all.
-            cache.keys[:, rows, :, length - own : length] = begun.keys[:, :, :, start : start + own]
-            cache.values[:, rows, :, length - own : length] = begun.values[
-                :, :, :, start : start + own
-            ]
+            cache.put(rows, length - own, *begun.columns(slice(start, start + own)))
         self.visible = torch.cat([
             F.pad(self.visible[:, unseen:], (length - lengths[0], 0)),
             F.pad(others.visible, (length - lengths[1], 0)),

@@ -2,9 +2,9 @@
 
 On a CPU a step of a small model is mostly the calling of operations, and here are as few of them
 as it takes: no rearranging of one token, no keys and values repeated for the heads of a group.
-Compiled, a step (of one token, or of the codes of a drawing) is a handful of kernels, on a GPU a
-CUDA graph; that takes ten to twenty seconds first, and shapes that stay the same: the whole cache,
-with a mask over what is not filled.
+Compiled, a step is a handful of kernels: for few rows, of shapes that stay the same (the whole
+cache, with a mask over what is not filled), on a GPU a CUDA graph; for many rows, and for the codes
+of a drawing, of any shape. Each takes ten to thirty seconds when it is first called.
 
 Shapes: B rows, S tokens in the cache, D width, H heads, G key-value heads, d head size.
 """
@@ -20,21 +20,23 @@ from torch import Tensor, nn
 
 from multimodal.transformer import Cache, Layer, Transformer, norm_in_fp32, rope, rotate
 
-Step: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor], Tensor]
+Step: TypeAlias = Callable[
+    [Tensor, Tensor, Tensor | None, list[Tensor], list[Tensor], Tensor], Tensor
+]
 ROOM_MULTIPLE = 128  # tokens in the cache of a compiled step: a new shape is compiled anew
-COMPILED_ROWS = 2  # on a CPU: one, or a drawing and its guidance; for many it is slower
+FEW = 2  # rows: one, or a drawing and its guidance
 
 
 def product(x: Tensor, linear: nn.Module) -> Tensor:
     """float[B, D] times weight: float[N, D] of a layer without bias -> float[B, N]
 
-    Compiled for a CPU it is written as a sum. Of a few rows the product waits for its weights
+    Compiled for a few rows on a CPU it is written as a sum: there the product waits for its weights
     alone, and the loop that the compiler makes of this reads them three times as fast as the
     matrix product of a library (docs/decisions.md).
     """
     weight = linear.weight
     assert isinstance(weight, Tensor)
-    if torch.compiler.is_compiling() and not x.is_cuda:
+    if torch.compiler.is_compiling() and not x.is_cuda and len(x) <= FEW:
         return (x[:, None].float() * weight.float()).sum(-1).to(x.dtype)
     return F.linear(x, weight)
 
@@ -44,12 +46,12 @@ def read_token(
     ids: Tensor,
     positions: Tensor,
     mask: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
     place: Tensor,
 ) -> Tensor:
     """ids: int64[B]; positions: int64[B, 1]; mask: bool[B, 1, 1, S] or None, which sees all; keys,
-    values: float[layers, B, G, S, d]; place: int64[1], where in them the token goes
+    values: of each layer float[B, G, S, d]; place: int64[1], where in them the token goes
     -> float[B, D], normed"""
     cos, sin = (angles[:, 0] for angles in rope(positions, transformer.config))  # [B, 1, d]
     x: Tensor = transformer.embed_tokens(ids)
@@ -65,10 +67,10 @@ def read_token(
             for norm, part in ((own.q_norm, q), (own.k_norm, k))
         )
         # Under autocast the cache is wider than what goes into it.
-        keys[number].index_copy_(2, place, k[:, :, None].to(keys.dtype))
-        values[number].index_copy_(2, place, v[:, :, None].to(keys.dtype))
+        keys[number].index_copy_(2, place, k[:, :, None].to(keys[number].dtype))
+        values[number].index_copy_(2, place, v[:, :, None].to(keys[number].dtype))
         # The heads of a group stand where queries do: [B, G, H / G, d].
-        grouped = q.reshape(len(q), keys.shape[2], -1, own.head_dim)
+        grouped = q.reshape(len(q), keys[number].shape[1], -1, own.head_dim)
         seen = F.scaled_dot_product_attention(grouped, keys[number], values[number], attn_mask=mask)
         x = x + product(seen.flatten(1), own.o_proj)
         read, mlp = layer.post_attention_layernorm(x), layer.mlp
@@ -80,20 +82,28 @@ def read_token(
 
 @dataclass(frozen=True)
 class Compiled:
-    """Compiled when first called, and for each new shape.
+    """Compiled when first called.
 
-    step: ``read_token``; forward: the transformer's, of a block (``Batch.read_block``)
+    step: ``read_token`` of up to FEW rows, compiled for each shape, on a GPU a CUDA graph;
+    step_of_many: of more rows; forward: the transformer's, of the codes of a drawing: both for any
+    shape
     """
 
     step: Step
+    step_of_many: Step
     forward: Callable[[Tensor, Tensor, Tensor, Cache, slice], Tensor]
 
     @classmethod
     def of(cls, transformer: Transformer) -> "Compiled":
+        read = partial(read_token, transformer)
         graphs = transformer.embed_tokens.weight.is_cuda
-        mode = "reduce-overhead" if graphs else "default"
-        step, forward = (
-            torch.compile(function, dynamic=False, mode=mode)
-            for function in (partial(read_token, transformer), transformer.forward)
-        )
-        return cls(step, forward)
+        step = torch.compile(read, dynamic=False, mode="reduce-overhead" if graphs else "default")
+        many, forward = (torch.compile(one, dynamic=True) for one in (read, transformer.forward))
+        return cls(step, many, forward)
+
+    def may_write(self, cache: Cache) -> None:
+        """What writes to its arguments is a CUDA graph only where they are said to stay where they
+        are; if they do not, it is recorded anew."""
+        if cache.keys[0].is_cuda:
+            for one in (*cache.keys, *cache.values):
+                torch._dynamo.mark_static_address(one)

@@ -73,34 +73,66 @@ def named_config(size: str, vocab_size: int) -> TransformerConfig:
 class Cache:
     """Keys and values of what was read so far.
 
-    keys, values: float[layers, B, G, S, d] with room for S tokens; length: how many are filled.
+    keys, values: of each layer float[B, G, S, d], with room for S tokens; length: how many are
+    filled. A layer has memory of its own: what is written to a part of a larger tensor, a compiled
+    step copies whole.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
     length: int = 0
 
     @classmethod
     def empty(cls, config: TransformerConfig, batch: int, room: int, like: Tensor) -> "Cache":
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, room, config.head_dim)
-        return cls(like.new_zeros(shape), like.new_zeros(shape))
+        shape = (batch, config.num_key_value_heads, room, config.head_dim)
+        keys, values = (
+            [like.new_zeros(shape) for _ in range(config.num_hidden_layers)] for _ in range(2)
+        )
+        return cls(keys, values)
 
     @property
     def room(self) -> int:
         """How many tokens it can hold."""
-        return self.keys.shape[3]
+        return self.keys[0].shape[2]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v: float[B, G, L, d] of one layer; returns all it has, S = length + L."""
         end = self.length + k.shape[2]
         assert end <= self.room, f"the cache has room for {self.room} tokens"
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def columns(self, columns: slice) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of some of its tokens, of the same memory."""
+        keys, values = ([x[:, :, columns] for x in several] for several in (self.keys, self.values))
+        return keys, values
+
+    def put(self, rows: slice, start: int, keys: list[Tensor], values: list[Tensor]) -> None:
+        """Copy keys and values, of each layer float[B, G, L, d], to these rows from a token on."""
+        for mine, given in ((self.keys, keys), (self.values, values)):
+            for x, new in zip(mine, given, strict=True):
+                x[rows, :, start : start + new.shape[2]] = new
+
+    def keep(self, rows: Tensor) -> None:
+        """rows: int64[B'], those to go on with, in this order, some several times. Those that stay
+        where they are cost nothing; the room of those that are gone is kept."""
+        count, before = len(rows), len(self.keys[0])
+        moved = (rows != torch.arange(count, device=rows.device)).nonzero()[:, 0]
+        for several in (self.keys, self.values):
+            for layer, x in enumerate(several):
+                if count > before:
+                    several[layer] = x[rows]
+                    continue
+                if len(moved):
+                    x[moved, :, : self.length] = x[rows[moved], :, : self.length]
+                several[layer] = x[:count]
 
     def grow(self, room: int) -> None:
         """Make room for so many tokens more."""
-        self.keys, self.values = (F.pad(x, (0, 0, 0, room)) for x in (self.keys, self.values))
+        self.keys, self.values = (
+            [F.pad(x, (0, 0, 0, room)) for x in several] for several in (self.keys, self.values)
+        )
 
 
 def rope(positions: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor]:

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from multimodal.batch import Batch, closed_up
-from multimodal.decoding import Compiled, read_token
+from multimodal.decoding import ROOM_MULTIPLE, Compiled, read_token
 from multimodal.drawing import draw_codes
 from multimodal.generation import continue_text
 from multimodal.model import Multimodal
 from multimodal.sampling import Sampling
-from multimodal.transformer import Cache
 from tests.prompts import prompts_of
 
 Make = Callable[..., Multimodal]
@@ -81,7 +81,7 @@ def test_a_compiled_step_says_the_same(tiny_model: Make) -> None:
     before, drawn = continue_text(model, prompts, 16), draw()
     model.compile_decoding()
     assert model.compiled is not None
-    rows: dict[str, list[int]] = {"step": [], "forward": []}
+    rows: dict[str, list[int]] = {"step": [], "step_of_many": [], "forward": []}
 
     def counted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda ids, *rest: (rows[name].append(len(ids)), function(ids, *rest))[1]
@@ -89,45 +89,57 @@ def test_a_compiled_step_says_the_same(tiny_model: Make) -> None:
     made = {name: counted(name, getattr(model.compiled, name)) for name in rows}
     model.compiled = Compiled(**made)
     assert [continue_text(model, [prompt], 16)[0] for prompt in prompts] == before
-    assert rows == {"step": [1] * 15 * len(prompts), "forward": []}
-    assert continue_text(model, prompts, 16) == before, "several rows go the other way"
+    assert rows == {"step": [1] * 15 * len(prompts), "step_of_many": [], "forward": []}
+    assert continue_text(model, prompts, 16) == before
+    assert rows["step_of_many"] == [6] * 15
+    assert continue_text(model, prompts, 16, batch_size=4) == before, "others join"
     assert all(map(torch.equal, draw(), drawn))
     # A drawing and its guidance are two rows.
     assert set(rows["step"]) == {1, 2} and rows["forward"] == [2] * 4
-    assert len(draw_codes(model, ["a red bus"] * 2, steps=2)) == 2
-    assert rows["forward"] == [2] * 4, "several drawings go the other way"
 
 
-def test_what_is_compiled_is_compiled_for_few_shapes(tiny_model: Make) -> None:
+def test_a_compiled_step_of_few_rows_meets_few_shapes(tiny_model: Make) -> None:
     """torch compiles anew where sizes, strides or numbers differ from all it has seen."""
-    model = tiny_model(noise=0.1)
-    met: dict[str, set[Any]] = {"step": set(), "forward": set()}
-    real = {"step": partial(read_token, model.transformer), "forward": model.transformer.forward}
+    model, met = tiny_model(noise=0.1), set()
+    real = partial(read_token, model.transformer)
 
-    def watched(name: str) -> Callable[..., Tensor]:
-        def call(*given: Any) -> Tensor:
-            cache = [
-                one for part in given if isinstance(part, Cache) for one in vars(part).values()
-            ]
-            shapes = [
-                (one.shape, one.stride()) if isinstance(one, Tensor) else str(one)
-                for one in (*given, *cache)
-                if not isinstance(one, Cache)
-            ]
-            met[name].add(tuple(shapes))
-            out: Tensor = real[name](*given)
-            return out
+    def watched(*given: Any) -> Tensor:
+        tensors = [one for part in given for one in (part if isinstance(part, list) else [part])]
+        met.add(tuple((one.shape, one.stride()) for one in tensors))
+        return real(*given)
 
-        return call
-
-    model.compiled = Compiled(watched("step"), watched("forward"))
+    model.compiled = Compiled(watched, real, model.transformer.forward)
     for count in range(2, 6):  # rows leave until two are left, and one
         batch = Batch(model, prompts_of(model)[:count], 16)
         for left in range(count, 0, -1):
             batch.keep(torch.arange(left))
             batch.read(torch.full((left,), 7))
-    assert len(met["step"]) == 2
-    for text in ("a red bus", "two small green crosses above a blue ring"):
-        for steps in (2, 3, 8):
-            draw_codes(model, [text], steps=steps)
-    assert len(met["forward"]) == 3, "a quarter, a half, and the whole of an image"
+    assert len(met) == 2
+
+
+def test_what_serves_any_shape_is_compiled_for_few(tiny_model: Make) -> None:
+    """Compiled as far as its conditions go, which is soon done."""
+    model = tiny_model(noise=0.1)
+    step, compiles = partial(read_token, model.transformer), CompileCounterWithBackend("eager")
+    many, block = (
+        torch.compile(one, dynamic=True, backend=compiles)
+        for one in (step, model.transformer.forward)
+    )
+    model.compiled = Compiled(step, many, block)
+    short, long = "a red bus", "two small green crosses above a blue ring"
+    continue_text(model, prompts_of(model), 16)
+    draw_codes(model, [short])  # with its guidance: two rows
+    draw_codes(model, [short] * 2)
+    draw_codes(model, [short], guidance_scale=1.0)
+    once = compiles.frame_count
+    assert once
+    continue_text(model, prompts_of(model), 16, batch_size=4)
+    for texts in ([short], [long], [long] * 3, [short] * 5):
+        for steps in (1, 2, 3, 8):
+            draw_codes(model, texts, steps=steps)
+            draw_codes(model, texts, steps=steps, guidance_scale=1.0)
+    assert compiles.frame_count == once
+    n = model.image_tokenizer.config.grid**2
+    full = Batch(model, [[5] * (ROOM_MULTIPLE - n)], n)  # the room is just as long, but for padding
+    places, real = torch.arange(n)[None], torch.ones(1, n, dtype=torch.bool)
+    assert full.read_block(places + model.vocabulary.image_start, places, real, n).shape[1] == n
