@@ -12,8 +12,8 @@ coca: open_clip's CoCa of about as many parameters with random weights, in two s
     as wide as ours. Pixels to as many tokens as our caption of the image has, as its own
     ``generate`` does it (image read once, no cache, a batch goes on until its longest text ends),
     here greedy; ours from pixels, too. 8 one after the other, and 32 at once.
-drawing: masked in 8 steps beside code by code, guidance 3, by the size of the batch; of one
-    drawing, both compiled, too.
+drawing: masked in 8 steps beside code by code, guidance 3, by the size of the batch; both compiled,
+    too.
 
 All take turns, so that what else the machine does falls on all, in one process, which keeps freed
 memory as every command of ``multimodal`` does. The last line is JSON.
@@ -27,6 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ import torch
 import transformers
 
 from multimodal import load
-from multimodal.drawing import draw_codes
+from multimodal.drawing import Method, draw_codes
 from multimodal.export import export_hf
 from multimodal.generation import caption_codes, continue_text, encode_images, read_images
 from multimodal.memory import keep_freed_memory
@@ -43,6 +44,7 @@ from multimodal.scenes import render, sample_scene
 from multimodal.sequences import describe_prompt
 
 TOKENS, FEW, BATCH, MANY = 32, 8, 32, 128
+METHODS: dict[str, Method] = {"ours, masked": "masked", "code by code": "causal"}
 
 
 def speeds(
@@ -65,12 +67,12 @@ def speeds(
     return found
 
 
-def captions(model: Multimodal, name: str, prompts: list[list[int]], rounds: int) -> Any:
+def captions(
+    model: Multimodal, compiled: Multimodal, name: str, prompts: list[list[int]], rounds: int
+) -> Any:
     """name: of the model; prompts: MANY of one length"""
     v = model.vocabulary
     dtype = model.transformer.embed_tokens.weight.dtype
-    compiled = load(name, dtype=dtype)
-    compiled.compile_decoding()
     with tempfile.TemporaryDirectory() as folder:
         export_hf(name, Path(folder) / "hf")
         eager, faster = (
@@ -132,16 +134,14 @@ def captions(model: Multimodal, name: str, prompts: list[list[int]], rounds: int
 
 
 def coca(
-    model: Multimodal, name: str, pixels: torch.Tensor, lengths: list[int], rounds: int
+    model: Multimodal, compiled: Multimodal, pixels: torch.Tensor, lengths: list[int], rounds: int
 ) -> Any:
-    """name: of the model; pixels: float32[BATCH, 3, H, W]; lengths: BATCH, tokens of our captions
+    """pixels: float32[BATCH, 3, H, W]; lengths: BATCH, tokens of our captions
     with their <eos>"""
     from open_clip.coca_model import CoCa
 
     size, v = model.image_tokenizer.config.image_size, model.vocabulary
     dtype = model.transformer.embed_tokens.weight.dtype
-    compiled = load(name, dtype=dtype)
-    compiled.compile_decoding()
 
     def built(layers: int, width: int, heads: int) -> torch.nn.Module:
         torch.manual_seed(0)
@@ -193,21 +193,16 @@ def coca(
     return found
 
 
-def drawing(model: Multimodal, name: str, rounds: int) -> Any:
-    """name: of the model"""
-    compiled = load(name, dtype=model.transformer.embed_tokens.weight.dtype)
-    compiled.compile_decoding()
+def drawing(model: Multimodal, compiled: Multimodal, rounds: int) -> Any:
     found: dict[str, Any] = {}
     text = "a red circle and a blue square"
     for batch in (1, 2, 4, 8, 32):
         texts = [text] * batch
         work: dict[str, Callable[[], object]] = {
-            "ours, masked": lambda texts=texts: draw_codes(model, texts, method="masked", steps=8),
-            "code by code": lambda texts=texts: draw_codes(model, texts, method="causal"),
+            way + form: partial(draw_codes, one, texts, method=method, steps=8)
+            for form, one in (("", model), (", compiled", compiled))
+            for way, method in METHODS.items()
         }
-        if batch == 1:  # for more it is not used on a CPU
-            work["ours, masked, compiled"] = lambda: draw_codes(compiled, [text], steps=8)
-            work["code by code, compiled"] = lambda: draw_codes(compiled, [text], method="causal")
         found[f"batch {batch}"] = speeds(work, rounds, batch)
     return found
 
@@ -223,7 +218,10 @@ def main() -> None:
     made.add_argument("--only", nargs="*", choices=parts, default=parts)
     arguments = made.parse_args()
     keep_freed_memory()
-    model = load(arguments.model, dtype=getattr(torch, arguments.dtype))
+    model, compiled = (
+        load(arguments.model, dtype=getattr(torch, arguments.dtype)) for _ in range(2)
+    )
+    compiled.compile_decoding()
     rng = random.Random("generate")
     pixels = read_images(model, [render(sample_scene(rng)) for _ in range(MANY)])
     codes = encode_images(model, pixels)
@@ -231,13 +229,13 @@ def main() -> None:
     prompts = [describe_prompt(model.vocabulary, row) for row in ids]
     figures: dict[str, Any] = {}
     if "captions" in arguments.only:
-        figures["captions"] = captions(model, arguments.model, prompts, arguments.rounds)
+        figures["captions"] = captions(model, compiled, arguments.model, prompts, arguments.rounds)
     if "coca" in arguments.only:
         said = continue_text(model, prompts[:BATCH], TOKENS)
         lengths = [len(text) + 1 for text in said]
-        figures["coca"] = coca(model, arguments.model, pixels[:BATCH], lengths, arguments.rounds)
+        figures["coca"] = coca(model, compiled, pixels[:BATCH], lengths, arguments.rounds)
     if "drawing" in arguments.only:
-        figures["drawing"] = drawing(model, arguments.model, arguments.rounds)
+        figures["drawing"] = drawing(model, compiled, arguments.rounds)
     about = {"model": model.fingerprint, "dtype": arguments.dtype, "rounds": arguments.rounds,
              "threads": torch.get_num_threads(), "cores": os.cpu_count(),
              "torch": torch.__version__,

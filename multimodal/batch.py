@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.attention import attention_mask
-from multimodal.decoding import FEW, ROOM_MULTIPLE, read_token
+from multimodal.decoding import FEW, ROOM_MULTIPLE, read_prompt, read_token
 from multimodal.transformer import Cache
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Batch:
             ids[row, start:] = torch.tensor(prompt[shared:])
             documents[row, start:] = 1
         ids, documents = ids.to(model.device), documents.to(model.device)
-        self.positions = documents.cumsum(1).sub(1).clamp(min=0) + shared
+        positions = documents.cumsum(1).sub(1).clamp(min=0) + shared
         config, weight = model.config.transformer, model.transformer.embed_tokens.weight
         self.cache = Cache.empty(config, len(prompts), self._room(shared + longest + room), weight)
         mask = attention_mask(documents, torch.zeros_like(documents))
@@ -85,19 +85,23 @@ class Batch:
             self._read_once(prompts[0][:shared], weight)
             sees = documents.bool()[:, None, :, None].expand(-1, -1, -1, shared)
             mask = torch.cat([sees, mask], dim=-1)
-        hidden = model.transformer(ids, self.positions, mask, self.cache, slice(-1, None))
-        self.last = self.positions[:, -1:]
+        self.hidden = self._read_prompt(ids, positions, mask, self.cache)
+        self.last = positions[:, -1:]
         self.visible = F.pad(documents.bool(), (shared, 0), value=True)
-        self.hidden = hidden[:, -1]
 
     def _read_once(self, ids: list[int], like: Tensor) -> None:
         """Put the keys and values of a common beginning into the cache, for all rows."""
         begun = torch.tensor([ids], device=like.device)
-        one = Cache.empty(self.model.config.transformer, 1, len(ids), like)
+        one = Cache.empty(self.model.config.transformer, 1, self._room(len(ids)), like)
         causal = attention_mask(torch.ones_like(begun), torch.zeros_like(begun))
-        self.model.transformer(begun, torch.arange(len(ids), device=like.device)[None], causal, one)
-        self.cache.put(slice(None), 0, one.keys, one.values)
+        self._read_prompt(begun, torch.arange(len(ids), device=like.device)[None], causal, one)
+        self.cache.put(slice(None), 0, *one.columns(slice(len(ids))))
         self.cache.length = len(ids)
+
+    def _read_prompt(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        if (compiled := self.model.compiled) is not None:
+            return compiled.prompt(ids, positions, mask, cache)
+        return read_prompt(self.model.transformer, ids, positions, mask, cache)
 
     def logits(self, ids: slice = slice(None)) -> Tensor:
         """float32[B, V] for the next token; ids: those that are asked for"""
@@ -134,7 +138,7 @@ class Batch:
         wanted = asked
         if (compiled := self.model.compiled) is not None:
             # To a compiler one is a shape of its own, and so is asking for all: neither is met.
-            forward, wanted = compiled.forward, max(2, asked)
+            forward, wanted = compiled.block, max(2, asked)
             missing = max(0, wanted + 1 - ids.shape[1])
             ids, places, real = (F.pad(x, (0, missing)) for x in (ids, places, real))
         seen = torch.cat([self.visible, real], dim=1)

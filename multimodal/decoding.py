@@ -11,7 +11,6 @@ Shapes: B rows, S tokens in the cache, D width, H heads, G key-value heads, d he
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -80,26 +79,39 @@ def read_token(
     return out
 
 
+def read_prompt(
+    transformer: Transformer, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache
+) -> Tensor:
+    """ids, positions: int64[B, L]; mask: bool[B, 1, L, S] -> float[B, D] of the last tokens; all of
+    them are in the cache then"""
+    states: Tensor = transformer(ids, positions, mask, cache, slice(-1, None))
+    return states[:, 0]
+
+
 @dataclass(frozen=True)
 class Compiled:
-    """Compiled when first called.
+    """Compiled when first called: ``step`` for each shape, on a GPU as a CUDA graph, the others for
+    any shape.
 
-    step: ``read_token`` of up to FEW rows, compiled for each shape, on a GPU a CUDA graph;
-    step_of_many: of more rows; forward: the transformer's, of the codes of a drawing: both for any
-    shape
+    step: ``read_token`` of up to FEW rows; step_of_many: of more; prompt: ``read_prompt``;
+    block: the transformer's forward of the codes of a drawing (``Batch.read_block``)
     """
 
     step: Step
     step_of_many: Step
-    forward: Callable[[Tensor, Tensor, Tensor, Cache, slice], Tensor]
+    prompt: Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
+    block: Callable[[Tensor, Tensor, Tensor, Cache, slice], Tensor]
 
     @classmethod
     def of(cls, transformer: Transformer) -> "Compiled":
-        read = partial(read_token, transformer)
-        graphs = transformer.embed_tokens.weight.is_cuda
-        step = torch.compile(read, dynamic=False, mode="reduce-overhead" if graphs else "default")
-        many, forward = (torch.compile(one, dynamic=True) for one in (read, transformer.forward))
-        return cls(step, many, forward)
+        mode = "reduce-overhead" if transformer.embed_tokens.weight.is_cuda else "default"
+        # Each a function of its own: of one, torch compiles eight forms and then no more.
+        return cls(
+            torch.compile(lambda *x: read_token(transformer, *x), dynamic=False, mode=mode),
+            torch.compile(lambda *x: read_token(transformer, *x), dynamic=True),
+            torch.compile(lambda *x: read_prompt(transformer, *x), dynamic=True),
+            torch.compile(lambda *x: transformer(*x), dynamic=True),
+        )
 
     def may_write(self, cache: Cache) -> None:
         """What writes to its arguments is a CUDA graph only where they are said to stay where they

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from multimodal.batch import Batch, closed_up
-from multimodal.decoding import ROOM_MULTIPLE, Compiled, read_token
+from multimodal.decoding import ROOM_MULTIPLE, Compiled, read_prompt, read_token
 from multimodal.drawing import draw_codes
 from multimodal.generation import continue_text
 from multimodal.model import Multimodal
@@ -81,7 +81,7 @@ def test_a_compiled_step_says_the_same(tiny_model: Make) -> None:
     before, drawn = continue_text(model, prompts, 16), draw()
     model.compile_decoding()
     assert model.compiled is not None
-    rows: dict[str, list[int]] = {"step": [], "step_of_many": [], "forward": []}
+    rows: dict[str, list[int]] = {name: [] for name in vars(model.compiled)}
 
     def counted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda ids, *rest: (rows[name].append(len(ids)), function(ids, *rest))[1]
@@ -89,13 +89,14 @@ def test_a_compiled_step_says_the_same(tiny_model: Make) -> None:
     made = {name: counted(name, getattr(model.compiled, name)) for name in rows}
     model.compiled = Compiled(**made)
     assert [continue_text(model, [prompt], 16)[0] for prompt in prompts] == before
-    assert rows == {"step": [1] * 15 * len(prompts), "step_of_many": [], "forward": []}
+    ones = [1] * len(prompts)
+    assert rows == {"prompt": ones, "step": 15 * ones, "step_of_many": [], "block": []}
     assert continue_text(model, prompts, 16) == before
     assert rows["step_of_many"] == [6] * 15
     assert continue_text(model, prompts, 16, batch_size=4) == before, "others join"
     assert all(map(torch.equal, draw(), drawn))
     # A drawing and its guidance are two rows.
-    assert set(rows["step"]) == {1, 2} and rows["forward"] == [2] * 4
+    assert set(rows["step"]) == {1, 2} and rows["block"] == [2] * 4
 
 
 def test_a_compiled_step_of_few_rows_meets_few_shapes(tiny_model: Make) -> None:
@@ -108,7 +109,9 @@ def test_a_compiled_step_of_few_rows_meets_few_shapes(tiny_model: Make) -> None:
         met.add(tuple((one.shape, one.stride()) for one in tensors))
         return real(*given)
 
-    model.compiled = Compiled(watched, real, model.transformer.forward)
+    model.compiled = Compiled(
+        watched, real, partial(read_prompt, model.transformer), model.transformer.forward
+    )
     for count in range(2, 6):  # rows leave until two are left, and one
         batch = Batch(model, prompts_of(model)[:count], 16)
         for left in range(count, 0, -1):
@@ -120,17 +123,16 @@ def test_a_compiled_step_of_few_rows_meets_few_shapes(tiny_model: Make) -> None:
 def test_what_serves_any_shape_is_compiled_for_few(tiny_model: Make) -> None:
     """Compiled as far as its conditions go, which is soon done."""
     model = tiny_model(noise=0.1)
-    step, compiles = partial(read_token, model.transformer), CompileCounterWithBackend("eager")
-    many, block = (
-        torch.compile(one, dynamic=True, backend=compiles)
-        for one in (step, model.transformer.forward)
-    )
-    model.compiled = Compiled(step, many, block)
+    transformer, compiles = model.transformer, CompileCounterWithBackend("eager")
+    step, prompt = partial(read_token, transformer), partial(read_prompt, transformer)
+    any_shape = partial(torch.compile, dynamic=True, backend=compiles)
+    model.compiled = Compiled(step, *map(any_shape, (step, prompt, transformer.forward)))
     short, long = "a red bus", "two small green crosses above a blue ring"
     continue_text(model, prompts_of(model), 16)
     draw_codes(model, [short])  # with its guidance: two rows
-    draw_codes(model, [short] * 2)
     draw_codes(model, [short], guidance_scale=1.0)
+    draw_codes(model, [short, long])
+    draw_codes(model, [long] * 2, guidance_scale=1.0)  # a beginning in common
     once = compiles.frame_count
     assert once
     continue_text(model, prompts_of(model), 16, batch_size=4)
