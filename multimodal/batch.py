@@ -114,12 +114,14 @@ class Batch:
         cache, end = self.cache, self.cache.length + 1
         assert end <= cache.room, f"the cache has room for {cache.room} tokens"
         place = torch.tensor([end - 1], device=ids.device)
-        seen, filled = self.visible[:, None, None, :], cache.columns(slice(end))
+        seen = self.visible[:, None, None, :]
         if (compiled := self.model.compiled) is None:
             # Nothing is padded: every key may be seen, and SDPA needs no mask.
             needed = None if self.visible.all() else seen
+            filled = cache.columns(slice(end))
             self.hidden = read_token(self.model.transformer, ids, self.last, needed, *filled, place)
         elif not self._fixed():
+            filled = cache.columns(slice(end))
             self.hidden = compiled.step_of_many(ids, self.last, seen, *filled, place)
         else:
             compiled.may_write(cache)
@@ -148,10 +150,15 @@ class Batch:
         return forward(ids, positions, mask, cache, slice(wanted))[:, :asked]
 
     def _room(self, tokens: int) -> int:
-        """In the cache, for so many tokens, and for the padding of a block (see ``read_block``)."""
+        """In the cache, for so many tokens: compiled, of few sizes, none of which is just filled:
+        there is the padding of a block, and what has no end behind it is another form."""
         if self.model.compiled is None:
             return tokens
-        return (tokens // ROOM_MULTIPLE + 1) * ROOM_MULTIPLE
+        return -(-(tokens + 2) // ROOM_MULTIPLE) * ROOM_MULTIPLE
+
+    def grow(self, tokens: int) -> None:
+        """Make room for so many more."""
+        self.cache.grow(self._room(self.cache.room + tokens) - self.cache.room)
 
     def _fixed(self) -> bool:
         """Whether a compiled step finds shapes here that stay the same."""

@@ -3,14 +3,15 @@
 On a CPU a step of a small model is mostly the calling of operations, and here are as few of them
 as it takes: no rearranging of one token, no keys and values repeated for the heads of a group.
 Compiled, a step is a handful of kernels: for few rows, of shapes that stay the same (the whole
-cache, with a mask over what is not filled), on a GPU a CUDA graph; for many rows, and for the codes
-of a drawing, of any shape. Each takes ten to thirty seconds when it is first called.
+cache, with a mask over what is not filled), on a GPU a CUDA graph; for many rows, for prompts and
+for the codes of a drawing, of any shape. Each form of each takes ten to thirty seconds at first.
 
 Shapes: B rows, S tokens in the cache, D width, H heads, G key-value heads, d head size.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -24,6 +25,7 @@ Step: TypeAlias = Callable[
 ]
 ROOM_MULTIPLE = 128  # tokens in the cache of a compiled step: a new shape is compiled anew
 FEW = 2  # rows: one, or a drawing and its guidance
+FORMS = 64  # of a step; torch stops compiling after eight, which are 512 tokens of FEW rows
 
 
 def product(x: Tensor, linear: nn.Module) -> Tensor:
@@ -104,13 +106,13 @@ class Compiled:
 
     @classmethod
     def of(cls, transformer: Transformer) -> "Compiled":
+        config = torch._dynamo.config
+        config.recompile_limit = max(FORMS, config.recompile_limit)
         mode = "reduce-overhead" if transformer.embed_tokens.weight.is_cuda else "default"
-        # Each a function of its own: of one, torch compiles eight forms and then no more.
+        read, prompt = (partial(one, transformer) for one in (read_token, read_prompt))
         return cls(
-            torch.compile(lambda *x: read_token(transformer, *x), dynamic=False, mode=mode),
-            torch.compile(lambda *x: read_token(transformer, *x), dynamic=True),
-            torch.compile(lambda *x: read_prompt(transformer, *x), dynamic=True),
-            torch.compile(lambda *x: transformer(*x), dynamic=True),
+            torch.compile(read, dynamic=False, mode=mode),
+            *(torch.compile(one, dynamic=True) for one in (read, prompt, transformer.forward)),
         )
 
     def may_write(self, cache: Cache) -> None:
@@ -118,4 +120,4 @@ class Compiled:
         are; if they do not, it is recorded anew."""
         if cache.keys[0].is_cuda:
             for one in (*cache.keys, *cache.values):
-                torch._dynamo.mark_static_address(one)
+                torch._dynamo.mark_static_address(one, guard=False)

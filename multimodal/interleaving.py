@@ -247,7 +247,7 @@ def run(
             batch.keep(going)
             ids = ids[going]
         if batch.cache.length == batch.cache.room:
-            batch.cache.grow(n + 2)
+            batch.grow(n + 2)
         batch.read(ids)
 
 

@@ -119,13 +119,14 @@ class Cache:
         where they are cost nothing; the room of those that are gone is kept."""
         count, before = len(rows), len(self.keys[0])
         moved = (rows != torch.arange(count, device=rows.device)).nonzero()[:, 0]
+        sources = rows[moved]
         for several in (self.keys, self.values):
             for layer, x in enumerate(several):
                 if count > before:
                     several[layer] = x[rows]
                     continue
                 if len(moved):
-                    x[moved, :, : self.length] = x[rows[moved], :, : self.length]
+                    x[moved, :, : self.length] = x[sources, :, : self.length]
                 several[layer] = x[:count]
 
     def grow(self, room: int) -> None:

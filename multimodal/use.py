@@ -38,11 +38,11 @@ class Usable:
         return cast("Multimodal", self)
 
     def compile_decoding(self) -> None:
-        """Compile the step that makes a token, and that of masked drawing: ten to thirty seconds
-        when one prompt, several, one drawing or several are first asked for, and ten again for each
-        further 128 tokens of one prompt and its reply. On a CPU one prompt at a time is about twice
-        as fast then, several by a tenth, a drawing by a tenth to a third. Errors: ``ValueError`` on
-        a CPU without a C++ compiler."""
+        """Compile the reading of prompts, the step that makes a token and that of masked drawing:
+        up to a minute when one prompt, several, one drawing or several are first asked for, and ten
+        seconds for each further 128 tokens of one prompt and its reply. On a CPU one prompt at a
+        time is about twice as fast then, several by up to a fifth, masked drawing by up to a third.
+        Errors: ``ValueError`` on a CPU without a C++ compiler."""
         from multimodal.decoding import Compiled
 
         if self._model.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
