@@ -136,8 +136,7 @@ def captions(
 def coca(
     model: Multimodal, compiled: Multimodal, pixels: torch.Tensor, lengths: list[int], rounds: int
 ) -> Any:
-    """pixels: float32[BATCH, 3, H, W]; lengths: BATCH, tokens of our captions
-    with their <eos>"""
+    """pixels: float32[BATCH, 3, H, W]; lengths: BATCH, tokens of our captions with their <eos>"""
     from open_clip.coca_model import CoCa
 
     size, v = model.image_tokenizer.config.image_size, model.vocabulary

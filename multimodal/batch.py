@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.attention import attention_mask
-from multimodal.decoding import FEW, ROOM_MULTIPLE, read_prompt, read_token
+from multimodal.decoding import FEW, ROOM_MULTIPLE, mark_addresses, read_prompt, read_token
 from multimodal.transformer import Cache
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ class Batch:
         self.cache.length = len(ids)
 
     def _read_prompt(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        """``read_prompt``, compiled or not."""
         if (compiled := self.model.compiled) is not None:
             return compiled.prompt(ids, positions, mask, cache)
         return read_prompt(self.model.transformer, ids, positions, mask, cache)
@@ -115,19 +116,20 @@ class Batch:
         assert end <= cache.room, f"the cache has room for {cache.room} tokens"
         place = torch.tensor([end - 1], device=ids.device)
         seen = self.visible[:, None, None, :]
-        if (compiled := self.model.compiled) is None:
-            # Nothing is padded: every key may be seen, and SDPA needs no mask.
-            needed = None if self.visible.all() else seen
-            filled = cache.columns(slice(end))
-            self.hidden = read_token(self.model.transformer, ids, self.last, needed, *filled, place)
-        elif not self._fixed():
-            filled = cache.columns(slice(end))
-            self.hidden = compiled.step_of_many(ids, self.last, seen, *filled, place)
-        else:
-            compiled.may_write(cache)
+        compiled, transformer = self.model.compiled, self.model.transformer
+        if compiled is not None and self._fixed():
+            mark_addresses(cache)
             mask = F.pad(seen, (0, cache.room - end))
             state = compiled.step(ids, self.last, mask, cache.keys, cache.values, place)
             self.hidden = state.clone()  # a CUDA graph writes to the same memory again
+        else:
+            filled = cache.columns(slice(end))
+            if compiled is not None:
+                self.hidden = compiled.step_of_many(ids, self.last, seen, *filled, place)
+            else:
+                # Nothing is padded: every key may be seen, and SDPA needs no mask.
+                needed = None if self.visible.all() else seen
+                self.hidden = read_token(transformer, ids, self.last, needed, *filled, place)
         cache.length = end
 
     def read_block(self, ids: Tensor, places: Tensor, real: Tensor, asked: int) -> Tensor:

@@ -25,7 +25,7 @@ Step: TypeAlias = Callable[
 ]
 ROOM_MULTIPLE = 128  # tokens in the cache of a compiled step: a new shape is compiled anew
 FEW = 2  # rows: one, or a drawing and its guidance
-FORMS = 64  # of a step; torch stops compiling after eight, which are 512 tokens of FEW rows
+FORMS = 64  # compiled of one function at most: torch's own limit, 8, ends at 512 tokens of FEW rows
 
 
 def product(x: Tensor, linear: nn.Module) -> Tensor:
@@ -115,9 +115,10 @@ class Compiled:
             *(torch.compile(one, dynamic=True) for one in (read, prompt, transformer.forward)),
         )
 
-    def may_write(self, cache: Cache) -> None:
-        """What writes to its arguments is a CUDA graph only where they are said to stay where they
-        are; if they do not, it is recorded anew."""
-        if cache.keys[0].is_cuda:
-            for one in (*cache.keys, *cache.values):
-                torch._dynamo.mark_static_address(one, guard=False)
+
+def mark_addresses(cache: Cache) -> None:
+    """Say that a cache stays where it is: only so is a function that writes to it a CUDA graph. For
+    one that lies elsewhere the graph is recorded anew. Nothing on a CPU."""
+    if cache.keys[0].is_cuda:
+        for one in (*cache.keys, *cache.values):
+            torch._dynamo.mark_static_address(one, guard=False)

@@ -117,17 +117,16 @@ class Cache:
     def keep(self, rows: Tensor) -> None:
         """rows: int64[B'], those to go on with, in this order, some several times. Those that stay
         where they are cost nothing; the room of those that are gone is kept."""
-        count, before = len(rows), len(self.keys[0])
+        count = len(rows)
+        if count > len(self.keys[0]):
+            self.keys, self.values = ([x[rows] for x in each] for each in (self.keys, self.values))
+            return
         moved = (rows != torch.arange(count, device=rows.device)).nonzero()[:, 0]
-        sources = rows[moved]
-        for several in (self.keys, self.values):
-            for layer, x in enumerate(several):
-                if count > before:
-                    several[layer] = x[rows]
-                    continue
-                if len(moved):
-                    x[moved, :, : self.length] = x[sources, :, : self.length]
-                several[layer] = x[:count]
+        if len(moved):
+            sources = rows[moved]
+            for x in (*self.keys, *self.values):
+                x[moved, :, : self.length] = x[sources, :, : self.length]
+        self.keys, self.values = ([x[:count] for x in each] for each in (self.keys, self.values))
 
     def grow(self, room: int) -> None:
         """Make room for so many tokens more."""
