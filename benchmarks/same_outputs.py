@@ -1,0 +1,158 @@
+"""The proof of a refactoring: what the starter says and draws, and the losses of ten training steps.
+
+Run it at two commits, on one machine: the two JSON objects are equal, to the byte, where behaviour
+did not change. Only the public interface is used, so that the script itself outlives changes of the
+code. Everything is in fp32 and on one thread.
+
+    python benchmarks/same_outputs.py > before.json      (4 minutes on 2 cores)
+"""
+
+import hashlib
+import json
+import math
+import random
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import skimage.data
+import torch
+import yaml
+from PIL import Image, ImageDraw
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import multimodal
+from multimodal.cli import main
+
+COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "white", "black")
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
+PROMPTS = ("a red circle and a blue square", "two yellow stars on a black background",
+           "a brown dog runs on the grass")  # fmt: skip
+QUESTIONS = ("How many circles are there?", "What color is the square?", "Is there a dog?")
+
+
+def pictures(count: int) -> list[Image.Image]:
+    """Drawings of circles and squares, and then photos."""
+    rng = random.Random("same outputs")
+    made = []
+    for _ in range(count):
+        image = Image.new("RGB", (96, 96), rng.choice(COLOURS))
+        pen = ImageDraw.Draw(image)
+        for _ in range(rng.randint(1, 4)):
+            x, y, size = rng.randint(0, 70), rng.randint(0, 70), rng.randint(8, 40)
+            shape = rng.choice((pen.ellipse, pen.rectangle))
+            shape((x, y, x + size, y + size), fill=rng.choice(COLOURS))
+        made.append(image)
+    return made + [Image.fromarray(getattr(skimage.data, name)()) for name in PHOTOS]
+
+
+def digest(images: list[Image.Image]) -> str:
+    return hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()[:16]
+
+
+def rows_digest(rows: torch.Tensor) -> str:
+    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+
+
+def use() -> dict[str, Any]:
+    """Texts as they are, images and embeddings as hashes of their bytes."""
+    model = multimodal.load("starter")
+    images = pictures(20)
+    photo, kind = images[-1], {"type": "string", "maxLength": 8}
+    schema = {"type": "object", "properties": {"shape": kind}, "required": ["shape"],
+              "additionalProperties": False}  # fmt: skip
+    causal = [one for text in PROMPTS for one in model.draw(text, n=2, seed=3)]
+    masked = [one for text in PROMPTS for one in model.draw(text, n=2, seed=3, method="masked")]
+    guided = model.draw(PROMPTS[0], n=2, guidance_schedule="rising", negative="a green star")
+    best = model.draw(PROMPTS[0], candidates=3, seed=1)
+    mixed = [model.generate([image, " and "], output="any", max_tokens=24, temperature=1.0,
+                            seed=number) for number, image in enumerate(images[:3])]  # fmt: skip
+    replies = model.reply([[image, question] for image in images[:6] for question in QUESTIONS],
+                          temperature=0.7, seed=5, stop=["."])  # fmt: skip
+    return {
+        "fingerprint": model.fingerprint,
+        "image tokenizer": model.image_tokenizer.fingerprint,
+        "captions": model.caption(images),
+        "captions in batches of 7": model.caption(images, batch_size=7),
+        "captions sampled": model.caption(images, temperature=1.0, top_p=0.9, top_k=50, seed=2),
+        "captions with beams": model.caption(images, beams=5),
+        "captions with a penalty": model.caption(images, repetition_penalty=1.3),
+        "captions, best of four": model.caption(images[:6], candidates=4, temperature=1.0),
+        "captions, few-shot": model.caption(images[:6], examples=[(images[7], "a picture")]),
+        "answers": [model.answer(image, one) for image in images[:8] for one in QUESTIONS],
+        "choices": [model.answer(one, QUESTIONS[1], choices=list(COLOURS)) for one in images[:8]],
+        "json": [model.answer(one, QUESTIONS[0], schema=schema) for one in images[:8]],
+        "drawn": [digest([image]) for image in causal],
+        "masked": [digest([image]) for image in masked],
+        "guided": digest(guided),
+        "best of three": digest(best),
+        "edit": digest([model.edit(images[0], (8, 8, 40, 60), "a red circle")]),
+        "outpaint": digest([model.outpaint(images[1], (0, 0, 32, 0), "a blue square")]),
+        "vary": digest([model.vary(photo, 0.4)]),
+        "embedded images": rows_digest(model.embed(images=images)),
+        "embedded texts": rows_digest(model.embed(texts=list(PROMPTS))),
+        "mixed": [[part if isinstance(part, str) else digest([part]) for part in one]
+                  for one in mixed],
+        "replies": [(one.parts, one.text_tokens, one.ended, one.log_probability)
+                    for one in replies],
+        "streamed": [part if isinstance(part, str) else digest([part])
+                     for part in model.stream([images[2], "This is"], max_tokens=20)],
+    }  # fmt: skip
+
+
+def curves(folder: Path) -> dict[str, list[float]]:
+    """All that a run logged, name by name, but what depends on the clock."""
+    (events,) = {path.parent for path in folder.rglob("events.out.tfevents*")}
+    log = EventAccumulator(str(events)).Reload()
+    return {name: [event.value for event in log.Scalars(name)]
+            for name in sorted(log.Tags()["scalars"])
+            if name.startswith(("train/", "val/")) and "second" not in name}  # fmt: skip
+
+
+def training() -> dict[str, Any]:
+    """Ten steps of an image tokenizer, and ten of a joint model on its codes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        scenes, text = str(folder / "scenes"), str(folder / "text.json")
+        autoencoder = {"name": "vit", "dim": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2}
+        tokenizer = {"image_size": 32, "downsample": 8, "autoencoder": autoencoder,
+                     "quantizer": {"name": "fsq", "levels": [5, 5]}}  # fmt: skip
+        joint = {"text_tokenizer": text, "image_tokenizer": str(folder / "tokenizer/model"),
+                 "size": "tiny", "row_length": 192, "warmup_steps": 2}  # fmt: skip
+        trainer = {"max_steps": 10, "log_every_n_steps": 1, "accelerator": "cpu",
+                   "enable_progress_bar": False, "val_check_interval": 5,
+                   "check_val_every_n_epoch": None}  # fmt: skip
+        module = "multimodal.train.image_tokenizer.ImageTokenizerModule"
+        runs = {
+            "tokenizer": (module, {"tokenizer": tokenizer, "warmup_steps": 2}),
+            "joint": ("multimodal.train.joint.JointModule", joint),
+        }
+        verbs = [["data", "scenes", scenes, "--count", "60", "--size", "32"],
+                 ["tokenizer", "text", scenes, "--out", text, "--vocabulary-size", "320"]]
+        for run, (path, arguments) in runs.items():
+            config = folder / f"{run}.yaml"
+            config.write_text(yaml.safe_dump({
+                "output": str(folder / run), "seed_everything": 0,
+                "model": {"class_path": path, "init_args": arguments},
+                "data": {"folders": [scenes], "global_batch_size": 8, "workers": 0, "val_limit": 8},
+                "trainer": trainer,
+            }))  # fmt: skip
+            verbs.append(["fit", "--config", str(config)])
+        for verb in verbs:
+            with redirect_stdout(sys.stderr):
+                if main(verb):
+                    raise SystemExit(f"{verb[0]} failed")
+        models = {run: multimodal.load(folder / run / "model").fingerprint
+                  for run in runs if (folder / run / "model" / "heads.safetensors").exists()}
+        return {"fingerprints": models, **{run: curves(folder / run) for run in runs}}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    found = {"starter": use(), "training": training()}
+    flat = [value for run in ("tokenizer", "joint") for curve in found["training"][run].values()
+            for value in curve]  # fmt: skip
+    assert flat and all(map(math.isfinite, flat))
+    print(json.dumps(found, indent=1))
