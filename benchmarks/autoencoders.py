@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from fits import fit, markdown
 
 from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
-from multimodal.train.schedule import muon
+from multimodal.train.optim import muon
 
 SIZE, DOWNSAMPLE, BATCH = 128, 16, 32
 VIT = {

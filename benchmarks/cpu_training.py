@@ -28,14 +28,14 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    import multimodal.transformer
+    import multimodal.model.transformer
     from multimodal.memory import keep_freed_memory
-    from multimodal.model import Multimodal
-    from multimodal.objectives import ObjectivesConfig
-    from multimodal.sequences import pack
+    from multimodal.model.network import Multimodal
+    from multimodal.model.objectives import ObjectivesConfig
+    from multimodal.model.sequences import pack
     from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
     from multimodal.tokenizers.text import TextTokenizer
-    from multimodal.train.schedule import muon
+    from multimodal.train.optim import muon
 
     if keep:
         keep_freed_memory()
@@ -45,7 +45,7 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
             return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-        multimodal.transformer.attend = attend
+        multimodal.model.transformer.attend = attend
     torch.manual_seed(0)
     text = "A brown dog runs over the grass with a red ball in its mouth ."
     tokenizer = TextTokenizer.train([text], 320)

@@ -19,13 +19,13 @@ from fits import markdown
 from tqdm import tqdm
 
 from multimodal import load
-from multimodal.drawing import Method, decode_images, draw_codes
-from multimodal.embedding import embed_codes, embed_texts
-from multimodal.eval.drawings import score_scene_drawings, whole_caption
-from multimodal.images import to_image
-from multimodal.sampling import Sampling
-from multimodal.shards import Shards
-from multimodal.texts import descriptions_of
+from multimodal.data.images import to_image
+from multimodal.data.shards import Shards
+from multimodal.eval.metrics.scene_drawings import score_scene_drawings, whole_caption
+from multimodal.inference.drawing import Method, decode_images, draw_codes
+from multimodal.inference.embedding import embed_codes, embed_texts
+from multimodal.inference.sampling import Sampling
+from multimodal.model.lessons import descriptions_of
 
 COUNT = 100
 METHODS: tuple[tuple[Method, int, float], ...] = (  # steps, temperature

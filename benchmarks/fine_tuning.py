@@ -22,9 +22,9 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from multimodal import load
 from multimodal.cli import main as multimodal
-from multimodal.eval.scenes import score_scene_captions
-from multimodal.scene_words import with_article
-from multimodal.scenes import COLOURS, Scene, SceneObject, region_of, sample_scene, stencil
+from multimodal.eval.metrics.scene_captions import score_scene_captions
+from multimodal.scenes.scene import COLOURS, Scene, SceneObject, region_of, sample_scene, stencil
+from multimodal.scenes.words import with_article
 
 TRAIN, TEST, SIDE = 200, 100, 128
 BOARD, CARDBOARD = (38, 74, 58), (186, 152, 110)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import yaml
 
-from multimodal.drawing import Method, decode_images, draw_codes
-from multimodal.eval.drawings import score_scene_drawings, whole_caption
-from multimodal.images import to_image
-from multimodal.model import Multimodal
-from multimodal.shards import Shards
+from multimodal.data.images import to_image
+from multimodal.data.shards import Shards
+from multimodal.eval.metrics.scene_drawings import score_scene_drawings, whole_caption
+from multimodal.inference.drawing import Method, decode_images, draw_codes
+from multimodal.model.network import Multimodal
 
 TRAINER = {
     "precision": "bf16-mixed", "gradient_clip_val": 1.0, "check_val_every_n_epoch": None,

@@ -35,13 +35,13 @@ import torch
 import transformers
 
 from multimodal import load
-from multimodal.drawing import Method, draw_codes
-from multimodal.export import export_hf
-from multimodal.generation import caption_codes, continue_text, encode_images, read_images
+from multimodal.inference.drawing import Method, draw_codes
+from multimodal.inference.text import caption_codes, continue_text, encode_images, read_images
 from multimodal.memory import keep_freed_memory
-from multimodal.model import Multimodal
-from multimodal.scenes import render, sample_scene
-from multimodal.sequences import describe_prompt
+from multimodal.model.export import export_hf
+from multimodal.model.network import Multimodal
+from multimodal.model.sequences import describe_prompt
+from multimodal.scenes.scene import render, sample_scene
 
 TOKENS, FEW, BATCH, MANY = 32, 8, 32, 128
 METHODS: dict[str, Method] = {"ours, masked": "masked", "code by code": "causal"}

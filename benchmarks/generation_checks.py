@@ -23,14 +23,14 @@ import transformers
 from torch import Tensor
 
 from multimodal import load
-from multimodal.drawing import Method, draw_codes
-from multimodal.export import export_hf
-from multimodal.generation import answer_codes, continue_text, encode_images, read_images
+from multimodal.inference.drawing import Method, draw_codes
+from multimodal.inference.sampling import Sampling
+from multimodal.inference.text import answer_codes, continue_text, encode_images, read_images
 from multimodal.memory import keep_freed_memory
-from multimodal.model import Multimodal
-from multimodal.sampling import Sampling
-from multimodal.scenes import render, sample_scene
-from multimodal.sequences import describe_prompt
+from multimodal.model.export import export_hf
+from multimodal.model.network import Multimodal
+from multimodal.model.sequences import describe_prompt
+from multimodal.scenes.scene import render, sample_scene
 
 PROMPTS, TOKENS = 100, 32
 QUESTIONS = ("is there a circle?", "what colour is it?", "how many things are there?")

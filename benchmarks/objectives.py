@@ -24,12 +24,12 @@ import torch
 from fits import fit, last_figures, markdown, score_drawings
 
 from multimodal import load
-from multimodal.embedding import embed_codes, embed_texts
-from multimodal.eval.retrieval import score_retrieval
-from multimodal.folder import part_of
-from multimodal.generation import encode_images, read_images
-from multimodal.model import Multimodal
-from multimodal.shards import Shards
+from multimodal.data.shards import Shards
+from multimodal.eval.metrics.retrieval import score_retrieval
+from multimodal.inference.embedding import embed_codes, embed_texts
+from multimodal.inference.text import encode_images, read_images
+from multimodal.model.checkpoint import part_of
+from multimodal.model.network import Multimodal
 from multimodal.tokenizers.image import load_image_tokenizer
 
 TEXT_TOKENS = 20  # of a caption, about

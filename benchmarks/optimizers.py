@@ -19,7 +19,7 @@ import torch
 
 from multimodal.train.data import Examples, ShardData
 from multimodal.train.joint import JointModule
-from multimodal.train.schedule import warmup_cosine
+from multimodal.train.optim import warmup_cosine
 
 PARTS = ("caption", "answer", "image", "reconstruct", "alignment")
 

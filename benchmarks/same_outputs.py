@@ -1,4 +1,4 @@
-"""The proof of a refactoring: what the starter says and draws, and the losses of ten training steps.
+"""The proof of a refactoring: what the starter says and draws, and what ten training steps log.
 
 Run it at two commits, on one machine: the two JSON objects are equal, to the byte, where behaviour
 did not change. Only the public interface is used, so that the script itself outlives changes of the
@@ -129,8 +129,10 @@ def training() -> dict[str, Any]:
             "tokenizer": (module, {"tokenizer": tokenizer, "warmup_steps": 2}),
             "joint": ("multimodal.train.joint.JointModule", joint),
         }
-        verbs = [["data", "scenes", scenes, "--count", "60", "--size", "32"],
-                 ["tokenizer", "text", scenes, "--out", text, "--vocabulary-size", "320"]]
+        verbs = [
+            ["data", "scenes", scenes, "--count", "60", "--size", "32"],
+            ["tokenizer", "text", scenes, "--out", text, "--vocabulary-size", "320"],
+        ]
         for run, (path, arguments) in runs.items():
             config = folder / f"{run}.yaml"
             config.write_text(yaml.safe_dump({
@@ -144,8 +146,11 @@ def training() -> dict[str, Any]:
             with redirect_stdout(sys.stderr):
                 if main(verb):
                     raise SystemExit(f"{verb[0]} failed")
-        models = {run: multimodal.load(folder / run / "model").fingerprint
-                  for run in runs if (folder / run / "model" / "heads.safetensors").exists()}
+        models = {
+            run: multimodal.load(folder / run / "model").fingerprint
+            for run in runs
+            if (folder / run / "model" / "heads.safetensors").exists()
+        }
         return {"fingerprints": models, **{run: curves(folder / run) for run in runs}}
 
 

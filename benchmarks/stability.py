@@ -51,7 +51,7 @@ class Record(L.Callback):
 
 
 def train(arguments: argparse.Namespace, qk_norm: bool, z_loss: float) -> dict[str, list[float]]:
-    import multimodal.transformer as transformer
+    import multimodal.model.transformer as transformer
 
     whole = transformer.norm_in_fp32
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from multimodal.eval.reconstruction import time_tokenizers
-from multimodal.parallel import in_order
-from multimodal.pretokenise import Encoding, encode_pictures, encode_shards
-from multimodal.samples import Sample
-from multimodal.shards import Shards, index_shard, write_manifest, write_tar
+from multimodal.data.encode import Encoding, encode_pictures, encode_shards
+from multimodal.data.parallel import in_order
+from multimodal.data.samples import Sample
+from multimodal.data.shards import Shards, index_shard, write_manifest, write_tar
+from multimodal.eval.metrics.reconstruction import time_tokenizers
 from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
 
 WORKERS = 2  # threads that decode, as the command has them

@@ -35,13 +35,13 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from multimodal.memory import keep_freed_memory
-    from multimodal.model import Multimodal
-    from multimodal.objectives import ObjectivesConfig
-    from multimodal.sequences import NO_LOSS, OBJECTIVES, pack
+    from multimodal.model.network import Multimodal
+    from multimodal.model.objectives import ObjectivesConfig
+    from multimodal.model.sequences import NO_LOSS, OBJECTIVES, pack
     from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
     from multimodal.tokenizers.text import TextTokenizer
     from multimodal.train.cost import peak_memory
-    from multimodal.train.schedule import muon
+    from multimodal.train.optim import muon
 
     whose, kept = SETTINGS[name]
     if kept:

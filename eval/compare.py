@@ -47,16 +47,16 @@ def compare(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from multimodal.commands.options import check_output, whole_file
-    from multimodal.eval.features import Features
-    from multimodal.eval.reconstruction import (
+    from multimodal.data.images import fit_image, open_image, to_image, to_tensor
+    from multimodal.data.shards import Shards
+    from multimodal.eval.metrics.features import Features
+    from multimodal.eval.metrics.reconstruction import (
         describe,
         ms_ssim_scales,
         score_reconstructions,
         time_tokenizers,
     )
-    from multimodal.folder import part_of
-    from multimodal.images import fit_image, open_image, to_image, to_tensor
-    from multimodal.shards import Shards
+    from multimodal.model.checkpoint import part_of
     from multimodal.tokenizers.image import load_image_tokenizer
 
     for path, suffix in ((arguments.output, ".json"), (arguments.picture, ".png")):

@@ -22,12 +22,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from multimodal.commands.options import check_output, whole_file
-from multimodal.documents import images_in, images_of
+from multimodal.data.builder.records import has_text
+from multimodal.data.documents import images_in, images_of
+from multimodal.data.images import FORMATS, open_image
+from multimodal.data.samples import Sample, texts_of
+from multimodal.data.shards import Shards, read_manifest, splits_of
 from multimodal.eval.page import Bars, Figure, Section, page
-from multimodal.images import FORMATS, open_image
-from multimodal.records import has_text
-from multimodal.samples import Sample, texts_of
-from multimodal.shards import Shards, read_manifest, splits_of
 
 EPILOG = """The page needs no network and no other file. --weights are those of data.weights in a
 recipe: the page then says how often a sample of each folder is seen in an epoch.
@@ -261,7 +261,7 @@ def mixture(folders: list[Folder], weights: list[float] | None) -> Section:
 
 def duplicates(folders: list[Path], kind: str) -> tuple[Section, dict[str, Any]]:
     """Copies, those between splits or folders by themselves, and the first pairs as pictures."""
-    from multimodal.duplicates import find_copies, fingerprint
+    from multimodal.data.near_duplicates import find_copies, fingerprint
 
     prints, places = [], list[tuple[Shards, str, int]]()
     for folder in dict.fromkeys(folders):

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from multimodal.commands.options import check_output, load_model, parser, whole_file
-from multimodal.eval.drawings import objects_asked, score_scene_drawings
+from multimodal.data.images import open_image
+from multimodal.eval.metrics.scene_drawings import objects_asked, score_scene_drawings
 from multimodal.eval.page import Figure, Section, page
-from multimodal.images import open_image
-from multimodal.scene_claims import check_caption
-from multimodal.scene_questions import questions
-from multimodal.scenes import render, sample_scene
+from multimodal.scenes.claims import check_caption
+from multimodal.scenes.questions import questions
+from multimodal.scenes.scene import render, sample_scene
 
 if TYPE_CHECKING:
-    from multimodal.model import Multimodal
+    from multimodal.model.network import Multimodal
 
 EPILOG = """The page needs no network and no other file. The first use of a model takes longest.
 
@@ -97,9 +97,9 @@ class Demo:
         return made
 
     def reconstructions(self) -> Section:
-        from multimodal.drawing import decode_images
-        from multimodal.generation import encode_images, read_images
-        from multimodal.images import to_image
+        from multimodal.data.images import to_image
+        from multimodal.inference.drawing import decode_images
+        from multimodal.inference.text import encode_images, read_images
 
         config = self.model.image_tokenizer.config
         made = Section(

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multimodal.commands.options import check_output, load_model, parser, whole_file
-from multimodal.shards import Shards
+from multimodal.data.shards import Shards
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from multimodal.samples import Sample
+    from multimodal.data.samples import Sample
 
 TASKS = ("captioning", "answers", "choices", "presence", "retrieval", "classification",
          "likelihood", "drawing", "reconstruction", "few_shot", "robustness")  # fmt: skip
@@ -99,11 +99,11 @@ def run(
     """The report; the first rank writes the page on the way."""
     from tqdm import tqdm
 
-    from multimodal.eval.clip_score import ClipScore
-    from multimodal.eval.measuring import Subject, chosen, evaluate
+    from multimodal.eval.evaluator import Subject, chosen, evaluate
+    from multimodal.eval.metrics.clip_score import ClipScore
     from multimodal.eval.page import Figure, Numbers, Section, page
-    from multimodal.eval.tasks import find_evaluator
-    from multimodal.objectives import world_size
+    from multimodal.eval.tasks.registry import find_evaluator
+    from multimodal.model.objectives import world_size
 
     makers = {task: find_evaluator(task) for task in tasks}
     clip = ClipScore(arguments.clip) if arguments.clip else None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from multimodal.model import Multimodal
+    from multimodal.model.network import Multimodal
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each wait for one another
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -51,11 +51,11 @@ def tiny_model() -> "Callable[..., Multimodal]":
     """
     import torch
 
-    from multimodal.model import ModelConfig, Multimodal
-    from multimodal.objectives import ObjectivesConfig
+    from multimodal.model.network import ModelConfig, Multimodal
+    from multimodal.model.objectives import ObjectivesConfig
+    from multimodal.model.transformer import Transformer
     from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
     from multimodal.tokenizers.text import TextTokenizer
-    from multimodal.transformer import Transformer
 
     text_tokenizer = TextTokenizer.train(SENTENCES * 4, 300)
     quantizer = {"name": "fsq", "levels": [4, 4, 4]}

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from multimodal.checking import check
-from multimodal.samples import Sample
-from multimodal.shards import Shards
+from multimodal.data.samples import Sample
+from multimodal.data.shards import Shards
+from multimodal.data.verify import check
 
 
 def picture(number: int, kind: str = "PNG", size: tuple[int, int] = (16, 12)) -> bytes:

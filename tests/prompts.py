@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from multimodal.model import Multimodal
-from multimodal.sequences import describe_prompt
+from multimodal.model.network import Multimodal
+from multimodal.model.sequences import describe_prompt
 
 
 def prompts_of(model: Multimodal, count: int = 6) -> list[list[int]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from multimodal.folder import find, read_config
+from multimodal.model.checkpoint import find, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = {split: ROOT / f"docs/starter_{split}.json" for split in ("val", "heldout")}

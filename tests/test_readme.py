@@ -12,9 +12,9 @@ import yaml
 from PIL import Image
 
 from multimodal.cli import VERBS, main
-from multimodal.folder import load
-from multimodal.scene_language import captions
-from multimodal.scenes import render, sample_scene
+from multimodal.model.checkpoint import load
+from multimodal.scenes.captions import captions
+from multimodal.scenes.scene import render, sample_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")

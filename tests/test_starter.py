@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from multimodal.cli import main
-from multimodal.eval.answering import score_answers
-from multimodal.eval.scenes import score_scene_captions
-from multimodal.folder import find, load, read_config
-from multimodal.model import Multimodal
-from multimodal.scene_questions import questions
-from multimodal.scenes import render, sample_scene
+from multimodal.eval.metrics.answering import score_answers
+from multimodal.eval.metrics.scene_captions import score_scene_captions
+from multimodal.model.checkpoint import find, load, read_config
+from multimodal.model.network import Multimodal
+from multimodal.scenes.questions import questions
+from multimodal.scenes.scene import render, sample_scene
 
 FOLDER = find("starter")
 
@@ -58,7 +58,7 @@ def test_what_fits_is_nearer(starter: Multimodal) -> None:
     """Of 20 pictures and a text of each, more than half find theirs; chance is one."""
     rng = random.Random("search")
     scenes = [sample_scene(rng) for _ in range(20)]
-    from multimodal.scene_language import captions
+    from multimodal.scenes.captions import captions
 
     texts = [captions(scene, rng, 1)[0] for scene in scenes]
     images = starter.embed(images=[render(scene) for scene in scenes])

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multimodal.tokenizers import vit, vqgan
-from multimodal.tokenizers.quantizer import Quantized, make_quantizer
+from multimodal.tokenizers.quantizer import Quantized
+from multimodal.tokenizers.registry import make_quantizer
 
 Fit: TypeAlias = Literal["squash", "crop", "letterbox"]
 Made = TypeVar("Made")

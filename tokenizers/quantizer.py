@@ -5,17 +5,11 @@ size.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from multimodal.tokenizers.fsq import FSQ
-    from multimodal.tokenizers.ibq import IBQ
-    from multimodal.tokenizers.lfq import LFQ
-    from multimodal.tokenizers.vq import VQ
 
 
 @dataclass(frozen=True)
@@ -47,20 +41,6 @@ class Quantizer(Protocol):
     def __call__(self, latents: Tensor) -> Quantized: ...
 
     def lookup(self, codes: Tensor) -> Tensor: ...
-
-
-def make_quantizer(name: str, **options: Any) -> "FSQ | IBQ | LFQ | VQ":
-    """``fsq`` (levels), ``lfq`` (channels), ``vq`` or ``ibq`` (codebook_size, channels, ...)."""
-    from multimodal.tokenizers.fsq import FSQ
-    from multimodal.tokenizers.ibq import IBQ
-    from multimodal.tokenizers.lfq import LFQ
-    from multimodal.tokenizers.vq import VQ
-
-    kinds = {"fsq": FSQ, "ibq": IBQ, "lfq": LFQ, "vq": VQ}
-    if name not in kinds:
-        raise ValueError(f"quantizer {name!r}: expected one of {', '.join(kinds)}")
-    made: FSQ | IBQ | LFQ | VQ = kinds[name](**options)
-    return made
 
 
 def distributed() -> bool:

@@ -31,8 +31,8 @@ from multimodal.train.callbacks import (
     Throughput,
     WritePredictions,
 )
+from multimodal.train.checkpointing import KeptCheckpoints, StopGently, WholeCheckpoints
 from multimodal.train.data import ShardData
-from multimodal.train.safety import KeptCheckpoints, StopGently, WholeCheckpoints
 
 VERBS = ("fit", "validate", "test", "predict")
 HELP = """\

@@ -6,8 +6,8 @@ import sys
 
 import torch
 
-from multimodal.sequences import NO_LOSS, Packed
-from multimodal.transformer import TransformerConfig
+from multimodal.model.sequences import NO_LOSS, Packed
+from multimodal.model.transformer import TransformerConfig
 
 # Dense bf16 products in TFLOP/s, by what torch calls the device (data sheets of the makers).
 PEAKS = {

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from multimodal.documents import codes_in, document_of, images_in
-from multimodal.images import Fit, augment_image, fit_image, open_image
-from multimodal.parallel import worker_context
-from multimodal.remote import local_folder
-from multimodal.seeds import sample_seed, stable_number
-from multimodal.shards import Shards
-from multimodal.train.order import VERSION, Item, Order
+from multimodal.data.documents import codes_in, document_of, images_in
+from multimodal.data.images import Fit, augment_image, fit_image, open_image
+from multimodal.data.parallel import worker_context
+from multimodal.data.remote import local_folder
+from multimodal.data.seeds import sample_seed, stable_number
+from multimodal.data.shards import Shards
+from multimodal.train.sample_order import VERSION, Item, Order
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from multimodal.eval.features import Features
+from multimodal.eval.metrics.features import Features
 
 
 class Distillation(nn.Module):

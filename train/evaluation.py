@@ -7,9 +7,9 @@ from typing import Any
 
 import lightning as L
 
-from multimodal.eval.measuring import Subject, evaluate
-from multimodal.eval.tasks import find_evaluator
-from multimodal.shards import Shards
+from multimodal.data.shards import Shards
+from multimodal.eval.evaluator import Subject, evaluate
+from multimodal.eval.tasks.registry import find_evaluator
 from multimodal.train.sharding import together
 
 

@@ -16,10 +16,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from multimodal.train.callbacks import ExportModel
+from multimodal.train.checkpointing import StopGently
 from multimodal.train.cli import TrainingCLI
 from multimodal.train.cli import main as run
 from multimodal.train.cost import peak_memory
-from multimodal.train.safety import StopGently
 
 STEPS, WARMUP = 12, 4  # done, and not counted of them
 HELP = f"""\

@@ -10,9 +10,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from multimodal.eval.features import RANDOM, Features
-from multimodal.folder import written_beside
-from multimodal.images import Fit, to_image
+from multimodal.data.images import Fit, to_image
+from multimodal.eval.metrics.features import RANDOM, Features
+from multimodal.model.checkpoint import written_beside
 from multimodal.tokenizers.image import (
     ImageTokenizerConfig,
     VQTokenizer,
@@ -24,7 +24,7 @@ from multimodal.train.data import Examples
 from multimodal.train.discriminator import PatchDiscriminator, adversarial_losses
 from multimodal.train.distillation import Distillation
 from multimodal.train.lessons import texts_about
-from multimodal.train.schedule import TrainedByMuon, can_compile
+from multimodal.train.optim import TrainedByMuon, can_compile
 from multimodal.train.semantic import SemanticLoss, Words
 
 PIXELS = ("mse", "l1", "perceptual")
@@ -44,7 +44,7 @@ class ImageTokenizerModule(TrainedByMuon):
         where codes leave an edge open, the least squares are a blur, the least absolute errors an
         edge. So 0 for decoder_only.
     perceptual_weight, perceptual_features: of the distance between features of a frozen network
-        (multimodal/eval/features.py): ``random``, timm:MODEL or timm:MODEL=FILE.
+        (multimodal/eval/metrics/features.py): ``random``, timm:MODEL or timm:MODEL=FILE.
     discriminator_weight: of fooling a discriminator of patches, against VQGAN's adaptive weight: at
         1 its gradient at the last layer is as large as that of the pixels.
     discriminator_start: step from which on there is a discriminator; codes should stand by then.

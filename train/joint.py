@@ -7,27 +7,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multimodal.attention import Backend
-from multimodal.drawing import decode_images, draw_codes
-from multimodal.eval.answering import score_answers
-from multimodal.eval.captioning import score_captions
-from multimodal.eval.scenes import score_scene_captions
-from multimodal.folder import load, part_of
-from multimodal.generation import caption_codes, encode_images, text_after
-from multimodal.images import Fit, to_image
-from multimodal.model import Multimodal
-from multimodal.objectives import ObjectivesConfig, mean_over_ranks, over_ranks
-from multimodal.scenes import Scene
-from multimodal.seeds import stable_number
-from multimodal.sequences import Packed, Sequence, pack
-from multimodal.texts import descriptions_of, exchanges_of
+from multimodal.data.images import Fit, to_image
+from multimodal.data.seeds import stable_number
+from multimodal.eval.metrics.answering import score_answers
+from multimodal.eval.metrics.captioning import score_captions
+from multimodal.eval.metrics.scene_captions import score_scene_captions
+from multimodal.inference.drawing import decode_images, draw_codes
+from multimodal.inference.text import caption_codes, encode_images, text_after
+from multimodal.model.attention import Backend
+from multimodal.model.checkpoint import load, part_of
+from multimodal.model.lessons import descriptions_of, exchanges_of
+from multimodal.model.network import Multimodal
+from multimodal.model.objectives import ObjectivesConfig, mean_over_ranks, over_ranks
+from multimodal.model.sequences import Packed, Sequence, pack
+from multimodal.scenes.scene import Scene
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.cost import training_flops
 from multimodal.train.data import Examples
 from multimodal.train.lessons import lesson_of
+from multimodal.train.optim import TrainedByMuon, can_compile, parts_named
 from multimodal.train.preflight import check_data
-from multimodal.train.schedule import TrainedByMuon, can_compile, parts_named
 from multimodal.train.sharding import groups, shard, together, whole_weights
 
 IMAGES_AT_ONCE = 256

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from multimodal.samples import parts_of
-from multimodal.templates import Templates
-from multimodal.texts import descriptions_of, exchanges_of
+from multimodal.data.samples import parts_of
+from multimodal.model.lessons import descriptions_of, exchanges_of
+from multimodal.model.templates import Templates
 
 TURNS = 4  # exchanges about one image, one after the other: its codes are read once for them all
 

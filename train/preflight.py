@@ -2,10 +2,10 @@
 
 from itertools import chain, islice
 
-from multimodal.documents import document_of
-from multimodal.model import Multimodal
-from multimodal.shards import Shards
-from multimodal.texts import descriptions_of, exchanges_of
+from multimodal.data.documents import document_of
+from multimodal.data.shards import Shards
+from multimodal.model.lessons import descriptions_of, exchanges_of
+from multimodal.model.network import Multimodal
 
 PEEK = 256  # samples of each folder, the first ones
 AROUND_IMAGE = 4  # <bos> <boi> and <eoi> around the codes, and <eos> at the end

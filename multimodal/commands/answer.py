@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     add_sampling(made, 0.0, texts=True)
     arguments = made.parse_args(argv)
 
-    from multimodal.prompts import find_prompt
+    from multimodal.inference.prompt_files import find_prompt
 
     prompt = find_prompt(arguments.prompt, arguments.prompts)
     made.set_defaults(temperature=prompt.temperature, top_p=prompt.top_p,
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     if not arguments.schema and not arguments.choices:
         arguments.choices = list(prompt.choices) or None
 
-    from multimodal.generation import answer_codes, encode_images, read_images
+    from multimodal.inference.text import answer_codes, encode_images, read_images
 
     sampling = sampling_of(arguments)
     schema = read_json(arguments.schema) if arguments.schema else None

@@ -21,8 +21,8 @@ from multimodal.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from multimodal.model import Multimodal
-    from multimodal.sampling import Sampling
+    from multimodal.inference.sampling import Sampling
+    from multimodal.model.network import Multimodal
 
 EPILOG = """A file that cannot be read is named on stderr, the others are done, and the exit status
 is 1. Paths are printed as given: use --json where one may hold a tab or a line break (there a path
@@ -85,7 +85,7 @@ def caption_files(
     import torch
     from tqdm import tqdm
 
-    from multimodal.generation import caption_codes, encode_images, read_images
+    from multimodal.inference.text import caption_codes, encode_images, read_images
 
     starts = range(0, len(paths), batch_size)
     # None: no bar where stderr is not a terminal.

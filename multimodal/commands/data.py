@@ -10,9 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from multimodal import shards
-from multimodal.checking import check
 from multimodal.commands.options import add_engine
+from multimodal.data import shards
+from multimodal.data.verify import check
 
 EPILOG = """examples:
   multimodal data build photos/ shards/ --image-size 256 --fit crop --val-share 0.05
@@ -118,9 +118,9 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from multimodal.build import REJECTED, build
-    from multimodal.cleaning import Cleaning
-    from multimodal.sources import expected_samples
+    from multimodal.data.builder.build import REJECTED, build
+    from multimodal.data.builder.cleaning import Cleaning
+    from multimodal.data.builder.sources import expected_samples
 
     cleaning = Cleaning(
         min_side=arguments.min_side,
@@ -267,8 +267,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _check_contents(folder: Path) -> int:
-    from multimodal.documents import codes_in, document_of, images_in
-    from multimodal.images import open_image
+    from multimodal.data.documents import codes_in, document_of, images_in
+    from multimodal.data.images import open_image
 
     problems = 0
     opened = shards.Shards(folder)
@@ -288,8 +288,8 @@ def _check_contents(folder: Path) -> int:
 
 
 def _duplicates(arguments: argparse.Namespace) -> int:
-    from multimodal.documents import images_in
-    from multimodal.duplicates import find_copies, fingerprint
+    from multimodal.data.documents import images_in
+    from multimodal.data.near_duplicates import find_copies, fingerprint
 
     places, images, unreadable = list[tuple[Path, str, str]](), [], 0
     opened = [
@@ -340,7 +340,7 @@ def _duplicates(arguments: argparse.Namespace) -> int:
 
 
 def _scenes(arguments: argparse.Namespace) -> int:
-    from multimodal.scene_data import write_scenes
+    from multimodal.scenes.dataset import write_scenes
 
     write_scenes(arguments.out, arguments.count, arguments.seed, arguments.size)
     manifest = shards.read_manifest(arguments.out)

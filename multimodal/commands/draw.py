@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     at_least_one(arguments, "n", "steps", "candidates")
     check_output(arguments.out)
 
-    from multimodal.images import grid_of
+    from multimodal.data.images import grid_of
 
     model = load_model(arguments)
     images = model.draw(

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     import torch
     from tqdm import tqdm
 
-    from multimodal.embedding import embed_files, embed_texts, find_images
+    from multimodal.inference.embedding import embed_files, embed_texts, find_images
 
     rows: list[Tensor] = []
     index: list[dict[str, str]] = []

@@ -7,11 +7,11 @@ EXAMPLES = """examples:
   multimodal export hf runs/joint/model exported --dtype bfloat16
   multimodal export model runs/joint/model smaller --dtype bfloat16
 """
-DTYPES = ("float32", "bfloat16", "float16")  # of multimodal.export, which would import torch
+DTYPES = ("float32", "bfloat16", "float16")  # of multimodal.model.export, which would import torch
 
 
 def export_hf(arguments: argparse.Namespace) -> int:
-    from multimodal.export import export_hf
+    from multimodal.model.export import export_hf
 
     export_hf(arguments.model, arguments.out, arguments.dtype)
     print(f"{arguments.out}: a Qwen3ForCausalLM; its README.md shows how to use it")
@@ -19,7 +19,7 @@ def export_hf(arguments: argparse.Namespace) -> int:
 
 
 def export_model(arguments: argparse.Namespace) -> int:
-    from multimodal.export import export_model
+    from multimodal.model.export import export_model
 
     export_model(arguments.model, arguments.out, arguments.dtype, arguments.image_tokenizer)
     print(arguments.out)

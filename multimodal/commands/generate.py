@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     if arguments.out is not None:
         check_output(arguments.out)
 
-    from multimodal.interleaving import reply
+    from multimodal.inference.mixed import reply
 
     sampling = sampling_of(arguments)
     model = load_model(arguments)

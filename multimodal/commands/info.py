@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 
 def describe(folder: Path) -> dict[str, Any]:
     """The facts about a folder, whichever of the three it is. Errors: ``ValueError``."""
-    from multimodal.folder import find
+    from multimodal.model.checkpoint import find
 
     folder = find(folder)
     if not folder.is_dir():
@@ -67,7 +67,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def model_facts(folder: Path) -> dict[str, Any]:
-    from multimodal.folder import load, read_config
+    from multimodal.model.checkpoint import load, read_config
 
     stored = read_config(folder)
     model = load(folder)  # checks the image tokenizer's fingerprint
@@ -129,7 +129,7 @@ def tokenizer_facts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def shard_facts(folder: Path) -> dict[str, Any]:
     """From the manifest alone: `multimodal data check` reads the data."""
-    from multimodal.shards import read_manifest
+    from multimodal.data.shards import read_manifest
 
     manifest = read_manifest(folder)
     splits: Counter[str] = Counter()

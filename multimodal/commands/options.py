@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from PIL import Image
 
-    from multimodal.model import Multimodal
-    from multimodal.sampling import Sampling
+    from multimodal.inference.sampling import Sampling
+    from multimodal.model.network import Multimodal
 
 DTYPES = ("float32", "bfloat16")
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-DRAWN_AT = 0.8  # temperature: that of multimodal.drawing.DRAWN, which would import torch
+DRAWN_AT = 0.8  # temperature: that of multimodal.inference.drawing.DRAWN, which would import torch
 
 
 def parser(verb: str, about: str, epilog: str) -> argparse.ArgumentParser:
@@ -90,8 +90,8 @@ def run_bulk(arguments: argparse.Namespace, kind: "Literal['caption', 'embed']")
     import torch
     from tqdm import tqdm
 
-    from multimodal.bulk import Job, run_job
-    from multimodal.shards import Shards
+    from multimodal.data.shards import Shards
+    from multimodal.inference.shard_jobs import Job, run_job
 
     if arguments.out_dir is None:
         raise ValueError("--data: give --out-dir, a folder for the results")
@@ -138,7 +138,7 @@ def at_least_one(arguments: argparse.Namespace, *names: str) -> None:
 
 
 def sampling_of(arguments: argparse.Namespace) -> "Sampling":
-    from multimodal.sampling import Sampling
+    from multimodal.inference.sampling import Sampling
 
     given = vars(arguments)
     return Sampling(**{one.name: given[one.name] for one in fields(Sampling) if one.name in given})
@@ -170,7 +170,7 @@ def load_model(arguments: argparse.Namespace) -> "Multimodal":
     """The model of the options. Errors: ``ValueError`` for a device or a folder that is none."""
     import torch
 
-    from multimodal.folder import load
+    from multimodal.model.checkpoint import load
 
     use_device(arguments)
     return load(arguments.model, arguments.device, getattr(torch, arguments.dtype))

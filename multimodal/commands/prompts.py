@@ -4,7 +4,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from multimodal.prompts import prompt_files, read_prompt
+from multimodal.inference.prompt_files import prompt_files, read_prompt
 
 EPILOG = """A prompt of your own is a file NAME.yaml in a folder of yours:
 

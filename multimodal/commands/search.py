@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
 
     from tqdm import tqdm
 
-    from multimodal.embedding import EmbeddingCache, embed_files, find_images
+    from multimodal.inference.embedding import EmbeddingCache, embed_files, find_images
 
     paths = find_images(arguments.images)
     model = load_model(arguments)

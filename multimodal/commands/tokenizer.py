@@ -19,8 +19,8 @@ EXAMPLES = """examples:
 
 def texts(sources: list[str], split: str) -> Iterator[str]:
     """Every text of shard folders (captions, questions, answers) and every line of text files."""
-    from multimodal.samples import texts_of
-    from multimodal.shards import Shards
+    from multimodal.data.samples import texts_of
+    from multimodal.data.shards import Shards
 
     for source in sources:
         if Path(source).is_dir():
@@ -69,9 +69,9 @@ def encode(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from multimodal.commands.options import use_device
-    from multimodal.folder import part_of
-    from multimodal.pretokenise import Encoding, encode_shards
-    from multimodal.shards import read_manifest
+    from multimodal.data.encode import Encoding, encode_shards
+    from multimodal.data.shards import read_manifest
+    from multimodal.model.checkpoint import part_of
     from multimodal.tokenizers.image import load_image_tokenizer
 
     if arguments.batch_size < 1 or arguments.decoders < 0:

@@ -1,0 +1,1 @@
+"""Images and shards: reading, verifying, encoding, and work over many of them."""

@@ -1,0 +1,1 @@
+"""From what people have (folders, tables, annotations, other shards) to verified shards."""

@@ -1,0 +1,343 @@
+"""Shard folders: a manifest, an index beside each shard, and random access to every sample.
+
+A tar reader drops data in silence when a header is damaged; only counts, offsets and hashes
+written beforehand can notice. So every folder has ``manifest.json`` (per shard: samples, bytes,
+SHA-256) and every shard ``NAME.tar`` has ``NAME.index.json`` (per sample: its key and, for each
+member, the offset and size of its bytes in the tar). See ``docs/formats.md``.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from multimodal.data.remote import fetch, is_mirror, local_folder
+from multimodal.data.samples import Sample
+
+MANIFEST = "manifest.json"
+FORMAT = "multimodal-shards"
+VERSION = 1
+# Tar writers pad to 10 KiB; a preallocated file that was never filled ends in more.
+MAX_PADDING = 1 << 16
+OPEN_SAMPLES = 1 << 18  # whose places are kept in memory; more than a block of training has
+_STRINGS, _NUMBERS = ("name", "split", "sha256", "index_sha256"), ("samples", "bytes")
+
+
+class DamagedShard(ValueError):
+    """A shard that is not what its manifest or index says."""
+
+
+def split_of(name: str) -> str:
+    """``train-0003.tar`` is of split ``train``; a name without a number is a split of its own."""
+    return re.sub(r"[-_.]?\d+$", "", Path(name).stem) or "all"
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_suffix(".index.json")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's (key, suffix): split at the first dot after the last slash, as webdataset does."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return (folder + slash + stem if stem else ""), suffix.lower()
+
+
+def only_zeros(path: Path, start: int, stop: int) -> bool:
+    """Whether the bytes of a file from ``start`` to ``stop`` are all zero."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        for position in range(start, stop, 1 << 20):
+            if file.read(min(1 << 20, stop - position)).strip(b"\0"):
+                return False
+    return True
+
+
+def scan(shard: Path) -> Iterator[tuple[str, str, int, int]]:
+    """(key, suffix, offset, size) of each member, in order; damage of any kind is an error."""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            end = 0
+            for member in tar:
+                end = member.offset_data
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise DamagedShard(f"{shard}: member {member.name!r} is not a plain file")
+                key, suffix = split_name(member.name)
+                if not (key and suffix):
+                    raise DamagedShard(f"{shard}: member {member.name!r} is not KEY.SUFFIX")
+                end += -(-member.size // 512) * 512
+                yield key, suffix, member.offset_data, member.size
+    except (tarfile.TarError, EOFError, OverflowError) as error:
+        raise DamagedShard(f"{shard}: {error}") from error
+    # tarfile takes a damaged header in the middle for the end: what follows must be zeros.
+    size = shard.stat().st_size
+    if end > size:
+        raise DamagedShard(f"{shard}: cut off, {size} bytes where at least {end} were expected")
+    if size - end < 1024:
+        raise DamagedShard(f"{shard}: cut off, the end-of-archive blocks are missing")
+    if not only_zeros(shard, end, size):
+        raise DamagedShard(f"{shard}: unreadable data after byte {end}: a damaged header?")
+    if size - end > MAX_PADDING:
+        raise DamagedShard(f"{shard}: ends in {size - end} zeros: an unfinished download?")
+
+
+def index_shard(shard: Path) -> dict[str, Any]:
+    """Scan one shard and write its index; returns its manifest entry.
+
+    Errors: ``DamagedShard`` for a cut or unreadable tar, a repeated key, a member given twice.
+    """
+    samples: dict[str, dict[str, list[int]]] = {}
+    last = None
+    for key, suffix, offset, size in scan(shard):
+        members = samples.setdefault(key, {})
+        if members and key != last:
+            raise DamagedShard(f"{shard}: key {key} appears twice")
+        if suffix in members:
+            raise DamagedShard(f"{shard}: member {key}.{suffix} appears twice")
+        members[suffix] = [offset, size]
+        last = key
+    if not samples:
+        raise DamagedShard(f"{shard}: no samples")
+    index = {"shard": shard.name, "samples": [{"key": k, "members": m} for k, m in samples.items()]}
+    write_json(index_path(shard), index)
+    return {
+        "name": shard.name,
+        "split": split_of(shard.name),
+        "samples": len(samples),
+        "bytes": shard.stat().st_size,
+        "sha256": file_sha256(shard),
+        "index_sha256": file_sha256(index_path(shard)),
+    }
+
+
+def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+    """Write (key, members) of every sample: the same samples, the same bytes."""
+    with tarfile.open(path, "w:", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples:
+            for suffix, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")  # time 0, nobody's
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def write_manifest(folder: Path, shards: list[dict[str, Any]], **about: object) -> None:
+    """Write ``manifest.json``; ``about`` records how the shards were made."""
+    shards = sorted(shards, key=lambda entry: str(entry["name"]))
+    seen: dict[str, str] = {}
+    for entry in shards:
+        for sample in read_index(folder / str(entry["name"])):
+            key = sample["key"]
+            if key in seen:
+                raise DamagedShard(
+                    f"key {key} is in {seen[key]} and in {entry['name']}: "
+                    "keys must be unique in a folder"
+                )
+            seen[key] = str(entry["name"])
+    write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, "shards": shards, **about})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a shard folder; a clear error where there is none or it is not ours."""
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if not path.is_file():
+        raise ValueError(
+            f"{folder}: no {MANIFEST}; for shards that exist run: multimodal data index {folder}"
+        )
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise DamagedShard(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DamagedShard(f"{path}: not a manifest of {FORMAT}")
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{path}: version {manifest.get('version')}, but this release reads version {VERSION}"
+        )
+    entries = manifest.get("shards")
+    if not isinstance(entries, list) or not entries:
+        raise DamagedShard(f"{path}: lists no shards")
+    names = set()
+    for entry in entries:
+        if not isinstance(entry, dict) or not (
+            all(isinstance(entry.get(field), str) for field in _STRINGS)
+            and all(type(entry.get(field)) is int for field in _NUMBERS)
+        ):
+            raise DamagedShard(f"{path}: an entry that is not as it should be: {entry}")
+        name = entry["name"]
+        # A name is joined to the folder's path: it must not lead out of it.
+        if "/" in name or "\0" in name or not name.endswith(".tar") or name in names:
+            raise DamagedShard(f"{path}: {name!r} is repeated or not the name of a shard")
+        if entry["split"] != split_of(name):
+            raise DamagedShard(f"{path}: {name} cannot be of split {entry['split']!r}")
+        names.add(name)
+    return manifest
+
+
+def splits_of(folder: str | Path) -> list[str]:
+    """The splits of a shard folder, by name."""
+    return sorted({str(entry["split"]) for entry in read_manifest(Path(folder))["shards"]})
+
+
+def read_index(shard: Path) -> list[dict[str, Any]]:
+    """The samples of a shard as its index lists them; ``DamagedShard`` if it is not readable."""
+    path = index_path(shard)
+    try:
+        samples: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["samples"]
+        for sample in samples:
+            if not isinstance(sample["key"], str):
+                raise TypeError("a key is not a string")
+            for offset, size in sample["members"].values():
+                if type(offset) is not int or type(size) is not int or min(offset, size) < 0:
+                    raise ValueError(f"{sample['key']}: an offset or size that cannot be")
+        return samples
+    except FileNotFoundError as error:
+        raise DamagedShard(f"{path}: missing; run: multimodal data index {shard.parent}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedShard(f"{path}: not a readable index ({error})") from error
+
+
+class Shards:
+    """The samples of one split of a shard folder, by number: ``shards[i] -> Sample``.
+
+    Opening checks the manifest and that every shard is there with its size; the first sample of a
+    shard checks the index and the SHA-256 of both. Keeps no file open, and where OPEN_SAMPLES lie,
+    so it can have any number of shards and be sent to worker processes.
+
+    Args:
+        folder: a folder with ``manifest.json``, or an address (multimodal/data/remote.py).
+        split: which split; ``None`` means all of them.
+        only: of these, the one shard of this name.
+    ``encoding``: how its codes came about (multimodal/data/encode.py), None where there are images.
+    Errors: ``ValueError`` for a folder or split that is not there, ``DamagedShard`` for damage.
+    """
+
+    def __init__(
+        self, folder: str | Path, split: str | None = None, only: str | None = None
+    ) -> None:
+        self.folder = local_folder(folder)
+        self._mirror = is_mirror(self.folder)
+        self._folder = str(self.folder)
+        manifest = read_manifest(self.folder)
+        self.encoding: dict[str, Any] | None = manifest.get("image_tokenizer")
+        splits = sorted({str(s["split"]) for s in manifest["shards"]})
+        if split is not None and split not in splits:
+            raise ValueError(f"{folder}: no split {split!r}; it has {', '.join(splits)}")
+        self._entries = [
+            s
+            for s in manifest["shards"]
+            if split in (None, s["split"]) and only in (None, s["name"])
+        ]
+        self.sizes: list[int] = [entry["samples"] for entry in self._entries]
+        self._ends = list(accumulate(self.sizes))
+        self._verified: set[str] = set()
+        self._indexes: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
+        for entry in self._entries:
+            self._check_size(entry)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over the shards: their names, their bytes, their order."""
+        names = "".join(f"{entry['name']}{entry['sha256']}" for entry in self._entries)
+        return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+    def _check_size(self, entry: dict[str, Any]) -> None:
+        path = self.folder / entry["name"]
+        if self._mirror:
+            return  # it comes when it is read
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError as error:
+            raise DamagedShard(f"{path}: missing, {entry['samples']} samples lost") from error
+        if size != entry["bytes"]:
+            raise DamagedShard(f"{path}: {size} bytes, the manifest says {entry['bytes']}")
+
+    def _index(self, number: int) -> list[dict[str, Any]]:
+        """The samples of a shard, from its index."""
+        if number in self._indexes:
+            self._indexes.move_to_end(number)
+            return self._indexes[number]
+        entry = self._entries[number]
+        path = self.folder / entry["name"]
+        self._bring(index_path(path), entry["index_sha256"])
+        index = read_index(path)
+        if file_sha256(index_path(path)) != entry["index_sha256"] or len(index) != entry["samples"]:
+            raise DamagedShard(f"{index_path(path)}: not the index that the manifest knows")
+        self._indexes[number] = index
+        while len(self._indexes) > 1 and sum(map(len, self._indexes.values())) > OPEN_SAMPLES:
+            self._indexes.popitem(last=False)
+        return index
+
+    def _bring(self, path: Path, sha256: str) -> None:
+        """Of a folder far away: fetch a file, also in the place of one that is of another time."""
+        if self._mirror:
+            fetch(self.folder, path.name)
+            if file_sha256(path) != sha256:
+                fetch(self.folder, path.name, again=True)
+
+    def _place(self, i: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The entry of the shard that holds sample i, and its line in the index."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        i %= len(self)
+        number = bisect_right(self._ends, i)
+        first = self._ends[number] - self.sizes[number]
+        return self._entries[number], self._index(number)[i - first]
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def key(self, i: int) -> str:
+        return str(self._place(i)[1]["key"])
+
+    def __getitem__(self, i: int) -> Sample:
+        entry, indexed = self._place(i)
+        key, members = indexed["key"], indexed["members"]
+        path = f"{self._folder}/{entry['name']}"
+        if entry["name"] not in self._verified:
+            self._bring(Path(path), entry["sha256"])
+            if file_sha256(Path(path)) != entry["sha256"]:
+                raise DamagedShard(
+                    f"{path}: its bytes are not those the manifest knows (SHA-256 differs); "
+                    f"run: multimodal data check {self.folder}"
+                )
+            self._verified.add(entry["name"])
+        descriptor = os.open(path, os.O_RDONLY)  # without a buffer: it is read once
+        try:
+            found = {}
+            for suffix, (offset, size) in members.items():
+                found[suffix] = os.pread(descriptor, size, offset)
+                if len(found[suffix]) != size:
+                    raise DamagedShard(f"{path}: cut off inside {key}.{suffix}")
+        finally:
+            os.close(descriptor)
+        return Sample(key, found)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))

@@ -1,0 +1,118 @@
+"""Images and texts in one space: the states at <eoi> and at <boi>, projected."""
+
+import hashlib
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from multimodal.inference.batch import Batch, text_ids
+from multimodal.inference.text import encode_images
+from multimodal.model.sequences import describe_prompt, draw_prompt
+
+if TYPE_CHECKING:
+    from multimodal.model.network import Multimodal
+
+
+@torch.inference_mode()
+def embed_codes(model: "Multimodal", codes: Tensor) -> Tensor:
+    """codes: int64[B, n] -> float32[B, D] of unit norm, on the CPU"""
+    images = (codes + model.vocabulary.image_start).tolist()
+    prompts = [describe_prompt(model.vocabulary, row) for row in images]
+    return model.alignment.embed_image(Batch(model, prompts, 0).hidden).cpu()
+
+
+@torch.inference_mode()
+def embed_texts(model: "Multimodal", texts: SequenceOf[str]) -> Tensor:
+    """B texts, none of them empty -> float32[B, D] of unit norm, on the CPU"""
+    prompts = [draw_prompt(model.vocabulary, text_ids(model, text)) for text in texts]
+    return model.alignment.embed_text(Batch(model, prompts, 0).hidden).cpu()
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The image files of a folder and those below it, by name. Errors: ``ValueError`` for none."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise ValueError(f"{folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
+    return found
+
+
+class EmbeddingCache:
+    """Embeddings by what a file holds, in one safetensors file for each model.
+
+    A moved or renamed image is found again; another model, or changed bytes, is another entry. A
+    cache that cannot be read is no error: it is made anew.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.path = folder / f"{fingerprint}.safetensors"
+        self.rows: dict[str, Tensor] = {}
+        self.added = 0
+        if self.path.is_file():
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+
+            try:
+                self.rows = load_file(self.path)
+            except (SafetensorError, OSError):
+                self.rows = {}
+
+    @staticmethod
+    def key(data: bytes) -> str:
+        return hashlib.sha256(data).hexdigest()
+
+    def save(self) -> None:
+        """Write it, whole or not at all; where there is no room or no right to, go on without."""
+        from safetensors.torch import save_file
+
+        if not self.added:
+            return
+        part = self.path.with_suffix(".part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({key: row.contiguous() for key, row in self.rows.items()}, part)
+            part.replace(self.path)
+        except Exception:  # safetensors has its own for a full disk
+            part.unlink(missing_ok=True)
+
+
+def embed_files(
+    model: "Multimodal", paths: list[Path], cache: EmbeddingCache | None, batch_size: int = 32
+) -> Iterator[tuple[Path, Tensor | ValueError]]:
+    """(path, float32[D] or what was wrong with the file), in the order of the paths."""
+    from multimodal.inference.text import read_images
+
+    for start in range(0, len(paths), batch_size):
+        batch = paths[start : start + batch_size]
+        found: dict[int, Tensor | ValueError] = {}
+        pixels, missing = [], []
+        for i, path in enumerate(batch):
+            try:
+                data = path.read_bytes()
+                key = EmbeddingCache.key(data)
+                if cache is not None and key in cache.rows:
+                    found[i] = cache.rows[key]
+                    continue
+                pixels.append(read_images(model, [data], [str(path)]))
+                missing.append((i, key))
+            except OSError as error:
+                found[i] = ValueError(f"{path}: {error.strerror or error}")
+            except ValueError as error:
+                found[i] = error
+        if pixels:
+            rows = embed_codes(model, encode_images(model, torch.cat(pixels)))
+            for (i, key), row in zip(missing, rows, strict=True):
+                found[i] = row
+                if cache is not None:
+                    cache.rows[key] = row.clone()
+                    cache.added += 1
+        for i, path in enumerate(batch):
+            yield path, found[i]

@@ -1,0 +1,1 @@
+"""Synthetic scenes: pictures of which everything is known, with captions and questions."""

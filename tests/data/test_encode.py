@@ -1,0 +1,353 @@
+"""Shards of codes: those the tokenizer gives, whole or resumed; refused where they do not fit."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from multimodal.cli import main
+from multimodal.data.encode import Encoding, codes_to_bytes, encode_shards
+from multimodal.data.images import augment_image, fit_image, open_image, to_tensor
+from multimodal.data.samples import Sample
+from multimodal.data.seeds import sample_seed
+from multimodal.data.shards import Shards, read_manifest
+from multimodal.data.verify import check
+from multimodal.scenes.dataset import write_scenes
+from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer, load_image_tokenizer
+
+VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads": 2}
+
+
+def make_tokenizer(seed: int = 0) -> VQTokenizer:
+    torch.manual_seed(seed)
+    config = ImageTokenizerConfig(32, "squash", 8, VIT, {"name": "fsq", "levels": [4, 4, 4]})
+    made = VQTokenizer(config).train()
+    with torch.no_grad():
+        for _ in range(20):
+            made(torch.rand(16, 3, 32, 32) * 2 - 1)
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("codes")
+    write_scenes(folder / "scenes", 24, 0, 32, shard_size=10)
+    make_tokenizer().save(folder / "tokenizer")
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_codes_are_those_of_the_images(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "codes"
+    command = ["tokenizer", "encode", str(work / "scenes"), str(out), "--batch-size", "7"]
+    assert main([*command, "--tokenizer", str(work / "tokenizer")]) == 0
+    tokenizer = load_image_tokenizer(work / "tokenizer")
+    assert list(check(out)) == []
+    assert not (out / "encoding.json").exists()
+    before, after = Shards(work / "scenes"), Shards(out)
+    assert len(before) == len(after)
+    for sample, encoded in zip(before, after, strict=True):
+        image = to_tensor(fit_image(open_image(sample.image), 32, "squash"))
+        assert encoded.key == sample.key and encoded.record == sample.record
+        assert torch.equal(torch.from_numpy(encoded.codes), tokenizer.encode(image[None]))
+    about = read_manifest(out)
+    assert about["image_tokenizer"]["fingerprint"] == tokenizer.codes_fingerprint
+    assert about["image_tokenizer"]["precision"] == "float32"
+    assert about["license"] == read_manifest(work / "scenes")["license"]
+
+
+def test_training_images_get_several_crops_and_others_one_whole(work: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    encoding = Encoding.by(tokenizer, encodings=3, crop_scale=0.5, mirror=True, seed=4)
+    encode_shards(work / "scenes", tmp_path / "codes", tokenizer, encoding)
+    sample = Shards(work / "scenes", "train")[5]
+    codes = Shards(tmp_path / "codes", "train")[5].codes
+    assert codes.shape == (3, 4, 4)
+    for number in range(3):
+        rng = np.random.default_rng(sample_seed(4, number, sample.key))
+        crop = augment_image(open_image(sample.image), 32, rng, (0.5, 1.0), flip=True)
+        expected = tokenizer.encode(to_tensor(crop)[None])[0]
+        assert torch.equal(torch.from_numpy(codes[number]), expected)
+    assert Shards(tmp_path / "codes", "val")[0].codes.shape == (1, 4, 4)
+
+
+def test_what_was_stopped_goes_on_and_gives_the_same_bytes(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make_tokenizer()
+    encoding = Encoding.by(tokenizer)
+    encode_shards(work / "scenes", tmp_path / "whole", tokenizer, encoding)
+    done, encoded = 0, tokenizer.encode
+
+    def fails(images: torch.Tensor) -> torch.Tensor:
+        nonlocal done
+        done += 1
+        if done == 3:
+            raise KeyboardInterrupt
+        return encoded(images)
+
+    out = tmp_path / "stopped"
+    monkeypatch.setattr(tokenizer, "encode", fails)
+    with pytest.raises(KeyboardInterrupt):
+        encode_shards(work / "scenes", out, tokenizer, encoding, batch_size=10)
+    left = set(files(out))
+    assert "manifest.json" not in left and sum(name.endswith(".tar") for name in left) == 2
+    # What a kill leaves besides: a lock nobody holds, half a shard, half of the settings.
+    for name in (".lock", ".train-0002.tar.part", "encoding.json.tmp"):
+        (out / name).write_bytes(b"half")
+    # Other options, or other shards, are no continuation.
+    other = Encoding.by(tokenizer, precision="bfloat16")
+    with pytest.raises(ValueError, match="was begun with other shards or options"):
+        encode_shards(work / "scenes", out, tokenizer, other)
+    kept = {name: (out / name).stat().st_mtime_ns for name in left if name.endswith(".tar")}
+    encode_shards(work / "scenes", out, tokenizer, encoding)
+    assert files(out) == files(tmp_path / "whole") | {"encoding.json.tmp": b"half"}
+    assert kept == {name: (out / name).stat().st_mtime_ns for name in kept}, "not done twice"
+    with pytest.raises(ValueError, match="it is complete"):
+        encode_shards(work / "scenes", out, tokenizer, encoding)
+
+
+@pytest.mark.parametrize(
+    "options", [("--workers", "2"), ("--workers", "2", "--engine", "ray"), "ranks", "killed"]
+)
+def test_who_encodes_changes_no_byte(work: Path, tmp_path: Path, options: Any) -> None:
+    """Processes, Ray, two ranks of torchrun, and processes that are killed three times."""
+    command = ["tokenizer", "encode", str(work / "scenes"), "--threads", "1"]
+    command += ["--tokenizer", str(work / "tokenizer")]
+    threads = torch.get_num_threads()
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    torch.set_num_threads(threads)
+    out = tmp_path / "out"
+    line = [sys.executable, "-m", "multimodal.cli", *command, str(out)]
+    if options == "ranks":
+        ranks = [
+            subprocess.Popen(line, env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"})
+            for rank in "01"
+        ]
+        assert [process.wait(120) for process in ranks] == [0, 0]
+        late = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}  # when all is done
+        subprocess.run(line, env=late, check=True, timeout=120)
+    else:
+        killed = 0
+        for shards in (1, 2, 3) if options == "killed" else ():
+            process = subprocess.Popen([*line, "--workers", "2"], start_new_session=True)
+            while process.poll() is None and len(list(out.glob("*.tar"))) < shards:
+                time.sleep(0.002)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                killed += 1
+            process.wait()
+        assert killed >= 1 or options != "killed"
+        if not (out / "manifest.json").exists():  # the last kill may have come too late
+            more = () if options == "killed" else options
+            subprocess.run([*line, *more], check=True, timeout=120)
+    assert files(out) == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"encodings": 0}, "expected at least 1"),
+        ({"crop_scale": 0.0}, r"share of the area in \(0, 1\]"),
+        ({"encodings": 2}, "are for crops: give a crop_scale below 1"),
+        ({"mirror": True}, "are for crops: give a crop_scale below 1"),
+        ({"precision": "float16"}, "expected float32 or bfloat16"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Encoding.by(make_tokenizer(), **options)
+
+
+def test_codes_survive_in_the_smallest_numbers() -> None:
+    codes = np.arange(32).reshape(2, 4, 4)
+    for size, width in ((1 << 16, 2), (1 << 18, 4)):
+        data = codes_to_bytes(codes + size - 32, size)
+        assert len(data) == 128 + 32 * width
+        assert (Sample("x", {"codes.npy": data}).codes == codes + size - 32).all()
+    whole = codes_to_bytes(codes, 64)
+    claims = whole.replace(b"(2, 4, 4)", b"(2, 4, 999999999999)")
+    for bad in (b"garbage", b"", whole[:-1], whole[:40], claims, b"PK\x03\x04" + whole):
+        with pytest.raises(ValueError, match="sample x: its codes are not readable"):
+            Sample("x", {"codes.npy": bad}).codes  # noqa: B018
+    with pytest.raises(ValueError, match="has no codes"):
+        Sample("x", {"png": b""}).codes  # noqa: B018
+
+
+def test_a_pickle_in_the_place_of_codes_runs_nothing(tmp_path: Path) -> None:
+    import io
+
+    file = io.BytesIO()
+    np.save(file, np.array([[[{"a": 1}]]], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="not readable"):
+        Sample("x", {"codes.npy": file.getvalue()}).codes  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def joint(work: Path) -> Path:
+    """A joint configuration, and the shards as codes of its tokenizer: codes/."""
+    tokenizer = make_tokenizer()
+    encode_shards(work / "scenes", work / "codes", tokenizer, Encoding.by(tokenizer))
+    text = ["--out", str(work / "text.json"), "--vocabulary-size", "320"]
+    assert main(["tokenizer", "text", str(work / "scenes"), *text]) == 0
+    module = {
+        "class_path": "multimodal.train.joint.JointModule",
+        "init_args": {
+            "text_tokenizer": str(work / "text.json"), "image_tokenizer": str(work / "tokenizer"),
+            "size": "tiny", "row_length": 192, "warmup_steps": 1, "captions_in_validation": 2,
+            "drawings_in_validation": 1,
+        },
+    }  # fmt: skip
+    trainer = {
+        "max_steps": 3, "log_every_n_steps": 1, "accelerator": "cpu", "enable_progress_bar": False,
+        "val_check_interval": 3, "check_val_every_n_epoch": None,
+    }  # fmt: skip
+    data = {"folders": [str(work / "scenes")], "global_batch_size": 8, "workers": 0, "val_limit": 8}
+    config = {"model": module, "data": data, "trainer": trainer}
+    (work / "joint.yaml").write_text(yaml.safe_dump(config))
+    return work
+
+
+def test_training_on_codes_is_training_on_their_images(joint: Path, tmp_path: Path) -> None:
+    for name in ("scenes", "codes"):
+        run = ["--output", str(tmp_path / name), "--data.folders", f"[{joint / name}]"]
+        assert main(["fit", "--config", str(joint / "joint.yaml"), *run]) == 0
+    tables = [(tmp_path / name / "logs/metrics.csv").read_text() for name in ("scenes", "codes")]
+    rows = [[line.split(",") for line in table.splitlines()] for table in tables]
+    cost = {rows[0][0].index(name) for name in ("tokens/s", "TFLOP/s", "memory_GB")}
+    for one, other in zip(*rows, strict=True):
+        assert [x for n, x in enumerate(one) if n not in cost] == [
+            x for n, x in enumerate(other) if n not in cost
+        ]
+
+
+def test_documents_and_texts_train_beside_pairs_as_codes_too(joint: Path, tmp_path: Path) -> None:
+    scenes = Shards(joint / "scenes")
+    images = tmp_path / "images"
+    images.mkdir()
+    lines = list[dict[str, Any]]()
+    for n in range(5):
+        texts = [scenes[2 * n + one].record["captions"][0] for one in (0, 1)]
+        for one in (0, 1):
+            (images / f"{n}-{one}.png").write_bytes(scenes[2 * n + one].image)
+        parts = [{"image": f"{n}-0.png"}, {"text": texts[0]}, {"image": f"{n}-1.png"}]
+        lines += [{"content": [*parts, {"text": texts[1]}]}, {"text": " and ".join(texts)}]
+    (images / "few.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["data", "build", str(images / "few.jsonl"), str(tmp_path / "docs")]) == 0
+    encode = ["tokenizer", "encode", str(tmp_path / "docs"), str(tmp_path / "codes")]
+    assert main([*encode, "--tokenizer", str(joint / "tokenizer")]) == 0
+    assert main(["data", "check", str(tmp_path / "codes"), "--decode"]) == 0
+    totals = []
+    for pairs, documents in (("scenes", "docs"), ("codes", "codes")):
+        folders = f"[{joint / pairs}, {tmp_path / documents}]"
+        out = tmp_path / f"run-{pairs}"
+        run = ["--output", str(out), "--data.folders", folders, "--data.weights", "[1, 1]"]
+        assert main(["fit", "--config", str(joint / "joint.yaml"), *run,
+                     "--trainer.limit_val_batches", "0"]) == 0  # fmt: skip
+        rows = csv.DictReader((out / "logs/metrics.csv").read_text().splitlines())
+        totals.append([row["train/total"] for row in rows])
+        assert {"caption", "text", "image", "alignment"} <= {
+            name.removeprefix("train/") for name in rows.fieldnames or ()
+        }
+    assert totals[0] == totals[1] and len(totals[0]) == 3
+
+
+def test_codes_that_do_not_fit_are_refused(
+    joint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fit(*arguments: str) -> str:
+        fit = ["fit", "--config", str(joint / "joint.yaml"), "--output", str(tmp_path / "run")]
+        assert main([*fit, *arguments]) != 0
+        return capsys.readouterr().err
+
+    codes = str(joint / "codes")
+    assert "encode all folders or none" in fit("--data.folders", f"[{codes}, {joint / 'scenes'}]")
+    folders = ["--data.folders", f"[{codes}]"]
+    assert "cannot be cropped" in fit(*folders, "--data.crop_scale", "0.5")
+    make_tokenizer(seed=1).save(tmp_path / "other")
+    said = fit(*folders, "--model.init_args.image_tokenizer", str(tmp_path / "other"))
+    assert "its codes are of another image tokenizer" in said and "encode the shards anew" in said
+    # One that differs in its decoder alone makes the same codes.
+    sharper = make_tokenizer()
+    with torch.no_grad():
+        sharper.decoder.last_layer.mul_(2)
+    sharper.save(tmp_path / "sharper")
+    fits = ["fit", "--config", str(joint / "joint.yaml"), "--output", str(tmp_path / "fits")]
+    taken = ["--model.init_args.image_tokenizer", str(tmp_path / "sharper")]
+    assert main([*fits, *folders, *taken, "--trainer.max_steps", "1"]) == 0
+    # A manifest that was changed by hand: the codes themselves tell.
+    shutil.copytree(codes, tmp_path / "codes")
+    manifest = tmp_path / "codes/manifest.json"
+    about = json.loads(manifest.read_text())
+    for change, said in (({"grid": 5}, "the manifest says 5 x 5"), ({"codebook_size": 2}, "of 2")):
+        forged = about | {"image_tokenizer": about["image_tokenizer"] | change}
+        manifest.write_text(json.dumps(forged))
+        assert said in fit("--data.folders", f"[{tmp_path / 'codes'}]")
+
+
+def test_indexing_and_checking_know_codes(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, out = make_tokenizer(), tmp_path / "codes"
+    encode_shards(work / "scenes", out, tokenizer, Encoding.by(tokenizer))
+    before = read_manifest(out)
+    assert main(["data", "index", str(out)]) == 0
+    assert read_manifest(out) == before
+    assert main(["data", "check", "--decode", str(out)]) == 0
+    capsys.readouterr()
+
+
+def test_one_process_at_a_time_and_a_split_to_crop(work: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    tokenizer, out = make_tokenizer(), tmp_path / "codes"
+    out.mkdir()
+    with open(out / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is writing to it"):
+            encode_shards(work / "scenes", out, tokenizer, Encoding.by(tokenizer))
+    cropped = Encoding.by(tokenizer, crop_scale=0.5, train_split="all")
+    with pytest.raises(ValueError, match="no split 'all' to crop; it has heldout, train, val"):
+        encode_shards(work / "scenes", out, tokenizer, cropped)
+
+
+def test_bfloat16_is_near_and_on_record(work: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    for precision in ("float32", "bfloat16"):
+        encoding = Encoding.by(tokenizer, precision=precision)
+        encode_shards(work / "scenes", tmp_path / precision, tokenizer, encoding)
+    exact, rounded = (
+        np.concatenate([sample.codes for sample in Shards(tmp_path / precision)])
+        for precision in ("float32", "bfloat16")
+    )
+    assert 0.9 < (exact == rounded).mean() < 1
+    assert read_manifest(tmp_path / "bfloat16")["image_tokenizer"]["precision"] == "bfloat16"
+
+
+def test_an_image_tokenizer_is_not_trained_on_codes(
+    joint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = {
+        "class_path": "multimodal.train.image_tokenizer.ImageTokenizerModule",
+        "init_args": {"tokenizer": {"image_size": 32, "downsample": 8, "autoencoder": VIT}},
+    }
+    config = yaml.safe_load((joint / "joint.yaml").read_text()) | {"model": module}
+    config["data"]["folders"] = [str(joint / "codes")]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    fit = ["fit", "--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run")]
+    assert main(fit) == 1
+    assert "an image tokenizer is trained on images" in capsys.readouterr().err

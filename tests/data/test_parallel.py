@@ -1,0 +1,195 @@
+"""Units of work: the same results in the same order, whoever does them, whoever is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from multimodal.data import parallel
+from multimodal.data.parallel import Engine, alone_in, units_in_order
+
+ENGINES: tuple[Engine, ...] = ("processes", "ray")
+
+
+def square(folder: Path, unit: int) -> int:
+    """Dies the first time it gets unit 3."""
+    marker = folder / "died"
+    if unit == 3 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return unit * unit
+
+
+def die(unit: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return unit
+
+
+def refuse(unit: int) -> int:
+    if unit == 2:
+        raise ValueError("unit 2 cannot be done")
+    return unit
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_killed_worker_costs_nothing(engine: Engine, tmp_path: Path) -> None:
+    function = partial(square, tmp_path)
+    assert list(units_in_order(function, range(9), engine, workers=2)) == [n * n for n in range(9)]
+    assert (tmp_path / "died").exists()
+
+
+def test_a_worker_that_dies_while_the_caller_is_busy_costs_nothing(tmp_path: Path) -> None:
+    """The pool is broken already when the next unit is handed to it."""
+    results = units_in_order(partial(square, tmp_path), range(12), workers=2)
+    found = [next(results)]
+    while not (tmp_path / "died").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert [*found, *results] == [n * n for n in range(12)]
+
+
+def test_a_unit_that_another_rank_lost_is_done_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(parallel, "PATIENCE", 0.1)
+    assert list(units_in_order(abs, range(4), done=lambda unit: False)) == [0, 1, 2, 3]
+    monkeypatch.setenv("RANK", "1")
+    assert list(units_in_order(abs, range(4), done=lambda unit: False)) == [1, 3], "its own only"
+
+
+def test_a_unit_that_kills_every_worker_ends_the_work() -> None:
+    with pytest.raises(ChildProcessError, match="killed 3 times at the same unit"):
+        list(units_in_order(die, range(3), workers=2))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_errors_are_those_of_the_unit(engine: Engine) -> None:
+    results = units_in_order(refuse, range(9), engine, workers=2)
+    assert next(results) == 0
+    with pytest.raises(ValueError, match=r"^unit 2 cannot be done$"):
+        list(results)
+
+
+def test_wrong_arguments() -> None:
+    for arguments, said in (({"workers": 0}, "workers=0"), ({"engine": "dask"}, "dask")):
+        with pytest.raises(ValueError, match=said):
+            list(units_in_order(refuse, range(2), **arguments))  # type: ignore[arg-type]
+
+
+def test_a_folder_is_for_one_process(tmp_path: Path) -> None:
+    with alone_in(tmp_path, "lock"):
+        with pytest.raises(ValueError, match="another process"), alone_in(tmp_path, "lock"):
+            pass
+    with alone_in(tmp_path, "lock"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- data build -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 pictures with captions, three parts of a build; a few are damaged."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number in range(300):
+        pixels = rng.integers(0, 256, (40, 60, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"p{number}.jpg")
+        (folder / f"p{number}.txt").write_text(f"picture {number}")
+        if number % 50 == 7:
+            (folder / f"p{number}.jpg").write_bytes(b"\xff\xd8 not a picture")
+    return folder
+
+
+def command(source: Path, out: Path, *options: str) -> list[str]:
+    line = [sys.executable, "-m", "multimodal.cli", "data", "build", str(source), str(out)]
+    return [*line, "--image-size", "48", "--shard-size", "70", "--val-share", "0.2", *options]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def expected(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("built")
+    subprocess.run(command(photos, out), check=True, capture_output=True)
+    assert "rejected.jsonl" in hashes(out) and len(hashes(out)) > 8
+    return hashes(out)
+
+
+@pytest.mark.parametrize("options", [("--workers", "2"), ("--workers", "2", "--engine", "ray")])
+def test_who_builds_changes_no_byte(
+    options: tuple[str, ...], photos: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    subprocess.run(command(photos, tmp_path / "out", *options), check=True, capture_output=True)
+    assert hashes(tmp_path / "out") == expected
+
+
+def test_ranks_of_torchrun_share_a_build(
+    photos: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    ranks = [
+        subprocess.Popen(
+            command(photos, tmp_path / "out"),
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (1, 0)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0]
+    assert said[0] == "" and "kept 294 of 300" in said[1], "one rank speaks"
+    assert hashes(tmp_path / "out") == expected
+
+
+def test_a_rank_above_0_makes_its_parts_and_nothing_else(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
+    subprocess.run(command(photos, out), env=environment, check=True, timeout=120)
+    made = {path.suffix for path in (out / ".building/parts").iterdir()}
+    assert made == {".bin", ".json"} and len(list(out.glob(".building/parts/*.bin"))) == 1
+    assert [path.name for path in out.iterdir()] == [".building"]
+
+
+def test_a_build_that_is_killed_again_and_again_ends_with_the_same_bytes(
+    photos: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    out, parts, killed = tmp_path / "out", set[str](), 0
+    for moment in range(4):  # the first part is there, the second, the third, all of the shards
+        process = subprocess.Popen(
+            command(photos, out, "--workers", "2"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while process.poll() is None:
+            found = {path.name for path in out.glob(".building/parts/*.json")}
+            if found - parts or (moment == 3 and list(out.glob(".building/*.tar"))):
+                break
+            time.sleep(0.005)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            killed += 1
+        process.wait()
+        if (out / "manifest.json").exists():
+            break  # it was faster than we are
+        left = {path.name for path in out.glob(".building/parts/*.json")}
+        assert parts <= left
+        parts = left
+    else:
+        subprocess.run(command(photos, out), check=True, capture_output=True)
+    assert killed >= 2
+    assert hashes(out) == expected

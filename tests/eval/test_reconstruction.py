@@ -1,0 +1,204 @@
+"""Reconstructions measured: against formulas written out, and by the command."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from multimodal.cli import main
+from multimodal.data.images import to_tensor
+from multimodal.eval.metrics.features import Features
+from multimodal.eval.metrics.reconstruction import ms_ssim_scales, score_reconstructions
+from multimodal.scenes.dataset import write_scenes
+from multimodal.scenes.scene import render, sample_scene
+from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
+
+VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads": 2}
+
+
+def scenes(count: int, size: int = 32) -> Tensor:
+    import random
+
+    return torch.stack([
+        to_tensor(render(sample_scene(random.Random(i)), size)) for i in range(count)
+    ])  # fmt: skip
+
+
+def tokenizer(image_size: int = 32, **quantizer: Any) -> VQTokenizer:
+    torch.manual_seed(0)
+    options = quantizer or {"name": "fsq", "levels": [5, 5, 5]}
+    made = VQTokenizer(ImageTokenizerConfig(image_size, "squash", 8, VIT, options))
+    with torch.no_grad():
+        for _ in range(30):  # the statistics of batches settle, and codes are many
+            made.train()(scenes(8, image_size))
+    return made.eval()
+
+
+def test_the_random_features_are_the_same_for_everyone() -> None:
+    torch.manual_seed(1)
+    first = Features()
+    torch.manual_seed(2)
+    second = Features().train()
+    images = scenes(2)
+    assert torch.equal(first(images), second(images)) and first.label == "random features, seed 0"
+    # Once and for all: another torch that draws other numbers would make figures of two machines
+    # incomparable without a word.
+    weight = first.network.layers[0].weight  # type: ignore[union-attr, index]
+    found = [round(x, 4) for x in weight.flatten()[:3].tolist()]
+    assert found == [-0.3064, -0.3136, -0.0682], found
+
+
+def test_perceptual_distance_grows_with_what_is_wrong() -> None:
+    features, images = Features(), scenes(4)
+    assert features.distance(images, images).abs().max() < 1e-6
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    far = [features.distance(images, images + s * noise).mean() for s in (0.05, 0.2, 0.8)]
+    assert 0 < far[0] < far[1] < far[2]
+    moved = images.clone().requires_grad_()
+    features.distance(moved, images + noise).sum().backward()
+    assert moved.grad is not None and moved.grad.abs().sum() > 0, "it can be a loss"
+
+
+def test_features_that_cannot_be_had_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected random, timm:MODEL or timm:MODEL=FILE"):
+        Features("vgg")
+    with pytest.raises(ValueError, match="no such file"):
+        Features(f"timm:resnet18={tmp_path}/none.safetensors")
+    with pytest.raises(ValueError, match="use the features that need none: random"):
+        Features("timm:no_such_model")
+
+
+def test_features_of_timm_come_from_a_file(tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(3)
+    network = timm.create_model("test_resnet", pretrained=False)
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    features, images = Features(f"timm:test_resnet={tmp_path}/weights.safetensors"), scenes(2, 64)
+    mean, std = (
+        torch.tensor(network.pretrained_cfg[name])[:, None, None] for name in ("mean", "std")
+    )
+    expected = network.eval().forward_features(((images + 1) / 2 - mean) / std)
+    torch.testing.assert_close(features.maps(images)[-1], expected)
+
+
+def test_scores_are_the_formulas() -> None:
+    images, made, features = scenes(40), tokenizer(), Features()
+    scores, found = score_reconstructions(made, images, features, batch_size=16, keep=20)
+    assert torch.equal(found, made.decode(made.encode(images))[:20])
+    found = made.decode(made.encode(images))
+    error = (found - images).square().mean((1, 2, 3))
+    assert scores["psnr"] == pytest.approx(float((-10 * torch.log10(error / 4)).mean()), abs=1e-3)
+    a, b = (features(x).double().numpy() for x in (images, found))
+    difference = np.square(a.mean(0) - b.mean(0)).sum()
+    covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()
+    by_hand = difference + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * roots
+    assert scores["fid"] == pytest.approx(by_hand, abs=1e-3)
+    codes = made.encode(images)
+    assert len(codes.unique()) > 5
+    assert scores["used"] == pytest.approx(codes.unique().numel() / 125)
+    assert scores["perceptual"] == pytest.approx(
+        float(features.distance(found, images).mean()), rel=1e-4
+    )
+
+
+def test_what_is_kept_whole_scores_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, made = scenes(8), tokenizer()
+    monkeypatch.setattr(made, "encode", lambda x: torch.zeros(len(x), 4, 4, dtype=torch.int64))
+    monkeypatch.setattr(made, "decode", lambda codes: images[: len(codes)])
+    scores, _ = score_reconstructions(made, images, Features())
+    assert min(scores["ssim"], scores["ms_ssim"]) > 0.9999
+    assert scores["perceptual"] < 1e-6 and abs(scores["fid"]) < 1e-3 and scores["psnr"] > 60
+
+
+@pytest.mark.parametrize(("side", "scales"), [(32, 2), (64, 3), (128, 4), (176, 5), (256, 5)])
+def test_ms_ssim_uses_the_scales_that_fit(side: int, scales: int) -> None:
+    assert ms_ssim_scales(side) == scales
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    write_scenes(tmp_path / "scenes", 8, 0, 32)
+    tokenizer().save(tmp_path / "a")
+    tokenizer(16, name="lfq", channels=6).save(tmp_path / "b")
+    return tmp_path
+
+
+def test_the_command(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, picture = folders / "out.json", folders / "out.png"
+    command = ["tokenizer", "compare", str(folders / "a"), str(folders / "b"), "--limit", "20",
+               "--data", str(folders / "scenes"), "--output", str(out), "--picture", str(picture),
+               "--batch-size", "8"]  # fmt: skip
+    assert main(command) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 4 and "random features, seed 0" in printed[-1]
+    report = json.loads(out.read_text())
+    first, second = report["tokenizers"]
+    assert report["protocol"]["image_size"] == 32 and report["protocol"]["ms_ssim_scales"] == 2
+    assert (first["codes"], second["codes"]) == (16, 4)
+    assert first["bits_per_pixel"] == pytest.approx(16 * math.log2(125) / 32**2)
+    assert second["bits_per_pixel"] == pytest.approx(4 * 6 / 32**2)
+    assert first["psnr"] > 5 and first["encode_per_second"] > 0
+    with Image.open(picture) as image:
+        assert image.height > 3 * 32
+
+
+Refused = Callable[[Path], list[str]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a", "none"], "none: not an image tokenizer"),
+        (["a", "--output", "x.txt"], "expected a name that ends in .json"),
+        (["a", "--limit", "0"], "expected at least 1"),
+        (["a", "--split", "nope"], "no split 'nope'"),
+        (["a", "--features", "inception"], "expected random, timm"),
+    ],
+)
+def test_mistakes_are_one_line(
+    folders: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(folders)
+    assert main(["tokenizer", "compare", "--data", "scenes", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert said in error and "multimodal tokenizer" in error and error.count("\n") == 1
+
+
+def test_distributions_are_compared_as_torchmetrics_does() -> None:
+    from multimodal.eval.metrics.distribution import score_distribution
+
+    generator = torch.Generator().manual_seed(0)
+    real, near, far = (torch.rand(40, 3, 32, 32, generator=generator) * 2 - 1 for _ in range(3))
+    far = far.sign()
+    features = Features()
+    found = score_distribution(near, real, features)
+    x, y = features(near), features(real)
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
+
+    def apart(k: torch.Tensor) -> torch.Tensor:
+        return (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
+
+    # All 40 are in every subset: the unbiased estimate itself.
+    expected = apart(kernel(x, x)) + apart(kernel(y, y)) - 2 * kernel(x, y).mean()
+    assert found["kid"] == pytest.approx(expected.item(), abs=1e-5)
+    assert score_distribution(near, real, features) == found, "the same seed, the same numbers"
+    assert score_distribution(real, real, features)["fid"] == pytest.approx(0, abs=1e-3)
+    worse = score_distribution(far, real, features)
+    assert worse["fid"] > 2 * found["fid"] and worse["kid"] > abs(found["kid"])
+    assert score_distribution(real[:1], real, features) == {}

@@ -1,0 +1,406 @@
+"""Each objective can be learned, reaches what it should, weighs what it should, on any ranks."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import grad
+
+from multimodal.model.head_loss import head_losses
+from multimodal.model.network import Multimodal
+from multimodal.model.objectives import ObjectivesConfig, token_losses
+from multimodal.model.sequences import OBJECTIVES, Packed, Sequence, describe, draw, pack
+
+Make = Callable[..., Multimodal]
+Batch = tuple[Packed, Tensor, Tensor]
+ALONE = (*OBJECTIVES, "siglip", "clip")
+HEAD = torch.eye(40)  # hidden states are the logits then
+
+
+def only(name: str, **others: object) -> dict[str, object]:
+    """The settings with which one objective trains alone, on sequences that have it."""
+    alignment = name in ("siglip", "clip")
+    return {
+        "weights": {each: float(each == name) for each in OBJECTIVES},
+        "alignment_weight": float(alignment),
+        "alignment_form": name if alignment else "siglip",
+        "reconstruct_share": float(name == "reconstruct"),
+        "next_token_share": float(name == "image"),
+        "drop_condition": 0.0,
+        "z_loss_weight": 0.0,
+        **others,
+    }
+
+
+def codes_of(count: int) -> Tensor:
+    return torch.randint(64, (count, 16), generator=torch.Generator().manual_seed(0))
+
+
+def sequences_of(model: Multimodal, texts: tuple[str, ...], asked: bool) -> list[Sequence]:
+    """Of images with a caption each, and, if asked, with a question that it answers."""
+    exchanges = [[("Which? ", text), ("It is? ", text)] if asked else [] for text in texts]
+    return model.sequences(codes_of(len(texts)), texts, range(len(texts)), exchanges)
+
+
+def batch_of(model: Multimodal, texts: tuple[str, ...], asked: bool = False) -> Batch:
+    ids = torch.arange(len(texts))
+    return pack(sequences_of(model, texts, asked), 160, model.vocabulary.pad), ids, ids
+
+
+def overfit(
+    model: Multimodal, batch: Batch, steps: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The parts of the loss before and after."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer, first = torch.optim.AdamW(weights, 3e-3, weight_decay=0), dict[str, float]()
+    for _ in range(steps):
+        loss, parts = model(*batch)
+        first = first or {name: value.item() for name, value in parts.items()}
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return first, {name: value.item() for name, value in model(*batch)[1].items()}
+
+
+def floor(batch: Batch, texts: int) -> float:
+    """The least mean loss of the texts alone: nothing tells which of them comes."""
+    tokens = int((batch[0].objectives == OBJECTIVES.index("text")).sum())
+    return texts * math.log(texts) / tokens
+
+
+# --- learning -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_each_objective_alone_overfits_one_batch(
+    name: str, tiny_model: Make, sentences: tuple[str, ...]
+) -> None:
+    model = tiny_model(**only(name))
+    batch = batch_of(model, sentences, asked=name == "answer")
+    first, last = overfit(model, batch, 120)
+    assert last["total"] < 0.25 * first["total"]
+    least = floor(batch, len(sentences)) if name == "text" else 0.0
+    assert least <= last["total"] < least + 0.1
+    if name in ("siglip", "clip"):
+        assert last["alignment_accuracy"] == 1 > first["alignment_accuracy"]
+    else:
+        assert last[name] == pytest.approx(last["total"])
+
+
+def test_all_objectives_together_overfit_one_batch(
+    tiny_model: Make, sentences: tuple[str, ...]
+) -> None:
+    model = tiny_model(drop_condition=0.0)
+    batch = batch_of(model, sentences * 2, asked=True)
+    batch[2][4:] = batch[2][:4]  # each sentence stands twice
+    assert set(batch[0].objectives.unique().tolist()) == {-1, 0, 1, 2, 3, 4}
+    first, last = overfit(model, batch, 240)
+    assert last["text"] < floor(batch, 8) + 0.1  # above the real floor: 4 texts, not 8
+    for name in ("caption", "reconstruct", "answer", "alignment"):
+        assert last[name] < 0.1 * first[name], name
+    # Where one sentence has two images, its next-token drawing has to guess which.
+    assert last["image"] < 0.1 * first["image"] + 2 * math.log(2) / 17
+    assert last["alignment_accuracy"] == 1
+
+
+# --- what a gradient reaches ----------------------------------------------------------------------
+
+
+def read_by(name: str, sequence: Sequence, kind: str) -> set[int]:
+    """The ids of a sequence that an objective's predictions may see: a beginning of it."""
+    whole, image = len(sequence) - 1, sequence.state + 1 + 16
+    ends = {
+        "describe": {"caption": whole},
+        "draw": {"text": sequence.state, "image": image, "reconstruct": image},
+        "answer": {"answer": whole},
+    }
+    state = sequence.state + 1 if name in ("siglip", "clip") else 0
+    return set(sequence.ids[: ends[kind].get(name, state)].tolist())
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_the_gradient_of_each_objective_reaches_what_it_should(
+    name: str, tiny_model: Make, sentences: tuple[str, ...]
+) -> None:
+    model = tiny_model(noise=0.05, tied=False, **only(name)).train()
+    sequences = sequences_of(model, sentences[:2], asked=name == "answer")
+    ids = torch.arange(2)
+    model(pack(sequences, 160, model.vocabulary.pad), ids, ids)[0].backward()
+
+    weights = model.named_parameters()
+    reached = {n for n, weight in weights if weight.grad is not None and weight.grad.any()}
+    layers = {f"transformer.{n}" for n, _ in model.transformer.named_parameters() if "layers" in n}
+    expected = layers | {"transformer.embed_tokens.weight", "transformer.norm.weight"}
+    if name in ("siglip", "clip"):
+        expected |= {f"alignment.{kind}_projection.weight" for kind in ("image", "text")}
+        expected |= {"alignment.log_scale"} | ({"alignment.bias"} if name == "siglip" else set())
+    else:
+        expected |= {"transformer.lm_head.weight"}
+    assert reached == expected
+
+    # Row by row: only the ids that its predictions could see.
+    kinds = ["describe"] * 2 + ["draw"] * 2 + ["answer"] * 2
+    read = [read_by(name, *one) for one in zip(sequences, kinds, strict=False)]
+    assert (gradient := model.transformer.embed_tokens.weight.grad) is not None
+    assert set(gradient.abs().sum(1).nonzero()[:, 0].tolist()) == set.union(*read)
+    assert not any(weight.requires_grad for weight in model.image_tokenizer.parameters())
+    assert not model.image_tokenizer.training
+
+
+def test_the_loss_is_on_the_whole_vocabulary(tiny_model: Make, sentences: tuple[str, ...]) -> None:
+    """The model itself learns not to speak in codes, nor in padding."""
+    model = tiny_model(tied=False, **only("caption"))
+    model(*batch_of(model, sentences))[0].backward()
+    assert (gradient := model.transformer.lm_head.weight.grad) is not None
+    assert (gradient.abs().sum(1) > 0).all()
+
+
+# --- the sum of the parts -------------------------------------------------------------------------
+
+
+def test_each_objective_is_a_mean_over_its_own_tokens() -> None:
+    torch.manual_seed(0)
+    counts = {"caption": 3, "text": 1, "image": 50, "reconstruct": 7, "answer": 2}
+    weights = {"caption": 1.0, "text": 0.5, "image": 0.25, "reconstruct": 2.0, "answer": 3.0}
+    objectives = torch.cat([torch.full((n,), i) for i, n in enumerate(counts.values())])
+    order = torch.randperm(len(objectives))
+    objectives, logits = objectives[order], 3 * torch.randn(len(objectives), 40)
+    targets = torch.randint(40, objectives.shape)
+    config = ObjectivesConfig(weights=weights, z_loss_weight=0.01)
+    total, parts = token_losses(logits, HEAD, targets, objectives, config)
+    expected = torch.zeros(())
+    for number, name in enumerate(OBJECTIVES):
+        mean = F.cross_entropy(logits[objectives == number], targets[objectives == number])
+        assert parts[name] == pytest.approx(mean.item(), rel=1e-5)
+        expected += weights[name] * mean
+    expected += 0.01 * logits.logsumexp(-1).square().mean()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert parts["log_z"] == pytest.approx(logits.logsumexp(-1).mean().item(), rel=1e-5)
+    assert parts["largest_logit"] == logits.max()
+
+    # Ten times as many tokens of the image weigh no more than before.
+    image = objectives == 2
+    more = [torch.cat([x[~image], *[x[image]] * 10]) for x in (logits, targets, objectives)]
+    config = ObjectivesConfig(weights=weights, z_loss_weight=0)
+    again, _ = token_losses(more[0], HEAD, more[1], more[2], config)
+    once, _ = token_losses(logits, HEAD, targets, objectives, config)
+    assert again.item() == pytest.approx(once.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+def test_losses_in_slices_are_those_of_all_logits(
+    precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients, of hidden states and of the head, whatever is weighed how."""
+    monkeypatch.setattr(
+        "multimodal.model.head_loss.SLICE", 50 * 16
+    )  # 16 positions at a time, of 61
+    torch.manual_seed(0)
+    hidden = torch.randn(61, 24).requires_grad_()
+    head = torch.randn(50, 24).requires_grad_()
+    # As small as means over many tokens make them: in fp16 their products would vanish.
+    targets, weights = torch.randint(50, (61,)), torch.rand(61) / 20_000
+    z_weights = torch.rand(61) / 180_000
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        losses = head_losses(hidden, head, targets, weights, z_weights)
+        logits = F.linear(hidden, head).float()
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    expected = (weights * nll + z_weights * logits.logsumexp(-1).square()).sum()
+    # A product in bf16 that is cut into slices is the same; its gradient is rounded elsewhere.
+    close = (
+        {"rtol": 1e-4, "atol": 1e-5} if precision == torch.float32 else {"rtol": 0.02, "atol": 0.1}
+    )
+    torch.testing.assert_close(losses.total, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses.nll, nll)
+    torch.testing.assert_close(losses.largest, logits.amax(-1))
+    mine, theirs = (grad(60_000 * total, (hidden, head)) for total in (losses.total, expected))
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, **close)
+    with torch.no_grad():
+        assert head_losses(hidden, head, targets, weights, z_weights).total.requires_grad is False
+
+
+def test_half_precision_throughout_keeps_shares_exact(
+    tiny_model: Make, sentences: tuple[str, ...]
+) -> None:
+    """Lightning's bf16-true: weights in bf16, and torch's default type, too."""
+    model = tiny_model().to(torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        loss, parts = model(*batch_of(model, sentences))
+        loss.backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loss.isfinite() and loss.dtype == torch.float32
+    assert all(value.isfinite() for value in parts.values())
+
+
+def test_nothing_to_learn_is_a_zero_and_no_curve() -> None:
+    logits = torch.zeros(0, 40, requires_grad=True)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    total, parts = token_losses(logits, HEAD, nothing, nothing, ObjectivesConfig())
+    total.backward()
+    assert total == 0 and not set(OBJECTIVES) & set(parts)
+    some, parts = token_losses(
+        torch.zeros(2, 40), HEAD, torch.tensor([1, 2]), torch.tensor([3, 3]), ObjectivesConfig()
+    )
+    assert set(OBJECTIVES) & set(parts) == {"reconstruct"} and some.isfinite()
+
+
+def test_curves_say_how_hard_each_objective_pulls_and_how_masked_images_fare(
+    tiny_model: Make, sentences: tuple[str, ...]
+) -> None:
+    torch.manual_seed(0)
+    objectives = torch.tensor([0, 0, 2, 2, 2, 4])
+    hidden, targets = torch.randn(6, 40).requires_grad_(), torch.randint(40, (6,))
+    config = ObjectivesConfig(z_loss_weight=0.0)
+    total, parts = token_losses(hidden, HEAD, targets, objectives, config)
+    (pulled,) = grad(total, hidden)
+    assert {name for name in parts if name.startswith("pull/")} == {
+        "pull/caption", "pull/image", "pull/answer"
+    }  # fmt: skip
+    assert parts["pull/image"].item() == pytest.approx(pulled[2:5].norm().item(), rel=1e-4)
+
+    model = tiny_model(**only("reconstruct"))
+    vocabulary, codes = model.vocabulary, np.arange(16)
+    masks = [(codes < count, codes >= unknown) for count, unknown in ((2, 3), (8, 8), (5, 16))]
+    draws = [draw(vocabulary, [5], codes, *both) for both in masks]
+    packed = pack(draws, 40, vocabulary.pad)
+    ids = torch.arange(3)
+    _, parts = model(packed, ids, ids)
+    bins = {name: value for name, value in parts.items() if name.startswith("reconstruct/")}
+    assert [*bins] == ["reconstruct/0.00-0.25", "reconstruct/0.25-0.50", "reconstruct/0.75-1.00"]
+    mean = sum(n * value for n, value in zip((2, 8, 5), bins.values(), strict=True)) / 15
+    assert parts["reconstruct"].item() == pytest.approx(mean.item(), rel=1e-5)
+
+
+def test_z_loss_pulls_log_z_to_zero() -> None:
+    logits = torch.full((4, 16), 5.0, requires_grad=True)
+    config = ObjectivesConfig(weights=dict.fromkeys(OBJECTIVES, 0.0), z_loss_weight=1.0)
+    zeros = torch.zeros(4, dtype=torch.int64)
+    total, _ = token_losses(logits, torch.eye(16), zeros, zeros, config)
+    assert total.item() == pytest.approx((5 + math.log(16)) ** 2, rel=1e-5)
+    total.backward()
+    assert logits.grad is not None and (logits.grad > 0).all()
+
+
+def test_the_draw_of_a_pair_depends_on_its_seed_alone(tiny_model: Make) -> None:
+    model = tiny_model(reconstruct_share=0.5, next_token_share=0.25, drop_condition=0.2)
+    n, vocabulary = 2000, model.vocabulary
+    draws = model.sequences(torch.zeros(n, 16).long(), ["a cat"] * n, range(n))[n:]
+    kinds = [set(sequence.objectives.tolist()) - {-1, 1} for sequence in draws]
+    assert kinds.count({3}) / n == pytest.approx(0.5, abs=0.04)
+    assert kinds.count({2}) / n == pytest.approx(0.25, abs=0.04)
+    dropped = [sequence.ids[1] == vocabulary.null for sequence in draws]
+    # One that ends at <boi> has nothing but its text to give: it is never dropped.
+    assert not any(d for d, kind in zip(dropped, kinds, strict=True) if not kind)
+    assert np.mean([d for d, k in zip(dropped, kinds, strict=True) if k]) == pytest.approx(
+        0.2, abs=0.03
+    )
+    again = model.sequences(torch.zeros(3, 16).long(), ["a cat"] * 3, [7, 3, 7])[3:]
+    for sequence, seed in zip(again, (7, 3, 7), strict=True):
+        assert sequence.ids.tolist() == draws[seed].ids.tolist()
+
+
+def test_an_image_without_a_caption_starts_its_answer(tiny_model: Make) -> None:
+    """Its drawing has no text: the dropped condition, whatever its seed."""
+    model = tiny_model(reconstruct_share=0.5, next_token_share=0.5, drop_condition=0.0)
+    asked = [("what? ", "a cat"), ("where? ", "there")]
+    made = model.sequences(codes_of(3), ["a cat", None, "a cat"], [0, 1, 2], [[], asked, asked])
+    kinds = [{OBJECTIVES[o] for o in s.objectives.tolist() if o >= 0} for s in made]
+    assert kinds[:3] == [{"caption"}, {"answer"}, {"caption"}]
+    assert made[4].ids[1] == model.vocabulary.null and "text" not in kinds[4]
+    assert kinds[6:] == [{"answer"}]
+    assert made[1].ids[: made[1].state + 1].tolist() == made[1].ids[:19].tolist()
+    with pytest.raises(ValueError, match="needs a caption or an exchange"):
+        model.sequences(codes_of(1), [None], [0], [[]])
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+RANK = """
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from multimodal.model.checkpoint import load
+
+def run(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    try:
+        return [train(f"{folder}/{form}", rank) for form in ("siglip", "clip")]
+    finally:
+        dist.destroy_process_group()
+
+def train(folder, rank):
+    model = load(folder).train()
+    replica = DistributedDataParallel(model)  # named: it has to live until the backward pass
+    total, parts = replica(*torch.load(f"{folder}/batch{rank}", weights_only=False))
+    total.backward()
+    gradients = {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
+    return {name: value.item() for name, value in parts.items()}, gradients
+"""
+
+
+def hand_made(model: Multimodal, numbers: range, texts: tuple[str, ...]) -> Batch:
+    """0, 1, 2 are drawn masked and 3, 4, 5 next-token; 4 is dropped; images 1 and 5 are one."""
+    vocabulary, codes = model.vocabulary, codes_of(6).numpy()
+    describes, draws = [], []
+    for i in numbers:
+        text = model.text_tokenizer.encode(texts[i % len(texts)])
+        describes.append(describe(vocabulary, codes[i], text))
+        masked = np.arange(16) % (i + 2) == 0 if i < 3 else None
+        draws.append(draw(vocabulary, None if i == 4 else text, codes[i], masked))
+    chosen = torch.tensor(numbers)
+    image_ids = torch.tensor([0, 1, 2, 3, 4, 1])[chosen]
+    text_ids = torch.tensor([0, 1, 2, 3, -1, 1])[chosen]
+    return pack(describes + draws, 96, vocabulary.pad), image_ids, text_ids
+
+
+def test_two_ranks_are_one(
+    tiny_model: Make,
+    sentences: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Loss and gradients of DistributedDataParallel are those of one process with all the pairs."""
+    expected = []
+    for form in ("siglip", "clip"):
+        model = tiny_model(noise=0.05, alignment_form=form, z_loss_weight=0.01)
+        model.save(tmp_path / form)
+        for rank in range(2):
+            numbers = range(3 * rank, 3 * rank + 3)
+            torch.save(hand_made(model, numbers, sentences), tmp_path / form / f"batch{rank}")
+        total, parts = model(*hand_made(model, range(6), sentences))
+        total.backward()
+        expected.append(
+            (parts, {n: w.grad for n, w in model.named_parameters() if w.requires_grad})
+        )
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    other = "torch.save(run(1, sys.argv[1]), sys.argv[1] + '/result')"
+    worker = subprocess.Popen([sys.executable, "-c", RANK + other, str(tmp_path)])
+    try:
+        names: dict[str, Any] = {}
+        exec(RANK, names)  # this process is the first rank: half the imports
+        first = names["run"](0, str(tmp_path))
+        assert worker.wait(timeout=60) == 0
+    finally:
+        worker.kill()
+    second = torch.load(tmp_path / "result")
+    for (parts, gradients), *ranks in zip(expected, first, second, strict=True):
+        for name in (*(set(OBJECTIVES) & set(parts)), "alignment", "alignment_accuracy", "total"):
+            mean = (ranks[0][0][name] + ranks[1][0][name]) / 2
+            assert mean == pytest.approx(parts[name].item(), rel=1e-5), name
+        for _, theirs in ranks:
+            assert theirs.keys() == {n for n, gradient in gradients.items() if gradient is not None}
+            for name, gradient in theirs.items():
+                error = (gradient - gradients[name]).abs().max()
+                assert error < 1e-5 * gradients[name].abs().max().clamp(min=1), name

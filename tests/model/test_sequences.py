@@ -1,0 +1,337 @@
+"""Which position predicts what, literally; rows; the schedule of masks; the rule of attention."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from multimodal.model.attention import attention_mask
+from multimodal.model.sequences import (
+    NO_LOSS,
+    OBJECTIVES,
+    Sequence,
+    answer,
+    describe,
+    document,
+    draw,
+    mask_ratio,
+    pack,
+    plain_text,
+    random_mask,
+)
+from multimodal.model.vocabulary import SPECIALS, Vocabulary
+
+VOCABULARY = Vocabulary(text_size=100, codebook_size=50)
+TEXT, CODES = [11, 12, 13], [4, 0, 49]
+
+
+def name(token: int) -> str:
+    """An id as it is written in the tables below."""
+    if token < VOCABULARY.text_size:
+        return str(token)
+    if token < VOCABULARY.image_start:
+        return SPECIALS[token - VOCABULARY.text_size]
+    return f"i{token - VOCABULARY.image_start}"
+
+
+def table(sequence: Sequence) -> list[str]:
+    """A line for each position: what it reads, what it predicts for which objective, its block."""
+    lines = []
+    for token, target, objective, block in zip(
+        sequence.ids, sequence.targets, sequence.objectives, sequence.blocks, strict=True
+    ):
+        line = name(int(token))
+        if objective != NO_LOSS:
+            line += f" -> {name(int(target))} {OBJECTIVES[objective]}"
+        lines.append(line + (" b" if block else ""))
+    return lines
+
+
+def test_describe() -> None:
+    sequence = describe(VOCABULARY, CODES, TEXT)
+    assert table(sequence) == [
+        "<bos>",
+        "<boi>",
+        "i4",
+        "i0",
+        "i49",
+        "<eoi> -> 11 caption",
+        "11 -> 12 caption",
+        "12 -> 13 caption",
+        "13 -> <eos> caption",
+        "<eos>",
+    ]
+    assert name(int(sequence.ids[sequence.state])) == "<eoi>"
+
+
+def test_draw_next_token() -> None:
+    sequence = draw(VOCABULARY, TEXT, CODES)
+    assert table(sequence) == [
+        "<bos> -> 11 text",
+        "11 -> 12 text",
+        "12 -> 13 text",
+        "13 -> <boi> text",
+        "<boi> -> i4 image",
+        "i4 -> i0 image",
+        "i0 -> i49 image",
+        "i49 -> <eoi> image",
+        "<eoi>",
+    ]
+    assert name(int(sequence.ids[sequence.state])) == "<boi>"
+
+
+def test_answer() -> None:
+    """The questions carry no loss, and the state is that of the image alone."""
+    turns = [([7, 8], TEXT), ([9], [10])]
+    first = [
+        "<bos>",
+        "<boi>",
+        "i4",
+        "i0",
+        "i49",
+        "<eoi>",
+        "7",
+        "8 -> 11 answer",
+        "11 -> 12 answer",
+        "12 -> 13 answer",
+        "13 -> <eos> answer",
+        "<eos>",
+    ]
+    sequence = answer(VOCABULARY, CODES, turns)
+    assert table(sequence) == [*first, "9 -> 10 answer", "10 -> <eos> answer", "<eos>"]
+    assert sequence.state == 5
+    for longest, kept in ((15, 15), (14, 12), (3, 12)):  # the first turn is always there
+        assert table(answer(VOCABULARY, CODES, turns, longest)) == table(sequence)[:kept]
+
+
+def test_draw_masked() -> None:
+    sequence = draw(VOCABULARY, TEXT, CODES, np.array([True, False, True]))
+    assert table(sequence) == [
+        "<bos> -> 11 text",
+        "11 -> 12 text",
+        "12 -> 13 text",
+        "13 -> <boi> text",
+        "<boi>",
+        "<mask> -> i4 reconstruct b",
+        "i0 b",
+        "<mask> -> i49 reconstruct b",
+    ]
+    assert name(int(sequence.ids[sequence.state])) == "<boi>"
+    assert sequence.positions.tolist() == [*range(8)]
+
+
+def test_what_is_neither_asked_for_nor_known_is_left_out_and_the_rest_keeps_its_place() -> None:
+    masked, known = np.array([False, False, True]), np.array([True, False, False])
+    sequence = draw(VOCABULARY, TEXT, CODES, masked, known)
+    whole = draw(VOCABULARY, TEXT, CODES, ~known, known)
+    assert table(sequence) == table(whole)[:6] + ["<mask> -> i49 reconstruct b"]
+    assert sequence.positions.tolist() == [0, 1, 2, 3, 4, 5, 7]
+    assert sequence.state == whole.state
+
+
+def test_a_dropped_condition_is_null_and_carries_no_loss() -> None:
+    sequence = draw(VOCABULARY, None, CODES)
+    assert table(sequence) == [
+        "<bos>",
+        "<null>",
+        "<boi> -> i4 image",
+        "i4 -> i0 image",
+        "i0 -> i49 image",
+        "i49 -> <eoi> image",
+        "<eoi>",
+    ]
+    masked = draw(VOCABULARY, None, CODES, np.array([False, True, False]))
+    assert table(masked) == [
+        "<bos>", "<null>", "<boi>", "i4 b", "<mask> -> i0 reconstruct b", "i49 b"
+    ]  # fmt: skip
+
+
+def test_draw_without_an_image_and_text() -> None:
+    sequence = draw(VOCABULARY, TEXT)
+    assert table(sequence) == [
+        "<bos> -> 11 text", "11 -> 12 text", "12 -> 13 text", "13 -> <boi> text", "<boi>"
+    ]  # fmt: skip
+    assert sequence.state == 4
+    assert table(plain_text(VOCABULARY, TEXT)) == [
+        "<bos> -> 11 text", "11 -> 12 text", "12 -> 13 text", "13 -> <eos> text", "<eos>"
+    ]  # fmt: skip
+
+
+def test_a_document_has_texts_and_images_in_any_order() -> None:
+    image, more = np.array(CODES), np.array([1, 2, 3])
+    (whole,) = document(VOCABULARY, [TEXT, image, [14], more])
+    assert table(whole) == [
+        "<bos> -> 11 text", "11 -> 12 text", "12 -> 13 text", "13 -> <boi> text",
+        "<boi> -> i4 image", "i4 -> i0 image", "i0 -> i49 image", "i49 -> <eoi> image",
+        "<eoi> -> 14 caption", "14 -> <boi> caption",
+        "<boi> -> i1 image", "i1 -> i2 image", "i2 -> i3 image", "i3 -> <eoi> image",
+        "<eoi> -> <eos> caption", "<eos>",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("longest", range(6, 20))
+def test_a_long_document_goes_on_in_the_next_sequence_and_nothing_is_lost(longest: int) -> None:
+    parts = [[11, 12, 13, 14, 15, 16, 17, 18], np.array([1, 2, 3]), [], [19], np.array([4, 5, 6])]
+    (whole,) = document(VOCABULARY, parts)
+    pieces = document(VOCABULARY, parts, longest)
+    assert max(map(len, pieces)) <= longest
+    assert len(pieces) == 1 or longest < len(whole)
+    read = [token for piece in pieces for token in piece.ids[1:]]
+    assert read in (whole.ids[1:].tolist(), whole.ids[1:-1].tolist())  # no room for <eos> alone
+    empty = [VOCABULARY.bos, VOCABULARY.eos]
+    assert all(piece.ids.tolist() != empty for piece in pieces), "none teaches to say nothing"
+    assert all(piece.ids[0] == VOCABULARY.bos for piece in pieces)
+    for piece in pieces:  # every token after <bos> is predicted, once
+        assert piece.targets[:-1].tolist() == piece.ids[1:].tolist()
+        assert (piece.objectives[:-1] >= 0).all() and piece.objectives[-1] == NO_LOSS
+    with pytest.raises(ValueError, match="an image of 3 codes does not fit 5 tokens"):
+        document(VOCABULARY, parts, 5)
+
+
+def test_an_empty_text() -> None:
+    assert table(describe(VOCABULARY, CODES, []))[-2:] == ["<eoi> -> <eos> caption", "<eos>"]
+    assert table(draw(VOCABULARY, []))[0] == "<bos> -> <boi> text"
+    assert table(plain_text(VOCABULARY, [])) == ["<bos> -> <eos> text", "<eos>"]
+
+
+def test_a_mask_of_another_length_is_refused() -> None:
+    for masks in ([True, False],), ([True, False, True], [False, True]):
+        with pytest.raises(ValueError, match="and 2 entries for 3 codes"):
+            draw(VOCABULARY, TEXT, CODES, *map(np.array, masks))
+
+
+def test_the_codes_are_not_changed_by_masking() -> None:
+    codes = np.array(CODES)
+    draw(VOCABULARY, TEXT, codes, np.array([True, True, True]))
+    assert codes.tolist() == CODES
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def of_length(n: int, mark: int) -> Sequence:
+    """n tokens, all of them the id ``mark``; its state is its last position."""
+    marks = (np.full(n, mark, np.int64) for _ in range(4))
+    return Sequence(*marks, positions=np.arange(n), state=n - 1)
+
+
+def test_pack_lays_the_longest_first_into_the_first_row_with_room() -> None:
+    packed = pack([of_length(n, n) for n in (2, 5, 1, 6, 3)], row_length=8, pad=9)
+    assert packed.ids.tolist() == [
+        [6, 6, 6, 6, 6, 6, 2, 2],
+        [5, 5, 5, 5, 5, 3, 3, 3],
+        [1] + 7 * [9],
+    ]
+    assert packed.documents.tolist() == [
+        [1, 1, 1, 1, 1, 1, 2, 2],
+        [1, 1, 1, 1, 1, 2, 2, 2],
+        [1, 0, 0, 0, 0, 0, 0, 0],
+    ]
+    assert packed.positions.tolist() == [
+        [0, 1, 2, 3, 4, 5, 0, 1],
+        [0, 1, 2, 3, 4, 0, 1, 2],
+        [0, 0, 0, 0, 0, 0, 0, 0],
+    ]
+    assert packed.states.tolist() == [7, 12, 16, 5, 15], "in the order in which they were given"
+    assert packed.efficiency == pytest.approx(17 / 24)
+    padding = packed.documents == 0
+    assert (packed.objectives[padding] == NO_LOSS).all()
+    assert (packed.blocks[padding] == 0).all()
+
+
+def test_pack_keeps_every_sequence_whole() -> None:
+    rng = np.random.default_rng(0)
+    sequences = [
+        draw(VOCABULARY, TEXT[: i % 4], rng.integers(50, size=9), *random_mask(9, rng))
+        if i % 2
+        else describe(VOCABULARY, rng.integers(50, size=4), TEXT)
+        for i in range(20)
+    ]
+    packed = pack(sequences, 40, VOCABULARY.pad)
+    flat = {
+        key: getattr(packed, key).flatten().numpy()
+        for key in ("ids", "targets", "objectives", "blocks", "positions")
+    }
+    for sequence, state in zip(sequences, packed.states.tolist(), strict=True):
+        here = slice(state - sequence.state, state - sequence.state + len(sequence))
+        for key, values in flat.items():
+            assert values[here].tolist() == getattr(sequence, key).tolist()
+        assert len(packed.documents.flatten()[here].unique()) == 1
+    assert int((packed.documents > 0).sum()) == sum(map(len, sequences))
+
+
+def test_a_sequence_that_fits_no_row_is_an_error() -> None:
+    assert pack([of_length(8, 1)], 8, 0).ids.shape == (1, 8)
+    with pytest.raises(ValueError, match="9 tokens does not fit rows of 8: raise row_length"):
+        pack([of_length(3, 1), of_length(9, 1)], 8, 0)
+
+
+# --- the mask -------------------------------------------------------------------------------------
+
+
+def test_the_mask_ratio_is_a_cosine() -> None:
+    expected = {0: 1.0, 1 / 3: math.sqrt(3) / 2, 1 / 2: math.sqrt(1 / 2), 2 / 3: 0.5}
+    for uniform, ratio in expected.items():
+        assert mask_ratio(uniform) == pytest.approx(ratio)
+    assert 0 < mask_ratio(1 - 1e-9) < 1e-8
+
+
+def test_a_random_mask_follows_the_schedule() -> None:
+    both = [random_mask(64, np.random.default_rng(seed)) for seed in range(4000)]
+    masked, known = (np.array(one) for one in zip(*both, strict=True))
+    assert not (masked & known).any()
+    unknown = 64 - known.sum(1)
+    assert unknown.min() == 1 and unknown.max() == 64
+    assert unknown.mean() / 64 == pytest.approx(2 / math.pi, abs=0.02)  # mean of the cosine
+    # The median of uniform is 1/2.
+    assert np.median(unknown) / 64 == pytest.approx(math.cos(math.pi / 4), abs=0.03)
+    assert known.mean(0) == pytest.approx(np.full(64, 1 - 2 / math.pi), abs=0.06), "places alike"
+    share = masked.sum(1) / unknown
+    assert masked.sum(1).min() == 1 and share.max() == 1
+    early = unknown > 32
+    assert np.quantile(share[early], [0.25, 0.5, 0.75]) == pytest.approx(
+        [0.25, 0.5, 0.75], abs=0.04
+    )
+    assert masked.mean(0) == pytest.approx(np.full(64, 1 / math.pi), abs=0.06)
+    again = random_mask(64, np.random.default_rng(7))
+    assert (again[0] == masked[7]).all() and (again[1] == known[7]).all()
+
+
+def test_the_attention_rule_is_the_drawn_table() -> None:
+    documents = torch.tensor([[1, 1, 1, 1, 1, 2, 2]])
+    blocks = torch.tensor([[0, 0, 1, 1, 0, 0, 0]])
+    drawn = """
+        1 . . . . . .
+        1 1 . . . . .
+        1 1 1 1 . . .
+        1 1 1 1 . . .
+        1 1 1 1 1 . .
+        . . . . . 1 .
+        . . . . . 1 1
+    """
+    rows = [[mark == "1" for mark in line.split()] for line in drawn.strip().splitlines()]
+    assert attention_mask(documents, blocks)[0, 0].tolist() == rows
+
+
+def test_blocks_of_different_documents_do_not_meet() -> None:
+    """Every masked draw has block 1: the document keeps two of them in a row apart."""
+    documents = torch.tensor([[1, 1, 2, 2, 0]])
+    blocks = torch.tensor([[1, 1, 1, 1, 0]])
+    assert attention_mask(documents, blocks)[0, 0].int().tolist() == [
+        [1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 1],
+    ]
+
+
+def test_ids_of_the_vocabulary_follow_each_other() -> None:
+    v = VOCABULARY
+    ids = [v.bos, v.eos, v.pad, v.boi, v.eoi, v.mask, v.null]
+    assert ids == list(range(100, 107))
+    assert (v.image_start, v.image_end, v.size) == (107, 157, 256)
+    assert Vocabulary(100, 21).size == 128 and Vocabulary(100, 22).size == 256
+    with pytest.raises(ValueError, match="codebook_size=0"):
+        Vocabulary(100, 0)

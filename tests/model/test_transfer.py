@@ -1,0 +1,150 @@
+"""Starting from a Qwen3, freezing parts, other rates for parts."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file, save_file
+
+from multimodal.cli import main
+from multimodal.model.checkpoint import load
+from multimodal.model.export import export_hf
+from multimodal.model.network import Multimodal
+from multimodal.model.qwen3 import read_qwen3
+from multimodal.scenes.dataset import write_scenes
+from multimodal.tokenizers.image import load_image_tokenizer
+from multimodal.tokenizers.text import TextTokenizer
+
+SAID = "two dogs run <think> on the <|im_end|> beach"
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def qwen(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
+    sentences: tuple[str, ...],
+) -> Path:  # fmt: skip
+    """A folder as Hugging Face writes it: weights in two files, more rows than tokens, a control
+    token in its tokenizer."""
+    folder = tmp_path_factory.mktemp("qwen")
+    TextTokenizer.train(sentences * 4, 300).save(folder / "tokenizer.json")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.add_tokens(["<think>"])  # Qwen's is not marked as special
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=384, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=128, max_position_embeddings=512,
+        tie_word_embeddings=request.param, rope_theta=1e6, initializer_range=0.2,
+    )  # fmt: skip
+    model = transformers.Qwen3ForCausalLM(config)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    tokenizer.save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tiny_model_folder: Path) -> str:
+    return str(tiny_model_folder / "image_tokenizer")
+
+
+def test_a_qwen3_keeps_its_words_and_the_new_rows_start_at_their_mean(
+    qwen: Path, images: str, tmp_path: Path
+) -> None:
+    text = TextTokenizer.load(qwen)
+    model = Multimodal.new(str(qwen), text, load_image_tokenizer(images)).eval()
+    assert len(text) == 302 and text.decode(text.encode(SAID)) == SAID
+    for one in (text, copy.deepcopy(text), TextTokenizer.from_json(text.to_json())):
+        assert max(one.encode(SAID)) < 300, "what a user types is no control token"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(qwen).eval()
+    ids = torch.tensor([text.encode(SAID)])
+    positions = torch.arange(ids.shape[1])[None]
+    causal = torch.ones(1, 1, *(ids.shape[1],) * 2).bool().tril()
+    with torch.no_grad():
+        ours = model.transformer.logits(model.transformer(ids, positions, causal))
+        expected = theirs(ids).logits
+    torch.testing.assert_close(ours[..., :302], expected[..., :302], atol=1e-5, rtol=1e-5)
+    table = model.transformer.lm_head.weight
+    mean = theirs.lm_head.weight[:302].mean(0)
+    torch.testing.assert_close(table[model.vocabulary.boi], mean)
+    codes = table[model.vocabulary.image_start : model.vocabulary.image_end]
+    torch.testing.assert_close(codes.mean(0), mean, atol=0.03, rtol=0)
+    assert len(codes.unique(dim=0)) == len(codes), "codes can be told apart"
+
+    model.save(tmp_path / "ours")
+    export_hf(tmp_path / "ours", tmp_path / "stock")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "stock")
+    assert again("<bos>a red <|image:3|>")["input_ids"] == [
+        model.vocabulary.bos, *text.encode("a red "), model.vocabulary.image_start + 3
+    ]  # fmt: skip
+
+
+def changed(folder: Path, **others: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | others))
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ({"model_type": "llama"}, "a model of type 'llama', expected qwen3"),
+        ({"attention_bias": True}, "its attention_bias is not known here"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "its RoPE of type 'yarn'"),
+    ],
+)
+def test_another_model_is_refused(
+    qwen: Path, tmp_path: Path, others: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "config.json").write_bytes((qwen / "config.json").read_bytes())
+    changed(tmp_path, **others)
+    with pytest.raises(ValueError, match=said):
+        read_qwen3(tmp_path)
+
+
+def test_weights_outside_the_folder_or_missing_are_refused(qwen: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((qwen / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="model.safetensors.* missing|No such file"):
+        read_qwen3(tmp_path)
+    index = {"weight_map": {"model.norm.weight": "../other.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"model.norm.weight": torch.ones(1)}, tmp_path.parent / "other.safetensors")
+    with pytest.raises(ValueError, match="which lies outside"):
+        read_qwen3(tmp_path)
+
+
+def test_frozen_parts_stay_and_others_have_their_rate(
+    qwen: Path, images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scenes(tmp_path / "scenes", 24, 0, 32)
+    module = {
+        "text_tokenizer": str(qwen), "image_tokenizer": images, "size": str(qwen),
+        "row_length": 192, "warmup_steps": 0, "captions_in_validation": 0,
+        "drawings_in_validation": 0, "recompute": True,
+        "freeze": ["model.transformer.layers.0", "*.q_norm.*"],
+        "learning_rates": {"model.transformer.layers.1.mlp": 0.0},
+    }  # fmt: skip
+    config = {
+        "model": {"class_path": "multimodal.train.joint.JointModule", "init_args": module},
+        "data": {"folders": [str(tmp_path / "scenes")], "global_batch_size": 8, "workers": 0},
+        "trainer": {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False,
+                    "limit_val_batches": 0},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    run = ["fit", "--config", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "run")]
+    assert main(run) == 0
+    _, before = read_qwen3(qwen)
+    after = load_file(tmp_path / "run/model/model.safetensors")
+    for name, value in after.items():
+        still = "layers.0." in name or "q_norm" in name or "layers.1.mlp" in name
+        if value.shape == before[name].shape:
+            assert torch.equal(value, before[name]) == still, name
+    assert load(tmp_path / "run/model").config.transformer.rope_theta == 1e6
+    assert main([*run, "--model.freeze", "[model.nowhere]"]) == 1
+    assert "'model.nowhere': no part of that name; there is " in capsys.readouterr().err
+    assert main([*run, "--model.freeze", "['*']"]) == 1
+    assert "nothing is left to train" in capsys.readouterr().err

@@ -1,0 +1,235 @@
+"""What a training step is given: which samples, in which order, and what is asked of each."""
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import multimodal.train.sample_order as train_order
+from multimodal.cli import main
+from multimodal.model.templates import Templates
+from multimodal.train.callbacks import Mixture
+from multimodal.train.data import GlobalBatches, GlobalBatchLoader, ShardData, ShardDataset
+from multimodal.train.lessons import TURNS, Lesson, lesson_of, texts_about
+from multimodal.train.sample_order import Order
+
+TEMPLATES = Templates()
+
+
+def test_only_the_augmented_folders_are_cropped(tmp_path: Path) -> None:
+    for name, seed in (("photos", "1"), ("scenes", "2")):
+        arguments = ["data", "scenes", str(tmp_path / name), "--count", "4", "--size", "16"]
+        assert main([*arguments, "--seed", seed]) == 0
+    folders = [str(tmp_path / "photos"), str(tmp_path / "scenes")]
+    shards = ShardData(folders).shards("train")
+
+    def images(epoch: int, augmented: list[bool]) -> list[list[int]]:
+        dataset = ShardDataset(shards, 16, "squash", 0, 0.5, True, augmented)
+        return [dataset[epoch, number]["images"][0].ravel().tolist() for number in range(8)]
+
+    plain, some, later = images(0, [False] * 2), images(0, [True, False]), images(1, [True, False])
+    assert all(a != b for a, b in zip(plain[:4], some[:4], strict=True))
+    assert all(a != b for a, b in zip(later[:4], some[:4], strict=True))
+    assert plain[4:] == some[4:] == later[4:]
+    with pytest.raises(ValueError, match="augmented has .*'elsewhere'.*some of data.folders"):
+        ShardData(folders, augmented=["elsewhere"])
+
+
+def test_a_folder_named_twice_is_seen_twice_and_measured_once(tmp_path: Path) -> None:
+    """With other crops and another caption, so that it teaches something else."""
+    folder = str(tmp_path / "photos")
+    assert main(["data", "scenes", folder, "--count", "30", "--size", "16"]) == 0
+    data = ShardData([folder, folder])
+    assert [len(data.shards(split)) for split in ("train", "val")] == [2, 1]
+    once = ShardDataset(data.shards("train")[:1], 16, "squash", 0, 0.5, True)
+    twice = ShardDataset(data.shards("train"), 16, "squash", 0, 0.5, True)
+    assert len(twice) == 2 * len(once)
+    for number in range(len(once)):
+        first, again = twice[0, number], twice[0, number + len(once)]
+        assert first["key"] == again["key"] and first["seed"] != again["seed"]
+        assert first["seed"] == once[0, number]["seed"]
+        assert (first["images"][0] != again["images"][0]).any()
+
+
+# --- the order of the samples -----------------------------------------------------------------
+
+
+def order(epoch: int, rank: int = 0, ranks: int = 1, **options: Any) -> list[list[int]]:
+    batches = GlobalBatches(Order([[20, 30]], **options), 8, rank=rank, world_size=ranks)
+    batches.set_epoch(epoch)
+    drawn = list(batches)
+    assert {e for batch in drawn for e, _ in batch} == {epoch} and len(drawn) == len(batches)
+    return [[number for _, number in batch] for batch in drawn]
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    assert order(1, seed=3) == order(1, seed=3)
+    orders = [order(epoch, seed=seed) for epoch, seed in itertools.product(range(3), range(3))]
+    assert len({str(one) for one in orders}) == 9
+    for one in orders:
+        flat = [number for batch in one for number in batch]
+        assert len(flat) == len(set(flat)) == 48 and set(flat) <= set(range(50))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_number_of_ranks_sees_the_same_global_batches(ranks: int) -> None:
+    shares = [order(2, seed=1, rank=rank, ranks=ranks) for rank in range(ranks)]
+    together = [sorted(sum(batch, [])) for batch in zip(*shares, strict=True)]
+    assert together == [sorted(batch) for batch in order(2, seed=1)]
+    assert {len(batch) for share in shares for batch in share} == {8 // ranks}
+
+
+def test_validation_sees_every_sample_once_in_order() -> None:
+    flat = sum(order(0, shuffle=False), [])
+    assert flat == list(range(50))
+
+
+def test_validation_asks_the_same_at_every_epoch() -> None:
+    batches = GlobalBatches(Order([[50]], shuffle=False), 8)
+    first = list(batches)
+    batches.set_epoch(7)  # the epoch seeds the choice of captions and masks
+    assert list(batches) == first
+
+
+@pytest.mark.parametrize("block", [10, 64, 10_000])
+def test_many_shards_are_shuffled_block_by_block(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_order, "BLOCK", block)
+    sizes = np.random.default_rng(0).integers(1, 9, 40)
+    shard_of = np.repeat(np.arange(40), sizes)
+    shuffled = train_order.Shuffled(sizes, seed=5)
+    whole = shuffled.numbers(3, 0, len(shuffled))
+    assert sorted(whole) == list(range(len(shuffled))), "each sample once"
+    for start, stop in ((0, 1), (7, 50), (len(shuffled) - 3, len(shuffled)), (20, 20)):
+        fresh = train_order.Shuffled(sizes, seed=5).numbers(3, start, stop)
+        assert fresh.tolist() == whole[start:stop].tolist(), "wherever one starts"
+    assert (whole != shuffled.numbers(4, 0, len(shuffled))).any()
+    # how far apart, in samples read, the first and the last of a shard are
+    spans = [np.ptp(np.flatnonzero(shard_of[whole] == shard)) for shard in range(40)]
+    assert max(spans) < 2 * block + 9
+    _, _, ends = shuffled._laid_out(3)
+    blocks = np.diff(ends, prepend=0)
+    assert min(blocks) >= min(block, len(shuffled)) and ends[-1] == len(shuffled)
+    if block == 10:
+        assert len(blocks) > 8 and max(blocks) < 2 * block + 9
+    huge = train_order.Shuffled([10, 200_000, 10, 10, 90_000], seed=0)
+    assert min(np.diff(huge._laid_out(0)[2], prepend=0)) >= block
+
+
+def test_weights_are_kept_to_the_sample_and_nothing_comes_again_too_soon() -> None:
+    sizes = [[3, 4], [50], [13]]
+    mixed = Order(sizes, seed=1, weights=[1, 1, 2])
+    assert len(mixed) == 70 and sum(mixed.counts) == 70 and mixed.shares == [18 / 70, 17 / 70, 0.5]
+    drawn = [item for epoch in range(6) for item in mixed.items(epoch, 0, 70)]
+    source = np.searchsorted([7, 57], [number for _, number in drawn], side="right")
+    assert np.bincount(source).tolist() == [6 * 18, 6 * 17, 6 * 35]
+    for which, size in enumerate((7, 50, 13)):
+        mine = [item for item, one in zip(drawn, source, strict=True) if one == which]
+        assert len(set(mine)) == len(mine)
+        for start in range(0, len(mine) - size, size):  # a pass: every sample of the source once
+            one_pass = mine[start : start + size]
+            assert len({n for _, n in one_pass}) == size and len({t for t, _ in one_pass}) == 1
+    again = Order(sizes, seed=1, weights=[1, 1, 2])
+    assert again.items(4, 33, 61) == drawn[4 * 70 + 33 : 4 * 70 + 61]
+    for wrong in ([1, 2], [1, 0, 1], [1, -1, 1], [1, float("nan"), 1]):
+        with pytest.raises(ValueError, match="3 positive numbers"):
+            Order(sizes, weights=wrong)
+    with pytest.raises(ValueError, match="2 weights for 1 folders"):
+        ShardData(["a"], weights=[1, 2])
+
+
+def test_validation_deals_ranks_equal_shares() -> None:
+    with pytest.warns(UserWarning, match="the last 1 of 9 samples cannot be dealt to 2 ranks"):
+        shares = [
+            [len(part) for part in GlobalBatches(Order([[9]], shuffle=False), 4, rank=rank,
+                                                 world_size=2)]
+            for rank in range(2)
+        ]  # fmt: skip
+    assert shares == [[2, 2], [2, 2]]
+    with pytest.raises(ValueError, match="too few for 2 ranks"):
+        GlobalBatches(Order([[1]], shuffle=False), 4, world_size=2)
+
+
+def test_the_realised_mixture_is_logged() -> None:
+    logged: dict[str, float] = {}
+    module: Any = SimpleNamespace(log_dict=logged.update)
+    trainer: Any = SimpleNamespace(
+        datamodule=SimpleNamespace(folders=["a/photos", "b/scenes", "c/scenes", "a/photos"])
+    )
+    mixture = Mixture()
+    for sources in ([0, 1, 1, 2], [3, 3, 2, 0]):
+        batch = SimpleNamespace(sources=sources)
+        mixture.on_train_batch_end(trainer, module, None, batch, 0)
+    assert logged == {"data/share/photos": 4 / 8, "data/share/b_scenes": 2 / 8,
+                      "data/share/c_scenes": 2 / 8}  # fmt: skip
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
+    for name, seed in (("a", "1"), ("b", "2")):
+        line = ["data", "scenes", str(tmp_path / name), "--count", "16", "--size", "16"]
+        assert main([*line, "--seed", seed]) == 0
+
+    def loader(name: str, seed: int = 0, batch: int = 4, workers: int = 0) -> GlobalBatchLoader:
+        shards = ShardData([str(tmp_path / name)]).shards("train")
+        order = Order([one.sizes for one in shards], seed)
+        dataset = ShardDataset(shards, 16, "squash", seed)
+        return GlobalBatchLoader(dataset, GlobalBatches(order, batch), workers)
+
+    first = loader("a")
+    batches = [batch.keys for batch in first]
+    state = {**first.state_dict(), "batches": 3}
+    resumed = loader("a")
+    resumed.load_state_dict(state)
+    assert [batch.keys for batch in resumed] == batches[3:]
+    older = {name: value for name, value in state.items() if name != "order_of"}
+    with pytest.raises(ValueError, match="--init_from"):
+        loader("a").load_state_dict(older)
+    for other, said in ((loader("b"), "shards"), (loader("a", seed=1), "seed 0 -> 1"),
+                        (loader("a", batch=8), "global_batch_size 4 -> 8")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            other.load_state_dict(state)
+
+
+def test_a_sample_without_captions_is_named_and_never_trained_on_as_silence() -> None:
+    with pytest.raises(ValueError, match="sample owl has no captions and no questions"):
+        lesson_of("owl", {"label": "true"}, 1, TEMPLATES)
+    with pytest.raises(ValueError, match="sample owl has no captions and no questions"):
+        texts_about("owl", {"captions": []})
+
+
+def test_a_lesson_is_drawn_by_its_seed() -> None:
+    record = {"captions": ["a", "b", "c"], "qa": [["what?", "an owl"], ["where?", "a tree"]]}
+    lessons = [lesson_of("owl", record, seed, TEMPLATES, 0.5) for seed in range(200)]
+    assert {lesson.caption for lesson in lessons} == {"a", "b", "c"}
+    what = ("Question: what? Answer:", " an owl")
+    where = ("Question: where? Answer:", " a tree")
+    asked = [lesson.exchanges for lesson in lessons if lesson.exchanges]
+    assert set(asked) == {(what, where), (where, what)}
+    assert 60 < len(asked) < 140
+    assert lessons[7] == lesson_of("owl", record, 7, TEMPLATES, 0.5)
+    record["qa"] *= 10
+    many = [lesson_of("owl", record, seed, TEMPLATES).exchanges for seed in range(9)]
+    assert {len(exchanges) for exchanges in many} == {TURNS}
+
+
+def test_a_statement_and_a_repeated_question_are_no_descriptions() -> None:
+    """A false caption would teach a lie, and "what colour is it? red" describes nothing."""
+    statement = {"captions": ["it is blue"], "label": "false"}
+    assert lesson_of("a", statement, 0, TEMPLATES) == Lesson(
+        None, (("True or false? it is blue Answer:", " false"),)
+    )
+    repeated = {"captions": ["what colour is it? red"], "qa": [["what colour is it?", "red"]]}
+    lesson = lesson_of("a", repeated, 0, TEMPLATES, question_share=0)
+    assert lesson == Lesson(None, (("Question: what colour is it? Answer:", " red"),))
+    assert texts_about("a", {"qa": [["how many?", "two"]]}) == ["how many? two"]
+
+
+def test_impossible_batches_are_refused() -> None:
+    with pytest.raises(ValueError, match="7 samples are fewer than one global batch of 8"):
+        GlobalBatches(Order([[7]]), 8)
+    with pytest.raises(ValueError, match="not a multiple of 3 ranks"):
+        GlobalBatches(Order([[50]]), 8, world_size=3)

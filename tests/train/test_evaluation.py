@@ -1,0 +1,186 @@
+"""The same numbers from the command line, in a validation, on one rank and on two."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from multimodal.cli import main
+from multimodal.eval.metrics.clip_score import ClipScore
+from multimodal.eval.tasks.registry import find_evaluator
+from multimodal.train.evaluation import EvaluateModel
+
+MINE = """
+from multimodal.inference.embedding import embed_codes
+
+
+class Brightness:
+    name, protocol = "brightness", "mean of the pixels"
+
+    def __init__(self):
+        self.examples = []
+
+    def fits(self, sample):
+        return "scene" in sample.record
+
+    def measure(self, subject):
+        yield "mean", subject.pixels.mean((1, 2, 3)).tolist()
+        codes = subject.rows_over(lambda codes: codes.float().mean(-1), subject.codes)
+        yield "code", codes.tolist()
+        seen = subject.rows_over(lambda some: embed_codes(subject.model, some), subject.codes)
+        for dimension in range(4):
+            yield f"embedding {dimension}", seen[:, dimension].tolist()
+
+
+class Nothing:
+    pass
+"""
+TASKS = ("captioning", "answers", "retrieval", "likelihood", "drawing", "few_shot")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    assert main(["data", "scenes", str(folder / "scenes"), "--count", "50", "--size", "32"]) == 0
+    (folder / "mine.py").write_text(MINE)
+    return folder
+
+
+def scores(report: Path) -> dict[str, dict[str, Any]]:
+    found = json.loads(report.read_text())["results"]
+    return {result["task"].rpartition(":")[2]: result["scores"] for result in found}
+
+
+def test_a_validation_measures_what_the_command_does(
+    work: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    tasks = ["captioning", "answers", f"{work / 'mine.py'}:Brightness"]
+    run = tmp_path / "run"
+    callback = "multimodal.train.evaluation.EvaluateModel"
+    config = {
+        "output": str(run),
+        "model": {
+            "class_path": "multimodal.train.joint.JointModule",
+            "init_args": {
+                "text_tokenizer": str(tiny_model_folder), "size": "tiny", "row_length": 192,
+                "image_tokenizer": str(tiny_model_folder), "drawings_in_validation": 0,
+                "captions_in_validation": 0, "answers_in_validation": 0,
+            },
+        },
+        "data": {"folders": [str(work / "scenes")], "global_batch_size": 4, "workers": 0,
+                 "val_limit": 4},
+        "trainer": {
+            "max_steps": 2, "val_check_interval": 2, "check_val_every_n_epoch": None,
+            "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1,
+            "callbacks": [{"class_path": callback, "init_args": {"tasks": tasks, "limit": 6}}],
+        },
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(tmp_path / "run.yaml")]) == 0
+    with open(run / "logs/metrics.csv", newline="") as file:
+        logged = {
+            name: value for row in csv.DictReader(file) for name, value in row.items() if value
+        }
+    line = ["eval", *tasks, "--model", str(run / "model"), "--data", str(work / "scenes")]
+    assert main([*line, "--limit", "6", "--output", str(tmp_path / "eval.json")]) == 0
+    expected = scores(tmp_path / "eval.json")
+    assert set(expected) == {"captioning", "answers", "Brightness"}
+    kept = json.loads((run / "logs/evaluation/step-000002.json").read_text())
+    for task, of_task in expected.items():
+        assert kept[task]["n"] == 6
+        for name, score in of_task.items():
+            assert float(logged[f"val/{task}/{name}"]) == pytest.approx(score["value"], abs=1e-5)
+            assert kept[task]["scores"][name] == pytest.approx(score, abs=1e-5)
+
+
+def test_two_ranks_find_what_one_finds(work: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    line = ["eval", *TASKS, f"{work / 'mine.py'}:Brightness", "--model", str(tiny_model_folder),
+            "--data", str(work / "scenes"), "--limit", "7", "--batch-size", "3"]  # fmt: skip
+    one, two, page = tmp_path / "one.json", tmp_path / "two.json", tmp_path / "page.html"
+    assert main([*line, "--output", str(one)]) == 0
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*ranks, "-m", "multimodal.cli", *line, "--output", str(two), "--page", str(page)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.stdout.count("captioning:") == 1 and page.is_file()
+    assert json.loads(two.read_text())["protocol"]["ranks"] == 2
+    first, second = scores(one), scores(two)
+    assert set(first) == {*TASKS, "Brightness"}
+    for task in first:
+        for name, score in first[task].items():
+            # Sums of other parts; nothing counted twice or left out. What is close to a tie falls
+            # either way: ranks of images with the same codes, a code among two, and FID of seven.
+            if task == "retrieval" and name != "images" or "random_features" in name:
+                continue
+            assert second[task][name] == pytest.approx(score, rel=1e-3, abs=1e-4), (task, name)
+
+
+def test_the_example_of_the_guide_runs(work: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    guide = (Path(__file__).parent.parent.parent / "docs/evaluation.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    (tmp_path / "mine.py").write_text(code)
+    line = ["eval", f"{tmp_path / 'mine.py'}:Colours", "--model", str(tiny_model_folder)]
+    out = tmp_path / "out.json"
+    assert main([*line, "--data", str(work / "scenes"), "--limit", "5", "--output", str(out)]) == 0
+    assert scores(out)["Colours"]["red"]["n"] == 5
+
+
+def test_a_clip_at_hand_judges_drawings(
+    work: Path, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import open_clip
+    from safetensors.torch import save_file
+
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
+    tiny = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    (tmp_path / "clip-tiny.json").write_text(json.dumps(tiny))
+    open_clip.add_model_config(tmp_path / "clip-tiny.json")
+    peer, _, preprocess = open_clip.create_model_and_transforms("clip-tiny")
+    save_file({k: v.contiguous() for k, v in peer.state_dict().items()}, tmp_path / "c.safetensors")
+    clip = ClipScore(f"clip-tiny={tmp_path / 'c.safetensors'}")
+    image, words = Image.new("RGB", (40, 30), "red"), "a red picture"
+    seen, meant = (
+        torch.nn.functional.normalize(one, dim=-1)
+        for one in (
+            peer.eval().encode_image(preprocess(image)[None]),
+            peer.encode_text(open_clip.get_tokenizer("clip-tiny")([words])),
+        )
+    )
+    expected = max(0.0, 2.5 * float((seen * meant).sum().detach()))
+    assert clip([image], [words]) == pytest.approx([expected], abs=1e-5)
+    line = ["eval", "drawing", "--model", str(tiny_model_folder), "--data", str(work / "scenes"),
+            "--limit", "5", "--output", str(tmp_path / "out.json"), "--clip"]  # fmt: skip
+    assert main([*line, f"clip-tiny={tmp_path / 'c.safetensors'}"]) == 0
+    found = scores(tmp_path / "out.json")["drawing"]["clip_score"]
+    assert 0 <= found["value"] <= 2.5 and "low" in found
+    (tmp_path / "c.pt").touch()
+    capsys.readouterr()
+    for wrong in ("clip-tiny", f"clip-tiny={tmp_path / 'c.pt'}", f"nope={tmp_path}/c.safetensors"):
+        assert main([*line, wrong]) == 1
+        assert capsys.readouterr().err.startswith(f"multimodal eval: error: --clip {wrong}: ")
+
+
+def test_what_is_no_evaluator_is_said(work: Path) -> None:
+    for task, reason in (
+        ("nonsense", "no task 'nonsense'; there are captioning, "),
+        (f"{work / 'none.py'}:A", "no such Python file"),
+        (f"{work / 'mine.py'}:Absent", "has no Absent"),
+        (f"{work / 'mine.py'}:Nothing", "Nothing has no name, protocol, fits, measure"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            find_evaluator(task)
+    for wrong in ({"tasks": []}, {"tasks": ["answers"], "limit": 0}):
+        with pytest.raises(ValueError, match="expected at least one task"):
+            EvaluateModel(**wrong)

@@ -1,0 +1,350 @@
+"""Training by the command line, on tiny scenes: starting weights, recipes, errors."""
+
+import csv
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from multimodal.cli import main
+from multimodal.model.checkpoint import load
+from multimodal.model.objectives import ObjectivesConfig
+from multimodal.tokenizers import vq
+from multimodal.tokenizers.image import load_image_tokenizer
+from multimodal.train import image_tokenizer
+from multimodal.train.cli import recipe_names
+from multimodal.train.data import Examples, GlobalBatches, ShardData, ShardDataset
+from multimodal.train.joint import JointModule
+from multimodal.train.sample_order import Order
+from tests.launches import logged
+
+RECIPES = Path(__file__).parent.parent.parent / "train" / "recipes"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "joint"])
+def test_init_from_starts_from_the_weights_at_step_0(work: Path, tmp_path: Path, name: str) -> None:
+    config, model = str(work / f"{name}.yaml"), str(work / name / "model")
+    fit = ["fit", "--config", config, "--trainer.max_steps", "1", "--data.val_limit", "8"]
+    for run, more in (("a", ["--init_from", model]), ("b", ["--init_from", model]), ("c", [])):
+        # Nothing is learned at rate 0, and the seed decides nothing but the weights here.
+        rate = ["--model.init_args.learning_rate", "0", "--seed_everything", str(ord(run))]
+        assert main([*fit, *rate, *more, "--output", str(tmp_path / run)]) == 0
+    name_of_loss = "train/l1" if name == "tokenizer" else "train/total"
+    first, again, random = (logged(tmp_path / run, name_of_loss) for run in "abc")
+    assert list(first) == [0] and first == again and first[0] != random[0]
+    expected = load_file(work / name / "model/model.safetensors")
+    found = load_file(tmp_path / "a" / "model/model.safetensors")
+    learned = [key for key in expected if "running" not in key and "num_batches" not in key]
+    assert all(torch.equal(found[key], expected[key]) for key in learned)
+    if name == "joint":
+        # The loss at step 0 is what the model itself says of that batch.
+        assert float(first[0]) == pytest.approx(own_loss(work, Path(model)), rel=1e-5)
+
+
+def test_a_decoder_alone_learns_and_a_model_takes_it(work: Path, tmp_path: Path) -> None:
+    start = str(work / "tokenizer" / "model")
+    fit = ["fit", "--config", str(work / "tokenizer.yaml"), "--trainer.max_steps", "6"]
+    fit += ["--model.init_args.decoder_only", "true", "--model.init_args.mse_weight", "0"]
+    sharper, model = str(tmp_path / "model"), str(work / "joint" / "model")
+    assert main([*fit, "--init_from", start, "--output", str(tmp_path)]) == 0
+    before, after = (load_image_tokenizer(f) for f in (start, sharper))
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    codes = before.encode(images)
+    assert torch.equal(codes, after.encode(images))
+    old, new = before.state_dict(), after.state_dict()
+    changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"decoder"}
+    assert after.codes_fingerprint == before.codes_fingerprint
+    # Training goes on with it, from a model that had the other decoder.
+    fit = ["fit", "--config", str(work / "joint.yaml"), "--trainer.max_steps", "1"]
+    fit += ["--data.val_limit", "8", "--model.init_args.image_tokenizer", sharper]
+    assert main([*fit, "--init_from", model, "--output", str(tmp_path / "joint")]) == 0
+    assert load(tmp_path / "joint/model").image_tokenizer.fingerprint == after.fingerprint
+
+
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_a_collapsed_codebook_raises_the_alarm(
+    work: Path,
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+    monkeypatch: pytest.MonkeyPatch,
+    collapsed: bool,
+) -> None:
+    monkeypatch.setattr(image_tokenizer, "USE_EVERY", 12)
+    quantizer = {"name": "vq", "codebook_size": 64, "channels": 4, "decay": 0.5}
+    if collapsed:  # all codes start alike, none ever moves, and none is started anew
+        monkeypatch.setattr(vq, "drawn_from", lambda flat, count: flat[:1].expand(count, -1))
+        quantizer |= {"decay": 1.0, "dead_after": 0.0}
+    config = yaml.safe_load((work / "tokenizer.yaml").read_text())
+    config["model"]["init_args"]["tokenizer"]["quantizer"] = quantizer
+    config |= {"output": str(tmp_path / "run")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(tmp_path / "config.yaml")]) == 0
+    alarms = [str(w.message) for w in recwarn if "the codebook collapses" in str(w.message)]
+    assert bool(alarms) == collapsed
+    assert not collapsed or "step 11: " in alarms[0]
+    dead = logged(tmp_path / "run", "train/codebook_dead")
+    assert list(dead) == [11] and (float(dead[11]) == 63) == collapsed
+
+
+def test_a_model_lends_its_tokenizers(work: Path, tmp_path: Path) -> None:
+    model = str(work / "joint" / "model")
+    fit = ["fit", "--config", str(work / "joint.yaml"), "--trainer.max_steps", "1"]
+    fit += ["--data.val_limit", "8", "--init_from", model, "--output", str(tmp_path)]
+    for kind in ("text", "image"):
+        fit += [f"--model.init_args.{kind}_tokenizer", model]
+    assert main(fit) == 0
+    before, after = load(model), load(tmp_path / "model")
+    assert after.image_tokenizer.fingerprint == before.image_tokenizer.fingerprint
+    assert after.text_tokenizer.to_json() == before.text_tokenizer.to_json()
+
+
+def a_batch(work: Path, **arguments: Any) -> tuple[JointModule, Examples]:
+    config = yaml.safe_load((work / "joint.yaml").read_text())
+    module = JointModule(**config["model"]["init_args"] | arguments)
+    shards = ShardData(config["data"]["folders"]).shards("train")
+    dataset = ShardDataset(shards, 16, "squash", seed=0)
+    chosen = next(iter(GlobalBatches(Order([[len(dataset)]]), 8)))
+    return module, dataset.collate([dataset[item] for item in chosen])
+
+
+def own_loss(work: Path, folder: Path) -> float:
+    module, batch = a_batch(work)
+    module.model = load(folder)
+    with torch.no_grad():
+        loss, _ = module.model(*module.pack(batch))
+    return float(loss)
+
+
+def test_what_no_loss_reads_is_not_computed(work: Path) -> None:
+    """A run that only draws: the same loss, from half of the tokens."""
+    goals = ObjectivesConfig(
+        weights={"caption": 0, "answer": 0, "text": 0}, alignment_weight=0,
+        next_token_share=1.0, reconstruct_share=0.0,
+    )  # fmt: skip
+    module, batch = a_batch(work, objectives=goals)
+    losses, tokens = [], []
+    for training in (False, True):
+        loss, parts = module.train(training).model(*module.pack(batch))
+        losses.append(float(loss))
+        tokens.append(module.tokens)
+        assert ("caption" in parts) != training and "image" in parts
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert tokens[1] < 0.6 * tokens[0]
+
+
+# --- measuring and predicting -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_measuring_uses_the_last_checkpoint_and_keeps_the_training_log(
+    work: Path, verb: str
+) -> None:
+    run, before = work / "joint", logged(work / "joint")
+    assert main([verb, "--config", str(work / "joint.yaml")]) == 0
+    assert logged(run) == before
+    with open(run / verb / "metrics.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    with open(run / "logs" / "metrics.csv", newline="") as file:
+        at_10 = [float(r["val/total"]) for r in csv.DictReader(file) if r["val/total"]][-1]
+    # The last checkpoint is of step 12, the last validation was after step 10.
+    assert float(row["val/total"]) == pytest.approx(at_10, rel=0.05)
+
+
+def test_predict_writes_captions_in_the_order_of_the_data(work: Path, tmp_path: Path) -> None:
+    arguments = ["--config", str(work / "joint.yaml"), "--output", str(tmp_path / "new")]
+    model = ["--init_from", str(work / "joint/model"), "--data.val_limit", "12"]
+    assert main(["predict", *arguments, *model]) == 0
+    lines = (tmp_path / "new/predictions.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["key"] for r in records] == [f"scene-val-0-{i:07d}" for i in range(12)]
+    from multimodal.data.shards import Shards
+
+    images = [sample.image for sample in itertools.islice(Shards(work / "scenes", "val"), 12)]
+    expected = load(work / "joint/model").caption(images, batch_size=8)
+    assert [r["caption"] for r in records] == expected
+
+
+def test_predict_of_an_image_tokenizer_writes_codes(work: Path) -> None:
+    assert main(["predict", "--config", str(work / "tokenizer.yaml")]) == 0
+    lines = (work / "tokenizer/predictions.jsonl").read_text().splitlines()
+    codes = torch.tensor([json.loads(line)["codes"] for line in lines])
+    assert codes.shape == (8, 2, 2) and 0 <= int(codes.min()) <= int(codes.max()) < 25
+
+
+# --- recipes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", name, "--print_config"])
+    assert stopped.value.code in (0, None)
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["class_path"].startswith("multimodal.train.")
+    top = (RECIPES / name).read_text().split("\n\n")[0]
+    assert f"multimodal fit --config {name}" in top, "a recipe says how to run it"
+
+
+def test_recipes_for_scenes_run(work: Path, tmp_path: Path) -> None:
+    """Joined as the README joins them; made small by options alone."""
+    few = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.workers", "0"]
+    few += ["--data.folders", f"[{work / 'scenes'}]", "--data.global_batch_size", "4"]
+    few += ["--data.val_limit", "4", "--trainer.enable_progress_bar", "false"]
+    few += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+    few += ["--model.init_args.text_tokenizer", str(work / "text.json")]
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    small = ["--model.init_args.tokenizer.autoencoder.dim", "32"]
+    assert main(["fit", "--config", "scenes_tokenizer.yaml", *few, *small, "--output", first]) == 0
+    small = [
+        "--model.init_args.image_tokenizer",
+        f"{first}/model",
+        "--model.init_args.size",
+        "tiny",
+    ]
+    small += ["--model.init_args.drawings_in_validation", "1"]
+    small += ["--model.init_args.row_length", "256"]  # the text tokenizer has few words
+    assert main(["fit", "--config", "scenes_joint.yaml", *few, *small, "--output", second]) == 0
+    assert len(load(f"{second}/model").caption([torch_picture()])) == 1
+
+
+def torch_picture() -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (40, 30), (200, 30, 30))
+
+
+# --- what users get wrong ---------------------------------------------------------------------
+
+ZERO = ["--model.init_args.objectives.weights",
+        "{caption: 0, answer: 0, text: 0, image: 0, reconstruct: 0}"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (["--data.folders", "[nowhere]"], 1, r"nowhere: no such folder"),
+        (["--data.folders", "[BARE]"], 1, r"no manifest.json; .* run: multimodal data index"),
+        (["--data.train_split", "trian"], 1, r"no split 'trian'; it has heldout, train, val"),
+        (["--data.global_batch_size", "999"], 1, r"50 samples are fewer than one global batch"),
+        (["--model.init_args.text_tokenizer", "no.json"], 1, r"error: no.json: no such file; "),
+        (["--model.init_args.image_tokenizer", "no"], 1, r"error: no: not an image tokenizer"),
+        (["--model.init_args.row_length", "7"], 1, r"an image of 4 codes needs 8"),
+        (["--model.init_args.row_length", "9999"], 1, r"the model reads at most 4096 tokens"),
+        (["--model.init_args.row_length", "30"], 1, r"sample \S+ makes a sequence of \d+ tokens"),
+        (
+            [*ZERO, "--model.init_args.objectives.alignment_weight", "0"],
+            1,
+            r"the weights of all objectives are zero",
+        ),
+        (["--model.init_args.objectives.weights.caption", "-1"], 1, r"expected 0 or more"),
+        (
+            [
+                "--model.init_args.objectives.weights.answer",
+                "1",
+                "--model.init_args.question_share",
+                "0",
+            ],
+            1,
+            r"has answer: 1.0, but none of the",
+        ),
+        (
+            [
+                "--model.init_args.objectives.weights.reconstruct",
+                "1",
+                "--model.init_args.objectives.reconstruct_share",
+                "0",
+            ],
+            1,
+            r"has reconstruct: 1.0, but none",
+        ),
+        (["--model.init_args.size", "huge"], 1, r"size 'huge': expected one of tiny, "),
+        (["--model.init_args.sise", "tiny"], 2, r"Option 'sise' is not accepted"),
+        (["--model.class_path", "multimodal.train.joint.Nope"], 2, r"has no attribute 'Nope'"),
+        (["--trainer.max_steps", "many"], 2, r"trainer.max_steps.*Got value: many"),
+        (["--trainer.max_steps", "-1"], 1, r"the run has no end"),
+        (["--speed", "3"], 2, r"unrecognized arguments: --speed 3"),
+        (["--config", "no.yaml"], 1, r"no.yaml: no such file, and no recipe .*scenes_joint.yaml"),
+        (["--config", "WRONG"], 2, r"does not accept option 'trainr"),
+        (["--ckpt_path", "no.ckpt"], 1, r"Checkpoint file not found: no.ckpt"),
+        (["--ckpt_path", "OTHER"], 1, r"the checkpoint is of another model"),
+        (["--init_from", "nowhere"], 1, r"nowhere: no such model folder"),
+        (["--init_from", "MODEL", "--model.init_args.size", "mini"], 1, r"its sizes are not those"),
+        (["--init_from", "MODEL", "--ckpt_path", "x"], 1, r"give one of them"),
+    ],
+)
+def test_a_users_mistake_is_one_line(
+    work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    options: list[str], status: int, said: str,
+) -> None:  # fmt: skip
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(work / "scenes/val-0000.tar", bare)
+    (tmp_path / "wrong.yaml").write_text("trainr: {max_steps: 3}\n")
+    names = {
+        "BARE": str(bare),
+        "MODEL": str(work / "joint/model"),
+        "OTHER": str(work / "tokenizer/checkpoints/last.ckpt"),
+        "WRONG": str(tmp_path / "wrong.yaml"),
+    }
+    options = [re.sub("|".join(names), lambda m: names[m[0]], option) for option in options]
+    fit = ["fit", "--config", str(work / "joint.yaml"), "--output", str(tmp_path / "run")]
+    assert main([*fit, "--trainer.max_steps", "1", *options]) == status
+    out, err = capfd.readouterr()
+    last = err.splitlines()[-1]
+    assert last.startswith("multimodal fit: error: ") and re.search(said, last), err
+    assert len(last) < 300 and "Traceback" not in err and out == ""
+
+
+def test_measuring_without_weights_is_refused(
+    work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--config", str(work / "joint.yaml"), "--output", str(tmp_path)]
+    assert main(["validate", *run]) == 1
+    assert "no weights to use" in capfd.readouterr().err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit"]) == 2
+    assert "examples:" in capsys.readouterr().err
+    assert main(["fit", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in recipe_names()) and "--ckpt_path" in out
+
+
+def test_a_forecast_says_what_a_run_needs_and_keeps_nothing(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted((work / "joint").rglob("*"))
+    assert main(["info", "--config", str(work / "joint.yaml"), "--trainer.max_steps", "900"]) == 0
+    said = capsys.readouterr().out
+    assert "131,458 to train, " in said and "900 steps in " in said and " GB at most" in said
+    once = ["--trainer.max_steps", "1", "--trainer.accumulate_grad_batches", "2"]
+    assert main(["info", f"--config={work / 'joint.yaml'}", *once]) == 0
+    assert "1 steps in " in capsys.readouterr().out
+    assert sorted((work / "joint").rglob("*")) == before and not list(tmp_path.iterdir())
+    assert main(["info", "--config", str(work / "joint.yaml"), "--model.nope", "1"]) == 2
+
+
+def test_a_run_says_nothing_useless(work: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "multimodal.cli", "fit", "--config", str(work / "joint.yaml")]
+    command += ["--output", str(tmp_path / "run"), "--trainer.max_steps", "1"]
+    command += ["--data.workers", "1"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert (run.returncode, run.stdout) == (0, ""), run.stderr
+    useful = ("Seed set to", "GPU available", "parameters to train", "`Trainer.fit` stopped")
+    assert [line for line in run.stderr.splitlines() if not any(u in line for u in useful)] == []
