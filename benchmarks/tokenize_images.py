@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from multimodal.data.encode import Encoding, encode_pictures, encode_shards
-from multimodal.data.parallel import in_order
+from multimodal.data.parallel import map_ordered
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards, index_shard, write_manifest, write_tar
 from multimodal.eval.metrics.reconstruction import time_tokenizers
@@ -66,7 +66,7 @@ def end_to_end(tokenizer: VQTokenizer, data: Path, count: int, batch: int) -> di
         write_manifest(source, [index_shard(source / "val-0000.tar")])
         for number in range(5):
             rounds["files"].append(
-                seconds_of(lambda: list(in_order(pictures_of, samples, WORKERS)))
+                seconds_of(lambda: list(map_ordered(pictures_of, samples, WORKERS)))
             )
             rounds["pictures"].append(
                 seconds_of(lambda: [

@@ -261,7 +261,7 @@ def mixture(folders: list[Folder], weights: list[float] | None) -> Section:
 
 def duplicates(folders: list[Path], kind: str) -> tuple[Section, dict[str, Any]]:
     """Copies, those between splits or folders by themselves, and the first pairs as pictures."""
-    from multimodal.data.near_duplicates import find_copies, fingerprint
+    from multimodal.data.near_duplicates import find_copies, hash_image
 
     prints, places = [], list[tuple[Shards, str, int]]()
     for folder in dict.fromkeys(folders):
@@ -271,7 +271,7 @@ def duplicates(folders: list[Path], kind: str) -> tuple[Section, dict[str, Any]]
                        disable=None)  # fmt: skip
             for number, sample in enumerate(bar):
                 try:
-                    prints.append(fingerprint(sample.image, sample.key))
+                    prints.append(hash_image(sample.image, sample.key))
                     places.append((shards, split, number))
                 except ValueError:
                     continue  # counted as unreadable above
@@ -280,7 +280,7 @@ def duplicates(folders: list[Path], kind: str) -> tuple[Section, dict[str, Any]]
     rows = []
     for one in [*leaks, *(pair for pair in copies if pair not in leaks)][: SHOWN // 2]:
         pair = [places[one.first], places[one.second]]
-        name = f"{one.kind} ({one.alike:.3f}){', between splits or folders' * (one in leaks)}"
+        name = f"{one.kind} ({one.similarity:.3f}){', between splits or folders' * (one in leaks)}"
         figures = [
             Figure(open_image(shards[n].image), f"{shards.folder} {split}: {shards.key(n)}")
             for shards, split, n in pair

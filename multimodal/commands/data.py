@@ -167,7 +167,7 @@ def _build(arguments: argparse.Namespace) -> int:
     if arguments.val_share and not report.splits.get("val"):
         print("no sample fell into the split val: a larger --val-share?", file=sys.stderr)
     splits = ", ".join(f"{split} {count:,}" for split, count in sorted(report.splits.items()))
-    print(f"{arguments.out}: kept {report.kept:,} of {report.found:,} samples ({splits})")
+    print(f"{arguments.out}: kept {report.kept:,} of {report.total:,} samples ({splits})")
     return 0
 
 
@@ -289,7 +289,7 @@ def _check_contents(folder: Path) -> int:
 
 def _duplicates(arguments: argparse.Namespace) -> int:
     from multimodal.data.documents import images_in
-    from multimodal.data.near_duplicates import find_copies, fingerprint
+    from multimodal.data.near_duplicates import find_copies, hash_image
 
     places, images, unreadable = list[tuple[Path, str, str]](), [], 0
     opened = [
@@ -307,7 +307,7 @@ def _duplicates(arguments: argparse.Namespace) -> int:
                 bar.update()
                 try:
                     for image in images_in(sample):
-                        images.append(fingerprint(image, f"sample {sample.key}"))
+                        images.append(hash_image(image, f"sample {sample.key}"))
                         places.append((folder, split, sample.key))
                 except ValueError as error:
                     unreadable += 1
@@ -321,11 +321,11 @@ def _duplicates(arguments: argparse.Namespace) -> int:
     for one in copies:
         first, second = places[one.first], places[one.second]
         leaks += first[:2] != second[:2]
-        print(f"{one.kind}\t{one.alike:.3f}\t{':'.join(map(str, first))}\t"
+        print(f"{one.kind}\t{one.similarity:.3f}\t{':'.join(map(str, first))}\t"
               f"{':'.join(map(str, second))}")  # fmt: skip
         pair = {name: dict(zip(("folder", "split", "key"), map(str, place), strict=True))
                 for name, place in (("first", first), ("second", second))}  # fmt: skip
-        rows.append({"kind": one.kind, "alike": one.alike, **pair})
+        rows.append({"kind": one.kind, "alike": one.similarity, **pair})
     if arguments.output:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         arguments.output.write_text("".join(lines), "utf-8")

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from multimodal.data.documents import document_of, images_in
 from multimodal.data.images import Fit, augment_image, fit_image, open_image
 from multimodal.data.jobs import job_folder
-from multimodal.data.parallel import Engine, in_order, ranks, units_in_order
+from multimodal.data.parallel import Engine, map_ordered, map_units, rank_and_world_size
 from multimodal.data.samples import CODES, Sample
 from multimodal.data.seeds import sample_seed
 from multimodal.data.shards import (
@@ -148,7 +148,7 @@ def encode_shards(
             f"{source}: no split {encoding.train_split!r} to crop; it has {', '.join(splits)}"
         )
     settings = {"source": [entry["sha256"] for entry in about["shards"]], **asdict(encoding)}
-    if (out / MANIFEST).is_file() and not ranks()[0]:
+    if (out / MANIFEST).is_file() and not rank_and_world_size()[0]:
         raise ValueError(f"{out}: not empty (it is complete); give a new folder")
     with job_folder(out, out / SETTINGS, settings, result=out / MANIFEST) as first:
         if not first and (out / MANIFEST).is_file():
@@ -156,7 +156,7 @@ def encode_shards(
         shared: dict[str, Any] = {}
         work: Callable[[EncodedShard], int] = partial(encode_shard, tokenizer, on_sample)
         if workers > 1 or engine != "processes":
-            folder = out / f"{TOKENIZER}{ranks()[0]}"  # where all can read it
+            folder = out / f"{TOKENIZER}{rank_and_world_size()[0]}"  # where all can read it
             device = next(tokenizer.parameters()).device
             tokenizer.save(folder)
             threads = max(1, torch.get_num_threads() // workers)
@@ -167,7 +167,7 @@ def encode_shards(
                          batch_size, decoders, **shared)
             for entry in about["shards"]
         ]  # fmt: skip
-        for count in units_in_order(work, shards, engine, workers, done=EncodedShard.done):
+        for count in map_units(work, shards, engine, workers, done=EncodedShard.done):
             on_sample(count)
         if not first:
             return None
@@ -234,7 +234,7 @@ def _encoded(
 
     samples, pictures = list[Sample](), list[list[NDArray[np.uint8]]]()
     for number, (sample, its_pictures) in enumerate(
-        in_order(ready, shards, shard.decoders), start=1
+        map_ordered(ready, shards, shard.decoders), start=1
     ):
         samples.append(sample)
         pictures.append(its_pictures)

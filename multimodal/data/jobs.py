@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from multimodal.data.parallel import WAIT, alone_in, ranks
+from multimodal.data.parallel import POLL_INTERVAL, exclusive_lock, rank_and_world_size
 from multimodal.data.shards import write_json
 
 LOCK = ".lock"
@@ -28,13 +28,13 @@ def job_folder(
     Errors: ``ValueError`` for a folder of something else, or where another process is at work.
     """
     begun_with = json.loads(json.dumps(begun_with))  # as it will be read
-    if ranks()[0]:
+    if rank_and_world_size()[0]:
         while not ((result and result.is_file()) or _begun(settings, begun_with)):
-            time.sleep(WAIT)
+            time.sleep(POLL_INTERVAL)
         yield False
         return
     out.mkdir(parents=True, exist_ok=True)
-    with alone_in(out, LOCK):
+    with exclusive_lock(out, LOCK):
         if settings.is_file():
             if _read(settings) != begun_with:
                 raise ValueError(

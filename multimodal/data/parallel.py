@@ -22,14 +22,14 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 In = TypeVar("In")
 Out = TypeVar("Out")
 Engine: TypeAlias = Literal["processes", "ray"]
-DEATHS = 3  # of processes in a row, at one unit, after which it is given up
-AHEAD = 2  # units for each worker that are under way or done, and not yet asked for
-PATIENCE = 600.0  # seconds a unit of another rank is waited for
-WAIT = 0.05  # seconds between two looks for what another rank does
+MAX_DEATHS = 3  # of processes in a row, at one unit, after which it is given up
+UNITS_PER_WORKER = 2  # units for each worker that are under way or done, and not yet asked for
+RANK_TIMEOUT = 600.0  # seconds a unit of another rank is waited for
+POLL_INTERVAL = 0.05  # seconds between two looks for what another rank does
 
 
 @contextmanager
-def alone_in(folder: Path, lock: str) -> Iterator[None]:
+def exclusive_lock(folder: Path, lock: str) -> Iterator[None]:
     """Errors: ``ValueError`` where another process is at work in the folder."""
     path = folder / lock
     with open(path, "w") as file:
@@ -48,7 +48,7 @@ def alone_in(folder: Path, lock: str) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def in_order(function: Callable[[In], Out], items: Iterable[In], workers: int) -> Iterator[Out]:
+def map_ordered(function: Callable[[In], Out], items: Iterable[In], workers: int) -> Iterator[Out]:
     """``map`` over threads (Pillow decodes outside the GIL), with a bounded number in flight.
 
     So the results are made while the caller works on earlier ones; with 0 workers they are not.
@@ -70,12 +70,12 @@ def in_order(function: Callable[[In], Out], items: Iterable[In], workers: int) -
                 future.cancel()
 
 
-def ranks() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """This process's rank and how many there are, as torchrun tells them."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def units_in_order(
+def map_units(
     function: Callable[[In], Out],
     units: Iterable[In],
     engine: Engine = "processes",
@@ -93,27 +93,30 @@ def units_in_order(
         raise ValueError(f"engine {engine!r}: expected one of {', '.join(get_args(Engine))}")
     if workers < 1:
         raise ValueError(f"workers={workers}: expected at least 1")
-    rank, world = ranks()
+    rank, world = rank_and_world_size()
     if world > 1 and done is not None:
         numbered = enumerate(units)
         if rank:
             units = (unit for number, unit in numbered if number % world == rank)
         else:
-            units = (_when(done, unit) if number % world else unit for number, unit in numbered)
+            units = (
+                _wait_until_done(done, unit) if number % world else unit
+                for number, unit in numbered
+            )
     if engine == "ray":
-        yield from _by_ray(function, units, workers)
+        yield from _map_by_ray(function, units, workers)
     elif workers == 1:
         yield from map(function, units)
     else:
-        yield from _by_processes(function, units, workers)
+        yield from _map_by_processes(function, units, workers)
 
 
-def _when(done: Callable[[In], bool], unit: In) -> In:
+def _wait_until_done(done: Callable[[In], bool], unit: In) -> In:
     """The unit, as soon as another rank is done with it, or has been at it for so long that it may
     be lost: to do it twice does no harm. Torchrun ends all ranks if one fails."""
     start = time.monotonic()
-    while not done(unit) and time.monotonic() < start + PATIENCE:
-        time.sleep(WAIT)
+    while not done(unit) and time.monotonic() < start + RANK_TIMEOUT:
+        time.sleep(POLL_INTERVAL)
     return unit
 
 
@@ -141,7 +144,7 @@ def _submit(pool: Executor, function: Callable[[In], Out], unit: In) -> Future[O
         return broken
 
 
-def _by_processes(
+def _map_by_processes(
     function: Callable[[In], Out], units: Iterable[In], workers: int
 ) -> Iterator[Out]:
     waiting, pending = iter(units), deque[tuple[In, Future[Out]]]()
@@ -149,7 +152,7 @@ def _by_processes(
     pool: Executor = ProcessPoolExecutor(workers, worker_context())
     try:
         while True:
-            while len(pending) < AHEAD * workers and (more := list(islice(waiting, 1))):
+            while len(pending) < UNITS_PER_WORKER * workers and (more := list(islice(waiting, 1))):
                 pending.append((more[0], _submit(pool, function, more[0])))
             if not pending:
                 return
@@ -157,11 +160,11 @@ def _by_processes(
                 result = pending[0][1].result()
             except BrokenProcessPool as error:
                 deaths += 1
-                if deaths == DEATHS:
+                if deaths == MAX_DEATHS:
                     raise ChildProcessError(
-                        f"a worker process was killed {DEATHS} times at the same unit of work; is "
-                        "memory short? Fewer workers need less of it. (A script that starts them "
-                        "needs: if __name__ == '__main__')"
+                        f"a worker process was killed {MAX_DEATHS} times at the same unit of work; "
+                        "is memory short? Fewer workers need less of it. (A script that starts "
+                        "them needs: if __name__ == '__main__')"
                     ) from error
                 pool.shutdown(cancel_futures=True)
                 pool = ProcessPoolExecutor(workers, worker_context())
@@ -178,7 +181,7 @@ def _call(function: Callable[[In], Out], unit: In) -> Out:
     return function(unit)
 
 
-def _by_ray(function: Callable[[In], Out], units: Iterable[In], workers: int) -> Iterator[Out]:
+def _map_by_ray(function: Callable[[In], Out], units: Iterable[In], workers: int) -> Iterator[Out]:
     """A cluster is used where RAY_ADDRESS names one; ``workers`` units are in flight at a time."""
     try:
         import ray
@@ -190,11 +193,11 @@ def _by_ray(function: Callable[[In], Out], units: Iterable[In], workers: int) ->
         if "RAY_ADDRESS" not in os.environ:
             options["num_cpus"] = workers
         ray.init(logging_level=logging.ERROR, **options)
-    task: Any = ray.remote(num_cpus=1, max_retries=DEATHS)(_call)
+    task: Any = ray.remote(num_cpus=1, max_retries=MAX_DEATHS)(_call)
     waiting, pending = iter(units), deque[Any]()
     try:
         while True:
-            for unit in islice(waiting, AHEAD * workers - len(pending)):
+            for unit in islice(waiting, UNITS_PER_WORKER * workers - len(pending)):
                 pending.append(task.remote(function, unit))
             if not pending:
                 return

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from multimodal.data.jobs import job_folder
-from multimodal.data.parallel import Engine, units_in_order
+from multimodal.data.parallel import Engine, map_units
 from multimodal.data.shards import Shards, read_manifest
 from multimodal.inference.embedding import embed_codes
 from multimodal.inference.sampling import Sampling
@@ -105,7 +105,7 @@ def run_job(
             first += int(entry["samples"])
     done = failed = 0
     with job_folder(out, out / SETTINGS, begun_with) as ends:
-        for good, bad in units_in_order(run_shard, shards, engine, workers, done=ShardOfJob.done):
+        for good, bad in map_units(run_shard, shards, engine, workers, done=ShardOfJob.done):
             on_sample(good + bad)
             done, failed = done + good, failed + bad
         if ends:

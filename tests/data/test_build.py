@@ -29,7 +29,7 @@ def test_folder(photos: Path, tmp_path: Path) -> None:
         "animation.gif": "not JPEG, PNG or WebP",
         "orphan.txt": "no image",
     }
-    assert (report.found, report.kept, report.rejected) == (14, 7, 7)
+    assert (report.total, report.kept, report.rejected) == (14, 7, 7)
     assert sum(report.reasons.values()) == 7 and report.splits == {"train": 7}
     assert report.ignored == {"files .md": 1, "hidden files": 1}
     found = samples(out)
@@ -52,7 +52,7 @@ def test_folder(photos: Path, tmp_path: Path) -> None:
 
 def test_without_text(photos: Path, tmp_path: Path) -> None:
     report = build(photos, tmp_path / "out", need_text=False)
-    assert (report.found, report.kept) == (14, 8)
+    assert (report.total, report.kept) == (14, 8)
     assert samples(tmp_path / "out")["silent"].record == {"captions": []}
 
 
@@ -113,8 +113,8 @@ def test_table(photos: Path, tmp_path: Path, kind: str) -> None:
     report = build(table, out)
     extra = 2 if kind == "jsonl" else 0
     # 3 rows are one image; 3 images are bad, and 2 rows
-    assert (report.found, report.kept) == (2 + 3 + 2 + extra, 2)
-    assert report.found == report.kept + report.rejected == 2 + len(rejected(out))
+    assert (report.total, report.kept) == (2 + 3 + 2 + extra, 2)
+    assert report.total == report.kept + report.rejected == 2 + len(rejected(out))
     captions = ["one, with a comma", "two\nlines", "three"]
     assert samples(out)["a"].record == {"captions": captions, "license": "CC0"}
     assert report.ignored == {"columns n (rows of one image differ)": 1}
@@ -174,7 +174,7 @@ def test_shards(tmp_path: Path) -> None:
     (source / "x-0.tar").write_bytes(data)
     out = tmp_path / "out"
     report = build(source, out)
-    assert (report.found, report.kept, report.rejected) == (10, 6, 4)
+    assert (report.total, report.kept, report.rejected) == (10, 6, 4)
     assert report.reasons == {"no text": 1, "no image": 1, "unreadable image": 2}
     lines = (out / "rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["sample"].rpartition(": ")[2] for line in lines] == list("2467")
@@ -200,7 +200,7 @@ def test_a_cut_shard_with_an_index_names_all_that_is_lost(tmp_path: Path) -> Non
         report = build(source, out, overwrite=True)
         names = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
         lost = {line["sample"].rpartition(": ")[2] for line in names}
-        assert report.found == 8 and lost | samples(out).keys() == set(keys)
+        assert report.total == 8 and lost | samples(out).keys() == set(keys)
         assert all(s.image == picture(int(s.key[1])) for s in samples(out).values())
 
 
@@ -269,8 +269,8 @@ def test_out_that_holds_something(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a file"):
         build(photos, tmp_path / "file")
     # an OUT inside the source is not read as a part of it
-    assert build(photos, photos / "shards").found == 14
-    assert build(photos, photos / "shards", overwrite=True).found == 14
+    assert build(photos, photos / "shards").total == 14
+    assert build(photos, photos / "shards", overwrite=True).total == 14
 
 
 def test_nothing_kept_is_an_error_and_says_why(photos: Path, tmp_path: Path) -> None:

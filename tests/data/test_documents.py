@@ -59,7 +59,7 @@ def rejected(out: Path) -> dict[int, str]:
 def test_documents_are_whole_and_in_order(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = build(source, out)
-    assert report is not None and (report.found, report.kept) == (12, 3)
+    assert report is not None and (report.total, report.kept) == (12, 3)
     assert rejected(out) == {
         3: "no text", 5: "unreadable image", 6: "image outside the folder",
         7: "unreadable text", 8: "unreadable text", 9: "unreadable text", 10: "unreadable image",
@@ -102,7 +102,7 @@ def test_several_images_without_an_order_are_no_sample(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     write_tar(tmp_path / "in/train-0000.tar", samples)
     report = build(tmp_path / "in", tmp_path / "out")
-    assert report is not None and (report.found, report.kept) == (4, 1)
+    assert report is not None and (report.total, report.kept) == (4, 1)
     assert report.reasons == {"unreadable text": 1, "no image": 2}
     assert [sample.key for sample in Shards(tmp_path / "out")] == ["good"]
 
@@ -119,7 +119,7 @@ def test_a_lost_document_is_named(tmp_path: Path) -> None:
         data[data.index(name) + 150] ^= 1  # both headers
     tar.write_bytes(data)
     report = build(tmp_path / "in", tmp_path / "out")
-    assert report is not None and (report.found, report.kept) == (5, 4)
+    assert report is not None and (report.total, report.kept) == (5, 4)
     assert report.reasons == {"damaged shard": 1}
 
 
@@ -178,7 +178,7 @@ def test_a_table_of_images_is_never_taken_for_plain_text(
 def test_a_late_image_among_plain_texts_is_rejected_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("multimodal.data.documents.LOOKED_AT", 2)
+    monkeypatch.setattr("multimodal.data.builder.documents.LOOKED_AT", 2)
     lines = [{"text": "one"}, {"text": "two"}, {"text": "red", "image": "a.jpg"}]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = build(tmp_path / "t.jsonl", tmp_path / "out")
@@ -197,7 +197,7 @@ def test_a_hole_between_plain_texts_is_named(tmp_path: Path) -> None:
     data[data.index(b"k2.json") + 150] ^= 1
     tar.write_bytes(data)
     report = build(tmp_path / "in", tmp_path / "out")
-    assert report is not None and (report.found, report.kept) == (5, 4)
+    assert report is not None and (report.total, report.kept) == (5, 4)
     assert report.reasons == {"damaged shard": 1}
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from multimodal.cli import main
-from multimodal.data.near_duplicates import Seen, find_copies, fingerprint
+from multimodal.data.near_duplicates import CopyIndex, find_copies, hash_image
 from multimodal.data.shards import Shards, index_shard, read_manifest, write_manifest, write_tar
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle_left")
@@ -52,16 +52,16 @@ CHANGES: dict[str, Callable[[Image.Image], bytes]] = {
 def test_a_changed_copy_is_found_and_nothing_else(change: str) -> None:
     originals = [photo(name) for name in PHOTOS]
     files = [encoded(image) for image in originals] + [CHANGES[change](i) for i in originals]
-    copies = find_copies([fingerprint(data) for data in files])
+    copies = find_copies([hash_image(data) for data in files])
     assert [(c.first, c.second) for c in copies] == [(n, n + len(PHOTOS)) for n in range(5)]
-    assert all(c.kind == "near" and c.alike > 0.935 for c in copies)
+    assert all(c.kind == "near" and c.similarity > 0.935 for c in copies)
 
 
 def test_the_same_pixels_are_exact_whatever_the_file() -> None:
     image = photo("coffee")
     files = [encoded(image), encoded(image, "PNG", compress_level=0), encoded(photo("rocket"))]
     files.append(encoded(image, "WEBP", lossless=True))
-    copies = find_copies([fingerprint(data) for data in files])
+    copies = find_copies([hash_image(data) for data in files])
     assert [(c.first, c.second, c.kind) for c in copies] == [(0, 1, "exact"), (0, 3, "exact")]
 
 
@@ -79,7 +79,7 @@ def test_what_is_only_alike_is_no_copy() -> None:
         ImageDraw.Draw(others[-1]).ellipse((10, 10, 50, 50), fill=colour)
     rng = np.random.default_rng(0)
     others += [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(3)]
-    assert find_copies([fingerprint(encoded(one)) for one in [image, *others]]) == []
+    assert find_copies([hash_image(encoded(one)) for one in [image, *others]]) == []
     assert find_copies([]) == []
 
 
@@ -151,7 +151,7 @@ def test_met_one_by_one_the_same_copies_are_found() -> None:
     originals = [photo(name) for name in PHOTOS]
     files = [encoded(image) for image in originals]
     files += [change(image) for image in originals for change in CHANGES.values()]
-    images, seen = [fingerprint(data) for data in files], Seen()
+    images, seen = [hash_image(data) for data in files], CopyIndex()
     one_by_one = {c.second: c.first for image in images if (c := seen.add(image)) is not None}
     together: dict[int, int] = {}
     for copy in find_copies(images):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from multimodal.data import parallel
-from multimodal.data.parallel import Engine, alone_in, units_in_order
+from multimodal.data.parallel import Engine, exclusive_lock, map_units
 
 ENGINES: tuple[Engine, ...] = ("processes", "ray")
 
@@ -42,13 +42,13 @@ def refuse(unit: int) -> int:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_killed_worker_costs_nothing(engine: Engine, tmp_path: Path) -> None:
     function = partial(square, tmp_path)
-    assert list(units_in_order(function, range(9), engine, workers=2)) == [n * n for n in range(9)]
+    assert list(map_units(function, range(9), engine, workers=2)) == [n * n for n in range(9)]
     assert (tmp_path / "died").exists()
 
 
 def test_a_worker_that_dies_while_the_caller_is_busy_costs_nothing(tmp_path: Path) -> None:
     """The pool is broken already when the next unit is handed to it."""
-    results = units_in_order(partial(square, tmp_path), range(12), workers=2)
+    results = map_units(partial(square, tmp_path), range(12), workers=2)
     found = [next(results)]
     while not (tmp_path / "died").exists():
         time.sleep(0.01)
@@ -61,20 +61,20 @@ def test_a_unit_that_another_rank_lost_is_done_after_a_while(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(parallel, "PATIENCE", 0.1)
-    assert list(units_in_order(abs, range(4), done=lambda unit: False)) == [0, 1, 2, 3]
+    monkeypatch.setattr(parallel, "RANK_TIMEOUT", 0.1)
+    assert list(map_units(abs, range(4), done=lambda unit: False)) == [0, 1, 2, 3]
     monkeypatch.setenv("RANK", "1")
-    assert list(units_in_order(abs, range(4), done=lambda unit: False)) == [1, 3], "its own only"
+    assert list(map_units(abs, range(4), done=lambda unit: False)) == [1, 3], "its own only"
 
 
 def test_a_unit_that_kills_every_worker_ends_the_work() -> None:
     with pytest.raises(ChildProcessError, match="killed 3 times at the same unit"):
-        list(units_in_order(die, range(3), workers=2))
+        list(map_units(die, range(3), workers=2))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_errors_are_those_of_the_unit(engine: Engine) -> None:
-    results = units_in_order(refuse, range(9), engine, workers=2)
+    results = map_units(refuse, range(9), engine, workers=2)
     assert next(results) == 0
     with pytest.raises(ValueError, match=r"^unit 2 cannot be done$"):
         list(results)
@@ -83,14 +83,14 @@ def test_errors_are_those_of_the_unit(engine: Engine) -> None:
 def test_wrong_arguments() -> None:
     for arguments, said in (({"workers": 0}, "workers=0"), ({"engine": "dask"}, "dask")):
         with pytest.raises(ValueError, match=said):
-            list(units_in_order(refuse, range(2), **arguments))  # type: ignore[arg-type]
+            list(map_units(refuse, range(2), **arguments))  # type: ignore[arg-type]
 
 
 def test_a_folder_is_for_one_process(tmp_path: Path) -> None:
-    with alone_in(tmp_path, "lock"):
-        with pytest.raises(ValueError, match="another process"), alone_in(tmp_path, "lock"):
+    with exclusive_lock(tmp_path, "lock"):
+        with pytest.raises(ValueError, match="another process"), exclusive_lock(tmp_path, "lock"):
             pass
-    with alone_in(tmp_path, "lock"):
+    with exclusive_lock(tmp_path, "lock"):
         pass
     assert list(tmp_path.iterdir()) == []
 

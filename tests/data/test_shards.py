@@ -14,7 +14,7 @@ from PIL import Image
 
 from multimodal.commands.data import main
 from multimodal.data import shards
-from multimodal.data.builder.salvage import Lost, salvage
+from multimodal.data.builder.salvage import LostSample, salvage
 from multimodal.data.samples import Sample
 from multimodal.data.shards import DamagedShard, Shards, index_shard, write_manifest
 from multimodal.data.verify import check
@@ -108,7 +108,7 @@ def test_cut_at_every_block(folder: Path) -> None:
         # Salvage with the index names every sample, and what it returns is right.
         found = list(salvage(path))
         whole = assert_right(s for s in found if isinstance(s, Sample))
-        lost = [item.name.rpartition(": ")[2] for item in found if isinstance(item, Lost)]
+        lost = [item.name.rpartition(": ")[2] for item in found if isinstance(item, LostSample)]
         assert sorted(whole + lost) == ["a", "b", "c"]
 
 
@@ -134,7 +134,7 @@ def test_a_cut_shard_cannot_be_indexed_or_salvaged_as_if_whole(tmp_path: Path) -
             index_shard(path)
         assert not shards.index_path(path).exists()
         halves = [s for s in found if isinstance(s, Sample) and len(s.members) < 2]
-        assert halves or any(isinstance(item, Lost) for item in found), position
+        assert halves or any(isinstance(item, LostSample) for item in found), position
 
 
 def test_flipped_bits_in_headers_and_data(folder: Path) -> None:
@@ -179,7 +179,7 @@ def test_damaged_header_without_any_index(tmp_path: Path) -> None:
     damaged[headers["c.json"]] ^= 1
     path.write_bytes(damaged)
     found = list(salvage(path))
-    assert [type(item) for item in found] == [Sample] * 4 + [Lost]
+    assert [type(item) for item in found] == [Sample] * 4 + [LostSample]
     # a hole of zeros, in the middle and at the end
     for first, last in (("c.jpg", "d.jpg"), ("d.jpg", None)):
         stop = headers[last] if last else len(data)
@@ -187,7 +187,7 @@ def test_damaged_header_without_any_index(tmp_path: Path) -> None:
         path.write_bytes(hole if last else hole + bytes(100_000))
         with pytest.raises(DamagedShard):
             index_shard(path)
-        assert isinstance(list(salvage(path))[-1], Lost)
+        assert isinstance(list(salvage(path))[-1], LostSample)
 
 
 @pytest.mark.parametrize("damage", ["empty", "garbage", "zeros", "gone", "swapped", "folder"])
@@ -208,7 +208,7 @@ def test_a_shard_that_is_something_else(folder: Path, damage: str) -> None:
         path.write_bytes(content[damage])
         with pytest.raises(DamagedShard):
             index_shard(path)
-        assert all(isinstance(item, Lost) for item in salvage(path))
+        assert all(isinstance(item, LostSample) for item in salvage(path))
     assert_noticed(folder)
     with pytest.raises(DamagedShard):
         list(Shards(folder))
@@ -234,7 +234,7 @@ def test_repeated_keys(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(DamagedShard, match="twice"):
             index_shard(path)
         found = list(salvage(path))
-        assert all(isinstance(item, Lost) or item.key == "b" for item in found)
+        assert all(isinstance(item, LostSample) or item.key == "b" for item in found)
     again = write_tar(folder / "train-0002.tar", pairs("xa"))
     entries = [index_shard(folder / name) for name in (*KEYS, again.name)]
     with pytest.raises(DamagedShard, match=r"key a is in train-0000.tar and in train-0002.tar"):

@@ -16,7 +16,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Annotated:
+class AnnotatedImage:
     """An image by its file name, and its record as given; ``problem``: why it cannot be used."""
 
     name: str
@@ -25,7 +25,7 @@ class Annotated:
     problem: str = ""
 
 
-def read_annotations(path: Path, answers: Path | None = None) -> Iterator[Annotated]:
+def read_annotations(path: Path, answers: Path | None = None) -> Iterator[AnnotatedImage]:
     """Everything in an annotation file; every entry that is of no image, by name.
 
     answers: of a file of VQA questions, that of their answers; without it only questions that
@@ -56,7 +56,7 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _coco(path: Path, content: dict[str, Any]) -> Iterator[Annotated]:
+def _coco(path: Path, content: dict[str, Any]) -> Iterator[AnnotatedImage]:
     licenses = {
         one["id"]: one.get("name")
         for one in _list(content.get("licenses"))
@@ -66,11 +66,11 @@ def _coco(path: Path, content: dict[str, Any]) -> Iterator[Annotated]:
     records: dict[Any, dict[str, Any]] = {}
     for number, image in enumerate(content["images"]):
         if not _is_object(image) or not isinstance(image.get("file_name"), str):
-            yield Annotated(f"{path}: images[{number}]", problem="no file_name")
+            yield AnnotatedImage(f"{path}: images[{number}]", problem="no file_name")
             continue
         if not _is_id(image.get("id")) or image["id"] in files:
             problem = "its id is another's" if _is_id(image.get("id")) else "no id"
-            yield Annotated(f"{path}: images[{number}]", problem=problem)
+            yield AnnotatedImage(f"{path}: images[{number}]", problem=problem)
             continue
         files[image.get("id")] = image["file_name"]
         record: dict[str, Any] = {"captions": []}
@@ -80,18 +80,18 @@ def _coco(path: Path, content: dict[str, Any]) -> Iterator[Annotated]:
     for number, one in enumerate(content["annotations"]):
         name = f"{path}: annotations[{number}]"
         if not _is_object(one) or not _is_id(one.get("image_id")) or one["image_id"] not in records:
-            yield Annotated(name, problem="its image_id is not among the images")
+            yield AnnotatedImage(name, problem="its image_id is not among the images")
         elif not isinstance(one.get("caption"), str):
-            yield Annotated(name, problem="no caption")
+            yield AnnotatedImage(name, problem="no caption")
         else:
             records[one["image_id"]]["captions"].append(one["caption"])
     for key, file in files.items():
-        yield Annotated(f"{path}: image {key}", file, records[key])
+        yield AnnotatedImage(f"{path}: image {key}", file, records[key])
 
 
 def _vqa(
     path: Path, content: dict[str, Any], given: dict[str, Any] | None, answers: Path | None
-) -> Iterator[Annotated]:
+) -> Iterator[AnnotatedImage]:
     found: dict[Any, str] = {}
     if given is not None:
         if not isinstance(given.get("annotations"), list):
@@ -108,7 +108,7 @@ def _vqa(
     for number, one in enumerate(content["questions"]):
         name = f"{path}: questions[{number}]"
         if not _is_object(one) or not isinstance(one.get("question"), str):
-            yield Annotated(name, problem="no question")
+            yield AnnotatedImage(name, problem="no question")
             continue
         answer, key = one.get("answer"), one.get("question_id")
         if answer is None and _is_id(key):
@@ -117,15 +117,17 @@ def _vqa(
         if not isinstance(file, str):
             if not isinstance(one.get("image_id"), int) or not isinstance(subset, str):
                 problem = "no image, nor COCO's image_id and data_subtype to name it"
-                yield Annotated(name, problem=problem)
+                yield AnnotatedImage(name, problem=problem)
                 continue
             file = f"COCO_{subset}_{one['image_id']:012d}.jpg"
         if not isinstance(answer, str):
-            yield Annotated(name, problem="no answer" if given else "no answer; give --answers")
+            yield AnnotatedImage(
+                name, problem="no answer" if given else "no answer; give --answers"
+            )
             continue
         pairs.setdefault(file, []).append([one["question"], answer])
     for file, qa in pairs.items():
-        yield Annotated(f"{path}: {file}", file, {"qa": qa})
+        yield AnnotatedImage(f"{path}: {file}", file, {"qa": qa})
 
 
 def _answer(one: Mapping[str, Any]) -> str | None:

@@ -22,18 +22,18 @@ from typing import Any, BinaryIO, get_args
 
 from multimodal.data.builder.cleaning import Cleaning
 from multimodal.data.builder.image_parts import (
-    ImageWork,
-    Made,
-    Part,
-    Unusable,
+    BadImage,
+    ImageFile,
+    ImagePart,
+    ImageSettings,
     make_part,
     read_part,
 )
-from multimodal.data.builder.records import Found, Rejected, has_text
+from multimodal.data.builder.records import RejectedSample, SourceSample, has_text
 from multimodal.data.builder.sources import read_source
 from multimodal.data.images import Fit
-from multimodal.data.near_duplicates import Seen
-from multimodal.data.parallel import Engine, alone_in, ranks, units_in_order
+from multimodal.data.near_duplicates import CopyIndex
+from multimodal.data.parallel import Engine, exclusive_lock, map_units, rank_and_world_size
 from multimodal.data.shards import MANIFEST, index_shard, write_manifest
 
 REJECTED = "rejected.jsonl"
@@ -47,10 +47,10 @@ _OWN_FILE = re.compile(r"[a-z]+-\d{4,}\.(tar|index\.json)")
 
 @dataclass(frozen=True)
 class Report:
-    """What a build did. ``kept + rejected == found``; ``ignored`` counts what is no sample,
+    """What a build did. ``kept + rejected == total``; ``ignored`` counts what is no sample,
     ``changed`` what cleaning changed."""
 
-    found: int
+    total: int
     kept: int
     rejected: int
     reasons: dict[str, int]
@@ -108,7 +108,7 @@ def build(
         raise ValueError(f"{out}: the source {source} lies in it; choose another folder")
     staging = out / STAGING
     parts = staging / PARTS
-    if not ranks()[0]:  # another rank may come when all is done
+    if not rank_and_world_size()[0]:  # another rank may come when all is done
         _check_out(out, overwrite)
         parts.mkdir(parents=True, exist_ok=True)
     ignored, reasons, changed = Counter[str](), Counter[str](), Counter[str]()
@@ -122,14 +122,14 @@ def build(
         images=None if images is None else Path(images),
         answers=None if answers is None else Path(answers),
     )
-    work = ImageWork(image_size, fit, quality, cleaning.min_side, cleaning.max_aspect_ratio,
-                     fingerprints=bool(cleaning.copies))  # fmt: skip
-    clean = (_cleaned(item, cleaning, need_text, changed) for item in items)
-    ready = _made(clean, parts, work, engine, workers)
-    if ranks()[0]:
+    settings = ImageSettings(image_size, fit, quality, cleaning.min_side, cleaning.max_aspect_ratio,
+                     hash_images=bool(cleaning.copies))  # fmt: skip
+    clean = (_clean(item, cleaning, need_text, changed) for item in items)
+    ready = _with_images(clean, parts, settings, engine, workers)
+    if rank_and_world_size()[0]:
         deque(ready, maxlen=0)  # the first rank puts the shards together
         return None
-    with alone_in(staging, LOCK):
+    with exclusive_lock(staging, LOCK):
         for left in staging.glob("*.*"):  # of a build that was interrupted; its parts stay
             left.unlink()
         try:
@@ -137,16 +137,21 @@ def build(
                 open(staging / REJECTED, "w", encoding="utf-8") as rejections,
                 _Writer(staging, shard_size) as writer,
             ):
-                copies = _Copies(near=cleaning.copies == "near")
-                found = 0
-                for item, made in progress(ready):
-                    found += 1
-                    no = _refused(item, made) or copies.refuse(item, made)
-                    if isinstance(item, Found) and isinstance(made, list) and no is None:
-                        no = writer.write(item, made, val_share)
-                    if no is not None:
-                        reasons[no.reason] += 1
-                        line = {"sample": no.name, "reason": no.reason, "detail": no.detail}
+                copies = _CopyFilter(near=cleaning.copies == "near")
+                total = 0
+                for item, prepared in progress(ready):
+                    total += 1
+                    rejected = _rejection(item, prepared) or copies.check(item, prepared)
+                    if rejected is None:
+                        assert isinstance(item, SourceSample) and isinstance(prepared, list)
+                        rejected = writer.write(item, prepared, val_share)
+                    if rejected is not None:
+                        reasons[rejected.reason] += 1
+                        line = {
+                            "sample": rejected.name,
+                            "reason": rejected.reason,
+                            "detail": rejected.detail,
+                        }
                         rejections.write(json.dumps(line, ensure_ascii=True) + "\n")
         except ValueError:
             if not any(parts.iterdir()):  # of the arguments or the source: nothing to go on with
@@ -172,66 +177,81 @@ def build(
     if not kept:
         why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "nothing found"
         raise ValueError(f"{source}: no sample could be used ({why}); see {out / REJECTED}")
-    return Report(found, kept, found - kept, dict(reasons), dict(writer.splits), dict(ignored),
+    return Report(total, kept, total - kept, dict(reasons), dict(writer.splits), dict(ignored),
                   dict(+changed))  # fmt: skip
 
 
-def _cleaned(
-    item: Found | Rejected, cleaning: Cleaning, need_text: bool, changed: "Counter[str]"
-) -> Found | Rejected:
+def _clean(
+    item: SourceSample | RejectedSample,
+    cleaning: Cleaning,
+    need_text: bool,
+    changed: "Counter[str]",
+) -> SourceSample | RejectedSample:
     """The steps that need no image."""
-    if isinstance(item, Rejected):
+    if isinstance(item, RejectedSample):
         return item
     if fault := cleaning.fault_of_texts(item.record):
-        return Rejected(item.name, *fault)
+        return RejectedSample(item.name, *fault)
     record = cleaning.cleaned(item.record, changed)
     if need_text and not has_text(record):
-        return Rejected(item.name, "no text left")
+        return RejectedSample(item.name, "no text left")
     return replace(item, record=record)
 
 
-def _made(
-    items: Iterator[Found | Rejected], folder: Path, work: ImageWork, engine: Engine, workers: int
-) -> Iterator[tuple[Found | Rejected, list[Made] | Unusable | None]]:
+def _with_images(
+    items: Iterator[SourceSample | RejectedSample],
+    folder: Path,
+    settings: ImageSettings,
+    engine: Engine,
+    workers: int,
+) -> Iterator[tuple[SourceSample | RejectedSample, list[ImageFile] | BadImage | None]]:
     """Every item with its images, in order; None for those that were rejected before."""
-    batches = deque[list[Found | Rejected]]()
+    batches = deque[list[SourceSample | RejectedSample]]()
 
-    def parts() -> Iterator[Part]:
+    def parts() -> Iterator[ImagePart]:
         while batch := list(islice(items, PART_SIZE)):
-            if not ranks()[0]:
+            if not rank_and_world_size()[0]:
                 batches.append(batch)
-            samples = (replace(item, record={}) for item in batch if isinstance(item, Found))
-            yield Part(folder, work, tuple(samples))
+            samples = (replace(item, record={}) for item in batch if isinstance(item, SourceSample))
+            yield ImagePart(folder, settings, tuple(samples))
 
-    for part in units_in_order(make_part, parts(), engine, workers, done=Part.done):
-        if ranks()[0]:
+    for part in map_units(make_part, parts(), engine, workers, done=ImagePart.done):
+        if rank_and_world_size()[0]:
             continue  # the first rank puts the shards together
         images = read_part(part)
         for item in batches.popleft():
-            yield item, next(images) if isinstance(item, Found) else None
+            yield item, next(images) if isinstance(item, SourceSample) else None
 
 
-class _Copies:
+class _CopyFilter:
     """Rejects copies of what came before, one image each; without fingerprints there are none."""
 
     def __init__(self, near: bool) -> None:
-        self._seen, self._names, self._near = Seen(), list[str](), near
+        self._index, self._names, self._near = CopyIndex(), list[str](), near
 
-    def refuse(self, item: Found | Rejected, made: list[Made] | Unusable | None) -> Rejected | None:
-        if not isinstance(made, list) or len(made) != 1 or made[0].fingerprint is None:
+    def check(
+        self, item: SourceSample | RejectedSample, images: list[ImageFile] | BadImage | None
+    ) -> RejectedSample | None:
+        if not isinstance(images, list) or len(images) != 1 or images[0].image_hash is None:
             return None
         self._names.append(item.name)
-        copy = self._seen.add(made[0].fingerprint, near=self._near)
+        copy = self._index.add(images[0].image_hash, near=self._near)
         if copy is None:
             return None
-        detail = f"{copy.kind} copy ({copy.alike:.3f}) of {self._names[copy.first]}"
-        return Rejected(item.name, "copy", detail)
+        detail = f"{copy.kind} copy ({copy.similarity:.3f}) of {self._names[copy.first]}"
+        return RejectedSample(item.name, "copy", detail)
 
 
-def _refused(item: Found | Rejected, made: list[Made] | Unusable | None) -> Rejected | None:
-    if isinstance(item, Rejected):
+def _rejection(
+    item: SourceSample | RejectedSample, images: list[ImageFile] | BadImage | None
+) -> RejectedSample | None:
+    if isinstance(item, RejectedSample):
         return item
-    return Rejected(item.name, made.reason, made.detail) if isinstance(made, Unusable) else None
+    return (
+        RejectedSample(item.name, images.reason, images.detail)
+        if isinstance(images, BadImage)
+        else None
+    )
 
 
 def is_held_out(key: str, share: float) -> bool:
@@ -287,14 +307,14 @@ def _move(staging: Path, out: Path) -> None:
     for path in sorted(out.iterdir()):
         if path.name == REJECTED or _OWN_FILE.fullmatch(path.name):
             path.unlink()
-    made = [path for path in staging.iterdir() if path.name not in (PARTS, LOCK, MOVING)]
-    for path in sorted(made, key=lambda path: (path.name == MANIFEST, path.name)):
+    written = [path for path in staging.iterdir() if path.name not in (PARTS, LOCK, MOVING)]
+    for path in sorted(written, key=lambda path: (path.name == MANIFEST, path.name)):
         path.replace(out / path.name)
 
 
-def name_of(found: Found, number: int, made: Made) -> str:
+def member_name(sample: SourceSample, number: int, image: ImageFile) -> str:
     """``jpg``, or of a document ``0.jpg``, ``1.jpg`` ..."""
-    return f"{number}.{made.suffix}" if found.document else made.suffix
+    return f"{number}.{image.suffix}" if sample.document else image.suffix
 
 
 class _Writer:
@@ -314,23 +334,27 @@ class _Writer:
         for split in list(self._open):
             self._close(split, index=kind is None)
 
-    def write(self, found: Found, made: list[Made], val_share: float) -> Rejected | None:
+    def write(
+        self, sample: SourceSample, images: list[ImageFile], val_share: float
+    ) -> RejectedSample | None:
         """Write one sample, or say why it cannot be."""
         try:
             record = json.dumps(
-                found.record, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+                sample.record, ensure_ascii=False, allow_nan=False, separators=(",", ":")
             ).encode("utf-8")
         except (ValueError, TypeError, RecursionError) as error:  # a lone surrogate, a date, ...
-            return Rejected(found.name, "unreadable text", str(error))
-        key = make_key(found.hint, found.identity, self._keys)
+            return RejectedSample(sample.name, "unreadable text", str(error))
+        key = make_key(sample.hint, sample.identity, self._keys)
         if key in self._keys:
-            return Rejected(found.name, "key taken", f"another sample has the key {key}")
+            return RejectedSample(sample.name, "key taken", f"another sample has the key {key}")
         self._keys.add(key)
-        split = found.split or ("val" if is_held_out(key, val_share) else "train")
+        split = sample.split or ("val" if is_held_out(key, val_share) else "train")
         if self.splits[split] % self._shard_size == 0:
             self._next(split)
-        images = {name_of(found, number, one): one.data for number, one in enumerate(made)}
-        self._open[split][2].write({"__key__": key, **images, "json": record})
+        members = {
+            member_name(sample, number, image): image.data for number, image in enumerate(images)
+        }
+        self._open[split][2].write({"__key__": key, **members, "json": record})
         self.splits[split] += 1
         return None
 

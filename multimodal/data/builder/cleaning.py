@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from multimodal.data.samples import parts_of, texts_of
 
-Copies = Literal["", "exact", "near"]
+CopyPolicy = Literal["", "exact", "near"]
 PersonalData = Literal["", "mask", "drop"]
 
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@\w[\w-]*(?:\.[\w-]+)+")
@@ -45,7 +45,7 @@ class Cleaning:
     max_aspect_ratio: float = 0.0
     min_words: int = 0
     max_words: int = 0
-    copies: Copies = ""
+    copies: CopyPolicy = ""
     blocklist: Sequence[str] = ()
     personal_data: PersonalData = ""
     licenses: Sequence[str] = ()
@@ -58,7 +58,7 @@ class Cleaning:
         if self.max_aspect_ratio and not self.max_aspect_ratio >= 1:
             raise ValueError(f"max_aspect_ratio={self.max_aspect_ratio}: expected at least 1")
         for name, choice, kinds in (
-            ("copies", self.copies, Copies),
+            ("copies", self.copies, CopyPolicy),
             ("personal_data", self.personal_data, PersonalData),
         ):
             if choice not in get_args(kinds):

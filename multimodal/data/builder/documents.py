@@ -12,7 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from multimodal.data.builder.records import Found, Rejected, encodable, normalise, shown
+from multimodal.data.builder.records import (
+    RejectedSample,
+    SourceSample,
+    encodable,
+    normalise,
+    shown,
+)
 from multimodal.data.builder.tables import IMAGE_COLUMNS, read_rows
 from multimodal.data.documents import UnreadableText, content_parts
 from multimodal.data.samples import IMAGE_SUFFIXES
@@ -41,12 +47,12 @@ def names_image(row: Mapping[str, Any]) -> bool:
     return any(text.endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)) for text in texts)
 
 
-def read_documents(source: Path, root: Path) -> Iterator[Found | Rejected]:
+def read_documents(source: Path, root: Path) -> Iterator[SourceSample | RejectedSample]:
     """The documents of a .jsonl in their order; root: the folder of their images."""
     for line, row in read_rows(source):
         name = f"{source}: line {line}"
         if isinstance(row, str):
-            yield Rejected(name, "unreadable row", row)
+            yield RejectedSample(name, "unreadable row", row)
             continue
         try:
             if not {"content", "images", "texts"} & {*row} and names_image(row):
@@ -56,17 +62,19 @@ def read_documents(source: Path, root: Path) -> Iterator[Found | Rejected]:
             rest = {k: v for k, v in row.items() if k not in {*used, "key"}}
             record = {**normalise(rest), "content": content}
         except UnreadableText as error:
-            yield Rejected(name, "unreadable text", str(error))
+            yield RejectedSample(name, "unreadable text", str(error))
             continue
         inside = [os.path.normpath(path) for path in paths]
         outside = [path for path in inside if path.startswith("..") or os.path.isabs(path)]
         if not content:
-            yield Rejected(name, "no text")
+            yield RejectedSample(name, "no text")
         elif outside or not all(map(encodable, inside)):
-            yield Rejected(name, "image outside the folder", shown(outside[0] if outside else "?"))
+            yield RejectedSample(
+                name, "image outside the folder", shown(outside[0] if outside else "?")
+            )
         else:
             key = row.get("key")
             hint = key if isinstance(key, str) else f"{source.stem}-{line}"
             images = tuple(root / path for path in inside)
             identity = f"{source.name}/{line}"
-            yield Found(name, hint, identity, images, record, document=True)
+            yield SourceSample(name, hint, identity, images, record, document=True)

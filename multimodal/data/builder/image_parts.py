@@ -20,16 +20,16 @@ import numpy as np
 from PIL import Image
 
 from multimodal.data.builder.cleaning import Cleaning
-from multimodal.data.builder.records import Cell, Found, Slice
+from multimodal.data.builder.records import Cell, Slice, SourceSample
 from multimodal.data.images import Fit, fit_image, open_image, orientation, read_image_file
-from multimodal.data.near_duplicates import KEPT, Fingerprint, fingerprint
+from multimodal.data.near_duplicates import THUMBNAIL_SIZE, ImageHash, hash_image
 from multimodal.data.shards import file_sha256, write_json
 
 _SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 @dataclass(frozen=True)
-class ImageWork:
+class ImageSettings:
     """What is done with each image: see ``multimodal.data.builder.build.build``."""
 
     image_size: int | None
@@ -37,36 +37,36 @@ class ImageWork:
     quality: int
     min_side: int = 0
     max_aspect_ratio: float = 0.0
-    fingerprints: bool = False
+    hash_images: bool = False
 
 
 @dataclass(frozen=True)
-class Made:
+class ImageFile:
     """An image file as it goes into a shard."""
 
     suffix: str
     data: bytes
-    fingerprint: Fingerprint | None = None
+    image_hash: ImageHash | None = None
 
 
 @dataclass(frozen=True)
-class Unusable:
+class BadImage:
     reason: str
     detail: str
 
 
 @dataclass(frozen=True)
-class Part:
+class ImagePart:
     """Samples (their records are not needed) whose images go to ``folder``."""
 
     folder: Path
-    work: ImageWork
-    samples: tuple[Found, ...]
+    settings: ImageSettings
+    samples: tuple[SourceSample, ...]
 
     @cached_property
     def name(self) -> str:
-        made_from = [asdict(self.work), [_made_from(sample) for sample in self.samples]]
-        return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+        inputs = [asdict(self.settings), [_inputs_of(sample) for sample in self.samples]]
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
 
     @property
     def marker(self) -> Path:
@@ -82,81 +82,83 @@ class Part:
         return self.marker.is_file()
 
 
-def _made_from(sample: Found) -> list[Any]:
-    made_from: list[Any] = [sample.name]
+def _inputs_of(sample: SourceSample) -> list[Any]:
+    inputs: list[Any] = [sample.name]
     for image in sample.images:
         path = image if isinstance(image, Path) else image.path
-        made_from.append(os.fsencode(path).hex())
+        inputs.append(os.fsencode(path).hex())
         if isinstance(image, Slice):
-            made_from += [image.offset, image.size]
+            inputs += [image.offset, image.size]
         elif isinstance(image, Cell):
-            made_from += [image.group, image.row, image.column]
+            inputs += [image.group, image.row, image.column]
         try:
             stat = path.stat()
-            made_from += [stat.st_size, stat.st_mtime_ns]
+            inputs += [stat.st_size, stat.st_mtime_ns]
         except (OSError, ValueError) as error:  # the latter: a NUL in the name
-            made_from.append(str(error))
-    return made_from
+            inputs.append(str(error))
+    return inputs
 
 
-def make_part(part: Part) -> Part:
+def make_part(part: ImagePart) -> ImagePart:
     """Make a part, unless it is there and whole (a machine that lost power may have lost data)."""
-    if part.done() and _whole(part):
+    if part.done() and _is_complete(part):
         return part
     part.folder.mkdir(parents=True, exist_ok=True)
     entries: list[list[dict[str, Any]]] = []
     temporary = part.files.with_name(f".{part.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         for sample in part.samples:
-            images = [make_image(sample.name, image, part.work) for image in sample.images]
-            entries.append([_entry(made) for made in images])
-            file.writelines(made.data for made in images if isinstance(made, Made))
+            images = [make_image(sample.name, image, part.settings) for image in sample.images]
+            entries.append([_entry(image) for image in images])
+            file.writelines(image.data for image in images if isinstance(image, ImageFile))
     temporary.replace(part.files)
     write_json(part.marker, {"sha256": file_sha256(part.files), "samples": entries})
     return part
 
 
-def _whole(part: Part) -> bool:
+def _is_complete(part: ImagePart) -> bool:
     try:
-        wanted = json.loads(part.marker.read_text("utf-8"))["sha256"]
-        return bool(file_sha256(part.files) == wanted)
+        expected = json.loads(part.marker.read_text("utf-8"))["sha256"]
+        return bool(file_sha256(part.files) == expected)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _entry(made: Made | Unusable) -> dict[str, Any]:
+def _entry(image: ImageFile | BadImage) -> dict[str, Any]:
     """What the marker says of an image."""
-    if isinstance(made, Unusable):
-        return asdict(made)
-    entry: dict[str, Any] = {"suffix": made.suffix, "size": len(made.data)}
-    if (seen := made.fingerprint) is not None:
+    if isinstance(image, BadImage):
+        return asdict(image)
+    entry: dict[str, Any] = {"suffix": image.suffix, "size": len(image.data)}
+    if (seen := image.image_hash) is not None:
         small = base64.b64encode(seen.small.tobytes()).decode()
         entry |= {"exact": seen.exact, "views": seen.views.tolist(), "small": small}
     return entry
 
 
-def read_part(part: Part) -> Iterator[list[Made] | Unusable]:
+def read_part(part: ImagePart) -> Iterator[list[ImageFile] | BadImage]:
     """For each sample of a part that was made its images, or what is wrong with one of them."""
     with open(part.files, "rb") as file:
         for entries in json.loads(part.marker.read_text("utf-8"))["samples"]:
-            images = [_made(entry, file) for entry in entries]
-            made = [image for image in images if isinstance(image, Made)]
-            bad = [image for image in images if isinstance(image, Unusable)]
-            yield bad[0] if bad else made
+            images = [_from_entry(entry, file) for entry in entries]
+            good = [image for image in images if isinstance(image, ImageFile)]
+            bad = [image for image in images if isinstance(image, BadImage)]
+            yield bad[0] if bad else good
 
 
-def _made(entry: dict[str, Any], file: BinaryIO) -> Made | Unusable:
+def _from_entry(entry: dict[str, Any], file: BinaryIO) -> ImageFile | BadImage:
     if "reason" in entry:
-        return Unusable(**entry)
+        return BadImage(**entry)
     seen = None
     if "exact" in entry:
         small = np.frombuffer(base64.b64decode(entry["small"]), np.uint8)
         views = np.array(entry["views"], np.uint64)
-        seen = Fingerprint(entry["exact"], views, small.reshape(KEPT, KEPT, 3))
-    return Made(entry["suffix"], file.read(entry["size"]), seen)
+        seen = ImageHash(entry["exact"], views, small.reshape(THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3))
+    return ImageFile(entry["suffix"], file.read(entry["size"]), seen)
 
 
-def make_image(name: str, source: Path | Slice | Cell, work: ImageWork) -> Made | Unusable:
+def make_image(
+    name: str, source: Path | Slice | Cell, settings: ImageSettings
+) -> ImageFile | BadImage:
     """The file that goes into the shard; a good one stays as it is, byte for byte."""
     try:
         data = read_image_file(source) if isinstance(source, Path) else source.read()
@@ -171,18 +173,18 @@ def make_image(name: str, source: Path | Slice | Cell, work: ImageWork) -> Made 
                 and orientation(original) == 1
             )
     except ValueError as error:
-        return Unusable("unreadable image", str(error).removeprefix(f"{name}: "))
-    limits = Cleaning(min_side=work.min_side, max_aspect_ratio=work.max_aspect_ratio)
+        return BadImage("unreadable image", str(error).removeprefix(f"{name}: "))
+    limits = Cleaning(min_side=settings.min_side, max_aspect_ratio=settings.max_aspect_ratio)
     if fault := limits.fault_of_size(*image.size):
-        return Unusable(*fault)
-    if work.image_size is not None or not plain:
-        if work.image_size is not None:
-            image = fit_image(image, work.image_size, work.fit)
+        return BadImage(*fault)
+    if settings.image_size is not None or not plain:
+        if settings.image_size is not None:
+            image = fit_image(image, settings.image_size, settings.fit)
         buffer = io.BytesIO()
         if suffix == "png":
             image.save(buffer, "PNG")
         else:
             suffix = "jpg"
-            image.save(buffer, "JPEG", quality=work.quality)
+            image.save(buffer, "JPEG", quality=settings.quality)
         data = buffer.getvalue()
-    return Made(suffix, data, fingerprint(data, name) if work.fingerprints else None)
+    return ImageFile(suffix, data, hash_image(data, name) if settings.hash_images else None)

@@ -52,7 +52,7 @@ def _row_group(path: Path, group: int, column: str) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceSample:
     """One image with its record, or the images of a document in their order.
 
     ``hint`` is what its key should be, ``identity`` tells it from every other sample of the source,
@@ -70,7 +70,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Rejected:
+class RejectedSample:
     """Something found that cannot be used: ``reason`` is of a small set, to be counted."""
 
     name: str

@@ -18,7 +18,7 @@ from multimodal.data.shards import MAX_PADDING, DamagedShard, only_zeros, read_i
 
 
 @dataclass(frozen=True)
-class Lost:
+class LostSample:
     """Something in a shard that could not be read whole: its name if known, and why."""
 
     name: str
@@ -63,26 +63,26 @@ class Members(Mapping[str, bytes]):
         return len(self.places)
 
 
-def salvage(shard: Path) -> Iterator[Sample | Lost]:
+def salvage(shard: Path) -> Iterator[Sample | LostSample]:
     """The samples of a shard in order, damaged or not; its index is used if there is one.
 
     Goes on after a damaged header with the next good one. Only members that stand together make a
-    sample, so nothing is paired by chance: a key that comes back later is ``Lost`` each time. A
-    sample may lack its image or its text (its other half was lost): that is for the caller to
-    refuse. Bytes that belong to no sample are ``Lost`` by their place in the file.
+    sample, so nothing is paired by chance: a key that comes back later is ``LostSample`` each time.
+    A sample may lack its image or its text (its other half was lost): that is for the caller to
+    refuse. Bytes that belong to no sample are ``LostSample`` by their place in the file.
     """
     size = shard.stat().st_size
     runs, gaps = _walk(shard, size)
     times = Counter(run.key for run in runs)
     for run in runs:
         if reason := _fault(run, times, size):
-            yield Lost(f"{shard}: {run.key or run.members[0][0]}", reason)
+            yield LostSample(f"{shard}: {run.key or run.members[0][0]}", reason)
             continue
         yield run.sample(shard)
     try:
         for indexed in read_index(shard):
             if indexed["key"] not in times:
-                yield Lost(f"{shard}: {indexed['key']}", "in the index, but not in the shard")
+                yield LostSample(f"{shard}: {indexed['key']}", "in the index, but not in the shard")
         return  # the index names everything: gaps would count a loss twice
     except DamagedShard:
         pass
@@ -92,11 +92,11 @@ def salvage(shard: Path) -> Iterator[Sample | Lost]:
         if any(_fault(run, times, size) or not run.is_whole(shard) for run in beside):
             continue
         if not only_zeros(shard, start, stop):
-            yield Lost(f"{shard}: bytes {start} to {stop}", "unreadable: a damaged header?")
+            yield LostSample(f"{shard}: bytes {start} to {stop}", "unreadable: a damaged header?")
         elif stop < size or stop - start > MAX_PADDING:
-            yield Lost(f"{shard}: bytes {start} to {stop}", "only zeros: a hole in the file?")
+            yield LostSample(f"{shard}: bytes {start} to {stop}", "only zeros: a hole in the file?")
         elif stop - start < 1024:
-            yield Lost(f"{shard}: byte {size}", "cut off: what followed is not known")
+            yield LostSample(f"{shard}: byte {size}", "cut off: what followed is not known")
 
 
 def _walk(shard: Path, size: int) -> tuple[list[_Run], list[tuple[int, int, int]]]:

@@ -1,7 +1,7 @@
 """What people have, as samples: folders of images, tables, annotations, or webdataset shards.
 
-Everything found is yielded, either as ``Found`` or as ``Rejected`` with its name: the caller can
-count.
+The readers yield every sample: a ``SourceSample``, or a ``RejectedSample`` with its name and the
+reason. So the caller can count all of them.
 """
 
 import json
@@ -14,15 +14,15 @@ from typing import Any
 from multimodal.data.builder.annotations import read_annotations
 from multimodal.data.builder.documents import is_documents, read_documents
 from multimodal.data.builder.records import (
-    Found,
-    Rejected,
+    RejectedSample,
+    SourceSample,
     encodable,
     has_text,
     normalise,
     shown,
     shuffled,
 )
-from multimodal.data.builder.salvage import Lost, Members, salvage
+from multimodal.data.builder.salvage import LostSample, Members, salvage
 from multimodal.data.builder.tables import TABLE_SUFFIXES, read_parquet, read_table
 from multimodal.data.documents import UnreadableText, check_content, images_of, is_plain_text
 from multimodal.data.samples import IMAGE_SUFFIXES
@@ -45,7 +45,7 @@ def read_source(
     outside: Path | None = None,
     images: Path | None = None,
     answers: Path | None = None,
-) -> Iterator[Found | Rejected]:
+) -> Iterator[SourceSample | RejectedSample]:
     """Everything in a source, in an order that depends on its content only.
 
     Shards, and Parquet with the files in it, keep their order; all else is shuffled (by a hash of
@@ -87,8 +87,8 @@ def read_source(
             "annotations (.json)"
         )
     for item in items:
-        if isinstance(item, Found) and need_text and not has_text(item.record):
-            yield Rejected(item.name, "no text")
+        if isinstance(item, SourceSample) and need_text and not has_text(item.record):
+            yield RejectedSample(item.name, "no text")
         else:
             yield item
 
@@ -138,7 +138,7 @@ def _record(json_bytes: bytes | None, txt_bytes: bytes | None) -> dict[str, Any]
 
 def _read_folder(
     folder: Path, ignored: "Counter[str]", outside: Path | None
-) -> Iterator[Found | Rejected]:
+) -> Iterator[SourceSample | RejectedSample]:
     images: dict[str, Path] = {}
     texts: dict[str, dict[str, Path]] = {}
     visited: set[str] = set()
@@ -160,31 +160,37 @@ def _read_folder(
             elif suffix in ("txt", "json"):
                 texts.setdefault(relative[: -len(suffix) - 1], {})[suffix] = path
             elif suffix in _OTHER_IMAGES:
-                yield Rejected(shown(path), "not JPEG, PNG or WebP", f"a .{suffix} file")
+                yield RejectedSample(shown(path), "not JPEG, PNG or WebP", f"a .{suffix} file")
             else:
                 ignored[f"files .{suffix}" if suffix else "files without a suffix"] += 1
     for error in unreadable:
-        yield Rejected(shown(error.filename), "unreadable folder", error.strerror or str(error))
+        yield RejectedSample(
+            shown(error.filename), "unreadable folder", error.strerror or str(error)
+        )
     for stem in sorted(texts.keys() - {name.rpartition(".")[0] for name in images}):
         for path in texts[stem].values():
-            yield Rejected(shown(path), "no image", "a text without an image beside it")
+            yield RejectedSample(shown(path), "no image", "a text without an image beside it")
     for name in shuffled(list(images)):
         stem = name.rpartition(".")[0]
         try:
             contents = {kind: path.read_bytes() for kind, path in texts.get(stem, {}).items()}
             record = _record(contents.get("json"), contents.get("txt"))
         except (OSError, UnreadableText) as error:
-            yield Rejected(shown(images[name]), "unreadable text", str(error))
+            yield RejectedSample(shown(images[name]), "unreadable text", str(error))
         else:
-            yield Found(shown(images[name]), shown(stem), shown(name), (images[name],), record)
+            yield SourceSample(
+                shown(images[name]), shown(stem), shown(name), (images[name],), record
+            )
 
 
-def _read_shards(tars: list[Path], ignored: "Counter[str]") -> Iterator[Found | Rejected]:
+def _read_shards(
+    tars: list[Path], ignored: "Counter[str]"
+) -> Iterator[SourceSample | RejectedSample]:
     for tar in tars:
         split = split_of(tar.name)
         for item in salvage(tar):
-            if isinstance(item, Lost):
-                yield Rejected(item.name, "damaged shard", item.reason)
+            if isinstance(item, LostSample):
+                yield RejectedSample(item.name, "damaged shard", item.reason)
                 continue
             assert isinstance(item.members, Members)
             name, places = f"{tar}: {item.key}", dict(item.members.places)
@@ -198,40 +204,44 @@ def _read_shards(tars: list[Path], ignored: "Counter[str]") -> Iterator[Found | 
                     record.setdefault("label", label.decode("utf-8").strip())
                 document = images[0][0].isdecimal() if images else is_plain_text(record)
                 if not images and not document:
-                    yield Rejected(name, "no image", f"its members are {members}")
+                    yield RejectedSample(name, "no image", f"its members are {members}")
                     continue
                 if document:
                     record["content"] = check_content(record.get("content"), len(slices))
             except ValueError as error:
-                yield Rejected(name, "unreadable text", str(error))
+                yield RejectedSample(name, "unreadable text", str(error))
                 continue
             ignored.update(f"members .{other}" for other in places)
             held_out = split if split in _HELD_OUT else None
-            yield Found(name, item.key, f"{tar.name}/{item.key}", slices, record, held_out,
+            yield SourceSample(name, item.key, f"{tar.name}/{item.key}", slices, record, held_out,
                         document)  # fmt: skip
 
 
-def _read_annotated(source: Path, root: Path, answers: Path | None) -> Iterator[Found | Rejected]:
+def _read_annotated(
+    source: Path, root: Path, answers: Path | None
+) -> Iterator[SourceSample | RejectedSample]:
     """Images in the order of a hash of their names, as in folders."""
     found: dict[str, dict[str, Any]] = {}
     for one in read_annotations(source, answers):
         if one.record is None:
-            yield Rejected(one.name, "unreadable annotation", one.problem)
+            yield RejectedSample(one.name, "unreadable annotation", one.problem)
             continue
         file = os.path.normpath(one.file)
         if not encodable(file):
-            yield Rejected(one.name, "no image", "its file name is not Unicode")
+            yield RejectedSample(one.name, "no image", "its file name is not Unicode")
         elif file.startswith("..") or os.path.isabs(file):
-            yield Rejected(one.name, "image outside the folder", file)  # it may be someone's own
+            yield RejectedSample(
+                one.name, "image outside the folder", file
+            )  # it may be someone's own
         elif file in found:
-            yield Rejected(one.name, "image named twice", file)
+            yield RejectedSample(one.name, "image named twice", file)
         else:
             try:
                 found[file] = normalise(one.record)
             except UnreadableText as error:
-                yield Rejected(one.name, "unreadable text", str(error))
+                yield RejectedSample(one.name, "unreadable text", str(error))
     for file in shuffled(list(found)):
         path = root / file
-        yield Found(
+        yield SourceSample(
             shown(path), shown(os.path.splitext(file)[0]), shown(file), (path,), found[file]
         )

@@ -11,8 +11,8 @@ from typing import Any
 
 from multimodal.data.builder.records import (
     Cell,
-    Found,
-    Rejected,
+    RejectedSample,
+    SourceSample,
     encodable,
     has_text,
     normalise,
@@ -98,7 +98,7 @@ def read_table(
     image_column: str | None,
     text_column: str | None,
     need_text: bool,
-) -> Iterator[Found | Rejected]:
+) -> Iterator[SourceSample | RejectedSample]:
     """.csv, .tsv and .jsonl; arguments as of ``read_source``, root: the folder of the images."""
     rows = list(read_rows(table))
     names = list(dict.fromkeys(c for _, row in rows if isinstance(row, dict) for c in row))
@@ -113,7 +113,7 @@ def read_parquet(
     image_column: str | None,
     text_column: str | None,
     need_text: bool,
-) -> Iterator[Found | Rejected]:
+) -> Iterator[SourceSample | RejectedSample]:
     """Images by their paths, as in other tables; or the files themselves, a sample each row, bare
     or as Hugging Face's datasets have them: ``{"bytes", "path"}``."""
     try:
@@ -148,9 +148,9 @@ def read_parquet(
                 cell = Cell(table, group, at, columns.image)
                 try:
                     record = columns.record(row)
-                    yield Found(name, shown(hint), f"{table.name}/{number}", (cell,), record)
+                    yield SourceSample(name, shown(hint), f"{table.name}/{number}", (cell,), record)
                 except UnreadableText as error:
-                    yield Rejected(name, "unreadable text", str(error))
+                    yield RejectedSample(name, "unreadable text", str(error))
                 number += 1
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{table}: not readable as Parquet ({error})") from error
@@ -163,29 +163,29 @@ def _join_rows(
     root: Path,
     ignored: "Counter[str]",
     need_text: bool,
-) -> Iterator[Found | Rejected]:
+) -> Iterator[SourceSample | RejectedSample]:
     """Rows with the same image become one sample; other columns are kept where its rows agree."""
     groups: dict[str, list[dict[str, Any]]] = {}
     paths: dict[str, Path] = {}
     for line, row in rows:
         name = f"{table}: line {line}"
         if isinstance(row, str):
-            yield Rejected(name, "unreadable row", row)
+            yield RejectedSample(name, "unreadable row", row)
             continue
         image = row.pop(columns.image, None)
         if not isinstance(image, str) or not image.strip():
-            yield Rejected(name, "no image", f"column {columns.image} is empty")
+            yield RejectedSample(name, "no image", f"column {columns.image} is empty")
             continue
         if not encodable(image):
-            yield Rejected(name, "no image", "its file name is not Unicode")
+            yield RejectedSample(name, "no image", "its file name is not Unicode")
             continue
         try:
             record = columns.record(row)
         except UnreadableText as error:
-            yield Rejected(name, "unreadable text", str(error))
+            yield RejectedSample(name, "unreadable text", str(error))
             continue
         if need_text and not has_text(record):
-            yield Rejected(name, "no text")
+            yield RejectedSample(name, "no text")
             continue
         path = root / image.strip()
         relative = os.path.relpath(path, root)  # one name for a.jpg, ./a.jpg, /full/a.jpg
@@ -194,7 +194,7 @@ def _join_rows(
     for relative in shuffled(list(groups)):
         record, path = _join(groups[relative], ignored), paths[relative]
         hint = shown(os.path.splitext(relative)[0])
-        yield Found(shown(path), hint, shown(relative), (path,), record)
+        yield SourceSample(shown(path), hint, shown(relative), (path,), record)
 
 
 def _join(records: list[dict[str, Any]], ignored: "Counter[str]") -> dict[str, Any]:
