@@ -46,7 +46,7 @@ def compare(arguments: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from multimodal.commands.options import check_output, whole_file
+    from multimodal.commands.options import check_output
     from multimodal.data.images import fit_image, open_image, to_image, to_tensor
     from multimodal.data.shards import Shards
     from multimodal.eval.metrics.features import Features
@@ -56,6 +56,7 @@ def compare(arguments: argparse.Namespace) -> int:
         score_reconstructions,
         time_tokenizers,
     )
+    from multimodal.files import atomic_file
     from multimodal.model.checkpoint import part_of
     from multimodal.tokenizers.image import load_image_tokenizer
 
@@ -94,13 +95,13 @@ def compare(arguments: argparse.Namespace) -> int:
     }  # fmt: skip
     print(table(rows, protocol))
     if arguments.output:
-        with whole_file(Path(arguments.output)) as file:
+        with atomic_file(Path(arguments.output)) as file:
             file.write_text(json.dumps({"protocol": protocol, "tokenizers": rows}, indent=1) + "\n")
     if arguments.picture:
         from torchvision.utils import make_grid
 
         grid = make_grid(torch.cat(pictures), nrow=len(images[:SHOWN]))
-        with whole_file(Path(arguments.picture)) as file:
+        with atomic_file(Path(arguments.picture)) as file:
             to_image(grid).save(file, "PNG")
     return 0
 

@@ -7,7 +7,6 @@ they are, chosen by the seed alone.
 
 import argparse
 import io
-import json
 import random
 import re
 import sys
@@ -21,13 +20,14 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from multimodal.commands.options import check_output, whole_file
+from multimodal.commands.options import check_output
 from multimodal.data.builder.records import has_text
 from multimodal.data.documents import images_in, images_of
 from multimodal.data.images import FORMATS, open_image
 from multimodal.data.samples import Sample, texts_of
 from multimodal.data.shards import Shards, read_manifest, splits_of
 from multimodal.eval.page import Bars, Figure, Section, page
+from multimodal.files import atomic_file, write_json
 
 EPILOG = """The page needs no network and no other file. --weights are those of data.weights in a
 recipe: the page then says how often a sample of each folder is seen in an epoch.
@@ -86,11 +86,10 @@ def main(argv: list[str]) -> int:
         figures["duplicates"] = copies
     total = sum(one.counts.total() for one in found)
     about = f"{total:,} samples in {len(found)} folder{'s' if len(found) > 1 else ''}"
-    with whole_file(arguments.out) as file:
+    with atomic_file(arguments.out) as file:
         file.write_text(page("Data report", about, sections), "utf-8")
     if arguments.json:
-        with whole_file(arguments.json) as file:
-            file.write_text(json.dumps(figures, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        write_json(arguments.json, figures)
     print(f"{arguments.out}: {about}")
     return 0
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from multimodal.commands.options import check_output, load_model, parser, whole_file
+from multimodal.commands.options import check_output, load_model, parser
 from multimodal.data.images import open_image
 from multimodal.eval.metrics.scene_drawings import objects_asked, score_scene_drawings
 from multimodal.eval.page import Figure, Section, page
+from multimodal.files import atomic_file
 from multimodal.scenes.claims import check_caption
 from multimodal.scenes.questions import questions
 from multimodal.scenes.scene import render, sample_scene
@@ -209,7 +210,7 @@ def main(argv: list[str]) -> int:
         f"Seed {arguments.seed}; {seconds:.0f} seconds in all, with loading, on "
         f"{arguments.device}. The model card says what it was trained on and how well it does."
     )
-    with whole_file(arguments.out) as part:
+    with atomic_file(arguments.out) as part:
         part.write_text(page("multimodal: a demo", about, sections), "utf-8")
     print(arguments.out)
     return 0

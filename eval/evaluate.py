@@ -14,8 +14,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multimodal.commands.options import check_output, load_model, parser, whole_file
+from multimodal.commands.options import check_output, load_model, parser
 from multimodal.data.shards import Shards
+from multimodal.files import atomic_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> int:
         return 0
     print(table(report))
     if arguments.output:
-        with whole_file(arguments.output) as file:
+        with atomic_file(arguments.output) as file:
             file.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     return 0
 
@@ -157,7 +158,7 @@ def run(
         "results": results,
     }  # fmt: skip
     if arguments.page and first:
-        with whole_file(arguments.page) as file:
+        with atomic_file(arguments.page) as file:
             file.write_text(page(f"{arguments.model} ({model.fingerprint})", f"commit {commit()}",
                                  sections), "utf-8")  # fmt: skip
     return report

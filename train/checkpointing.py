@@ -1,6 +1,5 @@
 """What keeps a run: checkpoints that are whole or not there, and one more when it is stopped."""
 
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -13,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from multimodal.files import atomic_file
 from multimodal.train.callbacks import say
 
 
@@ -29,14 +29,10 @@ class WholeCheckpoints(TorchCheckpointIO):
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
         path = Path(path)
-        part = path.with_name(f"{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "wb") as file:
+            with atomic_file(path, sync=True) as part, open(part, "wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
         except torch.OutOfMemoryError:
             raise
         except (OSError, RuntimeError) as error:  # the latter is torch's for a write that failed
@@ -44,8 +40,6 @@ class WholeCheckpoints(TorchCheckpointIO):
                 f"{path}: the checkpoint could not be written (a full disk?); the one before it is "
                 f"whole, and --ckpt_path goes on with it: {str(error).splitlines()[0]}"
             ) from error
-        finally:
-            part.unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -73,13 +67,12 @@ class KeptCheckpoints(ModelCheckpoint):
             link = Path(linkpath)
             if link.is_dir() and not link.is_symlink():
                 shutil.rmtree(link)
-            part = link.with_name(f"{link.name}.part")
-            part.unlink(missing_ok=True)
-            try:
-                part.symlink_to(Path(filepath).name)
-            except OSError:  # on Windows it takes a privilege
-                shutil.copy(filepath, part)
-            part.replace(link)
+            with atomic_file(link) as part:
+                part.unlink(missing_ok=True)
+                try:
+                    part.symlink_to(Path(filepath).name)
+                except OSError:  # on Windows it takes a privilege
+                    shutil.copy(filepath, part)
         trainer.strategy.barrier()
 
 

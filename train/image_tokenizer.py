@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from multimodal.data.images import Fit, to_image
 from multimodal.eval.metrics.features import RANDOM, Features
-from multimodal.model.checkpoint import written_beside
+from multimodal.files import atomic_folder
 from multimodal.tokenizers.image import (
     ImageTokenizerConfig,
     VQTokenizer,
@@ -283,7 +283,7 @@ class ImageTokenizerModule(TrainedByMuon):
     def export(self, folder: str) -> None:
         """Write what is published: the tokenizer without the head. The first rank does."""
         if self.trainer.is_global_zero:
-            with written_beside(Path(folder)) as part:
+            with atomic_folder(Path(folder)) as part:
                 self.tokenizer.save(part)
 
 

@@ -13,8 +13,8 @@ from multimodal.commands.options import (
     load_model,
     parser,
     run_bulk,
-    whole_file,
 )
+from multimodal.files import atomic_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,10 +80,10 @@ def main(argv: list[str]) -> int:
             index.append({"image": str(path)})
     if not rows:
         raise ValueError("nothing could be embedded")
-    with whole_file(arguments.out) as part, part.open("wb") as file:
+    with atomic_file(arguments.out) as part, part.open("wb") as file:
         np.save(file, torch.stack(rows).numpy())
     beside = arguments.out.with_suffix(".jsonl")
-    with whole_file(beside) as part:
+    with atomic_file(beside) as part:
         part.write_text("".join(json.dumps(item) + "\n" for item in index))
     print(f"{arguments.out}: {len(rows)} rows of {len(rows[0])}; index in {beside}")
     return int(failed > 0)

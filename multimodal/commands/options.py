@@ -1,12 +1,12 @@
-"""What the verbs that use a model share: options, loading, files that are whole or not there."""
+"""What the verbs that use a model share: options, loading, checks of the output."""
 
 import argparse
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from multimodal.files import atomic_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -188,17 +188,6 @@ def check_output(path: Path, suffixes: tuple[str, ...] = tuple(IMAGE_FORMATS)) -
         raise ValueError(f"{path.parent}: cannot be written to")
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to that becomes ``path`` when all went well, and vanishes when not."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def save_image(image: "Image.Image", path: Path) -> None:
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         image.save(part, format=IMAGE_FORMATS[path.suffix.lower()])

@@ -10,7 +10,6 @@ on with the shards that are missing. The same input gives the same bytes.
 """
 
 import io
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -37,6 +36,7 @@ from multimodal.data.shards import (
     write_manifest,
     write_tar,
 )
+from multimodal.files import atomic_file
 from multimodal.tokenizers.image import VQTokenizer, load_image_tokenizer
 
 SETTINGS = "encoding.json"  # what a folder that is not finished yet is made with
@@ -195,9 +195,8 @@ def encode_shard(
     samples = Shards(shard.source, only=shard.name)
     if shard.done():
         return len(samples)
-    part = shard.out / f".{shard.name}.{os.getpid()}.part"
-    write_tar(part, _encoded(samples, shard, tokenizer, on_sample))
-    part.replace(shard.out / shard.name)
+    with atomic_file(shard.out / shard.name, shared=True) as part:
+        write_tar(part, _encoded(samples, shard, tokenizer, on_sample))
     return 0
 
 

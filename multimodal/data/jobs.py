@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.data.parallel import POLL_INTERVAL, exclusive_lock, rank_and_world_size
-from multimodal.data.shards import write_json
+from multimodal.files import temporary_path, write_json
 
 LOCK = ".lock"
 
@@ -41,7 +41,7 @@ def job_folder(
                     f"{out}: was begun with other shards or options; give a new folder"
                 )
         else:
-            temporary = f"{settings.name}.tmp"  # of a job that was killed at its start
+            temporary = temporary_path(settings).name  # of a job that was killed at its start
             if {one.name for one in out.iterdir()} - {LOCK, temporary}:
                 raise ValueError(f"{out}: not empty; give a new folder")
             write_json(settings, begun_with)

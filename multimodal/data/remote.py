@@ -11,6 +11,8 @@ import os
 import shutil
 from pathlib import Path
 
+from multimodal.files import atomic_file
+
 ADDRESS = ".address"  # in a mirror: of what
 
 
@@ -25,9 +27,8 @@ def local_folder(folder: str | Path) -> Path:
     mirror = _mirrors() / hashlib.sha256(address.encode()).hexdigest()[:16]
     mirror.mkdir(parents=True, exist_ok=True)
     if not (mirror / ADDRESS).is_file():
-        part = mirror / f"{ADDRESS}.{os.getpid()}"
-        part.write_text(address)
-        part.replace(mirror / ADDRESS)
+        with atomic_file(mirror / ADDRESS, shared=True) as part:
+            part.write_text(address)
     fetch(mirror, "manifest.json", again=True)
     return mirror
 
@@ -49,13 +50,13 @@ def fetch(mirror: Path, name: str, again: bool = False) -> None:
     import fsspec
 
     address = f"{(mirror / ADDRESS).read_text()}/{name}"
-    part = mirror / f".{name}.{os.getpid()}.part"
     try:
-        with fsspec.open(address, "rb") as source, open(part, "wb") as file:
+        with (
+            atomic_file(target, shared=True) as part,
+            fsspec.open(address, "rb") as source,
+            open(part, "wb") as file,
+        ):
             shutil.copyfileobj(source, file, 1 << 20)
-        part.replace(target)
     except Exception as error:  # of every file system its own
         reason = str(error) or type(error).__name__
         raise ValueError(f"{address}: cannot be read ({reason})") from error
-    finally:
-        part.unlink(missing_ok=True)

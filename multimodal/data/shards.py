@@ -21,6 +21,7 @@ from typing import Any
 
 from multimodal.data.remote import fetch, is_mirror, local_folder
 from multimodal.data.samples import Sample
+from multimodal.files import write_json
 
 MANIFEST = "manifest.json"
 FORMAT = "multimodal-shards"
@@ -43,16 +44,6 @@ def split_of(name: str) -> str:
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", "utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def index_path(shard: Path) -> Path:

@@ -3,12 +3,14 @@
 import hashlib
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from multimodal.files import atomic_file
 from multimodal.inference.batch import Batch, text_ids
 from multimodal.inference.text import encode_images
 from multimodal.model.sequences import describe_prompt, draw_prompt
@@ -75,13 +77,10 @@ class EmbeddingCache:
 
         if not self.added:
             return
-        part = self.path.with_suffix(".part")
-        try:
+        with suppress(Exception):  # safetensors has its own for a full disk
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({key: row.contiguous() for key, row in self.rows.items()}, part)
-            part.replace(self.path)
-        except Exception:  # safetensors has its own for a full disk
-            part.unlink(missing_ok=True)
+            with atomic_file(self.path, shared=True) as part:
+                save_file({key: row.contiguous() for key, row in self.rows.items()}, part)
 
 
 def embed_files(

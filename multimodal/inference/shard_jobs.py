@@ -5,9 +5,7 @@ of embeddings, ``{"key", "row"}`` with the rows in ``NAME.npy`` (float32, unit n
 cannot be read has ``"error"`` in the place of its result. ``job.json`` says how they came about.
 """
 
-import io
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -21,6 +19,7 @@ from torch import Tensor
 from multimodal.data.jobs import job_folder
 from multimodal.data.parallel import Engine, map_units
 from multimodal.data.shards import Shards, read_manifest
+from multimodal.files import atomic_file
 from multimodal.inference.embedding import embed_codes
 from multimodal.inference.sampling import Sampling
 from multimodal.inference.text import caption_codes, encode_images, read_images
@@ -135,21 +134,15 @@ def run_shard(shard: ShardOfJob) -> tuple[int, int]:
             torch.set_num_threads(job.threads)
         lines, rows = _results(_model(job.model, job.device, job.dtype), shard)
         if rows is not None:
-            file = io.BytesIO()
-            np.save(file, rows.numpy(), allow_pickle=False)
-            _write(shard.rows, file.getvalue())
+            with atomic_file(shard.rows, shared=True) as part, open(part, "wb") as file:
+                np.save(file, rows.numpy(), allow_pickle=False)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        _write(shard.lines, text.encode())
+        with atomic_file(shard.lines, shared=True) as part:
+            part.write_bytes(text.encode())
     with open(shard.lines, encoding="utf-8", newline="\n") as text_file:  # no other line breaks
         written = [json.loads(line) for line in text_file]
     failed = sum("error" in line for line in written)
     return len(written) - failed, failed
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    part.replace(path)
 
 
 @lru_cache(1)

@@ -5,11 +5,7 @@ config.json  model.safetensors  heads.safetensors  text_tokenizer.json  image_to
 
 import copy
 import json
-import os
-import shutil
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from multimodal.files import atomic_folder
 from multimodal.model.network import ModelConfig, Multimodal
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.templates import Templates
@@ -38,48 +35,10 @@ def save(
 
     The image tokenizer stays in fp32: rounded, it would give other codes than in training.
     """
-    with written_beside(folder) as part:
+    with atomic_folder(folder) as part:
         _write(model, part, dtype)
         if card or not (folder / "README.md").exists():
             (part / "README.md").write_text(card or DEFAULT_CARD)
-
-
-@contextmanager
-def written_beside(folder: Path) -> Iterator[Path]:
-    """A folder to write to, whose files then take their places: a full disk leaves what was there.
-
-    Errors: ``OSError`` where something could not be written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / ".part"  # on the same disk, whatever is mounted where
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir()
-        yield part
-        readable(part)
-        files = [path for path in part.rglob("*") if path.is_file()]
-        for path in files:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        # What says what the others are comes last.
-        for path in sorted(files, key=lambda path: (path == part / "config.json", path)):
-            place = folder / path.relative_to(part)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(place)
-    except SafetensorError as error:
-        raise OSError(f"{folder}: could not be written ({error})") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def readable(folder: Path) -> None:
-    """Give every file the permissions of a new one: safetensors writes some that only their owner
-    may read."""
-    (new := folder / ".new").touch()
-    mode = new.stat().st_mode
-    new.unlink()
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
 
 
 def _write(model: Multimodal, folder: Path, dtype: torch.dtype) -> None:

@@ -7,16 +7,14 @@ that an export does not need transformers.
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from multimodal.model.checkpoint import find, load, read_config, readable, save
+from multimodal.files import new_folder
+from multimodal.model.checkpoint import find, load, read_config, save
 from multimodal.model.network import Multimodal
 from multimodal.model.vocabulary import SPECIALS, Vocabulary
 from multimodal.tokenizers.image import load_image_tokenizer
@@ -73,31 +71,6 @@ def export_model(
             model.image_tokenizer = other
         save(model, folder, dtype=DTYPES[dtype])
         _copy(source, folder, "README.md", "LICENSE")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes ``out`` when all went well, and vanishes when not.
-
-    Errors: ``ValueError`` for an ``out`` that is a file or holds something.
-    """
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out}: is not empty; name a new folder")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file; name a new folder")
-    parent = out.resolve().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    # Beside its final place, so that the rename stays on one disk; inside a private folder, so that
-    # the new one gets the usual permissions.
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=parent))
-    try:
-        folder = staging / "export"
-        folder.mkdir()
-        yield folder
-        readable(folder)
-        folder.rename(out.resolve())
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _copy(source: Path, folder: Path, *names: str) -> None:

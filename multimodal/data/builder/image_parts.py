@@ -23,7 +23,8 @@ from multimodal.data.builder.cleaning import Cleaning
 from multimodal.data.builder.records import Cell, Slice, SourceSample
 from multimodal.data.images import Fit, fit_image, open_image, orientation, read_image_file
 from multimodal.data.near_duplicates import THUMBNAIL_SIZE, ImageHash, hash_image
-from multimodal.data.shards import file_sha256, write_json
+from multimodal.data.shards import file_sha256
+from multimodal.files import atomic_file, write_json
 
 _SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -105,14 +106,13 @@ def make_part(part: ImagePart) -> ImagePart:
         return part
     part.folder.mkdir(parents=True, exist_ok=True)
     entries: list[list[dict[str, Any]]] = []
-    temporary = part.files.with_name(f".{part.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with atomic_file(part.files, shared=True) as temporary, open(temporary, "wb") as file:
         for sample in part.samples:
             images = [make_image(sample.name, image, part.settings) for image in sample.images]
             entries.append([_entry(image) for image in images])
             file.writelines(image.data for image in images if isinstance(image, ImageFile))
-    temporary.replace(part.files)
-    write_json(part.marker, {"sha256": file_sha256(part.files), "samples": entries})
+    content = {"sha256": file_sha256(part.files), "samples": entries}
+    write_json(part.marker, content, shared=True)
     return part
 
 
