@@ -2,17 +2,17 @@
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from multimodal.commands.options import add_engine
-from multimodal.data import shards
-from multimodal.data.verify import check
+from multimodal.data.indexing import index_folder
+from multimodal.data.shards import read_manifest
+from multimodal.data.verify import check, check_contents
 
 EPILOG = """examples:
   multimodal data build photos/ shards/ --image-size 256 --fit crop --val-share 0.05
@@ -34,8 +34,7 @@ def main(argv: Sequence[str]) -> int:
     Errors: ``ValueError`` or ``OSError`` for what the user can put right; wrong usage exits with 2.
     """
     arguments = _parser().parse_args(argv)
-    status: int = arguments.run(arguments)
-    return status
+    return arguments.run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,7 +118,7 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _build(arguments: argparse.Namespace) -> int:
     from multimodal.data.builder.build import REJECTED, build
-    from multimodal.data.builder.cleaning import Cleaning
+    from multimodal.data.builder.cleaning import Cleaning, read_blocklist
     from multimodal.data.builder.sources import expected_samples
 
     cleaning = Cleaning(
@@ -128,7 +127,7 @@ def _build(arguments: argparse.Namespace) -> int:
         min_words=arguments.min_words,
         max_words=arguments.max_words,
         copies=arguments.drop_copies,
-        blocklist=_words(arguments.blocklist) if arguments.blocklist else (),
+        blocklist=read_blocklist(arguments.blocklist) if arguments.blocklist else (),
         personal_data=arguments.personal_data,
         licenses=arguments.licenses,
     )
@@ -150,9 +149,7 @@ def _build(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         engine=arguments.engine,
         workers=arguments.workers,
-        progress=lambda items: tqdm(
-            items, total=total, unit="sample", file=sys.stderr, disable=None
-        ),
+        progress=_progress("sample", total),
     )
     if report is None:  # another rank has it
         return 0
@@ -171,81 +168,13 @@ def _build(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _words(file: Path) -> list[str]:
-    words = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
-    if not any(words):
-        raise ValueError(f"{file}: holds no words")
-    return [word for word in words if word]
-
-
 def _index(arguments: argparse.Namespace) -> int:
-    folder: Path = arguments.folder
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    tars = sorted(folder.glob("*.tar"))
-    if not tars:
-        raise ValueError(f"{folder}: no .tar files in it")
-    target: Path = arguments.out or folder
-    if target.resolve() != folder.resolve():
-        _link(tars, target)
-    elif not (os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222):
-        # The mode is asked too: root may write anywhere, but was told not to here.
-        raise ValueError(
-            f"{folder}: cannot write here; run: multimodal data index {folder} --out NEW_FOLDER "
-            "(links to the tars, nothing is copied)"
-        )
-    entries, damaged = [], 0
-    known = _known_hashes(target)
-    for tar in tqdm(tars, unit="shard", file=sys.stderr, disable=None):
-        try:
-            sha256 = known.get(tar.name)
-            if sha256 is not None and shards.file_sha256(tar) != sha256:
-                raise shards.DamagedShard(
-                    f"{tar}: differs from {target / shards.MANIFEST}; if it was changed on "
-                    "purpose, delete that file first"
-                )
-            entries.append(shards.index_shard(target / tar.name))
-        except shards.DamagedShard as error:
-            damaged += 1
-            print(error, file=sys.stderr)
-    lost = sorted(known.keys() - {tar.name for tar in tars})
-    for name in lost:
-        print(f"{target / name}: in the manifest, but not there", file=sys.stderr)
-    if damaged or lost:
-        raise ValueError(
-            f"{folder}: {damaged + len(lost)} of {len(tars) + len(lost)} shards are damaged or "
-            "missing, so no manifest is written; to keep the good samples run: "
-            f"multimodal data build {folder} NEW_FOLDER"
-        )
-    shards.write_manifest(target, entries, **({"source": str(folder)} | _known_facts(folder)))
-    print(f"{target}: {len(entries)} shards, {sum(e['samples'] for e in entries):,} samples")
+    entries = index_folder(
+        arguments.folder, arguments.out, on_problem=_print_error, progress=_progress("shard")
+    )
+    count = sum(entry["samples"] for entry in entries)
+    print(f"{arguments.out or arguments.folder}: {len(entries)} shards, {count:,} samples")
     return 0
-
-
-def _link(tars: list[Path], target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    for tar in tars:
-        link = target / tar.name
-        if link.is_symlink():
-            link.unlink()
-        elif link.exists():
-            raise ValueError(f"{link}: exists and is not a link; choose another --out")
-        link.symlink_to(tar.resolve())
-
-
-def _known_hashes(target: Path) -> dict[str, str]:
-    """What an earlier manifest says of its shards: indexing again must not bless damage."""
-    if not (target / shards.MANIFEST).is_file():
-        return {}
-    return {entry["name"]: entry["sha256"] for entry in shards.read_manifest(target)["shards"]}
-
-
-def _known_facts(folder: Path) -> dict[str, Any]:
-    """What an earlier manifest says besides: whose codes the shards hold, licence, source."""
-    if not (folder / shards.MANIFEST).is_file():
-        return {}
-    known = shards.read_manifest(folder)
-    return {k: v for k, v in known.items() if k not in ("format", "version", "shards")}
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -254,96 +183,68 @@ def _check(arguments: argparse.Namespace) -> int:
     with tqdm(unit="shard", file=sys.stderr, disable=None) as bar:
         for problem in check(folder, on_shard=lambda _: bar.update()):
             problems += 1
-            tqdm.write(problem, file=sys.stderr)
+            _print_error(problem)
     if arguments.decode and not problems:
-        problems += _check_contents(folder)
+        for problem in check_contents(folder, _progress("sample")):
+            problems += 1
+            _print_error(problem)
     if problems:
         print(f"{folder}: {problems} problem{'s' if problems > 1 else ''}")
         return 1
-    manifest = shards.read_manifest(folder)
+    manifest = read_manifest(folder)
     count = sum(entry["samples"] for entry in manifest["shards"])
     print(f"{folder}: all is well, {len(manifest['shards'])} shards, {count:,} samples")
     return 0
 
 
-def _check_contents(folder: Path) -> int:
-    from multimodal.data.documents import codes_in, document_of, images_in
-    from multimodal.data.images import open_image
-
-    problems = 0
-    opened = shards.Shards(folder)
-    for sample in tqdm(opened, unit="sample", file=sys.stderr, disable=None):
-        try:
-            if opened.encoding is not None:
-                codes_in(sample)
-            else:
-                for data in images_in(sample):
-                    open_image(data, name=f"sample {sample.key}")
-            document_of(sample)
-            _ = sample.record
-        except ValueError as error:
-            problems += 1
-            tqdm.write(f"{folder}: {error}", file=sys.stderr)
-    return problems
-
-
 def _duplicates(arguments: argparse.Namespace) -> int:
-    from multimodal.data.documents import images_in
-    from multimodal.data.near_duplicates import find_copies, hash_image
+    from multimodal.data.duplicates import find_duplicates, hash_folders
 
-    places, images, unreadable = list[tuple[Path, str, str]](), [], 0
-    opened = [
-        (folder, split, shards.Shards(folder, split))
-        for folder in arguments.folders
-        for split in shards.splits_of(folder)
-    ]
-    for folder, _, samples in opened:
-        if samples.encoding is not None:
-            raise ValueError(f"{folder}: holds codes, not images")
-    total = sum(len(samples) for _, _, samples in opened)
-    with tqdm(total=total, desc="images", unit="image", file=sys.stderr, disable=None) as bar:
-        for folder, split, samples in opened:
-            for sample in samples:
-                bar.update()
-                try:
-                    for image in images_in(sample):
-                        images.append(hash_image(image, f"sample {sample.key}"))
-                        places.append((folder, split, sample.key))
-                except ValueError as error:
-                    unreadable += 1
-                    tqdm.write(f"{folder}: {error}", file=sys.stderr)
-    if not images:
-        raise ValueError("no image could be read")
-    with tqdm(total=len(images), desc="compared", file=sys.stderr, disable=None) as bar:
-        copies = find_copies(images, bar.update)
-    leaks = 0
-    rows = []
-    for one in copies:
-        first, second = places[one.first], places[one.second]
-        leaks += first[:2] != second[:2]
-        print(f"{one.kind}\t{one.similarity:.3f}\t{':'.join(map(str, first))}\t"
-              f"{':'.join(map(str, second))}")  # fmt: skip
-        pair = {name: dict(zip(("folder", "split", "key"), map(str, place), strict=True))
-                for name, place in (("first", first), ("second", second))}  # fmt: skip
-        rows.append({"kind": one.kind, "alike": one.similarity, **pair})
+    images = hash_folders(
+        arguments.folders,
+        on_problem=_print_error,
+        progress=lambda samples, total: _progress("image", total, "images")(samples),
+    )
+    count = len(images.hashes)
+    with tqdm(total=count, desc="compared", file=sys.stderr, disable=None) as bar:
+        pairs = find_duplicates(images, bar.update)
+    for pair in pairs:
+        print(
+            f"{pair.kind}\t{pair.similarity:.3f}\t{':'.join(pair.first)}\t{':'.join(pair.second)}"
+        )
     if arguments.output:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        lines = [json.dumps(pair.to_json(), ensure_ascii=False) + "\n" for pair in pairs]
         arguments.output.write_text("".join(lines), "utf-8")
-    exact = sum(one.kind == "exact" for one in copies)
-    skipped = f"; {unreadable} could not be read" if unreadable else ""
+    exact = sum(pair.kind == "exact" for pair in pairs)
+    leaks = sum(pair.is_leak for pair in pairs)
+    skipped = f"; {images.unreadable} could not be read" if images.unreadable else ""
     print(
-        f"{len(images):,} images: {exact} exact copies, {len(copies) - exact} near, "
+        f"{count:,} images: {exact} exact copies, {len(pairs) - exact} near, "
         f"{leaks} of them between splits or folders{skipped}",
         file=sys.stderr,
     )
     return 1 if leaks else 0
 
 
+def _progress(
+    unit: str, total: int | None = None, description: str | None = None
+) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """A function that wraps an iterable in a progress bar on stderr."""
+    return lambda items: tqdm(
+        items, description, total=total, unit=unit, file=sys.stderr, disable=None
+    )
+
+
+def _print_error(line: str) -> None:
+    """Print to stderr without breaking a progress bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
 def _scenes(arguments: argparse.Namespace) -> int:
     from multimodal.scenes.dataset import write_scenes
 
     write_scenes(arguments.out, arguments.count, arguments.seed, arguments.size)
-    manifest = shards.read_manifest(arguments.out)
+    manifest = read_manifest(arguments.out)
     count = sum(entry["samples"] for entry in manifest["shards"])
     print(f"{arguments.out}: {len(manifest['shards'])} shards, {count:,} samples")
     return 0

@@ -1,11 +1,13 @@
-"""Verify every byte of a shard folder, and name what is lost."""
+"""Verify every byte of a shard folder, and name the samples that are lost."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from multimodal.data.samples import Sample
 from multimodal.data.shards import (
     DamagedShard,
+    Shards,
     file_sha256,
     index_path,
     read_index,
@@ -13,14 +15,19 @@ from multimodal.data.shards import (
     scan,
 )
 
-# Nothing here unpickles, but webdataset's decoder does: these members can run code elsewhere.
+# We never unpickle, but webdataset's decoder does: these members can run code in other readers.
 PICKLE_SUFFIXES = ("pkl", "pickle", "pyd", "pt", "pth", "joblib")
 
 
 def check(folder: str | Path, on_shard: Callable[[str], object] | None = None) -> Iterator[str]:
-    """Verify a whole folder; yields one line for each thing that is wrong (none: all is well).
+    """Compare every byte of a shard folder with its manifest and indexes.
 
-    ``on_shard`` is called with the name of each shard once it has been read, for progress.
+    Args:
+        folder: a shard folder.
+        on_shard: is called with the name of each shard after it was read, to show progress.
+
+    Yields:
+        One line for each problem. A folder without damage yields nothing.
     """
     folder = Path(folder)
     try:
@@ -39,17 +46,42 @@ def check(folder: str | Path, on_shard: Callable[[str], object] | None = None) -
             on_shard(entry["name"])
 
 
+def check_contents(
+    folder: str | Path, progress: Callable[[Iterable[Sample]], Iterable[Sample]] = iter
+) -> Iterator[str]:
+    """Decode every image, every array of codes and every record of a shard folder.
+
+    ``progress`` wraps the samples (``tqdm``, for instance). Yields one line for each sample that
+    cannot be read.
+    """
+    from multimodal.data.documents import codes_in, document_of, images_in
+    from multimodal.data.images import open_image
+
+    shards = Shards(folder)
+    for sample in progress(shards):
+        try:
+            if shards.encoding is not None:
+                codes_in(sample)
+            else:
+                for data in images_in(sample):
+                    open_image(data, name=f"sample {sample.key}")
+            document_of(sample)
+            _ = sample.record
+        except ValueError as error:
+            yield f"{folder}: {error}"
+
+
 def _check_shard(path: Path, entry: dict[str, Any], keys: dict[str, str]) -> Iterator[str]:
-    at_stake = f"{entry['samples']} samples at stake"
+    at_risk = f"{entry['samples']} samples at stake"
     if not path.is_file():
-        yield f"{path}: missing ({at_stake})"
+        yield f"{path}: missing ({at_risk})"
         return
     size = path.stat().st_size
     if size != entry["bytes"]:
-        yield f"{path}: {size} bytes, the manifest says {entry['bytes']} ({at_stake})"
+        yield f"{path}: {size} bytes, the manifest says {entry['bytes']} ({at_risk})"
     elif file_sha256(path) != entry["sha256"]:
-        yield f"{path}: SHA-256 differs from the manifest's ({at_stake})"
-    wanted: dict[tuple[str, str], tuple[int, int]] = {}
+        yield f"{path}: SHA-256 differs from the manifest's ({at_risk})"
+    expected: dict[tuple[str, str], tuple[int, int]] = {}
     try:
         index = read_index(path)
         if file_sha256(index_path(path)) != entry["index_sha256"] or len(index) != entry["samples"]:
@@ -59,7 +91,7 @@ def _check_shard(path: Path, entry: dict[str, Any], keys: dict[str, str]) -> Ite
             if key in keys:
                 yield f"{path}: key {key} is also in {keys[key]}: keys must be unique in a folder"
             keys[key] = path.name
-            wanted |= {(key, suffix): tuple(place) for suffix, place in sample["members"].items()}
+            expected |= {(key, suffix): tuple(place) for suffix, place in sample["members"].items()}
     except DamagedShard as error:
         yield str(error)
     try:
@@ -68,12 +100,12 @@ def _check_shard(path: Path, entry: dict[str, Any], keys: dict[str, str]) -> Ite
                 yield f"{path}: member {key}.{suffix} is a pickle: other readers would run it"
             if key.startswith("pipe:"):
                 yield f"{path}: member {key}.{suffix} has the form of a shell command's address"
-            if wanted.get((key, suffix)) == tuple(place):
-                del wanted[key, suffix]
-            elif wanted:
+            if expected.get((key, suffix)) == tuple(place):
+                del expected[key, suffix]
+            elif expected:
                 yield f"{path}: member {key}.{suffix} is not where the index says, or not in it"
     except DamagedShard as error:
         yield str(error)
-    if lost := sorted({key for key, _ in wanted}):
+    if lost := sorted({key for key, _ in expected}):
         more = ", ..." if len(lost) > 20 else ""
         yield f"{path}: lost {len(lost)} samples: {', '.join(lost[:20])}{more}"

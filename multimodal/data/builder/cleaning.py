@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from multimodal.data.samples import parts_of, texts_of
@@ -129,6 +130,14 @@ class Cleaning:
     def _right_length(self, caption: str) -> bool:
         words = len(_WORD.findall(caption))
         return self.min_words <= words and (not self.max_words or words <= self.max_words)
+
+
+def read_blocklist(file: Path) -> list[str]:
+    """The words of a file, one a line. Raises ``ValueError`` for a file without words."""
+    words = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
+    if not any(words):
+        raise ValueError(f"{file}: holds no words")
+    return [word for word in words if word]
 
 
 def find_personal(text: str) -> list[tuple[int, int, str]]:

@@ -1,0 +1,104 @@
+"""Write indexes and a manifest for the shards of a folder that exist already."""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from multimodal.data.shards import (
+    MANIFEST,
+    DamagedShard,
+    file_sha256,
+    index_shard,
+    read_manifest,
+    write_manifest,
+)
+
+
+def index_folder(
+    folder: Path,
+    out: Path | None = None,
+    *,
+    on_problem: Callable[[str], object] = lambda problem: None,
+    progress: Callable[[Iterable[Path]], Iterable[Path]] = iter,
+) -> list[dict[str, Any]]:
+    """Index every shard of a folder, and write the manifest.
+
+    Args:
+        folder: a folder of .tar shards.
+        out: where indexes, manifest and links to the shards go. By default ``folder`` itself.
+        on_problem: is called with one line for each shard that is damaged or missing.
+        progress: wraps the list of shards (``tqdm``, for instance).
+
+    Returns:
+        The entries of the manifest, one for each shard.
+
+    Raises:
+        ValueError: if the folder has no shards or cannot be written to, or if a shard is damaged or
+            missing. Then no manifest is written.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise ValueError(f"{folder}: no .tar files in it")
+    target = out or folder
+    if target.resolve() != folder.resolve():
+        _link(tars, target)
+    elif not (os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222):
+        # Root may write to any folder, so the mode counts too.
+        raise ValueError(
+            f"{folder}: cannot write here; run: multimodal data index {folder} --out NEW_FOLDER "
+            "(links to the tars, nothing is copied)"
+        )
+    entries, damaged = [], 0
+    hashes = _earlier_hashes(target)
+    for tar in progress(tars):
+        try:
+            sha256 = hashes.get(tar.name)
+            if sha256 is not None and file_sha256(tar) != sha256:
+                raise DamagedShard(
+                    f"{tar}: differs from {target / MANIFEST}; if it was changed on "
+                    "purpose, delete that file first"
+                )
+            entries.append(index_shard(target / tar.name))
+        except DamagedShard as error:
+            damaged += 1
+            on_problem(str(error))
+    missing = sorted(hashes.keys() - {tar.name for tar in tars})
+    for name in missing:
+        on_problem(f"{target / name}: in the manifest, but not there")
+    if damaged or missing:
+        raise ValueError(
+            f"{folder}: {damaged + len(missing)} of {len(tars) + len(missing)} shards are damaged "
+            "or missing, so no manifest is written; to keep the good samples run: "
+            f"multimodal data build {folder} NEW_FOLDER"
+        )
+    write_manifest(target, entries, **({"source": str(folder)} | _earlier_fields(folder)))
+    return entries
+
+
+def _link(tars: list[Path], target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for tar in tars:
+        link = target / tar.name
+        if link.is_symlink():
+            link.unlink()
+        elif link.exists():
+            raise ValueError(f"{link}: exists and is not a link; choose another --out")
+        link.symlink_to(tar.resolve())
+
+
+def _earlier_hashes(target: Path) -> dict[str, str]:
+    """The hashes of an earlier manifest: damage since then must not get a new valid hash."""
+    if not (target / MANIFEST).is_file():
+        return {}
+    return {entry["name"]: entry["sha256"] for entry in read_manifest(target)["shards"]}
+
+
+def _earlier_fields(folder: Path) -> dict[str, Any]:
+    """The other fields of an earlier manifest: image tokenizer of the codes, licence, source."""
+    if not (folder / MANIFEST).is_file():
+        return {}
+    manifest = read_manifest(folder)
+    return {k: v for k, v in manifest.items() if k not in ("format", "version", "shards")}
