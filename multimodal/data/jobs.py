@@ -1,6 +1,6 @@
-"""Jobs over shards: a result for each, whole or not there, so that a job that was stopped goes on.
+"""Jobs over shards write one result per shard, so that a job that was stopped can go on.
 
-What a job was begun with is in its folder: other arguments are no continuation.
+The folder of a job holds the arguments of its first start. Other arguments cannot continue it.
 """
 
 import json
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from multimodal.data.parallel import POLL_INTERVAL, exclusive_lock, rank_and_world_size
+from multimodal.data.parallel import POLL_INTERVAL, exclusive_lock, is_first_rank
 from multimodal.files import temporary_path, write_json
 
 LOCK = ".lock"
@@ -18,39 +18,49 @@ LOCK = ".lock"
 
 @contextmanager
 def job_folder(
-    out: Path, settings: Path, begun_with: dict[str, Any], result: Path | None = None
+    out: Path, settings: Path, arguments: dict[str, Any], result: Path | None = None
 ) -> Iterator[bool]:
-    """Make the folder, or see that what is in it was begun with the same arguments.
+    """Create the folder of a job, or check that it was created with the same arguments.
 
-    settings: the file in it that says so; as long as it is there, the job can go on. Under torchrun
-    the first rank does this, and the others wait for it, or for the ``result`` that ends the job.
-    Yields whether this process is the first rank, which ends the job.
-    Errors: ``ValueError`` for a folder of something else, or where another process is at work.
+    Under torchrun the first rank does this. The other ranks wait until it is done, or until the
+    job is finished.
+
+    Args:
+        out: the folder.
+        settings: a file in it that holds the arguments. The job can go on while this file exists.
+        arguments: what the job was started with. It has to fit in JSON.
+        result: a file that exists when the job is finished.
+
+    Yields:
+        Whether this process is the first rank, which finishes the job.
+
+    Raises:
+        ValueError: if the folder holds anything else, or if another process works in it.
     """
-    begun_with = json.loads(json.dumps(begun_with))  # as it will be read
-    if rank_and_world_size()[0]:
-        while not ((result and result.is_file()) or _begun(settings, begun_with)):
+    arguments = json.loads(json.dumps(arguments))  # as a reader sees them
+    if not is_first_rank():
+        while not ((result and result.is_file()) or _has_started(settings, arguments)):
             time.sleep(POLL_INTERVAL)
         yield False
         return
     out.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(out, LOCK):
         if settings.is_file():
-            if _read(settings) != begun_with:
+            if _read(settings) != arguments:
                 raise ValueError(
                     f"{out}: was begun with other shards or options; give a new folder"
                 )
         else:
-            temporary = temporary_path(settings).name  # of a job that was killed at its start
-            if {one.name for one in out.iterdir()} - {LOCK, temporary}:
+            temporary = temporary_path(settings).name  # left by a job that was killed at its start
+            if {path.name for path in out.iterdir()} - {LOCK, temporary}:
                 raise ValueError(f"{out}: not empty; give a new folder")
-            write_json(settings, begun_with)
+            write_json(settings, arguments)
         yield True
 
 
-def _begun(settings: Path, begun_with: dict[str, Any]) -> bool:
+def _has_started(settings: Path, arguments: dict[str, Any]) -> bool:
     try:
-        return bool(_read(settings) == begun_with)
+        return _read(settings) == arguments
     except (OSError, ValueError):
         return False
 

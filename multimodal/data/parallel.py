@@ -1,7 +1,7 @@
-"""Work on many units at once, in threads, in processes, by Ray, or shared by the ranks of torchrun.
+"""Map a function over units of work: in threads, in processes, with Ray, or on the ranks of torchrun.
 
-Whichever does it, results come in the order of the units. A unit is done again where its process
-was killed, so doing one twice must give the same, and half a unit must not look like a whole one.
+Results come in the order of the units, whatever does the work. A unit whose process was killed runs
+again. So running a unit twice must give the same result, and half a result must not look complete.
 """
 
 import fcntl
@@ -22,16 +22,20 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 In = TypeVar("In")
 Out = TypeVar("Out")
 Engine: TypeAlias = Literal["processes", "ray"]
-MAX_DEATHS = 3  # of processes in a row, at one unit, after which it is given up
-UNITS_PER_WORKER = 2  # units for each worker that are under way or done, and not yet asked for
-RANK_TIMEOUT = 600.0  # seconds a unit of another rank is waited for
-POLL_INTERVAL = 0.05  # seconds between two looks for what another rank does
+MAX_DEATHS = 3  # processes killed in a row at one unit, before the map fails
+UNITS_PER_WORKER = 2  # units submitted ahead of the caller
+RANK_TIMEOUT = 600.0  # seconds to wait for the unit of another rank
+POLL_INTERVAL = 0.05  # seconds between two looks at the work of another rank
 
 
 @contextmanager
-def exclusive_lock(folder: Path, lock: str) -> Iterator[None]:
-    """Errors: ``ValueError`` where another process is at work in the folder."""
-    path = folder / lock
+def exclusive_lock(folder: Path, name: str) -> Iterator[None]:
+    """Hold the lock file ``name`` in a folder.
+
+    Raises:
+        ValueError: if another process holds it, or if the file system has no locks.
+    """
+    path = folder / name
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -39,7 +43,7 @@ def exclusive_lock(folder: Path, lock: str) -> Iterator[None]:
             raise ValueError(f"{folder}: another process is writing to it") from error
         except OSError as error:
             raise ValueError(f"{path}: cannot be locked here ({error.strerror})") from error
-        # The one that was at work may have ended, and taken its lock away, between the two lines.
+        # Between open and flock the other process may have ended and deleted its lock file.
         if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
             raise ValueError(f"{folder}: another process is writing to it")
         try:
@@ -49,9 +53,17 @@ def exclusive_lock(folder: Path, lock: str) -> Iterator[None]:
 
 
 def map_ordered(function: Callable[[In], Out], items: Iterable[In], workers: int) -> Iterator[Out]:
-    """``map`` over threads (Pillow decodes outside the GIL), with a bounded number in flight.
+    """``map`` over threads, with a bounded number of items in flight.
 
-    So the results are made while the caller works on earlier ones; with 0 workers they are not.
+    Pillow decodes outside the GIL, so threads are enough for images.
+
+    Args:
+        function: is called in a thread.
+        items: are read as results are taken.
+        workers: number of threads. 0 calls ``function`` in the caller's thread.
+
+    Yields:
+        The results in the order of the items.
     """
     if workers == 0:
         yield from map(function, items)
@@ -71,8 +83,12 @@ def map_ordered(function: Callable[[In], Out], items: Iterable[In], workers: int
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and how many there are, as torchrun tells them."""
+    """This process's rank and the number of ranks, from the environment that torchrun sets."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_rank() -> bool:
+    return rank_and_world_size()[0] == 0
 
 
 def map_units(
@@ -82,25 +98,39 @@ def map_units(
     workers: int = 1,
     done: Callable[[In], bool] | None = None,
 ) -> Iterator[Out]:
-    """``map`` over units of work that take seconds; function, units and results can be pickled.
+    """``map`` over units of work that take seconds each.
 
-    workers: processes; 1 works in this one. ``done`` says whether a unit's result is on the disk:
-    with it, ranks share the units. The first rank waits for those of the others, and calls
-    ``function`` on them, which finds them done; another rank gets the results of its own only.
-    Errors: those of ``function``; ``ChildProcessError`` where processes die again and again.
+    With ``done``, the ranks of torchrun share the units. The first rank waits for the units of the
+    other ranks. Then it calls ``function`` on them, which has to find the result on the disk. Every
+    other rank yields only the results of its units.
+
+    Args:
+        function: is pickled, as are units and results.
+        units: the work, in order.
+        engine: processes or ray.
+        workers: number of processes. 1 works in this process.
+        done: whether the result of a unit is on the disk.
+
+    Yields:
+        The results in the order of the units.
+
+    Raises:
+        ValueError: for an unknown engine, or for less than one worker.
+        ChildProcessError: if worker processes are killed MAX_DEATHS times in a row.
+        Exception: any error of ``function``.
     """
     if engine not in get_args(Engine):
         raise ValueError(f"engine {engine!r}: expected one of {', '.join(get_args(Engine))}")
     if workers < 1:
         raise ValueError(f"workers={workers}: expected at least 1")
-    rank, world = rank_and_world_size()
-    if world > 1 and done is not None:
+    rank, world_size = rank_and_world_size()
+    if world_size > 1 and done is not None:
         numbered = enumerate(units)
         if rank:
-            units = (unit for number, unit in numbered if number % world == rank)
+            units = (unit for number, unit in numbered if number % world_size == rank)
         else:
             units = (
-                _wait_until_done(done, unit) if number % world else unit
+                _wait_until_done(done, unit) if number % world_size else unit
                 for number, unit in numbered
             )
     if engine == "ray":
@@ -112,8 +142,11 @@ def map_units(
 
 
 def _wait_until_done(done: Callable[[In], bool], unit: In) -> In:
-    """The unit, as soon as another rank is done with it, or has been at it for so long that it may
-    be lost: to do it twice does no harm. Torchrun ends all ranks if one fails."""
+    """Return the unit when another rank is done with it, or after RANK_TIMEOUT.
+
+    After the timeout this rank does the unit too. That does no harm. If a rank fails, torchrun ends
+    all of them.
+    """
     start = time.monotonic()
     while not done(unit) and time.monotonic() < start + RANK_TIMEOUT:
         time.sleep(POLL_INTERVAL)
@@ -121,10 +154,10 @@ def _wait_until_done(done: Callable[[In], bool], unit: In) -> In:
 
 
 def worker_context(*preloaded: str) -> BaseContext:
-    """How workers start. Forking a process that already runs threads can dead-lock.
+    """How worker processes start: forked from a server process that imported ``preloaded``.
 
-    So they are forked from a server process that only imported ``preloaded``: a spawned one would
-    import all of it anew, with torch seconds of work for each.
+    A fork of a process with threads can dead-lock. A spawned process would import everything
+    again, which takes seconds with torch.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -135,7 +168,7 @@ def worker_context(*preloaded: str) -> BaseContext:
 
 
 def _submit(pool: Executor, function: Callable[[In], Out], unit: In) -> Future[Out]:
-    """``pool.submit``; a pool that broke in the meantime says so when the result is asked for."""
+    """``pool.submit``, but the error of a broken pool comes with the result."""
     try:
         return pool.submit(function, unit)
     except BrokenProcessPool as error:
@@ -152,8 +185,8 @@ def _map_by_processes(
     pool: Executor = ProcessPoolExecutor(workers, worker_context())
     try:
         while True:
-            while len(pending) < UNITS_PER_WORKER * workers and (more := list(islice(waiting, 1))):
-                pending.append((more[0], _submit(pool, function, more[0])))
+            for unit in islice(waiting, UNITS_PER_WORKER * workers - len(pending)):
+                pending.append((unit, _submit(pool, function, unit)))
             if not pending:
                 return
             try:
@@ -182,7 +215,7 @@ def _call(function: Callable[[In], Out], unit: In) -> Out:
 
 
 def _map_by_ray(function: Callable[[In], Out], units: Iterable[In], workers: int) -> Iterator[Out]:
-    """A cluster is used where RAY_ADDRESS names one; ``workers`` units are in flight at a time."""
+    """Use the cluster of RAY_ADDRESS, or start one here, with ``workers`` tasks at a time."""
     try:
         import ray
     except ImportError as error:
@@ -204,7 +237,7 @@ def _map_by_ray(function: Callable[[In], Out], units: Iterable[In], workers: int
             try:
                 result: Out = ray.get(pending.popleft())
             except ray.exceptions.RayTaskError as error:
-                raise error.cause from None  # our own error, without Ray's traceback in its text
+                raise error.cause from None  # our error, without Ray's traceback in its text
             yield result
     finally:
         if started:

@@ -1,9 +1,8 @@
 """Shard folders at any address that fsspec reads (``s3://``, ``gs://``, ``https://``, ...).
 
-A folder far away has a mirror: a local folder with its manifest, into which shards come when they
-are first read, each with its index, and checked like any other. A shard that is there is not
-fetched again. Mirrors lie in ``$MULTIMODAL_CACHE`` or ``~/.cache/multimodal``; to give back the
-room, delete them.
+A remote folder has a mirror: a local folder with its manifest. A shard and its index are downloaded
+into the mirror when the shard is first read, and checked like any other. They are not downloaded
+again. Mirrors are in ``$MULTIMODAL_CACHE`` or ``~/.cache/multimodal``. Delete them to free space.
 """
 
 import hashlib
@@ -13,13 +12,14 @@ from pathlib import Path
 
 from multimodal.files import atomic_file
 
-ADDRESS = ".address"  # in a mirror: of what
+ADDRESS = ".address"  # the file of a mirror that holds its address
 
 
 def local_folder(folder: str | Path) -> Path:
-    """The folder itself, or the mirror of an address, with the manifest as it is there now.
+    """The folder, or the mirror of an address with a fresh copy of its manifest.
 
-    Errors: ``ValueError`` where nothing can be read at the address.
+    Raises:
+        ValueError: if the manifest cannot be read at the address.
     """
     address = str(folder).rstrip("/")
     if "://" not in address:
@@ -43,7 +43,16 @@ def _mirrors() -> Path:
 
 
 def fetch(mirror: Path, name: str, again: bool = False) -> None:
-    """Bring a file of the address into its mirror, whole or not at all, unless it is there."""
+    """Download a file of the remote folder into its mirror.
+
+    Args:
+        mirror: a folder that ``local_folder`` made.
+        name: the name of the file.
+        again: download it even if the mirror has it.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
     target = mirror / name
     if target.is_file() and not again:
         return
@@ -57,6 +66,6 @@ def fetch(mirror: Path, name: str, again: bool = False) -> None:
             open(part, "wb") as file,
         ):
             shutil.copyfileobj(source, file, 1 << 20)
-    except Exception as error:  # of every file system its own
+    except Exception as error:  # each file system of fsspec has its own errors
         reason = str(error) or type(error).__name__
         raise ValueError(f"{address}: cannot be read ({reason})") from error

@@ -1,4 +1,4 @@
-"""One sample of a shard: the bytes of an image or its codes, and what is said of it."""
+"""One sample of a shard: an image as bytes or as codes, and its record."""
 
 import io
 import json
@@ -14,37 +14,41 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIXES = ("json", "txt")
-CODES = "codes.npy"  # in the place of an image: see multimodal/data/encode.py
+CODES = "codes.npy"  # replaces the image: see multimodal/data/encode.py
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as it lies in the shard: ``members`` maps a suffix ("jpg") to its bytes."""
+    """One sample of a shard. ``members`` maps a suffix ("jpg") to the bytes of that member."""
 
     key: str
     members: Mapping[str, bytes]
 
     @property
     def image(self) -> bytes:
-        """The bytes of the image, still encoded."""
+        """The bytes of the image file."""
         for suffix in IMAGE_SUFFIXES:
             if suffix in self.members:
                 return self.members[suffix]
         if documents := [name for name in self.members if name[:1].isdigit()]:
             raise ValueError(
-                f"sample {self.key} is a document of {len(documents)} images, where one is expected"
+                f"sample {self.key} is a document of {len(documents)} images, expected one image"
             )
         raise ValueError(f"sample {self.key} has no image: members are {sorted(self.members)}")
 
     @property
     def codes(self) -> "NDArray[np.int64]":
-        """int64[A, h, w]: A encodings of the image, in shards that hold codes."""
+        """int64[A, h, w], A encodings of the image, in shards that hold codes."""
         if CODES not in self.members:
             raise ValueError(f"sample {self.key} has no codes: members are {sorted(self.members)}")
         return self.codes_of(CODES)
 
     def codes_of(self, member: str) -> "NDArray[np.int64]":
-        """int64[A, h, w]: the codes in a member."""
+        """int64[A, h, w], the codes in a member.
+
+        Raises:
+            ValueError: if the member is not such an array.
+        """
         import numpy as np
 
         data = self.members[member]
@@ -52,21 +56,24 @@ class Sample:
         try:
             shape, kind = _npy_header(data[:start])
             if math.prod(shape) * kind.itemsize != len(data) - start:
-                raise ValueError("its size is not the one it names")
+                raise ValueError("its size is not the size in its header")
             codes = np.frombuffer(data, kind, offset=start).reshape(shape)
-        except Exception as error:  # of a damaged header numpy raises almost anything
+        except Exception as error:  # numpy raises almost anything for a damaged header
             raise ValueError(f"sample {self.key}: its codes are not readable ({error})") from error
         if codes.ndim != 3 or not len(codes) or codes.dtype.kind != "u":
             raise ValueError(
                 f"sample {self.key}: codes of shape {codes.shape} and type {codes.dtype}, "
                 "expected unsigned [A, h, w]"
             )
-        found: NDArray[np.int64] = codes.astype(np.int64)
-        return found
+        return codes.astype(np.int64)
 
     @property
     def record(self) -> dict[str, Any]:
-        """What ``KEY.json`` says; a ``KEY.txt`` reads as one caption."""
+        """The object in ``KEY.json``. Without it, the text of ``KEY.txt`` is the only caption.
+
+        Raises:
+            ValueError: if a field has the wrong type.
+        """
         if "json" in self.members:
             try:
                 record = json.loads(self.members["json"])
@@ -92,17 +99,17 @@ class Sample:
         return {}
 
 
-@lru_cache(256)  # all of a folder have the same; numpy evaluates it as Python each time
+@lru_cache(256)  # numpy evaluates each header as Python, and a folder has few different ones
 def _npy_header(header: bytes) -> "tuple[tuple[int, ...], np.dtype[Any]]":
-    """The shape and type of a .npy file (format 1.0) that starts with these bytes."""
+    """The shape and dtype in the header of a .npy file, format 1.0."""
     import numpy as np
 
     file = io.BytesIO(header)
     if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("not of .npy's version 1.0")
+        raise ValueError("not version 1.0 of .npy")
     shape, by_columns, kind = np.lib.format.read_array_header_1_0(file)
     if by_columns or kind.hasobject or file.tell() != len(header):
-        raise ValueError("not a plain array in the order of rows")
+        raise ValueError("not a plain array in row order")
     return shape, kind
 
 
@@ -111,7 +118,7 @@ def _are_texts(value: object) -> bool:
 
 
 def parts_of(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The content of a document; none where there is none, or something else of that name."""
+    """The content of a document. Empty if the record has none, or another field of that name."""
     content = record.get("content")
     if not isinstance(content, list) or not all(
         isinstance(part, dict)
@@ -124,7 +131,7 @@ def parts_of(record: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def texts_of(record: Mapping[str, Any]) -> Iterator[str]:
-    """Every text of a record: captions, those of a document, questions and answers."""
+    """All texts of a record: captions, texts of a document, questions and answers."""
     yield from record.get("captions", [])
     yield from (part["text"] for part in parts_of(record) if "text" in part)
     for question, answer in record.get("qa", []):

@@ -1,14 +1,14 @@
-"""Random numbers that depend on names alone: on no order of work, no process, no machine."""
+"""Random seeds that depend on names only, not on the order of work, the process or the machine."""
 
 import hashlib
 
 
 def stable_number(text: str) -> int:
-    """A number in [0, 2**63) from the text alone; Python's own hash differs between processes."""
+    """Hash a text to a number in [0, 2**63). Python's ``hash`` differs between processes."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def sample_seed(seed: int, epoch: int, key: str) -> int:
-    """A number in [0, 2**63) that depends on nothing else."""
+    """A seed in [0, 2**63) for a sample in an epoch."""
     return stable_number(f"{seed}/{epoch}/{key}")
