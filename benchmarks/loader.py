@@ -148,7 +148,7 @@ def main() -> None:
         write_manifest(raw, [index_shard(tar) for tar in sorted(raw.glob("*.tar"))])
         small = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 0, "heads": 2}
         tokenizer = VQTokenizer(ImageTokenizerConfig(side, "squash", 16, small)).eval()
-        encode_shards(raw, coded, tokenizer, Encoding.by(tokenizer))
+        encode_shards(raw, coded, tokenizer, Encoding.for_tokenizer(tokenizer))
         speeds = images_a_second({"raw": raw, "codes": coded}, side, count)
         memory = ten_epochs(raw, side)
         figures = {

@@ -48,15 +48,15 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 def end_to_end(tokenizer: VQTokenizer, data: Path, count: int, batch: int) -> dict[str, float]:
     """Images a second of files alone, pictures alone, and both as the command does it."""
-    encoding = Encoding.by(tokenizer)
+    encoding = Encoding.for_tokenizer(tokenizer)
     samples = list(islice(Shards(data, "val"), count))
     pictures = torch.stack([
-        torch.from_numpy(encoding.pictures(sample.key, sample.image, "val").copy())
+        torch.from_numpy(encoding.prepare(sample.key, sample.image, "val").copy())
         for sample in samples
     ])[:, 0].numpy()  # fmt: skip
 
     def pictures_of(sample: Sample) -> object:
-        return encoding.pictures(sample.key, sample.image, "val")
+        return encoding.prepare(sample.key, sample.image, "val")
 
     rounds: dict[str, list[float]] = {"files": [], "pictures": [], "together": []}
     with tempfile.TemporaryDirectory() as folder:

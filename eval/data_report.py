@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from multimodal.commands.options import check_output
 from multimodal.data.builder.records import has_text
-from multimodal.data.documents import images_in, images_of
+from multimodal.data.documents import image_suffixes, images_in
 from multimodal.data.images import FORMATS, open_image
 from multimodal.data.samples import Sample, texts_of
 from multimodal.data.shards import Shards, read_manifest, splits_of
@@ -221,7 +221,7 @@ def read_folder(path: Path, seed: int) -> Folder:
                 folder.add(split, sample)
                 if images:
                     folder.measure(sample)
-                    if number in chosen and images_of(sample.members):
+                    if number in chosen and image_suffixes(sample.members):
                         folder.shown.append(shown(sample))
             except ValueError as error:
                 folder.unreadable.append(f"{sample.key}: {error}")
@@ -232,7 +232,7 @@ def shown(sample: Sample) -> Figure:
     record = sample.record
     said = [*islice(texts_of(record), 1)] if not record.get("qa") else []
     said += [f"{question} {answer}" for question, answer in record.get("qa", [])[:1]]
-    first = sample.members[images_of(sample.members)[0]]
+    first = sample.members[image_suffixes(sample.members)[0]]
     return Figure(open_image(first, name=sample.key), f"{sample.key}: {'; '.join(said)}")
 
 

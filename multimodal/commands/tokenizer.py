@@ -78,7 +78,7 @@ def encode(arguments: argparse.Namespace) -> int:
         raise ValueError("--batch-size, --decoders: expected at least 1, and at least 0")
     use_device(arguments)
     tokenizer = load_image_tokenizer(part_of(arguments.tokenizer, "image_tokenizer"))
-    encoding = Encoding.by(
+    encoding = Encoding.for_tokenizer(
         tokenizer, precision=arguments.precision, encodings=arguments.encodings,
         crop_scale=arguments.crop_scale, mirror=arguments.mirror, seed=arguments.seed,
         train_split=arguments.train_split,

@@ -1,7 +1,7 @@
-"""Interleaved documents in shards: texts and images in an order of their own.
+"""Interleaved documents in shards: texts and images in the order of the document.
 
-``KEY.json`` has ``{"content": [{"image": "0"}, {"text": "..."}]}``, where ``{"image": "0"}`` names
-the member ``KEY.0.jpg``.
+``KEY.json`` has ``{"content": [{"image": "0"}, {"text": "..."}]}``, where ``{"image": "0"}`` refers
+to the member ``KEY.0.jpg``.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,26 +15,36 @@ if TYPE_CHECKING:
 
 
 class UnreadableText(ValueError):
-    pass
+    """The record of a sample cannot be used."""
 
 
 def content_parts(row: Mapping[str, Any]) -> tuple[list[str], list[dict[str, str]]]:
-    """The paths of the images, and the content with their numbers in their places."""
-    given = row.get("content")
-    if given is None and not {"images", "texts"} & {*row}:
-        given = [{"text": row.get("text")}]
-    if given is None:
+    """The images and the content of a document.
+
+    Args:
+        row: has ``content``, or the two lists ``images`` and ``texts``, or only ``text``.
+
+    Returns:
+        The paths of the images, and the content with the number of each image instead of its path.
+
+    Raises:
+        UnreadableText: if the row is not a document.
+    """
+    parts = row.get("content")
+    if parts is None and not {"images", "texts"} & {*row}:
+        parts = [{"text": row.get("text")}]
+    if parts is None:
         images, texts = row.get("images"), row.get("texts")
         if not (isinstance(images, list) and isinstance(texts, list) and len(images) == len(texts)):
             raise UnreadableText("neither content, nor images and texts of one length")
-        given = [
+        parts = [
             {"image": image} if text is None else {"text": text}
             for image, text in zip(images, texts, strict=True)
             if image is not None or text is not None
         ]
     paths: list[str] = []
     content: list[dict[str, str]] = []
-    for part in given if isinstance(given, list) else [None]:
+    for part in parts if isinstance(parts, list) else [None]:
         if not isinstance(part, dict) or len({"image", "text"} & part.keys()) != 1:
             raise UnreadableText('a part is neither {"image": PATH} nor {"text": STRING}')
         value = part.get("image", part.get("text"))
@@ -48,12 +58,20 @@ def content_parts(row: Mapping[str, Any]) -> tuple[list[str], list[dict[str, str
     return paths, content
 
 
-def images_of(members: Iterable[str], kinds: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
-    """The suffixes of a sample's images in their order: one, or of a document ``0.jpg``, ``1.png``
-    and so on; none where a number is missing or there twice."""
+def image_suffixes(members: Iterable[str], kinds: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
+    """The suffixes of the images of a sample, in order.
+
+    Args:
+        members: the suffixes of all members.
+        kinds: suffixes of images.
+
+    Returns:
+        One suffix for a pair of image and text. For a document ``0.jpg``, ``1.png`` and so on.
+        Empty if a number is missing or occurs twice.
+    """
     members = list(members)
-    if one := next((suffix for suffix in kinds if suffix in members), None):
-        return [one]
+    if single := next((suffix for suffix in kinds if suffix in members), None):
+        return [single]
     numbered = [name.partition(".") for name in members]
     images = [(n, kind) for n, _, kind in numbered if n.isdecimal() and kind in kinds]
     images.sort(key=lambda image: int(image[0]))
@@ -63,34 +81,41 @@ def images_of(members: Iterable[str], kinds: tuple[str, ...] = IMAGE_SUFFIXES) -
 
 
 def is_plain_text(record: Mapping[str, Any]) -> bool:
-    """Whether it is a document of texts alone."""
+    """Whether a record is a document of texts without images."""
     parts = parts_of(record)
     return bool(parts) and all("text" in part for part in parts)
 
 
 def images_in(sample: Sample) -> list[bytes]:
-    """The files of its images in their order: one, those of a document, or of plain text none.
+    """The image files of a sample, in order: one, or those of a document, or none for plain text.
 
-    Errors: ``ValueError`` for a sample without any that is no plain text."""
-    suffixes = images_of(sample.members)
+    Raises:
+        ValueError: if there are none, and the sample is not plain text.
+    """
+    suffixes = image_suffixes(sample.members)
     if not suffixes and is_plain_text(sample.record):
         return []
     return [sample.members[suffix] for suffix in suffixes] or [sample.image]
 
 
 def codes_in(sample: Sample) -> "list[NDArray[np.int64]]":
-    """``images_in`` for shards that hold codes: int64[A, h, w] each."""
-    suffixes = images_of(sample.members, (CODES,))
+    """The codes of the images of a sample, in order: int64[A, h, w] each. As ``images_in``."""
+    suffixes = image_suffixes(sample.members, (CODES,))
     if not suffixes and is_plain_text(sample.record):
         return []
     return [sample.codes_of(suffix) for suffix in suffixes] or [sample.codes]
 
 
 def document_of(sample: Sample) -> list[str | None]:
-    """The texts of a document, with None for each of its images in turn; empty for a pair.
+    """The parts of a document in order: a string for a text, None for an image.
 
-    Errors: ``ValueError`` where the content does not name the images that there are."""
-    suffixes = images_of(sample.members, (*IMAGE_SUFFIXES, CODES))
+    Returns:
+        An empty list for a pair of image and text.
+
+    Raises:
+        ValueError: if the content does not match the images of the sample.
+    """
+    suffixes = image_suffixes(sample.members, (*IMAGE_SUFFIXES, CODES))
     if not (suffixes[0][0].isdecimal() if suffixes else is_plain_text(sample.record)):
         return []
     content = check_content(sample.record.get("content"), len(suffixes))
@@ -98,9 +123,16 @@ def document_of(sample: Sample) -> list[str | None]:
 
 
 def check_content(content: Any, images: int) -> list[dict[str, str]]:
-    """The content of a document in a shard. Errors: ``UnreadableText`` where it does not name its
-    images 0, 1, ... in their order."""
-    named, checked = content_parts({"content": content})
-    if named != [str(number) for number in range(images)]:
-        raise UnreadableText(f"its content names the images {named}, and it has {images}")
+    """The content of a document in a shard, checked.
+
+    Args:
+        content: the list in its record.
+        images: number of images of the sample.
+
+    Raises:
+        UnreadableText: if the images in the content are not 0, 1, ..., images - 1, in this order.
+    """
+    numbers, checked = content_parts({"content": content})
+    if numbers != [str(number) for number in range(images)]:
+        raise UnreadableText(f"its content names the images {numbers}, and it has {images}")
     return checked

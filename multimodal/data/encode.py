@@ -1,12 +1,12 @@
-"""Shards of codes in the place of images: encoded once, then read many times faster.
+"""Shards of codes instead of images: encoded once, then read many times faster.
 
 ``KEY.codes.npy`` is ``uint16[A, h, w]`` (``uint32`` for more than 65,536 codes): A encodings of the
-image, of which training takes one by chance, and of a document ``KEY.0.codes.npy`` and on; the
-record stays as it is. The manifest says
-which image tokenizer made them: codes mean nothing to another.
+image, of which training draws one. The images of a document are in ``KEY.0.codes.npy``,
+``KEY.1.codes.npy`` and so on. The record does not change. The manifest holds the fingerprint of the
+image tokenizer: codes of one tokenizer mean nothing to another.
 
-The shard is the unit of work: each is written whole or not at all, and a run that was stopped goes
-on with the shards that are missing. The same input gives the same bytes.
+The unit of work is a shard. A run that was stopped goes on with the shards that are missing. The
+same input gives the same bytes.
 """
 
 import io
@@ -25,7 +25,13 @@ from numpy.typing import NDArray
 from multimodal.data.documents import document_of, images_in
 from multimodal.data.images import Fit, augment_image, fit_image, open_image
 from multimodal.data.jobs import job_folder
-from multimodal.data.parallel import Engine, map_ordered, map_units, rank_and_world_size
+from multimodal.data.parallel import (
+    Engine,
+    is_first_rank,
+    map_ordered,
+    map_units,
+    rank_and_world_size,
+)
 from multimodal.data.samples import CODES, Sample
 from multimodal.data.seeds import sample_seed
 from multimodal.data.shards import (
@@ -39,21 +45,29 @@ from multimodal.data.shards import (
 from multimodal.files import atomic_file
 from multimodal.tokenizers.image import VQTokenizer, load_image_tokenizer
 
-SETTINGS = "encoding.json"  # what a folder that is not finished yet is made with
-TOKENIZER = ".tokenizer-"  # its folder, for other processes
-AT_ONCE = 512  # pictures, at most
+SETTINGS = "encoding.json"  # the arguments, in a folder that is not finished
+TOKENIZER = ".tokenizer-"  # start of the name of a tokenizer folder for worker processes
+MAX_BATCH = 512  # pictures
 Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How codes came about; the manifest holds it under ``image_tokenizer``.
+    """How codes are made. The manifest holds it under ``image_tokenizer``.
 
-    fingerprint: of the tokenizer's codes (``codes_fingerprint``); codebook_size, image_size, fit,
-        grid: of the tokenizer; precision: of the encoder.
-    encodings: A, of training images; crop_scale, mirror, seed: of their crops, which are squashed
-        whatever the fit, as in training (1: no crops);
-    train_split: the split they are for; images of others are encoded once, whole.
+    Attributes:
+        fingerprint: ``codes_fingerprint`` of the tokenizer.
+        codebook_size, image_size, fit, grid: of the tokenizer.
+        precision: of the encoder.
+        encodings: A, the number of encodings of an image of ``train_split``.
+        crop_scale: least share of the area of a crop, in (0, 1]. 1 makes no crops. Crops are
+            squashed to a square whatever ``fit`` is, as in training.
+        mirror: whether half of the crops are mirrored.
+        seed: of the crops.
+        train_split: the split that gets crops. Images of other splits are encoded once, uncropped.
+
+    Raises:
+        ValueError: if a value is out of range.
     """
 
     fingerprint: str
@@ -84,13 +98,29 @@ class Encoding:
             raise ValueError(f"precision={self.precision!r}: expected float32 or bfloat16")
 
     @classmethod
-    def by(cls, tokenizer: VQTokenizer, **options: Any) -> "Encoding":
-        config, codes = tokenizer.config, tokenizer.codes_fingerprint
-        return cls(codes, tokenizer.codebook_size, config.image_size, config.fit, config.grid,
-                   **options)  # fmt: skip
+    def for_tokenizer(cls, tokenizer: VQTokenizer, **options: Any) -> "Encoding":
+        """The encoding of a tokenizer. ``options`` are the fields from ``precision`` on."""
+        config = tokenizer.config
+        return cls(
+            tokenizer.codes_fingerprint,
+            tokenizer.codebook_size,
+            config.image_size,
+            config.fit,
+            config.grid,
+            **options,
+        )
 
-    def pictures(self, key: str, data: bytes, split: str) -> NDArray[np.uint8]:
-        """uint8[A, H, W, 3]: what is to be encoded of an image of the sample"""
+    def prepare(self, key: str, data: bytes, split: str) -> NDArray[np.uint8]:
+        """The pictures to encode for one image.
+
+        Args:
+            key: seeds the crops. It differs between the images of a document.
+            data: the image file.
+            split: the split of the sample.
+
+        Returns:
+            uint8[A, H, W, 3].
+        """
         image = open_image(data, name=key)
         if split != self.train_split or self.crop_scale == 1:
             return np.asarray(fit_image(image, self.image_size, self.fit))[None]
@@ -104,7 +134,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """One shard that is to be encoded; tokenizer: a folder, for processes that have none yet."""
+    """The work for one shard. A worker process loads ``tokenizer``, a folder."""
 
     source: Path
     out: Path
@@ -132,54 +162,76 @@ def encode_shards(
     engine: Engine = "processes",
     workers: int = 1,
 ) -> dict[str, Any] | None:
-    """Write the shards of ``source`` with codes for images; returns the manifest.
+    """Write the shards of ``source`` again, with codes instead of images.
 
-    decoders: threads that decode images while others are encoded, 0 for none.
-    engine, workers: who encodes shards: processes (1: this one), or tasks of Ray; under torchrun,
-        the ranks share the shards, and only the first gets the manifest.
-    out: a folder that is not there, is empty, or holds what an earlier call with the same arguments
-    left. Errors: ``ValueError`` for any other, and for an image that cannot be read, by its key.
+    Under torchrun the ranks share the shards.
+
+    Args:
+        source: a folder of shards with images.
+        out: a folder that does not exist, is empty, or is left from an earlier call with the same
+            arguments.
+        tokenizer: encodes the images.
+        encoding: how, see ``Encoding``.
+        batch_size: pictures encoded at once.
+        decoders: threads that decode images meanwhile. 0 decodes in this thread.
+        on_sample: is called with a number of finished samples, to show progress.
+        engine: what runs the workers, processes or ray.
+        workers: number of processes or Ray tasks. 1 process works in this process.
+
+    Returns:
+        The manifest, or None on all ranks but the first.
+
+    Raises:
+        ValueError: if ``out`` holds anything else, or if an image cannot be read.
     """
     source, out = Path(source), Path(out)
-    about = read_manifest(source)
-    splits = sorted({str(entry["split"]) for entry in about["shards"]})
+    manifest = read_manifest(source)
+    splits = sorted({str(entry["split"]) for entry in manifest["shards"]})
     if encoding.crop_scale < 1 and encoding.train_split not in splits:
         raise ValueError(
             f"{source}: no split {encoding.train_split!r} to crop; it has {', '.join(splits)}"
         )
-    settings = {"source": [entry["sha256"] for entry in about["shards"]], **asdict(encoding)}
-    if (out / MANIFEST).is_file() and not rank_and_world_size()[0]:
+    settings = {"source": [entry["sha256"] for entry in manifest["shards"]], **asdict(encoding)}
+    if (out / MANIFEST).is_file() and is_first_rank():
         raise ValueError(f"{out}: not empty (it is complete); give a new folder")
     with job_folder(out, out / SETTINGS, settings, result=out / MANIFEST) as first:
         if not first and (out / MANIFEST).is_file():
-            return None  # the others were faster
+            return None  # the other ranks finished first
         shared: dict[str, Any] = {}
         work: Callable[[EncodedShard], int] = partial(encode_shard, tokenizer, on_sample)
         if workers > 1 or engine != "processes":
-            folder = out / f"{TOKENIZER}{rank_and_world_size()[0]}"  # where all can read it
+            folder = out / f"{TOKENIZER}{rank_and_world_size()[0]}"  # all workers can read it here
             device = next(tokenizer.parameters()).device
             tokenizer.save(folder)
             threads = max(1, torch.get_num_threads() // workers)
             shared = {"tokenizer": str(folder), "device": str(device), "threads": threads}
             work = encode_shard_by_folder
         shards = [
-            EncodedShard(source, out, str(entry["name"]), str(entry["split"]), encoding,
-                         batch_size, decoders, **shared)
-            for entry in about["shards"]
-        ]  # fmt: skip
+            EncodedShard(
+                source=source,
+                out=out,
+                name=str(entry["name"]),
+                split=str(entry["split"]),
+                encoding=encoding,
+                batch_size=batch_size,
+                decoders=decoders,
+                **shared,
+            )
+            for entry in manifest["shards"]
+        ]
         for count in map_units(work, shards, engine, workers, done=EncodedShard.done):
             on_sample(count)
         if not first:
             return None
         entries = [index_shard(out / shard.name) for shard in shards]
-        ours = ("format", "version", "shards", "made_by")
-        kept = {k: v for k, v in about.items() if k not in ours}
-        kept["made_by"] = "multimodal.data.encode.encode_shards"
-        kept["image_tokenizer"] = asdict(encoding)
-        write_manifest(out, entries, **kept)
+        replaced = ("format", "version", "shards", "made_by")
+        about = {k: v for k, v in manifest.items() if k not in replaced}
+        about["made_by"] = "multimodal.data.encode.encode_shards"
+        about["image_tokenizer"] = asdict(encoding)
+        write_manifest(out, entries, **about)
         for folder in out.glob(f"{TOKENIZER}*"):
             shutil.rmtree(folder)
-        for part in out.glob(".*.part"):  # of processes that were killed
+        for part in out.glob(".*.part"):  # left by processes that were killed
             part.unlink(missing_ok=True)
         (out / SETTINGS).unlink()
     return read_manifest(out)
@@ -188,9 +240,11 @@ def encode_shards(
 def encode_shard(
     tokenizer: VQTokenizer, on_sample: Callable[[int], object], shard: EncodedShard
 ) -> int:
-    """Write one shard of codes, unless it is there.
+    """Write one shard of codes, unless it exists.
 
-    Returns how many samples ``on_sample`` was not told of: those of a shard that was there.
+    Returns:
+        The number of samples that were not reported to ``on_sample``: all of a shard that existed,
+        otherwise 0.
     """
     samples = Shards(shard.source, only=shard.name)
     if shard.done():
@@ -201,7 +255,7 @@ def encode_shard(
 
 
 def encode_shard_by_folder(shard: EncodedShard) -> int:
-    """``encode_shard`` in a process of its own; returns the samples of the shard."""
+    """``encode_shard`` in a worker process. Returns the number of samples of the shard."""
     torch.set_num_threads(shard.threads)
     encode_shard(_tokenizer(shard.tokenizer, shard.device), lambda count: None, shard)
     return len(Shards(shard.source, only=shard.name))
@@ -218,36 +272,38 @@ def _encoded(
     tokenizer: VQTokenizer,
     on_sample: Callable[[int], object],
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, members) of every sample of a shard, encoded in batches."""
+    """(key, members) of each sample of a shard, encoded in batches."""
     encoding = shard.encoding
 
-    def ready(sample: Sample) -> tuple[Sample, list[NDArray[np.uint8]]]:
+    def prepare(sample: Sample) -> tuple[Sample, list[NDArray[np.uint8]]]:
         try:
-            document_of(sample)  # is as it should be
+            document_of(sample)  # raises if the content does not match the images
             images = images_in(sample)
             keys = [sample.key, *(f"{n}/{sample.key}" for n in range(1, len(images)))]
-            return sample, [encoding.pictures(key, data, shard.split)
-                            for key, data in zip(keys, images, strict=False)]  # fmt: skip
+            return sample, [
+                encoding.prepare(key, data, shard.split)
+                for key, data in zip(keys, images, strict=False)
+            ]
         except ValueError as error:
             raise ValueError(f"{shards.folder}: sample {sample.key}: {error}") from error
 
     samples, pictures = list[Sample](), list[list[NDArray[np.uint8]]]()
-    for number, (sample, its_pictures) in enumerate(
-        map_ordered(ready, shards, shard.decoders), start=1
-    ):
+    prepared = map_ordered(prepare, shards, shard.decoders)
+    for number, (sample, sample_pictures) in enumerate(prepared, start=1):
         samples.append(sample)
-        pictures.append(its_pictures)
+        pictures.append(sample_pictures)
         images = list(chain.from_iterable(pictures))
         if sum(map(len, images)) >= shard.batch_size or number == len(shards):
             encoded = iter(encode_images(tokenizer, images, encoding.precision))
-            for one, its_images in zip(samples, pictures, strict=True):
+            for encoded_sample, sample_images in zip(samples, pictures, strict=True):
                 names = [CODES]
-                if document_of(one):
-                    names = [f"{n}.{CODES}" for n in range(len(its_images))]
-                codes = {name: codes_to_bytes(next(encoded), tokenizer.codebook_size)
-                         for name in names}  # fmt: skip
-                text = {k: v for k, v in one.members.items() if k in ("json", "txt")}
-                yield one.key, {**codes, **text}
+                if document_of(encoded_sample):
+                    names = [f"{n}.{CODES}" for n in range(len(sample_images))]
+                codes = {
+                    name: codes_to_bytes(next(encoded), tokenizer.codebook_size) for name in names
+                }
+                texts = {k: v for k, v in encoded_sample.members.items() if k in ("json", "txt")}
+                yield encoded_sample.key, {**codes, **texts}
             on_sample(len(samples))
             samples, pictures = [], []
 
@@ -255,12 +311,21 @@ def _encoded(
 def encode_images(
     tokenizer: VQTokenizer, images: list[NDArray[np.uint8]], precision: Precision
 ) -> list[NDArray[np.int64]]:
-    """uint8[A, H, W, 3] each -> codes: int64[A, h, w] each, all in one batch"""
+    """Encode the pictures of several images together.
+
+    Args:
+        tokenizer: encodes them.
+        images: uint8[A, H, W, 3] each. A may differ.
+        precision: of the encoder.
+
+    Returns:
+        int64[A, h, w] for each image.
+    """
     if not images:
         return []
-    every = np.concatenate(images)  # of one document any number
-    some = [every[start : start + AT_ONCE] for start in range(0, len(every), AT_ONCE)]
-    codes = np.concatenate([encode_pictures(tokenizer, part, precision) for part in some])
+    pictures = np.concatenate(images)  # a document can have more than MAX_BATCH
+    batches = [pictures[start : start + MAX_BATCH] for start in range(0, len(pictures), MAX_BATCH)]
+    codes = np.concatenate([encode_pictures(tokenizer, batch, precision) for batch in batches])
     return np.split(codes, np.cumsum([len(image) for image in images])[:-1])
 
 
@@ -268,19 +333,27 @@ def encode_images(
 def encode_pictures(
     tokenizer: VQTokenizer, pictures: NDArray[np.uint8], precision: Precision
 ) -> NDArray[np.int64]:
-    """uint8[B, H, W, 3] -> codes: int64[B, h, w]"""
+    """Encode one batch.
+
+    Args:
+        tokenizer: encodes it, on its device.
+        pictures: uint8[B, H, W, 3].
+        precision: of the encoder.
+
+    Returns:
+        int64[B, h, w].
+    """
     device = next(tokenizer.parameters()).device
     images = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-    # Convolutions on a GPU would otherwise be in TF32, which is neither of the two.
+    # Without this, a GPU computes convolutions in TF32, which is neither of the two precisions.
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     with exact, torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        codes: NDArray[np.int64] = tokenizer.encode(images).cpu().numpy()
-    return codes
+        return tokenizer.encode(images).cpu().numpy()
 
 
 def codes_to_bytes(codes: NDArray[np.int64], codebook_size: int) -> bytes:
-    """int64[A, h, w] as a .npy file of the smallest unsigned numbers that hold them."""
+    """int64[A, h, w] as the bytes of a .npy file, of uint16 or, for large codebooks, uint32."""
     file = io.BytesIO()
-    small = np.uint16 if codebook_size <= 1 << 16 else np.uint32
-    np.save(file, codes.astype(small), allow_pickle=False)
+    dtype = np.uint16 if codebook_size <= 1 << 16 else np.uint32
+    np.save(file, codes.astype(dtype), allow_pickle=False)
     return file.getvalue()

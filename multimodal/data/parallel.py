@@ -1,4 +1,4 @@
-"""Map a function over units of work: in threads, in processes, with Ray, or on the ranks of torchrun.
+"""Map a function over units of work: threads, processes, Ray tasks, or the ranks of torchrun.
 
 Results come in the order of the units, whatever does the work. A unit whose process was killed runs
 again. So running a unit twice must give the same result, and half a result must not look complete.

@@ -1,9 +1,9 @@
 """Shard folders: a manifest, an index beside each shard, and random access to every sample.
 
-A tar reader drops data in silence when a header is damaged; only counts, offsets and hashes
-written beforehand can notice. So every folder has ``manifest.json`` (per shard: samples, bytes,
-SHA-256) and every shard ``NAME.tar`` has ``NAME.index.json`` (per sample: its key and, for each
-member, the offset and size of its bytes in the tar). See ``docs/formats.md``.
+A tar reader skips data silently when a header is damaged. Only counts, offsets and hashes that were
+written before the damage can show it. So every folder has ``manifest.json`` (for each shard:
+samples, bytes, SHA-256), and every shard ``NAME.tar`` has ``NAME.index.json`` (for each sample: its
+key and, for each member, offset and size in the tar). See ``docs/formats.md``.
 """
 
 import hashlib
@@ -26,18 +26,18 @@ from multimodal.files import write_json
 MANIFEST = "manifest.json"
 FORMAT = "multimodal-shards"
 VERSION = 1
-# Tar writers pad to 10 KiB; a preallocated file that was never filled ends in more.
+# Tar writers pad to 10 KiB. A preallocated file that was never filled ends in more zeros.
 MAX_PADDING = 1 << 16
-OPEN_SAMPLES = 1 << 18  # whose places are kept in memory; more than a block of training has
+MAX_INDEXED = 1 << 18  # samples whose index is in memory; a block of training has fewer
 _STRINGS, _NUMBERS = ("name", "split", "sha256", "index_sha256"), ("samples", "bytes")
 
 
 class DamagedShard(ValueError):
-    """A shard that is not what its manifest or index says."""
+    """A shard differs from its manifest or index."""
 
 
 def split_of(name: str) -> str:
-    """``train-0003.tar`` is of split ``train``; a name without a number is a split of its own."""
+    """The split of a shard: ``train`` for ``train-0003.tar``, ``all`` for ``0003.tar``."""
     return re.sub(r"[-_.]?\d+$", "", Path(name).stem) or "all"
 
 
@@ -51,14 +51,14 @@ def index_path(shard: Path) -> Path:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's (key, suffix): split at the first dot after the last slash, as webdataset does."""
+    """(key, suffix) of a member: split at the first dot after the last slash, as in webdataset."""
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return (folder + slash + stem if stem else ""), suffix.lower()
 
 
 def only_zeros(path: Path, start: int, stop: int) -> bool:
-    """Whether the bytes of a file from ``start`` to ``stop`` are all zero."""
+    """Whether all bytes of a file in [start, stop) are zero."""
     with open(path, "rb") as file:
         file.seek(start)
         for position in range(start, stop, 1 << 20):
@@ -68,7 +68,14 @@ def only_zeros(path: Path, start: int, stop: int) -> bool:
 
 
 def scan(shard: Path) -> Iterator[tuple[str, str, int, int]]:
-    """(key, suffix, offset, size) of each member, in order; damage of any kind is an error."""
+    """Read the headers of a shard.
+
+    Yields:
+        (key, suffix, offset, size) of each member, in order. Offset and size are in bytes.
+
+    Raises:
+        DamagedShard: if the tar is cut off, damaged, or has members that are not plain files.
+    """
     try:
         with tarfile.open(shard, "r:") as tar:
             end = 0
@@ -85,7 +92,7 @@ def scan(shard: Path) -> Iterator[tuple[str, str, int, int]]:
                 yield key, suffix, member.offset_data, member.size
     except (tarfile.TarError, EOFError, OverflowError) as error:
         raise DamagedShard(f"{shard}: {error}") from error
-    # tarfile takes a damaged header in the middle for the end: what follows must be zeros.
+    # tarfile stops at a damaged header as if the tar ended there. So the rest must be zeros.
     size = shard.stat().st_size
     if end > size:
         raise DamagedShard(f"{shard}: cut off, {size} bytes where at least {end} were expected")
@@ -98,9 +105,13 @@ def scan(shard: Path) -> Iterator[tuple[str, str, int, int]]:
 
 
 def index_shard(shard: Path) -> dict[str, Any]:
-    """Scan one shard and write its index; returns its manifest entry.
+    """Scan one shard and write its index.
 
-    Errors: ``DamagedShard`` for a cut or unreadable tar, a repeated key, a member given twice.
+    Returns:
+        The entry of the shard in the manifest.
+
+    Raises:
+        DamagedShard: for a tar that is cut off or unreadable, a repeated key, a repeated member.
     """
     samples: dict[str, dict[str, list[int]]] = {}
     last = None
@@ -127,17 +138,26 @@ def index_shard(shard: Path) -> dict[str, Any]:
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
-    """Write (key, members) of every sample: the same samples, the same bytes."""
+    """Write (key, members) of each sample. The same samples always give the same bytes."""
     with tarfile.open(path, "w:", format=tarfile.USTAR_FORMAT) as tar:
         for key, members in samples:
             for suffix, data in members.items():
-                info = tarfile.TarInfo(f"{key}.{suffix}")  # time 0, nobody's
+                info = tarfile.TarInfo(f"{key}.{suffix}")  # with time 0 and no owner
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
 
 
 def write_manifest(folder: Path, shards: list[dict[str, Any]], **about: object) -> None:
-    """Write ``manifest.json``; ``about`` records how the shards were made."""
+    """Write ``manifest.json``.
+
+    Args:
+        folder: holds the shards and their indexes.
+        shards: their entries, from ``index_shard``.
+        about: more fields, which say how the shards were made.
+
+    Raises:
+        DamagedShard: if a key occurs twice in the folder.
+    """
     shards = sorted(shards, key=lambda entry: str(entry["name"]))
     seen: dict[str, str] = {}
     for entry in shards:
@@ -153,7 +173,12 @@ def write_manifest(folder: Path, shards: list[dict[str, Any]], **about: object) 
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a shard folder; a clear error where there is none or it is not ours."""
+    """Read and check the manifest of a shard folder.
+
+    Raises:
+        ValueError: if there is no manifest, or one of another version.
+        DamagedShard: if the manifest is not valid.
+    """
     path = folder / MANIFEST
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
@@ -180,7 +205,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             all(isinstance(entry.get(field), str) for field in _STRINGS)
             and all(type(entry.get(field)) is int for field in _NUMBERS)
         ):
-            raise DamagedShard(f"{path}: an entry that is not as it should be: {entry}")
+            raise DamagedShard(f"{path}: not a valid entry: {entry}")
         name = entry["name"]
         # A name is joined to the folder's path: it must not lead out of it.
         if "/" in name or "\0" in name or not name.endswith(".tar") or name in names:
@@ -192,12 +217,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def splits_of(folder: str | Path) -> list[str]:
-    """The splits of a shard folder, by name."""
+    """The names of the splits of a shard folder, sorted."""
     return sorted({str(entry["split"]) for entry in read_manifest(Path(folder))["shards"]})
 
 
 def read_index(shard: Path) -> list[dict[str, Any]]:
-    """The samples of a shard as its index lists them; ``DamagedShard`` if it is not readable."""
+    """Read the index of a shard: ``{"key": KEY, "members": {SUFFIX: [offset, size]}}`` per sample.
+
+    Raises:
+        DamagedShard: if the index is missing or not valid.
+    """
     path = index_path(shard)
     try:
         samples: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["samples"]
@@ -206,7 +235,7 @@ def read_index(shard: Path) -> list[dict[str, Any]]:
                 raise TypeError("a key is not a string")
             for offset, size in sample["members"].values():
                 if type(offset) is not int or type(size) is not int or min(offset, size) < 0:
-                    raise ValueError(f"{sample['key']}: an offset or size that cannot be")
+                    raise ValueError(f"{sample['key']}: an offset or size is not valid")
         return samples
     except FileNotFoundError as error:
         raise DamagedShard(f"{path}: missing; run: multimodal data index {shard.parent}") from error
@@ -217,16 +246,23 @@ def read_index(shard: Path) -> list[dict[str, Any]]:
 class Shards:
     """The samples of one split of a shard folder, by number: ``shards[i] -> Sample``.
 
-    Opening checks the manifest and that every shard is there with its size; the first sample of a
-    shard checks the index and the SHA-256 of both. Keeps no file open, and where OPEN_SAMPLES lie,
-    so it can have any number of shards and be sent to worker processes.
+    Opening checks the manifest, and that every shard exists and has its size. Reading the first
+    sample of a shard checks the SHA-256 of the shard and of its index. No file stays open, and at
+    most MAX_INDEXED samples (or one shard) have their index in memory. So a folder can have any
+    number of shards, and this object can be sent to worker processes.
 
     Args:
         folder: a folder with ``manifest.json``, or an address (multimodal/data/remote.py).
-        split: which split; ``None`` means all of them.
-        only: of these, the one shard of this name.
-    ``encoding``: how its codes came about (multimodal/data/encode.py), None where there are images.
-    Errors: ``ValueError`` for a folder or split that is not there, ``DamagedShard`` for damage.
+        split: the split to read. ``None`` reads all of them.
+        only: the name of a shard. The others are left out.
+
+    Attributes:
+        encoding: how the codes were made (multimodal/data/encode.py). None for images.
+        sizes: number of samples of each shard.
+
+    Raises:
+        ValueError: if the folder or the split does not exist.
+        DamagedShard: if a shard or an index differs from the manifest.
     """
 
     def __init__(
@@ -254,14 +290,14 @@ class Shards:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over the shards: their names, their bytes, their order."""
+        """16 hex digits that depend on the names, bytes and order of the shards."""
         names = "".join(f"{entry['name']}{entry['sha256']}" for entry in self._entries)
         return hashlib.sha256(names.encode()).hexdigest()[:16]
 
     def _check_size(self, entry: dict[str, Any]) -> None:
         path = self.folder / entry["name"]
         if self._mirror:
-            return  # it comes when it is read
+            return  # it is downloaded when it is read
         try:
             size = path.stat().st_size
         except FileNotFoundError as error:
@@ -276,24 +312,24 @@ class Shards:
             return self._indexes[number]
         entry = self._entries[number]
         path = self.folder / entry["name"]
-        self._bring(index_path(path), entry["index_sha256"])
+        self._download(index_path(path), entry["index_sha256"])
         index = read_index(path)
         if file_sha256(index_path(path)) != entry["index_sha256"] or len(index) != entry["samples"]:
             raise DamagedShard(f"{index_path(path)}: not the index that the manifest knows")
         self._indexes[number] = index
-        while len(self._indexes) > 1 and sum(map(len, self._indexes.values())) > OPEN_SAMPLES:
+        while len(self._indexes) > 1 and sum(map(len, self._indexes.values())) > MAX_INDEXED:
             self._indexes.popitem(last=False)
         return index
 
-    def _bring(self, path: Path, sha256: str) -> None:
-        """Of a folder far away: fetch a file, also in the place of one that is of another time."""
+    def _download(self, path: Path, sha256: str) -> None:
+        """Download a file of a remote folder, again if the mirror has an older version."""
         if self._mirror:
             fetch(self.folder, path.name)
             if file_sha256(path) != sha256:
                 fetch(self.folder, path.name, again=True)
 
-    def _place(self, i: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The entry of the shard that holds sample i, and its line in the index."""
+    def _locate(self, i: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The entry of the shard that holds sample i, and the entry of the sample in the index."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         i %= len(self)
@@ -305,30 +341,30 @@ class Shards:
         return self._ends[-1] if self._ends else 0
 
     def key(self, i: int) -> str:
-        return str(self._place(i)[1]["key"])
+        return str(self._locate(i)[1]["key"])
 
     def __getitem__(self, i: int) -> Sample:
-        entry, indexed = self._place(i)
+        entry, indexed = self._locate(i)
         key, members = indexed["key"], indexed["members"]
         path = f"{self._folder}/{entry['name']}"
         if entry["name"] not in self._verified:
-            self._bring(Path(path), entry["sha256"])
+            self._download(Path(path), entry["sha256"])
             if file_sha256(Path(path)) != entry["sha256"]:
                 raise DamagedShard(
-                    f"{path}: its bytes are not those the manifest knows (SHA-256 differs); "
+                    f"{path}: its bytes differ from the manifest (SHA-256); "
                     f"run: multimodal data check {self.folder}"
                 )
             self._verified.add(entry["name"])
-        descriptor = os.open(path, os.O_RDONLY)  # without a buffer: it is read once
+        descriptor = os.open(path, os.O_RDONLY)  # a buffer would not help: each byte is read once
         try:
-            found = {}
+            contents = {}
             for suffix, (offset, size) in members.items():
-                found[suffix] = os.pread(descriptor, size, offset)
-                if len(found[suffix]) != size:
+                contents[suffix] = os.pread(descriptor, size, offset)
+                if len(contents[suffix]) != size:
                     raise DamagedShard(f"{path}: cut off inside {key}.{suffix}")
         finally:
             os.close(descriptor)
-        return Sample(key, found)
+        return Sample(key, contents)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))

@@ -72,7 +72,7 @@ def test_codes_are_those_of_the_images(work: Path, tmp_path: Path) -> None:
 
 def test_training_images_get_several_crops_and_others_one_whole(work: Path, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
-    encoding = Encoding.by(tokenizer, encodings=3, crop_scale=0.5, mirror=True, seed=4)
+    encoding = Encoding.for_tokenizer(tokenizer, encodings=3, crop_scale=0.5, mirror=True, seed=4)
     encode_shards(work / "scenes", tmp_path / "codes", tokenizer, encoding)
     sample = Shards(work / "scenes", "train")[5]
     codes = Shards(tmp_path / "codes", "train")[5].codes
@@ -89,7 +89,7 @@ def test_what_was_stopped_goes_on_and_gives_the_same_bytes(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = make_tokenizer()
-    encoding = Encoding.by(tokenizer)
+    encoding = Encoding.for_tokenizer(tokenizer)
     encode_shards(work / "scenes", tmp_path / "whole", tokenizer, encoding)
     done, encoded = 0, tokenizer.encode
 
@@ -110,7 +110,7 @@ def test_what_was_stopped_goes_on_and_gives_the_same_bytes(
     for name in (".lock", ".train-0002.tar.part", ".encoding.json.part"):
         (out / name).write_bytes(b"half")
     # Other options, or other shards, are no continuation.
-    other = Encoding.by(tokenizer, precision="bfloat16")
+    other = Encoding.for_tokenizer(tokenizer, precision="bfloat16")
     with pytest.raises(ValueError, match="was begun with other shards or options"):
         encode_shards(work / "scenes", out, tokenizer, other)
     kept = {name: (out / name).stat().st_mtime_ns for name in left if name.endswith(".tar")}
@@ -170,7 +170,7 @@ def test_who_encodes_changes_no_byte(work: Path, tmp_path: Path, options: Any) -
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Encoding.by(make_tokenizer(), **options)
+        Encoding.for_tokenizer(make_tokenizer(), **options)
 
 
 def test_codes_survive_in_the_smallest_numbers() -> None:
@@ -201,7 +201,7 @@ def test_a_pickle_in_the_place_of_codes_runs_nothing(tmp_path: Path) -> None:
 def joint(work: Path) -> Path:
     """A joint configuration, and the shards as codes of its tokenizer: codes/."""
     tokenizer = make_tokenizer()
-    encode_shards(work / "scenes", work / "codes", tokenizer, Encoding.by(tokenizer))
+    encode_shards(work / "scenes", work / "codes", tokenizer, Encoding.for_tokenizer(tokenizer))
     text = ["--out", str(work / "text.json"), "--vocabulary-size", "320"]
     assert main(["tokenizer", "text", str(work / "scenes"), *text]) == 0
     module = {
@@ -303,7 +303,7 @@ def test_indexing_and_checking_know_codes(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer, out = make_tokenizer(), tmp_path / "codes"
-    encode_shards(work / "scenes", out, tokenizer, Encoding.by(tokenizer))
+    encode_shards(work / "scenes", out, tokenizer, Encoding.for_tokenizer(tokenizer))
     before = read_manifest(out)
     assert main(["data", "index", str(out)]) == 0
     assert read_manifest(out) == before
@@ -319,8 +319,8 @@ def test_one_process_at_a_time_and_a_split_to_crop(work: Path, tmp_path: Path) -
     with open(out / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another process is writing to it"):
-            encode_shards(work / "scenes", out, tokenizer, Encoding.by(tokenizer))
-    cropped = Encoding.by(tokenizer, crop_scale=0.5, train_split="all")
+            encode_shards(work / "scenes", out, tokenizer, Encoding.for_tokenizer(tokenizer))
+    cropped = Encoding.for_tokenizer(tokenizer, crop_scale=0.5, train_split="all")
     with pytest.raises(ValueError, match="no split 'all' to crop; it has heldout, train, val"):
         encode_shards(work / "scenes", out, tokenizer, cropped)
 
@@ -328,7 +328,7 @@ def test_one_process_at_a_time_and_a_split_to_crop(work: Path, tmp_path: Path) -
 def test_bfloat16_is_near_and_on_record(work: Path, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     for precision in ("float32", "bfloat16"):
-        encoding = Encoding.by(tokenizer, precision=precision)
+        encoding = Encoding.for_tokenizer(tokenizer, precision=precision)
         encode_shards(work / "scenes", tmp_path / precision, tokenizer, encoding)
     exact, rounded = (
         np.concatenate([sample.codes for sample in Shards(tmp_path / precision)])

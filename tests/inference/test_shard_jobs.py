@@ -113,7 +113,7 @@ def test_embeddings_of_images_and_of_their_codes(
     good.mkdir()
     write_tar(good / "train-0000.tar", [(s.key, s.members) for s in samples[:4]])
     write_manifest(good, [index_shard(good / "train-0000.tar")])
-    encoding = Encoding.by(model.image_tokenizer)
+    encoding = Encoding.for_tokenizer(model.image_tokenizer)
     encode_shards(good, tmp_path / "codes", model.image_tokenizer, encoding)
     assert run("embed", tiny_model_folder, tmp_path / "codes", tmp_path / "again") == 0
     np.testing.assert_allclose(np.load(tmp_path / "again/train-0000.npy"), rows["train-0000"])

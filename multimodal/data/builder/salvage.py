@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from multimodal.data.builder.records import Slice
-from multimodal.data.documents import images_of, is_plain_text
+from multimodal.data.documents import image_suffixes, is_plain_text
 from multimodal.data.samples import TEXT_SUFFIXES, Sample
 from multimodal.data.shards import MAX_PADDING, DamagedShard, only_zeros, read_index, split_name
 
@@ -39,7 +39,7 @@ class _Run:
     def is_whole(self, shard: Path) -> bool:
         """Whether it has an image and a text, or is plain text."""
         suffixes = [suffix for suffix, _, _ in self.members]
-        if images_of(suffixes):
+        if image_suffixes(suffixes):
             return any(suffix in TEXT_SUFFIXES for suffix in suffixes)
         try:
             return is_plain_text(self.sample(shard).record)

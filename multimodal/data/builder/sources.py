@@ -24,7 +24,7 @@ from multimodal.data.builder.records import (
 )
 from multimodal.data.builder.salvage import LostSample, Members, salvage
 from multimodal.data.builder.tables import TABLE_SUFFIXES, read_parquet, read_table
-from multimodal.data.documents import UnreadableText, check_content, images_of, is_plain_text
+from multimodal.data.documents import UnreadableText, check_content, image_suffixes, is_plain_text
 from multimodal.data.samples import IMAGE_SUFFIXES
 from multimodal.data.shards import read_index, split_of
 
@@ -194,7 +194,7 @@ def _read_shards(
                 continue
             assert isinstance(item.members, Members)
             name, places = f"{tar}: {item.key}", dict(item.members.places)
-            images, members = images_of(places), ", ".join(sorted(places))
+            images, members = image_suffixes(places), ", ".join(sorted(places))
             slices = tuple(places.pop(suffix) for suffix in images)
             texts = {kind: places.pop(kind).read() for kind in TEXTS if kind in places}
             label = texts.get("cls")
