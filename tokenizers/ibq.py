@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from multimodal.tokenizers.quantizer import Quantized, drawn_from, entropy_of
+from multimodal.tokenizers.quantizer import Quantized, entropy_of, sample_codebook
 
 
 class IBQ(nn.Module):
@@ -54,7 +54,7 @@ class IBQ(nn.Module):
             flat = rearrange(latents, "b h w c -> (b h w) c")
             if self.training and not self.initialised:
                 with torch.no_grad():
-                    self.codebook.weight.copy_(drawn_from(flat, self.codebook_size))
+                    self.codebook.weight.copy_(sample_codebook(flat, self.codebook_size))
                     self.initialised.fill_(True)
             codebook = F.normalize(self.codebook.weight, dim=-1)
             logits = flat @ codebook.T / self.temperature

@@ -23,7 +23,7 @@ from multimodal.tokenizers.quantizer import Quantized
 from multimodal.tokenizers.registry import make_quantizer
 
 Fit: TypeAlias = Literal["squash", "crop", "letterbox"]
-Made = TypeVar("Made")
+Built = TypeVar("Built")
 
 
 class ImageTokenizer(Protocol):
@@ -86,8 +86,8 @@ class VQTokenizer(nn.Module):
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.quantizer = _named(make_quantizer, config.quantizer)
-        autoencoder = _named(make_autoencoder, config.autoencoder)
+        self.quantizer = _build(make_quantizer, config.quantizer)
+        autoencoder = _build(make_autoencoder, config.autoencoder)
         shape = (config.downsample, config.grid, self.quantizer.channels)
         self.encoder: nn.Module
         self.decoder: vit.Decoder | vqgan.Decoder
@@ -169,7 +169,7 @@ def hash_weights(digest: "hashlib._Hash", weights: dict[str, Tensor]) -> None:
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def _named(make: Callable[..., Made], options: dict[str, Any]) -> Made:
+def _build(make: Callable[..., Built], options: dict[str, Any]) -> Built:
     """What a name and options stand for. Errors: ``ValueError`` for options that are not known."""
     if "name" not in options:
         raise ValueError(f"{options}: name is missing")

@@ -48,7 +48,7 @@ def distributed() -> bool:
 
 
 @torch.no_grad()
-def drawn_from(flat: Tensor, count: int) -> Tensor:
+def sample_codebook(flat: Tensor, count: int) -> Tensor:
     """Latents of a batch, float[N, C], at random, one for each of so many codes: float[count, C].
 
     The same on all ranks. A little noise keeps repeated ones apart.
@@ -65,7 +65,7 @@ def entropy_of(probabilities: Tensor) -> Tensor:
     return -(probabilities * probabilities.clamp(min=1e-12).log()).sum(-1)
 
 
-class CodebookUse:
+class CodebookUsage:
     """Counts codes over many batches: the share of the codebook in use, and its perplexity."""
 
     def __init__(self, codebook_size: int) -> None:
@@ -86,14 +86,14 @@ class CodebookUse:
         return float(entropy_of(p).exp())
 
     @property
-    def enough(self) -> bool:
+    def has_enough_codes(self) -> bool:
         """Whether so many codes were counted that a healthy codebook would show."""
         return int(self.counts.sum()) >= 4 * len(self.counts)
 
-    def collapse(self) -> str | None:
+    def collapse_warning(self) -> str | None:
         """What is wrong, in plain words, or None. Too few codes to tell are no collapse."""
         seen, size = int(self.counts.sum()), len(self.counts)
-        if not self.enough:
+        if not self.has_enough_codes:
             return None
         if self.used >= 0.5 and self.perplexity >= 0.05 * size:
             return None

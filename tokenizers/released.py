@@ -35,12 +35,12 @@ _OUTSIDE = {
 }
 
 
-class _StandIn:
+class _PickleStub:
     """In the place of a class that the pickles of taming's time name: it does nothing."""
 
 
-_STAND_INS: list[Any] = [
-    (_StandIn, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+_PICKLE_STUBS: list[Any] = [
+    (_PickleStub, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
 ]
 
 
@@ -115,7 +115,7 @@ def read_weights(source: Path) -> dict[str, Tensor]:
 def _unpickled(file: Path) -> dict[str, Tensor]:
     """A checkpoint of torch's, with tensors and plain values only: no other class is ever made."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, *_STAND_INS]):
+        with torch.serialization.safe_globals([argparse.Namespace, *_PICKLE_STUBS]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of a damaged file torch raises almost anything
         if found := re.search(r"GLOBAL (\S+)", str(error)):

@@ -143,7 +143,7 @@ class Encoder(nn.Module):
         if vit.encoder_depth:
             self.tokens: nn.Module = PositionedBlocks(vit.dim, vit.encoder_depth, vit.heads, grid)
         else:
-            self.tokens = EachAlone(vit.dim)
+            self.tokens = TokenMLP(vit.dim)
         self.to_latents = nn.Sequential(nn.Linear(vit.dim, channels), Standardise(channels))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class Encoder(nn.Module):
         return latents
 
 
-class EachAlone(nn.Module):
+class TokenMLP(nn.Module):
     """An MLP on every token: float[B, D, h, w] -> float[B, h, w, D].
 
     With attention here, the codes of an empty background carry what the objects' have no room for:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from multimodal.tokenizers.quantizer import Quantized, distributed, drawn_from
+from multimodal.tokenizers.quantizer import Quantized, distributed, sample_codebook
 
 
 class VQ(nn.Module):
@@ -101,7 +101,7 @@ class VQ(nn.Module):
     @torch.no_grad()
     def _initialise(self, flat: Tensor) -> None:
         if not self.initialised:
-            self.codebook.weight.copy_(self._scaled(drawn_from(flat, self.codebook_size)))
+            self.codebook.weight.copy_(self._scaled(sample_codebook(flat, self.codebook_size)))
             self.initialised.fill_(True)
 
     @torch.no_grad()
@@ -127,6 +127,6 @@ class VQ(nn.Module):
         # Before the codes are looked up: autograd allows no change to what it has read.
         dead = self.counts < self.dead_after
         weight = self.codebook.weight
-        drawn = self._scaled(drawn_from(flat, self.codebook_size))
+        drawn = self._scaled(sample_codebook(flat, self.codebook_size))
         weight.copy_(torch.where(dead[:, None], drawn, weight))
         self.counts.copy_(torch.where(dead, torch.ones_like(self.counts), self.counts))

@@ -138,7 +138,7 @@ class Summary(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
-        say(
+        print_status(
             f"{trained:,} parameters to train, {frozen:,} frozen; steps "
             f"{trainer.global_step:,} to {trainer.estimated_stepping_batches:,}, "
             f"{trainer.num_training_batches:,} an epoch"
@@ -147,7 +147,9 @@ class Summary(L.Callback):
         kept = {group.get("initial_lr") for group in trainer.optimizers[0].param_groups}
         if trainer.ckpt_path and given is not None and given not in kept:
             rates = ", ".join(map(str, sorted(rate for rate in kept if rate is not None)))
-            say(f"the checkpoint's learning rate {rates} stays in force, not the {given} given")
+            print_status(
+                f"the checkpoint's learning rate {rates} stays in force, not the {given} given"
+            )
 
 
 class WritePredictions(L.Callback):
@@ -174,8 +176,8 @@ class WritePredictions(L.Callback):
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in outputs)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        say(f"wrote {self._path(trainer)}")
+        print_status(f"wrote {self._path(trainer)}")
 
 
-def say(message: str) -> None:
+def print_status(message: str) -> None:
     print(message, file=sys.stderr, flush=True)

@@ -13,10 +13,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from multimodal.train.callbacks import say
+from multimodal.train.callbacks import print_status
 
 
-class WholeCheckpoints(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it: a crash or a full disk leaves the last.
 
     Lightning's own goes through the system's temporary folder; where that is another disk, it is
@@ -55,7 +55,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         return loaded
 
 
-class KeptCheckpoints(ModelCheckpoint):
+class LinkedCheckpoint(ModelCheckpoint):
     """``last.ckpt`` is a link to the newest checkpoint, and at no moment to none.
 
     Lightning's own leads nowhere from when the one before is removed until it is made anew.
@@ -83,7 +83,7 @@ class KeptCheckpoints(ModelCheckpoint):
         trainer.strategy.barrier()
 
 
-class StopGently(L.Callback):
+class GracefulStop(L.Callback):
     """On SIGTERM, and on the first Ctrl-C, of any rank: ends the step, and saves it to ``path``.
 
     In a validation, it is the next step. Lightning's own handler would stop there, where no state
@@ -105,7 +105,7 @@ class StopGently(L.Callback):
     def _ask(self, number: int, frame: Any) -> None:
         if not self._asked:
             again = "; Ctrl-C again stops at once" * (number == signal.SIGINT)
-            say(f"stopping after this step{again}")
+            print_status(f"stopping after this step{again}")
         self._asked = number
         # Another SIGTERM (a scheduler's, and torchrun's) changes nothing: it must not get to
         # Lightning's handler, which waits for the other ranks wherever this one is.
@@ -127,7 +127,7 @@ class StopGently(L.Callback):
                 # In parts, a checkpoint is written where it stays: not over one that is whole.
                 path = path.with_name(f"stopped-{trainer.global_step}.ckpt")
             trainer.save_checkpoint(path)
-            say(f"stopped at step {trainer.global_step:,}; go on with --ckpt_path {path}")
+            print_status(f"stopped at step {trainer.global_step:,}; go on with --ckpt_path {path}")
             self._saved = True
 
     def on_train_batch_start(self, *_: Any, **__: Any) -> None:

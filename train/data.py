@@ -103,7 +103,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
             document = document_of(sample)
             images: list[NDArray[Any]]
             if encoding is not None:
-                images = [chosen_codes(codes, encoding, seed + number)
+                images = [select_encoding(codes, encoding, seed + number)
                           for number, codes in enumerate(codes_in(sample))]  # fmt: skip
             else:
                 images = [self._image(data, self.augmented[source], seed + number)
@@ -141,7 +141,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         )
 
 
-def chosen_codes(
+def select_encoding(
     codes: NDArray[np.int64], encoding: dict[str, Any], seed: int
 ) -> NDArray[np.int64]:
     """One of the encodings of an image, int64[A, h, w] -> int64[n].
@@ -275,7 +275,7 @@ class GlobalBatchLoader(DataLoader[Any]):
         self.batch_sampler.start = self._done = (state["epoch"], state["batches"])
 
 
-class Unchanged:
+class LoaderIterable:
     """A loader as a plain iterable: to predict, Lightning rebuilds DataLoaders, but cannot ours."""
 
     def __init__(self, loader: GlobalBatchLoader) -> None:
@@ -288,16 +288,16 @@ class Unchanged:
         return iter(self.loader)
 
 
-def check_codes(shards: list[Shards], codes_from: str | None, crops: bool) -> None:
+def check_codes(shards: list[Shards], expected_codes: str | None, crops: bool) -> None:
     """Errors: ``ValueError`` where shards hold codes that this training cannot use.
 
-    codes_from: fingerprint of the codes it reads; None: it reads pixels.
+    expected_codes: fingerprint of the codes it reads; None: it reads pixels.
     """
     encoded = [one for one in shards if one.encoding is not None]
     if not encoded:
         return
     folder = encoded[0].folder
-    if codes_from is None:
+    if expected_codes is None:
         raise ValueError(f"{folder}: holds codes, and an image tokenizer is trained on images")
     if len(encoded) < len(shards):
         others = {one.folder for one in shards} - {one.folder for one in encoded}
@@ -306,10 +306,11 @@ def check_codes(shards: list[Shards], codes_from: str | None, crops: bool) -> No
         )
     for one in encoded:
         assert one.encoding is not None
-        if (made_by := one.encoding.get("fingerprint")) != codes_from:
+        if (made_by := one.encoding.get("fingerprint")) != expected_codes:
             raise ValueError(
                 f"{one.folder}: its codes are of another image tokenizer ({made_by}; the model "
-                f"reads codes {codes_from}); encode the shards anew: multimodal tokenizer encode"
+                f"reads codes {expected_codes}); encode the shards anew: multimodal tokenizer "
+                "encode"
             )
     if crops:
         raise ValueError(
@@ -322,7 +323,7 @@ class ShardData(L.LightningDataModule):
     """Shard folders for ``fit``, ``validate``, ``test`` and ``predict``.
 
     The module that it feeds says how images are made square, ``preprocessing -> (size, fit)``, and
-    of which image tokenizer it could read codes, ``codes_from -> fingerprint or None``.
+    of which image tokenizer it could read codes, ``expected_codes -> fingerprint or None``.
 
     Args:
         folders: shard folders with a manifest, or their addresses (s3://...); their samples are put
@@ -386,7 +387,7 @@ class ShardData(L.LightningDataModule):
         image_size, fit = module.preprocessing
         crops = train and self.crop_scale < 1
         shards = self.shards(split)
-        check_codes(shards, module.codes_from, crops)
+        check_codes(shards, module.expected_codes, crops)
         augmented = {local_folder(folder) for folder in self.augmented}
         dataset = ShardDataset(
             shards,
@@ -420,5 +421,5 @@ class ShardData(L.LightningDataModule):
 
     test_dataloader = val_dataloader
 
-    def predict_dataloader(self) -> Unchanged:
-        return Unchanged(self.val_dataloader())
+    def predict_dataloader(self) -> LoaderIterable:
+        return LoaderIterable(self.val_dataloader())

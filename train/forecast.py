@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from multimodal.train.callbacks import ExportModel
-from multimodal.train.checkpointing import StopGently
+from multimodal.train.checkpointing import GracefulStop
 from multimodal.train.cli import TrainingCLI
 from multimodal.train.cli import main as run
 from multimodal.train.cost import peak_memory
@@ -63,14 +63,14 @@ class Forecast(L.Callback):
             "parameters": f"{trained:,} to train, {frozen:,} frozen",
             "memory": f"{peak_memory():.2f} GB at most, on each of {trainer.world_size} ranks",
             "step": f"{step:.3f} s",
-            "run": f"{steps:,} steps in {spoken(steps * step)}, without validations"
+            "run": f"{steps:,} steps in {format_duration(steps * step)}, without validations"
             if steps
             else "ends by the clock (max_time)",
         }
         print("\n".join(f"{name + ':':<12}{value}" for name, value in rows.items()))
 
 
-def spoken(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
@@ -83,7 +83,7 @@ class ForecastCLI(TrainingCLI):
         steps = min(STEPS, asked.max_steps) if asked.max_steps > 0 else STEPS
         kwargs |= {"max_steps": steps, "limit_val_batches": 0}
         trainer = super().instantiate_trainer(**kwargs)
-        kept = (ModelCheckpoint, ExportModel, StopGently)
+        kept = (ModelCheckpoint, ExportModel, GracefulStop)
         own = [one for one in trainer.callbacks if not isinstance(one, kept)]  # type: ignore[attr-defined]
         trainer.callbacks = [*own, Forecast(asked.max_steps, asked.max_epochs or -1)]  # type: ignore[attr-defined]
         return trainer

@@ -18,20 +18,20 @@ from multimodal.tokenizers.image import (
     VQTokenizer,
     load_image_tokenizer,
 )
-from multimodal.tokenizers.quantizer import CodebookUse
+from multimodal.tokenizers.quantizer import CodebookUsage
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.data import Examples
 from multimodal.train.discriminator import PatchDiscriminator, adversarial_losses
 from multimodal.train.distillation import Distillation
 from multimodal.train.lessons import texts_about
-from multimodal.train.optim import TrainedByMuon, can_compile
-from multimodal.train.semantic import SemanticLoss, Words
+from multimodal.train.optim import MuonModule, can_compile
+from multimodal.train.semantic import CaptionTargets, SemanticLoss
 
 PIXELS = ("mse", "l1", "perceptual")
 USE_EVERY = 100  # training steps after which the use of the codebook is logged
 
 
-class ImageTokenizerModule(TrainedByMuon):
+class ImageTokenizerModule(MuonModule):
     """Args:
     tokenizer: the autoencoder and its quantizer.
     text_tokenizer: file of a trained text tokenizer, for the semantic loss.
@@ -104,8 +104,8 @@ class ImageTokenizerModule(TrainedByMuon):
         self.compiled = self.losses
         if compile and can_compile():
             self.compiled = torch.compile(self.losses)
-        self.train_use = CodebookUse(self.tokenizer.codebook_size)
-        self.val_use = CodebookUse(self.tokenizer.codebook_size)
+        self.train_use = CodebookUsage(self.tokenizer.codebook_size)
+        self.val_use = CodebookUsage(self.tokenizer.codebook_size)
 
     def train(self, mode: bool = True) -> "ImageTokenizerModule":
         super().train(mode)
@@ -118,11 +118,11 @@ class ImageTokenizerModule(TrainedByMuon):
         return self.tokenizer.config.image_size, self.tokenizer.config.fit
 
     @property
-    def codes_from(self) -> None:
+    def expected_codes(self) -> None:
         """It reads pixels."""
 
     @property
-    def undecayed(self) -> list[nn.Module]:
+    def no_weight_decay(self) -> list[nn.Module]:
         return [self.tokenizer.quantizer]
 
     @property
@@ -140,7 +140,7 @@ class ImageTokenizerModule(TrainedByMuon):
         )
 
     def losses(
-        self, images: Tensor, words: Words | None, judged: bool
+        self, images: Tensor, words: CaptionTargets | None, judged: bool
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Every loss by its name, and the codes; judged: by the discriminator, too."""
         reconstruction, quantized = self.tokenizer(images)
@@ -198,7 +198,7 @@ class ImageTokenizerModule(TrainedByMuon):
             return total, {"mse": none, "codes": torch.zeros(0, dtype=torch.int64)}
         if self.semantic is not None:
             of = [row for row, count in enumerate(counts) for _ in range(count)]
-            words = self.semantic.words(
+            words = self.semantic.targets(
                 [batch.keys[row] for row in of],
                 [batch.records[row] for row in of],
                 [batch.seeds[row] for row in of],
@@ -216,14 +216,14 @@ class ImageTokenizerModule(TrainedByMuon):
         self.log("psnr", psnr(parts["mse"].detach()), prog_bar=True, logger=False)
         if (self.global_step + 1) % USE_EVERY == 0:
             self._log_use("train", self.train_use)
-            if self.train_use.enough:
-                if alarm := self.train_use.collapse():
+            if self.train_use.has_enough_codes:
+                if alarm := self.train_use.collapse_warning():
                     rank_zero_warn(f"step {self.global_step}: {alarm}")
-                self.train_use = CodebookUse(self.tokenizer.codebook_size)
+                self.train_use = CodebookUsage(self.tokenizer.codebook_size)
         return total
 
     def on_validation_epoch_start(self) -> None:
-        self.val_use = CodebookUse(self.tokenizer.codebook_size)
+        self.val_use = CodebookUsage(self.tokenizer.codebook_size)
 
     def validation_step(self, batch: Examples, batch_idx: int) -> None:
         _, parts = self.step(batch)
@@ -236,7 +236,7 @@ class ImageTokenizerModule(TrainedByMuon):
     def on_validation_epoch_end(self) -> None:
         self._log_use("val", self.val_use)
 
-    def _log_use(self, stage: str, use: CodebookUse) -> None:
+    def _log_use(self, stage: str, use: CodebookUsage) -> None:
         # Over USE_EVERY training batches, more for a large codebook, or the whole validation set.
         self.log(f"{stage}/codebook_used", use.used)
         self.log(f"{stage}/codebook_perplexity", use.perplexity)

@@ -15,7 +15,7 @@ from torch import nn
 from multimodal.train.sharding import clip_gradients
 
 
-class TrainedByMuon(L.LightningModule):
+class MuonModule(L.LightningModule):
     """Muon for the matrices and kernels inside the network, AdamW for the rest.
 
     The rest: embeddings, norms, biases, the modules of ``heads``, and codebooks. Muon makes the
@@ -24,7 +24,7 @@ class TrainedByMuon(L.LightningModule):
     twice the steps here (docs/decisions.md has the numbers).
 
     learning_rate, weight_decay: of both; warmup_steps: linear, then a cosine to zero.
-    learning_rates: other rates for parts, by their names as ``parts_named`` reads them.
+    learning_rates: other rates for parts, by their names as ``parameters_named`` reads them.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TrainedByMuon(L.LightningModule):
         return []
 
     @property
-    def undecayed(self) -> list[nn.Module]:
+    def no_weight_decay(self) -> list[nn.Module]:
         """What weight decay would pull from where it has to be: codebooks."""
         return []
 
@@ -52,10 +52,10 @@ class TrainedByMuon(L.LightningModule):
         rates = {
             parameter: rate
             for name, rate in self.learning_rates.items()
-            for parameter in parts_named(self, name)
+            for parameter in parameters_named(self, name)
         }
         optimizer = muon(
-            self, self.heads, self.learning_rate, self.weight_decay, self.undecayed, rates
+            self, self.heads, self.learning_rate, self.weight_decay, self.no_weight_decay, rates
         )
         return warmup_cosine(optimizer, self.warmup_steps, self.trainer)
 
@@ -70,7 +70,7 @@ class TrainedByMuon(L.LightningModule):
         self.log("train/gradient_norm", norm)
 
 
-def parts_named(module: nn.Module, name: str) -> list[nn.Parameter]:
+def parameters_named(module: nn.Module, name: str) -> list[nn.Parameter]:
     """The parameters of this name, or of the part of this name: ``model.transformer.layers.0``;
     with wildcards: ``*.mlp.*``. Errors: ``ValueError`` where there are none."""
     found = [
@@ -97,14 +97,22 @@ def muon(
     heads: list[nn.Module],
     learning_rate: float,
     weight_decay: float,
-    undecayed: Sequence[nn.Module] = (),
+    no_weight_decay: Sequence[nn.Module] = (),
     rates: Mapping[nn.Parameter, float] | None = None,
 ) -> Muon:
-    """Muon where it fits, AdamW elsewhere; norms, biases and ``undecayed`` do not decay; rates: of
-    the parameters that have one of their own."""
+    """Muon for matrices and kernels, AdamW for all other parameters.
+
+    Args:
+        module: its trainable parameters are optimised.
+        heads: modules that AdamW trains.
+        learning_rate: of all parameters that ``rates`` does not name.
+        weight_decay: of all parameters but norms, biases and ``no_weight_decay``.
+        no_weight_decay: modules without weight decay. AdamW trains them.
+        rates: learning rates of single parameters.
+    """
     by_adamw = [m for m in module.modules() if isinstance(m, nn.Embedding)] + heads
     outside = {id(p) for part in by_adamw for p in part.parameters()}
-    free = {id(p) for part in undecayed for p in part.parameters()}
+    free = {id(p) for part in no_weight_decay for p in part.parameters()}
     parameters = [p for p in module.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in free]
     groups: list[dict[str, Any]] = [

@@ -33,15 +33,15 @@ from multimodal.train.lessons import texts_about
 
 LONGEST = 64  # tokens of a caption that are read
 REACH = 2  # neighbours to each side
-NOTHING = -100  # no token: beyond the ends of a caption
+NO_TOKEN = -100  # no token: beyond the ends of a caption
 
 
 @dataclass(frozen=True)
-class Words:
+class CaptionTargets:
     """What the captions of a batch say.
 
     bag: float[B, T], the tokens of all captions of an image, by rarity, summing to 1;
-    caption: int64[B, L], one caption of each, padded with NOTHING.
+    caption: int64[B, L], one caption of each, padded with NO_TOKEN.
     """
 
     bag: Tensor
@@ -81,10 +81,12 @@ class SemanticLoss(nn.Module):
             counts[list(set(self.text_tokenizer.encode(caption)))] += 1
         self.rarity.copy_(torch.log(total / counts.clamp(min=1)) / math.log(max(total, 2)))
 
-    def words(self, keys: list[str], records: list[dict[str, Any]], seeds: list[int]) -> Words:
+    def targets(
+        self, keys: list[str], records: list[dict[str, Any]], seeds: list[int]
+    ) -> CaptionTargets:
         """The targets of a batch. Errors: ``ValueError`` for a sample without any text."""
         bag = torch.zeros(len(records), len(self.text_tokenizer))
-        captions = np.full((len(records), LONGEST), NOTHING, np.int64)
+        captions = np.full((len(records), LONGEST), NO_TOKEN, np.int64)
         longest = 1
         for i, (key, record, seed) in enumerate(zip(keys, records, seeds, strict=True)):
             texts = [self.text_tokenizer.encode(text) for text in texts_about(key, record)]
@@ -96,9 +98,11 @@ class SemanticLoss(nn.Module):
         bag = bag.to(self.rarity) * self.rarity
         # Few lengths: on a CPU every new shape costs kernels, to be made and kept.
         caption = torch.from_numpy(captions[:, : min(LONGEST, -(-longest // 16) * 16)])
-        return Words(bag / bag.sum(-1, keepdim=True).clamp(min=1e-6), caption.to(bag.device))
+        return CaptionTargets(
+            bag / bag.sum(-1, keepdim=True).clamp(min=1e-6), caption.to(bag.device)
+        )
 
-    def forward(self, vectors: Tensor, words: Words) -> dict[str, Tensor]:
+    def forward(self, vectors: Tensor, words: CaptionTargets) -> dict[str, Tensor]:
         """vectors: float[B, h, w, C] -> the two cross-entropies, in nats"""
         scores = self.scores(vectors.flatten(1, 2)).float()
         bag = F.cross_entropy(scores.logsumexp(1), words.bag)
@@ -110,13 +114,13 @@ class SemanticLoss(nn.Module):
         grammar = self.grammar(self.neighbours(neighbours).flatten(2)).float()
         answers = attention.transpose(1, 2) @ scores + grammar
         targets = words.caption.flatten()
-        context = F.cross_entropy(answers.flatten(0, 1), targets, ignore_index=NOTHING)
+        context = F.cross_entropy(answers.flatten(0, 1), targets, ignore_index=NO_TOKEN)
         return {"words": bag, "context": context}
 
     def _neighbours(self, caption: Tensor) -> Tensor:
         """int64[B, L] -> int64[B, L, 2 REACH], T where there is none"""
         nothing = len(self.text_tokenizer)
-        padded = F.pad(caption, (REACH, REACH), value=NOTHING)
-        padded = padded.masked_fill(padded == NOTHING, nothing)
+        padded = F.pad(caption, (REACH, REACH), value=NO_TOKEN)
+        padded = padded.masked_fill(padded == NO_TOKEN, nothing)
         around = padded.unfold(1, 2 * REACH + 1, 1)
         return torch.cat([around[..., :REACH], around[..., REACH + 1 :]], -1)

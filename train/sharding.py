@@ -38,15 +38,15 @@ def _average(parameter: Tensor) -> None:
     parameter.grad = global_sum(parameter.grad) / world_size()
 
 
-def groups(model: nn.Module) -> list[FSDPModule]:
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 @contextmanager
-def together(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """All weights on every rank meanwhile, for work of which each rank has another amount, such as
     sampling: gathering them layer by layer, ranks would wait for one another for ever."""
-    sharded = groups(model)
+    sharded = fsdp_modules(model)
     for group in sharded:
         group.set_reshard_after_forward(False, recurse=False)
         group.unshard()
@@ -58,7 +58,7 @@ def together(model: nn.Module) -> Iterator[None]:
             group.reshard()
 
 
-def whole_weights(model: nn.Module) -> dict[str, Any]:
+def full_state_dict(model: nn.Module) -> dict[str, Any]:
     """All weights on the CPU of the first rank, nothing on the others; every rank has to call."""
     return get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)

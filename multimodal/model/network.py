@@ -280,7 +280,7 @@ class Multimodal(Usable, nn.Module):
             if states.requires_grad:
                 (of_states,) = torch.autograd.grad(weighted, states, retain_graph=True)
                 squares = global_sum(of_states.float().square().sum())
-                parts["pull/alignment"] = squares.sqrt() / world_size()
+                parts["grad_norm/alignment"] = squares.sqrt() / world_size()
             total = total + weighted
         return total, {**parts, "total": total}
 

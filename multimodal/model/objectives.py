@@ -94,7 +94,7 @@ def mean_over_ranks(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def over_ranks(found: Found) -> Found:
+def gather_objects(found: Found) -> Found:
     """A dictionary or a list of what each rank found, put together in the order of the ranks."""
     if world_size() == 1:
         return found
@@ -124,8 +124,8 @@ def token_losses(
     """hidden: float[N, D]; head: float[V, D]; targets, objectives: int64[N] -> weighted sum, parts
 
     Positions of objective NO_LOSS count nowhere. groups: bool[N] each, of which the mean over their
-    tokens is a part by that name, too. ``pull/NAME`` is the norm of the gradient with which an
-    objective pulls at the last states.
+    tokens is a part by that name, too. ``grad_norm/NAME`` is the norm of the gradient of an
+    objective at the last hidden states.
     Each part is a mean over its tokens on all ranks. Gradients are averaged over ranks afterwards,
     so the local sum is multiplied by their number.
     """
@@ -147,9 +147,9 @@ def token_losses(
     parts = {name: (losses.nll * share).sum() for name, share in shares.items()}
     parts["log_z"] = (losses.log_z * shares.get("log_z", none)).sum()
     if losses.total.requires_grad:
-        squares = torch.stack([losses.pull[chosen[name]].sum() for name in taught] or [none.sum()])
-        pulls = global_sum(squares).sqrt() / world_size()  # of the mean over the ranks
-        parts |= {f"pull/{name}": pull for name, pull in zip(taught, pulls, strict=False)}
+        squares = [losses.state_grad_norm_sq[chosen[name]].sum() for name in taught]
+        norms = global_sum(torch.stack(squares or [none.sum()])).sqrt() / world_size()
+        parts |= {f"grad_norm/{name}": norm for name, norm in zip(taught, norms, strict=False)}
     largest = losses.largest.masked_fill(~predicted, -torch.inf)
     parts["largest_logit"] = largest.max() if len(largest) else largest.new_zeros(())
     return losses.total, parts

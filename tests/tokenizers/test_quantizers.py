@@ -12,7 +12,7 @@ from torch import Tensor
 from multimodal.tokenizers.fsq import FSQ
 from multimodal.tokenizers.ibq import IBQ
 from multimodal.tokenizers.lfq import LFQ
-from multimodal.tokenizers.quantizer import CodebookUse
+from multimodal.tokenizers.quantizer import CodebookUsage
 from multimodal.tokenizers.registry import make_quantizer
 from multimodal.tokenizers.vq import VQ
 
@@ -240,7 +240,7 @@ def test_unknown_quantizers_and_sizes_are_refused() -> None:
     ],
 )
 def test_codebook_use(batches: list[list[int]], used: float, perplexity: float) -> None:
-    use = CodebookUse(4)
+    use = CodebookUsage(4)
     for batch in batches:
         use.update(torch.tensor(batch).view(-1, 1, 1))
     assert use.used == used and use.perplexity == pytest.approx(perplexity, rel=1e-9)
@@ -355,7 +355,7 @@ def test_ibq_puts_its_codes_where_the_data_are_and_uses_them() -> None:
     ibq = IBQ(codebook_size=64, channels=4).train()
     data = torch.tensor([1.0, 0.2, -0.1, 0.0]) + 0.15 * torch.randn(64, 2, 2, 4)
     optimizer = torch.optim.Adam(ibq.parameters(), 1e-3)
-    use = CodebookUse(64)
+    use = CodebookUsage(64)
     for step in range(40):
         result = ibq(data)
         optimizer.zero_grad()
@@ -394,15 +394,15 @@ def test_vq_by_gradient_restarts_dead_codes_before_they_are_read() -> None:
 
 
 def test_a_collapse_is_told_in_words() -> None:
-    healthy, collapsed, early = CodebookUse(64), CodebookUse(64), CodebookUse(64)
+    healthy, collapsed, early = CodebookUsage(64), CodebookUsage(64), CodebookUsage(64)
     healthy.update(torch.arange(64).repeat(10))
     collapsed.update(torch.randint(3, (640,)))
     early.update(torch.randint(3, (20,)))
-    assert healthy.collapse() is None and early.collapse() is None
-    said = collapsed.collapse()
+    assert healthy.collapse_warning() is None and early.collapse_warning() is None
+    said = collapsed.collapse_warning()
     assert said is not None and "of 64 codes 4.7% appeared" in said and "fsq" in said
     # All codes seen once, and one of them all the time: a collapse too.
-    rare = CodebookUse(64)
+    rare = CodebookUsage(64)
     rare.update(torch.arange(64))
     rare.update(torch.zeros(100_000, dtype=torch.int64))
-    assert rare.collapse() is not None
+    assert rare.collapse_warning() is not None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.train.semantic import NOTHING, REACH, SemanticLoss, Words
+from multimodal.train.semantic import NO_TOKEN, REACH, CaptionTargets, SemanticLoss
 
 CAPTIONS = ["red circle", "red square", "blue circle", "blue square", "red star"]
 
@@ -32,7 +32,7 @@ def test_a_token_of_every_caption_counts_nothing(text_tokenizer: TextTokenizer) 
     red, star = (one(text_tokenizer, word) for word in (" red", " star"))
     assert semantic.rarity[red] == 0
     assert semantic.rarity[star] == pytest.approx(1)
-    words = semantic.words(["a"], [{"captions": [" red star", " red circle"]}], [0])
+    words = semantic.targets(["a"], [{"captions": [" red star", " red circle"]}], [0])
     circle = one(text_tokenizer, " circle")
     assert words.bag[0].nonzero().flatten().tolist() == sorted([star, circle])
     assert words.bag.sum().item() == pytest.approx(1)
@@ -41,22 +41,22 @@ def test_a_token_of_every_caption_counts_nothing(text_tokenizer: TextTokenizer) 
 def test_the_caption_is_one_of_the_sample_and_padded(text_tokenizer: TextTokenizer) -> None:
     semantic = loss(text_tokenizer)
     captions = [" red star", " blue circle"]
-    words = semantic.words(["a", "b"], [{"captions": captions}] * 2, [1, 2])
+    words = semantic.targets(["a", "b"], [{"captions": captions}] * 2, [1, 2])
     assert words.caption.shape == (2, 16)
     for row in words.caption:
-        ids = row[row != NOTHING].tolist()
-        assert text_tokenizer.decode(ids) in captions and (row[len(ids) :] == NOTHING).all()
+        ids = row[row != NO_TOKEN].tolist()
+        assert text_tokenizer.decode(ids) in captions and (row[len(ids) :] == NO_TOKEN).all()
 
 
 def test_a_sample_without_captions_is_named(text_tokenizer: TextTokenizer) -> None:
     with pytest.raises(ValueError, match="sample x17 has no captions and no questions"):
-        loss(text_tokenizer).words(["x17"], [{}], [0])
+        loss(text_tokenizer).targets(["x17"], [{}], [0])
 
 
 def test_neighbours_do_not_hold_the_token_itself(text_tokenizer: TextTokenizer) -> None:
     semantic = loss(text_tokenizer)
     none = len(text_tokenizer)
-    caption = torch.tensor([[5, 6, 7, NOTHING]])
+    caption = torch.tensor([[5, 6, 7, NO_TOKEN]])
     assert REACH == 2
     assert semantic._neighbours(caption)[0].tolist() == [
         [none, none, 6, 7],
@@ -75,7 +75,9 @@ def test_the_codes_that_say_the_neighbours_are_asked(text_tokenizer: TextTokeniz
     scores.requires_grad_()
     semantic.scores = torch.nn.Sequential(_Fixed(scores))
     caption = torch.tensor([[red, star]])
-    parts = semantic(torch.zeros(1, 1, 2, 4), Words(torch.zeros_like(scores[:, 0]), caption))
+    parts = semantic(
+        torch.zeros(1, 1, 2, 4), CaptionTargets(torch.zeros_like(scores[:, 0]), caption)
+    )
     (gradient,) = torch.autograd.grad(parts["context"], scores)
     # Where "red" itself is asked for, "star" is wrong anywhere.
     assert gradient[0, 0, star] < -0.1 and gradient[0, 1, star] > 0
@@ -99,7 +101,7 @@ def test_it_learns_what_the_codes_show_and_not_what_they_hide(
 
     def best(vectors: torch.Tensor) -> tuple[float, float]:
         semantic = loss(text_tokenizer, channels=5)
-        words = semantic.words(list("abcde"), records, [0] * 5)
+        words = semantic.targets(list("abcde"), records, [0] * 5)
         optimizer = torch.optim.AdamW(semantic.parameters(), lr=1e-2)
         for _ in range(100):
             parts = semantic(vectors, words)

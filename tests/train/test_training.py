@@ -84,7 +84,7 @@ def test_a_collapsed_codebook_raises_the_alarm(
     monkeypatch.setattr(image_tokenizer, "USE_EVERY", 12)
     quantizer = {"name": "vq", "codebook_size": 64, "channels": 4, "decay": 0.5}
     if collapsed:  # all codes start alike, none ever moves, and none is started anew
-        monkeypatch.setattr(vq, "drawn_from", lambda flat, count: flat[:1].expand(count, -1))
+        monkeypatch.setattr(vq, "sample_codebook", lambda flat, count: flat[:1].expand(count, -1))
         quantizer |= {"decay": 1.0, "dead_after": 0.0}
     config = yaml.safe_load((work / "tokenizer.yaml").read_text())
     config["model"]["init_args"]["tokenizer"]["quantizer"] = quantizer
