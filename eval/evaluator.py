@@ -18,10 +18,10 @@ from torch import Tensor
 
 from multimodal.data.images import fit_image, open_image, to_tensor
 from multimodal.data.samples import Sample
+from multimodal.distributed import gather_objects, rank, world_size
 from multimodal.eval.metrics.clip_score import ClipScore
 from multimodal.inference.text import encode_images
 from multimodal.model.network import Multimodal
-from multimodal.model.objectives import gather_objects, rank, world_size
 
 
 @dataclass(frozen=True)

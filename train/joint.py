@@ -9,6 +9,7 @@ from torch import Tensor
 
 from multimodal.data.images import Fit, to_image
 from multimodal.data.seeds import stable_number
+from multimodal.distributed import gather_objects, mean_over_ranks
 from multimodal.eval.metrics.answering import score_answers
 from multimodal.eval.metrics.captioning import score_captions
 from multimodal.eval.metrics.scene_captions import score_scene_captions
@@ -18,7 +19,7 @@ from multimodal.model.attention import Backend
 from multimodal.model.checkpoint import load, part_of
 from multimodal.model.lessons import descriptions_of, exchanges_of
 from multimodal.model.network import Multimodal
-from multimodal.model.objectives import ObjectivesConfig, gather_objects, mean_over_ranks
+from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.sequences import Packed, Sequence, pack
 from multimodal.scenes.scene import Scene
 from multimodal.tokenizers.image import load_image_tokenizer
@@ -273,10 +274,8 @@ class JointModule(MuonModule):
                 self.answers += zip(prompts, expected, found, strict=True)
 
     def on_validation_epoch_end(self) -> None:
-        self.captions, self.references = (
-            gather_objects(self.captions),
-            gather_objects(self.references),
-        )
+        self.captions = gather_objects(self.captions)
+        self.references = gather_objects(self.references)
         self.scenes, self.answers = gather_objects(self.scenes), gather_objects(self.answers)
         folder = self._samples_folder()
         step = f"step-{self.global_step:06d}"

@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from multimodal.distributed import global_sum, world_size
 from multimodal.model.network import Multimodal
-from multimodal.model.objectives import global_sum, world_size
 
 
 def shard(model: Multimodal, mesh: DeviceMesh) -> None:
