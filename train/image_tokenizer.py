@@ -20,9 +20,12 @@ from multimodal.tokenizers.image import (
 )
 from multimodal.tokenizers.quantizer import CodebookUsage
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.train.data import Examples
-from multimodal.train.discriminator import PatchDiscriminator, adversarial_losses
-from multimodal.train.distillation import Distillation
+from multimodal.train.auxiliary_losses import (
+    Distillation,
+    PatchDiscriminator,
+    adversarial_losses,
+)
+from multimodal.train.examples import Examples
 from multimodal.train.lessons import texts_about
 from multimodal.train.optim import MuonModule, can_compile
 from multimodal.train.semantic import CaptionTargets, SemanticLoss
@@ -37,7 +40,7 @@ class ImageTokenizerModule(MuonModule):
     text_tokenizer: file of a trained text tokenizer, for the semantic loss.
     semantic_weight: of the semantic loss; 0 trains on pixels alone.
     teacher_weight, teacher: of codes that tell the features of a frozen network
-        (train/distillation.py): timm:MODEL or timm:MODEL=FILE.
+        (train/auxiliary_losses.py): timm:MODEL or timm:MODEL=FILE.
     decoder_only: leave the codes as they are (with --init_from) and go on with the decoder alone,
         at a third of the cost; a model that was trained on these codes can take the result.
     mse_weight: of the squared errors beside the absolute ones. Squares get a decoder going; but
@@ -140,9 +143,9 @@ class ImageTokenizerModule(MuonModule):
         )
 
     def losses(
-        self, images: Tensor, words: CaptionTargets | None, judged: bool
+        self, images: Tensor, words: CaptionTargets | None, adversarial: bool
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Every loss by its name, and the codes; judged: by the discriminator, too."""
+        """Every loss by its name, and the codes; adversarial: by the discriminator, too."""
         reconstruction, quantized = self.tokenizer(images)
         reconstruction = reconstruction.float()
         parts = {"mse": F.mse_loss(reconstruction, images)}
@@ -154,7 +157,7 @@ class ImageTokenizerModule(MuonModule):
             parts |= self.semantic(quantized.vectors, words)
         if self.distillation is not None:
             parts["teacher"] = self.distillation(quantized.vectors, images)
-        if self.discriminator is not None and judged:
+        if self.discriminator is not None and adversarial:
             parts |= adversarial_losses(self.discriminator, images, reconstruction)
         return parts, quantized.codes
 
@@ -203,8 +206,8 @@ class ImageTokenizerModule(MuonModule):
                 [batch.records[row] for row in of],
                 [batch.seeds[row] for row in of],
             )
-        judged = self.global_step >= self.discriminator_start
-        parts, codes = self.compiled(batch.pixels(), words, judged)
+        adversarial = self.global_step >= self.discriminator_start
+        parts, codes = self.compiled(batch.pixels(), words, adversarial)
         total = self.total(parts)
         return total, {**parts, "total": total, "codes": codes}
 

@@ -25,7 +25,7 @@ from multimodal.scenes.scene import Scene
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.cost import training_flops
-from multimodal.train.data import Examples
+from multimodal.train.examples import Examples
 from multimodal.train.lessons import lesson_of
 from multimodal.train.optim import MuonModule, can_compile, parameters_named
 from multimodal.train.preflight import check_data

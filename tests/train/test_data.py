@@ -12,9 +12,10 @@ import multimodal.train.sample_order as train_order
 from multimodal.cli import main
 from multimodal.model.templates import Templates
 from multimodal.train.callbacks import Mixture
-from multimodal.train.data import GlobalBatches, GlobalBatchLoader, ShardData, ShardDataset
+from multimodal.train.data import GlobalBatchLoader, ShardData
+from multimodal.train.examples import ShardDataset
 from multimodal.train.lessons import TURNS, Lesson, lesson_of, texts_about
-from multimodal.train.sample_order import Order
+from multimodal.train.sample_order import GlobalBatches, Order
 
 TEMPLATES = Templates()
 
@@ -111,13 +112,13 @@ def test_many_shards_are_shuffled_block_by_block(
     # how far apart, in samples read, the first and the last of a shard are
     spans = [np.ptp(np.flatnonzero(shard_of[whole] == shard)) for shard in range(40)]
     assert max(spans) < 2 * block + 9
-    _, _, ends = shuffled._laid_out(3)
+    _, _, ends = shuffled._blocks(3)
     blocks = np.diff(ends, prepend=0)
     assert min(blocks) >= min(block, len(shuffled)) and ends[-1] == len(shuffled)
     if block == 10:
         assert len(blocks) > 8 and max(blocks) < 2 * block + 9
     huge = train_order.Shuffled([10, 200_000, 10, 10, 90_000], seed=0)
-    assert min(np.diff(huge._laid_out(0)[2], prepend=0)) >= block
+    assert min(np.diff(huge._blocks(0)[2], prepend=0)) >= block
 
 
 def test_weights_are_kept_to_the_sample_and_nothing_comes_again_too_soon() -> None:
@@ -143,7 +144,9 @@ def test_weights_are_kept_to_the_sample_and_nothing_comes_again_too_soon() -> No
 
 
 def test_validation_deals_ranks_equal_shares() -> None:
-    with pytest.warns(UserWarning, match="the last 1 of 9 samples cannot be dealt to 2 ranks"):
+    with pytest.warns(
+        UserWarning, match="the last 1 of 9 samples cannot be shared equally by 2 ranks"
+    ):
         shares = [
             [len(part) for part in GlobalBatches(Order([[9]], shuffle=False), 4, rank=rank,
                                                  world_size=2)]

@@ -23,9 +23,10 @@ from multimodal.tokenizers import vq
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.train import image_tokenizer
 from multimodal.train.cli import recipe_names
-from multimodal.train.data import Examples, GlobalBatches, ShardData, ShardDataset
+from multimodal.train.data import ShardData
+from multimodal.train.examples import Examples, ShardDataset
 from multimodal.train.joint import JointModule
-from multimodal.train.sample_order import Order
+from multimodal.train.sample_order import GlobalBatches, Order
 from tests.launches import logged
 
 RECIPES = Path(__file__).parent.parent.parent / "train" / "recipes"
