@@ -139,9 +139,8 @@ def test_lfq_agrees_with_the_reference(temperature: float) -> None:
     )
     lfq = LFQ(6, entropy_weight=1.0, temperature=temperature).train()
     result = lfq(latents)
-    flipped = sum(
-        ((codes >> bit) & 1) << (5 - bit) for bit in range(6)
-    )  # the reference has the last bit first
+    # The reference has the highest bit first.
+    flipped = sum(((codes >> bit) & 1) << (5 - bit) for bit in range(6))
     assert torch.equal(result.codes.flatten(1), flipped)
     expected = parts.per_sample_entropy - parts.batch_entropy
     torch.testing.assert_close(result.losses["entropy"], expected, atol=1e-3, rtol=0)

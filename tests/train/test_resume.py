@@ -81,7 +81,7 @@ def test_a_run_that_is_told_to_stop_saves_and_resumes_bit_for_bit(
     code = AT_STEP.format(signal=name, hook=hook, step=step, batch=batch)
     status, said = stopped(code, [*fit, "--checkpoint_every", "100"])
     assert status == 128 + signal.Signals[name] and "Traceback" not in said, said
-    assert f"stopped at step {step + 1}; go on with --ckpt_path" in said
+    assert f"stopped at step {step + 1}; resume with --ckpt_path" in said
     assert main([*fit, "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
     assert logged(run) == logged(whole)
     expected = load_file(whole / "model/model.safetensors")

@@ -82,7 +82,7 @@ def test_a_collapsed_codebook_raises_the_alarm(
     monkeypatch: pytest.MonkeyPatch,
     collapsed: bool,
 ) -> None:
-    monkeypatch.setattr(image_tokenizer, "USE_EVERY", 12)
+    monkeypatch.setattr(image_tokenizer, "USAGE_EVERY", 12)
     quantizer = {"name": "vq", "codebook_size": 64, "channels": 4, "decay": 0.5}
     if collapsed:  # all codes start alike, none ever moves, and none is started anew
         monkeypatch.setattr(vq, "sample_codebook", lambda flat, count: flat[:1].expand(count, -1))
