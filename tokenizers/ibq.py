@@ -4,7 +4,7 @@ The straight-through estimator passes the one-hot choice of a code, not the late
 of the decoder's input reaches every code in proportion to its probability, and no code is left
 unused. Unlike the paper, latents and codes are unit vectors of few channels, and the codebook
 starts from the data. As published, most codes are never chosen in the first few hundred steps
-(docs/decisions.md).
+(docs/decisions/quantizers.md).
 
 Shapes: N latents of C channels, K codes.
 """

@@ -2,9 +2,9 @@
 
 ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627) with a convolutional stem (Xiao et al. 2021,
 arXiv:2106.14881) of residual blocks. The stem learns shapes from little data. A single large patch
-projection learns colours only (docs/decisions.md has the numbers). The decoder upsamples in the
-same steps, so that patches meet without seams. The meaning of a code depends on its neighbours, so
-the decoder mixes neighbours first.
+projection learns colours only (docs/decisions/semantic_loss.md has the numbers). The decoder
+upsamples in the same steps, so that patches meet without seams. The meaning of a code depends on
+its neighbours, so the decoder mixes neighbours first.
 
 Shapes: B batch, H W pixels, h w = H / downsample, D width, C channels of a code vector.
 """
@@ -58,7 +58,7 @@ class Standardise(nn.BatchNorm1d):
     """Zero mean, unit variance for each channel of float[B, h, w, C], over the batch.
 
     The latents then fill the range of the quantizer from the first step on. Without it tokens start
-    almost equal, and only a few codes are used (docs/decisions.md has the numbers).
+    almost equal, and only a few codes are used (docs/decisions/quantizers.md has the numbers).
     """
 
     def __init__(self, channels: int) -> None:
@@ -159,7 +159,8 @@ class TokenMLP(nn.Module):
     """An MLP on every token: float[B, D, h, w] -> float[B, h, w, D].
 
     With attention instead, the codes of an empty background store details of the objects. This uses
-    the bits well. But a code that depends on the full image is hard to draw (docs/decisions.md).
+    the bits well. But a code that depends on the full image is hard to draw
+    (docs/decisions/image_tokenizers.md).
     """
 
     def __init__(self, dim: int) -> None:

@@ -22,7 +22,7 @@ class MuonModule(L.LightningModule):
     the modules of ``heads``, and codebooks. Muon makes the update of a matrix orthogonal (Jordan et
     al. 2024, kellerjordan.github.io/posts/muon). The update is scaled as in Liu et al. 2025
     (arXiv:2502.16982), so that one learning rate fits both. AdamW alone needs twice the steps here
-    (docs/decisions.md has the numbers).
+    (docs/decisions/optimizer.md has the numbers).
 
     Args:
         learning_rate: of Muon and AdamW, at the end of the warm-up.

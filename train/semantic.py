@@ -9,7 +9,7 @@ token. So the scores of all codes are combined by log-sum-exp. A mean would weak
 
 *Context*: which token stands between its neighbours (CBOW, Mikolov et al. 2013, arXiv:1301.3781)?
 The codes with high scores for the neighbours answer. So the codes that predict "red" must predict
-what is red, long before they know any shape (docs/decisions.md has the numbers).
+what is red, long before they know any shape (docs/decisions/semantic_loss.md has the numbers).
 
 The head is not exported.
 
