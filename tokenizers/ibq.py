@@ -3,7 +3,7 @@
 The choice of a code is passed straight through, not the latent: the gradient of what the decoder
 reads reaches every code by its probability, so that none is left behind. Here latents and codes are
 unit vectors of few channels, and the codebook starts from the data; as published, in a few hundred
-steps most codes are never chosen (docs/decisions.md).
+steps most codes are never chosen (docs/decisions/quantizers.md).
 
 Shapes: N latents of C channels, K codes.
 """

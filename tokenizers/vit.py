@@ -2,9 +2,9 @@
 
 ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627) with a convolutional stem, as in Xiao et al. 2021
 (arXiv:2106.14881), here of residual blocks: it learns shapes from little data, where one big patch
-projection sees colours only (docs/decisions.md has the numbers). The decoder goes back in the same
-steps, so that patches meet without seams; what a code means depends on its neighbours, so they are
-mixed first.
+projection sees colours only (docs/decisions/semantic_loss.md has the numbers). The decoder goes
+back in the same steps, so that patches meet without seams; what a code means depends on its
+neighbours, so they are mixed first.
 
 Shapes: B batch, H W pixels, h w = H / downsample, D width, C channels of a code vector.
 """
@@ -59,7 +59,7 @@ class Standardise(nn.BatchNorm1d):
     """Zero mean, unit variance for each channel of float[B, h, w, C], over the batch.
 
     So that a quantizer meets latents that fill its range from the first step on. Without it tokens
-    start almost equal, and fall into a few codes (docs/decisions.md has the numbers).
+    start almost equal, and fall into a few codes (docs/decisions/quantizers.md has the numbers).
     """
 
     def __init__(self, channels: int) -> None:
@@ -155,7 +155,8 @@ class EachAlone(nn.Module):
     """An MLP on every token: float[B, D, h, w] -> float[B, h, w, D].
 
     With attention here, the codes of an empty background carry what the objects' have no room for:
-    a good use of bits, but a code that depends on everything is hard to draw (docs/decisions.md).
+    a good use of bits, but a code that depends on everything is hard to draw
+    (docs/decisions/image_tokenizers.md).
     """
 
     def __init__(self, dim: int) -> None:

@@ -21,7 +21,7 @@ class TrainedByMuon(L.LightningModule):
     The rest: embeddings, norms, biases, the modules of ``heads``, and codebooks. Muon makes the
     update of a matrix orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon), scaled as
     in Liu et al. 2025 (arXiv:2502.16982), so that one learning rate fits both. AdamW alone needs
-    twice the steps here (docs/decisions.md has the numbers).
+    twice the steps here (docs/decisions/optimizer.md has the numbers).
 
     learning_rate, weight_decay: of both; warmup_steps: linear, then a cosine to zero.
     learning_rates: other rates for parts, by their names as ``parts_named`` reads them.

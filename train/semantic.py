@@ -10,7 +10,8 @@ scores meet in a log-sum-exp, not in a mean that dilutes a small object.
 
 *Context*: which token stands between its neighbours (CBOW, Mikolov et al. 2013, arXiv:1301.3781)?
 The codes that answer are those where the neighbours' own scores are high. The codes that say "red"
-are so asked for what is red, long before they know any shape: docs/decisions.md has the numbers.
+are so asked for what is red, long before they know any shape: docs/decisions/semantic_loss.md has
+the numbers.
 
 The head is thrown away after training.
 
