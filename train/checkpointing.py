@@ -67,22 +67,12 @@ class LinkedCheckpoint(ModelCheckpoint):
             link = Path(linkpath)
             if link.is_dir() and not link.is_symlink():
                 shutil.rmtree(link)
-<<<<<<< HEAD
             with atomic_file(link) as part:
                 part.unlink(missing_ok=True)
                 try:
                     part.symlink_to(Path(filepath).name)
-                except OSError:  # on Windows it takes a privilege
+                except OSError:  # Windows needs a privilege for links
                     shutil.copy(filepath, part)
-=======
-            part = link.with_name(f"{link.name}.part")
-            part.unlink(missing_ok=True)
-            try:
-                part.symlink_to(Path(filepath).name)
-            except OSError:  # Windows needs a privilege for links
-                shutil.copy(filepath, part)
-            part.replace(link)
->>>>>>> h-tok
         trainer.strategy.barrier()
 
 
