@@ -29,8 +29,8 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
     from torch.nn.functional import scaled_dot_product_attention
 
     import multimodal.model.transformer
+    from multimodal.api import Model
     from multimodal.memory import keep_freed_memory
-    from multimodal.model.network import Multimodal
     from multimodal.model.objectives import ObjectivesConfig
     from multimodal.model.sequences import pack
     from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
@@ -50,7 +50,7 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
     text = "A brown dog runs over the grass with a red ball in its mouth ."
     tokenizer = TextTokenizer.train([text], 320)
     shares = ObjectivesConfig(reconstruct_share=0.2, next_token_share=0.1)
-    model = Multimodal.new(size, tokenizer, VQTokenizer(ImageTokenizerConfig()), shares)
+    model = Model.new(size, tokenizer, VQTokenizer(ImageTokenizerConfig()), shares)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = muon(model, [], 1e-3, 0.1)
     codes = torch.randint(0, 4375, (pairs, 64))

@@ -24,8 +24,8 @@ from multimodal.data.shards import Shards
 from multimodal.eval.metrics.scene_drawings import score_scene_drawings, whole_caption
 from multimodal.inference.drawing import Method, decode_images, draw_codes
 from multimodal.inference.embedding import embed_codes, embed_texts
-from multimodal.inference.sampling import Sampling
 from multimodal.model.lessons import descriptions_of
+from multimodal.options import Sampling
 
 COUNT = 100
 METHODS: tuple[tuple[Method, int, float], ...] = (  # steps, temperature

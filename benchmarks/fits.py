@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import yaml
 
+from multimodal.api import Model
 from multimodal.data.images import to_image
 from multimodal.data.shards import Shards
 from multimodal.eval.metrics.scene_drawings import score_scene_drawings, whole_caption
 from multimodal.inference.drawing import Method, decode_images, draw_codes
-from multimodal.model.network import Multimodal
 
 TRAINER = {
     "precision": "bf16-mixed", "gradient_clip_val": 1.0, "check_val_every_n_epoch": None,
@@ -67,7 +67,7 @@ def last_figures(folder: Path) -> dict[str, float]:
     return figures
 
 
-def score_drawings(model: Multimodal, data: str, method: Method = "causal") -> dict[str, float]:
+def score_drawings(model: Model, data: str, method: Method = "causal") -> dict[str, float]:
     """Drawings of 200 scenes of val, guidance 3, the default temperature, seed 0."""
     records = (sample.record for sample in islice(Shards(data, "val"), 200))
     prompts = [caption for record in records if (caption := whole_caption(record))]

@@ -35,11 +35,11 @@ import torch
 import transformers
 
 from multimodal import load
+from multimodal.api import Model
 from multimodal.inference.drawing import Method, draw_codes
-from multimodal.inference.text import caption_codes, continue_text, encode_images, read_images
+from multimodal.inference.text import caption_codes, encode_images, generate_ids, read_images
 from multimodal.memory import keep_freed_memory
 from multimodal.model.export import export_hf
-from multimodal.model.network import Multimodal
 from multimodal.model.sequences import describe_prompt
 from multimodal.scenes.scene import render, sample_scene
 
@@ -68,11 +68,11 @@ def speeds(
 
 
 def captions(
-    model: Multimodal, compiled: Multimodal, name: str, prompts: list[list[int]], rounds: int
+    model: Model, compiled: Model, name: str, prompts: list[list[int]], rounds: int
 ) -> Any:
     """name: of the model; prompts: MANY of one length"""
     v = model.vocabulary
-    dtype = model.transformer.embed_tokens.weight.dtype
+    dtype = model.network.transformer.embed_tokens.weight.dtype
     with tempfile.TemporaryDirectory() as folder:
         export_hf(name, Path(folder) / "hf")
         eager, faster = (
@@ -100,9 +100,9 @@ def captions(
     few = prompts[:FEW]
     static = {"cache_implementation": "static"}
     one_by_one = {
-        "ours": into("ours", lambda: [continue_text(model, [p], TOKENS)[0] for p in few]),
+        "ours": into("ours", lambda: [generate_ids(model, [p], TOKENS)[0] for p in few]),
         "ours, compiled": into(
-            "ours, compiled", lambda: [continue_text(compiled, [p], TOKENS)[0] for p in few]
+            "ours, compiled", lambda: [generate_ids(compiled, [p], TOKENS)[0] for p in few]
         ),
         "transformers": into("transformers", lambda: theirs(eager, few, 1)),
         "transformers, compiled": into(
@@ -115,9 +115,9 @@ def captions(
         for name, one in said.items()
     }
     together = {
-        "ours": into("ours", lambda: continue_text(model, prompts, TOKENS, batch_size=BATCH)),
+        "ours": into("ours", lambda: generate_ids(model, prompts, TOKENS, batch_size=BATCH)),
         "ours, compiled": into(
-            "ours, compiled", lambda: continue_text(compiled, prompts, TOKENS, batch_size=BATCH)
+            "ours, compiled", lambda: generate_ids(compiled, prompts, TOKENS, batch_size=BATCH)
         ),
         "transformers": into("transformers", lambda: theirs(eager, prompts, BATCH)),
         "transformers, compiled": into(
@@ -134,13 +134,13 @@ def captions(
 
 
 def coca(
-    model: Multimodal, compiled: Multimodal, pixels: torch.Tensor, lengths: list[int], rounds: int
+    model: Model, compiled: Model, pixels: torch.Tensor, lengths: list[int], rounds: int
 ) -> Any:
     """pixels: float32[BATCH, 3, H, W]; lengths: BATCH, tokens of our captions with their <eos>"""
     from open_clip.coca_model import CoCa
 
     size, v = model.image_tokenizer.config.image_size, model.vocabulary
-    dtype = model.transformer.embed_tokens.weight.dtype
+    dtype = model.network.transformer.embed_tokens.weight.dtype
 
     def built(layers: int, width: int, heads: int) -> torch.nn.Module:
         torch.manual_seed(0)
@@ -192,7 +192,7 @@ def coca(
     return found
 
 
-def drawing(model: Multimodal, compiled: Multimodal, rounds: int) -> Any:
+def drawing(model: Model, compiled: Model, rounds: int) -> Any:
     found: dict[str, Any] = {}
     text = "a red circle and a blue square"
     for batch in (1, 2, 4, 8, 32):
@@ -230,7 +230,7 @@ def main() -> None:
     if "captions" in arguments.only:
         figures["captions"] = captions(model, compiled, arguments.model, prompts, arguments.rounds)
     if "coca" in arguments.only:
-        said = continue_text(model, prompts[:BATCH], TOKENS)
+        said = generate_ids(model, prompts[:BATCH], TOKENS)
         lengths = [len(text) + 1 for text in said]
         figures["coca"] = coca(model, compiled, pixels[:BATCH], lengths, arguments.rounds)
     if "drawing" in arguments.only:

@@ -23,13 +23,13 @@ import transformers
 from torch import Tensor
 
 from multimodal import load
+from multimodal.api import Model
 from multimodal.inference.drawing import Method, draw_codes
-from multimodal.inference.sampling import Sampling
-from multimodal.inference.text import answer_codes, continue_text, encode_images, read_images
+from multimodal.inference.text import answer_codes, encode_images, generate_ids, read_images
 from multimodal.memory import keep_freed_memory
 from multimodal.model.export import export_hf
-from multimodal.model.network import Multimodal
 from multimodal.model.sequences import describe_prompt
+from multimodal.options import Sampling
 from multimodal.scenes.scene import render, sample_scene
 
 PROMPTS, TOKENS = 100, 32
@@ -64,7 +64,7 @@ def of_transformers(name: str, prompts: list[list[int]], eos: int, pad: int) -> 
     return said
 
 
-def texts(model: Multimodal, name: str, codes: Tensor) -> dict[str, int]:
+def texts(model: Model, name: str, codes: Tensor) -> dict[str, int]:
     """codes: int64[PROMPTS, n] -> how many texts are equal"""
     v = model.vocabulary
     prompts = [describe_prompt(v, row) for row in (codes + v.image_start).tolist()]
@@ -74,12 +74,12 @@ def texts(model: Multimodal, name: str, codes: Tensor) -> dict[str, int]:
     found = {}
     for how, sampling in (("greedy", Sampling()), ("sampled", Sampling(temperature=1.0, seed=3))):
         alone = [
-            continue_text(model, [prompt], TOKENS, sampling, [number])[0]
+            generate_ids(model, [prompt], TOKENS, sampling, [number])[0]
             for number, prompt in enumerate(prompts)
         ]
         others = {"all at once": 0, "filled again": 16}
         for what, size in others.items():
-            said = continue_text(model, prompts, TOKENS, sampling, batch_size=size)
+            said = generate_ids(model, prompts, TOKENS, sampling, batch_size=size)
             found[f"{how}, {what}"] = sum(a == b for a, b in zip(alone, said, strict=True))
         if how == "greedy":
             said = of_transformers(name, prompts, v.eos, v.pad)
@@ -87,7 +87,7 @@ def texts(model: Multimodal, name: str, codes: Tensor) -> dict[str, int]:
     return found
 
 
-def images(model: Multimodal, count: int) -> dict[str, int]:
+def images(model: Model, count: int) -> dict[str, int]:
     n, wrong, made = model.image_tokenizer.config.grid**2, 0, set()
     shares: dict[Method, int] = {"causal": count * 4 // 5, "masked": count - count * 4 // 5}
     for method, many in shares.items():
@@ -103,7 +103,7 @@ def images(model: Multimodal, count: int) -> dict[str, int]:
     return {"images": count, "wrong": wrong, "different": len(made)}
 
 
-def answers(model: Multimodal, codes: Tensor) -> int:
+def answers(model: Model, codes: Tensor) -> int:
     """codes: int64[PROMPTS, n] -> how many of twice as many answers hold to SCHEMA"""
     right = 0
     for seed in range(2):

@@ -24,12 +24,12 @@ import torch
 from fits import fit, last_figures, markdown, score_drawings
 
 from multimodal import load
+from multimodal.api import Model
 from multimodal.data.shards import Shards
 from multimodal.eval.metrics.retrieval import score_retrieval
 from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.inference.text import encode_images, read_images
 from multimodal.model.checkpoint import part_of
-from multimodal.model.network import Multimodal
 from multimodal.tokenizers.image import load_image_tokenizer
 
 TEXT_TOKENS = 20  # of a caption, about
@@ -54,7 +54,7 @@ def steps_of_equal_tokens(steps: int, codes: int, reconstruct_share: float) -> i
     return round(steps * plain / (plain + reconstruct_share * READ_OF_MASKED * codes))
 
 
-def recall(model: Multimodal, data: str) -> dict[str, float]:
+def recall(model: Model, data: str) -> dict[str, float]:
     samples = list(islice(Shards(data, "val"), CANDIDATES))
     pixels = read_images(model, [sample.image for sample in samples])
     images = torch.cat([embed_codes(model, encode_images(model, p)) for p in pixels.split(50)])

@@ -66,7 +66,7 @@ def train(arguments: argparse.Namespace, qk_norm: bool, z_loss: float) -> dict[s
     )  # fmt: skip
     object.__setattr__(module.model.config.objectives, "z_loss_weight", z_loss)
     if not qk_norm:
-        for layer in module.model.transformer.layers:
+        for layer in module.model.network.transformer.layers:
             size = layer.self_attn.head_dim
             layer.self_attn.q_norm, layer.self_attn.k_norm = NoNorm(size), NoNorm(size)
     transformer.norm_in_fp32 = plain  # type: ignore[assignment]

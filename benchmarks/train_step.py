@@ -34,8 +34,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     """Seconds of a step, tokens in it, and the most memory in GB, of one setting."""
     import torch
 
+    from multimodal.api import Model
     from multimodal.memory import keep_freed_memory
-    from multimodal.model.network import Multimodal
     from multimodal.model.objectives import ObjectivesConfig
     from multimodal.model.sequences import NO_LOSS, OBJECTIVES, pack
     from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
@@ -53,7 +53,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     vq = {"name": "vq", "codebook_size": codebook, "channels": 8}
     shares = ObjectivesConfig(reconstruct_share=0.5, next_token_share=0.5)
     images = VQTokenizer(ImageTokenizerConfig(quantizer=vq))
-    model = Multimodal.new(options.size, tokenizer, images, shares).to(device)
+    model = Model.new(options.size, tokenizer, images, shares).to(device)
     numbers = list(range(options.pairs))
     codes = torch.randint(0, codebook, (options.pairs, CODES))
     packed = pack(model.sequences(codes, [TEXT] * options.pairs, numbers), options.row_length,
@@ -82,7 +82,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     else:
         trained = model.train()
         if "compiled" in name:
-            model.transformer.compile()
+            model.network.transformer.compile()
         if name.startswith("plain"):
             following = torch.zeros_like(packed.ids)
             following[:, :-1] = packed.ids[:, 1:]

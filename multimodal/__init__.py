@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from multimodal.model.checkpoint import load
+    from multimodal.api import load
 
 try:
     __version__ = version("multimodal")
@@ -20,7 +20,7 @@ __all__ = ["__version__", "load"]
 
 def __getattr__(name: str) -> object:
     if name == "load":
-        from multimodal.model.checkpoint import load
+        from multimodal.api import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,279 +1,334 @@
-"""What a person does with a model: the methods of ``Multimodal`` that use it.
+"""What a person does with a model: caption, answer, draw, edit, embed, search, generate.
 
-Images are paths, bytes or Pillow images. What is wrong with them, or with an argument, is a
-``ValueError``. How tokens are chosen, and the seed: see inference/sampling.py; texts take
-the likeliest ones (temperature 0), and so do images of ``generate``, ``reply`` and ``stream``;
-drawings and edits are drawn (temperature 0.8).
+Images are paths, bytes or Pillow images. Whatever is wrong with an argument or an image is a
+``ValueError``. The keyword arguments of each method, their defaults and ranges are the fields of an
+options class in multimodal/options.py: texts take the most likely tokens by default, drawings are
+sampled at temperature 0.8.
 """
 
 import shutil
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, cast
+from typing import Any, Literal, Unpack
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from multimodal.data.images import open_image, to_image
-from multimodal.inference.sampling import Sampling, SamplingOptions
+from multimodal.inference import editing, mixed
+from multimodal.inference.codec import (
+    ImageSource,
+    decode_images,
+    encode_images,
+    preview_images,
+    read_images,
+)
+from multimodal.inference.drawing import draw_codes
+from multimodal.inference.embedding import EmbeddingCache, embed_codes, embed_files, embed_texts
+from multimodal.inference.json_schema import Schema
+from multimodal.inference.mixed import Output, OutputKind, Reply
+from multimodal.inference.prompt_files import Prompt, find_prompt
+from multimodal.inference.text import answer_codes, caption_images
+from multimodal.model.checkpoint import ModelParts
+from multimodal.model.compiled import CompiledForward
+from multimodal.options import (
+    CaptionArguments,
+    CaptionOptions,
+    DrawArguments,
+    DrawOptions,
+    EditArguments,
+    EditOptions,
+    TextArguments,
+    TextOptions,
+    check,
+    make_options,
+)
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
-    from PIL import Image
+class Model(ModelParts):
+    """A network, its text tokenizer and its image tokenizer, and what they can do together."""
 
-    from multimodal.inference.drawing import DrawingArguments
-    from multimodal.inference.mixed import Preview, Reply
-    from multimodal.inference.prompt_files import Prompt
-    from multimodal.model.network import Multimodal
-
-ImageSource: TypeAlias = "str | Path | bytes | Image.Image"
-
-
-class Usable:
-    """Mixed into ``Multimodal``, which has the weights."""
-
-    @property
-    def _model(self) -> "Multimodal":
-        return cast("Multimodal", self)
+    def __repr__(self) -> str:
+        sizes = self.config.transformer
+        return (
+            f"{type(self).__name__}({sizes.num_hidden_layers} layers of {sizes.hidden_size}, "
+            f"{self.config.text_size} text ids, {self.config.codebook_size} image codes, "
+            f"{self.device})"
+        )
 
     def compile_decoding(self) -> None:
-        """Compile the reading of prompts, the step that makes a token and that of masked drawing:
-        up to a minute when one prompt, several, one drawing or several are first asked for, and ten
-        seconds for each further 128 tokens of one prompt and its reply. On a CPU one prompt at a
-        time is about twice as fast then, several by up to a fifth, masked drawing by up to a third.
-        Errors: ``ValueError`` on a CPU without a C++ compiler."""
-        from multimodal.model.compiled import Compiled
+        """Compile the passes that read prompts, make a token, and draw masked codes.
 
-        if self._model.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        The first prompt, the first batch, the first drawing and the first batch of drawings each
+        take up to a minute, and each further 128 tokens of one prompt and its reply ten seconds.
+        After that, on a CPU, one prompt at a time is about twice as fast, several are up to a fifth
+        faster, and masked drawing up to a third.
+
+        Raises:
+            ValueError: on a CPU without a C++ compiler.
+        """
+        if self.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
             raise ValueError("compiling on a CPU needs a C++ compiler: install g++ or clang++")
-        self._model.compiled = Compiled.of(self._model.transformer)
+        self.network.compiled = CompiledForward.of(self.network.transformer)
+
+    # --- texts --------------------------------------------------------------------------------
 
     def caption(
         self,
-        images: SequenceOf[ImageSource],
+        images: Sequence[ImageSource],
         *,
-        examples: SequenceOf[tuple[ImageSource, str]] = (),
-        candidates: int = 1,
+        examples: Sequence[tuple[ImageSource, str]] = (),
         batch_size: int = 32,
-        max_tokens: int = 64,
-        stop: SequenceOf[str] = (),
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[CaptionArguments],
     ) -> list[str]:
-        """One caption an image, that ends before the first of the texts in stop.
+        """One caption for each image.
 
-        examples: images with texts to go by (few-shot); candidates: of so many, the one nearest to
-        the image by the model's own embeddings.
+        Args:
+            images: a list, even for one image.
+            examples: images with captions that the prompts begin with (few-shot).
+            batch_size: images at once.
+            options: see CaptionOptions.
         """
-        from multimodal.inference.text import caption
+        captions = []
+        for caption in self.caption_each(
+            images, examples=examples, batch_size=batch_size, **options
+        ):
+            if isinstance(caption, ValueError):
+                raise caption
+            captions.append(caption)
+        return captions
 
-        return caption(
-            self._model,
-            images,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            sampling=Sampling(**sampling),
-            stop=stop,
-            examples=examples,
-            candidates=candidates,
-        )
+    def caption_each(
+        self,
+        images: Sequence[ImageSource],
+        *,
+        examples: Sequence[tuple[ImageSource, str]] = (),
+        batch_size: int = 32,
+        **options: Unpack[CaptionArguments],
+    ) -> Iterator[str | ValueError]:
+        """As ``caption``, but batch by batch, and an image that cannot be read gives its error."""
+        check(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        if isinstance(images, str | Path | bytes) or not hasattr(images, "__len__"):
+            raise ValueError("images: expected a list of images, even for one")
+        caption_options = make_options(CaptionOptions, options)
+        return caption_images(self, images, caption_options, examples, batch_size)
 
     def answer(
         self,
         image: ImageSource,
         question: str,
         *,
-        prompt: "str | Prompt" = "question",
-        choices: SequenceOf[str] | None = None,
+        prompt: str | Prompt = "question",
+        choices: Sequence[str] | None = None,
         schema: dict[str, Any] | None = None,
-        max_tokens: int | None = None,
-        stop: SequenceOf[str] | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[TextArguments],
     ) -> str:
         """The answer to a question about an image.
 
-        prompt: one that is kept as a file (inference/prompt_files.py): the words around the
-            question, and the other arguments where they are not given; choices: the likeliest of
-            these, to its end; schema: JSON that follows this JSON schema.
+        Args:
+            prompt: a prompt file by its name (inference/prompt_files.py): the words around the
+                question, and choices and options where they are not given here.
+            choices: the answer is the most likely one of these.
+            schema: the answer is JSON that follows this JSON schema.
+            options: see AnswerOptions.
         """
-        from multimodal.inference.prompt_files import Prompt, find_prompt
-        from multimodal.inference.text import answer_codes, encode_images, read_images
-
         words = prompt if isinstance(prompt, Prompt) else find_prompt(prompt)
-        codes = encode_images(self._model, read_images(self._model, [image]))
-        how = words.sampling(**sampling)
+        if schema is not None and "stop" not in options:
+            options = {**options, "stop": ()}
+        answer_options = words.answer_options(**options)
+        words.fill(question, self.config.templates)  # an empty question is an error at once
         if choices is None and schema is None:
             choices = words.choices or None
-        (said,) = answer_codes(
-            self._model,
-            codes,
-            [question],
-            words.max_tokens if max_tokens is None else max_tokens,
-            how,
-            choices,
-            schema,
-            words.stop if stop is None and schema is None else stop or (),
-            words,
-        )
-        return said
+        codes = encode_images(self, read_images(self, [image]))
+        follow = None if schema is None else Schema(self, schema)
+        return answer_codes(self, codes, [question], answer_options, words, choices, follow)[0]
+
+    def generate(
+        self,
+        parts: Sequence[ImageSource],
+        *,
+        output: OutputKind = "text",
+        **options: Unpack[TextArguments],
+    ) -> list[str | Image.Image]:
+        """Continue any mix of texts and images.
+
+        Args:
+            parts: a ``str`` is text. Images are paths (``Path``), bytes or Pillow images.
+            output: ``text``, one ``image``, or ``any`` mix of both. max_tokens bounds the text. An
+                image is always whole.
+            options: see TextOptions.
+        """
+        (reply,) = self.reply([parts], output=output, **options)
+        if isinstance(reply, ValueError):
+            raise reply
+        return reply.parts or [""]
+
+    def reply(
+        self,
+        prompts: Sequence[Sequence[ImageSource]],
+        *,
+        output: OutputKind = "text",
+        batch_size: int = 32,
+        **options: Unpack[TextArguments],
+    ) -> list[Reply | ValueError]:
+        """``generate`` for many prompts, each with its token counts and its log probability.
+
+        A prompt that cannot be read has its error in its place, and the others are done.
+        """
+        return mixed.reply(self, prompts, output, make_options(TextOptions, options), batch_size)
+
+    def stream(
+        self,
+        parts: Sequence[ImageSource],
+        *,
+        output: OutputKind = "text",
+        previews: bool = False,
+        **options: Unpack[TextArguments],
+    ) -> Iterator[Output]:
+        """``generate`` piece by piece: texts in whole characters, and whole images.
+
+        Args:
+            previews: yield a ``Preview`` after each row of codes of an image.
+        """
+        return mixed.stream(self, parts, output, make_options(TextOptions, options), previews)
+
+    # --- images -------------------------------------------------------------------------------
 
     def draw(
         self,
         text: str,
         n: int = 1,
         *,
-        method: Literal["masked", "causal"] = "causal",
-        candidates: int = 1,
-        on_preview: "Callable[[SequenceOf[int], list[Image.Image]], object] | None" = None,
-        **drawing: "Unpack[DrawingArguments]",
-    ) -> "list[Image.Image]":
-        """n drawings of a text, each the best of so many candidates; see
-        inference/drawing.py for the methods and for guidance. on_preview: is given the numbers of
-        drawings, and what there is of them, after each step (which takes two to three times as long
-        then, if masked)."""
-        from multimodal.inference.drawing import decode_images, divided, draw_codes, preview_images
+        on_preview: Callable[[Sequence[int], list[Image.Image]], object] | None = None,
+        **options: Unpack[DrawArguments],
+    ) -> list[Image.Image]:
+        """Draw n images of a text.
 
-        if n < 1:
-            raise ValueError(f"n={n}: expected at least 1")
-        options, sampling = divided(drawing)
+        Args:
+            on_preview: is given the numbers of some drawings and what there is of them, after each
+                row of codes or each step of masked drawing. A masked step is two to three times
+                slower then.
+            options: see DrawOptions.
+        """
+        check(n >= 1, "n", n, "at least 1")
 
-        def on_step(numbers: SequenceOf[int], codes: Tensor) -> None:
+        def on_step(numbers: Sequence[int], codes: Tensor) -> None:
             if on_preview is not None:
-                on_preview(numbers, [to_image(one) for one in preview_images(self._model, codes)])
+                on_preview(numbers, [to_image(image) for image in preview_images(self, codes)])
 
-        codes = draw_codes(self._model, [text] * n, method=method, candidates=candidates,
-                           sampling=sampling, on_step=on_step if on_preview else None,
-                           **options)  # fmt: skip
-        return [to_image(image) for image in decode_images(self._model, codes)]
+        codes = draw_codes(
+            self,
+            [text] * n,
+            make_options(DrawOptions, options),
+            on_step=None if on_preview is None else on_step,
+        )
+        return [to_image(image) for image in decode_images(self, codes)]
 
     def edit(
         self,
         image: ImageSource,
-        mask: "ImageSource | tuple[int, int, int, int]",
+        mask: ImageSource | tuple[int, int, int, int],
         text: str,
-        **drawing: "Unpack[DrawingArguments]",
-    ) -> "Image.Image":
-        """Draw a part of the image anew, after a text; mask: white there, or a box x0, y0, x1, y1.
+        **options: Unpack[EditArguments],
+    ) -> Image.Image:
+        """Draw a part of an image anew, after a text.
 
-        The result has the size of the image, and is the same outside the mask.
+        Args:
+            mask: an image of the same size that is white where to draw, or a box: left, top, right,
+                bottom in pixels.
+            options: see EditOptions.
+
+        Returns:
+            An image of the same size, unchanged outside the mask.
         """
-        from multimodal.inference.drawing import divided
-        from multimodal.inference.editing import box_mask, edit_image
-
-        whole = open_image(image)
-        where = box_mask(whole.size, mask) if isinstance(mask, tuple) else open_image(mask)
-        options, sampling = divided(drawing)
-        return edit_image(self._model, whole, where, text, sampling=sampling, **options)
+        original = open_image(image)
+        if isinstance(mask, tuple):
+            white = editing.box_mask(original.size, mask)
+        else:
+            white = open_image(mask)
+        return editing.edit_image(self, original, white, text, make_options(EditOptions, options))
 
     def outpaint(
         self,
         image: ImageSource,
         margins: tuple[int, int, int, int],
         text: str,
-        **drawing: "Unpack[DrawingArguments]",
-    ) -> "Image.Image":
-        """Draw what lies around the image; margins: pixels at left, top, right and bottom."""
-        from multimodal.inference.drawing import divided
-        from multimodal.inference.editing import outpaint
-
-        options, sampling = divided(drawing)
-        return outpaint(self._model, open_image(image), margins, text, sampling=sampling, **options)
+        **options: Unpack[EditArguments],
+    ) -> Image.Image:
+        """Draw what lies around an image. margins: pixels at left, top, right and bottom."""
+        edit_options = make_options(EditOptions, options)
+        return editing.outpaint_image(self, open_image(image), margins, text, edit_options)
 
     def vary(
         self,
         image: ImageSource,
         share: float = 0.5,
         text: str | None = None,
-        **drawing: "Unpack[DrawingArguments]",
-    ) -> "Image.Image":
-        """Draw a share of the image's codes anew, anywhere; text: what it shows, by default what
-        the model says of it."""
-        from multimodal.inference.drawing import divided
-        from multimodal.inference.editing import vary
+        **options: Unpack[EditArguments],
+    ) -> Image.Image:
+        """Draw a share of an image's codes anew, anywhere.
 
-        options, sampling = divided(drawing)
-        return vary(self._model, open_image(image), share, text, sampling=sampling, **options)
+        Args:
+            text: what the image shows. By default the model's caption of it.
+        """
+        edit_options = make_options(EditOptions, options)
+        return editing.vary_image(self, open_image(image), share, text, edit_options)
+
+    # --- embeddings ---------------------------------------------------------------------------
 
     def embed(
         self,
-        images: SequenceOf[ImageSource] | None = None,
-        texts: SequenceOf[str] | None = None,
+        images: Sequence[ImageSource] | None = None,
+        texts: Sequence[str] | None = None,
         *,
         batch_size: int = 32,
     ) -> Tensor:
-        """float32[N, D] of unit norm, on the CPU: of the images or of the texts.
+        """Embeddings of images, or of texts.
 
-        The product of an image's row and a text's says how well they fit, in [-1, 1].
+        Returns:
+            float32[N, D] of unit norm, on the CPU. The product of the rows of an image and a text
+            says how well they fit, in [-1, 1].
         """
-        from multimodal.inference.embedding import embed_codes, embed_texts
-        from multimodal.inference.text import encode_images, read_images
-
         if (images is None) == (texts is None):
             raise ValueError("embed: give images or texts, one of the two")
         if isinstance(images if texts is None else texts, str | Path | bytes):
             raise ValueError("embed: give a list, even for one")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected at least 1")
-        rows: list[Tensor] = [torch.zeros(0, self._model.config.objectives.alignment_dim)]
-        if images is not None:
-            for start in range(0, len(images), batch_size):
-                pixels = read_images(self._model, images[start : start + batch_size])
-                rows.append(embed_codes(self._model, encode_images(self._model, pixels)))
-        if texts is not None:
-            for start in range(0, len(texts), batch_size):
-                rows.append(embed_texts(self._model, texts[start : start + batch_size]))
+        check(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        rows: list[Tensor] = [torch.zeros(0, self.config.objectives.alignment_dim)]
+        for start in range(0, len(images or ()), batch_size):
+            pixels = read_images(self, (images or ())[start : start + batch_size])
+            rows.append(embed_codes(self, encode_images(self, pixels)))
+        for start in range(0, len(texts or ()), batch_size):
+            rows.append(embed_texts(self, (texts or ())[start : start + batch_size]))
         return torch.cat(rows)
 
-    def generate(
-        self,
-        parts: SequenceOf[ImageSource],
-        *,
-        output: Literal["text", "image", "any"] = "text",
-        max_tokens: int = 64,
-        stop: SequenceOf[str] = (),
-        **sampling: Unpack[SamplingOptions],
-    ) -> "list[str | Image.Image]":
-        """Go on after any mix: here a ``str`` is text, and images are paths (``Path``), bytes or
-        Pillow images. output: text, one image, or ``any`` mix of both; stop: texts to end before.
+    def embed_files(
+        self, paths: list[Path], *, cache: EmbeddingCache | None = None, batch_size: int = 32
+    ) -> Iterator[tuple[Path, Tensor | ValueError]]:
+        """(path, float32[D] or what was wrong with the file), in the order of the paths.
+
+        Args:
+            cache: embeddings by the content of files. New ones are added to it.
         """
-        from multimodal.inference.mixed import generate
+        check(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        return embed_files(self, paths, cache, batch_size)
 
-        how = Sampling(**sampling)
-        return generate(self._model, parts, output=output, max_tokens=max_tokens, sampling=how,
-                        stop=stop)  # fmt: skip
 
-    def reply(
-        self,
-        prompts: SequenceOf[SequenceOf[ImageSource]],
-        *,
-        output: Literal["text", "image", "any"] = "text",
-        max_tokens: int = 64,
-        stop: SequenceOf[str] = (),
-        batch_size: int = 32,
-        **sampling: Unpack[SamplingOptions],
-    ) -> "list[Reply | ValueError]":
-        """``generate`` for many prompts at once, each with its counts and its log probability; what
-        is wrong with one stands in its place, and the others are done."""
-        from multimodal.inference.mixed import reply
+DType = Literal["float32", "bfloat16"]
 
-        how = Sampling(**sampling)
-        return reply(self._model, prompts, output=output, max_tokens=max_tokens, sampling=how,
-                     stop=stop, batch_size=batch_size)  # fmt: skip
 
-    def stream(
-        self,
-        parts: SequenceOf[ImageSource],
-        *,
-        output: Literal["text", "image", "any"] = "text",
-        max_tokens: int = 64,
-        stop: SequenceOf[str] = (),
-        previews: bool = False,
-        **sampling: Unpack[SamplingOptions],
-    ) -> "Iterator[str | Image.Image | Preview]":
-        """``generate`` piece by piece, as it comes: whole characters, and whole images; previews:
-        of an image also what there is after each row of codes, as a ``Preview``."""
-        from multimodal.inference.mixed import stream
+def load(
+    path: str | Path, device: str = "cpu", dtype: torch.dtype | DType = torch.float32
+) -> Model:
+    """Load a model folder, or a bundled model by its name, ready for use.
 
-        how = Sampling(**sampling)
-        return stream(self._model, parts, output=output, max_tokens=max_tokens, sampling=how,
-                      stop=stop, previews=previews)  # fmt: skip
+    Args:
+        path: a folder, or ``starter``.
+        device: where torch computes.
+        dtype: of the network. The image tokenizer stays in float32.
+
+    Raises:
+        ValueError: for anything that is not a model folder of this release.
+    """
+    return Model.load(path, device, getattr(torch, dtype) if isinstance(dtype, str) else dtype)

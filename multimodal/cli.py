@@ -16,6 +16,7 @@ import traceback
 
 from multimodal import __version__
 from multimodal.memory import keep_freed_memory
+from multimodal.terminal import print_error
 
 VERBS: dict[str, tuple[str, str]] = {
     "caption": ("multimodal.commands.caption", "describe images in words"),
@@ -144,17 +145,6 @@ def _describe(error: ValueError | OSError) -> str:
         if isinstance(error.filename, str | bytes):
             return f"{os.fsdecode(error.filename)}: {error.strerror}"
     return str(error) or type(error).__name__
-
-
-def print_error(message: str) -> None:
-    """One line, whatever is in it: file names can hold line breaks, escape codes, surrogates."""
-    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    if sys.stderr is not None:
-        encoding = sys.stderr.encoding or "utf-8"
-        line = line.encode(encoding, "backslashreplace").decode(encoding)
-    with contextlib.suppress(BrokenPipeError):
-        print(line, file=sys.stderr, flush=True)
 
 
 def _flush_stdout() -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from multimodal.data.parallel import ranks
+from multimodal.torchrun import rank_and_world_size
 
 Objects = TypeVar("Objects", dict[str, Any], list[Any])
 
@@ -20,8 +20,7 @@ def process_group() -> Iterator[int]:
     Yields:
         The rank of this process. 0 without torchrun.
     """
-    _, count = ranks()
-    if count == 1:
+    if rank_and_world_size()[1] == 1:
         yield 0
         return
     dist.init_process_group("gloo")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from multimodal.model.network import Multimodal
+    from multimodal.api import Model
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each wait for one another
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -42,7 +42,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model() -> "Callable[..., Multimodal]":
+def tiny_model() -> "Callable[..., Model]":
     """A factory: ``tiny_model(seed=0, noise=0.0, tied=True, **objectives)``, in eval mode.
 
     300 text ids, 64 codes, 32 x 32 pixels = 16 codes an image, 13 rows of padding. ``noise`` is the
@@ -51,7 +51,7 @@ def tiny_model() -> "Callable[..., Multimodal]":
     """
     import torch
 
-    from multimodal.model.network import ModelConfig, Multimodal
+    from multimodal.model.network import Model, ModelConfig
     from multimodal.model.objectives import ObjectivesConfig
     from multimodal.model.transformer import Transformer
     from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
@@ -62,17 +62,17 @@ def tiny_model() -> "Callable[..., Multimodal]":
     vit = {"name": "vit", "dim": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2}
     images = ImageTokenizerConfig(32, "squash", 8, vit, quantizer)
 
-    def make(seed: int = 0, noise: float = 0.0, tied: bool = True, **objectives: Any) -> Multimodal:
+    def make(seed: int = 0, noise: float = 0.0, tied: bool = True, **objectives: Any) -> Model:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             goals = ObjectivesConfig(**{"alignment_dim": 32, **objectives})
-            model = Multimodal.new("tiny", text_tokenizer, VQTokenizer(images), goals)
+            model = Model.new("tiny", text_tokenizer, VQTokenizer(images), goals)
             if not tied:
                 sizes = dataclasses.replace(model.config.transformer, tie_word_embeddings=False)
                 config: ModelConfig = dataclasses.replace(model.config, transformer=sizes)
-                model.config, model.transformer = config, Transformer(sizes)
+                model.config, model.network.transformer = config, Transformer(sizes)
             with torch.no_grad():
-                for weight in model.transformer.parameters():
+                for weight in model.network.transformer.parameters():
                     weight += noise * torch.randn_like(weight)
         return model.eval()
 
@@ -81,7 +81,7 @@ def tiny_model() -> "Callable[..., Multimodal]":
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(
-    tiny_model: "Callable[..., Multimodal]", tmp_path_factory: pytest.TempPathFactory
+    tiny_model: "Callable[..., Model]", tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The folder of ``tiny_model(noise=0.1)``; only to be read."""
     folder = tmp_path_factory.mktemp("models") / "tiny"

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from multimodal.model.network import Multimodal
+from multimodal.api import Model
 from multimodal.model.sequences import describe_prompt
 
 
-def prompts_of(model: Multimodal, count: int = 6) -> list[list[int]]:
+def prompts_of(model: Model, count: int = 6) -> list[list[int]]:
     """Images, each followed by the beginning of a caption, of different lengths."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 64, (count, 16)) + model.vocabulary.image_start

@@ -9,22 +9,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from multimodal.api import Model
 from multimodal.data.images import Fit, fit_image, to_tensor
 from multimodal.inference.drawing import UNKNOWN, draw_codes
 from multimodal.inference.editing import box_mask, edit_image, masked_codes
 from multimodal.inference.embedding import EmbeddingCache, embed_files, find_images
 from multimodal.inference.mixed import prompt_ids
-from multimodal.inference.sampling import Sampling
-from multimodal.inference.text import continue_text, encode_images, read_images
-from multimodal.model.network import Multimodal
+from multimodal.inference.text import encode_images, generate_ids, read_images
 from multimodal.model.sequences import describe_prompt, draw_prompt
 from multimodal.model.templates import Templates
+from multimodal.options import Sampling
 
-Make = Callable[..., Multimodal]
+Make = Callable[..., Model]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Make) -> Multimodal:
+def model(tiny_model: Make) -> Model:
     return tiny_model(noise=0.1)
 
 
@@ -85,14 +85,14 @@ def test_what_is_left_to_draw_from(options: dict[str, float], left: set[int]) ->
     assert set(torch.isfinite(kept[0]).nonzero().flatten().tolist()) == left
 
 
-def test_a_row_is_drawn_alike_in_any_batch(model: Multimodal) -> None:
+def test_a_row_is_drawn_alike_in_any_batch(model: Model) -> None:
     v = model.vocabulary
     prompts = [[v.bos, *model.text_tokenizer.encode(text)] for text in ("a red", "two", "the cat")]
     warm = Sampling(temperature=1.0, seed=5)
-    together = continue_text(model, prompts, 9, warm)
-    alone = [continue_text(model, [p], 9, warm, [i])[0] for i, p in enumerate(prompts)]
+    together = generate_ids(model, prompts, 9, warm)
+    alone = [generate_ids(model, [p], 9, warm, [i])[0] for i, p in enumerate(prompts)]
     assert together == alone
-    assert together != continue_text(model, prompts, 9, Sampling(temperature=1.0, seed=6))
+    assert together != generate_ids(model, prompts, 9, Sampling(temperature=1.0, seed=6))
     images = [picture(i) for i in range(3)]
     captions = model.caption(images, max_tokens=9, temperature=1.0)
     assert captions == model.caption(images, max_tokens=9, temperature=1.0, batch_size=1)
@@ -111,7 +111,7 @@ def test_a_row_is_drawn_alike_in_any_batch(model: Multimodal) -> None:
     ],
 )
 def test_impossible_sampling_is_refused(
-    model: Multimodal, options: dict[str, float], message: str
+    model: Model, options: dict[str, float], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         model.caption([picture()], **options)  # type: ignore[arg-type]
@@ -120,12 +120,12 @@ def test_impossible_sampling_is_refused(
 # --- questions ------------------------------------------------------------------------------------
 
 
-def test_an_answer_goes_on_after_the_image_and_the_template(model: Multimodal) -> None:
+def test_an_answer_goes_on_after_the_image_and_the_template(model: Model) -> None:
     image = picture()
     codes = encode_images(model, read_images(model, [image]))[0] + model.vocabulary.image_start
     prompt = describe_prompt(model.vocabulary, codes.tolist())
     prompt += model.text_tokenizer.encode("Question: what is it? Answer:")
-    expected = model.text_tokenizer.decode(continue_text(model, [prompt], 7)[0]).strip()
+    expected = model.text_tokenizer.decode(generate_ids(model, [prompt], 7)[0]).strip()
     assert model.answer(image, " what is it? ", max_tokens=7) == expected
     with pytest.raises(ValueError, match="the question is empty"):
         model.answer(image, "  ")
@@ -143,7 +143,7 @@ def test_templates() -> None:
 
 
 @pytest.mark.parametrize("method", ["masked", "causal"])
-def test_a_thousand_drawings_are_whole_and_of_codes(model: Multimodal, method: str) -> None:
+def test_a_thousand_drawings_are_whole_and_of_codes(model: Model, method: str) -> None:
     texts = ["a red bus", "two dogs"] * 50
     for seed in range(10):
         codes = draw_codes(
@@ -159,7 +159,7 @@ def test_a_thousand_drawings_are_whole_and_of_codes(model: Multimodal, method: s
 
 
 @pytest.mark.parametrize("method", ["masked", "causal"])
-def test_the_same_seed_draws_the_same_in_any_number(model: Multimodal, method: str) -> None:
+def test_the_same_seed_draws_the_same_in_any_number(model: Model, method: str) -> None:
     options = {"method": method, "seed": 3, "steps": 4}
     four = [np.asarray(image) for image in model.draw("a red bus", 4, **options)]  # type: ignore[arg-type]
     (one,) = model.draw("a red bus", 1, **options)  # type: ignore[arg-type]
@@ -167,7 +167,7 @@ def test_the_same_seed_draws_the_same_in_any_number(model: Multimodal, method: s
     assert len({image.tobytes() for image in four}) == 4, "the rows of one seed differ"
 
 
-def test_causal_guidance(model: Multimodal) -> None:
+def test_causal_guidance(model: Model) -> None:
     def drawn(scale: float, text: str = "a red bus") -> list[int]:
         codes = draw_codes(model, [text], method="causal", guidance_scale=scale,
                            sampling=Sampling())  # fmt: skip
@@ -179,7 +179,7 @@ def test_causal_guidance(model: Multimodal) -> None:
     assert drawn(1) != drawn(0)
 
 
-def test_causal_drawing_is_what_the_full_forward_predicts(model: Multimodal) -> None:
+def test_causal_drawing_is_what_the_full_forward_predicts(model: Model) -> None:
     v = model.vocabulary
     codes = draw_codes(model, ["a red bus"], method="causal", guidance_scale=1,
                        sampling=Sampling())[0]  # fmt: skip
@@ -188,7 +188,9 @@ def test_causal_drawing_is_what_the_full_forward_predicts(model: Multimodal) -> 
     with torch.inference_mode():
         positions = torch.arange(ids.shape[1])[None]
         causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()[None, None]
-        logits = model.transformer.logits(model.transformer(ids, positions, causal))[0]
+        logits = model.network.transformer.logits(
+            model.network.transformer(ids, positions, causal)
+        )[0]
     images = logits[len(prompt) - 1 : -1, v.image_start : v.image_end]
     assert images.argmax(-1).tolist() == codes.tolist()
 
@@ -206,13 +208,13 @@ def test_causal_drawing_is_what_the_full_forward_predicts(model: Multimodal) -> 
     ],
 )
 def test_impossible_drawings_are_refused(
-    model: Multimodal, options: dict[str, object], message: str
+    model: Model, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         model.draw(**{"text": "a bus", **options})  # type: ignore[arg-type]
 
 
-def test_what_a_user_writes_is_never_a_special(model: Multimodal) -> None:
+def test_what_a_user_writes_is_never_a_special(model: Model) -> None:
     """ "<boi>" is five letters; a lone surrogate is a question mark."""
     ids = prompt_ids(model, ["<boi><eos> \ud800"])
     assert ids[0] == model.vocabulary.bos and max(ids[1:]) < model.vocabulary.text_size
@@ -240,7 +242,7 @@ def test_a_single_white_pixel_is_enough() -> None:
         == [[9]]  # fmt: skip
 
 
-def test_codes_outside_the_mask_stay(model: Multimodal) -> None:
+def test_codes_outside_the_mask_stay(model: Model) -> None:
     pixels = to_tensor(fit_image(picture(), 32, "squash"))[None]
     known = encode_images(model, pixels).repeat(3, 1)
     fresh = torch.zeros(3, 16, dtype=torch.bool)
@@ -253,7 +255,7 @@ def test_codes_outside_the_mask_stay(model: Multimodal) -> None:
     assert torch.equal(codes[2], known[2]), "nothing to draw"
 
 
-def test_an_edit_changes_nothing_outside(model: Multimodal) -> None:
+def test_an_edit_changes_nothing_outside(model: Model) -> None:
     image = picture(size=(50, 40))
     edited = np.asarray(model.edit(image, (10, 5, 30, 25), "a red bus"))
     before, box = np.asarray(image), np.zeros((40, 50), bool)
@@ -276,7 +278,7 @@ def test_an_edit_changes_nothing_outside(model: Multimodal) -> None:
     ],
 )
 def test_impossible_masks_are_refused(
-    model: Multimodal, mask: Image.Image | tuple[int, int, int, int], message: str
+    model: Model, mask: Image.Image | tuple[int, int, int, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         model.edit(picture(), mask, "a red bus")
@@ -300,15 +302,18 @@ def test_an_edit_where_the_model_sees_only_the_middle(tiny_model: Make) -> None:
 # --- embeddings -----------------------------------------------------------------------------------
 
 
-def test_embeddings_are_the_states_that_training_aligns(model: Multimodal) -> None:
+def test_embeddings_are_the_states_that_training_aligns(model: Model) -> None:
     image, text = picture(), "a red bus"
     codes = encode_images(model, read_images(model, [image]))
     from multimodal.model.sequences import pack
 
     packed = pack(model.sequences(codes, [text], [0]), 200, model.vocabulary.pad)
     with torch.inference_mode():
-        states = model.hidden(packed).flatten(0, 1)[packed.states]
-        expected = model.alignment.embed_image(states[:1]), model.alignment.embed_text(states[1:])
+        states = model.network.hidden(packed).flatten(0, 1)[packed.states]
+        expected = (
+            model.network.alignment.embed_image(states[:1]),
+            model.network.alignment.embed_text(states[1:]),
+        )
     found = model.embed(images=[image, picture(1)]), model.embed(texts=["two dogs run", text])
     assert torch.allclose(found[0][0], expected[0][0], atol=1e-5)
     assert torch.allclose(found[1][1], expected[1][0], atol=1e-5)
@@ -320,7 +325,7 @@ def test_embeddings_are_the_states_that_training_aligns(model: Multimodal) -> No
         model.embed()
 
 
-def test_the_cache_knows_files_by_what_they_hold(model: Multimodal, tmp_path: Path) -> None:
+def test_the_cache_knows_files_by_what_they_hold(model: Model, tmp_path: Path) -> None:
     for number in range(3):
         picture(number).save(tmp_path / f"{number}.png")
     (tmp_path / "broken.png").write_bytes(b"not an image")
@@ -342,7 +347,7 @@ def test_the_cache_knows_files_by_what_they_hold(model: Multimodal, tmp_path: Pa
 # --- any mix --------------------------------------------------------------------------------------
 
 
-def test_a_prompt_is_its_parts_in_order(model: Multimodal, tmp_path: Path) -> None:
+def test_a_prompt_is_its_parts_in_order(model: Model, tmp_path: Path) -> None:
     v, image = model.vocabulary, picture()
     image.save(tmp_path / "one.png")
     codes = (encode_images(model, read_images(model, [image]))[0] + v.image_start).tolist()
@@ -351,13 +356,13 @@ def test_a_prompt_is_its_parts_in_order(model: Multimodal, tmp_path: Path) -> No
     assert prompt_ids(model, ["a red bus", image, tmp_path / "one.png", "a red bus"]) == expected
 
 
-def test_text_after_an_image_is_its_caption(model: Multimodal) -> None:
+def test_text_after_an_image_is_its_caption(model: Model) -> None:
     image = picture()
     (caption,) = model.caption([image], max_tokens=9)
     assert model.generate([image], max_tokens=9) == [caption]
 
 
-def test_an_image_after_a_text_is_a_causal_drawing(model: Multimodal) -> None:
+def test_an_image_after_a_text_is_a_causal_drawing(model: Model) -> None:
     (drawn,) = model.generate(["a red bus"], output="image")
     (expected,) = model.draw("a red bus", method="causal", guidance_scale=1, temperature=0)
     assert isinstance(drawn, Image.Image)
@@ -368,10 +373,10 @@ def test_any_mix_comes_out_by_the_grammar(tiny_model: Make) -> None:
     """A model that wants to draw after five tokens, and to end after two images."""
     eager = tiny_model(noise=0.1, tied=False)
     v, drawn, said = eager.vocabulary, [0], [0]
-    logits = type(eager.transformer).logits
+    logits = type(eager.network.transformer).logits
 
     def forced(hidden: torch.Tensor, *ids: slice) -> torch.Tensor:
-        scores = logits(eager.transformer, hidden, *ids)
+        scores = logits(eager.network.transformer, hidden, *ids)
         scores[..., v.text_size :] = scores[..., v.text_size :].clamp(max=50)
         scores[..., v.boi] = 1e4 if said[0] % 5 == 4 and drawn[0] < 2 else -1e4
         scores[..., v.eos] = 1e4 if drawn[0] == 2 else -1e4
@@ -379,7 +384,7 @@ def test_any_mix_comes_out_by_the_grammar(tiny_model: Make) -> None:
         drawn[0] += int(scores[..., v.boi].item() > 0)
         return scores
 
-    eager.transformer.logits = forced  # type: ignore[method-assign]
+    eager.network.transformer.logits = forced  # type: ignore[method-assign]
     parts = eager.generate(["a"], output="any", max_tokens=100)
     kinds = ["text" if isinstance(part, str) else "image" for part in parts]
     assert kinds[0] == "text" and 1 <= kinds.count("image") <= 2
@@ -397,7 +402,7 @@ def test_any_mix_comes_out_by_the_grammar(tiny_model: Make) -> None:
     ],
 )
 def test_impossible_prompts_are_refused(
-    model: Multimodal, parts: list[str], options: dict[str, object], message: str
+    model: Model, parts: list[str], options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate(parts, **options)  # type: ignore[arg-type]

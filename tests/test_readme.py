@@ -11,8 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
+from multimodal.api import load
 from multimodal.cli import VERBS, main
-from multimodal.model.checkpoint import load
 from multimodal.scenes.captions import captions
 from multimodal.scenes.scene import render, sample_scene
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from multimodal.api import Model
 from multimodal.cli import main
 from multimodal.eval.metrics.answering import score_answers
 from multimodal.eval.metrics.scene_captions import score_scene_captions
-from multimodal.model.checkpoint import find, load, read_config
-from multimodal.model.network import Multimodal
+from multimodal.model.checkpoint import read_config
 from multimodal.scenes.questions import questions
 from multimodal.scenes.scene import render, sample_scene
 
@@ -18,7 +18,7 @@ FOLDER = find("starter")
 
 
 @pytest.fixture(scope="module")
-def starter() -> Multimodal:
+def starter() -> Model:
     return load("starter")
 
 
@@ -41,7 +41,7 @@ def test_its_card_and_its_licence_say_what_it_was_trained_on() -> None:
         assert fact in card
 
 
-def test_it_captions_and_answers_about_new_scenes(starter: Multimodal) -> None:
+def test_it_captions_and_answers_about_new_scenes(starter: Model) -> None:
     rng = random.Random("new scenes for the starter")
     scenes = {str(number): sample_scene(rng) for number in range(40)}
     pictures = [render(scene) for scene in scenes.values()]
@@ -54,7 +54,7 @@ def test_it_captions_and_answers_about_new_scenes(starter: Multimodal) -> None:
     assert score_answers(pairs)["accuracy"] > 0.5
 
 
-def test_what_fits_is_nearer(starter: Multimodal) -> None:
+def test_what_fits_is_nearer(starter: Model) -> None:
     """Of 20 pictures and a text of each, more than half find theirs; chance is one."""
     rng = random.Random("search")
     scenes = [sample_scene(rng) for _ in range(20)]
@@ -66,7 +66,7 @@ def test_what_fits_is_nearer(starter: Multimodal) -> None:
     assert sum(n == image for n, image in enumerate(found)) > 10
 
 
-def test_the_folder_says_how_it_reads_images(starter: Multimodal) -> None:
+def test_the_folder_says_how_it_reads_images(starter: Model) -> None:
     stored = json.loads((FOLDER / "config.json").read_text())
     assert stored["preprocessing"]["image_size"] == starter.image_tokenizer.config.image_size
 

@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from multimodal.cli import print_error
+from multimodal.terminal import print_error
 from multimodal.train.callbacks import (
     ExportModel,
     Mixture,

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from multimodal.data.parallel import worker_context
 from multimodal.data.remote import local_folder
-from multimodal.data.seeds import stable_number
 from multimodal.data.shards import Shards
+from multimodal.seeds import stable_number
 from multimodal.train.examples import ShardDataset, check_codes
 from multimodal.train.sample_order import VERSION, GlobalBatches, Order
 

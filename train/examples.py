@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from multimodal.data.documents import codes_in, document_of, images_in
 from multimodal.data.images import Fit, augment_image, fit_image, open_image
-from multimodal.data.seeds import sample_seed
 from multimodal.data.shards import Shards
+from multimodal.seeds import sample_seed
 from multimodal.train.sample_order import Item
 
 

@@ -26,9 +26,8 @@ from multimodal.train.auxiliary_losses import (
     adversarial_losses,
 )
 from multimodal.train.examples import Examples
-from multimodal.train.lessons import texts_about
 from multimodal.train.optim import MuonModule, can_compile
-from multimodal.train.semantic import CaptionTargets, SemanticLoss
+from multimodal.train.semantic import CaptionTargets, SemanticLoss, texts_about
 
 PIXELS = ("mse", "l1", "perceptual")
 USAGE_EVERY = 100  # training steps between two logs of the codebook usage

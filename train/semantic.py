@@ -17,7 +17,7 @@ Shapes: B batch, P codes of an image, C channels of a code vector, T text tokens
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from multimodal.data.samples import parts_of
+from multimodal.model.lessons import no_text_error
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.train.lessons import texts_about
 
 MAX_TOKENS = 64  # of a caption; the rest is cut off
 REACH = 2  # neighbours on each side
@@ -145,3 +146,21 @@ class SemanticLoss(nn.Module):
         padded = padded.masked_fill(padded == NO_TOKEN, none)
         around = padded.unfold(1, 2 * REACH + 1, 1)
         return torch.cat([around[..., :REACH], around[..., REACH + 1 :]], -1)
+
+
+def texts_about(key: str, record: Mapping[str, Any]) -> list[str]:
+    """The captions of a sample, or the texts of a document, or its questions with their answers.
+
+    Args:
+        key: names the sample in errors.
+        record: what ``KEY.json`` holds.
+
+    Raises:
+        ValueError: for a sample without any text.
+    """
+    texts = [str(caption) for caption in record.get("captions", [])]
+    texts = texts or [part["text"] for part in parts_of(record) if "text" in part]
+    texts = texts or [f"{question} {answer}" for question, answer in record.get("qa", [])]
+    if not texts:
+        raise no_text_error(key)
+    return texts

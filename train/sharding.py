@@ -2,8 +2,8 @@
 
 Each layer is an FSDP module. Embedding, final norm, head and the projections of alignment belong to
 the module of the model itself. Its ``forward`` computes the losses, and needs the unsharded head.
-The frozen image tokenizer is replicated on all ranks. So are the scalars of alignment, which cannot
-be sharded. Their gradients are averaged here.
+The scalars of alignment cannot be sharded. They are replicated on all ranks, and their gradients are
+averaged here. The frozen image tokenizer is no part of the network: every rank has all of it.
 """
 
 from collections.abc import Iterator
@@ -18,14 +18,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from multimodal.distributed import global_sum, world_size
-from multimodal.model.network import Multimodal
+from multimodal.model.network import MultimodalLM
 
 
-def shard(model: Multimodal, mesh: DeviceMesh) -> None:
+def shard(model: MultimodalLM, mesh: DeviceMesh) -> None:
     """Shard the weights of a model over the ranks of a mesh, in place."""
-    replicated = set(model.image_tokenizer.parameters())
-    for scalar in (parameter for parameter in model.parameters() if parameter.ndim == 0):
-        replicated.add(scalar)
+    replicated = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    for scalar in replicated:
         if scalar.requires_grad:
             scalar.register_post_accumulate_grad_hook(_average)  # type: ignore[no-untyped-call]
     for layer in model.transformer.layers:
@@ -58,7 +57,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in modules:
-            module.set_reshard_after_forward(not isinstance(module, Multimodal), recurse=False)
+            module.set_reshard_after_forward(not isinstance(module, MultimodalLM), recurse=False)
             module.reshard()
 
 

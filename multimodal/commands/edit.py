@@ -4,16 +4,14 @@ import argparse
 from pathlib import Path
 
 from multimodal.commands.options import (
-    DRAWN_AT,
-    add_drawing,
-    add_sampling,
-    at_least_one,
+    add_options,
     check_output,
-    drawing_of,
+    given_options,
     load_model,
     parser,
     save_image,
 )
+from multimodal.options import EditOptions
 
 EPILOG = """A mask is an image of the same size: what is white in it is drawn anew. Outside the mask
 not a pixel changes.
@@ -44,19 +42,18 @@ def main(argv: list[str]) -> int:
     where.add_argument("--vary", type=float, metavar="SHARE", help="draw this share of it anew")
     made.add_argument("--prompt", required=True, metavar="TEXT", help="what the image shows then")
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG, JPEG or WebP")
-    add_drawing(made)
-    add_sampling(made, DRAWN_AT)
+    add_options(made, EditOptions)
     arguments = made.parse_args(argv)
-    at_least_one(arguments, "steps")
+    options = given_options(arguments, EditOptions)
     check_output(arguments.out)
     model = load_model(arguments)
-    prompt, how = arguments.prompt, drawing_of(arguments)
+    image, prompt = arguments.image, arguments.prompt
     if arguments.margins:
-        edited = model.outpaint(arguments.image, arguments.margins, prompt, **how)
+        edited = model.outpaint(image, arguments.margins, prompt, **options)
     elif arguments.vary is not None:
-        edited = model.vary(arguments.image, arguments.vary, prompt, **how)
+        edited = model.vary(image, arguments.vary, prompt, **options)
     else:
-        edited = model.edit(arguments.image, arguments.box or arguments.mask, prompt, **how)
+        edited = model.edit(image, arguments.box or arguments.mask, prompt, **options)
     save_image(edited, arguments.out)
     print(arguments.out)
     return 0

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from multimodal.cli import print_error
 from multimodal.commands.options import (
     add_bulk,
     at_least_one,
@@ -15,6 +14,7 @@ from multimodal.commands.options import (
     run_bulk,
 )
 from multimodal.files import atomic_file
+from multimodal.terminal import print_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     import torch
     from tqdm import tqdm
 
-    from multimodal.inference.embedding import embed_files, embed_texts, find_images
+    from multimodal.inference.embedding import find_images
 
     rows: list[Tensor] = []
     index: list[dict[str, str]] = []
@@ -63,14 +63,14 @@ def main(argv: list[str]) -> int:
         starts = range(0, len(lines), arguments.batch_size)
         for start in tqdm(starts, unit="batch", file=sys.stderr, disable=None):
             batch = lines[start : start + arguments.batch_size]
-            rows += embed_texts(model, batch)
+            rows += model.embed(texts=batch)
             index += [{"text": line} for line in batch]
     else:
         paths: list[Path] = []
         for name in arguments.images:
             paths += find_images(Path(name)) if Path(name).is_dir() else [Path(name)]
         model = load_model(arguments)
-        found = embed_files(model, paths, None, arguments.batch_size)
+        found = model.embed_files(paths, batch_size=arguments.batch_size)
         for path, row in tqdm(found, total=len(paths), unit="image", file=sys.stderr, disable=None):
             if isinstance(row, ValueError):
                 failed += 1

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.commands.options import (
-    add_sampling,
-    at_least_one,
+    add_options,
     check_output,
+    given_options,
     load_model,
     parser,
-    sampling_of,
-    save_image,
+    save_images,
 )
+from multimodal.options import TextOptions
 
 EPILOG = """The prompt is what --image and --text say, in the order given. Images that the model
 draws are written to --out (with -0, -1, ... before the suffix where there are several).
@@ -29,7 +29,7 @@ USAGE = ("prompt_tokens", "text_tokens", "image_tokens", "log_probability", "end
 
 
 class _Part(argparse.Action):
-    """Collect --image and --text in one list, in their order."""
+    """Collects --image and --text in one list, in their order."""
 
     def __call__(self, parser: Any, namespace: Any, value: Any, option: Any = None) -> None:
         parts = getattr(namespace, self.dest) or []
@@ -37,57 +37,46 @@ class _Part(argparse.Action):
 
 
 def main(argv: list[str]) -> int:
-    made = parser("generate", "Go on after any mix of images and texts.", EPILOG)
+    made = parser("generate", "Continue any mix of images and texts.", EPILOG)
     made.add_argument("--image", dest="parts", action=_Part, metavar="FILE", help="JPEG, PNG, WebP")
     made.add_argument("--text", dest="parts", action=_Part, metavar="TEXT")
-    made.add_argument("--output", choices=("text", "image", "any"), default="text",
-                      help="what to make; any: what the model wants (default text)")  # fmt: skip
+    made.add_argument(
+        "--output",
+        choices=("text", "image", "any"),
+        default="text",
+        help="what to make; any: what the model chooses (default text)",
+    )
     made.add_argument("--out", type=Path, metavar="FILE", help="where images go")
     made.add_argument(
         "--json", action="store_true", help='{"output": [{"text"}, {"image"}, ...], "usage"}'
     )
-    made.add_argument("--max-tokens", type=int, default=64, help="longest text (default 64)")
-    add_sampling(made, 0.0, texts=True)
+    add_options(made, TextOptions)
     arguments = made.parse_args(argv)
     if not arguments.parts:
         made.error("the prompt is empty: give --image and --text")
     if arguments.output != "text" and arguments.out is None:
         made.error(f"--output {arguments.output} needs --out FILE for images")
-    at_least_one(arguments, "max_tokens")
+    options = given_options(arguments, TextOptions)
     if arguments.out is not None:
         check_output(arguments.out)
-
-    from multimodal.inference.mixed import reply
-
-    sampling = sampling_of(arguments)
     model = load_model(arguments)
-    (one,) = reply(
-        model,
+    (reply,) = model.reply(
         [arguments.parts],
         output=arguments.output,
-        max_tokens=arguments.max_tokens,
-        sampling=sampling,
-        stop=arguments.stop,
+        **options,
     )
-    if isinstance(one, ValueError):
-        raise one
-    found = one.parts or [""]
-    images = sum(not isinstance(part, str) for part in found)
-    said, number = [], 0
-    for part in found:
-        if isinstance(part, str):
-            said.append({"text": part})
-            continue
-        out: Path = arguments.out
-        if images > 1:
-            out = out.with_name(f"{out.stem}-{number}{out.suffix}")
-        number += 1
-        save_image(part, out)
-        said.append({"image": str(out)})
+    if isinstance(reply, ValueError):
+        raise reply
+    parts = reply.parts or [""]
+    images = [part for part in parts if not isinstance(part, str)]
+    paths = iter(save_images(images, arguments.out) if images else ())
+    output = [
+        {"text": part} if isinstance(part, str) else {"image": str(next(paths))} for part in parts
+    ]
     if arguments.json:
-        usage = {name: getattr(one, name) for name in USAGE}
-        print(json.dumps({"output": said, "usage": usage}))
+        usage = {name: getattr(reply, name) for name in USAGE}
+        print(json.dumps({"output": output, "usage": usage}))
     else:
-        for item in said:
+        for item in output:
             print(" ".join(next(iter(item.values())).split()))
     return 0

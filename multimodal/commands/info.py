@@ -46,9 +46,9 @@ def main(argv: list[str]) -> int:
 
 def describe(folder: Path) -> dict[str, Any]:
     """The facts about a folder, whichever of the three it is. Errors: ``ValueError``."""
-    from multimodal.model.checkpoint import find
+    from multimodal.model.checkpoint import find_model
 
-    folder = find(folder)
+    folder = find_model(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if (folder / "manifest.json").is_file():
@@ -67,10 +67,10 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def model_facts(folder: Path) -> dict[str, Any]:
-    from multimodal.model.checkpoint import load, read_config
+    from multimodal.model.checkpoint import ModelParts, read_config
 
     stored = read_config(folder)
-    model = load(folder)  # checks the image tokenizer's fingerprint
+    model = ModelParts.load(folder)  # checks the image tokenizer's fingerprint
     vocabulary, images = model.vocabulary, model.image_tokenizer
     claimed = stored["fingerprints"]
     return {
@@ -78,9 +78,9 @@ def model_facts(folder: Path) -> dict[str, Any]:
         "format": stored["format"],
         "transformer": stored["transformer"],
         "parameters": {
-            "transformer": _count(model.transformer),
-            "of which embedding": model.transformer.embed_tokens.weight.numel(),
-            "heads": _count(model.alignment),
+            "transformer": _count(model.network.transformer),
+            "of which embedding": model.network.transformer.embed_tokens.weight.numel(),
+            "heads": _count(model.network.alignment),
             "image tokenizer": _count(images),
         },
         "vocabulary": {

@@ -1,22 +1,25 @@
-"""What the verbs that use a model share: options, loading, checks of the output."""
+"""What the verbs that use a model share: parsers made of the options, loading, output files."""
 
 import argparse
 import os
-from dataclasses import fields, replace
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from multimodal.files import atomic_file
+from multimodal.options import CaptionOptions, Sampling
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from multimodal.inference.sampling import Sampling
-    from multimodal.model.network import Multimodal
+    from multimodal.api import Model
 
 DTYPES = ("float32", "bfloat16")
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-DRAWN_AT = 0.8  # temperature: that of multimodal.inference.drawing.DRAWN, which would import torch
 
 
 def parser(verb: str, about: str, epilog: str) -> argparse.ArgumentParser:
@@ -35,47 +38,77 @@ def parser(verb: str, about: str, epilog: str) -> argparse.ArgumentParser:
     )
     made.add_argument("--device", default="cpu", help="where torch computes (default cpu)")
     made.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the transformer (default float32)"
+        "--dtype", choices=DTYPES, default="float32", help="of the network (default float32)"
     )
-    made.add_argument("--seed", type=int, default=0, help="of all that is random (default 0)")
+    made.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     made.add_argument(
         "--threads", type=int, default=0, help="CPU threads (default: torch's choice)"
     )
     return made
 
 
-def add_sampling(made: argparse.ArgumentParser, temperature: float, texts: bool = False) -> None:
-    """texts: of a verb that writes texts."""
-    made.add_argument(
-        "--temperature",
-        type=float,
-        default=temperature,
-        help=f"0 takes the likeliest token (default {temperature:g})",
-    )
-    made.add_argument("--top-k", type=int, default=0, help="of the k likeliest only (default all)")
-    made.add_argument(
-        "--top-p", type=float, default=1.0, help="of the likeliest with this share (default 1)"
-    )
-    made.add_argument("--min-p", type=float, default=0.0, metavar="P",
-                      help="of those at least P times as likely as the likeliest")  # fmt: skip
-    if texts:
-        made.add_argument("--beams", type=int, default=1,
-                          help="follow so many texts at once (default 1: greedy)")  # fmt: skip
-        made.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                          help="end before this text; may be given several times")  # fmt: skip
-        made.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X",
-                          help="more than 1: fewer words twice (default 1)")  # fmt: skip
+def add_options(made: argparse.ArgumentParser, options: type[Sampling]) -> None:
+    """Add every field of an options class, except the seed, which every verb has.
+
+    What is not given on the command line is not in the parsed arguments: defaults are those of the
+    class, or of a prompt file.
+    """
+    hints = typing.get_type_hints(options)
+    for item in fields(options):
+        if item.name == "seed":
+            continue
+        kind, default = hints[item.name], item.default
+        text = str(item.metadata["help"])
+        how: dict[str, Any] = {"metavar": item.metadata["metavar"]}
+        if typing.get_origin(kind) is Literal:
+            how["choices"] = typing.get_args(kind)
+        elif typing.get_origin(kind) is tuple:
+            how["action"] = "append"
+            text += "; may be given several times"
+        else:
+            (how["type"],) = (
+                [one for one in typing.get_args(kind) if one is not type(None)]
+                if isinstance(kind, types.UnionType)
+                else [kind]
+            )
+        if default not in ((), None):
+            text += (
+                f" (default {default:g})"
+                if isinstance(default, float)
+                else (f" (default {default})")
+            )
+        flag = f"--{item.name.replace('_', '-')}"
+        made.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+
+
+def given_options(
+    arguments: argparse.Namespace, options: type[Sampling], check: bool = True
+) -> dict[str, Any]:
+    """The options that were given on the command line, and the seed.
+
+    Args:
+        check: raise ``ValueError`` for values out of range now, before a model is loaded.
+    """
+    given = vars(arguments)
+    found = {item.name: given[item.name] for item in fields(options) if item.name in given}
+    if check:
+        options(**found)
+    return found
 
 
 def add_engine(made: argparse.ArgumentParser) -> None:
-    """Of verbs that work shard by shard; under torchrun, its ranks share the work besides."""
+    """Options of verbs that work shard by shard. Under torchrun its ranks share the work, too."""
     made.add_argument("--workers", type=int, default=1, help="processes at work (default 1)")
-    made.add_argument("--engine", choices=("processes", "ray"), default="processes",
-                      help="workers are processes, or tasks of Ray: same result")  # fmt: skip
+    made.add_argument(
+        "--engine",
+        choices=("processes", "ray"),
+        default="processes",
+        help="workers are processes, or tasks of Ray: same result",
+    )
 
 
 def add_bulk(made: argparse.ArgumentParser) -> None:
-    """Of verbs that take a whole shard folder in the place of files."""
+    """Options of verbs that take a whole shard folder instead of files."""
     bulk = made.add_argument_group("shards", "a result for each shard; what is there already stays")
     bulk.add_argument("--data", type=Path, metavar="DIR", help="a shard folder, not files")
     bulk.add_argument("--out-dir", type=Path, metavar="DIR", help="the folder of the results")
@@ -83,10 +116,8 @@ def add_bulk(made: argparse.ArgumentParser) -> None:
     add_engine(made)
 
 
-def run_bulk(arguments: argparse.Namespace, kind: "Literal['caption', 'embed']") -> int:
-    """Do what ``add_bulk``'s options ask for; returns the exit status, 1 if an image failed."""
-    import sys
-
+def run_bulk(arguments: argparse.Namespace, kind: Literal["caption", "embed"]) -> int:
+    """Run the job that ``add_bulk``'s options ask for. Returns 1 if an image failed, else 0."""
     import torch
     from tqdm import tqdm
 
@@ -95,18 +126,34 @@ def run_bulk(arguments: argparse.Namespace, kind: "Literal['caption', 'embed']")
 
     if arguments.out_dir is None:
         raise ValueError("--data: give --out-dir, a folder for the results")
-    use_device(arguments)
-    job = Job(kind, arguments.model, arguments.device, arguments.dtype, arguments.batch_size)
-    if arguments.workers > 1 or arguments.engine != "processes":
-        job = replace(job, threads=max(1, torch.get_num_threads() // arguments.workers))
+    options = CaptionOptions()
     if kind == "caption":
-        job = replace(job, max_tokens=arguments.max_tokens, sampling=sampling_of(arguments),
-                      stop=tuple(arguments.stop))  # fmt: skip
+        options = CaptionOptions(**given_options(arguments, CaptionOptions))
+    use_device(arguments)
+    threads = 0
+    if arguments.workers > 1 or arguments.engine != "processes":
+        threads = max(1, torch.get_num_threads() // arguments.workers)
+    job = Job(
+        kind,
+        arguments.model,
+        arguments.device,
+        arguments.dtype,
+        arguments.batch_size,
+        options,
+        threads,
+    )
     total = len(Shards(arguments.data, arguments.split))
     with tqdm(total=total, unit="image", file=sys.stderr, disable=None) as bar:
-        counts = run_job(job, arguments.data, arguments.out_dir, arguments.split,
-                         arguments.engine, arguments.workers, bar.update)  # fmt: skip
-    if counts is None:  # the first rank says it
+        counts = run_job(
+            job,
+            arguments.data,
+            arguments.out_dir,
+            arguments.split,
+            arguments.engine,
+            arguments.workers,
+            bar.update,
+        )
+    if counts is None:  # the first rank reports
         return 0
     done, failed = counts
     unread = f"; {failed:,} could not be read, see the lines with an error" if failed else ""
@@ -114,51 +161,22 @@ def run_bulk(arguments: argparse.Namespace, kind: "Literal['caption', 'embed']")
     return int(failed > 0)
 
 
-def add_drawing(made: argparse.ArgumentParser) -> None:
-    made.add_argument(
-        "--guidance-scale",
-        type=float,
-        default=3.0,
-        help="how strictly to follow the text: u + SCALE * (c - u); 1 is no guidance (default 3)",
-    )
-    made.add_argument("--guidance-schedule", choices=("constant", "rising"), default="constant",
-                      help="rising: from 1 to 2 SCALE - 1 (default constant)")  # fmt: skip
-    made.add_argument("--negative", metavar="TEXT", help="what to lead away from")
-    made.add_argument(
-        "--steps", type=int, default=12, help="of masked drawing; fewer is faster (default 12)"
-    )
-
-
 def at_least_one(arguments: argparse.Namespace, *names: str) -> None:
-    """Errors: ``ValueError`` for an option below 1."""
+    """Raises ``ValueError`` for an option below 1."""
     for name in names:
         if getattr(arguments, name) < 1:
             option = name if len(name) == 1 else f"-{name.replace('_', '-')}"
             raise ValueError(f"-{option} {getattr(arguments, name)}: expected at least 1")
 
 
-def sampling_of(arguments: argparse.Namespace) -> "Sampling":
-    from multimodal.inference.sampling import Sampling
-
-    given = vars(arguments)
-    return Sampling(**{one.name: given[one.name] for one in fields(Sampling) if one.name in given})
-
-
-def drawing_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What ``Multimodal.draw`` and ``edit`` share."""
-    names = ("steps", "guidance_scale", "guidance_schedule", "negative", "temperature", "top_k",
-             "top_p", "min_p", "seed")  # fmt: skip
-    return {name: getattr(arguments, name) for name in names}
-
-
 def use_device(arguments: argparse.Namespace) -> None:
-    """Set the threads and try the device. Errors: ``ValueError`` for one that cannot be used."""
+    """Set the number of threads, and try the device. Raises ``ValueError`` if it cannot be used."""
     import torch
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.device == "cuda" and "LOCAL_RANK" in os.environ:
-        arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: a GPU for each
+        arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: a GPU for each process
     try:
         torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:  # CPU-only builds assert
@@ -166,18 +184,16 @@ def use_device(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--device {arguments.device}: cannot be used here ({reason})") from error
 
 
-def load_model(arguments: argparse.Namespace) -> "Multimodal":
-    """The model of the options. Errors: ``ValueError`` for a device or a folder that is none."""
-    import torch
-
-    from multimodal.model.checkpoint import load
+def load_model(arguments: argparse.Namespace) -> "Model":
+    """The model of the options. Raises ``ValueError`` for a device or a folder that is none."""
+    from multimodal import load
 
     use_device(arguments)
-    return load(arguments.model, arguments.device, getattr(torch, arguments.dtype))
+    return load(arguments.model, arguments.device, arguments.dtype)
 
 
 def check_output(path: Path, suffixes: tuple[str, ...] = tuple(IMAGE_FORMATS)) -> None:
-    """Before the work: can this be written? Errors: ``ValueError`` that says why not."""
+    """Before the work: can this be written? Raises ``ValueError`` that says why not."""
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{path}: expected a name that ends in {', '.join(suffixes)}")
     if path.is_dir():
@@ -191,3 +207,13 @@ def check_output(path: Path, suffixes: tuple[str, ...] = tuple(IMAGE_FORMATS)) -
 def save_image(image: "Image.Image", path: Path) -> None:
     with atomic_file(path) as part:
         image.save(part, format=IMAGE_FORMATS[path.suffix.lower()])
+
+
+def save_images(images: "Sequence[Image.Image]", path: Path) -> list[Path]:
+    """Save one image as ``path``, or several with -0, -1, ... before the suffix."""
+    paths = [path]
+    if len(images) > 1:
+        paths = [path.with_name(f"{path.stem}-{n}{path.suffix}") for n in range(len(images))]
+    for image, each in zip(images, paths, strict=True):
+        save_image(image, each)
+    return paths

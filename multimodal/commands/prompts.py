@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from dataclasses import asdict
 
 from multimodal.inference.prompt_files import prompt_files, read_prompt
 
@@ -33,7 +32,7 @@ def main(argv: list[str]) -> int:
     for path in prompt_files(arguments.prompts).values():
         prompt = read_prompt(path)
         if arguments.json:
-            print(json.dumps(asdict(prompt)))
+            print(json.dumps(prompt.to_json()))
         else:
             print(f"{prompt}\t{prompt.about}")
     return 0

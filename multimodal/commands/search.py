@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from multimodal.cli import print_error
 from multimodal.commands.options import at_least_one, load_model, parser
+from multimodal.terminal import print_error
 
 EPILOG = """QUERY is an image where it names a file that exists, else a text. What was embedded is
 kept by content under --cache (default: multimodal/ in the user's cache folder), so the second
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
 
     from tqdm import tqdm
 
-    from multimodal.inference.embedding import EmbeddingCache, embed_files, find_images
+    from multimodal.inference.embedding import EmbeddingCache, find_images
 
     paths = find_images(arguments.images)
     model = load_model(arguments)
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     folder = default_cache() if arguments.cache is None else arguments.cache
     cache = EmbeddingCache(Path(folder), model.fingerprint) if folder else None
     scores, failed = [], 0
-    found = embed_files(model, paths, cache, arguments.batch_size)
+    found = model.embed_files(paths, cache=cache, batch_size=arguments.batch_size)
     for path, row in tqdm(found, total=len(paths), unit="image", file=sys.stderr, disable=None):
         if isinstance(row, ValueError):
             failed += 1

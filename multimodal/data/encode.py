@@ -30,10 +30,8 @@ from multimodal.data.parallel import (
     is_first_rank,
     map_ordered,
     map_units,
-    rank_and_world_size,
 )
 from multimodal.data.samples import CODES, Sample
-from multimodal.data.seeds import sample_seed
 from multimodal.data.shards import (
     MANIFEST,
     Shards,
@@ -43,7 +41,9 @@ from multimodal.data.shards import (
     write_tar,
 )
 from multimodal.files import atomic_file
+from multimodal.seeds import sample_seed
 from multimodal.tokenizers.image import VQTokenizer, load_image_tokenizer
+from multimodal.torchrun import rank_and_world_size
 
 SETTINGS = "encoding.json"  # the arguments, in a folder that is not finished
 TOKENIZER = ".tokenizer-"  # start of the name of a tokenizer folder for worker processes

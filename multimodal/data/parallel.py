@@ -19,6 +19,8 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
+from multimodal.torchrun import rank_and_world_size
+
 In = TypeVar("In")
 Out = TypeVar("Out")
 Engine: TypeAlias = Literal["processes", "ray"]
@@ -80,11 +82,6 @@ def map_ordered(function: Callable[[In], Out], items: Iterable[In], workers: int
         finally:
             for future in pending:
                 future.cancel()
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and the number of ranks, from the environment that torchrun sets."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first_rank() -> bool:

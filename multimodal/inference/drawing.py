@@ -1,259 +1,257 @@
-"""Images after a text: masked, in parallel, or code by code; and parts of an image drawn anew.
+"""Images after a text: code by code, or masked, many codes at a time.
 
-Guidance is ``u + guidance_scale * (c - u)`` on the logits with (c) and without (u) the text, where
-the text is <null>, or a negative text that the image is to be led away from: 1 is none, 0 ignores
-the text, more follows it more strictly (classifier-free guidance, Ho & Salimans 2022,
-arXiv:2207.12598). A rising schedule goes from 1 to 2 scale - 1 over the drawing (Muse, Chang et al.
-2023, arXiv:2301.00704): first what the image could be, then what it is to be.
-
-Shapes: B batch, V vocabulary, n codes of an image, P longest prompt.
+Shapes: B images, n codes of an image, K codebook size, D width.
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, cast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TypeAlias
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from multimodal.inference.batch import Batch, check_length, text_ids
+from multimodal.inference.batch import DecodeBatch, check_length
+from multimodal.inference.codec import UNKNOWN, encode_text
+from multimodal.inference.decode import Row, decode
 from multimodal.inference.likelihoods import text_likelihoods
-from multimodal.inference.sampling import Sampling, SamplingOptions
+from multimodal.inference.sampling import choose, generators
+from multimodal.model.checkpoint import ModelParts
 from multimodal.model.sequences import draw_prompt
+from multimodal.options import DrawOptions, EditOptions
 
-if TYPE_CHECKING:
-    from multimodal.model.network import Multimodal
-
-Method = Literal["masked", "causal"]
-Schedule = Literal["constant", "rising"]
-OnStep: TypeAlias = Callable[[SequenceOf[int], Tensor], object]
-UNKNOWN = -1  # a code that is to be drawn
-GREY = 0.0  # of a preview, where nothing is drawn yet
-AT_ONCE = 64  # drawings
-DRAWN = Sampling(temperature=0.8)  # by default: at 1 shapes are spoilt, at 0.6 photos are blank
+OnStep: TypeAlias = Callable[[Sequence[int], Tensor], object]
+DRAWINGS_AT_ONCE = 64
 
 
-class DrawingOptions(TypedDict, total=False):
-    """Those arguments of ``draw_codes`` that all ways of drawing share."""
+class ImageRow(Row):
+    """An image, code by code.
 
-    steps: int
-    guidance_scale: float
-    guidance_schedule: Schedule
-    negative: str | None
+    Args:
+        prompts: the prompt that ends with <boi>, and for guidance the one to lead away from.
+        previews: yield the codes so far after each row of codes.
+
+    Attributes:
+        codes: the image codes so far, in [0, K).
+    """
+
+    def __init__(
+        self,
+        model: ModelParts,
+        number: int,
+        prompts: list[list[int]],
+        options: EditOptions | None = None,
+        previews: bool = False,
+    ) -> None:
+        super().__init__(number, prompts, model.codes_per_image)
+        vocabulary = model.vocabulary
+        self.ids = slice(vocabulary.image_start, vocabulary.image_end)
+        self.side = model.image_tokenizer.config.grid
+        self.options, self.previews = options, previews
+        self.codes: list[int] = []
+
+    def guidance_scale(self) -> float:
+        progress = len(self.codes) / max(1, self.max_new_tokens - 1)
+        return 1.0 if self.options is None else guidance_scale_at(self.options, progress)
+
+    def take(self, token: int, log_probability: float = 0.0) -> Iterator[Tensor]:
+        self.codes.append(token - self.ids.start)
+        self.done = len(self.codes) == self.max_new_tokens
+        if self.previews and len(self.codes) % self.side == 0:
+            yield self.partial()
+
+    def partial(self) -> Tensor:
+        """The codes so far: int64[n], UNKNOWN where there are none yet."""
+        codes = torch.full((self.max_new_tokens,), UNKNOWN)
+        codes[: len(self.codes)] = torch.tensor(self.codes)
+        return codes
 
 
-class DrawingArguments(SamplingOptions, DrawingOptions, total=False):
-    """Those, and how codes are chosen."""
-
-
-def divided(given: DrawingArguments) -> tuple[DrawingOptions, Sampling]:
-    """What goes to ``draw_codes``, and the sampling: by default at that of ``DRAWN``."""
-    options = {name: given[name] for name in DrawingOptions.__annotations__ if name in given}  # type: ignore[literal-required]
-    rest = {name: value for name, value in given.items() if name not in options}
-    return cast(DrawingOptions, options), replace(DRAWN, **rest)  # type: ignore[arg-type]
+def guidance_scale_at(options: EditOptions, progress: float) -> float:
+    """The guidance scale of a step. progress: 0 at the first step, 1 at the last one."""
+    if options.guidance_schedule == "rising":
+        return 1 + (options.guidance_scale - 1) * 2 * progress
+    return options.guidance_scale
 
 
 @torch.inference_mode()
 def draw_codes(
-    model: "Multimodal",
-    texts: SequenceOf[str],
+    model: ModelParts,
+    texts: Sequence[str],
+    options: DrawOptions = DrawOptions(),  # noqa: B008 (frozen)
     *,
-    method: Method = "masked",
-    steps: int = 12,
-    guidance_scale: float = 3.0,
-    guidance_schedule: Schedule = "constant",
-    negative: str | None = None,
-    sampling: Sampling = DRAWN,
-    candidates: int = 1,
     known: Tensor | None = None,
-    numbers: SequenceOf[int] | None = None,
+    numbers: Sequence[int] | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Draw one image for each text -> codes: int64[B, n] in [0, codebook_size).
+    """Draw one image for each text.
 
-    candidates: draw so many and keep the one after which the model finds the text likeliest, as a
-        caption (best of n; DALL-E, Ramesh et al. 2021, arXiv:2102.12092, has another model judge);
-    known: int64[B, n], the codes that stay, UNKNOWN where to draw (masked drawing only);
-    steps: of masked drawing; negative: a text to be led away from, by the guidance;
-    numbers: what the texts are called, for the random numbers; 0, 1, ... by default;
-    on_step: is given the numbers and the codes so far, int64[some of B, n], after each step of
-        masked drawing (what is not drawn yet as it is likeliest: so a step takes two to three times
-        as long) and each row of codes (UNKNOWN below it).
+    Args:
+        texts: B texts.
+        known: int64[B, n], the codes that stay, UNKNOWN where to draw. Masked drawing only.
+        numbers: name the random numbers of each image. 0, 1, ... by default.
+        on_step: is given the numbers of some images and their codes so far, int64[some, n]: after
+            each row of codes, UNKNOWN below it, or after each step of masked drawing. There the
+            undrawn codes are shown as their argmax, which makes a step two to three times slower.
+
+    Returns:
+        codes: int64[B, n] in [0, K).
+
+    Raises:
+        ValueError: for an empty text, one that is too long, or options that exclude one another.
     """
     numbers = range(len(texts)) if numbers is None else numbers
-    if method not in ("masked", "causal"):
-        raise ValueError(f"method {method!r}: expected masked or causal")
-    if steps < 1:
-        raise ValueError(f"steps={steps}: expected at least 1")
-    if not 0 <= guidance_scale < float("inf"):
-        raise ValueError(f"guidance_scale={guidance_scale}: expected a number from 0 on")
-    if guidance_schedule not in ("constant", "rising"):
-        raise ValueError(f"guidance_schedule {guidance_schedule!r}: expected constant or rising")
-    if negative is not None and guidance_scale == 1:
-        raise ValueError("a negative text works by guidance: give a guidance_scale other than 1")
-    if sampling.beams > 1 or sampling.repetition_penalty != 1:
-        raise ValueError("beams and a repetition penalty are for texts, not for images")
-    if candidates < 1:
-        raise ValueError(f"candidates={candidates}: expected at least 1")
-    if candidates > 1:
+    if options.candidates > 1:
         if on_step is not None:
             raise ValueError("of several candidates there is nothing to see before the end")
-        every = [text for text in texts for _ in range(candidates)]
-        known = None if known is None else known.repeat_interleave(candidates, 0)
-        codes = draw_codes(model, every, method=method, steps=steps,
-                           guidance_scale=guidance_scale, guidance_schedule=guidance_schedule,
-                           negative=negative, sampling=sampling, known=known,
-                           numbers=[candidates * n + c for n in numbers
-                                    for c in range(candidates)])  # fmt: skip
-        parts = [slice(start, start + AT_ONCE) for start in range(0, len(every), AT_ONCE)]
-        likelihoods = torch.cat([text_likelihoods(model, codes[one], every[one]) for one in parts])
-        likelihoods = likelihoods.view(len(texts), candidates)
-        return codes[likelihoods.argmax(1) + candidates * torch.arange(len(texts))]
-    if len(texts) > AT_ONCE:
-        parts = [slice(start, start + AT_ONCE) for start in range(0, len(texts), AT_ONCE)]
-        return torch.cat([
-            draw_codes(model, texts[one], method=method, steps=steps,
-                       guidance_scale=guidance_scale, guidance_schedule=guidance_schedule,
-                       negative=negative, sampling=sampling,
-                       known=None if known is None else known[one], numbers=numbers[one],
-                       on_step=on_step)
-            for one in parts
-        ])  # fmt: skip
-    prompts = [draw_prompt(model.vocabulary, text_ids(model, text)) for text in texts]
-    if guidance_scale != 1:
-        away = None if negative is None else text_ids(model, negative)
-        prompts += [draw_prompt(model.vocabulary, away)] * len(texts)
-    scale = _Scale(guidance_scale, guidance_schedule)
-    n = model.image_tokenizer.config.grid**2
-    check_length(model, prompts, n)
-    if method == "causal":
+        return _draw_best(model, texts, options, known, numbers)
+    prompts = [[draw_prompt(model.vocabulary, encode_text(model, text))] for text in texts]
+    if options.guidance_scale != 1:
+        away = None if options.negative is None else encode_text(model, options.negative)
+        for several in prompts:
+            several.append(draw_prompt(model.vocabulary, away))
+    for several in prompts:
+        check_length(model.network, several, model.codes_per_image)
+    if options.method == "causal":
         if known is not None:
             raise ValueError("code by code, only whole images are drawn: use the masked method")
-        return _draw_causal(model, prompts, n, scale, sampling, numbers, on_step)
+        return _draw_causal(model, prompts, options, numbers, on_step)
     if known is None:
-        known = torch.full((len(texts), n), UNKNOWN)
-    return _draw_masked(model, prompts, known, steps, scale, sampling, numbers, on_step)
+        known = torch.full((len(texts), model.codes_per_image), UNKNOWN)
+    parts = [slice(at, at + DRAWINGS_AT_ONCE) for at in range(0, len(texts), DRAWINGS_AT_ONCE)]
+    drawn = [
+        _draw_masked(model, prompts[part], known[part], options, numbers[part], on_step)
+        for part in parts
+    ]
+    return torch.cat([known[:0], *drawn])
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """How strong the guidance is; ``guided``: whether there is any."""
-
-    scale: float
-    schedule: Schedule
-
-    @property
-    def guided(self) -> bool:
-        return self.scale != 1
-
-    def at(self, progress: float) -> float:
-        """progress: 0 at the first step, 1 at the last"""
-        rising = self.schedule == "rising"
-        return 1 + (self.scale - 1) * 2 * progress if rising else self.scale
-
-
-def _image_logits(model: "Multimodal", hidden: Tensor, guidance: _Scale, progress: float) -> Tensor:
-    """float[B or 2 B, ..., D] -> float32[B, ..., K] on the CPU: of the codes only, guided"""
-    vocabulary = model.vocabulary
-    codes = slice(vocabulary.image_start, vocabulary.image_end)
-    logits = model.transformer.logits(hidden, codes)
-    if guidance.guided:
-        conditional, unconditional = logits.chunk(2)
-        logits = unconditional + guidance.at(progress) * (conditional - unconditional)
-    return logits.cpu()
+def _draw_best(
+    model: ModelParts,
+    texts: Sequence[str],
+    options: DrawOptions,
+    known: Tensor | None,
+    numbers: Sequence[int],
+) -> Tensor:
+    """Of several drawings of each text, the one after which the text is most likely."""
+    count = options.candidates
+    repeated = [text for text in texts for _ in range(count)]
+    codes = draw_codes(
+        model,
+        repeated,
+        replace(options, candidates=1),
+        known=None if known is None else known.repeat_interleave(count, 0),
+        numbers=[count * number + candidate for number in numbers for candidate in range(count)],
+    )
+    parts = [slice(at, at + DRAWINGS_AT_ONCE) for at in range(0, len(repeated), DRAWINGS_AT_ONCE)]
+    likelihoods = [text_likelihoods(model, codes[part], repeated[part]) for part in parts]
+    best = torch.cat(likelihoods).view(len(texts), count).argmax(1)
+    return codes[best + count * torch.arange(len(texts))]
 
 
 def _draw_causal(
-    model: "Multimodal",
-    prompts: list[list[int]],
-    n: int,
-    guidance: _Scale,
-    sampling: Sampling,
-    numbers: SequenceOf[int],
+    model: ModelParts,
+    prompts: list[list[list[int]]],
+    options: DrawOptions,
+    numbers: Sequence[int],
     on_step: OnStep | None,
 ) -> Tensor:
-    count, side = len(numbers), model.image_tokenizer.config.grid
-    batch = Batch(model, prompts, n)
-    generators = sampling.generators(numbers)
-    codes: list[Tensor] = []
-    for step in range(n):
-        logits = _image_logits(model, batch.hidden, guidance, step / max(1, n - 1))
-        codes.append(sampling.choose(logits, generators))
-        if on_step is not None and len(codes) % side == 0:
-            so_far = torch.full((count, n), UNKNOWN)
-            so_far[:, : len(codes)] = torch.stack(codes, 1)
-            on_step(numbers, so_far)
-        if step < n - 1:
-            ids = codes[-1] + model.vocabulary.image_start
-            batch.read(ids.repeat(len(prompts) // count).to(model.device))
-    return torch.stack(codes, 1)
+    rows = [
+        ImageRow(model, number, several, options, previews=on_step is not None)
+        for number, several in zip(numbers, prompts, strict=True)
+    ]
+    for pieces in decode(model.network, rows, options, batch_size=DRAWINGS_AT_ONCE):
+        if pieces and on_step is not None:
+            on_step([row.number for row, _ in pieces], torch.stack([codes for _, codes in pieces]))
+    return torch.tensor([row.codes for row in rows]).view(len(rows), model.codes_per_image)
 
 
 def _draw_masked(
-    model: "Multimodal",
-    prompts: list[list[int]],
+    model: ModelParts,
+    prompts: list[list[list[int]]],
     codes: Tensor,
-    steps: int,
-    guidance: _Scale,
-    sampling: Sampling,
-    numbers: SequenceOf[int],
+    options: DrawOptions,
+    numbers: Sequence[int],
     on_step: OnStep | None,
 ) -> Tensor:
-    """MaskGIT (Chang et al. 2022, arXiv:2202.04200): some codes are drawn at each step, how many by
-    the cosine schedule. Which ones is not left to how sure the model is of them, or even
-    backgrounds would always come first: they are spread over the image (``spread_order``)."""
+    """Masked drawing, of MaskGIT (Chang et al. 2022, arXiv:2202.04200).
+
+    Each step draws some codes. How many is given by the cosine schedule. Which ones does not depend
+    on the model's confidence, or even backgrounds would always come first: they are spread over the
+    image (``spread_order``).
+
+    Args:
+        prompts: for each image its prompts, all conditional ones or with unconditional ones.
+        codes: int64[B, n], UNKNOWN where to draw.
+    """
     vocabulary, (count, n) = model.vocabulary, codes.shape
-    copies, order = len(prompts) // count, spread_order(model.image_tokenizer.config.grid)
-    # What a text means does not depend on the image after it: it is read once, into the cache.
-    batch = Batch(model, prompts, n)
-    generators = sampling.generators(numbers)
+    copies, order = len(prompts[0]), spread_order(model.image_tokenizer.config.grid)
+    # All conditional prompts come first. They are read once, into the cache.
+    batch = DecodeBatch(model.network, [each[i] for i in range(copies) for each in prompts], n)
+    dice = generators(options, numbers)
+    code_ids = slice(vocabulary.image_start, vocabulary.image_end)
 
-    def logits_of(asked: Tensor, codes: Tensor, progress: float) -> Tensor:
-        """asked: bool[B, n], some of the codes that are UNKNOWN; progress: in [0, 1], of the
-        guidance -> float32[so many, K], guided, row by row
+    def logits_of(to_predict: Tensor, codes: Tensor, progress: float) -> Tensor:
+        """Guided scores of some UNKNOWN codes, image by image: float32[predicted codes, K].
 
-        Those and what is known are read; a mask that nobody asks for would say nothing.
+        Only they and the known codes are read. A mask that is not predicted would say nothing.
+
+        Args:
+            to_predict: bool[B, n].
+            progress: of the guidance, in [0, 1].
         """
         known = codes != UNKNOWN
-        places = (2 * asked.int() + known.int()).argsort(dim=-1, descending=True, stable=True)
-        places = places[:, : int((asked | known).sum(1).max())]
+        needed = to_predict | known
+        # Codes to predict come first, then the known ones.
+        index = (2 * to_predict.int() + known.int()).argsort(dim=-1, descending=True, stable=True)
+        index = index[:, : int(needed.sum(1).max())]
         ids = torch.where(known, codes + vocabulary.image_start, vocabulary.mask)
-        block = ids.gather(1, places), places, (asked | known).gather(1, places)
-        ids, places, real = (x.repeat(copies, 1).to(model.device) for x in block)
-        counts = asked.sum(1)
-        hidden = batch.read_block(ids, places, real, int(counts.max()))
-        first = (torch.arange(hidden.shape[1]) < counts[:, None]).repeat(copies, 1)
-        return _image_logits(model, hidden[first.to(model.device)], guidance, progress)
+        block = ids.gather(1, index), index, needed.gather(1, index)
+        block_ids, positions, valid = (x.repeat(copies, 1).to(model.device) for x in block)
+        counts = to_predict.sum(1)
+        hidden = batch.forward_block(block_ids, positions, valid, int(counts.max()))
+        predicted = (torch.arange(hidden.shape[1]) < counts[:, None]).repeat(copies, 1)
+        hidden = hidden[predicted.to(model.device)]
+        logits = model.network.transformer.logits(hidden, code_ids)
+        if copies > 1:
+            conditional, unconditional = logits.chunk(2)
+            scale = guidance_scale_at(options, progress)
+            logits = unconditional + scale * (conditional - unconditional)
+        return logits.cpu()
 
     to_draw = (codes == UNKNOWN).sum(1)
-    for step in range(steps):
-        known, progress = codes != UNKNOWN, (step + 1) / steps
-        left = (to_draw * torch.cos(torch.tensor(progress * torch.pi / 2))).long()
-        if step == steps - 1:
-            left = torch.zeros_like(left)
-        # The rank of each code in the order, known ones first: those before n - left are kept.
+    for step in range(options.steps):
+        known = codes != UNKNOWN
+        angle = torch.tensor((step + 1) / options.steps * torch.pi / 2)
+        remaining = (to_draw * torch.cos(angle)).long()
+        if step == options.steps - 1:
+            remaining = torch.zeros_like(remaining)
+        # The rank of each code in the order, known ones first: those before n - remaining are known
+        # after this step. At least one code is drawn.
         rank = order.expand(count, -1).masked_fill(known, -1).argsort(-1).argsort(-1)
-        keep = rank < (n - left.minimum((~known).sum(1) - 1).clamp(min=0))[:, None]
-        fresh, guided = keep & ~known, step / max(1, steps - 1)
-        if fresh.any():  # fewer codes than steps: the last ones have nothing to do
-            rows = torch.split(logits_of(fresh, codes, guided), fresh.sum(1).tolist())
-            chosen = [sampling.choose(own[None], [generator])[0]
-                      for own, generator in zip(rows, generators, strict=True)]  # fmt: skip
+        remaining = remaining.minimum((~known).sum(1) - 1).clamp(min=0)
+        fresh = (rank < (n - remaining)[:, None]) & ~known
+        progress = step / max(1, options.steps - 1)
+        if fresh.any():  # with fewer codes than steps the last steps have nothing to draw
+            logits = torch.split(logits_of(fresh, codes, progress), fresh.sum(1).tolist())
+            chosen = [
+                choose(scores[None], options, [generator])[0]
+                for scores, generator in zip(logits, dice, strict=True)
+            ]
             codes = codes.masked_scatter(fresh, torch.cat(chosen))
         if on_step is not None:
-            rest, shown = codes == UNKNOWN, codes
-            if rest.any():
-                shown = codes.masked_scatter(rest, logits_of(rest, codes, guided).argmax(-1))
+            undrawn, shown = codes == UNKNOWN, codes
+            if undrawn.any():
+                likeliest = logits_of(undrawn, codes, progress).argmax(-1)
+                shown = codes.masked_scatter(undrawn, likeliest)
             on_step(numbers, shown)
     return codes
 
 
 def spread_order(side: int) -> Tensor:
-    """int64[side * side]: when each code is drawn, so that those drawn together lie far apart.
+    """The step at which each code is drawn: int64[side * side].
 
-    The order of the Halton points of bases 2 and 3 (Besnier et al. 2025, arXiv:2503.17076).
+    Codes that are drawn together lie far apart: the order is that of the Halton points of bases 2
+    and 3 (Besnier et al. 2025, arXiv:2503.17076).
     """
     order: dict[int, int] = {}
     number = 0
@@ -265,37 +263,10 @@ def spread_order(side: int) -> Tensor:
 
 
 def _radical_inverse(number: int, base: int) -> float:
-    """The digits of a number, mirrored behind the point: in [0, 1)."""
+    """The digits of a number, mirrored behind the decimal point: in [0, 1)."""
     value, share = 0.0, 1.0
     while number:
         number, digit = divmod(number, base)
         share /= base
         value += digit * share
     return value
-
-
-@torch.inference_mode()
-def decode_images(model: "Multimodal", codes: Tensor) -> Tensor:
-    """codes: int64[B, n] -> float32[B, 3, H, W] in [-1, 1]"""
-    side = model.image_tokenizer.config.grid
-    grid = rearrange(codes, "b (h w) -> b h w", h=side).to(model.device)
-    images: Tensor = model.image_tokenizer.decode(grid)
-    return images
-
-
-@torch.inference_mode()
-def preview_images(model: "Multimodal", codes: Tensor) -> Tensor:
-    """What is drawn of images so far: codes: int64[B, n], UNKNOWN after some row -> float32[B, 3,
-    H, W] in [-1, 1], GREY where there is nothing yet.
-
-    The decoder looks at neighbours: what is below is given the codes above it, and then hidden.
-    """
-    side = model.image_tokenizer.config.grid
-    grid = rearrange(codes, "b (h w) -> b h w", h=side).clone()
-    rows = int((grid != UNKNOWN).all(-1).all(0).sum())
-    if rows == 0:
-        raise ValueError("a preview needs at least one row of codes")
-    grid[:, rows:] = grid[:, rows - 1 : rows]
-    images = decode_images(model, rearrange(grid, "b h w -> b (h w)"))
-    images[:, :, rows * model.image_tokenizer.downsample :] = GREY
-    return images

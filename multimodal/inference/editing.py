@@ -1,6 +1,7 @@
-"""A part of an image drawn anew, after a text: codes under a mask, the rest of the codes kept."""
+"""A part of an image drawn anew: codes under a mask are drawn, all other codes are kept.
 
-from typing import TYPE_CHECKING, Unpack
+Shapes: n codes of an image.
+"""
 
 import numpy as np
 import torch
@@ -9,20 +10,24 @@ from PIL import Image
 from torch import Tensor
 
 from multimodal.data.images import Fit, fit_image, to_image, to_tensor
-from multimodal.inference.drawing import DRAWN, UNKNOWN, DrawingOptions, decode_images, draw_codes
-from multimodal.inference.sampling import Sampling
-from multimodal.inference.text import caption_codes, encode_images
-
-if TYPE_CHECKING:
-    from multimodal.model.network import Multimodal
+from multimodal.inference.codec import UNKNOWN, decode_images, encode_images
+from multimodal.inference.drawing import draw_codes
+from multimodal.inference.text import caption_codes
+from multimodal.model.checkpoint import ModelParts
+from multimodal.options import DrawOptions, EditOptions
 
 Box = tuple[int, int, int, int]
 
 
 def box_mask(size: tuple[int, int], box: Box) -> Image.Image:
-    """White in the box (left, top, right, bottom; pixels, the last two excluded), black elsewhere.
+    """A mask that is white in a box and black elsewhere.
 
-    Errors: ``ValueError`` for a box that is empty or not inside the image.
+    Args:
+        size: width and height of the image in pixels.
+        box: left, top, right, bottom in pixels. The last two are excluded.
+
+    Raises:
+        ValueError: if the box is empty or not inside the image.
     """
     left, top, right, bottom = box
     if not (0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]):
@@ -36,7 +41,13 @@ def box_mask(size: tuple[int, int], box: Box) -> Image.Image:
 
 
 def masked_codes(mask: Image.Image, fit: Fit, grid: int) -> Tensor:
-    """bool[n]: the codes of which any pixel is white in the mask, made square as its image."""
+    """The codes under the white part of a mask: bool[n].
+
+    Args:
+        mask: white where to draw.
+        fit: how the image is made square.
+        grid: codes per side.
+    """
     white = torch.from_numpy(np.asarray(mask.convert("L")) > 127).float()
     (height, width), side = white.shape, min(mask.size)
     if fit == "crop":
@@ -46,12 +57,12 @@ def masked_codes(mask: Image.Image, fit: Fit, grid: int) -> Tensor:
         side = max(mask.size)
         left, top = (side - width) // 2, (side - height) // 2
         white = F.pad(white, (left, side - width - left, top, side - height - top))
-    # The largest of every pixel that a code touches: nothing white is too thin.
+    # A code with any white pixel is drawn: no line is too thin.
     return F.adaptive_max_pool2d(white[None, None], grid).flatten().bool()
 
 
 def _to_original(square: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
-    """Undo ``fit_image``; what a crop had cut off is black."""
+    """Undo ``fit_image``. What a crop had cut off is black."""
     width, height = size
     resample = Image.Resampling.BICUBIC
     if fit == "squash":
@@ -69,19 +80,26 @@ def _to_original(square: Image.Image, size: tuple[int, int], fit: Fit) -> Image.
     return square.resize(size, resample, box=(left, top, left + inner[0], top + inner[1]))
 
 
-def edit_image(
-    model: "Multimodal",
-    image: Image.Image,
-    mask: Image.Image,
-    text: str,
-    *,
-    sampling: Sampling = DRAWN,
-    **drawing: Unpack[DrawingOptions],
-) -> Image.Image:
-    """Draw what is white in the mask anew -> an image of the same size, unchanged elsewhere.
+def _draw_unknown(model: ModelParts, known: Tensor, text: str, options: EditOptions) -> Image.Image:
+    """Draw the codes that are UNKNOWN. known: int64[1, n]."""
+    masked = DrawOptions(**{**vars(options), "method": "masked"})
+    codes = draw_codes(model, [text], masked, known=known)
+    return to_image(decode_images(model, codes)[0])
 
-    The codes that any white pixel touches are drawn; of the picture they give, the white part is
-    put into the image.
+
+def edit_image(
+    model: ModelParts, image: Image.Image, mask: Image.Image, text: str, options: EditOptions
+) -> Image.Image:
+    """Draw the white part of a mask anew.
+
+    Every code that a white pixel touches is drawn. Of the picture that the codes give, only the
+    white part is put into the image.
+
+    Returns:
+        An image of the same size, unchanged outside the mask.
+
+    Raises:
+        ValueError: if the mask has another size than the image, or no white that the model sees.
     """
     if mask.size != image.size:
         raise ValueError(
@@ -93,32 +111,28 @@ def edit_image(
     fresh = masked_codes(mask, config.fit, config.grid)
     if not fresh.any():
         raise ValueError("the mask is black where the model looks: nothing to draw")
-    pixels = to_tensor(fit_image(image, config.image_size, config.fit))[None]
-    known = encode_images(model, pixels).cpu().masked_fill(fresh, UNKNOWN)
-    codes = draw_codes(model, [text], method="masked", sampling=sampling, known=known, **drawing)
-    drawn = to_image(decode_images(model, codes)[0])
-    if config.fit == "crop":  # the model saw only the middle: leave the rest as it is
+    codes = _codes_of(model, image)
+    drawn = _draw_unknown(model, codes.masked_fill(fresh, UNKNOWN), text, options)
+    if config.fit == "crop":  # the model sees only the middle: leave the rest as it is
         inside = _to_original(Image.new("RGB", drawn.size, "white"), image.size, config.fit)
         mask = Image.composite(mask, Image.new("L", mask.size), inside.convert("L"))
     return Image.composite(_to_original(drawn, image.size, config.fit), image, mask)
 
 
-def outpaint(
-    model: "Multimodal",
-    image: Image.Image,
-    margins: Box,
-    text: str,
-    *,
-    sampling: Sampling = DRAWN,
-    **drawing: Unpack[DrawingOptions],
+def outpaint_image(
+    model: ModelParts, image: Image.Image, margins: Box, text: str, options: EditOptions
 ) -> Image.Image:
-    """Draw what lies around an image -> a larger one, with the image unchanged inside.
+    """Draw what lies around an image.
 
-    margins: pixels to add at left, top, right and bottom.
+    Args:
+        margins: pixels to add at left, top, right and bottom.
+
+    Returns:
+        A larger image that has the given one unchanged inside.
     """
     left, top, right, bottom = margins
     if min(margins) < 0 or not any(margins):
-        raise ValueError(f"margins {margins}: expected pixels from 0 on, one of them more")
+        raise ValueError(f"margins={margins}: expected pixels from 0 on, and one above 0")
     size = (image.width + left + right, image.height + top + bottom)
     if model.image_tokenizer.config.fit == "crop":
         raise ValueError("this model sees the middle of an image only: it cannot draw around it")
@@ -127,36 +141,38 @@ def outpaint(
     canvas.paste(image, (left, top))
     mask = Image.new("L", size, 255)
     mask.paste(0, (left, top, left + image.width, top + image.height))
-    return edit_image(model, canvas, mask, text, sampling=sampling, **drawing)
+    return edit_image(model, canvas, mask, text, options)
 
 
-def vary(
-    model: "Multimodal",
+def vary_image(
+    model: ModelParts,
     image: Image.Image,
-    share: float = 0.5,
-    text: str | None = None,
-    *,
-    sampling: Sampling = DRAWN,
-    **drawing: Unpack[DrawingOptions],
+    share: float,
+    text: str | None,
+    options: EditOptions,
 ) -> Image.Image:
-    """Draw a share of the codes anew, anywhere -> another picture of the same, of its size.
+    """Draw a share of the codes anew, anywhere in the image.
 
-    text: what it shows; by default what the model says of it.
+    Args:
+        share: of the codes, in (0, 1].
+        text: what the image shows. None: the model's caption of it.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share={share}: expected a share of the codes in (0, 1]")
-    config = model.image_tokenizer.config
-    pixels = to_tensor(fit_image(image, config.image_size, config.fit))[None]
-    codes = encode_images(model, pixels)
+    config, codes = model.image_tokenizer.config, _codes_of(model, image)
     if text is None and not (text := caption_codes(model, codes)[0]):
         raise ValueError("the model says nothing of this image: give a text")
-    generator = torch.Generator().manual_seed(sampling.seed)
-    chosen = torch.randperm(config.grid**2, generator=generator)[
-        : max(1, round(share * config.grid**2))
-    ]
-    known = codes.cpu()
-    known[:, chosen] = UNKNOWN
-    drawn = draw_codes(model, [text], method="masked", sampling=sampling, known=known, **drawing)
-    varied = _to_original(to_image(decode_images(model, drawn)[0]), image.size, config.fit)
+    generator = torch.Generator().manual_seed(options.seed)
+    count = model.codes_per_image
+    chosen = torch.randperm(count, generator=generator)[: max(1, round(share * count))]
+    codes[:, chosen] = UNKNOWN
+    varied = _to_original(_draw_unknown(model, codes, text, options), image.size, config.fit)
     seen = Image.new("RGB", (config.image_size, config.image_size), "white")
     return Image.composite(varied, image, _to_original(seen, image.size, config.fit).convert("L"))
+
+
+def _codes_of(model: ModelParts, image: Image.Image) -> Tensor:
+    """int64[1, n], on the CPU"""
+    config = model.image_tokenizer.config
+    pixels = to_tensor(fit_image(image, config.image_size, config.fit))[None]
+    return encode_images(model, pixels).cpu()

@@ -1,37 +1,34 @@
 """Images and texts in one space: the states at <eoi> and at <boi>, projected."""
 
 import hashlib
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from multimodal.files import atomic_file
-from multimodal.inference.batch import Batch, text_ids
-from multimodal.inference.text import encode_images
+from multimodal.inference.batch import DecodeBatch
+from multimodal.inference.codec import encode_images, encode_text, read_images
+from multimodal.model.checkpoint import ModelParts
 from multimodal.model.sequences import describe_prompt, draw_prompt
 
-if TYPE_CHECKING:
-    from multimodal.model.network import Multimodal
+
+@torch.inference_mode()
+def embed_codes(model: ModelParts, codes: Tensor) -> Tensor:
+    """codes: int64[B, n] -> float32[B, D] of unit norm, on the CPU."""
+    prompts = [describe_prompt(model.vocabulary, row) for row in codes.tolist()]
+    states = DecodeBatch(model.network, prompts, 0).hidden
+    return model.network.alignment.embed_image(states).cpu()
 
 
 @torch.inference_mode()
-def embed_codes(model: "Multimodal", codes: Tensor) -> Tensor:
-    """codes: int64[B, n] -> float32[B, D] of unit norm, on the CPU"""
-    images = (codes + model.vocabulary.image_start).tolist()
-    prompts = [describe_prompt(model.vocabulary, row) for row in images]
-    return model.alignment.embed_image(Batch(model, prompts, 0).hidden).cpu()
-
-
-@torch.inference_mode()
-def embed_texts(model: "Multimodal", texts: SequenceOf[str]) -> Tensor:
-    """B texts, none of them empty -> float32[B, D] of unit norm, on the CPU"""
-    prompts = [draw_prompt(model.vocabulary, text_ids(model, text)) for text in texts]
-    return model.alignment.embed_text(Batch(model, prompts, 0).hidden).cpu()
+def embed_texts(model: ModelParts, texts: Sequence[str]) -> Tensor:
+    """B texts, none of them empty -> float32[B, D] of unit norm, on the CPU."""
+    prompts = [draw_prompt(model.vocabulary, encode_text(model, text)) for text in texts]
+    states = DecodeBatch(model.network, prompts, 0).hidden
+    return model.network.alignment.embed_text(states).cpu()
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -84,11 +81,9 @@ class EmbeddingCache:
 
 
 def embed_files(
-    model: "Multimodal", paths: list[Path], cache: EmbeddingCache | None, batch_size: int = 32
+    model: ModelParts, paths: list[Path], cache: EmbeddingCache | None, batch_size: int = 32
 ) -> Iterator[tuple[Path, Tensor | ValueError]]:
     """(path, float32[D] or what was wrong with the file), in the order of the paths."""
-    from multimodal.inference.text import read_images
-
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
         found: dict[int, Tensor | ValueError] = {}

@@ -1,48 +1,47 @@
-"""Text that has to follow a JSON schema, token by token, by llguidance (an extra: ``[json]``).
+"""Text that follows a JSON schema, token by token, by llguidance (the extra ``json``).
 
 Shapes: V vocabulary.
 """
 
 import json
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from multimodal.model.network import Multimodal
+from multimodal.model.checkpoint import ModelParts
 
 
 @cache
 def _byte_of() -> dict[str, int]:
-    """What byte each character of a byte-level BPE stands for (Radford et al. 2019, GPT-2)."""
+    """The byte that each character of a byte-level BPE stands for (Radford et al. 2019, GPT-2)."""
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-def token_bytes(model: "Multimodal") -> list[bytes]:
-    """The bytes of every id; of those that are no text, none."""
+def token_bytes(model: ModelParts) -> list[bytes]:
+    """The bytes of every id. Ids that are no text have none."""
     tokens = [b""] * model.vocabulary.size
-    known = _byte_of()
+    byte_of = _byte_of()
     for token, number in model.text_tokenizer.vocabulary().items():
-        if all(character in known for character in token):
-            tokens[number] = bytes(known[character] for character in token)
-        else:  # a token that was added whole
+        if all(character in byte_of for character in token):
+            tokens[number] = bytes(byte_of[character] for character in token)
+        else:  # a token that was added as a whole
             tokens[number] = token.encode()
     return tokens
 
 
-class _Tokens:
-    """What llguidance wants to know of a tokenizer."""
+class _TokenizerForLlguidance:
+    """The attributes that llguidance expects of a tokenizer."""
 
-    def __init__(self, model: "Multimodal") -> None:
-        v = model.vocabulary
-        self.eos_token_id, self.bos_token_id = v.eos, v.bos
+    def __init__(self, model: ModelParts) -> None:
+        vocabulary = model.vocabulary
+        self.eos_token_id, self.bos_token_id = vocabulary.eos, vocabulary.bos
         self.tokens = token_bytes(model)
-        self.special_token_ids = list(range(v.text_size, v.size))
+        self.special_token_ids = list(range(vocabulary.text_size, vocabulary.size))
         self._encode = model.text_tokenizer.encode
 
     def __call__(self, text: str) -> list[int]:
@@ -50,16 +49,21 @@ class _Tokens:
 
 
 class Schema:
-    """A JSON schema for the texts of a model; ``follow`` makes a state for each text."""
+    """A JSON schema for the texts of a model.
 
-    def __init__(self, model: "Multimodal", schema: dict[str, Any]) -> None:
+    Raises:
+        ValueError: if llguidance is missing, or the schema is not valid or cannot be followed.
+    """
+
+    def __init__(self, model: ModelParts, schema: dict[str, Any]) -> None:
         try:
             import llguidance
         except ImportError as error:
             raise ValueError("a JSON schema needs llguidance: pip install llguidance") from error
-        self._library = llguidance
+        self._llguidance = llguidance
         self._tokenizer = llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_Tokens(model)), n_vocab=model.vocabulary.size
+            llguidance.TokenizerWrapper(_TokenizerForLlguidance(model)),
+            n_vocab=model.vocabulary.size,
         )
         try:
             self._grammar = llguidance.LLMatcher.grammar_from_json_schema(
@@ -67,23 +71,28 @@ class Schema:
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"not a JSON schema: {error}") from error
-        self.follow()  # what is wrong with the schema is said now
+        self.start()  # so that errors of the schema are raised here
 
-    def follow(self) -> "Following":
-        matcher = self._library.LLMatcher(self._tokenizer, self._grammar)
+    def start(self) -> "SchemaState":
+        """The state of a text that has not begun."""
+        matcher = self._llguidance.LLMatcher(self._tokenizer, self._grammar)
         if matcher.is_error():
             raise ValueError(f"the JSON schema cannot be followed: {matcher.get_error()}")
-        return Following(matcher)
+        return SchemaState(matcher)
 
 
-class Following:
-    """How far one text is."""
+class SchemaState:
+    """How far one text has come in its schema."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
 
     def allowed(self, like: Tensor) -> Tensor:
-        """bool[V]: the ids that may come next, <eos> where the text may end; like: float[V]"""
+        """bool[V']: which of the first V' ids may come next. <eos> is among them where it may end.
+
+        Args:
+            like: a tensor of length V', on the device of the result.
+        """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         mask = np.unpackbits(bits, bitorder="little")[: len(like)]
         return torch.from_numpy(mask.astype(np.bool_)).to(like.device)
@@ -96,5 +105,5 @@ class Following:
 
     @property
     def done(self) -> bool:
-        """Whether the text is whole as it stands."""
+        """Whether the text is complete as it stands."""
         return bool(self._matcher.is_accepting())

@@ -1,62 +1,63 @@
-"""Any mix of texts and images in; text, an image, or any mix of both out; many prompts at once.
+"""Any mix of texts and images in. Text, an image, or any mix of both out. Many prompts at once.
 
-Each prompt has a state of its own: in a text (text ids, <eos>, and <boi> where an image may begin),
-in an image (codes, exactly n of them), or at its end (<eoi>). The state says what may come next.
+A prompt continues in a text (text ids, <eos>, and <boi> where an image may begin), in an image
+(exactly n codes), or at the end of an image (<eoi>). That says which ids may come next.
 
 Shapes: B prompts, V vocabulary, n codes of an image.
 """
 
-from collections.abc import Generator, Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from multimodal.data.images import to_image
-from multimodal.inference.batch import Batch, check_length, closed_up
-from multimodal.inference.drawing import UNKNOWN, decode_images, preview_images
-from multimodal.inference.sampling import Sampling
-from multimodal.inference.text import (
-    before_stop,
-    check_limits,
-    continue_text,
+from multimodal.inference.batch import check_length
+from multimodal.inference.codec import (
+    ImageSource,
+    decode_images,
     encode_images,
+    preview_images,
     read_images,
-    text_mask,
 )
+from multimodal.inference.decode import Row, decode
+from multimodal.inference.drawing import ImageRow
+from multimodal.inference.text import TextRow, generate_ids, text_mask
+from multimodal.model.checkpoint import ModelParts
+from multimodal.model.sequences import image_tokens
+from multimodal.model.transformer import ALL
+from multimodal.options import TextOptions, check
 
-if TYPE_CHECKING:
-    from multimodal.model.network import Multimodal
-
-IMAGES_AT_MOST = 8  # in one reply
-Part: TypeAlias = str | Path | bytes | Image.Image
-Output = Literal["text", "image", "any"]
+MAX_IMAGES = 8  # in one reply
+OutputKind = Literal["text", "image", "any"]
 
 
 @dataclass(frozen=True)
 class Preview:
-    """An image that is being drawn; share: of its codes, in (0, 1)."""
+    """An image that is being drawn. share: how many of its codes there are, in (0, 1)."""
 
     image: Image.Image
     share: float
 
 
-Made: TypeAlias = str | Image.Image | Preview
-Piece: TypeAlias = tuple[int, Made]  # the number of the prompt, and what it gave
+Output: TypeAlias = str | Image.Image | Preview
 
 
 @dataclass
 class Reply:
     """What one prompt gave.
 
-    parts: texts and images in their order; prompt_tokens: what was read; text_tokens, image_tokens:
-    what was made; log_probability: of all of it in nats, among what might have come at each place
-    (0 for beam search, which does not say); ended: by the model (``end``), by max_tokens
-    (``length``) or before one of the texts of ``stop``.
+    Attributes:
+        parts: texts and images in their order.
+        prompt_tokens: tokens that were read.
+        text_tokens, image_tokens: tokens that were generated.
+        log_probability: of all generated tokens in nats, each among those that the grammar allows.
+            0 for beam search.
+        ended: by the model (``end``), by max_tokens (``length``), or by a stop text (``stop``).
     """
 
     parts: list[str | Image.Image] = field(default_factory=list)
@@ -64,282 +65,267 @@ class Reply:
     text_tokens: int = 0
     image_tokens: int = 0
     log_probability: float = 0.0
-    ended: Literal["end", "length", "stop"] = "length"
+    ended: str = "length"
 
 
-def prompt_ids(model: "Multimodal", parts: SequenceOf[Part]) -> list[int]:
-    """<bos>, then each part in turn: a ``str`` is text, everything else an image."""
+def prompt_ids(model: ModelParts, parts: Sequence[ImageSource]) -> list[int]:
+    """<bos>, then each part in its order. A ``str`` is text, everything else an image."""
     if isinstance(parts, str | bytes | Path) or not parts:
         raise ValueError("the prompt is empty: give a list of texts (str) and images (others)")
-    v = model.vocabulary
-    ids = [v.bos]
+    ids = [model.vocabulary.bos]
     for number, part in enumerate(parts):
         if isinstance(part, str):
             ids += model.text_tokenizer.encode(part)
             continue
-        pixels = read_images(
-            model, [part], [str(part) if isinstance(part, Path) else f"part {number}"]
-        )
-        codes = encode_images(model, pixels)[0] + v.image_start
-        ids += [v.boi, *codes.tolist(), v.eoi]
+        name = str(part) if isinstance(part, Path) else f"part {number}"
+        codes = encode_images(model, read_images(model, [part], [name]))[0]
+        ids += image_tokens(model.vocabulary, codes.tolist())
     return ids
 
 
-def check_output(
-    output: Output, max_tokens: int, sampling: Sampling, stop: SequenceOf[str]
-) -> None:
-    """Errors: ``ValueError`` for what cannot be made so."""
-    if output not in ("text", "image", "any"):
-        raise ValueError(f"output {output!r}: expected text, image or any")
-    check_limits(max_tokens, stop)
-    if sampling.beams > 1 and output != "text":
-        raise ValueError(f"beams={sampling.beams}: beam search is for texts, not for {output}")
+@dataclass(frozen=True)
+class Grammar:
+    """The ids that may come next, bool[V] each: shared by all rows."""
+
+    text: Tensor
+    text_or_image: Tensor
+    image: Tensor
+    end_of_image: Tensor
+
+    @classmethod
+    def of(cls, model: ModelParts) -> "Grammar":
+        vocabulary, text = model.vocabulary, text_mask(model)
+        text_or_image, image, end = text.clone(), torch.zeros_like(text), torch.zeros_like(text)
+        text_or_image[vocabulary.boi] = True
+        image[vocabulary.image_start : vocabulary.image_end] = True
+        end[vocabulary.eoi] = True
+        return cls(text, text_or_image, image, end)
 
 
-class _Row:
-    """The state of one prompt."""
+class MixedRow(Row):
+    """Texts and images in turn: each is a ``TextRow`` or an ``ImageRow`` of its own.
+
+    Args:
+        kind: ``text``, ``image`` (exactly one), or ``any``.
+        options: max_tokens bounds all texts together.
+        streams: yield texts in pieces of whole characters, and not only images.
+        previews: yield a ``Preview`` after each row of codes.
+    """
 
     def __init__(
         self,
-        model: "Multimodal",
+        model: ModelParts,
         number: int,
         prompt: list[int],
-        output: Output,
-        max_tokens: int,
-        stop: SequenceOf[str],
+        kind: OutputKind,
+        options: TextOptions,
+        grammar: Grammar,
+        streams: bool,
         previews: bool,
     ) -> None:
-        self.model, self.number, self.output, self.stop = model, number, output, stop
-        self.previews = previews
+        vocabulary = model.vocabulary
+        if kind == "image":
+            prompt = [*prompt, vocabulary.boi]
+        new_tokens = model.codes_per_image if kind == "image" else options.max_tokens
+        super().__init__(number, [prompt], new_tokens)
+        self.model, self.kind, self.options, self.grammar = model, kind, options, grammar
+        self.streams, self.previews = streams, previews
         self.reply = Reply(prompt_tokens=len(prompt))
-        self.left, self.used = max_tokens, len(prompt)
-        self.text: list[int] = []
-        self.said: list[int] = []  # of all texts
-        self.shown = ""
-        self.codes: list[int] = []
-        self.inside: Literal["text", "image", "end of image"]
-        self.inside = "image" if output == "image" else "text"
-        self.done = False
+        self.used = len(prompt)  # tokens read so far
+        self.left = options.max_tokens  # of texts
+        self.ids = {
+            "text": slice(0, vocabulary.image_start),
+            "image": slice(vocabulary.image_start, vocabulary.image_end),
+            "any": ALL,
+        }[kind]
+        # None: at the end of an image, where <eoi> follows.
+        self.part: TextRow | ImageRow | None = self._image() if kind == "image" else self._text()
 
-    def allow(self, texts: Tensor, images: Tensor) -> Tensor:
-        """bool[V]: what may come next; texts, images: bool[V]"""
-        v, n = self.model.vocabulary, self.model.image_tokenizer.config.grid**2
-        if self.inside == "image":
-            return images
-        allowed = torch.zeros_like(texts) if self.inside == "end of image" else texts.clone()
-        if self.inside == "end of image":
-            allowed[v.eoi] = True
-        # An image is begun only where all of it fits, and what is left of the text.
-        elif self.output == "any":
-            limit = self.model.config.transformer.max_position_embeddings
-            fits = self.used + n + 2 + self.left <= limit
-            allowed[v.boi] = fits and self.reply.image_tokens < IMAGES_AT_MOST * n
-        return allowed
+    def _text(self) -> TextRow:
+        stop, mask = self.options.stop, self.grammar.text
+        return TextRow(self.model, self.number, [], self.left, stop, mask, streams=self.streams)
 
-    def take(self, token: int, log_probability: float) -> Iterator[Made]:
-        """Go on by a token; yields pieces of text as they are sure, and images when whole."""
-        v, n = self.model.vocabulary, self.model.image_tokenizer.config.grid**2
-        self.reply.log_probability += log_probability
+    def _image(self) -> ImageRow:
+        return ImageRow(self.model, self.number, [], previews=self.previews)
+
+    def allowed(self) -> Tensor | None:
+        if self.kind == "image":
+            return None
+        if self.part is None:
+            return self.grammar.end_of_image
+        if isinstance(self.part, ImageRow):
+            return self.grammar.image
+        if self.kind == "text":
+            return self.grammar.text[self.ids]
+        # An image begins only where all of it fits, and what is left of the text.
+        codes = self.model.codes_per_image
+        limit = self.model.config.transformer.max_position_embeddings
+        fits = self.used + codes + 2 + self.left <= limit
+        fits = fits and self.reply.image_tokens < MAX_IMAGES * codes
+        return self.grammar.text_or_image if fits else self.grammar.text
+
+    def take(self, token: int, log_probability: float) -> Iterator[Output]:
+        vocabulary, reply = self.model.vocabulary, self.reply
+        reply.log_probability += log_probability
         self.used += 1
-        if token == v.eos:
-            self.reply.ended, self.done = "end", True
-            yield from self._finish_text()
-        elif token == v.boi:
-            yield from self._finish_text()
-            self.inside = "image"
-        elif token == v.eoi:
-            self.inside = "text"
-            self.done = self.left == 0
-        elif self.inside == "image":
-            self.codes.append(token - v.image_start)
-            self.reply.image_tokens += 1
-            if len(self.codes) == n:
-                image = to_image(decode_images(self.model, torch.tensor([self.codes]))[0])
-                self.reply.parts.append(image)
-                self.codes, self.inside = [], "end of image"
-                self.done = self.output == "image"
-                self.reply.ended = "end" if self.done else "length"
-                yield image
-            elif self.previews and len(self.codes) % self.model.image_tokenizer.config.grid == 0:
-                so_far = torch.full((1, n), UNKNOWN)
-                so_far[0, : len(self.codes)] = torch.tensor(self.codes)
-                shown = preview_images(self.model, so_far)[0]
-                yield Preview(to_image(shown), len(self.codes) / n)
+        if token == vocabulary.boi:
+            assert isinstance(self.part, TextRow)
+            yield from self._finish_text(self.part)
+            self.part = self._image()
+        elif token == vocabulary.eoi:
+            self.part, self.done = self._text(), self.left == 0
+        elif isinstance(self.part, ImageRow):
+            yield from self._take_code(self.part, token)
+        elif self.part is not None:
+            yield from self.part.take(token)
+            if token != vocabulary.eos:
+                self.generated.append(token)
+                reply.text_tokens += 1
+                self.left -= 1
+            if self.part.done:
+                reply.ended, self.done = self.part.ended, True
+                yield from self._finish_text(self.part)
+
+    def _take_code(self, image: ImageRow, token: int) -> Iterator[Output]:
+        self.reply.image_tokens += 1
+        pieces = list(image.take(token))
+        if image.done:
+            picture = to_image(decode_images(self.model, image.partial()[None])[0])
+            self.reply.parts.append(picture)
+            self.part = None
+            self.done = self.kind == "image"
+            self.reply.ended = "end" if self.done else "length"
+            yield picture
         else:
-            self.text.append(token)
-            self.said.append(token)
-            self.reply.text_tokens += 1
-            self.left -= 1
-            self.done = self.left == 0
-            # The end may be half of a character.
-            sure = self.model.text_tokenizer.decode(self.text).rstrip("\N{REPLACEMENT CHARACTER}")
-            if before_stop(sure, self.stop) != sure:
-                self.reply.ended, self.done = "stop", True
-            sure = sure[: len(sure) - held_back(sure, self.stop)]
-            if len(sure) > len(self.shown) and not self.done:
-                piece, self.shown = sure[len(self.shown) :], sure
-                yield piece
-            if self.done:
-                yield from self._finish_text()
+            for codes in pieces:
+                shown = to_image(preview_images(self.model, codes[None])[0])
+                yield Preview(shown, len(image.codes) / len(codes))
 
-    def _finish_text(self) -> Iterator[str]:
-        if self.text:
-            whole = before_stop(self.model.text_tokenizer.decode(self.text), self.stop)
-            if rest := whole[len(self.shown) :]:
-                yield rest
-            self.reply.parts.append(whole.strip())
-            self.text, self.shown = [], ""
+    def _finish_text(self, text: TextRow) -> Iterator[str]:
+        yield from text.rest()
+        if text.tokens:
+            self.reply.parts.append(text.text().strip())
 
 
-def held_back(text: str, stop: SequenceOf[str]) -> int:
-    """How many characters at the end of a text may yet become one of the stop texts."""
-    return max((n for one in stop for n in range(1, len(one)) if text.endswith(one[:n])), default=0)
+def check_output(kind: OutputKind, options: TextOptions) -> None:
+    """Raises ``ValueError`` for an output that cannot be generated so."""
+    check(kind in ("text", "image", "any"), "output", kind, "text, image or any")
+    if options.beams > 1 and kind != "text":
+        raise ValueError(f"beams={options.beams}: beam search is for texts, not for {kind}")
 
 
-@torch.inference_mode()
-def run(
-    model: "Multimodal",
-    prompts: SequenceOf[list[int]],
-    output: Output,
-    max_tokens: int,
-    sampling: Sampling,
-    numbers: SequenceOf[int] | None = None,
-    stop: SequenceOf[str] = (),
+def check_prompt(model: ModelParts, ids: list[int], kind: OutputKind, options: TextOptions) -> None:
+    """Raises ``ValueError`` if a prompt and its output are more than the model reads."""
+    new_tokens = model.codes_per_image + 1 if kind == "image" else options.max_tokens
+    check_length(model.network, [ids], new_tokens)
+
+
+def decode_stream(
+    model: ModelParts,
+    prompts: Sequence[list[int]],
+    kind: OutputKind,
+    options: TextOptions,
+    numbers: Sequence[int] | None = None,
+    batch_size: int = 0,
+    streams: bool = False,
     previews: bool = False,
-) -> Generator[Piece, None, list[Reply]]:
-    """Go on after all prompts together: yields pieces as they come, returns the replies.
+) -> Generator[Output, None, list[Reply]]:
+    """Continue all prompts together.
 
-    numbers: what the prompts are called, for the random numbers; 0, 1, ... by default.
+    Args:
+        numbers: name the random numbers of each prompt. 0, 1, ... by default.
+        batch_size: prompts at once. 0: all.
+
+    Yields:
+        What becomes whole.
+
+    Returns:
+        The replies, in the order of the prompts.
     """
-    v, n = model.vocabulary, model.image_tokenizer.config.grid**2
     numbers = range(len(prompts)) if numbers is None else numbers
-    begun = [[*prompt, *([v.boi] if output == "image" else [])] for prompt in prompts]
-    rows = [_Row(model, i, ids, output, max_tokens, stop, previews) for i, ids in enumerate(begun)]
-    replies = [row.reply for row in rows]
-    if sampling.beams > 1:
-        for row, said in zip(
-            rows, continue_text(model, begun, max_tokens, sampling, stop=stop), strict=True
+    grammar = Grammar.of(model)
+    rows = [
+        MixedRow(model, number, ids, kind, options, grammar, streams, previews)
+        for number, ids in zip(numbers, prompts, strict=True)
+    ]
+    if options.beams > 1:
+        searched = generate_ids(model, prompts, options, batch_size=batch_size)
+        for row, ids in zip(rows, searched, strict=True):
+            text = model.text_tokenizer.decode(ids).strip()
+            row.reply.parts, row.reply.text_tokens = [text], len(ids)
+            row.reply.ended = "end" if len(ids) < options.max_tokens else "length"
+            yield text
+    else:
+        for pieces in decode(
+            model.network,
+            rows,
+            options,
+            batch_size=batch_size,
+            repetition_penalty=options.repetition_penalty,
+            log_probabilities=True,
         ):
-            text = model.text_tokenizer.decode(said).strip()
-            row.reply.parts, row.reply.text_tokens = [text], len(said)
-            row.reply.ended = "end" if len(said) < max_tokens else "length"
-            yield row.number, text
-        return replies
-    texts, images = text_mask(model), torch.zeros(v.size, dtype=torch.bool, device=model.device)
-    images[v.image_start : v.image_end] = True
-    room = n if output == "image" else max_tokens
-    reach = slice(0, v.image_start) if output == "text" else slice(None)
-    batch, generators = Batch(model, begun, room), sampling.generators(numbers)
-    while True:
-        allowed = torch.stack([row.allow(texts, images) for row in rows])[:, reach]
-        logits = batch.logits(reach).masked_fill(~allowed, -torch.inf)
-        logits = sampling.penalise(logits, [row.said for row in rows])
-        ids = sampling.choose(logits, [generators[row.number] for row in rows])
-        likely = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist()
-        for row, token, one in zip(rows, ids.tolist(), likely, strict=True):
-            for piece in row.take(token, one):
-                yield row.number, piece
-        going = closed_up([place for place, row in enumerate(rows) if not row.done])
-        if not going:
-            return replies
-        if len(going) < len(rows):
-            rows = [rows[place] for place in going]
-            batch.keep(going)
-            ids = ids[going]
-        if batch.cache.length == batch.cache.room:
-            batch.grow(n + 2)
-        batch.read(ids)
+            yield from (piece for _, piece in pieces)
+    return [row.reply for row in rows]
 
 
 def reply(
-    model: "Multimodal",
-    prompts: SequenceOf[SequenceOf[Part]],
-    *,
-    output: Output = "text",
-    max_tokens: int = 64,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-    stop: SequenceOf[str] = (),
+    model: ModelParts,
+    prompts: Sequence[Sequence[ImageSource]],
+    kind: OutputKind,
+    options: TextOptions,
     batch_size: int = 32,
 ) -> list[Reply | ValueError]:
-    """Go on after every prompt; one that cannot be read has its error in its place.
+    """Continue every prompt.
 
-    stop: a text, and with it the reply, ends before the first of these;
-    batch_size: prompts at once; those of one length are together.
+    Args:
+        prompts: texts (``str``) and images (others) in any order.
+        kind: ``text``, one ``image``, or ``any``: what the model chooses, with at most MAX_IMAGES
+            images. max_tokens bounds the text. An image is always whole.
+        batch_size: prompts at once.
+
+    Returns:
+        A reply for each prompt, or the error of one that cannot be read.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: expected at least 1")
-    check_output(output, max_tokens, sampling, stop)
-    found: list[Reply | ValueError] = []
-    good: list[tuple[int, list[int]]] = []
-    n = model.image_tokenizer.config.grid**2
+    check(batch_size >= 1, "batch_size", batch_size, "at least 1")
+    check_output(kind, options)
+    results: list[Reply | ValueError] = []
+    ids: dict[int, list[int]] = {}
     for number, parts in enumerate(prompts):
         try:
-            ids = prompt_ids(model, parts)
-            check_length(model, [ids], n + 1 if output == "image" else max_tokens)
-            good.append((number, ids))
-            found.append(Reply())
+            prompt = prompt_ids(model, parts)
+            check_prompt(model, prompt, kind, options)
+            ids[number] = prompt
+            results.append(Reply())
         except ValueError as error:
-            found.append(error)
-    good.sort(key=lambda one: len(one[1]))
-    for start in range(0, len(good), batch_size):
-        some = good[start : start + batch_size]
-        numbers = [number for number, _ in some]
-        steps = run(model, [ids for _, ids in some], output, max_tokens, sampling, numbers, stop)
-        for number, one in zip(numbers, _last(steps), strict=True):
-            found[number] = one
-    return found
+            results.append(error)
+    stream = decode_stream(model, list(ids.values()), kind, options, list(ids), batch_size)
+    for number, one in zip(ids, _returned(stream), strict=True):
+        results[number] = one
+    return results
 
 
-def _last(steps: Generator[Piece, None, list[Reply]]) -> list[Reply]:
+def _returned(stream: Generator[Output, None, list[Reply]]) -> list[Reply]:
+    """Run a generator to its end."""
     while True:
         try:
-            next(steps)
+            next(stream)
         except StopIteration as end:
-            replies: list[Reply] = end.value
-            return replies
-
-
-def generate(
-    model: "Multimodal",
-    parts: SequenceOf[Part],
-    *,
-    output: Output = "text",
-    max_tokens: int = 64,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-    stop: SequenceOf[str] = (),
-) -> list[str | Image.Image]:
-    """Go on after the prompt. ``max_tokens`` bounds the text; an image is always whole.
-
-    output: ``text``; ``image``: exactly one; ``any``: what the model wants, until it ends, with at
-    most IMAGES_AT_MOST images.
-    """
-    (one,) = reply(
-        model, [parts], output=output, max_tokens=max_tokens, sampling=sampling, stop=stop
-    )
-    if isinstance(one, ValueError):
-        raise one
-    return one.parts or [""]
+            return end.value
 
 
 def stream(
-    model: "Multimodal",
-    parts: SequenceOf[Part],
-    *,
-    output: Output = "text",
-    max_tokens: int = 64,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-    stop: SequenceOf[str] = (),
+    model: ModelParts,
+    parts: Sequence[ImageSource],
+    kind: OutputKind,
+    options: TextOptions,
     previews: bool = False,
-) -> Iterator[Made]:
-    """``generate``, piece by piece as it comes: texts in whole characters, images when whole and,
-    with ``previews``, after each row of codes."""
-    check_output(output, max_tokens, sampling, stop)
+) -> Iterator[Output]:
+    """Continue one prompt, piece by piece: texts in whole characters, images when they are whole.
+
+    Args:
+        previews: yield a ``Preview`` of an image after each row of codes, too.
+    """
+    check_output(kind, options)
     ids = prompt_ids(model, parts)
-    n = model.image_tokenizer.config.grid**2
-    check_length(model, [ids], n + 1 if output == "image" else max_tokens)
-    return (
-        piece
-        for _, piece in run(
-            model, [ids], output, max_tokens, sampling, stop=stop, previews=previews
-        )
-    )
+    check_prompt(model, ids, kind, options)
+    return decode_stream(model, [ids], kind, options, streams=True, previews=previews)

@@ -1,103 +1,142 @@
-"""Prompts that are kept as files: the words around a text, and how it is answered.
+"""Prompts that are kept as files: the words around a question, and how it is answered.
 
-A file NAME.yaml has ``version`` and ``about``, and of the fields of ``Prompt`` those that differ.
-Those of multimodal/prompt_library come along; a folder of one's own adds to them, and its files
-come before those of the same name. ``name@version`` asks for that version of it and no other.
+A file NAME.yaml has ``version`` and ``about``. It may have ``template``, ``choices``, and any
+option of ``AnswerOptions`` that differs from its default. The files of multimodal/prompt_library
+are always there. A folder of one's own adds to them, and its files come before those of the same
+name. ``NAME@VERSION`` asks for that version and no other.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import yaml
 
-from multimodal.inference.sampling import Sampling, SamplingOptions
 from multimodal.model.templates import Templates
+from multimodal.options import AnswerOptions, Sampling, make_options
 
 LIBRARY = Path(__file__).parent.parent / "prompt_library"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Args:
-    name, version, about: which one this is, and what it is for; the version rises with each change.
-    template: holds ``{text}``, once; by default the model's own template of questions.
-    temperature, top_p: see multimodal.inference.sampling.Sampling; max_tokens: the longest answer.
-    choices: answer with the likeliest of these; stop: end before one of these.
+    """A prompt for questions.
+
+    Args:
+        name, version, about: which prompt this is and what it is for. The version rises with each
+            change.
+        template: holds ``{text}`` once. None: the model's own template of questions.
+        choices: the answer is the most likely one of these. Empty: it is free.
+        options: the options of ``AnswerOptions`` that the file gives.
     """
 
     name: str
     version: int
     about: str
     template: str | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_tokens: int = 32
     choices: tuple[str, ...] = ()
-    stop: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        kinds = {"version": int, "about": str, "template": str | None, "temperature": float | int,
-                 "top_p": float | int, "max_tokens": int}  # fmt: skip
+        kinds = {"version": int, "about": str, "template": str | None}
         for name, kind in kinds.items():
-            value = getattr(self, name)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}, expected {getattr(kind, '__name__', kind)}")
-        for name in ("choices", "stop"):
-            value = getattr(self, name)
+            check_type(name, getattr(self, name), kind)
+        texts = (("choices", self.choices), ("stop", self.options.get("stop", ())))
+        for name, value in texts:
             if not isinstance(value, list | tuple) or not all(
-                isinstance(one, str) and one for one in value
+                isinstance(text, str) and text for text in value
             ):
                 raise ValueError(f"{name} is {value!r}, expected a list of texts")
-            object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "choices", tuple(self.choices))
         if self.template is not None:
             Templates(question=self.template)
-        if self.version < 1 or self.max_tokens < 1 or len(self.choices) == 1:
-            raise ValueError("version and max_tokens are at least 1, choices none or two")
+        if self.version < 1 or len(self.choices) == 1:
+            raise ValueError("version is at least 1, choices none or two")
+        for item in fields(AnswerOptions):
+            if item.name in self.options and item.name != "stop":
+                number = isinstance(item.default, float)
+                expected = float | int if number else type(item.default)
+                check_type(item.name, self.options[item.name], expected)
+        self.answer_options()
 
     def fill(self, text: str, templates: Templates) -> str:
-        """The text in its words; templates: the model's own. Errors: ``ValueError`` if empty."""
+        """The question in its words.
+
+        Args:
+            templates: the model's own.
+
+        Raises:
+            ValueError: for an empty question.
+        """
         words = templates if self.template is None else Templates(question=self.template)
         return words.ask(text)
 
-    def sampling(self, **given: Unpack[SamplingOptions]) -> Sampling:
-        """How tokens are chosen, but for what is given; a search takes the likeliest."""
+    def answer_options(self, **given: Any) -> AnswerOptions:
+        """The options of an answer: those given, then those of the file, then the defaults.
+
+        A beam search looks for the most likely text. So where beams are given, the sampling of the
+        file is left out.
+        """
+        options = dict(self.options)
         if given.get("beams", 1) > 1:
-            return Sampling(**given)
-        return Sampling(**{"temperature": self.temperature, "top_p": self.top_p, **given})  # type: ignore[arg-type]
+            names = [item.name for item in fields(Sampling)] + ["repetition_penalty"]
+            options = {name: value for name, value in options.items() if name not in names}
+        return make_options(AnswerOptions, {**options, **given})
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields in one object, as a file has them."""
+        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        del own["options"]
+        options = self.answer_options()
+        return {**own, **{item.name: getattr(options, item.name) for item in fields(options)}}
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"
 
 
+def check_type(name: str, value: object, kind: Any) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, expected {getattr(kind, '__name__', kind)}")
+
+
 def read_prompt(path: Path) -> Prompt:
-    """Errors: ``ValueError`` that names the file, for anything that is no prompt."""
+    """Read a prompt file.
+
+    Raises:
+        ValueError: names the file, and what is wrong with it.
+    """
     try:
-        found = yaml.safe_load(path.read_text("utf-8"))
-        if not isinstance(found, Mapping):
+        content = yaml.safe_load(path.read_text("utf-8"))
+        if not isinstance(content, Mapping):
             raise ValueError("not a mapping of fields")
-        known = {one.name for one in fields(Prompt)} - {"name"}
-        if unknown := set(found) - known:
+        own = [item.name for item in fields(Prompt) if item.name not in ("name", "options")]
+        known = {*own, *(item.name for item in fields(AnswerOptions))}
+        if unknown := set(content) - known:
             raise ValueError(f"unknown {sorted(map(str, unknown))}; known are {sorted(known)}")
-        values: dict[str, Any] = dict(found)
-        if missing := {"version", "about"} - set(values):
+        if missing := {"version", "about"} - set(content):
             raise ValueError(f"{' and '.join(sorted(missing))} missing")
-        return Prompt(path.stem, **values)
+        options = {name: value for name, value in content.items() if name not in own}
+        values = {name: content[name] for name in own if name in content}
+        return Prompt(path.stem, **values, options=options)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: not a prompt: {' '.join(str(error).split())}") from error
 
 
 def prompt_files(folder: str | Path | None = None) -> dict[str, Path]:
-    """The file of each name: those of the library, and before them those of a folder."""
+    """The file of each name: those of the library, replaced by those of a folder."""
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder of prompts")
-    folders = [LIBRARY, *([] if folder is None else [Path(folder)])]
-    return {path.stem: path for one in folders for path in sorted(one.glob("*.yaml"))}
+    folders: Sequence[Path] = [LIBRARY, *([] if folder is None else [Path(folder)])]
+    return {path.stem: path for each in folders for path in sorted(each.glob("*.yaml"))}
 
 
 def find_prompt(name: str, folder: str | Path | None = None) -> Prompt:
-    """The prompt of a name, or of ``name@version``. Errors: ``ValueError`` if there is none."""
+    """The prompt of a name, or of ``NAME@VERSION``.
+
+    Raises:
+        ValueError: if there is none.
+    """
     stem, _, version = name.partition("@")
     files = prompt_files(folder)
     if stem not in files:

@@ -1,8 +1,8 @@
-"""Captions and embeddings of whole shard folders, a file or two for each shard.
+"""Captions and embeddings of whole shard folders, one or two files for each shard.
 
-``NAME.jsonl`` has a line for each sample of ``NAME.tar``, in its order: ``{"key", "caption"}`` or,
-of embeddings, ``{"key", "row"}`` with the rows in ``NAME.npy`` (float32, unit norm). An image that
-cannot be read has ``"error"`` in the place of its result. ``job.json`` says how they came about.
+``NAME.jsonl`` has a line for each sample of ``NAME.tar`` in its order: ``{"key", "caption"}``. For
+embeddings it is ``{"key", "row"}``, and the rows are in ``NAME.npy`` (float32, unit norm). An image
+that cannot be read has ``"error"`` in the place of its result. ``job.json`` holds the arguments.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,13 +20,11 @@ from multimodal.data.jobs import job_folder
 from multimodal.data.parallel import Engine, map_units
 from multimodal.data.shards import Shards, read_manifest
 from multimodal.files import atomic_file
+from multimodal.inference.codec import encode_images, read_images
 from multimodal.inference.embedding import embed_codes
-from multimodal.inference.sampling import Sampling
-from multimodal.inference.text import caption_codes, encode_images, read_images
-from multimodal.model.checkpoint import load
-
-if TYPE_CHECKING:
-    from multimodal.model.network import Multimodal
+from multimodal.inference.text import caption_codes
+from multimodal.model.checkpoint import ModelParts
+from multimodal.options import CaptionOptions, TextOptions
 
 SETTINGS = "job.json"
 Kind = Literal["caption", "embed"]
@@ -34,22 +32,28 @@ Kind = Literal["caption", "embed"]
 
 @dataclass(frozen=True)
 class Job:
-    """What is done with every shard. model: a folder or ``starter``; threads: of each process."""
+    """What is done with every shard.
+
+    Args:
+        kind: ``caption`` or ``embed``.
+        model: a model folder, or the name of a bundled one.
+        dtype: of the network: float32 or bfloat16.
+        options: of captions.
+        threads: CPU threads of each process. 0: torch's choice.
+    """
 
     kind: Kind
     model: str
     device: str = "cpu"
     dtype: str = "float32"
     batch_size: int = 32
-    max_tokens: int = 64
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
+    options: TextOptions = field(default_factory=CaptionOptions)
     threads: int = 0
 
 
 @dataclass(frozen=True)
-class ShardOfJob:
-    """One shard; first: the number of its first sample in the folder."""
+class ShardTask:
+    """One shard. first: the number of its first sample in the folder."""
 
     job: Job
     source: Path
@@ -66,7 +70,7 @@ class ShardOfJob:
         return self.out / f"{Path(self.name).stem}.npy"
 
     def done(self) -> bool:
-        return self.lines.is_file()  # it is written last
+        return self.lines.is_file()  # this file is written last
 
 
 def run_job(
@@ -78,11 +82,23 @@ def run_job(
     workers: int = 1,
     on_sample: Callable[[int], object] = lambda count: None,
 ) -> tuple[int, int] | None:
-    """Returns how many samples have a result and how many could not be read; None on all ranks of
-    torchrun but the first.
+    """Do a job over a shard folder.
 
-    out: a folder that is not there, is empty, or holds what an earlier call with the same arguments
-        left: what is there is not done again.
+    Args:
+        source: the shard folder.
+        out: the folder of the results: new, empty, or left by an earlier call with the same
+            arguments. Shards with a result are not done again.
+        split: do only this split.
+        engine, workers: see ``map_units``.
+        on_sample: is called with the number of samples of each finished shard.
+
+    Returns:
+        How many samples have a result, and how many could not be read. None on all ranks of
+        torchrun but the first.
+
+    Raises:
+        ValueError: for a split that does not exist, codes of another tokenizer, or a folder with
+            other results.
     """
     source, out = Path(source), Path(out)
     entries = read_manifest(source)["shards"]
@@ -91,20 +107,22 @@ def run_job(
         raise ValueError(f"{source}: no split {split!r}; it has {', '.join(sorted(splits))}")
     model = _model(job.model, job.device, job.dtype)
     check_codes_fit(model, Shards(source, split))
-    begun_with = {
-        "kind": job.kind, "model": model.fingerprint, "dtype": job.dtype, "split": split,
+    arguments = {
+        "kind": job.kind,
+        "model": model.fingerprint,
+        "dtype": job.dtype,
+        "split": split,
         "shards": [entry["sha256"] for entry in entries if split in (None, entry["split"])],
-        **({"max_tokens": job.max_tokens, "stop": list(job.stop), **asdict(job.sampling)}
-           if job.kind == "caption" else {}),
-    }  # fmt: skip
+        **(asdict(job.options) if job.kind == "caption" else {}),
+    }
     shards, first = [], 0
     for entry in entries:
         if split in (None, entry["split"]):
-            shards.append(ShardOfJob(job, source, out, str(entry["name"]), first))
+            shards.append(ShardTask(job, source, out, str(entry["name"]), first))
             first += int(entry["samples"])
     done = failed = 0
-    with job_folder(out, out / SETTINGS, begun_with) as ends:
-        for good, bad in map_units(run_shard, shards, engine, workers, done=ShardOfJob.done):
+    with job_folder(out, out / SETTINGS, arguments) as ends:
+        for good, bad in map_units(run_shard, shards, engine, workers, done=ShardTask.done):
             on_sample(good + bad)
             done, failed = done + good, failed + bad
         if ends:
@@ -113,21 +131,24 @@ def run_job(
     return (done, failed) if ends else None
 
 
-def check_codes_fit(model: "Multimodal", shards: Shards) -> None:
-    """Errors: ``ValueError`` for shards of codes that the model does not read."""
+def check_codes_fit(model: ModelParts, shards: Shards) -> None:
+    """Raises ``ValueError`` for shards of codes that the model does not read."""
     if shards.encoding is None:
         return
-    made_by, read = shards.encoding.get("fingerprint"), model.image_tokenizer.codes_fingerprint
-    if made_by != read:
+    stored, expected = shards.encoding.get("fingerprint"), model.image_tokenizer.codes_fingerprint
+    if stored != expected:
         raise ValueError(
-            f"{shards.folder}: its codes are of another image tokenizer ({made_by}; the model "
-            f"reads codes {read})"
+            f"{shards.folder}: its codes are of another image tokenizer ({stored}; the model "
+            f"reads codes {expected})"
         )
 
 
-def run_shard(shard: ShardOfJob) -> tuple[int, int]:
-    """Write the files of one shard, unless they are there; returns how many samples have a result,
-    and how many none."""
+def run_shard(shard: ShardTask) -> tuple[int, int]:
+    """Write the files of one shard, unless they are there.
+
+    Returns:
+        How many samples have a result, and how many have an error.
+    """
     if not shard.done():
         job = shard.job
         if job.threads:
@@ -146,16 +167,16 @@ def run_shard(shard: ShardOfJob) -> tuple[int, int]:
 
 
 @lru_cache(1)
-def _model(folder: str, device: str, dtype: str) -> "Multimodal":
-    return load(folder, device, getattr(torch, dtype))
+def _model(folder: str, device: str, dtype: str) -> ModelParts:
+    return ModelParts.load(folder, device, getattr(torch, dtype))
 
 
-def _results(model: "Multimodal", shard: ShardOfJob) -> tuple[list[dict[str, Any]], Tensor | None]:
+def _results(model: ModelParts, shard: ShardTask) -> tuple[list[dict[str, Any]], Tensor | None]:
     """A line for each sample of the shard, and the rows of embeddings."""
     job, samples = shard.job, Shards(shard.source, only=shard.name)
     lines: list[dict[str, Any]] = []
     codes: list[Tensor] = []
-    whose: list[int] = []  # the numbers of the samples that have codes
+    readable: list[int] = []  # the numbers of the samples that have codes
     for number in range(len(samples)):
         sample = samples[number]
         lines.append({"key": sample.key})
@@ -165,20 +186,19 @@ def _results(model: "Multimodal", shard: ShardOfJob) -> tuple[list[dict[str, Any
             else:
                 pixels = read_images(model, [sample.image], [sample.key])
                 codes.append(encode_images(model, pixels))
-            whose.append(number)
+            readable.append(number)
         except ValueError as error:
             lines[-1]["error"] = str(error)
-    together = torch.cat(codes) if codes else torch.zeros(0, 0, dtype=torch.int64)
+    all_codes = torch.cat(codes) if codes else torch.zeros(0, 0, dtype=torch.int64)
     if job.kind == "embed":
-        for row, number in enumerate(whose):
+        for row, number in enumerate(readable):
             lines[number]["row"] = row
-        parts = torch.split(together, job.batch_size) if codes else ()
+        parts = torch.split(all_codes, job.batch_size) if codes else ()
         rows = [embed_codes(model, part) for part in parts]
         width = model.config.objectives.alignment_dim
         return lines, torch.cat(rows) if rows else torch.zeros(0, width)
-    numbers = [shard.first + number for number in whose]
-    captions = caption_codes(model, together, job.max_tokens, job.sampling, numbers, job.stop,
-                             job.batch_size)  # fmt: skip
-    for number, caption in zip(whose, captions, strict=True):
+    numbers = [shard.first + number for number in readable]
+    captions = caption_codes(model, all_codes, job.options, numbers, job.batch_size)
+    for number, caption in zip(readable, captions, strict=True):
         lines[number]["caption"] = caption
     return lines, None

@@ -1,289 +1,343 @@
-"""Text after a prompt of text and images: with a KV cache, in batches, by a grammar.
+"""Texts after prompts of text and images.
 
-The grammar masks the logits at every step: where text belongs only text ids and <eos> can be drawn,
-where an image belongs exactly h * w codes (multimodal/inference/drawing.py).
+Only text ids and <eos> can be chosen: a grammar masks the logits at every step.
 
-Shapes: B batch, L longest prompt, S tokens in the cache, V vocabulary, n codes of an image.
+Shapes: B prompts, V vocabulary, n codes of an image.
 """
 
-from collections.abc import Sequence as SequenceOf
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from multimodal.data.images import fit_image, open_image, to_tensor
-from multimodal.inference.batch import Batch, check_length, closed_up, text_ids
-from multimodal.inference.beams import search
-from multimodal.inference.json_schema import Schema
+from multimodal.inference.batch import DecodeBatch, check_length
+from multimodal.inference.beams import beam_search
+from multimodal.inference.codec import (
+    ImageSource,
+    encode_images,
+    encode_text,
+    name_of,
+    read_images,
+)
+from multimodal.inference.decode import Row, decode
+from multimodal.inference.embedding import embed_codes, embed_texts
+from multimodal.inference.json_schema import Schema, SchemaState
 from multimodal.inference.likelihoods import choice_likelihoods
 from multimodal.inference.prompt_files import Prompt
-from multimodal.inference.sampling import Sampling
-from multimodal.model.sequences import describe_prompt
+from multimodal.model.checkpoint import ModelParts
+from multimodal.model.sequences import image_tokens
+from multimodal.options import AnswerOptions, CaptionOptions, TextOptions
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from multimodal.model.network import Multimodal
-
-GREEDY = Sampling()
-REFILL = 0.75  # of a batch that are left when others join
+GREEDY = TextOptions()
 
 
-def read_images(
-    model: "Multimodal",
-    images: SequenceOf["str | Path | bytes | Image.Image"],
-    names: SequenceOf[str] | None = None,
-) -> Tensor:
-    """float32[B, 3, H, W] in [-1, 1], made square as the model was trained; names: for errors"""
-    config = model.image_tokenizer.config
-    pixels = []
-    for number, image in enumerate(images):
-        name = names[number] if names else name_of(image, number)
-        whole = open_image(image, name=name)
-        pixels.append(to_tensor(fit_image(whole, config.image_size, config.fit)))
-    return torch.stack(pixels)
+def text_mask(model: ModelParts) -> Tensor:
+    """bool[V]: the ids that may stand in a text, with <eos>."""
+    mask = torch.zeros(model.vocabulary.size, dtype=torch.bool, device=model.device)
+    mask[: model.vocabulary.text_size] = True
+    mask[model.vocabulary.eos] = True
+    return mask
 
 
-def encode_images(model: "Multimodal", pixels: Tensor) -> Tensor:
-    """float32[B, 3, H, W] in [-1, 1] -> codes: int64[B, n]"""
-    codes = model.image_tokenizer.encode(pixels.to(model.device))
-    return rearrange(codes, "b h w -> b (h w)")
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first of the stop texts in it."""
+    starts = [start for one in stop if (start := text.find(one)) >= 0]
+    return text[: min(starts)] if starts else text
 
 
-def text_mask(model: "Multimodal") -> Tensor:
-    """bool[V]: the ids that may stand in a text, <eos> among them"""
-    allowed = torch.zeros(model.vocabulary.size, dtype=torch.bool, device=model.device)
-    allowed[: model.vocabulary.text_size] = True
-    allowed[model.vocabulary.eos] = True
-    return allowed
+def possible_stop(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end of a text may still become one of the stop texts."""
+    return max((n for one in stop for n in range(1, len(one)) if text.endswith(one[:n])), default=0)
 
 
-@torch.inference_mode()
-def continue_text(
-    model: "Multimodal",
-    prompts: list[list[int]],
-    max_tokens: int,
-    sampling: Sampling = GREEDY,
-    numbers: SequenceOf[int] | None = None,
+class TextRow(Row):
+    """A text: text ids until <eos>, a stop text, or ``max_tokens``.
+
+    Args:
+        mask: bool[V'], the ids of ``ids`` that may stand in a text.
+        state: how far a JSON text has come, if it follows a schema.
+        streams: yield the text in pieces of whole characters.
+
+    Attributes:
+        tokens: the ids of the text, without <eos>.
+        ended: by the model (``end``), by max_tokens (``length``), or by a stop text (``stop``).
+    """
+
+    def __init__(
+        self,
+        model: ModelParts,
+        number: int,
+        prompt: list[int],
+        max_tokens: int,
+        stop: Sequence[str],
+        mask: Tensor,
+        state: SchemaState | None = None,
+        streams: bool = False,
+    ) -> None:
+        super().__init__(number, [prompt], max_tokens)
+        self.ids = slice(0, model.vocabulary.image_start)
+        self.tokenizer, self.eos = model.text_tokenizer, model.vocabulary.eos
+        self.stop, self.mask, self.state, self.streams = stop, mask, state, streams
+        self.tokens: list[int] = self.generated
+        self.ended = "length"
+        self._streamed = ""
+
+    def allowed(self) -> Tensor:
+        return self.mask if self.state is None else self.mask & self.state.allowed(self.mask)
+
+    def take(self, token: int, log_probability: float = 0.0) -> Iterator[str]:
+        if token == self.eos:
+            self.ended, self.done = "end", True
+        else:
+            self.tokens.append(token)
+            if self.state is not None:
+                self.state.read(token)
+            self.done = len(self.tokens) >= self.max_new_tokens
+            if self.stop or self.streams:
+                # The last bytes may be half of a character.
+                text = self.tokenizer.decode(self.tokens).rstrip("\N{REPLACEMENT CHARACTER}")
+                if before_stop(text, self.stop) != text:
+                    self.ended, self.done = "stop", True
+                certain = text[: len(text) - possible_stop(text, self.stop)]
+                if self.streams and not self.done and len(certain) > len(self._streamed):
+                    piece, self._streamed = certain[len(self._streamed) :], certain
+                    yield piece
+        if self.done:
+            yield from self.rest()
+
+    def rest(self) -> Iterator[str]:
+        """What a stream has held back until now."""
+        if self.streams and (rest := self.text()[len(self._streamed) :]):
+            self._streamed += rest
+            yield rest
+
+    def text(self) -> str:
+        return before_stop(self.tokenizer.decode(self.tokens), self.stop)
+
+
+def generate_ids(
+    model: ModelParts,
+    prompts: Sequence[list[int]],
+    options: TextOptions = GREEDY,
+    numbers: Sequence[int] | None = None,
     schema: Schema | None = None,
-    stop: SequenceOf[str] = (),
     batch_size: int = 0,
 ) -> list[list[int]]:
-    """Text after each prompt: ids up to <eos> (not included), at most ``max_tokens``.
+    """Continue each prompt by a text.
 
-    numbers: what the prompts are called, for the random numbers; 0, 1, ... by default; schema: what
-    the texts have to follow; stop: a text ends with the token that completes one of these;
-    batch_size: prompts at once (all by default), others take the places of those that are done.
-    Errors: ``ValueError`` where a text does not follow the schema to its end.
+    Args:
+        prompts: B lists of ids.
+        numbers: name the random numbers of each prompt. 0, 1, ... by default.
+        schema: the texts follow it.
+        batch_size: prompts at once. 0: all. Others take the places of those that are done.
+
+    Returns:
+        B lists of ids, up to <eos> (not included) or the token that completes a stop text.
+
+    Raises:
+        ValueError: if a prompt is too long, or a text does not follow the schema to its end.
     """
-    vocabulary, decode = model.vocabulary, model.text_tokenizer.decode
-    check_limits(max_tokens, stop)
-    if schema is not None and stop:
-        raise ValueError("stop, and a JSON schema that says where a text ends: give one of the two")
-    at_once = batch_size or len(prompts)
-    # No code can be said, and they come last: their logits are not made.
-    allowed, spoken = text_mask(model), slice(0, vocabulary.image_start)
-    if sampling.beams > 1:
-        if schema is not None or stop:
-            raise ValueError("beams, and a JSON schema or stop: give one of the two")
-        found: list[list[int]] = []
-        for start in range(0, len(prompts), at_once):
-            batch = Batch(model, prompts[start : start + at_once], max_tokens)
-            found += search(batch, allowed, vocabulary.eos, max_tokens, sampling.beams,
-                            sampling.length_penalty)  # fmt: skip
-        return found
-    check_length(model, prompts, max_tokens)
-    out: list[list[int]] = [[] for _ in prompts]
-    generators = sampling.generators(range(len(prompts)) if numbers is None else numbers)
-    states = [schema.follow() for _ in prompts] if schema is not None else []
-    # Those of one length together: the less of a row is padding, the less is read for nothing.
-    waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    rows: list[int] = []
-    while rows or waiting:
-        if waiting and len(rows) <= REFILL * at_once:
-            fresh, waiting = waiting[: at_once - len(rows)], waiting[at_once - len(rows) :]
-            others = Batch(model, [prompts[row] for row in fresh], max_tokens)
-            if rows:
-                batch.join(others, max_tokens)
-            else:
-                batch = others
-            rows += fresh
-        logits = batch.logits(spoken).masked_fill(~allowed[spoken], -torch.inf)
-        logits = sampling.penalise(logits, [out[row] for row in rows])
-        if states:
-            may = [states[row].allowed(one) for row, one in zip(rows, logits, strict=True)]
-            logits = logits.masked_fill(~torch.stack(may), -torch.inf)
-        ids = sampling.choose(logits, [generators[row] for row in rows])
-        going = []
-        for place, (row, token) in enumerate(zip(rows, ids.tolist(), strict=True)):
-            if token == vocabulary.eos:
-                continue
-            out[row].append(token)
-            if states:
-                states[row].read(token)
-            stopped = bool(stop) and any(one in decode(out[row]) for one in stop)
-            if len(out[row]) < max_tokens and not stopped:
-                going.append(place)
-        if len(going) < len(rows):  # finished rows leave the batch at once
-            going = closed_up(going)
-            rows = [rows[place] for place in going]
-            batch.keep(going)
-            ids = ids[going]
-        if rows:
-            batch.read(ids)
-    if unfinished := sum(not state.done for state in states):
-        raise ValueError(
-            f"{unfinished} of {len(states)} texts do not follow the schema to its end in "
-            f"{max_tokens} tokens: raise max_tokens, or bound its strings (maxLength)"
+    if schema is not None and options.stop:
+        raise ValueError("a JSON schema says where a text ends: give it or stop, not both")
+    vocabulary, mask = model.vocabulary, text_mask(model)
+    if options.beams > 1:
+        if schema is not None:
+            raise ValueError("beams and a JSON schema: give one of the two")
+        texts: list[list[int]] = []
+        size = batch_size or len(prompts)
+        for start in range(0, len(prompts), size):
+            batch = DecodeBatch(model.network, prompts[start : start + size], options.max_tokens)
+            texts += beam_search(
+                batch,
+                mask,
+                vocabulary.eos,
+                options.max_tokens,
+                options.beams,
+                options.length_penalty,
+            )
+        return texts
+    check_length(model.network, prompts, options.max_tokens)
+    mask = mask[: vocabulary.image_start]
+    rows = [
+        TextRow(
+            model,
+            number,
+            prompt,
+            options.max_tokens,
+            options.stop,
+            mask,
+            schema.start() if schema else None,
         )
-    return out
+        for number, prompt in zip(numbers or range(len(prompts)), prompts, strict=True)
+    ]
+    for _ in decode(
+        model.network,
+        rows,
+        options,
+        batch_size=batch_size,
+        repetition_penalty=options.repetition_penalty,
+    ):
+        pass
+    if unfinished := sum(row.state is not None and not row.state.done for row in rows):
+        raise ValueError(
+            f"{unfinished} of {len(rows)} texts do not follow the schema to its end in "
+            f"{options.max_tokens} tokens: raise max_tokens, or bound its strings (maxLength)"
+        )
+    return [row.tokens for row in rows]
 
 
-def check_limits(max_tokens: int, stop: SequenceOf[str]) -> None:
-    """Errors: ``ValueError`` for limits that no text can have."""
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
-    if isinstance(stop, str) or not all(stop):
-        raise ValueError(f"stop={stop!r}: expected a list of texts, none of them empty")
-
-
-def before_stop(text: str, stop: SequenceOf[str]) -> str:
-    """The text up to the first of the stop texts in it."""
-    places = [place for one in stop if (place := text.find(one)) >= 0]
-    return text[: min(places)] if places else text
-
-
-def caption(
-    model: "Multimodal",
-    images: SequenceOf["str | Path | bytes | Image.Image"],
-    *,
-    batch_size: int = 32,
-    max_tokens: int = 64,
-    sampling: Sampling = GREEDY,
-    stop: SequenceOf[str] = (),
-    examples: SequenceOf[tuple["str | Path | bytes | Image.Image", str]] = (),
-    candidates: int = 1,
+def complete_prompts(
+    model: ModelParts,
+    codes: Tensor,
+    prompts: Sequence[str],
+    options: TextOptions = GREEDY,
+    numbers: Sequence[int] | None = None,
+    schema: Schema | None = None,
+    begin: Sequence[int] = (),
+    batch_size: int = 0,
 ) -> list[str]:
-    """One caption an image, in the order given; stop: a caption ends before the first of these;
-    examples: images with texts to go by; candidates: write so many, with a temperature, and keep
-    the one nearest to the image by the embeddings."""
-    if candidates < 1 or (candidates > 1 and not sampling.temperature):
-        raise ValueError(f"candidates={candidates}: expected 1, or more and a temperature above 0")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: expected at least 1")
-    if isinstance(images, str | Path | bytes) or not hasattr(images, "__len__"):
-        raise ValueError("images: expected a list of images, even for one")
-    captions: list[str] = []
-    begun = [model.vocabulary.bos]
-    if examples:
-        shown = encode_images(model, read_images(model, [image for image, _ in examples]))
-        pairs = zip(shown, (text for _, text in examples), strict=True)
-        begun = examples_prompt(model, [(codes, text) for codes, text in pairs])
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        numbers = range(start, start + len(batch))
-        pixels = read_images(model, batch, [name_of(images[number], number) for number in numbers])
-        codes = encode_images(model, pixels)
-        every = codes.repeat_interleave(candidates, 0)
-        names = [number * candidates + one for number in numbers for one in range(candidates)]
-        texts = text_after(model, every, [""] * len(every), max_tokens, sampling, names,
-                           begun=begun, stop=stop)  # fmt: skip
-        captions += nearest(model, codes, texts) if candidates > 1 else texts
-    return captions
+    """Continue images, each followed by a text.
 
+    Args:
+        codes: int64[B, n].
+        prompts: B texts that follow the images. They may be empty.
+        begin: ids before each image, by default <bos>.
+        numbers, schema, batch_size: as for ``generate_ids``.
 
-def nearest(model: "Multimodal", codes: Tensor, texts: SequenceOf[str]) -> list[str]:
-    """codes: int64[B, n]; texts: as many for each image, in turn -> of each the nearest to it"""
-    from multimodal.inference.embedding import embed_codes, embed_texts
-
-    rows = embed_texts(model, [text or "?" for text in texts])  # nothing is nearest to nothing
-    likeness = (embed_codes(model, codes)[:, None] * rows.view(len(codes), -1, rows.shape[-1])).sum(
-        -1
-    )
-    likeness[torch.tensor([not text for text in texts]).view_as(likeness)] = -torch.inf
-    count = likeness.shape[1]
-    return [texts[row * count + int(best)] for row, best in enumerate(likeness.argmax(1))]
-
-
-def examples_prompt(model: "Multimodal", examples: SequenceOf[tuple[Tensor, str]]) -> list[int]:
-    """<bos>, then each image, codes: int64[n], with its text: what few-shot prompts begin with."""
-    v = model.vocabulary
-    ids = [v.bos]
-    for codes, text in examples:
-        ids += [v.boi, *(codes + v.image_start).tolist(), v.eoi, *text_ids(model, text)]
-    return ids
-
-
-def name_of(image: object, number: int) -> str:
-    """What to call an image in errors."""
-    return str(image) if isinstance(image, str | Path) else f"image {number}"
+    Returns:
+        B texts.
+    """
+    if not len(codes):
+        return []
+    begin = list(begin) or [model.vocabulary.bos]
+    ids = [
+        [*begin, *image_tokens(model.vocabulary, row), *model.text_tokenizer.encode(prompt)]
+        for row, prompt in zip(codes.tolist(), prompts, strict=True)
+    ]
+    texts = generate_ids(model, ids, options, numbers, schema, batch_size)
+    return [before_stop(model.text_tokenizer.decode(t), options.stop).strip() for t in texts]
 
 
 def caption_codes(
-    model: "Multimodal",
+    model: ModelParts,
     codes: Tensor,
-    max_tokens: int = 64,
-    sampling: Sampling = GREEDY,
-    numbers: SequenceOf[int] | None = None,
-    stop: SequenceOf[str] = (),
+    options: TextOptions = GREEDY,
+    numbers: Sequence[int] | None = None,
     batch_size: int = 0,
 ) -> list[str]:
-    """codes: int64[B, n] -> B captions; batch_size: written at once, by default all"""
+    """codes: int64[B, n] -> B captions. Other arguments as for ``generate_ids``."""
     prompts = [""] * len(codes)
-    return text_after(model, codes, prompts, max_tokens, sampling, numbers, stop=stop,
-                      batch_size=batch_size)  # fmt: skip
+    return complete_prompts(model, codes, prompts, options, numbers, batch_size=batch_size)
 
 
 def answer_codes(
-    model: "Multimodal",
+    model: ModelParts,
     codes: Tensor,
-    questions: SequenceOf[str],
-    max_tokens: int = 32,
-    sampling: Sampling = GREEDY,
-    choices: SequenceOf[str] | None = None,
-    schema: dict[str, Any] | None = None,
-    stop: SequenceOf[str] = (),
+    questions: Sequence[str],
+    options: AnswerOptions,
     prompt: Prompt | None = None,
+    choices: Sequence[str] | None = None,
+    schema: Schema | None = None,
 ) -> list[str]:
-    """codes: int64[B, n], B questions -> B answers: free, the likeliest of the choices, or JSON
-    that follows the schema; prompt: the words around the questions, else the model's own"""
-    words = model.config.templates
-    prompts = [words.ask(one) if prompt is None else prompt.fill(one, words) for one in questions]
+    """Answer questions about images.
+
+    Args:
+        codes: int64[B, n].
+        questions: B texts.
+        prompt: the words around a question. The model's own template by default.
+        choices: the answer is the most likely one of these.
+        schema: the answer is JSON that follows it.
+
+    Returns:
+        B answers.
+    """
+    templates = model.config.templates
+    prompts = [
+        templates.ask(question) if prompt is None else prompt.fill(question, templates)
+        for question in questions
+    ]
     if choices is None:
-        follow = None if schema is None else Schema(model, schema)
-        return text_after(model, codes, prompts, max_tokens, sampling, schema=follow, stop=stop)
+        return complete_prompts(model, codes, prompts, options, schema=schema)
     if schema is not None or isinstance(choices, str) or len(set(choices)) < 2:
         raise ValueError(f"choices={list(choices)}: expected two or more, without a schema")
-    likely = choice_likelihoods(model, codes, prompts, [choices] * len(prompts))
-    return [choices[int(one.argmax())].strip() for one in likely]
+    likelihoods = choice_likelihoods(model, codes, prompts, [choices] * len(prompts))
+    return [choices[int(scores.argmax())].strip() for scores in likelihoods]
 
 
-@torch.inference_mode()
-def text_after(
-    model: "Multimodal",
+def few_shot_prompt(model: ModelParts, codes: Tensor, texts: Sequence[str]) -> list[int]:
+    """What few-shot prompts begin with: <bos>, then each image with its text.
+
+    Args:
+        codes: int64[B, n].
+        texts: B texts, none of them empty.
+    """
+    ids = [model.vocabulary.bos]
+    for row, text in zip(codes.tolist(), texts, strict=True):
+        ids += [*image_tokens(model.vocabulary, row), *encode_text(model, text)]
+    return ids
+
+
+def caption_images(
+    model: ModelParts,
+    images: Sequence[ImageSource],
+    options: CaptionOptions,
+    examples: Sequence[tuple[ImageSource, str]] = (),
+    batch_size: int = 32,
+) -> Iterator[str | ValueError]:
+    """Caption images, a batch at a time.
+
+    Args:
+        examples: images with captions that the prompts begin with (few-shot).
+
+    Yields:
+        The caption of each image in its order, or what was wrong with the image.
+    """
+    begin = [model.vocabulary.bos]
+    if examples:
+        codes = encode_images(model, read_images(model, [image for image, _ in examples]))
+        begin = few_shot_prompt(model, codes, [text for _, text in examples])
+    for start in range(0, len(images), batch_size):
+        results: dict[int, str | ValueError] = {}
+        pixels: dict[int, Tensor] = {}
+        for number in range(start, min(start + batch_size, len(images))):
+            image = images[number]
+            try:
+                pixels[number] = read_images(model, [image], [name_of(image, number)])
+            except ValueError as error:
+                results[number] = error
+        if pixels:
+            codes = encode_images(model, torch.cat(list(pixels.values())))
+            captions = _best_captions(model, codes, options, list(pixels), begin)
+            results |= dict(zip(pixels, captions, strict=True))
+        yield from (results[number] for number in sorted(results))
+
+
+def _best_captions(
+    model: ModelParts,
     codes: Tensor,
-    prompts: SequenceOf[str],
-    max_tokens: int,
-    sampling: Sampling = GREEDY,
-    numbers: SequenceOf[int] | None = None,
-    schema: Schema | None = None,
-    begun: SequenceOf[int] = (),
-    stop: SequenceOf[str] = (),
-    batch_size: int = 0,
+    options: CaptionOptions,
+    numbers: Sequence[int],
+    begin: Sequence[int],
 ) -> list[str]:
-    """codes: int64[B, n], B texts to follow the images -> B texts that go on; begun: what stands
-    before the images, by default <bos>; the rest as for ``continue_text``"""
-    if not len(codes):
-        return []
-    before = list(begun) or [model.vocabulary.bos]
-    ids = [
-        before + describe_prompt(model.vocabulary, row)[1:] + model.text_tokenizer.encode(prompt)
-        for row, prompt in zip(
-            (codes + model.vocabulary.image_start).tolist(), prompts, strict=True
-        )
-    ]
-    texts = continue_text(model, ids, max_tokens, sampling, numbers, schema, stop, batch_size)
-    return [before_stop(model.text_tokenizer.decode(text), stop).strip() for text in texts]
+    """codes: int64[B, n] -> B captions, each the best of its candidates."""
+    count = options.candidates
+    repeated = codes.repeat_interleave(count, 0)
+    numbers = [number * count + candidate for number in numbers for candidate in range(count)]
+    texts = complete_prompts(model, repeated, [""] * len(repeated), options, numbers, begin=begin)
+    return nearest_texts(model, codes, texts) if count > 1 else texts
+
+
+def nearest_texts(model: ModelParts, codes: Tensor, texts: Sequence[str]) -> list[str]:
+    """Of each image's candidate texts the one nearest to it by the model's embeddings.
+
+    Args:
+        codes: int64[B, n].
+        texts: the candidates of the first image, then those of the second, and so on.
+    """
+    embedded = embed_texts(model, [text or "?" for text in texts])
+    embedded = embedded.view(len(codes), -1, embedded.shape[-1])
+    similarity = (embed_codes(model, codes)[:, None] * embedded).sum(-1)
+    empty = torch.tensor([not text for text in texts]).view_as(similarity)
+    similarity[empty] = -torch.inf
+    count = similarity.shape[1]
+    return [texts[row * count + int(best)] for row, best in enumerate(similarity.argmax(1))]

@@ -1,4 +1,4 @@
-"""One rule of attention for everything.
+"""One rule of attention for everything, and the cache of keys and values.
 
 A query may see a key if they are in the same document and the key is not later, or both are in the
 same bidirectional block. With documents 1 1 1 1 1 2 2 and the block  . . b b . . . :
@@ -11,12 +11,15 @@ same bidirectional block. With documents 1 1 1 1 1 2 2 and the block  . . b b . 
     query 5   . . . . . 1 .        the next document
     query 6   . . . . . 1 1
 
-Two backends hold it, equal in values and gradients: SDPA with a boolean mask, which runs anywhere
-and is the reference, and FlexAttention (Dong et al. 2024, arXiv:2412.05496), which on a GPU skips
-what the rule forbids instead of computing it.
+Two backends compute it, with equal values and gradients. SDPA with a boolean mask runs anywhere and
+is the reference. FlexAttention (Dong et al. 2024, arXiv:2412.05496) skips masked blocks on a GPU
+instead of computing them.
+
+Shapes: B rows, L queries, S keys, H heads, G key-value heads, d head size.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -33,7 +36,15 @@ Mask: TypeAlias = "Tensor | BlockMask | None"
 
 
 def attention_mask(documents: Tensor, blocks: Tensor) -> Tensor:
-    """documents, blocks: int64[B, L]; block 0 is causal -> bool[B, 1, L, L], True where q sees k"""
+    """The rule as a boolean mask.
+
+    Args:
+        documents: int64[B, L], the document of each token.
+        blocks: int64[B, L], its bidirectional block. 0 is none: causal.
+
+    Returns:
+        bool[B, 1, L, L], True where a query sees a key.
+    """
     length = documents.shape[1]
     same_document = documents[:, :, None] == documents[:, None, :]
     not_later = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
@@ -42,7 +53,7 @@ def attention_mask(documents: Tensor, blocks: Tensor) -> Tensor:
 
 
 def block_mask(documents: Tensor, blocks: Tensor) -> "BlockMask":
-    """The same rule, for FlexAttention; documents, blocks: int64[B, L]"""
+    """The same rule for FlexAttention. Arguments as for ``attention_mask``."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -58,34 +69,37 @@ def block_mask(documents: Tensor, blocks: Tensor) -> "BlockMask":
 def _flex(compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    plain: Any = flex_attention
-    found: Callable[..., Any] = torch.compile(plain) if compiled else plain
-    return found
+    plain: Callable[..., Any] = flex_attention
+    return torch.compile(plain) if compiled else plain
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """q: float[B, H, L, d]; k, v: float[B, G, S, d], H a multiple of G; mask: bool[B, 1, L, S], or
-    what ``block_mask`` makes
+    """Scaled dot-product attention, grouped-query where G < H.
 
-    A mask of None lets every query see every key.
+    Args:
+        q: float[B, H, L, d].
+        k, v: float[B, G, S, d]. H is a multiple of G.
+        mask: bool[B, 1, L, S], or a mask of ``block_mask``. None: every query sees every key.
+
+    Returns:
+        float[B, H, L, d].
     """
     groups = q.shape[1] // k.shape[1]
     if mask is not None and not isinstance(mask, Tensor):
-        out: Tensor = _flex(q.is_cuda)(q, k, v, block_mask=mask, enable_gqa=groups > 1)
-        return out
+        return _flex(q.is_cuda)(q, k, v, block_mask=mask, enable_gqa=groups > 1)
     if q.is_cpu and q.requires_grad:
-        return _attend_written_out(q, k, v, mask, groups)
+        return _attend_by_products(q, k, v, mask, groups)
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def _attend_written_out(
+def _attend_by_products(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, groups: int
 ) -> Tensor:
-    """The same, written out: training on a CPU is 1.2 to 2 times faster so, for rows of 128 to 512.
+    """The same as plain products. torch's CPU kernel is slow in the backward pass.
 
-    torch's kernel for a CPU takes most of its time going back (benchmarks/cpu_training.py).
+    Training on a CPU is 1.2 to 2 times faster for rows of 128 to 512 (benchmarks/cpu_training.py).
     """
     q = rearrange(q * q.shape[-1] ** -0.5, "b (g r) l d -> b g (r l) d", r=groups)
     scores = rearrange(q @ k.transpose(-1, -2), "b g (r l) s -> b g r l s", r=groups)
@@ -93,3 +107,85 @@ def _attend_written_out(
         scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
     weights = rearrange(scores.softmax(-1).to(v.dtype), "b g r l s -> b g (r l) s")
     return rearrange(weights @ v, "b g (r l) d -> b (g r) l d", r=groups)
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens that were read so far.
+
+    Every layer has tensors of its own: a compiled step would copy a larger tensor whole when it
+    writes to a part of it.
+
+    Attributes:
+        keys, values: for each layer float[B, G, S, d]. S is the capacity.
+        length: how many of the S tokens are filled.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    length: int = 0
+
+    @classmethod
+    def empty(
+        cls, layers: int, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor
+    ) -> "KVCache":
+        """Zeros, with the dtype and on the device of ``like``; heads: of keys and values."""
+        shape = (rows, heads, capacity, head_dim)
+        keys, values = ([like.new_zeros(shape) for _ in range(layers)] for _ in range(2))
+        return cls(keys, values)
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens it can hold."""
+        return self.keys[0].shape[2]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new tokens of one layer. ``length`` stays until all layers are done.
+
+        Args:
+            k, v: float[B, G, L, d].
+
+        Returns:
+            Keys and values of all tokens of the layer, float[B, G, length + L, d].
+        """
+        end = self.length + k.shape[2]
+        assert end <= self.capacity, f"the cache has room for {self.capacity} tokens"
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def columns(self, columns: slice) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of the keys and values of some tokens."""
+        keys, values = ([x[:, :, columns] for x in several] for several in (self.keys, self.values))
+        return keys, values
+
+    def put(self, rows: slice, start: int, keys: list[Tensor], values: list[Tensor]) -> None:
+        """Copy keys and values, for each layer float[B, G, L, d], to these rows from a token on."""
+        for stored, new in ((self.keys, keys), (self.values, values)):
+            for x, y in zip(stored, new, strict=True):
+                x[rows, :, start : start + y.shape[2]] = y
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only, in this order. A row may be given several times.
+
+        Rows that stay in place cost nothing. The memory of dropped rows is not freed.
+
+        Args:
+            rows: int64[B'].
+        """
+        count = len(rows)
+        if count > len(self.keys[0]):
+            self.keys, self.values = ([x[rows] for x in each] for each in (self.keys, self.values))
+            return
+        moved = (rows != torch.arange(count, device=rows.device)).nonzero()[:, 0]
+        if len(moved):
+            sources = rows[moved]
+            for x in (*self.keys, *self.values):
+                x[moved, :, : self.length] = x[sources, :, : self.length]
+        self.keys, self.values = ([x[:count] for x in each] for each in (self.keys, self.values))
+
+    def grow(self, tokens: int) -> None:
+        """Make room for more tokens."""
+        self.keys, self.values = (
+            [F.pad(x, (0, 0, 0, tokens)) for x in several] for several in (self.keys, self.values)
+        )

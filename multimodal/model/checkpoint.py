@@ -1,26 +1,31 @@
-"""The folder of a model: what is written, and read back.
+"""A model on disk: the network and its two tokenizers, and the folder that holds them.
 
-config.json  model.safetensors  heads.safetensors  text_tokenizer.json  image_tokenizer/  README.md
+    config.json, model.safetensors, heads.safetensors, text_tokenizer.json, image_tokenizer/,
+    README.md, LICENSE
+
+Nothing in it is a pickle.
 """
 
 import copy
+import hashlib
 import json
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from multimodal.files import atomic_folder
-from multimodal.model.network import ModelConfig, Multimodal
+from multimodal.model.network import ModelConfig, MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.templates import Templates
 from multimodal.model.transformer import TransformerConfig
-from multimodal.tokenizers.image import load_image_tokenizer
+from multimodal.model.vocabulary import Vocabulary
+from multimodal.tokenizers.image import VQTokenizer, hash_weights, load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 
 FORMAT_VERSION = 1
@@ -28,27 +33,153 @@ BUNDLED = ("starter",)
 DEFAULT_CARD = "# A model of the multimodal toolkit\n\nNo card was written for this model.\n"
 
 
-def save(
-    model: Multimodal, folder: Path, card: str = "", dtype: torch.dtype = torch.float32
-) -> None:
-    """Write a model folder; ``card`` is its README.md; dtype: what weights are rounded to.
+@dataclass(eq=False)
+class ModelParts:
+    """A network with the two tokenizers whose ids it was made for.
 
-    The image tokenizer stays in fp32: rounded, it would give other codes than in training.
+    The image tokenizer is frozen, and stays in fp32: rounded, it would give other codes than in
+    training.
     """
-    with atomic_folder(folder) as part:
-        _write(model, part, dtype)
-        if card or not (folder / "README.md").exists():
-            (part / "README.md").write_text(card or DEFAULT_CARD)
+
+    network: MultimodalLM
+    text_tokenizer: TextTokenizer
+    image_tokenizer: VQTokenizer
+
+    def __post_init__(self) -> None:
+        config = self.network.config
+        if len(self.text_tokenizer) != config.text_size:
+            raise ValueError(
+                f"the text tokenizer has {len(self.text_tokenizer)} tokens, "
+                f"the model was made for {config.text_size}"
+            )
+        if self.image_tokenizer.codebook_size != config.codebook_size:
+            raise ValueError(
+                f"the image tokenizer has {self.image_tokenizer.codebook_size} codes, "
+                f"the model was made for {config.codebook_size}"
+            )
+        self.image_tokenizer.requires_grad_(False).eval()
+
+    @classmethod
+    def new(
+        cls,
+        size: str,
+        text_tokenizer: TextTokenizer,
+        image_tokenizer: VQTokenizer,
+        objectives: ObjectivesConfig | None = None,
+    ) -> Self:
+        """A model to train. Arguments as for ``MultimodalLM.new``."""
+        codes = torch.arange(image_tokenizer.codebook_size)
+        vectors = image_tokenizer.quantizer.lookup(codes).detach()
+        network = MultimodalLM.new(size, len(text_tokenizer), vectors, objectives)
+        return cls(network, text_tokenizer, image_tokenizer)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Load a model folder, or a bundled model by its name, ready for use.
+
+        Args:
+            dtype: of the network.
+
+        Raises:
+            ValueError: for anything that is not a model folder of this release.
+        """
+        folder = find_model(path)
+        stored = read_config(folder)
+        try:
+            config = ModelConfig(
+                TransformerConfig(**stored["transformer"]),
+                stored["text_size"],
+                stored["codebook_size"],
+                ObjectivesConfig(**stored["objectives"]),
+                Templates(**stored.get("templates", {})),
+            )
+            parts = cls(
+                MultimodalLM(config),
+                TextTokenizer.load(folder / "text_tokenizer.json"),
+                load_image_tokenizer(folder / "image_tokenizer"),
+            )
+            network = parts.network
+            network.transformer.load_stock_state_dict(load_file(folder / "model.safetensors"))
+            network.alignment.load_state_dict(load_file(folder / "heads.safetensors"))
+            expected = stored["fingerprints"]["image_tokenizer"]
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder}: {error.filename or error} is missing") from error
+        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            reason = textwrap.shorten(str(error), 300)  # torch names every single wrong weight
+            raise ValueError(f"{folder}: not a model of this release: {reason}") from error
+        if parts.image_tokenizer.fingerprint != expected:
+            raise ValueError(
+                f"{folder}: the model was trained with image tokenizer {expected}, "
+                f"the folder holds {parts.image_tokenizer.fingerprint}"
+            )
+        network.to(dtype)
+        return parts.to(device).eval()
+
+    def save(self, folder: str | Path, card: str = "", dtype: torch.dtype = torch.float32) -> None:
+        """Write the model folder.
+
+        Args:
+            card: the text of its README.md.
+            dtype: the weights of the network are rounded to this.
+
+        Raises:
+            OSError: if something could not be written. What was there before is left.
+        """
+        folder = Path(folder)
+        with atomic_folder(folder) as part:
+            _write(self, part, dtype)
+            if card or not (folder / "README.md").exists():
+                (part / "README.md").write_text(card or DEFAULT_CARD)
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the network and the image tokenizer."""
+        self.network.to(device)
+        self.image_tokenizer.to(device)
+        return self
+
+    def eval(self) -> Self:
+        """Switch the network to inference."""
+        self.network.eval()
+        return self
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.network.config
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.network.vocabulary
+
+    @property
+    def codes_per_image(self) -> int:
+        return self.image_tokenizer.config.grid**2
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over config, weights and both tokenizers."""
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        digest.update(self.text_tokenizer.to_json().encode())
+        images = self.image_tokenizer.state_dict()
+        weights = {f"image_tokenizer.{name}": weight for name, weight in images.items()}
+        hash_weights(digest, {**self.network.state_dict(), **weights})
+        digest.update(self.image_tokenizer.fingerprint.encode())
+        return digest.hexdigest()[:16]
 
 
-def _write(model: Multimodal, folder: Path, dtype: torch.dtype) -> None:
+def _write(model: ModelParts, folder: Path, dtype: torch.dtype) -> None:
     if dtype != torch.float32:
-        model = copy.deepcopy(model)
-        for part in (model.transformer, model.alignment):
-            part.to(dtype).float()  # so that the fingerprint is that of what will be loaded
-    weights = model.transformer.stock_state_dict()
+        network = copy.deepcopy(model.network).to(dtype).float()
+        # The fingerprint is of the weights as they will be loaded.
+        model = ModelParts(network, model.text_tokenizer, model.image_tokenizer)
+    weights = model.network.transformer.stock_state_dict()
     save_file({name: w.to(dtype) for name, w in weights.items()}, folder / "model.safetensors")
-    heads = model.alignment.state_dict()
+    heads = model.network.alignment.state_dict()
     save_file(
         {name: w.contiguous().to(dtype) for name, w in heads.items()}, folder / "heads.safetensors"
     )
@@ -69,8 +200,8 @@ def _write(model: Multimodal, folder: Path, dtype: torch.dtype) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def find(path: str | Path) -> Path:
-    """The folder of a path, or of the name of a bundled model where no such folder is here."""
+def find_model(path: str | Path) -> Path:
+    """The folder of a path, or of a bundled model by its name if there is no such folder."""
     folder = Path(path)
     if str(path) in BUNDLED and not folder.is_dir():
         return Path(str(files("multimodal") / str(path)))
@@ -78,13 +209,13 @@ def find(path: str | Path) -> Path:
 
 
 def part_of(path: str | Path, name: str) -> Path:
-    """The file or folder of this name in a model folder or a bundled one; else the path itself."""
-    part = find(path) / name
+    """A part of a model, by its name. A path that is no model is returned as it is."""
+    part = find_model(path) / name
     return part if part.exists() else Path(path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a model folder. Errors: ``ValueError`` that says what is missing."""
+    """``config.json`` of a model folder. Raises ``ValueError`` that says what is missing."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such model folder")
@@ -97,42 +228,3 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT_VERSION:
         raise ValueError(f"{path}: not the config of a model of this release")
     return config
-
-
-def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Multimodal:
-    """Load a model folder, or a bundled model by name, ready for use.
-
-    Errors: ``ValueError`` for anything that is not one.
-    """
-    folder = find(path)
-    stored = read_config(folder)
-    try:
-        config = ModelConfig(
-            TransformerConfig(**stored["transformer"]),
-            stored["text_size"],
-            stored["codebook_size"],
-            ObjectivesConfig(**stored["objectives"]),
-            Templates(**stored.get("templates", {})),
-        )
-        model = Multimodal(
-            config,
-            TextTokenizer.load(folder / "text_tokenizer.json"),
-            load_image_tokenizer(folder / "image_tokenizer"),
-        )
-        model.transformer.load_stock_state_dict(load_file(folder / "model.safetensors"))
-        model.alignment.load_state_dict(load_file(folder / "heads.safetensors"))
-        expected = stored["fingerprints"]["image_tokenizer"]
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder}: {error.filename or error} is missing") from error
-    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = textwrap.shorten(str(error), 300)  # of other weights torch names every single one
-        raise ValueError(f"{folder}: not a model of this release: {reason}") from error
-    if model.image_tokenizer.fingerprint != expected:
-        raise ValueError(
-            f"{folder}: the model was trained with image tokenizer {expected}, "
-            f"the folder holds {model.image_tokenizer.fingerprint}"
-        )
-    # The tokenizer stays in fp32: in bf16 it would pick other codes than in training.
-    model.transformer.to(dtype)
-    model.alignment.to(dtype)
-    return model.to(device).eval()

@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from multimodal.files import new_folder
-from multimodal.model.checkpoint import find, load, read_config, save
-from multimodal.model.network import Multimodal
+from multimodal.model.checkpoint import ModelParts, find_model, read_config
 from multimodal.model.vocabulary import SPECIALS, Vocabulary
 from multimodal.tokenizers.image import load_image_tokenizer
 
@@ -33,11 +32,11 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> No
     ``out`` appears whole or not at all. Errors: ``ValueError`` for a source that is no model
     folder, a dtype that is not in ``DTYPES``, an ``out`` that holds something already.
     """
-    source, out = find(source), Path(out)
+    source, out = find_model(source), Path(out)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     with new_folder(out) as folder:
-        model = load(source, dtype=DTYPES[dtype])
+        model = ModelParts.load(source, dtype=DTYPES[dtype])
         _write(model, folder, dtype)
         fingerprint = read_config(source)["fingerprints"]["model"]
         (folder / "README.md").write_text(_readme(model, fingerprint), "utf-8")
@@ -56,11 +55,11 @@ def export_model(
     default the image tokenizer is left as it is. Errors: as ``export_hf``, and ``ValueError`` for
     an image tokenizer that makes other codes.
     """
-    source, out = find(source), Path(out)
+    source, out = find_model(source), Path(out)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     with new_folder(out) as folder:
-        model = load(source)
+        model = ModelParts.load(source)
         if image_tokenizer is not None:
             other = load_image_tokenizer(image_tokenizer)
             if other.codes_fingerprint != model.image_tokenizer.codes_fingerprint:
@@ -69,7 +68,7 @@ def export_model(
                     "only its decoder may differ (see decoder_only)"
                 )
             model.image_tokenizer = other
-        save(model, folder, dtype=DTYPES[dtype])
+        model.save(folder, dtype=DTYPES[dtype])
         _copy(source, folder, "README.md", "LICENSE")
 
 
@@ -79,7 +78,7 @@ def _copy(source: Path, folder: Path, *names: str) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _write(model: Multimodal, folder: Path, dtype: str) -> None:
+def _write(model: ModelParts, folder: Path, dtype: str) -> None:
     vocabulary = model.vocabulary
     ends = {
         "bos_token_id": vocabulary.bos,
@@ -104,12 +103,12 @@ def _write(model: Multimodal, folder: Path, dtype: str) -> None:
     }
     for name, content in written.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", "utf-8")
-    weights = model.transformer.stock_state_dict()
+    weights = model.network.transformer.stock_state_dict()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     model.image_tokenizer.save(folder / "image_tokenizer")
 
 
-def _stock_config(model: Multimodal) -> dict[str, Any]:
+def _stock_config(model: ModelParts) -> dict[str, Any]:
     """``config.json`` of a Qwen3ForCausalLM; RoPE as transformers 4 and 5 write it."""
     c = model.config.transformer
     return {
@@ -135,7 +134,7 @@ def _stock_config(model: Multimodal) -> dict[str, Any]:
     }
 
 
-def _tokenizer(model: Multimodal) -> dict[str, Any]:
+def _tokenizer(model: ModelParts) -> dict[str, Any]:
     """The text tokenizer with a token for each special and each code, on the ids of Vocabulary.
 
     Codes are no special tokens there, so that ``skip_special_tokens`` keeps a drawn image.
@@ -162,7 +161,7 @@ def _tokenizer(model: Multimodal) -> dict[str, Any]:
     return stored
 
 
-def _readme(model: Multimodal, fingerprint: str) -> str:
+def _readme(model: ModelParts, fingerprint: str) -> str:
     config = model.image_tokenizer.config
     return README.format(
         model=fingerprint,

@@ -1,18 +1,35 @@
-"""What the texts of a sample are for: to describe its image, to be asked, to be judged."""
+"""What a sample teaches: its descriptions of the image, its questions, its statements."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from multimodal.model.templates import Templates
 
-LABELS = ("true", "false")  # of statements; any other label is a class
+LABELS = ("true", "false")  # of statements. Any other label is a class.
+MAX_TURNS = 4  # questions about one image in one sequence: its codes are read once for all of them
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one sample teaches in one epoch.
+
+    Attributes:
+        caption: describes the image. None: the image has no description.
+        exchanges: prompts and their answers.
+    """
+
+    caption: str | None
+    exchanges: tuple[tuple[str, str], ...] = ()
 
 
 def descriptions_of(record: Mapping[str, Any]) -> list[str]:
     """The captions that describe the image.
 
-    With a ``label`` of true or false they are statements, and may be wrong; and one that only
-    repeats a question with its answer describes nothing.
+    With a ``label`` of true or false the captions are statements, and may be wrong. A caption that
+    only repeats a question with its answer describes nothing.
     """
     if record.get("label") in LABELS:
         return []
@@ -21,15 +38,57 @@ def descriptions_of(record: Mapping[str, Any]) -> list[str]:
     return [c for c in captions if not any(c.startswith(question) for question in questions)]
 
 
-def asked_of(record: Mapping[str, Any], templates: Templates) -> list[tuple[str, str, str]]:
-    """(prompt, question or statement, answer) of everything that a sample asks."""
-    asked = [(templates.ask(str(q)), str(q), str(answer)) for q, answer in record.get("qa", [])]
+def questions_of(record: Mapping[str, Any], templates: Templates) -> list[tuple[str, str, str]]:
+    """(prompt, question or statement, answer) of all questions and labelled statements."""
+    questions = [
+        (templates.ask(str(question)), str(question), str(answer))
+        for question, answer in record.get("qa", [])
+    ]
     if (label := record.get("label")) in LABELS:
         captions = map(str, record.get("captions", []))
-        asked += [(templates.judge(caption), caption, str(label)) for caption in captions]
-    return asked
+        questions += [(templates.judge(caption), caption, str(label)) for caption in captions]
+    return questions
 
 
 def exchanges_of(record: Mapping[str, Any], templates: Templates) -> list[tuple[str, str]]:
-    """The prompts of a sample, each with its answer: its questions, and statements with a label."""
-    return [(prompt, answer) for prompt, _, answer in asked_of(record, templates)]
+    """The prompts of all questions and labelled statements, each with its answer."""
+    return [(prompt, answer) for prompt, _, answer in questions_of(record, templates)]
+
+
+def answer_text(answer: str) -> str:
+    """An answer as it follows its prompt: after a space."""
+    return f" {answer}"
+
+
+def lesson_of(
+    key: str,
+    record: Mapping[str, Any],
+    seed: int,
+    templates: Templates,
+    question_share: float = 1.0,
+) -> Lesson:
+    """One of the captions and up to MAX_TURNS of the questions of a sample.
+
+    Args:
+        key: names the sample in errors.
+        record: what ``KEY.json`` holds.
+        seed: decides which caption and which questions.
+        templates: the words around questions and statements.
+        question_share: the share of the samples with a caption that bring questions, too.
+
+    Raises:
+        ValueError: for a sample without any text. An empty text would teach to say nothing.
+    """
+    rng = np.random.default_rng([seed, 2])
+    captions, exchanges = descriptions_of(record), exchanges_of(record, templates)
+    caption = captions[int(rng.integers(len(captions)))] if captions else None
+    if not exchanges and caption is None:
+        raise no_text_error(key)
+    if caption is not None and rng.random() >= question_share:
+        return Lesson(caption)
+    chosen = [exchanges[i] for i in rng.permutation(len(exchanges))[:MAX_TURNS]]
+    return Lesson(caption, tuple((prompt, answer_text(answer)) for prompt, answer in chosen))
+
+
+def no_text_error(key: str) -> ValueError:
+    return ValueError(f"sample {key} has no captions and no questions: training needs a text")

@@ -1,53 +1,33 @@
-"""A model: one transformer, two tokenizers, the alignment projections."""
+"""The network: one transformer, the projections of the alignment loss, and the joint loss.
 
-import hashlib
-import json
-from collections.abc import Sequence as SequenceOf
-from dataclasses import asdict, dataclass, field, replace
+A network reads and writes ids. It knows neither text nor pixels: the two tokenizers stand beside it
+in ``ModelParts`` (model/checkpoint.py).
+
+Shapes: R rows, L tokens of a row, B image-text pairs, D width, V vocabulary, K codebook size.
+"""
+
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.api import Usable
 from multimodal.distributed import global_sum, world_size
 from multimodal.model.alignment import Alignment
 from multimodal.model.attention import Backend, attention_mask, block_mask
-from multimodal.model.compiled import Compiled
+from multimodal.model.batches import TrainingBatch
+from multimodal.model.compiled import CompiledForward
 from multimodal.model.objectives import ObjectivesConfig, token_losses
 from multimodal.model.qwen3 import read_qwen3
-from multimodal.model.sequences import (
-    NO_LOSS,
-    OBJECTIVES,
-    Packed,
-    Sequence,
-    answer,
-    describe,
-    document,
-    draw,
-    random_mask,
-)
+from multimodal.model.sequences import NO_LOSS, OBJECTIVES, Packed
 from multimodal.model.templates import Templates
 from multimodal.model.transformer import SIZES, Transformer, TransformerConfig, named_config
 from multimodal.model.vocabulary import Vocabulary
-from multimodal.tokenizers.image import VQTokenizer, hash_weights
-from multimodal.tokenizers.text import TextTokenizer
 
-UNKNOWN_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # the bins of the logged curves
-SHAPE_MULTIPLE = 256  # positions with a target are padded to this
-
-
-def _grown(table: Tensor, vocabulary: Vocabulary, codes: Tensor) -> Tensor:
-    """float[old V, D] with the rows of text kept and all others at their mean, around which codes
-    differ by a tenth of what texts do."""
-    text = table[: vocabulary.text_size]
-    grown = text.mean(0).repeat(vocabulary.size, 1)
-    grown[: vocabulary.text_size] = text
-    grown[vocabulary.image_start : vocabulary.image_end] += 0.1 * text.std() * codes
-    return grown
+UNKNOWN_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # bins of the logged reconstruction curves
+SHAPE_MULTIPLE = 256  # positions with a target are padded to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -65,223 +45,161 @@ class ModelConfig:
         return Vocabulary(self.text_size, self.codebook_size)
 
 
-class Multimodal(Usable, nn.Module):
-    """Text and images through one transformer.
+class MultimodalLM(nn.Module):
+    """A language model over text and image tokens. ``forward`` returns the joint training loss.
 
-    Build one with ``new``, load one with ``multimodal.load`` (multimodal/model/checkpoint.py).
-    ``forward`` returns the losses; ``caption`` and its kin are for use.
+    Attributes:
+        attention_backend: how training computes attention. See model/attention.py.
+        compiled: the compiled forward passes of inference, if there are any.
     """
 
-    def __init__(
-        self, config: ModelConfig, text_tokenizer: TextTokenizer, image_tokenizer: VQTokenizer
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config, self.vocabulary = config, config.vocabulary
-        if len(text_tokenizer) != config.text_size:
-            raise ValueError(
-                f"the text tokenizer has {len(text_tokenizer)} tokens, "
-                f"the model was made for {config.text_size}"
-            )
-        if image_tokenizer.codebook_size != config.codebook_size:
-            raise ValueError(
-                f"the image tokenizer has {image_tokenizer.codebook_size} codes, "
-                f"the model was made for {config.codebook_size}"
-            )
-        self.text_tokenizer = text_tokenizer
-        self.image_tokenizer = image_tokenizer.requires_grad_(False).eval()
         self.transformer = Transformer(config.transformer)
-        goals = config.objectives
+        objectives = config.objectives
         self.alignment = Alignment(
-            config.transformer.hidden_size, goals.alignment_dim, goals.alignment_form
+            config.transformer.hidden_size, objectives.alignment_dim, objectives.alignment_form
         )
-        self.attention_backend: Backend = "sdpa"  # of training
-        self.compiled: Compiled | None = None  # see compile_decoding
-        if not goals.alignment_weight:
-            self.alignment.requires_grad_(False)  # several ranks would wait for its gradients
+        self.attention_backend: Backend = "sdpa"
+        self.compiled: CompiledForward | None = None
+        if not objectives.alignment_weight:
+            # Without a loss they get no gradient, and under DDP the ranks would wait for one.
+            self.alignment.requires_grad_(False)
 
     @classmethod
     def new(
         cls,
         size: str,
-        text_tokenizer: TextTokenizer,
-        image_tokenizer: VQTokenizer,
+        text_size: int,
+        code_vectors: Tensor,
         objectives: ObjectivesConfig | None = None,
-    ) -> "Multimodal":
-        """A model to train. size: a named one, with random weights, or the folder of a Qwen3, with
-        its weights (and its text tokenizer).
+    ) -> "MultimodalLM":
+        """A network to train.
 
-        Of a Qwen3 the rows of the text ids are kept, and the others start at their mean. Codes that
-        mean alike start alike (``_code_features``).
+        Args:
+            size: a named size, with random weights, or the folder of a Qwen3, with its weights. Of
+                a Qwen3 the embeddings of text ids are kept. All other rows start at their mean.
+            text_size: number of ids of the text tokenizer.
+            code_vectors: float[K, C], the vector that the image tokenizer has for each code. Codes
+                with similar vectors start with similar embeddings.
+            objectives: the losses and their weights.
+
+        Raises:
+            ValueError: if a Qwen3 has fewer embeddings than the text tokenizer has ids.
         """
-        vocabulary = Vocabulary(len(text_tokenizer), image_tokenizer.codebook_size)
+        vocabulary = Vocabulary(text_size, len(code_vectors))
         weights = None
         if size not in SIZES and Path(size).is_dir():
             sizes, weights = read_qwen3(size)
-            if sizes.vocab_size < vocabulary.text_size:
+            if sizes.vocab_size < text_size:
                 raise ValueError(
                     f"{size}: has {sizes.vocab_size} embeddings, and the text tokenizer "
-                    f"{vocabulary.text_size} tokens: is it that of the same folder?"
+                    f"{text_size} tokens: is it that of the same folder?"
                 )
             sizes = replace(sizes, vocab_size=vocabulary.size)
         else:
             sizes = named_config(size, vocabulary.size)
         config = ModelConfig(
-            sizes,
-            vocabulary.text_size,
-            vocabulary.codebook_size,
-            objectives or ObjectivesConfig(),
+            sizes, text_size, vocabulary.codebook_size, objectives or ObjectivesConfig()
         )
-        model = cls(config, text_tokenizer, image_tokenizer)
-        codes = model._code_features()
+        network = cls(config)
+        features = random_fourier_features(code_vectors, sizes.hidden_size)
         if weights is not None:
             for name in ("model.embed_tokens.weight", "lm_head.weight"):
                 if name in weights:
-                    weights[name] = _grown(weights[name].float(), vocabulary, codes)
-            model.transformer.load_stock_state_dict(weights)
+                    weights[name] = grown_table(weights[name].float(), vocabulary, features)
+            network.transformer.load_stock_state_dict(weights)
         else:
             with torch.no_grad():
-                table = model.transformer.embed_tokens.weight
-                table[vocabulary.image_start : vocabulary.image_end] = 0.02 * codes
-        return model
-
-    def _code_features(self) -> Tensor:
-        """Codes that mean alike start alike: random Fourier features of their vectors, float[K, D].
-
-        Rahimi & Recht 2007. With thousands of codes, most are rare; without this each has to be
-        learned alone.
-        """
-        codes = torch.arange(self.config.codebook_size)
-        vectors = self.image_tokenizer.quantizer.lookup(codes).detach()
-        width = self.config.transformer.hidden_size
-        # A frequency of pi over the range [-1, 1]: neighbouring values of a channel stay similar.
-        angles = vectors @ (torch.randn(vectors.shape[-1], width) * torch.pi / 2)
-        return 2**0.5 * torch.cos(angles + 2 * torch.pi * torch.rand(width))
-
-    def train(self, mode: bool = True) -> "Multimodal":
-        super().train(mode)
-        self.image_tokenizer.eval()  # frozen, whatever the model does
-        return self
+                table = network.transformer.embed_tokens.weight
+                table[vocabulary.image_start : vocabulary.image_end] = 0.02 * features
+        return network
 
     @property
     def device(self) -> torch.device:
         return self.alignment.log_scale.device
 
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits over config, weights, and both tokenizers."""
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
-        digest.update(self.text_tokenizer.to_json().encode())
-        hash_weights(digest, self.state_dict())
-        digest.update(self.image_tokenizer.fingerprint.encode())
-        return digest.hexdigest()[:16]
-
-    # --- training -----------------------------------------------------------------------------
-
-    def sequences(
-        self,
-        codes: Tensor,
-        captions: SequenceOf[str | None],
-        seeds: SequenceOf[int],
-        exchanges: SequenceOf[SequenceOf[tuple[str, str]]] | None = None,
-        longest: int | None = None,
-    ) -> list[Sequence]:
-        """What B images with their texts teach: B sequences that start with the image, then B that
-        start with the text, then the rest.
-
-        codes: int64[B, n]; captions: B, None where there is none; seeds: B numbers that decide all
-        that is random; exchanges: B lists of prompts with their answers, empty where there is none;
-        longest: of these, only the first and those that fit so many tokens are asked.
-
-        An image without a caption starts its exchanges, and is drawn from the dropped condition.
-        """
-        goals, vocabulary = self.config.objectives, self.vocabulary
-        encode = self.text_tokenizer.encode
-        describes, draws, answers = [], [], []
-        exchanges = exchanges or [()] * len(codes)
-        everything = zip(codes.cpu().numpy(), captions, seeds, exchanges, strict=True)
-        for image, text, seed, asked in everything:
-            if asked:
-                turns = [(encode(prompt), encode(reply)) for prompt, reply in asked]
-                answers.append(answer(vocabulary, image, turns, longest))
-            if text is not None:
-                describes.append(describe(vocabulary, image, encode(text)))
-            elif asked:
-                describes.append(answers.pop())
-            else:
-                raise ValueError("an image needs a caption or an exchange to learn from")
-            rng = np.random.default_rng([seed, 1])
-            form, dropped = rng.random(), rng.random() < goals.drop_condition
-            ids = None if text is None else encode(text)
-            if form >= goals.reconstruct_share + goals.next_token_share:
-                draws.append(draw(vocabulary, ids))
-                continue
-            masked = random_mask(len(image), rng) if form < goals.reconstruct_share else ()
-            draws.append(draw(vocabulary, None if dropped else ids, image, *masked))
-        return describes + draws + answers
-
-    def document(
-        self, parts: SequenceOf[str | None], codes: Tensor, longest: int | None = None
-    ) -> list[Sequence]:
-        """What a document teaches.
-
-        parts: its texts, and None for each image; codes: int64[images, n]; longest: tokens of a
-        sequence, what is more goes on in the next."""
-        images = iter(codes.cpu().numpy())
-        made = [next(images) if p is None else self.text_tokenizer.encode(p) for p in parts]
-        return document(self.vocabulary, made, longest)
-
     def hidden(self, packed: Packed) -> Tensor:
-        """float[R, L, D]"""
-        made = block_mask if self.attention_backend == "flex" else attention_mask
-        mask = made(packed.documents, packed.blocks)
-        states: Tensor = self.transformer(packed.ids, packed.positions, mask)
-        return states
+        """The last hidden states of packed rows: float[R, L, D]."""
+        make_mask = block_mask if self.attention_backend == "flex" else attention_mask
+        mask = make_mask(packed.documents, packed.blocks)
+        return self.transformer(packed.ids, packed.positions, mask)
 
-    def forward(
-        self, packed: Packed, image_ids: Tensor, text_ids: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The joint loss of rows that hold what ``sequences`` made of B images.
+    def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The joint loss of a batch.
 
-        image_ids, text_ids: int64[B], equal for equal images and equal texts, -1 for a dropped one.
-        Returns the weighted sum and its parts.
+        Returns:
+            The weighted sum of all losses, float32[], and its parts by name.
         """
-        goals = self.config.objectives
+        objectives_config, packed = self.config.objectives, batch.packed
         hidden = self.hidden(packed).flatten(0, 1)
         objectives = packed.objectives.flatten()
-        chosen = (objectives != NO_LOSS).nonzero()[:, 0]
-        count = len(chosen)
-        # A matrix of a new shape costs a kernel to be made and kept: pad, so that there are few.
-        chosen = F.pad(chosen, (0, -count % SHAPE_MULTIPLE))
-        objectives = objectives[chosen]
+        predicted = (objectives != NO_LOSS).nonzero()[:, 0]
+        count = len(predicted)
+        # Every new matrix shape costs a kernel that is compiled and kept: pad to few shapes.
+        predicted = F.pad(predicted, (0, -count % SHAPE_MULTIPLE))
+        objectives = objectives[predicted]
         objectives[count:] = NO_LOSS
-        head, targets = self.transformer.lm_head.weight, packed.targets.flatten()[chosen]
-        codes = self.image_tokenizer.config.grid**2
-        shares = packed.unknown_shares(codes).flatten()[chosen]
+        head, targets = self.transformer.lm_head.weight, packed.targets.flatten()[predicted]
+        shares = packed.unknown_shares(batch.codes_per_image).flatten()[predicted]
         masked = objectives == OBJECTIVES.index("reconstruct")
         groups = {
             f"reconstruct/{low:.2f}-{high:.2f}": masked & (shares > low) & (shares <= high)
             for low, high in pairwise(UNKNOWN_SHARES)
         }
-        total, parts = token_losses(hidden[chosen], head, targets, objectives, goals, groups)
-        if goals.alignment_weight:
-            states = hidden[packed.states]
-            pairs = len(image_ids)
+        total, parts = token_losses(
+            hidden[predicted], head, targets, objectives, objectives_config, groups
+        )
+        if objectives_config.alignment_weight:
+            image_states, text_states = hidden[batch.image_states], hidden[batch.text_states]
             parts["alignment"], parts["alignment_accuracy"] = self.alignment(
-                self.alignment.embed_image(states[:pairs]),
-                self.alignment.embed_text(states[pairs : 2 * pairs]),
-                image_ids,
-                text_ids,
+                self.alignment.embed_image(image_states),
+                self.alignment.embed_text(text_states),
+                batch.image_ids,
+                batch.text_ids,
             )
-            weighted = goals.alignment_weight * parts["alignment"]
-            if states.requires_grad:
-                (of_states,) = torch.autograd.grad(weighted, states, retain_graph=True)
-                squares = global_sum(of_states.float().square().sum())
+            weighted = objectives_config.alignment_weight * parts["alignment"]
+            if hidden.requires_grad:
+                gradients = torch.autograd.grad(
+                    weighted, (image_states, text_states), retain_graph=True
+                )
+                squares = global_sum(torch.cat(gradients).float().square().sum())
                 parts["grad_norm/alignment"] = squares.sqrt() / world_size()
             total = total + weighted
         return total, {**parts, "total": total}
 
-    def save(self, folder: str | Path, card: str = "") -> None:
-        """Write the model folder; ``card`` is its README.md."""
-        from multimodal.model.checkpoint import save
 
-        save(self, Path(folder), card)
+def random_fourier_features(vectors: Tensor, width: int) -> Tensor:
+    """Features in which similar vectors are similar (Rahimi & Recht 2007).
+
+    With thousands of codes most are rare. Without this start each would be learned alone.
+
+    Args:
+        vectors: float[K, C], each channel in about [-1, 1].
+        width: D, the number of features.
+
+    Returns:
+        float[K, D] with unit variance.
+    """
+    # A frequency of pi over the range [-1, 1]: neighbouring values of a channel stay similar.
+    angles = vectors @ (torch.randn(vectors.shape[-1], width) * torch.pi / 2)
+    return 2**0.5 * torch.cos(angles + 2 * torch.pi * torch.rand(width))
+
+
+def grown_table(table: Tensor, vocabulary: Vocabulary, features: Tensor) -> Tensor:
+    """An embedding table with rows for the specials and the image codes.
+
+    Args:
+        table: float[old V, D], of a text model.
+        features: float[K, D], of the image codes.
+
+    Returns:
+        float[V, D]. Text rows are kept. The others start at the mean of the text rows, and codes
+        differ around it by a tenth of what texts do.
+    """
+    text = table[: vocabulary.text_size]
+    grown = text.mean(0).repeat(vocabulary.size, 1)
+    grown[: vocabulary.text_size] = text
+    grown[vocabulary.image_start : vocabulary.image_end] += 0.1 * text.std() * features
+    return grown

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from multimodal.distributed import global_sum, world_size
 from multimodal.model.head_loss import head_losses
-from multimodal.model.sequences import NO_LOSS, OBJECTIVES, Sequence
+from multimodal.model.sequences import NO_LOSS, OBJECTIVES, TokenSequence
 
 WEIGHTS = {"caption": 1.0, "answer": 1.0, "text": 0.2, "image": 0.2, "reconstruct": 0.3}
 
@@ -71,7 +71,7 @@ class ObjectivesConfig:
         """The weight of a token objective."""
         return self.weights.get(name, WEIGHTS[name])
 
-    def teaches(self, sequence: Sequence) -> bool:
+    def teaches(self, sequence: TokenSequence) -> bool:
         """Whether the sequence has a target of a token objective whose weight is not 0."""
         weighted = [number for number, name in enumerate(OBJECTIVES) if self.weight_of(name)]
         return bool(np.isin(sequence.objectives, weighted).any())

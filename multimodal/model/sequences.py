@@ -1,4 +1,7 @@
-"""Pairs become sequences, sequences become rows: which position predicts what, in one place.
+"""Texts and images become sequences, and sequences become rows.
+
+This table says which position predicts what. i is a code, t a token of a text, p one of a prompt,
+M a <mask>.
 
     sequence        tokens                                   predicts                objective
     describe        <bos> <boi> i i i <eoi> t t <eos>        after <eoi>: t t <eos>  caption
@@ -12,17 +15,22 @@
                                                              after <eoi>: t t <eos>  caption
     text            <bos> t t <eos>, a document              after <bos>: t t <eos>  text
 
-The prompts p p of answers carry no loss. What of a document does not fit a row goes on after
-another <bos>; an image is never cut. A masked image is one bidirectional block of codes, without
-<boi> and <eoi>: those that are known and those that are asked for, each at the position it has in
-the whole image. The others are left out, in training as in drawing: a <mask> that nobody asks for
-says nothing, and costs as much as a code. The rest is causal. So the state at <eoi> of describe
-knows the image and nothing else, and the state at <boi> of draw knows the text and nothing else:
-they are the embeddings. A dropped condition is <null> in the place of the text, and carries no
-loss.
+Prompts of answers carry no loss. A document that is longer than a row continues after another
+<bos>. An image is never cut.
+
+The codes of a masked image are one bidirectional block, without <boi> and <eoi>. The block has the
+codes that are known and those that are predicted, each at its position in the whole image. All
+other codes are left out, in training as in drawing: a <mask> that is not predicted says nothing and
+costs as much as a code. Everything else is causal. So the state at <eoi> of ``describe`` knows the
+image and nothing else, and the state at <boi> of ``draw`` knows the text and nothing else. They are
+the embeddings.
+
+A dropped condition is <null> in the place of the text. It carries no loss.
+
+Shapes: n codes of an image, K codebook size, R rows, L tokens of a row.
 """
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -39,13 +47,16 @@ Span = tuple[str, int, int]  # an objective, and the positions [start, end) that
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """Arrays of one length n.
+class TokenSequence:
+    """Arrays of one length.
 
-    ids: what is read; targets: the id that each position predicts; objectives: the number in
-    OBJECTIVES of that prediction, or NO_LOSS; blocks: 1 in the bidirectional block, else 0;
-    positions: places in the document, from 0, for RoPE; a code of a masked image has that which it
-    has in the whole one. state: the index of the embedding.
+    Attributes:
+        ids: the tokens that are read.
+        targets: the id that each position predicts.
+        objectives: the index in OBJECTIVES of that prediction, or NO_LOSS.
+        blocks: 1 in the bidirectional block, else 0.
+        positions: for RoPE, from 0. A code of a masked image has its position in the whole image.
+        state: the index of the embedding.
     """
 
     ids: Ids
@@ -59,20 +70,41 @@ class Sequence:
         return len(self.ids)
 
 
-def _next_token(ids: list[int], spans: SequenceOf[Span], state: int = 0) -> Sequence:
-    """A causal sequence; the positions of each span predict the token after them."""
-    read = np.array(ids, np.int64)
+def image_tokens(vocabulary: Vocabulary, codes: Sequence[int] | Ids) -> list[int]:
+    """<boi>, the ids of the codes, <eoi>. codes: n image codes in [0, K)."""
+    ids = [vocabulary.image_start + int(code) for code in codes]
+    return [vocabulary.boi, *ids, vocabulary.eoi]
+
+
+def describe_prompt(vocabulary: Vocabulary, codes: Sequence[int] | Ids) -> list[int]:
+    """What a caption follows: <bos> and an image. codes: n image codes in [0, K)."""
+    return [vocabulary.bos, *image_tokens(vocabulary, codes)]
+
+
+def draw_prompt(vocabulary: Vocabulary, text: list[int] | None) -> list[int]:
+    """What an image follows: <bos>, the ids of a text, <boi>. None is the dropped condition."""
+    return [vocabulary.bos, *([vocabulary.null] if text is None else text), vocabulary.boi]
+
+
+def _next_token(ids: list[int], spans: Sequence[Span], state: int = 0) -> TokenSequence:
+    """A causal sequence. The positions of each span predict the token after them."""
+    tokens = np.array(ids, np.int64)
     objectives = np.full(len(ids), NO_LOSS, np.int64)
     for name, start, end in spans:
         objectives[start:end] = OBJECTIVES.index(name)
-    targets = np.where(objectives == NO_LOSS, 0, np.roll(read, -1))
-    return Sequence(read, targets, objectives, np.zeros_like(read), np.arange(len(ids)), state)
+    targets = np.where(objectives == NO_LOSS, 0, np.roll(tokens, -1))
+    blocks, positions = np.zeros_like(tokens), np.arange(len(ids))
+    return TokenSequence(tokens, targets, objectives, blocks, positions, state)
 
 
-def describe(vocabulary: Vocabulary, codes: SequenceOf[int] | Ids, text: list[int]) -> Sequence:
-    """codes: n image codes in [0, K); text: ids of the caption"""
-    image = [vocabulary.image_start + int(code) for code in codes]
-    prompt = describe_prompt(vocabulary, image)
+def describe(vocabulary: Vocabulary, codes: Sequence[int] | Ids, text: list[int]) -> TokenSequence:
+    """An image and its caption.
+
+    Args:
+        codes: n image codes in [0, K).
+        text: ids of the caption.
+    """
+    prompt = describe_prompt(vocabulary, codes)
     ids = [*prompt, *text, vocabulary.eos]
     eoi = len(prompt) - 1
     return _next_token(ids, [("caption", eoi, len(ids) - 1)], state=eoi)
@@ -80,143 +112,157 @@ def describe(vocabulary: Vocabulary, codes: SequenceOf[int] | Ids, text: list[in
 
 def answer(
     vocabulary: Vocabulary,
-    codes: SequenceOf[int] | Ids,
-    turns: SequenceOf[tuple[list[int], list[int]]],
-    longest: int | None = None,
-) -> Sequence:
-    """turns: ids of each question, which carry no loss, and of its answer; longest: turns after
-    the first that would make the sequence longer than this are left out"""
-    image = [vocabulary.image_start + int(code) for code in codes]
-    ids = describe_prompt(vocabulary, image)
+    codes: Sequence[int] | Ids,
+    turns: Sequence[tuple[list[int], list[int]]],
+    max_length: int | None = None,
+) -> TokenSequence:
+    """An image, and questions about it in turn.
+
+    Args:
+        codes: n image codes in [0, K).
+        turns: ids of each question, which carry no loss, and of its answer.
+        max_length: turns after the first that would make the sequence longer are left out.
+    """
+    ids = describe_prompt(vocabulary, codes)
     state, spans = len(ids) - 1, list[Span]()
     for prompt, text in turns:
         turn = [*prompt, *text, vocabulary.eos]
-        if spans and longest is not None and len(ids) + len(turn) > longest:
+        if spans and max_length is not None and len(ids) + len(turn) > max_length:
             continue
         spans.append(("answer", len(ids) + len(prompt) - 1, len(ids) + len(turn) - 1))
         ids += turn
     return _next_token(ids, spans, state)
 
 
-def describe_prompt(vocabulary: Vocabulary, image: list[int]) -> list[int]:
-    """image: ids of the codes"""
-    return [vocabulary.bos, vocabulary.boi, *image, vocabulary.eoi]
-
-
-def draw_prompt(vocabulary: Vocabulary, text: list[int] | None) -> list[int]:
-    """text: ids of the caption; None: the dropped condition"""
-    return [vocabulary.bos, *([vocabulary.null] if text is None else text), vocabulary.boi]
-
-
 def draw(
     vocabulary: Vocabulary,
     text: list[int] | None,
-    codes: SequenceOf[int] | Ids | None = None,
+    codes: Sequence[int] | Ids | None = None,
     masked: NDArray[np.bool_] | None = None,
     known: NDArray[np.bool_] | None = None,
-) -> Sequence:
-    """text: ids, or None for the dropped condition; codes: n image codes, or None to end at <boi>;
-    masked: bool[n], the codes to reconstruct, or None for next-token prediction; known: bool[n],
-    those that are read, by default all others. Errors: ``ValueError`` for masks that are not as
-    long as codes."""
+) -> TokenSequence:
+    """A text and the image that it describes.
+
+    Args:
+        text: ids. None: the dropped condition.
+        codes: n image codes in [0, K). None: the sequence ends at <boi>.
+        masked: bool[n], the codes to reconstruct. None: next-token prediction.
+        known: bool[n], the codes that are read. By default all that are not masked.
+
+    Raises:
+        ValueError: if masked or known have another length than codes.
+    """
     prompt = draw_prompt(vocabulary, text)
     boi = len(prompt) - 1
     spans = [] if text is None else [("text", 0, boi)]
     if codes is None:
         return _next_token(prompt, spans, state=boi)
-    image = [vocabulary.image_start + int(code) for code in codes]
+    ids = prompt[:-1] + image_tokens(vocabulary, codes)
     if masked is None:
-        ids = [*prompt, *image, vocabulary.eoi]
-        return _next_token(ids, [*spans, ("image", boi, boi + 1 + len(image))], state=boi)
+        return _next_token(ids, [*spans, ("image", boi, len(ids) - 1)], state=boi)
     known = ~masked if known is None else known
-    if not len(masked) == len(known) == len(image):
+    if not len(masked) == len(known) == len(codes):
         raise ValueError(
-            f"masked, known: {len(masked)} and {len(known)} entries for {len(image)} codes"
+            f"masked, known: {len(masked)} and {len(known)} entries for {len(codes)} codes"
         )
-    places = np.flatnonzero(masked | known)
-    made = _next_token([*prompt, *(image[place] for place in places)], spans, state=boi)
+    kept = np.flatnonzero(masked | known)
+    image = ids[boi + 1 : -1]
+    sequence = _next_token([*prompt, *(image[code] for code in kept)], spans, state=boi)
     block = slice(boi + 1, None)
-    asked = boi + 1 + np.flatnonzero(masked[places])
-    made.positions[block] = boi + 1 + places
-    made.blocks[block] = 1
-    made.targets[asked] = made.ids[asked]
-    made.objectives[asked] = OBJECTIVES.index("reconstruct")
-    made.ids[asked] = vocabulary.mask
-    return made
+    predicted = boi + 1 + np.flatnonzero(masked[kept])
+    sequence.positions[block] = boi + 1 + kept
+    sequence.blocks[block] = 1
+    sequence.targets[predicted] = sequence.ids[predicted]
+    sequence.objectives[predicted] = OBJECTIVES.index("reconstruct")
+    sequence.ids[predicted] = vocabulary.mask
+    return sequence
 
 
 def document(
-    vocabulary: Vocabulary, parts: SequenceOf[list[int] | Ids], longest: int | None = None
-) -> list[Sequence]:
-    """parts: ids of a text (a list), or n image codes (an array), in their order; longest: tokens
-    of a sequence, what is more goes on in the next. Errors: ``ValueError`` if no image fits."""
-    pieces: list[Sequence] = []
-    ids, spans, name = [vocabulary.bos], list[Span](), "text"
+    vocabulary: Vocabulary, parts: Sequence[list[int] | Ids], max_length: int | None = None
+) -> list[TokenSequence]:
+    """Texts and images in their order.
+
+    Args:
+        parts: ids of a text (a list), or n image codes (an array).
+        max_length: tokens of a sequence. What is more continues in the next sequence.
+
+    Raises:
+        ValueError: if an image does not fit a sequence.
+    """
+    sequences: list[TokenSequence] = []
+    ids, spans, objective = [vocabulary.bos], list[Span](), "text"
 
     def extend(more: list[int], objective: str) -> None:
         spans.append((objective, len(ids) - 1, len(ids) - 1 + len(more)))
         ids.extend(more)
 
     def cut() -> None:
-        nonlocal ids, spans, name
+        nonlocal ids, spans, objective
         if spans:
-            pieces.append(_next_token(ids, spans))
-        ids, spans, name = [vocabulary.bos], [], "text"
+            sequences.append(_next_token(ids, spans))
+        ids, spans, objective = [vocabulary.bos], [], "text"
 
     for part in parts:
         if isinstance(part, list):
-            while longest is not None and len(ids) + len(part) > longest:
-                room = longest - len(ids)
-                extend(part[:room], name)
+            while max_length is not None and len(ids) + len(part) > max_length:
+                room = max_length - len(ids)
+                extend(part[:room], objective)
                 part = part[room:]
                 cut()
-            extend(part, name)
+            extend(part, objective)
             continue
-        image = [vocabulary.image_start + int(code) for code in part]
-        if longest is not None and len(ids) + len(image) + 2 > longest:
+        boi, *image = image_tokens(vocabulary, part)
+        if max_length is not None and len(ids) + 1 + len(image) > max_length:
             cut()
-            if len(image) + 3 > longest:
-                raise ValueError(f"an image of {len(image)} codes does not fit {longest} tokens")
-        extend([vocabulary.boi], name)
-        extend([*image, vocabulary.eoi], "image")
-        name = "caption"
-    # After a cut it would teach to say nothing after <bos>.
-    if longest is None or len(ids) < longest and (spans or not pieces):
-        extend([vocabulary.eos], name)
+            if 2 + len(image) > max_length:
+                raise ValueError(f"an image of {len(part)} codes does not fit {max_length} tokens")
+        extend([boi], objective)
+        extend(image, "image")
+        objective = "caption"
+    # Right after a cut, <eos> would teach to say nothing after <bos>.
+    if max_length is None or len(ids) < max_length and (spans or not sequences):
+        extend([vocabulary.eos], objective)
     cut()
-    return pieces
+    return sequences
 
 
-def plain_text(vocabulary: Vocabulary, text: list[int]) -> Sequence:
+def plain_text(vocabulary: Vocabulary, text: list[int]) -> TokenSequence:
     return document(vocabulary, [text])[0]
 
 
 def mask_ratio(uniform: float) -> float:
-    """How much is unknown, by the cosine schedule of MaskGIT (Chang et al. 2022,
-    arXiv:2202.04200): [0, 1) -> (0, 1]"""
+    """The share that is unknown, by the cosine schedule of MaskGIT (Chang et al. 2022,
+    arXiv:2202.04200): [0, 1) -> (0, 1]."""
     return float(np.cos(uniform * np.pi / 2))
 
 
 def random_mask(
     count: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """masked, known: bool[count], what a step of a drawing asks for, and what it knows.
+    """What one step of a masked drawing predicts and what it knows.
 
-    A share of ``mask_ratio`` of a uniform number, at least one, is not known; of these, a uniform
-    share is asked for, at least one.
+    A share of the codes, by ``mask_ratio`` of a uniform number, is unknown: at least one code. A
+    uniform share of the unknown codes is predicted: at least one code.
+
+    Returns:
+        masked, known: bool[count] each.
     """
     unknown = max(1, round(count * mask_ratio(rng.random())))
-    asked = max(1, round(unknown * rng.random()))
+    to_predict = max(1, round(unknown * rng.random()))
     rank = rng.permutation(count)
-    return rank < asked, rank >= unknown
+    return rank < to_predict, rank >= unknown
 
 
 @dataclass
 class Packed:
-    """Rows of one length; every tensor int64[R, L], except ``states``: int64[sequences].
+    """Rows of one length. Every tensor is int64[R, L], except ``states``: int64[sequences].
 
-    documents: numbered from 1 in each row, 0 is padding; positions: within the document; states:
-    the place of each sequence's embedding in the rows laid end to end.
+    Attributes:
+        ids, targets, objectives, blocks: as in TokenSequence.
+        documents: numbers from 1 in each row. 0 is padding.
+        positions: within the document.
+        states: the index of each sequence's embedding in the flattened rows.
     """
 
     ids: Tensor
@@ -231,37 +277,50 @@ class Packed:
         return Packed(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def unknown_shares(self, codes: int) -> Tensor:
-        """float32[R, L] in [0, 1]: of the codes of each document's masked image, the share that is
-        not known, and 1 where there is none; codes: how many a whole image has"""
+        """The share of the codes of each document's masked image that is unknown.
+
+        Args:
+            codes: how many codes a whole image has.
+
+        Returns:
+            float32[R, L] in [0, 1], and 1 where there is no masked image.
+        """
         known = (self.blocks > 0) & (self.objectives != OBJECTIVES.index("reconstruct"))
         return (1 - self.count(known).to(torch.float32) / codes)[self.document_numbers]
 
     @property
     def document_numbers(self) -> Tensor:
-        """int64[R, L]: documents, and the padding of each row, numbered through all rows."""
+        """int64[R, L]: documents and paddings, numbered through all rows."""
         rows, length = self.ids.shape
         first = (length + 1) * torch.arange(rows, device=self.ids.device)
         return self.documents + first[:, None]
 
     def count(self, tokens: Tensor) -> Tensor:
-        """bool[R, L] -> int64[R (L + 1)]: how many of each of ``document_numbers`` there are"""
+        """How many of some tokens each document has: bool[R, L] -> int64[R (L + 1)]."""
         rows, length = self.ids.shape
         counts = torch.zeros(rows * (length + 1), dtype=torch.int64, device=self.ids.device)
         return counts.index_add_(0, self.document_numbers.flatten(), tokens.flatten().long())
 
     @property
     def efficiency(self) -> float:
-        """Share of the positions that are no padding."""
+        """The share of the positions that are not padding."""
         return float((self.documents > 0).float().mean())
 
 
-def pack(sequences: list[Sequence], row_length: int, pad: int, row_multiple: int = 1) -> Packed:
-    """Put sequences into as few rows as first-fit-decreasing finds; their order is kept in states.
+def pack(
+    sequences: list[TokenSequence], row_length: int, pad: int, row_multiple: int = 1
+) -> Packed:
+    """Pack sequences into rows by first-fit-decreasing.
 
-    Rows of padding bring their number to a multiple of ``row_multiple``: in training, a batch of a
-    new shape costs kernels to be made and kept.
+    Args:
+        sequences: their order is kept in ``states``.
+        row_length: L.
+        pad: the id of padding.
+        row_multiple: rows of padding bring R to a multiple of this. In training each new shape
+            costs kernels that are compiled and kept.
 
-    Errors: ``ValueError`` for a sequence longer than a row.
+    Raises:
+        ValueError: for a sequence longer than a row.
     """
     longest = max(map(len, sequences), default=0)
     if longest > row_length:
@@ -286,12 +345,12 @@ def pack(sequences: list[Sequence], row_length: int, pad: int, row_multiple: int
     for r, members in enumerate(rows):
         start = 0
         for document, i in enumerate(members, start=1):
-            one = sequences[i]
-            here = slice(start, start + len(one))
-            ids[r, here], targets[r, here] = one.ids, one.targets
-            objectives[r, here], blocks[r, here] = one.objectives, one.blocks
-            documents[r, here], positions[r, here] = document, one.positions
-            states[i] = r * row_length + start + one.state
-            start += len(one)
+            sequence = sequences[i]
+            here = slice(start, start + len(sequence))
+            ids[r, here], targets[r, here] = sequence.ids, sequence.targets
+            objectives[r, here], blocks[r, here] = sequence.objectives, sequence.blocks
+            documents[r, here], positions[r, here] = document, sequence.positions
+            states[i] = r * row_length + start + sequence.state
+            start += len(sequence)
     arrays = (ids, targets, objectives, blocks, documents, positions, states)
     return Packed(*(torch.from_numpy(array) for array in arrays))

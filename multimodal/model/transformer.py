@@ -3,6 +3,9 @@
 Pre-RMSNorm, QK-norm per head, grouped-query attention, SwiGLU, rotate-half RoPE, no bias. An image
 is only tokens here, so the weights of this file are a stock language model for any engine.
 
+``forward`` reads many tokens. ``forward_token``, beside it in each module, reads one token of each
+row after a cache: the same numbers, with as few operations as possible.
+
 Shapes: B batch, L queries, S keys, D width, H heads, G key-value heads, d head size, V vocabulary.
 """
 
@@ -15,9 +18,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from multimodal.model.attention import Mask, attend
+from multimodal.model.attention import KVCache, Mask, attend
 
 ALL = slice(None)
+MAX_STATIC_ROWS = 2  # rows of a static compiled step: one prompt, or a drawing and its guidance
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class TransformerConfig:
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim}: RoPE turns pairs, so it must be even")
+            raise ValueError(f"head_dim={self.head_dim}: RoPE rotates pairs, so it must be even")
 
 
 # name: layers, width, heads, key-value heads, head size, SwiGLU width; then the parameters of the
@@ -69,74 +73,15 @@ def named_config(size: str, vocab_size: int) -> TransformerConfig:
     )
 
 
-@dataclass
-class Cache:
-    """Keys and values of what was read so far.
-
-    keys, values: of each layer float[B, G, S, d], with room for S tokens; length: how many are
-    filled. A layer has memory of its own: what is written to a part of a larger tensor, a compiled
-    step copies whole.
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    length: int = 0
-
-    @classmethod
-    def empty(cls, config: TransformerConfig, batch: int, room: int, like: Tensor) -> "Cache":
-        shape = (batch, config.num_key_value_heads, room, config.head_dim)
-        keys, values = (
-            [like.new_zeros(shape) for _ in range(config.num_hidden_layers)] for _ in range(2)
-        )
-        return cls(keys, values)
-
-    @property
-    def room(self) -> int:
-        """How many tokens it can hold."""
-        return self.keys[0].shape[2]
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v: float[B, G, L, d] of one layer; returns all it has, S = length + L."""
-        end = self.length + k.shape[2]
-        assert end <= self.room, f"the cache has room for {self.room} tokens"
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def columns(self, columns: slice) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of some of its tokens, of the same memory."""
-        keys, values = ([x[:, :, columns] for x in several] for several in (self.keys, self.values))
-        return keys, values
-
-    def put(self, rows: slice, start: int, keys: list[Tensor], values: list[Tensor]) -> None:
-        """Copy keys and values, of each layer float[B, G, L, d], to these rows from a token on."""
-        for mine, given in ((self.keys, keys), (self.values, values)):
-            for x, new in zip(mine, given, strict=True):
-                x[rows, :, start : start + new.shape[2]] = new
-
-    def keep(self, rows: Tensor) -> None:
-        """rows: int64[B'], those to go on with, in this order, some several times. Those that stay
-        where they are cost nothing; the room of those that are gone is kept."""
-        count = len(rows)
-        if count > len(self.keys[0]):
-            self.keys, self.values = ([x[rows] for x in each] for each in (self.keys, self.values))
-            return
-        moved = (rows != torch.arange(count, device=rows.device)).nonzero()[:, 0]
-        if len(moved):
-            sources = rows[moved]
-            for x in (*self.keys, *self.values):
-                x[moved, :, : self.length] = x[sources, :, : self.length]
-        self.keys, self.values = ([x[:count] for x in each] for each in (self.keys, self.values))
-
-    def grow(self, room: int) -> None:
-        """Make room for so many tokens more."""
-        self.keys, self.values = (
-            [F.pad(x, (0, 0, 0, room)) for x in several] for several in (self.keys, self.values)
-        )
-
-
 def rope(positions: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor]:
-    """positions: int64[B, L] -> cos, sin: float32[B, L, 1, d], the first half of sin negated"""
+    """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864).
+
+    Args:
+        positions: int64[B, L].
+
+    Returns:
+        cos and sin, float32[B, L, 1, d] each. The first half of sin is negated for ``rotate``.
+    """
     half = torch.arange(0, config.head_dim, 2, device=positions.device).float()
     frequencies = config.rope_theta ** (-half / config.head_dim)
     angles = positions[:, :, None, None].float() * frequencies
@@ -145,13 +90,28 @@ def rope(positions: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + d/2) of float[B, L, H, d] by the angles of their positions."""
+    """Rotate the pairs (i, i + d/2) of float[B, L, H, d] by the angles of their positions."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def norm_in_fp32(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """float[..., d] -> float32[..., d]; torch has a fused kernel where the types are one"""
+    """RMSNorm in fp32: float[..., d] -> float32[..., d]. One dtype throughout gets torch's fused
+    kernel."""
     return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
+
+
+def token_product(x: Tensor, linear: nn.Module) -> Tensor:
+    """A linear layer without bias for one token of each row: float[B, D] -> float[B, N].
+
+    Compiled for few rows on a CPU it is written as a sum. Such a product only waits for its
+    weights, and the compiler's loop reads them three times as fast as a library's matrix product
+    does (docs/decisions.md).
+    """
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    if torch.compiler.is_compiling() and not x.is_cuda and len(x) <= MAX_STATIC_ROWS:
+        return (x[:, None].float() * weight.float()).sum(-1).to(x.dtype)
+    return F.linear(x, weight)
 
 
 class Attention(nn.Module):
@@ -169,28 +129,52 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        turn: tuple[Tensor, Tensor],
+        cos_sin: tuple[Tensor, Tensor],
         mask: Mask,
-        cache: Cache | None,
+        cache: KVCache | None,
         layer: int,
-        wanted: slice,
+        query_slice: slice,
     ) -> Tensor:
         heads = "b l (h d) -> b l h d"
-        q = rearrange(self.q_proj(x[:, wanted]), heads, d=self.head_dim)
+        q = rearrange(self.q_proj(x[:, query_slice]), heads, d=self.head_dim)
         k = rearrange(self.k_proj(x), heads, d=self.head_dim)
         v = rearrange(self.v_proj(x), heads, d=self.head_dim)
-        # Norm and rotation in fp32 (the angles are), the products in the precision of the rest.
-        # Heads stand behind tokens until both are done: every operation reads what lies in a row.
-        of_queries = [angles[:, wanted] for angles in turn]
-        q = rotate(norm_in_fp32(self.q_norm, q), *of_queries).to(v.dtype)
-        k = rotate(norm_in_fp32(self.k_norm, k), *turn).to(v.dtype)
-        q, k, v = (rearrange(one, "b l h d -> b h l d") for one in (q, k, v))
+        # Norm and rotation in fp32, as the angles are. The products in the dtype of the weights.
+        # Keep [B, L, H, d] until after RoPE: memory stays contiguous.
+        query_cos_sin = [angles[:, query_slice] for angles in cos_sin]
+        q = rotate(norm_in_fp32(self.q_norm, q), *query_cos_sin).to(v.dtype)
+        k = rotate(norm_in_fp32(self.k_norm, k), *cos_sin).to(v.dtype)
+        q, k, v = (rearrange(x, "b l h d -> b h l d") for x in (q, k, v))
         if cache is not None:
             k, v = cache.append(layer, k, v)
         if isinstance(mask, Tensor):
-            mask = mask[:, :, wanted]
-        out: Tensor = self.o_proj(rearrange(attend(q, k, v, mask), "b h l d -> b l (h d)"))
-        return out
+            mask = mask[:, :, query_slice]
+        return self.o_proj(rearrange(attend(q, k, v, mask), "b h l d -> b l (h d)"))
+
+    def forward_token(
+        self,
+        x: Tensor,
+        cos_sin: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        slot: Tensor,
+    ) -> Tensor:
+        q, k, v = (
+            token_product(x, projection).view(len(x), -1, self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = (
+            rotate(norm_in_fp32(norm, part), *cos_sin).to(v.dtype)
+            for norm, part in ((self.q_norm, q), (self.k_norm, k))
+        )
+        # Under autocast the cache has a wider dtype than the products.
+        keys.index_copy_(2, slot, k[:, :, None].to(keys.dtype))
+        values.index_copy_(2, slot, v[:, :, None].to(keys.dtype))
+        # The query heads of a group stand where queries do: [B, G, H / G, d]. Nothing is repeated.
+        grouped = q.reshape(len(q), keys.shape[1], -1, self.head_dim)
+        attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+        return token_product(attended.flatten(1), self.o_proj)
 
 
 class MLP(nn.Module):
@@ -201,8 +185,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def forward_token(self, x: Tensor) -> Tensor:
+        gated = F.silu(token_product(x, self.gate_proj)) * token_product(x, self.up_proj)
+        return token_product(gated, self.down_proj)
 
 
 class Layer(nn.Module):
@@ -216,23 +203,37 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        turn: tuple[Tensor, Tensor],
+        cos_sin: tuple[Tensor, Tensor],
         mask: Mask,
-        cache: Cache | None,
+        cache: KVCache | None,
         layer: int,
-        wanted: slice,
+        query_slice: slice,
     ) -> Tensor:
-        read = self.self_attn(self.input_layernorm(x), turn, mask, cache, layer, wanted)
-        x = x[:, wanted] + read
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+        attended = self.self_attn(self.input_layernorm(x), cos_sin, mask, cache, layer, query_slice)
+        x = x[:, query_slice] + attended
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward_token(
+        self,
+        x: Tensor,
+        cos_sin: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        slot: Tensor,
+    ) -> Tensor:
+        x = x + self.self_attn.forward_token(
+            self.input_layernorm(x), cos_sin, mask, keys, values, slot
+        )
+        return x + self.mlp.forward_token(self.post_attention_layernorm(x))
 
 
 class Transformer(nn.Module):
-    """ids in, hidden states out; ``logits`` turns those it is given into float32 scores.
+    """Ids in, hidden states out. ``logits`` turns hidden states into float32 scores.
 
-    ``recompute``: in training, keep what enters a layer, and compute the rest again going back
-    (Chen et al. 2016, arXiv:1604.06174).
+    Attributes:
+        recompute: in training keep only what enters a layer, and compute the rest again in the
+            backward pass (Chen et al. 2016, arXiv:1604.06174).
     """
 
     recompute = False
@@ -262,33 +263,90 @@ class Transformer(nn.Module):
         ids: Tensor,
         positions: Tensor,
         mask: Mask,
-        cache: Cache | None = None,
-        wanted: slice = ALL,
+        cache: KVCache | None = None,
+        query_slice: slice = ALL,
     ) -> Tensor:
-        """ids, positions: int64[B, L]; mask: bool[B, 1, L, S], that of another
-        backend (multimodal/model/attention.py), or None -> float[B, L, D], normed
+        """Read tokens.
 
-        With a cache, S counts what it holds and the L new tokens, which are added to it. wanted:
-        those of the L whose states are wanted, Q of them -> float[B, Q, D]; by default all.
+        Args:
+            ids, positions: int64[B, L].
+            mask: bool[B, 1, L, S], the mask of another backend (model/attention.py), or None: every
+                token sees all. With a cache, S counts the cached tokens and the L new ones.
+            cache: the L tokens are appended to it.
+            query_slice: the Q of the L tokens whose states are returned. The last layer computes
+                only keys and values for the others.
+
+        Returns:
+            float[B, Q, D], normed.
         """
-        turn = rope(positions, self.config)
+        cos_sin = rope(positions, self.config)
         x = self.embed_tokens(ids)
         for number, layer in enumerate(self.layers):
-            # What is not wanted needs no more than keys and values in the last layer.
-            asked = wanted if number == len(self.layers) - 1 else ALL
+            queries = query_slice if number == len(self.layers) - 1 else ALL
             if self.recompute and torch.is_grad_enabled() and cache is None:
-                x = checkpoint(layer, x, turn, mask, cache, number, asked, use_reentrant=False)
+                x = checkpoint(layer, x, cos_sin, mask, cache, number, queries, use_reentrant=False)
             else:
-                x = layer(x, turn, mask, cache, number, asked)
+                x = layer(x, cos_sin, mask, cache, number, queries)
         if cache is not None:
             cache.length += ids.shape[1]
-        out: Tensor = self.norm(x)
-        return out
+        return self.norm(x)
 
-    def logits(self, hidden: Tensor, ids: slice = slice(None)) -> Tensor:
-        """float[..., D] -> float32[..., V]: bf16 logits would round away what separates tokens.
+    def forward_prompt(
+        self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KVCache
+    ) -> Tensor:
+        """Read prompts into a cache and return the states of their last tokens: float[B, D].
 
-        ids: those whose logits are wanted; of a large vocabulary, a part costs a part.
+        Args: as for ``forward``.
+        """
+        return self(ids, positions, mask, cache, slice(-1, None))[:, 0]
+
+    def forward_token(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        keys: list[Tensor],
+        values: list[Tensor],
+        slot: Tensor,
+    ) -> Tensor:
+        """Read one token of each row. Its keys and values are written into the cache in place.
+
+        Args:
+            ids: int64[B].
+            positions: int64[B, 1].
+            mask: bool[B, 1, 1, S]. None: all keys are seen.
+            keys, values: for each layer float[B, G, S, d].
+            slot: int64[1], the index among the S where the token goes.
+
+        Returns:
+            float[B, D], normed.
+        """
+        cos, sin = (angles[:, 0] for angles in rope(positions, self.config))  # [B, 1, d]
+        x = self.embed_tokens(ids)
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            x = layer.forward_token(x, (cos, sin), mask, keys[number], values[number], slot)
+        return self.norm(x)
+
+    def empty_cache(self, rows: int, capacity: int) -> KVCache:
+        """A cache for so many rows and tokens."""
+        config = self.config
+        return KVCache.empty(
+            config.num_hidden_layers,
+            rows,
+            config.num_key_value_heads,
+            capacity,
+            config.head_dim,
+            self.embed_tokens.weight,
+        )
+
+    def logits(self, hidden: Tensor, ids: slice = ALL) -> Tensor:
+        """Scores of ids: float[..., D] -> float32[..., V].
+
+        In bf16 the differences between tokens would be rounded away.
+
+        Args:
+            ids: the ids whose scores are needed. A part of a large vocabulary costs a part.
         """
         return F.linear(hidden, self.lm_head.weight[ids]).float()
 
@@ -304,7 +362,11 @@ class Transformer(nn.Module):
                 yield name, value.contiguous()
 
     def load_stock_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The reverse of ``stock_state_dict``. Errors: RuntimeError, what does not fit."""
+        """The reverse of ``stock_state_dict``.
+
+        Raises:
+            RuntimeError: if names, shapes or tied embeddings do not fit.
+        """
         state = {name.removeprefix("model."): value for name, value in state.items()}
         if self.config.tie_word_embeddings and "embed_tokens.weight" in state:
             embeddings = state["embed_tokens.weight"]

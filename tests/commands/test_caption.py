@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 import multimodal
+from multimodal.api import Model
 from multimodal.cli import main
 from multimodal.commands.caption import line
 from multimodal.eval.metrics.captioning import normalise, ptb_tokenize, score_captions
-from multimodal.model.network import Multimodal
 
 
 def picture(width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
@@ -288,7 +288,7 @@ def test_info_verifies_fingerprints(
 
 def test_info_notices_other_weights(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    tiny_model: Callable[..., Multimodal],
+    tiny_model: Callable[..., Model],
 ) -> None:  # fmt: skip
     shutil.copytree(tiny_model_folder, tmp_path / "model")
     tiny_model(seed=0, noise=0.2).save(tmp_path / "other")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from multimodal.api import load
 from multimodal.cli import main
-from multimodal.model.checkpoint import load
 
 Run = Callable[..., tuple[int, str, str]]
 

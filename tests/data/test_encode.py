@@ -20,10 +20,10 @@ from multimodal.cli import main
 from multimodal.data.encode import Encoding, codes_to_bytes, encode_shards
 from multimodal.data.images import augment_image, fit_image, open_image, to_tensor
 from multimodal.data.samples import Sample
-from multimodal.data.seeds import sample_seed
 from multimodal.data.shards import Shards, read_manifest
 from multimodal.data.verify import check
 from multimodal.scenes.dataset import write_scenes
+from multimodal.seeds import sample_seed
 from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer, load_image_tokenizer
 
 VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads": 2}

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from multimodal.api import Model, load
 from multimodal.cli import main
 from multimodal.eval.demo import PHOTOS, Demo, photo
 from multimodal.eval.page import Figure, Section, page
-from multimodal.model.checkpoint import load
-from multimodal.model.network import Multimodal
 
 
 class Reader(HTMLParser):
@@ -69,10 +68,10 @@ def test_verdicts_are_those_of_the_programs(
     demo = Demo(load(tiny_model_folder))
     scenes, first = demo.scenes, demo.scenes[0].objects[0]
     said = [f"a {first.colour} {first.shape}", *["a dog"] * (7 + len(PHOTOS))]
-    monkeypatch.setattr(Multimodal, "caption", lambda *_: said)
+    monkeypatch.setattr(Model, "caption", lambda *_: said)
     figures = demo.captions().rows[0][1]
     assert [figure.verdict for figure in figures] == [True, *[False] * 7]
-    monkeypatch.setattr(Multimodal, "answer", lambda *_: "yes")
+    monkeypatch.setattr(Model, "answer", lambda *_: "yes")
     ((line, answers),) = demo.answers().rows
     right = sum(bool(figure.verdict) for figure in answers)
     assert line == f"{right} of 8 are right"

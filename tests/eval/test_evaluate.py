@@ -28,7 +28,7 @@ from multimodal.eval.tasks.evaluators import (
 )
 from multimodal.eval.tasks.registry import EVALUATORS
 from multimodal.inference.likelihoods import text_likelihoods
-from multimodal.model.lessons import asked_of
+from multimodal.model.lessons import questions_of
 from multimodal.model.templates import Templates
 
 
@@ -70,7 +70,7 @@ def test_a_cheat_that_copies_the_reference_gets_all(
         grey = len(codes) > 1 and bool((codes == codes[0]).all()) and codes.stride()[0] == 0
         return ["nothing"] * len(prompts) if grey else [f" {next(truth)}." for _ in prompts]
 
-    monkeypatch.setattr(evaluators, "text_after", knows)
+    monkeypatch.setattr(evaluators, "complete_prompts", knows)
     found = values(evaluate(Answers(), Subject(subject.model, subject.samples, 10_000)))
     assert found["accuracy"] == found["open"] == found["closed"] == 1
     assert found["blind_accuracy"] == 0 and found["says_yes"] == found["yes_is_right"]
@@ -156,10 +156,10 @@ def test_a_class_beside_captions_makes_no_statement_of_them(subject: Subject) ->
     }
     sample = Sample("a", {"json": json.dumps(record).encode()})
     assert Captioning().fits(sample) and Retrieval().fits(sample)
-    assert asked_of(record, Templates()) == [("Question: is it? Answer:", "is it?", "yes")]
+    assert questions_of(record, Templates()) == [("Question: is it? Answer:", "is it?", "yes")]
     statement = Sample("b", {"json": b'{"captions": ["it is", "so"], "label": "false"}'})
     assert not Captioning().fits(statement) and Answers().fits(statement)
-    assert len(asked_of(statement.record, Templates())) == 2
+    assert len(questions_of(statement.record, Templates())) == 2
 
 
 def test_photos_are_held_to_what_references_name(subject: Subject) -> None:

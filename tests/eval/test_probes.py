@@ -26,7 +26,7 @@ from multimodal.eval.tasks.probes import (
     Robustness,
     zero_shot_classifier,
 )
-from multimodal.inference.batch import Batch
+from multimodal.inference.batch import DecodeBatch
 from multimodal.inference.embedding import embed_texts
 from multimodal.inference.likelihoods import choice_likelihoods
 from multimodal.model.sequences import describe_prompt
@@ -98,10 +98,12 @@ def test_likelihoods_of_answers_are_sums_over_their_tokens(subject: Subject) -> 
         image = (subject.codes[row] + v.image_start).tolist()
         for text, likely in zip(choices[row], found[row].tolist(), strict=True):
             total, said = 0.0, [*encode(f" {text}"), v.eos]
-            batch = Batch(model, [describe_prompt(v, image) + encode(prompts[row])], len(said))
+            batch = DecodeBatch(
+                model.network, [describe_prompt(v, image) + encode(prompts[row])], len(said)
+            )
             for token in said:
                 total += batch.logits().log_softmax(-1)[0, token].item()
-                batch.read(torch.tensor([token]))
+                batch.step(torch.tensor([token]))
             assert likely == pytest.approx(total, abs=1e-3)
 
 
@@ -131,7 +133,7 @@ def test_few_shot_prompts_hold_others_and_never_the_answer(
         seen.append(prompts)
         return [model.text_tokenizer.encode("two dogs run") for _ in prompts]
 
-    monkeypatch.setattr(probes, "continue_text", look)
+    monkeypatch.setattr(probes, "generate_ids", look)
     found = evaluate(FewShot(), subject)
     assert [*found] == ["CIDEr_0", "CIDEr_1", "CIDEr_2", "CIDEr_4"]
     v = model.vocabulary

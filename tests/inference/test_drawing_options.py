@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 
 import multimodal.inference.editing as editing
+from multimodal.api import Model
 from multimodal.cli import main
 from multimodal.commands.options import DRAWN_AT
 from multimodal.inference.drawing import DRAWN, UNKNOWN, draw_codes
 from multimodal.inference.text import encode_images, read_images
-from multimodal.model.network import Multimodal
 
 TEXTS = ["a red bus in the snow", "two dogs run"]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Callable[..., Multimodal]) -> Multimodal:
+def model(tiny_model: Callable[..., Model]) -> Model:
     return tiny_model(noise=0.15)
 
 
@@ -30,7 +30,7 @@ def picture() -> Image.Image:
 
 
 @pytest.mark.parametrize("method", ["causal", "masked"])
-def test_led_away_from_itself_is_no_guidance(model: Multimodal, method: Any) -> None:
+def test_led_away_from_itself_is_no_guidance(model: Model, method: Any) -> None:
     """u + s (c - u) with u = c; and another text, or none, leads elsewhere."""
     plain = draw_codes(model, TEXTS[:1], method=method, guidance_scale=1)
     itself = draw_codes(model, TEXTS[:1], method=method, guidance_scale=4, negative=TEXTS[0])
@@ -41,7 +41,7 @@ def test_led_away_from_itself_is_no_guidance(model: Multimodal, method: Any) -> 
 
 
 @pytest.mark.parametrize("method", ["causal", "masked"])
-def test_a_rising_schedule_begins_without_guidance(model: Multimodal, method: Any) -> None:
+def test_a_rising_schedule_begins_without_guidance(model: Model, method: Any) -> None:
     def drawn(scale: float, schedule: Any, steps: int = 4) -> torch.Tensor:
         return draw_codes(model, TEXTS, method=method, guidance_scale=scale,
                           guidance_schedule=schedule, steps=steps)  # fmt: skip
@@ -63,12 +63,12 @@ def test_a_rising_schedule_begins_without_guidance(model: Multimodal, method: An
         ({"negative": " "}, "the text is empty"),
     ],
 )
-def test_guidance_that_cannot_be(model: Multimodal, options: dict[str, Any], said: str) -> None:
+def test_guidance_that_cannot_be(model: Model, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         model.draw("a red bus", **options)
 
 
-def test_around_an_image_all_else_is_drawn(model: Multimodal) -> None:
+def test_around_an_image_all_else_is_drawn(model: Model) -> None:
     image = picture()
     wider = model.outpaint(image, (0, 8, 40, 0), "a red bus")
     assert wider.size == (80, 32)
@@ -82,7 +82,7 @@ def test_around_an_image_all_else_is_drawn(model: Multimodal) -> None:
 
 @pytest.mark.parametrize("share", [0.25, 1.0])
 def test_a_variation_keeps_the_other_codes(
-    model: Multimodal, monkeypatch: pytest.MonkeyPatch, share: float
+    model: Model, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
     asked: list[tuple[list[str], torch.Tensor]] = []
 
@@ -117,7 +117,7 @@ def test_the_commands(tiny_model_folder: Path, tmp_path: Path) -> None:
     assert main([*line, "--vary", "2"]) == 1
 
 
-def test_a_thin_mask_touches_its_codes(model: Multimodal) -> None:
+def test_a_thin_mask_touches_its_codes(model: Model) -> None:
     from multimodal.inference.editing import box_mask, masked_codes
 
     thin = box_mask((1024, 1024), (255, 100, 257, 400))  # two pixels, on both sides of a border
@@ -128,7 +128,7 @@ def test_a_thin_mask_touches_its_codes(model: Multimodal) -> None:
 
 
 def test_what_a_crop_leaves_out_is_left_alone(
-    model: Multimodal, monkeypatch: pytest.MonkeyPatch
+    model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import dataclasses
 

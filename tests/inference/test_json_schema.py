@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from multimodal.api import Model
 from multimodal.cli import main
 from multimodal.inference.json_schema import Schema, token_bytes
 from multimodal.inference.likelihoods import choice_likelihoods
-from multimodal.inference.sampling import Sampling
-from multimodal.inference.text import answer_codes, continue_text
-from multimodal.model.network import Multimodal
+from multimodal.inference.text import answer_codes, generate_ids
 from multimodal.model.sequences import describe_prompt
+from multimodal.options import Sampling
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -29,26 +29,26 @@ SCHEMA: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Callable[..., Multimodal]) -> Multimodal:
+def model(tiny_model: Callable[..., Model]) -> Model:
     return tiny_model(seed=2, noise=0.1)
 
 
-def prompts_of(model: Multimodal, count: int) -> list[list[int]]:
+def prompts_of(model: Model, count: int) -> list[list[int]]:
     codes = torch.randint(64, (count, 16), generator=torch.Generator().manual_seed(0))
     return [describe_prompt(model.vocabulary, row)
             for row in (codes + model.vocabulary.image_start).tolist()]  # fmt: skip
 
 
-def test_the_bytes_of_tokens_are_those_of_texts(model: Multimodal) -> None:
+def test_the_bytes_of_tokens_are_those_of_texts(model: Model) -> None:
     known = token_bytes(model)
     for text in ("a red bus", "na\u00efve \u732b \U0001f408", "\n\t{}"):
         assert b"".join(known[i] for i in model.text_tokenizer.encode(text)) == text.encode()
     assert not any(known[model.vocabulary.text_size :])
 
 
-def test_all_of_two_hundred_answers_follow_the_schema(model: Multimodal) -> None:
+def test_all_of_two_hundred_answers_follow_the_schema(model: Model) -> None:
     schema, sampling = Schema(model, SCHEMA), Sampling(temperature=1.5)
-    texts = continue_text(model, prompts_of(model, 200), 120, sampling, schema=schema)
+    texts = generate_ids(model, prompts_of(model, 200), 120, sampling, schema=schema)
     found = [json.loads(model.text_tokenizer.decode(text)) for text in texts]
     assert len(found) == 200
     for one in found:
@@ -58,25 +58,25 @@ def test_all_of_two_hundred_answers_follow_the_schema(model: Multimodal) -> None
     assert len({json.dumps(one) for one in found}) > 150, "the model chooses, not the schema"
 
 
-def test_batch_equals_single_and_what_does_not_end_is_said(model: Multimodal) -> None:
+def test_batch_equals_single_and_what_does_not_end_is_said(model: Model) -> None:
     schema, prompts = Schema(model, SCHEMA), prompts_of(model, 4)
-    together = continue_text(model, prompts, 120, schema=schema)
-    assert together == [continue_text(model, [one], 120, schema=schema)[0] for one in prompts]
+    together = generate_ids(model, prompts, 120, schema=schema)
+    assert together == [generate_ids(model, [one], 120, schema=schema)[0] for one in prompts]
     with pytest.raises(ValueError, match="4 of 4 texts do not follow the schema to its end in 5 "):
-        continue_text(model, prompts, 5, schema=schema)
+        generate_ids(model, prompts, 5, schema=schema)
     with pytest.raises(ValueError, match="stop, and a JSON schema"):
-        continue_text(model, prompts, 5, schema=schema, stop=["a"])
+        generate_ids(model, prompts, 5, schema=schema, stop=["a"])
     with pytest.raises(ValueError, match="beams, and a JSON schema"):
-        continue_text(model, prompts, 5, Sampling(beams=2), schema=schema)
+        generate_ids(model, prompts, 5, Sampling(beams=2), schema=schema)
 
 
 @pytest.mark.parametrize("schema", [{"type": "nonsense"}, {"type": 3}])
-def test_a_schema_that_is_none_is_refused(model: Multimodal, schema: dict[str, Any]) -> None:
+def test_a_schema_that_is_none_is_refused(model: Model, schema: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="schema"):
         Schema(model, schema)
 
 
-def test_the_choice_is_the_likeliest(model: Multimodal) -> None:
+def test_the_choice_is_the_likeliest(model: Model) -> None:
     codes = torch.randint(64, (5, 16), generator=torch.Generator().manual_seed(1))
     choices = ["yes", "no", "a red bus in the snow"]
     found = answer_codes(model, codes, ["is it?"] * 5, choices=choices)

@@ -8,23 +8,23 @@ import pytest
 import torch
 from PIL import Image
 
-from multimodal.inference.batch import Batch
+from multimodal.api import Model
+from multimodal.inference.batch import DecodeBatch
 from multimodal.inference.mixed import Preview, Reply, prompt_ids
-from multimodal.model.network import Multimodal
 
-Make = Callable[..., Multimodal]
+Make = Callable[..., Model]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Make) -> Multimodal:
+def model(tiny_model: Make) -> Model:
     return tiny_model(noise=0.1)
 
 
 @pytest.fixture(scope="module")
-def eager(tiny_model: Make) -> Multimodal:
+def eager(tiny_model: Make) -> Model:
     """One that likes to draw in the middle of a text, and ends at times."""
     eager = tiny_model(seed=3, noise=0.1, tied=False)
-    v, logits = eager.vocabulary, eager.transformer.logits
+    v, logits = eager.vocabulary, eager.network.transformer.logits
 
     def liking(hidden: torch.Tensor, *ids: slice) -> torch.Tensor:
         scores = logits(hidden, *ids)
@@ -32,7 +32,7 @@ def eager(tiny_model: Make) -> Multimodal:
         scores[..., v.eos] += 3
         return scores
 
-    eager.transformer.logits = liking  # type: ignore[method-assign]
+    eager.network.transformer.logits = liking  # type: ignore[method-assign]
     return eager
 
 
@@ -55,7 +55,7 @@ def same(one: Reply | ValueError, other: Reply | ValueError) -> bool:
 
 
 @pytest.mark.parametrize("output", ["text", "image", "any"])
-def test_a_batch_is_its_prompts_one_at_a_time(eager: Multimodal, output: str) -> None:
+def test_a_batch_is_its_prompts_one_at_a_time(eager: Model, output: str) -> None:
     options = {"output": output, "max_tokens": 12}
     together = eager.reply(prompts(), **options)  # type: ignore[arg-type]
     for prompt, found in zip(prompts(), together, strict=True):
@@ -69,7 +69,7 @@ def test_a_batch_is_its_prompts_one_at_a_time(eager: Multimodal, output: str) ->
     assert (Image.Image in kinds, str in kinds) == (output != "text", output != "image")
 
 
-def test_random_numbers_are_those_of_the_prompt_not_of_the_batch(eager: Multimodal) -> None:
+def test_random_numbers_are_those_of_the_prompt_not_of_the_batch(eager: Model) -> None:
     hot = {"temperature": 1.0, "seed": 4, "max_tokens": 12}
     together = eager.reply(prompts(), output="any", **hot)  # type: ignore[arg-type]
     again = eager.reply(prompts()[:2], output="any", **hot)  # type: ignore[arg-type]
@@ -85,9 +85,7 @@ def same_parts(one: Reply | ValueError, other: Reply | ValueError) -> bool:
     ]
 
 
-def test_what_is_wrong_with_one_is_not_wrong_with_the_others(
-    model: Multimodal, tmp_path: Path
-) -> None:
+def test_what_is_wrong_with_one_is_not_wrong_with_the_others(model: Model, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"?")
     rows = [["a red"], [], [tmp_path / "broken.png"], ["word " * 9_999], [picture(0)]]
     found = model.reply(rows, max_tokens=9)  # type: ignore[arg-type]
@@ -98,7 +96,7 @@ def test_what_is_wrong_with_one_is_not_wrong_with_the_others(
     assert model.reply([]) == []
 
 
-def test_a_stream_is_the_same_in_pieces(eager: Multimodal) -> None:
+def test_a_stream_is_the_same_in_pieces(eager: Model) -> None:
     for prompt in prompts():
         pieces = list(eager.stream(prompt, output="any", max_tokens=12))
         parts = eager.generate(prompt, output="any", max_tokens=12)
@@ -114,20 +112,20 @@ def test_a_stream_is_the_same_in_pieces(eager: Multimodal) -> None:
         assert not any("\N{REPLACEMENT CHARACTER}" in p for p in pieces[:-1] if isinstance(p, str))
 
 
-def test_the_probability_is_that_of_the_tokens(model: Multimodal) -> None:
+def test_the_probability_is_that_of_the_tokens(model: Model) -> None:
     (found,) = model.reply([["a red"]], max_tokens=7)
     assert isinstance(found, Reply)
     v, total = model.vocabulary, 0.0
-    batch = Batch(model, [prompt_ids(model, ["a red"])], 7)
+    batch = DecodeBatch(model.network, [prompt_ids(model, ["a red"])], 7)
     for _ in range(found.text_tokens + (found.ended == "end")):
         allowed = torch.cat([batch.logits()[0, : v.text_size], batch.logits()[0, v.eos :][:1]])
         best = int(allowed.argmax())
         total += float(allowed.log_softmax(-1)[best])
-        batch.read(torch.tensor([v.eos if best == v.text_size else best]))
+        batch.step(torch.tensor([v.eos if best == v.text_size else best]))
     assert found.log_probability == pytest.approx(total, abs=1e-3)
 
 
-def test_a_reply_and_its_stream_end_before_a_stop(model: Multimodal) -> None:
+def test_a_reply_and_its_stream_end_before_a_stop(model: Model) -> None:
     (whole,) = model.reply([["a red"]], max_tokens=24)
     assert isinstance(whole, Reply) and isinstance(whole.parts[0], str)
     text = whole.parts[0]
@@ -141,7 +139,7 @@ def test_a_reply_and_its_stream_end_before_a_stop(model: Multimodal) -> None:
     assert "".join(map(str, pieces)).strip() == found.parts[0]
 
 
-def test_an_image_can_be_watched(eager: Multimodal) -> None:
+def test_an_image_can_be_watched(eager: Model) -> None:
     options = {"output": "image", "temperature": 1.0, "seed": 3}
     plain = list(eager.stream(["a red"], **options))  # type: ignore[arg-type]
     *previews, image = eager.stream(["a red"], previews=True, **options)  # type: ignore[arg-type]
@@ -154,7 +152,7 @@ def test_an_image_can_be_watched(eager: Multimodal) -> None:
 
 
 @pytest.mark.parametrize(("method", "calls"), [("causal", 4), ("masked", 6)])
-def test_drawings_can_be_watched(model: Multimodal, method: str, calls: int) -> None:
+def test_drawings_can_be_watched(model: Model, method: str, calls: int) -> None:
     seen: list[tuple[list[int], list[Image.Image]]] = []
     how = {"method": method, "steps": 6, "seed": 1}
     drawn = model.draw(

@@ -9,8 +9,8 @@ from PIL import Image
 from multimodal import load
 from multimodal.cli import main
 from multimodal.inference.prompt_files import LIBRARY, find_prompt, prompt_files, read_prompt
-from multimodal.inference.sampling import Sampling
 from multimodal.inference.text import answer_codes, encode_images, read_images
+from multimodal.options import Sampling
 
 
 @pytest.fixture(scope="module")

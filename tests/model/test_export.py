@@ -10,13 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from multimodal.api import Model, load
 from multimodal.cli import main
-from multimodal.inference.text import continue_text, encode_images, read_images
+from multimodal.inference.text import encode_images, generate_ids, read_images
 from multimodal.model.attention import attention_mask
-from multimodal.model.checkpoint import load
 from multimodal.model.export import export_hf
-from multimodal.model.network import Multimodal
-from multimodal.model.sequences import Sequence, describe, describe_prompt, draw, pack, plain_text
+from multimodal.model.sequences import (
+    describe,
+    describe_prompt,
+    draw,
+    pack,
+    plain_text,
+)
 from multimodal.model.transformer import Transformer, TransformerConfig
 from multimodal.model.vocabulary import SPECIALS
 
@@ -32,9 +37,9 @@ TEXTS = (
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def pair(
     request: pytest.FixtureRequest,
-    tiny_model: Callable[..., Multimodal],
+    tiny_model: Callable[..., Model],
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Multimodal, Any, Any]:
+) -> tuple[Model, Any, Any]:
     """Ours, and the exported model and tokenizer as transformers loads them."""
     folder = tmp_path_factory.mktemp("export")
     ours = tiny_model(noise=0.1, tied=request.param)
@@ -57,7 +62,7 @@ def our_logits(transformer: Transformer, ids: Tensor) -> Tensor:
     )
 
 
-def causal_sequences(model: Multimodal) -> dict[str, Sequence]:
+def causal_sequences(model: Model) -> dict[str, Sequence]:
     vocabulary, text = model.vocabulary, model.text_tokenizer.encode("two dogs run")
     return {
         "describe": describe(vocabulary, CODES, text),
@@ -67,7 +72,7 @@ def causal_sequences(model: Multimodal) -> dict[str, Sequence]:
     }
 
 
-def test_transformers_loads_it_as_stock_qwen3(pair: tuple[Multimodal, Any, Any]) -> None:
+def test_transformers_loads_it_as_stock_qwen3(pair: tuple[Model, Any, Any]) -> None:
     ours, theirs, tokenizer = pair
     assert type(theirs) is transformers.Qwen3ForCausalLM
     vocabulary, config = ours.vocabulary, theirs.generation_config
@@ -81,7 +86,7 @@ def test_transformers_loads_it_as_stock_qwen3(pair: tuple[Multimodal, Any, Any])
     assert theirs.config.rope_parameters["rope_theta"] == ours.config.transformer.rope_theta
 
 
-def test_logits_are_equal(pair: tuple[Multimodal, Any, Any]) -> None:
+def test_logits_are_equal(pair: tuple[Model, Any, Any]) -> None:
     ours, theirs, _ = pair
     for name, sequence in causal_sequences(ours).items():
         ids = torch.from_numpy(sequence.ids)[None]
@@ -92,7 +97,7 @@ def test_logits_are_equal(pair: tuple[Multimodal, Any, Any]) -> None:
         assert error < 1e-4, f"{name}: {error}"
 
 
-def test_packed_rows_give_the_logits_of_the_export(pair: tuple[Multimodal, Any, Any]) -> None:
+def test_packed_rows_give_the_logits_of_the_export(pair: tuple[Model, Any, Any]) -> None:
     """What training sees, several documents in a row, is what an engine computes alone."""
     ours, theirs, _ = pair
     sequences = list(causal_sequences(ours).values())
@@ -105,7 +110,7 @@ def test_packed_rows_give_the_logits_of_the_export(pair: tuple[Multimodal, Any, 
             assert (logits[start : start + len(sequence)] - expected).abs().max() < 1e-4
 
 
-def test_the_tokenizer_gives_our_ids(pair: tuple[Multimodal, Any, Any]) -> None:
+def test_the_tokenizer_gives_our_ids(pair: tuple[Model, Any, Any]) -> None:
     ours, _, tokenizer = pair
     vocabulary, encode = ours.vocabulary, ours.text_tokenizer.encode
     for text in TEXTS:
@@ -130,7 +135,7 @@ def test_the_tokenizer_gives_our_ids(pair: tuple[Multimodal, Any, Any]) -> None:
     assert len(tokenizer) == vocabulary.image_end
 
 
-def test_greedy_text_is_the_same(pair: tuple[Multimodal, Any, Any]) -> None:
+def test_greedy_text_is_the_same(pair: tuple[Model, Any, Any]) -> None:
     """Prompts of different lengths in one batch, theirs with left padding too."""
     ours, theirs, tokenizer = pair
     prompts = [
@@ -147,7 +152,7 @@ def test_greedy_text_is_the_same(pair: tuple[Multimodal, Any, Any]) -> None:
     for row in output[:, inputs["input_ids"].shape[1] :].tolist():
         texts.append(row[: row.index(vocabulary.eos)] if vocabulary.eos in row else row)
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    assert continue_text(ours, ids, 24) == texts
+    assert generate_ids(ours, ids, 24) == texts
     assert len({tuple(text) for text in texts}) == 3
 
 

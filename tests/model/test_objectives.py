@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import grad
 
+from multimodal.api import Model
 from multimodal.model.head_loss import head_losses
-from multimodal.model.network import Multimodal
 from multimodal.model.objectives import ObjectivesConfig, token_losses
-from multimodal.model.sequences import OBJECTIVES, Packed, Sequence, describe, draw, pack
+from multimodal.model.sequences import OBJECTIVES, Packed, describe, draw, pack
 
-Make = Callable[..., Multimodal]
+Make = Callable[..., Model]
 Batch = tuple[Packed, Tensor, Tensor]
 ALONE = (*OBJECTIVES, "siglip", "clip")
 HEAD = torch.eye(40)  # hidden states are the logits then
@@ -44,20 +44,18 @@ def codes_of(count: int) -> Tensor:
     return torch.randint(64, (count, 16), generator=torch.Generator().manual_seed(0))
 
 
-def sequences_of(model: Multimodal, texts: tuple[str, ...], asked: bool) -> list[Sequence]:
+def sequences_of(model: Model, texts: tuple[str, ...], asked: bool) -> list[Sequence]:
     """Of images with a caption each, and, if asked, with a question that it answers."""
     exchanges = [[("Which? ", text), ("It is? ", text)] if asked else [] for text in texts]
     return model.sequences(codes_of(len(texts)), texts, range(len(texts)), exchanges)
 
 
-def batch_of(model: Multimodal, texts: tuple[str, ...], asked: bool = False) -> Batch:
+def batch_of(model: Model, texts: tuple[str, ...], asked: bool = False) -> Batch:
     ids = torch.arange(len(texts))
     return pack(sequences_of(model, texts, asked), 160, model.vocabulary.pad), ids, ids
 
 
-def overfit(
-    model: Multimodal, batch: Batch, steps: int
-) -> tuple[dict[str, float], dict[str, float]]:
+def overfit(model: Model, batch: Batch, steps: int) -> tuple[dict[str, float], dict[str, float]]:
     """The parts of the loss before and after."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer, first = torch.optim.AdamW(weights, 3e-3, weight_decay=0), dict[str, float]()
@@ -138,7 +136,9 @@ def test_the_gradient_of_each_objective_reaches_what_it_should(
 
     weights = model.named_parameters()
     reached = {n for n, weight in weights if weight.grad is not None and weight.grad.any()}
-    layers = {f"transformer.{n}" for n, _ in model.transformer.named_parameters() if "layers" in n}
+    layers = {
+        f"transformer.{n}" for n, _ in model.network.transformer.named_parameters() if "layers" in n
+    }
     expected = layers | {"transformer.embed_tokens.weight", "transformer.norm.weight"}
     if name in ("siglip", "clip"):
         expected |= {f"alignment.{kind}_projection.weight" for kind in ("image", "text")}
@@ -150,7 +150,7 @@ def test_the_gradient_of_each_objective_reaches_what_it_should(
     # Row by row: only the ids that its predictions could see.
     kinds = ["describe"] * 2 + ["draw"] * 2 + ["answer"] * 2
     read = [read_by(name, *one) for one in zip(sequences, kinds, strict=False)]
-    assert (gradient := model.transformer.embed_tokens.weight.grad) is not None
+    assert (gradient := model.network.transformer.embed_tokens.weight.grad) is not None
     assert set(gradient.abs().sum(1).nonzero()[:, 0].tolist()) == set.union(*read)
     assert not any(weight.requires_grad for weight in model.image_tokenizer.parameters())
     assert not model.image_tokenizer.training
@@ -160,7 +160,7 @@ def test_the_loss_is_on_the_whole_vocabulary(tiny_model: Make, sentences: tuple[
     """The model itself learns not to speak in codes, nor in padding."""
     model = tiny_model(tied=False, **only("caption"))
     model(*batch_of(model, sentences))[0].backward()
-    assert (gradient := model.transformer.lm_head.weight.grad) is not None
+    assert (gradient := model.network.transformer.lm_head.weight.grad) is not None
     assert (gradient.abs().sum(1) > 0).all()
 
 
@@ -330,7 +330,7 @@ def test_an_image_without_a_caption_starts_its_answer(tiny_model: Make) -> None:
 RANK = """
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from multimodal.model.checkpoint import load
+from multimodal.api import load
 
 def run(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -349,7 +349,7 @@ def train(folder, rank):
 """
 
 
-def hand_made(model: Multimodal, numbers: range, texts: tuple[str, ...]) -> Batch:
+def hand_made(model: Model, numbers: range, texts: tuple[str, ...]) -> Batch:
     """0, 1, 2 are drawn masked and 3, 4, 5 next-token; 4 is dropped; images 1 and 5 are one."""
     vocabulary, codes = model.vocabulary, codes_of(6).numpy()
     describes, draws = [], []

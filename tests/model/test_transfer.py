@@ -11,10 +11,9 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
+from multimodal.api import Model, load
 from multimodal.cli import main
-from multimodal.model.checkpoint import load
 from multimodal.model.export import export_hf
-from multimodal.model.network import Multimodal
 from multimodal.model.qwen3 import read_qwen3
 from multimodal.scenes.dataset import write_scenes
 from multimodal.tokenizers.image import load_image_tokenizer
@@ -57,7 +56,7 @@ def test_a_qwen3_keeps_its_words_and_the_new_rows_start_at_their_mean(
     qwen: Path, images: str, tmp_path: Path
 ) -> None:
     text = TextTokenizer.load(qwen)
-    model = Multimodal.new(str(qwen), text, load_image_tokenizer(images)).eval()
+    model = Model.new(str(qwen), text, load_image_tokenizer(images)).eval()
     assert len(text) == 302 and text.decode(text.encode(SAID)) == SAID
     for one in (text, copy.deepcopy(text), TextTokenizer.from_json(text.to_json())):
         assert max(one.encode(SAID)) < 300, "what a user types is no control token"
@@ -66,10 +65,10 @@ def test_a_qwen3_keeps_its_words_and_the_new_rows_start_at_their_mean(
     positions = torch.arange(ids.shape[1])[None]
     causal = torch.ones(1, 1, *(ids.shape[1],) * 2).bool().tril()
     with torch.no_grad():
-        ours = model.transformer.logits(model.transformer(ids, positions, causal))
+        ours = model.network.transformer.logits(model.network.transformer(ids, positions, causal))
         expected = theirs(ids).logits
     torch.testing.assert_close(ours[..., :302], expected[..., :302], atol=1e-5, rtol=1e-5)
-    table = model.transformer.lm_head.weight
+    table = model.network.transformer.lm_head.weight
     mean = theirs.lm_head.weight[:302].mean(0)
     torch.testing.assert_close(table[model.vocabulary.boi], mean)
     codes = table[model.vocabulary.image_start : model.vocabulary.image_end]
@@ -125,8 +124,8 @@ def test_frozen_parts_stay_and_others_have_their_rate(
         "text_tokenizer": str(qwen), "image_tokenizer": images, "size": str(qwen),
         "row_length": 192, "warmup_steps": 0, "captions_in_validation": 0,
         "drawings_in_validation": 0, "recompute": True,
-        "freeze": ["model.transformer.layers.0", "*.q_norm.*"],
-        "learning_rates": {"model.transformer.layers.1.mlp": 0.0},
+        "freeze": ["model.network.transformer.layers.0", "*.q_norm.*"],
+        "learning_rates": {"model.network.transformer.layers.1.mlp": 0.0},
     }  # fmt: skip
     config = {
         "model": {"class_path": "multimodal.train.joint.JointModule", "init_args": module},

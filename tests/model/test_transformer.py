@@ -8,12 +8,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from multimodal.inference.batch import Batch
-from multimodal.inference.text import continue_text
+from multimodal.api import Model
+from multimodal.inference.batch import DecodeBatch
+from multimodal.inference.text import generate_ids
 from multimodal.model.attention import attend, attention_mask
-from multimodal.model.network import Multimodal
-from multimodal.model.sequences import NO_LOSS, Packed, Sequence, describe, draw, pack, plain_text
-from multimodal.model.transformer import SIZES, Cache, Transformer, TransformerConfig, named_config
+from multimodal.model.sequences import (
+    NO_LOSS,
+    Packed,
+    describe,
+    draw,
+    pack,
+    plain_text,
+)
+from multimodal.model.transformer import (
+    SIZES,
+    Cache,
+    Transformer,
+    TransformerConfig,
+    named_config,
+)
 
 CODES = np.arange(16) * 5 % 64
 TEXT = list(b"two dogs")
@@ -22,18 +35,18 @@ NOTHING, SOMETHING = 1e-5, 1e-2  # logits of the noisy tiny model have a standar
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Callable[..., Multimodal]) -> Multimodal:
+def model(tiny_model: Callable[..., Model]) -> Model:
     return tiny_model(noise=0.1)
 
 
 @torch.inference_mode()
-def logits_of(model: Multimodal, sequence: Sequence) -> Tensor:
+def logits_of(model: Model, sequence: Sequence) -> Tensor:
     """float32[L, V] of a sequence alone in its row"""
     packed = pack([sequence], len(sequence), model.vocabulary.pad)
-    return model.transformer.logits(model.hidden(packed)[0])
+    return model.network.transformer.logits(model.network.hidden(packed)[0])
 
 
-def changes(model: Multimodal, sequence: Sequence, position: int) -> Tensor:
+def changes(model: Model, sequence: Sequence, position: int) -> Tensor:
     """float[L]: how much the logits of each position move with the token at ``position``."""
     ids = sequence.ids.copy()
     ids[position] = ids[position] - 1 if ids[position] else 1
@@ -49,7 +62,7 @@ def followed(sequence: Sequence, token: int) -> Sequence:
     return replace(sequence, **longer)
 
 
-def all_forms(model: Multimodal) -> dict[str, Sequence]:
+def all_forms(model: Model) -> dict[str, Sequence]:
     vocabulary = model.vocabulary
     return {
         "describe": describe(vocabulary, CODES, TEXT),
@@ -68,9 +81,7 @@ def all_forms(model: Multimodal) -> dict[str, Sequence]:
 @pytest.mark.parametrize(
     "form", ["describe", "draw", "masked", "some left out", "after a block", "dropped", "text"]
 )
-def test_a_token_changes_itself_and_what_follows_and_its_block(
-    model: Multimodal, form: str
-) -> None:
+def test_a_token_changes_itself_and_what_follows_and_its_block(model: Model, form: str) -> None:
     sequence = all_forms(model)[form]
     for position in range(len(sequence)):
         change = changes(model, sequence, position)
@@ -82,13 +93,13 @@ def test_a_token_changes_itself_and_what_follows_and_its_block(
         assert change[position] > SOMETHING
 
 
-def state_of(model: Multimodal, sequence: Sequence) -> Tensor:
+def state_of(model: Model, sequence: Sequence) -> Tensor:
     with torch.inference_mode():
         packed = pack([sequence], len(sequence), model.vocabulary.pad)
-        return model.hidden(packed).flatten(0, 1)[packed.states[0]]
+        return model.network.hidden(packed).flatten(0, 1)[packed.states[0]]
 
 
-def test_the_text_embedding_knows_the_text_and_nothing_else(model: Multimodal) -> None:
+def test_the_text_embedding_knows_the_text_and_nothing_else(model: Model) -> None:
     vocabulary = model.vocabulary
     base = state_of(model, draw(vocabulary, TEXT))
     for codes, masked in (
@@ -105,7 +116,7 @@ def test_the_text_embedding_knows_the_text_and_nothing_else(model: Multimodal) -
         assert (state_of(model, draw(vocabulary, text)) - base).abs().max() > SOMETHING
 
 
-def test_the_image_embedding_knows_the_image_and_nothing_else(model: Multimodal) -> None:
+def test_the_image_embedding_knows_the_image_and_nothing_else(model: Model) -> None:
     vocabulary = model.vocabulary
     base = state_of(model, describe(vocabulary, CODES, TEXT))
     for text in ([], [5], TEXT[::-1]):
@@ -116,7 +127,7 @@ def test_the_image_embedding_knows_the_image_and_nothing_else(model: Multimodal)
         assert (state_of(model, describe(vocabulary, codes, TEXT)) - base).abs().max() > SOMETHING
 
 
-def test_order_matters(model: Multimodal) -> None:
+def test_order_matters(model: Model) -> None:
     """Without positions, a prompt would be a bag of tokens to its last one."""
     one, other = ([7, 8, 9, 10, 3], [9, 7, 10, 8, 3])
     a, b = (logits_of(model, plain_text(model.vocabulary, text))[-1] for text in (one, other))
@@ -126,33 +137,33 @@ def test_order_matters(model: Multimodal) -> None:
 # --- packed == separate ---------------------------------------------------------------------------
 
 
-def summed_loss(model: Multimodal, packed: Packed) -> Tensor:
-    logits = model.transformer.logits(model.hidden(packed))
+def summed_loss(model: Model, packed: Packed) -> Tensor:
+    logits = model.network.transformer.logits(model.network.hidden(packed))
     log_p = logits.log_softmax(-1).gather(-1, packed.targets[..., None])[..., 0]
     return -(log_p * (packed.objectives != NO_LOSS)).sum()
 
 
-def test_packed_is_separate_in_values_and_gradients(tiny_model: Callable[..., Multimodal]) -> None:
+def test_packed_is_separate_in_values_and_gradients(tiny_model: Callable[..., Model]) -> None:
     model = tiny_model(noise=0.1)
     sequences = [*all_forms(model).values(), plain_text(model.vocabulary, [1])]
     together = pack(sequences, 100, model.vocabulary.pad)
     assert together.ids.shape[0] == 2 and together.documents.max() > 2
 
     def loss_and_gradients(batches: list[Packed]) -> tuple[float, dict[str, Tensor]]:
-        model.transformer.zero_grad()
+        model.network.transformer.zero_grad()
         loss = torch.stack([summed_loss(model, packed) for packed in batches]).sum()
         loss.backward()
-        gradients = {n: p.grad.clone() for n, p in model.transformer.named_parameters()}  # type: ignore[union-attr]
+        gradients = {n: p.grad.clone() for n, p in model.network.transformer.named_parameters()}  # type: ignore[union-attr]
         return loss.item(), gradients
 
     alone = [pack([sequence], len(sequence), 0) for sequence in sequences]
     loss, gradients = loss_and_gradients([together])
-    model.transformer.recompute = True  # what is not kept is computed again, the same
-    layer, calls = model.transformer.layers[0], list[int]()
+    model.network.transformer.recompute = True  # what is not kept is computed again, the same
+    layer, calls = model.network.transformer.layers[0], list[int]()
     handle = layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     again, gradients_again = loss_and_gradients([together])
     handle.remove()
-    model.transformer.recompute = False
+    model.network.transformer.recompute = False
     assert len(calls) == 2, "once forwards, once going back"
     assert again == loss
     assert all(torch.equal(gradients_again[name], g) for name, g in gradients.items())
@@ -162,16 +173,16 @@ def test_packed_is_separate_in_values_and_gradients(tiny_model: Callable[..., Mu
         scale = expected[name].abs().max()
         assert scale > 0, name
         assert (gradient - expected[name]).abs().max() <= 1e-5 * scale.clamp(min=1), name
-    states = model.hidden(together).flatten(0, 1)[together.states]
+    states = model.network.hidden(together).flatten(0, 1)[together.states]
     for state, sequence in zip(states, sequences, strict=True):
         assert (state - state_of(model, sequence)).abs().max() < NOTHING
 
 
-def test_padding_changes_nothing_and_is_finite(model: Multimodal) -> None:
+def test_padding_changes_nothing_and_is_finite(model: Model) -> None:
     sequence = plain_text(model.vocabulary, TEXT)
     packed = pack([sequence], 40, model.vocabulary.pad)
     with torch.inference_mode():
-        logits = model.transformer.logits(model.hidden(packed)[0])
+        logits = model.network.transformer.logits(model.network.hidden(packed)[0])
     assert logits.isfinite().all()
     assert (logits[: len(sequence)] - logits_of(model, sequence)).abs().max() < NOTHING
 
@@ -180,55 +191,59 @@ def test_padding_changes_nothing_and_is_finite(model: Multimodal) -> None:
 
 
 @torch.inference_mode()
-def test_prefill_and_single_steps_give_the_full_forward(model: Multimodal) -> None:
+def test_prefill_and_single_steps_give_the_full_forward(model: Model) -> None:
     ids = torch.tensor(describe(model.vocabulary, CODES, TEXT).ids).repeat(2, 1)
     ids[1, 3:7] += 1
     length = ids.shape[1]
     one = torch.ones_like(ids)
     positions, mask = one.cumsum(1) - 1, attention_mask(one, torch.zeros_like(ids))
-    full = model.transformer.logits(model.transformer(ids, positions, mask))
+    full = model.network.transformer.logits(model.network.transformer(ids, positions, mask))
     for prefill in (1, 9, length - 1):
         cache = Cache.empty(model.config.transformer, 2, length, full)
-        read = model.transformer(
+        read = model.network.transformer(
             ids[:, :prefill], positions[:, :prefill], mask[..., :prefill, :prefill], cache
         )
-        parts = [model.transformer.logits(read)]
+        parts = [model.network.transformer.logits(read)]
         for i in range(prefill, length):
-            read = model.transformer(ids[:, i : i + 1], positions[:, i : i + 1], None, cache)
-            parts.append(model.transformer.logits(read))
+            read = model.network.transformer(
+                ids[:, i : i + 1], positions[:, i : i + 1], None, cache
+            )
+            parts.append(model.network.transformer.logits(read))
         assert cache.length == length
         assert (torch.cat(parts, dim=1) - full).abs().max() < NOTHING
 
 
 @torch.inference_mode()
-def test_states_that_are_wanted_are_those_of_all(model: Multimodal) -> None:
+def test_states_that_are_wanted_are_those_of_all(model: Model) -> None:
     """After a cache or without one."""
     ids = torch.tensor(draw(model.vocabulary, TEXT, CODES, MASKED).ids).repeat(2, 1)
     ids[1, 3:7] += 1
     one = torch.ones_like(ids)
     positions, mask = one.cumsum(1) - 1, attention_mask(one, torch.zeros_like(ids))
-    full = model.transformer(ids, positions, mask)
+    full = model.network.transformer(ids, positions, mask)
     for read, wanted in ((0, slice(4)), (0, slice(-1, None)), (5, slice(2, 7)), (5, slice(1))):
         cache = Cache.empty(model.config.transformer, 2, ids.shape[1], full)
         if read:
-            model.transformer(ids[:, :read], positions[:, :read], mask[..., :read, :read], cache)
-        some = model.transformer(
+            model.network.transformer(
+                ids[:, :read], positions[:, :read], mask[..., :read, :read], cache
+            )
+        some = model.network.transformer(
             ids[:, read:], positions[:, read:], mask[:, :, read:], cache, wanted
         )
         assert (some - full[:, read:][:, wanted]).abs().max() < NOTHING
 
 
 @torch.inference_mode()
-def test_a_full_cache_takes_no_more(model: Multimodal) -> None:
+def test_a_full_cache_takes_no_more(model: Model) -> None:
     """Not even one token, which torch would broadcast into the empty rest without a word."""
-    batch = Batch(model, [[1, 2, 3]], room=1)
-    batch.read(torch.tensor([4]))
+    batch = DecodeBatch(model.network, [[1, 2, 3]], room=1)
+    batch.step(torch.tensor([4]))
     with pytest.raises(AssertionError, match="room for 4 tokens"):
-        batch.read(torch.tensor([5]))
+        batch.step(torch.tensor([5]))
 
 
 @torch.inference_mode()
-def test_a_ragged_batch_is_each_prompt_alone(model: Multimodal) -> None:
+def test_a_ragged_batch_is_each_prompt_alone(model: Model) -> None:
     vocabulary = model.vocabulary
     prompts = [
         describe(vocabulary, CODES, []).ids[:-1].tolist(),
@@ -236,8 +251,8 @@ def test_a_ragged_batch_is_each_prompt_alone(model: Multimodal) -> None:
         plain_text(vocabulary, TEXT).ids[:-1].tolist(),
     ]
     steps = torch.randint(vocabulary.text_size, (5, 3), generator=torch.Generator().manual_seed(0))
-    many = Batch(model, prompts, room=6)
-    alone = [Batch(model, [prompt], room=6) for prompt in prompts]
+    many = DecodeBatch(model.network, prompts, room=6)
+    alone = [DecodeBatch(model.network, [prompt], room=6) for prompt in prompts]
     texts = [[*prompt] for prompt in prompts]
     for ids in steps:
         for row, single in enumerate(alone):
@@ -254,7 +269,7 @@ def test_a_ragged_batch_is_each_prompt_alone(model: Multimodal) -> None:
     many.read(torch.tensor([3, 3]))
     for row, single in ((0, alone[2]), (1, alone[0])):
         assert (many.logits()[row] - single.logits()[0]).abs().max() < NOTHING
-    assert continue_text(model, prompts, 8) == [continue_text(model, [p], 8)[0] for p in prompts]
+    assert generate_ids(model, prompts, 8) == [generate_ids(model, [p], 8)[0] for p in prompts]
 
 
 # --- sizes and numbers ----------------------------------------------------------------------------
@@ -302,11 +317,11 @@ def test_the_residual_stream_keeps_its_scale_with_depth() -> None:
 
 @pytest.mark.filterwarnings("error")  # torch warns where mixed types cost it its fast kernels
 @torch.inference_mode()
-def test_bf16_is_close_and_its_logits_are_fp32(tiny_model: Callable[..., Multimodal]) -> None:
+def test_bf16_is_close_and_its_logits_are_fp32(tiny_model: Callable[..., Model]) -> None:
     model = tiny_model(noise=0.1)
     sequence = describe(model.vocabulary, CODES, TEXT)
     expected = logits_of(model, sequence)
-    model.transformer.bfloat16()
+    model.network.transformer.bfloat16()
     logits = logits_of(model, sequence)
     assert logits.dtype == torch.float32
     assert (logits - expected).std() < 0.05 * expected.std()
@@ -331,7 +346,7 @@ def test_attention_in_training_is_that_of_torch(masked: bool) -> None:
         assert torch.allclose(one, other, atol=1e-5)
 
 
-def rows_of_all_kinds(model: Multimodal) -> Packed:
+def rows_of_all_kinds(model: Model) -> Packed:
     v = model.vocabulary
     masked = np.arange(16) % 3 == 0
     sequences = [describe(v, CODES, TEXT), draw(v, TEXT, CODES, masked), draw(v, TEXT, CODES),
@@ -339,7 +354,7 @@ def rows_of_all_kinds(model: Multimodal) -> Packed:
     return pack(sequences, 64, v.pad)
 
 
-def losses_and_gradients(model: Multimodal, packed: Packed) -> tuple[Tensor, list[Tensor]]:
+def losses_and_gradients(model: Model, packed: Packed) -> tuple[Tensor, list[Tensor]]:
     ids = torch.arange(2, device=packed.ids.device)
     total, _ = model(packed, ids, ids)
     learned = [weight for weight in model.parameters() if weight.requires_grad]
@@ -348,7 +363,7 @@ def losses_and_gradients(model: Multimodal, packed: Packed) -> tuple[Tensor, lis
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_backends_of_attention_are_one_rule(
-    tiny_model: Callable[..., Multimodal], monkeypatch: pytest.MonkeyPatch, device: str
+    tiny_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     """Causal, bidirectional, packed and padded: the same loss and gradients from both."""
     import torch.nn.attention.flex_attention as library
@@ -358,7 +373,7 @@ def test_backends_of_attention_are_one_rule(
     model = tiny_model(noise=0.1).to(device).train()
     packed = rows_of_all_kinds(model).to(torch.device(device))
     loss, gradients = losses_and_gradients(model, packed)
-    model.attention_backend = "flex"
+    model.network.attention_backend = "flex"
     other, others = losses_and_gradients(model, packed)
     assert other.item() == pytest.approx(loss.item(), rel=1e-5)
     for one, another in zip(gradients, others, strict=True):

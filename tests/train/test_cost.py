@@ -6,22 +6,22 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from multimodal.model.network import Multimodal
+from multimodal.api import Model
 from multimodal.model.sequences import NO_LOSS, describe, draw, pack
 from multimodal.train.cost import layer_parameters, peak_memory, training_flops
 
 
 def test_flops_are_those_of_all_products_that_the_mask_lets_through(
-    tiny_model: Callable[..., Multimodal],
+    tiny_model: Callable[..., Model],
 ) -> None:
     model = tiny_model()
     config, codes = model.config.transformer, np.arange(16)
     masked = draw(model.vocabulary, [5, 6], codes, codes < 4, codes > 6)
     causal = describe(model.vocabulary, codes, [7, 8, 9])
     packed = pack([masked, causal], 64, model.vocabulary.pad)
-    hidden = model.hidden(packed)
+    hidden = model.network.hidden(packed)
     with FlopCounterMode(display=False) as counter:  # one long row, padding and all
-        model.transformer(packed.ids, packed.positions, None)
+        model.network.transformer(packed.ids, packed.positions, None)
     counted = counter.get_total_flops()
     visible = 13 * 12 / 2 + sum(n * (n + 1) / 2 for n in map(len, (masked, causal)))
     per_pair = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers

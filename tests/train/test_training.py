@@ -16,8 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from multimodal.api import load
 from multimodal.cli import main
-from multimodal.model.checkpoint import load
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.tokenizers import vq
 from multimodal.tokenizers.image import load_image_tokenizer

@@ -33,8 +33,9 @@ from multimodal.data.builder.records import RejectedSample, SourceSample, has_te
 from multimodal.data.builder.sources import read_source
 from multimodal.data.images import Fit
 from multimodal.data.near_duplicates import CopyIndex
-from multimodal.data.parallel import Engine, exclusive_lock, map_units, rank_and_world_size
+from multimodal.data.parallel import Engine, exclusive_lock, map_units
 from multimodal.data.shards import MANIFEST, index_shard, write_manifest
+from multimodal.torchrun import rank_and_world_size
 
 REJECTED = "rejected.jsonl"
 STAGING = ".building"

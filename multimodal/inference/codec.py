@@ -1,0 +1,95 @@
+"""From image files to codes, from codes to images, and from texts to ids.
+
+Shapes: B images, n = h w codes of an image, H W pixels.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from multimodal.data.images import fit_image, open_image, to_tensor
+from multimodal.model.checkpoint import ModelParts
+
+ImageSource: TypeAlias = str | Path | bytes | Image.Image
+UNKNOWN = -1  # a code that is not drawn yet
+GREY = 0.0  # pixels of a preview where nothing is drawn yet
+
+
+def encode_text(model: ModelParts, text: str) -> list[int]:
+    """What a user wrote, as ids. It never becomes a special id.
+
+    Raises:
+        ValueError: for an empty text.
+    """
+    if not text.strip():
+        raise ValueError("the text is empty")
+    return model.text_tokenizer.encode(text.strip())
+
+
+def name_of(image: object, number: int) -> str:
+    """What to call an image in errors."""
+    return str(image) if isinstance(image, str | Path) else f"image {number}"
+
+
+def read_images(
+    model: ModelParts, images: Sequence[ImageSource], names: Sequence[str] | None = None
+) -> Tensor:
+    """Open images and fit them to the size that the model was trained on.
+
+    Args:
+        names: what to call them in errors.
+
+    Returns:
+        float32[B, 3, H, W] in [-1, 1].
+
+    Raises:
+        ValueError: for an image that cannot be read.
+    """
+    config = model.image_tokenizer.config
+    pixels = []
+    for number, image in enumerate(images):
+        name = names[number] if names else name_of(image, number)
+        opened = open_image(image, name=name)
+        pixels.append(to_tensor(fit_image(opened, config.image_size, config.fit)))
+    return torch.stack(pixels)
+
+
+def encode_images(model: ModelParts, pixels: Tensor) -> Tensor:
+    """float32[B, 3, H, W] in [-1, 1] -> codes: int64[B, n] in [0, codebook_size)."""
+    codes = model.image_tokenizer.encode(pixels.to(model.device))
+    return rearrange(codes, "b h w -> b (h w)")
+
+
+@torch.inference_mode()
+def decode_images(model: ModelParts, codes: Tensor) -> Tensor:
+    """codes: int64[B, n] in [0, codebook_size) -> float32[B, 3, H, W] in [-1, 1]."""
+    grid = rearrange(codes, "b (h w) -> b h w", h=model.image_tokenizer.config.grid)
+    return model.image_tokenizer.decode(grid.to(model.device))
+
+
+@torch.inference_mode()
+def preview_images(model: ModelParts, codes: Tensor) -> Tensor:
+    """What is drawn so far of images whose lower rows of codes are missing.
+
+    The decoder looks at neighbours. So it is given the last known row again in the place of the
+    missing ones, and their pixels are hidden afterwards.
+
+    Args:
+        codes: int64[B, n], UNKNOWN after the same row in all of them.
+
+    Returns:
+        float32[B, 3, H, W] in [-1, 1], GREY where nothing is drawn yet.
+    """
+    grid = rearrange(codes, "b (h w) -> b h w", h=model.image_tokenizer.config.grid).clone()
+    rows = int((grid != UNKNOWN).all(-1).all(0).sum())
+    if rows == 0:
+        raise ValueError("a preview needs at least one row of codes")
+    grid[:, rows:] = grid[:, rows - 1 : rows]
+    images = decode_images(model, rearrange(grid, "b h w -> b (h w)"))
+    images[:, :, rows * model.image_tokenizer.downsample :] = GREY
+    return images

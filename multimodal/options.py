@@ -1,0 +1,212 @@
+"""Every option of using a model: name, type, default, range and help, each in one place.
+
+Python signatures, command-line parsers and prompt files are made of these fields. Nothing here
+imports torch, so that ``--help`` stays fast.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, TypedDict, TypeVar
+
+Method = Literal["causal", "masked"]
+Schedule = Literal["constant", "rising"]
+Options = TypeVar("Options", bound="Sampling")
+
+
+def option(default: Any, help: str, metavar: str | None = None) -> Any:
+    """A dataclass field with the text that ``--help`` shows."""
+    return field(default=default, metadata={"help": help, "metavar": metavar})
+
+
+def check(valid: bool, name: str, value: object, expected: str) -> None:
+    if not valid:
+        raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen from its logits, and the seed of everything random.
+
+    top_p is nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751). min_p is of Nguyen et al.
+    2024 (arXiv:2407.01082).
+    """
+
+    temperature: float = option(0.0, "divides the logits; 0 takes the most likely token")
+    top_k: int = option(0, "sample from the K most likely tokens; 0 means all", "K")
+    top_p: float = option(
+        1.0, "sample from the fewest tokens that have this share of the probability; 1 means all"
+    )
+    min_p: float = option(
+        0.0, "sample tokens at least P times as likely as the most likely one; 0 means all", "P"
+    )
+    seed: int = option(0, "of everything random")
+
+    def __post_init__(self) -> None:
+        finite = 0 <= self.temperature < float("inf")
+        check(finite, "temperature", self.temperature, "a number from 0 on")
+        check(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
+        check(0 < self.top_p <= 1, "top_p", self.top_p, "a share in (0, 1]")
+        check(0 <= self.min_p <= 1, "min_p", self.min_p, "a share in [0, 1]")
+        check(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(Sampling):
+    """How a text is written.
+
+    repetition_penalty is that of CTRL (Keskar et al. 2019, arXiv:1909.05858): logits of tokens that
+    the text already has are divided by it where positive, multiplied where negative.
+    """
+
+    max_tokens: int = option(64, "the longest text, in tokens", "N")
+    stop: tuple[str, ...] = option((), "end before this text", "TEXT")
+    repetition_penalty: float = option(1.0, "more than 1: fewer repeated words", "X")
+    beams: int = option(1, "beam search with N beams; needs temperature 0", "N")
+    length_penalty: float = option(
+        0.5, "beam search divides log probabilities by the length to the power of this", "X"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        strings = not isinstance(self.stop, str) and all(
+            text and isinstance(text, str) for text in self.stop
+        )
+        check(strings, "stop", self.stop, "a list of texts, none of them empty")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        finite = 0 < self.repetition_penalty < float("inf")
+        check(finite, "repetition_penalty", self.repetition_penalty, "more than 0 (1: none)")
+        check(self.beams >= 1, "beams", self.beams, "at least 1")
+        if self.beams > 1 and (self.temperature or self.repetition_penalty != 1):
+            raise ValueError(
+                f"beams={self.beams}: beam search looks for the most likely text, so it takes no "
+                "temperature and no repetition_penalty"
+            )
+        if self.beams > 1 and self.stop:
+            raise ValueError(f"beams={self.beams} and stop: give one of the two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionOptions(TextOptions):
+    """How a caption is written."""
+
+    candidates: int = option(
+        1, "write N and keep the one nearest to the image; needs a temperature", "N"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        enough = self.candidates == 1 or (self.candidates > 1 and self.temperature > 0)
+        check(enough, "candidates", self.candidates, "1, or more and a temperature above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(TextOptions):
+    """How a question is answered."""
+
+    max_tokens: int = option(32, "the longest answer, in tokens", "N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditOptions(Sampling):
+    """How a part of an image is drawn anew.
+
+    Guidance is u + scale * (c - u) on the logits with (c) and without (u) the text
+    (classifier-free guidance, Ho & Salimans 2022, arXiv:2207.12598). The rising schedule is that of
+    Muse (Chang et al. 2023, arXiv:2301.00704).
+    """
+
+    # At 1 shapes are spoilt, at 0.6 photos are blank.
+    temperature: float = option(0.8, "divides the logits; 0 takes the most likely code")
+    steps: int = option(12, "steps of masked drawing; fewer is faster", "N")
+    guidance_scale: float = option(
+        3.0, "how closely to follow the text: u + SCALE * (c - u); 1 is no guidance", "SCALE"
+    )
+    guidance_schedule: Schedule = option(
+        "constant", "rising: the scale goes from 1 to 2 SCALE - 1 over the drawing"
+    )
+    negative: str | None = option(None, "a text to lead away from", "TEXT")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.steps >= 1, "steps", self.steps, "at least 1")
+        finite = 0 <= self.guidance_scale < float("inf")
+        check(finite, "guidance_scale", self.guidance_scale, "a number from 0 on")
+        schedules = ("constant", "rising")
+        schedule = self.guidance_schedule
+        check(schedule in schedules, "guidance_schedule", schedule, "constant or rising")
+        if self.negative is not None and self.guidance_scale == 1:
+            raise ValueError(
+                "a negative text works by guidance: give a guidance_scale other than 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawOptions(EditOptions):
+    """How an image is drawn after a text.
+
+    candidates is best of n: the drawing is kept after which the model finds the text most likely as
+    its caption (DALL-E, Ramesh et al. 2021, arXiv:2102.12092, has another model judge).
+    """
+
+    method: Method = option("causal", "causal: one code after the other; masked: many at a time")
+    candidates: int = option(1, "draw N for each, keep the one whose caption is the text", "N")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.method in ("causal", "masked"), "method", self.method, "causal or masked")
+        check(self.candidates >= 1, "candidates", self.candidates, "at least 1")
+
+
+# The same names and types for type checkers, as keyword arguments (tests/test_options.py).
+
+
+class SamplingArguments(TypedDict, total=False):
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+
+
+class TextArguments(SamplingArguments, total=False):
+    max_tokens: int
+    stop: tuple[str, ...] | list[str]
+    repetition_penalty: float
+    beams: int
+    length_penalty: float
+
+
+class CaptionArguments(TextArguments, total=False):
+    candidates: int
+
+
+class EditArguments(SamplingArguments, total=False):
+    steps: int
+    guidance_scale: float
+    guidance_schedule: Schedule
+    negative: str | None
+
+
+class DrawArguments(EditArguments, total=False):
+    method: Method
+    candidates: int
+
+
+def make_options(cls: type[Options], given: Mapping[str, Any]) -> Options:
+    """An options object of keyword arguments.
+
+    Raises:
+        ValueError: for a name that is no option, with the names there are.
+    """
+    names = [item.name for item in fields(cls)]
+    if unknown := sorted(set(given) - set(names)):
+        raise ValueError(f"no option {', '.join(unknown)}; there are {', '.join(names)}")
+    return cls(**given)
+
+
+def default_of(cls: type[Sampling], name: str) -> Any:
+    """The default of an option."""
+    (item,) = (item for item in fields(cls) if item.name == name)
+    assert item.default is not MISSING
+    return item.default
