@@ -1,117 +1,127 @@
-"""Imports point one way: tokenizers, then the core, then eval, then train. Files stay short."""
+"""Imports go one way through the rooms, nothing goes in a circle, rooms and files stay small."""
 
-import ast
-from collections.abc import Iterator
+import statistics
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("tokenizers", "train", "eval")
-# The one file that may name every part: it finds a verb's module by name, when the verb is called.
-FREE = Path("multimodal/cli.py")
-MAY_IMPORT = {
-    "tokenizers": {"tokenizers"},
-    "multimodal": {"multimodal", "tokenizers"},
-    "eval": {"eval", "multimodal", "tokenizers"},
-    "train": {"train", "eval", "multimodal", "tokenizers"},
-}
-MAX_LINES = 450
+from tests.structure import (
+    BELOW,
+    FOUNDATION,
+    MAX_FILES,
+    MAX_LINES,
+    MAX_MEDIAN_LINES,
+    ROOT,
+    circles,
+    graph,
+    modules,
+    room_of,
+    rooms,
+    wrong_imports,
+)
+
+MODULES = modules()
 
 
-def python_files(folder: str) -> list[Path]:
-    """Paths relative to the root; multimodal/tokenizers and the like are links, not followed."""
-    paths = [path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py")]
-    return sorted(path for path in paths if path != FREE)
-
-
-def imported(source: str, path: Path) -> Iterator[str]:
-    """Absolute dotted names of everything that `source`, at `path` under the root, imports."""
-    parts = path.parent.parts
-    package = parts if parts[0] == "multimodal" else ("multimodal", *parts)
-    for node in ast.walk(ast.parse(source)):
-        match node:
-            case ast.Import():
-                yield from (alias.name for alias in node.names)
-            case ast.ImportFrom():
-                base = node.module or ""
-                if node.level:
-                    above = package[: len(package) - node.level + 1]
-                    base = ".".join((*above, base) if base else above)
-                # `from multimodal import train` imports multimodal.train.
-                yield from (f"{base}.{alias.name}" for alias in node.names)
-            case ast.Call(
-                func=ast.Name("import_module" | "__import__")
-                | ast.Attribute(attr="import_module" | "find_spec"),
-                args=[ast.Constant(str(name)), *_],
-            ):
-                yield name
-
-
-def part_of(name: str) -> str | None:
-    """Which of the four parts a dotted name is in; None for what is not ours."""
-    match name.split("."):
-        case ["multimodal", ("tokenizers" | "train" | "eval") as folder, *_]:
-            return folder
-        case ["multimodal", *_]:
-            return "multimodal"
-        case _:
-            return None
-
-
-def wrong_imports(source: str, path: Path) -> list[str]:
-    allowed = MAY_IMPORT[path.parts[0]]
-    names = sorted(set(imported(source, path)))
-    # The root folders are never imported by their bare names: that makes a second copy of a module.
-    # (A bare `tokenizers` is Hugging Face's.)
-    bare = [name for name in names if name.split(".")[0] in ("train", "eval")]
-    return bare + [name for name in names if part_of(name) not in (None, *allowed)]
-
-
-@pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_imports_point_one_way(folder: str) -> None:
-    bad = {
-        str(path): names
-        for path in python_files(folder)
-        if (names := wrong_imports((ROOT / path).read_text(encoding="utf-8"), path))
+@pytest.mark.parametrize("room", BELOW)
+def test_a_room_imports_only_what_is_below_it(room: str) -> None:
+    members = {module: path for module, path in MODULES.items() if room_of(module) == room}
+    assert members, f"the guard lists a room {room} that is not there"
+    wrong = {
+        module: names
+        for module, path in members.items()
+        if (names := wrong_imports(path.read_text("utf-8"), module))
     }
-    assert not bad, f"{folder} may import {sorted(MAY_IMPORT[folder])} only"
+    assert not wrong, f"{room} may import {BELOW[room]} only"
+
+
+def test_every_module_has_a_room() -> None:
+    rooms_of = {module: room_of(module) for module in MODULES}
+    unknown = {m: r for m, r in rooms_of.items() if r is not None and r not in BELOW}
+    assert not unknown, "name the new room in tests/structure.py: what may it import?"
+    assert set(FOUNDATION) <= {module.rpartition(".")[2] for module in MODULES}
+
+
+def test_the_order_of_rooms_itself_has_no_circle() -> None:
+    order = {room: set(below) for room, below in BELOW.items()}
+    assert circles(order) == []
+    assert "data" not in BELOW["model"] and "model" not in BELOW["data"], "they never meet"
+
+
+def test_no_module_imports_in_a_circle() -> None:
+    assert circles(graph()) == []
 
 
 @pytest.mark.parametrize(
-    ("path", "source", "bad"),
+    ("edges", "expected"),
     [
-        ("multimodal/model/network.py", "import multimodal.train.cli", ["multimodal.train.cli"]),
-        ("multimodal/model/network.py", "from multimodal import train", ["multimodal.train"]),
-        ("multimodal/model/network.py", "from . import train", ["multimodal.train"]),
-        ("multimodal/model/network.py", "from .eval import score", ["multimodal.eval.score"]),
-        ("multimodal/commands/info.py", "from ..train import cli", ["multimodal.train.cli"]),
-        ("multimodal/commands/info.py", "from .. import train", ["multimodal.train"]),
-        (
-            "multimodal/model/network.py",
-            "def f():\n    import multimodal.eval.x",
-            ["multimodal.eval.x"],
-        ),
-        ("multimodal/model/network.py", "import_module('multimodal.train')", ["multimodal.train"]),
-        ("multimodal/model/network.py", "from train.cli import main", ["train.cli.main"]),
-        ("eval/score.py", "from ..train import cli", ["multimodal.train.cli"]),
-        ("eval/score.py", "from ..model import load", []),
-        (
-            "tokenizers/text.py",
-            "from multimodal.model.network import x",
-            ["multimodal.model.network.x"],
-        ),
-        ("tokenizers/text.py", "from .. import images", ["multimodal.data.images"]),
-        ("tokenizers/text.py", "from .vq import x\nfrom tokenizers import Tokenizer", []),
-        ("train/loop.py", "from multimodal import eval, model\nfrom ..tokenizers import vq", []),
-        ("multimodal/model/network.py", "from multimodal.training_notes import x", []),
+        ({"a": {"b"}, "b": {"c"}, "c": {"b"}}, [["b", "c"]]),
+        ({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}, [["a", "b", "c"]]),
+        ({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}, []),
     ],
 )
-def test_the_guard_sees_every_kind_of_import(path: str, source: str, bad: list[str]) -> None:
-    assert wrong_imports(source, Path(path)) == bad
+def test_the_guard_finds_circles(edges: dict[str, set[str]], expected: list[list[str]]) -> None:
+    assert circles(edges) == expected
 
 
-@pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_files_are_short_enough_to_read(folder: str) -> None:
-    lengths = {path: len((ROOT / path).read_bytes().splitlines()) for path in python_files(folder)}
-    assert {str(path): n for path, n in lengths.items() if n > MAX_LINES} == {}
+def test_the_guard_sees_a_circle_of_types_only(tmp_path: Path) -> None:
+    package = tmp_path / "multimodal"
+    package.mkdir()
+    (package / "one.py").write_text("from multimodal.two import Two\n")
+    (package / "two.py").write_text(
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from multimodal.one import One\nclass Two: ...\n"
+    )
+    assert circles(graph(tmp_path)) == [["multimodal.one", "multimodal.two"]]
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "wrong"),
+    [
+        ("model.network", "import multimodal.train.cli", ["multimodal.train.cli"]),
+        ("model.network", "from multimodal import train", ["multimodal.train"]),
+        ("model.network", "from .. import train", ["multimodal.train"]),
+        ("model.network", "from ..eval import page", ["multimodal.eval.page"]),
+        ("model.network", "from ..data.images import Fit", ["multimodal.data.images.Fit"]),
+        ("data.images", "from multimodal.model import x", ["multimodal.model.x"]),
+        ("data.shards", "from multimodal.data import builder", ["multimodal.data.builder"]),
+        ("inference.text", "from multimodal.api import Model", ["multimodal.api.Model"]),
+        ("api", "import multimodal.commands.draw", ["multimodal.commands.draw"]),
+        ("commands.info", "from ..train import cli", ["multimodal.train.cli"]),
+        ("model.network", "def f():\n    import multimodal.eval.x", ["multimodal.eval.x"]),
+        ("model.network", "import_module('multimodal.train')", ["multimodal.train"]),
+        ("model.network", "from train.cli import main", ["train.cli.main"]),
+        ("files", "from multimodal.data import images", ["multimodal.data.images"]),
+        ("eval.page", "from ..train import cli", ["multimodal.train.cli"]),
+        ("eval.page", "from multimodal import load", []),
+        ("eval.page", "from multimodal.scenes import scene", ["multimodal.scenes.scene"]),
+        ("eval.tasks.scene_captions", "from multimodal.scenes.scene import Scene", []),
+        ("train.joint", "from multimodal.scenes import scene", ["multimodal.scenes.scene"]),
+        ("tokenizers.text", "from multimodal.model.x import y", ["multimodal.model.x.y"]),
+        ("tokenizers.text", "from .. import files", ["multimodal.files"]),
+        ("tokenizers.text", "from .vq import x\nfrom tokenizers import Tokenizer", []),
+        ("train.loop", "from multimodal import eval\nfrom ..tokenizers import vq", []),
+        (
+            "model.network",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..api import Model",
+            ["multimodal.api.Model"],
+        ),
+    ],
+)
+def test_the_guard_sees_every_kind_of_import(module: str, source: str, wrong: list[str]) -> None:
+    assert wrong_imports(source, f"multimodal.{module}") == wrong
+
+
+def test_rooms_and_files_are_small_enough_to_read() -> None:
+    for room in rooms():
+        assert len(room.lines) <= MAX_FILES, f"{room.name} has {len(room.lines)} files"
+    lines = {module: n for room in rooms() for module, n in room.lines.items()}
+    assert {module: n for module, n in lines.items() if n > MAX_LINES} == {}
+    assert statistics.median(lines.values()) <= MAX_MEDIAN_LINES
+    tests = {str(p): len(p.read_bytes().splitlines()) for p in (ROOT / "tests").rglob("*.py")}
+    assert {path: n for path, n in tests.items() if n > MAX_LINES} == {}
+
+
+def test_tests_mirror_the_rooms() -> None:
+    folders = {path.name for path in (ROOT / "tests").iterdir() if any(path.glob("test_*.py"))}
+    assert folders == {room.split(".")[0] for room in BELOW} - {"foundation", "api"}
