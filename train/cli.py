@@ -1,8 +1,8 @@
-"""``multimodal fit|validate|test|predict``: LightningCLI, and what every run has.
+"""``multimodal fit|validate|test|predict``: LightningCLI with the loggers and callbacks of a run.
 
-A run lives in one folder (``--output``): logs (CSV, TensorBoard), pictures,
-``checkpoints/last.ckpt`` and ``model/``, the folder to use. The recipes of this package are found
-by name: ``multimodal fit --config scenes_joint.yaml``.
+All files of a run are in one folder (``--output``): logs (CSV, TensorBoard), pictures,
+``checkpoints/last.ckpt``, and the trained model in ``model/``. ``--config`` finds the recipes of
+this package by name: ``multimodal fit --config scenes_joint.yaml``.
 """
 
 import logging
@@ -48,9 +48,9 @@ options:
   --checkpoint_every N training steps between checkpoints
   --threads N          CPU threads
   --model.KEY, --data.KEY, --trainer.KEY
-                       override anything a recipe can say
-  --print_config       print the whole configuration, with defaults and comments, and stop
-  --help-all           every option of the model, the data and Lightning's Trainer
+                       override a value of the recipe
+  --print_config       print the full configuration, with defaults and comments, and stop
+  --help-all           all options of the model, the data and Lightning's Trainer
 
 examples:
   multimodal {verb} --config scenes_joint.yaml{example}
@@ -58,30 +58,35 @@ examples:
 {more}"""
 ABOUT = {
     "fit": "Train, from a recipe.",
-    "validate": "Measure a checkpoint on the validation split; figures go to OUTPUT/validate.",
-    "test": "Measure a checkpoint as validate does; figures go to OUTPUT/test.",
+    "validate": "Measure a checkpoint on the validation split; scores go to OUTPUT/validate.",
+    "test": "Measure a checkpoint as validate does; scores go to OUTPUT/test.",
     "predict": "Caption the validation split with a checkpoint, to OUTPUT/predictions.jsonl.",
 }
-# Said of a run of ours, these are wrong or of no use.
+# These warnings and messages are wrong or useless for our runs.
 IGNORED_WARNINGS = (
-    ".*LightningCLI's args parameter",  # multimodal.cli passes argv on, that is all
+    ".*LightningCLI's args parameter",  # multimodal.cli passes argv on
     ".*does not have many workers",
     ".*persistent_workers=True",
     ".*LeafSpec",  # Lightning with a newer torch
-    ".*Experiment logs directory",  # archive_log has seen to it
+    ".*Experiment logs directory",  # archive_log has moved the old log
     ".*Checkpoint directory .* exists and is not empty",
     ".*number of training batches .* is smaller than the logging interval",
-    ".*Found .* module\\(s\\) in eval mode",  # the image tokenizer, on purpose
-    ".*callbacks used to create the checkpoint need to be provided",  # to measure, none is
+    ".*Found .* module\\(s\\) in eval mode",  # the frozen image tokenizer
+    ".*callbacks used to create the checkpoint need to be provided",  # not to measure
     ".*Precision .* is not supported by the model summary",
 )
 IGNORED_MESSAGES = ("litlogger", "litmodels", "TPU available", "HPU available")
 
 
 class TrainingCLI(LightningCLI):
+    """LightningCLI with --output, --init_from, --checkpoint_every and --threads."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--output", type=str, default="runs/latest", help="folder of this run: logs, model"
+            "--output",
+            type=str,
+            default="runs/latest",
+            help="folder of this run: logs, checkpoints, model",
         )
         parser.add_argument(
             "--init_from",
@@ -102,16 +107,18 @@ class TrainingCLI(LightningCLI):
 
             torch.set_num_threads(config.threads)
         if config.init_from and config.ckpt_path:
-            raise ValueError("--init_from starts a run, --ckpt_path resumes one: give one of them")
+            raise ValueError(
+                "--init_from starts a run, --ckpt_path resumes a run: give one of them"
+            )
         if self.subcommand == "fit" and config.trainer.max_steps == -1:
             if config.trainer.max_epochs is None and config.trainer.max_time is None:
                 raise ValueError("the run has no end: give --trainer.max_steps or max_epochs")
         if config.trainer.logger is None:
-            # Each verb has a folder of its own: measuring a run must not touch its training log.
+            # Another folder for each verb: measuring a run must not change its training log.
             version = "logs" if self.subcommand == "fit" else str(self.subcommand)
             archive_log(output / version / "metrics.csv")
             kwargs["logger"] = [
-                # Written at every step that is logged: what a killed run logged is there.
+                # Flush each logged step, so that the log of a killed run is complete.
                 CSVLogger(output, name="", version=version, flush_logs_every_n_steps=1),
                 TensorBoardLogger(output, name="", version=version),
             ]
@@ -137,15 +144,16 @@ class TrainingCLI(LightningCLI):
             ]
         elif self.subcommand == "predict":
             callbacks.append(WritePredictions(output))
-        # The user's first: what averages the weights has to have done so before they are exported.
+        # Callbacks of the user first: a weight average must be up to date before the export.
         given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
         kwargs["callbacks"] = [*(given if isinstance(given, list) else [given]), *callbacks]
         return super().instantiate_trainer(**kwargs)
 
     def _parse_ckpt_path(self) -> None:
-        """Take nothing from a checkpoint but its state: the configuration is what was given.
+        """Do not read the configuration from a checkpoint.
 
-        Lightning would import whatever class a checkpoint names."""
+        Lightning would import any class that the checkpoint names.
+        """
 
     def before_fit(self) -> None:
         source = self.config.fit.init_from
@@ -153,15 +161,15 @@ class TrainingCLI(LightningCLI):
             self.model.init_from(source)
 
     def _find_weights(self) -> None:
-        """For measuring: --ckpt_path, or --init_from, or the last checkpoint of --output."""
+        """Use --init_from, --ckpt_path, or the last checkpoint of --output, to measure a model."""
         config = self.config[self.subcommand]
         if config.init_from:
             self.model.init_from(config.init_from)
         elif not config.ckpt_path:
             last = Path(config.output) / "checkpoints" / "last.ckpt"
-            if not last.exists():  # of a sharded run it is a folder
+            if not last.exists():  # a file, or a folder of a sharded run
                 raise ValueError(
-                    f"no weights to use: {last} is not there; give --ckpt_path or --init_from"
+                    f"no weights to use: {last} does not exist; give --ckpt_path or --init_from"
                 )
             self.config_init[self.subcommand]["ckpt_path"] = str(last)
 
@@ -170,41 +178,45 @@ class TrainingCLI(LightningCLI):
 
 @rank_zero_only
 def archive_log(path: Path) -> None:
-    """Move the log of an earlier run aside, to metrics.1.csv and on: CSVLogger would delete it."""
+    """Rename the log of an earlier run to metrics.1.csv and so on. CSVLogger would delete it."""
     if path.is_file():
         number = 1
-        while (kept := path.with_suffix(f".{number}.csv")).exists():
+        while (archived := path.with_suffix(f".{number}.csv")).exists():
             number += 1
-        path.rename(kept)
+        path.rename(archived)
 
 
 def recipe_names() -> list[str]:
+    """File names of the recipes of this package, sorted."""
     folder = files("multimodal.train") / "recipes"
     return sorted(item.name for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
 def _find_recipes(argv: list[str]) -> list[str]:
-    """``--config NAME`` that is no file here may be a recipe of the package."""
-    found = list(argv)
+    """Replace ``--config NAME`` by the path of the recipe if no file has that name."""
+    arguments = list(argv)
     recipes = files("multimodal.train") / "recipes"
-    for i, argument in enumerate(found):
+    for i, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
-        if flag in ("--config", "-c") and not equals and i + 1 < len(found):
-            value, place = found[i + 1], i + 1
+        if flag in ("--config", "-c") and not equals and i + 1 < len(arguments):
+            value, position = arguments[i + 1], i + 1
         elif flag == "--config" and equals:
-            place = i
+            position = i
         else:
             continue
         if Path(value).exists():
             continue
         if not (recipe := recipes / value).is_file():
-            raise ValueError(f"--config {value}: no such file, and no recipe of that name; recipes "
-                             f"are {', '.join(recipe_names())}")  # fmt: skip
-        found[place] = f"--config={recipe}" if equals else str(recipe)
-    return found
+            raise ValueError(
+                f"--config {value}: no such file, and no recipe of that name; recipes are "
+                f"{', '.join(recipe_names())}"
+            )
+        arguments[position] = f"--config={recipe}" if equals else str(recipe)
+    return arguments
 
 
 def help_text(verb: str) -> str:
+    """The text of ``multimodal VERB --help``."""
     fit = verb == "fit"
     run = "runs/scenes-joint"
     more = f"""  multimodal fit --config scenes_joint.yaml --ckpt_path {run}/checkpoints/last.ckpt
@@ -220,33 +232,33 @@ def help_text(verb: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What was wrong, out of jsonargparse's report on every type that the value is not."""
+    """The cause of an error, without jsonargparse's list of all types that do not match."""
     text = str(error)
-    found = re.search(r"Errors:\s+- (.*?)\s+- Expected a <class 'NoneType'>", text, re.DOTALL)
-    if found is None:
+    cause = re.search(r"Errors:\s+- (.*?)\s+- Expected a <class 'NoneType'>", text, re.DOTALL)
+    if cause is None:
         return text
     key = re.match(r'Parser key "(\S+)":', text)
-    return (f"{key[1]}: " if key else "") + found[1].removeprefix("Problem with given class_path ")
+    return (f"{key[1]}: " if key else "") + cause[1].removeprefix("Problem with given class_path ")
 
 
-def _quiet() -> None:
+def _silence_useless_messages() -> None:
     for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message)
 
-    def wanted(record: logging.LogRecord) -> bool:
+    def is_useful(record: logging.LogRecord) -> bool:
         return not any(text in record.getMessage() for text in IGNORED_MESSAGES)
 
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(wanted)
+        logging.getLogger(name).addFilter(is_useful)
 
 
 def main(argv: list[str], cli: type[TrainingCLI] = TrainingCLI) -> int:
-    """Run ``multimodal ARGV...``; argv[0] is the verb. Returns the exit status."""
+    """Run ``multimodal ARGV...``. argv[0] is the verb. Returns the exit status."""
     verb, *rest = argv
     if not rest or {"-h", "--help"} & set(rest):
         print(help_text(verb), file=sys.stdout if rest else sys.stderr)
         return 0 if rest else 2
-    _quiet()
+    _silence_useless_messages()
     rest = ["--help" if argument == "--help-all" else argument for argument in rest]
     try:
         cli(
@@ -257,14 +269,14 @@ def main(argv: list[str], cli: type[TrainingCLI] = TrainingCLI) -> int:
             trainer_defaults={
                 "use_distributed_sampler": False,
                 "num_sanity_val_steps": 0,
-                "enable_model_summary": False,  # ours is one line
-                # Weights that FSDP2 gathers in inference mode cannot be trained afterwards.
+                "enable_model_summary": False,  # Summary prints one line
+                # FSDP2 cannot train weights that it gathered in inference mode.
                 "inference_mode": False,
             },
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "exit_on_error": False,
-                **{one: {"exit_on_error": False} for one in VERBS},
+                **{name: {"exit_on_error": False} for name in VERBS},
             },
             args=_find_recipes([verb, *rest]),
         )

@@ -153,7 +153,7 @@ class ImageTokenizerModule(MuonModule):
     def losses(
         self, images: Tensor, targets: CaptionTargets | None, adversarial: bool
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """All losses without their weights.
+        """All losses by name. Only those of the quantizer are weighted already.
 
         Args:
             images: float[B, 3, H, W] in [-1, 1].

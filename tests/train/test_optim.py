@@ -1,4 +1,4 @@
-"""The optimizer: Muon where it fits, AdamW elsewhere."""
+"""The optimizer: Muon for matrices inside the network, AdamW for the rest."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ class Network(nn.Module):
 
 
 def steps_of(network: Network, weight_decay: float) -> dict[str, Tensor]:
-    """What one step of rate 0.01 does to each parameter, from the gradients of seed 0."""
+    """The change of each parameter by one step of rate 0.01, with the gradients of seed 0."""
     torch.manual_seed(0)
     optimizer = muon(network, [network.head], 0.01, weight_decay)
     before = {name: value.detach().clone() for name, value in network.named_parameters()}
@@ -29,22 +29,22 @@ def steps_of(network: Network, weight_decay: float) -> dict[str, Tensor]:
     return {name: value.detach() - before[name] for name, value in network.named_parameters()}
 
 
-def spread(matrix: Tensor) -> float:
-    """Largest over smallest singular value: near 1 for an orthogonal update, and only there."""
+def condition_number(matrix: Tensor) -> float:
+    """Largest over smallest singular value. Near 1 only for an orthogonal matrix."""
     values = torch.linalg.svdvals(matrix.flatten(1))
     return float(values[0] / values[-1])
 
 
-def test_matrices_inside_move_orthogonally_and_all_else_as_adamw_does() -> None:
+def test_inner_matrices_get_orthogonal_updates_and_the_rest_those_of_adamw() -> None:
     torch.manual_seed(0)
     steps = steps_of(Network(), 0.0)
     for name in ("inside.weight", "kernel.weight"):
-        assert spread(steps[name]) < 1.5, name
+        assert condition_number(steps[name]) < 1.5, name
     for name in ("words.weight", "head.0.weight"):
-        assert spread(steps[name]) > 2, name
-        assert steps[name].abs().max() < 0.025  # AdamW moves no number by much more than the rate
+        assert condition_number(steps[name]) > 2, name
+        assert steps[name].abs().max() < 0.025  # AdamW moves no value by much more than the rate
     assert not steps["frozen.weight"].any()
-    # The scale of Liu et al.: a root mean square of 0.2 times the rate, as AdamW's in practice.
+    # The scale of Liu et al.: a root mean square of 0.2 times the rate, as of AdamW in practice.
     assert float(steps["inside.weight"].square().mean().sqrt()) == pytest.approx(0.002, rel=0.25)
 
 

@@ -1,4 +1,4 @@
-"""Runs that end before their time: killed, told to stop, on a full disk; on one rank and on two."""
+"""Runs that are killed, stopped, or run out of disk, on one rank and on two. All can resume."""
 
 import os
 import signal
@@ -24,36 +24,42 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_resumes_bit_for_bit(
     work: Path, tmp_path: Path, name: str, workers: int, step: int
 ) -> None:
-    # 6 batches an epoch, a checkpoint every 3: step 4 resumes in the middle of the first epoch,
-    # step 7 at its end, and both go on into others.
+    # 6 batches an epoch, a checkpoint every 3 steps. A kill at step 4 resumes in the middle of the
+    # first epoch, a kill at step 7 at its end. Both continue into further epochs.
     run = tmp_path / "run"
     fit = ["fit", "--config", str(work / f"{name}.yaml"), "--output", str(run)]
     fit += ["--data.workers", str(workers)]
     launch(fit, dies_at=step)
     before = logged(run)
     assert main([*fit, "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
-    whole, resumed = logged(work / name), logged(run)
-    assert len(whole) == 14 and whole == resumed
-    assert {s: whole[s] for s in before} == before, "the log of the killed run is kept"
-    expected = load_file(work / name / "model/model.safetensors")
-    found = load_file(run / "model/model.safetensors")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    uninterrupted, resumed = logged(work / name), logged(run)
+    assert len(uninterrupted) == 14 and uninterrupted == resumed
+    assert {s: uninterrupted[s] for s in before} == before, "the log of the killed run is kept"
+    assert_same_weights(run, work / name)
     samples = sorted(p.name for p in (run / "logs").rglob("step-*"))
     assert samples == sorted(p.name for p in (work / name / "logs").rglob("step-*"))
 
 
-def stopped(code: str, arguments: list[str]) -> tuple[int, str]:
-    """The exit status and stderr of ``multimodal ARGUMENTS`` in a process in which ``code`` ran."""
+def assert_same_weights(run: Path, other: Path) -> None:
+    weights, expected = (load_file(r / "model/model.safetensors") for r in (run, other))
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+def run_after(code: str, arguments: list[str]) -> tuple[int, str]:
+    """Run ``code`` and then ``multimodal ARGUMENTS`` in a process: its exit status and stderr."""
     command = f"{code}\nimport sys\nfrom multimodal.cli import main\nsys.exit(main(sys.argv[1:]))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", command, *arguments, "--threads", "1"],
-        env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     return done.returncode, done.stderr
 
 
-AT_STEP = """
+SIGNAL_AT_STEP = """
 import os, signal
 from multimodal.train.joint import JointModule
 step = JointModule.{hook}
@@ -69,51 +75,49 @@ JointModule.{hook} = and_signal
     ("name", "hook", "step", "batch", "accumulate"),
     [("SIGINT", "training_step", 3, 0, 2), ("SIGTERM", "validation_step", 5, 0, 1)],
 )
-def test_a_run_that_is_told_to_stop_saves_and_resumes_bit_for_bit(
+def test_a_stopped_run_saves_and_resumes_bit_for_bit(
     work: Path, tmp_path: Path, name: str, hook: str, step: int, batch: int, accumulate: int
 ) -> None:
-    run, whole = tmp_path / "run", work / "joint"
+    run, uninterrupted = tmp_path / "run", work / "joint"
     fit = ["fit", "--config", str(work / "joint.yaml"), "--output", str(run)]
-    if accumulate > 1:  # the signal comes with half of the gradients of a step
+    if accumulate > 1:  # the signal comes in the middle of a step
         fit += ["--trainer.accumulate_grad_batches", str(accumulate), "--trainer.max_steps", "6"]
-        whole = tmp_path / "whole"
-        assert main([*fit, "--output", str(whole)]) == 0
-    code = AT_STEP.format(signal=name, hook=hook, step=step, batch=batch)
-    status, said = stopped(code, [*fit, "--checkpoint_every", "100"])
-    assert status == 128 + signal.Signals[name] and "Traceback" not in said, said
-    assert f"stopped at step {step + 1}; resume with --ckpt_path" in said
+        uninterrupted = tmp_path / "uninterrupted"
+        assert main([*fit, "--output", str(uninterrupted)]) == 0
+    code = SIGNAL_AT_STEP.format(signal=name, hook=hook, step=step, batch=batch)
+    status, stderr = run_after(code, [*fit, "--checkpoint_every", "100"])
+    assert status == 128 + signal.Signals[name] and "Traceback" not in stderr, stderr
+    assert f"stopped at step {step + 1}; resume with --ckpt_path" in stderr
     assert main([*fit, "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
-    assert logged(run) == logged(whole)
-    expected = load_file(whole / "model/model.safetensors")
-    found = load_file(run / "model/model.safetensors")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert logged(run) == logged(uninterrupted)
+    assert_same_weights(run, uninterrupted)
 
 
 @pytest.mark.parametrize(
     ("validation", "reason"),
     [("0", "checkpoint could not be written"), ("1.0", "model: could not be written")],
 )
-def test_a_full_disk_leaves_what_was_there(
+def test_a_full_disk_leaves_the_files_before(
     work: Path, tmp_path: Path, validation: str, reason: str
 ) -> None:
     run = tmp_path / "run"
     fit = ["fit", "--config", str(work / "joint.yaml"), "--output", str(run)]
     assert main([*fit, "--trainer.max_steps", "3"]) == 0
-    kept = [path for path in run.rglob("*") if path.is_file() and "logs" not in path.parts]
-    before = {path: path.read_bytes() for path in kept}
+    files = [path for path in run.rglob("*") if path.is_file() and "logs" not in path.parts]
+    before = {path: path.read_bytes() for path in files}
     resume = ["--ckpt_path", str(run / "checkpoints/last.ckpt")]
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 10**5,) * 2)"
-    status, said = stopped(full, [*fit, *resume, "--trainer.limit_val_batches", validation])
-    assert status == 1 and "Traceback" not in said and reason in said.splitlines()[-1], said
-    assert {path: path.read_bytes() for path in kept} == before
+    status, stderr = run_after(full, [*fit, *resume, "--trainer.limit_val_batches", validation])
+    assert status == 1 and "Traceback" not in stderr and reason in stderr.splitlines()[-1], stderr
+    assert {path: path.read_bytes() for path in files} == before
     assert not list(run.rglob("*.part*"))
     assert main([*fit, *resume]) == 0
 
 
 def test_a_checkpoint_cannot_name_a_class(work: Path, tmp_path: Path) -> None:
-    whole = torch.load(work / "joint/checkpoints/last.ckpt", weights_only=True)
-    whole["hyper_parameters"] = {"_class_path": "antigravity.Flight", "size": "large"}
-    torch.save(whole, tmp_path / "named.ckpt")
+    checkpoint = torch.load(work / "joint/checkpoints/last.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"] = {"_class_path": "antigravity.Flight", "size": "large"}
+    torch.save(checkpoint, tmp_path / "named.ckpt")
     command = ["validate", "--config", str(work / "joint.yaml"), "--output", str(tmp_path)]
     assert main([*command, "--ckpt_path", str(tmp_path / "named.ckpt")]) == 0
     assert "antigravity" not in sys.modules
@@ -122,23 +126,21 @@ def test_a_checkpoint_cannot_name_a_class(work: Path, tmp_path: Path) -> None:
 def test_two_ranks_resume_bit_for_bit_and_agree_with_one(work: Path, tmp_path: Path) -> None:
     devices = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     fit = ["fit", "--config", str(work / "joint.yaml"), *devices, "--trainer.max_steps", "8"]
-    whole, run = tmp_path / "whole", tmp_path / "run"
+    uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
     launch([*fit, "--output", str(run)], ranks=2, dies_at=5)
     resume = [*fit, "--output", str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]
-    launch([*fit, "--output", str(whole)], resume, ranks=2)
-    expected = load_file(whole / "model/model.safetensors")
-    found = load_file(run / "model/model.safetensors")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-    # The same global batches as on one rank; the sums are of other parts.
+    launch([*fit, "--output", str(uninterrupted)], resume, ranks=2)
+    assert_same_weights(run, uninterrupted)
+    # The same global batches as on one rank, summed in another order.
     for name in ("train/text", "train/image", "train/total", "val/total"):
-        alone, together = logged(work / "joint", name), logged(whole, name)
-        assert len(together) == (1 if name.startswith("val") else 8), name
-        for step, loss in together.items():  # Muon makes the last bits of a sum grow
+        single, double = logged(work / "joint", name), logged(uninterrupted, name)
+        assert len(double) == (1 if name.startswith("val") else 8), name
+        for step, loss in double.items():  # Muon amplifies rounding errors
             bound = 1e-5 if step == 0 else 5e-2
-            assert abs(float(loss) / float(alone[step]) - 1) < bound, (name, step)
+            assert abs(float(loss) / float(single[step]) - 1) < bound, (name, step)
 
 
-def test_ranks_are_started_by_lightning_too(work: Path, tmp_path: Path) -> None:
+def test_lightning_can_start_the_ranks(work: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "multimodal.cli", "fit", "--config", str(work / "joint.yaml")]
     command += ["--trainer.devices", "2", "--trainer.max_steps", "1", "--data.val_limit", "4"]
     command += ["--trainer.limit_val_batches", "0", "--threads", "1", "--output", str(tmp_path)]
@@ -148,7 +150,7 @@ def test_ranks_are_started_by_lightning_too(work: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_over_two_ranks_resumes_and_agrees_with_one(work: Path, tmp_path: Path) -> None:
-    """FSDP2: each rank has a part of every weight; checkpoints are in parts, too."""
+    """FSDP2: each rank has a part of every weight. Checkpoints are folders of parts."""
     sharded = {
         "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
         "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
@@ -156,29 +158,25 @@ def test_a_model_over_two_ranks_resumes_and_agrees_with_one(work: Path, tmp_path
     config = yaml.safe_load((work / "joint.yaml").read_text())
     config["trainer"] |= {"devices": 2, "strategy": sharded, "max_steps": 8}
     (tmp_path / "sharded.yaml").write_text(yaml.safe_dump(config))
-    whole, run = tmp_path / "whole", tmp_path / "run"
+    uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
     fit = ["fit", "--config", str(tmp_path / "sharded.yaml"), "--output"]
     launch([*fit, str(run)], ranks=2, dies_at=5)
     assert (run / "checkpoints/last.ckpt").is_dir()
     resume = [*fit, str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]
     predict = ["predict", *fit[1:], str(run), "--data.val_limit", "4"]
-    launch([*fit, str(whole)], resume, predict, ranks=2)
-    expected = load_file(whole / "model/model.safetensors")
-    found = load_file(run / "model/model.safetensors")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    launch([*fit, str(uninterrupted)], resume, predict, ranks=2)
+    assert_same_weights(run, uninterrupted)
     assert len(list(run.glob("predictions-*.jsonl"))) == 2
     for name in ("train/text", "train/image", "train/total", "train/gradient_norm", "val/total"):
-        alone, together = logged(work / "joint", name), logged(whole, name)
-        assert len(together) == (1 if name.startswith("val") else 8), name
-        for step, value in together.items():  # Muon makes the last bits of a sum grow
+        single, double = logged(work / "joint", name), logged(uninterrupted, name)
+        assert len(double) == (1 if name.startswith("val") else 8), name
+        for step, value in double.items():  # Muon amplifies rounding errors
             bound = 1e-5 if step == 0 else 0.2 if name.endswith("norm") else 5e-2
-            assert abs(float(value) / float(alone[step]) - 1) < bound, (name, step)
+            assert abs(float(value) / float(single[step]) - 1) < bound, (name, step)
 
 
 @pytest.mark.parametrize("part", ["decoder", "all"])
-def test_a_discriminator_resumes_with_the_decoder_it_judges(
-    work: Path, tmp_path: Path, part: str
-) -> None:
+def test_a_discriminator_resumes_with_its_decoder(work: Path, tmp_path: Path, part: str) -> None:
     start, run = list[str](), tmp_path / "run"
     fit = ["fit", "--config", str(work / "tokenizer.yaml"), "--trainer.max_steps", "8"]
     fit += ["--model.init_args.perceptual_weight", "0.1"]
@@ -189,46 +187,45 @@ def test_a_discriminator_resumes_with_the_decoder_it_judges(
     else:
         fit += ["--model.init_args.discriminator_start", "2"]
     fit += ["--output"]
-    assert main([*fit, str(tmp_path / "whole"), *start]) == 0
+    assert main([*fit, str(tmp_path / "uninterrupted"), *start]) == 0
     launch([*fit, str(run), *start], dies_at=5)
     assert main([*fit, str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
     for name in ("train/tell", "train/fool", "train/perceptual"):
-        whole, resumed = logged(tmp_path / "whole", name), logged(run, name)
+        uninterrupted, resumed = logged(tmp_path / "uninterrupted", name), logged(run, name)
         late = part == "all" and name != "train/perceptual"
-        assert list(whole) == list(range(2 if late else 0, 8))
-        assert {s: whole[s] for s in resumed} == resumed
-    weights = [load_file(r / "model/model.safetensors") for r in (tmp_path / "whole", run)]
+        assert list(uninterrupted) == list(range(2 if late else 0, 8))
+        assert {s: uninterrupted[s] for s in resumed} == resumed
+    weights = [load_file(r / "model/model.safetensors") for r in (tmp_path / "uninterrupted", run)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_averaged_weights_resume_and_are_what_is_exported(work: Path, tmp_path: Path) -> None:
+def test_averaged_weights_resume_and_are_exported(work: Path, tmp_path: Path) -> None:
     config = yaml.safe_load((work / "tokenizer.yaml").read_text())
     average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}
     config["trainer"] |= {"callbacks": [average | {"init_args": {"decay": 0.9}}], "max_steps": 9}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     fit, run = ["fit", "--config", str(tmp_path / "config.yaml"), "--output"], tmp_path / "run"
-    assert main([*fit, str(tmp_path / "whole")]) == 0
+    assert main([*fit, str(tmp_path / "uninterrupted")]) == 0
     launch([*fit, str(run)], dies_at=5)
     assert main([*fit, str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
-    whole, resumed = logged(tmp_path / "whole"), logged(run)
-    assert {s: whole[s] for s in resumed} == resumed
-    # What the last checkpoint holds twice, the averages and what was trained, differs; the former
-    # is what is published.
-    last = torch.load(tmp_path / "whole/checkpoints/last.ckpt", weights_only=True)
+    uninterrupted, resumed = logged(tmp_path / "uninterrupted"), logged(run)
+    assert {s: uninterrupted[s] for s in resumed} == resumed
+    # The last checkpoint holds averaged and trained weights. They differ. The average is exported.
+    last = torch.load(tmp_path / "uninterrupted/checkpoints/last.ckpt", weights_only=True)
     name = "encoder.stem.0.weight"
     average = last["state_dict"][f"tokenizer.{name}"]
     trained = last["current_model_state"][f"tokenizer.{name}"]
     assert not torch.equal(average, trained)
-    for folder in (tmp_path / "whole", run):
+    for folder in (tmp_path / "uninterrupted", run):
         assert torch.equal(load_file(folder / "model/model.safetensors")[name], average)
 
 
-def test_no_log_is_ever_lost(tmp_path: Path) -> None:
+def test_no_log_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     for content in ("first", "second"):
         path.write_text(content)
         archive_log(path)
     assert not path.exists()
-    kept = [(tmp_path / f"metrics.{i}.csv").read_text() for i in (1, 2)]
-    assert kept == ["first", "second"]
+    archived = [(tmp_path / f"metrics.{i}.csv").read_text() for i in (1, 2)]
+    assert archived == ["first", "second"]

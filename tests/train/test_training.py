@@ -1,4 +1,4 @@
-"""Training by the command line, on tiny scenes: starting weights, recipes, errors."""
+"""Training by the command line on tiny scenes: starting weights, recipes, errors."""
 
 import csv
 import itertools
@@ -38,22 +38,24 @@ def test_init_from_starts_from_the_weights_at_step_0(work: Path, tmp_path: Path,
     config, model = str(work / f"{name}.yaml"), str(work / name / "model")
     fit = ["fit", "--config", config, "--trainer.max_steps", "1", "--data.val_limit", "8"]
     for run, more in (("a", ["--init_from", model]), ("b", ["--init_from", model]), ("c", [])):
-        # Nothing is learned at rate 0, and the seed decides nothing but the weights here.
+        # Rate 0 keeps the weights, so the seed changes the initial weights only.
         rate = ["--model.init_args.learning_rate", "0", "--seed_everything", str(ord(run))]
         assert main([*fit, *rate, *more, "--output", str(tmp_path / run)]) == 0
-    name_of_loss = "train/l1" if name == "tokenizer" else "train/total"
-    first, again, random = (logged(tmp_path / run, name_of_loss) for run in "abc")
+    loss_name = "train/l1" if name == "tokenizer" else "train/total"
+    first, again, random = (logged(tmp_path / run, loss_name) for run in "abc")
     assert list(first) == [0] and first == again and first[0] != random[0]
     expected = load_file(work / name / "model/model.safetensors")
-    found = load_file(tmp_path / "a" / "model/model.safetensors")
+    weights = load_file(tmp_path / "a" / "model/model.safetensors")
     learned = [key for key in expected if "running" not in key and "num_batches" not in key]
-    assert all(torch.equal(found[key], expected[key]) for key in learned)
+    assert all(torch.equal(weights[key], expected[key]) for key in learned)
     if name == "joint":
-        # The loss at step 0 is what the model itself says of that batch.
-        assert float(first[0]) == pytest.approx(own_loss(work, Path(model)), rel=1e-5)
+        # The loss at step 0 is the loss of the loaded model on that batch.
+        assert float(first[0]) == pytest.approx(loss_of_model(work, Path(model)), rel=1e-5)
 
 
-def test_a_decoder_alone_learns_and_a_model_takes_it(work: Path, tmp_path: Path) -> None:
+def test_decoder_only_keeps_the_codes_and_a_model_takes_the_decoder(
+    work: Path, tmp_path: Path
+) -> None:
     start = str(work / "tokenizer" / "model")
     fit = ["fit", "--config", str(work / "tokenizer.yaml"), "--trainer.max_steps", "6"]
     fit += ["--model.init_args.decoder_only", "true", "--model.init_args.mse_weight", "0"]
@@ -67,7 +69,7 @@ def test_a_decoder_alone_learns_and_a_model_takes_it(work: Path, tmp_path: Path)
     changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
     assert changed == {"decoder"}
     assert after.codes_fingerprint == before.codes_fingerprint
-    # Training goes on with it, from a model that had the other decoder.
+    # Joint training accepts the new decoder, with a model that had the old one.
     fit = ["fit", "--config", str(work / "joint.yaml"), "--trainer.max_steps", "1"]
     fit += ["--data.val_limit", "8", "--model.init_args.image_tokenizer", sharper]
     assert main([*fit, "--init_from", model, "--output", str(tmp_path / "joint")]) == 0
@@ -75,7 +77,7 @@ def test_a_decoder_alone_learns_and_a_model_takes_it(work: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("collapsed", [False, True])
-def test_a_collapsed_codebook_raises_the_alarm(
+def test_a_collapsed_codebook_gives_a_warning(
     work: Path,
     tmp_path: Path,
     recwarn: pytest.WarningsRecorder,
@@ -84,7 +86,7 @@ def test_a_collapsed_codebook_raises_the_alarm(
 ) -> None:
     monkeypatch.setattr(image_tokenizer, "USAGE_EVERY", 12)
     quantizer = {"name": "vq", "codebook_size": 64, "channels": 4, "decay": 0.5}
-    if collapsed:  # all codes start alike, none ever moves, and none is started anew
+    if collapsed:  # all codes start equal, never move, and are never restarted
         monkeypatch.setattr(vq, "sample_codebook", lambda flat, count: flat[:1].expand(count, -1))
         quantizer |= {"decay": 1.0, "dead_after": 0.0}
     config = yaml.safe_load((work / "tokenizer.yaml").read_text())
@@ -92,14 +94,14 @@ def test_a_collapsed_codebook_raises_the_alarm(
     config |= {"output": str(tmp_path / "run")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["fit", "--config", str(tmp_path / "config.yaml")]) == 0
-    alarms = [str(w.message) for w in recwarn if "the codebook collapses" in str(w.message)]
-    assert bool(alarms) == collapsed
-    assert not collapsed or "step 11: " in alarms[0]
+    collapses = [str(w.message) for w in recwarn if "the codebook collapses" in str(w.message)]
+    assert bool(collapses) == collapsed
+    assert not collapsed or "step 11: " in collapses[0]
     dead = logged(tmp_path / "run", "train/codebook_dead")
     assert list(dead) == [11] and (float(dead[11]) == 63) == collapsed
 
 
-def test_a_model_lends_its_tokenizers(work: Path, tmp_path: Path) -> None:
+def test_tokenizers_can_be_taken_from_a_model(work: Path, tmp_path: Path) -> None:
     model = str(work / "joint" / "model")
     fit = ["fit", "--config", str(work / "joint.yaml"), "--trainer.max_steps", "1"]
     fit += ["--data.val_limit", "8", "--init_from", model, "--output", str(tmp_path)]
@@ -116,11 +118,11 @@ def a_batch(work: Path, **arguments: Any) -> tuple[JointModule, Examples]:
     module = JointModule(**config["model"]["init_args"] | arguments)
     shards = ShardData(config["data"]["folders"]).shards("train")
     dataset = ShardDataset(shards, 16, "squash", seed=0)
-    chosen = next(iter(GlobalBatches(Order([[len(dataset)]]), 8)))
-    return module, dataset.collate([dataset[item] for item in chosen])
+    items = next(iter(GlobalBatches(Order([[len(dataset)]]), 8)))
+    return module, dataset.collate([dataset[item] for item in items])
 
 
-def own_loss(work: Path, folder: Path) -> float:
+def loss_of_model(work: Path, folder: Path) -> float:
     module, batch = a_batch(work)
     module.model = load(folder)
     with torch.no_grad():
@@ -128,12 +130,14 @@ def own_loss(work: Path, folder: Path) -> float:
     return float(loss)
 
 
-def test_what_no_loss_reads_is_not_computed(work: Path) -> None:
-    """A run that only draws: the same loss, from half of the tokens."""
+def test_sequences_without_a_loss_are_not_computed(work: Path) -> None:
+    """A run that only draws has the same loss from about half of the tokens."""
     goals = ObjectivesConfig(
-        weights={"caption": 0, "answer": 0, "text": 0}, alignment_weight=0,
-        next_token_share=1.0, reconstruct_share=0.0,
-    )  # fmt: skip
+        weights={"caption": 0, "answer": 0, "text": 0},
+        alignment_weight=0,
+        next_token_share=1.0,
+        reconstruct_share=0.0,
+    )
     module, batch = a_batch(work, objectives=goals)
     losses, tokens = [], []
     for training in (False, True):
@@ -145,7 +149,7 @@ def test_what_no_loss_reads_is_not_computed(work: Path) -> None:
     assert tokens[1] < 0.6 * tokens[0]
 
 
-# --- measuring and predicting -----------------------------------------------------------------
+# --- measuring and predicting ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verb", ["validate", "test"])
@@ -159,7 +163,7 @@ def test_measuring_uses_the_last_checkpoint_and_keeps_the_training_log(
         (row,) = csv.DictReader(file)
     with open(run / "logs" / "metrics.csv", newline="") as file:
         at_10 = [float(r["val/total"]) for r in csv.DictReader(file) if r["val/total"]][-1]
-    # The last checkpoint is of step 12, the last validation was after step 10.
+    # The last checkpoint is of step 12, the last validation of step 10.
     assert float(row["val/total"]) == pytest.approx(at_10, rel=0.05)
 
 
@@ -184,7 +188,7 @@ def test_predict_of_an_image_tokenizer_writes_codes(work: Path) -> None:
     assert codes.shape == (8, 2, 2) and 0 <= int(codes.min()) <= int(codes.max()) < 25
 
 
-# --- recipes ----------------------------------------------------------------------------------
+# --- recipes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -195,45 +199,53 @@ def test_every_recipe_parses(name: str, capsys: pytest.CaptureFixture[str]) -> N
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["model"]["class_path"].startswith("multimodal.train.")
     top = (RECIPES / name).read_text().split("\n\n")[0]
-    assert f"multimodal fit --config {name}" in top, "a recipe says how to run it"
+    assert f"multimodal fit --config {name}" in top, "the comment has the command"
 
 
 def test_recipes_for_scenes_run(work: Path, tmp_path: Path) -> None:
-    """Joined as the README joins them; made small by options alone."""
-    few = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.workers", "0"]
-    few += ["--data.folders", f"[{work / 'scenes'}]", "--data.global_batch_size", "4"]
-    few += ["--data.val_limit", "4", "--trainer.enable_progress_bar", "false"]
-    few += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
-    few += ["--model.init_args.text_tokenizer", str(work / "text.json")]
+    """Both recipes in the order of the README. Options make them small."""
+    options = [
+        "--trainer.max_steps",
+        "2",
+        "--trainer.val_check_interval",
+        "2",
+        "--data.workers",
+        "0",
+    ]
+    options += ["--data.folders", f"[{work / 'scenes'}]", "--data.global_batch_size", "4"]
+    options += ["--data.val_limit", "4", "--trainer.enable_progress_bar", "false"]
+    options += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+    options += ["--model.init_args.text_tokenizer", str(work / "text.json")]
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     small = ["--model.init_args.tokenizer.autoencoder.dim", "32"]
-    assert main(["fit", "--config", "scenes_tokenizer.yaml", *few, *small, "--output", first]) == 0
-    small = [
-        "--model.init_args.image_tokenizer",
-        f"{first}/model",
-        "--model.init_args.size",
-        "tiny",
-    ]
+    assert (
+        main(["fit", "--config", "scenes_tokenizer.yaml", *options, *small, "--output", first]) == 0
+    )
+    small = ["--model.init_args.image_tokenizer", f"{first}/model"]
+    small += ["--model.init_args.size", "tiny"]
     small += ["--model.init_args.drawings_in_validation", "1"]
-    small += ["--model.init_args.row_length", "256"]  # the text tokenizer has few words
-    assert main(["fit", "--config", "scenes_joint.yaml", *few, *small, "--output", second]) == 0
-    assert len(load(f"{second}/model").caption([torch_picture()])) == 1
+    small += [
+        "--model.init_args.row_length",
+        "256",
+    ]  # the small text tokenizer gives long sequences
+    assert main(["fit", "--config", "scenes_joint.yaml", *options, *small, "--output", second]) == 0
+    assert len(load(f"{second}/model").caption([picture()])) == 1
 
 
-def torch_picture() -> Any:
+def picture() -> Any:
     from PIL import Image
 
     return Image.new("RGB", (40, 30), (200, 30, 30))
 
 
-# --- what users get wrong ---------------------------------------------------------------------
+# --- mistakes of users ----------------------------------------------------------------------------
 
-ZERO = ["--model.init_args.objectives.weights",
-        "{caption: 0, answer: 0, text: 0, image: 0, reconstruct: 0}"]  # fmt: skip
+OBJECTIVES = "--model.init_args.objectives"
+ZERO = "{caption: 0, answer: 0, text: 0, image: 0, reconstruct: 0}"
 
 
 @pytest.mark.parametrize(
-    ("options", "status", "said"),
+    ("options", "status", "message"),
     [
         (["--data.folders", "[nowhere]"], 1, r"nowhere: no such folder"),
         (["--data.folders", "[BARE]"], 1, r"no manifest.json; .* run: multimodal data index"),
@@ -245,28 +257,18 @@ ZERO = ["--model.init_args.objectives.weights",
         (["--model.init_args.row_length", "9999"], 1, r"the model reads at most 4096 tokens"),
         (["--model.init_args.row_length", "30"], 1, r"sample \S+ makes a sequence of \d+ tokens"),
         (
-            [*ZERO, "--model.init_args.objectives.alignment_weight", "0"],
+            [f"{OBJECTIVES}.weights", ZERO, f"{OBJECTIVES}.alignment_weight", "0"],
             1,
             r"the weights of all objectives are zero",
         ),
-        (["--model.init_args.objectives.weights.caption", "-1"], 1, r"expected 0 or more"),
+        ([f"{OBJECTIVES}.weights.caption", "-1"], 1, r"expected 0 or more"),
         (
-            [
-                "--model.init_args.objectives.weights.answer",
-                "1",
-                "--model.init_args.question_share",
-                "0",
-            ],
+            [f"{OBJECTIVES}.weights.answer", "1", "--model.init_args.question_share", "0"],
             1,
             r"has answer: 1.0, but none of the",
         ),
         (
-            [
-                "--model.init_args.objectives.weights.reconstruct",
-                "1",
-                "--model.init_args.objectives.reconstruct_share",
-                "0",
-            ],
+            [f"{OBJECTIVES}.weights.reconstruct", "1", f"{OBJECTIVES}.reconstruct_share", "0"],
             1,
             r"has reconstruct: 1.0, but none",
         ),
@@ -285,10 +287,14 @@ ZERO = ["--model.init_args.objectives.weights",
         (["--init_from", "MODEL", "--ckpt_path", "x"], 1, r"give one of them"),
     ],
 )
-def test_a_users_mistake_is_one_line(
-    work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str],
-    options: list[str], status: int, said: str,
-) -> None:  # fmt: skip
+def test_a_mistake_of_the_user_gives_one_line(
+    work: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    options: list[str],
+    status: int,
+    message: str,
+) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(work / "scenes/val-0000.tar", bare)
@@ -304,7 +310,7 @@ def test_a_users_mistake_is_one_line(
     assert main([*fit, "--trainer.max_steps", "1", *options]) == status
     out, err = capfd.readouterr()
     last = err.splitlines()[-1]
-    assert last.startswith("multimodal fit: error: ") and re.search(said, last), err
+    assert last.startswith("multimodal fit: error: ") and re.search(message, last), err
     assert len(last) < 300 and "Traceback" not in err and out == ""
 
 
@@ -324,14 +330,14 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in out for name in recipe_names()) and "--ckpt_path" in out
 
 
-def test_a_forecast_says_what_a_run_needs_and_keeps_nothing(
+def test_a_forecast_prints_what_a_run_needs_and_keeps_nothing(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted((work / "joint").rglob("*"))
     assert main(["info", "--config", str(work / "joint.yaml"), "--trainer.max_steps", "900"]) == 0
-    said = capsys.readouterr().out
-    assert "131,458 to train, " in said and "900 steps in " in said and " GB at most" in said
+    out = capsys.readouterr().out
+    assert "131,458 to train, " in out and "900 steps in " in out and " GB at most" in out
     once = ["--trainer.max_steps", "1", "--trainer.accumulate_grad_batches", "2"]
     assert main(["info", f"--config={work / 'joint.yaml'}", *once]) == 0
     assert "1 steps in " in capsys.readouterr().out
@@ -339,7 +345,7 @@ def test_a_forecast_says_what_a_run_needs_and_keeps_nothing(
     assert main(["info", "--config", str(work / "joint.yaml"), "--model.nope", "1"]) == 2
 
 
-def test_a_run_says_nothing_useless(work: Path, tmp_path: Path) -> None:
+def test_a_run_prints_nothing_useless(work: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "multimodal.cli", "fit", "--config", str(work / "joint.yaml")]
     command += ["--output", str(tmp_path / "run"), "--trainer.max_steps", "1"]
     command += ["--data.workers", "1"]
