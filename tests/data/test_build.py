@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from multimodal.commands.data import main
-from multimodal.data.builder.build import build, is_held_out, make_key
+from multimodal.data.builder.build import build
+from multimodal.data.builder.writer import is_held_out, make_key
 from multimodal.data.shards import index_shard, write_manifest
 from tests.photos import by_caption, hashes, picture, rejected, samples
 
