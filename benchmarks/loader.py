@@ -29,16 +29,16 @@ from PIL import Image
 from multimodal.data.encode import Encoding, encode_shards
 from multimodal.data.shards import Shards, index_shard, write_manifest, write_tar
 from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
-from multimodal.train.data import GlobalBatches, GlobalBatchLoader, ShardDataset
-from multimodal.train.sample_order import Order
+from multimodal.train.data import GlobalBatchLoader
+from multimodal.train.examples import ShardDataset
+from multimodal.train.sample_order import GlobalBatches, Order
 
 BATCH, ROUNDS = 64, 9  # of the rounds the best counts: the least that others disturbed
 MANY = 100_000  # shards of the simulated folder
 START_UP = """
 import json, re, sys, time
 from multimodal.data.shards import Shards
-from multimodal.train.data import GlobalBatches
-from multimodal.train.sample_order import Order
+from multimodal.train.sample_order import GlobalBatches, Order
 
 def largest():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024

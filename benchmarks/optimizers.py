@@ -17,7 +17,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from multimodal.train.data import Examples, ShardData
+from multimodal.train.data import ShardData
+from multimodal.train.examples import Examples
 from multimodal.train.joint import JointModule
 from multimodal.train.optim import warmup_cosine
 

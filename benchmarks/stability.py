@@ -20,7 +20,8 @@ import lightning as L
 import torch
 from torch import nn
 
-from multimodal.train.data import Examples, ShardData
+from multimodal.train.data import ShardData
+from multimodal.train.examples import Examples
 from multimodal.train.joint import JointModule
 
 SETTINGS = {

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -63,9 +62,11 @@ def main(argv: list[str]) -> int:
         folder: list(islice(Shards(folder, arguments.split), arguments.limit))
         for folder in arguments.data
     }
+    from multimodal.distributed import process_group  # imports torch
+
     named = [TASKS if task == "all" else (task,) for task in arguments.tasks]
     tasks = tuple(dict.fromkeys(chain.from_iterable(named)))
-    with ranks() as rank:
+    with process_group() as rank:
         report = run(arguments, tasks, samples, first=rank == 0)
     if rank:
         return 0
@@ -74,21 +75,6 @@ def main(argv: list[str]) -> int:
         with atomic_file(arguments.output) as file:
             file.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     return 0
-
-
-@contextmanager
-def ranks() -> Iterator[int]:
-    """The rank of this process among those of torchrun, which can reach one another meanwhile."""
-    import torch.distributed as dist
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield 0
-        return
-    dist.init_process_group("gloo")  # what they tell one another are results, on the CPU
-    try:
-        yield dist.get_rank()
-    finally:
-        dist.destroy_process_group()
 
 
 def run(
@@ -100,11 +86,11 @@ def run(
     """The report; the first rank writes the page on the way."""
     from tqdm import tqdm
 
+    from multimodal.distributed import world_size
     from multimodal.eval.evaluator import Subject, chosen, evaluate
     from multimodal.eval.metrics.clip_score import ClipScore
     from multimodal.eval.page import Figure, Numbers, Section, page
     from multimodal.eval.tasks.registry import find_evaluator
-    from multimodal.model.objectives import world_size
 
     makers = {task: find_evaluator(task) for task in tasks}
     clip = ClipScore(arguments.clip) if arguments.clip else None

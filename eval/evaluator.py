@@ -18,10 +18,10 @@ from torch import Tensor
 
 from multimodal.data.images import fit_image, open_image, to_tensor
 from multimodal.data.samples import Sample
+from multimodal.distributed import gather_objects, rank, world_size
 from multimodal.eval.metrics.clip_score import ClipScore
 from multimodal.inference.text import encode_images
 from multimodal.model.network import Multimodal
-from multimodal.model.objectives import over_ranks, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Subject:
             found += work(part)
             self.on_batch(len(part))
         assert len(found) == len(share), f"{len(found)} results of {len(share)} items"
-        return over_ranks(found)
+        return gather_objects(found)
 
     def rows_over(self, work: Callable[[Tensor], Tensor], read: Tensor) -> Tensor:
         """``over`` the rows of a tensor, for work that makes another: float[N, ...]"""

@@ -11,8 +11,8 @@ def keep_freed_memory() -> None:
 
     Every batch and every step frees and takes the same activations; without this, page faults are a
     third of the time of captions on a CPU, and up to half of that of a step of training
-    (docs/decisions.md). A process keeps what it needed at its peak, and those it starts have to be
-    told themselves. Does nothing where there is no mallopt.
+    (docs/decisions/training_speed.md). A process keeps what it needed at its peak, and those it
+    starts have to be told themselves. Does nothing where there is no mallopt.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -1,6 +1,6 @@
 """Finite scalar quantization (Mentzer et al. 2023, arXiv:2309.15505): no codebook to collapse.
 
-Each channel is squashed to a few integers; a code is their mixed-radix number.
+Each channel is squashed to a few integers. A code is their mixed-radix number.
 """
 
 import math
@@ -13,7 +13,14 @@ from multimodal.tokenizers.quantizer import Quantized
 
 
 class FSQ(nn.Module):
-    """Args: levels: how many values each channel may take; their product is the codebook size."""
+    """Finite scalar quantization.
+
+    Args:
+        levels: number of values of each channel, at least 2. Their product is the codebook size.
+
+    Raises:
+        ValueError: for no levels, or a level below 2.
+    """
 
     levels: Tensor
     basis: Tensor
@@ -36,6 +43,7 @@ class FSQ(nn.Module):
         return torch.tanh(latents + torch.atanh(offset / half)) * half - offset
 
     def forward(self, latents: Tensor) -> Quantized:
+        """Quantize latents, float[B, h, w, C]."""
         # In fp32: a bf16 tanh moves latents across rounding boundaries.
         with torch.autocast(latents.device.type, enabled=False):
             bounded = self._bound(latents.float())

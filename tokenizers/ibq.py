@@ -1,9 +1,10 @@
 """Index backpropagation quantization (Shi et al. 2024, arXiv:2412.02692).
 
-The choice of a code is passed straight through, not the latent: the gradient of what the decoder
-reads reaches every code by its probability, so that none is left behind. Here latents and codes are
-unit vectors of few channels, and the codebook starts from the data; as published, in a few hundred
-steps most codes are never chosen (docs/decisions.md).
+The straight-through estimator passes the one-hot choice of a code, not the latent. So the gradient
+of the decoder's input reaches every code in proportion to its probability, and no code is left
+unused. Unlike the paper, latents and codes are unit vectors of few channels, and the codebook
+starts from the data. As published, most codes are never chosen in the first few hundred steps
+(docs/decisions/quantizers.md).
 
 Shapes: N latents of C channels, K codes.
 """
@@ -13,16 +14,24 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from multimodal.tokenizers.quantizer import Quantized, drawn_from, entropy_of
+from multimodal.tokenizers.quantizer import Quantized, entropy_of, sample_codebook
 
 
 class IBQ(nn.Module):
-    """Args:
-    codebook_size: K; channels: C.
-    temperature: of the softmax over the cosines, backwards and in the entropy loss.
-    codebook_weight: of the loss that pulls the chosen codes alone to their latents, beside the two
-        of weight 1: of all codes and latents to one another, and of latents to their codes.
-    entropy_weight: of the loss that wants each latent sure of its code, and all codes in use.
+    """Index backpropagation quantization.
+
+    Args:
+        codebook_size: K, at least 2.
+        channels: C, at least 2.
+        temperature: of the softmax over the cosines, in the backward pass and the entropy loss.
+        codebook_weight: of the loss that moves the chosen codes to their latents. Two more losses
+            have weight 1: one moves all codes and latents towards each other, the commitment loss
+            moves latents to their codes.
+        entropy_weight: of the entropy loss. It is low if each latent is sure of its code, and all
+            codes are in use.
+
+    Raises:
+        ValueError: for sizes below 2, or a temperature of 0 or less.
     """
 
     initialised: Tensor
@@ -49,12 +58,13 @@ class IBQ(nn.Module):
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
 
     def forward(self, latents: Tensor) -> Quantized:
+        """Quantize latents, float[B, h, w, C]."""
         with torch.autocast(latents.device.type, enabled=False):
             latents = F.normalize(latents.float(), dim=-1)
             flat = rearrange(latents, "b h w c -> (b h w) c")
             if self.training and not self.initialised:
                 with torch.no_grad():
-                    self.codebook.weight.copy_(drawn_from(flat, self.codebook_size))
+                    self.codebook.weight.copy_(sample_codebook(flat, self.codebook_size))
                     self.initialised.fill_(True)
             codebook = F.normalize(self.codebook.weight, dim=-1)
             logits = flat @ codebook.T / self.temperature
@@ -63,26 +73,26 @@ class IBQ(nn.Module):
             losses: dict[str, Tensor] = {}
             vectors = nearest
             if self.training:
-                # One-hot forwards, softmax backwards: what IBQ is.
+                # The IBQ estimator: one-hot in the forward pass, softmax in the backward pass.
                 probabilities = logits.softmax(-1)
-                chosen = F.one_hot(codes, self.codebook_size).to(probabilities)
-                vectors = (chosen + probabilities - probabilities.detach()) @ codebook
-                # Of unit vectors summed over channels, as each has 1 / C of it.
-                both, pull, commitment = (
-                    self.channels * F.mse_loss(one, other)
-                    for one, other in (
-                        (vectors, flat), (nearest, flat.detach()), (flat, nearest.detach())
-                    )
-                )  # fmt: skip
-                losses["codebook"] = both + self.codebook_weight * pull
+                one_hot = F.one_hot(codes, self.codebook_size).to(probabilities)
+                vectors = (one_hot + probabilities - probabilities.detach()) @ codebook
+                mutual = self._distance(vectors, flat)
+                chosen = self._distance(nearest, flat.detach())
+                commitment = self._distance(flat, nearest.detach())
+                losses["codebook"] = mutual + self.codebook_weight * chosen
                 losses["commitment"] = commitment
                 if self.entropy_weight:
-                    spread = entropy_of(probabilities).mean() - entropy_of(probabilities.mean(0))
-                    losses["entropy"] = self.entropy_weight * spread
+                    entropy = entropy_of(probabilities).mean() - entropy_of(probabilities.mean(0))
+                    losses["entropy"] = self.entropy_weight * entropy
             return Quantized(
                 codes.view(latents.shape[:-1]), vectors.view_as(latents), losses, self.codebook_size
             )
 
+    def _distance(self, moved: Tensor, target: Tensor) -> Tensor:
+        """Mean squared distance of unit vectors, summed over channels."""
+        return self.channels * F.mse_loss(moved, target)
+
     def lookup(self, codes: Tensor) -> Tensor:
-        """codes: int64[...] -> vectors: float[..., C] of unit norm"""
+        """codes: int64[...] -> vectors: float[..., C] of unit norm."""
         return F.normalize(self.codebook(codes), dim=-1)

@@ -1,8 +1,8 @@
-"""The one protocol of image tokenizers, and how one is put together: encoder, quantizer, decoder.
+"""The protocol of image tokenizers, and the VQ tokenizer: an encoder, a quantizer, a decoder.
 
-A tokenizer is a folder: ``config.json`` and ``model.safetensors``. Its fingerprint is a hash of
-config (preprocessing included) and weights; its codes have one of their own, of all that but the
-decoder: codes of one codes' fingerprint mean nothing to another.
+A tokenizer is a folder with ``config.json`` and ``model.safetensors``. Its fingerprint is a hash of
+the config (preprocessing included) and the weights. Its codes' fingerprint leaves out the decoder:
+tokenizers with the same one give the same codes.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ from multimodal.tokenizers.quantizer import Quantized
 from multimodal.tokenizers.registry import make_quantizer
 
 Fit: TypeAlias = Literal["squash", "crop", "letterbox"]
-Made = TypeVar("Made")
+Part = TypeVar("Part")
 
 
 class ImageTokenizer(Protocol):
-    """images: float[B, 3, H, W] in [-1, 1] <-> codes: int64[B, h, w] in [0, codebook_size)"""
+    """images: float[B, 3, H, W] in [-1, 1] <-> codes: int64[B, h, w] in [0, codebook_size)."""
 
     @property
     def codebook_size(self) -> int: ...
@@ -42,7 +42,15 @@ class ImageTokenizer(Protocol):
 
 
 def make_autoencoder(name: str, **options: Any) -> vit.ViT | vqgan.VQGAN:
-    """``vit`` (dim, encoder_depth, ...) or ``vqgan`` (channels, multipliers, ...)."""
+    """Make the configuration of an autoencoder.
+
+    Args:
+        name: ``vit`` or ``vqgan``.
+        options: arguments of its class, such as ``dim`` (vit) or ``channels`` (vqgan).
+
+    Raises:
+        ValueError: for an unknown name.
+    """
     kinds: dict[str, type[vit.ViT] | type[vqgan.VQGAN]] = {"vit": vit.ViT, "vqgan": vqgan.VQGAN}
     if name not in kinds:
         raise ValueError(f"autoencoder {name!r}: expected one of {', '.join(kinds)}")
@@ -51,11 +59,17 @@ def make_autoencoder(name: str, **options: Any) -> vit.ViT | vqgan.VQGAN:
 
 @dataclass(frozen=True)
 class ImageTokenizerConfig:
-    """Args:
-    image_size: side of the square image in pixels; fit: how other images are made square.
-    downsample: pixels per code and side, a power of two.
-    autoencoder: its name and options, ``{"name": "vit", "dim": 256, "encoder_depth": 4}``.
-    quantizer: its name and options, ``{"name": "fsq", "levels": [7, 5, 5, 5, 5]}``.
+    """What an image tokenizer is made of, besides its weights.
+
+    Args:
+        image_size: pixels of a side of the square image, a multiple of ``downsample``.
+        fit: how other images are made square.
+        downsample: pixels of a side of one code, a power of two.
+        autoencoder: its name and options, ``{"name": "vit", "dim": 256, "encoder_depth": 4}``.
+        quantizer: its name and options, ``{"name": "fsq", "levels": [7, 5, 5, 5, 5]}``.
+
+    Raises:
+        ValueError: for sizes that do not fit.
     """
 
     image_size: int = 128
@@ -81,13 +95,13 @@ class ImageTokenizerConfig:
 
 
 class VQTokenizer(nn.Module):
-    """An autoencoder with a quantizer in its middle; see ``ImageTokenizer`` for the protocol."""
+    """An autoencoder with a quantizer between encoder and decoder. An ``ImageTokenizer``."""
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.quantizer = _named(make_quantizer, config.quantizer)
-        autoencoder = _named(make_autoencoder, config.autoencoder)
+        self.quantizer = _build(make_quantizer, config.quantizer)
+        autoencoder = _build(make_autoencoder, config.autoencoder)
         shape = (config.downsample, config.grid, self.quantizer.channels)
         self.encoder: nn.Module
         self.decoder: vit.Decoder | vqgan.Decoder
@@ -102,43 +116,71 @@ class VQTokenizer(nn.Module):
         return self.config.downsample
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
-        """images: float[B, 3, H, W] in [-1, 1] -> reconstructions of that shape, and the codes"""
+        """Encode and decode images.
+
+        Args:
+            images: float[B, 3, H, W] in [-1, 1]. H and W are multiples of ``downsample``.
+
+        Returns:
+            The reconstructions, float[B, 3, H, W], not clipped, and the result of the quantizer.
+
+        Raises:
+            ValueError: for another shape or dtype.
+        """
         _check_images(images, self.downsample)
         quantized: Quantized = self.quantizer(self.encoder(images))
         return self.decoder(quantized.vectors), quantized
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """images: float[B, 3, H, W] in [-1, 1] -> codes: int64[B, h, w]"""
+        """Encode images.
+
+        Args:
+            images: float[B, 3, H, W] in [-1, 1]. H and W are multiples of ``downsample``.
+
+        Returns:
+            int64[B, h, w] in [0, codebook_size).
+
+        Raises:
+            ValueError: for another shape, dtype or range.
+        """
         _check_images(images, self.downsample)
-        # Pixels from 0 to 255 would give codes, too: of nothing that was ever seen.
-        if images.numel() and not images.abs().amax() <= 1 + 1e-3:  # not a number fails as well
+        # Pixels from 0 to 255 would give meaningless codes without an error. NaN fails here too.
+        if images.numel() and not images.abs().amax() <= 1 + 1e-3:
             raise ValueError(
                 f"images from {images.min():.3g} to {images.max():.3g}: expected -1 to 1, "
                 "that is uint8 / 127.5 - 1"
             )
-        codes: Tensor = self.quantizer(self.encoder(images)).codes
-        return codes
+        return self.quantizer(self.encoder(images)).codes
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """codes: int64[B, h, w] in [0, codebook_size) -> images: float[B, 3, H, W] in [-1, 1]"""
+        """Decode images from codes.
+
+        Args:
+            codes: int64[B, h, w] in [0, codebook_size).
+
+        Returns:
+            float32[B, 3, H, W] in [-1, 1].
+
+        Raises:
+            ValueError: if a code is out of range.
+        """
         if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.codebook_size):
             raise ValueError(
                 f"codes from {int(codes.min())} to {int(codes.max())}: "
                 f"expected 0 to {self.codebook_size - 1}"
             )
-        images: Tensor = self.decoder(self.quantizer.lookup(codes)).float()
-        return images.clamp(-1, 1)
+        return self.decoder(self.quantizer.lookup(codes)).float().clamp(-1, 1)
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over config and weights."""
+        """Hash of config and weights, 16 hex digits."""
         return _digest(asdict(self.config), self.state_dict())
 
     @property
     def codes_fingerprint(self) -> str:
-        """16 hex digits over what makes codes of images: everything but the decoder."""
+        """Hash of config and weights without the decoder, 16 hex digits."""
         config = asdict(self.config)
         config["autoencoder"] = {
             name: value for name, value in config["autoencoder"].items() if name != "decoder_depth"
@@ -147,6 +189,7 @@ class VQTokenizer(nn.Module):
         return _digest(config, {k: v for k, v in weights.items() if not k.startswith("decoder.")})
 
     def save(self, folder: str | Path) -> None:
+        """Write the folder that ``load_image_tokenizer`` reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(
@@ -169,8 +212,8 @@ def hash_weights(digest: "hashlib._Hash", weights: dict[str, Tensor]) -> None:
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def _named(make: Callable[..., Made], options: dict[str, Any]) -> Made:
-    """What a name and options stand for. Errors: ``ValueError`` for options that are not known."""
+def _build(make: Callable[..., Part], options: dict[str, Any]) -> Part:
+    """Call ``make`` with a name and options from a config. Unknown options raise ValueError."""
     if "name" not in options:
         raise ValueError(f"{options}: name is missing")
     try:
@@ -180,7 +223,11 @@ def _named(make: Callable[..., Made], options: dict[str, Any]) -> Made:
 
 
 def load_image_tokenizer(folder: str | Path) -> VQTokenizer:
-    """Load a tokenizer folder, in eval mode. Errors: ``ValueError`` for one that was altered."""
+    """Load a tokenizer folder, in eval mode.
+
+    Raises:
+        ValueError: if the folder is no image tokenizer, or its weights and config do not match.
+    """
     folder = Path(folder)
     try:
         stored = json.loads((folder / "config.json").read_text())
@@ -191,7 +238,7 @@ def load_image_tokenizer(folder: str | Path) -> VQTokenizer:
         missing = error.filename or error
         raise ValueError(f"{folder}: not an image tokenizer ({missing} is missing)") from error
     except (KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        reason = textwrap.shorten(str(error), 300)  # of other weights torch names every single one
+        reason = textwrap.shorten(str(error), 300)  # torch lists every wrong weight
         raise ValueError(f"{folder}: not an image tokenizer of this release: {reason}") from error
     if tokenizer.fingerprint != fingerprint:
         raise ValueError(

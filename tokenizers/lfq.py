@@ -1,7 +1,7 @@
 """Lookup-free quantization (MAGVIT-v2, Yu et al. 2023, arXiv:2310.05737): a code is a row of signs.
 
-There is no codebook to learn and none to search. What keeps the codes in use is an entropy loss:
-each latent should be sure of its code, all latents together should use all codes.
+There is no codebook to learn or to search. An entropy loss keeps the codes in use: each latent
+should be sure of its code, and the latents of a batch should use all codes.
 
 Shapes: N latents of C channels, K = 2^C codes, G bits of a group.
 """
@@ -13,14 +13,20 @@ from torch import Tensor, nn
 
 from multimodal.tokenizers.quantizer import Quantized, entropy_of
 
-GROUP = 9  # bits whose 2^G patterns are counted exactly; groups are taken as independent
+GROUP = 9  # bits whose 2^G patterns are computed exactly; groups count as independent
 
 
 class LFQ(nn.Module):
-    """Args:
-    channels: C bits; the codebook has 2^C codes.
-    entropy_weight, commitment: of the two losses.
-    temperature: of p(code | latent), a softmax over minus the squared distances divided by it.
+    """Lookup-free quantization.
+
+    Args:
+        channels: C bits, 1 to 18. The codebook has 2^C codes.
+        entropy_weight: of the entropy loss.
+        commitment: weight of the commitment loss.
+        temperature: of p(code | latent), a softmax over minus the squared distances divided by it.
+
+    Raises:
+        ValueError: for channels outside 1 to 18, or a temperature of 0 or less.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class LFQ(nn.Module):
         self.temperature = temperature
 
     def forward(self, latents: Tensor) -> Quantized:
+        """Quantize latents, float[B, h, w, C]."""
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
             bits = latents > 0
@@ -57,24 +64,29 @@ class LFQ(nn.Module):
         return 2.0 * (codes[..., None] >> torch.arange(self.channels, device=codes.device) & 1) - 1
 
     def entropy(self, flat: Tensor) -> Tensor:
-        """Mean entropy of a latent's code, minus that of all codes together: float[N, C] -> float[]
+        """Mean entropy of each latent's code, minus the entropy of the mean code distribution.
 
         The bits of one latent are independent, so its entropy is a sum over bits, exact for any C.
-        That of all together is counted for groups of at most GROUP bits.
+        The entropy of the mean is computed for groups of at most GROUP bits.
+
+        Args:
+            flat: float[N, C].
+
+        Returns:
+            float[], in nats.
         """
         # (z + 1)^2 - (z - 1)^2 = 4 z
-        yes = torch.sigmoid(4 * flat / self.temperature)
-        each = entropy_of(torch.stack([yes, 1 - yes], -1)).sum(-1).mean()
-        together = torch.stack([
-            entropy_of(_patterns(group).mean(0)) for group in torch.split(yes, GROUP, dim=-1)
-        ]).sum()  # fmt: skip
-        return each - together
+        ones = torch.sigmoid(4 * flat / self.temperature)
+        per_latent = entropy_of(torch.stack([ones, 1 - ones], -1)).sum(-1).mean()
+        groups = torch.split(ones, GROUP, dim=-1)
+        of_mean = torch.stack([entropy_of(_patterns(group).mean(0)) for group in groups]).sum()
+        return per_latent - of_mean
 
 
-def _patterns(yes: Tensor) -> Tensor:
-    """Probabilities of G independent bits, float[N, G] -> of their patterns, float[N, 2^G]"""
-    probabilities = yes.new_ones(len(yes), 1)
-    for bit in yes.unbind(-1):
+def _patterns(ones: Tensor) -> Tensor:
+    """Probabilities of G independent bits, float[N, G] -> of their patterns, float[N, 2^G]."""
+    probabilities = ones.new_ones(len(ones), 1)
+    for bit in ones.unbind(-1):
         pair = torch.stack([1 - bit, bit], -1)
         probabilities = rearrange(probabilities[:, None] * pair[:, :, None], "n two p -> n (two p)")
     return probabilities

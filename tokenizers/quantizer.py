@@ -1,4 +1,4 @@
-"""What every quantizer gives back, and how the health of a codebook is measured.
+"""The result type of all quantizers, and statistics of the use of a codebook.
 
 Shapes: B batch, h w the grid of codes, N = B h w, C the channels of a code vector, K the codebook
 size.
@@ -14,11 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Quantized:
-    """One result type for all quantizers.
+    """The result of a quantizer.
 
-    codes: int64[B, h, w] in [0, K); vectors: float[B, h, w, C], what the decoder reads, with the
-    gradient passed straight through; losses: by name, each a weighted float32[], what the
-    quantizer itself asks to be minimised; codebook_size: K.
+    Args:
+        codes: int64[B, h, w] in [0, K).
+        vectors: float[B, h, w, C], the input of the decoder. Gradients pass straight through.
+        losses: by name, float32[] each, already weighted. The quantizer needs them minimised.
+        codebook_size: K.
     """
 
     codes: Tensor
@@ -44,61 +46,73 @@ class Quantizer(Protocol):
 
 
 def distributed() -> bool:
+    """Whether there are several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @torch.no_grad()
-def drawn_from(flat: Tensor, count: int) -> Tensor:
-    """Latents of a batch, float[N, C], at random, one for each of so many codes: float[count, C].
+def sample_codebook(flat: Tensor, count: int) -> Tensor:
+    """Draw a codebook from the latents of a batch, the same on all ranks.
 
-    The same on all ranks. A little noise keeps repeated ones apart.
+    A little noise keeps latents apart that are drawn several times.
+
+    Args:
+        flat: float[N, C], latents.
+        count: number of codes.
+
+    Returns:
+        float[count, C].
     """
-    chosen = flat[torch.randint(len(flat), (count,), device=flat.device)]
-    drawn = chosen + 0.01 * torch.randn_like(chosen)
+    drawn = flat[torch.randint(len(flat), (count,), device=flat.device)]
+    codebook = drawn + 0.01 * torch.randn_like(drawn)
     if distributed():
-        dist.broadcast(drawn, 0)
-    return drawn
+        dist.broadcast(codebook, 0)
+    return codebook
 
 
 def entropy_of(probabilities: Tensor) -> Tensor:
-    """float[..., K] that sum to 1 -> float[...], in nats"""
+    """float[..., K] that sum to 1 -> float[...], in nats."""
     return -(probabilities * probabilities.clamp(min=1e-12).log()).sum(-1)
 
 
-class CodebookUse:
+class CodebookUsage:
     """Counts codes over many batches: the share of the codebook in use, and its perplexity."""
 
     def __init__(self, codebook_size: int) -> None:
         self.counts = torch.zeros(codebook_size, dtype=torch.int64)
 
     def update(self, codes: Tensor) -> None:
+        """Count codes, int64[...] in [0, K)."""
         self.counts += torch.bincount(codes.flatten().cpu(), minlength=len(self.counts))
 
     @property
     def used(self) -> float:
-        """Share of the codes that appeared at all, in [0, 1]."""
+        """Share of the codes that appeared at least once, in [0, 1]."""
         return float((self.counts > 0).float().mean())
 
     @property
     def perplexity(self) -> float:
-        """exp(entropy) of the codes, in [1, K]: how many codes would be in use if used equally."""
+        """exp(entropy) of the codes, in [1, K].
+
+        A codebook of this size, used equally, would have the same entropy.
+        """
         p = self.counts.double() / self.counts.sum().clamp(min=1)
         return float(entropy_of(p).exp())
 
     @property
-    def enough(self) -> bool:
-        """Whether so many codes were counted that a healthy codebook would show."""
+    def has_enough_codes(self) -> bool:
+        """Whether the counts suffice to judge the codebook: 4 for each of its codes."""
         return int(self.counts.sum()) >= 4 * len(self.counts)
 
-    def collapse(self) -> str | None:
-        """What is wrong, in plain words, or None. Too few codes to tell are no collapse."""
-        seen, size = int(self.counts.sum()), len(self.counts)
-        if not self.enough:
+    def collapse_warning(self) -> str | None:
+        """A message if the codebook collapses. None if it does not, or there are too few codes."""
+        total, size = int(self.counts.sum()), len(self.counts)
+        if not self.has_enough_codes:
             return None
         if self.used >= 0.5 and self.perplexity >= 0.05 * size:
             return None
         return (
-            f"the codebook collapses: of {size} codes {self.used:.1%} appeared among the last "
-            f"{seen}, as if only {self.perplexity:.0f} were in use. A smaller learning rate, a "
-            "smaller codebook, fewer channels, or fsq, which has no codebook to lose, may help"
+            f"the codebook collapses: {self.used:.1%} of {size} codes appeared among the last "
+            f"{total}, as if only {self.perplexity:.0f} were in use. Try a smaller learning rate, "
+            "a smaller codebook, fewer channels, or fsq, which has no codebook to collapse"
         )

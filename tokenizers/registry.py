@@ -1,4 +1,4 @@
-"""All quantizers by name. To add one, write a file like those, and name its class here."""
+"""The quantizers by name. To add one, write a file like theirs and name its class here."""
 
 from typing import Any
 
@@ -16,9 +16,14 @@ QUANTIZERS: dict[str, type[FSQ] | type[IBQ] | type[LFQ] | type[VQ]] = {
 
 
 def make_quantizer(name: str, **options: Any) -> FSQ | IBQ | LFQ | VQ:
-    """``fsq`` (levels), ``lfq`` (channels), ``vq`` or ``ibq`` (codebook_size, channels, ...).
+    """Make a quantizer.
 
-    Errors: ``ValueError`` for an unknown name.
+    Args:
+        name: ``fsq``, ``ibq``, ``lfq`` or ``vq``.
+        options: arguments of its class, such as ``levels`` or ``codebook_size``.
+
+    Raises:
+        ValueError: for an unknown name.
     """
     if name not in QUANTIZERS:
         raise ValueError(f"quantizer {name!r}: expected one of {', '.join(QUANTIZERS)}")

@@ -1,8 +1,8 @@
 """Weights of released VQ tokenizers, in our modules: LlamaGen, taming VQGAN, Janus, Chameleon.
 
-All are the autoencoder of tokenizers/vqgan.py under other names. What the weights do not say in
-words (sizes, depth, where attention is) is read off their names and shapes. A checkpoint is opened
-without running code from it, and saved as a tokenizer folder: safetensors and JSON.
+All have the autoencoder of tokenizers/vqgan.py, with other names of the weights. Sizes, depth and
+the levels with attention are inferred from names and shapes. A checkpoint is opened without running
+code from it, and saved as a tokenizer folder: safetensors and JSON.
 """
 
 import argparse
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from multimodal.tokenizers.image import Fit, ImageTokenizerConfig, VQTokenizer
 
-ENTRANCE = "encoder.conv_in.weight"  # every layout has it; what stands before it is a prefix
-IGNORED = ("loss.", "quantize.codebook_used")  # of the training, not of the tokenizer
+FIRST_WEIGHT = "encoder.conv_in.weight"  # in every layout, after a prefix
+IGNORED = ("loss.", "quantize.codebook_used")  # state of the training
 _UP = re.compile(r"decoder\.up\.(\d+)\.")
 _LEVEL = re.compile(
     r"(?:down|up|conv_blocks)\.(\d+)\.(?:(block|res|attn)\.(\d+)\.(\w+)|(?:down|up)sample\.conv)$"
 )
 _MIDDLE = re.compile(r"mid\.(block_|attn_)?(\d)\.(\w+)$")
 _LAYERS = {"nin_shortcut": "shortcut", "q": "query", "k": "key", "v": "value", "proj_out": "out"}
-_DIMENSIONS = {ENTRANCE: 4, "encoder.conv_out.weight": 4, "quantizer.codebook.weight": 2}
+_DIMENSIONS = {FIRST_WEIGHT: 4, "encoder.conv_out.weight": 4, "quantizer.codebook.weight": 2}
 _OUTSIDE = {
     "quant_conv": "encoder.to_code",
     "post_quant_conv": "decoder.from_code",
@@ -35,27 +35,35 @@ _OUTSIDE = {
 }
 
 
-class _StandIn:
-    """In the place of a class that the pickles of taming's time name: it does nothing."""
+class _PickleStub:
+    """Replaces a class that pickles of taming's time name. It does nothing."""
 
 
-_STAND_INS: list[Any] = [
-    (_StandIn, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+_PICKLE_STUBS: list[Any] = [
+    (_PickleStub, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
 ]
 
 
 def import_tokenizer(source: str | Path, image_size: int, fit: Fit = "squash") -> VQTokenizer:
-    """Read released weights from a ``.safetensors``, ``.pt``, ``.pth``, ``.ckpt`` or ``.bin`` file,
-    or a folder of safetensors.
+    """Read the weights of a released tokenizer.
 
-    image_size: pixels of a side that images are brought to; fit: how. The weights do not say.
-    Errors: ``ValueError`` for what is not there, cannot be read, or does not fit together.
+    Args:
+        source: a ``.safetensors``, ``.pt``, ``.pth``, ``.ckpt`` or ``.bin`` file, or a folder of
+            safetensors.
+        image_size: pixels of a side of the square image. The weights do not tell it.
+        fit: how other images are made square. The weights do not tell it either.
+
+    Returns:
+        The tokenizer in eval mode.
+
+    Raises:
+        ValueError: if the source does not exist, cannot be read, or is not a complete tokenizer.
     """
     source = Path(source)
     released = read_weights(source)
     weights = translate(released)
-    # LlamaGen's codes are unit vectors, and so are Janus's, whose weights are of its making; both
-    # use the decoder's levels in their order, which taming and Chameleon do not.
+    # The codes of LlamaGen and Janus are unit vectors, those of taming and Chameleon are not. The
+    # former number the levels of the decoder in order, the latter in reverse.
     normalise = "decoder.up.0.block.0.conv1.weight" not in released or (
         "decoder.up.0.upsample.conv.weight" in released
     )
@@ -63,15 +71,13 @@ def import_tokenizer(source: str | Path, image_size: int, fit: Fit = "squash") -
         tokenizer = VQTokenizer(infer_config(weights, image_size, fit, normalise))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    wanted = tokenizer.state_dict()
-    missing, unknown = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted))
+    expected = tokenizer.state_dict()
+    missing, unknown = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
     if missing:
-        raise ValueError(f"{source}: {_some(missing)} missing: not a whole tokenizer")
+        raise ValueError(f"{source}: {_shortened(missing)} missing: not a complete tokenizer")
     if unknown:
-        raise ValueError(
-            f"{source}: {_some(unknown)} of no known use: not a VQGAN of a known shape"
-        )
-    for name, tensor in wanted.items():
+        raise ValueError(f"{source}: {_shortened(unknown)} unknown: not a VQGAN of a known shape")
+    for name, tensor in expected.items():
         if tensor.shape != weights[name].shape:
             raise ValueError(
                 f"{source}: {name} has shape {tuple(weights[name].shape)}, "
@@ -81,51 +87,57 @@ def import_tokenizer(source: str | Path, image_size: int, fit: Fit = "squash") -
     return tokenizer.eval()
 
 
-def _some(names: list[str]) -> str:
+def _shortened(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}"
 
 
 def read_weights(source: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by the names they have there, without what is before them all."""
+    """The tensors of a checkpoint by their names there, without the common prefix.
+
+    Raises:
+        ValueError: if the source does not exist, cannot be read, or has no tokenizer.
+    """
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
     files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
     if not files:
         raise ValueError(f"{source}: no .safetensors file in this folder")
     if files[0].suffix != ".safetensors":
-        weights = _unpickled(files[0])
+        weights = _unpickle(files[0])
         prefix = _prefix(weights, source)
-        return {n.removeprefix(prefix): w.float() for n, w in weights.items() if _ours(n, prefix)}
+        return {
+            n.removeprefix(prefix): w.float() for n, w in weights.items() if _is_used(n, prefix)
+        }
     try:
         with ExitStack() as stack:
-            # Names first: the tokenizer may be a small part of a large model.
+            # Read the names first: the tokenizer may be a small part of a large model.
             opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
-            where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-            prefix = _prefix(where, source)
+            file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+            prefix = _prefix(file_of, source)
             return {
                 name.removeprefix(prefix): file.get_tensor(name).float()
-                for name, file in where.items()
-                if _ours(name, prefix)
+                for name, file in file_of.items()
+                if _is_used(name, prefix)
             }
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{source}: cannot be read as safetensors: {error}") from error
 
 
-def _unpickled(file: Path) -> dict[str, Tensor]:
-    """A checkpoint of torch's, with tensors and plain values only: no other class is ever made."""
+def _unpickle(file: Path) -> dict[str, Tensor]:
+    """Read a torch checkpoint without running code from it: tensors and plain values only."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, *_STAND_INS]):
+        with torch.serialization.safe_globals([argparse.Namespace, *_PICKLE_STUBS]):
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a damaged file torch raises almost anything
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
+    except Exception as error:  # torch raises many types for a damaged file
+        if match := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
-                f"{file}: holds a {found[1]}, and making one could run code. Where you trust the "
+                f"{file}: holds a {match[1]}, and making one could run code. If you trust the "
                 "file, save its tensors alone: safetensors.torch.save_file("
                 'torch.load(FILE, weights_only=False)["state_dict"], "weights.safetensors")'
             ) from error
         reason = textwrap.shorten(str(error), 200)
-        raise ValueError(f"{file}: not a checkpoint of torch's: {reason}") from error
+        raise ValueError(f"{file}: not a torch checkpoint: {reason}") from error
     for key in ("ema", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -135,24 +147,24 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
 
 
 def _prefix(names: Iterable[str], source: Path) -> str:
-    """What stands before the names of the tokenizer's weights."""
-    prefixes = [name.removesuffix(ENTRANCE) for name in names if name.endswith(ENTRANCE)]
+    """The common prefix of the names of the tokenizer's weights."""
+    prefixes = [name.removesuffix(FIRST_WEIGHT) for name in names if name.endswith(FIRST_WEIGHT)]
     if len(prefixes) != 1:
         raise ValueError(
-            f"{source}: {len(prefixes)} tensors are named ...{ENTRANCE}, expected 1: "
+            f"{source}: {len(prefixes)} tensors are named ...{FIRST_WEIGHT}, expected 1: "
             "not the weights of LlamaGen's VQ, taming's VQGAN, Janus's or Chameleon's"
         )
     return prefixes[0]
 
 
-def _ours(name: str, prefix: str) -> bool:
+def _is_used(name: str, prefix: str) -> bool:
     return name.startswith(prefix) and not name.removeprefix(prefix).startswith(IGNORED)
 
 
 def translate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Released names to ours; a name of no layout stays as it is."""
-    levels = {int(found[1]) for name in weights if (found := _UP.match(name))}
-    # taming counts the levels of the decoder from the pixels on, the others as they are used.
+    """Rename released weights to our names. Unknown names stay as they are."""
+    levels = {int(match[1]) for name in weights if (match := _UP.match(name))}
+    # taming numbers the levels of the decoder from the pixels, the others in order of use.
     reverse = bool(levels) and "decoder.up.0.upsample.conv.weight" not in weights
     translated = {}
     for name, tensor in weights.items():
@@ -165,17 +177,17 @@ def translate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _module(name: str, last: int | None) -> str:
-    """One released module name in ours; last: the decoder's last level, if counted from there."""
+    """Our name of a released module. last: the decoder's last level if numbered in reverse."""
     if name in _OUTSIDE:
         return _OUTSIDE[name]
     side, _, rest = name.partition(".")
-    if found := _MIDDLE.match(rest):
-        kind, number, layer = found.groups()
-        # taming says block_1, attn_1, block_2; LlamaGen numbers the three from 0.
-        place = number if kind is None else {"block_1": 0, "attn_1": 1, "block_2": 2}[kind + number]
-        return f"{side}.middle.{place}{_layer(layer)}"
-    if found := _LEVEL.match(rest):
-        level, kind, number, layer = found.groups()
+    if match := _MIDDLE.match(rest):
+        kind, number, layer = match.groups()
+        # taming names them block_1, attn_1, block_2. LlamaGen numbers them from 0.
+        index = number if kind is None else {"block_1": 0, "attn_1": 1, "block_2": 2}[kind + number]
+        return f"{side}.middle.{index}{_layer(layer)}"
+    if match := _LEVEL.match(rest):
+        level, kind, number, layer = match.groups()
         if side == "decoder" and last is not None:
             level = str(last - int(level))
         if kind is None:
@@ -192,7 +204,17 @@ def _layer(name: str) -> str:
 def infer_config(
     weights: Mapping[str, Tensor], image_size: int, fit: Fit, normalise: bool
 ) -> ImageTokenizerConfig:
-    """The sizes of a translated tokenizer, read off its weights."""
+    """Infer the configuration of a translated tokenizer from its weights.
+
+    Args:
+        weights: by our names.
+        image_size: pixels of a side.
+        fit: how images are made square.
+        normalise: whether codes are unit vectors.
+
+    Raises:
+        ValueError: for weights of another layout.
+    """
     widths: list[int] = []
     while (block := f"encoder.levels.{len(widths)}.blocks.0.conv1.weight") in weights:
         if weights[block].ndim != 4 or not weights[block].numel():
@@ -204,13 +226,13 @@ def infer_config(
     if not widths:
         raise ValueError("no level of the encoder has a known name: not a VQGAN of a known layout")
     try:
-        channels = len(weights[ENTRANCE])
+        channels = len(weights[FIRST_WEIGHT])
         latent_channels = len(weights["encoder.conv_out.weight"])
         size, code_channels = weights["quantizer.codebook.weight"].shape
     except KeyError as error:
-        raise ValueError(f"{error} is missing: not a whole tokenizer") from error
+        raise ValueError(f"{error} is missing: not a complete tokenizer") from error
     if any(width % channels for width in widths):
-        raise ValueError(f"levels of {widths} channels are no multiples of the first {channels}")
+        raise ValueError(f"levels of {widths} channels are not multiples of the first {channels}")
     blocks = [name for name in weights if name.startswith("encoder.levels.0.blocks.")]
     return ImageTokenizerConfig(
         image_size,

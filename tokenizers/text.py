@@ -1,8 +1,8 @@
 """Text to ids and back: byte-level BPE by Hugging Face ``tokenizers``.
 
-One that is trained here has no special tokens: every id stands for bytes, and every string survives
-the round trip. One that was made elsewhere may have control tokens, and a normalizer: what a user
-types never becomes a control token.
+A tokenizer that is trained here has no special tokens. Every id stands for bytes, and decoding
+restores every string. A tokenizer from elsewhere may have control tokens and a normalizer. The text
+of a user never becomes a control token.
 """
 
 import json
@@ -19,12 +19,12 @@ class TextTokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         stored = json.loads(tokenizer.to_str())
         for token in stored.get("added_tokens") or []:
-            token["special"] = True  # some are not marked, and would be found in a text
+            token["special"] = True  # unmarked control tokens would be matched in a text
         self._tokenizer = Tokenizer.from_str(json.dumps(stored))
-        self._tokenizer.encode_special_tokens = True  # a text is text
+        self._tokenizer.encode_special_tokens = True  # encode control tokens as plain text
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is made as it was: the library's forgets what stands above."""
+        """Copy and pickle with ``encode_special_tokens``, which the library's own pickle loses."""
         return TextTokenizer.from_json, (self.to_json(),)
 
     @classmethod
@@ -34,7 +34,15 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary_size: int) -> "TextTokenizer":
-        """Learn a BPE. Errors: ``ValueError`` for a vocabulary too small to hold all 256 bytes."""
+        """Learn a BPE.
+
+        Args:
+            texts: the training texts.
+            vocabulary_size: largest number of tokens, at least 256.
+
+        Raises:
+            ValueError: for a vocabulary that cannot hold all 256 bytes.
+        """
         if vocabulary_size < 256:
             raise ValueError(
                 f"vocabulary_size={vocabulary_size}: byte-level BPE needs at least 256"
@@ -52,7 +60,11 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "TextTokenizer":
-        """Read the file, or the ``tokenizer.json`` of a Hugging Face folder."""
+        """Read the file, or the ``tokenizer.json`` of a Hugging Face folder.
+
+        Raises:
+            ValueError: if there is no such file, or it is no text tokenizer.
+        """
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
@@ -74,14 +86,15 @@ class TextTokenizer:
         return int(self._tokenizer.get_vocab_size())
 
     def vocabulary(self) -> dict[str, int]:
-        """Every token, as the file writes it, with its id."""
+        """The id of every token, by the token as the file writes it."""
         return dict(self._tokenizer.get_vocab())
 
     def encode(self, text: str) -> list[int]:
-        """Text to ids in [0, len(self)). A lone surrogate, which no encoding knows, becomes "?"."""
+        """Text to ids in [0, len(self)). A lone surrogate becomes "?", as UTF-8 has none."""
         return list(self._tokenizer.encode(_valid(text), add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Ids in [0, len(self)) to text."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
 

@@ -1,10 +1,10 @@
-"""A ViT image autoencoder: a convolutional stem, timm's transformer blocks, and back.
+"""A ViT image autoencoder: a convolutional stem, timm's transformer blocks, and a mirrored decoder.
 
-ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627) with a convolutional stem, as in Xiao et al. 2021
-(arXiv:2106.14881), here of residual blocks: it learns shapes from little data, where one big patch
-projection sees colours only (docs/decisions.md has the numbers). The decoder goes back in the same
-steps, so that patches meet without seams; what a code means depends on its neighbours, so they are
-mixed first.
+ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627) with a convolutional stem (Xiao et al. 2021,
+arXiv:2106.14881) of residual blocks. The stem learns shapes from little data. A single large patch
+projection learns colours only (docs/decisions/semantic_loss.md has the numbers). The decoder
+upsamples in the same steps, so that patches meet without seams. The meaning of a code depends on
+its neighbours, so the decoder mixes neighbours first.
 
 Shapes: B batch, H W pixels, h w = H / downsample, D width, C channels of a code vector.
 """
@@ -45,8 +45,7 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.layers(x)
-        return out
+        return x + self.layers(x)
 
 
 def _stage_widths(dim: int, downsample: int) -> list[int]:
@@ -58,8 +57,8 @@ def _stage_widths(dim: int, downsample: int) -> list[int]:
 class Standardise(nn.BatchNorm1d):
     """Zero mean, unit variance for each channel of float[B, h, w, C], over the batch.
 
-    So that a quantizer meets latents that fill its range from the first step on. Without it tokens
-    start almost equal, and fall into a few codes (docs/decisions.md has the numbers).
+    The latents then fill the range of the quantizer from the first step on. Without it tokens start
+    almost equal, and only a few codes are used (docs/decisions/quantizers.md has the numbers).
     """
 
     def __init__(self, channels: int) -> None:
@@ -79,27 +78,32 @@ class PositionedBlocks(nn.Module):
         self.blocks = nn.Sequential(*(Block(dim, heads, qk_norm=True) for _ in range(depth)))
         for module in self.blocks.modules():
             if isinstance(module, Attention):
-                # Written out: for so few tokens torch's kernel is slower, on a CPU eight times.
+                # Plain attention: for few tokens torch's fused kernel is slower, 8 times on a CPU.
                 module.fused_attn = False  # type: ignore[misc]  # Final, for TorchScript's sake
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """float[B, D, h, w] -> float[B, h, w, D]"""
+        """float[B, D, h, w] -> float[B, h, w, D]."""
         positions: Tensor = self.positions
         if positions.shape[-2:] != x.shape[-2:]:
             positions = F.interpolate(positions, x.shape[-2:], mode="bicubic", antialias=True)
         h = x.shape[-2]
         tokens = self.norm(self.blocks(rearrange(x + positions, "b d h w -> b (h w) d")))
-        grid: Tensor = rearrange(tokens, "b (h w) d -> b h w d", h=h)
-        return grid
+        return rearrange(tokens, "b (h w) d -> b h w d", h=h)
 
 
 @dataclass(frozen=True)
 class ViT:
-    """Args:
-    dim: width of the transformers, a multiple of heads; heads: of their attention.
-    encoder_depth, decoder_depth: of their blocks. Without any in the encoder nothing mixes codes
-        with one another there, and each sees only the pixels around it.
+    """Configuration of the ViT autoencoder.
+
+    Args:
+        dim: width of the transformers, a multiple of ``heads``.
+        encoder_depth: blocks of the encoder. With 0 each code depends only on the pixels around it.
+        decoder_depth: blocks of the decoder.
+        heads: of attention.
+
+    Raises:
+        ValueError: if ``dim`` is not a multiple of ``heads``, or a depth is negative.
     """
 
     dim: int = 256
@@ -117,22 +121,23 @@ class ViT:
             )
 
     def build(self, downsample: int, grid: int, channels: int) -> tuple["Encoder", "Decoder"]:
+        """Make encoder and decoder. Raises ValueError for a ``downsample`` below 4."""
         if downsample < 4:
             raise ValueError(f"downsample={downsample}: vit expects a power of two from 4 on")
         return Encoder(self, downsample, grid, channels), Decoder(self, downsample, grid, channels)
 
 
 class Encoder(nn.Module):
-    """images: float[B, 3, H, W] in [-1, 1] -> latents: float[B, h, w, C]"""
+    """images: float[B, 3, H, W] in [-1, 1] -> latents: float[B, h, w, C]."""
 
     def __init__(self, vit: ViT, downsample: int, grid: int, channels: int) -> None:
         super().__init__()
         widths = _stage_widths(vit.dim, downsample)
-        # Texture is in the first layer or nowhere: it needs its non-linearity before the next step.
+        # A non-linearity after the first layer, or texture is lost before the next step.
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, 2, padding=1)]
         layers += [nn.BatchNorm2d(widths[0]), nn.GELU()]
-        # Residuals on the grid of codes would reach across it as attention does. Where that leaves
-        # no level but the first with any, it gets them.
+        # Without attention, no residuals on the grid of codes: they would mix codes as attention
+        # does. With two levels the first gets them instead, or there would be none.
         if len(widths) == 2 and not vit.encoder_depth:
             layers += [Residual(widths[0]), Residual(widths[0])]
         for number, (before, after) in enumerate(pairwise(widths), start=2):
@@ -143,19 +148,19 @@ class Encoder(nn.Module):
         if vit.encoder_depth:
             self.tokens: nn.Module = PositionedBlocks(vit.dim, vit.encoder_depth, vit.heads, grid)
         else:
-            self.tokens = EachAlone(vit.dim)
+            self.tokens = TokenMLP(vit.dim)
         self.to_latents = nn.Sequential(nn.Linear(vit.dim, channels), Standardise(channels))
 
     def forward(self, images: Tensor) -> Tensor:
-        latents: Tensor = self.to_latents(self.tokens(self.stem(images)))
-        return latents
+        return self.to_latents(self.tokens(self.stem(images)))
 
 
-class EachAlone(nn.Module):
+class TokenMLP(nn.Module):
     """An MLP on every token: float[B, D, h, w] -> float[B, h, w, D].
 
-    With attention here, the codes of an empty background carry what the objects' have no room for:
-    a good use of bits, but a code that depends on everything is hard to draw (docs/decisions.md).
+    With attention instead, the codes of an empty background store details of the objects. This uses
+    the bits well. But a code that depends on the full image is hard to draw
+    (docs/decisions/image_tokenizers.md).
     """
 
     def __init__(self, dim: int) -> None:
@@ -165,12 +170,11 @@ class EachAlone(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        grid: Tensor = rearrange(x + self.layers(x), "b d h w -> b h w d")
-        return grid
+        return rearrange(x + self.layers(x), "b d h w -> b h w d")
 
 
 class Decoder(nn.Module):
-    """vectors: float[B, h, w, C] -> images: float[B, 3, H, W], near [-1, 1] but not clipped"""
+    """vectors: float[B, h, w, C] -> images: float[B, 3, H, W], near [-1, 1] but not clipped."""
 
     def __init__(self, vit: ViT, downsample: int, grid: int, channels: int) -> None:
         super().__init__()
@@ -187,7 +191,7 @@ class Decoder(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """The last weights before the pixels, for losses that are balanced there."""
+        """The last weights before the pixels, where the adversarial loss is balanced."""
         convolution = self.to_pixels[-2]
         assert isinstance(convolution, nn.Conv2d)
         return convolution.weight
@@ -195,5 +199,4 @@ class Decoder(nn.Module):
     def forward(self, vectors: Tensor) -> Tensor:
         x = self.mix(rearrange(self.from_vectors(vectors), "b h w d -> b d h w"))
         tokens = rearrange(self.transformer(x), "b h w d -> b d h w")
-        images: Tensor = self.to_pixels(tokens)
-        return images
+        return self.to_pixels(tokens)

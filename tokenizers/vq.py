@@ -15,19 +15,25 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from multimodal.tokenizers.quantizer import Quantized, distributed, drawn_from
+from multimodal.tokenizers.quantizer import Quantized, distributed, sample_codebook
 
 
 class VQ(nn.Module):
-    """Args:
-    codebook_size: K; channels: C, small (8) so that all codes are reached.
-    normalise: latents and codes are unit vectors; released VQGANs before LlamaGen's are without.
-    learning: how codes move: ``ema``, to the moving average of their latents, or ``gradient``, by a
-        loss of weight 1.
-    decay: of the moving averages, per training step.
-    commitment: weight of the loss that pulls latents to their codes.
-    dead_after: a code whose average count per step falls below this is restarted from the data; 0
-        leaves them dead.
+    """Vector quantization.
+
+    Args:
+        codebook_size: K, at least 2.
+        channels: C, at least 2. Few (8) channels keep all codes in use.
+        normalise: make latents and codes unit vectors. Released VQGANs older than LlamaGen do not.
+        learning: how codes move. ``ema`` moves them to the moving average of their latents,
+            ``gradient`` by a loss of weight 1.
+        decay: of the moving averages, per training step.
+        commitment: weight of the loss that moves latents to their codes.
+        dead_after: restart a code from the data if its average count per step falls below this. 0
+            restarts none.
+
+    Raises:
+        ValueError: for sizes below 2, or an unknown ``learning``.
     """
 
     counts: Tensor
@@ -64,7 +70,8 @@ class VQ(nn.Module):
         return F.normalize(vectors, dim=-1) if self.normalise else vectors
 
     def forward(self, latents: Tensor) -> Quantized:
-        # In fp32: bf16 products pick another neighbour for several percent of the positions.
+        """Quantize latents, float[B, h, w, C]."""
+        # In fp32: bf16 products pick another neighbour at several percent of the positions.
         with torch.autocast(latents.device.type, enabled=False):
             latents = self._scaled(latents.float())
             flat = rearrange(latents, "b h w c -> (b h w) c")
@@ -73,8 +80,7 @@ class VQ(nn.Module):
                 self._restart_dead(flat.detach())
             codes = self._nearest(flat.detach())
             nearest = self.lookup(codes).view_as(latents)
-            pull = self._distance(latents, nearest.detach())
-            losses = {"commitment": self.commitment * pull}
+            losses = {"commitment": self.commitment * self._distance(latents, nearest.detach())}
             if self.learning == "gradient":
                 losses["codebook"] = self._distance(nearest, latents.detach())
             if self.training:
@@ -83,7 +89,7 @@ class VQ(nn.Module):
             return Quantized(codes.view(latents.shape[:-1]), vectors, losses, self.codebook_size)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """codes: int64[...] -> vectors: float[..., C], of unit norm if ``normalise``."""
+        """codes: int64[...] -> vectors: float[..., C], of unit norm with ``normalise``."""
         return self._scaled(self.codebook(codes))
 
     @torch.no_grad()
@@ -95,38 +101,38 @@ class VQ(nn.Module):
         return products.argmax(-1)
 
     def _distance(self, moved: Tensor, target: Tensor) -> Tensor:
-        """Mean squared distance; of unit vectors summed over channels, as each has 1 / C of it."""
+        """Mean squared distance. Summed over channels for unit vectors, averaged otherwise."""
         return F.mse_loss(moved, target) * (self.channels if self.normalise else 1)
 
     @torch.no_grad()
     def _initialise(self, flat: Tensor) -> None:
         if not self.initialised:
-            self.codebook.weight.copy_(self._scaled(drawn_from(flat, self.codebook_size)))
+            self.codebook.weight.copy_(self._scaled(sample_codebook(flat, self.codebook_size)))
             self.initialised.fill_(True)
 
     @torch.no_grad()
     def _update(self, flat: Tensor, codes: Tensor) -> None:
-        # Of all ranks: each must move its codebook as the others do.
-        seen = torch.bincount(codes, minlength=self.codebook_size).to(flat)
+        # Sum over ranks, so that all codebooks move alike.
+        fresh = torch.bincount(codes, minlength=self.codebook_size).to(flat)
         if distributed():
-            dist.all_reduce(seen)
-        mass = self.decay * self.counts
-        total = mass + (1 - self.decay) * seen
+            dist.all_reduce(fresh)
+        past = self.decay * self.counts
+        total = past + (1 - self.decay) * fresh
         if self.learning == "ema":
             weight = self.codebook.weight
             sums = torch.zeros_like(weight).index_add_(0, codes, flat)
             if distributed():
                 dist.all_reduce(sums)
-            # A code moves by its own data: the fresh mean weighs what it brings against the memory.
-            moved = (mass[:, None] * weight + (1 - self.decay) * sums) / total[:, None]
-            weight.copy_(torch.where(seen[:, None] > 0, self._scaled(moved), weight))
+            # The mean of past and fresh latents, weighted by their counts.
+            moved = (past[:, None] * weight + (1 - self.decay) * sums) / total[:, None]
+            weight.copy_(torch.where(fresh[:, None] > 0, self._scaled(moved), weight))
         self.counts.copy_(total)
 
     @torch.no_grad()
     def _restart_dead(self, flat: Tensor) -> None:
-        # Before the codes are looked up: autograd allows no change to what it has read.
+        # Called before the lookup: autograd forbids changing a tensor it has saved.
         dead = self.counts < self.dead_after
         weight = self.codebook.weight
-        drawn = self._scaled(drawn_from(flat, self.codebook_size))
+        drawn = self._scaled(sample_codebook(flat, self.codebook_size))
         weight.copy_(torch.where(dead[:, None], drawn, weight))
         self.counts.copy_(torch.where(dead, torch.ones_like(self.counts), self.counts))

@@ -1,9 +1,10 @@
 """The convolutional autoencoder of VQGAN, in the shape of the released weights.
 
-VQGAN (Esser et al. 2021, arXiv:2012.09841), whose encoder and decoder are those of DDPM's U-Net (Ho
-et al. 2020, arXiv:2006.11239) without its skips: levels of residual blocks, each half the size of
-the one before, attention where the grid is small. LlamaGen's VQ (arXiv:2406.06525), Janus's and
-Chameleon's (arXiv:2405.09818) are of the same shape; tokenizers/released.py reads their weights.
+VQGAN (Esser et al. 2021, arXiv:2012.09841) has the encoder and decoder of DDPM's U-Net (Ho et al.
+2020, arXiv:2006.11239) without its skip connections: levels of residual blocks, each level half the
+size of the last, with attention where the grid is small. The VQ tokenizers of LlamaGen
+(arXiv:2406.06525), Janus and Chameleon (arXiv:2405.09818) have the same shape. released.py reads
+their weights.
 
 Shapes: B batch, H W pixels, h w = H / downsample, C channels of a code vector.
 """
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-GROUPS = 32  # of the normalisation
+GROUPS = 32  # of group normalisation
 
 
 def norm(channels: int) -> nn.GroupNorm:
@@ -28,6 +29,11 @@ def convolution(before: int, after: int) -> nn.Conv2d:
 
 
 class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions beside the identity: float[B, before, H, W] -> float[B, after, H, W].
+
+    The identity is a 1 x 1 convolution if the channels change.
+    """
+
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
         self.norm1, self.conv1 = norm(before), convolution(before, after)
@@ -36,12 +42,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
-        out: Tensor = self.shortcut(x) + self.conv2(F.silu(self.norm2(hidden)))
-        return out
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(hidden)))
 
 
 class AttentionBlock(nn.Module):
-    """One head over all places of the grid, beside the identity."""
+    """Attention of one head over all positions of the grid, beside the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -51,15 +56,13 @@ class AttentionBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        read = self.norm(x)
+        normed = self.norm(x)
         q, k, v = (
-            rearrange(part(read), "b c h w -> b 1 (h w) c")
+            rearrange(part(normed), "b c h w -> b 1 (h w) c")
             for part in (self.query, self.key, self.value)
         )
-        found = F.scaled_dot_product_attention(q, k, v)
-        found = self.out(rearrange(found, "b 1 (h w) c -> b c h w", h=x.shape[2]))
-        out: Tensor = x + found
-        return out
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
 class Downsample(nn.Conv2d):
@@ -67,7 +70,7 @@ class Downsample(nn.Conv2d):
         super().__init__(channels, channels, 3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Zeros to the right and below only: how the released weights were trained.
+        # Pad to the right and below only, as the released weights were trained.
         return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -80,7 +83,7 @@ class Upsample(nn.Conv2d):
 
 
 class Level(nn.Module):
-    """Residual blocks, each followed by attention or not, then what changes the size."""
+    """Residual blocks, each with or without attention, then ``resize``."""
 
     def __init__(
         self, before: int, after: int, blocks: int, attention: bool, resize: nn.Module
@@ -97,8 +100,7 @@ class Level(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block, attention in zip(self.blocks, self.attention, strict=True):
             x = attention(block(x))
-        out: Tensor = self.resize(x)
-        return out
+        return self.resize(x)
 
 
 def middle(channels: int) -> nn.Sequential:
@@ -111,12 +113,19 @@ def middle(channels: int) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class VQGAN:
-    """Args:
-    channels: of the first convolution; multipliers: of them, the channels of each level, from the
-        pixels on: the grid is halved between levels.
-    depth: residual blocks of a level (the decoder has one more).
-    attention: for each level whether its blocks are followed by attention; by default the last.
-    latent_channels: between the convolutions and the layer to the channels of a code.
+    """Configuration of the VQGAN autoencoder.
+
+    Args:
+        channels: of the first convolution, a multiple of 32.
+        multipliers: for each level, its channels as a multiple of ``channels``. The first level is
+            at the pixels. The grid is halved between levels.
+        depth: residual blocks of a level. The decoder has one more.
+        attention: for each level, whether attention follows its blocks. By default in the last
+            level only.
+        latent_channels: between the convolutions and the layer to the channels of a code.
+
+    Raises:
+        ValueError: for numbers that do not fit.
     """
 
     channels: int = 128
@@ -142,9 +151,11 @@ class VQGAN:
 
     @property
     def widths(self) -> list[int]:
+        """The channels of each level."""
         return [self.channels * multiplier for multiplier in self.multipliers]
 
     def build(self, downsample: int, grid: int, channels: int) -> tuple["Encoder", "Decoder"]:
+        """Make encoder and decoder. Raises ValueError if ``downsample`` does not fit the levels."""
         if downsample != 2 ** (len(self.multipliers) - 1):
             raise ValueError(
                 f"downsample={downsample} with {len(self.multipliers)} multipliers: expected "
@@ -154,7 +165,7 @@ class VQGAN:
 
 
 class Encoder(nn.Module):
-    """images: float[B, 3, H, W] in [-1, 1] -> latents: float[B, h, w, C]"""
+    """images: float[B, 3, H, W] in [-1, 1] -> latents: float[B, h, w, C]."""
 
     def __init__(self, vqgan: VQGAN, channels: int) -> None:
         super().__init__()
@@ -173,12 +184,11 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.middle(self.levels(self.conv_in(images)))
         latents = self.to_code(self.conv_out(F.silu(self.norm_out(x))))
-        grid: Tensor = rearrange(latents, "b c h w -> b h w c")
-        return grid
+        return rearrange(latents, "b c h w -> b h w c")
 
 
 class Decoder(nn.Module):
-    """vectors: float[B, h, w, C] -> images: float[B, 3, H, W], near [-1, 1] but not clipped"""
+    """vectors: float[B, h, w, C] -> images: float[B, 3, H, W], near [-1, 1] but not clipped."""
 
     def __init__(self, vqgan: VQGAN, channels: int) -> None:
         super().__init__()
@@ -198,11 +208,10 @@ class Decoder(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """The last weights before the pixels, for losses that are balanced there."""
+        """The last weights before the pixels, where the adversarial loss is balanced."""
         return self.conv_out.weight
 
     def forward(self, vectors: Tensor) -> Tensor:
         x = self.conv_in(self.from_code(rearrange(vectors, "b h w c -> b c h w")))
         x = self.levels(self.middle(x))
-        images: Tensor = self.conv_out(F.silu(self.norm_out(x)))
-        return images
+        return self.conv_out(F.silu(self.norm_out(x)))

@@ -1,4 +1,4 @@
-"""Callbacks every run has: exact random state, tokens per second, and a model folder to use."""
+"""Callbacks of every run: random state, speed, mixture of the data, export, and predictions."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from multimodal.train.cost import peak_flops, peak_memory
 
 
 class RandomState(L.Callback):
-    """Puts the random state of this process into the checkpoint, which Lightning leaves out."""
+    """Saves the random state of this process in the checkpoint. Lightning does not."""
 
     def __init__(self) -> None:
         self._restored: dict[str, Any] | None = None
@@ -37,7 +37,7 @@ class RandomState(L.Callback):
         self._restored = state_dict
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Only now: setting up, and the sanity check, draw random numbers too.
+        # Not earlier: the setup and the sanity check draw random numbers too.
         if (state := self._restored) is None:
             return
         version, internal, gauss = state["python"]
@@ -51,17 +51,17 @@ class RandomState(L.Callback):
 
 
 class Throughput(L.Callback):
-    """Over the last 20 steps: tokens per second of all ranks, TFLOP/s of one, and on a known GPU
-    what share that is of its peak (MFU); and the most memory so far.
+    """Logs the speed of the last 20 steps, and the peak memory.
 
-    A module says what a step was in ``tokens`` and, if it knows, in ``flops``.
+    ``tokens/s`` is of all ranks, ``TFLOP/s`` of one rank, ``MFU`` the share of the peak of a known
+    GPU. The module sets ``tokens`` in each step, and ``flops`` if it can compute them.
     """
 
     def __init__(self) -> None:
         self._steps: deque[tuple[float, int, float]] = deque(maxlen=21)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._steps.clear()  # the time that validation took is not training time
+        self._steps.clear()  # do not count the time of the validation
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -69,26 +69,27 @@ class Throughput(L.Callback):
         tokens, flops = getattr(pl_module, "tokens", 0), getattr(pl_module, "flops", 0.0)
         self._steps.append((time.perf_counter(), int(tokens), float(flops)))
         if len(self._steps) > 1:
-            times, counts, work = zip(*self._steps, strict=True)
+            times, counts, operations = zip(*self._steps, strict=True)
             seconds = max(times[-1] - times[0], 1e-9)
             speed = sum(counts[1:]) * trainer.world_size / seconds
             pl_module.log("tokens/s", speed, prog_bar=True)
-            if done := sum(work[1:]) / seconds:
-                pl_module.log("TFLOP/s", done / 1e12)
+            if flops_per_second := sum(operations[1:]) / seconds:
+                pl_module.log("TFLOP/s", flops_per_second / 1e12)
                 on_gpu = pl_module.device.type == "cuda"
                 if on_gpu and (peak := peak_flops()):
-                    pl_module.log("MFU", done / peak, prog_bar=True)
+                    pl_module.log("MFU", flops_per_second / peak, prog_bar=True)
         pl_module.log("memory_GB", peak_memory(), prog_bar=True)
 
 
 class Mixture(L.Callback):
-    """Which share of the samples came from each folder, since the start or a resume.
+    """Logs the share of the samples from each folder, since the start or a resume.
 
-    Of one rank's samples: a global batch is dealt in turn, so the others' are alike.
+    Counts the samples of one rank. The ranks take the samples of a global batch in turn, so their
+    shares are about the same.
     """
 
     def __init__(self) -> None:
-        self._seen: torch.Tensor | None = None
+        self._counts: torch.Tensor | None = None
 
     def on_train_batch_end(
         self,
@@ -102,26 +103,28 @@ class Mixture(L.Callback):
         if len(folders) < 2:
             return
         counts = torch.bincount(torch.tensor(batch.sources), minlength=len(folders))
-        self._seen = counts if self._seen is None else self._seen + counts
+        self._counts = counts if self._counts is None else self._counts + counts
         shares: dict[str, float] = {}
-        for folder, share in zip(folders, (self._seen / self._seen.sum()).tolist(), strict=True):
+        all_shares = (self._counts / self._counts.sum()).tolist()
+        for folder, share in zip(folders, all_shares, strict=True):
             shares[str(folder)] = shares.get(str(folder), 0.0) + share
-        last = Counter(Path(folder).name for folder in shares)  # of an address, too
-        pl_module.log_dict({
-            "data/share/" + (Path(folder).name if last[Path(folder).name] == 1
-                             else folder.strip("/").replace("/", "_")): share
-            for folder, share in shares.items()
-        })  # fmt: skip
+        names = {folder: Path(folder).name for folder in shares}  # works for an address too
+        counts_of_names = Counter(names.values())
+        for folder, name in names.items():
+            if counts_of_names[name] > 1:
+                names[folder] = folder.strip("/").replace("/", "_")
+        pl_module.log_dict({f"data/share/{names[folder]}": shares[folder] for folder in shares})
 
 
 class ExportModel(L.Callback):
-    """Writes the model folder after every validation and at the end, so that a run is usable."""
+    """Writes the model folder after each validation and at the end of training."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.state.fn == "fit":  # every rank may have a part
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            # On all ranks: with FSDP2 each rank has a part of the weights.
             module.export(self.folder)  # type: ignore[operator]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -132,28 +135,30 @@ class ExportModel(L.Callback):
 
 
 class Summary(L.Callback):
-    """One line on stderr about what is trained; says so where a resume overrides what was given."""
+    """Prints the number of parameters and steps. Warns if a resume overrides the learning rate."""
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
-        say(
+        print_status(
             f"{trained:,} parameters to train, {frozen:,} frozen; steps "
             f"{trainer.global_step:,} to {trainer.estimated_stepping_batches:,}, "
             f"{trainer.num_training_batches:,} an epoch"
         )
         given = getattr(pl_module, "learning_rate", None)
-        kept = {group.get("initial_lr") for group in trainer.optimizers[0].param_groups}
-        if trainer.ckpt_path and given is not None and given not in kept:
-            rates = ", ".join(map(str, sorted(rate for rate in kept if rate is not None)))
-            say(f"the checkpoint's learning rate {rates} stays in force, not the {given} given")
+        restored = {group.get("initial_lr") for group in trainer.optimizers[0].param_groups}
+        if trainer.ckpt_path and given is not None and given not in restored:
+            rates = ", ".join(map(str, sorted(rate for rate in restored if rate is not None)))
+            print_status(
+                f"the checkpoint's learning rate {rates} stays in force, not the {given} given"
+            )
 
 
 class WritePredictions(L.Callback):
-    """``predict``: the records of ``predict_step``, one JSON object a line, in the data's order.
+    """Writes the records of ``predict_step`` to ``predictions.jsonl``, in the order of the data.
 
-    Written to ``predictions.jsonl`` in the folder; on several ranks to one file each.
+    Each line is a JSON object. With several ranks, each writes ``predictions-RANK.jsonl``.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -174,8 +179,9 @@ class WritePredictions(L.Callback):
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in outputs)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        say(f"wrote {self._path(trainer)}")
+        print_status(f"wrote {self._path(trainer)}")
 
 
-def say(message: str) -> None:
+def print_status(message: str) -> None:
+    """Print a line on stderr."""
     print(message, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What keeps a run: checkpoints that are whole or not there, and one more when it is stopped."""
+"""Checkpoints that a crash cannot damage, and a last checkpoint when a run is stopped."""
 
 import shutil
 import signal
@@ -13,14 +13,15 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from multimodal.files import atomic_file
-from multimodal.train.callbacks import say
+from multimodal.train.callbacks import print_status
 
 
-class WholeCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it: a crash or a full disk leaves the last.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint to a temporary file and renames it.
 
-    Lightning's own goes through the system's temporary folder; where that is another disk, it is
-    copied over the last one, which can end in the middle.
+    A crash or a full disk leaves the last checkpoint as it was. Lightning writes to the temporary
+    folder of the system. If that is on another disk, it then copies over the last checkpoint, and a
+    crash during the copy damages it.
     """
 
     def save_checkpoint(
@@ -35,24 +36,23 @@ class WholeCheckpoints(TorchCheckpointIO):
                 torch.save(checkpoint, file)
         except torch.OutOfMemoryError:
             raise
-        except (OSError, RuntimeError) as error:  # the latter is torch's for a write that failed
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a write fails
             raise ValueError(
-                f"{path}: the checkpoint could not be written (a full disk?); the one before it is "
-                f"whole, and --ckpt_path goes on with it: {str(error).splitlines()[0]}"
+                f"{path}: the checkpoint could not be written (is the disk full?); resume from the "
+                f"one before it with --ckpt_path: {str(error).splitlines()[0]}"
             ) from error
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Tensors and plain values only, from wherever: no code of a pickle is run."""
-        loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=True)
-        return loaded
+        """Load tensors and plain values only. No code of a pickle is run."""
+        return super().load_checkpoint(path, map_location, weights_only=True)
 
 
-class KeptCheckpoints(ModelCheckpoint):
-    """``last.ckpt`` is a link to the newest checkpoint, and at no moment to none.
+class LinkedCheckpoint(ModelCheckpoint):
+    """Keeps ``last.ckpt`` a valid link to the newest checkpoint at all times.
 
-    Lightning's own leads nowhere from when the one before is removed until it is made anew.
+    In Lightning the link is broken between the removal of the old checkpoint and the new link.
     """
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
@@ -71,37 +71,40 @@ class KeptCheckpoints(ModelCheckpoint):
                 part.unlink(missing_ok=True)
                 try:
                     part.symlink_to(Path(filepath).name)
-                except OSError:  # on Windows it takes a privilege
+                except OSError:  # Windows needs a privilege for links
                     shutil.copy(filepath, part)
         trainer.strategy.barrier()
 
 
-class StopGently(L.Callback):
-    """On SIGTERM, and on the first Ctrl-C, of any rank: ends the step, and saves it to ``path``.
+class GracefulStop(L.Callback):
+    """On SIGTERM or the first Ctrl-C on any rank, finishes the step and saves a checkpoint.
 
-    In a validation, it is the next step. Lightning's own handler would stop there, where no state
-    can be saved from which a run goes on exactly.
+    During a validation it finishes the next step. Lightning's handler would stop inside the
+    validation, where no checkpoint can be saved that resumes exactly.
+
+    Args:
+        path: of the checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._before: dict[int, Any] = {}
-        self._asked = 0  # the number of the signal
+        self._signal = 0  # 0: no signal yet
         self._saved = False
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._ask)
+            self._before[number] = signal.signal(number, self._on_signal)
 
-    def _ask(self, number: int, frame: Any) -> None:
-        if not self._asked:
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if not self._signal:
             again = "; Ctrl-C again stops at once" * (number == signal.SIGINT)
-            say(f"stopping after this step{again}")
-        self._asked = number
-        # Another SIGTERM (a scheduler's, and torchrun's) changes nothing: it must not get to
-        # Lightning's handler, which waits for the other ranks wherever this one is.
+            print_status(f"stopping after this step{again}")
+        self._signal = number
+        # Only SIGINT gets its old handler back. A second SIGTERM (the scheduler and torchrun both
+        # send one) must not reach Lightning's handler, which waits for the other ranks at once.
         if signal.SIGINT in self._before:
             signal.signal(signal.SIGINT, self._before.pop(signal.SIGINT))
 
@@ -112,20 +115,20 @@ class StopGently(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == self._step:
-            return  # in the middle of gradients that add up, which no checkpoint holds
+            return  # gradients are being accumulated, and no checkpoint holds them
         self._step = trainer.global_step
-        if trainer.strategy.reduce_boolean_decision(bool(self._asked), all=False):
+        if trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False):
             path = self.path
             if isinstance(trainer.strategy, ModelParallelStrategy):
-                # In parts, a checkpoint is written where it stays: not over one that is whole.
+                # A sharded checkpoint is a folder, written in place: do not overwrite the last one.
                 path = path.with_name(f"stopped-{trainer.global_step}.ckpt")
             trainer.save_checkpoint(path)
-            say(f"stopped at step {trainer.global_step:,}; go on with --ckpt_path {path}")
+            print_status(f"stopped at step {trainer.global_step:,}; resume with --ckpt_path {path}")
             self._saved = True
 
     def on_train_batch_start(self, *_: Any, **__: Any) -> None:
-        if self._saved:  # and the step is in the log by now
-            raise SIGTERMException(128 + (self._asked or signal.SIGTERM))
+        if self._saved:  # one batch later, so that the step is in the log
+            raise SIGTERMException(128 + (self._signal or signal.SIGTERM))
 
     def on_validation_start(self, *_: Any, **__: Any) -> None:
         self.on_train_batch_start()

@@ -31,7 +31,7 @@ from multimodal.train.callbacks import (
     Throughput,
     WritePredictions,
 )
-from multimodal.train.checkpointing import KeptCheckpoints, StopGently, WholeCheckpoints
+from multimodal.train.checkpointing import AtomicCheckpointIO, GracefulStop, LinkedCheckpoint
 from multimodal.train.data import ShardData
 
 VERBS = ("fit", "validate", "test", "predict")
@@ -68,7 +68,7 @@ IGNORED_WARNINGS = (
     ".*does not have many workers",
     ".*persistent_workers=True",
     ".*LeafSpec",  # Lightning with a newer torch
-    ".*Experiment logs directory",  # keep_log has seen to it
+    ".*Experiment logs directory",  # archive_log has seen to it
     ".*Checkpoint directory .* exists and is not empty",
     ".*number of training batches .* is smaller than the logging interval",
     ".*Found .* module\\(s\\) in eval mode",  # the image tokenizer, on purpose
@@ -109,7 +109,7 @@ class TrainingCLI(LightningCLI):
         if config.trainer.logger is None:
             # Each verb has a folder of its own: measuring a run must not touch its training log.
             version = "logs" if self.subcommand == "fit" else str(self.subcommand)
-            keep_log(output / version / "metrics.csv")
+            archive_log(output / version / "metrics.csv")
             kwargs["logger"] = [
                 # Written at every step that is logged: what a killed run logged is there.
                 CSVLogger(output, name="", version=version, flush_logs_every_n_steps=1),
@@ -120,7 +120,7 @@ class TrainingCLI(LightningCLI):
             callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
         if self.subcommand == "fit":
             callbacks += [
-                KeptCheckpoints(
+                LinkedCheckpoint(
                     output / "checkpoints",
                     filename="{step}",
                     every_n_train_steps=config.checkpoint_every,
@@ -128,12 +128,12 @@ class TrainingCLI(LightningCLI):
                     enable_version_counter=False,
                 ),
                 ExportModel(output / "model"),
-                StopGently(output / "checkpoints" / "last.ckpt"),
+                GracefulStop(output / "checkpoints" / "last.ckpt"),
             ]
             given = self._get(self.config_init, "trainer", default={}).get("plugins") or []
             kwargs["plugins"] = [
                 *(given if isinstance(given, list) else [given]),
-                WholeCheckpoints(),
+                AtomicCheckpointIO(),
             ]
         elif self.subcommand == "predict":
             callbacks.append(WritePredictions(output))
@@ -169,7 +169,7 @@ class TrainingCLI(LightningCLI):
 
 
 @rank_zero_only
-def keep_log(path: Path) -> None:
+def archive_log(path: Path) -> None:
     """Move the log of an earlier run aside, to metrics.1.csv and on: CSVLogger would delete it."""
     if path.is_file():
         number = 1

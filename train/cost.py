@@ -1,4 +1,4 @@
-"""What a step costs: its arithmetic, and the memory of the process."""
+"""The cost of a training step: floating-point operations and memory."""
 
 import re
 import resource
@@ -9,15 +9,21 @@ import torch
 from multimodal.model.sequences import NO_LOSS, Packed
 from multimodal.model.transformer import TransformerConfig
 
-# Dense bf16 products in TFLOP/s, by what torch calls the device (data sheets of the makers).
+# Dense bf16 TFLOP/s by the name of the device in torch, from the data sheets.
 PEAKS = {
-    "B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0,
-    "L40S": 362.0, "L4": 121.0, "RTX 4090": 165.0,
-}  # fmt: skip
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "RTX 4090": 165.0,
+}
 
 
 def layer_parameters(config: TransformerConfig) -> int:
-    """Numbers in the matrices of all layers."""
+    """Number of parameters in the matrices of all layers."""
     heads = config.num_attention_heads + config.num_key_value_heads
     attention = 2 * config.hidden_size * heads * config.head_dim
     return config.num_hidden_layers * (
@@ -26,24 +32,24 @@ def layer_parameters(config: TransformerConfig) -> int:
 
 
 def training_flops(config: TransformerConfig, packed: Packed) -> float:
-    """Floating-point operations of a step on these rows: products forwards, and twice that back.
+    """Floating-point operations of a training step: matrix products, backward twice the forward.
 
-    As PaLM counts them (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), but of attention what
-    the mask lets through, of the head what has a target, and nothing for padding.
+    After PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). Unlike PaLM, attention counts
+    only the pairs that the mask allows, the head only positions with a target, and padding nothing.
     """
-    read = packed.documents > 0
-    # A token sees itself and those before it in its document, and in a block those after it, too.
-    documents, blocks = (packed.count(part).double() for part in (read, packed.blocks > 0))
+    tokens = packed.documents > 0
+    # A token sees itself and the tokens before it in its document. In a block it sees all tokens.
+    documents, blocks = (packed.count(part).double() for part in (tokens, packed.blocks > 0))
     pairs = float((documents * (documents + 1) / 2).sum() + (blocks * (blocks - 1) / 2).sum())
     attention = 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * pairs
-    layers = layer_parameters(config) * float(read.sum())
+    layers = layer_parameters(config) * float(tokens.sum())
     targets = float((packed.objectives != NO_LOSS).sum())
     head = config.hidden_size * config.vocab_size * targets
     return 3 * 2 * (layers + attention + head)
 
 
 def peak_flops() -> float | None:
-    """Of the GPU in use, per second; None where it is not known, and on a CPU."""
+    """Peak FLOP/s of the GPU in use. None for an unknown GPU, and on a CPU."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
@@ -53,7 +59,7 @@ def peak_flops() -> float | None:
 
 
 def peak_memory() -> float:
-    """The most memory that was in use, in GB (1e9 bytes): of the GPU, or else of this process."""
+    """Peak memory in GB (1e9 bytes), of the GPU if it was used, else of this process."""
     if torch.cuda.is_available() and (used := torch.cuda.max_memory_allocated()):
         return used / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

@@ -10,7 +10,7 @@ import lightning as L
 from multimodal.data.shards import Shards
 from multimodal.eval.evaluator import Subject, evaluate
 from multimodal.eval.tasks.registry import find_evaluator
-from multimodal.train.sharding import together
+from multimodal.train.sharding import unsharded
 
 
 class EvaluateModel(L.Callback):
@@ -52,7 +52,7 @@ class EvaluateModel(L.Callback):
                 usable = [sample for sample in samples if evaluator.fits(sample)]
                 if not usable:
                     continue
-                with together(model):
+                with unsharded(model):
                     subject = Subject(model, usable, self.batch_size, self.seed)
                     scores = evaluate(evaluator, subject)
                 name = task if len(folders) == 1 else f"{Path(shards.folder).name}/{task}"

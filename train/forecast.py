@@ -1,7 +1,7 @@
-"""``multimodal info --config RECIPE``: what a run will need, by its first steps.
+"""``multimodal info --config RECIPE``: measures what a run will need.
 
-The run is set up as it would be, on this machine and these data, and does a few steps of which
-nothing is kept: so what it says holds for any model, precision and strategy.
+It sets up the run on this machine and these data, does a few steps, and keeps nothing. So the
+forecast holds for any model, precision and strategy.
 """
 
 import statistics
@@ -16,17 +16,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from multimodal.train.callbacks import ExportModel
-from multimodal.train.checkpointing import StopGently
+from multimodal.train.checkpointing import GracefulStop
 from multimodal.train.cli import TrainingCLI
 from multimodal.train.cli import main as run
 from multimodal.train.cost import peak_memory
 
-STEPS, WARMUP = 12, 4  # done, and not counted of them
+STEPS = 12  # steps to run
+WARMUP = 4  # of these, not timed
 HELP = f"""\
 usage: multimodal info --config RECIPE [--KEY VALUE ...]
 
-What a training run will need: its parameters, the memory and the time, measured by {STEPS} steps of
-it on this machine. Nothing is kept. Takes what `multimodal fit` takes.
+Measure what a training run will need: parameters, memory and time. Runs {STEPS} steps of it on this
+machine and keeps nothing. Takes the options of `multimodal fit`.
 
 examples:
   multimodal info --config scenes_joint.yaml
@@ -35,27 +36,32 @@ examples:
 
 
 class Forecast(L.Callback):
-    """Prints what a run needs that ends after so many steps and epochs (-1: neither)."""
+    """Prints the parameters, memory and time of a run.
+
+    Args:
+        max_steps: of the run, -1 if it has no limit.
+        max_epochs: of the run, -1 if it has no limit.
+    """
 
     def __init__(self, max_steps: int, max_epochs: int) -> None:
         self.max_steps, self.max_epochs = max_steps, max_epochs
-        self.ends: list[float] = []
+        self.step_ends: list[float] = []  # seconds
         self._step = 0
 
     def on_train_start(self, *_: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.step_ends.append(time.perf_counter())
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        if trainer.global_step > self._step:  # batches may add up to a step
+        if trainer.global_step > self._step:  # a step may take several batches
             self._step = trainer.global_step
-            self.ends.append(time.perf_counter())
+            self.step_ends.append(time.perf_counter())
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        an_epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
-        planned = [self.max_steps, self.max_epochs * an_epoch]
-        steps = min((one for one in planned if one > 0), default=0)
-        seconds = [end - start for start, end in pairwise(self.ends)]
+        steps_per_epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+        limits = [self.max_steps, self.max_epochs * steps_per_epoch]
+        steps = min((limit for limit in limits if limit > 0), default=0)
+        seconds = [end - start for start, end in pairwise(self.step_ends)]
         step = statistics.median(seconds[WARMUP:] or seconds)
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
@@ -63,29 +69,33 @@ class Forecast(L.Callback):
             "parameters": f"{trained:,} to train, {frozen:,} frozen",
             "memory": f"{peak_memory():.2f} GB at most, on each of {trainer.world_size} ranks",
             "step": f"{step:.3f} s",
-            "run": f"{steps:,} steps in {spoken(steps * step)}, without validations"
+            "run": f"{steps:,} steps in {format_duration(steps * step)}, without validations"
             if steps
             else "ends by the clock (max_time)",
         }
         print("\n".join(f"{name + ':':<12}{value}" for name, value in rows.items()))
 
 
-def spoken(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Such as 3 h 5 min, or 12 min."""
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 class ForecastCLI(TrainingCLI):
+    """Runs a few steps without a checkpoint, an export or a validation."""
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        asked = self.config[self.subcommand].trainer
+        config = self.config[self.subcommand].trainer
         if self.config[self.subcommand].ckpt_path:
             raise ValueError("a forecast is of a run from its start: leave out --ckpt_path")
-        steps = min(STEPS, asked.max_steps) if asked.max_steps > 0 else STEPS
+        steps = min(STEPS, config.max_steps) if config.max_steps > 0 else STEPS
         kwargs |= {"max_steps": steps, "limit_val_batches": 0}
         trainer = super().instantiate_trainer(**kwargs)
-        kept = (ModelCheckpoint, ExportModel, StopGently)
-        own = [one for one in trainer.callbacks if not isinstance(one, kept)]  # type: ignore[attr-defined]
-        trainer.callbacks = [*own, Forecast(asked.max_steps, asked.max_epochs or -1)]  # type: ignore[attr-defined]
+        writers = (ModelCheckpoint, ExportModel, GracefulStop)
+        callbacks = [c for c in trainer.callbacks if not isinstance(c, writers)]  # type: ignore[attr-defined]
+        forecast = Forecast(config.max_steps, config.max_epochs or -1)
+        trainer.callbacks = [*callbacks, forecast]  # type: ignore[attr-defined]
         return trainer
 
 

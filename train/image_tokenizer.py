@@ -1,4 +1,4 @@
-"""Training an image tokenizer: reconstruct the pixels, and keep what captions speak of."""
+"""Training an image tokenizer: reconstruct the pixels, and keep what captions describe."""
 
 from itertools import chain
 from pathlib import Path
@@ -18,38 +18,50 @@ from multimodal.tokenizers.image import (
     VQTokenizer,
     load_image_tokenizer,
 )
-from multimodal.tokenizers.quantizer import CodebookUse
+from multimodal.tokenizers.quantizer import CodebookUsage
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.train.data import Examples
-from multimodal.train.discriminator import PatchDiscriminator, adversarial_losses
-from multimodal.train.distillation import Distillation
+from multimodal.train.auxiliary_losses import (
+    Distillation,
+    PatchDiscriminator,
+    adversarial_losses,
+)
+from multimodal.train.examples import Examples
 from multimodal.train.lessons import texts_about
-from multimodal.train.optim import TrainedByMuon, can_compile
-from multimodal.train.semantic import SemanticLoss, Words
+from multimodal.train.optim import MuonModule, can_compile
+from multimodal.train.semantic import CaptionTargets, SemanticLoss
 
 PIXELS = ("mse", "l1", "perceptual")
-USE_EVERY = 100  # training steps after which the use of the codebook is logged
+USAGE_EVERY = 100  # training steps between two logs of the codebook usage
 
 
-class ImageTokenizerModule(TrainedByMuon):
-    """Args:
-    tokenizer: the autoencoder and its quantizer.
-    text_tokenizer: file of a trained text tokenizer, for the semantic loss.
-    semantic_weight: of the semantic loss; 0 trains on pixels alone.
-    teacher_weight, teacher: of codes that tell the features of a frozen network
-        (train/distillation.py): timm:MODEL or timm:MODEL=FILE.
-    decoder_only: leave the codes as they are (with --init_from) and go on with the decoder alone,
-        at a third of the cost; a model that was trained on these codes can take the result.
-    mse_weight: of the squared errors beside the absolute ones. Squares get a decoder going; but
-        where codes leave an edge open, the least squares are a blur, the least absolute errors an
-        edge. So 0 for decoder_only.
-    perceptual_weight, perceptual_features: of the distance between features of a frozen network
-        (multimodal/eval/metrics/features.py): ``random``, timm:MODEL or timm:MODEL=FILE.
-    discriminator_weight: of fooling a discriminator of patches, against VQGAN's adaptive weight: at
-        1 its gradient at the last layer is as large as that of the pixels.
-    discriminator_start: step from which on there is a discriminator; codes should stand by then.
-    learning_rate, weight_decay, warmup_steps: Muon's; linear warm-up, then a cosine to zero.
-    compile: torch.compile (needs a C++ compiler on a CPU).
+class ImageTokenizerModule(MuonModule):
+    """Trains an image tokenizer.
+
+    Args:
+        tokenizer: the autoencoder and its quantizer.
+        text_tokenizer: file of a trained text tokenizer, for the semantic loss.
+        semantic_weight: of the semantic loss (train/semantic.py). 0 leaves it out.
+        teacher_weight: of the loss that predicts features of a frozen network from the codes
+            (train/auxiliary_losses.py). 0 leaves it out.
+        teacher: the frozen network: timm:MODEL or timm:MODEL=FILE.
+        decoder_only: keep the codes as they are (with --init_from) and train the decoder only, at a
+            third of the cost. A model that was trained on these codes can use the new decoder.
+        mse_weight: of the squared errors. The absolute errors have weight 1. Squared errors help
+            at the start. But for edges that the codes leave open, they give a blur, and absolute
+            errors give an edge. So use 0 with decoder_only.
+        perceptual_weight: of the distance between features of a frozen network. 0 leaves it out.
+        perceptual_features: the frozen network: ``random``, timm:MODEL or timm:MODEL=FILE
+            (multimodal/eval/metrics/features.py).
+        discriminator_weight: of the loss that fools the discriminator, on top of VQGAN's adaptive
+            weight. At 1 its gradient at the last layer is as large as that of the pixel losses.
+        discriminator_start: first step with a discriminator. The codes should be stable by then.
+        learning_rate: of Muon, at the end of the warm-up.
+        weight_decay: of Muon.
+        warmup_steps: steps of the linear warm-up. A cosine to zero follows.
+        compile: use torch.compile. On a CPU it needs a C++ compiler.
+
+    Raises:
+        ValueError: for weights below 0, or a loss without its text tokenizer or teacher.
     """
 
     def __init__(
@@ -104,12 +116,12 @@ class ImageTokenizerModule(TrainedByMuon):
         self.compiled = self.losses
         if compile and can_compile():
             self.compiled = torch.compile(self.losses)
-        self.train_use = CodebookUse(self.tokenizer.codebook_size)
-        self.val_use = CodebookUse(self.tokenizer.codebook_size)
+        self.train_usage = CodebookUsage(self.tokenizer.codebook_size)
+        self.val_usage = CodebookUsage(self.tokenizer.codebook_size)
 
     def train(self, mode: bool = True) -> "ImageTokenizerModule":
         super().train(mode)
-        for part in self.frozen:  # the statistics of batches would move the codes too
+        for part in self.frozen:  # in training mode, batch statistics would change the codes
             part.eval()
         return self
 
@@ -118,11 +130,11 @@ class ImageTokenizerModule(TrainedByMuon):
         return self.tokenizer.config.image_size, self.tokenizer.config.fit
 
     @property
-    def codes_from(self) -> None:
-        """It reads pixels."""
+    def expected_codes(self) -> None:
+        """None: it needs pixels."""
 
     @property
-    def undecayed(self) -> list[nn.Module]:
+    def no_weight_decay(self) -> list[nn.Module]:
         return [self.tokenizer.quantizer]
 
     @property
@@ -140,9 +152,18 @@ class ImageTokenizerModule(TrainedByMuon):
         )
 
     def losses(
-        self, images: Tensor, words: Words | None, judged: bool
+        self, images: Tensor, targets: CaptionTargets | None, adversarial: bool
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Every loss by its name, and the codes; judged: by the discriminator, too."""
+        """All losses without their weights.
+
+        Args:
+            images: float[B, 3, H, W] in [-1, 1].
+            targets: of the semantic loss.
+            adversarial: whether to compute the losses of the discriminator.
+
+        Returns:
+            The losses by name, float32[] each, and the codes, int64[B, h, w].
+        """
         reconstruction, quantized = self.tokenizer(images)
         reconstruction = reconstruction.float()
         parts = {"mse": F.mse_loss(reconstruction, images)}
@@ -150,16 +171,20 @@ class ImageTokenizerModule(TrainedByMuon):
         if self.features is not None:
             parts["perceptual"] = self.features.distance(reconstruction, images).mean()
         parts |= quantized.losses
-        if self.semantic is not None and words is not None:
-            parts |= self.semantic(quantized.vectors, words)
+        if self.semantic is not None and targets is not None:
+            parts |= self.semantic(quantized.vectors, targets)
         if self.distillation is not None:
             parts["teacher"] = self.distillation(quantized.vectors, images)
-        if self.discriminator is not None and judged:
+        if self.discriminator is not None and adversarial:
             parts |= adversarial_losses(self.discriminator, images, reconstruction)
         return parts, quantized.codes
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
-        """The weighted sum; one backward for all, as each loss moves its own side only."""
+        """The weighted sum of all losses.
+
+        One backward pass serves both sides: ``fool`` has a gradient for the tokenizer only,
+        ``tell`` for the discriminator only.
+        """
         weights = {"mse": self.mse_weight, "perceptual": self.perceptual_weight}
         weights["teacher"] = self.teacher_weight
         weights["fool"] = 0.0
@@ -173,12 +198,12 @@ class ImageTokenizerModule(TrainedByMuon):
             adaptive = self._adaptive_weight(torch.as_tensor(pixels), parts["fool"])
             total = total + self.discriminator_weight * adaptive * parts["fool"]
         elif self.discriminator is not None:
-            # Not judging yet; but where there are ranks, each weight has to get a gradient.
+            # Before discriminator_start. With several ranks each weight needs a gradient.
             total = total + sum(0 * weight.sum() for weight in self.discriminator.parameters())
         return total
 
     def _adaptive_weight(self, pixels: Tensor, fool: Tensor) -> Tensor:
-        """How much larger the gradient of the pixels' losses is at the last layer (VQGAN)."""
+        """The ratio of the gradients of the pixel losses and ``fool`` at the last layer (VQGAN)."""
         if not torch.is_grad_enabled():
             return torch.ones(()).to(fool)
         last = self.tokenizer.decoder.last_layer
@@ -186,64 +211,64 @@ class ImageTokenizerModule(TrainedByMuon):
             torch.linalg.vector_norm(torch.autograd.grad(loss, last, retain_graph=True)[0])
             for loss in (pixels, fool)
         )
-        adaptive: Tensor = (of_pixels / (of_fool + 1e-6)).clamp(max=1e4).detach()
-        return adaptive
+        return (of_pixels / (of_fool + 1e-6)).clamp(max=1e4).detach()
 
     def step(self, batch: Examples) -> tuple[Tensor, dict[str, Tensor]]:
-        words = None
-        counts = batch.image_counts
-        if not len(batch.images):  # plain texts alone: nothing to learn, and no rank may be missing
-            none = torch.zeros((), device=self.device)
-            total = none + sum(0 * p.sum() for p in self.parameters() if p.requires_grad)
-            return total, {"mse": none, "codes": torch.zeros(0, dtype=torch.int64)}
+        """The total loss, and all losses and the codes by name."""
+        targets = None
+        if not len(batch.images):
+            # Documents without images. Other ranks wait for the gradients of this one.
+            zero = torch.zeros((), device=self.device)
+            total = zero + sum(0 * p.sum() for p in self.parameters() if p.requires_grad)
+            return total, {"mse": zero, "codes": torch.zeros(0, dtype=torch.int64)}
         if self.semantic is not None:
-            of = [row for row, count in enumerate(counts) for _ in range(count)]
-            words = self.semantic.words(
-                [batch.keys[row] for row in of],
-                [batch.records[row] for row in of],
-                [batch.seeds[row] for row in of],
+            rows = [row for row, count in enumerate(batch.image_counts) for _ in range(count)]
+            targets = self.semantic.targets(
+                [batch.keys[row] for row in rows],
+                [batch.records[row] for row in rows],
+                [batch.seeds[row] for row in rows],
             )
-        judged = self.global_step >= self.discriminator_start
-        parts, codes = self.compiled(batch.pixels(), words, judged)
+        adversarial = self.global_step >= self.discriminator_start
+        parts, codes = self.compiled(batch.pixels(), targets, adversarial)
         total = self.total(parts)
         return total, {**parts, "total": total, "codes": codes}
 
     def training_step(self, batch: Examples, batch_idx: int) -> Tensor:
         total, parts = self.step(batch)
         self.tokens = parts["codes"].numel()
-        self.train_use.update(parts.pop("codes"))
+        self.train_usage.update(parts.pop("codes"))
         self.log_dict({f"train/{k}": v.detach() for k, v in parts.items()}, batch_size=len(batch))
         self.log("psnr", psnr(parts["mse"].detach()), prog_bar=True, logger=False)
-        if (self.global_step + 1) % USE_EVERY == 0:
-            self._log_use("train", self.train_use)
-            if self.train_use.enough:
-                if alarm := self.train_use.collapse():
-                    rank_zero_warn(f"step {self.global_step}: {alarm}")
-                self.train_use = CodebookUse(self.tokenizer.codebook_size)
+        if (self.global_step + 1) % USAGE_EVERY == 0:
+            self._log_usage("train", self.train_usage)
+            if self.train_usage.has_enough_codes:
+                if message := self.train_usage.collapse_warning():
+                    rank_zero_warn(f"step {self.global_step}: {message}")
+                self.train_usage = CodebookUsage(self.tokenizer.codebook_size)
         return total
 
     def on_validation_epoch_start(self) -> None:
-        self.val_use = CodebookUse(self.tokenizer.codebook_size)
+        self.val_usage = CodebookUsage(self.tokenizer.codebook_size)
 
     def validation_step(self, batch: Examples, batch_idx: int) -> None:
         _, parts = self.step(batch)
-        self.val_use.update(parts.pop("codes"))
+        self.val_usage.update(parts.pop("codes"))
         parts["psnr"] = psnr(parts["mse"])
         self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=len(batch))
         if batch_idx == 0:
             self._log_pictures(batch)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_use("val", self.val_use)
+        self._log_usage("val", self.val_usage)
 
-    def _log_use(self, stage: str, use: CodebookUse) -> None:
-        # Over USE_EVERY training batches, more for a large codebook, or the whole validation set.
-        self.log(f"{stage}/codebook_used", use.used)
-        self.log(f"{stage}/codebook_perplexity", use.perplexity)
-        self.log(f"{stage}/codebook_dead", float((use.counts == 0).sum()))
+    def _log_usage(self, stage: str, usage: CodebookUsage) -> None:
+        # Of USAGE_EVERY training batches (more for a large codebook), or of all validation data.
+        self.log(f"{stage}/codebook_used", usage.used)
+        self.log(f"{stage}/codebook_perplexity", usage.perplexity)
+        self.log(f"{stage}/codebook_dead", float((usage.counts == 0).sum()))
 
     def _log_pictures(self, batch: Examples) -> None:
-        """Eight fixed validation images over their reconstructions, to TensorBoard and a file."""
+        """Log 8 fixed validation images above their reconstructions, to TensorBoard and a file."""
         from torchvision.utils import make_grid
 
         images = batch.pixels()[:8]
@@ -253,7 +278,7 @@ class ImageTokenizerModule(TrainedByMuon):
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("val/images", grid / 2 + 0.5, self.global_step)
-        log_dir = self.trainer.log_dir  # once, and on every rank: it is a broadcast
+        log_dir = self.trainer.log_dir  # read it on all ranks: it is a broadcast
         if log_dir and self.trainer.is_global_zero:
             folder = Path(log_dir) / "pictures"
             folder.mkdir(parents=True, exist_ok=True)
@@ -262,8 +287,8 @@ class ImageTokenizerModule(TrainedByMuon):
     def predict_step(self, batch: Examples, batch_idx: int) -> list[dict[str, Any]]:
         codes = torch.split(self.tokenizer.encode(batch.pixels()), batch.image_counts)
         return [
-            {"key": key, "codes": (mine if parts else mine[0]).tolist()}
-            for key, mine, parts in zip(batch.keys, codes, batch.documents, strict=True)
+            {"key": key, "codes": (images if document else images[0]).tolist()}
+            for key, images, document in zip(batch.keys, codes, batch.documents, strict=True)
         ]
 
     test_step = validation_step
@@ -271,17 +296,23 @@ class ImageTokenizerModule(TrainedByMuon):
     on_test_epoch_end = on_validation_epoch_end
 
     def init_from(self, folder: str) -> None:
-        """Start from the weights of a tokenizer folder of the same configuration.
+        """Start from the weights of a tokenizer folder.
 
-        The head of the semantic loss, which a tokenizer folder does not hold, starts anew.
+        The folder has no heads of losses, so these start untrained.
+
+        Raises:
+            ValueError: if the folder has another configuration.
         """
         source = load_image_tokenizer(folder)
         if source.config != self.tokenizer.config:
-            raise ValueError(f"{folder}: its configuration is not the one of this run")
+            raise ValueError(
+                f"{folder}: its configuration is not that of this run: give the same "
+                "model.init_args.tokenizer"
+            )
         self.tokenizer.load_state_dict(source.state_dict())
 
     def export(self, folder: str) -> None:
-        """Write what is published: the tokenizer without the head. The first rank does."""
+        """Write the tokenizer folder, without the heads of losses. Only the first rank writes."""
         if self.trainer.is_global_zero:
             with atomic_folder(Path(folder)) as part:
                 self.tokenizer.save(part)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from multimodal.data.images import Fit, to_image
 from multimodal.data.seeds import stable_number
+from multimodal.distributed import gather_objects, mean_over_ranks
 from multimodal.eval.metrics.answering import score_answers
 from multimodal.eval.metrics.captioning import score_captions
 from multimodal.eval.metrics.scene_captions import score_scene_captions
@@ -18,17 +19,17 @@ from multimodal.model.attention import Backend
 from multimodal.model.checkpoint import load, part_of
 from multimodal.model.lessons import descriptions_of, exchanges_of
 from multimodal.model.network import Multimodal
-from multimodal.model.objectives import ObjectivesConfig, mean_over_ranks, over_ranks
+from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.sequences import Packed, Sequence, pack
 from multimodal.scenes.scene import Scene
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.cost import training_flops
-from multimodal.train.data import Examples
+from multimodal.train.examples import Examples
 from multimodal.train.lessons import lesson_of
-from multimodal.train.optim import TrainedByMuon, can_compile, parts_named
+from multimodal.train.optim import MuonModule, can_compile, parameters_named
 from multimodal.train.preflight import check_data
-from multimodal.train.sharding import groups, shard, together, whole_weights
+from multimodal.train.sharding import fsdp_modules, full_state_dict, shard, unsharded
 
 IMAGES_AT_ONCE = 256
 PIECES = 8  # rows of a document that one step reads
@@ -43,7 +44,7 @@ def window(pieces: list[Sequence], seed: int) -> list[Sequence]:
     return pieces[start : start + PIECES]
 
 
-class JointModule(TrainedByMuon):
+class JointModule(MuonModule):
     """Args:
     size: a name of the table of sizes (tiny, mini, starter, base, large, 1b, 7b), or the folder of
         a Qwen3 of Hugging Face, to start from its weights; text_tokenizer is that folder, too.
@@ -92,12 +93,12 @@ class JointModule(TrainedByMuon):
         )
         self.model.attention_backend = attention
         for name in freeze or ():
-            for parameter in parts_named(self, name):
+            for parameter in parameters_named(self, name):
                 parameter.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"freeze={freeze}: nothing is left to train")
         for name in self.learning_rates:
-            parts_named(self, name)  # a wrong name is said now
+            parameters_named(self, name)  # a wrong name is said now
         self.model.transformer.recompute = recompute
         if not 0 <= question_share <= 1:
             raise ValueError(f"question_share={question_share}: expected 0 to 1")
@@ -110,7 +111,7 @@ class JointModule(TrainedByMuon):
             self.model.transformer.compile()
 
     def configure_model(self) -> None:
-        if self.device_mesh is not None and not groups(self.model):  # FSDP2
+        if self.device_mesh is not None and not fsdp_modules(self.model):  # FSDP2
             shard(self.model, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
@@ -127,7 +128,7 @@ class JointModule(TrainedByMuon):
         return config.image_size, config.fit
 
     @property
-    def codes_from(self) -> str:
+    def expected_codes(self) -> str:
         """Fingerprint of the codes that it reads."""
         return self.model.image_tokenizer.codes_fingerprint
 
@@ -242,7 +243,7 @@ class JointModule(TrainedByMuon):
 
     def validation_step(self, batch: Examples, batch_idx: int) -> None:
         self.step(batch, "val")
-        with together(self.model):
+        with unsharded(self.model):
             self._sample(batch)
 
     def _sample(self, batch: Examples) -> None:
@@ -273,8 +274,9 @@ class JointModule(TrainedByMuon):
                 self.answers += zip(prompts, expected, found, strict=True)
 
     def on_validation_epoch_end(self) -> None:
-        self.captions, self.references = over_ranks(self.captions), over_ranks(self.references)
-        self.scenes, self.answers = over_ranks(self.scenes), over_ranks(self.answers)
+        self.captions = gather_objects(self.captions)
+        self.references = gather_objects(self.references)
+        self.scenes, self.answers = gather_objects(self.scenes), gather_objects(self.answers)
         folder = self._samples_folder()
         step = f"step-{self.global_step:06d}"
         if self.captions:
@@ -297,7 +299,7 @@ class JointModule(TrainedByMuon):
             lines = ["\t".join(answer) for answer in self.answers]
             if folder:
                 (folder / f"{step}-answers.txt").write_text("\n".join(lines) + "\n")
-        with together(self.model):
+        with unsharded(self.model):
             drawn = draw_codes(self.model, self.prompts) if self.prompts and folder else None
         if drawn is not None and folder:
             from torchvision.utils import make_grid
@@ -316,7 +318,7 @@ class JointModule(TrainedByMuon):
 
     def predict_step(self, batch: Examples, batch_idx: int) -> list[dict[str, str]]:
         _, rows, codes = self._divided(batch)  # a document has its texts
-        with together(self.model):
+        with unsharded(self.model):
             captions = caption_codes(self.model, codes)
         keys = [batch.keys[row] for row in rows]
         return [{"key": k, "caption": c} for k, c in zip(keys, captions, strict=True)]
@@ -326,11 +328,11 @@ class JointModule(TrainedByMuon):
     on_test_epoch_end = on_validation_epoch_end
 
     def export(self, folder: str) -> None:
-        if not groups(self.model):
+        if not fsdp_modules(self.model):
             if self.trainer.is_global_zero:
                 self.model.save(folder)
             return
-        weights = whole_weights(self.model)
+        weights = full_state_dict(self.model)
         if self.trainer.is_global_zero:
             plain = Multimodal(
                 self.model.config, self.model.text_tokenizer, self.model.image_tokenizer

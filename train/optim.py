@@ -1,4 +1,4 @@
-"""What every LightningModule here shares: Muon, warm-up and cosine, clipping by global norm."""
+"""The optimizer of all training modules: Muon, warm-up and cosine, clipping by global norm."""
 
 import math
 import shutil
@@ -15,16 +15,20 @@ from torch import nn
 from multimodal.train.sharding import clip_gradients
 
 
-class TrainedByMuon(L.LightningModule):
-    """Muon for the matrices and kernels inside the network, AdamW for the rest.
+class MuonModule(L.LightningModule):
+    """A LightningModule that Muon and AdamW train.
 
-    The rest: embeddings, norms, biases, the modules of ``heads``, and codebooks. Muon makes the
-    update of a matrix orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon), scaled as
-    in Liu et al. 2025 (arXiv:2502.16982), so that one learning rate fits both. AdamW alone needs
-    twice the steps here (docs/decisions.md has the numbers).
+    Muon trains the matrices and kernels inside the network. AdamW trains embeddings, norms, biases,
+    the modules of ``heads``, and codebooks. Muon makes the update of a matrix orthogonal (Jordan et
+    al. 2024, kellerjordan.github.io/posts/muon). The update is scaled as in Liu et al. 2025
+    (arXiv:2502.16982), so that one learning rate fits both. AdamW alone needs twice the steps here
+    (docs/decisions/optimizer.md has the numbers).
 
-    learning_rate, weight_decay: of both; warmup_steps: linear, then a cosine to zero.
-    learning_rates: other rates for parts, by their names as ``parts_named`` reads them.
+    Args:
+        learning_rate: of Muon and AdamW, at the end of the warm-up.
+        weight_decay: of both.
+        warmup_steps: steps of the linear warm-up. A cosine to zero follows.
+        learning_rates: other learning rates, by name as in ``parameters_named``.
     """
 
     def __init__(
@@ -40,22 +44,22 @@ class TrainedByMuon(L.LightningModule):
 
     @property
     def heads(self) -> list[nn.Module]:
-        """What is thrown away after training: it judges, and is not a part of the network."""
+        """Modules that serve a loss only, and are not exported. AdamW trains them."""
         return []
 
     @property
-    def undecayed(self) -> list[nn.Module]:
-        """What weight decay would pull from where it has to be: codebooks."""
+    def no_weight_decay(self) -> list[nn.Module]:
+        """Modules without weight decay, such as codebooks. AdamW trains them."""
         return []
 
     def configure_optimizers(self) -> Any:
         rates = {
             parameter: rate
             for name, rate in self.learning_rates.items()
-            for parameter in parts_named(self, name)
+            for parameter in parameters_named(self, name)
         }
         optimizer = muon(
-            self, self.heads, self.learning_rate, self.weight_decay, self.undecayed, rates
+            self, self.heads, self.learning_rate, self.weight_decay, self.no_weight_decay, rates
         )
         return warmup_cosine(optimizer, self.warmup_steps, self.trainer)
 
@@ -70,25 +74,33 @@ class TrainedByMuon(L.LightningModule):
         self.log("train/gradient_norm", norm)
 
 
-def parts_named(module: nn.Module, name: str) -> list[nn.Parameter]:
-    """The parameters of this name, or of the part of this name: ``model.transformer.layers.0``;
-    with wildcards: ``*.mlp.*``. Errors: ``ValueError`` where there are none."""
-    found = [
+def parameters_named(module: nn.Module, name: str) -> list[nn.Parameter]:
+    """The parameters of a part of a module.
+
+    Args:
+        module: whose parameters are searched.
+        name: of a parameter or a submodule (``model.transformer.layers.0``), or a pattern
+            (``*.mlp.*``).
+
+    Raises:
+        ValueError: if there are none.
+    """
+    parameters = [
         parameter
-        for own, parameter in module.named_parameters()
-        if own == name or own.startswith(f"{name}.") or fnmatchcase(own, name)
+        for key, parameter in module.named_parameters()
+        if key == name or key.startswith(f"{name}.") or fnmatchcase(key, name)
     ]
-    if not found:
-        tops = dict.fromkeys(".".join(n.split(".")[:2]) for n, _ in module.named_parameters())
-        raise ValueError(f"{name!r}: no part of that name; there is {', '.join(tops)}")
-    return found
+    if not parameters:
+        parts = dict.fromkeys(".".join(key.split(".")[:2]) for key, _ in module.named_parameters())
+        raise ValueError(f"{name!r}: no part of that name; there is {', '.join(parts)}")
+    return parameters
 
 
 def can_compile() -> bool:
-    """Whether torch.compile can work here; on a CPU it needs a C++ compiler. Says so if not."""
+    """Whether torch.compile works here. On a CPU it needs a C++ compiler. Warns if it does not."""
     if torch.cuda.is_available() or any(map(shutil.which, ("g++", "clang++"))):
         return True
-    rank_zero_warn("compile: true, but no C++ compiler (g++, clang++) is here: going on without")
+    rank_zero_warn("compile: true needs a C++ compiler (g++, clang++), found none: not compiling")
     return False
 
 
@@ -97,34 +109,42 @@ def muon(
     heads: list[nn.Module],
     learning_rate: float,
     weight_decay: float,
-    undecayed: Sequence[nn.Module] = (),
+    no_weight_decay: Sequence[nn.Module] = (),
     rates: Mapping[nn.Parameter, float] | None = None,
 ) -> Muon:
-    """Muon where it fits, AdamW elsewhere; norms, biases and ``undecayed`` do not decay; rates: of
-    the parameters that have one of their own."""
-    by_adamw = [m for m in module.modules() if isinstance(m, nn.Embedding)] + heads
-    outside = {id(p) for part in by_adamw for p in part.parameters()}
-    free = {id(p) for part in undecayed for p in part.parameters()}
+    """Muon for matrices and kernels, AdamW for all other parameters.
+
+    Args:
+        module: its trainable parameters are optimised.
+        heads: modules that AdamW trains.
+        learning_rate: of all parameters that ``rates`` does not name.
+        weight_decay: of all parameters but norms, biases and ``no_weight_decay``.
+        no_weight_decay: modules without weight decay. AdamW trains them.
+        rates: learning rates of single parameters.
+    """
+    adamw_modules = [m for m in module.modules() if isinstance(m, nn.Embedding)] + heads
+    adamw = {id(p) for part in adamw_modules for p in part.parameters()}
+    undecayed = {id(p) for part in no_weight_decay for p in part.parameters()}
     parameters = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in free]
+    matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in undecayed]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in matrices if id(p) not in outside]},
-        {"params": [p for p in matrices if id(p) in outside], "use_fallback": True},
+        {"params": [p for p in matrices if id(p) not in adamw]},
+        {"params": [p for p in matrices if id(p) in adamw], "use_fallback": True},
         {
-            "params": [p for p in parameters if p.ndim < 2 or id(p) in free],
+            "params": [p for p in parameters if p.ndim < 2 or id(p) in undecayed],
             "use_fallback": True,
             "weight_decay": 0.0,
         },
     ]
     rate_of = {id(parameter): rate for parameter, rate in (rates or {}).items()}
-    divided = []
+    groups_by_rate = []
     for group in groups:
-        own = [rate_of.get(id(p), learning_rate) for p in group["params"]]
-        for rate in dict.fromkeys(own):
-            of_rate = [p for p, its in zip(group["params"], own, strict=True) if its == rate]
-            divided.append({**group, "params": of_rate, "lr": rate})
+        group_rates = [rate_of.get(id(p), learning_rate) for p in group["params"]]
+        for rate in dict.fromkeys(group_rates):
+            params = [p for p, r in zip(group["params"], group_rates, strict=True) if r == rate]
+            groups_by_rate.append({**group, "params": params, "lr": rate})
     return Muon(
-        divided,
+        groups_by_rate,
         lr=learning_rate,
         weight_decay=weight_decay,
         betas=(0.9, 0.95),
@@ -137,7 +157,14 @@ def muon(
 def warmup_cosine(
     optimizer: torch.optim.Optimizer, warmup_steps: int, trainer: L.Trainer
 ) -> dict[str, Any]:
-    """What ``configure_optimizers`` returns; the cosine ends where the trainer does."""
+    """Linear warm-up, then a cosine to zero at the end of training.
+
+    Returns:
+        The dictionary that ``configure_optimizers`` returns.
+
+    Raises:
+        ValueError: if the training has no end.
+    """
     total = trainer.estimated_stepping_batches
     if math.isinf(total):
         raise ValueError("the schedule needs an end: give trainer.max_steps or trainer.max_epochs")

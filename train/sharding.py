@@ -1,9 +1,9 @@
 """A joint model over several GPUs (FSDP2, torch.distributed.fsdp.fully_shard).
 
-Each layer is a group of its own; embedding, final norm, head and the projections of alignment are
-one with the model, whose ``forward`` computes the losses: a head in another group would be handed
-sharded weights there. The frozen image tokenizer is whole on every rank, and so are the scalars of
-alignment, which cannot be sharded: their gradients are averaged here.
+Each layer is an FSDP module. Embedding, final norm, head and the projections of alignment belong to
+the module of the model itself. Its ``forward`` computes the losses, and needs the unsharded head.
+The frozen image tokenizer is replicated on all ranks. So are the scalars of alignment, which cannot
+be sharded. Their gradients are averaged here.
 """
 
 from collections.abc import Iterator
@@ -17,20 +17,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from multimodal.distributed import global_sum, world_size
 from multimodal.model.network import Multimodal
-from multimodal.model.objectives import global_sum, world_size
 
 
 def shard(model: Multimodal, mesh: DeviceMesh) -> None:
-    """Give each rank its part of every weight."""
-    whole = set(model.image_tokenizer.parameters())
+    """Shard the weights of a model over the ranks of a mesh, in place."""
+    replicated = set(model.image_tokenizer.parameters())
     for scalar in (parameter for parameter in model.parameters() if parameter.ndim == 0):
-        whole.add(scalar)
+        replicated.add(scalar)
         if scalar.requires_grad:
             scalar.register_post_accumulate_grad_hook(_average)  # type: ignore[no-untyped-call]
     for layer in model.transformer.layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params=whole)
+    fully_shard(model, mesh=mesh, ignored_params=replicated)
 
 
 def _average(parameter: Tensor) -> None:
@@ -38,46 +38,62 @@ def _average(parameter: Tensor) -> None:
     parameter.grad = global_sum(parameter.grad) / world_size()
 
 
-def groups(model: nn.Module) -> list[FSDPModule]:
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    """The sharded modules. Empty for a model that is not sharded."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 @contextmanager
-def together(model: nn.Module) -> Iterator[None]:
-    """All weights on every rank meanwhile, for work of which each rank has another amount, such as
-    sampling: gathering them layer by layer, ranks would wait for one another for ever."""
-    sharded = groups(model)
-    for group in sharded:
-        group.set_reshard_after_forward(False, recurse=False)
-        group.unshard()
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Keep all weights on all ranks inside the context.
+
+    For sampling, where ranks do different numbers of forward passes. If each layer gathered its
+    weights, the ranks would wait for each other for ever.
+    """
+    modules = fsdp_modules(model)
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
     try:
         yield
     finally:
-        for group in sharded:
-            group.set_reshard_after_forward(not isinstance(group, Multimodal), recurse=False)
-            group.reshard()
+        for module in modules:
+            module.set_reshard_after_forward(not isinstance(module, Multimodal), recurse=False)
+            module.reshard()
 
 
-def whole_weights(model: nn.Module) -> dict[str, Any]:
-    """All weights on the CPU of the first rank, nothing on the others; every rank has to call."""
+def full_state_dict(model: nn.Module) -> dict[str, Any]:
+    """Gather all weights on the CPU of the first rank. All ranks must call it.
+
+    Returns:
+        The weights by name on the first rank, an empty dictionary on the others.
+    """
     return get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
 
 
-def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
-    """Scale the gradients to a global norm of at most ``largest``; returns what it was."""
-    gradients = [p for p in parameters if p.grad is not None]
-    sharded = [p for p in gradients if isinstance(p.grad, DTensor)]
-    plain = [p for p in gradients if not isinstance(p.grad, DTensor)]
-    kinds = [kind for kind in (sharded, plain) if kind]
-    if not kinds:
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients to a global norm of at most ``max_norm``, in place.
+
+    Args:
+        parameters: sharded or not. Those without a gradient are left out.
+        max_norm: infinity leaves the gradients as they are.
+
+    Returns:
+        The norm before, float32[].
+    """
+    with_gradient = [p for p in parameters if p.grad is not None]
+    sharded = [p for p in with_gradient if isinstance(p.grad, DTensor)]
+    unsharded = [p for p in with_gradient if not isinstance(p.grad, DTensor)]
+    groups = [group for group in (sharded, unsharded) if group]
+    if not groups:
         return torch.zeros(())
     norms = []
-    for kind in kinds:
-        norm = nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])
+    for group in groups:
+        norm = nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     total = torch.stack([norm.float() for norm in norms]).square().sum().sqrt()
-    for kind in kinds:
-        nn.utils.clip_grads_with_norm_(kind, largest, total)
+    for group in groups:
+        nn.utils.clip_grads_with_norm_(group, max_norm, total)
     return total

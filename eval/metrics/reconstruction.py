@@ -24,7 +24,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from multimodal.eval.metrics.features import Features
 from multimodal.tokenizers.image import VQTokenizer
-from multimodal.tokenizers.quantizer import CodebookUse
+from multimodal.tokenizers.quantizer import CodebookUsage
 
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of MS-SSIM, from fine to coarse
 KERNEL = 11  # pixels of SSIM's window
@@ -57,7 +57,7 @@ def score_reconstructions(
     best (fid of fewer than 2 images is left out); used: share of the codebook; perplexity.
     """
     side = images.shape[-1]
-    use = CodebookUse(tokenizer.codebook_size)
+    use = CodebookUsage(tokenizer.codebook_size)
     sums: dict[str, float] = {}
     frechet = FrechetInceptionDistance(feature=features, normalize=True)
     scales = ms_ssim_scales(side)

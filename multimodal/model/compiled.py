@@ -33,7 +33,7 @@ def product(x: Tensor, linear: nn.Module) -> Tensor:
 
     Compiled for a few rows on a CPU it is written as a sum: there the product waits for its weights
     alone, and the loop that the compiler makes of this reads them three times as fast as the
-    matrix product of a library (docs/decisions.md).
+    matrix product of a library (docs/decisions/decoding_speed.md).
     """
     weight = linear.weight
     assert isinstance(weight, Tensor)

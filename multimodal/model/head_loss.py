@@ -17,15 +17,21 @@ SLICE = 1 << 24  # logits in memory at a time: 64 MiB in fp32, and some copies o
 
 
 class HeadLosses(NamedTuple):
-    """total: float32[], the only one with a gradient; nll, log_z, largest, pull: float32[N], of
-    each position minus the log-likelihood of its target, log Z, the largest logit, and the squared
-    norm of the gradient of its state (0 where none is wanted)."""
+    """What ``head_losses`` returns.
+
+    total: float32[], the only field with a gradient.
+    nll: float32[N], minus the log-likelihood of each target.
+    log_z: float32[N].
+    largest: float32[N], the largest logit.
+    state_grad_norm_sq: float32[N], the squared norm of the gradient of each hidden state, 0 where
+        no gradient is computed.
+    """
 
     total: Tensor
     nll: Tensor
     log_z: Tensor
     largest: Tensor
-    pull: Tensor
+    state_grad_norm_sq: Tensor
 
 
 def head_losses(
@@ -69,7 +75,7 @@ class _HeadLosses(torch.autograd.Function):
             )
             of_hidden = torch.empty_like(read) if learns else None
             of_head = torch.zeros_like(matrix, dtype=torch.float32) if learns else None
-            nll, log_z, largest, pull = (
+            nll, log_z, largest, state_grad_norm_sq = (
                 hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(4)
             )
             for start in range(0, len(hidden), size):
@@ -86,14 +92,14 @@ class _HeadLosses(torch.autograd.Function):
                 gradient[rows, targets[here]] -= weights[here] / unit
                 gradient = gradient.to(kind)
                 of_hidden[here] = gradient @ matrix
-                pull[here] = (of_hidden[here].float() * unit).square().sum(-1)
+                state_grad_norm_sq[here] = (of_hidden[here].float() * unit).square().sum(-1)
                 of_head += gradient.T @ read[here]
             total = (weights * nll + z_weights * log_z.square()).sum()
         if of_hidden is not None and of_head is not None:
             ctx.save_for_backward(of_hidden, of_head, unit)
             ctx.types = hidden.dtype, head.dtype
-        ctx.mark_non_differentiable(nll, log_z, largest, pull)
-        return total, nll, log_z, largest, pull
+        ctx.mark_non_differentiable(nll, log_z, largest, state_grad_norm_sq)
+        return total, nll, log_z, largest, state_grad_norm_sq
 
     @staticmethod
     def backward(ctx: Any, of_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,15 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.api import Usable
+from multimodal.distributed import global_sum, world_size
+from multimodal.model.alignment import Alignment
 from multimodal.model.attention import Backend, attention_mask, block_mask
 from multimodal.model.compiled import Compiled
-from multimodal.model.objectives import (
-    Alignment,
-    ObjectivesConfig,
-    global_sum,
-    token_losses,
-    world_size,
-)
+from multimodal.model.objectives import ObjectivesConfig, token_losses
 from multimodal.model.qwen3 import read_qwen3
 from multimodal.model.sequences import (
     NO_LOSS,
@@ -280,7 +276,7 @@ class Multimodal(Usable, nn.Module):
             if states.requires_grad:
                 (of_states,) = torch.autograd.grad(weighted, states, retain_graph=True)
                 squares = global_sum(of_states.float().square().sum())
-                parts["pull/alignment"] = squares.sqrt() / world_size()
+                parts["grad_norm/alignment"] = squares.sqrt() / world_size()
             total = total + weighted
         return total, {**parts, "total": total}
 

@@ -13,7 +13,7 @@ from multimodal.data.builder.build import build
 from multimodal.data.builder.cleaning import Cleaning
 from multimodal.data.samples import Sample, texts_of
 from multimodal.data.shards import Shards
-from multimodal.train.data import ShardDataset
+from multimodal.train.examples import ShardDataset
 
 
 def picture(colour: str, kind: str = "JPEG") -> bytes:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import grad
 
-from multimodal.model.objectives import Alignment
+from multimodal.model.alignment import Alignment
 
 
 def embeddings(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:

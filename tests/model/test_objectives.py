@@ -265,10 +265,10 @@ def test_curves_say_how_hard_each_objective_pulls_and_how_masked_images_fare(
     config = ObjectivesConfig(z_loss_weight=0.0)
     total, parts = token_losses(hidden, HEAD, targets, objectives, config)
     (pulled,) = grad(total, hidden)
-    assert {name for name in parts if name.startswith("pull/")} == {
-        "pull/caption", "pull/image", "pull/answer"
+    assert {name for name in parts if name.startswith("grad_norm/")} == {
+        "grad_norm/caption", "grad_norm/image", "grad_norm/answer"
     }  # fmt: skip
-    assert parts["pull/image"].item() == pytest.approx(pulled[2:5].norm().item(), rel=1e-4)
+    assert parts["grad_norm/image"].item() == pytest.approx(pulled[2:5].norm().item(), rel=1e-4)
 
     model = tiny_model(**only("reconstruct"))
     vocabulary, codes = model.vocabulary, np.arange(16)

@@ -1,4 +1,4 @@
-"""Released weights in our modules: parity with transformers' own, and what is refused."""
+"""Released weights in our modules: parity with transformers, and what is refused."""
 
 import argparse
 import random
@@ -19,13 +19,17 @@ from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.released import import_tokenizer
 
 SIZES: dict[str, Any] = {
-    "base_channels": 32, "channel_multiplier": [1, 2, 2], "num_res_blocks": 2, "embed_dim": 8,
-    "latent_channels": 16, "num_embeddings": 64,
-}  # fmt: skip
+    "base_channels": 32,
+    "channel_multiplier": [1, 2, 2],
+    "num_res_blocks": 2,
+    "embed_dim": 8,
+    "latent_channels": 16,
+    "num_embeddings": 64,
+}
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """Norms too: at their start all are one, and a wrong one would not show."""
+    """Change all weights. Untrained norms are all 1, so swapped ones would pass unseen."""
     torch.manual_seed(0)
     with torch.no_grad():
         for weight in module.parameters():
@@ -49,7 +53,7 @@ def images(count: int = 4, size: int = 32) -> Tensor:
 
 
 def from_pixels(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Decoder levels counted as taming does, from the pixels on."""
+    """Number the levels of the decoder from the pixels, as taming does."""
     last = len(SIZES["channel_multiplier"]) - 1
     renamed = {}
     for name, tensor in weights.items():
@@ -62,18 +66,23 @@ def from_pixels(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def as_llamagen(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The names of LlamaGen's vq_model.py."""
-    for old, new in (
-        (".down.", ".conv_blocks."), (".up.", ".conv_blocks."), (".block.", ".res."),
-        (".mid.block_1.", ".mid.0."), (".mid.attn_1.", ".mid.1."), (".mid.block_2.", ".mid.2."),
-    ):  # fmt: skip
+    names = {
+        ".down.": ".conv_blocks.",
+        ".up.": ".conv_blocks.",
+        ".block.": ".res.",
+        ".mid.block_1.": ".mid.0.",
+        ".mid.attn_1.": ".mid.1.",
+        ".mid.block_2.": ".mid.2.",
+    }
+    for old, new in names.items():
         weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
     return weights
 
 
 def chameleon_weights(chameleon: ChameleonVQVAE, janus: JanusVQVAE) -> dict[str, Tensor]:
-    """Meta's file has a decoder, transformers' class has none: take one of the same shape.
+    """Meta's file has a decoder, the class in transformers has none: take one of the same shape.
 
-    It has no attention in its levels, so neither must the decoder: not a matter of names.
+    Chameleon has no attention in its levels, so leave it out of the decoder.
     """
     decoder = {n: w for n, w in janus.state_dict().items() if n.startswith("decoder.")}
     decoder = {n: w for n, w in decoder.items() if ".up.0.attn." not in n}
@@ -94,7 +103,7 @@ def test_chameleon_has_the_same_codes(
 
 
 @pytest.mark.parametrize("layout", ["janus", "llamagen"])
-def test_the_decoder_paints_the_same(layout: str, janus: JanusVQVAE, tmp_path: Path) -> None:
+def test_the_decoder_gives_the_same_images(layout: str, janus: JanusVQVAE, tmp_path: Path) -> None:
     weights = dict(janus.state_dict())
     weights = as_llamagen(weights) if layout == "llamagen" else weights
     save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path / "vq.safetensors")
@@ -116,18 +125,18 @@ def test_llamagens_codes_are_those_of_unit_vectors(janus: JanusVQVAE, tmp_path: 
 
 
 class ModelCheckpoint:
-    """A class by the name it had."""
+    """Stands for the class of Lightning 1.0."""
 
 
 ModelCheckpoint.__module__ = "pytorch_lightning.callbacks.model_checkpoint"
 ModelCheckpoint.__qualname__ = "ModelCheckpoint"
 
 
-def test_taming_counts_its_levels_from_the_pixels(
+def test_taming_numbers_its_levels_from_the_pixels(
     janus: JanusVQVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = from_pixels(dict(janus.state_dict()))
-    # As Lightning 1.0 wrote it: what callbacks hold is keyed by their classes.
+    # As Lightning 1.0 wrote it: the state of callbacks is keyed by their classes.
     checkpoint = {
         "state_dict": {**weights, "loss.discriminator.main.0.weight": torch.ones(3)},
         "callbacks": {ModelCheckpoint: {"best_model_score": torch.ones(())}},
@@ -150,7 +159,7 @@ def test_taming_counts_its_levels_from_the_pixels(
 def test_imported_weights_become_a_folder(
     janus: JanusVQVAE, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # As LlamaGen publishes them: beside the arguments of the training, with what it counted.
+    # As LlamaGen publishes them, with the arguments and counters of the training.
     weights = {**as_llamagen(dict(janus.state_dict())), "quantize.codebook_used": torch.ones(9)}
     torch.save({"model": weights, "args": argparse.Namespace(lr=1)}, tmp_path / "vq_ds4.pt")
     out = tmp_path / "tokenizer"
@@ -166,28 +175,31 @@ class Hostile:
         return (Path.touch, (Path("/tmp/multimodal-was-here"),))
 
 
-def refused(path: Path, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def refused(path: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = path.parent / "out"
     assert main(["tokenizer", "import", str(path), str(out), "--image-size", "32"]) == 1
     line = capsys.readouterr().err
-    assert said in line and line.count("\n") == 1 and str(path) in line
+    assert message in line and line.count("\n") == 1 and str(path) in line
     assert not out.exists()
 
 
-def test_what_does_not_fit_is_refused(
+def test_wrong_weights_are_refused(
     janus: JanusVQVAE, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole, path = dict(janus.state_dict()), tmp_path / "vq.safetensors"
+    complete, path = dict(janus.state_dict()), tmp_path / "vq.safetensors"
     name = "decoder.mid.block_1.conv1.weight"
-    for weights, said in (
-        ({n: w for n, w in whole.items() if n != name}, "decoder.middle.0.conv1.weight missing"),
-        ({n: w for n, w in whole.items() if "decoder" not in n}, "not a whole tokenizer"),
-        ({**whole, "encoder.extra.weight": torch.ones(1)}, "encoder.extra.weight of no known use"),
-        ({**whole, name: whole[name][:3]}, "has shape (3, 64, 3, 3), expected (64, 64, 3, 3)"),
+    for weights, message in (
+        ({n: w for n, w in complete.items() if n != name}, "decoder.middle.0.conv1.weight missing"),
+        ({n: w for n, w in complete.items() if "decoder" not in n}, "not a complete tokenizer"),
+        ({**complete, "encoder.extra.weight": torch.ones(1)}, "encoder.extra.weight unknown"),
+        (
+            {**complete, name: complete[name][:3]},
+            "has shape (3, 64, 3, 3), expected (64, 64, 3, 3)",
+        ),
         ({"layer.weight": torch.ones(1)}, "not the weights of"),
     ):
         save_file({n: w.contiguous() for n, w in weights.items()}, path)
-        refused(path, said, capsys)
+        refused(path, message, capsys)
     path.write_bytes(path.read_bytes()[:20])
     refused(path, "cannot be read as safetensors", capsys)
     refused(tmp_path / "none.pt", "no such file", capsys)
@@ -199,13 +211,13 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture
     refused(path, "making one could run code", capsys)
     assert not Path("/tmp/multimodal-was-here").exists()
     path.write_bytes(b"not a checkpoint")
-    refused(path, "not a checkpoint of torch's", capsys)
+    refused(path, "not a torch checkpoint", capsys)
     torch.save([torch.ones(1)], path)
     refused(path, "expected named tensors", capsys)
     torch.save({"state_dict": {"encoder.conv_in.weight": torch.ones(8, 3)}}, path)
-    whole, rng = path.read_bytes(), random.Random(0)
-    for _ in range(60):  # flipped bytes, cut ends: whatever torch makes of it, one line
-        damaged = bytearray(whole[: rng.randrange(1, len(whole))])
+    content, rng = path.read_bytes(), random.Random(0)
+    for _ in range(60):  # flipped bytes and cut ends: the error is always one line
+        damaged = bytearray(content[: rng.randrange(1, len(content))])
         for _ in range(rng.randrange(4)):
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
         path.write_bytes(bytes(damaged))

@@ -1,4 +1,4 @@
-"""Text and images to ids and back: what survives, what is refused, what a codebook does."""
+"""Text and image tokenizers: round trips, shapes, files, and what is refused."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from multimodal.model.vocabulary import SPECIALS
 from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer, load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 
-# --- text -------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +26,9 @@ def text_tokenizer(sentences: tuple[str, ...]) -> TextTokenizer:
 
 
 def random_text(rng: random.Random) -> str:
-    """Any code points but surrogates, in runs of one kind: controls, combining marks, emoji..."""
-    kinds = [(0, 0x7F), (0x80, 0x2FF), (0x300, 0x36F), (0x370, 0xD7FF), (0xE000, 0xFFFF),
-             (0x10000, 0x10FFFF), (0x1F300, 0x1FAFF), (0x2000, 0x206F)]  # fmt: skip
+    """Runs of code points of one kind: controls, combining marks, emoji. No surrogates."""
+    kinds = [(0, 0x7F), (0x80, 0x2FF), (0x300, 0x36F), (0x370, 0xD7FF), (0xE000, 0xFFFF)]
+    kinds += [(0x10000, 0x10FFFF), (0x1F300, 0x1FAFF), (0x2000, 0x206F)]
     parts = []
     for _ in range(rng.randrange(6)):
         low, high = rng.choice(kinds)
@@ -36,7 +36,7 @@ def random_text(rng: random.Random) -> str:
     return "".join(parts)
 
 
-def test_text_survives_the_round_trip(text_tokenizer: TextTokenizer) -> None:
+def test_decoding_restores_the_text(text_tokenizer: TextTokenizer) -> None:
     rng = random.Random(0)
     for text in (random_text(rng) for _ in range(1000)):
         ids = text_tokenizer.encode(text)
@@ -49,7 +49,7 @@ def test_text_survives_the_round_trip(text_tokenizer: TextTokenizer) -> None:
     ["", " ", "  two  spaces ", "\n\t\r\n", "\x00", "a" * 100_000, "e\u0301 \u200d \ufeff \u202e",
      "👩‍👩‍👧‍👦", "ＦＵＬＬ", "<bos><eos><pad><|endoftext|>", "Ġ", "\ufffd"],
 )  # fmt: skip
-def test_hostile_texts_survive(text_tokenizer: TextTokenizer, text: str) -> None:
+def test_decoding_restores_unusual_texts(text_tokenizer: TextTokenizer, text: str) -> None:
     assert text_tokenizer.decode(text_tokenizer.encode(text)) == text
 
 
@@ -57,15 +57,15 @@ def test_a_lone_surrogate_becomes_a_question_mark(text_tokenizer: TextTokenizer)
     assert text_tokenizer.decode(text_tokenizer.encode("a\ud800b\udfff")) == "a?b?"
 
 
-def test_a_special_that_is_typed_is_only_letters(text_tokenizer: TextTokenizer) -> None:
-    # They are in the training text, too: a merge may hold "<bos>", but its id is text.
+def test_a_special_token_in_a_text_is_plain_text(text_tokenizer: TextTokenizer) -> None:
+    # The training text holds them too, so a merge may give "<bos>". Its id is still a text id.
     for special in SPECIALS:
         ids = text_tokenizer.encode(special)
         assert ids and max(ids) < len(text_tokenizer)
         assert text_tokenizer.decode(ids) == special
 
 
-def test_every_byte_has_an_id_and_learning_merges_words(sentences: tuple[str, ...]) -> None:
+def test_every_byte_has_an_id_and_training_merges_words(sentences: tuple[str, ...]) -> None:
     bytes_only = TextTokenizer.train(sentences, 256)
     assert len(bytes_only) == 256 and len(bytes_only.encode("dog")) == 3
     learned = TextTokenizer.train(sentences * 9, 400)
@@ -74,7 +74,7 @@ def test_every_byte_has_an_id_and_learning_merges_words(sentences: tuple[str, ..
         TextTokenizer.train(sentences, 255)
 
 
-def test_text_tokenizer_file(text_tokenizer: TextTokenizer, tmp_path: Path) -> None:
+def test_text_tokenizer_file_round_trip(text_tokenizer: TextTokenizer, tmp_path: Path) -> None:
     text_tokenizer.save(tmp_path / "sub" / "text.json")
     again = TextTokenizer.load(tmp_path / "sub" / "text.json")
     assert again.to_json() == text_tokenizer.to_json()
@@ -85,13 +85,17 @@ def test_text_tokenizer_file(text_tokenizer: TextTokenizer, tmp_path: Path) -> N
         TextTokenizer.load(tmp_path / "none.json")
 
 
-# --- the autoencoder --------------------------------------------------------------------------
+# --- image tokenizer ------------------------------------------------------------------------------
 
-CONFIG = {"image_size": 32, "downsample": 8,
-          "autoencoder": {"name": "vit", "dim": 32, "encoder_depth": 2, "decoder_depth": 1,
-                          "heads": 2}}  # fmt: skip
-VQGAN = {"name": "vqgan", "channels": 32, "multipliers": [1, 1, 1, 2], "depth": 1,
-         "latent_channels": 16}  # fmt: skip
+VIT = {"name": "vit", "dim": 32, "encoder_depth": 2, "decoder_depth": 1, "heads": 2}
+VQGAN = {
+    "name": "vqgan",
+    "channels": 32,
+    "multipliers": [1, 1, 1, 2],
+    "depth": 1,
+    "latent_channels": 16,
+}
+CONFIG = {"image_size": 32, "downsample": 8, "autoencoder": VIT}
 VQ = {"name": "vq", "codebook_size": 64, "channels": 4}
 KINDS: dict[str, dict[str, Any]] = {
     "vit fsq": {"quantizer": {"name": "fsq", "levels": [7, 5, 5]}},
@@ -99,45 +103,47 @@ KINDS: dict[str, dict[str, Any]] = {
     "vit vq by gradient": {"quantizer": {**VQ, "learning": "gradient"}},
     "vit lfq": {"quantizer": {"name": "lfq", "channels": 6}},
     "vit ibq": {"quantizer": {"name": "ibq", "codebook_size": 64, "channels": 8}},
-    "local vit": {"autoencoder": {**CONFIG["autoencoder"], "encoder_depth": 0},
-                  "quantizer": {"name": "fsq", "levels": [7, 5, 5]}},
+    "local vit": {
+        "autoencoder": {**VIT, "encoder_depth": 0},
+        "quantizer": {"name": "fsq", "levels": [7, 5, 5]},
+    },
     "vqgan vq": {"autoencoder": VQGAN, "quantizer": {**VQ, "normalise": False}},
-}  # fmt: skip
+}
 Make = Callable[..., VQTokenizer]
 
 
 @pytest.fixture(params=KINDS)
 def tokenizer(request: pytest.FixtureRequest) -> VQTokenizer:
     torch.manual_seed(0)
-    made = VQTokenizer(ImageTokenizerConfig(**{**CONFIG, **KINDS[request.param]}))
-    made.train()(pictures(16, 32))  # statistics of the latents, and the codebook of VQ
-    return made.eval()
+    tokenizer = VQTokenizer(ImageTokenizerConfig(**{**CONFIG, **KINDS[request.param]}))
+    tokenizer.train()(pictures(16, 32))  # sets the statistics of the latents, and VQ's codebook
+    return tokenizer.eval()
 
 
 def pictures(count: int, size: int, seed: int = 0) -> Tensor:
-    """float[B, 3, H, W] in [-1, 1], smooth"""
+    """Smooth images, float[B, 3, size, size] in [-1, 1]."""
     noise = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     return (2 * F.interpolate(noise, size, mode="bilinear") - 1).clamp(-1, 1)
 
 
-def test_codes_and_images_have_their_shapes_and_ranges(tokenizer: VQTokenizer) -> None:
+def test_shapes_and_ranges_of_codes_and_images(tokenizer: VQTokenizer) -> None:
     codes = tokenizer.encode(pictures(3, 32))
     assert codes.shape == (3, 4, 4) and codes.dtype == torch.int64
     assert 0 <= int(codes.min()) and int(codes.max()) < tokenizer.codebook_size
     images = tokenizer.decode(codes)
     assert images.shape == (3, 3, 32, 32) and images.abs().max() <= 1
-    # What training reconstructs is what the codes decode to.
+    # The reconstruction of training equals the decoded codes.
     with torch.no_grad():
-        whole, quantized = tokenizer(pictures(3, 32))
+        reconstruction, quantized = tokenizer(pictures(3, 32))
     assert torch.equal(quantized.codes, codes)
-    torch.testing.assert_close(images, whole.clamp(-1, 1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(images, reconstruction.clamp(-1, 1), atol=1e-5, rtol=1e-5)
 
 
-def test_a_picture_has_the_same_codes_alone_and_in_company(tokenizer: VQTokenizer) -> None:
+def test_codes_do_not_depend_on_the_batch(tokenizer: VQTokenizer) -> None:
     images = pictures(8, 32)
-    together = tokenizer.encode(images)
-    alone = torch.cat([tokenizer.encode(image[None]) for image in images])
-    assert (together == alone).float().mean() > 0.99  # sums of other shapes may round otherwise
+    batched = tokenizer.encode(images)
+    single = torch.cat([tokenizer.encode(image[None]) for image in images])
+    assert (batched == single).float().mean() > 0.99  # sums of other shapes may round differently
 
 
 def test_another_resolution_works(tokenizer: VQTokenizer) -> None:
@@ -147,25 +153,25 @@ def test_another_resolution_works(tokenizer: VQTokenizer) -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-def test_without_attention_a_code_sees_only_what_is_near(depth: int) -> None:
+def test_without_attention_a_code_depends_on_near_pixels_only(depth: int) -> None:
     torch.manual_seed(0)
-    options = {**CONFIG["autoencoder"], "encoder_depth": depth}
-    made = VQTokenizer(ImageTokenizerConfig(**{**CONFIG, "autoencoder": options})).train()
+    options = {**VIT, "encoder_depth": depth}
+    tokenizer = VQTokenizer(ImageTokenizerConfig(**{**CONFIG, "autoencoder": options})).train()
     with torch.no_grad():
         for _ in range(20):
-            made(pictures(8, 96))
-    made.eval()
+            tokenizer(pictures(8, 96))
+    tokenizer.eval()
     before = pictures(4, 96)
     after = before.clone()
     after[..., 40:] = pictures(4, 96, seed=9)[..., 40:]
-    latents = made.encoder(before), made.encoder(after)
-    apart = (latents[0] - latents[1]).abs().amax((0, 1, 3))  # by column of the grid
-    assert (apart[4:] > 1e-3).all()
-    # 47 pixels: 23 to each side of a code's middle, so columns 0 and 1 end before pixel 40.
-    assert (apart[:2] < 1e-5).all() == (depth == 0)
+    latents = tokenizer.encoder(before), tokenizer.encoder(after)
+    difference = (latents[0] - latents[1]).abs().amax((0, 1, 3))  # by column of the grid
+    assert (difference[4:] > 1e-3).all()
+    # A code sees 47 pixels, 23 to each side of its middle. So columns 0 and 1 end before pixel 40.
+    assert (difference[:2] < 1e-5).all() == (depth == 0)
 
 
-def test_what_is_out_of_range_is_refused(tokenizer: VQTokenizer) -> None:
+def test_images_and_codes_out_of_range_are_refused(tokenizer: VQTokenizer) -> None:
     with pytest.raises(ValueError, match=r"images of 30 x 32 pixels: .* multiples of 8"):
         tokenizer.encode(torch.zeros(1, 3, 30, 32))
     with pytest.raises(ValueError, match=r"shape \(3, 32, 32\): expected \[B, 3, H, W\]"):
@@ -182,7 +188,7 @@ def test_what_is_out_of_range_is_refused(tokenizer: VQTokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"downsample": 12}, "a power of two from 2 on"),
         ({"image_size": 36}, "not a multiple of downsample"),
@@ -194,8 +200,8 @@ def test_what_is_out_of_range_is_refused(tokenizer: VQTokenizer) -> None:
         ({"quantizer": {"name": "fsq", "level": [3]}}, "fsq: .*unexpected keyword .*level"),
     ],
 )
-def test_configurations_that_cannot_be_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_impossible_configurations_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         VQTokenizer(ImageTokenizerConfig(**{**CONFIG, **options}))
 
 
@@ -215,20 +221,20 @@ def test_fingerprint_is_of_weights_and_configuration(tokenizer: VQTokenizer) -> 
     with torch.no_grad():
         weight.flatten()[0] += 1e-6
         changed = tokenizer.fingerprint
-        assert tokenizer.codes_fingerprint == codes, "a decoder makes no codes"
+        assert tokenizer.codes_fingerprint == codes, "codes do not depend on the decoder"
     tokenizer.config = replace(tokenizer.config, fit="crop")
     assert len({before, changed, tokenizer.fingerprint}) == 3
-    assert tokenizer.codes_fingerprint != codes, "how images are made square does"
+    assert tokenizer.codes_fingerprint != codes, "codes depend on the fit"
 
 
 def test_an_altered_folder_is_refused(tokenizer: VQTokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
     path, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
-    whole, state = path.read_text(), load_file(weights)
-    path.write_text(json.dumps({**json.loads(whole), "fit": "crop"}))
+    config, state = path.read_text(), load_file(weights)
+    path.write_text(json.dumps({**json.loads(config), "fit": "crop"}))
     with pytest.raises(ValueError, match="weights and config do not belong together"):
         load_image_tokenizer(tmp_path)
-    path.write_text(whole)
+    path.write_text(config)
     name = min(state)
     save_file(state | {name: state[name] + 1}, weights)
     with pytest.raises(ValueError, match="weights and config do not belong together"):
@@ -260,19 +266,19 @@ def test_a_tokenizer_overfits_one_batch_of_scenes(name: str) -> None:
     torch.manual_seed(0)
     scenes = [render(sample_scene(random.Random(i)), 32) for i in range(8)]
     images = torch.stack([to_tensor(scene) for scene in scenes])
-    made = VQTokenizer(ImageTokenizerConfig(**{**CONFIG, **KINDS[name]}))
-    optimizer = torch.optim.AdamW(made.parameters(), 3e-3)
+    tokenizer = VQTokenizer(ImageTokenizerConfig(**{**CONFIG, **KINDS[name]}))
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), 3e-3)
 
     def decibels() -> float:
-        made.eval()
-        error = F.mse_loss(made.decode(made.encode(images)), images)
-        made.train()
+        tokenizer.eval()
+        error = F.mse_loss(tokenizer.decode(tokenizer.encode(images)), images)
+        tokenizer.train()
         return float(-10 * torch.log10(error / 4))
 
-    made.train()(images)
+    tokenizer.train()(images)
     before = decibels()
     for _ in range(80):
-        reconstruction, quantized = made(images)
+        reconstruction, quantized = tokenizer(images)
         loss = F.mse_loss(reconstruction, images) + sum(quantized.losses.values())
         optimizer.zero_grad()
         loss.backward()

@@ -1,4 +1,4 @@
-"""What a training step is given: which samples, in which order, and what is asked of each."""
+"""The samples of a training step: their order, their crops, and the lesson of each."""
 
 import itertools
 from pathlib import Path
@@ -12,9 +12,10 @@ import multimodal.train.sample_order as train_order
 from multimodal.cli import main
 from multimodal.model.templates import Templates
 from multimodal.train.callbacks import Mixture
-from multimodal.train.data import GlobalBatches, GlobalBatchLoader, ShardData, ShardDataset
+from multimodal.train.data import GlobalBatchLoader, ShardData
+from multimodal.train.examples import ShardDataset
 from multimodal.train.lessons import TURNS, Lesson, lesson_of, texts_about
-from multimodal.train.sample_order import Order
+from multimodal.train.sample_order import GlobalBatches, Order
 
 TEMPLATES = Templates()
 
@@ -30,16 +31,17 @@ def test_only_the_augmented_folders_are_cropped(tmp_path: Path) -> None:
         dataset = ShardDataset(shards, 16, "squash", 0, 0.5, True, augmented)
         return [dataset[epoch, number]["images"][0].ravel().tolist() for number in range(8)]
 
-    plain, some, later = images(0, [False] * 2), images(0, [True, False]), images(1, [True, False])
-    assert all(a != b for a, b in zip(plain[:4], some[:4], strict=True))
-    assert all(a != b for a, b in zip(later[:4], some[:4], strict=True))
-    assert plain[4:] == some[4:] == later[4:]
+    plain, cropped = images(0, [False] * 2), images(0, [True, False])
+    later = images(1, [True, False])
+    assert all(a != b for a, b in zip(plain[:4], cropped[:4], strict=True))
+    assert all(a != b for a, b in zip(later[:4], cropped[:4], strict=True))
+    assert plain[4:] == cropped[4:] == later[4:]
     with pytest.raises(ValueError, match="augmented has .*'elsewhere'.*some of data.folders"):
         ShardData(folders, augmented=["elsewhere"])
 
 
 def test_a_folder_named_twice_is_seen_twice_and_measured_once(tmp_path: Path) -> None:
-    """With other crops and another caption, so that it teaches something else."""
+    """The second time it has other crops and another caption."""
     folder = str(tmp_path / "photos")
     assert main(["data", "scenes", folder, "--count", "30", "--size", "16"]) == 0
     data = ShardData([folder, folder])
@@ -54,7 +56,7 @@ def test_a_folder_named_twice_is_seen_twice_and_measured_once(tmp_path: Path) ->
         assert (first["images"][0] != again["images"][0]).any()
 
 
-# --- the order of the samples -----------------------------------------------------------------
+# --- the order of the samples ---------------------------------------------------------------------
 
 
 def order(epoch: int, rank: int = 0, ranks: int = 1, **options: Any) -> list[list[int]]:
@@ -68,17 +70,17 @@ def order(epoch: int, rank: int = 0, ranks: int = 1, **options: Any) -> list[lis
 def test_order_is_a_function_of_seed_and_epoch() -> None:
     assert order(1, seed=3) == order(1, seed=3)
     orders = [order(epoch, seed=seed) for epoch, seed in itertools.product(range(3), range(3))]
-    assert len({str(one) for one in orders}) == 9
-    for one in orders:
-        flat = [number for batch in one for number in batch]
+    assert len({str(batches) for batches in orders}) == 9
+    for batches in orders:
+        flat = [number for batch in batches for number in batch]
         assert len(flat) == len(set(flat)) == 48 and set(flat) <= set(range(50))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_number_of_ranks_sees_the_same_global_batches(ranks: int) -> None:
     shares = [order(2, seed=1, rank=rank, ranks=ranks) for rank in range(ranks)]
-    together = [sorted(sum(batch, [])) for batch in zip(*shares, strict=True)]
-    assert together == [sorted(batch) for batch in order(2, seed=1)]
+    global_batches = [sorted(sum(parts, [])) for parts in zip(*shares, strict=True)]
+    assert global_batches == [sorted(batch) for batch in order(2, seed=1)]
     assert {len(batch) for share in shares for batch in share} == {8 // ranks}
 
 
@@ -87,7 +89,7 @@ def test_validation_sees_every_sample_once_in_order() -> None:
     assert flat == list(range(50))
 
 
-def test_validation_asks_the_same_at_every_epoch() -> None:
+def test_validation_is_the_same_at_every_epoch() -> None:
     batches = GlobalBatches(Order([[50]], shuffle=False), 8)
     first = list(batches)
     batches.set_epoch(7)  # the epoch seeds the choice of captions and masks
@@ -102,25 +104,25 @@ def test_many_shards_are_shuffled_block_by_block(
     sizes = np.random.default_rng(0).integers(1, 9, 40)
     shard_of = np.repeat(np.arange(40), sizes)
     shuffled = train_order.Shuffled(sizes, seed=5)
-    whole = shuffled.numbers(3, 0, len(shuffled))
-    assert sorted(whole) == list(range(len(shuffled))), "each sample once"
+    numbers = shuffled.numbers(3, 0, len(shuffled))
+    assert sorted(numbers) == list(range(len(shuffled))), "each sample once"
     for start, stop in ((0, 1), (7, 50), (len(shuffled) - 3, len(shuffled)), (20, 20)):
         fresh = train_order.Shuffled(sizes, seed=5).numbers(3, start, stop)
-        assert fresh.tolist() == whole[start:stop].tolist(), "wherever one starts"
-    assert (whole != shuffled.numbers(4, 0, len(shuffled))).any()
-    # how far apart, in samples read, the first and the last of a shard are
-    spans = [np.ptp(np.flatnonzero(shard_of[whole] == shard)) for shard in range(40)]
+        assert fresh.tolist() == numbers[start:stop].tolist(), "from any position"
+    assert (numbers != shuffled.numbers(4, 0, len(shuffled))).any()
+    # The distance, in samples, from the first to the last sample of each shard.
+    spans = [np.ptp(np.flatnonzero(shard_of[numbers] == shard)) for shard in range(40)]
     assert max(spans) < 2 * block + 9
-    _, _, ends = shuffled._laid_out(3)
+    _, _, ends = shuffled._blocks(3)
     blocks = np.diff(ends, prepend=0)
     assert min(blocks) >= min(block, len(shuffled)) and ends[-1] == len(shuffled)
     if block == 10:
         assert len(blocks) > 8 and max(blocks) < 2 * block + 9
     huge = train_order.Shuffled([10, 200_000, 10, 10, 90_000], seed=0)
-    assert min(np.diff(huge._laid_out(0)[2], prepend=0)) >= block
+    assert min(np.diff(huge._blocks(0)[2], prepend=0)) >= block
 
 
-def test_weights_are_kept_to_the_sample_and_nothing_comes_again_too_soon() -> None:
+def test_weights_hold_to_the_sample_and_no_sample_repeats_within_a_pass() -> None:
     sizes = [[3, 4], [50], [13]]
     mixed = Order(sizes, seed=1, weights=[1, 1, 2])
     assert len(mixed) == 70 and sum(mixed.counts) == 70 and mixed.shares == [18 / 70, 17 / 70, 0.5]
@@ -128,11 +130,11 @@ def test_weights_are_kept_to_the_sample_and_nothing_comes_again_too_soon() -> No
     source = np.searchsorted([7, 57], [number for _, number in drawn], side="right")
     assert np.bincount(source).tolist() == [6 * 18, 6 * 17, 6 * 35]
     for which, size in enumerate((7, 50, 13)):
-        mine = [item for item, one in zip(drawn, source, strict=True) if one == which]
-        assert len(set(mine)) == len(mine)
-        for start in range(0, len(mine) - size, size):  # a pass: every sample of the source once
-            one_pass = mine[start : start + size]
-            assert len({n for _, n in one_pass}) == size and len({t for t, _ in one_pass}) == 1
+        items = [item for item, number in zip(drawn, source, strict=True) if number == which]
+        assert len(set(items)) == len(items)
+        for start in range(0, len(items) - size, size):
+            passes, numbers = zip(*items[start : start + size], strict=True)
+            assert len(set(numbers)) == size and len(set(passes)) == 1
     again = Order(sizes, seed=1, weights=[1, 1, 2])
     assert again.items(4, 33, 61) == drawn[4 * 70 + 33 : 4 * 70 + 61]
     for wrong in ([1, 2], [1, 0, 1], [1, -1, 1], [1, float("nan"), 1]):
@@ -142,8 +144,10 @@ def test_weights_are_kept_to_the_sample_and_nothing_comes_again_too_soon() -> No
         ShardData(["a"], weights=[1, 2])
 
 
-def test_validation_deals_ranks_equal_shares() -> None:
-    with pytest.warns(UserWarning, match="the last 1 of 9 samples cannot be dealt to 2 ranks"):
+def test_ranks_get_equal_shares_of_a_validation() -> None:
+    with pytest.warns(
+        UserWarning, match="the last 1 of 9 samples cannot be shared equally by 2 ranks"
+    ):
         shares = [
             [len(part) for part in GlobalBatches(Order([[9]], shuffle=False), 4, rank=rank,
                                                  world_size=2)]
@@ -154,7 +158,7 @@ def test_validation_deals_ranks_equal_shares() -> None:
         GlobalBatches(Order([[1]], shuffle=False), 4, world_size=2)
 
 
-def test_the_realised_mixture_is_logged() -> None:
+def test_the_actual_mixture_is_logged() -> None:
     logged: dict[str, float] = {}
     module: Any = SimpleNamespace(log_dict=logged.update)
     trainer: Any = SimpleNamespace(
@@ -175,7 +179,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
 
     def loader(name: str, seed: int = 0, batch: int = 4, workers: int = 0) -> GlobalBatchLoader:
         shards = ShardData([str(tmp_path / name)]).shards("train")
-        order = Order([one.sizes for one in shards], seed)
+        order = Order([source.sizes for source in shards], seed)
         dataset = ShardDataset(shards, 16, "squash", seed)
         return GlobalBatchLoader(dataset, GlobalBatches(order, batch), workers)
 
@@ -188,13 +192,16 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
     older = {name: value for name, value in state.items() if name != "order_of"}
     with pytest.raises(ValueError, match="--init_from"):
         loader("a").load_state_dict(older)
-    for other, said in ((loader("b"), "shards"), (loader("a", seed=1), "seed 0 -> 1"),
-                        (loader("a", batch=8), "global_batch_size 4 -> 8")):  # fmt: skip
-        with pytest.raises(ValueError, match=said):
+    for other, message in (
+        (loader("b"), "shards"),
+        (loader("a", seed=1), "seed 0 -> 1"),
+        (loader("a", batch=8), "global_batch_size 4 -> 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
             other.load_state_dict(state)
 
 
-def test_a_sample_without_captions_is_named_and_never_trained_on_as_silence() -> None:
+def test_a_sample_without_a_text_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="sample owl has no captions and no questions"):
         lesson_of("owl", {"label": "true"}, 1, TEMPLATES)
     with pytest.raises(ValueError, match="sample owl has no captions and no questions"):

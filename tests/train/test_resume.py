@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from multimodal.cli import main
-from multimodal.train.cli import keep_log
+from multimodal.train.cli import archive_log
 from tests.launches import launch, logged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,7 +81,7 @@ def test_a_run_that_is_told_to_stop_saves_and_resumes_bit_for_bit(
     code = AT_STEP.format(signal=name, hook=hook, step=step, batch=batch)
     status, said = stopped(code, [*fit, "--checkpoint_every", "100"])
     assert status == 128 + signal.Signals[name] and "Traceback" not in said, said
-    assert f"stopped at step {step + 1}; go on with --ckpt_path" in said
+    assert f"stopped at step {step + 1}; resume with --ckpt_path" in said
     assert main([*fit, "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
     assert logged(run) == logged(whole)
     expected = load_file(whole / "model/model.safetensors")
@@ -228,7 +228,7 @@ def test_no_log_is_ever_lost(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     for content in ("first", "second"):
         path.write_text(content)
-        keep_log(path)
+        archive_log(path)
     assert not path.exists()
     kept = [(tmp_path / f"metrics.{i}.csv").read_text() for i in (1, 2)]
     assert kept == ["first", "second"]

@@ -23,9 +23,10 @@ from multimodal.tokenizers import vq
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.train import image_tokenizer
 from multimodal.train.cli import recipe_names
-from multimodal.train.data import Examples, GlobalBatches, ShardData, ShardDataset
+from multimodal.train.data import ShardData
+from multimodal.train.examples import Examples, ShardDataset
 from multimodal.train.joint import JointModule
-from multimodal.train.sample_order import Order
+from multimodal.train.sample_order import GlobalBatches, Order
 from tests.launches import logged
 
 RECIPES = Path(__file__).parent.parent.parent / "train" / "recipes"
@@ -81,10 +82,10 @@ def test_a_collapsed_codebook_raises_the_alarm(
     monkeypatch: pytest.MonkeyPatch,
     collapsed: bool,
 ) -> None:
-    monkeypatch.setattr(image_tokenizer, "USE_EVERY", 12)
+    monkeypatch.setattr(image_tokenizer, "USAGE_EVERY", 12)
     quantizer = {"name": "vq", "codebook_size": 64, "channels": 4, "decay": 0.5}
     if collapsed:  # all codes start alike, none ever moves, and none is started anew
-        monkeypatch.setattr(vq, "drawn_from", lambda flat, count: flat[:1].expand(count, -1))
+        monkeypatch.setattr(vq, "sample_codebook", lambda flat, count: flat[:1].expand(count, -1))
         quantizer |= {"decay": 1.0, "dead_after": 0.0}
     config = yaml.safe_load((work / "tokenizer.yaml").read_text())
     config["model"]["init_args"]["tokenizer"]["quantizer"] = quantizer

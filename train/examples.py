@@ -1,0 +1,223 @@
+"""Samples of shard folders as training examples: images of one size, or codes, and records."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from multimodal.data.documents import codes_in, document_of, images_in
+from multimodal.data.images import Fit, augment_image, fit_image, open_image
+from multimodal.data.seeds import sample_seed
+from multimodal.data.shards import Shards
+from multimodal.train.sample_order import Item
+
+
+@dataclass
+class Examples:
+    """One rank's share of a global batch.
+
+    Shapes: B samples, I images (a document may have any number of images), n codes of an image.
+
+    Args:
+        keys: B names.
+        images: uint8[I, 3, H, W], the images of all samples in their order. int64[I, n] if the
+            shards hold codes.
+        records: B dictionaries, as in KEY.json.
+        seeds: B numbers from (seed, epoch, key), for random choices during the step.
+        sources: B numbers of the folders the samples are from.
+        documents: B lists. Of a document its texts, with None for each image. Of a single image an
+            empty list.
+    """
+
+    keys: list[str]
+    images: Tensor
+    records: list[dict[str, Any]]
+    seeds: list[int]
+    sources: list[int]
+    documents: list[list[str | None]]
+
+    @property
+    def codes(self) -> Tensor | None:
+        """int64[I, n] if the shards hold codes, else None."""
+        return self.images if self.images.ndim == 2 else None
+
+    @property
+    def image_counts(self) -> list[int]:
+        """B numbers: how many images each sample has."""
+        return [parts.count(None) if parts else 1 for parts in self.documents]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Examples":
+        return replace(self, images=self.images.to(device, non_blocking=non_blocking))
+
+    def pixels(self) -> Tensor:
+        """float[I, 3, H, W] in [-1, 1]"""
+        assert self.codes is None, "check_codes refuses shards of codes where pixels are needed"
+        return self.images.float() / 127.5 - 1
+
+
+class ShardDataset(Dataset[dict[str, Any]]):
+    """The samples of several shard folders, one folder after the other.
+
+    Args:
+        sources: the shards of each folder.
+        image_size: pixels of a side.
+        fit: how other images are made square.
+        seed: of the crops, and of what each example draws later.
+        crop_scale: the smallest share of the area that a random crop covers.
+        mirror: mirror half of the crops.
+        augmented: for each folder, whether its images are cropped. By default all are if
+            ``crop_scale`` is below 1.
+    """
+
+    def __init__(
+        self,
+        sources: list[Shards],
+        image_size: int,
+        fit: Fit,
+        seed: int,
+        crop_scale: float = 1.0,
+        mirror: bool = False,
+        augmented: Sequence[bool] | None = None,
+    ) -> None:
+        self.sources = sources
+        folders = [source.folder for source in sources]
+        # How often each folder was named before. Each copy has its own seeds.
+        self.copies = [folders[:number].count(folder) for number, folder in enumerate(folders)]
+        self.augmented = [crop_scale < 1] * len(sources) if augmented is None else augmented
+        self.ends = np.cumsum([len(source) for source in sources])
+        self.image_size, self.fit, self.seed = image_size, fit, seed
+        self.crop_scale, self.mirror = crop_scale, mirror
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, item: Item) -> dict[str, Any]:
+        epoch, number = item  # with weights, the pass over the folder instead of the epoch
+        source = int(np.searchsorted(self.ends, number, side="right"))
+        start = int(self.ends[source - 1]) if source else 0
+        sample = self.sources[source][number - start]
+        copy = self.copies[source]
+        seed = sample_seed(self.seed, epoch, f"{copy}/{sample.key}" if copy else sample.key)
+        encoding = self.sources[source].encoding
+        try:
+            document = document_of(sample)
+            images: list[NDArray[Any]]
+            if encoding is not None:
+                images = [
+                    select_encoding(codes, encoding, seed + position)
+                    for position, codes in enumerate(codes_in(sample))
+                ]
+            else:
+                images = [
+                    self._image(data, self.augmented[source], seed + position)
+                    for position, data in enumerate(images_in(sample))
+                ]
+            record = sample.record
+        except ValueError as error:
+            folder = self.sources[source].folder
+            raise ValueError(f"{folder}: sample {sample.key}: {error}") from error
+        return {
+            "key": sample.key,
+            "images": images,
+            "record": record,
+            "seed": seed,
+            "source": source,
+            "document": document,
+        }
+
+    def _image(self, data: bytes, augmented: bool, seed: int) -> NDArray[np.uint8]:
+        """uint8[H, W, 3]"""
+        image = open_image(data)
+        if not augmented:
+            return np.asarray(fit_image(image, self.image_size, self.fit))
+        rng = np.random.default_rng(seed)
+        scale = (self.crop_scale, 1.0)
+        return np.asarray(augment_image(image, self.image_size, rng, scale, flip=self.mirror))
+
+    def collate(self, samples: list[dict[str, Any]]) -> Examples:
+        arrays = [image for sample in samples for image in sample["images"]]
+        if arrays:
+            images = torch.from_numpy(np.stack(arrays))
+        else:  # documents without an image
+            images = torch.zeros(0, self.image_size, self.image_size, 3, dtype=torch.uint8)
+        return Examples(
+            keys=[sample["key"] for sample in samples],
+            images=images if images.ndim == 2 else images.permute(0, 3, 1, 2).contiguous(),
+            records=[sample["record"] for sample in samples],
+            seeds=[sample["seed"] for sample in samples],
+            sources=[sample["source"] for sample in samples],
+            documents=[sample["document"] for sample in samples],
+        )
+
+
+def select_encoding(
+    codes: NDArray[np.int64], encoding: dict[str, Any], seed: int
+) -> NDArray[np.int64]:
+    """Choose one of the A encodings of an image at random.
+
+    Args:
+        codes: int64[A, h, w].
+        encoding: what the manifest says: ``grid`` and ``codebook_size``.
+        seed: decides the choice.
+
+    Returns:
+        int64[h * w].
+
+    Raises:
+        ValueError: if the codes do not match the manifest.
+    """
+    # Making a generator takes longer than reading the codes: skip it for a single encoding.
+    index = int(np.random.default_rng(seed).integers(len(codes))) if len(codes) > 1 else 0
+    selected = codes[index]
+    grid, size = encoding["grid"], encoding["codebook_size"]
+    if selected.shape != (grid, grid) or selected.max() >= size:
+        raise ValueError(
+            f"codes of shape {selected.shape} up to {selected.max()}, the manifest says "
+            f"{grid} x {grid} of {size}"
+        )
+    return selected.ravel()
+
+
+def check_codes(shards: list[Shards], expected_codes: str | None, crops: bool) -> None:
+    """Check that training can use shards that hold codes.
+
+    Args:
+        shards: of all folders.
+        expected_codes: fingerprint of the codes that the model reads. None: it needs pixels.
+        crops: whether training crops images.
+
+    Raises:
+        ValueError: if the shards hold codes that this training cannot use.
+    """
+    encoded = [source for source in shards if source.encoding is not None]
+    if not encoded:
+        return
+    folder = encoded[0].folder
+    if expected_codes is None:
+        raise ValueError(f"{folder}: holds codes, and an image tokenizer is trained on images")
+    if len(encoded) < len(shards):
+        others = {source.folder for source in shards} - {source.folder for source in encoded}
+        raise ValueError(
+            f"{folder}: holds codes, and {min(others)} images: encode all folders or none"
+        )
+    for source in encoded:
+        assert source.encoding is not None
+        if (fingerprint := source.encoding.get("fingerprint")) != expected_codes:
+            raise ValueError(
+                f"{source.folder}: its codes are of another image tokenizer ({fingerprint}; the "
+                f"model reads codes {expected_codes}); encode the shards anew: multimodal "
+                "tokenizer encode"
+            )
+    if crops:
+        raise ValueError(
+            f"{folder}: holds codes, which cannot be cropped: leave out data.crop_scale, and give "
+            "it to: multimodal tokenizer encode"
+        )
