@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from multimodal.data.parallel import ranks
+from multimodal.data.parallel import rank_and_world_size
 
 Objects = TypeVar("Objects", dict[str, Any], list[Any])
 
@@ -20,7 +20,7 @@ def process_group() -> Iterator[int]:
     Yields:
         The rank of this process. 0 without torchrun.
     """
-    _, count = ranks()
+    _, count = rank_and_world_size()
     if count == 1:
         yield 0
         return
