@@ -1,4 +1,4 @@
-"""What tests of building share: a folder of photos, good and bad, and what became of it."""
+"""For tests of ``data build``: a folder of good and bad photos, and readers of the result."""
 
 import hashlib
 import io
@@ -21,9 +21,9 @@ def picture(number: int, kind: str = "PNG", size: tuple[int, int] = (16, 12)) ->
 
 
 def photo_folder(folder: Path) -> Path:
-    """14 found: 7 good, 7 not."""
+    """A source of 14 samples: 7 good, 7 bad."""
     (folder / "sub.dir").mkdir(parents=True)
-    good = {
+    images = {
         "a.jpg": picture(0, "JPEG"),
         "b.v2.png": picture(1),
         "c.webp": picture(2, "WEBP"),
@@ -38,7 +38,7 @@ def photo_folder(folder: Path) -> Path:
         "animation.gif": picture(10, "GIF"),
         "surrogate.jpg": picture(11, "JPEG"),
     }
-    for name, data in good.items():
+    for name, data in images.items():
         (folder / name).write_bytes(data)
         if name not in ("silent.jpg", "badjson.jpg", "surrogate.jpg", "animation.gif", "c.webp"):
             (folder / name).with_suffix(".txt").write_text(f" caption of {name}\n", "utf-8")

@@ -1,4 +1,4 @@
-"""``multimodal data``: make shard folders, index those that exist, and check them."""
+"""``multimodal data``: build, index and check shard folders."""
 
 import argparse
 import json
@@ -20,18 +20,23 @@ EPILOG = """examples:
   multimodal data build captions_val2014.json shards/ --images val2014/
   multimodal data build v2_OpenEnded_mscoco_val2014_questions.json shards/ --images val2014/ \
       --answers v2_mscoco_val2014_annotations.json
-  multimodal data index /data/laion             # tars that exist already: nothing is rewritten
-  multimodal data index /read/only --out mine/  # the same, with links to tars that stay there
+  multimodal data index /data/laion             # existing tars: nothing is rewritten
+  multimodal data index /read/only --out mine/  # the same, with links to the tars
   multimodal data check shards/
-  multimodal data duplicates shards/            # copies, and those that leak from train into val
+  multimodal data duplicates shards/            # copies, also those between train and val
   multimodal data scenes scenes/ --count 2000 --seed 0
 """
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run ``multimodal data ARGV...``; returns the exit status.
+    """Run ``multimodal data ARGV...``.
 
-    Errors: ``ValueError`` or ``OSError`` for what the user can put right; wrong usage exits with 2.
+    Returns:
+        The exit status.
+
+    Raises:
+        ValueError, OSError: for errors that the user can fix.
+        SystemExit: 2 for wrong usage.
     """
     arguments = _parser().parse_args(argv)
     return arguments.run(arguments)
@@ -47,25 +52,25 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="build|index|check|duplicates|scenes", required=True)
 
     _add_build(verbs.add_parser)
-    index = verbs.add_parser("index", help="write manifest and indexes for shards that exist")
+    index = verbs.add_parser("index", help="write manifest and indexes for existing shards")
     index.add_argument("folder", metavar="DIR", type=Path, help="a folder of .tar shards")
     index.add_argument("--out", type=Path, help="write here instead, with links to the tars of DIR")
     index.set_defaults(run=_index)
 
     check = verbs.add_parser("check", help="verify every byte of a shard folder")
     check.add_argument("folder", metavar="DIR", type=Path)
-    check.add_argument("--decode", action="store_true", help="decode every image and text as well")
+    check.add_argument("--decode", action="store_true", help="also decode every image and text")
     check.set_defaults(run=_check)
 
     duplicates = verbs.add_parser(
         "duplicates",
         help="find copies: the same image, or one encoded again, resized, slightly cropped",
-        description="Prints a line for each pair: kind, likeness, and both as FOLDER:SPLIT:KEY. "
-        "Near copies are for photos: of drawings and pages, different ones are taken for one. Exit "
-        "status 1 where copies lie in different splits or folders: what is measured is not unseen.",
+        description="Prints a line for each pair: kind, similarity, and both as FOLDER:SPLIT:KEY. "
+        "Near copies are for photos: different drawings or pages look alike. Exit status 1 if "
+        "copies are in different splits or folders: then training saw images of the evaluation.",
     )
     duplicates.add_argument("folders", metavar="DIR", type=Path, nargs="+")
-    duplicates.add_argument("--output", type=Path, help="a JSON Lines file of the pairs as well")
+    duplicates.add_argument("--output", type=Path, help="also write the pairs to a JSON Lines file")
     duplicates.set_defaults(run=_duplicates)
 
     scenes = verbs.add_parser("scenes", help="draw a synthetic dataset of simple scenes")
@@ -83,36 +88,65 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         help="turn images and text into shards",
         description="SOURCE is a folder of images with .txt or .json beside them, a .csv, .tsv or "
         ".jsonl or .parquet table, a .json of COCO captions or VQA questions, or webdataset "
-        "shards. What cannot be used is named in OUT/rejected.jsonl.",
+        "shards. OUT/rejected.jsonl lists the samples that cannot be used.",
     )
     build.add_argument("source", metavar="SOURCE", type=Path)
     build.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder")
-    build.add_argument("--image-size", type=int, help="make images square; default: as they are")
+    build.add_argument(
+        "--image-size", type=int, help="make images square of this size (default: keep)"
+    )
     build.add_argument("--fit", choices=("squash", "crop", "letterbox"), default="squash")
     build.add_argument("--shard-size", type=int, default=1000, help="samples in a shard")
-    build.add_argument("--val-share", type=float, default=0.0, help="share held out (by hash)")
-    build.add_argument("--quality", type=int, default=92, help="of JPEGs encoded again")
+    build.add_argument(
+        "--val-share", type=float, default=0.0, help="share of the split val (by a hash of the key)"
+    )
+    build.add_argument("--quality", type=int, default=92, help="of JPEGs that are encoded again")
     build.add_argument("--image-column", help="of a table; guessed if not given")
     build.add_argument("--text-column", help="of a table; guessed if not given")
-    build.add_argument("--images", type=Path, help="folder of a table's or annotations' images; "
-                       "default: where the file lies")  # fmt: skip
-    build.add_argument("--answers", type=Path, help="of VQA questions: the file of the answers")
+    build.add_argument(
+        "--images",
+        type=Path,
+        help="folder of a table's or annotations' images; default: the folder of the file",
+    )
+    build.add_argument("--answers", type=Path, help="the file of the answers to VQA questions")
     build.add_argument("--without-text", action="store_true", help="keep images without text")
     build.add_argument("--overwrite", action="store_true", help="replace the shards in OUT")
     add_engine(build)
-    steps = build.add_argument_group("cleaning", "steps that are off unless asked for")
-    steps.add_argument("--min-side", type=int, default=0, help="pixels of the shorter side")
-    steps.add_argument("--max-aspect-ratio", type=float, default=0.0, help="longer by shorter side")
-    steps.add_argument("--min-words", type=int, default=0, help="of a caption")
-    steps.add_argument("--max-words", type=int, default=0, help="of a caption")
-    steps.add_argument("--drop-copies", choices=("exact", "near"), default="",
-                       help="of images, in any split; near: for photos only")  # fmt: skip
-    steps.add_argument("--blocklist", type=Path, metavar="FILE",
-                       help="words, one a line: leave out samples with one of them")  # fmt: skip
-    steps.add_argument("--personal-data", choices=("mask", "drop"), default="",
-                       help="e-mail addresses and telephone numbers in texts")  # fmt: skip
-    steps.add_argument("--licenses", nargs="+", default=[], metavar="NAME",
-                       help="leave out all samples of others")  # fmt: skip
+    steps = build.add_argument_group("cleaning", "all steps are off by default")
+    steps.add_argument("--min-side", type=int, default=0, help="least pixels of the shorter side")
+    steps.add_argument(
+        "--max-aspect-ratio",
+        type=float,
+        default=0.0,
+        help="greatest ratio of longer to shorter side",
+    )
+    steps.add_argument("--min-words", type=int, default=0, help="least words of a caption")
+    steps.add_argument("--max-words", type=int, default=0, help="most words of a caption")
+    steps.add_argument(
+        "--drop-copies",
+        choices=("exact", "near"),
+        default="",
+        help="reject copies of images, in any split; near: for photos only",
+    )
+    steps.add_argument(
+        "--blocklist",
+        type=Path,
+        metavar="FILE",
+        help="words, one a line: reject samples with one of them",
+    )
+    steps.add_argument(
+        "--personal-data",
+        choices=("mask", "drop"),
+        default="",
+        help="e-mail addresses and telephone numbers in texts",
+    )
+    steps.add_argument(
+        "--licenses",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="reject samples with other licenses",
+    )
     build.set_defaults(run=_build)
 
 
@@ -151,18 +185,18 @@ def _build(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         progress=_progress("sample", total),
     )
-    if report is None:  # another rank has it
+    if report is None:  # only the first rank reports
         return 0
     for reason, count in sorted(report.reasons.items()):
         print(f"rejected {count:,}: {reason}", file=sys.stderr)
     if report.rejected:
-        print(f"each is named in {arguments.out / REJECTED}", file=sys.stderr)
+        print(f"see {arguments.out / REJECTED}", file=sys.stderr)
     for what, count in sorted(report.changed.items()):
         print(f"changed {count:,}: {what}", file=sys.stderr)
     for what, count in sorted(report.ignored.items()):
         print(f"ignored {count:,}: {what}", file=sys.stderr)
     if arguments.val_share and not report.splits.get("val"):
-        print("no sample fell into the split val: a larger --val-share?", file=sys.stderr)
+        print("no sample is in the split val; try a larger --val-share", file=sys.stderr)
     splits = ", ".join(f"{split} {count:,}" for split, count in sorted(report.splits.items()))
     print(f"{arguments.out}: kept {report.kept:,} of {report.total:,} samples ({splits})")
     return 0

@@ -1,8 +1,8 @@
 """Images, from untrusted bytes to pixels and back.
 
-Everything is decoded by Pillow with three formats allowed; ``torchvision.io`` crashes the process
-on corrupt PNGs. What an image may be is decided here, once: never half a picture, never a silent
-guess. Legend: H, W are pixels; tensors are ``float32[3, H, W] in [-1, 1]``.
+Pillow decodes three formats. ``torchvision.io`` is not used: it crashes the process on corrupt
+PNGs. This module decides what a valid image is. A truncated image is an error, and so is one whose
+values have no defined meaning. H and W are pixels. Tensors are float32[3, H, W] in [-1, 1].
 """
 
 import errno
@@ -41,8 +41,15 @@ _UPRIGHT = {
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 # Adam7: first column, first row, step between columns, step between rows, of each pass.
-_PNG_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
-               (0, 1, 1, 2))  # fmt: skip
+_PNG_PASSES = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
 
 
 def open_image(
@@ -53,18 +60,22 @@ def open_image(
 ) -> Image.Image:
     """Decode one image to mode RGB, upright.
 
-    Transparency is composed on white, CMYK and palettes become RGB, 16-bit grey is scaled to 8
-    bits, of an animation the first frame is taken, EXIF orientation is applied (EXIF that cannot
-    be read counts as upright). Colour profiles are ignored. The result carries no metadata.
+    Transparency is composed on white. CMYK and palettes become RGB. 16-bit grey is scaled to 8
+    bits. An animation gives its first frame. EXIF orientation is applied (an image with unreadable
+    EXIF counts as upright). Colour profiles are ignored. The result has no metadata.
 
     Args:
         source: a path, the bytes of a file, or a Pillow image.
-        max_pixels: checked on the header, before anything is decoded. Pillow's own limit
-            (``PIL.Image.MAX_IMAGE_PIXELS``, twice) stays in force beside it.
-        name: what to call the image in errors; the path by default.
-    Returns: a new Pillow image, mode RGB.
-    Errors: ``ValueError``, one line with the name, for anything that is not a whole JPEG, PNG or
-        WebP: missing, a folder, truncated, damaged, too large, or over 200 times as long as wide.
+        max_pixels: checked in the header, before anything is decoded. Pillow's limit (twice
+            ``PIL.Image.MAX_IMAGE_PIXELS``) applies too.
+        name: what errors call the image. By default its path.
+
+    Returns:
+        A new Pillow image of mode RGB.
+
+    Raises:
+        ValueError: one line with the name, for anything that is not a complete JPEG, PNG or WebP:
+            missing, a folder, truncated, damaged, too large, or over 200 times as long as wide.
     """
     name = name or (str(source) if isinstance(source, str | Path) else "<image>")
     try:
@@ -91,7 +102,7 @@ def open_image(
         reason = f"too large: {error}"
     except ValueError as error:
         reason = str(error)
-    except Exception as error:  # Pillow's plugins raise whatever their parsing runs into
+    except Exception as error:  # Pillow's plugins raise many kinds of errors
         reason = f"damaged image ({str(error) or type(error).__name__})"
     raise ValueError(f"{name}: {' '.join(reason.split())}")
 
@@ -99,8 +110,14 @@ def open_image(
 def fit_image(image: Image.Image, size: int, fit: Fit) -> Image.Image:
     """Bring an image to ``size`` x ``size`` (bicubic, antialiased).
 
-    ``squash`` changes the aspect, ``crop`` keeps the centre square, ``letterbox`` keeps everything
-    and pads with grey 127. Errors: ``ValueError`` for an unknown fit or a size below 1.
+    Args:
+        image: mode RGB.
+        size: pixels of a side.
+        fit: ``squash`` changes the aspect ratio. ``crop`` keeps the centre square. ``letterbox``
+            keeps the full image and pads it with grey 127.
+
+    Raises:
+        ValueError: for an unknown fit or a size below 1.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, not {size}")
@@ -129,11 +146,20 @@ def augment_image(
     scale: tuple[float, float] = (0.6, 1.0),
     flip: bool = True,
 ) -> Image.Image:
-    """A random crop, resized to ``size`` x ``size``, mirrored half the time.
+    """A random crop, resized to ``size`` x ``size``, mirrored half of the time.
 
-    The crop covers a share of the area uniform in ``scale``; its aspect, relative to the image's
-    own (so it squashes as ``fit_image(..., "squash")`` does), is log-uniform in [4/5, 5/4].
-    Always takes five numbers from ``rng``, so what follows does not depend on the options.
+    The aspect ratio of the crop, relative to that of the image, is log-uniform in [4/5, 5/4]. So
+    the crop is squashed as with ``fit_image(..., "squash")``.
+
+    Args:
+        image: mode RGB.
+        size: pixels of a side of the result.
+        rng: always gives five numbers, so later draws do not depend on the options.
+        scale: the crop covers a share of the area that is uniform in this range.
+        flip: whether to mirror at all.
+
+    Raises:
+        ValueError: if ``scale`` is not 0 < low <= high <= 1.
     """
     if not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"scale must be 0 < low <= high <= 1, not {scale}")
@@ -143,7 +169,7 @@ def augment_image(
     width = image.width * min(1.0, (area * stretch) ** 0.5)
     height = image.height * min(1.0, (area / stretch) ** 0.5)
     left, top = (image.width - width) * x_draw, (image.height - height) * y_draw
-    # rounding must not push the box over the edge by an ulp: resize would refuse it
+    # Rounding can push the box over the edge by one ulp. Then resize would raise an error.
     box = (left, top, min(left + width, image.width), min(top + height, image.height))
     result = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     if flip and flip_draw < 0.5:
@@ -152,7 +178,7 @@ def augment_image(
 
 
 def to_tensor(image: Image.Image) -> "Tensor":
-    """A Pillow image of mode RGB as ``float32[3, H, W] in [-1, 1]``."""
+    """Convert a Pillow image of mode RGB to float32[3, H, W] in [-1, 1]."""
     import torch
     from einops import rearrange
 
@@ -163,9 +189,10 @@ def to_tensor(image: Image.Image) -> "Tensor":
 
 
 def to_image(tensor: "Tensor") -> Image.Image:
-    """``float[3, H, W]`` as a Pillow image; values outside [-1, 1] are clamped.
+    """Convert float[3, H, W] to a Pillow image. Values outside [-1, 1] are clamped.
 
-    Errors: ``ValueError`` for another shape, or for values that are not finite.
+    Raises:
+        ValueError: for another shape, or for values that are not finite.
     """
     import torch
     from einops import rearrange
@@ -180,7 +207,7 @@ def to_image(tensor: "Tensor") -> Image.Image:
 
 
 def grid_of(images: list[Image.Image]) -> Image.Image:
-    """Images of one size in rows, as square a grid as can be, two white pixels between them."""
+    """Arrange images of one size in a nearly square grid, with two white pixels between them."""
     columns = math.ceil(math.sqrt(len(images)))
     width, height = (side + 2 for side in images[0].size)
     rows = -(-len(images) // columns)
@@ -191,7 +218,11 @@ def grid_of(images: list[Image.Image]) -> Image.Image:
 
 
 def read_image_file(path: Path) -> bytes:
-    """The bytes of a file; ``ValueError`` with its name for what is not there or not a file."""
+    """The bytes of an image file.
+
+    Raises:
+        ValueError: with the path, if it is missing or not a regular file.
+    """
     try:
         return _read(path)
     except ValueError as error:
@@ -210,13 +241,13 @@ def _read(path: Path) -> bytes:
         raise ValueError("no such file") from error
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE):
-            raise  # of the machine, not of the file: another time it may be read
+            raise  # the machine's fault, not the file's: it may be readable later
         raise ValueError(f"cannot be read ({error.strerror or error})") from error
 
 
 @contextmanager
 def _no_truncated_images() -> Iterator[None]:
-    """Other libraries switch Pillow's global to accept half a picture; here it is an error."""
+    """Make a truncated image an error, even if a library changed Pillow's global setting."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -236,9 +267,9 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _verify_png(data: bytes) -> None:
-    """Check what Pillow does not: the CRC of the pixel chunks, and that no row is missing.
+    """Check the CRC of the pixel chunks, and that no row is missing.
 
-    Pillow reads ``IDAT`` without its CRC, and leaves rows that are not there black.
+    Pillow does not check the CRC of ``IDAT``, and leaves missing rows black.
     """
     position, header, ended = len(_PNG_SIGNATURE), b"", False
     pixels: list[bytes] = []
@@ -266,25 +297,25 @@ def _verify_png(data: bytes) -> None:
         rows = -(-(height - row) // row_step) if height > row else 0
         if columns and rows:
             expected += rows * (1 + -(-columns * depth * _PNG_CHANNELS[colour] // 8))
-    stream, inflater, found = b"".join(pixels), zlib.decompressobj(), 0
-    for start in range(0, len(stream), 1 << 16):  # in steps: a bomb stops after one, at 64 MiB
-        found += len(inflater.decompress(stream[start : start + (1 << 16)]))
-        if found > expected or inflater.eof:
+    stream, inflater, size = b"".join(pixels), zlib.decompressobj(), 0
+    for start in range(0, len(stream), 1 << 16):  # in steps, so a zip bomb stops after 64 MiB
+        size += len(inflater.decompress(stream[start : start + (1 << 16)]))
+        if size > expected or inflater.eof:
             break
-    if found < expected or (found == expected and not inflater.eof):
-        raise ValueError(f"truncated PNG: {found:,} of {expected:,} bytes of pixels")
+    if size < expected or (size == expected and not inflater.eof):
+        raise ValueError(f"truncated PNG: {size:,} of {expected:,} bytes of pixels")
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) to 8; 1 if there is none or it cannot be read."""
+    """The EXIF orientation, 1 (upright) to 8. 1 if there is none or it cannot be read."""
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # EXIF is written by anything and everything; the pixels are still good
+    except Exception:  # EXIF is often damaged, and the pixels are still good
         return 1
 
 
 def _grey16_to_rgb(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8 bits by scale (65535 -> 255); Pillow's own conversion clips at 255."""
+    """Scale 16-bit grey to 8 bits (65535 -> 255). Pillow's conversion would clip at 255."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"mode {image.mode} with values outside 0..65535: the scale is unknown")
@@ -310,5 +341,5 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
         result = image.convert("RGB")
     if turn in _UPRIGHT:
         result = result.transpose(_UPRIGHT[turn])
-    result.info = {}  # or an orientation that was applied would be applied again by the next reader
+    result.info = {}  # otherwise the next reader would apply the orientation again
     return result

@@ -351,7 +351,7 @@ class Shards:
             self._download(Path(path), entry["sha256"])
             if file_sha256(Path(path)) != entry["sha256"]:
                 raise DamagedShard(
-                    f"{path}: its bytes differ from the manifest (SHA-256); "
+                    f"{path}: SHA-256 differs from the manifest; "
                     f"run: multimodal data check {self.folder}"
                 )
             self._verified.add(entry["name"])

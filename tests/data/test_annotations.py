@@ -1,4 +1,4 @@
-"""COCO captions, VQA questions and Parquet become shards; what cannot is named."""
+"""COCO captions, VQA questions and Parquet become shards. Rejected entries are named."""
 
 import io
 import json
@@ -28,7 +28,8 @@ def folder(tmp_path: Path) -> Path:
         "licenses": [{"id": 1, "name": "Attribution License"}],
         "images": [
             {"id": n, "file_name": f"COCO_val2014_{n:012d}.jpg", "license": n} for n in (1, 2, 3, 9)
-        ] + [{"id": 7}],
+        ]
+        + [{"id": 7}],
         "annotations": [
             {"id": 0, "image_id": 1, "caption": " a dog "},
             {"id": 1, "image_id": 2, "caption": "a cat"},
@@ -38,9 +39,10 @@ def folder(tmp_path: Path) -> Path:
             {"id": 5, "image_id": 2},
             "rubbish",
         ],
-    }  # fmt: skip
+    }
     questions = {
-        "data_type": "mscoco", "data_subtype": "val2014",
+        "data_type": "mscoco",
+        "data_subtype": "val2014",
         "questions": [
             {"question_id": 10, "image_id": 1, "question": "Is it a dog?"},
             {"question_id": 11, "image_id": 1, "question": "What colour?"},
@@ -49,19 +51,21 @@ def folder(tmp_path: Path) -> Path:
             {"question_id": 14, "question": "Of what?"},
             {"question_id": 15, "image_id": 2},
         ],
-    }  # fmt: skip
-    answers = {"annotations": [
-        {"question_id": 10, "multiple_choice_answer": "yes"},
-        {"question_id": 11, "answers": [{"answer": a} for a in ("red", "brown", "brown")]},
-        {"question_id": 12, "answers": [{"answer": "2"}]},
-    ]}  # fmt: skip
+    }
+    answers = {
+        "annotations": [
+            {"question_id": 10, "multiple_choice_answer": "yes"},
+            {"question_id": 11, "answers": [{"answer": a} for a in ("red", "brown", "brown")]},
+            {"question_id": 12, "answers": [{"answer": "2"}]},
+        ]
+    }
     for name, value in (("captions", captions), ("questions", questions), ("answers", answers)):
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     return tmp_path
 
 
 def build(folder: Path, *arguments: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Records by key, and the reasons of what was rejected by its name."""
+    """Records by key, and reasons of rejected entries by name."""
     out = folder / "out"
     command = ["data", "build", *arguments[:1], str(out), "--images", str(folder / "val2014")]
     assert main([*command, *arguments[1:]]) == 0
@@ -75,10 +79,11 @@ def test_coco_captions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     kept, rejected = build(folder, str(folder / "captions.json"))
     assert kept == {
         "COCO_val2014_000000000001": {
-            "captions": ["a dog", "a brown dog"], "license": "Attribution License"
+            "captions": ["a dog", "a brown dog"],
+            "license": "Attribution License",
         },
         "COCO_val2014_000000000002": {"captions": ["a cat"]},
-    }  # fmt: skip
+    }
     assert rejected == {
         "captions.json: images[4]": "unreadable annotation",
         "captions.json: annotations[4]": "unreadable annotation",
@@ -95,55 +100,70 @@ def test_vqa_questions(folder: Path) -> None:
     kept, rejected = build(folder, str(folder / "questions.json"), *answers)
     assert kept == {
         "COCO_val2014_000000000001": {
-            "captions": [], "qa": [["Is it a dog?", "yes"], ["What colour?", "brown"]]
+            "captions": [],
+            "qa": [["Is it a dog?", "yes"], ["What colour?", "brown"]],
         },
         "COCO_val2014_000000000004": {"captions": [], "qa": [["How many?", "2"]]},
-    }  # fmt: skip
+    }
     assert set(rejected) == {f"questions.json: questions[{n}]" for n in (3, 4, 5)}
 
 
-def test_questions_that_bring_image_and_answer_need_no_other_file(folder: Path) -> None:
+def test_questions_with_image_and_answer_need_no_other_file(folder: Path) -> None:
     name = f"COCO_val2014_{3:012d}.jpg"
-    own = {"questions": [{"image": name, "question": "What?", "answer": "this"}]}
-    (folder / "own.json").write_text(json.dumps(own))
+    content = {"questions": [{"image": name, "question": "What?", "answer": "this"}]}
+    (folder / "own.json").write_text(json.dumps(content))
     kept, rejected = build(folder, str(folder / "own.json"))
     assert [record["qa"] for record in kept.values()] == [[["What?", "this"]]] and not rejected
 
 
 @pytest.mark.parametrize(
-    ("content", "more", "said"),
+    ("content", "options", "message"),
     [
         ('{"a": 1, "b": 2}', [], "its keys are a, b"),
         ("[1]", [], "not a JSON object"),
         ("{", [], "not readable as JSON"),
-        ('{"questions": [{"question_id": 1, "image": "x.jpg", "question": "?"}]}', [],
-         "1 unreadable annotation"),
+        (
+            '{"questions": [{"question_id": 1, "image": "x.jpg", "question": "?"}]}',
+            [],
+            "1 unreadable annotation",
+        ),
         ('{"images": [], "annotations": []}', ["--answers", "answers.json"], "have no answers"),
-        ('{"licenses": null, "images": [{"id": [1], "file_name": "x.jpg"}, {"file_name": "y.jpg"},'
-         ' {"id": 1, "file_name": "../x.jpg"}, {"id": 2, "file_name": "\\ud800.jpg"},'
-         ' {"id": 2, "file_name": "z.jpg"}], "annotations": [{"caption": "of what?"}]}', [],
-         "4 unreadable annotation, 1 image outside the folder, 1 no image"),
-        ('{"questions": [{"image": "x.jpg", "question": "?", "answer": null}]}', ["--answers",
-         "answers.json"], "1 unreadable annotation"),
-        ('{"data_type": "abstract_v002", "data_subtype": "val2015", "questions": [{"image_id": 1,'
-         ' "question": "?", "answer": "a"}]}', [], "1 unreadable annotation"),
+        (
+            '{"licenses": null, "images": [{"id": [1], "file_name": "x.jpg"},'
+            ' {"file_name": "y.jpg"}, {"id": 1, "file_name": "../x.jpg"},'
+            ' {"id": 2, "file_name": "\\ud800.jpg"},'
+            ' {"id": 2, "file_name": "z.jpg"}], "annotations": [{"caption": "of what?"}]}',
+            [],
+            "4 unreadable annotation, 1 image outside the folder, 1 no image",
+        ),
+        (
+            '{"questions": [{"image": "x.jpg", "question": "?", "answer": null}]}',
+            ["--answers", "answers.json"],
+            "1 unreadable annotation",
+        ),
+        (
+            '{"data_type": "abstract_v002", "data_subtype": "val2015", "questions":'
+            ' [{"image_id": 1, "question": "?", "answer": "a"}]}',
+            [],
+            "1 unreadable annotation",
+        ),
         ('{"questions": []}', ["--answers", "captions.json"], "no sample could be used"),
         ('{"questions": []}', ["--answers", "none.json"], "No such file"),
     ],
-)  # fmt: skip
-def test_what_is_neither_is_refused_in_one_line(
+)
+def test_other_files_are_refused_with_one_line(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     content: str,
-    more: list[str],
-    said: str,
+    options: list[str],
+    message: str,
 ) -> None:
     monkeypatch.chdir(folder)
     Path("x.json").write_text(content)
-    assert main(["data", "build", "x.json", "out", *more]) == 1
+    assert main(["data", "build", "x.json", "out", *options]) == 1
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
 
 
 # --- Parquet ----------------------------------------------------------------------------------
@@ -156,7 +176,7 @@ def write_parquet(path: Path, columns: dict[str, Any]) -> None:
     pq.write_table(pa.table(columns), path)
 
 
-def test_parquet_with_paths_is_a_table_like_others(folder: Path) -> None:
+def test_parquet_with_paths_is_read_as_a_table(folder: Path) -> None:
     names = [f"COCO_val2014_{n:012d}.jpg" for n in (1, 2, 1, 8)]
     texts = ["a dog", "a cat", "a brown dog", "not there"]
     write_parquet(
@@ -164,13 +184,14 @@ def test_parquet_with_paths_is_a_table_like_others(folder: Path) -> None:
     )
     kept, rejected = build(folder, str(folder / "t.parquet"))
     assert sorted(kept.values(), key=str) == [
-        {"captions": ["a cat"], "label": 2}, {"captions": ["a dog", "a brown dog"], "label": 1},
-    ]  # fmt: skip
+        {"captions": ["a cat"], "label": 2},
+        {"captions": ["a dog", "a brown dog"], "label": 1},
+    ]
     assert rejected == {"COCO_val2014_000000000008.jpg": "unreadable image"}
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_parquet_with_the_files_in_it(folder: Path, wrapped: bool) -> None:
+def test_parquet_with_image_files(folder: Path, wrapped: bool) -> None:
     files = [path.read_bytes() for path in sorted((folder / "val2014").iterdir())]
     cells: list[Any] = [*files[:3], b"", b"not an image"]
     if wrapped:  # as Hugging Face's datasets write them
@@ -180,17 +201,19 @@ def test_parquet_with_the_files_in_it(folder: Path, wrapped: bool) -> None:
     kept, rejected = build(folder, str(folder / "t.parquet"))
     hint = "p" if wrapped else "t-"
     assert {key: record["captions"] for key, record in kept.items()} == {
-        f"{hint}0": ["one"], f"{hint}2": ["three"]
-    }  # fmt: skip
+        f"{hint}0": ["one"],
+        f"{hint}2": ["three"],
+    }
     assert rejected == {
-        "t.parquet: row 1": "no text", "t.parquet: row 3": "unreadable image",
+        "t.parquet: row 1": "no text",
+        "t.parquet: row 3": "unreadable image",
         "t.parquet: row 4": "unreadable image",
-    }  # fmt: skip
+    }
     stored = {sample.key: sample.image for sample in Shards(folder / "out")}
     assert stored[f"{hint}0"] == files[0]
 
 
-def test_parquet_of_other_types_costs_rows_not_the_build(folder: Path) -> None:
+def test_a_type_without_json_rejects_only_its_row(folder: Path) -> None:
     import datetime
 
     import pyarrow as pa
@@ -204,15 +227,17 @@ def test_parquet_of_other_types_costs_rows_not_the_build(folder: Path) -> None:
     assert rejected == {"COCO_val2014_000000000002.jpg": "unreadable text"}
 
 
-def test_damaged_parquet_and_columns_that_are_not_there(
+def test_damaged_parquet_and_missing_columns_are_errors(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
     write_parquet(Path("t.parquet"), {"pixels": [b"x"], "caption": ["a"]})
-    for command, said in (([], "which column is the image? It has pixels, caption"),
-                          (["--image-column", "nope"], "no column 'nope'")):  # fmt: skip
-        assert main(["data", "build", "t.parquet", "out", *command]) == 1
-        assert said in capsys.readouterr().err
+    for options, message in (
+        ([], "which column is the image? It has pixels, caption"),
+        (["--image-column", "nope"], "no column 'nope'"),
+    ):
+        assert main(["data", "build", "t.parquet", "out", *options]) == 1
+        assert message in capsys.readouterr().err
     Path("t.parquet").write_bytes(Path("t.parquet").read_bytes()[:-20])
     assert main(["data", "build", "t.parquet", "out"]) == 1
     assert "t.parquet: not readable as Parquet" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Every sample of a source ends in a shard or, by name and reason, in rejected.jsonl."""
+"""Every sample of a source is in a shard, or in rejected.jsonl with its name and the reason."""
 
 import csv
 import io
@@ -12,12 +12,13 @@ import pytest
 from PIL import Image
 
 from multimodal.commands.data import main
-from multimodal.data.builder.build import build, is_held_out, make_key
+from multimodal.data.builder.build import build
+from multimodal.data.builder.writer import is_held_out, make_key
 from multimodal.data.shards import index_shard, write_manifest
 from tests.photos import by_caption, hashes, picture, rejected, samples
 
 
-def test_folder(photos: Path, tmp_path: Path) -> None:
+def test_a_folder_of_images(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = build(photos, out)
     assert rejected(out) == {
@@ -32,31 +33,31 @@ def test_folder(photos: Path, tmp_path: Path) -> None:
     assert (report.total, report.kept, report.rejected) == (14, 7, 7)
     assert sum(report.reasons.values()) == 7 and report.splits == {"train": 7}
     assert report.ignored == {"files .md": 1, "hidden files": 1}
-    found = samples(out)
-    assert len(found) == 7 and {"a", "c", "e"} < found.keys()
-    for key in found:
+    built = samples(out)
+    assert len(built) == 7 and {"a", "c", "e"} < built.keys()
+    for key in built:
         assert not set(key) & set("./ \\") and key.isascii()
-    # good images are stored byte for byte, whatever their folder and name
+    # Good images are stored byte for byte, with any folder and name.
     for name in ("a.jpg", "b.v2.png", "sub.dir/a.jpg", "dög ß.JPG"):
         sample = by_caption(out)[f"caption of {name}"]
         assert sample.image == (photos / name).read_bytes()
     others = {"license": "CC0", "label": 3, "qa": [["q", "a"]]}
-    assert found["c"].record == {"captions": ["caption of c.webp"], **others}
-    assert found["c"].members["webp"] == picture(2, "WEBP")
-    both = [s for s in found.values() if s.record["captions"] == ["caption of e"]]
+    assert built["c"].record == {"captions": ["caption of c.webp"], **others}
+    assert built["c"].members["webp"] == picture(2, "WEBP")
+    both = [s for s in built.values() if s.record["captions"] == ["caption of e"]]
     assert {s.image for s in both} == {picture(5, "JPEG"), picture(6)}
-    # as webdataset itself reads it: the suffix begins at the first dot of the name
+    # For webdataset the suffix begins at the first dot of the name.
     with tarfile.open(out / "train-0000.tar") as tar:
         assert all(name.count(".") == 1 and "/" not in name for name in tar.getnames())
 
 
-def test_without_text(photos: Path, tmp_path: Path) -> None:
+def test_images_without_text_are_kept_on_demand(photos: Path, tmp_path: Path) -> None:
     report = build(photos, tmp_path / "out", need_text=False)
     assert (report.total, report.kept) == (14, 8)
     assert samples(tmp_path / "out")["silent"].record == {"captions": []}
 
 
-def test_images_are_brought_to_size_and_converted(tmp_path: Path) -> None:
+def test_images_are_resized_and_converted(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     red = Image.new("RGB", (40, 20), "red")
@@ -69,35 +70,39 @@ def test_images_are_brought_to_size_and_converted(tmp_path: Path) -> None:
     for path in list(folder.iterdir()):
         path.with_suffix(".txt").write_text(path.name)
     build(folder, tmp_path / "asis")
-    found = samples(tmp_path / "asis")
+    built = samples(tmp_path / "asis")
 
     def decoded(key: str) -> Image.Image:
-        image = Image.open(io.BytesIO(found[key].image))
+        image = Image.open(io.BytesIO(built[key].image))
         assert image.mode == "RGB" and not image.getexif()
         return image
 
     assert decoded("turned").size == (20, 40) and decoded("print").size == (40, 20)
-    assert decoded("clear").getpixel((0, 0)) == (255, 255, 255) and "png" in found["clear"].members
-    assert "jpg" in found["moving"].members
+    assert decoded("clear").getpixel((0, 0)) == (255, 255, 255) and "png" in built["clear"].members
+    assert "jpg" in built["moving"].members
     for key in ("turned", "print", "moving"):
         assert np.abs(np.asarray(decoded(key), int) - [255, 0, 0]).max() < 4
     for fit in ("squash", "crop", "letterbox"):
         build(folder, tmp_path / fit, image_size=16, fit=fit)
-        found = samples(tmp_path / fit)
-        assert {decoded(key).size for key in found} == {(16, 16)}
+        built = samples(tmp_path / fit)
+        assert {decoded(key).size for key in built} == {(16, 16)}
         corner = decoded("print").getpixel((8, 0))
         assert isinstance(corner, tuple) and (abs(corner[0] - 127) < 9) == (fit == "letterbox")
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
-def test_table(photos: Path, tmp_path: Path, kind: str) -> None:
+def test_a_table(photos: Path, tmp_path: Path, kind: str) -> None:
     cells = [
         ("a.jpg", "one, with a comma", "CC0", "1"),
         ("./sub.dir/../a.jpg", "two\nlines", "CC0", "2"),
         (str(photos / "a.jpg"), "three", "CC0", "3"),
-        ("sub.dir/a.jpg", "other"), ("broken.jpg", "half"), ("missing.jpg", "gone"),
-        ("sub.dir", "a folder"), ("c.webp", " "), ("", "no path"),
-    ]  # fmt: skip
+        ("sub.dir/a.jpg", "other"),
+        ("broken.jpg", "half"),
+        ("missing.jpg", "gone"),
+        ("sub.dir", "a folder"),
+        ("c.webp", " "),
+        ("", "no path"),
+    ]
     columns = ("File", "Caption", "license", "n")
     rows = [dict(zip(columns, row, strict=False)) for row in cells]
     table = photos / f"table.{kind}"
@@ -112,7 +117,7 @@ def test_table(photos: Path, tmp_path: Path, kind: str) -> None:
     out = tmp_path / "out"
     report = build(table, out)
     extra = 2 if kind == "jsonl" else 0
-    # 3 rows are one image; 3 images are bad, and 2 rows
+    # 3 rows have the same image. 3 images and 2 rows are bad.
     assert (report.total, report.kept) == (2 + 3 + 2 + extra, 2)
     assert report.total == report.kept + report.rejected == 2 + len(rejected(out))
     captions = ["one, with a comma", "two\nlines", "three"]
@@ -123,7 +128,7 @@ def test_table(photos: Path, tmp_path: Path, kind: str) -> None:
     assert reasons["unreadable image"] == 3 and reasons["no text"] == reasons["no image"] == 1
 
 
-def test_columns(photos: Path, tmp_path: Path) -> None:
+def test_columns_of_a_table(photos: Path, tmp_path: Path) -> None:
     table = photos / "t.csv"
     table.write_text("where,what\na.jpg,one\n")
     with pytest.raises(ValueError, match="which column is the image.*where, what.*--image-column"):
@@ -155,7 +160,7 @@ def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
     return path
 
 
-def test_shards(tmp_path: Path) -> None:
+def test_shards_are_salvaged(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     members = [
@@ -169,7 +174,8 @@ def test_shards(tmp_path: Path) -> None:
     with tarfile.open(source / "x-0.tar") as tar:
         offsets = {member.name: member.offset for member in tar}
     data = bytearray((source / "x-0.tar").read_bytes())
-    data[offsets["2.txt"] + 5] ^= 1  # a header: without care, 2 and all that follows are lost
+    # Damage a header. A simple reader would lose sample 2 and all that follow.
+    data[offsets["2.txt"] + 5] ^= 1
     data[offsets["4.png"] + 512 + 60] ^= 1  # an image
     (source / "x-0.tar").write_bytes(data)
     out = tmp_path / "out"
@@ -179,15 +185,15 @@ def test_shards(tmp_path: Path) -> None:
     lines = (out / "rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["sample"].rpartition(": ")[2] for line in lines] == list("2467")
     train = samples(out, "train")
-    for key in "0135":  # keys that are good are kept
+    for key in "0135":  # good keys do not change
         assert train[key].image == picture(int(key)) and train[key].record == {"captions": [key]}
     assert by_caption(out)["again"].image == picture(9), "a key that another shard has is renamed"
-    # what was held out stays so
+    # Held-out samples stay in their split.
     assert samples(out, "val")["v"].record == {"captions": ["v"], "label": "4"}
     assert build(source / "x-1.tar", tmp_path / "one").kept == 1
 
 
-def test_a_cut_shard_with_an_index_names_all_that_is_lost(tmp_path: Path) -> None:
+def test_all_lost_samples_of_a_cut_shard_with_an_index_are_named(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     keys = [f"k{number}" for number in range(8)]
@@ -211,13 +217,13 @@ def test_the_same_source_gives_the_same_bytes(photos: Path, tmp_path: Path) -> N
     build(photos, tmp_path / "two", shard_size=3, val_share=0.3, workers=2)
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
     assert {"train-0000.tar", "train-0001.tar", "val-0000.tar"} < hashes(tmp_path / "one").keys()
-    # shards built from shards are the same shards
+    # A build from these shards gives the same shards.
     build(tmp_path / "one", tmp_path / "three", shard_size=3)
     tars = {name: h for name, h in hashes(tmp_path / "three").items() if name.endswith(".tar")}
     assert tars.items() <= hashes(tmp_path / "one").items()
 
 
-def test_the_split_is_stable_under_adding_samples(tmp_path: Path) -> None:
+def test_new_samples_do_not_change_the_split_of_old_ones(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     splits: list[set[str]] = []
@@ -237,7 +243,7 @@ def test_the_split_is_stable_under_adding_samples(tmp_path: Path) -> None:
     assert not is_held_out("any", 0.0)
 
 
-def test_keys() -> None:
+def test_keys_are_valid_and_unique() -> None:
     assert make_key("IMG_0001", "x", set()) == "IMG_0001"
     hints = ["a.b", "a/b", "a b", "a_b", "ä", "", ".", "-a", "..", "a" * 300, "A b"]
     keys = [make_key(hint, hint, set()) for hint in hints]
@@ -246,7 +252,7 @@ def test_keys() -> None:
     assert make_key("a", "a.png", {"a"}) not in ("a", make_key("a", "a.jpg", {"a"}))
 
 
-def test_out_that_holds_something(photos: Path, tmp_path: Path) -> None:
+def test_only_files_of_a_build_are_replaced(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     build(photos, out)
     before = hashes(out)
@@ -256,7 +262,7 @@ def test_out_that_holds_something(photos: Path, tmp_path: Path) -> None:
     build(photos, out, overwrite=True, shard_size=2)
     assert (out / "train-0003.tar").exists()
     build(photos, out, overwrite=True)
-    assert hashes(out) == before, "nothing of the run before is left"
+    assert hashes(out) == before, "nothing of the earlier build is left"
     (out / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="not empty, holds thesis.txt"):
         build(photos, out, overwrite=True)
@@ -268,12 +274,14 @@ def test_out_that_holds_something(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         build(photos, tmp_path / "file")
-    # an OUT inside the source is not read as a part of it
+    # OUT inside the source is not read as a part of the source.
     assert build(photos, photos / "shards").total == 14
     assert build(photos, photos / "shards", overwrite=True).total == 14
 
 
-def test_nothing_kept_is_an_error_and_says_why(photos: Path, tmp_path: Path) -> None:
+def test_a_build_without_usable_samples_is_an_error_with_reasons(
+    photos: Path, tmp_path: Path
+) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     with pytest.raises(ValueError, match="nothing found"):
@@ -286,8 +294,14 @@ def test_nothing_kept_is_an_error_and_says_why(photos: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="no sample could be used .3 unreadable image."):
         build(source, out, overwrite=True)
     assert len(rejected(out)) == 3 and before.items() <= hashes(out).items()
-    for wrong in ({"val_share": 1.0}, {"shard_size": 0}, {"fit": "x"}, {"image_size": 0},
-                  {"quality": 0}, {"workers": 0}):  # fmt: skip
+    for wrong in (
+        {"val_share": 1.0},
+        {"shard_size": 0},
+        {"fit": "x"},
+        {"image_size": 0},
+        {"quality": 0},
+        {"workers": 0},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             build(photos, tmp_path / "new", **wrong)
     assert not (tmp_path / "new").exists()
@@ -296,7 +310,7 @@ def test_nothing_kept_is_an_error_and_says_why(photos: Path, tmp_path: Path) -> 
             build(wrong_source, tmp_path / "new")
 
 
-def test_command(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["build", str(photos), str(out), "--image-size", "8", "--val-share", "0.3"]) == 0
     stdout, stderr = capsys.readouterr()
@@ -307,28 +321,39 @@ def test_command(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         main(["build", str(photos)])
 
 
-def test_what_img2dataset_wrote(tmp_path: Path) -> None:
-    """Tars named by digits, a record with everything it knows, and tables beside them."""
+def test_shards_of_img2dataset(tmp_path: Path) -> None:
+    """Their names are digits, their records have many fields, and tables are beside them."""
     source = tmp_path / "laion"
     source.mkdir()
     record = {
-        "url": "https://example.org/a.jpg", "caption": "a  cat", "key": "000000003",
-        "status": "success", "error_message": None, "width": 16, "height": 12, "exif": "{}",
+        "url": "https://example.org/a.jpg",
+        "caption": "a  cat",
+        "key": "000000003",
+        "status": "success",
+        "error_message": None,
+        "width": 16,
+        "height": 12,
+        "exif": "{}",
         "license": "CC0",
-    }  # fmt: skip
-    tar_of(source / "00000.tar", [
-        ("000000003.jpg", picture(1, "JPEG")), ("000000003.txt", b"a  cat"),
-        ("000000003.json", json.dumps(record).encode()),
-        ("000000004.jpg", picture(2, "JPEG")), ("000000004.txt", b"a dog"),
-        ("000000004.json", json.dumps({**record, "caption": None}).encode()),
-    ])  # fmt: skip
+    }
+    tar_of(
+        source / "00000.tar",
+        [
+            ("000000003.jpg", picture(1, "JPEG")),
+            ("000000003.txt", b"a  cat"),
+            ("000000003.json", json.dumps(record).encode()),
+            ("000000004.jpg", picture(2, "JPEG")),
+            ("000000004.txt", b"a dog"),
+            ("000000004.json", json.dumps({**record, "caption": None}).encode()),
+        ],
+    )
     for name in ("00000.parquet", "00000_stats.json"):
-        (source / name).write_bytes(b"of no interest")
+        (source / name).write_bytes(b"not a sample")
     report = build(source, tmp_path / "out")
     assert report is not None and (report.kept, report.splits) == (2, {"train": 2})
-    found = samples(tmp_path / "out")
-    assert found["000000003"].record["captions"] == ["a  cat"]
-    assert found["000000003"].record["license"] == "CC0"
-    assert found["000000004"].record["captions"] == ["a dog"], (
-        "the .txt speaks where the json is mute"
+    built = samples(tmp_path / "out")
+    assert built["000000003"].record["captions"] == ["a  cat"]
+    assert built["000000003"].record["license"] == "CC0"
+    assert built["000000004"].record["captions"] == ["a dog"], (
+        "the .txt counts if the json has no caption"
     )

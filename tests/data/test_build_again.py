@@ -1,4 +1,4 @@
-"""A build that was stopped, or failed, goes on and loses nothing; what is not its own it leaves."""
+"""A build that was stopped or failed can go on. It never deletes files of others."""
 
 import os
 from collections import Counter
@@ -15,12 +15,12 @@ from multimodal.data.verify import check
 from tests.photos import by_caption, hashes, picture
 
 
-def test_an_interrupted_build_goes_on(
+def test_an_interrupted_build_can_go_on(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(multimodal.data.builder.build, "PART_SIZE", 4)
-    wanted = tmp_path / "wanted"
-    build(photos, wanted, shard_size=2)
+    expected = tmp_path / "expected"
+    build(photos, expected, shard_size=2)
 
     def interrupted(items: Any) -> Iterator[Any]:
         for number, item in enumerate(items):
@@ -33,8 +33,7 @@ def test_an_interrupted_build_goes_on(
         build(photos, out, shard_size=2, progress=interrupted)
     assert [path.name for path in out.iterdir()] == [".building"]
     assert any("no manifest.json" in problem for problem in check(out))
-    made = list((out / ".building/parts").glob("*.json"))
-    times = {path: path.stat().st_mtime_ns for path in made}
+    parts = list((out / ".building/parts").glob("*.json"))
     opened = Counter[str]()
     make = multimodal.data.builder.image_parts.make_image
     monkeypatch.setattr(
@@ -42,14 +41,16 @@ def test_an_interrupted_build_goes_on(
         "make_image",
         lambda n, s, w: opened.update([n]) or make(n, s, w),
     )
-    (photos / "later.jpg").write_bytes(picture(33, "JPEG"))  # it has no text: nothing changes
+    (photos / "later.jpg").write_bytes(
+        picture(33, "JPEG")
+    )  # without text, so the result does not change
     build(photos, out, shard_size=2)
     (photos / "later.jpg").unlink()
-    assert len(times) >= 2 and 0 < opened.total() < 13, "parts that were there are not made again"
-    tars = {name: value for name, value in hashes(wanted).items() if name.endswith(".tar")}
+    assert len(parts) >= 2 and 0 < opened.total() < 13, "existing parts are not made again"
+    tars = {name: value for name, value in hashes(expected).items() if name.endswith(".tar")}
     assert tars.items() <= hashes(out).items() and not (out / ".building").exists()
 
-    # killed while the files are moved in place: no manifest, so nobody takes it for whole
+    # If a build fails while its files are moved, there is no manifest: it does not look complete.
     before = hashes(out)
 
     def full(self: Path, target: Path) -> None:
@@ -67,8 +68,8 @@ def test_an_interrupted_build_goes_on(
     assert {name: hashes(out)[name] for name in tars} == {name: before[name] for name in tars}
 
 
-def test_a_build_that_fails_leaves_no_right_to_delete(photos: Path, tmp_path: Path) -> None:
-    """Shards that were put there after a failed or interrupted build are somebody's."""
+def test_a_failed_build_gives_no_right_to_delete_files(photos: Path, tmp_path: Path) -> None:
+    """Shards that appear after a failed or interrupted build belong to somebody else."""
     out = tmp_path / "out"
     (photos / "t.csv").write_text("image,caption\na.jpg,one\n")
     with pytest.raises(ValueError, match="no column 'zz'"):
@@ -88,8 +89,8 @@ def test_a_build_that_fails_leaves_no_right_to_delete(photos: Path, tmp_path: Pa
 
 
 def test_a_part_that_lost_data_is_made_again(photos: Path, tmp_path: Path) -> None:
-    out, wanted = tmp_path / "out", tmp_path / "wanted"
-    build(photos, wanted)
+    out, expected = tmp_path / "out", tmp_path / "expected"
+    build(photos, expected)
 
     def stop(items: Any) -> Iterator[Any]:
         yield next(iter(items))
@@ -100,10 +101,10 @@ def test_a_part_that_lost_data_is_made_again(photos: Path, tmp_path: Path) -> No
     (part,) = out.glob(".building/parts/*.bin")
     part.write_bytes(part.read_bytes()[:-500])
     build(photos, out)
-    assert hashes(out) == hashes(wanted)
+    assert hashes(out) == hashes(expected)
 
 
-def test_what_the_machine_lacks_is_no_fault_of_an_image(
+def test_an_error_of_the_machine_does_not_reject_an_image(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = Path.read_bytes

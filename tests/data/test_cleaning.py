@@ -1,4 +1,4 @@
-"""What cleaning leaves out, masks, counts and writes into the manifest."""
+"""Cleaning rejects samples, masks texts, counts both, and writes the counts to the manifest."""
 
 import io
 import json
@@ -29,12 +29,18 @@ def source(tmp_path: Path) -> Path:
         "long": ((90, 20), {"captions": ["a red stripe"], "license": "cc0 "}),
         "blocked": ((40, 30), {"captions": ["fine", "a DAMN red field"], "license": "CC0"}),
         "close": ((40, 30), {"captions": ["a damnable red field"], "license": "CC0"}),
-        "mail": ((40, 30), {"captions": ["write to jo.doe+x@mail.example.org now"],
-                            "qa": [["call?", "+49 (30) 901820-11"]], "license": "CC0"}),
+        "mail": (
+            (40, 30),
+            {
+                "captions": ["write to jo.doe+x@mail.example.org now"],
+                "qa": [["call?", "+49 (30) 901820-11"]],
+                "license": "CC0",
+            },
+        ),
         "theirs": ((40, 30), {"captions": ["a red field"], "license": "all rights reserved"}),
         "unknown": ((40, 30), {"captions": ["a red field"]}),
         "short": ((40, 30), {"captions": ["red"], "license": "CC0"}),
-    }  # fmt: skip
+    }
     for name, (size, record) in samples.items():
         (folder / f"{name}.png").write_bytes(image(size))
         (folder / f"{name}.json").write_text(json.dumps(record))
@@ -52,8 +58,8 @@ def built(source: Path, out: Path, **steps: object) -> Report:
     return report
 
 
-def test_every_step_alone_and_together(source: Path, tmp_path: Path) -> None:
-    assert built(source, tmp_path / "none").rejected == 0, "nothing is done unasked"
+def test_each_step_alone_and_all_together(source: Path, tmp_path: Path) -> None:
+    assert built(source, tmp_path / "none").rejected == 0, "all steps are off by default"
     alone = {
         "min_side": (8, {"tiny": "smaller than min_side"}),
         "max_aspect_ratio": (4, dict.fromkeys(("tiny", "long"), "more than max_aspect_ratio")),
@@ -71,8 +77,8 @@ def test_every_step_alone_and_together(source: Path, tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "min_words")["cleaning"]["changed"] == {
         "captions of a wrong length": 3
     }
-    everything = {name: value for name, (value, _) in alone.items()}
-    report = built(source, tmp_path / "all", **everything)
+    all_steps = {name: value for name, (value, _) in alone.items()}
+    report = built(source, tmp_path / "all", **all_steps)
     assert report.kept == 2 and sum(report.reasons.values()) == report.rejected == 7
 
 
@@ -84,41 +90,60 @@ def test_personal_data_is_masked_in_captions_and_questions(source: Path, tmp_pat
     assert report.changed == {"texts with personal data masked": 2} and report.rejected == 0
 
 
-def test_what_is_masked_costs_nothing_around_it() -> None:
+def test_masks_do_not_change_the_text_around_them() -> None:
     for text, masked in (
         ("write to 555-123-4567@vtext.com or call home", "write to [e-mail] or call home"),
         ("0171-1234567@web.de is mine", "[e-mail] is mine"),
         ("a@b.org,c@d.org; 030 1234567 or 030 7654321.", "[e-mail],[e-mail]; [phone] or [phone]."),
     ):
         assert mask_personal(text) == masked
-    mask_personal("a" * 1_000_000 + " @ " + "1" * 100_000)  # ends at once: nothing is quadratic
+    mask_personal("a" * 1_000_000 + " @ " + "1" * 100_000)  # fast: no pattern takes quadratic time
 
 
 @pytest.mark.parametrize(
     "text",
-    ["2024-01-15 12:30:00", "192.168.100.100",
-     "a dog at 12:30 on 2026-11-22", "two men, 3 dogs and 1 000 000 sheep", "built 1914 - 1918",
-     "@home with a cat", "score 21-19 21-17", "12345678", "a 1920x1080 screen", "item 1.2.3",
-     "4111 1111 1111 1111 1111"],
-)  # fmt: skip
-def test_what_is_no_personal_data(text: str) -> None:
+    [
+        "2024-01-15 12:30:00",
+        "192.168.100.100",
+        "a dog at 12:30 on 2026-11-22",
+        "two men, 3 dogs and 1 000 000 sheep",
+        "built 1914 - 1918",
+        "@home with a cat",
+        "score 21-19 21-17",
+        "12345678",
+        "a 1920x1080 screen",
+        "item 1.2.3",
+        "4111 1111 1111 1111 1111",
+    ],
+)
+def test_other_texts_are_not_personal_data(text: str) -> None:
     assert find_personal(text) == [] and mask_personal(text) == text
 
 
 @pytest.mark.parametrize(
-    "text", ["+1 555 010 9999", "(030) 901820-115", "030/901 820 11", "+4930901820", "555-010-9999",
-             "0171 1234567"]
-)  # fmt: skip
-def test_telephone_numbers(text: str) -> None:
+    "text",
+    [
+        "+1 555 010 9999",
+        "(030) 901820-115",
+        "030/901 820 11",
+        "+4930901820",
+        "555-010-9999",
+        "0171 1234567",
+    ],
+)
+def test_telephone_numbers_are_masked(text: str) -> None:
     assert mask_personal(f"call {text}, now") == "call [phone], now"
 
 
-def test_limits_that_make_no_sense_are_refused() -> None:
-    for steps, said in (({"min_side": -1}, "min_side"), ({"max_aspect_ratio": 0.5}, "at least 1"),
-                        ({"min_words": 3, "max_words": 2}, "max_words=2"),
-                        ({"copies": "all"}, "exact or near"),
-                        ({"personal_data": "keep"}, "mask or drop")):  # fmt: skip
-        with pytest.raises(ValueError, match=said):
+def test_invalid_values_are_errors() -> None:
+    for steps, message in (
+        ({"min_side": -1}, "min_side"),
+        ({"max_aspect_ratio": 0.5}, "at least 1"),
+        ({"min_words": 3, "max_words": 2}, "max_words=2"),
+        ({"copies": "all"}, "exact or near"),
+        ({"personal_data": "keep"}, "mask or drop"),
+    ):
+        with pytest.raises(ValueError, match=message):
             Cleaning(**steps)  # type: ignore[arg-type]
 
 
@@ -127,9 +152,26 @@ def test_the_command_has_the_steps(
 ) -> None:
     words = tmp_path / "words.txt"
     words.write_text("damn\n\n")
-    command = ["build", str(source), str(tmp_path / "out"), "--min-side", "8", "--min-words", "2",
-               "--max-words", "9", "--max-aspect-ratio", "4", "--blocklist", str(words),
-               "--personal-data", "mask", "--licenses", "CC0", "MIT"]  # fmt: skip
+    command = [
+        "build",
+        str(source),
+        str(tmp_path / "out"),
+        "--min-side",
+        "8",
+        "--min-words",
+        "2",
+        "--max-words",
+        "9",
+        "--max-aspect-ratio",
+        "4",
+        "--blocklist",
+        str(words),
+        "--personal-data",
+        "mask",
+        "--licenses",
+        "CC0",
+        "MIT",
+    ]
     assert main(command) == 0
     stdout, stderr = capsys.readouterr()
     assert "kept 3 of 9" in stdout and "rejected 2: license not allowed" in stderr

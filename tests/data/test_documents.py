@@ -1,4 +1,4 @@
-"""Interleaved documents: from a .jsonl to shards and back, whole or named."""
+"""Interleaved documents: from a .jsonl to shards and to training."""
 
 import io
 import json
@@ -32,9 +32,17 @@ def source(tmp_path: Path) -> Path:
     (folder / "img/broken.jpg").write_bytes(b"?")
     (folder.parent / "secret.jpg").write_bytes(picture("black"))
     rows: list[Any] = [
-        {"key": "first", "license": "CC0", "content": [
-            {"text": "Red:"}, {"image": "img/a.jpg"}, {"text": "and green, ask me@x.org:"},
-            {"image": "img/b.png"}, {"text": " "}]},
+        {
+            "key": "first",
+            "license": "CC0",
+            "content": [
+                {"text": "Red:"},
+                {"image": "img/a.jpg"},
+                {"text": "and green, ask me@x.org:"},
+                {"image": "img/b.png"},
+                {"text": " "},
+            ],
+        },
         {"images": [None, "img/c.jpg", "img/a.jpg"], "texts": ["Blue and red:", None, None]},
         {"content": [{"image": "img/a.jpg"}]},
         {"content": [{"text": "no picture"}]},
@@ -45,7 +53,7 @@ def source(tmp_path: Path) -> Path:
         {"images": ["img/a.jpg"], "texts": []},
         {"content": [{"text": "gone"}, {"image": "img/missing.jpg"}]},
         {"content": [{"text": "nul"}, {"image": "img/a\0.jpg"}]},
-    ]  # fmt: skip
+    ]
     lines = [json.dumps(row) + "\n" for row in rows]
     (folder / "docs.jsonl").write_text("".join([*lines, "{broken\n"]))
     return folder / "docs.jsonl"
@@ -56,27 +64,36 @@ def rejected(out: Path) -> dict[int, str]:
     return {int(line["sample"].rpartition("line ")[2]): line["reason"] for line in lines}
 
 
-def test_documents_are_whole_and_in_order(source: Path, tmp_path: Path) -> None:
+def test_documents_are_complete_and_in_order(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = build(source, out)
     assert report is not None and (report.total, report.kept) == (12, 3)
     assert rejected(out) == {
-        3: "no text", 5: "unreadable image", 6: "image outside the folder",
-        7: "unreadable text", 8: "unreadable text", 9: "unreadable text", 10: "unreadable image",
-        11: "unreadable image", 12: "unreadable row",
-    }  # fmt: skip
+        3: "no text",
+        5: "unreadable image",
+        6: "image outside the folder",
+        7: "unreadable text",
+        8: "unreadable text",
+        9: "unreadable text",
+        10: "unreadable image",
+        11: "unreadable image",
+        12: "unreadable row",
+    }
     first, second, plain = Shards(out)
     assert plain.record["content"] == [{"text": "no picture"}] and {*plain.members} == {"json"}
     assert first.key == "first" and first.record["license"] == "CC0"
     assert first.record["content"] == [
-        {"text": "Red:"}, {"image": "0"}, {"text": "and green, ask me@x.org:"}, {"image": "1"},
-    ]  # fmt: skip
+        {"text": "Red:"},
+        {"image": "0"},
+        {"text": "and green, ask me@x.org:"},
+        {"image": "1"},
+    ]
     assert first.members["0.jpg"] == picture("red") and "1.png" in first.members
     assert second.record["content"] == [{"text": "Blue and red:"}, {"image": "0"}, {"image": "1"}]
     assert list(texts_of(first.record)) == ["Red:", "and green, ask me@x.org:"]
     assert main(["data", "check", str(out), "--decode"]) == 0
 
-    # shards of documents can be built again, and stay what they are
+    # A build from shards of documents does not change them.
     build(out, tmp_path / "again", cleaning=Cleaning(personal_data="mask", copies="exact"))
     again = list(Shards(tmp_path / "again"))
     assert [sample.key for sample in again] == ["first", second.key, plain.key]
@@ -86,19 +103,31 @@ def test_documents_are_whole_and_in_order(source: Path, tmp_path: Path) -> None:
     }
 
 
-def test_several_images_without_an_order_are_no_sample(tmp_path: Path) -> None:
+def test_several_images_without_an_order_are_rejected(tmp_path: Path) -> None:
     from multimodal.data.shards import write_tar
 
     two = {"0.jpg": picture("red"), "1.jpg": picture("blue")}
     content = [{"image": "0"}, {"text": "x"}, {"image": "1"}]
     samples = [
         ("unordered", {**two, "json": b'{"caption": "a red and a blue view"}'}),
-        ("from_one", {"1.jpg": two["0.jpg"], "2.jpg": two["1.jpg"],
-                      "json": json.dumps({"content": content}).encode()}),
-        ("twice", {**two, "1.png": picture("green", "PNG"),
-                   "json": json.dumps({"content": content}).encode()}),
+        (
+            "from_one",
+            {
+                "1.jpg": two["0.jpg"],
+                "2.jpg": two["1.jpg"],
+                "json": json.dumps({"content": content}).encode(),
+            },
+        ),
+        (
+            "twice",
+            {
+                **two,
+                "1.png": picture("green", "PNG"),
+                "json": json.dumps({"content": content}).encode(),
+            },
+        ),
         ("good", {**two, "json": json.dumps({"content": content}).encode()}),
-    ]  # fmt: skip
+    ]
     (tmp_path / "in").mkdir()
     write_tar(tmp_path / "in/train-0000.tar", samples)
     report = build(tmp_path / "in", tmp_path / "out")
@@ -107,7 +136,7 @@ def test_several_images_without_an_order_are_no_sample(tmp_path: Path) -> None:
     assert [sample.key for sample in Shards(tmp_path / "out")] == ["good"]
 
 
-def test_a_lost_document_is_named(tmp_path: Path) -> None:
+def test_a_lost_document_is_reported(tmp_path: Path) -> None:
     from multimodal.data.shards import write_tar
 
     record = json.dumps({"content": [{"image": "0"}, {"text": "x"}]}).encode()
@@ -124,7 +153,9 @@ def test_a_lost_document_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "news", ["some text"], [{"text": 3}], {"a": 1}])
-def test_a_field_of_that_name_is_no_document(tmp_path: Path, content: object) -> None:
+def test_another_field_named_content_does_not_make_a_document(
+    tmp_path: Path, content: object
+) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.jpg").write_bytes(picture("red"))
@@ -142,12 +173,12 @@ def test_plain_text_is_a_document_without_images(tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = build(tmp_path / "texts.jsonl", tmp_path / "out")
     assert report is not None and report.reasons == {"no text": 1, "unreadable text": 1}
-    one, two = Shards(tmp_path / "out")
-    assert one.record == {"captions": [], "license": "CC0", "content": [{"text": "one"}]}
+    first, second = Shards(tmp_path / "out")
+    assert first.record == {"captions": [], "license": "CC0", "content": [{"text": "one"}]}
     assert main(["data", "check", str(tmp_path / "out"), "--decode"]) == 0
     report = build(tmp_path / "out", tmp_path / "again")
     assert report is not None and report.kept == 2
-    assert list(Shards(tmp_path / "again"))[1].members == two.members
+    assert list(Shards(tmp_path / "again"))[1].members == second.members
 
 
 @pytest.mark.parametrize(
@@ -158,7 +189,7 @@ def test_plain_text_is_a_document_without_images(tmp_path: Path) -> None:
         [{"text": "none here", "url": "https://x.org/1.PNG"}],
     ],
 )
-def test_a_table_of_images_is_never_taken_for_plain_text(
+def test_a_table_of_images_is_not_read_as_plain_text(
     source: Path, tmp_path: Path, rows: list[dict[str, str]]
 ) -> None:
     table = source.with_name("table.jsonl")
@@ -175,10 +206,10 @@ def test_a_table_of_images_is_never_taken_for_plain_text(
         assert all("jpg" in sample.members for sample in Shards(tmp_path / "out"))
 
 
-def test_a_late_image_among_plain_texts_is_rejected_by_name(
+def test_a_late_image_among_plain_texts_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("multimodal.data.builder.documents.LOOKED_AT", 2)
+    monkeypatch.setattr("multimodal.data.builder.documents.SNIFFED_ROWS", 2)
     lines = [{"text": "one"}, {"text": "two"}, {"text": "red", "image": "a.jpg"}]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = build(tmp_path / "t.jsonl", tmp_path / "out")
@@ -186,7 +217,7 @@ def test_a_late_image_among_plain_texts_is_rejected_by_name(
     assert rejected(tmp_path / "out") == {3: "unreadable text"}
 
 
-def test_a_hole_between_plain_texts_is_named(tmp_path: Path) -> None:
+def test_a_damaged_plain_text_is_reported(tmp_path: Path) -> None:
     from multimodal.data.shards import write_tar
 
     (tmp_path / "in").mkdir()
@@ -201,7 +232,7 @@ def test_a_hole_between_plain_texts_is_named(tmp_path: Path) -> None:
     assert report.reasons == {"damaged shard": 1}
 
 
-def test_training_sees_a_document_as_it_is(source: Path, tmp_path: Path) -> None:
+def test_training_reads_documents_in_order(source: Path, tmp_path: Path) -> None:
     build(source, tmp_path / "out")
     data = ShardDataset([Shards(tmp_path / "out")], 16, "squash", 0)
     batch = data.collate([data[0, n] for n in range(3)])
@@ -216,13 +247,13 @@ def test_training_sees_a_document_as_it_is(source: Path, tmp_path: Path) -> None
     assert data.collate([data[0, 2]]).images.shape == (0, 3, 16, 16)
 
 
-def test_a_document_is_no_pair_and_says_so(source: Path, tmp_path: Path) -> None:
+def test_the_image_of_a_document_is_an_error(source: Path, tmp_path: Path) -> None:
     build(source, tmp_path / "out")
     with pytest.raises(ValueError, match="sample first is a document of 2 images"):
         Shards(tmp_path / "out")[0].image  # noqa: B018
 
 
-def test_content_that_names_other_images_is_refused(source: Path, tmp_path: Path) -> None:
+def test_content_that_does_not_match_the_images_is_refused(source: Path, tmp_path: Path) -> None:
     from multimodal.data.shards import index_shard, write_manifest, write_tar
 
     folder = tmp_path / "shards"
@@ -231,8 +262,11 @@ def test_content_that_names_other_images_is_refused(source: Path, tmp_path: Path
         ([{"image": "0"}, {"text": "x"}], [{"image": "1"}, {"text": "x"}, {"image": "0"}], 3)
     ):
         record = {"captions": [], "content": content}
-        members = {"0.jpg": picture("red"), "1.jpg": picture("blue"),
-                   "json": json.dumps(record).encode()}  # fmt: skip
+        members = {
+            "0.jpg": picture("red"),
+            "1.jpg": picture("blue"),
+            "json": json.dumps(record).encode(),
+        }
         shard = folder / f"train-{number:04d}.tar"
         write_tar(shard, [(f"k{number}", members)])
     write_manifest(folder, [index_shard(tar) for tar in sorted(folder.glob("*.tar"))])

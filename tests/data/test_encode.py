@@ -70,7 +70,9 @@ def test_codes_are_those_of_the_images(work: Path, tmp_path: Path) -> None:
     assert about["license"] == read_manifest(work / "scenes")["license"]
 
 
-def test_training_images_get_several_crops_and_others_one_whole(work: Path, tmp_path: Path) -> None:
+def test_training_images_get_several_crops_and_others_one_encoding(
+    work: Path, tmp_path: Path
+) -> None:
     tokenizer = make_tokenizer()
     encoding = Encoding.for_tokenizer(tokenizer, encodings=3, crop_scale=0.5, mirror=True, seed=4)
     encode_shards(work / "scenes", tmp_path / "codes", tokenizer, encoding)
@@ -85,7 +87,7 @@ def test_training_images_get_several_crops_and_others_one_whole(work: Path, tmp_
     assert Shards(tmp_path / "codes", "val")[0].codes.shape == (1, 4, 4)
 
 
-def test_what_was_stopped_goes_on_and_gives_the_same_bytes(
+def test_a_stopped_run_can_go_on_and_gives_the_same_bytes(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = make_tokenizer()
@@ -106,10 +108,10 @@ def test_what_was_stopped_goes_on_and_gives_the_same_bytes(
         encode_shards(work / "scenes", out, tokenizer, encoding, batch_size=10)
     left = set(files(out))
     assert "manifest.json" not in left and sum(name.endswith(".tar") for name in left) == 2
-    # What a kill leaves besides: a lock nobody holds, half a shard, half of the settings.
+    # A kill also leaves a lock that nobody holds, half a shard, half of the settings.
     for name in (".lock", ".train-0002.tar.part", ".encoding.json.part"):
         (out / name).write_bytes(b"half")
-    # Other options, or other shards, are no continuation.
+    # Other options or other shards cannot continue the run.
     other = Encoding.for_tokenizer(tokenizer, precision="bfloat16")
     with pytest.raises(ValueError, match="was begun with other shards or options"):
         encode_shards(work / "scenes", out, tokenizer, other)
@@ -124,7 +126,7 @@ def test_what_was_stopped_goes_on_and_gives_the_same_bytes(
 @pytest.mark.parametrize(
     "options", [("--workers", "2"), ("--workers", "2", "--engine", "ray"), "ranks", "killed"]
 )
-def test_who_encodes_changes_no_byte(work: Path, tmp_path: Path, options: Any) -> None:
+def test_any_workers_give_the_same_bytes(work: Path, tmp_path: Path, options: Any) -> None:
     """Processes, Ray, two ranks of torchrun, and processes that are killed three times."""
     command = ["tokenizer", "encode", str(work / "scenes"), "--threads", "1"]
     command += ["--tokenizer", str(work / "tokenizer")]
@@ -159,7 +161,7 @@ def test_who_encodes_changes_no_byte(work: Path, tmp_path: Path, options: Any) -
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"encodings": 0}, "expected at least 1"),
         ({"crop_scale": 0.0}, r"share of the area in \(0, 1\]"),
@@ -168,27 +170,27 @@ def test_who_encodes_changes_no_byte(work: Path, tmp_path: Path, options: Any) -
         ({"precision": "float16"}, "expected float32 or bfloat16"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_options_are_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Encoding.for_tokenizer(make_tokenizer(), **options)
 
 
-def test_codes_survive_in_the_smallest_numbers() -> None:
+def test_codes_are_stored_in_the_smallest_type() -> None:
     codes = np.arange(32).reshape(2, 4, 4)
     for size, width in ((1 << 16, 2), (1 << 18, 4)):
         data = codes_to_bytes(codes + size - 32, size)
         assert len(data) == 128 + 32 * width
         assert (Sample("x", {"codes.npy": data}).codes == codes + size - 32).all()
-    whole = codes_to_bytes(codes, 64)
-    claims = whole.replace(b"(2, 4, 4)", b"(2, 4, 999999999999)")
-    for bad in (b"garbage", b"", whole[:-1], whole[:40], claims, b"PK\x03\x04" + whole):
+    complete = codes_to_bytes(codes, 64)
+    too_large = complete.replace(b"(2, 4, 4)", b"(2, 4, 999999999999)")
+    for bad in (b"garbage", b"", complete[:-1], complete[:40], too_large, b"PK\x03\x04" + complete):
         with pytest.raises(ValueError, match="sample x: its codes are not readable"):
             Sample("x", {"codes.npy": bad}).codes  # noqa: B018
     with pytest.raises(ValueError, match="has no codes"):
         Sample("x", {"png": b""}).codes  # noqa: B018
 
 
-def test_a_pickle_in_the_place_of_codes_runs_nothing(tmp_path: Path) -> None:
+def test_a_pickle_in_place_of_codes_is_not_run(tmp_path: Path) -> None:
     import io
 
     file = io.BytesIO()
@@ -207,43 +209,51 @@ def joint(work: Path) -> Path:
     module = {
         "class_path": "multimodal.train.joint.JointModule",
         "init_args": {
-            "text_tokenizer": str(work / "text.json"), "image_tokenizer": str(work / "tokenizer"),
-            "size": "tiny", "row_length": 192, "warmup_steps": 1, "captions_in_validation": 2,
+            "text_tokenizer": str(work / "text.json"),
+            "image_tokenizer": str(work / "tokenizer"),
+            "size": "tiny",
+            "row_length": 192,
+            "warmup_steps": 1,
+            "captions_in_validation": 2,
             "drawings_in_validation": 1,
         },
-    }  # fmt: skip
+    }
     trainer = {
-        "max_steps": 3, "log_every_n_steps": 1, "accelerator": "cpu", "enable_progress_bar": False,
-        "val_check_interval": 3, "check_val_every_n_epoch": None,
-    }  # fmt: skip
+        "max_steps": 3,
+        "log_every_n_steps": 1,
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "val_check_interval": 3,
+        "check_val_every_n_epoch": None,
+    }
     data = {"folders": [str(work / "scenes")], "global_batch_size": 8, "workers": 0, "val_limit": 8}
     config = {"model": module, "data": data, "trainer": trainer}
     (work / "joint.yaml").write_text(yaml.safe_dump(config))
     return work
 
 
-def test_training_on_codes_is_training_on_their_images(joint: Path, tmp_path: Path) -> None:
+def test_training_on_codes_equals_training_on_their_images(joint: Path, tmp_path: Path) -> None:
     for name in ("scenes", "codes"):
         run = ["--output", str(tmp_path / name), "--data.folders", f"[{joint / name}]"]
         assert main(["fit", "--config", str(joint / "joint.yaml"), *run]) == 0
     tables = [(tmp_path / name / "logs/metrics.csv").read_text() for name in ("scenes", "codes")]
     rows = [[line.split(",") for line in table.splitlines()] for table in tables]
     cost = {rows[0][0].index(name) for name in ("tokens/s", "TFLOP/s", "memory_GB")}
-    for one, other in zip(*rows, strict=True):
-        assert [x for n, x in enumerate(one) if n not in cost] == [
-            x for n, x in enumerate(other) if n not in cost
+    for images, codes in zip(*rows, strict=True):
+        assert [x for n, x in enumerate(images) if n not in cost] == [
+            x for n, x in enumerate(codes) if n not in cost
         ]
 
 
-def test_documents_and_texts_train_beside_pairs_as_codes_too(joint: Path, tmp_path: Path) -> None:
+def test_documents_and_texts_train_beside_pairs_also_as_codes(joint: Path, tmp_path: Path) -> None:
     scenes = Shards(joint / "scenes")
     images = tmp_path / "images"
     images.mkdir()
     lines = list[dict[str, Any]]()
     for n in range(5):
-        texts = [scenes[2 * n + one].record["captions"][0] for one in (0, 1)]
-        for one in (0, 1):
-            (images / f"{n}-{one}.png").write_bytes(scenes[2 * n + one].image)
+        texts = [scenes[2 * n + i].record["captions"][0] for i in (0, 1)]
+        for i in (0, 1):
+            (images / f"{n}-{i}.png").write_bytes(scenes[2 * n + i].image)
         parts = [{"image": f"{n}-0.png"}, {"text": texts[0]}, {"image": f"{n}-1.png"}]
         lines += [{"content": [*parts, {"text": texts[1]}]}, {"text": " and ".join(texts)}]
     (images / "few.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -256,8 +266,8 @@ def test_documents_and_texts_train_beside_pairs_as_codes_too(joint: Path, tmp_pa
         folders = f"[{joint / pairs}, {tmp_path / documents}]"
         out = tmp_path / f"run-{pairs}"
         run = ["--output", str(out), "--data.folders", folders, "--data.weights", "[1, 1]"]
-        assert main(["fit", "--config", str(joint / "joint.yaml"), *run,
-                     "--trainer.limit_val_batches", "0"]) == 0  # fmt: skip
+        fit = ["fit", "--config", str(joint / "joint.yaml"), *run]
+        assert main([*fit, "--trainer.limit_val_batches", "0"]) == 0
         rows = csv.DictReader((out / "logs/metrics.csv").read_text().splitlines())
         totals.append([row["train/total"] for row in rows])
         assert {"caption", "text", "image", "alignment"} <= {
@@ -279,9 +289,9 @@ def test_codes_that_do_not_fit_are_refused(
     folders = ["--data.folders", f"[{codes}]"]
     assert "cannot be cropped" in fit(*folders, "--data.crop_scale", "0.5")
     make_tokenizer(seed=1).save(tmp_path / "other")
-    said = fit(*folders, "--model.init_args.image_tokenizer", str(tmp_path / "other"))
-    assert "its codes are of another image tokenizer" in said and "encode the shards anew" in said
-    # One that differs in its decoder alone makes the same codes.
+    error = fit(*folders, "--model.init_args.image_tokenizer", str(tmp_path / "other"))
+    assert "its codes are of another image tokenizer" in error and "encode the shards anew" in error
+    # A tokenizer that differs in its decoder only makes the same codes.
     sharper = make_tokenizer()
     with torch.no_grad():
         sharper.decoder.last_layer.mul_(2)
@@ -289,17 +299,20 @@ def test_codes_that_do_not_fit_are_refused(
     fits = ["fit", "--config", str(joint / "joint.yaml"), "--output", str(tmp_path / "fits")]
     taken = ["--model.init_args.image_tokenizer", str(tmp_path / "sharper")]
     assert main([*fits, *folders, *taken, "--trainer.max_steps", "1"]) == 0
-    # A manifest that was changed by hand: the codes themselves tell.
+    # If the manifest was changed by hand, the codes do not match it.
     shutil.copytree(codes, tmp_path / "codes")
     manifest = tmp_path / "codes/manifest.json"
     about = json.loads(manifest.read_text())
-    for change, said in (({"grid": 5}, "the manifest says 5 x 5"), ({"codebook_size": 2}, "of 2")):
+    for change, message in (
+        ({"grid": 5}, "the manifest says 5 x 5"),
+        ({"codebook_size": 2}, "of 2"),
+    ):
         forged = about | {"image_tokenizer": about["image_tokenizer"] | change}
         manifest.write_text(json.dumps(forged))
-        assert said in fit("--data.folders", f"[{tmp_path / 'codes'}]")
+        assert message in fit("--data.folders", f"[{tmp_path / 'codes'}]")
 
 
-def test_indexing_and_checking_know_codes(
+def test_index_and_check_read_codes(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer, out = make_tokenizer(), tmp_path / "codes"
@@ -311,7 +324,7 @@ def test_indexing_and_checking_know_codes(
     capsys.readouterr()
 
 
-def test_one_process_at_a_time_and_a_split_to_crop(work: Path, tmp_path: Path) -> None:
+def test_a_locked_folder_and_a_missing_split_are_errors(work: Path, tmp_path: Path) -> None:
     import fcntl
 
     tokenizer, out = make_tokenizer(), tmp_path / "codes"
@@ -325,7 +338,7 @@ def test_one_process_at_a_time_and_a_split_to_crop(work: Path, tmp_path: Path) -
         encode_shards(work / "scenes", out, tokenizer, cropped)
 
 
-def test_bfloat16_is_near_and_on_record(work: Path, tmp_path: Path) -> None:
+def test_bfloat16_gives_similar_codes_and_is_in_the_manifest(work: Path, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     for precision in ("float32", "bfloat16"):
         encoding = Encoding.for_tokenizer(tokenizer, precision=precision)
@@ -338,7 +351,7 @@ def test_bfloat16_is_near_and_on_record(work: Path, tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "bfloat16")["image_tokenizer"]["precision"] == "bfloat16"
 
 
-def test_an_image_tokenizer_is_not_trained_on_codes(
+def test_an_image_tokenizer_cannot_be_trained_on_codes(
     joint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = {

@@ -1,4 +1,4 @@
-"""What becomes of every kind of image: the right pixels, or a ValueError that names the file."""
+"""Every image gives the right pixels, or a ValueError that names the file."""
 
 import io
 import os
@@ -21,12 +21,14 @@ def noise(width: int = 40, height: int = 30) -> Image.Image:
 
 
 def quarters(width: int = 64, height: int = 48) -> Image.Image:
-    """Red, green over blue, white: large areas, so that a JPEG keeps them and a turn shows."""
+    """Red, green over blue, white. A JPEG keeps such large areas, and a rotation is visible."""
     image = Image.new("RGB", (width, height))
     for box, colour in (
-        ((0, 0), "#ff0000"), ((width // 2, 0), "#00ff00"),
-        ((0, height // 2), "#0000ff"), ((width // 2, height // 2), "#ffffff"),
-    ):  # fmt: skip
+        ((0, 0), "#ff0000"),
+        ((width // 2, 0), "#00ff00"),
+        ((0, height // 2), "#0000ff"),
+        ((width // 2, height // 2), "#ffffff"),
+    ):
         image.paste(Image.new("RGB", (width // 2, height // 2), colour), box)
     return image
 
@@ -42,7 +44,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, *more: bytes) -> bytes:
-    """A PNG written by hand, so that it can be wrong in one way at a time."""
+    """A PNG in which single parts can be wrong."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     body = b"".join(more) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + header + body
@@ -63,7 +65,7 @@ def refused(source: object, name: str = "bad.img") -> str:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_a_good_image_is_what_was_saved(kind: str, tmp_path: Path) -> None:
+def test_a_good_image_has_the_saved_pixels(kind: str, tmp_path: Path) -> None:
     data = encoded(noise(), kind, lossless=True)
     path = tmp_path / f"good.{kind.lower()}"
     path.write_bytes(data)
@@ -83,7 +85,7 @@ def test_a_good_jpeg_is_close() -> None:
 )
 def test_bit_flips_never_crash(kind: str, options: dict[str, object]) -> None:
     good = encoded(noise(), kind, **options)
-    want = pixels(open_image(good))
+    expected = pixels(open_image(good))
     rng = np.random.default_rng(1)
     noticed = 0
     for _ in range(600):
@@ -96,8 +98,8 @@ def test_bit_flips_never_crash(kind: str, options: dict[str, object]) -> None:
             assert str(error).startswith("bad.img: ") and "\n" not in str(error)
             noticed += 1
         else:
-            if kind == "PNG":  # its checksums notice everything but harmless flips
-                assert (pixels(image) == want).all()
+            if kind == "PNG":  # its checksums notice all flips that change pixels
+                assert (pixels(image) == expected).all()
     assert kind != "PNG" or noticed > 580
 
 
@@ -108,7 +110,7 @@ def test_bit_flips_never_crash(kind: str, options: dict[str, object]) -> None:
 def test_a_truncated_image_is_an_error_at_every_length(
     kind: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Other libraries set this for everybody.
+    # Other libraries change this global setting.
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     data = encoded(noise(), kind, **options)
     for length in range(len(data)):
@@ -117,19 +119,26 @@ def test_a_truncated_image_is_an_error_at_every_length(
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
-def test_png_with_missing_rows() -> None:
-    whole = b"".join(b"\0" + bytes([row] * 30) for row in range(8))
-    assert pixels(open_image(png(10, 8, 8, 2, whole)))[7, 0, 0] == 7
-    assert "truncated" in refused(png(10, 8, 8, 2, whole[: 31 * 5]))
-    assert "truncated" in refused(png(10, 8, 8, 2, whole[:-1]))
+def test_a_png_with_missing_rows_is_an_error() -> None:
+    complete = b"".join(b"\0" + bytes([row] * 30) for row in range(8))
+    assert pixels(open_image(png(10, 8, 8, 2, complete)))[7, 0, 0] == 7
+    assert "truncated" in refused(png(10, 8, 8, 2, complete[: 31 * 5]))
+    assert "truncated" in refused(png(10, 8, 8, 2, complete[:-1]))
 
 
-def test_interlaced_png() -> None:
-    # Pillow cannot write one: the seven passes by hand, of a picture whose pixel is its place.
+def test_an_interlaced_png_is_read() -> None:
+    # Pillow cannot write this, so the test writes the seven passes. Each pixel is its index.
     width, height = 11, 9
     picture = np.arange(width * height, dtype=np.uint8).reshape(height, width)
-    starts = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2),
-              (1, 0, 2, 1))  # fmt: skip
+    starts = (
+        (0, 0, 8, 8),
+        (0, 4, 8, 8),
+        (4, 0, 8, 4),
+        (0, 2, 4, 4),
+        (2, 0, 4, 2),
+        (0, 1, 2, 2),
+        (1, 0, 2, 1),
+    )
     rows = b"".join(
         b"\0" + row.tobytes()
         for first_row, first_column, row_step, column_step in starts
@@ -146,26 +155,26 @@ def test_interlaced_png() -> None:
     refused(interlaced(rows[:-1]))
 
 
-def test_a_png_that_inflates_to_far_more_than_its_size_stops() -> None:
-    open_image(png(4, 4, 8, 0, bytes(300_000_000)))  # 20 pixels' worth is used
+def test_decoding_of_a_png_bomb_stops_early() -> None:
+    open_image(png(4, 4, 8, 0, bytes(300_000_000)))  # the first 20 bytes are enough
 
 
 @pytest.mark.parametrize(
     "data", [b"", b"not an image at all", b"\0" * 4096, b"GIF89a" + b"\0" * 99]
 )
-def test_what_is_no_image(data: bytes, tmp_path: Path) -> None:
+def test_other_data_is_refused(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "text.jpg"
     path.write_bytes(data)
     refused(data)
     refused(path, str(path))
 
 
-def test_formats_that_are_not_allowed() -> None:
+def test_other_formats_are_refused() -> None:
     for kind in ("GIF", "BMP", "TIFF", "PPM"):
         assert "not a readable JPEG, PNG or WebP" in refused(encoded(noise(), kind))
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_paths_without_a_regular_file_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.jpg", tmp_path, tmp_path / "a\0b.jpg", tmp_path / ("x" * 999)):
         refused(path, str(path))
         refused(str(path), str(path))
@@ -175,7 +184,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         open_image(tmp_path / "missing.jpg")
 
 
-def test_too_large_is_refused_from_the_header() -> None:
+def test_a_large_image_is_refused_by_its_header() -> None:
     assert "400000000" in refused(png(20_000, 20_000, 8, 2, b"")).replace(",", "")
     assert "100,000,000 pixels" in refused(png(12_000, 12_000, 8, 2, b""))
     jpeg = bytearray(encoded(noise(), "JPEG"))
@@ -202,7 +211,7 @@ def test_cmyk_has_the_right_colours() -> None:
 
 def test_16_bit_grey_is_scaled_not_clipped() -> None:
     values = np.array([[0, 255, 256, 257, 1000], [32768, 40000, 65279, 65534, 65535]], np.uint16)
-    want = np.round(values / 257).astype(int)
+    expected = np.round(values / 257).astype(int)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     for source in (
         png(5, 2, 16, 0, rows),
@@ -210,7 +219,7 @@ def test_16_bit_grey_is_scaled_not_clipped() -> None:
         Image.fromarray(values.astype(np.int32)),  # mode I
     ):
         got = pixels(open_image(source))
-        assert (got == want[..., None]).all()
+        assert (got == expected[..., None]).all()
     transparent = png(5, 2, 16, 0, rows, chunk(b"tRNS", struct.pack(">H", 1000)))
     assert pixels(open_image(transparent))[0].tolist()[-1] == [255] * 3
     assert pixels(open_image(transparent))[1].tolist()[-2:] == [[255] * 3] * 2
@@ -218,7 +227,7 @@ def test_16_bit_grey_is_scaled_not_clipped() -> None:
     refused(Image.fromarray(np.zeros((4, 4), np.float32)))
 
 
-def test_16_bit_colour() -> None:
+def test_16_bit_colour_is_scaled() -> None:
     row = struct.pack(">6H", 0, 32768, 65535, 65535, 257, 0)
     got = pixels(open_image(png(2, 1, 16, 2, b"\0" + row)))
     assert abs(got - [[[0, 127.5, 255], [255, 1, 0]]]).max() < 1
@@ -236,15 +245,15 @@ def test_transparency_is_composed_on_white() -> None:
     assert pixels(open_image(encoded(image, "WEBP", lossless=True)))[0, 3].tolist() == [255] * 3
 
 
-def test_transparent_colours_of_palette_grey_and_rgb() -> None:
+def test_transparent_colours_become_white() -> None:
     palette = Image.new("P", (3, 1))
     palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     for x in range(3):
         palette.putpixel((x, 0), x)
-    want = [[255, 0, 0], [255, 255, 255], [0, 0, 255]]
-    assert pixels(open_image(encoded(palette, "PNG", transparency=1)))[0].tolist() == want
+    expected = [[255, 0, 0], [255, 255, 255], [0, 0, 255]]
+    assert pixels(open_image(encoded(palette, "PNG", transparency=1)))[0].tolist() == expected
     alphas = encoded(palette, "PNG", transparency=b"\xff\x00\xff")
-    assert pixels(open_image(alphas))[0].tolist() == want
+    assert pixels(open_image(alphas))[0].tolist() == expected
     assert pixels(open_image(encoded(palette, "PNG")))[0, 1].tolist() == [0, 255, 0]
     rgb = png(2, 1, 8, 2, b"\0\x01\x02\x03\x04\x05\x06", chunk(b"tRNS", b"\0\x01\0\x02\0\x03"))
     assert pixels(open_image(rgb))[0].tolist() == [[255, 255, 255], [4, 5, 6]]
@@ -253,7 +262,7 @@ def test_transparent_colours_of_palette_grey_and_rgb() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_of_an_animation_the_first_frame(kind: str) -> None:
+def test_an_animation_gives_its_first_frame(kind: str) -> None:
     frames = [quarters(), Image.new("RGB", (64, 48), "black")]
     data = encoded(
         frames[0], kind, save_all=True, append_images=frames[1:], duration=50, lossless=True
@@ -264,7 +273,7 @@ def test_of_an_animation_the_first_frame(kind: str) -> None:
 
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_exif_orientation_is_applied_once(turn: int) -> None:
-    # How a camera stores an upright scene for each orientation: the inverse of what it asks for.
+    # For each orientation, how a camera stores an upright scene: the inverse of the rotation.
     stored: dict[int, Callable[[np.ndarray], np.ndarray]] = {
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
@@ -297,7 +306,7 @@ def test_the_source_is_not_changed() -> None:
     assert (pixels(image) == pixels(noise())).all()
 
 
-def test_fit() -> None:
+def test_each_fit() -> None:
     wide = quarters(80, 40)
     squash, crop, letterbox = (
         pixels(fit_image(wide, 20, fit)) for fit in ("squash", "crop", "letterbox")
@@ -308,7 +317,7 @@ def test_fit() -> None:
     assert crop[2, 2].tolist() == [255, 0, 0] and crop[2, 17].tolist() == [0, 255, 0]
     assert (letterbox[:5] == 127).all() and (letterbox[15:] == 127).all()
     assert letterbox[7, 2].tolist() == [255, 0, 0]
-    # a strip that would shrink to no height at all keeps one row
+    # A strip keeps at least one row.
     strip = pixels(fit_image(Image.new("RGB", (200, 1), "red"), 8, "letterbox"))
     assert strip[3].tolist() == [[255, 0, 0]] * 8 and (strip[[0, 7]] == 127).all()
     for arguments in ((0, "crop"), (8, "stretch")):
@@ -350,20 +359,20 @@ def test_augmentation_is_a_function_of_the_generator() -> None:
         return result.tobytes(), rng.random()
 
     assert first(0) == first(0) and first(0)[0] != first(1)[0]
-    # what comes after does not depend on the options
+    # Later random numbers do not depend on the options.
     assert first(0)[1] == first(0, flip=False, scale=(1.0, 1.0))[1]
-    whole = pixels(fit_image(image, 16, "squash"))
-    seen = set()
+    full = pixels(fit_image(image, 16, "squash"))
+    corners = set()
     for seed in range(200):
         rng = np.random.default_rng(seed)
         result = pixels(augment_image(image, 16, rng))
         assert result.shape == (16, 16, 3)
-        corner = tuple(result[0, 0])  # a crop of 0.6 of the area always holds the centre
-        seen.add(corner)
-    assert {(255, 0, 0), (0, 255, 0)} == seen, "flips happen, and never upside down"
+        # A crop of 0.6 of the area always holds the centre.
+        corners.add(tuple(result[0, 0]))
+    assert {(255, 0, 0), (0, 255, 0)} == corners, "flips are horizontal only"
     plain = [augment_image(image, 16, np.random.default_rng(s), flip=False) for s in range(50)]
     assert all(tuple(pixels(p)[0, 0]) == (255, 0, 0) for p in plain)
     assert len({p.tobytes() for p in plain}) > 40
-    assert abs(np.mean([pixels(p) for p in plain], axis=0) - whole).mean() < 25
+    assert abs(np.mean([pixels(p) for p in plain], axis=0) - full).mean() < 25
     with pytest.raises(ValueError, match="scale"):
         augment_image(image, 16, np.random.default_rng(0), scale=(0.0, 1.0))

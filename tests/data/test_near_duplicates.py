@@ -1,4 +1,4 @@
-"""Copies are found, and likeness alone is none."""
+"""Copies are found, and pictures that are only similar are not."""
 
 import io
 import json
@@ -19,8 +19,8 @@ PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle_left")
 def photo(name: str) -> Image.Image:
     import skimage.data
 
-    found = getattr(skimage.data, name, None)
-    pixels = found() if found else skimage.data.stereo_motorcycle()[0]
+    load = getattr(skimage.data, name, None)
+    pixels = load() if load else skimage.data.stereo_motorcycle()[0]
     return Image.fromarray(pixels).convert("RGB")
 
 
@@ -34,8 +34,9 @@ def crop(image: Image.Image, share: float, x: float, y: float) -> Image.Image:
     """A crop that leaves out ``share`` of each side."""
     width, height = image.size
     left, top = share * width * x, share * height * y
-    return image.crop((int(left), int(top), int(left + width * (1 - share)),
-                       int(top + height * (1 - share))))  # fmt: skip
+    return image.crop(
+        (int(left), int(top), int(left + width * (1 - share)), int(top + height * (1 - share)))
+    )
 
 
 CHANGES: dict[str, Callable[[Image.Image], bytes]] = {
@@ -49,7 +50,7 @@ CHANGES: dict[str, Callable[[Image.Image], bytes]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_copy_is_found_and_nothing_else(change: str) -> None:
+def test_only_changed_copies_are_found(change: str) -> None:
     originals = [photo(name) for name in PHOTOS]
     files = [encoded(image) for image in originals] + [CHANGES[change](i) for i in originals]
     copies = find_copies([hash_image(data) for data in files])
@@ -57,7 +58,7 @@ def test_a_changed_copy_is_found_and_nothing_else(change: str) -> None:
     assert all(c.kind == "near" and c.similarity > 0.935 for c in copies)
 
 
-def test_the_same_pixels_are_exact_whatever_the_file() -> None:
+def test_the_same_pixels_in_different_files_are_an_exact_copy() -> None:
     image = photo("coffee")
     files = [encoded(image), encoded(image, "PNG", compress_level=0), encoded(photo("rocket"))]
     files.append(encoded(image, "WEBP", lossless=True))
@@ -65,7 +66,7 @@ def test_the_same_pixels_are_exact_whatever_the_file() -> None:
     assert [(c.first, c.second, c.kind) for c in copies] == [(0, 1, "exact"), (0, 3, "exact")]
 
 
-def test_what_is_only_alike_is_no_copy() -> None:
+def test_similar_pictures_are_not_copies() -> None:
     image = photo("astronaut")
     width, height = image.size
     others = [
@@ -79,11 +80,13 @@ def test_what_is_only_alike_is_no_copy() -> None:
         ImageDraw.Draw(others[-1]).ellipse((10, 10, 50, 50), fill=colour)
     rng = np.random.default_rng(0)
     others += [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(3)]
-    assert find_copies([hash_image(encoded(one)) for one in [image, *others]]) == []
+    assert find_copies([hash_image(encoded(picture)) for picture in [image, *others]]) == []
     assert find_copies([]) == []
 
 
-def test_the_command_tells_what_leaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_copies_between_splits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     image = photo("coffee")
     splits = {
         "train": {"a": encoded(image), "b": encoded(photo("rocket")), "x": b"no image"},
@@ -106,7 +109,7 @@ def test_the_command_tells_what_leaks(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "1 could not be read" in captured.err
     (pair,) = map(json.loads, out.read_text().splitlines())
     assert pair["first"] == {"folder": str(folder), "split": "train", "key": "a"}
-    # Without the leak there is nothing to say.
+    # Without the copy in val, nothing is printed.
     (folder / "val-0000.tar").unlink()
     (folder / "val-0000.index.json").unlink()
     write_manifest(folder, entries[:1])
@@ -114,7 +117,7 @@ def test_the_command_tells_what_leaks(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == ""
 
 
-def test_building_drops_copies_and_names_the_one_it_keeps(
+def test_a_build_drops_copies_and_names_the_image_that_it_keeps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "photos"
@@ -142,17 +145,17 @@ def test_building_drops_copies_and_names_the_one_it_keeps(
     assert kept[0] == kept[1]
     command = ["data", "build", str(source), str(tmp_path / "exact"), "--drop-copies", "exact"]
     assert main(command) == 0
-    assert len(Shards(tmp_path / "exact")) == 10, "the cropped ones stay"
+    assert len(Shards(tmp_path / "exact")) == 10, "the cropped images stay"
     assert sorted(key.rpartition("-")[0] for key in kept[0]) == sorted(PHOTOS)
     capsys.readouterr()
 
 
-def test_met_one_by_one_the_same_copies_are_found() -> None:
+def test_an_index_finds_the_same_copies_in_a_stream() -> None:
     originals = [photo(name) for name in PHOTOS]
     files = [encoded(image) for image in originals]
     files += [change(image) for image in originals for change in CHANGES.values()]
-    images, seen = [hash_image(data) for data in files], CopyIndex()
-    one_by_one = {c.second: c.first for image in images if (c := seen.add(image)) is not None}
+    images, index = [hash_image(data) for data in files], CopyIndex()
+    one_by_one = {c.second: c.first for image in images if (c := index.add(image)) is not None}
     together: dict[int, int] = {}
     for copy in find_copies(images):
         together.setdefault(copy.second, copy.first)

@@ -1,4 +1,4 @@
-"""Units of work: the same results in the same order, whoever does them, whoever is killed."""
+"""Maps give the same results in the same order with any engine, and after workers are killed."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ ENGINES: tuple[Engine, ...] = ("processes", "ray")
 
 
 def square(folder: Path, unit: int) -> int:
-    """Dies the first time it gets unit 3."""
+    """Square a number. The first process that gets unit 3 is killed."""
     marker = folder / "died"
     if unit == 3 and not marker.exists():
         marker.touch()
@@ -33,30 +33,30 @@ def die(unit: int) -> int:
     return unit
 
 
-def refuse(unit: int) -> int:
+def fail(unit: int) -> int:
     if unit == 2:
         raise ValueError("unit 2 cannot be done")
     return unit
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_killed_worker_costs_nothing(engine: Engine, tmp_path: Path) -> None:
+def test_no_result_is_lost_with_a_killed_worker(engine: Engine, tmp_path: Path) -> None:
     function = partial(square, tmp_path)
     assert list(map_units(function, range(9), engine, workers=2)) == [n * n for n in range(9)]
     assert (tmp_path / "died").exists()
 
 
-def test_a_worker_that_dies_while_the_caller_is_busy_costs_nothing(tmp_path: Path) -> None:
-    """The pool is broken already when the next unit is handed to it."""
+def test_no_result_is_lost_if_a_worker_dies_while_the_caller_is_busy(tmp_path: Path) -> None:
+    """The pool is already broken when the next unit is submitted."""
     results = map_units(partial(square, tmp_path), range(12), workers=2)
-    found = [next(results)]
+    first = next(results)
     while not (tmp_path / "died").exists():
         time.sleep(0.01)
     time.sleep(0.3)
-    assert [*found, *results] == [n * n for n in range(12)]
+    assert [first, *results] == [n * n for n in range(12)]
 
 
-def test_a_unit_that_another_rank_lost_is_done_after_a_while(
+def test_a_unit_that_another_rank_lost_is_done_after_the_timeout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "0")
@@ -64,7 +64,9 @@ def test_a_unit_that_another_rank_lost_is_done_after_a_while(
     monkeypatch.setattr(parallel, "RANK_TIMEOUT", 0.1)
     assert list(map_units(abs, range(4), done=lambda unit: False)) == [0, 1, 2, 3]
     monkeypatch.setenv("RANK", "1")
-    assert list(map_units(abs, range(4), done=lambda unit: False)) == [1, 3], "its own only"
+    assert list(map_units(abs, range(4), done=lambda unit: False)) == [1, 3], (
+        "only the units of this rank"
+    )
 
 
 def test_a_unit_that_kills_every_worker_ends_the_work() -> None:
@@ -73,20 +75,20 @@ def test_a_unit_that_kills_every_worker_ends_the_work() -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_errors_are_those_of_the_unit(engine: Engine) -> None:
-    results = map_units(refuse, range(9), engine, workers=2)
+def test_an_error_of_a_unit_reaches_the_caller(engine: Engine) -> None:
+    results = map_units(fail, range(9), engine, workers=2)
     assert next(results) == 0
     with pytest.raises(ValueError, match=r"^unit 2 cannot be done$"):
         list(results)
 
 
 def test_wrong_arguments() -> None:
-    for arguments, said in (({"workers": 0}, "workers=0"), ({"engine": "dask"}, "dask")):
-        with pytest.raises(ValueError, match=said):
-            list(map_units(refuse, range(2), **arguments))  # type: ignore[arg-type]
+    for arguments, message in (({"workers": 0}, "workers=0"), ({"engine": "dask"}, "dask")):
+        with pytest.raises(ValueError, match=message):
+            list(map_units(fail, range(2), **arguments))  # type: ignore[arg-type]
 
 
-def test_a_folder_is_for_one_process(tmp_path: Path) -> None:
+def test_a_lock_is_held_by_one_process(tmp_path: Path) -> None:
     with exclusive_lock(tmp_path, "lock"):
         with pytest.raises(ValueError, match="another process"), exclusive_lock(tmp_path, "lock"):
             pass
@@ -100,7 +102,7 @@ def test_a_folder_is_for_one_process(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 pictures with captions, three parts of a build; a few are damaged."""
+    """300 pictures with captions, some of them damaged. A build makes three parts of them."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for number in range(300):
@@ -130,7 +132,7 @@ def expected(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.parametrize("options", [("--workers", "2"), ("--workers", "2", "--engine", "ray")])
-def test_who_builds_changes_no_byte(
+def test_a_build_gives_the_same_bytes_with_any_workers(
     options: tuple[str, ...], photos: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     subprocess.run(command(photos, tmp_path / "out", *options), check=True, capture_output=True)
@@ -149,26 +151,26 @@ def test_ranks_of_torchrun_share_a_build(
         )
         for rank in (1, 0)
     ]
-    said = [process.communicate(timeout=120)[0] for process in ranks]
+    outputs = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0]
-    assert said[0] == "" and "kept 294 of 300" in said[1], "one rank speaks"
+    assert outputs[0] == "" and "kept 294 of 300" in outputs[1], "only the first rank prints"
     assert hashes(tmp_path / "out") == expected
 
 
-def test_a_rank_above_0_makes_its_parts_and_nothing_else(photos: Path, tmp_path: Path) -> None:
+def test_a_rank_above_0_only_makes_its_parts(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
     subprocess.run(command(photos, out), env=environment, check=True, timeout=120)
-    made = {path.suffix for path in (out / ".building/parts").iterdir()}
-    assert made == {".bin", ".json"} and len(list(out.glob(".building/parts/*.bin"))) == 1
+    suffixes = {path.suffix for path in (out / ".building/parts").iterdir()}
+    assert suffixes == {".bin", ".json"} and len(list(out.glob(".building/parts/*.bin"))) == 1
     assert [path.name for path in out.iterdir()] == [".building"]
 
 
-def test_a_build_that_is_killed_again_and_again_ends_with_the_same_bytes(
+def test_a_build_that_is_killed_several_times_gives_the_same_bytes(
     photos: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     out, parts, killed = tmp_path / "out", set[str](), 0
-    for moment in range(4):  # the first part is there, the second, the third, all of the shards
+    for moment in range(4):  # after one part, two parts, three parts, all shards
         process = subprocess.Popen(
             command(photos, out, "--workers", "2"),
             stdout=subprocess.DEVNULL,
@@ -176,8 +178,8 @@ def test_a_build_that_is_killed_again_and_again_ends_with_the_same_bytes(
             start_new_session=True,
         )
         while process.poll() is None:
-            found = {path.name for path in out.glob(".building/parts/*.json")}
-            if found - parts or (moment == 3 and list(out.glob(".building/*.tar"))):
+            parts_now = {path.name for path in out.glob(".building/parts/*.json")}
+            if parts_now - parts or (moment == 3 and list(out.glob(".building/*.tar"))):
                 break
             time.sleep(0.005)
         if process.poll() is None:
@@ -185,7 +187,7 @@ def test_a_build_that_is_killed_again_and_again_ends_with_the_same_bytes(
             killed += 1
         process.wait()
         if (out / "manifest.json").exists():
-            break  # it was faster than we are
+            break  # it finished before the kill
         left = {path.name for path in out.glob(".building/parts/*.json")}
         assert parts <= left
         parts = left

@@ -1,4 +1,4 @@
-"""Shards at an address are the shards themselves, fetched when they are read, and checked."""
+"""Shards at an address are downloaded when they are read, and checked."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from multimodal.train.data import ShardData
 
 
 @pytest.fixture
-def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of three shards, of which only the address is used; and a cache of its own."""
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of three shards, to be read by its address, and a separate cache."""
     monkeypatch.setenv("MULTIMODAL_CACHE", str(tmp_path / "cache"))
     assert main(["data", "scenes", str(tmp_path / "scenes"), "--count", "9", "--size", "16"]) == 0
     samples = list(Shards(tmp_path / "scenes", "train"))
@@ -26,25 +26,27 @@ def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_shards_are_fetched_when_they_are_read(far: Path) -> None:
+def test_shards_are_downloaded_when_they_are_read(remote: Path) -> None:
     memory = fsspec.filesystem("memory")
-    memory.put(str(far), "/bucket/far", recursive=True)
+    memory.put(str(remote), "/bucket/far", recursive=True)
     shards = Shards("memory://bucket/far/", "train")
-    fetched = shards.folder
-    assert len(shards) == 9 and not list(fetched.glob("*.tar"))
-    assert shards[4] == Shards(far)[4]
-    assert [tar.name for tar in fetched.glob("*.tar")] == ["train-0001.tar"]
-    assert list(shards) == list(Shards(far))
+    mirror = shards.folder
+    assert len(shards) == 9 and not list(mirror.glob("*.tar"))
+    assert shards[4] == Shards(remote)[4]
+    assert [tar.name for tar in mirror.glob("*.tar")] == ["train-0001.tar"]
+    assert list(shards) == list(Shards(remote))
     memory.rm("/bucket/far/train-0002.tar")
-    assert Shards("memory://bucket/far")[8] == Shards(far)[8], "what is here is not fetched again"
-    assert not list(fetched.glob(".*.part"))
+    assert Shards("memory://bucket/far")[8] == Shards(remote)[8], (
+        "local shards are not downloaded again"
+    )
+    assert not list(mirror.glob(".*.part"))
     with pytest.raises(ValueError, match="memory://bucket/nowhere/manifest.json: cannot be read"):
         Shards("memory://bucket/nowhere")
 
 
-def test_what_was_damaged_on_the_way_is_noticed(far: Path) -> None:
-    address = f"file://{far}"
-    shard = far / "train-0001.tar"
+def test_damage_of_a_download_is_noticed(remote: Path) -> None:
+    address = f"file://{remote}"
+    shard = remote / "train-0001.tar"
     data = shard.read_bytes()
     shard.write_bytes(data[:600] + bytes([data[600] ^ 1]) + data[601:])
     with pytest.raises(DamagedShard, match="SHA-256 differs"):
@@ -55,21 +57,21 @@ def test_what_was_damaged_on_the_way_is_noticed(far: Path) -> None:
         Shards(address)[4]
 
 
-def test_a_folder_that_was_built_anew_is_fetched_anew(far: Path) -> None:
-    address = f"file://{far}"
+def test_a_rebuilt_folder_is_downloaded_again(remote: Path) -> None:
+    address = f"file://{remote}"
     list(Shards(address))
-    samples = list(Shards(far))
-    write_tar(far / "train-0001.tar", [(s.key, s.members) for s in samples[5:2:-1]])
-    write_manifest(far, [index_shard(tar) for tar in sorted(far.glob("*.tar"))])
+    samples = list(Shards(remote))
+    write_tar(remote / "train-0001.tar", [(s.key, s.members) for s in samples[5:2:-1]])
+    write_manifest(remote, [index_shard(tar) for tar in sorted(remote.glob("*.tar"))])
     again = [sample.key for sample in Shards(address)]
     assert again == [s.key for s in [*samples[:3], *samples[5:2:-1], *samples[6:]]]
-    # a file of that name in another folder sends nobody anywhere
-    (far / ".address").write_text("memory://elsewhere")
-    assert list(Shards(far))[4] == Shards(address)[4]
+    # In a folder that is not a mirror, this file has no effect.
+    (remote / ".address").write_text("memory://elsewhere")
+    assert list(Shards(remote))[4] == Shards(address)[4]
 
 
-def test_training_reads_addresses(far: Path) -> None:
-    address = f"file://{far}"
-    data = ShardData([address, str(far)], augmented=[address])
-    one, other = data.shards("train")
-    assert [sample.key for sample in one] == [sample.key for sample in other]
+def test_training_reads_addresses(remote: Path) -> None:
+    address = f"file://{remote}"
+    data = ShardData([address, str(remote)], augmented=[address])
+    first, second = data.shards("train")
+    assert [sample.key for sample in first] == [sample.key for sample in second]

@@ -1,4 +1,4 @@
-"""Damage of every kind is noticed, and a reader never gets a wrong pair or loses one in silence."""
+"""All damage is noticed. A reader never gets a wrong pair and never loses one silently."""
 
 import io
 import json
@@ -69,7 +69,7 @@ def assert_right(samples: Iterable[Sample]) -> list[str]:
 
 
 def assert_noticed(folder: Path) -> list[str]:
-    """``check`` finds it; ``Shards`` raises, or gives every sample and each of them right."""
+    """``check`` finds damage. ``Shards`` raises, or gives all samples without an error."""
     problems = list(check(folder))
     assert problems and all("\n" not in problem for problem in problems)
     try:
@@ -84,7 +84,7 @@ def cuts(data: bytes) -> Iterator[int]:
     yield from (1, 511, 513, 700, len(data) - 1)
 
 
-def test_a_whole_folder_reads_as_written(folder: Path) -> None:
+def test_an_intact_folder_is_read_as_written(folder: Path) -> None:
     assert list(check(folder)) == []
     assert assert_right(Shards(folder)) == ["a", "b", "c", "d", "e", "f"]
     train = Shards(folder, "train")
@@ -97,7 +97,7 @@ def test_a_whole_folder_reads_as_written(folder: Path) -> None:
         Shards(folder / "nowhere")
 
 
-def test_cut_at_every_block(folder: Path) -> None:
+def test_a_cut_at_any_block_is_noticed(folder: Path) -> None:
     path = folder / "train-0000.tar"
     data = path.read_bytes()
     for position in cuts(data):
@@ -105,14 +105,14 @@ def test_cut_at_every_block(folder: Path) -> None:
         assert any("train-0000.tar" in problem for problem in assert_noticed(folder))
         with pytest.raises(DamagedShard, match="train-0000.tar"):
             Shards(folder)
-        # Salvage with the index names every sample, and what it returns is right.
-        found = list(salvage(path))
-        whole = assert_right(s for s in found if isinstance(s, Sample))
-        lost = [item.name.rpartition(": ")[2] for item in found if isinstance(item, LostSample)]
+        # With the index, salvage names every lost sample, and returns the others correctly.
+        items = list(salvage(path))
+        whole = assert_right(s for s in items if isinstance(s, Sample))
+        lost = [item.name.rpartition(": ")[2] for item in items if isinstance(item, LostSample)]
         assert sorted(whole + lost) == ["a", "b", "c"]
 
 
-def test_a_cut_shard_cannot_be_indexed_or_salvaged_as_if_whole(tmp_path: Path) -> None:
+def test_a_cut_shard_is_not_indexed_or_salvaged_as_complete(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "cut.tar", pairs("abc"))
     data = path.read_bytes()
     index_shard(path)
@@ -124,20 +124,20 @@ def test_a_cut_shard_cannot_be_indexed_or_salvaged_as_if_whole(tmp_path: Path) -
     shards.index_path(path).unlink()
     for position in cuts(data):
         path.write_bytes(data[:position])
-        found = list(salvage(path))
-        keys = assert_right(s for s in found if isinstance(s, Sample))
-        if position >= needed + 1024:  # only padding is gone
+        items = list(salvage(path))
+        keys = assert_right(s for s in items if isinstance(s, Sample))
+        if position >= needed + 1024:  # only padding is missing
             assert index_shard(path)["samples"] == 3 and keys == ["a", "b", "c"]
             shards.index_path(path).unlink()
             continue
         with pytest.raises(DamagedShard, match="cut.tar"):
             index_shard(path)
         assert not shards.index_path(path).exists()
-        halves = [s for s in found if isinstance(s, Sample) and len(s.members) < 2]
-        assert halves or any(isinstance(item, LostSample) for item in found), position
+        halves = [s for s in items if isinstance(s, Sample) and len(s.members) < 2]
+        assert halves or any(isinstance(item, LostSample) for item in items), position
 
 
-def test_flipped_bits_in_headers_and_data(folder: Path) -> None:
+def test_flipped_bits_are_noticed(folder: Path) -> None:
     path = folder / "train-0000.tar"
     data = path.read_bytes()
     rng = random.Random(0)
@@ -151,14 +151,14 @@ def test_flipped_bits_in_headers_and_data(folder: Path) -> None:
             with pytest.raises(DamagedShard, match="SHA-256"):
                 assert Shards(folder)[0]
             shards.index_path(path).unlink()
-            for item in salvage(path):  # data may be wrong now, but never another sample's
+            for item in salvage(path):  # data may be wrong, but never that of another sample
                 if isinstance(item, Sample) and "jpg" in item.members:
                     other = {key for key in "abc" if item.members["jpg"] == image_of(key)}
                     assert other <= {item.key}
             shards.index_path(path).write_bytes(index)
 
 
-def test_damaged_header_without_any_index(tmp_path: Path) -> None:
+def test_a_damaged_header_without_an_index(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", pairs("abcde"))
     data = path.read_bytes()
     with tarfile.open(path) as tar:
@@ -169,18 +169,18 @@ def test_damaged_header_without_any_index(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(DamagedShard):
             index_shard(path)
-        found = list(salvage(path))
-        whole = assert_right(s for s in found if isinstance(s, Sample) and len(s.members) == 2)
+        items = list(salvage(path))
+        whole = assert_right(s for s in items if isinstance(s, Sample) and len(s.members) == 2)
         assert whole == [key for key in "abcde" if key != name[0]]
-        assert len(found) == 5, "the other half of the sample is there, under its name"
-    # both headers gone: the sample has no name left, but its place is told
+        assert len(items) == 5, "the other member of the sample is returned"
+    # With both headers damaged, the name is lost, but the position is reported.
     damaged = bytearray(data)
     damaged[headers["c.jpg"]] ^= 1
     damaged[headers["c.json"]] ^= 1
     path.write_bytes(damaged)
-    found = list(salvage(path))
-    assert [type(item) for item in found] == [Sample] * 4 + [LostSample]
-    # a hole of zeros, in the middle and at the end
+    items = list(salvage(path))
+    assert [type(item) for item in items] == [Sample] * 4 + [LostSample]
+    # A range of zeros, in the middle and at the end.
     for first, last in (("c.jpg", "d.jpg"), ("d.jpg", None)):
         stop = headers[last] if last else len(data)
         hole = data[: headers[first]] + bytes(stop - headers[first]) + data[stop:]
@@ -191,7 +191,7 @@ def test_damaged_header_without_any_index(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["empty", "garbage", "zeros", "gone", "swapped", "folder"])
-def test_a_shard_that_is_something_else(folder: Path, damage: str) -> None:
+def test_another_file_in_place_of_a_shard_is_noticed(folder: Path, damage: str) -> None:
     path = folder / "train-0000.tar"
     size = path.stat().st_size
     if damage == "swapped":
@@ -214,7 +214,7 @@ def test_a_shard_that_is_something_else(folder: Path, damage: str) -> None:
         list(Shards(folder))
 
 
-def test_damage_after_opening(folder: Path) -> None:
+def test_damage_after_opening_is_noticed(folder: Path) -> None:
     samples = Shards(folder)
     path = folder / "train-0000.tar"
     data = path.read_bytes()
@@ -228,25 +228,25 @@ def test_damage_after_opening(folder: Path) -> None:
         assert samples[0]
 
 
-def test_repeated_keys(folder: Path, tmp_path: Path) -> None:
+def test_repeated_keys_are_errors(folder: Path, tmp_path: Path) -> None:
     for members in (pairs("aba"), pairs("aa"), [*pairs("ab"), ("a.txt", b"x")]):
         path = write_tar(tmp_path / "twice.tar", members)
         with pytest.raises(DamagedShard, match="twice"):
             index_shard(path)
-        found = list(salvage(path))
-        assert all(isinstance(item, LostSample) or item.key == "b" for item in found)
+        items = list(salvage(path))
+        assert all(isinstance(item, LostSample) or item.key == "b" for item in items)
     again = write_tar(folder / "train-0002.tar", pairs("xa"))
     entries = [index_shard(folder / name) for name in (*KEYS, again.name)]
     with pytest.raises(DamagedShard, match=r"key a is in train-0000.tar and in train-0002.tar"):
         write_manifest(folder, entries)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["shards"] = entries  # a manifest by another hand
+    manifest["shards"] = entries  # a manifest that another program wrote
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert any("key a is also in" in problem for problem in check(folder))
     assert [s.image for s in Shards(folder) if s.key == "a"] == [image_of("a")] * 2
 
 
-def test_damaged_index(folder: Path) -> None:
+def test_a_damaged_index_is_noticed(folder: Path) -> None:
     path = folder / "train-0000.index.json"
     text = path.read_bytes()
     rng = random.Random(0)
@@ -265,7 +265,7 @@ def test_damaged_index(folder: Path) -> None:
     assert any("missing" in problem for problem in assert_noticed(folder))
 
 
-def test_damaged_manifest(folder: Path) -> None:
+def test_a_damaged_manifest_is_noticed(folder: Path) -> None:
     path = folder / "manifest.json"
     text = path.read_bytes()
     rng = random.Random(0)
@@ -286,7 +286,7 @@ def test_damaged_manifest(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../outside.tar", "/etc/passwd", "pipe:touch owned", "a\0.tar"])
-def test_a_manifest_cannot_lead_out_of_its_folder(folder: Path, name: str) -> None:
+def test_a_manifest_cannot_name_files_outside_its_folder(folder: Path, name: str) -> None:
     write_tar(folder.parent / "outside.tar", pairs("z"))
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -297,7 +297,7 @@ def test_a_manifest_cannot_lead_out_of_its_folder(folder: Path, name: str) -> No
         Shards(folder)
 
 
-def test_a_shard_that_is_not_in_the_manifest(folder: Path) -> None:
+def test_a_shard_that_is_not_in_the_manifest_is_noticed(folder: Path) -> None:
     write_tar(folder / "train-0009.tar", pairs("z"))
     assert any("not in the manifest" in problem for problem in assert_noticed(folder))
 
@@ -307,7 +307,7 @@ class Bomb:
         return Path.touch, (Path("owned"),)  # type: ignore[return-value]
 
 
-def test_members_that_run_code_elsewhere(
+def test_members_that_other_readers_would_run_are_reported(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -324,7 +324,7 @@ def test_members_that_run_code_elsewhere(
     assert not (tmp_path / "owned").exists()
 
 
-def test_names_as_other_writers_make_them(tmp_path: Path) -> None:
+def test_names_of_other_writers_are_read(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", [("./v1.0/a.jpg", b"1"), ("./v1.0/a.seg.png", b"2")])
     with tarfile.open(path, "a") as tar:
         directory = tarfile.TarInfo("v2.0")
@@ -344,7 +344,7 @@ def test_names_as_other_writers_make_them(tmp_path: Path) -> None:
         index_shard(tmp_path / "z.tar")
 
 
-def test_records_that_cannot_be_read() -> None:
+def test_unreadable_records_are_errors() -> None:
     for data in (b"", b"{", b"[1]", b"\xff\xfe", b"null"):
         with pytest.raises(ValueError, match="sample k"):
             assert Sample("k", {"json": data}).record
@@ -390,7 +390,7 @@ def test_index_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         main(["index", str(tmp_path / "nowhere")])
 
 
-def test_check_decodes_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_decodes_images_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = io.BytesIO()
     Image.new("RGB", (4, 4)).save(good, "JPEG")
     members = [("a.jpg", good.getvalue()), ("a.txt", b"good"), *pairs("b")]

@@ -1,9 +1,9 @@
-"""COCO captions and VQA questions: what is said of each image of an annotation file.
+"""Read annotation files: COCO captions and VQA questions.
 
 COCO (Chen et al. 2015, arXiv:1504.00325): ``{"images": [{"id", "file_name", "license"}],
 "annotations": [{"image_id", "caption"}], "licenses": [{"id", "name"}]}``.
 VQA (Antol et al. 2015, arXiv:1505.00468): ``{"questions": [{"question_id", "image_id",
-"question"}], "data_type", "data_subtype"}``, and in a file of its own ``{"annotations":
+"question"}], "data_type", "data_subtype"}``, and in a separate file ``{"annotations":
 [{"question_id", "multiple_choice_answer" or "answers": [{"answer"}]}]}``.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class AnnotatedImage:
-    """An image by its file name, and its record as given; ``problem``: why it cannot be used."""
+    """The file name and the record of an image, or the problem of an entry without an image."""
 
     name: str
     file: str = ""
@@ -26,11 +26,15 @@ class AnnotatedImage:
 
 
 def read_annotations(path: Path, answers: Path | None = None) -> Iterator[AnnotatedImage]:
-    """Everything in an annotation file; every entry that is of no image, by name.
+    """Read the images of an annotation file, and its entries that belong to no image.
 
-    answers: of a file of VQA questions, that of their answers; without it only questions that
-        carry an ``answer`` themselves can be used.
-    Errors: ``ValueError`` for a file that is neither of the two.
+    Args:
+        path: COCO captions or VQA questions.
+        answers: the file of the answers to VQA questions. Without it, only questions that have an
+            ``answer`` themselves can be used.
+
+    Raises:
+        ValueError: if the file is neither of the two.
     """
     content = _load(path)
     if isinstance(content.get("questions"), list):
@@ -58,9 +62,9 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _coco(path: Path, content: dict[str, Any]) -> Iterator[AnnotatedImage]:
     licenses = {
-        one["id"]: one.get("name")
-        for one in _list(content.get("licenses"))
-        if _is_object(one) and _is_id(one.get("id"))
+        license["id"]: license.get("name")
+        for license in _list(content.get("licenses"))
+        if _is_object(license) and _is_id(license.get("id"))
     }
     files: dict[Any, str] = {}
     records: dict[Any, dict[str, Any]] = {}
@@ -69,7 +73,7 @@ def _coco(path: Path, content: dict[str, Any]) -> Iterator[AnnotatedImage]:
             yield AnnotatedImage(f"{path}: images[{number}]", problem="no file_name")
             continue
         if not _is_id(image.get("id")) or image["id"] in files:
-            problem = "its id is another's" if _is_id(image.get("id")) else "no id"
+            problem = "its id is used twice" if _is_id(image.get("id")) else "no id"
             yield AnnotatedImage(f"{path}: images[{number}]", problem=problem)
             continue
         files[image.get("id")] = image["file_name"]
@@ -77,66 +81,70 @@ def _coco(path: Path, content: dict[str, Any]) -> Iterator[AnnotatedImage]:
         if _is_id(image.get("license")) and image["license"] in licenses:
             record["license"] = licenses[image["license"]]
         records[image.get("id")] = record
-    for number, one in enumerate(content["annotations"]):
+    for number, entry in enumerate(content["annotations"]):
         name = f"{path}: annotations[{number}]"
-        if not _is_object(one) or not _is_id(one.get("image_id")) or one["image_id"] not in records:
+        if (
+            not _is_object(entry)
+            or not _is_id(entry.get("image_id"))
+            or entry["image_id"] not in records
+        ):
             yield AnnotatedImage(name, problem="its image_id is not among the images")
-        elif not isinstance(one.get("caption"), str):
+        elif not isinstance(entry.get("caption"), str):
             yield AnnotatedImage(name, problem="no caption")
         else:
-            records[one["image_id"]]["captions"].append(one["caption"])
+            records[entry["image_id"]]["captions"].append(entry["caption"])
     for key, file in files.items():
         yield AnnotatedImage(f"{path}: image {key}", file, records[key])
 
 
 def _vqa(
-    path: Path, content: dict[str, Any], given: dict[str, Any] | None, answers: Path | None
+    path: Path, content: dict[str, Any], answer_file: dict[str, Any] | None, answers: Path | None
 ) -> Iterator[AnnotatedImage]:
-    found: dict[Any, str] = {}
-    if given is not None:
-        if not isinstance(given.get("annotations"), list):
+    by_question: dict[Any, str] = {}
+    if answer_file is not None:
+        if not isinstance(answer_file.get("annotations"), list):
             raise ValueError(f'{answers}: no "annotations": not the answers of VQA')
-        for one in given["annotations"]:
-            if not _is_object(one) or not _is_id(one.get("question_id")):
+        for entry in answer_file["annotations"]:
+            if not _is_object(entry) or not _is_id(entry.get("question_id")):
                 continue
-            if (answer := _answer(one)) is not None:
-                found[one["question_id"]] = answer
-    # By the names of COCO's files; of other data the questions have to name their images.
-    named = content.get("data_type", "mscoco") == "mscoco"
-    subset = content.get("data_subtype") if named else None
+            if (answer := _answer(entry)) is not None:
+                by_question[entry["question_id"]] = answer
+    # COCO's file names follow from the image_id. In other data, questions name their images.
+    is_coco = content.get("data_type", "mscoco") == "mscoco"
+    subset = content.get("data_subtype") if is_coco else None
     pairs: dict[str, list[list[str]]] = {}
-    for number, one in enumerate(content["questions"]):
+    for number, entry in enumerate(content["questions"]):
         name = f"{path}: questions[{number}]"
-        if not _is_object(one) or not isinstance(one.get("question"), str):
+        if not _is_object(entry) or not isinstance(entry.get("question"), str):
             yield AnnotatedImage(name, problem="no question")
             continue
-        answer, key = one.get("answer"), one.get("question_id")
+        answer, key = entry.get("answer"), entry.get("question_id")
         if answer is None and _is_id(key):
-            answer = found.get(key)
-        file = one.get("image")
+            answer = by_question.get(key)
+        file = entry.get("image")
         if not isinstance(file, str):
-            if not isinstance(one.get("image_id"), int) or not isinstance(subset, str):
+            if not isinstance(entry.get("image_id"), int) or not isinstance(subset, str):
                 problem = "no image, nor COCO's image_id and data_subtype to name it"
                 yield AnnotatedImage(name, problem=problem)
                 continue
-            file = f"COCO_{subset}_{one['image_id']:012d}.jpg"
+            file = f"COCO_{subset}_{entry['image_id']:012d}.jpg"
         if not isinstance(answer, str):
             yield AnnotatedImage(
-                name, problem="no answer" if given else "no answer; give --answers"
+                name, problem="no answer" if answer_file else "no answer; give --answers"
             )
             continue
-        pairs.setdefault(file, []).append([one["question"], answer])
+        pairs.setdefault(file, []).append([entry["question"], answer])
     for file, qa in pairs.items():
         yield AnnotatedImage(f"{path}: {file}", file, {"qa": qa})
 
 
-def _answer(one: Mapping[str, Any]) -> str | None:
-    """The answer most people gave; of as many, the one that comes first."""
-    if isinstance(answer := one.get("multiple_choice_answer"), str):
+def _answer(entry: Mapping[str, Any]) -> str | None:
+    """The answer that most people gave. With equal counts, the first of them."""
+    if isinstance(answer := entry.get("multiple_choice_answer"), str):
         return answer
-    said = [a.get("answer") for a in _list(one.get("answers")) if _is_object(a)]
-    counted = Counter(text for text in said if isinstance(text, str))
-    return counted.most_common(1)[0][0] if counted else None
+    answers = [answer.get("answer") for answer in _list(entry.get("answers")) if _is_object(answer)]
+    counts = Counter(text for text in answers if isinstance(text, str))
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def _is_id(value: object) -> bool:

@@ -1,15 +1,15 @@
 """Turn images and text into verified webdataset shards.
 
-Images are made ready in parts (multimodal/data/builder/image_parts.py), by as many processes as
-wanted; the shards are put
-together from them in the order of the source. So the same source gives the same bytes, however
-many there were, and a build that was killed goes on when it is started again. All is written in
-``OUT/.building`` and moved in place at the end, the manifest last: what was interrupted leaves
-nothing that could be taken for a result. What could not be used is named, with the reason, in
-``OUT/rejected.jsonl``.
+Images are prepared in parts, by any number of processes (multimodal/data/builder/image_parts.py).
+The shards are put together from the parts in the order of the source. So the same source gives the
+same bytes, whatever the number of processes, and a build that was killed goes on when it starts
+again.
+
+All files are written in ``OUT/.building`` and move to ``OUT`` at the end, the manifest last. So an
+interrupted build leaves nothing that looks like a result. ``OUT/rejected.jsonl`` lists the samples
+that cannot be used, with the reason.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, get_args
+from typing import Any, get_args
 
 from multimodal.data.builder.cleaning import Cleaning
 from multimodal.data.builder.image_parts import (
@@ -29,27 +29,32 @@ from multimodal.data.builder.image_parts import (
     make_part,
     read_part,
 )
-from multimodal.data.builder.records import RejectedSample, SourceSample, has_text
+from multimodal.data.builder.records import RejectedSample, SourceItem, SourceSample, has_text
 from multimodal.data.builder.sources import read_source
+from multimodal.data.builder.writer import ShardWriter
 from multimodal.data.images import Fit
 from multimodal.data.near_duplicates import CopyIndex
 from multimodal.data.parallel import Engine, exclusive_lock, map_units
-from multimodal.data.shards import MANIFEST, index_shard, write_manifest
-from multimodal.torchrun import rank_and_world_size
+from multimodal.data.shards import MANIFEST, write_manifest
 
 REJECTED = "rejected.jsonl"
 STAGING = ".building"
 PARTS, LOCK = "parts", "lock"
-MOVING = "moving"  # from when on what is in OUT is this build's
-PART_SIZE = 128  # samples in a part: seconds of work, and what a killed process has to do again
-_SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
-_OWN_FILE = re.compile(r"[a-z]+-\d{4,}\.(tar|index\.json)")
+MOVING = "moving"  # exists when this build has begun to replace files in OUT
+PART_SIZE = 128  # samples: seconds of work, which a killed process has to repeat
+_SHARD_FILE = re.compile(r"[a-z]+-\d{4,}\.(tar|index\.json)")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a build did. ``kept + rejected == total``; ``ignored`` counts what is no sample,
-    ``changed`` what cleaning changed."""
+    """The counts of a build. ``kept + rejected == total``.
+
+    Attributes:
+        reasons: rejected samples by reason.
+        splits: samples of each split.
+        ignored: files and members that belong to no sample.
+        changed: texts that cleaning changed.
+    """
 
     total: int
     kept: int
@@ -84,24 +89,30 @@ def build(
 
     Args:
         source: see ``multimodal.data.builder.sources.read_source``.
-        out: a new or empty folder, or one where a build was interrupted.
-        image_size: bring images to this square size by ``fit``. ``None``: a JPEG, PNG or WebP that
-            is RGB, upright and not animated is stored byte for byte (its metadata too).
+        out: a new or empty folder, or a folder where a build was interrupted.
+        image_size: pixels of a side. Images are brought to this square size by ``fit``. With
+            ``None``, a JPEG, PNG or WebP that is RGB, upright and not animated is stored byte for
+            byte, with its metadata.
+        fit: squash, crop or letterbox.
         shard_size: samples in a shard.
-        val_share: this share goes to the split ``val``, chosen by a hash of the key: adding samples
-            moves none. What a source of shards already calls ``val`` or ``test`` stays that.
-        quality: of JPEG, where an image has to be encoded again; from a PNG it stays a PNG.
-        image_column, text_column: of a table; guessed if not given.
+        val_share: share of the split ``val``, in [0, 1). A hash of the key decides, so new samples
+            do not move old ones. Shards of a source that are held out by name keep their split.
+        quality: of a JPEG that has to be encoded again, 1 to 100. A PNG stays a PNG.
+        image_column, text_column: of a table. By default guessed from its header.
+        need_text: reject images without captions, questions or label.
         images, answers: of tables and annotations, see ``read_source``.
-        need_text: whether to reject images without captions, questions or label.
         cleaning: what else to reject or change.
-        overwrite: replace what an earlier build left in ``out``, and nothing else.
-        engine, workers: who prepares the images: processes (1: this one), or tasks of Ray; under
+        overwrite: replace the files of an earlier build in ``out``, and nothing else.
+        engine, workers: what prepares the images: processes (1: this process) or Ray tasks. Under
             torchrun, the ranks share the work. The result does not depend on it.
         progress: wraps the stream of samples (``tqdm``, for instance).
-    Returns a report, or None on all ranks but the first.
-    Errors: ``ValueError`` if an argument, the source or ``out`` cannot be used, or if no sample
-        could be; then ``out`` holds what it held, and a new ``rejected.jsonl``.
+
+    Returns:
+        The counts, or None on all ranks but the first.
+
+    Raises:
+        ValueError: if an argument, the source or ``out`` cannot be used, or if no sample can be
+            used. In the last case ``out`` keeps what it had and gets a new ``rejected.jsonl``.
     """
     source, out = Path(source), Path(out)
     _check_arguments(image_size, fit, shard_size, val_share, quality, workers)
@@ -109,7 +120,7 @@ def build(
         raise ValueError(f"{out}: the source {source} lies in it; choose another folder")
     staging = out / STAGING
     parts = staging / PARTS
-    if not rank_and_world_size()[0]:  # another rank may come when all is done
+    if is_first_rank():  # another rank may arrive after the build is complete
         _check_out(out, overwrite)
         parts.mkdir(parents=True, exist_ok=True)
     ignored, reasons, changed = Counter[str](), Counter[str](), Counter[str]()
@@ -123,29 +134,35 @@ def build(
         images=None if images is None else Path(images),
         answers=None if answers is None else Path(answers),
     )
-    settings = ImageSettings(image_size, fit, quality, cleaning.min_side, cleaning.max_aspect_ratio,
-                     hash_images=bool(cleaning.copies))  # fmt: skip
+    settings = ImageSettings(
+        image_size=image_size,
+        fit=fit,
+        quality=quality,
+        min_side=cleaning.min_side,
+        max_aspect_ratio=cleaning.max_aspect_ratio,
+        hash_images=bool(cleaning.copies),
+    )
     clean = (_clean(item, cleaning, need_text, changed) for item in items)
-    ready = _with_images(clean, parts, settings, engine, workers)
-    if rank_and_world_size()[0]:
-        deque(ready, maxlen=0)  # the first rank puts the shards together
+    stream = _with_images(clean, parts, settings, engine, workers)
+    if not is_first_rank():
+        deque(stream, maxlen=0)  # prepare images only: the first rank writes the shards
         return None
     with exclusive_lock(staging, LOCK):
-        for left in staging.glob("*.*"):  # of a build that was interrupted; its parts stay
-            left.unlink()
+        for path in staging.glob("*.*"):  # files of an interrupted build; its parts stay
+            path.unlink()
         try:
             with (
                 open(staging / REJECTED, "w", encoding="utf-8") as rejections,
-                _Writer(staging, shard_size) as writer,
+                ShardWriter(staging, shard_size, val_share) as writer,
             ):
                 copies = _CopyFilter(near=cleaning.copies == "near")
                 total = 0
-                for item, prepared in progress(ready):
+                for item, prepared in progress(stream):
                     total += 1
                     rejected = _rejection(item, prepared) or copies.check(item, prepared)
                     if rejected is None:
                         assert isinstance(item, SourceSample) and isinstance(prepared, list)
-                        rejected = writer.write(item, prepared, val_share)
+                        rejected = writer.write(item, prepared)
                     if rejected is not None:
                         reasons[rejected.reason] += 1
                         line = {
@@ -155,7 +172,7 @@ def build(
                         }
                         rejections.write(json.dumps(line, ensure_ascii=True) + "\n")
         except ValueError:
-            if not any(parts.iterdir()):  # of the arguments or the source: nothing to go on with
+            if not any(parts.iterdir()):  # no image was prepared, so nothing can go on later
                 shutil.rmtree(staging)
             raise
         kept = sum(writer.splits.values())
@@ -178,17 +195,24 @@ def build(
     if not kept:
         why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "nothing found"
         raise ValueError(f"{source}: no sample could be used ({why}); see {out / REJECTED}")
-    return Report(total, kept, total - kept, dict(reasons), dict(writer.splits), dict(ignored),
-                  dict(+changed))  # fmt: skip
+    return Report(
+        total=total,
+        kept=kept,
+        rejected=total - kept,
+        reasons=dict(reasons),
+        splits=dict(writer.splits),
+        ignored=dict(ignored),
+        changed=dict(+changed),
+    )
 
 
 def _clean(
-    item: SourceSample | RejectedSample,
+    item: SourceItem,
     cleaning: Cleaning,
     need_text: bool,
     changed: "Counter[str]",
-) -> SourceSample | RejectedSample:
-    """The steps that need no image."""
+) -> SourceItem:
+    """Apply the cleaning steps that need no image."""
     if isinstance(item, RejectedSample):
         return item
     if fault := cleaning.fault_of_texts(item.record):
@@ -200,38 +224,41 @@ def _clean(
 
 
 def _with_images(
-    items: Iterator[SourceSample | RejectedSample],
+    items: Iterator[SourceItem],
     folder: Path,
     settings: ImageSettings,
     engine: Engine,
     workers: int,
-) -> Iterator[tuple[SourceSample | RejectedSample, list[ImageFile] | BadImage | None]]:
-    """Every item with its images, in order; None for those that were rejected before."""
-    batches = deque[list[SourceSample | RejectedSample]]()
+) -> Iterator[tuple[SourceItem, list[ImageFile] | BadImage | None]]:
+    """Each item with its prepared images, in order. None for samples that are rejected already."""
+    batches = deque[list[SourceItem]]()
 
     def parts() -> Iterator[ImagePart]:
         while batch := list(islice(items, PART_SIZE)):
-            if not rank_and_world_size()[0]:
+            if is_first_rank():
                 batches.append(batch)
             samples = (replace(item, record={}) for item in batch if isinstance(item, SourceSample))
             yield ImagePart(folder, settings, tuple(samples))
 
     for part in map_units(make_part, parts(), engine, workers, done=ImagePart.done):
-        if rank_and_world_size()[0]:
-            continue  # the first rank puts the shards together
+        if not is_first_rank():
+            continue  # only the first rank reads the parts
         images = read_part(part)
         for item in batches.popleft():
             yield item, next(images) if isinstance(item, SourceSample) else None
 
 
 class _CopyFilter:
-    """Rejects copies of what came before, one image each; without fingerprints there are none."""
+    """Rejects samples of one image that are copies of an earlier sample.
+
+    Images are hashed only if the cleaning asks for it. Otherwise nothing is rejected.
+    """
 
     def __init__(self, near: bool) -> None:
         self._index, self._names, self._near = CopyIndex(), list[str](), near
 
     def check(
-        self, item: SourceSample | RejectedSample, images: list[ImageFile] | BadImage | None
+        self, item: SourceItem, images: list[ImageFile] | BadImage | None
     ) -> RejectedSample | None:
         if not isinstance(images, list) or len(images) != 1 or images[0].image_hash is None:
             return None
@@ -244,29 +271,13 @@ class _CopyFilter:
 
 
 def _rejection(
-    item: SourceSample | RejectedSample, images: list[ImageFile] | BadImage | None
+    item: SourceItem, images: list[ImageFile] | BadImage | None
 ) -> RejectedSample | None:
     if isinstance(item, RejectedSample):
         return item
-    return (
-        RejectedSample(item.name, images.reason, images.detail)
-        if isinstance(images, BadImage)
-        else None
-    )
-
-
-def is_held_out(key: str, share: float) -> bool:
-    """Whether a sample is of the validation split: a function of its key and the share alone."""
-    number = int.from_bytes(hashlib.sha256(f"split/{key}".encode()).digest()[:8], "big")
-    return number < share * 2**64
-
-
-def make_key(hint: str, identity: str, taken: set[str]) -> str:
-    """A key without dots and slashes: the hint if it will do, otherwise with a hash of identity."""
-    if _SAFE_KEY.fullmatch(hint) and hint not in taken:
-        return hint
-    readable = re.sub(r"[^A-Za-z0-9_-]+", "_", hint)[-60:].strip("_-") or "image"
-    return f"{readable}_{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
+    if isinstance(images, BadImage):
+        return RejectedSample(item.name, images.reason, images.detail)
+    return None
 
 
 def _check_arguments(
@@ -285,93 +296,29 @@ def _check_arguments(
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
-    """Refuse a folder with anything in it that this build may not replace."""
+    """Raise for a folder with files that this build must not replace."""
     if not out.exists():
         return
     if not out.is_dir():
         raise ValueError(f"{out}: is a file, not a folder")
-    there = {path.name for path in out.iterdir()} - {STAGING}
-    if there <= {REJECTED}:
-        return  # nothing, or what a build that kept nothing left
-    strangers = {name for name in there - {REJECTED, MANIFEST} if not _OWN_FILE.fullmatch(name)}
-    if strangers:
-        raise ValueError(f"{out}: not empty, holds {min(strangers)}; choose a new folder")
+    names = {path.name for path in out.iterdir()} - {STAGING}
+    if names <= {REJECTED}:
+        return  # empty, or left by a build without usable samples
+    others = {name for name in names - {REJECTED, MANIFEST} if not _SHARD_FILE.fullmatch(name)}
+    if others:
+        raise ValueError(f"{out}: not empty, holds {min(others)}; choose a new folder")
     interrupted = (out / STAGING / MOVING).exists() and not (out / MANIFEST).exists()
     if not overwrite and not interrupted:
         raise ValueError(f"{out}: not empty; choose a new folder, or --overwrite the shards in it")
 
 
 def _move(staging: Path, out: Path) -> None:
-    """Put the new files in place of the old ones; there is a manifest only when all are there."""
+    """Replace the old files by the new ones. The manifest is deleted first and comes last."""
     (staging / MOVING).touch()
     (out / MANIFEST).unlink(missing_ok=True)
     for path in sorted(out.iterdir()):
-        if path.name == REJECTED or _OWN_FILE.fullmatch(path.name):
+        if path.name == REJECTED or _SHARD_FILE.fullmatch(path.name):
             path.unlink()
     written = [path for path in staging.iterdir() if path.name not in (PARTS, LOCK, MOVING)]
     for path in sorted(written, key=lambda path: (path.name == MANIFEST, path.name)):
         path.replace(out / path.name)
-
-
-def member_name(sample: SourceSample, number: int, image: ImageFile) -> str:
-    """``jpg``, or of a document ``0.jpg``, ``1.jpg`` ..."""
-    return f"{number}.{image.suffix}" if sample.document else image.suffix
-
-
-class _Writer:
-    """Writes samples to numbered shards of each split, and indexes every shard that is full."""
-
-    def __init__(self, folder: Path, shard_size: int) -> None:
-        self.entries: list[dict[str, Any]] = []
-        self.splits: Counter[str] = Counter()
-        self._folder, self._shard_size = folder, shard_size
-        self._keys: set[str] = set()
-        self._open: dict[str, tuple[Path, BinaryIO, Any]] = {}
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        for split in list(self._open):
-            self._close(split, index=kind is None)
-
-    def write(
-        self, sample: SourceSample, images: list[ImageFile], val_share: float
-    ) -> RejectedSample | None:
-        """Write one sample, or say why it cannot be."""
-        try:
-            record = json.dumps(
-                sample.record, ensure_ascii=False, allow_nan=False, separators=(",", ":")
-            ).encode("utf-8")
-        except (ValueError, TypeError, RecursionError) as error:  # a lone surrogate, a date, ...
-            return RejectedSample(sample.name, "unreadable text", str(error))
-        key = make_key(sample.hint, sample.identity, self._keys)
-        if key in self._keys:
-            return RejectedSample(sample.name, "key taken", f"another sample has the key {key}")
-        self._keys.add(key)
-        split = sample.split or ("val" if is_held_out(key, val_share) else "train")
-        if self.splits[split] % self._shard_size == 0:
-            self._next(split)
-        members = {
-            member_name(sample, number, image): image.data for number, image in enumerate(images)
-        }
-        self._open[split][2].write({"__key__": key, **members, "json": record})
-        self.splits[split] += 1
-        return None
-
-    def _next(self, split: str) -> None:
-        import webdataset  # slow to import: it brings torch
-
-        if split in self._open:
-            self._close(split)
-        path = self._folder / f"{split}-{self.splits[split] // self._shard_size:04d}.tar"
-        file = open(path, "wb")
-        # Its defaults are the time of writing, and to encode what is bytes already.
-        self._open[split] = path, file, webdataset.TarWriter(file, mtime=0, encoder=False)
-
-    def _close(self, split: str, index: bool = True) -> None:
-        path, file, writer = self._open.pop(split)
-        with file:
-            writer.close()
-        if index:
-            self.entries.append(index_shard(path))

@@ -1,6 +1,6 @@
-"""What a build leaves out: steps that are off unless asked for, each counted by its name.
+"""Cleaning steps of a build. All are off by default.
 
-A step changes a record, or rejects a sample with a reason; what was done is in the manifest.
+A step changes a record, or rejects a sample with a reason. The manifest counts both.
 """
 
 import hashlib
@@ -17,29 +17,35 @@ CopyPolicy = Literal["", "exact", "near"]
 PersonalData = Literal["", "mask", "drop"]
 
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@\w[\w-]*(?:\.[\w-]+)+")
-# Groups of digits as numbers are dialled; how many digits there are in all is asked afterwards.
-_DIALLED = re.compile(
+# Groups of digits, as telephone numbers are written. The number of digits is checked separately.
+_PHONE = re.compile(
     r"(?<![\w.])[+(]?\d{1,5}\)?(?:[ ./-]{0,2}\(\d{1,5}\)|[ ./-]{1,2}\d{2,8}){0,6}(?!\w)"
     r"|\+\d{9,15}"
 )
-DIGITS = (9, 15)  # of a telephone number; a date has 8, a card number 16
-_NO_NUMBER = re.compile(r"\d{4}-\d\d-\d\d\b|\d{1,3}(?:\.\d{1,3}){3}$")  # a date, an IP address
+DIGITS = (9, 15)  # of a telephone number. A date has 8, a card number 16.
+_NO_PHONE = re.compile(r"\d{4}-\d\d-\d\d\b|\d{1,3}(?:\.\d{1,3}){3}$")  # a date, an IP address
 _WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
 class Cleaning:
-    """Args:
-    min_side: pixels of an image's shorter side, at least; max_aspect_ratio: longer side over
-        shorter side, at most.
-    min_words, max_words: of a caption; others are left out, and an image that has no text then.
-    copies: leave out images whose pixels are those of an earlier one of the source, of any split
-        (``exact``), or nearly (``near``, for photos: see multimodal/data/near_duplicates.py).
-    blocklist: words; a sample in whose texts one stands is left out.
-    personal_data: what happens to e-mail addresses and telephone numbers in texts: ``mask`` writes
-        [e-mail] and [phone] in their place, ``drop`` leaves the sample out.
-    licenses: a sample whose ``license`` is none of these is left out.
-    Zero and empty: the step is off.
+    """Which samples a build rejects or changes. With 0 or an empty value, a step is off.
+
+    Attributes:
+        min_side: least number of pixels of the shorter side.
+        max_aspect_ratio: greatest ratio of the longer to the shorter side, at least 1.
+        min_words, max_words: of a caption. Other captions are removed. A sample without any text
+            left is rejected.
+        copies: reject images that are copies of an earlier image of the source, in any split.
+            ``exact``: the same pixels. ``near``: almost the same, for photos (see
+            multimodal/data/near_duplicates.py).
+        blocklist: words. A sample with one of them in its texts is rejected.
+        personal_data: e-mail addresses and telephone numbers in texts. ``mask`` replaces them by
+            [e-mail] and [phone], ``drop`` rejects the sample.
+        licenses: a sample with another ``license``, or none, is rejected.
+
+    Raises:
+        ValueError: if a value is out of range.
     """
 
     min_side: int = 0
@@ -67,10 +73,10 @@ class Cleaning:
         words = "|".join(map(re.escape, self.blocklist))
         blocked = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE) if words else None
         object.__setattr__(self, "_blocked", blocked)
-        object.__setattr__(self, "_allowed", {one.strip().casefold() for one in self.licenses})
+        object.__setattr__(self, "_allowed", {name.strip().casefold() for name in self.licenses})
 
     def described(self) -> dict[str, Any]:
-        """The steps that are on, for the manifest; of the blocklist only its hash."""
+        """The steps that are on, for the manifest. The blocklist is given by its hash."""
         steps = {name: value for name, value in asdict(self).items() if value}
         if self.blocklist:
             digest = hashlib.sha256("\n".join(sorted(self.blocklist)).encode()).hexdigest()
@@ -78,7 +84,7 @@ class Cleaning:
         return steps
 
     def fault_of_size(self, width: int, height: int) -> tuple[str, str] | None:
-        """Why an image of so many pixels is left out: the reason and the figures."""
+        """(reason, detail) if an image of this size in pixels is rejected."""
         if min(width, height) < self.min_side:
             return "smaller than min_side", f"{width} x {height} pixels"
         if self.max_aspect_ratio and max(width, height) > self.max_aspect_ratio * min(
@@ -88,46 +94,46 @@ class Cleaning:
         return None
 
     def fault_of_texts(self, record: Mapping[str, Any]) -> tuple[str, str] | None:
-        """Why a sample of this record is left out, if it is."""
+        """(reason, detail) if a sample with this record is rejected."""
         if self.licenses:
             license = record.get("license")
             if not isinstance(license, str) or license.strip().casefold() not in self._allowed:  # type: ignore[attr-defined]
                 return "license not allowed", str(license)
         if self._blocked is not None:  # type: ignore[attr-defined]
             for text in texts_of(record):
-                if found := self._blocked.search(text):  # type: ignore[attr-defined]
-                    return "word of the blocklist", found.group().casefold()
+                if match := self._blocked.search(text):  # type: ignore[attr-defined]
+                    return "word of the blocklist", match.group().casefold()
         if self.personal_data == "drop" and any(find_personal(text) for text in texts_of(record)):
             return "personal data", ""
         return None
 
-    def cleaned(self, record: dict[str, Any], done: "Counter[str]") -> dict[str, Any]:
-        """The record without what is to go; ``done`` counts it."""
+    def cleaned(self, record: dict[str, Any], changed: "Counter[str]") -> dict[str, Any]:
+        """The record after the steps that change it. ``changed`` counts the changes."""
         captions = record["captions"]
         if self.min_words or self.max_words:
-            kept = [text for text in captions if self._right_length(text)]
-            done["captions of a wrong length"] += len(captions) - len(kept)
-            record = {**record, "captions": kept}
+            selected = [text for text in captions if self._has_right_length(text)]
+            changed["captions of a wrong length"] += len(captions) - len(selected)
+            record = {**record, "captions": selected}
         if self.personal_data == "mask":
-            asked = record.get("qa", [])
+            questions = record.get("qa", [])
             masked = [mask_personal(text) for text in record["captions"]]
-            pairs = [[mask_personal(text) for text in pair] for pair in asked]
-            done["texts with personal data masked"] += sum(
+            pairs = [[mask_personal(text) for text in pair] for pair in questions]
+            changed["texts with personal data masked"] += sum(
                 new != old for new, old in zip(masked, record["captions"], strict=True)
-            ) + sum(new != list(old) for new, old in zip(pairs, asked, strict=True))
-            record = {**record, "captions": masked, **({"qa": pairs} if asked else {})}
+            ) + sum(new != list(old) for new, old in zip(pairs, questions, strict=True))
+            record = {**record, "captions": masked, **({"qa": pairs} if questions else {})}
             if content := parts_of(record):
                 parts = [
                     {"text": mask_personal(part["text"])} if "text" in part else part
                     for part in content
                 ]
-                done["texts with personal data masked"] += sum(
+                changed["texts with personal data masked"] += sum(
                     new != old for new, old in zip(parts, content, strict=True)
                 )
                 record["content"] = parts
         return record
 
-    def _right_length(self, caption: str) -> bool:
+    def _has_right_length(self, caption: str) -> bool:
         words = len(_WORD.findall(caption))
         return self.min_words <= words and (not self.max_words or words <= self.max_words)
 
@@ -141,18 +147,21 @@ def read_blocklist(file: Path) -> list[str]:
 
 
 def find_personal(text: str) -> list[tuple[int, int, str]]:
-    """Where e-mail addresses and telephone numbers stand: (start, end, kind), in order."""
-    found = [(*match.span(), "e-mail") for match in _EMAIL.finditer(text)]
+    """E-mail addresses and telephone numbers in a text: (start, end, kind), in order.
+
+    ``text[start:end]`` is the address or number. ``kind`` is ``e-mail`` or ``phone``.
+    """
+    matches = [(*match.span(), "e-mail") for match in _EMAIL.finditer(text)]
     rest = _EMAIL.sub(lambda match: "@" * len(match.group()), text)
-    for match in _DIALLED.finditer(rest):
+    for match in _PHONE.finditer(rest):
         digits = sum(map(str.isdigit, match.group()))
-        if DIGITS[0] <= digits <= DIGITS[1] and not _NO_NUMBER.match(match.group()):
-            found.append((*match.span(), "phone"))
-    return sorted(found)
+        if DIGITS[0] <= digits <= DIGITS[1] and not _NO_PHONE.match(match.group()):
+            matches.append((*match.span(), "phone"))
+    return sorted(matches)
 
 
 def mask_personal(text: str) -> str:
-    """The text with [e-mail] and [phone] for what ``find_personal`` finds."""
+    """Replace e-mail addresses and telephone numbers by [e-mail] and [phone]."""
     for start, end, kind in reversed(find_personal(text)):
         text = f"{text[:start]}[{kind}]{text[end:]}"
     return text

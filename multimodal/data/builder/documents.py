@@ -1,9 +1,11 @@
-"""Interleaved documents in a source: texts and images in an order of their own.
+"""Read a .jsonl of interleaved documents: texts and images in the order of the document.
 
-A line of a .jsonl is a document: ``{"content": [{"image": PATH}, {"text": "..."}]}``,
-or as OBELICS (Laurençon et al. 2023, arXiv:2306.16527) has them, two lists of one length of which
-at each place one is null: ``{"images": [PATH, null], "texts": [null, "..."]}``, or plain text,
-``{"text": "..."}`` without a column of images.
+A line is one document, in one of three forms:
+
+- ``{"content": [{"image": PATH}, {"text": "..."}]}``
+- ``{"images": [PATH, null], "texts": [null, "..."]}``, as in OBELICS (Laurençon et al. 2023,
+  arXiv:2306.16527). The lists have the same length, and at each position one of them is null.
+- ``{"text": "..."}``, plain text. No column names an image.
 """
 
 import os
@@ -14,6 +16,7 @@ from typing import Any
 
 from multimodal.data.builder.records import (
     RejectedSample,
+    SourceItem,
     SourceSample,
     encodable,
     normalise,
@@ -23,15 +26,17 @@ from multimodal.data.builder.tables import IMAGE_COLUMNS, read_rows
 from multimodal.data.documents import UnreadableText, content_parts
 from multimodal.data.samples import IMAGE_SUFFIXES
 
-LOOKED_AT = 1000  # rows, to tell what a file holds
+SNIFFED_ROWS = 1000  # rows that decide what a file holds
 
 
 def is_documents(source: Path) -> bool:
-    """Whether the rows of a .jsonl are documents, and not those of a table: by the first readable
-    ones, of which plain text has a ``text`` and none names an image."""
+    """Whether a .jsonl holds documents, and not a table of images.
+
+    The first SNIFFED_ROWS rows decide. Plain text has a ``text`` in each of them, and no image.
+    """
     if source.suffix.lower() != ".jsonl":
         return False
-    rows = [row for _, row in islice(read_rows(source), LOOKED_AT) if isinstance(row, dict)]
+    rows = [row for _, row in islice(read_rows(source), SNIFFED_ROWS) if isinstance(row, dict)]
     first = rows[0] if rows else {}
     listed = isinstance(first.get("images"), list) and isinstance(first.get("texts"), list)
     if listed or isinstance(first.get("content"), list):
@@ -40,15 +45,15 @@ def is_documents(source: Path) -> bool:
 
 
 def names_image(row: Mapping[str, Any]) -> bool:
-    """Whether a row of a table has a column of images, or the path of one anywhere."""
+    """Whether a row has a column of images, or the path of an image in any column."""
     if {column.lower() for column in row} & {*IMAGE_COLUMNS}:
         return True
     texts = (value.lower() for value in row.values() if isinstance(value, str))
     return any(text.endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)) for text in texts)
 
 
-def read_documents(source: Path, root: Path) -> Iterator[SourceSample | RejectedSample]:
-    """The documents of a .jsonl in their order; root: the folder of their images."""
+def read_documents(source: Path, root: Path) -> Iterator[SourceItem]:
+    """The documents of a .jsonl, in order. ``root`` is the folder of their images."""
     for line, row in read_rows(source):
         name = f"{source}: line {line}"
         if isinstance(row, str):
@@ -56,25 +61,25 @@ def read_documents(source: Path, root: Path) -> Iterator[SourceSample | Rejected
             continue
         try:
             if not {"content", "images", "texts"} & {*row} and names_image(row):
-                raise UnreadableText("it names an image, among rows of plain text")
+                raise UnreadableText("it names an image, but the file holds plain text")
             paths, content = content_parts(row)
-            used = {"content"} & {*row} or {"images", "texts"} & {*row} or {"text"}
-            rest = {k: v for k, v in row.items() if k not in {*used, "key"}}
+            columns = {"content"} & {*row} or {"images", "texts"} & {*row} or {"text"}
+            rest = {k: v for k, v in row.items() if k not in {*columns, "key"}}
             record = {**normalise(rest), "content": content}
         except UnreadableText as error:
             yield RejectedSample(name, "unreadable text", str(error))
             continue
-        inside = [os.path.normpath(path) for path in paths]
-        outside = [path for path in inside if path.startswith("..") or os.path.isabs(path)]
+        paths = [os.path.normpath(path) for path in paths]
+        outside = [path for path in paths if path.startswith("..") or os.path.isabs(path)]
         if not content:
             yield RejectedSample(name, "no text")
-        elif outside or not all(map(encodable, inside)):
+        elif outside or not all(map(encodable, paths)):
             yield RejectedSample(
                 name, "image outside the folder", shown(outside[0] if outside else "?")
             )
         else:
             key = row.get("key")
             hint = key if isinstance(key, str) else f"{source.stem}-{line}"
-            images = tuple(root / path for path in inside)
+            images = tuple(root / path for path in paths)
             identity = f"{source.name}/{line}"
             yield SourceSample(name, hint, identity, images, record, document=True)

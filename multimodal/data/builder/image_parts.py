@@ -1,8 +1,8 @@
-"""The images of a build, made ready in parts: by any process, and none twice.
+"""Prepare the images of a build in parts. Any process can make a part, and none is made twice.
 
-A part is some samples of a source. Its name is a hash of what it is made from (where its images
-lie, their size and time, what is to be done with them), so a part that is there need not be made
-again: not by a build that was killed and starts anew, nor by another rank.
+A part is a group of samples of a source. Its name is a hash of its inputs: the paths of the images,
+their sizes and times, and the settings. So a build that was killed and starts again finds the parts
+it has, and a rank finds those of other ranks.
 """
 
 import base64
@@ -31,7 +31,7 @@ _SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What is done with each image: see ``multimodal.data.builder.build.build``."""
+    """How each image is prepared: see ``multimodal.data.builder.build.build``."""
 
     image_size: int | None
     fit: Fit
@@ -52,13 +52,15 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class BadImage:
+    """An image that cannot be used, and why."""
+
     reason: str
     detail: str
 
 
 @dataclass(frozen=True)
 class ImagePart:
-    """Samples (their records are not needed) whose images go to ``folder``."""
+    """Samples whose images are prepared together, in ``folder``. Their records are not needed."""
 
     folder: Path
     settings: ImageSettings
@@ -71,12 +73,12 @@ class ImagePart:
 
     @property
     def marker(self) -> Path:
-        """There is one as soon as the part is whole."""
+        """Describes the images. It exists when the part is complete."""
         return self.folder / f"{self.name}.json"
 
     @property
     def files(self) -> Path:
-        """All image files, one after the other."""
+        """All image files of the part, joined."""
         return self.folder / f"{self.name}.bin"
 
     def done(self) -> bool:
@@ -84,6 +86,7 @@ class ImagePart:
 
 
 def _inputs_of(sample: SourceSample) -> list[Any]:
+    """Everything that the prepared images of a sample depend on, apart from the settings."""
     inputs: list[Any] = [sample.name]
     for image in sample.images:
         path = image if isinstance(image, Path) else image.path
@@ -95,13 +98,13 @@ def _inputs_of(sample: SourceSample) -> list[Any]:
         try:
             stat = path.stat()
             inputs += [stat.st_size, stat.st_mtime_ns]
-        except (OSError, ValueError) as error:  # the latter: a NUL in the name
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             inputs.append(str(error))
     return inputs
 
 
 def make_part(part: ImagePart) -> ImagePart:
-    """Make a part, unless it is there and whole (a machine that lost power may have lost data)."""
+    """Make a part, unless it is complete. Its hash is checked: a power loss may have lost data."""
     if part.done() and _is_complete(part):
         return part
     part.folder.mkdir(parents=True, exist_ok=True)
@@ -119,24 +122,24 @@ def make_part(part: ImagePart) -> ImagePart:
 def _is_complete(part: ImagePart) -> bool:
     try:
         expected = json.loads(part.marker.read_text("utf-8"))["sha256"]
-        return bool(file_sha256(part.files) == expected)
+        return file_sha256(part.files) == expected
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def _entry(image: ImageFile | BadImage) -> dict[str, Any]:
-    """What the marker says of an image."""
+    """The entry of an image in the marker."""
     if isinstance(image, BadImage):
         return asdict(image)
     entry: dict[str, Any] = {"suffix": image.suffix, "size": len(image.data)}
-    if (seen := image.image_hash) is not None:
-        small = base64.b64encode(seen.small.tobytes()).decode()
-        entry |= {"exact": seen.exact, "views": seen.views.tolist(), "small": small}
+    if (hashed := image.image_hash) is not None:
+        small = base64.b64encode(hashed.small.tobytes()).decode()
+        entry |= {"exact": hashed.exact, "views": hashed.views.tolist(), "small": small}
     return entry
 
 
 def read_part(part: ImagePart) -> Iterator[list[ImageFile] | BadImage]:
-    """For each sample of a part that was made its images, or what is wrong with one of them."""
+    """For each sample of a finished part: its images, or the first of them that is bad."""
     with open(part.files, "rb") as file:
         for entries in json.loads(part.marker.read_text("utf-8"))["samples"]:
             images = [_from_entry(entry, file) for entry in entries]
@@ -148,18 +151,24 @@ def read_part(part: ImagePart) -> Iterator[list[ImageFile] | BadImage]:
 def _from_entry(entry: dict[str, Any], file: BinaryIO) -> ImageFile | BadImage:
     if "reason" in entry:
         return BadImage(**entry)
-    seen = None
+    image_hash = None
     if "exact" in entry:
         small = np.frombuffer(base64.b64decode(entry["small"]), np.uint8)
         views = np.array(entry["views"], np.uint64)
-        seen = ImageHash(entry["exact"], views, small.reshape(THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3))
-    return ImageFile(entry["suffix"], file.read(entry["size"]), seen)
+        image_hash = ImageHash(
+            entry["exact"], views, small.reshape(THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3)
+        )
+    return ImageFile(entry["suffix"], file.read(entry["size"]), image_hash)
 
 
 def make_image(
     name: str, source: Path | Slice | Cell, settings: ImageSettings
 ) -> ImageFile | BadImage:
-    """The file that goes into the shard; a good one stays as it is, byte for byte."""
+    """The image file for the shard.
+
+    A JPEG, PNG or WebP that is RGB, upright and not animated is not encoded again, unless the
+    settings ask for another size.
+    """
     try:
         data = read_image_file(source) if isinstance(source, Path) else source.read()
         image = open_image(data, name=name)

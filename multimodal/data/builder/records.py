@@ -1,4 +1,4 @@
-"""One thing found in a source: an image with its record, or what cannot be used, by name."""
+"""The samples of a source: images with their record, or a sample that cannot be used and why."""
 
 import hashlib
 import os
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from multimodal.data.documents import UnreadableText
 from multimodal.data.samples import parts_of
@@ -14,7 +14,7 @@ from multimodal.data.samples import parts_of
 
 @dataclass(frozen=True)
 class Slice:
-    """Bytes that lie in another file, a shard for instance."""
+    """A range of bytes in a file, a shard for instance."""
 
     path: Path
     offset: int
@@ -43,21 +43,25 @@ class Cell:
         return data
 
 
-@lru_cache(1)  # the rows of a group are asked for one after the other
+@lru_cache(1)  # the rows of a group are read one after the other
 def _row_group(path: Path, group: int, column: str) -> list[Any]:
     import pyarrow.parquet as pq
 
-    rows: list[Any] = pq.ParquetFile(path).read_row_group(group, [column])[column].to_pylist()
-    return rows
+    return pq.ParquetFile(path).read_row_group(group, [column])[column].to_pylist()
 
 
 @dataclass(frozen=True)
 class SourceSample:
     """One image with its record, or the images of a document in their order.
 
-    ``hint`` is what its key should be, ``identity`` tells it from every other sample of the source,
-    ``name`` is what to call it in messages; ``split`` is given where the source held it out;
-    ``document``: its record has a ``content`` that orders the images.
+    Attributes:
+        name: what messages call it.
+        hint: the key it should get.
+        identity: differs from every other sample of the source.
+        images: where the image files are.
+        record: captions, questions and other fields, see ``docs/formats.md``.
+        split: the split that it is held out for in the source. None: not held out.
+        document: whether the record has a ``content`` that orders the images.
     """
 
     name: str
@@ -71,20 +75,23 @@ class SourceSample:
 
 @dataclass(frozen=True)
 class RejectedSample:
-    """Something found that cannot be used: ``reason`` is of a small set, to be counted."""
+    """A sample that cannot be used. There are few reasons, so that they can be counted."""
 
     name: str
     reason: str
     detail: str = ""
 
 
+SourceItem: TypeAlias = SourceSample | RejectedSample
+
+
 def shown(path: str | Path) -> str:
-    """A path as text that can be printed: bytes that are no UTF-8 become ``\\\\xNN``."""
+    """A path as printable text: bytes that are not UTF-8 become ``\\\\xNN``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def encodable(name: str) -> bool:
-    """Whether a name could be a file's: a lone surrogate that stands for no byte could not."""
+    """Whether a name can be the name of a file. Some lone surrogates cannot."""
     try:
         os.fsencode(name)
     except UnicodeEncodeError:
@@ -93,21 +100,30 @@ def encodable(name: str) -> bool:
 
 
 def shuffled(names: list[str]) -> list[str]:
+    """The names in an order that depends on their hashes only."""
     return sorted(names, key=lambda name: (hashlib.sha256(os.fsencode(name)).digest(), name))
 
 
 def has_text(record: Mapping[str, Any]) -> bool:
-    said = record["captions"] or record.get("qa")
-    return bool(said) or "label" in record or any("text" in part for part in parts_of(record))
+    """Whether a record has a caption, a question, a label or a text of a document."""
+    texts = record["captions"] or record.get("qa")
+    return bool(texts) or "label" in record or any("text" in part for part in parts_of(record))
 
 
-def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"captions": [str], "qa": [[question, answer]], ...}`` from what people write.
+def normalise(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring the fields of a source into the form of a record.
 
-    The captions are the first of ``captions``, ``caption``, ``text`` that is there, a string or a
-    list; ``question`` and ``answer`` become a pair of ``qa``. All other keys are passed on.
+    Args:
+        fields: captions are a string or a list in ``captions``, ``caption`` or ``text``. The first
+            of these that is present counts. ``question`` and ``answer`` become a pair of ``qa``.
+
+    Returns:
+        ``{"captions": [str], "qa": [[question, answer]], ...}``. Other fields are not changed.
+
+    Raises:
+        UnreadableText: if captions or questions have another type.
     """
-    rest = dict(given)
+    rest = dict(fields)
     captions: Any = []
     for name in ("captions", "caption", "text"):
         if rest.get(name) is not None:

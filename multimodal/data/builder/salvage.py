@@ -1,7 +1,7 @@
-"""Read what can be read of a damaged shard, and name what cannot.
+"""Read the intact samples of a damaged shard, and name the lost ones.
 
-A tar has no table of contents, so a reader that goes on after damage can glue the image of one
-sample to the caption of another, and one that stops loses what follows in silence. This one does
+A tar has no table of contents. A reader that continues after damage can join the image of one
+sample with the caption of another. A reader that stops loses the rest silently. This reader does
 neither.
 """
 
@@ -19,7 +19,7 @@ from multimodal.data.shards import MAX_PADDING, DamagedShard, only_zeros, read_i
 
 @dataclass(frozen=True)
 class LostSample:
-    """Something in a shard that could not be read whole: its name if known, and why."""
+    """A part of a shard that cannot be read: its name if known, and the reason."""
 
     name: str
     reason: str
@@ -27,16 +27,16 @@ class LostSample:
 
 @dataclass
 class _Run:
-    """Members that stand together and have one key: (suffix, offset, size) each."""
+    """Neighbouring members with the same key: (suffix, offset, size) each."""
 
     key: str
     members: list[tuple[str, int, int]]
 
     def sample(self, shard: Path) -> Sample:
-        places = {suffix: Slice(shard, offset, length) for suffix, offset, length in self.members}
-        return Sample(self.key, Members(places))
+        slices = {suffix: Slice(shard, offset, size) for suffix, offset, size in self.members}
+        return Sample(self.key, Members(slices))
 
-    def is_whole(self, shard: Path) -> bool:
+    def is_complete(self, shard: Path) -> bool:
         """Whether it has an image and a text, or is plain text."""
         suffixes = [suffix for suffix, _, _ in self.members]
         if image_suffixes(suffixes):
@@ -48,48 +48,51 @@ class _Run:
 
 
 class Members(Mapping[str, bytes]):
-    """The members of a sample, each read when it is asked for; ``places``: where they lie."""
+    """The members of a sample by suffix. Their bytes are read on access."""
 
-    def __init__(self, places: dict[str, Slice]) -> None:
-        self.places = places
+    def __init__(self, slices: dict[str, Slice]) -> None:
+        self.slices = slices
 
     def __getitem__(self, suffix: str) -> bytes:
-        return self.places[suffix].read()
+        return self.slices[suffix].read()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self.slices)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.slices)
 
 
 def salvage(shard: Path) -> Iterator[Sample | LostSample]:
-    """The samples of a shard in order, damaged or not; its index is used if there is one.
+    """Read the samples of a shard in order, whether it is damaged or not.
 
-    Goes on after a damaged header with the next good one. Only members that stand together make a
-    sample, so nothing is paired by chance: a key that comes back later is ``LostSample`` each time.
-    A sample may lack its image or its text (its other half was lost): that is for the caller to
-    refuse. Bytes that belong to no sample are ``LostSample`` by their place in the file.
+    After a damaged header, reading goes on at the next good header. Only neighbouring members form
+    a sample, so an image never gets the text of another one. A key that occurs again later is lost
+    each time. The index of the shard, if there is one, gives the names of more lost samples.
+
+    Yields:
+        A ``Sample``, which may lack its image or its text: the caller has to check. A
+        ``LostSample`` for each sample that is not intact, and for bytes that belong to no sample.
     """
     size = shard.stat().st_size
     runs, gaps = _walk(shard, size)
-    times = Counter(run.key for run in runs)
+    counts = Counter(run.key for run in runs)
     for run in runs:
-        if reason := _fault(run, times, size):
+        if reason := _fault(run, counts, size):
             yield LostSample(f"{shard}: {run.key or run.members[0][0]}", reason)
             continue
         yield run.sample(shard)
     try:
         for indexed in read_index(shard):
-            if indexed["key"] not in times:
+            if indexed["key"] not in counts:
                 yield LostSample(f"{shard}: {indexed['key']}", "in the index, but not in the shard")
-        return  # the index names everything: gaps would count a loss twice
+        return  # the index names all samples, so gaps would count a loss twice
     except DamagedShard:
         pass
     for start, stop, number in gaps:
-        beside = runs[max(0, number - 1) : number + 1]
-        # A neighbour without its image or its text is what this gap cost, and is named already.
-        if any(_fault(run, times, size) or not run.is_whole(shard) for run in beside):
+        neighbours = runs[max(0, number - 1) : number + 1]
+        # An incomplete neighbour is what was lost in this gap, and it has a name.
+        if any(_fault(run, counts, size) or not run.is_complete(shard) for run in neighbours):
             continue
         if not only_zeros(shard, start, stop):
             yield LostSample(f"{shard}: bytes {start} to {stop}", "unreadable: a damaged header?")
@@ -118,16 +121,17 @@ def _walk(shard: Path, size: int) -> tuple[list[_Run], list[tuple[int, int, int]
                     runs.append(_Run(key, []))
                 runs[-1].members.append((suffix or member.name, member.offset_data, member.size))
     except (tarfile.TarError, EOFError, OverflowError, ValueError):
-        pass  # what was not reached is the last gap
+        pass  # the rest of the file is the last gap
     if end <= size:
         gaps.append((end, size, len(runs)))
     return runs, gaps
 
 
-def _fault(run: _Run, times: Counter[str], size: int) -> str | None:
+def _fault(run: _Run, counts: Counter[str], size: int) -> str | None:
+    """Why a run is not an intact sample, if it is not."""
     if not run.key:
         return "not a plain file of the name KEY.SUFFIX"
-    if times[run.key] > 1 or len({suffix for suffix, _, _ in run.members}) < len(run.members):
+    if counts[run.key] > 1 or len({suffix for suffix, _, _ in run.members}) < len(run.members):
         return "its key appears twice in the shard"
     if any(offset + length > size for _, offset, length in run.members):
         return "the shard is cut off inside it"

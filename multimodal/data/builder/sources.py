@@ -1,4 +1,4 @@
-"""What people have, as samples: folders of images, tables, annotations, or webdataset shards.
+"""Read a source as samples: a folder of images, a table, annotations, or webdataset shards.
 
 The readers yield every sample: a ``SourceSample``, or a ``RejectedSample`` with its name and the
 reason. So the caller can count all of them.
@@ -15,6 +15,7 @@ from multimodal.data.builder.annotations import read_annotations
 from multimodal.data.builder.documents import is_documents, read_documents
 from multimodal.data.builder.records import (
     RejectedSample,
+    SourceItem,
     SourceSample,
     encodable,
     has_text,
@@ -28,10 +29,10 @@ from multimodal.data.documents import UnreadableText, check_content, image_suffi
 from multimodal.data.samples import IMAGE_SUFFIXES
 from multimodal.data.shards import read_index, split_of
 
-_JPEG_NAMES = ("jfif", "jpe")
+_JPEG_SUFFIXES = ("jfif", "jpe")
 _OTHER_IMAGES = ("gif", "bmp", "tif", "tiff", "heic", "heif", "avif", "jxl", "jp2", "svg", "ico")
 TEXTS = ("json", "txt", "cls")
-# A source that holds samples out by such a name must not find them in training.
+# Samples of shards with these names were held out, so they must not get into training.
 _HELD_OUT = ("val", "valid", "validation", "dev", "test", "eval", "heldout", "holdout")
 
 
@@ -45,24 +46,27 @@ def read_source(
     outside: Path | None = None,
     images: Path | None = None,
     answers: Path | None = None,
-) -> Iterator[SourceSample | RejectedSample]:
-    """Everything in a source, in an order that depends on its content only.
+) -> Iterator[SourceItem]:
+    """Read all samples of a source, in an order that depends on its content only.
 
-    Shards, and Parquet with the files in it, keep their order; all else is shuffled (by a hash of
-    the name), because it tends to be sorted by kind, and training mixes samples within a shard
-    better than between them.
+    Shards and Parquet tables that contain images keep their order. All other sources are shuffled
+    by a hash of the name: they tend to be sorted by kind, and training mixes the samples within a
+    shard better than samples of different shards.
 
     Args:
         source: a folder of images with .txt or .json beside them, a .csv, .tsv, .jsonl or .parquet
-            table, a .jsonl of documents, a folder of .tar shards or one
-            of them, a .json file of COCO captions or VQA questions.
-        ignored: counts what is passed over: files of other kinds, further members of a sample.
-        image_column, text_column: of a table; guessed from its header if not given.
-        need_text: a sample without captions, questions or label is rejected.
-        outside: a folder to leave out, where it lies in the source.
-        images: the folder of the images of a table or of annotations, by default that of the file.
-        answers: of VQA questions, the file of their answers.
-    Errors: ``ValueError`` for a source that is none of these.
+            table, a .jsonl of documents, a folder of .tar shards or one of them, or a .json file of
+            COCO captions or VQA questions.
+        ignored: counts what is skipped: files of other kinds, other members of a sample.
+        image_column, text_column: of a table. By default guessed from its header.
+        need_text: reject samples without captions, questions or label.
+        outside: a folder inside the source to leave out.
+        images: the folder of the images of a table or of annotations. By default the folder of
+            the file.
+        answers: the file of the answers to VQA questions.
+
+    Raises:
+        ValueError: if the source is none of these.
     """
     if source.is_dir():
         tars = sorted(source.glob("*.tar"))
@@ -94,7 +98,7 @@ def read_source(
 
 
 def expected_samples(source: Path) -> int | None:
-    """About how many samples a source has, for a progress bar; None where that takes long."""
+    """About how many samples a source has, for a progress bar. None if counting would take long."""
     suffix = source.suffix.lower()
     try:
         if source.is_dir() and (tars := sorted(source.glob("*.tar"))):
@@ -110,12 +114,12 @@ def expected_samples(source: Path) -> int | None:
             with open(source, "rb") as file:
                 return sum(1 for line in file if line.strip()) - (suffix != ".jsonl")
     except (ValueError, OSError, ImportError):
-        pass  # what is wrong with it is said when it is read
+        pass  # reading the source reports the error
     return None
 
 
 def _record(json_bytes: bytes | None, txt_bytes: bytes | None) -> dict[str, Any]:
-    """A record from the file or files beside an image; a .txt is one caption."""
+    """The record in the files beside an image. A .txt file is one caption."""
     value: Any = {}
     try:
         if json_bytes is not None:
@@ -131,14 +135,14 @@ def _record(json_bytes: bytes | None, txt_bytes: bytes | None) -> dict[str, Any]
         raise UnreadableText(f"not UTF-8 ({error})") from error
     except UnreadableText:
         raise
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is the former
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
         raise UnreadableText(f"not readable as JSON ({error})") from error
     return record
 
 
 def _read_folder(
     folder: Path, ignored: "Counter[str]", outside: Path | None
-) -> Iterator[SourceSample | RejectedSample]:
+) -> Iterator[SourceItem]:
     images: dict[str, Path] = {}
     texts: dict[str, dict[str, Path]] = {}
     visited: set[str] = set()
@@ -155,7 +159,7 @@ def _read_folder(
             relative = path.relative_to(folder).as_posix()
             if file.startswith("."):
                 ignored["hidden files"] += 1
-            elif suffix in (*IMAGE_SUFFIXES, *_JPEG_NAMES):
+            elif suffix in (*IMAGE_SUFFIXES, *_JPEG_SUFFIXES):
                 images[relative] = path
             elif suffix in ("txt", "json"):
                 texts.setdefault(relative[: -len(suffix) - 1], {})[suffix] = path
@@ -183,9 +187,7 @@ def _read_folder(
             )
 
 
-def _read_shards(
-    tars: list[Path], ignored: "Counter[str]"
-) -> Iterator[SourceSample | RejectedSample]:
+def _read_shards(tars: list[Path], ignored: "Counter[str]") -> Iterator[SourceItem]:
     for tar in tars:
         split = split_of(tar.name)
         for item in salvage(tar):
@@ -193,10 +195,10 @@ def _read_shards(
                 yield RejectedSample(item.name, "damaged shard", item.reason)
                 continue
             assert isinstance(item.members, Members)
-            name, places = f"{tar}: {item.key}", dict(item.members.places)
-            images, members = image_suffixes(places), ", ".join(sorted(places))
-            slices = tuple(places.pop(suffix) for suffix in images)
-            texts = {kind: places.pop(kind).read() for kind in TEXTS if kind in places}
+            name, members = f"{tar}: {item.key}", dict(item.members.slices)
+            images, suffixes = image_suffixes(members), ", ".join(sorted(members))
+            slices = tuple(members.pop(suffix) for suffix in images)
+            texts = {kind: members.pop(kind).read() for kind in TEXTS if kind in members}
             label = texts.get("cls")
             try:
                 record = _record(texts.get("json"), texts.get("txt"))
@@ -204,44 +206,47 @@ def _read_shards(
                     record.setdefault("label", label.decode("utf-8").strip())
                 document = images[0][0].isdecimal() if images else is_plain_text(record)
                 if not images and not document:
-                    yield RejectedSample(name, "no image", f"its members are {members}")
+                    yield RejectedSample(name, "no image", f"its members are {suffixes}")
                     continue
                 if document:
                     record["content"] = check_content(record.get("content"), len(slices))
             except ValueError as error:
                 yield RejectedSample(name, "unreadable text", str(error))
                 continue
-            ignored.update(f"members .{other}" for other in places)
-            held_out = split if split in _HELD_OUT else None
-            yield SourceSample(name, item.key, f"{tar.name}/{item.key}", slices, record, held_out,
-                        document)  # fmt: skip
+            ignored.update(f"members .{suffix}" for suffix in members)
+            yield SourceSample(
+                name=name,
+                hint=item.key,
+                identity=f"{tar.name}/{item.key}",
+                images=slices,
+                record=record,
+                split=split if split in _HELD_OUT else None,
+                document=document,
+            )
 
 
-def _read_annotated(
-    source: Path, root: Path, answers: Path | None
-) -> Iterator[SourceSample | RejectedSample]:
+def _read_annotated(source: Path, root: Path, answers: Path | None) -> Iterator[SourceItem]:
     """Images in the order of a hash of their names, as in folders."""
-    found: dict[str, dict[str, Any]] = {}
-    for one in read_annotations(source, answers):
-        if one.record is None:
-            yield RejectedSample(one.name, "unreadable annotation", one.problem)
+    records: dict[str, dict[str, Any]] = {}
+    for image in read_annotations(source, answers):
+        if image.record is None:
+            yield RejectedSample(image.name, "unreadable annotation", image.problem)
             continue
-        file = os.path.normpath(one.file)
+        file = os.path.normpath(image.file)
         if not encodable(file):
-            yield RejectedSample(one.name, "no image", "its file name is not Unicode")
+            yield RejectedSample(image.name, "no image", "its file name is not Unicode")
         elif file.startswith("..") or os.path.isabs(file):
-            yield RejectedSample(
-                one.name, "image outside the folder", file
-            )  # it may be someone's own
-        elif file in found:
-            yield RejectedSample(one.name, "image named twice", file)
+            # It may be a private file of the user.
+            yield RejectedSample(image.name, "image outside the folder", file)
+        elif file in records:
+            yield RejectedSample(image.name, "image named twice", file)
         else:
             try:
-                found[file] = normalise(one.record)
+                records[file] = normalise(image.record)
             except UnreadableText as error:
-                yield RejectedSample(one.name, "unreadable text", str(error))
-    for file in shuffled(list(found)):
+                yield RejectedSample(image.name, "unreadable text", str(error))
+    for file in shuffled(list(records)):
         path = root / file
         yield SourceSample(
-            shown(path), shown(os.path.splitext(file)[0]), shown(file), (path,), found[file]
+            shown(path), shown(os.path.splitext(file)[0]), shown(file), (path,), records[file]
         )

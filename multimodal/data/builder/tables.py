@@ -1,4 +1,4 @@
-"""Tables of images and texts, as samples: .csv, .tsv, .jsonl, and .parquet by pyarrow."""
+"""Read tables of images and texts as samples: .csv, .tsv, .jsonl, and .parquet with pyarrow."""
 
 import csv
 import json
@@ -12,6 +12,7 @@ from typing import Any
 from multimodal.data.builder.records import (
     Cell,
     RejectedSample,
+    SourceItem,
     SourceSample,
     encodable,
     has_text,
@@ -22,14 +23,16 @@ from multimodal.data.builder.records import (
 from multimodal.data.documents import UnreadableText
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "image_file", "filename",
-                 "file_name", "file", "path", "img")  # fmt: skip
+IMAGE_COLUMNS = (
+    *("image", "image_path", "filepath", "file_path", "image_file"),
+    *("filename", "file_name", "file", "path", "img"),
+)
 TEXT_COLUMNS = ("captions", "caption", "text", "title", "description", "prompt", "alt")
 
 
 def read_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line, row) of a table; a string in place of a row says what is wrong with it."""
-    # surrogateescape: a line that is no UTF-8 fails later, by itself and by name
+    """(line, row) of each row of a table. For a row that cannot be read, the reason."""
+    # surrogateescape: a line that is not UTF-8 is rejected later, without the other lines.
     with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if table.suffix.lower() == ".jsonl":
             for line, text in enumerate(file, 1):
@@ -52,7 +55,7 @@ def read_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def _choose(table: Path, columns: list[str], given: str | None, kind: str) -> str | None:
-    """The column to use: the one given, or the first of the usual names."""
+    """The given column, or the first column that has one of the usual names."""
     if given is not None:
         if given not in columns:
             raise ValueError(f"{table}: no column {given!r}; it has {', '.join(columns)}")
@@ -64,13 +67,13 @@ def _choose(table: Path, columns: list[str], given: str | None, kind: str) -> st
 
 @dataclass(frozen=True)
 class _Columns:
-    """Which columns of a table hold the image and, if any does, the text."""
+    """The columns of a table that hold the image and, if there is one, the text."""
 
     image: str
     text: str | None
 
     def record(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The record of a row whose image was taken out."""
+        """The record of a row without its image column."""
         text = row.pop(self.text, None) if self.text else None
         others = {key: value for key, value in row.items() if value not in (None, "")}
         return normalise(others | ({"captions": text} if text is not None else {}))
@@ -81,8 +84,8 @@ def _find_columns(
 ) -> _Columns:
     image = _choose(table, columns, image, "image")
     text = _choose(table, columns, text, "text")
-    told = text or {"qa", "question", "label"} & {*columns}
-    for kind, missing in (("image", not image), ("text", need_text and not told)):
+    has_texts = text or {"qa", "question", "label"} & {*columns}
+    for kind, missing in (("image", not image), ("text", need_text and not has_texts)):
         if missing:
             raise ValueError(
                 f"{table}: which column is the {kind}? It has {', '.join(columns) or 'none'}; "
@@ -98,10 +101,10 @@ def read_table(
     image_column: str | None,
     text_column: str | None,
     need_text: bool,
-) -> Iterator[SourceSample | RejectedSample]:
-    """.csv, .tsv and .jsonl; arguments as of ``read_source``, root: the folder of the images."""
+) -> Iterator[SourceItem]:
+    """Read a .csv, .tsv or .jsonl. Arguments as in ``read_source``. root: folder of the images."""
     rows = list(read_rows(table))
-    names = list(dict.fromkeys(c for _, row in rows if isinstance(row, dict) for c in row))
+    names = list(dict.fromkeys(name for _, row in rows if isinstance(row, dict) for name in row))
     columns = _find_columns(table, names, image_column, text_column, need_text)
     yield from _join_rows(table, rows, columns, root, ignored, need_text)
 
@@ -113,9 +116,12 @@ def read_parquet(
     image_column: str | None,
     text_column: str | None,
     need_text: bool,
-) -> Iterator[SourceSample | RejectedSample]:
-    """Images by their paths, as in other tables; or the files themselves, a sample each row, bare
-    or as Hugging Face's datasets have them: ``{"bytes", "path"}``."""
+) -> Iterator[SourceItem]:
+    """Read a .parquet. Arguments as in ``read_table``.
+
+    The image column holds paths, as in other tables, or image files. A file is a value of bytes, or
+    ``{"bytes", "path"}`` as in Hugging Face's datasets. Then each row is a sample.
+    """
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -131,21 +137,21 @@ def read_parquet(
             rows = (row for batch in file.iter_batches(batch_size=64) for row in batch.to_pylist())
             yield from _join_rows(table, enumerate(rows), columns, root, ignored, need_text)
             return
-        # The files stay where they are: they are read when it is their turn.
+        # Only the other columns are read here. Each image file is read when it is needed.
         others = [name for name in names if name != columns.image]
-        named = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
+        has_paths = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
         number = 0
         for group in range(file.num_row_groups):
-            read = [*others, f"{columns.image}.path"] if named else others
+            read = [*others, f"{columns.image}.path"] if has_paths else others
             rows_of_group = file.read_row_group(group, read).to_pylist() if read else []
-            for at in range(file.metadata.row_group(group).num_rows):
-                row = rows_of_group[at] if rows_of_group else {}
-                path = (row.pop(columns.image) or {}).get("path") if named else None
+            for row_number in range(file.metadata.row_group(group).num_rows):
+                row = rows_of_group[row_number] if rows_of_group else {}
+                path = (row.pop(columns.image) or {}).get("path") if has_paths else None
                 name = f"{table}: row {number}"
                 hint = (
                     Path(path).stem if isinstance(path, str) and path else f"{table.stem}-{number}"
                 )
-                cell = Cell(table, group, at, columns.image)
+                cell = Cell(table, group, row_number, columns.image)
                 try:
                     record = columns.record(row)
                     yield SourceSample(name, shown(hint), f"{table.name}/{number}", (cell,), record)
@@ -163,8 +169,8 @@ def _join_rows(
     root: Path,
     ignored: "Counter[str]",
     need_text: bool,
-) -> Iterator[SourceSample | RejectedSample]:
-    """Rows with the same image become one sample; other columns are kept where its rows agree."""
+) -> Iterator[SourceItem]:
+    """Join the rows of an image to one sample. Other columns stay if all its rows agree."""
     groups: dict[str, list[dict[str, Any]]] = {}
     paths: dict[str, Path] = {}
     for line, row in rows:
@@ -188,7 +194,7 @@ def _join_rows(
             yield RejectedSample(name, "no text")
             continue
         path = root / image.strip()
-        relative = os.path.relpath(path, root)  # one name for a.jpg, ./a.jpg, /full/a.jpg
+        relative = os.path.relpath(path, root)  # the same for a.jpg, ./a.jpg, /full/a.jpg
         paths.setdefault(relative, path)
         groups.setdefault(relative, []).append(record)
     for relative in shuffled(list(groups)):
