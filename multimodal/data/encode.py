@@ -27,7 +27,6 @@ from multimodal.data.images import Fit, augment_image, fit_image, open_image
 from multimodal.data.jobs import job_folder
 from multimodal.data.parallel import (
     Engine,
-    is_first_rank,
     map_ordered,
     map_units,
 )
@@ -43,7 +42,7 @@ from multimodal.data.shards import (
 from multimodal.files import atomic_file
 from multimodal.seeds import sample_seed
 from multimodal.tokenizers.image import VQTokenizer, load_image_tokenizer
-from multimodal.torchrun import rank_and_world_size
+from multimodal.torchrun import is_first_rank, rank_and_world_size
 
 SETTINGS = "encoding.json"  # the arguments, in a folder that is not finished
 TOKENIZER = ".tokenizer-"  # start of the name of a tokenizer folder for worker processes

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from multimodal.data.parallel import POLL_INTERVAL, exclusive_lock, is_first_rank
+from multimodal.data.parallel import POLL_INTERVAL, exclusive_lock
 from multimodal.files import temporary_path, write_json
+from multimodal.torchrun import is_first_rank
 
 LOCK = ".lock"
 

@@ -84,10 +84,6 @@ def map_ordered(function: Callable[[In], Out], items: Iterable[In], workers: int
                 future.cancel()
 
 
-def is_first_rank() -> bool:
-    return rank_and_world_size()[0] == 0
-
-
 def map_units(
     function: Callable[[In], Out],
     units: Iterable[In],

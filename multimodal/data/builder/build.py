@@ -36,6 +36,7 @@ from multimodal.data.images import Fit
 from multimodal.data.near_duplicates import CopyIndex
 from multimodal.data.parallel import Engine, exclusive_lock, map_units
 from multimodal.data.shards import MANIFEST, write_manifest
+from multimodal.torchrun import is_first_rank
 
 REJECTED = "rejected.jsonl"
 STAGING = ".building"
