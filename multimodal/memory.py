@@ -1,4 +1,4 @@
-"""What malloc is told on a CPU."""
+"""A setting of the memory allocator for work on a CPU."""
 
 import ctypes
 import sys
@@ -7,12 +7,15 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse large blocks, rather than give them back and get them anew, zeroed.
+    """Let glibc keep large blocks that were freed, and reuse them.
 
-    Every batch and every step frees and takes the same activations; without this, page faults are a
-    third of the time of captions on a CPU, and up to half of that of a step of training
-    (docs/decisions/training_speed.md). A process keeps what it needed at its peak, and those it
-    starts have to be told themselves. Does nothing where there is no mallopt.
+    By default it returns them to the system and gets new ones, filled with zeros. Every batch and
+    every step frees and allocates the same activations. Without this, page faults are a third of
+    the time of captions on a CPU, and up to half of the time of a training step
+    (docs/decisions/training_speed.md).
+
+    The process keeps the memory of its peak. Processes that it starts have to call this, too.
+    Without mallopt nothing is done.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

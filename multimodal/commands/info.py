@@ -1,6 +1,6 @@
-"""``multimodal info``: what a folder (model, image tokenizer, shards) holds; or this installation.
+"""``multimodal info``: what a folder (model, image tokenizer, shards) holds, or this installation.
 
-Fingerprints are verified, not quoted: every weight is read and hashed.
+Fingerprints are verified: every weight is read and hashed.
 """
 
 import argparse
@@ -28,7 +28,7 @@ EPILOG = """examples:
 
 
 def main(argv: list[str]) -> int:
-    """Run ``multimodal info ARGV...``; status 1 if a fingerprint is not that of the weights."""
+    """Run ``multimodal info ARGV...``. The exit status is 1 if a fingerprint is wrong."""
     parser = argparse.ArgumentParser(
         prog="multimodal info",
         description="What a model folder, an image tokenizer folder or a shard folder holds. "
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """The facts about a folder, whichever of the three it is. Errors: ``ValueError``."""
+    """The facts about a folder of a model, an image tokenizer or shards. Raises ``ValueError``."""
     from multimodal.model.checkpoint import find_model
 
     folder = find_model(folder)
@@ -101,7 +101,7 @@ def model_facts(folder: Path) -> dict[str, Any]:
 
 
 def _licence(folder: Path) -> dict[str, str]:
-    """The first paragraph of LICENSE: what one has to know of it."""
+    """The first paragraph of LICENSE."""
     if not (folder / "LICENSE").is_file():
         return {"license": "none is given: weights follow the licences of their data"}
     return {"license": " ".join((folder / "LICENSE").read_text("utf-8").split("\n\n")[0].split())}
@@ -128,7 +128,7 @@ def tokenizer_facts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def shard_facts(folder: Path) -> dict[str, Any]:
-    """From the manifest alone: `multimodal data check` reads the data."""
+    """The facts in the manifest. `multimodal data check` reads the data, too."""
     from multimodal.data.shards import read_manifest
 
     manifest = read_manifest(folder)
@@ -147,12 +147,12 @@ def shard_facts(folder: Path) -> dict[str, Any]:
 def installation() -> dict[str, Any]:
     import torch
 
-    found: dict[str, str] = {}
+    packages: dict[str, str] = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            packages[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
+            packages[name] = "not installed"
     devices = {"cpu": f"{torch.get_num_threads()} threads, {platform.machine()}"}
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
@@ -164,7 +164,7 @@ def installation() -> dict[str, Any]:
         "multimodal": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": found,
+        "packages": packages,
         "devices": devices,
     }
 
@@ -185,8 +185,10 @@ def _image_facts(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _verified(claimed: str, found: str) -> str:
-    return f"{claimed} (verified)" if claimed == found else f"{claimed} (MISMATCH: it is {found})"
+def _verified(claimed: str, computed: str) -> str:
+    if claimed == computed:
+        return f"{claimed} (verified)"
+    return f"{claimed} (MISMATCH: it is {computed})"
 
 
 def _files(folder: Path) -> dict[str, Any]:
@@ -201,7 +203,7 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
         if isinstance(value, dict):
             lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
         else:
-            # Grouped digits where it is a count; an epsilon or a name stays what it is.
+            # Counts get grouped digits. An epsilon or a name stays what it is.
             shown = f"{value:,}" if type(value) is int else str(value)
             lines.append(f"{indent}{name}: {shown}")
     return lines

@@ -1,4 +1,7 @@
-"""Images and texts in one space: the states at <eoi> and at <boi>, projected."""
+"""Images and texts in one space: the states at <eoi> and at <boi>, projected.
+
+Shapes: B images or texts, n codes of an image, D width of an embedding.
+"""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -35,20 +38,28 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The image files of a folder and those below it, by name. Errors: ``ValueError`` for none."""
+    """The image files of a folder and its subfolders, sorted by path.
+
+    Raises:
+        ValueError: if there is no such folder, or no image in it.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
         raise ValueError(f"{folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
-    return found
+    return paths
 
 
 class EmbeddingCache:
-    """Embeddings by what a file holds, in one safetensors file for each model.
+    """Embeddings by the content of image files, in one safetensors file for each model.
 
-    A moved or renamed image is found again; another model, or changed bytes, is another entry. A
-    cache that cannot be read is no error: it is made anew.
+    A moved or renamed image keeps its entry. Changed bytes, or another model, are another entry. A
+    cache that cannot be read is no error: it is computed again.
+
+    Args:
+        folder: where the files are.
+        fingerprint: of the model.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
@@ -69,12 +80,12 @@ class EmbeddingCache:
         return hashlib.sha256(data).hexdigest()
 
     def save(self) -> None:
-        """Write it, whole or not at all; where there is no room or no right to, go on without."""
+        """Write the file. Without space or permission nothing is written, and that is no error."""
         from safetensors.torch import save_file
 
         if not self.added:
             return
-        with suppress(Exception):  # safetensors has its own for a full disk
+        with suppress(Exception):  # safetensors raises an exception of its own on a full disk
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(self.path, shared=True) as part:
                 save_file({key: row.contiguous() for key, row in self.rows.items()}, part)
@@ -86,27 +97,27 @@ def embed_files(
     """(path, float32[D] or what was wrong with the file), in the order of the paths."""
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
-        found: dict[int, Tensor | ValueError] = {}
+        results: dict[int, Tensor | ValueError] = {}
         pixels, missing = [], []
         for i, path in enumerate(batch):
             try:
                 data = path.read_bytes()
                 key = EmbeddingCache.key(data)
                 if cache is not None and key in cache.rows:
-                    found[i] = cache.rows[key]
+                    results[i] = cache.rows[key]
                     continue
                 pixels.append(read_images(model, [data], [str(path)]))
                 missing.append((i, key))
             except OSError as error:
-                found[i] = ValueError(f"{path}: {error.strerror or error}")
+                results[i] = ValueError(f"{path}: {error.strerror or error}")
             except ValueError as error:
-                found[i] = error
+                results[i] = error
         if pixels:
             rows = embed_codes(model, encode_images(model, torch.cat(pixels)))
             for (i, key), row in zip(missing, rows, strict=True):
-                found[i] = row
+                results[i] = row
                 if cache is not None:
                     cache.rows[key] = row.clone()
                     cache.added += 1
         for i, path in enumerate(batch):
-            yield path, found[i]
+            yield path, results[i]

@@ -1,8 +1,8 @@
-"""A model folder as a stock Qwen3 folder, for every engine that runs one.
+"""Export a model folder as a stock Qwen3 folder, for every engine that runs one.
 
-An image is only tokens, so nothing has to be converted: the weights have the stock names, an image
-code becomes the token ``<|image:N|>``, and text ids stay what they are. Written here by hand, so
-that an export does not need transformers.
+An image is only tokens, so nothing is converted: the weights have the stock names, an image code
+becomes the token ``<|image:N|>``, and text ids stay what they are. The files are written by hand,
+so that an export does not need transformers.
 """
 
 import json
@@ -27,10 +27,16 @@ def image_token(code: int) -> str:
 
 
 def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> None:
-    """Write the model folder ``source`` as a folder ``out`` for transformers and its kin.
+    """Write a model folder as a Hugging Face folder. It appears complete or not at all.
 
-    ``out`` appears whole or not at all. Errors: ``ValueError`` for a source that is no model
-    folder, a dtype that is not in ``DTYPES``, an ``out`` that holds something already.
+    Args:
+        source: a model folder, or the name of a bundled model.
+        out: a new or empty folder.
+        dtype: of the written weights, one of DTYPES.
+
+    Raises:
+        ValueError: for a source that is no model folder, another dtype, or a folder that is not
+            empty.
     """
     source, out = find_model(source), Path(out)
     if dtype not in DTYPES:
@@ -49,11 +55,16 @@ def export_model(
     dtype: str = "bfloat16",
     image_tokenizer: str | Path | None = None,
 ) -> None:
-    """Write the model folder ``source`` anew as ``out``, its weights rounded to ``dtype``.
+    """Write a model folder again, with its weights rounded.
 
-    image_tokenizer: a folder with another decoder for the same codes, to put into the model; by
-    default the image tokenizer is left as it is. Errors: as ``export_hf``, and ``ValueError`` for
-    an image tokenizer that makes other codes.
+    Args:
+        source: a model folder, or the name of a bundled model.
+        out: a new or empty folder.
+        dtype: of the written weights, one of DTYPES.
+        image_tokenizer: a folder with another decoder for the same codes, to put into the model.
+
+    Raises:
+        ValueError: as ``export_hf``, and for an image tokenizer that makes other codes.
     """
     source, out = find_model(source), Path(out)
     if dtype not in DTYPES:
@@ -109,7 +120,7 @@ def _write(model: ModelParts, folder: Path, dtype: str) -> None:
 
 
 def _stock_config(model: ModelParts) -> dict[str, Any]:
-    """``config.json`` of a Qwen3ForCausalLM; RoPE as transformers 4 and 5 write it."""
+    """``config.json`` of a Qwen3ForCausalLM, with RoPE as transformers 4 and 5 each write it."""
     c = model.config.transformer
     return {
         "architectures": ["Qwen3ForCausalLM"],
@@ -135,18 +146,18 @@ def _stock_config(model: ModelParts) -> dict[str, Any]:
 
 
 def _tokenizer(model: ModelParts) -> dict[str, Any]:
-    """The text tokenizer with a token for each special and each code, on the ids of Vocabulary.
+    """The text tokenizer with a token for each special and each code, at the ids of Vocabulary.
 
-    Codes are no special tokens there, so that ``skip_special_tokens`` keeps a drawn image.
+    Codes are not special tokens there, so that ``skip_special_tokens`` keeps a drawn image.
     """
     vocabulary: Vocabulary = model.vocabulary
     stored: dict[str, Any] = json.loads(model.text_tokenizer.to_json())
     names = [*SPECIALS, *map(image_token, range(vocabulary.codebook_size))]
-    there = stored.get("added_tokens") or []  # of the Qwen3 it began with
-    own = {*stored["model"]["vocab"], *(token["content"] for token in there)}
-    if taken := [name for name in names if name in own]:
+    added = stored.get("added_tokens") or []  # of the Qwen3 that the model started from
+    existing = {*stored["model"]["vocab"], *(token["content"] for token in added)}
+    if taken := [name for name in names if name in existing]:
         raise ValueError(f"the text tokenizer has tokens of its own where {taken[:3]} belong")
-    stored["added_tokens"] = there + [
+    stored["added_tokens"] = added + [
         {
             "id": vocabulary.text_size + number,
             "content": name,

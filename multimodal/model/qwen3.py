@@ -1,4 +1,4 @@
-"""Sizes and weights of a Qwen3 folder of Hugging Face, to start from."""
+"""Read the sizes and weights of a Qwen3 folder of Hugging Face, to start a model from."""
 
 import json
 from pathlib import Path
@@ -11,16 +11,35 @@ from torch import Tensor
 from multimodal.model.transformer import TransformerConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What the transformer of this package has not, and the value that says that it is not used.
-PLAIN = {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False,
-         "rope_scaling": None}  # fmt: skip
+# Features that the transformer of this package does not have, with the value that turns them off.
+UNSUPPORTED = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "rope_scaling": None,
+}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
 
 
 def read_qwen3(folder: str | Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
-    """The config and the weights by their stock names, in the precision they are stored in.
+    """Read a folder.
 
-    Errors: ``ValueError`` for a folder that holds another kind of model, or weights other than
-    safetensors.
+    Returns:
+        The config, and the weights by their stock names in the dtype in which they are stored.
+
+    Raises:
+        ValueError: for another kind of model, unsupported features, or weights that are not
+            safetensors.
     """
     folder = Path(folder)
     try:
@@ -30,20 +49,16 @@ def read_qwen3(folder: str | Path) -> tuple[TransformerConfig, dict[str, Tensor]
     if config.get("model_type") != "qwen3":
         raise ValueError(f"{folder}: a model of type {config.get('model_type')!r}, expected qwen3")
     rope = config.get("rope_parameters") or {}
-    if other := {name for name, plain in PLAIN.items() if config.get(name, plain) != plain}:
-        raise ValueError(f"{folder}: its {', '.join(sorted(other))} is not known here")
+    if other := {name for name, off in UNSUPPORTED.items() if config.get(name, off) != off}:
+        raise ValueError(f"{folder}: its {', '.join(sorted(other))} is not supported")
     if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{folder}: its RoPE of type {rope['rope_type']!r} is not known here")
+        raise ValueError(f"{folder}: its RoPE of type {rope['rope_type']!r} is not supported")
     try:
         sizes = TransformerConfig(
-            **{name: config[name] for name in (
-                "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings",
-                "rms_norm_eps",
-            )},
+            **{name: config[name] for name in SIZES},
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        )  # fmt: skip
+        )
     except KeyError as error:
         raise ValueError(f"{folder}: config.json has no {error}") from error
     try:

@@ -1,6 +1,7 @@
-"""How a task is put to the model in words. Kept in the model folder: the same in training and use.
+"""The words around questions and statements. They are stored in the model folder.
 
-A caption has no prompt: it follows the image. The answer to a prompt is tokenised apart from it.
+So they are the same in training and in use. A caption has no prompt: it follows the image. Prompt
+and answer are tokenized separately.
 """
 
 from dataclasses import dataclass, fields
@@ -8,9 +9,11 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Templates:
-    """Each holds ``{text}``, once: where the user's words go.
+    """Each template holds ``{text}`` once, in the place of the user's words.
 
-    question: before an answer; statement: before "true" or "false".
+    Args:
+        question: what an answer follows.
+        statement: what "true" or "false" follows.
     """
 
     question: str = "Question: {text} Answer:"
@@ -22,11 +25,11 @@ class Templates:
                 raise ValueError(f"template {item.name}: expected {{text}} in it, once")
 
     def ask(self, question: str) -> str:
-        """The prompt of a question. Errors: ``ValueError`` for an empty one."""
+        """The prompt of a question. Raises ``ValueError`` for an empty one."""
         return self._fill(self.question, question, "question")
 
     def judge(self, statement: str) -> str:
-        """The prompt of a statement, to be called true or false."""
+        """The prompt of a statement that is to be called true or false."""
         return self._fill(self.statement, statement, "statement")
 
     @staticmethod

@@ -1,6 +1,7 @@
-"""One id space: text ids first, untouched; then the specials; then the image codes.
+"""One id space: text ids first, then the specials, then the image codes.
 
-Padded to a multiple of 128 for the matrix units; padding rows are never a target, never sampled.
+Text ids stay what they are in the text tokenizer. The size is padded to a multiple of 128 for the
+matrix units. Padding ids are never a target and never sampled.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,12 @@ SPECIALS = ("<bos>", "<eos>", "<pad>", "<boi>", "<eoi>", "<mask>", "<null>")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Args: text_size: ids of the text tokenizer; codebook_size: codes of the image tokenizer."""
+    """The ids.
+
+    Args:
+        text_size: number of ids of the text tokenizer.
+        codebook_size: number of codes of the image tokenizer.
+    """
 
     text_size: int
     codebook_size: int
@@ -18,7 +24,8 @@ class Vocabulary:
     def __post_init__(self) -> None:
         if self.text_size < 1 or self.codebook_size < 1:
             raise ValueError(
-                f"text_size={self.text_size}, codebook_size={self.codebook_size}: must be >= 1"
+                f"text_size={self.text_size}, codebook_size={self.codebook_size}: "
+                "expected at least 1"
             )
 
     def special(self, name: str) -> int:
@@ -48,12 +55,12 @@ class Vocabulary:
 
     @property
     def mask(self) -> int:
-        """Stands where a code is to be reconstructed."""
+        """In the place of a code that is to be reconstructed."""
         return self.special("<mask>")
 
     @property
     def null(self) -> int:
-        """Stands for a dropped condition."""
+        """In the place of a text that was dropped (classifier-free guidance)."""
         return self.special("<null>")
 
     @property
@@ -68,5 +75,5 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """Rows of the embedding."""
+        """Rows of the embedding table, padding included."""
         return -(-self.image_end // 128) * 128
