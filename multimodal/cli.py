@@ -2,8 +2,8 @@
 
 This is the one file that may name every part of the package. The module of a verb is imported by
 name when the verb is called: `multimodal --help` must answer at once, and torch takes seconds.
-Every such module has `main(argv) -> exit status`. A mistake of the user (ValueError, OSError) becomes one
-line on stderr and exit status 1. Wrong usage is exit status 2.
+Every such module has `main(argv) -> exit status`. A mistake of the user (ValueError, OSError)
+becomes one line on stderr and exit status 1. Wrong usage is exit status 2.
 """
 
 import contextlib
