@@ -8,21 +8,21 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from multimodal.api import load
+    from multimodal.api import Model, load
 
 try:
     __version__ = version("multimodal")
 except PackageNotFoundError:  # a checkout on PYTHONPATH, not installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "load"]
+__all__ = ["Model", "__version__", "load"]
 
 
 def __getattr__(name: str) -> object:
-    if name == "load":
-        from multimodal.api import load
+    if name in ("load", "Model"):
+        from multimodal import api
 
-        return load
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -33,6 +33,7 @@ from multimodal.inference.text import answer_codes, caption_images
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.compiled import CompiledForward
 from multimodal.options import (
+    AnswerOptions,
     CaptionArguments,
     CaptionOptions,
     DrawArguments,
@@ -43,6 +44,7 @@ from multimodal.options import (
     TextOptions,
     check,
     make_options,
+    takes_options,
 )
 
 
@@ -74,6 +76,7 @@ class Model(ModelParts):
 
     # --- texts --------------------------------------------------------------------------------
 
+    @takes_options(CaptionOptions)
     def caption(
         self,
         images: Sequence[ImageSource],
@@ -99,6 +102,7 @@ class Model(ModelParts):
             captions.append(caption)
         return captions
 
+    @takes_options(CaptionOptions)
     def caption_each(
         self,
         images: Sequence[ImageSource],
@@ -114,6 +118,7 @@ class Model(ModelParts):
         caption_options = make_options(CaptionOptions, options)
         return caption_images(self, images, caption_options, examples, batch_size)
 
+    @takes_options(AnswerOptions)
     def answer(
         self,
         image: ImageSource,
@@ -144,6 +149,7 @@ class Model(ModelParts):
         follow = None if schema is None else Schema(self, schema)
         return answer_codes(self, codes, [question], answer_options, words, choices, follow)[0]
 
+    @takes_options(TextOptions)
     def generate(
         self,
         parts: Sequence[ImageSource],
@@ -164,6 +170,7 @@ class Model(ModelParts):
             raise reply
         return reply.parts or [""]
 
+    @takes_options(TextOptions)
     def reply(
         self,
         prompts: Sequence[Sequence[ImageSource]],
@@ -178,6 +185,7 @@ class Model(ModelParts):
         """
         return mixed.reply(self, prompts, output, make_options(TextOptions, options), batch_size)
 
+    @takes_options(TextOptions)
     def stream(
         self,
         parts: Sequence[ImageSource],
@@ -195,6 +203,7 @@ class Model(ModelParts):
 
     # --- images -------------------------------------------------------------------------------
 
+    @takes_options(DrawOptions)
     def draw(
         self,
         text: str,
@@ -225,6 +234,7 @@ class Model(ModelParts):
         )
         return [to_image(image) for image in decode_images(self, codes)]
 
+    @takes_options(EditOptions)
     def edit(
         self,
         image: ImageSource,
@@ -249,6 +259,7 @@ class Model(ModelParts):
             white = open_image(mask)
         return editing.edit_image(self, original, white, text, make_options(EditOptions, options))
 
+    @takes_options(EditOptions)
     def outpaint(
         self,
         image: ImageSource,
@@ -260,6 +271,7 @@ class Model(ModelParts):
         edit_options = make_options(EditOptions, options)
         return editing.outpaint_image(self, open_image(image), margins, text, edit_options)
 
+    @takes_options(EditOptions)
     def vary(
         self,
         image: ImageSource,

@@ -4,13 +4,16 @@ Python signatures, command-line parsers and prompt files are made of these field
 imports torch, so that ``--help`` stays fast.
 """
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict, TypeVar
 
 Method = Literal["causal", "masked"]
 Schedule = Literal["constant", "rising"]
 Options = TypeVar("Options", bound="Sampling")
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
 
 def option(default: Any, help: str, metavar: str | None = None) -> Any:
@@ -205,8 +208,27 @@ def make_options(cls: type[Options], given: Mapping[str, Any]) -> Options:
     return cls(**given)
 
 
-def default_of(cls: type[Sampling], name: str) -> Any:
-    """The default of an option."""
-    (item,) = (item for item in fields(cls) if item.name == name)
-    assert item.default is not MISSING
-    return item.default
+def takes_options(cls: type[Sampling]) -> Callable[[MethodT], MethodT]:
+    """Show the fields of an options class in the signature of a method that takes ``**options``.
+
+    So ``help()`` and editors list names, types and defaults.
+    """
+
+    def decorate(method: MethodT) -> MethodT:
+        signature, hints = inspect.signature(method), typing.get_type_hints(cls)
+        given = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        shown = [
+            inspect.Parameter(
+                item.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=item.default,
+                annotation=hints[item.name],
+            )
+            for item in fields(cls)
+        ]
+        method.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*given, *shown]
+        )
+        return method
+
+    return decorate

@@ -13,6 +13,7 @@ Beam search is apart (inference/beams.py): its rows copy one another.
 Shapes: B rows, V ids that rows can choose from.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from multimodal.options import Sampling
 REFILL = 0.75  # others join when at most this share of a batch is left
 
 
-class Row:
+class Row(ABC):
     """One prompt and its continuation. Subclasses say what may come next, and take it.
 
     Attributes:
@@ -58,6 +59,7 @@ class Row:
         """The scale of this step, for rows with two prompts."""
         return 1.0
 
+    @abstractmethod
     def take(self, token: int, log_probability: float) -> Iterator[Any]:
         """Go on by a token, and yield what became whole by it.
 
@@ -65,7 +67,6 @@ class Row:
             token: an id.
             log_probability: of the token among those allowed, in nats. 0 where it is not computed.
         """
-        raise NotImplementedError
 
 
 @torch.inference_mode()
