@@ -19,7 +19,11 @@ PARTS = ("multimodal", "tokenizers", "eval", "train")
 # Modules at the top of multimodal/ that every room may use, and that use no room.
 FOUNDATION = ("distributed", "files", "memory", "options", "seeds", "terminal", "torchrun")
 # The front doors: `import multimodal`, and the command line, which finds verbs by name.
-FRONT_DOORS = ("multimodal", "multimodal.cli", "multimodal.load", "multimodal.__version__")
+FRONT_DOORS = (
+    "multimodal",
+    "multimodal.cli",
+    *(f"multimodal.{n}" for n in ("load", "Model", "__version__")),
+)
 BELOW: dict[str, tuple[str, ...]] = {
     "foundation": (),
     "tokenizers": (),
