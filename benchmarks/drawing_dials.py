@@ -22,10 +22,11 @@ from multimodal import load
 from multimodal.data.images import to_image
 from multimodal.data.shards import Shards
 from multimodal.eval.metrics.scene_drawings import score_scene_drawings, whole_caption
-from multimodal.inference.drawing import Method, decode_images, draw_codes
+from multimodal.inference.codec import decode_images
+from multimodal.inference.drawing import draw_codes
 from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.model.lessons import descriptions_of
-from multimodal.options import Sampling
+from multimodal.options import DrawOptions, Method
 
 COUNT = 100
 METHODS: tuple[tuple[Method, int, float], ...] = (  # steps, temperature
@@ -53,13 +54,12 @@ def main() -> None:
     settings = [(*method, scale) for method in METHODS for scale in SCALES]
     for method, steps, temperature, scale in tqdm(settings, disable=None):
         start = time.perf_counter()
-        sampling = Sampling(temperature=temperature)
-        how = {
-            "method": method, "steps": steps, "guidance_scale": scale, "sampling": sampling
-        }  # fmt: skip
-        drawn = decode_images(model, draw_codes(model, prompts, **how))  # type: ignore[arg-type]
+        options = DrawOptions(
+            method=method, steps=steps, guidance_scale=scale, temperature=temperature
+        )
+        drawn = decode_images(model, draw_codes(model, prompts, options))
         score = score_scene_drawings(prompts, [to_image(image) for image in drawn])
-        photos = draw_codes(model, of_photos, **how)  # type: ignore[arg-type]
+        photos = draw_codes(model, of_photos, options)
         likeness = torch.cat([embed_codes(model, some) for some in photos.split(64)])
         rows.append({
             "method": method if method == "causal" else f"masked, {steps} steps",

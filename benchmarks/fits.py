@@ -15,7 +15,9 @@ from multimodal.api import Model
 from multimodal.data.images import to_image
 from multimodal.data.shards import Shards
 from multimodal.eval.metrics.scene_drawings import score_scene_drawings, whole_caption
-from multimodal.inference.drawing import Method, decode_images, draw_codes
+from multimodal.inference.codec import decode_images
+from multimodal.inference.drawing import draw_codes
+from multimodal.options import DrawOptions, Method
 
 TRAINER = {
     "precision": "bf16-mixed", "gradient_clip_val": 1.0, "check_val_every_n_epoch": None,
@@ -72,10 +74,14 @@ def score_drawings(model: Model, data: str, method: Method = "causal") -> dict[s
     records = (sample.record for sample in islice(Shards(data, "val"), 200))
     prompts = [caption for record in records if (caption := whole_caption(record))]
     codes = [
-        draw_codes(model, prompts[start : start + 64], method=method,
-                   numbers=range(start, min(start + 64, len(prompts))))
+        draw_codes(
+            model,
+            prompts[start : start + 64],
+            DrawOptions(method=method),
+            numbers=range(start, min(start + 64, len(prompts))),
+        )
         for start in range(0, len(prompts), 64)
-    ]  # fmt: skip
+    ]
     drawn = [to_image(image) for image in decode_images(model, torch.cat(codes))]
     return score_scene_drawings(prompts, drawn)
 

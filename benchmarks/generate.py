@@ -36,14 +36,17 @@ import transformers
 
 from multimodal import load
 from multimodal.api import Model
-from multimodal.inference.drawing import Method, draw_codes
-from multimodal.inference.text import caption_codes, encode_images, generate_ids, read_images
+from multimodal.inference.codec import encode_images, read_images
+from multimodal.inference.drawing import draw_codes
+from multimodal.inference.text import caption_codes, generate_ids
 from multimodal.memory import keep_freed_memory
 from multimodal.model.export import export_hf
 from multimodal.model.sequences import describe_prompt
+from multimodal.options import DrawOptions, Method, TextOptions
 from multimodal.scenes.scene import render, sample_scene
 
 TOKENS, FEW, BATCH, MANY = 32, 8, 32, 128
+GREEDY = TextOptions(max_tokens=TOKENS)
 METHODS: dict[str, Method] = {"ours, masked": "masked", "code by code": "causal"}
 
 
@@ -100,9 +103,9 @@ def captions(
     few = prompts[:FEW]
     static = {"cache_implementation": "static"}
     one_by_one = {
-        "ours": into("ours", lambda: [generate_ids(model, [p], TOKENS)[0] for p in few]),
+        "ours": into("ours", lambda: [generate_ids(model, [p], GREEDY)[0] for p in few]),
         "ours, compiled": into(
-            "ours, compiled", lambda: [generate_ids(compiled, [p], TOKENS)[0] for p in few]
+            "ours, compiled", lambda: [generate_ids(compiled, [p], GREEDY)[0] for p in few]
         ),
         "transformers": into("transformers", lambda: theirs(eager, few, 1)),
         "transformers, compiled": into(
@@ -115,9 +118,9 @@ def captions(
         for name, one in said.items()
     }
     together = {
-        "ours": into("ours", lambda: generate_ids(model, prompts, TOKENS, batch_size=BATCH)),
+        "ours": into("ours", lambda: generate_ids(model, prompts, GREEDY, batch_size=BATCH)),
         "ours, compiled": into(
-            "ours, compiled", lambda: generate_ids(compiled, prompts, TOKENS, batch_size=BATCH)
+            "ours, compiled", lambda: generate_ids(compiled, prompts, GREEDY, batch_size=BATCH)
         ),
         "transformers": into("transformers", lambda: theirs(eager, prompts, BATCH)),
         "transformers, compiled": into(
@@ -169,12 +172,16 @@ def coca(
         return out
 
     def ours(images: torch.Tensor) -> list[str]:
-        return caption_codes(compiled, encode_images(compiled, images), TOKENS)
+        return caption_codes(compiled, encode_images(compiled, images), GREEDY)
 
+    shapes = {
+        "ours": [model.network, model.image_tokenizer],
+        **{shape: [peer] for shape, peer in peers.items()},
+    }
     found: dict[str, Any] = {
         "parameters": {
-            shape: sum(p.numel() for p in one.parameters())
-            for shape, one in {"ours": model, **peers}.items()
+            shape: sum(p.numel() for module in modules for p in module.parameters())
+            for shape, modules in shapes.items()
         },
         "tokens": {"each": lengths[:FEW], f"longest of {BATCH}": max(lengths)},
     }
@@ -198,7 +205,7 @@ def drawing(model: Model, compiled: Model, rounds: int) -> Any:
     for batch in (1, 2, 4, 8, 32):
         texts = [text] * batch
         work: dict[str, Callable[[], object]] = {
-            way + form: partial(draw_codes, one, texts, method=method, steps=8)
+            way + form: partial(draw_codes, one, texts, DrawOptions(method=method, steps=8))
             for form, one in (("", model), (", compiled", compiled))
             for way, method in METHODS.items()
         }
@@ -230,7 +237,7 @@ def main() -> None:
     if "captions" in arguments.only:
         figures["captions"] = captions(model, compiled, arguments.model, prompts, arguments.rounds)
     if "coca" in arguments.only:
-        said = generate_ids(model, prompts[:BATCH], TOKENS)
+        said = generate_ids(model, prompts[:BATCH], GREEDY)
         lengths = [len(text) + 1 for text in said]
         figures["coca"] = coca(model, compiled, pixels[:BATCH], lengths, arguments.rounds)
     if "drawing" in arguments.only:

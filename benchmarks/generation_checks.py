@@ -24,12 +24,14 @@ from torch import Tensor
 
 from multimodal import load
 from multimodal.api import Model
-from multimodal.inference.drawing import Method, draw_codes
-from multimodal.inference.text import answer_codes, encode_images, generate_ids, read_images
+from multimodal.inference.codec import encode_images, read_images
+from multimodal.inference.drawing import draw_codes
+from multimodal.inference.json_schema import Schema
+from multimodal.inference.text import answer_codes, generate_ids
 from multimodal.memory import keep_freed_memory
 from multimodal.model.export import export_hf
 from multimodal.model.sequences import describe_prompt
-from multimodal.options import Sampling
+from multimodal.options import AnswerOptions, DrawOptions, Method, TextOptions
 from multimodal.scenes.scene import render, sample_scene
 
 PROMPTS, TOKENS = 100, 32
@@ -72,14 +74,18 @@ def texts(model: Model, name: str, codes: Tensor) -> dict[str, int]:
         question = model.config.templates.ask(QUESTIONS[number % len(QUESTIONS)])
         prompts[number] += model.text_tokenizer.encode(question)
     found = {}
-    for how, sampling in (("greedy", Sampling()), ("sampled", Sampling(temperature=1.0, seed=3))):
+    settings = {
+        "greedy": TextOptions(max_tokens=TOKENS),
+        "sampled": TextOptions(max_tokens=TOKENS, temperature=1.0, seed=3),
+    }
+    for how, options in settings.items():
         alone = [
-            generate_ids(model, [prompt], TOKENS, sampling, [number])[0]
+            generate_ids(model, [prompt], options, [number])[0]
             for number, prompt in enumerate(prompts)
         ]
         others = {"all at once": 0, "filled again": 16}
         for what, size in others.items():
-            said = generate_ids(model, prompts, TOKENS, sampling, batch_size=size)
+            said = generate_ids(model, prompts, options, batch_size=size)
             found[f"{how}, {what}"] = sum(a == b for a, b in zip(alone, said, strict=True))
         if how == "greedy":
             said = of_transformers(name, prompts, v.eos, v.pad)
@@ -88,13 +94,13 @@ def texts(model: Model, name: str, codes: Tensor) -> dict[str, int]:
 
 
 def images(model: Model, count: int) -> dict[str, int]:
-    n, wrong, made = model.image_tokenizer.config.grid**2, 0, set()
+    n, wrong, made = model.codes_per_image, 0, set()
     shares: dict[Method, int] = {"causal": count * 4 // 5, "masked": count - count * 4 // 5}
     for method, many in shares.items():
         asked = [TEXTS[number % len(TEXTS)] for number in range(many)]
         scale = 1.0 if method == "causal" else 3.0
-        codes = draw_codes(model, asked, method=method, steps=8, guidance_scale=scale,
-                           sampling=Sampling(temperature=1.3, seed=1))  # fmt: skip
+        options = DrawOptions(method=method, steps=8, guidance_scale=scale, temperature=1.3, seed=1)
+        codes = draw_codes(model, asked, options)
         wrong += sum(
             len(row) != n or min(row) < 0 or max(row) >= model.image_tokenizer.codebook_size
             for row in codes.tolist()
@@ -107,9 +113,9 @@ def answers(model: Model, codes: Tensor) -> int:
     """codes: int64[PROMPTS, n] -> how many of twice as many answers hold to SCHEMA"""
     right = 0
     for seed in range(2):
-        sampling = Sampling(temperature=1.0, seed=seed)
-        for text in answer_codes(model, codes, ["what is there?"] * PROMPTS, 100, sampling,
-                                 schema=SCHEMA):  # fmt: skip
+        options = AnswerOptions(max_tokens=100, temperature=1.0, seed=seed)
+        questions = ["what is there?"] * PROMPTS
+        for text in answer_codes(model, codes, questions, options, schema=Schema(model, SCHEMA)):
             said = json.loads(text)
             right += (
                 said.keys() == SCHEMA["properties"].keys()

@@ -27,8 +27,8 @@ from multimodal import load
 from multimodal.api import Model
 from multimodal.data.shards import Shards
 from multimodal.eval.metrics.retrieval import score_retrieval
+from multimodal.inference.codec import encode_images, read_images
 from multimodal.inference.embedding import embed_codes, embed_texts
-from multimodal.inference.text import encode_images, read_images
 from multimodal.model.checkpoint import part_of
 from multimodal.tokenizers.image import load_image_tokenizer
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 CODES, TEXT = 64, "A brown dog runs over the grass with a red ball in its mouth ."
@@ -36,8 +37,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
 
     from multimodal.api import Model
     from multimodal.memory import keep_freed_memory
+    from multimodal.model.batches import BatchBuilder, TrainingSample
     from multimodal.model.objectives import ObjectivesConfig
-    from multimodal.model.sequences import NO_LOSS, OBJECTIVES, pack
+    from multimodal.model.sequences import NO_LOSS, OBJECTIVES
     from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
     from multimodal.tokenizers.text import TextTokenizer
     from multimodal.train.cost import peak_memory
@@ -53,18 +55,32 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     vq = {"name": "vq", "codebook_size": codebook, "channels": 8}
     shares = ObjectivesConfig(reconstruct_share=0.5, next_token_share=0.5)
     images = VQTokenizer(ImageTokenizerConfig(quantizer=vq))
-    model = Model.new(options.size, tokenizer, images, shares).to(device)
-    numbers = list(range(options.pairs))
-    codes = torch.randint(0, codebook, (options.pairs, CODES))
-    packed = pack(model.sequences(codes, [TEXT] * options.pairs, numbers), options.row_length,
-                  model.vocabulary.pad, row_multiple=4)  # fmt: skip
-    real = packed.documents > 0
-    ids = torch.tensor(numbers)
+    network = Model.new(options.size, tokenizer, images, shares).to(device).network
+    codes = torch.randint(0, codebook, (options.pairs, CODES)).numpy()
+    builder = BatchBuilder(
+        network.vocabulary,
+        shares,
+        network.config.templates,
+        tokenizer.encode,
+        CODES,
+        options.row_length,
+    )
+    batch = builder.build(
+        [
+            TrainingSample(str(number), {"captions": [TEXT]}, codes[number, None], number)
+            for number in range(options.pairs)
+        ]
+    )
+    # The texts count as different ones.
+    ids = torch.arange(options.pairs)
+    batch = replace(batch, image_ids=ids, text_ids=ids)
+    packed = batch.packed
+    tokens = packed.documents > 0
     step: Callable[[], torch.Tensor]
     if whose == "theirs":
         from transformers import Qwen3Config, Qwen3ForCausalLM
 
-        c = model.config.transformer
+        c = network.config.transformer
         config = Qwen3Config(
             vocab_size=c.vocab_size, hidden_size=c.hidden_size, head_dim=c.head_dim,
             num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
@@ -74,27 +90,28 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
         trained: Any = Qwen3ForCausalLM(config).to(device).train()
         call = torch.compile(trained) if "compiled" in name else trained
         rows = packed.ids.to(device)
-        labels = rows.masked_fill(~real.to(device), -100)
+        labels = rows.masked_fill(~tokens.to(device), -100)
 
         def step() -> torch.Tensor:
             loss: torch.Tensor = call(input_ids=rows, labels=labels).loss
             return loss
     else:
-        trained = model.train()
+        trained = network.train()
         if "compiled" in name:
-            model.network.transformer.compile()
+            network.transformer.compile()
         if name.startswith("plain"):
             following = torch.zeros_like(packed.ids)
             following[:, :-1] = packed.ids[:, 1:]
             last = packed.documents != torch.nn.functional.pad(packed.documents[:, 1:], (0, 1))
             packed.targets, packed.blocks = following, torch.zeros_like(packed.blocks)
-            packed.objectives = torch.where(last | ~real, NO_LOSS, OBJECTIVES.index("text"))
+            packed.objectives = torch.where(last | ~tokens, NO_LOSS, OBJECTIVES.index("text"))
             plain = ObjectivesConfig(weights={"text": 1.0}, alignment_weight=0.0)
-            object.__setattr__(model.config, "objectives", plain)
-        packed, ids = packed.to(torch.device(device)), ids.to(device)
+            object.__setattr__(network.config, "objectives", plain)
+        batch = batch.to(torch.device(device))
 
         def step() -> torch.Tensor:
-            return model(packed, ids, ids)[0]
+            loss: torch.Tensor = network(batch)[0]
+            return loss
 
     if "Muon" in name:
         optimizer: Any = muon(trained, [], 1e-3, 0.1)
@@ -114,7 +131,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return {"seconds": statistics.median(times[options.steps // 3 :]),
-            "tokens": int(real.sum()), "GB": peak_memory()}  # fmt: skip
+            "tokens": batch.tokens, "GB": peak_memory()}  # fmt: skip
 
 
 def main() -> None:

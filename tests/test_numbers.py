@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from multimodal.model.checkpoint import find, read_config
+from multimodal.model.checkpoint import find_model, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = {split: ROOT / f"docs/starter_{split}.json" for split in ("val", "heldout")}
@@ -80,7 +80,7 @@ def test_the_numbers_are_those_that_were_measured(
 
 
 def test_they_are_of_the_starter_that_comes_along(reports: dict[str, dict[str, Any]]) -> None:
-    fingerprint = read_config(find("starter"))["fingerprints"]["model"]
+    fingerprint = read_config(find_model("starter"))["fingerprints"]["model"]
     for split, report in reports.items():
         about = report["protocol"]
         assert about["fingerprint"] == fingerprint and about["split"] == split

@@ -112,8 +112,8 @@ def test_own_data_from_a_folder_to_a_tuned_starter(
     assert after.image_tokenizer.fingerprint == before.image_tokenizer.fingerprint
     changed = [
         name
-        for name, weight in before.transformer.state_dict().items()
-        if not torch.equal(weight, after.transformer.state_dict()[name])
+        for name, weight in before.network.transformer.state_dict().items()
+        if not torch.equal(weight, after.network.transformer.state_dict()[name])
     ]
     assert changed, "it learned nothing"
 

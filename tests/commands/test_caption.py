@@ -280,7 +280,8 @@ def test_info_verifies_fingerprints(
             "text": 300, "specials": 7, "image codes": 64, "size with padding": 384,
         }  # fmt: skip
         counts = facts["parameters"]
-        expected = sum(p.numel() for p in model.parameters())
+        parts = (model.network, model.image_tokenizer)
+        expected = sum(p.numel() for part in parts for p in part.parameters())
         assert expected == sum(counts.values()) - counts["of which embedding"]
     assert main(["info", str(folder)]) == 0
     assert "(verified)" in capsys.readouterr().out
