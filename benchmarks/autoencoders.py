@@ -80,20 +80,38 @@ def main() -> None:
     rows.append(("narrow vqgan, equal steps", NARROW, fitting["vit"]))
     for name, shape, steps in rows:
         tokenizer = {
-            "tokenizer": config_of(shape), "learning_rate": 1.5e-3,
+            "tokenizer": config_of(shape),
+            "learning_rate": 1.5e-3,
             "warmup_steps": max(1, min(100, steps // 10)),
-        }  # fmt: skip
+        }
         data = {
-            "folders": [arguments.data], "global_batch_size": BATCH, "crop_scale": 0.4,
-            "mirror": True, "val_limit": 256,
-        }  # fmt: skip
+            "folders": [arguments.data],
+            "global_batch_size": BATCH,
+            "crop_scale": 0.4,
+            "mirror": True,
+            "val_limit": 256,
+        }
         module = "image_tokenizer.ImageTokenizerModule"
         fit(out / name.replace(" ", "-").replace(",", ""), module, tokenizer, data, steps)
     compare = [
-        sys.executable, "-m", "multimodal.cli", "tokenizer", "compare", "--data", arguments.data,
-        "--fit", "squash", "--limit", "256", "--batch-size", "16",
-        "--output", out / "compare.json", "--picture", out / "table.png",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "multimodal.cli",
+        "tokenizer",
+        "compare",
+        "--data",
+        arguments.data,
+        "--fit",
+        "squash",
+        "--limit",
+        "256",
+        "--batch-size",
+        "16",
+        "--output",
+        out / "compare.json",
+        "--picture",
+        out / "table.png",
+    ]
     folders = [out / name.replace(" ", "-").replace(",", "") for name, _, _ in rows]
     compare += [folder / "model" for folder in folders]
     subprocess.run([str(part) for part in compare], check=True)
@@ -101,11 +119,14 @@ def main() -> None:
     figures = ("psnr", "ssim", "ms_ssim", "perceptual", "used", "parameters")
     table = [
         {
-            "name": name, "steps": steps, "images": steps * BATCH,
-            "seconds": int((folder / "seconds").read_text()), **{k: row[k] for k in figures},
+            "name": name,
+            "steps": steps,
+            "images": steps * BATCH,
+            "seconds": int((folder / "seconds").read_text()),
+            **{k: row[k] for k in figures},
         }
         for (name, _, steps), folder, row in zip(rows, folders, kept["tokenizers"], strict=True)
-    ]  # fmt: skip
+    ]
     result = {"step_seconds": seconds, "protocol": kept["protocol"], "rows": table}
     (out / "table.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "table.md").write_text(markdown(table))

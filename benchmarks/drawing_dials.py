@@ -61,13 +61,18 @@ def main() -> None:
         score = score_scene_drawings(prompts, [to_image(image) for image in drawn])
         photos = draw_codes(model, of_photos, options)
         likeness = torch.cat([embed_codes(model, some) for some in photos.split(64)])
-        rows.append({
-            "method": method if method == "causal" else f"masked, {steps} steps",
-            "temperature": temperature, "guidance": scale,
-            "objects": score["objects"], "colours": score["colours"], "extra": score["extra"],
-            "alignment on photos": float((likeness * meant).sum(-1).mean()),
-            "seconds": round(time.perf_counter() - start, 1),
-        })  # fmt: skip
+        rows.append(
+            {
+                "method": method if method == "causal" else f"masked, {steps} steps",
+                "temperature": temperature,
+                "guidance": scale,
+                "objects": score["objects"],
+                "colours": score["colours"],
+                "extra": score["extra"],
+                "alignment on photos": float((likeness * meant).sum(-1).mean()),
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+        )
     print(markdown(rows))
     print(json.dumps({"model": model.fingerprint, "scenes": len(prompts), "rows": rows}))
 

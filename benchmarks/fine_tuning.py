@@ -84,8 +84,14 @@ def caption(scene: Scene, rng: random.Random) -> str:
     parts = []
     for item in rng.sample(scene.objects, len(scene.objects)):
         region = region_of([item])
-        where = {"centre": "in the centre", "left": "on the left", "right": "on the right",
-                 "top": "at the top", "bottom": "at the bottom", None: ""}  # fmt: skip
+        where = {
+            "centre": "in the centre",
+            "left": "on the left",
+            "right": "on the right",
+            "top": "at the top",
+            "bottom": "at the bottom",
+            None: "",
+        }
         place = where.get(region, f"in the {region}")
         parts.append(f"{with_article(f'{item.colour} {item.shape}')} {place}".strip())
     return ", ".join(parts)

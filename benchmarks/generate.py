@@ -83,8 +83,12 @@ def captions(
             for _ in range(2)
         )
     faster.forward = torch.compile(faster.forward, dynamic=False)
-    settings = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": v.eos,
-                "pad_token_id": v.pad}  # fmt: skip
+    settings = {
+        "max_new_tokens": TOKENS,
+        "do_sample": False,
+        "eos_token_id": v.eos,
+        "pad_token_id": v.pad,
+    }
     said: dict[str, list[list[int]]] = {}
 
     @torch.inference_mode()
@@ -93,8 +97,10 @@ def captions(
         for start in range(0, len(some), size):
             ids = torch.tensor(some[start : start + size])
             rows = peer.generate(ids, attention_mask=torch.ones_like(ids), **settings, **more)
-            out += [row[: row.index(v.eos)] if v.eos in row else row
-                    for row in rows[:, ids.shape[1] :].tolist()]  # fmt: skip
+            out += [
+                row[: row.index(v.eos)] if v.eos in row else row
+                for row in rows[:, ids.shape[1] :].tolist()
+            ]
         return out
 
     def into(name: str, made: Callable[[], list[list[int]]]) -> Callable[[], object]:
@@ -147,17 +153,38 @@ def coca(
 
     def built(layers: int, width: int, heads: int) -> torch.nn.Module:
         torch.manual_seed(0)
-        text = {"context_length": 76, "vocab_size": v.text_size + 2, "width": width,
-                "heads": heads, "layers": layers}  # fmt: skip
-        return CoCa(
-            embed_dim=width,
-            multimodal_cfg={**text, "mlp_ratio": 4, "dim_head": width // heads, "n_queries": 64,
-                            "attn_pooler_heads": heads},
-            text_cfg={**text, "embed_cls": True, "output_tokens": True},
-            vision_cfg={"image_size": size, "layers": layers, "width": width,
-                        "head_width": width // heads, "patch_size": 8, "output_tokens": True,
-                        "attentional_pool": True, "attn_pooler_heads": heads},
-        ).to(dtype).eval()  # fmt: skip
+        text = {
+            "context_length": 76,
+            "vocab_size": v.text_size + 2,
+            "width": width,
+            "heads": heads,
+            "layers": layers,
+        }
+        return (
+            CoCa(
+                embed_dim=width,
+                multimodal_cfg={
+                    **text,
+                    "mlp_ratio": 4,
+                    "dim_head": width // heads,
+                    "n_queries": 64,
+                    "attn_pooler_heads": heads,
+                },
+                text_cfg={**text, "embed_cls": True, "output_tokens": True},
+                vision_cfg={
+                    "image_size": size,
+                    "layers": layers,
+                    "width": width,
+                    "head_width": width // heads,
+                    "patch_size": 8,
+                    "output_tokens": True,
+                    "attentional_pool": True,
+                    "attn_pooler_heads": heads,
+                },
+            )
+            .to(dtype)
+            .eval()
+        )
 
     peers = {"coca, 12 layers each": built(12, 112, 2), "coca, 2 layers each": built(2, 256, 4)}
 
@@ -166,8 +193,7 @@ def coca(
         latent, embedded = peer._encode_image(images.to(dtype))
         out = torch.full((len(images), 1), v.text_size)
         for _ in range(tokens):
-            found = peer(images, out, image_latent=latent, image_embs=embedded,
-                         output_labels=False)  # fmt: skip
+            found = peer(images, out, image_latent=latent, image_embs=embedded, output_labels=False)
             out = torch.cat([out, found["logits"][:, -1:].argmax(-1)], dim=1)
         return out
 
@@ -242,10 +268,15 @@ def main() -> None:
         figures["coca"] = coca(model, compiled, pixels[:BATCH], lengths, arguments.rounds)
     if "drawing" in arguments.only:
         figures["drawing"] = drawing(model, compiled, arguments.rounds)
-    about = {"model": model.fingerprint, "dtype": arguments.dtype, "rounds": arguments.rounds,
-             "threads": torch.get_num_threads(), "cores": os.cpu_count(),
-             "torch": torch.__version__,
-             "transformers": transformers.__version__}  # fmt: skip
+    about = {
+        "model": model.fingerprint,
+        "dtype": arguments.dtype,
+        "rounds": arguments.rounds,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     print(json.dumps({**figures, **about}))
 
 

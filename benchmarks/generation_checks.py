@@ -59,8 +59,14 @@ def of_transformers(name: str, prompts: list[list[int]], eos: int, pad: int) -> 
     peer, said = peer.float().eval(), []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        row = peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS,
-                            do_sample=False, eos_token_id=eos, pad_token_id=pad)  # fmt: skip
+        row = peer.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=pad,
+        )
         text = row[0, len(prompt) :].tolist()
         said.append(text[: text.index(eos)] if eos in text else text)
     return said

@@ -105,10 +105,16 @@ def start_up(folder: Path) -> dict[str, float]:
     """Of a manifest as it would be; the shards are as long as it says, but hold nothing."""
     digest = "0" * 64
     entries = [
-        {"name": f"train-{n:06d}.tar", "split": "train", "samples": 1000, "bytes": 0,
-         "sha256": digest, "index_sha256": digest}
+        {
+            "name": f"train-{n:06d}.tar",
+            "split": "train",
+            "samples": 1000,
+            "bytes": 0,
+            "sha256": digest,
+            "index_sha256": digest,
+        }
         for n in range(MANY)
-    ]  # fmt: skip
+    ]
     for entry in entries:
         (folder / str(entry["name"])).touch()
     manifest = {"format": "multimodal-shards", "version": 1, "shards": entries}

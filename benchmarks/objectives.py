@@ -83,13 +83,22 @@ def main() -> None:
         for seed in arguments.seeds:
             folder = arguments.out / f"{name.replace(' ', '-').replace('+', 'and')}-{seed}"
             module = {
-                "text_tokenizer": arguments.tokenizers, "size": "mini",
-                "image_tokenizer": arguments.tokenizers, "row_length": 3 * codes,
-                "objectives": {"next_token_share": 0.5, **goals}, "question_share": 0.0,
-                "learning_rate": 4e-3, "answers_in_validation": 0, "drawings_in_validation": 0,
-            }  # fmt: skip
-            data = {"folders": [arguments.data], "global_batch_size": 32, "val_limit": 256,
-                    "seed": seed}  # fmt: skip
+                "text_tokenizer": arguments.tokenizers,
+                "size": "mini",
+                "image_tokenizer": arguments.tokenizers,
+                "row_length": 3 * codes,
+                "objectives": {"next_token_share": 0.5, **goals},
+                "question_share": 0.0,
+                "learning_rate": 4e-3,
+                "answers_in_validation": 0,
+                "drawings_in_validation": 0,
+            }
+            data = {
+                "folders": [arguments.data],
+                "global_batch_size": 32,
+                "val_limit": 256,
+                "seed": seed,
+            }
             steps = steps_of_equal_tokens(arguments.steps, codes, goals["reconstruct_share"])
             fit(folder, "joint.JointModule", module, data, steps, seed)
             learned, model = last_figures(folder), load(folder / "model")

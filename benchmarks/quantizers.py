@@ -57,25 +57,32 @@ def main() -> None:
     for name in arguments.only:
         row, folder = ROWS[name], arguments.out / name.replace(" ", "-").replace(",", "")
         config = {
-            "image_size": SIZE, "downsample": row.get("downsample", 8),
-            "autoencoder": row.get("autoencoder", VIT), "quantizer": row["quantizer"],
-        }  # fmt: skip
+            "image_size": SIZE,
+            "downsample": row.get("downsample", 8),
+            "autoencoder": row.get("autoencoder", VIT),
+            "quantizer": row["quantizer"],
+        }
         tokenizer = {
-            "tokenizer": config, "text_tokenizer": arguments.text_tokenizer,
-            "semantic_weight": row.get("semantic_weight", 0.1), "learning_rate": 2e-3,
-        }  # fmt: skip
+            "tokenizer": config,
+            "text_tokenizer": arguments.text_tokenizer,
+            "semantic_weight": row.get("semantic_weight", 0.1),
+            "learning_rate": 2e-3,
+        }
         module = "image_tokenizer.ImageTokenizerModule"
         data = {"folders": [arguments.data]}
         fit(folder / "tokenizer", module, tokenizer, data, arguments.tokenizer_steps)
         if not arguments.joint_steps:
             continue
         joint = {
-            "text_tokenizer": arguments.text_tokenizer, "size": "mini", "learning_rate": 2e-3,
+            "text_tokenizer": arguments.text_tokenizer,
+            "size": "mini",
+            "learning_rate": 2e-3,
             "image_tokenizer": str(folder / "tokenizer/model"),
             "row_length": max(192, 2 * (SIZE // config["downsample"]) ** 2),
             "objectives": {"reconstruct_share": 0.0, "next_token_share": 1.0},
-            "answers_in_validation": 0, "drawings_in_validation": 0,
-        }  # fmt: skip
+            "answers_in_validation": 0,
+            "drawings_in_validation": 0,
+        }
         steps = steps_of_equal_tokens(arguments.joint_steps, config["downsample"])
         fit(folder / "joint", "joint.JointModule", joint, {**data, "val_limit": 256}, steps)
     report(arguments)
@@ -86,29 +93,43 @@ def report(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     folders = {name: out / name.replace(" ", "-").replace(",", "") for name in arguments.only}
     compare = [
-        sys.executable, "-m", "multimodal.cli", "tokenizer", "compare", "--data", arguments.data,
-        "--output", out / "compare.json", "--picture", out / "table.png",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "multimodal.cli",
+        "tokenizer",
+        "compare",
+        "--data",
+        arguments.data,
+        "--output",
+        out / "compare.json",
+        "--picture",
+        out / "table.png",
+    ]
     compare += [folder / "tokenizer/model" for folder in folders.values()]
     subprocess.run([str(part) for part in compare], check=True)
     kept = json.loads((out / "compare.json").read_text())["tokenizers"]
     table = []
     for (name, folder), pictures in zip(folders.items(), kept, strict=True):
-        table.append({
-            "name": name,
-            **{k: pictures[k] for k in ("codes", "codebook_size", "psnr", "ms_ssim", "used")},
-            "words": last_figures(folder / "tokenizer").get("val/words"),
-        })  # fmt: skip
+        table.append(
+            {
+                "name": name,
+                **{k: pictures[k] for k in ("codes", "codebook_size", "psnr", "ms_ssim", "used")},
+                "words": last_figures(folder / "tokenizer").get("val/words"),
+            }
+        )
         if not arguments.joint_steps:
             continue
         learned = last_figures(folder / "joint")
         drawn = score_drawings(load(folder / "joint/model"), arguments.data)
-        table[-1].update({
-            "claims_true": learned["val/scene_attribute_precision"],
-            "objects_said": learned["val/scene_object_recall"],
-            "image_nats": learned["val/image"],
-            "objects_drawn": drawn["objects"], "colours_drawn": drawn["colours"],
-        })  # fmt: skip
+        table[-1].update(
+            {
+                "claims_true": learned["val/scene_attribute_precision"],
+                "objects_said": learned["val/scene_object_recall"],
+                "image_nats": learned["val/image"],
+                "objects_drawn": drawn["objects"],
+                "colours_drawn": drawn["colours"],
+            }
+        )
     protocol = {"tokenizer_steps": arguments.tokenizer_steps, "joint_steps": arguments.joint_steps}
     (out / "table.json").write_text(json.dumps({**protocol, "rows": table}, indent=1) + "\n")
     (out / "table.md").write_text(markdown(table))

@@ -25,9 +25,11 @@ from multimodal.train.examples import Examples
 from multimodal.train.joint import JointModule
 
 SETTINGS = {
-    "as it is": (True, 1e-4), "without z-loss": (True, 0.0), "without QK-norm": (False, 1e-4),
+    "as it is": (True, 1e-4),
+    "without z-loss": (True, 0.0),
+    "without QK-norm": (False, 1e-4),
     "without both": (False, 0.0),
-}  # fmt: skip
+}
 KEPT = ("total", "largest_logit", "log_z")
 WARM_UP = 100  # steps
 
@@ -61,9 +63,14 @@ def train(arguments: argparse.Namespace, qk_norm: bool, z_loss: float) -> dict[s
 
     L.seed_everything(0, verbose=False)
     module = JointModule(
-        arguments.text_tokenizer, arguments.image_tokenizer, "tiny", row_length=192,
-        learning_rate=arguments.rate, answers_in_validation=0, drawings_in_validation=0,
-    )  # fmt: skip
+        arguments.text_tokenizer,
+        arguments.image_tokenizer,
+        "tiny",
+        row_length=192,
+        learning_rate=arguments.rate,
+        answers_in_validation=0,
+        drawings_in_validation=0,
+    )
     object.__setattr__(module.model.config.objectives, "z_loss_weight", z_loss)
     if not qk_norm:
         for layer in module.model.network.transformer.layers:
@@ -72,10 +79,16 @@ def train(arguments: argparse.Namespace, qk_norm: bool, z_loss: float) -> dict[s
     transformer.norm_in_fp32 = plain  # type: ignore[assignment]
     record = Record()
     trainer = L.Trainer(
-        max_steps=arguments.steps, precision="bf16-mixed", gradient_clip_val=1.0, logger=False,
-        callbacks=[record], enable_checkpointing=False, use_distributed_sampler=False,
-        limit_val_batches=0, enable_model_summary=False,
-    )  # fmt: skip
+        max_steps=arguments.steps,
+        precision="bf16-mixed",
+        gradient_clip_val=1.0,
+        logger=False,
+        callbacks=[record],
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        enable_model_summary=False,
+    )
     data = ShardData([arguments.data], global_batch_size=32, workers=1)
     try:
         trainer.fit(module, data)
@@ -91,14 +104,18 @@ def summary(curves: dict[str, list[float]]) -> dict[str, float | None]:
     good = total[:diverged]
     spikes = sum(
         value > 2 * statistics.median(good[n - 50 : n])
-        for n, value in enumerate(good) if n > WARM_UP
-    )  # fmt: skip
+        for n, value in enumerate(good)
+        if n > WARM_UP
+    )
     logits, z = (curves[name][: len(good)] for name in ("largest_logit", "log_z"))
     return {
-        "diverged": diverged, "spikes": spikes, "last": statistics.mean(good[-50:]),
+        "diverged": diverged,
+        "spikes": spikes,
+        "last": statistics.mean(good[-50:]),
         "largest_after_warm_up": max(good[WARM_UP:], default=math.nan) if not diverged else None,
-        "largest_logit": max(logits), "log_z": statistics.mean(z[-50:]),
-    }  # fmt: skip
+        "largest_logit": max(logits),
+        "log_z": statistics.mean(z[-50:]),
+    }
 
 
 def draw(found: dict[str, dict[str, list[float]]], picture: Path) -> None:
@@ -113,10 +130,13 @@ def draw(found: dict[str, dict[str, list[float]]], picture: Path) -> None:
     for number, (name, curves) in enumerate(found.items()):
         total = curves["total"]
         points = [
-            (10 + (width - 20) * n / len(total),
-             height * (number + 1) - 10 - (height - 35) * min(value, top) / top)
-            for n, value in enumerate(total) if math.isfinite(value)
-        ]  # fmt: skip
+            (
+                10 + (width - 20) * n / len(total),
+                height * (number + 1) - 10 - (height - 35) * min(value, top) / top,
+            )
+            for n, value in enumerate(total)
+            if math.isfinite(value)
+        ]
         pen.text((12, height * number + 6), f"{name}: loss, 0 to {top:.1f}", fill="black")
         pen.line(points, fill=(30, 90, 170))
         pen.line((10, height * (number + 1) - 10, width - 10, height * (number + 1) - 10), "gray")

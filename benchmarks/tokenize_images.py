@@ -50,10 +50,12 @@ def end_to_end(tokenizer: VQTokenizer, data: Path, count: int, batch: int) -> di
     """Images a second of files alone, pictures alone, and both as the command does it."""
     encoding = Encoding.for_tokenizer(tokenizer)
     samples = list(islice(Shards(data, "val"), count))
-    pictures = torch.stack([
-        torch.from_numpy(encoding.prepare(sample.key, sample.image, "val").copy())
-        for sample in samples
-    ])[:, 0].numpy()  # fmt: skip
+    pictures = torch.stack(
+        [
+            torch.from_numpy(encoding.prepare(sample.key, sample.image, "val").copy())
+            for sample in samples
+        ]
+    )[:, 0].numpy()
 
     def pictures_of(sample: Sample) -> object:
         return encoding.prepare(sample.key, sample.image, "val")
@@ -69,11 +71,13 @@ def end_to_end(tokenizer: VQTokenizer, data: Path, count: int, batch: int) -> di
                 seconds_of(lambda: list(map_ordered(pictures_of, samples, WORKERS)))
             )
             rounds["pictures"].append(
-                seconds_of(lambda: [
-                    encode_pictures(tokenizer, pictures[i : i + batch], "float32")
-                    for i in range(0, count, batch)
-                ])
-            )  # fmt: skip
+                seconds_of(
+                    lambda: [
+                        encode_pictures(tokenizer, pictures[i : i + batch], "float32")
+                        for i in range(0, count, batch)
+                    ]
+                )
+            )
             out = Path(folder) / str(number)
             rounds["together"].append(
                 seconds_of(lambda out=out: encode_shards(source, out, tokenizer, encoding, batch))
@@ -100,8 +104,13 @@ def main() -> None:
     }
     whole = end_to_end(both["vit"], arguments.data, arguments.count, 64)
     whole["of_the_slower_alone"] = whole["together"] / min(whole["files"], whole["pictures"])
-    protocol = {"image_size": side, "batch_size": batch, "precision": "float32",
-                "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+    protocol = {
+        "image_size": side,
+        "batch_size": batch,
+        "precision": "float32",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     print(json.dumps({**figures, "end_to_end": whole, **protocol}))
 
 

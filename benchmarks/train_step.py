@@ -82,11 +82,16 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
 
         c = network.config.transformer
         config = Qwen3Config(
-            vocab_size=c.vocab_size, hidden_size=c.hidden_size, head_dim=c.head_dim,
-            num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-            num_key_value_heads=c.num_key_value_heads, intermediate_size=c.intermediate_size,
-            tie_word_embeddings=c.tie_word_embeddings, use_cache=False,
-        )  # fmt: skip
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            head_dim=c.head_dim,
+            num_hidden_layers=c.num_hidden_layers,
+            num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_key_value_heads,
+            intermediate_size=c.intermediate_size,
+            tie_word_embeddings=c.tie_word_embeddings,
+            use_cache=False,
+        )
         trained: Any = Qwen3ForCausalLM(config).to(device).train()
         call = torch.compile(trained) if "compiled" in name else trained
         rows = packed.ids.to(device)
@@ -130,8 +135,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(times[options.steps // 3 :]),
-            "tokens": batch.tokens, "GB": peak_memory()}  # fmt: skip
+    return {
+        "seconds": statistics.median(times[options.steps // 3 :]),
+        "tokens": batch.tokens,
+        "GB": peak_memory(),
+    }
 
 
 def main() -> None:
@@ -155,8 +163,11 @@ def main() -> None:
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
             one = found[name][-1]
-            print(f"{name:<38}{one['tokens'] / one['seconds']:>9,.0f} tokens/s "
-                  f"{one['GB']:.2f} GB", file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"{name:<38}{one['tokens'] / one['seconds']:>9,.0f} tokens/s {one['GB']:.2f} GB",
+                file=sys.stderr,
+                flush=True,
+            )
     best = {name: min(rounds, key=lambda one: one["seconds"]) for name, rounds in found.items()}
     speed = {name: one["tokens"] / one["seconds"] for name, one in best.items()}
     ratios = {}
@@ -167,17 +178,26 @@ def main() -> None:
     import torch
     import transformers
 
-    print(json.dumps({
-        "tokens_per_second": {name: round(value) for name, value in speed.items()},
-        "GB": {name: round(one["GB"], 2) for name, one in best.items()},
-        "ratios": ratios,
-        "size": options.size, "pairs": options.pairs, "vocabulary": options.vocabulary,
-        "row_length": options.row_length, "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else
-        platform.processor() or platform.machine(),
-        "torch": torch.__version__, "transformers": transformers.__version__,
-        "cores": os.cpu_count(),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "tokens_per_second": {name: round(value) for name, value in speed.items()},
+                "GB": {name: round(one["GB"], 2) for name, one in best.items()},
+                "ratios": ratios,
+                "size": options.size,
+                "pairs": options.pairs,
+                "vocabulary": options.vocabulary,
+                "row_length": options.row_length,
+                "threads": torch.get_num_threads(),
+                "device": torch.cuda.get_device_name()
+                if torch.cuda.is_available()
+                else platform.processor() or platform.machine(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "cores": os.cpu_count(),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

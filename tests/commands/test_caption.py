@@ -100,9 +100,12 @@ def written(folder: Path, contents: dict[str, bytes]) -> dict[str, Path]:
 @pytest.mark.parametrize("batch_size", ["3", "32"])
 @pytest.mark.parametrize("as_json", [False, True])
 def test_good_and_bad_files_in_one_call(
-    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    as_json: bool, batch_size: str,
-) -> None:  # fmt: skip
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    as_json: bool,
+    batch_size: str,
+) -> None:
     good, bad = good_files(tmp_path / "a"), bad_files(tmp_path / "b")
     # Alternating, so that every batch has both; the last ones are all bad.
     order = [p for pair in zip(good.values(), bad.values(), strict=False) for p in pair]
@@ -209,9 +212,14 @@ def test_paths_come_out_as_they_went_in(tiny_model_folder: Path, tmp_path: Path)
     ],
 )
 def test_wrong_use_is_one_line(
-    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch, options: list[str], status: int, said: str,
-) -> None:  # fmt: skip
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    status: int,
+    said: str,
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("cat.png").write_bytes(encoded(picture()))
     options = [str(tiny_model_folder) if option == "MODEL" else option for option in options]
@@ -270,15 +278,22 @@ def test_info_verifies_fingerprints(
     facts = json.loads(capsys.readouterr().out)
     assert all(value.endswith("(verified)") for value in facts["fingerprints"].values())
     assert facts["images"] == {
-        "size": 32, "fit": "squash", "downsample": 8, "tokens per image": 16, "codebook": 64,
+        "size": 32,
+        "fit": "squash",
+        "downsample": 8,
+        "tokens per image": 16,
+        "codebook": 64,
         "codes": multimodal.load(tiny_model_folder).image_tokenizer.codes_fingerprint,
-    }  # fmt: skip
+    }
     assert facts["bytes"] == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     if not part:
         model = multimodal.load(folder)
         assert facts["vocabulary"] == {
-            "text": 300, "specials": 7, "image codes": 64, "size with padding": 384,
-        }  # fmt: skip
+            "text": 300,
+            "specials": 7,
+            "image codes": 64,
+            "size with padding": 384,
+        }
         counts = facts["parameters"]
         parts = (model.network, model.image_tokenizer)
         expected = sum(p.numel() for part in parts for p in part.parameters())
@@ -288,9 +303,11 @@ def test_info_verifies_fingerprints(
 
 
 def test_info_notices_other_weights(
-    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     tiny_model: Callable[..., Model],
-) -> None:  # fmt: skip
+) -> None:
     shutil.copytree(tiny_model_folder, tmp_path / "model")
     tiny_model(seed=0, noise=0.2).save(tmp_path / "other")
     shutil.copy(tmp_path / "other/model.safetensors", tmp_path / "model")

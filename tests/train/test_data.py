@@ -150,10 +150,12 @@ def test_ranks_get_equal_shares_of_a_validation() -> None:
         UserWarning, match="the last 1 of 9 samples cannot be shared equally by 2 ranks"
     ):
         shares = [
-            [len(part) for part in GlobalBatches(Order([[9]], shuffle=False), 4, rank=rank,
-                                                 world_size=2)]
+            [
+                len(part)
+                for part in GlobalBatches(Order([[9]], shuffle=False), 4, rank=rank, world_size=2)
+            ]
             for rank in range(2)
-        ]  # fmt: skip
+        ]
     assert shares == [[2, 2], [2, 2]]
     with pytest.raises(ValueError, match="too few for 2 ranks"):
         GlobalBatches(Order([[1]], shuffle=False), 4, world_size=2)
@@ -169,8 +171,11 @@ def test_the_actual_mixture_is_logged() -> None:
     for sources in ([0, 1, 1, 2], [3, 3, 2, 0]):
         batch = SimpleNamespace(sources=sources)
         mixture.on_train_batch_end(trainer, module, None, batch, 0)
-    assert logged == {"data/share/photos": 4 / 8, "data/share/b_scenes": 2 / 8,
-                      "data/share/c_scenes": 2 / 8}  # fmt: skip
+    assert logged == {
+        "data/share/photos": 4 / 8,
+        "data/share/b_scenes": 2 / 8,
+        "data/share/c_scenes": 2 / 8,
+    }
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:

@@ -48,8 +48,11 @@ def stopped(code: str, arguments: list[str]) -> tuple[int, str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", command, *arguments, "--threads", "1"],
-        env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     return done.returncode, done.stderr
 
 

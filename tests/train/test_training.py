@@ -134,9 +134,11 @@ def own_loss(work: Path, folder: Path) -> float:
 def test_what_no_loss_reads_is_not_computed(work: Path) -> None:
     """A run that only draws: the same loss, from half of the tokens."""
     goals = ObjectivesConfig(
-        weights={"caption": 0, "answer": 0, "text": 0}, alignment_weight=0,
-        next_token_share=1.0, reconstruct_share=0.0,
-    )  # fmt: skip
+        weights={"caption": 0, "answer": 0, "text": 0},
+        alignment_weight=0,
+        next_token_share=1.0,
+        reconstruct_share=0.0,
+    )
     module, batch = a_batch(work, objectives=goals)
     losses, tokens = [], []
     for training in (False, True):
@@ -241,8 +243,10 @@ def test_recipes_for_scenes_run(work: Path, tmp_path: Path) -> None:
 
 # --- what users get wrong ---------------------------------------------------------------------
 
-ZERO = ["--model.init_args.objectives.weights",
-        "{caption: 0, answer: 0, text: 0, image: 0, reconstruct: 0}"]  # fmt: skip
+ZERO = [
+    "--model.init_args.objectives.weights",
+    "{caption: 0, answer: 0, text: 0, image: 0, reconstruct: 0}",
+]
 
 
 @pytest.mark.parametrize(
@@ -299,9 +303,13 @@ ZERO = ["--model.init_args.objectives.weights",
     ],
 )
 def test_a_users_mistake_is_one_line(
-    work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str],
-    options: list[str], status: int, said: str,
-) -> None:  # fmt: skip
+    work: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    options: list[str],
+    status: int,
+    said: str,
+) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(work / "scenes/val-0000.tar", bare)
