@@ -1,4 +1,4 @@
-"""The arithmetic of a step is what torch counts."""
+"""The estimated operations of a step are those that torch counts."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from multimodal.model.sequences import NO_LOSS, describe, draw, pack
 from multimodal.train.cost import layer_parameters, peak_memory, training_flops
 
 
-def test_flops_are_those_of_all_products_that_the_mask_lets_through(
+def test_flops_count_the_products_that_the_mask_allows(
     tiny_model: Callable[..., Model],
 ) -> None:
     model = tiny_model()
@@ -20,7 +20,7 @@ def test_flops_are_those_of_all_products_that_the_mask_lets_through(
     causal = describe(model.vocabulary, codes, [7, 8, 9])
     packed = pack([masked, causal], 64, model.vocabulary.pad)
     hidden = model.network.hidden(packed)
-    with FlopCounterMode(display=False) as counter:  # one long row, padding and all
+    with FlopCounterMode(display=False) as counter:  # all positions, padding too
         model.network.transformer(packed.ids, packed.positions, None)
     counted = counter.get_total_flops()
     visible = 13 * 12 / 2 + sum(n * (n + 1) / 2 for n in map(len, (masked, causal)))
@@ -37,7 +37,7 @@ def test_flops_are_those_of_all_products_that_the_mask_lets_through(
     assert training_flops(config, packed) == expected and hidden.isfinite().all()
 
 
-def test_memory_is_in_gigabytes_and_remembers_the_most() -> None:
+def test_peak_memory_is_the_maximum_in_gigabytes() -> None:
     before = peak_memory()
     assert 0 < before < 200
     if not torch.cuda.is_available():

@@ -220,9 +220,9 @@ def test_a_lesson_is_drawn_by_its_seed() -> None:
     assert {lesson.caption for lesson in lessons} == {"a", "b", "c"}
     what = ("Question: what? Answer:", " an owl")
     where = ("Question: where? Answer:", " a tree")
-    asked = [lesson.exchanges for lesson in lessons if lesson.exchanges]
-    assert set(asked) == {(what, where), (where, what)}
-    assert 60 < len(asked) < 140
+    exchanges_of_lessons = [lesson.exchanges for lesson in lessons if lesson.exchanges]
+    assert set(exchanges_of_lessons) == {(what, where), (where, what)}
+    assert 60 < len(exchanges_of_lessons) < 140
     assert lessons[7] == lesson_of("owl", record, 7, TEMPLATES, 0.5)
     record["qa"] *= 10
     many = [lesson_of("owl", record, seed, TEMPLATES).exchanges for seed in range(9)]

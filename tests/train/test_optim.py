@@ -18,7 +18,7 @@ class Network(nn.Module):
 
 
 def steps_of(network: Network, weight_decay: float) -> dict[str, Tensor]:
-    """What one step of rate 0.01 does to each parameter, from the gradients of seed 0."""
+    """The change of each parameter in one step of rate 0.01, with random gradients of seed 0."""
     torch.manual_seed(0)
     optimizer = muon(network, [network.head], 0.01, weight_decay)
     before = {name: value.detach().clone() for name, value in network.named_parameters()}
@@ -30,7 +30,7 @@ def steps_of(network: Network, weight_decay: float) -> dict[str, Tensor]:
 
 
 def spread(matrix: Tensor) -> float:
-    """Largest over smallest singular value: near 1 for an orthogonal update, and only there."""
+    """Largest over smallest singular value. It is near 1 for orthogonal updates only."""
     values = torch.linalg.svdvals(matrix.flatten(1))
     return float(values[0] / values[-1])
 

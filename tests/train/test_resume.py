@@ -1,4 +1,4 @@
-"""Runs that end before their time: killed, told to stop, on a full disk; on one rank and on two."""
+"""Runs that end early: killed, told to stop, or on a full disk. On one rank and on two."""
 
 import os
 import signal
@@ -34,10 +34,10 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert main([*fit, "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
     whole, resumed = logged(work / name), logged(run)
     assert len(whole) == 14 and whole == resumed
-    assert {s: whole[s] for s in before} == before, "the log of the killed run is kept"
+    assert {s: whole[s] for s in before} == before, "the log of the killed run stays"
     expected = load_file(work / name / "model/model.safetensors")
-    found = load_file(run / "model/model.safetensors")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    weights = load_file(run / "model/model.safetensors")
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
     samples = sorted(p.name for p in (run / "logs").rglob("step-*"))
     assert samples == sorted(p.name for p in (work / name / "logs").rglob("step-*"))
 
@@ -82,33 +82,33 @@ def test_a_run_that_is_told_to_stop_saves_and_resumes_bit_for_bit(
         whole = tmp_path / "whole"
         assert main([*fit, "--output", str(whole)]) == 0
     code = AT_STEP.format(signal=name, hook=hook, step=step, batch=batch)
-    status, said = stopped(code, [*fit, "--checkpoint_every", "100"])
-    assert status == 128 + signal.Signals[name] and "Traceback" not in said, said
-    assert f"stopped at step {step + 1}; resume with --ckpt_path" in said
+    status, stderr = stopped(code, [*fit, "--checkpoint_every", "100"])
+    assert status == 128 + signal.Signals[name] and "Traceback" not in stderr, stderr
+    assert f"stopped at step {step + 1}; resume with --ckpt_path" in stderr
     assert main([*fit, "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
     assert logged(run) == logged(whole)
     expected = load_file(whole / "model/model.safetensors")
-    found = load_file(run / "model/model.safetensors")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    weights = load_file(run / "model/model.safetensors")
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize(
     ("validation", "reason"),
     [("0", "checkpoint could not be written"), ("1.0", "model: could not be written")],
 )
-def test_a_full_disk_leaves_what_was_there(
+def test_a_full_disk_leaves_the_old_files(
     work: Path, tmp_path: Path, validation: str, reason: str
 ) -> None:
     run = tmp_path / "run"
     fit = ["fit", "--config", str(work / "joint.yaml"), "--output", str(run)]
     assert main([*fit, "--trainer.max_steps", "3"]) == 0
-    kept = [path for path in run.rglob("*") if path.is_file() and "logs" not in path.parts]
-    before = {path: path.read_bytes() for path in kept}
+    files = [path for path in run.rglob("*") if path.is_file() and "logs" not in path.parts]
+    before = {path: path.read_bytes() for path in files}
     resume = ["--ckpt_path", str(run / "checkpoints/last.ckpt")]
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 10**5,) * 2)"
-    status, said = stopped(full, [*fit, *resume, "--trainer.limit_val_batches", validation])
-    assert status == 1 and "Traceback" not in said and reason in said.splitlines()[-1], said
-    assert {path: path.read_bytes() for path in kept} == before
+    status, stderr = stopped(full, [*fit, *resume, "--trainer.limit_val_batches", validation])
+    assert status == 1 and "Traceback" not in stderr and reason in stderr.splitlines()[-1], stderr
+    assert {path: path.read_bytes() for path in files} == before
     assert not list(run.rglob("*.part*"))
     assert main([*fit, *resume]) == 0
 
@@ -130,9 +130,9 @@ def test_two_ranks_resume_bit_for_bit_and_agree_with_one(work: Path, tmp_path: P
     resume = [*fit, "--output", str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]
     launch([*fit, "--output", str(whole)], resume, ranks=2)
     expected = load_file(whole / "model/model.safetensors")
-    found = load_file(run / "model/model.safetensors")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-    # The same global batches as on one rank; the sums are of other parts.
+    weights = load_file(run / "model/model.safetensors")
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    # The same global batches as on one rank, but sums of other parts.
     for name in ("train/text", "train/image", "train/total", "val/total"):
         alone, together = logged(work / "joint", name), logged(whole, name)
         assert len(together) == (1 if name.startswith("val") else 8), name
@@ -141,7 +141,7 @@ def test_two_ranks_resume_bit_for_bit_and_agree_with_one(work: Path, tmp_path: P
             assert abs(float(loss) / float(alone[step]) - 1) < bound, (name, step)
 
 
-def test_ranks_are_started_by_lightning_too(work: Path, tmp_path: Path) -> None:
+def test_lightning_starts_ranks_too(work: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "multimodal.cli", "fit", "--config", str(work / "joint.yaml")]
     command += ["--trainer.devices", "2", "--trainer.max_steps", "1", "--data.val_limit", "4"]
     command += ["--trainer.limit_val_batches", "0", "--threads", "1", "--output", str(tmp_path)]
@@ -151,7 +151,7 @@ def test_ranks_are_started_by_lightning_too(work: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_over_two_ranks_resumes_and_agrees_with_one(work: Path, tmp_path: Path) -> None:
-    """FSDP2: each rank has a part of every weight; checkpoints are in parts, too."""
+    """FSDP2: each rank has a part of every weight. Checkpoints are in parts, too."""
     sharded = {
         "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
         "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
@@ -167,8 +167,8 @@ def test_a_model_over_two_ranks_resumes_and_agrees_with_one(work: Path, tmp_path
     predict = ["predict", *fit[1:], str(run), "--data.val_limit", "4"]
     launch([*fit, str(whole)], resume, predict, ranks=2)
     expected = load_file(whole / "model/model.safetensors")
-    found = load_file(run / "model/model.safetensors")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    weights = load_file(run / "model/model.safetensors")
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
     assert len(list(run.glob("predictions-*.jsonl"))) == 2
     for name in ("train/text", "train/image", "train/total", "train/gradient_norm", "val/total"):
         alone, together = logged(work / "joint", name), logged(whole, name)
@@ -205,7 +205,7 @@ def test_a_discriminator_resumes_with_the_decoder_it_judges(
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_averaged_weights_resume_and_are_what_is_exported(work: Path, tmp_path: Path) -> None:
+def test_averaged_weights_resume_and_are_exported(work: Path, tmp_path: Path) -> None:
     config = yaml.safe_load((work / "tokenizer.yaml").read_text())
     average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}
     config["trainer"] |= {"callbacks": [average | {"init_args": {"decay": 0.9}}], "max_steps": 9}
@@ -216,8 +216,8 @@ def test_averaged_weights_resume_and_are_what_is_exported(work: Path, tmp_path: 
     assert main([*fit, str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
     whole, resumed = logged(tmp_path / "whole"), logged(run)
     assert {s: whole[s] for s in resumed} == resumed
-    # What the last checkpoint holds twice, the averages and what was trained, differs; the former
-    # is what is published.
+    # The last checkpoint has the averages and the trained weights. They differ. The averages are
+    # exported.
     last = torch.load(tmp_path / "whole/checkpoints/last.ckpt", weights_only=True)
     name = "encoder.stem.0.weight"
     average = last["state_dict"][f"tokenizer.{name}"]
@@ -227,11 +227,11 @@ def test_averaged_weights_resume_and_are_what_is_exported(work: Path, tmp_path: 
         assert torch.equal(load_file(folder / "model/model.safetensors")[name], average)
 
 
-def test_no_log_is_ever_lost(tmp_path: Path) -> None:
+def test_older_logs_are_archived(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     for content in ("first", "second"):
         path.write_text(content)
         archive_log(path)
     assert not path.exists()
-    kept = [(tmp_path / f"metrics.{i}.csv").read_text() for i in (1, 2)]
-    assert kept == ["first", "second"]
+    archived = [(tmp_path / f"metrics.{i}.csv").read_text() for i in (1, 2)]
+    assert archived == ["first", "second"]

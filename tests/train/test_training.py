@@ -48,11 +48,11 @@ def test_init_from_starts_from_the_weights_at_step_0(work: Path, tmp_path: Path,
     first, again, random = (logged(tmp_path / run, name_of_loss) for run in "abc")
     assert list(first) == [0] and first == again and first[0] != random[0]
     expected = load_file(work / name / "model/model.safetensors")
-    found = load_file(tmp_path / "a" / "model/model.safetensors")
+    actual = load_file(tmp_path / "a" / "model/model.safetensors")
     learned = [key for key in expected if "running" not in key and "num_batches" not in key]
-    assert all(torch.equal(found[key], expected[key]) for key in learned)
+    assert all(torch.equal(actual[key], expected[key]) for key in learned)
     if name == "joint":
-        # The loss at step 0 is what the model itself says of that batch.
+        # The loss at step 0 is the loss of the loaded model on that batch.
         assert float(first[0]) == pytest.approx(own_loss(work, Path(model)), rel=1e-5)
 
 
@@ -102,7 +102,7 @@ def test_a_collapsed_codebook_raises_the_alarm(
     assert list(dead) == [11] and (float(dead[11]) == 63) == collapsed
 
 
-def test_a_model_lends_its_tokenizers(work: Path, tmp_path: Path) -> None:
+def test_a_model_can_be_given_for_its_tokenizers(work: Path, tmp_path: Path) -> None:
     model = str(work / "joint" / "model")
     fit = ["fit", "--config", str(work / "joint.yaml"), "--trainer.max_steps", "1"]
     fit += ["--data.val_limit", "8", "--init_from", model, "--output", str(tmp_path)]
@@ -131,7 +131,7 @@ def own_loss(work: Path, folder: Path) -> float:
     return float(loss)
 
 
-def test_what_no_loss_reads_is_not_computed(work: Path) -> None:
+def test_sequences_without_a_loss_are_not_computed(work: Path) -> None:
     """A run that only draws: the same loss, from half of the tokens."""
     goals = ObjectivesConfig(
         weights={"caption": 0, "answer": 0, "text": 0},
@@ -220,7 +220,7 @@ def test_every_recipe_parses(name: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_recipes_for_scenes_run(work: Path, tmp_path: Path) -> None:
-    """Joined as the README joins them; made small by options alone."""
+    """One after the other as in the README, made small by options alone."""
     few = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.workers", "0"]
     few += ["--data.folders", f"[{work / 'scenes'}]", "--data.global_batch_size", "4"]
     few += ["--data.val_limit", "4", "--trainer.enable_progress_bar", "false"]
@@ -250,7 +250,7 @@ ZERO = [
 
 
 @pytest.mark.parametrize(
-    ("options", "status", "said"),
+    ("options", "status", "message"),
     [
         (["--data.folders", "[nowhere]"], 1, r"nowhere: no such folder"),
         (["--data.folders", "[BARE]"], 1, r"no manifest.json; .* run: multimodal data index"),
@@ -302,13 +302,13 @@ ZERO = [
         (["--init_from", "MODEL", "--ckpt_path", "x"], 1, r"give one of them"),
     ],
 )
-def test_a_users_mistake_is_one_line(
+def test_a_users_mistake_is_reported_in_one_line(
     work: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     options: list[str],
     status: int,
-    said: str,
+    message: str,
 ) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -325,7 +325,7 @@ def test_a_users_mistake_is_one_line(
     assert main([*fit, "--trainer.max_steps", "1", *options]) == status
     out, err = capfd.readouterr()
     last = err.splitlines()[-1]
-    assert last.startswith("multimodal fit: error: ") and re.search(said, last), err
+    assert last.startswith("multimodal fit: error: ") and re.search(message, last), err
     assert len(last) < 300 and "Traceback" not in err and out == ""
 
 
@@ -345,14 +345,15 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in out for name in recipe_names()) and "--ckpt_path" in out
 
 
-def test_a_forecast_says_what_a_run_needs_and_keeps_nothing(
+def test_a_forecast_reports_the_cost_of_a_run_and_leaves_no_files(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted((work / "joint").rglob("*"))
     assert main(["info", "--config", str(work / "joint.yaml"), "--trainer.max_steps", "900"]) == 0
-    said = capsys.readouterr().out
-    assert "131,458 to train, " in said and "900 steps in " in said and " GB at most" in said
+    forecast = capsys.readouterr().out
+    assert "131,458 to train, " in forecast
+    assert "900 steps in " in forecast and " GB at most" in forecast
     once = ["--trainer.max_steps", "1", "--trainer.accumulate_grad_batches", "2"]
     assert main(["info", f"--config={work / 'joint.yaml'}", *once]) == 0
     assert "1 steps in " in capsys.readouterr().out
@@ -360,7 +361,7 @@ def test_a_forecast_says_what_a_run_needs_and_keeps_nothing(
     assert main(["info", "--config", str(work / "joint.yaml"), "--model.nope", "1"]) == 2
 
 
-def test_a_run_says_nothing_useless(work: Path, tmp_path: Path) -> None:
+def test_a_run_prints_only_useful_lines(work: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "multimodal.cli", "fit", "--config", str(work / "joint.yaml")]
     command += ["--output", str(tmp_path / "run"), "--trainer.max_steps", "1"]
     command += ["--data.workers", "1"]
