@@ -1,9 +1,9 @@
-"""What a training step costs on a CPU: torch's attention kernel and glibc's habits against ours.
+"""Seconds of a training step on a CPU, with torch's attention and malloc and with ours.
 
     python benchmarks/cpu_training.py [--size mini] [--pairs 64] [--row-length 192] [--steps 18]
 
-Each setting runs in a process of its own, one after the other: what malloc was told cannot be taken
-back. A step is the joint step of a photo batch: 64 pairs, forward, backward, clipping, Muon, bf16.
+Each setting runs in another process, one after the other: options of malloc cannot be taken back. A
+step is the joint step of a photo batch: 64 pairs, forward, backward, clipping, Muon, bf16.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SETTINGS = {
 
 
 def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, steps: int) -> float:
-    """The median seconds of a step, the first six left out."""
+    """The median seconds of a step, without the first six."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 

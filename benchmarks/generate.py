@@ -3,20 +3,19 @@
     python benchmarks/generate.py [--model starter] [--dtype float32] [--rounds 5]
         [--only captions coca drawing]
 
-captions: of scenes, from their codes, with the same exported weights in the same --dtype (the
-    starter's are stored in bfloat16), greedy, up to 32 tokens, KV cache on: one after the other,
-    and 128 in batches of 32 (ours fills the places of those that are done). Says how many are
-    equal, token for token.
-coca: open_clip's CoCa of about as many parameters with random weights, in two shapes: that of its
-    ``coca_base`` (12 layers to look, 12 to read, 12 to write), made narrow, and 2, 2 and 2 layers
-    as wide as ours. Pixels to as many tokens as our caption of the image has, as its own
-    ``generate`` does it (image read once, no cache, a batch goes on until its longest text ends),
-    here greedy; ours from pixels, too. 8 one after the other, and 32 at once.
-drawing: masked in 8 steps beside code by code, guidance 3, by the size of the batch; both compiled,
-    too.
+captions: of scenes, from their codes. Both have the same exported weights in the same --dtype (the
+    starter's are stored in bfloat16). Greedy, up to 32 tokens, with a KV cache: one after the
+    other, and 128 in batches of 32 (ours lets others join when texts are done). Reports how many
+    are equal, token for token.
+coca: open_clip's CoCa with about as many parameters and random weights, in two shapes: that of its
+    ``coca_base`` (12 layers each for image, text and both), but narrower, and 2 layers each as wide
+    as ours. From pixels to as many tokens as our caption of the image has, as its own ``generate``
+    works (the image is read once, no cache, a batch goes on until its longest text ends), but
+    greedy. Ours starts from pixels, too. 8 one after the other, and 32 at once.
+drawing: masked in 8 steps and code by code, guidance 3, for several batch sizes. Compiled, too.
 
-All take turns, so that what else the machine does falls on all, in one process, which keeps freed
-memory as every command of ``multimodal`` does. The last line is JSON.
+All take turns, so that other load of the machine affects all, in one process. It keeps freed memory
+as every command of ``multimodal`` does. The last line is JSON.
 """
 
 import argparse
@@ -51,29 +50,36 @@ METHODS: dict[str, Method] = {"ours, masked": "masked", "code by code": "causal"
 
 
 def speeds(
-    work: dict[str, Callable[[], object]], rounds: int, results: int
+    work: dict[str, Callable[[], object]], rounds: int, count: int
 ) -> dict[str, dict[str, float]]:
-    """Results a second of each, by the median of rounds in which all take turns, and ours over
-    theirs."""
+    """Results a second of each, and the ratios of ours to theirs.
+
+    They are of the median of the rounds. In each round all take turns.
+    """
     times: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):  # the first is to warm up
-        for name, one in work.items():
+        for name, task in work.items():
             start = time.perf_counter()
-            one()
+            task()
             if number:
                 times[name].append(time.perf_counter() - start)
-    a_second = {name: results / statistics.median(taken) for name, taken in times.items()}
+    a_second = {name: count / statistics.median(taken) for name, taken in times.items()}
     ours = max(value for name, value in a_second.items() if name.startswith("ours"))
     ratios = {name: ours / value for name, value in a_second.items() if "ours" not in name}
-    found = {"per_second": a_second, "best of ours over": ratios}
-    print(json.dumps(found), flush=True)
-    return found
+    figures = {"per_second": a_second, "best of ours over": ratios}
+    print(json.dumps(figures), flush=True)
+    return figures
 
 
 def captions(
     model: Model, compiled: Model, name: str, prompts: list[list[int]], rounds: int
 ) -> Any:
-    """name: of the model; prompts: MANY of one length"""
+    """Captions a second.
+
+    Args:
+        name: of the model.
+        prompts: MANY lists of ids of one length.
+    """
     v = model.vocabulary
     dtype = model.network.transformer.embed_tokens.weight.dtype
     with tempfile.TemporaryDirectory() as folder:
@@ -89,13 +95,15 @@ def captions(
         "eos_token_id": v.eos,
         "pad_token_id": v.pad,
     }
-    said: dict[str, list[list[int]]] = {}
+    outputs: dict[str, list[list[int]]] = {}
 
     @torch.inference_mode()
-    def theirs(peer: Any, some: list[list[int]], size: int, **more: Any) -> list[list[int]]:
+    def theirs(
+        peer: Any, batch_prompts: list[list[int]], size: int, **more: Any
+    ) -> list[list[int]]:
         out = []
-        for start in range(0, len(some), size):
-            ids = torch.tensor(some[start : start + size])
+        for start in range(0, len(batch_prompts), size):
+            ids = torch.tensor(batch_prompts[start : start + size])
             rows = peer.generate(ids, attention_mask=torch.ones_like(ids), **settings, **more)
             out += [
                 row[: row.index(v.eos)] if v.eos in row else row
@@ -103,8 +111,8 @@ def captions(
             ]
         return out
 
-    def into(name: str, made: Callable[[], list[list[int]]]) -> Callable[[], object]:
-        return lambda: said.update({name: made()})
+    def into(name: str, generate: Callable[[], list[list[int]]]) -> Callable[[], object]:
+        return lambda: outputs.update({name: generate()})
 
     few = prompts[:FEW]
     static = {"cache_implementation": "static"}
@@ -118,10 +126,10 @@ def captions(
             "transformers, compiled", lambda: theirs(faster, few, 1, **static)
         ),
     }
-    found: dict[str, Any] = {"batch 1": speeds(one_by_one, rounds, len(few))}
-    found["batch 1"]["equal"] = {
-        name: sum(a == b for a, b in zip(said["ours"], one, strict=True))
-        for name, one in said.items()
+    results: dict[str, Any] = {"batch 1": speeds(one_by_one, rounds, len(few))}
+    results["batch 1"]["equal"] = {
+        name: sum(a == b for a, b in zip(outputs["ours"], ids, strict=True))
+        for name, ids in outputs.items()
     }
     together = {
         "ours": into("ours", lambda: generate_ids(model, prompts, GREEDY, batch_size=BATCH)),
@@ -133,19 +141,24 @@ def captions(
             "transformers, compiled", lambda: theirs(faster, prompts, BATCH, **static)
         ),
     }
-    found[f"batch {BATCH}"] = speeds(together, rounds, len(prompts))
-    found[f"batch {BATCH}"]["equal"] = {
-        name: sum(a == b for a, b in zip(said["ours"], said[name], strict=True))
+    results[f"batch {BATCH}"] = speeds(together, rounds, len(prompts))
+    results[f"batch {BATCH}"]["equal"] = {
+        name: sum(a == b for a, b in zip(outputs["ours"], outputs[name], strict=True))
         for name in together
     }
-    lengths = [len(text) for text in said["ours"]]
-    return {**found, "mean_tokens": statistics.mean(lengths), "longest": max(lengths)}
+    lengths = [len(text) for text in outputs["ours"]]
+    return {**results, "mean_tokens": statistics.mean(lengths), "longest": max(lengths)}
 
 
 def coca(
     model: Model, compiled: Model, pixels: torch.Tensor, lengths: list[int], rounds: int
 ) -> Any:
-    """pixels: float32[BATCH, 3, H, W]; lengths: BATCH, tokens of our captions with their <eos>"""
+    """Captions a second, from pixels.
+
+    Args:
+        pixels: float32[BATCH, 3, H, W] in [-1, 1].
+        lengths: tokens of our BATCH captions, with <eos>.
+    """
     from open_clip.coca_model import CoCa
 
     size, v = model.image_tokenizer.config.image_size, model.vocabulary
@@ -193,8 +206,10 @@ def coca(
         latent, embedded = peer._encode_image(images.to(dtype))
         out = torch.full((len(images), 1), v.text_size)
         for _ in range(tokens):
-            found = peer(images, out, image_latent=latent, image_embs=embedded, output_labels=False)
-            out = torch.cat([out, found["logits"][:, -1:].argmax(-1)], dim=1)
+            scores = peer(
+                images, out, image_latent=latent, image_embs=embedded, output_labels=False
+            )
+            out = torch.cat([out, scores["logits"][:, -1:].argmax(-1)], dim=1)
         return out
 
     def ours(images: torch.Tensor) -> list[str]:
@@ -204,7 +219,7 @@ def coca(
         "ours": [model.network, model.image_tokenizer],
         **{shape: [peer] for shape, peer in peers.items()},
     }
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "parameters": {
             shape: sum(p.numel() for module in modules for p in module.parameters())
             for shape, modules in shapes.items()
@@ -220,35 +235,35 @@ def coca(
             theirs(peer, pixels[n : n + 1], lengths[n]) for n in range(FEW)
         ]
         together[shape] = lambda peer=peer: theirs(peer, pixels, max(lengths))
-    found["batch 1"] = speeds(one_by_one, rounds, FEW)
-    found[f"batch {BATCH}"] = speeds(together, rounds, BATCH)
-    return found
+    results["batch 1"] = speeds(one_by_one, rounds, FEW)
+    results[f"batch {BATCH}"] = speeds(together, rounds, BATCH)
+    return results
 
 
 def drawing(model: Model, compiled: Model, rounds: int) -> Any:
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     text = "a red circle and a blue square"
     for batch in (1, 2, 4, 8, 32):
         texts = [text] * batch
         work: dict[str, Callable[[], object]] = {
-            way + form: partial(draw_codes, one, texts, DrawOptions(method=method, steps=8))
-            for form, one in (("", model), (", compiled", compiled))
+            way + form: partial(draw_codes, drawer, texts, DrawOptions(method=method, steps=8))
+            for form, drawer in (("", model), (", compiled", compiled))
             for way, method in METHODS.items()
         }
-        found[f"batch {batch}"] = speeds(work, rounds, batch)
-    return found
+        results[f"batch {batch}"] = speeds(work, rounds, batch)
+    return results
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--model", default="starter")
-    made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    made.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", default="starter")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
     parts = ("captions", "coca", "drawing")
-    made.add_argument("--only", nargs="*", choices=parts, default=parts)
-    arguments = made.parse_args()
+    parser.add_argument("--only", nargs="*", choices=parts, default=parts)
+    arguments = parser.parse_args()
     keep_freed_memory()
     model, compiled = (
         load(arguments.model, dtype=getattr(torch, arguments.dtype)) for _ in range(2)
@@ -263,8 +278,8 @@ def main() -> None:
     if "captions" in arguments.only:
         figures["captions"] = captions(model, compiled, arguments.model, prompts, arguments.rounds)
     if "coca" in arguments.only:
-        said = generate_ids(model, prompts[:BATCH], GREEDY)
-        lengths = [len(text) + 1 for text in said]
+        outputs = generate_ids(model, prompts[:BATCH], GREEDY)
+        lengths = [len(text) + 1 for text in outputs]
         figures["coca"] = coca(model, compiled, pixels[:BATCH], lengths, arguments.rounds)
     if "drawing" in arguments.only:
         figures["drawing"] = drawing(model, compiled, arguments.rounds)

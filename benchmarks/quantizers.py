@@ -1,13 +1,13 @@
-"""What codes are good for: quantizers, codebook sizes and token counts at one budget.
+"""How good codes are: quantizers, codebook sizes and token counts at one budget.
 
     python benchmarks/quantizers.py --data data/scenes --text-tokenizer runs/scenes-text.json \
         [--out runs/quantizers] [--tokenizer-steps 400] [--joint-steps 160] [--only NAME ...]
 
 For every row a tokenizer is trained on the same images, and on its codes a small joint model on
-about the same number of tokens: pictures kept (``multimodal tokenizer compare``), claims of
-captions that are true, objects of drawings that are right, and the nats a code costs the
-transformer. A row that is done is not done again, so a run that was stopped goes on. Leaves
-``table.md``, ``table.json`` and ``table.png`` in the folder.
+about the same number of tokens. Measured are the image quality (``multimodal tokenizer compare``),
+the share of the claims of captions that are true, the share of the objects of drawings that are
+right, and the nats of a code. A row that is done is not done again. Writes ``table.md``,
+``table.json`` and ``table.png`` into the folder.
 """
 
 import argparse
@@ -41,19 +41,19 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def steps_of_equal_tokens(steps: int, downsample: int) -> int:
-    """So that images of fewer codes are read more often: ``steps`` is what 64 codes get."""
+    """Images of fewer codes get more steps. ``steps`` is for images of 64 codes."""
     return round(steps * (64 + TEXT_TOKENS) / ((SIZE // downsample) ** 2 + TEXT_TOKENS))
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--data", required=True)
-    made.add_argument("--text-tokenizer", required=True)
-    made.add_argument("--out", type=Path, default=Path("runs/quantizers"))
-    made.add_argument("--tokenizer-steps", type=int, default=400)
-    made.add_argument("--joint-steps", type=int, default=160, help="0: none")
-    made.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS))
-    arguments = made.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--text-tokenizer", required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/quantizers"))
+    parser.add_argument("--tokenizer-steps", type=int, default=400)
+    parser.add_argument("--joint-steps", type=int, default=160, help="0: none")
+    parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS))
+    arguments = parser.parse_args()
     for name in arguments.only:
         row, folder = ROWS[name], arguments.out / name.replace(" ", "-").replace(",", "")
         config = {
@@ -107,9 +107,9 @@ def report(arguments: argparse.Namespace) -> None:
     ]
     compare += [folder / "tokenizer/model" for folder in folders.values()]
     subprocess.run([str(part) for part in compare], check=True)
-    kept = json.loads((out / "compare.json").read_text())["tokenizers"]
+    measured = json.loads((out / "compare.json").read_text())["tokenizers"]
     table = []
-    for (name, folder), pictures in zip(folders.items(), kept, strict=True):
+    for (name, folder), pictures in zip(folders.items(), measured, strict=True):
         table.append(
             {
                 "name": name,

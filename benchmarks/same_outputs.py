@@ -1,8 +1,8 @@
-"""The proof of a refactoring: what the starter says and draws, and what ten training steps log.
+"""Proof of a refactoring: what the starter writes and draws, and what ten training steps log.
 
-Run it at two commits, on one machine: the two JSON objects are equal, to the byte, where behaviour
-did not change. Only the public interface is used, so that the script itself outlives changes of the
-code. Everything is in fp32 and on one thread.
+Run it at two commits, on one machine. If behaviour did not change, the two JSON objects are equal
+to the byte. Only the public interface is used, so that the script survives changes of the code.
+Everything is in fp32 and on one thread.
 
     python benchmarks/same_outputs.py > before.json      (4 minutes on 2 cores)
 """
@@ -39,7 +39,7 @@ QUESTIONS = ("How many circles are there?", "What color is the square?", "Is the
 def pictures(count: int) -> list[Image.Image]:
     """Drawings of circles and squares, and then photos."""
     rng = random.Random("same outputs")
-    made = []
+    images = []
     for _ in range(count):
         image = Image.new("RGB", (96, 96), rng.choice(COLOURS))
         pen = ImageDraw.Draw(image)
@@ -47,8 +47,8 @@ def pictures(count: int) -> list[Image.Image]:
             x, y, size = rng.randint(0, 70), rng.randint(0, 70), rng.randint(8, 40)
             shape = rng.choice((pen.ellipse, pen.rectangle))
             shape((x, y, x + size, y + size), fill=rng.choice(COLOURS))
-        made.append(image)
-    return made + [Image.fromarray(getattr(skimage.data, name)()) for name in PHOTOS]
+        images.append(image)
+    return images + [Image.fromarray(getattr(skimage.data, name)()) for name in PHOTOS]
 
 
 def digest(images: list[Image.Image]) -> str:
@@ -60,7 +60,7 @@ def rows_digest(rows: torch.Tensor) -> str:
 
 
 def use() -> dict[str, Any]:
-    """Texts as they are, images and embeddings as hashes of their bytes."""
+    """Texts, and hashes of the bytes of images and embeddings."""
     model = multimodal.load("starter")
     images = pictures(20)
     photo, kind = images[-1], {"type": "string", "maxLength": 8}
@@ -70,8 +70,8 @@ def use() -> dict[str, Any]:
         "required": ["shape"],
         "additionalProperties": False,
     }
-    causal = [one for text in PROMPTS for one in model.draw(text, n=2, seed=3)]
-    masked = [one for text in PROMPTS for one in model.draw(text, n=2, seed=3, method="masked")]
+    causal = [image for text in PROMPTS for image in model.draw(text, n=2, seed=3)]
+    masked = [image for text in PROMPTS for image in model.draw(text, n=2, seed=3, method="masked")]
     guided = model.draw(PROMPTS[0], n=2, guidance_schedule="rising", negative="a green star")
     best = model.draw(PROMPTS[0], candidates=3, seed=1)
     mixed = [
@@ -94,9 +94,13 @@ def use() -> dict[str, Any]:
         "captions with a penalty": model.caption(images, repetition_penalty=1.3),
         "captions, best of four": model.caption(images[:6], candidates=4, temperature=1.0),
         "captions, few-shot": model.caption(images[:6], examples=[(images[7], "a picture")]),
-        "answers": [model.answer(image, one) for image in images[:8] for one in QUESTIONS],
-        "choices": [model.answer(one, QUESTIONS[1], choices=list(COLOURS)) for one in images[:8]],
-        "json": [model.answer(one, QUESTIONS[0], schema=schema) for one in images[:8]],
+        "answers": [
+            model.answer(image, question) for image in images[:8] for question in QUESTIONS
+        ],
+        "choices": [
+            model.answer(image, QUESTIONS[1], choices=list(COLOURS)) for image in images[:8]
+        ],
+        "json": [model.answer(image, QUESTIONS[0], schema=schema) for image in images[:8]],
         "drawn": [digest([image]) for image in causal],
         "masked": [digest([image]) for image in masked],
         "guided": digest(guided),
@@ -107,10 +111,11 @@ def use() -> dict[str, Any]:
         "embedded images": rows_digest(model.embed(images=images)),
         "embedded texts": rows_digest(model.embed(texts=list(PROMPTS))),
         "mixed": [
-            [part if isinstance(part, str) else digest([part]) for part in one] for one in mixed
+            [part if isinstance(part, str) else digest([part]) for part in parts] for parts in mixed
         ],
         "replies": [
-            (one.parts, one.text_tokens, one.ended, one.log_probability) for one in replies
+            (reply.parts, reply.text_tokens, reply.ended, reply.log_probability)
+            for reply in replies
         ],
         "streamed": [
             part if isinstance(part, str) else digest([part])
@@ -120,7 +125,7 @@ def use() -> dict[str, Any]:
 
 
 def curves(folder: Path) -> dict[str, list[float]]:
-    """All that a run logged, name by name, but what depends on the clock."""
+    """The values that a run logged, by name, without those that depend on the clock."""
     (events,) = {path.parent for path in folder.rglob("events.out.tfevents*")}
     log = EventAccumulator(str(events)).Reload()
     return {
@@ -199,12 +204,12 @@ def training() -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = {"starter": use(), "training": training()}
+    outputs = {"starter": use(), "training": training()}
     flat = [
         value
         for run in ("tokenizer", "joint")
-        for curve in found["training"][run].values()
+        for curve in outputs["training"][run].values()
         for value in curve
     ]
     assert flat and all(map(math.isfinite, flat))
-    print(json.dumps(found, indent=1))
+    print(json.dumps(outputs, indent=1))

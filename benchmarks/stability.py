@@ -4,9 +4,10 @@
         --image-tokenizer runs/scenes-tokenizer/model [--steps 3000] [--rate 1.2e-2]
         [--picture docs/stability.png] [--out runs/stability]
 
-Four runs of a `tiny`, the same seed and batches. Says for each the largest loss after the warm-up,
-how often the loss rose above twice its running median (a spike), the largest logit and where log Z
-ended; the picture has the curves. What is done is kept in ``--out``; the last line is JSON.
+Four runs of a `tiny` with the same seed and batches. Prints for each the largest loss after the
+warm-up, the number of spikes (a loss above twice its running median), the largest logit, and the
+last log Z. The picture has the curves. Runs that are done are kept in ``--out``. The last line is
+JSON.
 """
 
 import argparse
@@ -35,7 +36,7 @@ WARM_UP = 100  # steps
 
 
 class NoNorm(nn.Module):
-    """In the place of a norm of queries or keys: nothing, but its scale."""
+    """Stands for a norm of queries or keys, and changes nothing."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -56,10 +57,10 @@ class Record(L.Callback):
 def train(arguments: argparse.Namespace, qk_norm: bool, z_loss: float) -> dict[str, list[float]]:
     import multimodal.model.transformer as transformer
 
-    whole = transformer.norm_in_fp32
+    original = transformer.norm_in_fp32
 
     def plain(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return x.float() if isinstance(norm, NoNorm) else whole(norm, x)  # type: ignore[arg-type]
+        return x.float() if isinstance(norm, NoNorm) else original(norm, x)  # type: ignore[arg-type]
 
     L.seed_everything(0, verbose=False)
     module = JointModule(
@@ -93,12 +94,12 @@ def train(arguments: argparse.Namespace, qk_norm: bool, z_loss: float) -> dict[s
     try:
         trainer.fit(module, data)
     finally:
-        transformer.norm_in_fp32 = whole
+        transformer.norm_in_fp32 = original
     return record.curves
 
 
 def summary(curves: dict[str, list[float]]) -> dict[str, float | None]:
-    """``diverged``: the first step whose loss is no number, if there is one."""
+    """Figures of a run. ``diverged`` is the first step whose loss is not finite, or None."""
     total = curves["total"]
     diverged = next((n for n, value in enumerate(total) if not math.isfinite(value)), None)
     good = total[:diverged]
@@ -118,16 +119,16 @@ def summary(curves: dict[str, list[float]]) -> dict[str, float | None]:
     }
 
 
-def draw(found: dict[str, dict[str, list[float]]], picture: Path) -> None:
-    """The losses of all runs, one below the other, as a picture without any further library."""
+def draw(runs: dict[str, dict[str, list[float]]], picture: Path) -> None:
+    """Draw the losses of all runs, one below the other."""
     from PIL import Image, ImageDraw
 
     width, height = 900, 170
-    image = Image.new("RGB", (width, height * len(found)), "white")
+    image = Image.new("RGB", (width, height * len(runs)), "white")
     pen = ImageDraw.Draw(image)
-    values = [v for curves in found.values() for v in curves["total"][20:] if math.isfinite(v)]
+    values = [v for curves in runs.values() for v in curves["total"][20:] if math.isfinite(v)]
     top = max(values)
-    for number, (name, curves) in enumerate(found.items()):
+    for number, (name, curves) in enumerate(runs.items()):
         total = curves["total"]
         points = [
             (
@@ -145,33 +146,33 @@ def draw(found: dict[str, dict[str, list[float]]], picture: Path) -> None:
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--data", required=True)
-    made.add_argument("--text-tokenizer", required=True)
-    made.add_argument("--image-tokenizer", required=True)
-    made.add_argument("--steps", type=int, default=3000)
-    made.add_argument("--rate", type=float, default=1.2e-2, help="three times the tuned 4e-3")
-    made.add_argument("--out", type=Path, default=Path("runs/stability"))
-    made.add_argument("--picture", type=Path, default=Path("docs/stability.png"))
-    arguments = made.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--text-tokenizer", required=True)
+    parser.add_argument("--image-tokenizer", required=True)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--rate", type=float, default=1.2e-2, help="three times the tuned 4e-3")
+    parser.add_argument("--out", type=Path, default=Path("runs/stability"))
+    parser.add_argument("--picture", type=Path, default=Path("docs/stability.png"))
+    arguments = parser.parse_args()
     if arguments.steps <= WARM_UP + 50:
-        made.error(f"--steps {arguments.steps}: expected more than {WARM_UP + 50}")
+        parser.error(f"--steps {arguments.steps}: expected more than {WARM_UP + 50}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     settings = {key: str(value) for key, value in vars(arguments).items() if key != "picture"}
-    found = {}
+    runs = {}
     for name, (qk_norm, z_loss) in SETTINGS.items():
-        kept = arguments.out / f"{name.replace(' ', '-')}-{arguments.steps}.json"
-        if not kept.is_file():
+        file = arguments.out / f"{name.replace(' ', '-')}-{arguments.steps}.json"
+        if not file.is_file():
             curves = train(arguments, qk_norm, z_loss)
-            kept.write_text(json.dumps({"settings": settings, "curves": curves}))
-        stored = json.loads(kept.read_text())
+            file.write_text(json.dumps({"settings": settings, "curves": curves}))
+        stored = json.loads(file.read_text())
         if stored["settings"] != settings:
-            made.error(f"{kept}: is of other settings; give another --out")
-        found[name] = stored["curves"]
-        print(name, summary(found[name]), flush=True)
-    draw(found, arguments.picture)
-    runs = {name: summary(curves) for name, curves in found.items()}
-    print(json.dumps({"steps": arguments.steps, "rate": arguments.rate, "runs": runs}))
+            parser.error(f"{file}: is of other settings; give another --out")
+        runs[name] = stored["curves"]
+        print(name, summary(runs[name]), flush=True)
+    draw(runs, arguments.picture)
+    figures = {name: summary(curves) for name, curves in runs.items()}
+    print(json.dumps({"steps": arguments.steps, "rate": arguments.rate, "runs": figures}))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""A joint step beside plain language modelling, ours and that of transformers' Qwen3.
+"""A joint step, and steps of plain language modelling: ours and that of transformers' Qwen3.
 
     python benchmarks/train_step.py [--size mini] [--pairs 32] [--vocabulary 4096] [--steps 16]
 
-All read the same packed rows of image codes and captions, in bf16 on a CPU (a GPU where there is
-one), and each is measured in a process of its own, in turn, --rounds times; the best median counts.
-Tokens are those that are no padding. Theirs gets the rows as they are, causal, without a mask: what
-is fastest for it. ``kept``: with freed memory kept, as `multimodal fit` does on a CPU.
+All read the same packed rows of image codes and captions, in bf16 on a CPU, or on a GPU if there is
+one. Each is measured in another process, in turn, --rounds times, and the best median counts.
+Padding does not count as tokens. Theirs reads the rows causally without a mask, which is fastest
+for it. ``kept``: freed memory is kept, as `multimodal fit` does on a CPU.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SETTINGS = {
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a step, tokens in it, and the most memory in GB, of one setting."""
+    """The seconds of a step, its tokens, and the peak memory in GB of one setting."""
     import torch
 
     from multimodal.api import Model
@@ -121,8 +121,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     if "Muon" in name:
         optimizer: Any = muon(trained, [], 1e-3, 0.1)
     else:
-        learned = [p for p in trained.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(learned, 1e-3, weight_decay=0.1, fused=True)
+        parameters = [p for p in trained.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.1, fused=True)
     times = []
     for _ in range(options.steps):
         start = time.perf_counter()
@@ -143,33 +143,33 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--size", default="mini")
-    made.add_argument("--pairs", type=int, default=32)
-    made.add_argument("--row-length", type=int, default=176)
-    made.add_argument("--vocabulary", type=int, default=4096, help="ids, those of text too")
-    made.add_argument("--steps", type=int, default=16)
-    made.add_argument("--rounds", type=int, default=2)
-    made.add_argument("--only", nargs="*", choices=SETTINGS, default=list(SETTINGS))
-    made.add_argument("--one", help=argparse.SUPPRESS)
-    options = made.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="mini")
+    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--row-length", type=int, default=176)
+    parser.add_argument("--vocabulary", type=int, default=4096, help="ids, with those of text")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", nargs="*", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(options.one, options)))
         return
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
     for _ in range(options.rounds):
         for name in options.only:
             command = [sys.executable, *sys.argv, "--one", name]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
-            one = found[name][-1]
+            results[name].append(json.loads(done.stdout.splitlines()[-1]))
+            last = results[name][-1]
             print(
-                f"{name:<38}{one['tokens'] / one['seconds']:>9,.0f} tokens/s {one['GB']:.2f} GB",
+                f"{name:<38}{last['tokens'] / last['seconds']:>9,.0f} tokens/s {last['GB']:.2f} GB",
                 file=sys.stderr,
                 flush=True,
             )
-    best = {name: min(rounds, key=lambda one: one["seconds"]) for name, rounds in found.items()}
-    speed = {name: one["tokens"] / one["seconds"] for name, one in best.items()}
+    best = {name: min(rounds, key=lambda r: r["seconds"]) for name, rounds in results.items()}
+    speed = {name: r["tokens"] / r["seconds"] for name, r in best.items()}
     ratios = {}
     for ours in (name for name in SETTINGS if name.startswith("joint")):
         for other in speed:
@@ -182,7 +182,7 @@ def main() -> None:
         json.dumps(
             {
                 "tokens_per_second": {name: round(value) for name, value in speed.items()},
-                "GB": {name: round(one["GB"], 2) for name, one in best.items()},
+                "GB": {name: round(r["GB"], 2) for name, r in best.items()},
                 "ratios": ratios,
                 "size": options.size,
                 "pairs": options.pairs,
