@@ -1,13 +1,18 @@
-"""Pictures kept after equal time: the ViT of the photos recipe beside the VQGAN of LlamaGen.
+"""Image quality after equal training time: the ViT of the photos recipe and the VQGAN of LlamaGen.
 
     python benchmarks/autoencoders.py --data data/flickr8k [--out runs/autoencoders] [--minutes 4]
 
-Both are trained from nothing on the training split at 128 x 128 pixels, to 8 x 8 codes of one
-codebook size, on pixels alone, by the same optimizer, and measured on val by ``multimodal tokenizer
-compare``. Rows: the ViT; the VQGAN in its released shape (72 M parameters), and one a quarter as
-wide, with about the parameters of the ViT, for the same wall-clock time; the narrow one for the
-same steps. Steps that fit the time come from steps of all that take turns. A row that is done is
-not done again. Leaves ``table.md``, ``table.json`` and ``table.png`` in the folder.
+Both are trained from random weights on the training split at 128 x 128 pixels, to 8 x 8 codes of
+one codebook size, on pixels alone, by the same optimizer. They are measured on val by ``multimodal
+tokenizer compare``. The rows are
+
+- the ViT,
+- the VQGAN in its released shape (72 M parameters), for the same wall-clock time,
+- a VQGAN a quarter as wide, with about the parameters of the ViT, for the same time,
+- the narrow VQGAN for the same steps.
+
+How many steps fit the time is measured first, by steps in turn. A row that is done is not done
+again. Writes ``table.md``, ``table.json`` and ``table.png`` into the folder.
 """
 
 import argparse
@@ -42,7 +47,7 @@ def config_of(shape: dict[str, Any]) -> dict[str, Any]:
 
 
 def step_seconds(rounds: int = 4) -> dict[str, float]:
-    """A training step of each, the median of some that take turns."""
+    """Seconds of a training step of each, the median of steps in turn."""
     torch.manual_seed(0)
     images = torch.rand(BATCH, 3, SIZE, SIZE) * 2 - 1
     models = {
@@ -55,58 +60,79 @@ def step_seconds(rounds: int = 4) -> dict[str, float]:
         for name, model in models.items():
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16):
-                made, quantized = model(images)
-            loss = F.mse_loss(made.float(), images) + sum(quantized.losses.values())
+                reconstruction, quantized = model(images)
+            loss = F.mse_loss(reconstruction.float(), images) + sum(quantized.losses.values())
             optimizers[name].zero_grad()
             loss.backward()
             optimizers[name].step()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(some[1:]) for name, some in times.items()}
+    return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--data", required=True)
-    made.add_argument("--out", type=Path, default=Path("runs/autoencoders"))
-    made.add_argument("--minutes", type=float, default=4.0, help="of training, for each")
-    arguments = made.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/autoencoders"))
+    parser.add_argument("--minutes", type=float, default=4.0, help="of training, for each")
+    arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "step_seconds.json").is_file():
         (out / "step_seconds.json").write_text(json.dumps(step_seconds()) + "\n")
     seconds = json.loads((out / "step_seconds.json").read_text())
-    fitting = {name: round(60 * arguments.minutes / one) for name, one in seconds.items()}
+    fitting = {name: round(60 * arguments.minutes / step) for name, step in seconds.items()}
     rows = [(name, shape, fitting[name]) for name, shape in SHAPES.items()]
     rows.append(("narrow vqgan, equal steps", NARROW, fitting["vit"]))
     for name, shape, steps in rows:
         tokenizer = {
-            "tokenizer": config_of(shape), "learning_rate": 1.5e-3,
+            "tokenizer": config_of(shape),
+            "learning_rate": 1.5e-3,
             "warmup_steps": max(1, min(100, steps // 10)),
-        }  # fmt: skip
+        }
         data = {
-            "folders": [arguments.data], "global_batch_size": BATCH, "crop_scale": 0.4,
-            "mirror": True, "val_limit": 256,
-        }  # fmt: skip
+            "folders": [arguments.data],
+            "global_batch_size": BATCH,
+            "crop_scale": 0.4,
+            "mirror": True,
+            "val_limit": 256,
+        }
         module = "image_tokenizer.ImageTokenizerModule"
         fit(out / name.replace(" ", "-").replace(",", ""), module, tokenizer, data, steps)
     compare = [
-        sys.executable, "-m", "multimodal.cli", "tokenizer", "compare", "--data", arguments.data,
-        "--fit", "squash", "--limit", "256", "--batch-size", "16",
-        "--output", out / "compare.json", "--picture", out / "table.png",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "multimodal.cli",
+        "tokenizer",
+        "compare",
+        "--data",
+        arguments.data,
+        "--fit",
+        "squash",
+        "--limit",
+        "256",
+        "--batch-size",
+        "16",
+        "--output",
+        out / "compare.json",
+        "--picture",
+        out / "table.png",
+    ]
     folders = [out / name.replace(" ", "-").replace(",", "") for name, _, _ in rows]
     compare += [folder / "model" for folder in folders]
     subprocess.run([str(part) for part in compare], check=True)
-    kept = json.loads((out / "compare.json").read_text())
+    measured = json.loads((out / "compare.json").read_text())
     figures = ("psnr", "ssim", "ms_ssim", "perceptual", "used", "parameters")
     table = [
         {
-            "name": name, "steps": steps, "images": steps * BATCH,
-            "seconds": int((folder / "seconds").read_text()), **{k: row[k] for k in figures},
+            "name": name,
+            "steps": steps,
+            "images": steps * BATCH,
+            "seconds": int((folder / "seconds").read_text()),
+            **{k: row[k] for k in figures},
         }
-        for (name, _, steps), folder, row in zip(rows, folders, kept["tokenizers"], strict=True)
-    ]  # fmt: skip
-    result = {"step_seconds": seconds, "protocol": kept["protocol"], "rows": table}
+        for (name, _, steps), folder, row in zip(rows, folders, measured["tokenizers"], strict=True)
+    ]
+    result = {"step_seconds": seconds, "protocol": measured["protocol"], "rows": table}
     (out / "table.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "table.md").write_text(markdown(table))
     print(json.dumps(result))

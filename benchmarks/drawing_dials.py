@@ -2,9 +2,9 @@
 
     python benchmarks/drawing_dials.py [--model starter] [--scenes DIR] [--photos DIR]
 
-100 captions of scenes (val): objects with the right colour and shape, read off the pixels; 100
-first captions of photos (val): the model's own alignment score of drawing and caption. Seed 0.
-Prints a table; the last line is JSON.
+Of 100 captions of scenes (val): the share of objects with the right colour and shape, read off the
+pixels. Of 100 first captions of photos (val): the similarity of drawing and caption in the model's
+embeddings. Seed 0. Prints a table. The last line is JSON.
 """
 
 import argparse
@@ -22,10 +22,11 @@ from multimodal import load
 from multimodal.data.images import to_image
 from multimodal.data.shards import Shards
 from multimodal.eval.metrics.scene_drawings import score_scene_drawings, whole_caption
-from multimodal.inference.drawing import Method, decode_images, draw_codes
+from multimodal.inference.codec import decode_images
+from multimodal.inference.drawing import draw_codes
 from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.model.lessons import descriptions_of
-from multimodal.options import Sampling
+from multimodal.options import DrawOptions, Method
 
 COUNT = 100
 METHODS: tuple[tuple[Method, int, float], ...] = (  # steps, temperature
@@ -36,38 +37,42 @@ SCALES = (1.0, 2.0, 3.0, 5.0)
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--model", default="starter")
-    made.add_argument("--scenes", type=Path, default=Path("data/scenes"))
-    made.add_argument("--photos", type=Path, default=Path("data/flickr8k"))
-    arguments = made.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="starter")
+    parser.add_argument("--scenes", type=Path, default=Path("data/scenes"))
+    parser.add_argument("--photos", type=Path, default=Path("data/flickr8k"))
+    arguments = parser.parse_args()
     model = load(arguments.model)
     records = (sample.record for sample in islice(Shards(arguments.scenes, "val"), COUNT))
     prompts = [caption for record in records if (caption := whole_caption(record))]
-    of_photos = [
+    photo_captions = [
         descriptions_of(sample.record)[0]
         for sample in islice(Shards(arguments.photos, "val"), COUNT)
     ]
-    meant = embed_texts(model, of_photos)
+    embedded = embed_texts(model, photo_captions)
     rows: list[dict[str, Any]] = []
     settings = [(*method, scale) for method in METHODS for scale in SCALES]
     for method, steps, temperature, scale in tqdm(settings, disable=None):
         start = time.perf_counter()
-        sampling = Sampling(temperature=temperature)
-        how = {
-            "method": method, "steps": steps, "guidance_scale": scale, "sampling": sampling
-        }  # fmt: skip
-        drawn = decode_images(model, draw_codes(model, prompts, **how))  # type: ignore[arg-type]
+        options = DrawOptions(
+            method=method, steps=steps, guidance_scale=scale, temperature=temperature
+        )
+        drawn = decode_images(model, draw_codes(model, prompts, options))
         score = score_scene_drawings(prompts, [to_image(image) for image in drawn])
-        photos = draw_codes(model, of_photos, **how)  # type: ignore[arg-type]
-        likeness = torch.cat([embed_codes(model, some) for some in photos.split(64)])
-        rows.append({
-            "method": method if method == "causal" else f"masked, {steps} steps",
-            "temperature": temperature, "guidance": scale,
-            "objects": score["objects"], "colours": score["colours"], "extra": score["extra"],
-            "alignment on photos": float((likeness * meant).sum(-1).mean()),
-            "seconds": round(time.perf_counter() - start, 1),
-        })  # fmt: skip
+        photos = draw_codes(model, photo_captions, options)
+        images = torch.cat([embed_codes(model, part) for part in photos.split(64)])
+        rows.append(
+            {
+                "method": method if method == "causal" else f"masked, {steps} steps",
+                "temperature": temperature,
+                "guidance": scale,
+                "objects": score["objects"],
+                "colours": score["colours"],
+                "extra": score["extra"],
+                "alignment on photos": float((images * embedded).sum(-1).mean()),
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+        )
     print(markdown(rows))
     print(json.dumps({"model": model.fingerprint, "scenes": len(prompts), "rows": rows}))
 

@@ -1,14 +1,14 @@
-"""Fine-tuning the starter on 200 pictures of a style it never saw, against training from nothing.
+"""Fine-tuning the starter on 200 images of a style it never saw, and training from random weights.
 
     python benchmarks/fine_tuning.py [--style paper] [--out runs/fine-tuning] [--steps 300]
         [--model starter]
 
-Two styles: ``paper``, shapes cut out of paper, a little turned, with shadows on brown cardboard;
-and ``chalk``, outlines on a dirty green board. The captions say where each object is. The
-data are made as a user's would be, a folder of images with texts beside them, and the commands are
-the README's. 100 other pictures are captioned (greedy) by the starter as it is, by the fine-tuned
-one, and by a model of the same size trained on the same pictures from random weights, with the
-starter's tokenizers. The last line is a JSON object.
+There are two styles. ``paper``: shapes cut out of paper, a little turned, with shadows on brown
+cardboard. ``chalk``: outlines on a dirty green board. The captions say where each object is. The
+data are a folder of images with texts beside them, as a user's would be, and the commands are the
+README's. 100 other images are captioned (greedy) by the starter, by the fine-tuned model, and by a
+model of the same size trained on the same images from random weights, with the starter's
+tokenizers. The last line is JSON.
 """
 
 import argparse
@@ -39,13 +39,13 @@ def ground(rgb: tuple[int, int, int], deviation: float, noise: np.random.Generat
 
 
 def placed(item: SceneObject, shape: Image.Image, shift: int = 0) -> Image.Image:
-    """A mask of the shape at the object's place, SIDE x SIDE; shift: pixels right and down."""
-    whole = Image.new("L", (SIDE * SCALE, SIDE * SCALE))
+    """A mask of the shape at the place of the object, SIDE x SIDE. shift: pixels right and down."""
+    mask = Image.new("L", (SIDE * SCALE, SIDE * SCALE))
     corner = (
         round(at * SIDE * SCALE) - shape.width // 2 + shift * SCALE for at in (item.x, item.y)
     )
-    whole.paste(shape, tuple(corner))
-    return whole.reduce(SCALE)
+    mask.paste(shape, tuple(corner))
+    return mask.reduce(SCALE)
 
 
 def chalk(scene: Scene, rng: random.Random) -> Image.Image:
@@ -80,19 +80,25 @@ STYLES = {"paper": paper, "chalk": chalk}
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """Every object with its place; no texture, size or background is said."""
+    """Every object with its place, without texture, size or background."""
     parts = []
     for item in rng.sample(scene.objects, len(scene.objects)):
         region = region_of([item])
-        where = {"centre": "in the centre", "left": "on the left", "right": "on the right",
-                 "top": "at the top", "bottom": "at the bottom", None: ""}  # fmt: skip
+        where = {
+            "centre": "in the centre",
+            "left": "on the left",
+            "right": "on the right",
+            "top": "at the top",
+            "bottom": "at the bottom",
+            None: "",
+        }
         place = where.get(region, f"in the {region}")
         parts.append(f"{with_article(f'{item.colour} {item.shape}')} {place}".strip())
     return ", ".join(parts)
 
 
 def make(folder: Path, style: str, count: int, seed: int) -> dict[str, Scene]:
-    """Write NAME.png and NAME.json with four captions each; the truth by NAME."""
+    """Write NAME.png and NAME.json with four captions each. Returns the scenes by NAME."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, scenes = random.Random(f"{style}/{seed}"), {}
     for number in range(count):
@@ -111,10 +117,10 @@ def run(*arguments: str) -> None:
 
 
 def score(model: str, folder: Path, scenes: dict[str, Scene]) -> dict[str, float]:
-    said = load(model).caption([folder / f"{name}.png" for name in scenes])
-    for text in said[:5]:
+    captions = load(model).caption([folder / f"{name}.png" for name in scenes])
+    for text in captions[:5]:
         print("  ", text, file=sys.stderr)
-    figures = score_scene_captions(dict(zip(scenes, said, strict=True)), scenes)
+    figures = score_scene_captions(dict(zip(scenes, captions, strict=True)), scenes)
     return {name: figures[name] for name in ("attribute_precision", "object_recall", "perfect")}
 
 

@@ -1,4 +1,4 @@
-"""Runs of ``multimodal fit`` for benchmarks that train: started, gone on with, and read."""
+"""Runs of ``multimodal fit`` for benchmarks: start them, resume them, read their logs."""
 
 import csv
 import subprocess
@@ -15,7 +15,9 @@ from multimodal.api import Model
 from multimodal.data.images import to_image
 from multimodal.data.shards import Shards
 from multimodal.eval.metrics.scene_drawings import score_scene_drawings, whole_caption
-from multimodal.inference.drawing import Method, decode_images, draw_codes
+from multimodal.inference.codec import decode_images
+from multimodal.inference.drawing import draw_codes
+from multimodal.options import DrawOptions, Method
 
 TRAINER = {
     "precision": "bf16-mixed", "gradient_clip_val": 1.0, "check_val_every_n_epoch": None,
@@ -31,10 +33,12 @@ def fit(
     steps: int,
     seed: int = 0,
 ) -> None:
-    """One run, the rest of one that was stopped, or nothing for one that is done.
+    """Start a run, resume one that was stopped, or do nothing if it is done.
 
-    ``folder/model`` is what it trained, ``folder/seconds`` what its last part took. Errors:
-    ``SystemExit`` for a folder that holds a run of another configuration.
+    The model is in ``folder/model``. ``folder/seconds`` has the seconds of the last start.
+
+    Raises:
+        SystemExit: for a folder that holds a run of another configuration.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -59,7 +63,7 @@ def fit(
 
 
 def last_figures(folder: Path) -> dict[str, float]:
-    """The newest value of everything the log has."""
+    """The last value of each name in the log."""
     figures: dict[str, float] = {}
     with open(folder / "logs/metrics.csv", newline="") as file:
         for row in csv.DictReader(file):
@@ -68,20 +72,24 @@ def last_figures(folder: Path) -> dict[str, float]:
 
 
 def score_drawings(model: Model, data: str, method: Method = "causal") -> dict[str, float]:
-    """Drawings of 200 scenes of val, guidance 3, the default temperature, seed 0."""
+    """Scores of drawings of 200 scenes of val: guidance 3, the default temperature, seed 0."""
     records = (sample.record for sample in islice(Shards(data, "val"), 200))
     prompts = [caption for record in records if (caption := whole_caption(record))]
     codes = [
-        draw_codes(model, prompts[start : start + 64], method=method,
-                   numbers=range(start, min(start + 64, len(prompts))))
+        draw_codes(
+            model,
+            prompts[start : start + 64],
+            DrawOptions(method=method),
+            numbers=range(start, min(start + 64, len(prompts))),
+        )
         for start in range(0, len(prompts), 64)
-    ]  # fmt: skip
+    ]
     drawn = [to_image(image) for image in decode_images(model, torch.cat(codes))]
     return score_scene_drawings(prompts, drawn)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Rows of the same names as a table."""
+    """A table of rows that have the same names."""
     lines = [[*rows[0]], ["---"] * len(rows[0])]
     lines += [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,12 +1,13 @@
-"""What generation promises, checked on a trained model: no speed, only what comes out.
+"""The guarantees of generation, checked on a trained model: its outputs, not its speed.
 
     python benchmarks/generation_checks.py [--model starter] [--images 10000]
 
-text: greedy, fp32, of 100 prompts (a scene's codes; half go on with a question): equal to
-    transformers' ``generate`` with the exported weights; one at a time equal to all at once and to
-    batches of 16 whose places are filled again; the same at temperature 1.
-images: drawn at temperature 1.3, four fifths code by code: ids out of range, wrong lengths.
-schema: 200 answers at temperature 1 that parse and hold to a JSON schema.
+text: 100 prompts in fp32, the codes of a scene, half of them followed by a question. Greedy texts
+    are compared with transformers' ``generate`` with the exported weights. Texts one at a time are
+    compared with all at once, and with batches of 16 that others join, also at temperature 1.
+images: drawn at temperature 1.3, four fifths code by code. Counts ids out of range and wrong
+    lengths.
+schema: counts how many of 200 answers at temperature 1 follow a JSON schema.
 
 The last line is JSON.
 """
@@ -24,12 +25,14 @@ from torch import Tensor
 
 from multimodal import load
 from multimodal.api import Model
-from multimodal.inference.drawing import Method, draw_codes
-from multimodal.inference.text import answer_codes, encode_images, generate_ids, read_images
+from multimodal.inference.codec import encode_images, read_images
+from multimodal.inference.drawing import draw_codes
+from multimodal.inference.json_schema import Schema
+from multimodal.inference.text import answer_codes, generate_ids
 from multimodal.memory import keep_freed_memory
 from multimodal.model.export import export_hf
 from multimodal.model.sequences import describe_prompt
-from multimodal.options import Sampling
+from multimodal.options import AnswerOptions, DrawOptions, Method, TextOptions
 from multimodal.scenes.scene import render, sample_scene
 
 PROMPTS, TOKENS = 100, 32
@@ -50,94 +53,106 @@ SCHEMA: dict[str, Any] = {
 
 @torch.inference_mode()
 def of_transformers(name: str, prompts: list[list[int]], eos: int, pad: int) -> list[list[int]]:
-    """name: of the model -> what transformers says after each prompt, alone"""
+    """The text that transformers generates after each prompt, one at a time. name: of the model."""
     with tempfile.TemporaryDirectory() as folder:
         export_hf(name, Path(folder) / "hf")
         peer = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "hf")
-    peer, said = peer.float().eval(), []
+    peer, generated = peer.float().eval(), []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        row = peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS,
-                            do_sample=False, eos_token_id=eos, pad_token_id=pad)  # fmt: skip
+        row = peer.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=pad,
+        )
         text = row[0, len(prompt) :].tolist()
-        said.append(text[: text.index(eos)] if eos in text else text)
-    return said
+        generated.append(text[: text.index(eos)] if eos in text else text)
+    return generated
 
 
 def texts(model: Model, name: str, codes: Tensor) -> dict[str, int]:
-    """codes: int64[PROMPTS, n] -> how many texts are equal"""
+    """codes: int64[PROMPTS, n] -> how many texts are equal."""
     v = model.vocabulary
     prompts = [describe_prompt(v, row) for row in (codes + v.image_start).tolist()]
     for number in range(PROMPTS // 2):
         question = model.config.templates.ask(QUESTIONS[number % len(QUESTIONS)])
         prompts[number] += model.text_tokenizer.encode(question)
-    found = {}
-    for how, sampling in (("greedy", Sampling()), ("sampled", Sampling(temperature=1.0, seed=3))):
+    equal = {}
+    settings = {
+        "greedy": TextOptions(max_tokens=TOKENS),
+        "sampled": TextOptions(max_tokens=TOKENS, temperature=1.0, seed=3),
+    }
+    for how, options in settings.items():
         alone = [
-            generate_ids(model, [prompt], TOKENS, sampling, [number])[0]
+            generate_ids(model, [prompt], options, [number])[0]
             for number, prompt in enumerate(prompts)
         ]
         others = {"all at once": 0, "filled again": 16}
         for what, size in others.items():
-            said = generate_ids(model, prompts, TOKENS, sampling, batch_size=size)
-            found[f"{how}, {what}"] = sum(a == b for a, b in zip(alone, said, strict=True))
+            generated = generate_ids(model, prompts, options, batch_size=size)
+            equal[f"{how}, {what}"] = sum(a == b for a, b in zip(alone, generated, strict=True))
         if how == "greedy":
-            said = of_transformers(name, prompts, v.eos, v.pad)
-            found["greedy, transformers"] = sum(a == b for a, b in zip(alone, said, strict=True))
-    return found
+            generated = of_transformers(name, prompts, v.eos, v.pad)
+            equal["greedy, transformers"] = sum(
+                a == b for a, b in zip(alone, generated, strict=True)
+            )
+    return equal
 
 
 def images(model: Model, count: int) -> dict[str, int]:
-    n, wrong, made = model.image_tokenizer.config.grid**2, 0, set()
+    n, wrong, different = model.codes_per_image, 0, set()
     shares: dict[Method, int] = {"causal": count * 4 // 5, "masked": count - count * 4 // 5}
-    for method, many in shares.items():
-        asked = [TEXTS[number % len(TEXTS)] for number in range(many)]
+    for method, number_of_texts in shares.items():
+        prompts = [TEXTS[number % len(TEXTS)] for number in range(number_of_texts)]
         scale = 1.0 if method == "causal" else 3.0
-        codes = draw_codes(model, asked, method=method, steps=8, guidance_scale=scale,
-                           sampling=Sampling(temperature=1.3, seed=1))  # fmt: skip
+        options = DrawOptions(method=method, steps=8, guidance_scale=scale, temperature=1.3, seed=1)
+        codes = draw_codes(model, prompts, options)
         wrong += sum(
             len(row) != n or min(row) < 0 or max(row) >= model.image_tokenizer.codebook_size
             for row in codes.tolist()
         )
-        made |= {tuple(row) for row in codes.tolist()}
-    return {"images": count, "wrong": wrong, "different": len(made)}
+        different |= {tuple(row) for row in codes.tolist()}
+    return {"images": count, "wrong": wrong, "different": len(different)}
 
 
 def answers(model: Model, codes: Tensor) -> int:
-    """codes: int64[PROMPTS, n] -> how many of twice as many answers hold to SCHEMA"""
+    """codes: int64[PROMPTS, n] -> how many of 2 PROMPTS answers follow SCHEMA."""
     right = 0
     for seed in range(2):
-        sampling = Sampling(temperature=1.0, seed=seed)
-        for text in answer_codes(model, codes, ["what is there?"] * PROMPTS, 100, sampling,
-                                 schema=SCHEMA):  # fmt: skip
-            said = json.loads(text)
+        options = AnswerOptions(max_tokens=100, temperature=1.0, seed=seed)
+        questions = ["what is there?"] * PROMPTS
+        for text in answer_codes(model, codes, questions, options, schema=Schema(model, SCHEMA)):
+            answer = json.loads(text)
             right += (
-                said.keys() == SCHEMA["properties"].keys()
-                and said["colour"] in COLOURS
-                and type(said["count"]) is int
-                and 0 <= said["count"] <= MOST
-                and isinstance(said["words"], str)
-                and len(said["words"]) <= LONGEST
+                answer.keys() == SCHEMA["properties"].keys()
+                and answer["colour"] in COLOURS
+                and type(answer["count"]) is int
+                and 0 <= answer["count"] <= MOST
+                and isinstance(answer["words"], str)
+                and len(answer["words"]) <= LONGEST
             )
     return right
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--model", default="starter")
-    made.add_argument("--images", type=int, default=10_000)
-    arguments = made.parse_args()
+    parser.add_argument("--model", default="starter")
+    parser.add_argument("--images", type=int, default=10_000)
+    arguments = parser.parse_args()
     keep_freed_memory()
     model, rng = load(arguments.model), random.Random(5)
     scenes = [render(sample_scene(rng)) for _ in range(PROMPTS)]
     codes = encode_images(model, read_images(model, scenes))
-    found: dict[str, Any] = {f"equal of {PROMPTS}": texts(model, arguments.model, codes)}
-    print(json.dumps(found), flush=True)
-    found["schema"] = answers(model, codes)
-    found["drawn"] = images(model, arguments.images)
-    print(json.dumps({**found, "model": model.fingerprint}))
+    figures: dict[str, Any] = {f"equal of {PROMPTS}": texts(model, arguments.model, codes)}
+    print(json.dumps(figures), flush=True)
+    figures["schema"] = answers(model, codes)
+    figures["drawn"] = images(model, arguments.images)
+    print(json.dumps({**figures, "model": model.fingerprint}))
 
 
 if __name__ == "__main__":

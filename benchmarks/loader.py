@@ -1,12 +1,16 @@
-"""Images a second that training is given, beside the least that could be done, and webdataset.
+"""Images a second of the training loader, of a minimal loop, and of webdataset.
 
     python benchmarks/loader.py --data data/flickr8k [--image-size 128] [--count 1024]
 
-One process, one thread each, in turns: a bare loop (read the tar, decode with Pillow, resize);
-plain webdataset with the same decoding, into batches with their texts; the loader of training,
-shuffled, over the same images; and over their codes (``multimodal tokenizer encode``). Then what a
-folder of 100,000 shards (simulated: their files are empty) costs before the first sample, and what
-ten epochs do to memory. Prints JSON as its last line.
+These take turns in one process with one thread:
+
+- a bare loop that reads the tar, decodes with Pillow, and resizes,
+- plain webdataset with the same decoding, into batches with their texts,
+- the loader of training, shuffled, over the same images,
+- the same over their codes (``multimodal tokenizer encode``).
+
+Then it measures the time and memory before the first sample of 100,000 shards (simulated: their
+files are empty), and the memory after each of ten epochs. The last line is JSON.
 """
 
 import argparse
@@ -33,7 +37,7 @@ from multimodal.train.data import GlobalBatchLoader
 from multimodal.train.examples import ShardDataset
 from multimodal.train.sample_order import GlobalBatches, Order
 
-BATCH, ROUNDS = 64, 9  # of the rounds the best counts: the least that others disturbed
+BATCH, ROUNDS = 64, 9  # the best of the rounds counts: other load disturbs it least
 MANY = 100_000  # shards of the simulated folder
 START_UP = """
 import json, re, sys, time
@@ -43,7 +47,7 @@ from multimodal.train.sample_order import GlobalBatches, Order
 def largest():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
-before, start = largest(), time.perf_counter()  # the imports are not what is measured
+before, start = largest(), time.perf_counter()  # without the imports
 shards = Shards(sys.argv[1], "train")
 first = next(iter(GlobalBatches(Order([shards.sizes]), 64)))
 print(json.dumps({"samples": len(shards), "seconds": time.perf_counter() - start,
@@ -65,11 +69,11 @@ def bare(tars: list[Path], side: int) -> Iterator[object]:
 
 
 def webdataset_loop(tars: list[Path], side: int) -> Iterator[tuple[torch.Tensor, list[object]]]:
-    """Batches of images and texts, as training has to have them."""
+    """Batches of images and texts, as training needs them."""
     import webdataset
 
     dataset = webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False)
-    samples = ((pixels(one["jpg"], side), json.loads(one["json"])) for one in dataset)
+    samples = ((pixels(s["jpg"], side), json.loads(s["json"])) for s in dataset)
     while batch := list(islice(samples, BATCH)):
         images, texts = zip(*batch, strict=True)
         stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
@@ -85,11 +89,11 @@ def loader(folder: Path, side: int) -> GlobalBatchLoader:
 def images_a_second(folders: dict[str, Path], side: int, count: int) -> dict[str, float]:
     tars = sorted(folders["raw"].glob("*.tar"))
     loaders = {name: loader(folder, side) for name, folder in folders.items()}
-    kept = len(loaders["raw"]) * BATCH
+    in_batches = len(loaders["raw"]) * BATCH
     ways = {
         "bare": lambda: sum(1 for _ in bare(tars, side)),
         "webdataset": lambda: sum(len(images) for images, _ in webdataset_loop(tars, side)),
-        **{name: (lambda one=one: sum(map(len, one))) for name, one in loaders.items()},
+        **{name: (lambda each=each: sum(map(len, each))) for name, each in loaders.items()},
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
@@ -97,44 +101,49 @@ def images_a_second(folders: dict[str, Path], side: int, count: int) -> dict[str
             start = time.perf_counter()
             done = way()
             times[name].append((time.perf_counter() - start) / done)
-            assert done == (kept if name in loaders else count), (name, done)
-    return {name: 1 / min(some) for name, some in times.items()}
+            assert done == (in_batches if name in loaders else count), (name, done)
+    return {name: 1 / min(each) for name, each in times.items()}
 
 
 def start_up(folder: Path) -> dict[str, float]:
-    """Of a manifest as it would be; the shards are as long as it says, but hold nothing."""
+    """Of a full manifest whose shards are empty files."""
     digest = "0" * 64
     entries = [
-        {"name": f"train-{n:06d}.tar", "split": "train", "samples": 1000, "bytes": 0,
-         "sha256": digest, "index_sha256": digest}
+        {
+            "name": f"train-{n:06d}.tar",
+            "split": "train",
+            "samples": 1000,
+            "bytes": 0,
+            "sha256": digest,
+            "index_sha256": digest,
+        }
         for n in range(MANY)
-    ]  # fmt: skip
+    ]
     for entry in entries:
         (folder / str(entry["name"])).touch()
     manifest = {"format": "multimodal-shards", "version": 1, "shards": entries}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     command = [sys.executable, "-c", START_UP, str(folder)]
-    found: dict[str, float] = json.loads(subprocess.check_output(command, text=True))
-    return found
+    return json.loads(subprocess.check_output(command, text=True))
 
 
 def ten_epochs(folder: Path, side: int) -> list[float]:
-    """Megabytes of this process at its largest, after each epoch."""
-    one, largest = loader(folder, side), []
+    """The peak memory of this process after each epoch, in MiB."""
+    batches, largest = loader(folder, side), []
     for epoch in range(10):
-        one.batch_sampler.set_epoch(epoch)
-        for _ in one:
+        batches.batch_sampler.set_epoch(epoch)
+        for _ in batches:
             pass
         largest.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     return largest
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--data", type=Path, required=True, help="a shard folder with JPEGs")
-    made.add_argument("--image-size", type=int, default=128)
-    made.add_argument("--count", type=int, default=1024, help="images, in shards of 256")
-    arguments = made.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="a shard folder with JPEGs")
+    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--count", type=int, default=1024, help="images, in shards of 256")
+    arguments = parser.parse_args()
     side, count = arguments.image_size, arguments.count
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:

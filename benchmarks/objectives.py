@@ -1,15 +1,15 @@
-"""What each objective gives and costs: language modelling alone, and with the others beside it.
+"""What each objective gives and costs: language modelling alone, and with the other objectives.
 
     python benchmarks/objectives.py --data data/scenes [--tokenizers starter] [--steps 400]
         [--seeds 0 1 2] [--score data/scenes] [--out runs/objectives]
 
-Every row trains a `mini` from nothing on about the same number of tokens: of each sample the
+Every row trains a `mini` from random weights on about the same number of tokens: of each sample the
 caption after the image, the caption alone, and in half of the draws the image after the caption,
-code by code; reconstruction fills three tenths of the draws with masked images besides. On val:
-256 captions, greedy (of scenes their claims are checked by program, of photos there is CIDEr);
-recall at 10 among up to 1,000; 200 drawings, of scenes. Several folders are mixed; with codes in
---data (``multimodal tokenizer encode``), --score names the folder of images. A row that is done is
-not done again. Leaves ``table.md`` and ``table.json``; the last line is JSON.
+code by code. Reconstruction adds masked images in three tenths of the draws. Measured on val are
+greedy captions (claims of scenes are checked by program, photos have CIDEr), the recall at 10 among
+up to 1,000 images, and 200 drawings of scenes. If --data holds codes (``multimodal tokenizer
+encode``), --score names the folder of images. A row that is done is not done again. Writes
+``table.md`` and ``table.json``. The last line is JSON.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from multimodal import load
 from multimodal.api import Model
 from multimodal.data.shards import Shards
 from multimodal.eval.metrics.retrieval import score_retrieval
+from multimodal.inference.codec import encode_images, read_images
 from multimodal.inference.embedding import embed_codes, embed_texts
-from multimodal.inference.text import encode_images, read_images
 from multimodal.model.checkpoint import part_of
 from multimodal.tokenizers.image import load_image_tokenizer
 
 TEXT_TOKENS = 20  # of a caption, about
-CANDIDATES = 1000  # images among which one is found
+CANDIDATES = 1000  # images to search in
 LEARNED = {
     "val/scene_attribute_precision": "claims_true", "val/scene_object_recall": "objects_said",
     "val/CIDEr": "CIDEr", "val/caption": "caption_nats", "val/image": "image_nats",
@@ -65,47 +65,56 @@ def recall(model: Model, data: str) -> dict[str, float]:
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--data", required=True, help="a shard folder, of images or of codes")
-    made.add_argument("--score", help="the same as images (default: --data)")
-    made.add_argument("--tokenizers", default="starter", help="a model, whose tokenizers are taken")
-    made.add_argument("--out", type=Path, default=Path("runs/objectives"))
-    made.add_argument("--steps", type=int, default=400)
-    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    arguments = made.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="a shard folder, of images or of codes")
+    parser.add_argument("--score", help="the same as images (default: --data)")
+    parser.add_argument("--tokenizers", default="starter", help="of this model")
+    parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
     score = arguments.score or arguments.data
     tokenizer = load_image_tokenizer(part_of(arguments.tokenizers, "image_tokenizer"))
     codes = tokenizer.config.grid**2
     of_scenes = "scene" in next(iter(Shards(score, "val"))).record
     table = []
     for name, goals in ROWS.items():
-        found: list[dict[str, float]] = []
+        results: list[dict[str, float]] = []
         for seed in arguments.seeds:
             folder = arguments.out / f"{name.replace(' ', '-').replace('+', 'and')}-{seed}"
             module = {
-                "text_tokenizer": arguments.tokenizers, "size": "mini",
-                "image_tokenizer": arguments.tokenizers, "row_length": 3 * codes,
-                "objectives": {"next_token_share": 0.5, **goals}, "question_share": 0.0,
-                "learning_rate": 4e-3, "answers_in_validation": 0, "drawings_in_validation": 0,
-            }  # fmt: skip
-            data = {"folders": [arguments.data], "global_batch_size": 32, "val_limit": 256,
-                    "seed": seed}  # fmt: skip
+                "text_tokenizer": arguments.tokenizers,
+                "size": "mini",
+                "image_tokenizer": arguments.tokenizers,
+                "row_length": 3 * codes,
+                "objectives": {"next_token_share": 0.5, **goals},
+                "question_share": 0.0,
+                "learning_rate": 4e-3,
+                "answers_in_validation": 0,
+                "drawings_in_validation": 0,
+            }
+            data = {
+                "folders": [arguments.data],
+                "global_batch_size": 32,
+                "val_limit": 256,
+                "seed": seed,
+            }
             steps = steps_of_equal_tokens(arguments.steps, codes, goals["reconstruct_share"])
             fit(folder, "joint.JointModule", module, data, steps, seed)
             learned, model = last_figures(folder), load(folder / "model")
-            one = {said: learned[name] for name, said in LEARNED.items() if name in learned}
+            scores = {key: learned[name] for name, key in LEARNED.items() if name in learned}
             if of_scenes:
-                one["objects_drawn"] = score_drawings(model, score)["objects"]
+                scores["objects_drawn"] = score_drawings(model, score)["objects"]
             if of_scenes and goals["reconstruct_share"]:
-                one["objects_drawn_masked"] = score_drawings(model, score, "masked")["objects"]
+                scores["objects_drawn_masked"] = score_drawings(model, score, "masked")["objects"]
             if goals.get("alignment_weight", 1.0):
-                found_by = recall(model, score)
-                one |= {way: found_by[f"{way}@10"] for way in ("text_to_image", "image_to_text")}
-            found.append(one)
-            print(name, seed, json.dumps(one), flush=True)
+                recalls = recall(model, score)
+                scores |= {way: recalls[f"{way}@10"] for way in ("text_to_image", "image_to_text")}
+            results.append(scores)
+            print(name, seed, json.dumps(scores), flush=True)
         row: dict[str, Any] = {"trained": name}
-        for figure in sorted({key for one in found for key in one}):
-            values = [one[figure] for one in found]
+        for figure in sorted({key for scores in results for key in scores}):
+            values = [scores[figure] for scores in results]
             row[figure] = statistics.mean(values)
             row[f"{figure}_spread"] = max(values) - min(values)
         table.append(row)

@@ -1,11 +1,11 @@
-"""Muon, as the modules here use it, beside AdamW: the joint losses at the same steps.
+"""Muon as it is used here, and AdamW: the joint losses after the same steps.
 
     python benchmarks/optimizers.py --data data/scenes --text-tokenizer runs/scenes-text.json \
         --image-tokenizer runs/scenes-tokenizer/model [--size mini] [--steps 300] [--rates 2e-3]
 
 Both start from the same weights and see the same batches, with the same warm-up and cosine. Prints
-the mean losses over the last tenth of the steps, for each learning rate, and the seconds a step
-took beside the other optimizer's.
+the mean losses over the last tenth of the steps, for each learning rate, and the ratio of the
+seconds of a step.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PARTS = ("caption", "answer", "image", "reconstruct", "alignment")
 
 
 class WithAdamW(JointModule):
-    """The same module; only matrices decay."""
+    """The same module with AdamW. Only matrices decay."""
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]

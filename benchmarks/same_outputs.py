@@ -1,8 +1,8 @@
-"""The proof of a refactoring: what the starter says and draws, and what ten training steps log.
+"""Proof of a refactoring: what the starter writes and draws, and what ten training steps log.
 
-Run it at two commits, on one machine: the two JSON objects are equal, to the byte, where behaviour
-did not change. Only the public interface is used, so that the script itself outlives changes of the
-code. Everything is in fp32 and on one thread.
+Run it at two commits, on one machine. If behaviour did not change, the two JSON objects are equal
+to the byte. Only the public interface is used, so that the script survives changes of the code.
+Everything is in fp32 and on one thread.
 
     python benchmarks/same_outputs.py > before.json      (4 minutes on 2 cores)
 """
@@ -28,15 +28,18 @@ from multimodal.cli import main
 
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "white", "black")
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
-PROMPTS = ("a red circle and a blue square", "two yellow stars on a black background",
-           "a brown dog runs on the grass")  # fmt: skip
+PROMPTS = (
+    "a red circle and a blue square",
+    "two yellow stars on a black background",
+    "a brown dog runs on the grass",
+)
 QUESTIONS = ("How many circles are there?", "What color is the square?", "Is there a dog?")
 
 
 def pictures(count: int) -> list[Image.Image]:
     """Drawings of circles and squares, and then photos."""
     rng = random.Random("same outputs")
-    made = []
+    images = []
     for _ in range(count):
         image = Image.new("RGB", (96, 96), rng.choice(COLOURS))
         pen = ImageDraw.Draw(image)
@@ -44,8 +47,8 @@ def pictures(count: int) -> list[Image.Image]:
             x, y, size = rng.randint(0, 70), rng.randint(0, 70), rng.randint(8, 40)
             shape = rng.choice((pen.ellipse, pen.rectangle))
             shape((x, y, x + size, y + size), fill=rng.choice(COLOURS))
-        made.append(image)
-    return made + [Image.fromarray(getattr(skimage.data, name)()) for name in PHOTOS]
+        images.append(image)
+    return images + [Image.fromarray(getattr(skimage.data, name)()) for name in PHOTOS]
 
 
 def digest(images: list[Image.Image]) -> str:
@@ -57,20 +60,30 @@ def rows_digest(rows: torch.Tensor) -> str:
 
 
 def use() -> dict[str, Any]:
-    """Texts as they are, images and embeddings as hashes of their bytes."""
+    """Texts, and hashes of the bytes of images and embeddings."""
     model = multimodal.load("starter")
     images = pictures(20)
     photo, kind = images[-1], {"type": "string", "maxLength": 8}
-    schema = {"type": "object", "properties": {"shape": kind}, "required": ["shape"],
-              "additionalProperties": False}  # fmt: skip
-    causal = [one for text in PROMPTS for one in model.draw(text, n=2, seed=3)]
-    masked = [one for text in PROMPTS for one in model.draw(text, n=2, seed=3, method="masked")]
+    schema = {
+        "type": "object",
+        "properties": {"shape": kind},
+        "required": ["shape"],
+        "additionalProperties": False,
+    }
+    causal = [image for text in PROMPTS for image in model.draw(text, n=2, seed=3)]
+    masked = [image for text in PROMPTS for image in model.draw(text, n=2, seed=3, method="masked")]
     guided = model.draw(PROMPTS[0], n=2, guidance_schedule="rising", negative="a green star")
     best = model.draw(PROMPTS[0], candidates=3, seed=1)
-    mixed = [model.generate([image, " and "], output="any", max_tokens=24, temperature=1.0,
-                            seed=number) for number, image in enumerate(images[:3])]  # fmt: skip
-    replies = model.reply([[image, question] for image in images[:6] for question in QUESTIONS],
-                          temperature=0.7, seed=5, stop=["."])  # fmt: skip
+    mixed = [
+        model.generate([image, " and "], output="any", max_tokens=24, temperature=1.0, seed=number)
+        for number, image in enumerate(images[:3])
+    ]
+    replies = model.reply(
+        [[image, question] for image in images[:6] for question in QUESTIONS],
+        temperature=0.7,
+        seed=5,
+        stop=["."],
+    )
     return {
         "fingerprint": model.fingerprint,
         "image tokenizer": model.image_tokenizer.fingerprint,
@@ -81,9 +94,13 @@ def use() -> dict[str, Any]:
         "captions with a penalty": model.caption(images, repetition_penalty=1.3),
         "captions, best of four": model.caption(images[:6], candidates=4, temperature=1.0),
         "captions, few-shot": model.caption(images[:6], examples=[(images[7], "a picture")]),
-        "answers": [model.answer(image, one) for image in images[:8] for one in QUESTIONS],
-        "choices": [model.answer(one, QUESTIONS[1], choices=list(COLOURS)) for one in images[:8]],
-        "json": [model.answer(one, QUESTIONS[0], schema=schema) for one in images[:8]],
+        "answers": [
+            model.answer(image, question) for image in images[:8] for question in QUESTIONS
+        ],
+        "choices": [
+            model.answer(image, QUESTIONS[1], choices=list(COLOURS)) for image in images[:8]
+        ],
+        "json": [model.answer(image, QUESTIONS[0], schema=schema) for image in images[:8]],
         "drawn": [digest([image]) for image in causal],
         "masked": [digest([image]) for image in masked],
         "guided": digest(guided),
@@ -93,22 +110,29 @@ def use() -> dict[str, Any]:
         "vary": digest([model.vary(photo, 0.4)]),
         "embedded images": rows_digest(model.embed(images=images)),
         "embedded texts": rows_digest(model.embed(texts=list(PROMPTS))),
-        "mixed": [[part if isinstance(part, str) else digest([part]) for part in one]
-                  for one in mixed],
-        "replies": [(one.parts, one.text_tokens, one.ended, one.log_probability)
-                    for one in replies],
-        "streamed": [part if isinstance(part, str) else digest([part])
-                     for part in model.stream([images[2], "This is"], max_tokens=20)],
-    }  # fmt: skip
+        "mixed": [
+            [part if isinstance(part, str) else digest([part]) for part in parts] for parts in mixed
+        ],
+        "replies": [
+            (reply.parts, reply.text_tokens, reply.ended, reply.log_probability)
+            for reply in replies
+        ],
+        "streamed": [
+            part if isinstance(part, str) else digest([part])
+            for part in model.stream([images[2], "This is"], max_tokens=20)
+        ],
+    }
 
 
 def curves(folder: Path) -> dict[str, list[float]]:
-    """All that a run logged, name by name, but what depends on the clock."""
+    """The values that a run logged, by name, without those that depend on the clock."""
     (events,) = {path.parent for path in folder.rglob("events.out.tfevents*")}
     log = EventAccumulator(str(events)).Reload()
-    return {name: [event.value for event in log.Scalars(name)]
-            for name in sorted(log.Tags()["scalars"])
-            if name.startswith(("train/", "val/")) and "second" not in name}  # fmt: skip
+    return {
+        name: [event.value for event in log.Scalars(name)]
+        for name in sorted(log.Tags()["scalars"])
+        if name.startswith(("train/", "val/")) and "second" not in name
+    }
 
 
 def training() -> dict[str, Any]:
@@ -117,13 +141,27 @@ def training() -> dict[str, Any]:
         folder = Path(name)
         scenes, text = str(folder / "scenes"), str(folder / "text.json")
         autoencoder = {"name": "vit", "dim": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2}
-        tokenizer = {"image_size": 32, "downsample": 8, "autoencoder": autoencoder,
-                     "quantizer": {"name": "fsq", "levels": [5, 5]}}  # fmt: skip
-        joint = {"text_tokenizer": text, "image_tokenizer": str(folder / "tokenizer/model"),
-                 "size": "tiny", "row_length": 192, "warmup_steps": 2}  # fmt: skip
-        trainer = {"max_steps": 10, "log_every_n_steps": 1, "accelerator": "cpu",
-                   "enable_progress_bar": False, "val_check_interval": 5,
-                   "check_val_every_n_epoch": None}  # fmt: skip
+        tokenizer = {
+            "image_size": 32,
+            "downsample": 8,
+            "autoencoder": autoencoder,
+            "quantizer": {"name": "fsq", "levels": [5, 5]},
+        }
+        joint = {
+            "text_tokenizer": text,
+            "image_tokenizer": str(folder / "tokenizer/model"),
+            "size": "tiny",
+            "row_length": 192,
+            "warmup_steps": 2,
+        }
+        trainer = {
+            "max_steps": 10,
+            "log_every_n_steps": 1,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "val_check_interval": 5,
+            "check_val_every_n_epoch": None,
+        }
         module = "multimodal.train.image_tokenizer.ImageTokenizerModule"
         runs = {
             "tokenizer": (module, {"tokenizer": tokenizer, "warmup_steps": 2}),
@@ -135,12 +173,22 @@ def training() -> dict[str, Any]:
         ]
         for run, (path, arguments) in runs.items():
             config = folder / f"{run}.yaml"
-            config.write_text(yaml.safe_dump({
-                "output": str(folder / run), "seed_everything": 0,
-                "model": {"class_path": path, "init_args": arguments},
-                "data": {"folders": [scenes], "global_batch_size": 8, "workers": 0, "val_limit": 8},
-                "trainer": trainer,
-            }))  # fmt: skip
+            config.write_text(
+                yaml.safe_dump(
+                    {
+                        "output": str(folder / run),
+                        "seed_everything": 0,
+                        "model": {"class_path": path, "init_args": arguments},
+                        "data": {
+                            "folders": [scenes],
+                            "global_batch_size": 8,
+                            "workers": 0,
+                            "val_limit": 8,
+                        },
+                        "trainer": trainer,
+                    }
+                )
+            )
             verbs.append(["fit", "--config", str(config)])
         for verb in verbs:
             with redirect_stdout(sys.stderr):
@@ -156,8 +204,12 @@ def training() -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = {"starter": use(), "training": training()}
-    flat = [value for run in ("tokenizer", "joint") for curve in found["training"][run].values()
-            for value in curve]  # fmt: skip
+    outputs = {"starter": use(), "training": training()}
+    flat = [
+        value
+        for run in ("tokenizer", "joint")
+        for curve in outputs["training"][run].values()
+        for value in curve
+    ]
     assert flat and all(map(math.isfinite, flat))
-    print(json.dumps(found, indent=1))
+    print(json.dumps(outputs, indent=1))

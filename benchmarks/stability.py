@@ -4,9 +4,10 @@
         --image-tokenizer runs/scenes-tokenizer/model [--steps 3000] [--rate 1.2e-2]
         [--picture docs/stability.png] [--out runs/stability]
 
-Four runs of a `tiny`, the same seed and batches. Says for each the largest loss after the warm-up,
-how often the loss rose above twice its running median (a spike), the largest logit and where log Z
-ended; the picture has the curves. What is done is kept in ``--out``; the last line is JSON.
+Four runs of a `tiny` with the same seed and batches. Prints for each the largest loss after the
+warm-up, the number of spikes (a loss above twice its running median), the largest logit, and the
+last log Z. The picture has the curves. Runs that are done are kept in ``--out``. The last line is
+JSON.
 """
 
 import argparse
@@ -25,15 +26,17 @@ from multimodal.train.examples import Examples
 from multimodal.train.joint import JointModule
 
 SETTINGS = {
-    "as it is": (True, 1e-4), "without z-loss": (True, 0.0), "without QK-norm": (False, 1e-4),
+    "as it is": (True, 1e-4),
+    "without z-loss": (True, 0.0),
+    "without QK-norm": (False, 1e-4),
     "without both": (False, 0.0),
-}  # fmt: skip
+}
 KEPT = ("total", "largest_logit", "log_z")
 WARM_UP = 100  # steps
 
 
 class NoNorm(nn.Module):
-    """In the place of a norm of queries or keys: nothing, but its scale."""
+    """Stands for a norm of queries or keys, and changes nothing."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -54,16 +57,21 @@ class Record(L.Callback):
 def train(arguments: argparse.Namespace, qk_norm: bool, z_loss: float) -> dict[str, list[float]]:
     import multimodal.model.transformer as transformer
 
-    whole = transformer.norm_in_fp32
+    original = transformer.norm_in_fp32
 
     def plain(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return x.float() if isinstance(norm, NoNorm) else whole(norm, x)  # type: ignore[arg-type]
+        return x.float() if isinstance(norm, NoNorm) else original(norm, x)  # type: ignore[arg-type]
 
     L.seed_everything(0, verbose=False)
     module = JointModule(
-        arguments.text_tokenizer, arguments.image_tokenizer, "tiny", row_length=192,
-        learning_rate=arguments.rate, answers_in_validation=0, drawings_in_validation=0,
-    )  # fmt: skip
+        arguments.text_tokenizer,
+        arguments.image_tokenizer,
+        "tiny",
+        row_length=192,
+        learning_rate=arguments.rate,
+        answers_in_validation=0,
+        drawings_in_validation=0,
+    )
     object.__setattr__(module.model.config.objectives, "z_loss_weight", z_loss)
     if not qk_norm:
         for layer in module.model.network.transformer.layers:
@@ -72,51 +80,64 @@ def train(arguments: argparse.Namespace, qk_norm: bool, z_loss: float) -> dict[s
     transformer.norm_in_fp32 = plain  # type: ignore[assignment]
     record = Record()
     trainer = L.Trainer(
-        max_steps=arguments.steps, precision="bf16-mixed", gradient_clip_val=1.0, logger=False,
-        callbacks=[record], enable_checkpointing=False, use_distributed_sampler=False,
-        limit_val_batches=0, enable_model_summary=False,
-    )  # fmt: skip
+        max_steps=arguments.steps,
+        precision="bf16-mixed",
+        gradient_clip_val=1.0,
+        logger=False,
+        callbacks=[record],
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        enable_model_summary=False,
+    )
     data = ShardData([arguments.data], global_batch_size=32, workers=1)
     try:
         trainer.fit(module, data)
     finally:
-        transformer.norm_in_fp32 = whole
+        transformer.norm_in_fp32 = original
     return record.curves
 
 
 def summary(curves: dict[str, list[float]]) -> dict[str, float | None]:
-    """``diverged``: the first step whose loss is no number, if there is one."""
+    """Figures of a run. ``diverged`` is the first step whose loss is not finite, or None."""
     total = curves["total"]
     diverged = next((n for n, value in enumerate(total) if not math.isfinite(value)), None)
     good = total[:diverged]
     spikes = sum(
         value > 2 * statistics.median(good[n - 50 : n])
-        for n, value in enumerate(good) if n > WARM_UP
-    )  # fmt: skip
+        for n, value in enumerate(good)
+        if n > WARM_UP
+    )
     logits, z = (curves[name][: len(good)] for name in ("largest_logit", "log_z"))
     return {
-        "diverged": diverged, "spikes": spikes, "last": statistics.mean(good[-50:]),
+        "diverged": diverged,
+        "spikes": spikes,
+        "last": statistics.mean(good[-50:]),
         "largest_after_warm_up": max(good[WARM_UP:], default=math.nan) if not diverged else None,
-        "largest_logit": max(logits), "log_z": statistics.mean(z[-50:]),
-    }  # fmt: skip
+        "largest_logit": max(logits),
+        "log_z": statistics.mean(z[-50:]),
+    }
 
 
-def draw(found: dict[str, dict[str, list[float]]], picture: Path) -> None:
-    """The losses of all runs, one below the other, as a picture without any further library."""
+def draw(runs: dict[str, dict[str, list[float]]], picture: Path) -> None:
+    """Draw the losses of all runs, one below the other."""
     from PIL import Image, ImageDraw
 
     width, height = 900, 170
-    image = Image.new("RGB", (width, height * len(found)), "white")
+    image = Image.new("RGB", (width, height * len(runs)), "white")
     pen = ImageDraw.Draw(image)
-    values = [v for curves in found.values() for v in curves["total"][20:] if math.isfinite(v)]
+    values = [v for curves in runs.values() for v in curves["total"][20:] if math.isfinite(v)]
     top = max(values)
-    for number, (name, curves) in enumerate(found.items()):
+    for number, (name, curves) in enumerate(runs.items()):
         total = curves["total"]
         points = [
-            (10 + (width - 20) * n / len(total),
-             height * (number + 1) - 10 - (height - 35) * min(value, top) / top)
-            for n, value in enumerate(total) if math.isfinite(value)
-        ]  # fmt: skip
+            (
+                10 + (width - 20) * n / len(total),
+                height * (number + 1) - 10 - (height - 35) * min(value, top) / top,
+            )
+            for n, value in enumerate(total)
+            if math.isfinite(value)
+        ]
         pen.text((12, height * number + 6), f"{name}: loss, 0 to {top:.1f}", fill="black")
         pen.line(points, fill=(30, 90, 170))
         pen.line((10, height * (number + 1) - 10, width - 10, height * (number + 1) - 10), "gray")
@@ -125,33 +146,33 @@ def draw(found: dict[str, dict[str, list[float]]], picture: Path) -> None:
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--data", required=True)
-    made.add_argument("--text-tokenizer", required=True)
-    made.add_argument("--image-tokenizer", required=True)
-    made.add_argument("--steps", type=int, default=3000)
-    made.add_argument("--rate", type=float, default=1.2e-2, help="three times the tuned 4e-3")
-    made.add_argument("--out", type=Path, default=Path("runs/stability"))
-    made.add_argument("--picture", type=Path, default=Path("docs/stability.png"))
-    arguments = made.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--text-tokenizer", required=True)
+    parser.add_argument("--image-tokenizer", required=True)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--rate", type=float, default=1.2e-2, help="three times the tuned 4e-3")
+    parser.add_argument("--out", type=Path, default=Path("runs/stability"))
+    parser.add_argument("--picture", type=Path, default=Path("docs/stability.png"))
+    arguments = parser.parse_args()
     if arguments.steps <= WARM_UP + 50:
-        made.error(f"--steps {arguments.steps}: expected more than {WARM_UP + 50}")
+        parser.error(f"--steps {arguments.steps}: expected more than {WARM_UP + 50}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     settings = {key: str(value) for key, value in vars(arguments).items() if key != "picture"}
-    found = {}
+    runs = {}
     for name, (qk_norm, z_loss) in SETTINGS.items():
-        kept = arguments.out / f"{name.replace(' ', '-')}-{arguments.steps}.json"
-        if not kept.is_file():
+        file = arguments.out / f"{name.replace(' ', '-')}-{arguments.steps}.json"
+        if not file.is_file():
             curves = train(arguments, qk_norm, z_loss)
-            kept.write_text(json.dumps({"settings": settings, "curves": curves}))
-        stored = json.loads(kept.read_text())
+            file.write_text(json.dumps({"settings": settings, "curves": curves}))
+        stored = json.loads(file.read_text())
         if stored["settings"] != settings:
-            made.error(f"{kept}: is of other settings; give another --out")
-        found[name] = stored["curves"]
-        print(name, summary(found[name]), flush=True)
-    draw(found, arguments.picture)
-    runs = {name: summary(curves) for name, curves in found.items()}
-    print(json.dumps({"steps": arguments.steps, "rate": arguments.rate, "runs": runs}))
+            parser.error(f"{file}: is of other settings; give another --out")
+        runs[name] = stored["curves"]
+        print(name, summary(runs[name]), flush=True)
+    draw(runs, arguments.picture)
+    figures = {name: summary(curves) for name, curves in runs.items()}
+    print(json.dumps({"steps": arguments.steps, "rate": arguments.rate, "runs": figures}))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Images a second: the ViT of the photos recipe beside a VQGAN in the shape of LlamaGen's ds16.
+"""Images a second of the ViT of the photos recipe, and of a VQGAN in the shape of LlamaGen's ds16.
 
     python benchmarks/tokenize_images.py --data data/flickr8k [--image-size 128] [--batch-size 16]
 
-Both have random weights, fp32, and take turns, so that what else the machine does falls on both.
-Then shards are encoded end to end with the ViT: decoding files and encoding pictures, each alone
-and overlapped as ``multimodal tokenizer encode`` does it. Prints JSON as its last line.
+Both have random weights in fp32. They take turns, so that other load of the machine affects both.
+Then shards are encoded with the ViT: decoding files and encoding images, each alone, and both
+overlapped as in ``multimodal tokenizer encode``. The last line is JSON.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from multimodal.data.shards import Shards, index_shard, write_manifest, write_ta
 from multimodal.eval.metrics.reconstruction import time_tokenizers
 from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
 
-WORKERS = 2  # threads that decode, as the command has them
+WORKERS = 2  # threads that decode, as in the command
 VIT = {"name": "vit", "dim": 192, "encoder_depth": 2, "decoder_depth": 3, "heads": 4}
 FSQ = {"name": "fsq", "levels": [3] * 7}
 LLAMAGEN = {"name": "vqgan"}  # channels 128, multipliers 1 1 2 2 4: its VQ-16
@@ -47,13 +47,15 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def end_to_end(tokenizer: VQTokenizer, data: Path, count: int, batch: int) -> dict[str, float]:
-    """Images a second of files alone, pictures alone, and both as the command does it."""
+    """Images a second of decoding files, of encoding, and of both as in the command."""
     encoding = Encoding.for_tokenizer(tokenizer)
     samples = list(islice(Shards(data, "val"), count))
-    pictures = torch.stack([
-        torch.from_numpy(encoding.prepare(sample.key, sample.image, "val").copy())
-        for sample in samples
-    ])[:, 0].numpy()  # fmt: skip
+    pictures = torch.stack(
+        [
+            torch.from_numpy(encoding.prepare(sample.key, sample.image, "val").copy())
+            for sample in samples
+        ]
+    )[:, 0].numpy()
 
     def pictures_of(sample: Sample) -> object:
         return encoding.prepare(sample.key, sample.image, "val")
@@ -69,26 +71,28 @@ def end_to_end(tokenizer: VQTokenizer, data: Path, count: int, batch: int) -> di
                 seconds_of(lambda: list(map_ordered(pictures_of, samples, WORKERS)))
             )
             rounds["pictures"].append(
-                seconds_of(lambda: [
-                    encode_pictures(tokenizer, pictures[i : i + batch], "float32")
-                    for i in range(0, count, batch)
-                ])
-            )  # fmt: skip
+                seconds_of(
+                    lambda: [
+                        encode_pictures(tokenizer, pictures[i : i + batch], "float32")
+                        for i in range(0, count, batch)
+                    ]
+                )
+            )
             out = Path(folder) / str(number)
             rounds["together"].append(
                 seconds_of(lambda out=out: encode_shards(source, out, tokenizer, encoding, batch))
             )
-    # The best of the rounds: the least that others disturbed.
+    # The best of the rounds: other load disturbs it least.
     return {name: count / min(times) for name, times in rounds.items()}
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--data", type=Path, required=True, help="a shard folder with a split val")
-    made.add_argument("--image-size", type=int, default=128)
-    made.add_argument("--batch-size", type=int, default=16)
-    made.add_argument("--count", type=int, default=512, help="images for the way end to end")
-    arguments = made.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="a shard folder with a split val")
+    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--count", type=int, default=512, help="images for the way end to end")
+    arguments = parser.parse_args()
     side, batch = arguments.image_size, arguments.batch_size
     both = {"vit": make(side, VIT, FSQ), "vqgan": make(side, LLAMAGEN, VQ)}
     images = torch.rand(batch, 3, side, side) * 2 - 1
@@ -98,11 +102,17 @@ def main() -> None:
         "decode_ratio": speeds["vit"]["decode_per_second"] / speeds["vqgan"]["decode_per_second"],
         "images_per_second": speeds,
     }
-    whole = end_to_end(both["vit"], arguments.data, arguments.count, 64)
-    whole["of_the_slower_alone"] = whole["together"] / min(whole["files"], whole["pictures"])
-    protocol = {"image_size": side, "batch_size": batch, "precision": "float32",
-                "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
-    print(json.dumps({**figures, "end_to_end": whole, **protocol}))
+    overlapped = end_to_end(both["vit"], arguments.data, arguments.count, 64)
+    slower = min(overlapped["files"], overlapped["pictures"])
+    overlapped["of_the_slower_alone"] = overlapped["together"] / slower
+    protocol = {
+        "image_size": side,
+        "batch_size": batch,
+        "precision": "float32",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    print(json.dumps({**figures, "end_to_end": overlapped, **protocol}))
 
 
 if __name__ == "__main__":

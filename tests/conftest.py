@@ -51,7 +51,8 @@ def tiny_model() -> "Callable[..., Model]":
     """
     import torch
 
-    from multimodal.model.network import Model, ModelConfig
+    from multimodal.api import Model
+    from multimodal.model.network import ModelConfig
     from multimodal.model.objectives import ObjectivesConfig
     from multimodal.model.transformer import Transformer
     from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
@@ -70,7 +71,7 @@ def tiny_model() -> "Callable[..., Model]":
             if not tied:
                 sizes = dataclasses.replace(model.config.transformer, tie_word_embeddings=False)
                 config: ModelConfig = dataclasses.replace(model.config, transformer=sizes)
-                model.config, model.network.transformer = config, Transformer(sizes)
+                model.network.config, model.network.transformer = config, Transformer(sizes)
             with torch.no_grad():
                 for weight in model.network.transformer.parameters():
                     weight += noise * torch.randn_like(weight)

@@ -1,4 +1,4 @@
-"""The command line's own behaviour: what it imports, what it prints where, how it exits."""
+"""The command line: what it imports, what it prints to stdout and stderr, how it exits."""
 
 import os
 import subprocess
@@ -57,7 +57,7 @@ raise SystemExit(status)
 
 
 def test_every_verb_has_its_module() -> None:
-    # Not imported: only found. A verb that help lists and nobody wrote would fail here.
+    # Not imported, only looked up. A verb in the help without a module fails here.
     code = "import sys, importlib.util as u; sys.exit(u.find_spec(sys.argv[1]) is None)"
     for module, _ in sorted(set(VERBS.values())):
         subprocess.run([sys.executable, "-c", code, module], check=True)
@@ -69,7 +69,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["captoin", "cat.jpg"], "unknown verb 'captoin'; did you mean 'caption'?"),
         (["zzzzz"], "unknown verb 'zzzzz'; 'multimodal --help'"),
@@ -78,11 +78,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_wrong_usage_is_status_2(
-    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(argv) == 2
     out, err = capsys.readouterr()
-    assert out == "" and said in err
+    assert out == "" and message in err
 
 
 def test_verb_gets_its_arguments_and_its_status_is_returned(install: Install) -> None:
@@ -150,7 +150,7 @@ def test_interrupt_is_status_130(install: Install, capsys: pytest.CaptureFixture
     assert capsys.readouterr() == ("", "multimodal fit: interrupted\n")
 
 
-# A verb in a process of its own, for what depends on real streams.
+# A verb in another process, for what depends on the streams of a process.
 VERB = """
 import sys, types
 from multimodal import cli

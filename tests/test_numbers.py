@@ -1,4 +1,4 @@
-"""What README and model card say of the starter is what ``multimodal eval`` found, to the digit."""
+"""Every number of the starter in README and model card is the one of the evaluation reports."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from multimodal.model.checkpoint import find, read_config
+from multimodal.model.checkpoint import find_model, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = {split: ROOT / f"docs/starter_{split}.json" for split in ("val", "heldout")}
@@ -60,30 +60,35 @@ def reports() -> dict[str, dict[str, Any]]:
 def filled(row: str, reports: dict[str, dict[str, Any]]) -> str:
     def value(match: re.Match[str]) -> str:
         split, folder, task, score, form = match.groups()
-        (found,) = (
+        (score_of_task,) = (
             result["scores"][score]["value"]
             for result in reports[split]["results"]
             if result["task"] == task and Path(result["data"]).name == folder
         )
-        return f"{100 * found:.1f} %" if form == "%" else format(found, form)
+        return f"{100 * score_of_task:.1f} %" if form == "%" else format(score_of_task, form)
 
     return re.sub(r"\{(\w+) (\w+) (\w+) ([\w@]+):([^}]+)\}", value, row)
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_the_numbers_are_those_that_were_measured(
+def test_the_numbers_in_the_text_are_those_of_the_reports(
     name: str, reports: dict[str, dict[str, Any]]
 ) -> None:
     text = " ".join((ROOT / name).read_text("utf-8").split())
     for row in ROWS[name]:
-        assert (wanted := filled(row, reports)) in text, wanted
+        assert (expected := filled(row, reports)) in text, expected
 
 
-def test_they_are_of_the_starter_that_comes_along(reports: dict[str, dict[str, Any]]) -> None:
-    fingerprint = read_config(find("starter"))["fingerprints"]["model"]
+def test_the_reports_are_of_the_bundled_starter(reports: dict[str, dict[str, Any]]) -> None:
+    fingerprint = read_config(find_model("starter"))["fingerprints"]["model"]
     for split, report in reports.items():
-        about = report["protocol"]
-        assert about["fingerprint"] == fingerprint and about["split"] == split
-        assert about["seed"] == 0 and about["dtype"] == "float32" and about["commit"] != "unknown"
-    sizes = {(Path(one["data"]).name, one["task"]): one["n"] for one in reports["val"]["results"]}
+        protocol = report["protocol"]
+        assert protocol["fingerprint"] == fingerprint and protocol["split"] == split
+        assert (
+            protocol["seed"] == 0
+            and protocol["dtype"] == "float32"
+            and protocol["commit"] != "unknown"
+        )
+    results = reports["val"]["results"]
+    sizes = {(Path(r["data"]).name, r["task"]): r["n"] for r in results}
     assert sizes["flickr8k", "captioning"] == 1000 and sizes["scenes", "captioning"] == 1000

@@ -1,4 +1,4 @@
-"""What the README says can be typed: its quick path runs, its commands and options exist."""
+"""The quick path of the README runs, and its other commands and options exist."""
 
 import random
 import re
@@ -18,7 +18,7 @@ from multimodal.scenes.scene import render, sample_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-# What makes a command of the quick path small. Nothing else about it is changed.
+# Options that make a command of the quick path small. Nothing else about it is changed.
 FEW = "--trainer.max_steps 2 --trainer.val_check_interval 2 --trainer.enable_progress_bar false \
 --data.global_batch_size 4 --data.val_limit 4 --data.workers 0 --trainer.accelerator cpu \
 --trainer.precision 32-true"
@@ -81,7 +81,7 @@ def test_the_starter_is_used_as_shown(
         render(sample_scene(rng)).save(tmp_path / name)
     scope: dict[str, Any] = {}
     (python, *_) = blocks("python")
-    exec(python, scope)  # our own README
+    exec(python, scope)  # code of our README
     assert Image.open(tmp_path / "drawing.png").size == (64, 64)
     shown = {}
     for arguments in commands(USE):
@@ -112,8 +112,8 @@ def test_own_data_from_a_folder_to_a_tuned_starter(
     assert after.image_tokenizer.fingerprint == before.image_tokenizer.fingerprint
     changed = [
         name
-        for name, weight in before.transformer.state_dict().items()
-        if not torch.equal(weight, after.transformer.state_dict()[name])
+        for name, weight in before.network.transformer.state_dict().items()
+        if not torch.equal(weight, after.network.transformer.state_dict()[name])
     ]
     assert changed, "it learned nothing"
 
@@ -122,9 +122,9 @@ def test_every_other_command_of_the_readme_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     others = [block for block in blocks("sh") if block not in (QUICK, USE, OWN)]
-    found = [command for block in others for command in commands(block)]
-    assert len(found) > 5
-    for command in found:
+    other_commands = [command for block in others for command in commands(block)]
+    assert len(other_commands) > 5
+    for command in other_commands:
         if command[0].startswith("-"):
             assert main(command) == 0
             continue
@@ -135,7 +135,7 @@ def test_every_other_command_of_the_readme_exists(
                 main([*command, "--print_config"])
             assert stopped.value.code in (0, None), command
             assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"]
-        elif command[0] != "predict":  # files that are not there: an error, but not of usage
+        elif command[0] != "predict":  # its files do not exist: an error, but not of usage
             monkeypatch.chdir(tmp_path)
             assert main(command) == 1, command
 

@@ -79,7 +79,7 @@ def parameters_named(module: nn.Module, name: str) -> list[nn.Parameter]:
 
     Args:
         module: whose parameters are searched.
-        name: of a parameter or a submodule (``model.transformer.layers.0``), or a pattern
+        name: of a parameter or a submodule (``network.transformer.layers.0``), or a pattern
             (``*.mlp.*``).
 
     Raises:

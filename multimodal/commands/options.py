@@ -40,7 +40,9 @@ def parser(verb: str, about: str, epilog: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the network (default float32)"
     )
-    made.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    made.add_argument(
+        "--seed", type=int, default=argparse.SUPPRESS, help="of everything random (default 0)"
+    )
     made.add_argument(
         "--threads", type=int, default=0, help="CPU threads (default: torch's choice)"
     )
@@ -84,7 +86,7 @@ def add_options(made: argparse.ArgumentParser, options: type[Sampling]) -> None:
 def given_options(
     arguments: argparse.Namespace, options: type[Sampling], check: bool = True
 ) -> dict[str, Any]:
-    """The options that were given on the command line, and the seed.
+    """The options that were given on the command line.
 
     Args:
         check: raise ``ValueError`` for values out of range now, before a model is loaded.

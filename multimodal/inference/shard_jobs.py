@@ -22,9 +22,9 @@ from multimodal.data.shards import Shards, read_manifest
 from multimodal.files import atomic_file
 from multimodal.inference.codec import encode_images, read_images
 from multimodal.inference.embedding import embed_codes
-from multimodal.inference.text import caption_codes
+from multimodal.inference.text import best_captions
 from multimodal.model.checkpoint import ModelParts
-from multimodal.options import CaptionOptions, TextOptions
+from multimodal.options import CaptionOptions
 
 SETTINGS = "job.json"
 Kind = Literal["caption", "embed"]
@@ -47,7 +47,7 @@ class Job:
     device: str = "cpu"
     dtype: str = "float32"
     batch_size: int = 32
-    options: TextOptions = field(default_factory=CaptionOptions)
+    options: CaptionOptions = field(default_factory=CaptionOptions)
     threads: int = 0
 
 
@@ -198,7 +198,7 @@ def _results(model: ModelParts, shard: ShardTask) -> tuple[list[dict[str, Any]],
         width = model.config.objectives.alignment_dim
         return lines, torch.cat(rows) if rows else torch.zeros(0, width)
     numbers = [shard.first + number for number in readable]
-    captions = caption_codes(model, all_codes, job.options, numbers, job.batch_size)
+    captions = best_captions(model, all_codes, job.options, numbers, batch_size=job.batch_size)
     for number, caption in zip(readable, captions, strict=True):
         lines[number]["caption"] = caption
     return lines, None

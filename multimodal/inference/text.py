@@ -307,24 +307,46 @@ def caption_images(
                 results[number] = error
         if pixels:
             codes = encode_images(model, torch.cat(list(pixels.values())))
-            captions = _best_captions(model, codes, options, list(pixels), begin)
+            captions = best_captions(model, codes, options, list(pixels), begin)
             results |= dict(zip(pixels, captions, strict=True))
         yield from (results[number] for number in sorted(results))
 
 
-def _best_captions(
+def best_captions(
     model: ModelParts,
     codes: Tensor,
     options: CaptionOptions,
     numbers: Sequence[int],
-    begin: Sequence[int],
+    begin: Sequence[int] = (),
+    batch_size: int = 0,
 ) -> list[str]:
-    """codes: int64[B, n] -> B captions, each the best of its candidates."""
+    """Caption images, and keep the best of each image's candidates.
+
+    Args:
+        codes: int64[B, n].
+        numbers: name the random numbers of each image.
+        begin, batch_size: as for ``complete_prompts``.
+
+    Returns:
+        B captions.
+    """
     count = options.candidates
     repeated = codes.repeat_interleave(count, 0)
     numbers = [number * count + candidate for number in numbers for candidate in range(count)]
-    texts = complete_prompts(model, repeated, [""] * len(repeated), options, numbers, begin=begin)
-    return nearest_texts(model, codes, texts) if count > 1 else texts
+    prompts = [""] * len(repeated)
+    texts = complete_prompts(
+        model, repeated, prompts, options, numbers, begin=begin, batch_size=batch_size
+    )
+    if count == 1:
+        return texts
+    size = batch_size or max(1, len(codes))
+    return [
+        text
+        for start in range(0, len(codes), size)
+        for text in nearest_texts(
+            model, codes[start : start + size], texts[start * count : (start + size) * count]
+        )
+    ]
 
 
 def nearest_texts(model: ModelParts, codes: Tensor, texts: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`multimodal caption` and `info` on what people really have, and the caption metrics."""
+"""`multimodal caption` and `info` on files of every kind, good and broken, and caption metrics."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def png_of(width: int, height: int, rows: int) -> bytes:
-    """A PNG whose header promises more rows than there are; every checksum is right."""
+    """A PNG with correct checksums whose header gives more rows than there are."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return (
@@ -49,7 +49,7 @@ def png_of(width: int, height: int, rows: int) -> bytes:
 
 
 def good_files(folder: Path) -> dict[str, Path]:
-    """Every way to be a right picture."""
+    """Images of every format and mode that can be read."""
     rotated = Image.Exif()
     rotated[0x0112] = 6
     palette = picture(mode="P")
@@ -72,14 +72,14 @@ def good_files(folder: Path) -> dict[str, Path]:
 
 
 def bad_files(folder: Path) -> dict[str, Path]:
-    """Every way not to be one."""
-    whole, jpeg = encoded(picture()), encoded(picture(200, 200), "JPEG")
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 0x10
+    """Files that cannot be read as images, each for another reason."""
+    png, jpeg = encoded(picture()), encoded(picture(200, 200), "JPEG")
+    flipped = bytearray(png)
+    flipped[len(png) // 2] ^= 0x10
     contents = {
         "flipped.png": bytes(flipped),
         "rows_missing.png": png_of(40, 30, 11),
-        "truncated.png": whole[:-30],
+        "truncated.png": png[:-30],
         "truncated.jpg": jpeg[: len(jpeg) // 2],
         "text.jpg": b"not an image, but a letter\n",
         "empty.jpg": b"",
@@ -100,11 +100,14 @@ def written(folder: Path, contents: dict[str, bytes]) -> dict[str, Path]:
 @pytest.mark.parametrize("batch_size", ["3", "32"])
 @pytest.mark.parametrize("as_json", [False, True])
 def test_good_and_bad_files_in_one_call(
-    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    as_json: bool, batch_size: str,
-) -> None:  # fmt: skip
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    as_json: bool,
+    batch_size: str,
+) -> None:
     good, bad = good_files(tmp_path / "a"), bad_files(tmp_path / "b")
-    # Alternating, so that every batch has both; the last ones are all bad.
+    # Alternating, so that every batch has both. The last ones are all bad.
     order = [p for pair in zip(good.values(), bad.values(), strict=False) for p in pair]
     order += [path for path in bad.values() if path not in order]
     model = ["--model", str(tiny_model_folder), "--batch-size", batch_size, "--max-tokens", "8"]
@@ -112,11 +115,11 @@ def test_good_and_bad_files_in_one_call(
     assert main(arguments) == 1
     out, err = capsys.readouterr()
     if as_json:
-        records = [json.loads(one) for one in out.splitlines()]
+        records = [json.loads(row) for row in out.splitlines()]
         assert {tuple(record) for record in records} == {("image", "caption")}
         shown = [(record["image"], record["caption"]) for record in records]
     else:
-        shown = [tuple(one.split("\t")) for one in out.splitlines()]
+        shown = [tuple(row.split("\t")) for row in out.splitlines()]
     assert [path for path, _ in shown] == [str(p) for p in order if p in good.values()]
     expected = multimodal.load(tiny_model_folder).caption(
         [str(path) for path, _ in shown], max_tokens=8
@@ -140,14 +143,14 @@ def test_all_good_is_status_0_and_nothing_on_stderr(
     assert len(out.splitlines()) == len(paths) and err == ""
 
 
-def test_the_same_picture_gets_the_same_caption_however_it_is_given(
+def test_paths_bytes_and_images_of_one_picture_get_the_same_caption(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     model = multimodal.load(tiny_model_folder)
     path = written(tmp_path / "a", {"plain.png": encoded(picture())})["plain.png"]
     captions = model.caption([path, str(path), path.read_bytes(), picture()], max_tokens=8)
     assert len(set(captions)) == 1
-    # EXIF says: turn it. The caption is that of the upright picture.
+    # EXIF says that it is turned. The caption is that of the upright image.
     turned = picture().transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -155,7 +158,7 @@ def test_the_same_picture_gets_the_same_caption_however_it_is_given(
     assert pair[0] == pair[1]
 
 
-def test_what_caption_refuses(tiny_model_folder: Path) -> None:
+def test_caption_refuses_wrong_arguments(tiny_model_folder: Path) -> None:
     model = multimodal.load(tiny_model_folder)
     assert model.caption([]) == []
     with pytest.raises(ValueError, match="expected a list of images"):
@@ -178,12 +181,14 @@ def test_what_caption_refuses(tiny_model_folder: Path) -> None:
 )
 def test_a_caption_is_one_line(caption: str, expected: str) -> None:
     assert line("p.jpg", caption, as_json=False) == expected
-    whole = line("p.jpg", caption, as_json=True)
-    assert "\n" not in whole and json.loads(whole) == {"image": "p.jpg", "caption": caption}
+    row = line("p.jpg", caption, as_json=True)
+    assert "\n" not in row and json.loads(row) == {"image": "p.jpg", "caption": caption}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes")
-def test_paths_come_out_as_they_went_in(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_paths_are_printed_with_the_bytes_they_were_given_with(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
     name = tmp_path / "caf\udce9 \u65e5\u672c.png"
     name.write_bytes(encoded(picture()))
     command = [sys.executable, "-m", "multimodal.cli", "caption", "./" + name.name]
@@ -194,7 +199,7 @@ def test_paths_come_out_as_they_went_in(tiny_model_folder: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("options", "status", "said"),
+    ("options", "status", "message"),
     [
         (["--model", "nowhere"], 1, "nowhere: no such model folder"),
         (["--model", "."], 1, ".: not a model folder (config.json is missing)"),
@@ -208,23 +213,28 @@ def test_paths_come_out_as_they_went_in(tiny_model_folder: Path, tmp_path: Path)
         (["--model", "MODEL", "--dtype", "int4"], 2, "invalid choice: 'int4'"),
     ],
 )
-def test_wrong_use_is_one_line(
-    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch, options: list[str], status: int, said: str,
-) -> None:  # fmt: skip
+def test_wrong_use_is_reported_in_one_line(
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    status: int,
+    message: str,
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("cat.png").write_bytes(encoded(picture()))
     options = [str(tiny_model_folder) if option == "MODEL" else option for option in options]
     try:
-        found: object = main(["caption", "cat.png", *options])
+        code: object = main(["caption", "cat.png", *options])
     except SystemExit as stopped:  # argparse
-        found = stopped.code
+        code = stopped.code
     out, err = capsys.readouterr()
-    assert (found, out) == (status, "") and said in err.splitlines()[-1]
+    assert (code, out) == (status, "") and message in err.splitlines()[-1]
     assert "Traceback" not in err and (status == 2 or len(err.splitlines()) == 1)
 
 
-def test_a_damaged_model_is_one_line(
+def test_a_damaged_model_is_reported_in_one_line(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def break_file(name: str, content: bytes | None) -> str:
@@ -233,9 +243,9 @@ def test_a_damaged_model_is_one_line(
         shutil.copytree(tiny_model_folder, folder)
         (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
         assert main(["caption", "--model", str(folder), "cat.png"]) == 1
-        (only,) = capsys.readouterr().err.splitlines()
-        assert str(folder) in only and len(only) < 400
-        return only
+        (error,) = capsys.readouterr().err.splitlines()
+        assert str(folder) in error and len(error) < 400
+        return error
 
     for name in ("model.safetensors", "heads.safetensors", "text_tokenizer.json"):
         break_file(name, b"\0" * 50)
@@ -270,26 +280,36 @@ def test_info_verifies_fingerprints(
     facts = json.loads(capsys.readouterr().out)
     assert all(value.endswith("(verified)") for value in facts["fingerprints"].values())
     assert facts["images"] == {
-        "size": 32, "fit": "squash", "downsample": 8, "tokens per image": 16, "codebook": 64,
+        "size": 32,
+        "fit": "squash",
+        "downsample": 8,
+        "tokens per image": 16,
+        "codebook": 64,
         "codes": multimodal.load(tiny_model_folder).image_tokenizer.codes_fingerprint,
-    }  # fmt: skip
+    }
     assert facts["bytes"] == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     if not part:
         model = multimodal.load(folder)
         assert facts["vocabulary"] == {
-            "text": 300, "specials": 7, "image codes": 64, "size with padding": 384,
-        }  # fmt: skip
+            "text": 300,
+            "specials": 7,
+            "image codes": 64,
+            "size with padding": 384,
+        }
         counts = facts["parameters"]
-        expected = sum(p.numel() for p in model.parameters())
+        parts = (model.network, model.image_tokenizer)
+        expected = sum(p.numel() for part in parts for p in part.parameters())
         assert expected == sum(counts.values()) - counts["of which embedding"]
     assert main(["info", str(folder)]) == 0
     assert "(verified)" in capsys.readouterr().out
 
 
 def test_info_notices_other_weights(
-    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     tiny_model: Callable[..., Model],
-) -> None:  # fmt: skip
+) -> None:
     shutil.copytree(tiny_model_folder, tmp_path / "model")
     tiny_model(seed=0, noise=0.2).save(tmp_path / "other")
     shutil.copy(tmp_path / "other/model.safetensors", tmp_path / "model")
@@ -325,7 +345,7 @@ def test_identical_captions_score_highest() -> None:
     assert perfect["CIDEr"] > 1 > 0.2 > wrong["CIDEr"]
     one_each = {key: texts[:1] for key, texts in TRUTHS.items()}
     alone = score_captions({key: texts[0] for key, texts in one_each.items()}, one_each)
-    assert alone["CIDEr"] == pytest.approx(10)  # the cosine is 1 for every n: the most there is
+    assert alone["CIDEr"] == pytest.approx(10)  # the maximum: the cosine is 1 for every n
 
 
 def test_bleu_by_hand() -> None:

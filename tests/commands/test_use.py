@@ -1,4 +1,4 @@
-"""The verbs that use a model, with what people type: one clear line, and no half-written file."""
+"""The verbs that use a model. An error is one line, and leaves no half-written file."""
 
 import json
 import os
@@ -17,7 +17,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """run(verb, ...) -> (exit status, stdout, stderr), with the tiny model"""
+    """run(verb, ...) -> (exit status, stdout, stderr), with the tiny model."""
 
     def run(verb: str, *arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -49,15 +49,15 @@ def test_answer(run: Run, photo: Path, tiny_model_folder: Path) -> None:
 def test_draw_one_and_many(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "bus.png"
     assert run("draw", "a red bus", "--out", out, "--seed", 3)[:2] == (0, f"{out}\n")
-    one = np.asarray(Image.open(out))
+    alone = np.asarray(Image.open(out))
     status, printed, _ = run("draw", "a red bus", "--out", out, "-n", 5, "--seed", 3)
     files = [tmp_path / f"bus-{i}.png" for i in range(5)]
     assert status == 0 and printed.split() == [*map(str, files), str(out)]
-    assert (np.asarray(Image.open(files[0])) == one).all()
+    assert (np.asarray(Image.open(files[0])) == alone).all()
     grid = np.asarray(Image.open(out))
     assert grid.shape == (66, 100, 3)
     assert (grid[34:, 34:66] == np.asarray(Image.open(files[4]))).all()
-    assert (grid[34:, 68:] == 255).all(), "the last place is empty"
+    assert (grid[34:, 68:] == 255).all(), "the last cell of the grid is empty"
     assert sorted(tmp_path.iterdir()) == sorted([out, *files])
     again = run("draw", "a red bus", "--out", tmp_path / "c.jpg", "--method", "causal")
     assert again[0] == 0 and Image.open(tmp_path / "c.jpg").format == "JPEG"
@@ -80,9 +80,9 @@ def test_generate(run: Run, photo: Path, tmp_path: Path, tiny_model_folder: Path
     (expected,) = load(tiny_model_folder).generate(["a red", photo, "bus"])
     prompt = ("generate", "--text", "a red", "--image", photo, "--text", "bus")
     status, out, _ = run(*prompt, "--json")
-    said = json.loads(out)
-    assert status == 0 and said["output"] == [{"text": expected}]
-    usage = said["usage"]
+    result = json.loads(out)
+    assert status == 0 and result["output"] == [{"text": expected}]
+    usage = result["usage"]
     assert usage["prompt_tokens"] > 18 and usage["text_tokens"] <= 64 and not usage["image_tokens"]
     assert usage["log_probability"] < 0 and usage["ended"] in ("end", "length")
     drawn = tmp_path / "drawn.png"
@@ -117,11 +117,11 @@ def test_search(run: Run, photo: Path, tmp_path: Path) -> None:
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     where = ("--images", tmp_path, "--cache", tmp_path / "cache")
     status, out, _ = run("search", photo, *where, "-k", 3, "--json")
-    found = [json.loads(line) for line in out.splitlines()]
-    assert status == 0 and len(found) == 3
-    scores = {hit["image"]: hit["score"] for hit in found}
+    hits = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and len(hits) == 3
+    scores = {hit["image"]: hit["score"] for hit in hits}
     assert scores[str(photo)] == pytest.approx(1, abs=1e-5)
-    assert [hit["score"] for hit in found] == sorted((h["score"] for h in found), reverse=True)
+    assert [hit["score"] for hit in hits] == sorted((h["score"] for h in hits), reverse=True)
     assert len(list((tmp_path / "cache").iterdir())) == 1
     again = [json.loads(line) for line in run("search", photo, *where, "--json")[1].splitlines()]
     assert {hit["image"]: hit["score"] for hit in again[:3]} == pytest.approx(scores, abs=1e-6)
@@ -134,12 +134,16 @@ HOSTILE: list[tuple[tuple[str, ...], int, str]] = [
     (("answer", "missing.png", "what?"), 1, "missing.png"),
     (("answer", "PHOTO", "why " * 10_000), 1, "the model reads at most"),
     (("answer", "PHOTO", "what?", "--temperature", "-1"), 1, "temperature=-1"),
-    (("answer", "PHOTO", "what?", "--max-tokens", "0"), 1, "--max-tokens 0"),
+    (("answer", "PHOTO", "what?", "--max-tokens", "0"), 1, "max_tokens=0: expected at least 1"),
     (("draw", "", "--out", "x.png"), 1, "the text is empty"),
     (("draw", "word " * 10_000, "--out", "x.png"), 1, "the model reads at most"),
     (("draw", "a bus", "--out", "x.png", "-n", "0"), 1, "-n 0: expected at least 1"),
-    (("draw", "a bus", "--out", "x.png", "--steps", "0"), 1, "--steps 0"),
-    (("draw", "a bus", "--out", "x.png", "--candidates", "0"), 1, "--candidates 0"),
+    (("draw", "a bus", "--out", "x.png", "--steps", "0"), 1, "steps=0: expected at least 1"),
+    (
+        ("draw", "a bus", "--out", "x.png", "--candidates", "0"),
+        1,
+        "candidates=0: expected at least 1",
+    ),
     (("draw", "a bus", "--out", "x.png", "--temperature", "-1"), 1, "temperature=-1"),
     (("draw", "a bus", "--out", "x.png", "--seed", "-1"), 1, "seed=-1"),
     (("draw", "a bus", "--out", "x.png", "--guidance-scale", "nan"), 1, "guidance_scale=nan"),
@@ -190,8 +194,8 @@ def test_hostile_input_is_one_line_and_leaves_nothing(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before = sorted(tmp_path.rglob("*"))
     names = {"PHOTO": str(photo), "SMALL": "small.png", "EMPTY": "empty"}
-    found, out, errors = run(*(names.get(argument, argument) for argument in arguments))
-    assert (found, out) == (status, "")
+    code, out, errors = run(*(names.get(argument, argument) for argument in arguments))
+    assert (code, out) == (status, "")
     assert message in errors and "Traceback" not in errors
     last = [line for line in errors.splitlines() if "error:" in line]
     assert len(last) >= 1 and len(last[-1]) < 2000
@@ -199,7 +203,7 @@ def test_hostile_input_is_one_line_and_leaves_nothing(
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_a_full_disk_is_said_and_what_was_there_stays(
+def test_a_full_disk_is_reported_and_the_old_file_stays(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "bus.png"

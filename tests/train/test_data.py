@@ -10,12 +10,13 @@ import pytest
 
 import multimodal.train.sample_order as train_order
 from multimodal.cli import main
+from multimodal.model.lessons import MAX_TURNS, Lesson, lesson_of
 from multimodal.model.templates import Templates
 from multimodal.train.callbacks import Mixture
 from multimodal.train.data import GlobalBatchLoader, ShardData
 from multimodal.train.examples import ShardDataset
-from multimodal.train.lessons import TURNS, Lesson, lesson_of, texts_about
 from multimodal.train.sample_order import GlobalBatches, Order
+from multimodal.train.semantic import texts_about
 
 TEMPLATES = Templates()
 
@@ -217,13 +218,13 @@ def test_a_lesson_is_drawn_by_its_seed() -> None:
     assert {lesson.caption for lesson in lessons} == {"a", "b", "c"}
     what = ("Question: what? Answer:", " an owl")
     where = ("Question: where? Answer:", " a tree")
-    asked = [lesson.exchanges for lesson in lessons if lesson.exchanges]
-    assert set(asked) == {(what, where), (where, what)}
-    assert 60 < len(asked) < 140
+    exchanges_of_lessons = [lesson.exchanges for lesson in lessons if lesson.exchanges]
+    assert set(exchanges_of_lessons) == {(what, where), (where, what)}
+    assert 60 < len(exchanges_of_lessons) < 140
     assert lessons[7] == lesson_of("owl", record, 7, TEMPLATES, 0.5)
     record["qa"] *= 10
     many = [lesson_of("owl", record, seed, TEMPLATES).exchanges for seed in range(9)]
-    assert {len(exchanges) for exchanges in many} == {TURNS}
+    assert {len(exchanges) for exchanges in many} == {MAX_TURNS}
 
 
 def test_a_statement_and_a_repeated_question_are_no_descriptions() -> None:

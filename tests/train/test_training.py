@@ -11,14 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from multimodal.api import load
 from multimodal.cli import main
 from multimodal.model.objectives import ObjectivesConfig
+from multimodal.options import DrawArguments, DrawOptions
 from multimodal.tokenizers import vq
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.train import image_tokenizer
@@ -126,7 +129,7 @@ def loss_of_model(work: Path, folder: Path) -> float:
     module, batch = a_batch(work)
     module.model = load(folder)
     with torch.no_grad():
-        loss, _ = module.model(*module.pack(batch))
+        loss, _ = module.model.network(module.pack(batch))
     return float(loss)
 
 
@@ -141,7 +144,7 @@ def test_sequences_without_a_loss_are_not_computed(work: Path) -> None:
     module, batch = a_batch(work, objectives=goals)
     losses, tokens = [], []
     for training in (False, True):
-        loss, parts = module.train(training).model(*module.pack(batch))
+        loss, parts = module.train(training).network(module.pack(batch))
         losses.append(float(loss))
         tokens.append(module.tokens)
         assert ("caption" in parts) != training and "image" in parts
@@ -165,6 +168,22 @@ def test_measuring_uses_the_last_checkpoint_and_keeps_the_training_log(
         at_10 = [float(r["val/total"]) for r in csv.DictReader(file) if r["val/total"]][-1]
     # The last checkpoint is of step 12, the last validation of step 10.
     assert float(row["val/total"]) == pytest.approx(at_10, rel=0.05)
+
+
+def test_validation_draws_as_the_model_does(work: Path, tmp_path: Path) -> None:
+    model = str(work / "joint" / "model")
+    run = ["--config", str(work / "joint.yaml"), "--init_from", model, "--output", str(tmp_path)]
+    assert main(["validate", *run]) == 0
+    (picture,) = tmp_path.rglob("step-*.png")
+    (prompt,) = (picture.parent / "prompts.txt").read_text("utf-8").splitlines()
+    shown = np.asarray(Image.open(picture))
+    for options, same in (
+        (DrawArguments(), True),
+        (DrawArguments(method=DrawOptions().method), True),
+        (DrawArguments(method="masked"), False),
+    ):
+        (drawn,) = load(model).draw(prompt, **options)
+        assert np.array_equal(shown, np.asarray(drawn)) == same, options
 
 
 def test_predict_writes_captions_in_the_order_of_the_data(work: Path, tmp_path: Path) -> None:
