@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TextIO, TypeAlias, get_args
 
 from multimodal.data.builder.cleaning import Cleaning
 from multimodal.data.builder.image_parts import (
@@ -44,6 +44,8 @@ PARTS, LOCK = "parts", "lock"
 MOVING = "moving"  # exists when this build has begun to replace files in OUT
 PART_SIZE = 128  # samples: seconds of work, which a killed process has to repeat
 _SHARD_FILE = re.compile(r"[a-z]+-\d{4,}\.(tar|index\.json)")
+
+Prepared: TypeAlias = list[ImageFile] | BadImage  # the images of a sample
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def build(
     if is_first_rank():  # another rank may arrive after the build is complete
         _check_out(out, overwrite)
         parts.mkdir(parents=True, exist_ok=True)
-    ignored, reasons, changed = Counter[str](), Counter[str](), Counter[str]()
+    ignored, changed = Counter[str](), Counter[str]()
     items = read_source(
         source,
         ignored,
@@ -157,21 +159,7 @@ def build(
                 ShardWriter(staging, shard_size, val_share) as writer,
             ):
                 copies = _CopyFilter(near=cleaning.copies == "near")
-                total = 0
-                for item, prepared in progress(stream):
-                    total += 1
-                    rejected = _rejection(item, prepared) or copies.check(item, prepared)
-                    if rejected is None:
-                        assert isinstance(item, SourceSample) and isinstance(prepared, list)
-                        rejected = writer.write(item, prepared)
-                    if rejected is not None:
-                        reasons[rejected.reason] += 1
-                        line = {
-                            "sample": rejected.name,
-                            "reason": rejected.reason,
-                            "detail": rejected.detail,
-                        }
-                        rejections.write(json.dumps(line, ensure_ascii=True) + "\n")
+                reasons = _write_samples(progress(stream), copies, writer, rejections)
         except ValueError:
             if not any(parts.iterdir()):  # no image was prepared, so nothing can go on later
                 shutil.rmtree(staging)
@@ -197,14 +185,38 @@ def build(
         why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "nothing found"
         raise ValueError(f"{source}: no sample could be used ({why}); see {out / REJECTED}")
     return Report(
-        total=total,
+        total=kept + reasons.total(),
         kept=kept,
-        rejected=total - kept,
+        rejected=reasons.total(),
         reasons=dict(reasons),
         splits=dict(writer.splits),
         ignored=dict(ignored),
         changed=dict(+changed),
     )
+
+
+def _write_samples(
+    stream: Iterable[tuple[SourceItem, Prepared | None]],
+    copies: "_CopyFilter",
+    writer: ShardWriter,
+    rejections: TextIO,
+) -> "Counter[str]":
+    """Write each sample to a shard, or a line to ``rejections``. Returns the counts of reasons."""
+    reasons = Counter[str]()
+    for item, images in stream:
+        rejected = _rejection(item, images) or copies.check(item, images)
+        if rejected is None:
+            assert isinstance(item, SourceSample) and isinstance(images, list)
+            rejected = writer.write(item, images)
+        if rejected is not None:
+            reasons[rejected.reason] += 1
+            line = {
+                "sample": rejected.name,
+                "reason": rejected.reason,
+                "detail": rejected.detail,
+            }
+            rejections.write(json.dumps(line, ensure_ascii=True) + "\n")
+    return reasons
 
 
 def _clean(
@@ -230,7 +242,7 @@ def _with_images(
     settings: ImageSettings,
     engine: Engine,
     workers: int,
-) -> Iterator[tuple[SourceItem, list[ImageFile] | BadImage | None]]:
+) -> Iterator[tuple[SourceItem, Prepared | None]]:
     """Each item with its prepared images, in order. None for samples that are rejected already."""
     batches = deque[list[SourceItem]]()
 
@@ -258,9 +270,7 @@ class _CopyFilter:
     def __init__(self, near: bool) -> None:
         self._index, self._names, self._near = CopyIndex(), list[str](), near
 
-    def check(
-        self, item: SourceItem, images: list[ImageFile] | BadImage | None
-    ) -> RejectedSample | None:
+    def check(self, item: SourceItem, images: Prepared | None) -> RejectedSample | None:
         if not isinstance(images, list) or len(images) != 1 or images[0].image_hash is None:
             return None
         self._names.append(item.name)
@@ -271,9 +281,7 @@ class _CopyFilter:
         return RejectedSample(item.name, "copy", detail)
 
 
-def _rejection(
-    item: SourceItem, images: list[ImageFile] | BadImage | None
-) -> RejectedSample | None:
+def _rejection(item: SourceItem, images: Prepared | None) -> RejectedSample | None:
     if isinstance(item, RejectedSample):
         return item
     if isinstance(images, BadImage):
