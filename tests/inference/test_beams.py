@@ -52,32 +52,6 @@ def test_beams_are_those_of_transformers(
     assert found != generate_ids(model, prompts, 9, GREEDY), "a case that tells them apart"
 
 
-def test_min_p_keeps_what_is_likely_enough() -> None:
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    kept = Sampling(temperature=1.0, min_p=0.31).truncate(logits).isfinite()
-    assert kept.tolist() == [[True, True, False, False]]
-    assert Sampling(temperature=1.0, min_p=1.0).truncate(logits).isfinite().sum() == 1
-
-
-def test_the_penalty_falls_on_own_tokens_alone(model: Model) -> None:
-    logits = torch.tensor([[2.0, -2.0, 1.0], [2.0, -2.0, 1.0]])
-    found = Sampling(repetition_penalty=2.0).penalise(logits, [[0, 1, 1], []])
-    assert found.tolist() == [[1.0, -4.0, 1.0], [2.0, -2.0, 1.0]]
-    often = generate_ids(model, prompts_of(model), 20, GREEDY)
-    seldom = generate_ids(model, prompts_of(model), 20, Sampling(repetition_penalty=50.0))
-    assert any(len(set(text)) < len(text) for text in often)
-    assert all(len(set(text)) == len(text) for text in seldom)
-
-
-@pytest.mark.parametrize(
-    "options", [{"min_p": 2.0}, {"repetition_penalty": 0.0}, {"beams": 0},
-                {"beams": 2, "temperature": 1.0}],
-)  # fmt: skip
-def test_options_that_cannot_be_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
-        Sampling(**options)  # type: ignore[arg-type]
-
-
 def test_beams_do_not_draw(model: Model) -> None:
     with pytest.raises(ValueError, match="are for texts"):
         model.draw("a red bus", beams=2, temperature=0.0)
