@@ -11,7 +11,7 @@ from torch import Tensor
 
 from multimodal.api import Model
 from multimodal.inference.sampling import choose, generators, penalise, truncate
-from multimodal.inference.text import GREEDY, generate_ids
+from multimodal.inference.text import generate_ids
 from multimodal.options import Sampling, TextOptions
 from tests.prompts import prompts_of
 
@@ -80,6 +80,17 @@ def test_min_p_leaves_tokens_that_are_likely_enough() -> None:
     finite = truncate(logits, Sampling(temperature=1.0, min_p=0.31)).isfinite()
     assert finite.tolist() == [[True, True, False, False]]
     assert truncate(logits, Sampling(temperature=1.0, min_p=1.0)).isfinite().sum() == 1
+
+
+def test_the_penalty_falls_on_the_tokens_of_the_same_text_alone(model: Model) -> None:
+    logits = torch.tensor([[2.0, -2.0, 1.0], [2.0, -2.0, 1.0]])
+    penalised = penalise(logits, [[0, 1, 1], []], 2.0)
+    assert penalised.tolist() == [[1.0, -4.0, 1.0], [2.0, -2.0, 1.0]]
+    plain = generate_ids(model, prompts_of(model), TextOptions(max_tokens=20))
+    options = TextOptions(repetition_penalty=50.0, max_tokens=20)
+    varied = generate_ids(model, prompts_of(model), options)
+    assert any(len(set(text)) < len(text) for text in plain)
+    assert all(len(set(text)) == len(text) for text in varied)
 
 
 def test_a_row_is_the_same_in_any_batch(model: Model) -> None:
