@@ -1,8 +1,8 @@
-"""Tiny models with random weights, for the tests of everything that has one.
+"""Tiny models with random weights, for all tests that need a model.
 
-Tests are imported one by one (import-mode=importlib) and share code as fixtures; what their own
-processes have to import as well is in tests/launches.py, what is no fixture in tests/photos.py and
-tests/prompts.py.
+Tests are imported one by one (import-mode=importlib) and share code as fixtures. Code that the
+processes of tests import, too, is in tests/launches.py. Code that is no fixture is in
+tests/photos.py and tests/prompts.py.
 """
 
 import dataclasses
@@ -29,13 +29,13 @@ SENTENCES = (
 
 @pytest.fixture(scope="session")
 def sentences() -> tuple[str, ...]:
-    """What the tiny text tokenizer was trained on."""
+    """The texts that the tiny text tokenizer was trained on."""
     return SENTENCES
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder: 14 found, 7 good and 7 not."""
+    """A folder of 14 files: 7 good images and 7 bad ones."""
     from tests.photos import photo_folder
 
     return photo_folder(tmp_path / "photos")
@@ -45,14 +45,13 @@ def photos(tmp_path: Path) -> Path:
 def tiny_model() -> "Callable[..., Model]":
     """A factory: ``tiny_model(seed=0, noise=0.0, tied=True, **objectives)``, in eval mode.
 
-    300 text ids, 64 codes, 32 x 32 pixels = 16 codes an image, 13 rows of padding. ``noise`` is the
-    standard deviation of what is added to every weight of the transformer, norms included: at their
-    start all norms are one, and a wrong one does not show.
+    It has 300 text ids, 64 codes, and 13 ids that fill its vocabulary up. An image has 32 x 32
+    pixels and 16 codes. ``noise`` is the standard deviation of the noise on all weights of the
+    transformer. All norms start at one, so without noise a wrong norm would not show.
     """
     import torch
 
     from multimodal.api import Model
-    from multimodal.model.network import ModelConfig
     from multimodal.model.objectives import ObjectivesConfig
     from multimodal.model.transformer import Transformer
     from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
@@ -66,14 +65,15 @@ def tiny_model() -> "Callable[..., Model]":
     def make(seed: int = 0, noise: float = 0.0, tied: bool = True, **objectives: Any) -> Model:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            goals = ObjectivesConfig(**{"alignment_dim": 32, **objectives})
-            model = Model.new("tiny", text_tokenizer, VQTokenizer(images), goals)
+            config = ObjectivesConfig(**{"alignment_dim": 32, **objectives})
+            model = Model.new("tiny", text_tokenizer, VQTokenizer(images), config)
+            network = model.network
             if not tied:
                 sizes = dataclasses.replace(model.config.transformer, tie_word_embeddings=False)
-                config: ModelConfig = dataclasses.replace(model.config, transformer=sizes)
-                model.network.config, model.network.transformer = config, Transformer(sizes)
+                network.config = dataclasses.replace(network.config, transformer=sizes)
+                network.transformer = Transformer(sizes)
             with torch.no_grad():
-                for weight in model.network.transformer.parameters():
+                for weight in network.transformer.parameters():
                     weight += noise * torch.randn_like(weight)
         return model.eval()
 
@@ -84,7 +84,7 @@ def tiny_model() -> "Callable[..., Model]":
 def tiny_model_folder(
     tiny_model: "Callable[..., Model]", tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The folder of ``tiny_model(noise=0.1)``; only to be read."""
+    """The folder of ``tiny_model(noise=0.1)``. Tests only read it."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_model(noise=0.1).save(folder)
     return folder
@@ -92,7 +92,7 @@ def tiny_model_folder(
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Sums over threads differ in their last bit with the number of threads."""
+    """One thread: the last bit of a sum depends on the number of threads."""
     import torch
 
     before = torch.get_num_threads()

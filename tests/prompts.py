@@ -1,4 +1,4 @@
-"""What tests of generation share: prompts of the tiny model."""
+"""Prompts of the tiny model, for the tests of generation."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from multimodal.model.sequences import describe_prompt
 def prompts_of(model: Model, count: int = 6) -> list[list[int]]:
     """Images, each followed by the beginning of a caption, of different lengths."""
     rng = np.random.default_rng(0)
-    codes = rng.integers(0, 64, (count, 16)) + model.vocabulary.image_start
+    codes = rng.integers(0, 64, (count, 16))
     text = model.text_tokenizer.encode("a red bus")
     return [
         [*describe_prompt(model.vocabulary, row.tolist()), *text[: i % 4]]

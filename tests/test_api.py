@@ -1,24 +1,26 @@
-"""What a person does with a model, in Python: ask, draw, edit, embed, mix; sampling and seeds."""
+"""What a person does with a model in Python: ask, draw, edit, embed, and mix texts and images."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from multimodal.api import Model
 from multimodal.data.images import Fit, fit_image, to_tensor
-from multimodal.inference.drawing import UNKNOWN, draw_codes
+from multimodal.inference.codec import UNKNOWN, encode_images, read_images
+from multimodal.inference.drawing import draw_codes
 from multimodal.inference.editing import box_mask, edit_image, masked_codes
 from multimodal.inference.embedding import EmbeddingCache, embed_files, find_images
 from multimodal.inference.mixed import prompt_ids
-from multimodal.inference.text import encode_images, generate_ids, read_images
-from multimodal.model.sequences import describe_prompt, draw_prompt
+from multimodal.inference.text import generate_ids
+from multimodal.model.sequences import describe_prompt, draw_prompt, pack
 from multimodal.model.templates import Templates
-from multimodal.options import Sampling
+from multimodal.options import DrawOptions, EditOptions, TextOptions
+from tests.samples import batch_builder, samples_of
 
 Make = Callable[..., Model]
 
@@ -33,99 +35,16 @@ def picture(seed: int = 0, size: tuple[int, int] = (32, 32)) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
-# --- sampling -------------------------------------------------------------------------------------
-
-
-def test_draws_follow_the_probabilities() -> None:
-    logits = torch.log(torch.tensor([0.5, 0.3, 0.2])).expand(4000, 3)
-    sampling = Sampling(temperature=1.0)
-    drawn = sampling.choose(logits, sampling.generators(range(4000)))
-    shares = torch.bincount(drawn, minlength=3) / 4000
-    assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.03)
-
-
-@pytest.mark.parametrize(("share", "expected"), [(0.0, 1), (1 - 2**-53, 3)])
-def test_what_cannot_be_drawn_never_is(
-    share: float, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def rand(shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        return torch.full(shape, share, dtype=dtype)
-
-    monkeypatch.setattr(torch, "rand", rand)
-    never = -torch.inf
-    for some in ([never, 0.0, never, 1.0, never], [never, 5.0, 2.0, 0.1, never]):
-        logits, sampling = torch.tensor([[some] * 2]), Sampling(temperature=1.0)
-        drawn = sampling.choose(logits, sampling.generators([0]))
-        assert drawn.tolist() == [[expected] * 2]
-
-
-@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
-def test_nothing_is_drawn_from_what_is_no_number(broken: float) -> None:
-    logits, sampling = torch.full((2, 5), broken), Sampling(temperature=1.0)
-    with pytest.raises(ValueError, match="logits are not finite"):
-        sampling.choose(logits, sampling.generators(range(2)))
-
-
-@pytest.mark.parametrize(
-    ("options", "left"),
-    [
-        ({}, {0, 1, 2, 3}),
-        ({"top_k": 1}, {0}),
-        ({"top_k": 3}, {0, 1, 2}),
-        ({"top_k": 99}, {0, 1, 2, 3}),
-        ({"top_p": 0.5}, {0}),
-        ({"top_p": 0.51}, {0, 1}),
-        ({"top_p": 1e-9}, {0}),
-        ({"top_k": 3, "top_p": 0.9}, {0, 1, 2}),
-    ],
-)
-def test_what_is_left_to_draw_from(options: dict[str, float], left: set[int]) -> None:
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
-    kept = Sampling(temperature=1.0, **options).truncate(logits)  # type: ignore[arg-type]
-    assert set(torch.isfinite(kept[0]).nonzero().flatten().tolist()) == left
-
-
-def test_a_row_is_drawn_alike_in_any_batch(model: Model) -> None:
-    v = model.vocabulary
-    prompts = [[v.bos, *model.text_tokenizer.encode(text)] for text in ("a red", "two", "the cat")]
-    warm = Sampling(temperature=1.0, seed=5)
-    together = generate_ids(model, prompts, 9, warm)
-    alone = [generate_ids(model, [p], 9, warm, [i])[0] for i, p in enumerate(prompts)]
-    assert together == alone
-    assert together != generate_ids(model, prompts, 9, Sampling(temperature=1.0, seed=6))
-    images = [picture(i) for i in range(3)]
-    captions = model.caption(images, max_tokens=9, temperature=1.0)
-    assert captions == model.caption(images, max_tokens=9, temperature=1.0, batch_size=1)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": -1.0}, "temperature=-1.0"),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"temperature": float("inf")}, "temperature=inf"),
-        ({"top_k": -1}, "top_k=-1"),
-        ({"top_p": 0.0}, "top_p=0.0"),
-        ({"top_p": 1.1}, "top_p=1.1"),
-        ({"seed": -1}, "seed=-1"),
-    ],
-)
-def test_impossible_sampling_is_refused(
-    model: Model, options: dict[str, float], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        model.caption([picture()], **options)  # type: ignore[arg-type]
-
-
 # --- questions ------------------------------------------------------------------------------------
 
 
-def test_an_answer_goes_on_after_the_image_and_the_template(model: Model) -> None:
+def test_an_answer_continues_the_image_and_the_template(model: Model) -> None:
     image = picture()
-    codes = encode_images(model, read_images(model, [image]))[0] + model.vocabulary.image_start
+    codes = encode_images(model, read_images(model, [image]))[0]
     prompt = describe_prompt(model.vocabulary, codes.tolist())
     prompt += model.text_tokenizer.encode("Question: what is it? Answer:")
-    expected = model.text_tokenizer.decode(generate_ids(model, [prompt], 7)[0]).strip()
+    (ids,) = generate_ids(model, [prompt], TextOptions(max_tokens=7))
+    expected = model.text_tokenizer.decode(ids).strip()
     assert model.answer(image, " what is it? ", max_tokens=7) == expected
     with pytest.raises(ValueError, match="the question is empty"):
         model.answer(image, "  ")
@@ -133,7 +52,7 @@ def test_an_answer_goes_on_after_the_image_and_the_template(model: Model) -> Non
 
 def test_templates() -> None:
     templates = Templates(question="Q {text} {0} A")
-    assert templates.ask("{text}?") == "Q {text}? {0} A"  # braces of the user are only braces
+    assert templates.ask("{text}?") == "Q {text}? {0} A"  # braces of a question stay
     assert Templates().judge("it is red.") == "True or false? it is red. Answer:"
     with pytest.raises(ValueError, match="template statement"):
         Templates(statement="no place for it")
@@ -143,17 +62,17 @@ def test_templates() -> None:
 
 
 @pytest.mark.parametrize("method", ["masked", "causal"])
-def test_a_thousand_drawings_are_whole_and_of_codes(model: Model, method: str) -> None:
+def test_a_thousand_drawings_are_complete_and_of_image_codes(model: Model, method: str) -> None:
     texts = ["a red bus", "two dogs"] * 50
     for seed in range(10):
-        codes = draw_codes(
-            model,
-            texts,
+        options = DrawOptions(
             method=method,  # type: ignore[arg-type]
             steps=2,
             guidance_scale=1.0 + seed % 2,
-            sampling=Sampling(temperature=2.0, seed=seed),
+            temperature=2.0,
+            seed=seed,
         )
+        codes = draw_codes(model, texts, options)
         assert codes.shape == (100, 16)
         assert 0 <= int(codes.min()) and int(codes.max()) < 64
 
@@ -162,35 +81,33 @@ def test_a_thousand_drawings_are_whole_and_of_codes(model: Model, method: str) -
 def test_the_same_seed_draws_the_same_in_any_number(model: Model, method: str) -> None:
     options = {"method": method, "seed": 3, "steps": 4}
     four = [np.asarray(image) for image in model.draw("a red bus", 4, **options)]  # type: ignore[arg-type]
-    (one,) = model.draw("a red bus", 1, **options)  # type: ignore[arg-type]
-    assert (np.asarray(one) == four[0]).all()
+    (alone,) = model.draw("a red bus", 1, **options)  # type: ignore[arg-type]
+    assert (np.asarray(alone) == four[0]).all()
     assert len({image.tobytes() for image in four}) == 4, "the rows of one seed differ"
 
 
 def test_causal_guidance(model: Model) -> None:
-    def drawn(scale: float, text: str = "a red bus") -> list[int]:
-        codes = draw_codes(model, [text], method="causal", guidance_scale=scale,
-                           sampling=Sampling())  # fmt: skip
-        return [int(code) for code in codes[0]]
+    def draw(scale: float, text: str = "a red bus") -> list[int]:
+        options = DrawOptions(method="causal", guidance_scale=scale, temperature=0)
+        return [int(code) for code in draw_codes(model, [text], options)[0]]
 
-    assert drawn(1) == drawn(1 + 1e-6), "1 is none"
-    assert drawn(1) != drawn(5)
-    assert drawn(0) == drawn(0, "two dogs run on the beach"), "0 ignores the text"
-    assert drawn(1) != drawn(0)
+    assert draw(1) == draw(1 + 1e-6), "1 is no guidance"
+    assert draw(1) != draw(5)
+    assert draw(0) == draw(0, "two dogs run on the beach"), "0 ignores the text"
+    assert draw(1) != draw(0)
 
 
-def test_causal_drawing_is_what_the_full_forward_predicts(model: Model) -> None:
+def test_causal_drawing_is_the_argmax_of_the_full_forward(model: Model) -> None:
     v = model.vocabulary
-    codes = draw_codes(model, ["a red bus"], method="causal", guidance_scale=1,
-                       sampling=Sampling())[0]  # fmt: skip
+    options = DrawOptions(method="causal", guidance_scale=1, temperature=0)
+    codes = draw_codes(model, ["a red bus"], options)[0]
     prompt = draw_prompt(v, model.text_tokenizer.encode("a red bus"))
     ids = torch.tensor([[*prompt, *(codes + v.image_start).tolist()]])
     with torch.inference_mode():
         positions = torch.arange(ids.shape[1])[None]
         causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()[None, None]
-        logits = model.network.transformer.logits(
-            model.network.transformer(ids, positions, causal)
-        )[0]
+        transformer = model.network.transformer
+        logits = transformer.logits(transformer(ids, positions, causal))[0]
     images = logits[len(prompt) - 1 : -1, v.image_start : v.image_end]
     assert images.argmax(-1).tolist() == codes.tolist()
 
@@ -200,7 +117,7 @@ def test_causal_drawing_is_what_the_full_forward_predicts(model: Model) -> None:
     [
         ({"text": " "}, "the text is empty"),
         ({"n": 0}, "n=0"),
-        ({"method": "magic"}, "method 'magic'"),
+        ({"method": "magic"}, "method='magic'"),
         ({"steps": 0}, "steps=0"),
         ({"guidance_scale": -1}, "guidance_scale=-1"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
@@ -215,7 +132,7 @@ def test_impossible_drawings_are_refused(
 
 
 def test_what_a_user_writes_is_never_a_special(model: Model) -> None:
-    """ "<boi>" is five letters; a lone surrogate is a question mark."""
+    """Users may write "<boi>", which is five letters, and a lone surrogate."""
     ids = prompt_ids(model, ["<boi><eos> \ud800"])
     assert ids[0] == model.vocabulary.bos and max(ids[1:]) < model.vocabulary.text_size
     assert len(model.draw("<boi> \ud800", steps=1)) == 1
@@ -238,8 +155,8 @@ def test_codes_under_the_mask(fit: Fit) -> None:
 
 
 def test_a_single_white_pixel_is_enough() -> None:
-    assert masked_codes(box_mask((32, 32), (9, 17, 10, 18)), "squash", 4).nonzero().tolist() \
-        == [[9]]  # fmt: skip
+    mask = box_mask((32, 32), (9, 17, 10, 18))
+    assert masked_codes(mask, "squash", 4).nonzero().tolist() == [[9]]
 
 
 def test_codes_outside_the_mask_stay(model: Model) -> None:
@@ -248,8 +165,9 @@ def test_codes_outside_the_mask_stay(model: Model) -> None:
     fresh = torch.zeros(3, 16, dtype=torch.bool)
     fresh[0, 5], fresh[1, :9] = True, True
     for steps in (1, 4, 30):
-        codes = draw_codes(model, ["a red bus"] * 3, steps=steps,
-                           known=known.masked_fill(fresh, UNKNOWN))  # fmt: skip
+        options = DrawOptions(method="masked", steps=steps)
+        unknown = known.masked_fill(fresh, UNKNOWN)
+        codes = draw_codes(model, ["a red bus"] * 3, options, known=unknown)
         assert torch.equal(codes[~fresh], known[~fresh])
         assert codes.min() >= 0
     assert torch.equal(codes[2], known[2]), "nothing to draw"
@@ -289,9 +207,8 @@ def test_an_edit_where_the_model_sees_only_the_middle(tiny_model: Make) -> None:
     object.__setattr__(cropped.image_tokenizer.config, "fit", "crop")
     try:
         image = picture(size=(64, 32))
-        edited = np.asarray(
-            edit_image(cropped, image, Image.new("L", image.size, 255), "a red bus")
-        )
+        mask = Image.new("L", image.size, 255)
+        edited = np.asarray(edit_image(cropped, image, mask, "a red bus", EditOptions()))
         before = np.asarray(image)
         assert (edited[:, :16] == before[:, :16]).all() and (edited[:, 48:] == before[:, 48:]).all()
         assert (edited[:, 16:48] != before[:, 16:48]).mean() > 0.9
@@ -304,20 +221,21 @@ def test_an_edit_where_the_model_sees_only_the_middle(tiny_model: Make) -> None:
 
 def test_embeddings_are_the_states_that_training_aligns(model: Model) -> None:
     image, text = picture(), "a red bus"
-    codes = encode_images(model, read_images(model, [image]))
-    from multimodal.model.sequences import pack
-
-    packed = pack(model.sequences(codes, [text], [0]), 200, model.vocabulary.pad)
+    codes = encode_images(model, read_images(model, [image])).cpu().numpy()
+    (sample,) = samples_of([{"captions": [text]}])
+    pair = batch_builder(model).pair(replace(sample, codes=codes))
+    packed = pack([pair.describe, pair.draw], 200, model.vocabulary.pad)
     with torch.inference_mode():
         states = model.network.hidden(packed).flatten(0, 1)[packed.states]
         expected = (
             model.network.alignment.embed_image(states[:1]),
             model.network.alignment.embed_text(states[1:]),
         )
-    found = model.embed(images=[image, picture(1)]), model.embed(texts=["two dogs run", text])
-    assert torch.allclose(found[0][0], expected[0][0], atol=1e-5)
-    assert torch.allclose(found[1][1], expected[1][0], atol=1e-5)
-    for rows in found:
+    images = model.embed(images=[image, picture(1)])
+    texts = model.embed(texts=["two dogs run", text])
+    assert torch.allclose(images[0], expected[0][0], atol=1e-5)
+    assert torch.allclose(texts[1], expected[1][0], atol=1e-5)
+    for rows in (images, texts):
         assert rows.shape == (2, 32) and rows.dtype == torch.float32
         assert torch.allclose(rows.norm(dim=1), torch.ones(2), atol=1e-6)
     assert model.embed(images=[]).shape == (0, 32)
@@ -325,7 +243,7 @@ def test_embeddings_are_the_states_that_training_aligns(model: Model) -> None:
         model.embed()
 
 
-def test_the_cache_knows_files_by_what_they_hold(model: Model, tmp_path: Path) -> None:
+def test_the_cache_knows_files_by_their_content(model: Model, tmp_path: Path) -> None:
     for number in range(3):
         picture(number).save(tmp_path / f"{number}.png")
     (tmp_path / "broken.png").write_bytes(b"not an image")
@@ -339,7 +257,7 @@ def test_the_cache_knows_files_by_what_they_hold(model: Model, tmp_path: Path) -
     second = dict(embed_files(model, find_images(tmp_path), again))
     assert again.added == 0, "a renamed file is known"
     assert torch.equal(second[tmp_path / "zero.png"], first[tmp_path / "0.png"])  # type: ignore[arg-type]
-    assert not EmbeddingCache(tmp_path / "cache", "other").rows, "another model is another cache"
+    assert not EmbeddingCache(tmp_path / "cache", "other").rows, "each model has its own cache"
     again.path.write_bytes(b"damaged")
     assert not EmbeddingCache(tmp_path / "cache", "f00").rows, "a damaged cache is made anew"
 
@@ -350,9 +268,9 @@ def test_the_cache_knows_files_by_what_they_hold(model: Model, tmp_path: Path) -
 def test_a_prompt_is_its_parts_in_order(model: Model, tmp_path: Path) -> None:
     v, image = model.vocabulary, picture()
     image.save(tmp_path / "one.png")
-    codes = (encode_images(model, read_images(model, [image]))[0] + v.image_start).tolist()
+    ids = (encode_images(model, read_images(model, [image]))[0] + v.image_start).tolist()
     text = model.text_tokenizer.encode("a red bus")
-    expected = [v.bos, *text, v.boi, *codes, v.eoi, v.boi, *codes, v.eoi, *text]
+    expected = [v.bos, *text, v.boi, *ids, v.eoi, v.boi, *ids, v.eoi, *text]
     assert prompt_ids(model, ["a red bus", image, tmp_path / "one.png", "a red bus"]) == expected
 
 
@@ -370,18 +288,18 @@ def test_an_image_after_a_text_is_a_causal_drawing(model: Model) -> None:
 
 
 def test_any_mix_comes_out_by_the_grammar(tiny_model: Make) -> None:
-    """A model that wants to draw after five tokens, and to end after two images."""
+    """A model that draws after five tokens where it may, and ends after two images."""
     eager = tiny_model(noise=0.1, tied=False)
-    v, drawn, said = eager.vocabulary, [0], [0]
+    v, images, steps = eager.vocabulary, [0], [0]
     logits = type(eager.network.transformer).logits
 
     def forced(hidden: torch.Tensor, *ids: slice) -> torch.Tensor:
         scores = logits(eager.network.transformer, hidden, *ids)
         scores[..., v.text_size :] = scores[..., v.text_size :].clamp(max=50)
-        scores[..., v.boi] = 1e4 if said[0] % 5 == 4 and drawn[0] < 2 else -1e4
-        scores[..., v.eos] = 1e4 if drawn[0] == 2 else -1e4
-        said[0] += 1
-        drawn[0] += int(scores[..., v.boi].item() > 0)
+        scores[..., v.boi] = 1e4 if steps[0] % 5 == 4 and images[0] < 2 else -1e4
+        scores[..., v.eos] = 1e4 if images[0] == 2 else -1e4
+        steps[0] += 1
+        images[0] += int(scores[..., v.boi].item() > 0)
         return scores
 
     eager.network.transformer.logits = forced  # type: ignore[method-assign]
@@ -396,7 +314,7 @@ def test_any_mix_comes_out_by_the_grammar(tiny_model: Make) -> None:
     [
         ([], {}, "the prompt is empty"),
         ("a red bus", {}, "the prompt is empty: give a list"),
-        (["a"], {"output": "video"}, "output 'video'"),
+        (["a"], {"output": "video"}, "output='video'"),
         (["a"], {"max_tokens": 0}, "max_tokens=0"),
         (["word " * 10_000], {}, "the model reads at most 4096"),
     ],

@@ -1,4 +1,4 @@
-"""The exported folder is a stock Qwen3: the same logits, the same ids, the same greedy text."""
+"""An exported folder is a stock Qwen3 with the same logits, ids and greedy texts."""
 
 import json
 import os
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from multimodal.api import Model, load
 from multimodal.cli import main
-from multimodal.inference.text import encode_images, generate_ids, read_images
+from multimodal.inference.codec import encode_images, read_images
+from multimodal.inference.text import generate_ids
 from multimodal.model.attention import attention_mask
 from multimodal.model.export import export_hf
 from multimodal.model.sequences import (
+    TokenSequence,
     describe,
     describe_prompt,
     draw,
@@ -24,6 +26,7 @@ from multimodal.model.sequences import (
 )
 from multimodal.model.transformer import Transformer, TransformerConfig
 from multimodal.model.vocabulary import SPECIALS
+from multimodal.options import TextOptions
 
 transformers = pytest.importorskip("transformers")
 
@@ -56,13 +59,12 @@ def pair(
 @torch.inference_mode()
 def our_logits(transformer: Transformer, ids: Tensor) -> Tensor:
     """ids: int64[B, L], causal -> float32[B, L, V]"""
-    one = torch.ones_like(ids)
-    return transformer.logits(
-        transformer(ids, one.cumsum(1) - 1, attention_mask(one, torch.zeros_like(ids)))
-    )
+    documents = torch.ones_like(ids)
+    mask = attention_mask(documents, torch.zeros_like(ids))
+    return transformer.logits(transformer(ids, documents.cumsum(1) - 1, mask))
 
 
-def causal_sequences(model: Model) -> dict[str, Sequence]:
+def causal_sequences(model: Model) -> dict[str, TokenSequence]:
     vocabulary, text = model.vocabulary, model.text_tokenizer.encode("two dogs run")
     return {
         "describe": describe(vocabulary, CODES, text),
@@ -92,18 +94,18 @@ def test_logits_are_equal(pair: tuple[Model, Any, Any]) -> None:
         ids = torch.from_numpy(sequence.ids)[None]
         with torch.inference_mode():
             expected = theirs(ids).logits
-        assert expected.std() > 0.5, "too flat to tell anything"
-        error = float((our_logits(ours.transformer, ids) - expected).abs().max())
+        assert expected.std() > 0.5, "logits that differ enough to compare"
+        error = float((our_logits(ours.network.transformer, ids) - expected).abs().max())
         assert error < 1e-4, f"{name}: {error}"
 
 
 def test_packed_rows_give_the_logits_of_the_export(pair: tuple[Model, Any, Any]) -> None:
-    """What training sees, several documents in a row, is what an engine computes alone."""
+    """Several documents in a row, as in training, have the logits that an engine computes alone."""
     ours, theirs, _ = pair
     sequences = list(causal_sequences(ours).values())
     packed = pack(sequences, 128, ours.vocabulary.pad)
     with torch.inference_mode():
-        logits = ours.transformer.logits(ours.hidden(packed)).flatten(0, 1)
+        logits = ours.network.transformer.logits(ours.network.hidden(packed)).flatten(0, 1)
         for sequence, state in zip(sequences, packed.states.tolist(), strict=True):
             start = state - sequence.state
             expected = theirs(torch.from_numpy(sequence.ids)[None]).logits[0]
@@ -116,9 +118,8 @@ def test_the_tokenizer_gives_our_ids(pair: tuple[Model, Any, Any]) -> None:
     for text in TEXTS:
         assert tokenizer(text)["input_ids"] == encode(text), text
         assert tokenizer.decode(encode(text)) == text
-    image = [vocabulary.image_start + code for code in CODES]
     prompt = "<bos><boi>" + "".join(f"<|image:{code}|>" for code in CODES) + "<eoi>"
-    assert tokenizer(prompt)["input_ids"] == describe_prompt(vocabulary, image)
+    assert tokenizer(prompt)["input_ids"] == describe_prompt(vocabulary, CODES)
     mixed = "<bos> a red <null><|image:3|>bus <|image:64|><mask><pad><eos>"
     assert tokenizer(mixed)["input_ids"] == [
         vocabulary.bos, *encode(" a red "), vocabulary.null, vocabulary.image_start + 3,
@@ -126,8 +127,8 @@ def test_the_tokenizer_gives_our_ids(pair: tuple[Model, Any, Any]) -> None:
     ]  # fmt: skip
     for text in (prompt, mixed):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    kept = tokenizer.decode(tokenizer(prompt)["input_ids"], skip_special_tokens=True)
-    assert kept == "".join(f"<|image:{code}|>" for code in CODES)
+    plain = tokenizer.decode(tokenizer(prompt)["input_ids"], skip_special_tokens=True)
+    assert plain == "".join(f"<|image:{code}|>" for code in CODES)
     assert tokenizer("<eos>", split_special_tokens=True)["input_ids"] == encode("<eos>")
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
         "<bos>", "<eos>", "<pad>"
@@ -152,7 +153,7 @@ def test_greedy_text_is_the_same(pair: tuple[Model, Any, Any]) -> None:
     for row in output[:, inputs["input_ids"].shape[1] :].tolist():
         texts.append(row[: row.index(vocabulary.eos)] if vocabulary.eos in row else row)
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    assert generate_ids(ours, ids, 24) == texts
+    assert generate_ids(ours, ids, TextOptions(max_tokens=24)) == texts
     assert len({tuple(text) for text in texts}) == 3
 
 
@@ -211,7 +212,7 @@ def test_the_command_writes_all_or_nothing(
     assert theirs.dtype == torch.bfloat16
     ours = load(tiny_model_folder)
     weight = theirs.state_dict()["model.layers.1.mlp.up_proj.weight"]
-    assert torch.equal(weight, ours.transformer.layers[1].mlp.up_proj.weight.bfloat16())
+    assert torch.equal(weight, ours.network.transformer.layers[1].mlp.up_proj.weight.bfloat16())
 
     before = (out / "config.json").read_bytes()
     assert main(["export", "hf", str(tiny_model_folder), str(out)]) == 1
@@ -219,10 +220,8 @@ def test_the_command_writes_all_or_nothing(
     assert (out / "config.json").read_bytes() == before
 
 
-def test_the_ids_are_written_for_those_who_read_the_file(
-    tiny_model_folder: Path, tmp_path: Path
-) -> None:
-    """The tokenizers library counts by itself; converters for other engines believe the file."""
+def test_the_ids_of_added_tokens_are_in_the_file(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """The tokenizers library numbers added tokens itself. Converters read the ids in the file."""
     export_hf(tiny_model_folder, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "tokenizer.json").read_text("utf-8"))["added_tokens"]
     vocabulary = load(tiny_model_folder).vocabulary
@@ -243,12 +242,12 @@ def test_an_empty_folder_may_be_filled(tiny_model_folder: Path, tmp_path: Path) 
 def test_a_failure_leaves_nothing_behind(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object, **__: object) -> None:
+    def disk_full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(ValueError, match="no such model folder"):
         export_hf(tmp_path / "nothing", tmp_path / "out")
-    monkeypatch.setattr("multimodal.model.export.save_file", full)
+    monkeypatch.setattr("multimodal.model.export.save_file", disk_full)
     with pytest.raises(OSError, match="No space"):
         export_hf(tiny_model_folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -279,8 +278,8 @@ def test_the_readme_runs(
     exec("prompt = " + captioning.split("prompt = ")[1], names)
     ours = load(tiny_model_folder)
     codes = encode_images(ours, read_images(ours, [tmp_path / "cat.png"]))
-    image = (codes[0] + ours.vocabulary.image_start).tolist()
-    assert names["inputs"]["input_ids"].tolist() == [describe_prompt(ours.vocabulary, image)]
+    prompt = describe_prompt(ours.vocabulary, codes[0].tolist())
+    assert names["inputs"]["input_ids"].tolist() == [prompt]
     assert capsys.readouterr().out.strip()
 
 
@@ -295,8 +294,9 @@ def test_a_rounded_model_is_half_the_size_and_verified(
     stored = json.loads((out / "config.json").read_text())["fingerprints"]
     assert after.fingerprint == stored["model"] != before.fingerprint
     assert after.image_tokenizer.fingerprint == before.image_tokenizer.fingerprint
-    for name, weight in before.transformer.state_dict().items():
-        assert torch.equal(after.transformer.state_dict()[name], weight.bfloat16().float())
+    after_weights = after.network.transformer.state_dict()
+    for name, weight in before.network.transformer.state_dict().items():
+        assert torch.equal(after_weights[name], weight.bfloat16().float())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
@@ -313,7 +313,7 @@ def test_others_may_read_what_is_written(
     assert len(files) > 3 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
-def test_only_a_decoder_of_the_same_codes_is_put_in(
+def test_only_an_image_tokenizer_with_the_same_codes_replaces_another(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = load(tiny_model_folder)

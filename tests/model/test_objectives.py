@@ -1,9 +1,9 @@
-"""Each objective can be learned, reaches what it should, weighs what it should, on any ranks."""
+"""Each objective can be learned. Its gradient, its weight, and several ranks."""
 
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ from torch import Tensor
 from torch.autograd import grad
 
 from multimodal.api import Model
+from multimodal.model.batches import TrainingBatch, TrainingSample
 from multimodal.model.head_loss import head_losses
+from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig, token_losses
-from multimodal.model.sequences import OBJECTIVES, Packed, describe, draw, pack
+from multimodal.model.sequences import OBJECTIVES, TokenSequence, describe, draw, pack
+from tests.samples import batch_builder, samples_of
 
 Make = Callable[..., Model]
-Batch = tuple[Packed, Tensor, Tensor]
 ALONE = (*OBJECTIVES, "siglip", "clip")
-HEAD = torch.eye(40)  # hidden states are the logits then
+HEAD = torch.eye(40)  # makes the hidden states the logits
 
 
 def only(name: str, **others: object) -> dict[str, object]:
@@ -40,38 +42,59 @@ def only(name: str, **others: object) -> dict[str, object]:
     }
 
 
-def codes_of(count: int) -> Tensor:
-    return torch.randint(64, (count, 16), generator=torch.Generator().manual_seed(0))
+def samples_with(texts: Sequence[str], questions: bool) -> list[TrainingSample]:
+    """Images with a caption each, and, if wanted, with two questions that it answers."""
+    return samples_of(
+        [
+            {"captions": [text], "qa": [("Which?", text), ("It is?", text)] if questions else []}
+            for text in texts
+        ]
+    )
 
 
-def sequences_of(model: Model, texts: tuple[str, ...], asked: bool) -> list[Sequence]:
-    """Of images with a caption each, and, if asked, with a question that it answers."""
-    exchanges = [[("Which? ", text), ("It is? ", text)] if asked else [] for text in texts]
-    return model.sequences(codes_of(len(texts)), texts, range(len(texts)), exchanges)
+def batch_of(model: Model, texts: Sequence[str], questions: bool = False) -> TrainingBatch:
+    return batch_builder(model).build(samples_with(texts, questions))
 
 
-def batch_of(model: Model, texts: tuple[str, ...], asked: bool = False) -> Batch:
-    ids = torch.arange(len(texts))
-    return pack(sequences_of(model, texts, asked), 160, model.vocabulary.pad), ids, ids
+def batch_of_sequences(
+    model: Model,
+    sequences: list[TokenSequence],
+    image_ids: Tensor,
+    text_ids: Tensor,
+    row_length: int = 160,
+) -> TrainingBatch:
+    """The sequences of B pairs: B that start with the image, B that start with the text, others."""
+    packed, pairs = pack(sequences, row_length, model.vocabulary.pad), len(image_ids)
+    states = packed.states[: 2 * pairs].view(2, pairs)
+    return TrainingBatch(
+        packed,
+        *states,
+        image_ids,
+        text_ids,
+        codes_per_image=model.codes_per_image,
+        tokens=int((packed.documents > 0).sum()),
+    )
 
 
-def overfit(model: Model, batch: Batch, steps: int) -> tuple[dict[str, float], dict[str, float]]:
+def overfit(
+    network: MultimodalLM, batch: TrainingBatch, steps: int
+) -> tuple[dict[str, float], dict[str, float]]:
     """The parts of the loss before and after."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
     optimizer, first = torch.optim.AdamW(weights, 3e-3, weight_decay=0), dict[str, float]()
     for _ in range(steps):
-        loss, parts = model(*batch)
+        loss, parts = network(batch)
         first = first or {name: value.item() for name, value in parts.items()}
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        return first, {name: value.item() for name, value in model(*batch)[1].items()}
+        return first, {name: value.item() for name, value in network(batch)[1].items()}
 
 
-def floor(batch: Batch, texts: int) -> float:
+def floor(batch: TrainingBatch, texts: int) -> float:
     """The least mean loss of the texts alone: nothing tells which of them comes."""
-    tokens = int((batch[0].objectives == OBJECTIVES.index("text")).sum())
+    tokens = int((batch.packed.objectives == OBJECTIVES.index("text")).sum())
     return texts * math.log(texts) / tokens
 
 
@@ -83,8 +106,8 @@ def test_each_objective_alone_overfits_one_batch(
     name: str, tiny_model: Make, sentences: tuple[str, ...]
 ) -> None:
     model = tiny_model(**only(name))
-    batch = batch_of(model, sentences, asked=name == "answer")
-    first, last = overfit(model, batch, 120)
+    batch = batch_of(model, sentences, questions=name == "answer")
+    first, last = overfit(model.network, batch, 120)
     assert last["total"] < 0.25 * first["total"]
     least = floor(batch, len(sentences)) if name == "text" else 0.0
     assert least <= last["total"] < least + 0.1
@@ -98,11 +121,11 @@ def test_all_objectives_together_overfit_one_batch(
     tiny_model: Make, sentences: tuple[str, ...]
 ) -> None:
     model = tiny_model(drop_condition=0.0)
-    batch = batch_of(model, sentences * 2, asked=True)
-    batch[2][4:] = batch[2][:4]  # each sentence stands twice
-    assert set(batch[0].objectives.unique().tolist()) == {-1, 0, 1, 2, 3, 4}
-    first, last = overfit(model, batch, 240)
-    assert last["text"] < floor(batch, 8) + 0.1  # above the real floor: 4 texts, not 8
+    batch = batch_of(model, sentences * 2, questions=True)
+    assert torch.equal(batch.text_ids[4:], batch.text_ids[:4]), "each sentence stands twice"
+    assert set(batch.packed.objectives.unique().tolist()) == {-1, 0, 1, 2, 3, 4}
+    first, last = overfit(model.network, batch, 240)
+    assert last["text"] < floor(batch, 8) + 0.1  # the true floor is lower: 4 texts, not 8
     for name in ("caption", "reconstruct", "answer", "alignment"):
         assert last[name] < 0.1 * first[name], name
     # Where one sentence has two images, its next-token drawing has to guess which.
@@ -113,8 +136,8 @@ def test_all_objectives_together_overfit_one_batch(
 # --- what a gradient reaches ----------------------------------------------------------------------
 
 
-def read_by(name: str, sequence: Sequence, kind: str) -> set[int]:
-    """The ids of a sequence that an objective's predictions may see: a beginning of it."""
+def ids_seen_by(name: str, sequence: TokenSequence, kind: str) -> set[int]:
+    """The ids that the predictions of an objective may see: a beginning of the sequence."""
     whole, image = len(sequence) - 1, sequence.state + 1 + 16
     ends = {
         "describe": {"caption": whole},
@@ -129,16 +152,15 @@ def read_by(name: str, sequence: Sequence, kind: str) -> set[int]:
 def test_the_gradient_of_each_objective_reaches_what_it_should(
     name: str, tiny_model: Make, sentences: tuple[str, ...]
 ) -> None:
-    model = tiny_model(noise=0.05, tied=False, **only(name)).train()
-    sequences = sequences_of(model, sentences[:2], asked=name == "answer")
-    ids = torch.arange(2)
-    model(pack(sequences, 160, model.vocabulary.pad), ids, ids)[0].backward()
+    model = tiny_model(noise=0.05, tied=False, **only(name))
+    network = model.network.train()
+    samples = samples_with(sentences[:2], questions=name == "answer")
+    builder = batch_builder(model)
+    network(builder.build(samples))[0].backward()
 
-    weights = model.named_parameters()
+    weights = network.named_parameters()
     reached = {n for n, weight in weights if weight.grad is not None and weight.grad.any()}
-    layers = {
-        f"transformer.{n}" for n, _ in model.network.transformer.named_parameters() if "layers" in n
-    }
+    layers = {n for n, _ in network.named_parameters() if n.startswith("transformer.layers")}
     expected = layers | {"transformer.embed_tokens.weight", "transformer.norm.weight"}
     if name in ("siglip", "clip"):
         expected |= {f"alignment.{kind}_projection.weight" for kind in ("image", "text")}
@@ -148,18 +170,21 @@ def test_the_gradient_of_each_objective_reaches_what_it_should(
     assert reached == expected
 
     # Row by row: only the ids that its predictions could see.
-    kinds = ["describe"] * 2 + ["draw"] * 2 + ["answer"] * 2
-    read = [read_by(name, *one) for one in zip(sequences, kinds, strict=False)]
-    assert (gradient := model.network.transformer.embed_tokens.weight.grad) is not None
-    assert set(gradient.abs().sum(1).nonzero()[:, 0].tolist()) == set.union(*read)
+    seen = set[int]()
+    for pair in map(builder.pair, samples):
+        for kind in ("describe", "draw", "answer"):
+            if (sequence := getattr(pair, kind)) is not None:
+                seen |= ids_seen_by(name, sequence, kind)
+    assert (gradient := network.transformer.embed_tokens.weight.grad) is not None
+    assert set(gradient.abs().sum(1).nonzero()[:, 0].tolist()) == seen
     assert not any(weight.requires_grad for weight in model.image_tokenizer.parameters())
     assert not model.image_tokenizer.training
 
 
 def test_the_loss_is_on_the_whole_vocabulary(tiny_model: Make, sentences: tuple[str, ...]) -> None:
-    """The model itself learns not to speak in codes, nor in padding."""
+    """Codes and padding become less likely after a text, without any grammar."""
     model = tiny_model(tied=False, **only("caption"))
-    model(*batch_of(model, sentences))[0].backward()
+    model.network(batch_of(model, sentences))[0].backward()
     assert (gradient := model.network.transformer.lm_head.weight.grad) is not None
     assert (gradient.abs().sum(1) > 0).all()
 
@@ -200,10 +225,9 @@ def test_each_objective_is_a_mean_over_its_own_tokens() -> None:
 def test_losses_in_slices_are_those_of_all_logits(
     precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values and gradients, of hidden states and of the head, whatever is weighed how."""
-    monkeypatch.setattr(
-        "multimodal.model.head_loss.SLICE", 50 * 16
-    )  # 16 positions at a time, of 61
+    """Values and gradients of hidden states and of the head, with any weights."""
+    # 16 positions at a time, of 61.
+    monkeypatch.setattr("multimodal.model.head_loss.SLICE", 50 * 16)
     torch.manual_seed(0)
     hidden = torch.randn(61, 24).requires_grad_()
     head = torch.randn(50, 24).requires_grad_()
@@ -222,9 +246,9 @@ def test_losses_in_slices_are_those_of_all_logits(
     torch.testing.assert_close(losses.total, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(losses.nll, nll)
     torch.testing.assert_close(losses.largest, logits.amax(-1))
-    mine, theirs = (grad(60_000 * total, (hidden, head)) for total in (losses.total, expected))
-    for one, other in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(one, other, **close)
+    ours, theirs = (grad(60_000 * total, (hidden, head)) for total in (losses.total, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, **close)
     with torch.no_grad():
         assert head_losses(hidden, head, targets, weights, z_weights).total.requires_grad is False
 
@@ -232,11 +256,12 @@ def test_losses_in_slices_are_those_of_all_logits(
 def test_half_precision_throughout_keeps_shares_exact(
     tiny_model: Make, sentences: tuple[str, ...]
 ) -> None:
-    """Lightning's bf16-true: weights in bf16, and torch's default type, too."""
-    model = tiny_model().to(torch.bfloat16)
+    """Lightning's bf16-true: the weights are bf16, and torch's default type is."""
+    model = tiny_model()
+    model.network.to(torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        loss, parts = model(*batch_of(model, sentences))
+        loss, parts = model.network(batch_of(model, sentences))
         loss.backward()
     finally:
         torch.set_default_dtype(torch.float32)
@@ -244,7 +269,7 @@ def test_half_precision_throughout_keeps_shares_exact(
     assert all(value.isfinite() for value in parts.values())
 
 
-def test_nothing_to_learn_is_a_zero_and_no_curve() -> None:
+def test_a_batch_without_predictions_has_loss_zero_and_no_curve() -> None:
     logits = torch.zeros(0, 40, requires_grad=True)
     nothing = torch.zeros(0, dtype=torch.int64)
     total, parts = token_losses(logits, HEAD, nothing, nothing, ObjectivesConfig())
@@ -256,7 +281,7 @@ def test_nothing_to_learn_is_a_zero_and_no_curve() -> None:
     assert set(OBJECTIVES) & set(parts) == {"reconstruct"} and some.isfinite()
 
 
-def test_curves_say_how_hard_each_objective_pulls_and_how_masked_images_fare(
+def test_the_curves_have_gradient_norms_and_masked_losses_by_unknown_share(
     tiny_model: Make, sentences: tuple[str, ...]
 ) -> None:
     torch.manual_seed(0)
@@ -264,19 +289,19 @@ def test_curves_say_how_hard_each_objective_pulls_and_how_masked_images_fare(
     hidden, targets = torch.randn(6, 40).requires_grad_(), torch.randint(40, (6,))
     config = ObjectivesConfig(z_loss_weight=0.0)
     total, parts = token_losses(hidden, HEAD, targets, objectives, config)
-    (pulled,) = grad(total, hidden)
+    (gradient,) = grad(total, hidden)
     assert {name for name in parts if name.startswith("grad_norm/")} == {
         "grad_norm/caption", "grad_norm/image", "grad_norm/answer"
     }  # fmt: skip
-    assert parts["grad_norm/image"].item() == pytest.approx(pulled[2:5].norm().item(), rel=1e-4)
+    assert parts["grad_norm/image"].item() == pytest.approx(gradient[2:5].norm().item(), rel=1e-4)
 
     model = tiny_model(**only("reconstruct"))
     vocabulary, codes = model.vocabulary, np.arange(16)
     masks = [(codes < count, codes >= unknown) for count, unknown in ((2, 3), (8, 8), (5, 16))]
     draws = [draw(vocabulary, [5], codes, *both) for both in masks]
-    packed = pack(draws, 40, vocabulary.pad)
     ids = torch.arange(3)
-    _, parts = model(packed, ids, ids)
+    describes = [describe(vocabulary, codes, [5])] * 3
+    _, parts = model.network(batch_of_sequences(model, describes + draws, ids, ids))
     bins = {name: value for name, value in parts.items() if name.startswith("reconstruct/")}
     assert [*bins] == ["reconstruct/0.00-0.25", "reconstruct/0.25-0.50", "reconstruct/0.75-1.00"]
     mean = sum(n * value for n, value in zip((2, 8, 5), bins.values(), strict=True)) / 15
@@ -291,38 +316,6 @@ def test_z_loss_pulls_log_z_to_zero() -> None:
     assert total.item() == pytest.approx((5 + math.log(16)) ** 2, rel=1e-5)
     total.backward()
     assert logits.grad is not None and (logits.grad > 0).all()
-
-
-def test_the_draw_of_a_pair_depends_on_its_seed_alone(tiny_model: Make) -> None:
-    model = tiny_model(reconstruct_share=0.5, next_token_share=0.25, drop_condition=0.2)
-    n, vocabulary = 2000, model.vocabulary
-    draws = model.sequences(torch.zeros(n, 16).long(), ["a cat"] * n, range(n))[n:]
-    kinds = [set(sequence.objectives.tolist()) - {-1, 1} for sequence in draws]
-    assert kinds.count({3}) / n == pytest.approx(0.5, abs=0.04)
-    assert kinds.count({2}) / n == pytest.approx(0.25, abs=0.04)
-    dropped = [sequence.ids[1] == vocabulary.null for sequence in draws]
-    # One that ends at <boi> has nothing but its text to give: it is never dropped.
-    assert not any(d for d, kind in zip(dropped, kinds, strict=True) if not kind)
-    assert np.mean([d for d, k in zip(dropped, kinds, strict=True) if k]) == pytest.approx(
-        0.2, abs=0.03
-    )
-    again = model.sequences(torch.zeros(3, 16).long(), ["a cat"] * 3, [7, 3, 7])[3:]
-    for sequence, seed in zip(again, (7, 3, 7), strict=True):
-        assert sequence.ids.tolist() == draws[seed].ids.tolist()
-
-
-def test_an_image_without_a_caption_starts_its_answer(tiny_model: Make) -> None:
-    """Its drawing has no text: the dropped condition, whatever its seed."""
-    model = tiny_model(reconstruct_share=0.5, next_token_share=0.5, drop_condition=0.0)
-    asked = [("what? ", "a cat"), ("where? ", "there")]
-    made = model.sequences(codes_of(3), ["a cat", None, "a cat"], [0, 1, 2], [[], asked, asked])
-    kinds = [{OBJECTIVES[o] for o in s.objectives.tolist() if o >= 0} for s in made]
-    assert kinds[:3] == [{"caption"}, {"answer"}, {"caption"}]
-    assert made[4].ids[1] == model.vocabulary.null and "text" not in kinds[4]
-    assert kinds[6:] == [{"answer"}]
-    assert made[1].ids[: made[1].state + 1].tolist() == made[1].ids[:19].tolist()
-    with pytest.raises(ValueError, match="needs a caption or an exchange"):
-        model.sequences(codes_of(1), [None], [0], [[]])
 
 
 # --- ranks ----------------------------------------------------------------------------------------
@@ -340,18 +333,19 @@ def run(rank, folder):
         dist.destroy_process_group()
 
 def train(folder, rank):
-    model = load(folder).train()
-    replica = DistributedDataParallel(model)  # named: it has to live until the backward pass
-    total, parts = replica(*torch.load(f"{folder}/batch{rank}", weights_only=False))
+    network = load(folder).network.train()
+    replica = DistributedDataParallel(network)  # named: it has to live until the backward pass
+    total, parts = replica(torch.load(f"{folder}/batch{rank}", weights_only=False))
     total.backward()
-    gradients = {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
+    gradients = {name: w.grad for name, w in network.named_parameters() if w.grad is not None}
     return {name: value.item() for name, value in parts.items()}, gradients
 """
 
 
-def hand_made(model: Model, numbers: range, texts: tuple[str, ...]) -> Batch:
-    """0, 1, 2 are drawn masked and 3, 4, 5 next-token; 4 is dropped; images 1 and 5 are one."""
-    vocabulary, codes = model.vocabulary, codes_of(6).numpy()
+def handmade_batch(model: Model, numbers: range, texts: tuple[str, ...]) -> TrainingBatch:
+    """0, 1, 2 are masked, 3, 4, 5 next-token. 4 has no condition. 1 and 5 are the same image."""
+    vocabulary = model.vocabulary
+    codes = [sample.codes[0] for sample in samples_of([{}] * 6)]
     describes, draws = [], []
     for i in numbers:
         text = model.text_tokenizer.encode(texts[i % len(texts)])
@@ -361,7 +355,7 @@ def hand_made(model: Model, numbers: range, texts: tuple[str, ...]) -> Batch:
     chosen = torch.tensor(numbers)
     image_ids = torch.tensor([0, 1, 2, 3, 4, 1])[chosen]
     text_ids = torch.tensor([0, 1, 2, 3, -1, 1])[chosen]
-    return pack(describes + draws, 96, vocabulary.pad), image_ids, text_ids
+    return batch_of_sequences(model, describes + draws, image_ids, text_ids, row_length=96)
 
 
 def test_two_ranks_are_one(
@@ -377,11 +371,12 @@ def test_two_ranks_are_one(
         model.save(tmp_path / form)
         for rank in range(2):
             numbers = range(3 * rank, 3 * rank + 3)
-            torch.save(hand_made(model, numbers, sentences), tmp_path / form / f"batch{rank}")
-        total, parts = model(*hand_made(model, range(6), sentences))
+            torch.save(handmade_batch(model, numbers, sentences), tmp_path / form / f"batch{rank}")
+        network = model.network
+        total, parts = network(handmade_batch(model, range(6), sentences))
         total.backward()
         expected.append(
-            (parts, {n: w.grad for n, w in model.named_parameters() if w.requires_grad})
+            (parts, {n: w.grad for n, w in network.named_parameters() if w.requires_grad})
         )
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

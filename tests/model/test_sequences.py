@@ -1,4 +1,4 @@
-"""Which position predicts what, literally; rows; the schedule of masks; the rule of attention."""
+"""Which position predicts what, how rows are packed, random masks, and the rule of attention."""
 
 import math
 
@@ -10,7 +10,7 @@ from multimodal.model.attention import attention_mask
 from multimodal.model.sequences import (
     NO_LOSS,
     OBJECTIVES,
-    Sequence,
+    TokenSequence,
     answer,
     describe,
     document,
@@ -27,7 +27,7 @@ TEXT, CODES = [11, 12, 13], [4, 0, 49]
 
 
 def name(token: int) -> str:
-    """An id as it is written in the tables below."""
+    """A token as the tables below show it."""
     if token < VOCABULARY.text_size:
         return str(token)
     if token < VOCABULARY.image_start:
@@ -35,7 +35,7 @@ def name(token: int) -> str:
     return f"i{token - VOCABULARY.image_start}"
 
 
-def table(sequence: Sequence) -> list[str]:
+def table(sequence: TokenSequence) -> list[str]:
     """A line for each position: what it reads, what it predicts for which objective, its block."""
     lines = []
     for token, target, objective, block in zip(
@@ -101,8 +101,8 @@ def test_answer() -> None:
     sequence = answer(VOCABULARY, CODES, turns)
     assert table(sequence) == [*first, "9 -> 10 answer", "10 -> <eos> answer", "<eos>"]
     assert sequence.state == 5
-    for longest, kept in ((15, 15), (14, 12), (3, 12)):  # the first turn is always there
-        assert table(answer(VOCABULARY, CODES, turns, longest)) == table(sequence)[:kept]
+    for max_length, length in ((15, 15), (14, 12), (3, 12)):  # the first turn always stays
+        assert table(answer(VOCABULARY, CODES, turns, max_length)) == table(sequence)[:length]
 
 
 def test_draw_masked() -> None:
@@ -121,7 +121,9 @@ def test_draw_masked() -> None:
     assert sequence.positions.tolist() == [*range(8)]
 
 
-def test_what_is_neither_asked_for_nor_known_is_left_out_and_the_rest_keeps_its_place() -> None:
+def test_codes_neither_predicted_nor_known_are_left_out_and_the_others_keep_their_positions() -> (
+    None
+):
     masked, known = np.array([False, False, True]), np.array([True, False, False])
     sequence = draw(VOCABULARY, TEXT, CODES, masked, known)
     whole = draw(VOCABULARY, TEXT, CODES, ~known, known)
@@ -170,13 +172,13 @@ def test_a_document_has_texts_and_images_in_any_order() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("longest", range(6, 20))
-def test_a_long_document_goes_on_in_the_next_sequence_and_nothing_is_lost(longest: int) -> None:
+@pytest.mark.parametrize("max_length", range(6, 20))
+def test_a_long_document_continues_in_the_next_sequence_and_loses_nothing(max_length: int) -> None:
     parts = [[11, 12, 13, 14, 15, 16, 17, 18], np.array([1, 2, 3]), [], [19], np.array([4, 5, 6])]
     (whole,) = document(VOCABULARY, parts)
-    pieces = document(VOCABULARY, parts, longest)
-    assert max(map(len, pieces)) <= longest
-    assert len(pieces) == 1 or longest < len(whole)
+    pieces = document(VOCABULARY, parts, max_length)
+    assert max(map(len, pieces)) <= max_length
+    assert len(pieces) == 1 or max_length < len(whole)
     read = [token for piece in pieces for token in piece.ids[1:]]
     assert read in (whole.ids[1:].tolist(), whole.ids[1:-1].tolist())  # no room for <eos> alone
     empty = [VOCABULARY.bos, VOCABULARY.eos]
@@ -210,13 +212,13 @@ def test_the_codes_are_not_changed_by_masking() -> None:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def of_length(n: int, mark: int) -> Sequence:
-    """n tokens, all of them the id ``mark``; its state is its last position."""
+def of_length(n: int, mark: int) -> TokenSequence:
+    """n tokens with the id ``mark``. The state is at the last position."""
     marks = (np.full(n, mark, np.int64) for _ in range(4))
-    return Sequence(*marks, positions=np.arange(n), state=n - 1)
+    return TokenSequence(*marks, positions=np.arange(n), state=n - 1)
 
 
-def test_pack_lays_the_longest_first_into_the_first_row_with_room() -> None:
+def test_pack_puts_the_longest_first_into_the_first_row_with_room() -> None:
     packed = pack([of_length(n, n) for n in (2, 5, 1, 6, 3)], row_length=8, pad=9)
     assert packed.ids.tolist() == [
         [6, 6, 6, 6, 6, 6, 2, 2],
@@ -279,14 +281,16 @@ def test_the_mask_ratio_is_a_cosine() -> None:
 
 def test_a_random_mask_follows_the_schedule() -> None:
     both = [random_mask(64, np.random.default_rng(seed)) for seed in range(4000)]
-    masked, known = (np.array(one) for one in zip(*both, strict=True))
+    masked, known = (np.array(masks) for masks in zip(*both, strict=True))
     assert not (masked & known).any()
     unknown = 64 - known.sum(1)
     assert unknown.min() == 1 and unknown.max() == 64
     assert unknown.mean() / 64 == pytest.approx(2 / math.pi, abs=0.02)  # mean of the cosine
     # The median of uniform is 1/2.
     assert np.median(unknown) / 64 == pytest.approx(math.cos(math.pi / 4), abs=0.03)
-    assert known.mean(0) == pytest.approx(np.full(64, 1 - 2 / math.pi), abs=0.06), "places alike"
+    assert known.mean(0) == pytest.approx(np.full(64, 1 - 2 / math.pi), abs=0.06), (
+        "all codes are masked alike"
+    )
     share = masked.sum(1) / unknown
     assert masked.sum(1).min() == 1 and share.max() == 1
     early = unknown > 32
@@ -298,10 +302,10 @@ def test_a_random_mask_follows_the_schedule() -> None:
     assert (again[0] == masked[7]).all() and (again[1] == known[7]).all()
 
 
-def test_the_attention_rule_is_the_drawn_table() -> None:
+def test_the_attention_rule_is_that_of_the_table() -> None:
     documents = torch.tensor([[1, 1, 1, 1, 1, 2, 2]])
     blocks = torch.tensor([[0, 0, 1, 1, 0, 0, 0]])
-    drawn = """
+    expected = """
         1 . . . . . .
         1 1 . . . . .
         1 1 1 1 . . .
@@ -310,12 +314,12 @@ def test_the_attention_rule_is_the_drawn_table() -> None:
         . . . . . 1 .
         . . . . . 1 1
     """
-    rows = [[mark == "1" for mark in line.split()] for line in drawn.strip().splitlines()]
+    rows = [[mark == "1" for mark in line.split()] for line in expected.strip().splitlines()]
     assert attention_mask(documents, blocks)[0, 0].tolist() == rows
 
 
-def test_blocks_of_different_documents_do_not_meet() -> None:
-    """Every masked draw has block 1: the document keeps two of them in a row apart."""
+def test_blocks_of_different_documents_do_not_see_each_other() -> None:
+    """All masked images have block 1. The document tells two of them in a row apart."""
     documents = torch.tensor([[1, 1, 2, 2, 0]])
     blocks = torch.tensor([[1, 1, 1, 1, 0]])
     assert attention_mask(documents, blocks)[0, 0].int().tolist() == [

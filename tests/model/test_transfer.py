@@ -1,4 +1,4 @@
-"""Starting from a Qwen3, freezing parts, other rates for parts."""
+"""Start from a Qwen3, freeze parts, and give parts other learning rates."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ from multimodal.scenes.dataset import write_scenes
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 
-SAID = "two dogs run <think> on the <|im_end|> beach"
+TEXT = "two dogs run <think> on the <|im_end|> beach"
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -57,18 +57,19 @@ def test_a_qwen3_keeps_its_words_and_the_new_rows_start_at_their_mean(
 ) -> None:
     text = TextTokenizer.load(qwen)
     model = Model.new(str(qwen), text, load_image_tokenizer(images)).eval()
-    assert len(text) == 302 and text.decode(text.encode(SAID)) == SAID
-    for one in (text, copy.deepcopy(text), TextTokenizer.from_json(text.to_json())):
-        assert max(one.encode(SAID)) < 300, "what a user types is no control token"
+    transformer = model.network.transformer
+    assert len(text) == 302 and text.decode(text.encode(TEXT)) == TEXT
+    for tokenizer in (text, copy.deepcopy(text), TextTokenizer.from_json(text.to_json())):
+        assert max(tokenizer.encode(TEXT)) < 300, "what a user types is no control token"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(qwen).eval()
-    ids = torch.tensor([text.encode(SAID)])
+    ids = torch.tensor([text.encode(TEXT)])
     positions = torch.arange(ids.shape[1])[None]
     causal = torch.ones(1, 1, *(ids.shape[1],) * 2).bool().tril()
     with torch.no_grad():
-        ours = model.network.transformer.logits(model.network.transformer(ids, positions, causal))
+        ours = transformer.logits(transformer(ids, positions, causal))
         expected = theirs(ids).logits
     torch.testing.assert_close(ours[..., :302], expected[..., :302], atol=1e-5, rtol=1e-5)
-    table = model.network.transformer.lm_head.weight
+    table = transformer.lm_head.weight
     mean = theirs.lm_head.weight[:302].mean(0)
     torch.testing.assert_close(table[model.vocabulary.boi], mean)
     codes = table[model.vocabulary.image_start : model.vocabulary.image_end]
@@ -83,13 +84,13 @@ def test_a_qwen3_keeps_its_words_and_the_new_rows_start_at_their_mean(
     ]  # fmt: skip
 
 
-def changed(folder: Path, **others: Any) -> None:
+def change_config(folder: Path, **others: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | others))
 
 
 @pytest.mark.parametrize(
-    ("others", "said"),
+    ("others", "message"),
     [
         ({"model_type": "llama"}, "a model of type 'llama', expected qwen3"),
         ({"attention_bias": True}, "its attention_bias is not known here"),
@@ -97,11 +98,11 @@ def changed(folder: Path, **others: Any) -> None:
     ],
 )
 def test_another_model_is_refused(
-    qwen: Path, tmp_path: Path, others: dict[str, Any], said: str
+    qwen: Path, tmp_path: Path, others: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "config.json").write_bytes((qwen / "config.json").read_bytes())
-    changed(tmp_path, **others)
-    with pytest.raises(ValueError, match=said):
+    change_config(tmp_path, **others)
+    with pytest.raises(ValueError, match=message):
         read_qwen3(tmp_path)
 
 
@@ -124,8 +125,8 @@ def test_frozen_parts_stay_and_others_have_their_rate(
         "text_tokenizer": str(qwen), "image_tokenizer": images, "size": str(qwen),
         "row_length": 192, "warmup_steps": 0, "captions_in_validation": 0,
         "drawings_in_validation": 0, "recompute": True,
-        "freeze": ["model.network.transformer.layers.0", "*.q_norm.*"],
-        "learning_rates": {"model.network.transformer.layers.1.mlp": 0.0},
+        "freeze": ["network.transformer.layers.0", "*.q_norm.*"],
+        "learning_rates": {"network.transformer.layers.1.mlp": 0.0},
     }  # fmt: skip
     config = {
         "model": {"class_path": "multimodal.train.joint.JointModule", "init_args": module},
@@ -139,11 +140,11 @@ def test_frozen_parts_stay_and_others_have_their_rate(
     _, before = read_qwen3(qwen)
     after = load_file(tmp_path / "run/model/model.safetensors")
     for name, value in after.items():
-        still = "layers.0." in name or "q_norm" in name or "layers.1.mlp" in name
+        frozen = "layers.0." in name or "q_norm" in name or "layers.1.mlp" in name
         if value.shape == before[name].shape:
-            assert torch.equal(value, before[name]) == still, name
+            assert torch.equal(value, before[name]) == frozen, name
     assert load(tmp_path / "run/model").config.transformer.rope_theta == 1e6
-    assert main([*run, "--model.freeze", "[model.nowhere]"]) == 1
-    assert "'model.nowhere': no part of that name; there is " in capsys.readouterr().err
+    assert main([*run, "--model.freeze", "[network.nowhere]"]) == 1
+    assert "'network.nowhere': no part of that name; there is " in capsys.readouterr().err
     assert main([*run, "--model.freeze", "['*']"]) == 1
     assert "nothing is left to train" in capsys.readouterr().err

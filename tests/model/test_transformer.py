@@ -1,4 +1,4 @@
-"""What sees what, and that nothing depends on how it is computed: packed, cached, padded."""
+"""What each token sees. Packing, padding and caches change no number."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,10 +11,11 @@ from torch import Tensor
 from multimodal.api import Model
 from multimodal.inference.batch import DecodeBatch
 from multimodal.inference.text import generate_ids
-from multimodal.model.attention import attend, attention_mask
+from multimodal.model.attention import KVCache, attention_mask
 from multimodal.model.sequences import (
     NO_LOSS,
     Packed,
+    TokenSequence,
     describe,
     draw,
     pack,
@@ -22,16 +23,17 @@ from multimodal.model.sequences import (
 )
 from multimodal.model.transformer import (
     SIZES,
-    Cache,
     Transformer,
     TransformerConfig,
     named_config,
 )
+from multimodal.options import TextOptions
 
 CODES = np.arange(16) * 5 % 64
 TEXT = list(b"two dogs")
 MASKED = np.arange(16) % 3 > 0
-NOTHING, SOMETHING = 1e-5, 1e-2  # logits of the noisy tiny model have a standard deviation of 1.3
+# The logits of the tiny model with noise have a standard deviation of 1.3.
+NOTHING, SOMETHING = 1e-5, 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +42,13 @@ def model(tiny_model: Callable[..., Model]) -> Model:
 
 
 @torch.inference_mode()
-def logits_of(model: Model, sequence: Sequence) -> Tensor:
+def logits_of(model: Model, sequence: TokenSequence) -> Tensor:
     """float32[L, V] of a sequence alone in its row"""
     packed = pack([sequence], len(sequence), model.vocabulary.pad)
     return model.network.transformer.logits(model.network.hidden(packed)[0])
 
 
-def changes(model: Model, sequence: Sequence, position: int) -> Tensor:
+def changes(model: Model, sequence: TokenSequence, position: int) -> Tensor:
     """float[L]: how much the logits of each position move with the token at ``position``."""
     ids = sequence.ids.copy()
     ids[position] = ids[position] - 1 if ids[position] else 1
@@ -54,15 +56,15 @@ def changes(model: Model, sequence: Sequence, position: int) -> Tensor:
     return (logits_of(model, sequence) - logits_of(model, other)).abs().amax(-1)
 
 
-def followed(sequence: Sequence, token: int) -> Sequence:
-    """One more token after a sequence, causal, without a loss."""
+def append_token(sequence: TokenSequence, token: int) -> TokenSequence:
+    """A sequence with one more causal token, without a loss."""
     more = {"ids": token, "targets": 0, "objectives": NO_LOSS, "blocks": 0,
             "positions": sequence.positions[-1] + 1}  # fmt: skip
     longer = {name: np.append(getattr(sequence, name), value) for name, value in more.items()}
     return replace(sequence, **longer)
 
 
-def all_forms(model: Model) -> dict[str, Sequence]:
+def all_forms(model: Model) -> dict[str, TokenSequence]:
     vocabulary = model.vocabulary
     return {
         "describe": describe(vocabulary, CODES, TEXT),
@@ -70,7 +72,7 @@ def all_forms(model: Model) -> dict[str, Sequence]:
         "masked": draw(vocabulary, TEXT, CODES, MASKED),
         "some left out": draw(vocabulary, TEXT, CODES, MASKED, ~MASKED & (CODES % 3 > 0)),
         "dropped": draw(vocabulary, None, CODES, ~MASKED),
-        "after a block": followed(draw(vocabulary, TEXT, CODES, MASKED), vocabulary.eoi),
+        "after a block": append_token(draw(vocabulary, TEXT, CODES, MASKED), vocabulary.eoi),
         "text": plain_text(vocabulary, TEXT),
     }
 
@@ -93,7 +95,7 @@ def test_a_token_changes_itself_and_what_follows_and_its_block(model: Model, for
         assert change[position] > SOMETHING
 
 
-def state_of(model: Model, sequence: Sequence) -> Tensor:
+def state_of(model: Model, sequence: TokenSequence) -> Tensor:
     with torch.inference_mode():
         packed = pack([sequence], len(sequence), model.vocabulary.pad)
         return model.network.hidden(packed).flatten(0, 1)[packed.states[0]]
@@ -110,9 +112,9 @@ def test_the_text_embedding_knows_the_text_and_nothing_else(model: Model) -> Non
     ):
         state = state_of(model, draw(vocabulary, TEXT, codes, masked))
         assert (state - base).abs().max() < NOTHING
-    for place in range(len(TEXT)):
+    for index in range(len(TEXT)):
         text = [*TEXT]
-        text[place] += 1
+        text[index] += 1
         assert (state_of(model, draw(vocabulary, text)) - base).abs().max() > SOMETHING
 
 
@@ -121,16 +123,16 @@ def test_the_image_embedding_knows_the_image_and_nothing_else(model: Model) -> N
     base = state_of(model, describe(vocabulary, CODES, TEXT))
     for text in ([], [5], TEXT[::-1]):
         assert (state_of(model, describe(vocabulary, CODES, text)) - base).abs().max() < NOTHING
-    for place in range(len(CODES)):
+    for index in range(len(CODES)):
         codes = CODES.copy()
-        codes[place] = 63 - codes[place]
+        codes[index] = 63 - codes[index]
         assert (state_of(model, describe(vocabulary, codes, TEXT)) - base).abs().max() > SOMETHING
 
 
 def test_order_matters(model: Model) -> None:
-    """Without positions, a prompt would be a bag of tokens to its last one."""
-    one, other = ([7, 8, 9, 10, 3], [9, 7, 10, 8, 3])
-    a, b = (logits_of(model, plain_text(model.vocabulary, text))[-1] for text in (one, other))
+    """Without positions, the last token would see a bag of tokens."""
+    texts = ([7, 8, 9, 10, 3], [9, 7, 10, 8, 3])
+    a, b = (logits_of(model, plain_text(model.vocabulary, text))[-1] for text in texts)
     assert (a - b).abs().max() > SOMETHING
 
 
@@ -145,26 +147,27 @@ def summed_loss(model: Model, packed: Packed) -> Tensor:
 
 def test_packed_is_separate_in_values_and_gradients(tiny_model: Callable[..., Model]) -> None:
     model = tiny_model(noise=0.1)
+    transformer = model.network.transformer
     sequences = [*all_forms(model).values(), plain_text(model.vocabulary, [1])]
     together = pack(sequences, 100, model.vocabulary.pad)
     assert together.ids.shape[0] == 2 and together.documents.max() > 2
 
     def loss_and_gradients(batches: list[Packed]) -> tuple[float, dict[str, Tensor]]:
-        model.network.transformer.zero_grad()
+        transformer.zero_grad()
         loss = torch.stack([summed_loss(model, packed) for packed in batches]).sum()
         loss.backward()
-        gradients = {n: p.grad.clone() for n, p in model.network.transformer.named_parameters()}  # type: ignore[union-attr]
+        gradients = {n: p.grad.clone() for n, p in transformer.named_parameters()}  # type: ignore[union-attr]
         return loss.item(), gradients
 
     alone = [pack([sequence], len(sequence), 0) for sequence in sequences]
     loss, gradients = loss_and_gradients([together])
-    model.network.transformer.recompute = True  # what is not kept is computed again, the same
-    layer, calls = model.network.transformer.layers[0], list[int]()
+    transformer.recompute = True  # computes again what is not kept
+    layer, calls = transformer.layers[0], list[int]()
     handle = layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     again, gradients_again = loss_and_gradients([together])
     handle.remove()
-    model.network.transformer.recompute = False
-    assert len(calls) == 2, "once forwards, once going back"
+    transformer.recompute = False
+    assert len(calls) == 2, "once in the forward pass, once in the backward pass"
     assert again == loss
     assert all(torch.equal(gradients_again[name], g) for name, g in gradients.items())
     expected_loss, expected = loss_and_gradients(alone)
@@ -190,56 +193,68 @@ def test_padding_changes_nothing_and_is_finite(model: Model) -> None:
 # --- cached == uncached ---------------------------------------------------------------------------
 
 
+def empty_cache(model: Model, rows: int, capacity: int) -> KVCache:
+    return model.network.transformer.empty_cache(rows, capacity)
+
+
 @torch.inference_mode()
 def test_prefill_and_single_steps_give_the_full_forward(model: Model) -> None:
+    transformer = model.network.transformer
     ids = torch.tensor(describe(model.vocabulary, CODES, TEXT).ids).repeat(2, 1)
     ids[1, 3:7] += 1
     length = ids.shape[1]
     one = torch.ones_like(ids)
     positions, mask = one.cumsum(1) - 1, attention_mask(one, torch.zeros_like(ids))
-    full = model.network.transformer.logits(model.network.transformer(ids, positions, mask))
+    full = transformer.logits(transformer(ids, positions, mask))
     for prefill in (1, 9, length - 1):
-        cache = Cache.empty(model.config.transformer, 2, length, full)
-        read = model.network.transformer(
+        cache = empty_cache(model, 2, length)
+        hidden = transformer(
             ids[:, :prefill], positions[:, :prefill], mask[..., :prefill, :prefill], cache
         )
-        parts = [model.network.transformer.logits(read)]
+        parts = [transformer.logits(hidden)]
         for i in range(prefill, length):
-            read = model.network.transformer(
-                ids[:, i : i + 1], positions[:, i : i + 1], None, cache
-            )
-            parts.append(model.network.transformer.logits(read))
+            hidden = transformer(ids[:, i : i + 1], positions[:, i : i + 1], None, cache)
+            parts.append(transformer.logits(hidden))
         assert cache.length == length
         assert (torch.cat(parts, dim=1) - full).abs().max() < NOTHING
 
 
 @torch.inference_mode()
-def test_states_that_are_wanted_are_those_of_all(model: Model) -> None:
-    """After a cache or without one."""
+def test_a_slice_of_the_queries_gives_the_same_states(model: Model) -> None:
+    """After tokens in the cache, and without any."""
+    transformer = model.network.transformer
     ids = torch.tensor(draw(model.vocabulary, TEXT, CODES, MASKED).ids).repeat(2, 1)
     ids[1, 3:7] += 1
     one = torch.ones_like(ids)
     positions, mask = one.cumsum(1) - 1, attention_mask(one, torch.zeros_like(ids))
-    full = model.network.transformer(ids, positions, mask)
-    for read, wanted in ((0, slice(4)), (0, slice(-1, None)), (5, slice(2, 7)), (5, slice(1))):
-        cache = Cache.empty(model.config.transformer, 2, ids.shape[1], full)
+    full = transformer(ids, positions, mask)
+    for read, queries in ((0, slice(4)), (0, slice(-1, None)), (5, slice(2, 7)), (5, slice(1))):
+        cache = empty_cache(model, 2, ids.shape[1])
         if read:
-            model.network.transformer(
-                ids[:, :read], positions[:, :read], mask[..., :read, :read], cache
-            )
-        some = model.network.transformer(
-            ids[:, read:], positions[:, read:], mask[:, :, read:], cache, wanted
-        )
-        assert (some - full[:, read:][:, wanted]).abs().max() < NOTHING
+            transformer(ids[:, :read], positions[:, :read], mask[..., :read, :read], cache)
+        states = transformer(ids[:, read:], positions[:, read:], mask[:, :, read:], cache, queries)
+        assert (states - full[:, read:][:, queries]).abs().max() < NOTHING
 
 
 @torch.inference_mode()
 def test_a_full_cache_takes_no_more(model: Model) -> None:
-    """Not even one token, which torch would broadcast into the empty rest without a word."""
-    batch = DecodeBatch(model.network, [[1, 2, 3]], room=1)
+    """Not even one token. torch would broadcast it into the empty rest without an error."""
+    batch = DecodeBatch(model.network, [[1, 2, 3]], 1)
     batch.step(torch.tensor([4]))
+    assert batch.cache.length == batch.cache.capacity == 4
     with pytest.raises(AssertionError, match="room for 4 tokens"):
-        batch.step(torch.tensor([5]))
+        model.network.transformer(torch.tensor([[5]]), torch.tensor([[4]]), None, batch.cache)
+
+
+@torch.inference_mode()
+def test_the_cache_of_a_batch_grows_when_it_is_full(model: Model) -> None:
+    batch = DecodeBatch(model.network, [[1, 2, 3], [7]], 1)
+    for token in (4, 5, 6):
+        batch.step(torch.tensor([token, token]))
+    assert batch.cache.length == 6 <= batch.cache.capacity
+    for row, text in enumerate(([1, 2, 3, 4, 5, 6], [7, 4, 5, 6])):
+        alone = DecodeBatch(model.network, [text], 0)
+        assert (batch.logits()[row] - alone.logits()[0]).abs().max() < NOTHING
 
 
 @torch.inference_mode()
@@ -251,25 +266,27 @@ def test_a_ragged_batch_is_each_prompt_alone(model: Model) -> None:
         plain_text(vocabulary, TEXT).ids[:-1].tolist(),
     ]
     steps = torch.randint(vocabulary.text_size, (5, 3), generator=torch.Generator().manual_seed(0))
-    many = DecodeBatch(model.network, prompts, room=6)
-    alone = [DecodeBatch(model.network, [prompt], room=6) for prompt in prompts]
+    many = DecodeBatch(model.network, prompts, 6)
+    alone = [DecodeBatch(model.network, [prompt], 6) for prompt in prompts]
     texts = [[*prompt] for prompt in prompts]
     for ids in steps:
         for row, single in enumerate(alone):
             assert (many.logits()[row] - single.logits()[0]).abs().max() < NOTHING
             whole = logits_of(model, plain_text(vocabulary, texts[row][1:]))[len(texts[row]) - 1]
             assert (many.logits()[row] - whole).abs().max() < NOTHING
-            single.read(ids[row : row + 1])
+            single.step(ids[row : row + 1])
             texts[row].append(int(ids[row]))
-        many.read(ids)
+        many.step(ids)
     many.keep(torch.tensor([2, 0]))
     for row, single in ((0, alone[2]), (1, alone[0])):
         assert (many.logits()[row] - single.logits()[0]).abs().max() < NOTHING
-        single.read(torch.tensor([3]))
-    many.read(torch.tensor([3, 3]))
+        single.step(torch.tensor([3]))
+    many.step(torch.tensor([3, 3]))
     for row, single in ((0, alone[2]), (1, alone[0])):
         assert (many.logits()[row] - single.logits()[0]).abs().max() < NOTHING
-    assert generate_ids(model, prompts, 8) == [generate_ids(model, [p], 8)[0] for p in prompts]
+    options = TextOptions(max_tokens=8)
+    together = generate_ids(model, prompts, options)
+    assert together == [generate_ids(model, [prompt], options)[0] for prompt in prompts]
 
 
 # --- sizes and numbers ----------------------------------------------------------------------------
@@ -325,60 +342,3 @@ def test_bf16_is_close_and_its_logits_are_fp32(tiny_model: Callable[..., Model])
     logits = logits_of(model, sequence)
     assert logits.dtype == torch.float32
     assert (logits - expected).std() < 0.05 * expected.std()
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_attention_in_training_is_that_of_torch(masked: bool) -> None:
-    """With gradients a CPU computes it another way: the same values, the same gradients."""
-    torch.manual_seed(0)
-    shapes = [(2, 6, 9, 8), (2, 3, 9, 8), (2, 3, 9, 8)]
-    q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
-    documents = torch.tensor([[1] * 5 + [2] * 4, [1] * 7 + [0] * 2])
-    mask = attention_mask(documents, torch.zeros_like(documents)) if masked else None
-    found = attend(q, k, v, mask)
-    twice = (k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1))
-    expected = torch.nn.functional.scaled_dot_product_attention(q, *twice, attn_mask=mask)
-    assert torch.allclose(found, expected, atol=1e-6)
-    gradient = torch.randn_like(found)
-    ours = torch.autograd.grad(found, (q, k, v), gradient)
-    theirs = torch.autograd.grad(expected, (q, k, v), gradient)
-    for one, other in zip(ours, theirs, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
-
-
-def rows_of_all_kinds(model: Model) -> Packed:
-    v = model.vocabulary
-    masked = np.arange(16) % 3 == 0
-    sequences = [describe(v, CODES, TEXT), draw(v, TEXT, CODES, masked), draw(v, TEXT, CODES),
-                 draw(v, None, CODES, ~masked)]  # fmt: skip
-    return pack(sequences, 64, v.pad)
-
-
-def losses_and_gradients(model: Model, packed: Packed) -> tuple[Tensor, list[Tensor]]:
-    ids = torch.arange(2, device=packed.ids.device)
-    total, _ = model(packed, ids, ids)
-    learned = [weight for weight in model.parameters() if weight.requires_grad]
-    return total.detach(), list(torch.autograd.grad(total, learned, allow_unused=True))
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_backends_of_attention_are_one_rule(
-    tiny_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
-    """Causal, bidirectional, packed and padded: the same loss and gradients from both."""
-    import torch.nn.attention.flex_attention as library
-
-    if device == "cpu":  # its kernel has no backward there, but what it means can be computed
-        monkeypatch.setattr(library, "_validate_device", lambda *_: None)
-    model = tiny_model(noise=0.1).to(device).train()
-    packed = rows_of_all_kinds(model).to(torch.device(device))
-    loss, gradients = losses_and_gradients(model, packed)
-    model.network.attention_backend = "flex"
-    other, others = losses_and_gradients(model, packed)
-    assert other.item() == pytest.approx(loss.item(), rel=1e-5)
-    for one, another in zip(gradients, others, strict=True):
-        if one is not None:
-            assert torch.allclose(one, another, atol=1e-4, rtol=1e-3)
-    # and the rule is in force: a causal mask alone would give another loss
-    packed.blocks = torch.zeros_like(packed.blocks)
-    assert abs(losses_and_gradients(model, packed)[0].item() - loss.item()) > 1e-4

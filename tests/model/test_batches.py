@@ -1,0 +1,94 @@
+"""The sequences that samples become, and the batches of sequences."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from multimodal.api import Model
+from multimodal.model.batches import ROW_MULTIPLE, PairSequences
+from multimodal.model.sequences import OBJECTIVES, TokenSequence
+from tests.samples import batch_builder, samples_of
+
+Make = Callable[..., Model]
+
+
+def test_the_draw_of_a_pair_depends_on_its_seed_alone(tiny_model: Make) -> None:
+    model = tiny_model(reconstruct_share=0.5, next_token_share=0.25, drop_condition=0.2)
+    n, vocabulary, builder = 2000, model.vocabulary, batch_builder(model)
+    (sample,) = samples_of([{"captions": ["a cat"]}])
+
+    def pairs_of(seeds: Sequence[int]) -> list[PairSequences]:
+        return [builder.pair(replace(sample, seed=seed)) for seed in seeds]
+
+    pairs = pairs_of(range(n))
+    draws = [pair.draw for pair in pairs]
+    kinds = [set(sequence.objectives.tolist()) - {-1, 1} for sequence in draws]
+    assert kinds.count({3}) / n == pytest.approx(0.5, abs=0.04)
+    assert kinds.count({2}) / n == pytest.approx(0.25, abs=0.04)
+    dropped = [bool(sequence.ids[1] == vocabulary.null) for sequence in draws]
+    # One that ends at <boi> has only its text to teach: it is never dropped.
+    assert not any(d for d, kind in zip(dropped, kinds, strict=True) if not kind)
+    assert np.mean([d for d, k in zip(dropped, kinds, strict=True) if k]) == pytest.approx(
+        0.2, abs=0.03
+    )
+    assert [pair.text for pair in pairs] == [None if drop else "a cat" for drop in dropped]
+    for pair, seed in zip(pairs_of([7, 3, 7]), (7, 3, 7), strict=True):
+        assert pair.draw.ids.tolist() == draws[seed].ids.tolist()
+
+
+def test_an_image_without_a_caption_starts_its_answer(tiny_model: Make) -> None:
+    """It is drawn from the dropped condition, whatever the seed is."""
+    model = tiny_model(reconstruct_share=0.5, next_token_share=0.5, drop_condition=0.0)
+    builder, questions = batch_builder(model), [("what?", "a cat"), ("where?", "there")]
+    samples = samples_of(
+        [
+            {"captions": ["a cat"]},
+            {"qa": questions},
+            {"captions": ["a cat"], "qa": questions},
+        ]
+    )
+    pairs = [builder.pair(sample) for sample in samples]
+
+    def kinds_of(sequence: TokenSequence | None) -> set[str]:
+        assert sequence is not None
+        return {OBJECTIVES[o] for o in sequence.objectives.tolist() if o >= 0}
+
+    describes = [pair.describe for pair in pairs]
+    assert [kinds_of(each) for each in describes] == [{"caption"}, {"answer"}, {"caption"}]
+    drawing = pairs[1].draw
+    assert drawing.ids[1] == model.vocabulary.null and "text" not in kinds_of(drawing)
+    assert pairs[0].answer is None and pairs[1].answer is None
+    assert kinds_of(pairs[2].answer) == {"answer"}
+    assert describes[1].ids[: describes[1].state + 1].tolist() == describes[1].ids[:19].tolist()
+    with pytest.raises(ValueError, match="sample 0 has no captions and no questions"):
+        builder.pair(*samples_of([{}]))
+
+
+def test_a_batch_knows_where_its_embeddings_stand(tiny_model: Make) -> None:
+    """A document takes its place among the pairs, and has no text to align."""
+    model = tiny_model(drop_condition=0.0)
+    vocabulary = model.vocabulary
+    first, book, last = samples_of([{"captions": ["a cat"]}, {}, {"captions": ["a dog"]}])
+    book = replace(book, document=["a page", None, "another one"])
+    batch = batch_builder(model).build([first, book, last])
+    flat = batch.packed.ids.flatten()
+    assert flat[batch.image_states[[0, 2]]].tolist() == [vocabulary.eoi] * 2
+    assert flat[batch.text_states[[0, 2]]].tolist() == [vocabulary.boi] * 2
+    assert batch.text_ids[1] == -1 and (batch.text_ids[[0, 2]] >= 0).all()
+    assert len(set(batch.image_ids.tolist())) == 3
+    assert len(flat) % ROW_MULTIPLE == 0 and len(batch.packed.ids) % ROW_MULTIPLE == 0
+    assert batch.tokens == int((batch.packed.documents > 0).sum())
+    again = batch_builder(model).build([replace(last, key="0"), first])
+    assert again.image_ids[0] == again.image_ids[1], "equal keys are equal images"
+
+
+def test_a_sequence_that_is_too_long_names_its_sample(tiny_model: Make) -> None:
+    builder = batch_builder(tiny_model(), row_length=24)
+    samples = samples_of([{"captions": ["a cat"]}, {"captions": ["word " * 20]}])
+    with pytest.raises(ValueError, match="sample 1 makes a sequence of .* than row_length=24"):
+        builder.build(samples)
+    assert list(builder.possible(samples[0]))
+    with pytest.raises(ValueError, match="sample 1 makes a sequence of .* than row_length=24"):
+        list(builder.possible(samples[1]))
