@@ -41,7 +41,8 @@ from multimodal.inference.text import caption_codes, encode_images, generate_ids
 from multimodal.memory import keep_freed_memory
 from multimodal.model.export import export_hf
 from multimodal.model.sequences import describe_prompt
-from multimodal.scenes.scene import render, sample_scene
+from multimodal.scenes.rendering import render
+from multimodal.scenes.scene import sample_scene
 
 TOKENS, FEW, BATCH, MANY = 32, 8, 32, 128
 METHODS: dict[str, Method] = {"ours, masked": "masked", "code by code": "causal"}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fits import fit, last_figures, markdown, score_drawings
+from fits import fit, last_figures, markdown, score_captions, score_drawings
 
 from multimodal import load
 from multimodal.api import Model
@@ -35,7 +35,6 @@ from multimodal.tokenizers.image import load_image_tokenizer
 TEXT_TOKENS = 20  # of a caption, about
 CANDIDATES = 1000  # images among which one is found
 LEARNED = {
-    "val/scene_attribute_precision": "claims_true", "val/scene_object_recall": "objects_said",
     "val/CIDEr": "CIDEr", "val/caption": "caption_nats", "val/image": "image_nats",
     "val/reconstruct": "reconstruct_nats",
 }  # fmt: skip
@@ -95,6 +94,9 @@ def main() -> None:
             learned, model = last_figures(folder), load(folder / "model")
             one = {said: learned[name] for name, said in LEARNED.items() if name in learned}
             if of_scenes:
+                captions = score_captions(model, score)
+                one["claims_true"] = captions["attribute_precision"]
+                one["objects_said"] = captions["object_recall"]
                 one["objects_drawn"] = score_drawings(model, score)["objects"]
             if of_scenes and goals["reconstruct_share"]:
                 one["objects_drawn_masked"] = score_drawings(model, score, "masked")["objects"]

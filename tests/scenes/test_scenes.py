@@ -13,8 +13,12 @@ from numpy.typing import NDArray
 from multimodal.data.shards import Shards
 from multimodal.data.verify import check
 from multimodal.eval.metrics.scene_captions import score_scene_captions
-from multimodal.scenes.captions import captions, check_caption, parse_caption, questions
+from multimodal.scenes.captions import captions
+from multimodal.scenes.checking import check_caption
+from multimodal.scenes.claims import parse_caption
 from multimodal.scenes.dataset import make_sample, write_scenes
+from multimodal.scenes.questions import questions
+from multimodal.scenes.rendering import render
 from multimodal.scenes.scene import (
     COLOURS,
     HELD_OUT,
@@ -24,7 +28,6 @@ from multimodal.scenes.scene import (
     TRAINING_PAIRS,
     Scene,
     SceneObject,
-    render,
     sample_scene,
 )
 
