@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from multimodal.tokenizers.image import VQTokenizer
 
 EXAMPLES = """Every tokenizer gets the same images at one size (--image-size, by default the largest
-size of the tokenizers). It resizes them to its own size, and its reconstructions back. Perceptual
+size of the tokenizers). It resizes them to its size, and its reconstructions back. Perceptual
 distance and FID depend on the features. The default features are random with a fixed seed: their
 values compare tokenizers with each other, but not with published values.
 

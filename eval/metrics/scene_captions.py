@@ -61,21 +61,21 @@ def score_scene_captions(
         )
     claims: Counter[str] = Counter()
     true: Counter[str] = Counter()
-    mentioned = found = objects = perfect = unparsed = 0
+    mentioned = matched = objects = perfect = unparsed = 0
     for key, scene in scenes.items():
         score = check_caption(predictions[key], scene)
         for claim, holds in score.results:
             claims[claim.kind] += 1
             true[claim.kind] += holds
         mentioned += score.mentioned
-        found += score.found
+        matched += score.matched
         objects += score.objects
         perfect += score.precision == 1 and score.recall == 1
         unparsed += score.unparsed > 0
     result = {
         "attribute_precision": true.total() / claims.total(),
-        "object_recall": found / objects,
-        "object_precision": found / mentioned if mentioned else 0.0,
+        "object_recall": matched / objects,
+        "object_precision": matched / mentioned if mentioned else 0.0,
         "perfect": perfect / len(scenes),
         "unparsed": unparsed / len(scenes),
         "n": float(len(scenes)),

@@ -53,15 +53,15 @@ def score_tokenizer(
     """
     side = images.shape[-1]
     scores = ReconstructionScores(features, side, tokenizer.codebook_size)
-    kept = []
+    first = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         codes = tokenizer.encode(resize(batch, tokenizer.config.image_size))
         reconstructions = resize(tokenizer.decode(codes), side)
         scores.update(batch, reconstructions, codes)
-        kept.append(reconstructions[: max(0, keep - start)])
+        first.append(reconstructions[: max(0, keep - start)])
         on_batch(len(batch))
-    return scores.compute(), torch.cat(kept)
+    return scores.compute(), torch.cat(first)
 
 
 @dataclass

@@ -23,13 +23,13 @@ class CaptionScore:
     Args:
         results: each claim, and whether it is true.
         mentioned: number of objects that the caption mentions.
-        found: number of those that the scene has with that colour and shape, each at most once.
+        matched: number of those that the scene has with that colour and shape, each at most once.
         objects: number of objects of the scene.
     """
 
     results: list[tuple[Claim, bool]] = field(default_factory=list)
     mentioned: int = 0
-    found: int = 0
+    matched: int = 0
     objects: int = 0
 
     @property
@@ -40,7 +40,7 @@ class CaptionScore:
     @property
     def recall(self) -> float:
         """Share of the objects that are mentioned with their colour and shape, in [0, 1]."""
-        return self.found / self.objects
+        return self.matched / self.objects
 
     @property
     def unparsed(self) -> int:
@@ -122,5 +122,5 @@ def check_caption(text: str, scene: Scene) -> CaptionScore:
         score.results.append((claim, true))
     mentioned = Counter((a.get("colour"), a.get("shape")) for a in attributes_of.values())
     present: Counter[tuple[str | None, str | None]] = Counter(item.pair for item in scene.objects)
-    score.found = (mentioned & present).total()
+    score.matched = (mentioned & present).total()
     return score

@@ -20,16 +20,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     images = [sample.image for sample in Shards(scenes, "train")][:6]
     records = [{"captions": [f"the zebra number {n}", "a"], "license": "CC0"} for n in range(6)]
     records[3] |= {"qa": [["what <b> is it?", "a zebra"]], "license": "<script>"}
-    write_tar(mine / "train-0000.tar", [
-        (f"t{n}", {"png": images[n], "json": json.dumps(records[n]).encode()}) for n in range(4)
-    ])  # fmt: skip
-    write_tar(mine / "val-0000.tar", [
-        ("copy", {"png": images[2], "json": json.dumps(records[4]).encode()}),
-        ("bad", {"png": b"not a picture", "json": json.dumps(records[5]).encode()}),
-    ])  # fmt: skip
+    write_tar(
+        mine / "train-0000.tar",
+        [(f"t{n}", {"png": images[n], "json": json.dumps(records[n]).encode()}) for n in range(4)],
+    )
+    write_tar(
+        mine / "val-0000.tar",
+        [
+            ("copy", {"png": images[2], "json": json.dumps(records[4]).encode()}),
+            ("bad", {"png": b"not a picture", "json": json.dumps(records[5]).encode()}),
+        ],
+    )
     shards = [index_shard(mine / f"{split}-0000.tar") for split in ("train", "val")]
-    write_manifest(mine, shards, cleaning={"min_side": 8, "changed": {"masked": 2}},
-                   rejected={"no text": 5})  # fmt: skip
+    write_manifest(
+        mine, shards, cleaning={"min_side": 8, "changed": {"masked": 2}}, rejected={"no text": 5}
+    )
     return scenes, mine
 
 
@@ -44,8 +49,13 @@ def test_a_report_counts_samples_texts_and_copies(
     first, other = report["folders"]
     assert first["samples"] == 430 and first["splits"]["heldout"] == 200
     assert other["splits"] == {"train": 4, "val": 2}
-    assert other["texts"] == {"captions": 12, "questions": 1, "labels": 0, "documents": 0,
-                              "samples without any text": 0}  # fmt: skip
+    assert other["texts"] == {
+        "captions": 12,
+        "questions": 1,
+        "labels": 0,
+        "documents": 0,
+        "samples without any text": 0,
+    }
     assert other["licenses"] == {"CC0": 5, "<script>": 1}
     assert other["words"]["zebra"] == 7 and other["rejected"] == {"no text": 5}
     assert other["shorter_side"] == {"32 to 64": 5} and other["aspect"] == {"0.95 to 1.05": 5}

@@ -27,9 +27,8 @@ VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads"
 def scenes(count: int, size: int = 32) -> Tensor:
     import random
 
-    return torch.stack([
-        to_tensor(render(sample_scene(random.Random(i)), size)) for i in range(count)
-    ])  # fmt: skip
+    pictures = [render(sample_scene(random.Random(i)), size) for i in range(count)]
+    return torch.stack([to_tensor(picture) for picture in pictures])
 
 
 def tokenizer(image_size: int = 32, **quantizer: Any) -> VQTokenizer:
@@ -136,9 +135,9 @@ def folders(tmp_path: Path) -> Path:
 
 def test_the_command(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = folders / "out.json", folders / "out.png"
-    command = ["tokenizer", "compare", str(folders / "a"), str(folders / "b"), "--limit", "20",
-               "--data", str(folders / "scenes"), "--output", str(out), "--picture", str(picture),
-               "--batch-size", "8"]  # fmt: skip
+    command = ["tokenizer", "compare", str(folders / "a"), str(folders / "b")]
+    command += ["--data", str(folders / "scenes"), "--limit", "20", "--batch-size", "8"]
+    command += ["--output", str(out), "--picture", str(picture)]
     assert main(command) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 4 and "random features, seed 0" in printed[-1]
