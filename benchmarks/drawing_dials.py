@@ -21,7 +21,7 @@ from tqdm import tqdm
 from multimodal import load
 from multimodal.data.images import to_image
 from multimodal.data.shards import Shards
-from multimodal.eval.metrics.scene_drawings import score_scene_drawings, whole_caption
+from multimodal.eval.metrics.scene_drawings import complete_caption, score_scene_drawings
 from multimodal.inference.codec import decode_images
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.embedding import embed_codes, embed_texts
@@ -44,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = load(arguments.model)
     records = (sample.record for sample in islice(Shards(arguments.scenes, "val"), COUNT))
-    prompts = [caption for record in records if (caption := whole_caption(record))]
+    prompts = [caption for record in records if (caption := complete_caption(record))]
     photo_captions = [
         descriptions_of(sample.record)[0]
         for sample in islice(Shards(arguments.photos, "val"), COUNT)

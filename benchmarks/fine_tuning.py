@@ -23,7 +23,9 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from multimodal import load
 from multimodal.cli import main as multimodal
 from multimodal.eval.metrics.scene_captions import score_scene_captions
-from multimodal.scenes.scene import COLOURS, Scene, SceneObject, region_of, sample_scene, stencil
+from multimodal.scenes.positions import region_of
+from multimodal.scenes.rendering import stencil
+from multimodal.scenes.scene import COLOURS, Scene, SceneObject, sample_scene
 from multimodal.scenes.words import with_article
 
 TRAIN, TEST, SIDE = 200, 100, 128

@@ -14,7 +14,9 @@ import yaml
 from multimodal.api import Model
 from multimodal.data.images import to_image
 from multimodal.data.shards import Shards
-from multimodal.eval.metrics.scene_drawings import score_scene_drawings, whole_caption
+from multimodal.eval.evaluator import Subject, evaluate
+from multimodal.eval.metrics.scene_drawings import complete_caption, score_scene_drawings
+from multimodal.eval.tasks.scene_captions import SceneCaptions
 from multimodal.inference.codec import decode_images
 from multimodal.inference.drawing import draw_codes
 from multimodal.options import DrawOptions, Method
@@ -71,10 +73,17 @@ def last_figures(folder: Path) -> dict[str, float]:
     return figures
 
 
+def score_captions(model: Model, data: str) -> dict[str, float]:
+    """Claims in captions of 200 scenes of val, greedy."""
+    samples = list(islice(Shards(data, "val"), 200))
+    scores = evaluate(SceneCaptions(), Subject(model, samples))
+    return {name: score["value"] for name, score in scores.items()}
+
+
 def score_drawings(model: Model, data: str, method: Method = "causal") -> dict[str, float]:
     """Scores of drawings of 200 scenes of val: guidance 3, the default temperature, seed 0."""
     records = (sample.record for sample in islice(Shards(data, "val"), 200))
-    prompts = [caption for record in records if (caption := whole_caption(record))]
+    prompts = [caption for record in records if (caption := complete_caption(record))]
     codes = [
         draw_codes(
             model,

@@ -42,7 +42,8 @@ from multimodal.memory import keep_freed_memory
 from multimodal.model.export import export_hf
 from multimodal.model.sequences import describe_prompt
 from multimodal.options import DrawOptions, Method, TextOptions
-from multimodal.scenes.scene import render, sample_scene
+from multimodal.scenes.rendering import render
+from multimodal.scenes.scene import sample_scene
 
 TOKENS, FEW, BATCH, MANY = 32, 8, 32, 128
 GREEDY = TextOptions(max_tokens=TOKENS)

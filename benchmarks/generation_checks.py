@@ -33,7 +33,8 @@ from multimodal.memory import keep_freed_memory
 from multimodal.model.export import export_hf
 from multimodal.model.sequences import describe_prompt
 from multimodal.options import AnswerOptions, DrawOptions, Method, TextOptions
-from multimodal.scenes.scene import render, sample_scene
+from multimodal.scenes.rendering import render
+from multimodal.scenes.scene import sample_scene
 
 PROMPTS, TOKENS = 100, 32
 QUESTIONS = ("is there a circle?", "what colour is it?", "how many things are there?")

@@ -35,7 +35,6 @@ from multimodal.tokenizers.image import load_image_tokenizer
 TEXT_TOKENS = 20  # of a caption, about
 CANDIDATES = 1000  # images to search in
 LEARNED = {
-    "val/scene_attribute_precision": "claims_true", "val/scene_object_recall": "objects_said",
     "val/CIDEr": "CIDEr", "val/caption": "caption_nats", "val/image": "image_nats",
     "val/reconstruct": "reconstruct_nats",
 }  # fmt: skip

@@ -21,7 +21,7 @@ from multimodal.data.encode import Encoding, encode_pictures, encode_shards
 from multimodal.data.parallel import map_ordered
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards, index_shard, write_manifest, write_tar
-from multimodal.eval.metrics.reconstruction import time_tokenizers
+from multimodal.eval.compare import time_tokenizers
 from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
 
 WORKERS = 2  # threads that decode, as in the command

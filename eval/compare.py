@@ -1,15 +1,23 @@
-"""``multimodal tokenizer compare``: image tokenizers side by side, one protocol, one table."""
+"""``multimodal tokenizer compare``: image tokenizers on the same images, by one protocol."""
 
 import argparse
 import json
+import math
+import time
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-EXAMPLES = """Every tokenizer gets the same images, brought to one size (--image-size; by default
-the largest that any of them was made for), resizes them to its own and its reconstructions back.
-Perceptual distance and FID depend on the features: with the default, random ones of a fixed seed,
-they compare tokenizers with one another, and with nothing published.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from multimodal.tokenizers.image import VQTokenizer
+
+EXAMPLES = """Every tokenizer gets the same images at one size (--image-size, by default the largest
+size of the tokenizers). It resizes them to its size, and its reconstructions back. Perceptual
+distance and FID depend on the features. The default features are random with a fixed seed: their
+values compare tokenizers with each other, but not with published values.
 
 examples:
   multimodal tokenizer compare runs/a/model runs/b/model --data data/photos
@@ -17,32 +25,56 @@ examples:
       --features timm:resnet50.a1_in1k --output compare.json --picture compare.png
 """
 SHOWN = 8  # images in the picture
+FORMATS = {
+    "codes": "{:d}",
+    "codebook_size": "{:d}",
+    "bits_per_pixel": "{:.3f}",
+    "psnr": "{:.2f}",
+    "ssim": "{:.3f}",
+    "ms_ssim": "{:.3f}",
+    "perceptual": "{:.4f}",
+    "fid": "{:.2f}",
+    "used": "{:.1%}",
+    "perplexity": "{:.0f}",
+    "encode_per_second": "{:.0f}",
+    "decode_per_second": "{:.0f}",
+    "parameters": "{:,d}",
+}
 
 
 def main(argv: list[str]) -> int:
-    made = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="multimodal tokenizer compare",
-        description="Measure how well image tokenizers keep the images of a shard folder.",
+        description="Measure how well image tokenizers preserve the images of a shard folder.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("tokenizers", nargs="+", help="tokenizer or model folders, or starter")
-    made.add_argument("--data", required=True, help="a shard folder")
-    made.add_argument("--split", default="val", help="of the shard folder (default val)")
-    made.add_argument(
-        "--limit", type=int, default=1000, help="at most so many images, the first ones"
+    parser.add_argument("tokenizers", nargs="+", help="tokenizer or model folders, or starter")
+    parser.add_argument("--data", required=True, help="a shard folder")
+    parser.add_argument("--split", default="val", help="of the shard folder (default val)")
+    parser.add_argument(
+        "--limit", type=int, default=1000, help="most images, the first ones (default 1000)"
     )
-    made.add_argument("--image-size", type=int, help="pixels of a side at which all are judged")
-    made.add_argument("--fit", default="crop", choices=["squash", "crop", "letterbox"],
-                      help="how images are made square (default crop)")  # fmt: skip
-    made.add_argument("--features", default="random", help="random, timm:MODEL or timm:MODEL=FILE")
-    made.add_argument("--batch-size", type=int, default=64)
-    made.add_argument("--output", help="a JSON file for the results and their protocol")
-    made.add_argument("--picture", help="a PNG: the first images, and below them what each keeps")
-    return compare(made.parse_args(argv))
+    parser.add_argument("--image-size", type=int, help="pixels per side, for all tokenizers")
+    parser.add_argument(
+        "--fit",
+        default="crop",
+        choices=["squash", "crop", "letterbox"],
+        help="how images become square (default crop)",
+    )
+    parser.add_argument(
+        "--features", default="random", help="random, timm:MODEL or timm:MODEL=FILE"
+    )
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--output", help="a JSON file for the results and their protocol")
+    parser.add_argument(
+        "--picture", help="a PNG: the first images, and the reconstructions of each tokenizer below"
+    )
+    return compare(parser.parse_args(argv))
 
 
 def compare(arguments: argparse.Namespace) -> int:
+    """Run the command: print the table, write the JSON file and the picture."""
     import torch
     from tqdm import tqdm
 
@@ -50,12 +82,8 @@ def compare(arguments: argparse.Namespace) -> int:
     from multimodal.data.images import fit_image, open_image, to_image, to_tensor
     from multimodal.data.shards import Shards
     from multimodal.eval.metrics.features import Features
-    from multimodal.eval.metrics.reconstruction import (
-        describe,
-        ms_ssim_scales,
-        score_reconstructions,
-        time_tokenizers,
-    )
+    from multimodal.eval.metrics.reconstruction import ms_ssim_scales
+    from multimodal.eval.tasks.reconstruction import score_tokenizer
     from multimodal.files import atomic_file
     from multimodal.model.checkpoint import part_of
     from multimodal.tokenizers.image import load_image_tokenizer
@@ -64,7 +92,9 @@ def compare(arguments: argparse.Namespace) -> int:
         if path:
             check_output(Path(path), (suffix,))
     if arguments.limit < 1 or arguments.batch_size < 1:
-        raise ValueError("--limit and --batch-size: expected at least 1")
+        raise ValueError(
+            f"--limit {arguments.limit}, --batch-size {arguments.batch_size}: expected at least 1"
+        )
     tokenizers = {
         name: load_image_tokenizer(part_of(name, "image_tokenizer"))
         for name in dict.fromkeys(arguments.tokenizers)
@@ -72,28 +102,34 @@ def compare(arguments: argparse.Namespace) -> int:
     side = arguments.image_size or max(t.config.image_size for t in tokenizers.values())
     features = Features(arguments.features)
     samples = islice(Shards(arguments.data, arguments.split), arguments.limit)
-    images = torch.stack([
-        to_tensor(fit_image(open_image(sample.image), side, arguments.fit))
-        for sample in tqdm(samples, desc="images", disable=None)
-    ])  # fmt: skip
+    images = torch.stack(
+        [
+            to_tensor(fit_image(open_image(sample.image), side, arguments.fit))
+            for sample in tqdm(samples, desc="images", disable=None)
+        ]
+    )
     rows, pictures = list[dict[str, Any]](), [images[:SHOWN]]
     total = len(images) * len(tokenizers)
     with tqdm(total=total, desc="reconstructions", unit="image", disable=None) as progress:
         for name, tokenizer in tokenizers.items():
-            scores, found = score_reconstructions(
+            scores, reconstructions = score_tokenizer(
                 tokenizer, images, features, arguments.batch_size, SHOWN, progress.update
             )
             rows.append({"tokenizer": name, **describe(tokenizer, side), **scores})
-            pictures.append(found)
+            pictures.append(reconstructions)
     times = time_tokenizers(tokenizers, images[: arguments.batch_size])
     rows = [{**row, **times[row["tokenizer"]]} for row in rows]
     protocol = {
         "data": f"{arguments.data}, split {arguments.split}, the first {len(images)} images",
-        "image_size": side, "fit": arguments.fit, "features": features.label,
-        "ms_ssim_scales": ms_ssim_scales(side), "precision": "float32",
-        "threads": torch.get_num_threads(), "batch_size": arguments.batch_size,
-    }  # fmt: skip
-    print(table(rows, protocol))
+        "image_size": side,
+        "fit": arguments.fit,
+        "features": features.label,
+        "ms_ssim_scales": ms_ssim_scales(side),
+        "precision": "float32",
+        "threads": torch.get_num_threads(),
+        "batch_size": arguments.batch_size,
+    }
+    print(format_table(rows, protocol))
     if arguments.output:
         with atomic_file(Path(arguments.output)) as file:
             file.write_text(json.dumps({"protocol": protocol, "tokenizers": rows}, indent=1) + "\n")
@@ -106,19 +142,66 @@ def compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COLUMNS = {
-    "codes": "{:d}", "codebook_size": "{:d}", "bits_per_pixel": "{:.3f}", "psnr": "{:.2f}",
-    "ssim": "{:.3f}", "ms_ssim": "{:.3f}", "perceptual": "{:.4f}", "fid": "{:.2f}",
-    "used": "{:.1%}", "perplexity": "{:.0f}", "encode_per_second": "{:.0f}",
-    "decode_per_second": "{:.0f}", "parameters": "{:,d}",
-}  # fmt: skip
+def describe(tokenizer: "VQTokenizer", side: int) -> dict[str, Any]:
+    """Facts about a tokenizer, and its bits per pixel for a picture of ``side`` pixels per side."""
+    config = tokenizer.config
+    bits = config.grid**2 * math.log2(tokenizer.codebook_size)
+    return {
+        "image_size": config.image_size,
+        "codes": config.grid**2,
+        "codebook_size": tokenizer.codebook_size,
+        "bits_per_pixel": bits / side**2,
+        "parameters": sum(weight.numel() for weight in tokenizer.parameters()),
+        "fingerprint": tokenizer.fingerprint,
+    }
 
 
-def table(rows: list[dict[str, Any]], protocol: dict[str, Any]) -> str:
-    """Figures in columns, one row for each tokenizer, and below them how they came about."""
-    lines = [["tokenizer", *(name.replace("_per_second", "/s") for name in COLUMNS)]]
+def time_tokenizers(
+    tokenizers: "Mapping[str, VQTokenizer]", images: "Tensor", rounds: int = 3
+) -> dict[str, dict[str, float]]:
+    """Measure how many images per second tokenizers encode and decode.
+
+    All tokenizers take turns in each round, so that other load on the machine affects all alike.
+
+    Args:
+        tokenizers: by their names.
+        images: float[N, 3, R, R] in [-1, 1], one batch.
+        rounds: number of measurements, after one round of warm-up. The median counts.
+
+    Returns:
+        name -> ``encode_per_second`` and ``decode_per_second``, in images.
+    """
+    import torch
+
+    from multimodal.eval.tasks.reconstruction import resize
+
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {"encode": [], "decode": []} for name in tokenizers
+    }
+    with torch.inference_mode():
+        for _ in range(rounds + 1):
+            for name, tokenizer in tokenizers.items():
+                batch = resize(images, tokenizer.config.image_size)
+                start = time.perf_counter()
+                codes = tokenizer.encode(batch)
+                middle = time.perf_counter()
+                tokenizer.decode(codes)
+                seconds[name]["encode"].append(middle - start)
+                seconds[name]["decode"].append(time.perf_counter() - middle)
+    return {
+        name: {
+            f"{verb}_per_second": len(images) / sorted(times[1:])[len(times[1:]) // 2]
+            for verb, times in both.items()
+        }
+        for name, both in seconds.items()
+    }
+
+
+def format_table(rows: list[dict[str, Any]], protocol: dict[str, Any]) -> str:
+    """One row for each tokenizer, aligned, and the protocol in the last line."""
+    lines = [["tokenizer", *(name.replace("_per_second", "/s") for name in FORMATS)]]
     for row in rows:
-        cells = [form.format(row[name]) if name in row else "-" for name, form in COLUMNS.items()]
+        cells = [form.format(row[name]) if name in row else "-" for name, form in FORMATS.items()]
         lines.append([str(row["tokenizer"]), *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
@@ -131,7 +214,7 @@ def table(rows: list[dict[str, Any]], protocol: dict[str, Any]) -> str:
     about = (
         f"{protocol['data']}; {protocol['image_size']} x {protocol['image_size']} pixels "
         f"({protocol['fit']}); perceptual and fid: {protocol['features']}; "
-        f"ms_ssim: {protocol['ms_ssim_scales']} scales; images a second: batches of "
+        f"ms_ssim: {protocol['ms_ssim_scales']} scales; images per second: batches of "
         f"{protocol['batch_size']}, {protocol['threads']} threads, float32"
     )
     return "\n".join([*text, about])

@@ -1,8 +1,7 @@
-"""The demo: what a model can do, on pictures that need no download, as one page to look at.
+"""The demo: a page that shows what a model can do, on pictures that need no download.
 
-Scenes are rendered here, so what is said of them is checked by program; photos come with
-scikit-image. Nothing is picked: the pictures are the same for every model, and what it gets wrong
-is shown as it is.
+Scenes are rendered here, so a program checks the results on them. Photos come with scikit-image.
+The pictures are the same for every model. Wrong results are shown too.
 """
 
 import random
@@ -16,17 +15,18 @@ from PIL import Image
 
 from multimodal.commands.options import check_output, load_model, parser
 from multimodal.data.images import open_image
-from multimodal.eval.metrics.scene_drawings import objects_asked, score_scene_drawings
+from multimodal.eval.metrics.scene_drawings import named_objects, score_scene_drawings
 from multimodal.eval.page import Figure, Section, page
 from multimodal.files import atomic_file
-from multimodal.scenes.claims import check_caption
+from multimodal.scenes.checking import check_caption
 from multimodal.scenes.questions import questions
-from multimodal.scenes.scene import render, sample_scene
+from multimodal.scenes.rendering import render
+from multimodal.scenes.scene import sample_scene
 
 if TYPE_CHECKING:
-    from multimodal.model.network import Multimodal
+    from multimodal.api import Model
 
-EPILOG = """The page needs no network and no other file. The first use of a model takes longest.
+EPILOG = """The page needs no network and no other file. The first run with a model takes longest.
 
 examples:
   multimodal demo
@@ -40,14 +40,14 @@ PROMPTS = (
     "three small purple circles on a sky background",
     "an orange ring on a grey background",
 )
-DRAWINGS_EACH = 4
-GALLERY = 60  # scenes to search, besides the photos
+DRAWINGS_PER_PROMPT = 4
+GALLERY = 60  # scenes to search, together with the photos
 
 
 class Demo:
-    """The steps of the demo; each makes one section."""
+    """The steps of the demo. Each one returns a section of the page."""
 
-    def __init__(self, model: "Multimodal", seed: int = 0) -> None:
+    def __init__(self, model: "Model", seed: int = 0) -> None:
         rng = random.Random(f"demo/{seed}")
         self.model, self.seed, self.rng = model, seed, rng
         self.scenes = [sample_scene(rng) for _ in range(GALLERY)]
@@ -66,9 +66,9 @@ class Demo:
         }
 
     def captions(self) -> Section:
-        made = Section(
+        section = Section(
             "Captions",
-            "Greedy. Every statement about a scene is checked against its ground truth by program.",
+            "Greedy. A program checks every statement about a scene against its ground truth.",
         )
         count, true, claims = 8, 0, 0
         images = self.pictures[:count] + self.photos
@@ -78,87 +78,86 @@ class Demo:
             results = [holds for _, holds in check_caption(text, scene).results]
             true, claims = true + sum(results), claims + len(results)
             figures.append(Figure(picture, text, all(results)))
-        made.rows.append((f"Scenes it never saw: {true} of {claims} statements are true", figures))
+        section.rows.append((f"New scenes: {true} of {claims} statements are true", figures))
         photos = [Figure(*pair) for pair in zip(self.photos, texts[count:], strict=True)]
-        made.rows.append(("Photos, of another kind than it was trained on", photos))
-        return made
+        section.rows.append(("Photos, different from the training photos", photos))
+        return section
 
     def answers(self) -> Section:
-        about = "Questions about scenes it never saw, each with one right answer."
-        made = Section("Answers", about)
+        about = "Questions about new scenes, each with one right answer."
+        section = Section("Answers", about)
         right, figures = 0, []
         for picture, scene in list(zip(self.pictures, self.scenes, strict=True))[8:16]:
             ((question, expected),) = questions(scene, self.rng, 1)
-            found = self.model.answer(picture, question)
-            correct = found == expected
+            answer = self.model.answer(picture, question)
+            correct = answer == expected
             right += correct
             more = "" if correct else f" (right: {expected})"
-            figures.append(Figure(picture, f"{question} {found}{more}", correct))
-        made.rows.append((f"{right} of {len(figures)} are right", figures))
-        return made
+            figures.append(Figure(picture, f"{question} {answer}{more}", correct))
+        section.rows.append((f"{right} of {len(figures)} are right", figures))
+        return section
 
     def reconstructions(self) -> Section:
         from multimodal.data.images import to_image
-        from multimodal.inference.drawing import decode_images
-        from multimodal.inference.text import encode_images, read_images
+        from multimodal.inference.codec import decode_images, encode_images, read_images
 
         config = self.model.image_tokenizer.config
-        made = Section(
+        section = Section(
             "What the model sees",
-            f"An image becomes {config.grid} x {config.grid} codes out of "
-            f"{self.model.image_tokenizer.codebook_size:,}; below, the pictures decoded from them. "
-            "What is lost here it cannot know.",
+            f"An image becomes {config.grid} x {config.grid} codes from a codebook of "
+            f"{self.model.image_tokenizer.codebook_size:,}. Below are the pictures decoded from "
+            "the codes. The model cannot see details that are lost here.",
         )
         images = self.pictures[:4] + self.photos[:4]
         codes = encode_images(self.model, read_images(self.model, images))
         decoded = [to_image(image) for image in decode_images(self.model, codes)]
-        made.rows.append(("Before", [Figure(image) for image in images]))
-        made.rows.append(("After", [Figure(image) for image in decoded]))
-        return made
+        section.rows.append(("Before", [Figure(image) for image in images]))
+        section.rows.append(("After", [Figure(image) for image in decoded]))
+        return section
 
     def drawings(self) -> Section:
-        made = Section("Drawings", f"The first {DRAWINGS_EACH} of each, none picked.")
+        about = f"The first {DRAWINGS_PER_PROMPT} drawings after each text, without selection."
+        section = Section("Drawings", about)
         for prompt in PROMPTS:
-            images = self.model.draw(prompt, DRAWINGS_EACH, seed=self.seed)
+            images = self.model.draw(prompt, DRAWINGS_PER_PROMPT, seed=self.seed)
             line = prompt
-            if objects_asked(prompt):
+            if named_objects(prompt):
                 score = score_scene_drawings([prompt] * len(images), images)
-                share = round(score["objects"] * score["n"])
-                line += f": {share} of {score['n']:.0f} objects have the right colour and shape"
-            made.rows.append((line, [Figure(image) for image in images]))
-        return made
+                count = round(score["objects"] * score["n"])
+                line += f": {count} of {score['n']:.0f} objects have the right colour and shape"
+            section.rows.append((line, [Figure(image) for image in images]))
+        return section
 
     def edit(self) -> Section:
         prompt = "a large blue circle"
-        made = Section("An edit", "The white part is drawn anew; the rest keeps its pixels.")
+        section = Section("An edit", "The white part is redrawn. The rest keeps its pixels.")
         image, box = self.pictures[0], (64, 0, 128, 128)
         mask = Image.new("L", image.size)
         mask.paste(255, box)
         after = self.model.edit(image, box, prompt, seed=self.seed)
         figures = [Figure(image, "before"), Figure(mask, "mask"), Figure(after, "after")]
-        made.rows.append((prompt, figures))
-        return made
+        section.rows.append((prompt, figures))
+        return section
 
     def search(self) -> Section:
         images = self.pictures + self.photos
-        made = Section("Search", f"The five of {len(images)} pictures that fit best.")
+        section = Section("Search", f"The five best matches of {len(images)} pictures.")
         rows = self.model.embed(images=images)
-        wanted = self.scenes[20].objects[0]
-        query = f"a {wanted.size} {wanted.colour} {wanted.shape}"
+        target = self.scenes[20].objects[0]
+        query = f"a {target.size} {target.colour} {target.shape}"
         for text in (query, "two blue squares", "a cat", "a person"):
             scores = rows @ self.model.embed(texts=[text])[0]
             best = scores.topk(5)
             figures = [
-                Figure(images[i], f"{score:.2f}", self._shows(i, text))
+                Figure(images[i], f"{score:.2f}", self._matches(i, text))
                 for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             ]
-            made.rows.append((text, figures))
-        return made
+            section.rows.append((text, figures))
+        return section
 
-    def _shows(self, number: int, text: str) -> bool | None:
-        """Whether the picture of this number is a scene of which the text is true; None where a
-        program cannot tell."""
-        if not objects_asked(text):
+    def _matches(self, number: int, text: str) -> bool | None:
+        """Whether the text is true of the picture with this number. None: no program can tell."""
+        if not named_objects(text):
             return None
         if number >= len(self.scenes):
             return False
@@ -166,7 +165,11 @@ class Demo:
 
 
 def photo(name: str) -> Image.Image:
-    """A photo of those in scikit-image's wheel, RGB. Errors: ``ValueError`` where it has none."""
+    """A photo of scikit-image's wheel, RGB.
+
+    Raises:
+        ValueError: if this release has no such photo.
+    """
     from skimage import data
 
     for suffix in (".png", ".jpg"):
@@ -184,11 +187,13 @@ def timed(step: Callable[[], Section]) -> Section:
 
 
 def main(argv: list[str]) -> int:
-    made = parser("demo", "Caption, answer, draw, edit and search; leaves one HTML page.", EPILOG)
-    made.add_argument(
+    options = parser(
+        "demo", "Caption, answer, draw, edit and search. Writes one HTML page.", EPILOG
+    )
+    options.add_argument(
         "--out", type=Path, default=Path("demo.html"), metavar="FILE", help="(default demo.html)"
     )
-    arguments = made.parse_args(argv)
+    arguments = options.parse_args(argv)
     check_output(arguments.out, (".html",))
 
     from tqdm import tqdm
@@ -201,14 +206,14 @@ def main(argv: list[str]) -> int:
     for name, step in bar:
         bar.set_description(name)
         sections.append(timed(step))
-        if bar.disable:  # no terminal: a line each instead of a bar
+        if bar.disable:  # no terminal: a line for each step instead of a bar
             print(f"{name}: {sections[-1].seconds:.1f} s", file=sys.stderr)
     seconds = time.perf_counter() - start
-    sizes = sum(p.numel() for p in model.parameters()) / 1e6
+    sizes = sum(p.numel() for p in model.network.parameters()) / 1e6
     about = (
         f"{arguments.model}: {sizes:.1f} million parameters, fingerprint {model.fingerprint}. "
-        f"Seed {arguments.seed}; {seconds:.0f} seconds in all, with loading, on "
-        f"{arguments.device}. The model card says what it was trained on and how well it does."
+        f"Seed {arguments.seed}, {seconds:.0f} seconds with loading, on {arguments.device}. "
+        "The model card describes the training data and the quality."
     )
     with atomic_file(arguments.out) as part:
         part.write_text(page("multimodal: a demo", about, sections), "utf-8")

@@ -1,4 +1,4 @@
-"""``multimodal eval``: one command for what a model can do, with the protocol of every number."""
+"""``multimodal eval``: measures what a model can do, and how each score was measured."""
 
 import argparse
 import json
@@ -20,15 +20,25 @@ from multimodal.files import atomic_file
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from multimodal.api import Model
     from multimodal.data.samples import Sample
+    from multimodal.eval.evaluator import Evaluator
+    from multimodal.eval.metrics.clip_score import ClipScore
+    from multimodal.eval.page import Section
 
-TASKS = ("captioning", "answers", "choices", "presence", "retrieval", "classification",
-         "likelihood", "drawing", "reconstruction", "few_shot", "robustness")  # fmt: skip
-EPILOG = """TASK is one of captioning, answers, choices, presence, retrieval, classification,
-likelihood, drawing, reconstruction, few_shot, robustness, or all, or FILE.py:CLASS, an evaluator
-of your own (docs/evaluation.md). Of a folder without what a task needs (captions, questions,
-classes) it is left out. Intervals are of 95 %, by the bootstrap over samples. Under torchrun,
-ranks share the samples. Nothing is downloaded.
+# The names in multimodal.eval.tasks.registry, whose import takes seconds.
+TASKS = (
+    *("captioning", "answers", "choices", "presence", "retrieval", "classification"),
+    *("likelihood", "drawing", "reconstruction", "few_shot", "robustness"),
+    *("scene_captions", "scene_presence", "scene_drawings"),
+)
+EPILOG = f"""TASK is one of
+  {", ".join(TASKS[:6])},
+  {", ".join(TASKS[6:11])},
+  {", ".join(TASKS[11:])},
+or all, or FILE.py:CLASS, an evaluator of yours (docs/evaluation.md). A task is skipped for a folder
+if no sample has what it needs (captions, questions, classes, a scene). Intervals are 95 %, by the
+bootstrap over samples. Under torchrun, ranks share the samples. Nothing is downloaded.
 
 examples:
   multimodal eval all --data data/scenes --limit 200 --output results.json --page results.html
@@ -39,22 +49,31 @@ SHOWN = 8  # best, worst and random examples on the page
 
 
 def main(argv: list[str]) -> int:
-    made = parser("eval", "Measure what a model can do.", EPILOG)
-    made.add_argument("tasks", nargs="+", metavar="TASK")
-    made.add_argument("--data", type=Path, nargs="+", required=True, help="shard folders")
-    made.add_argument("--split", default="val", help="of the folders (default val)")
-    made.add_argument("--limit", type=int, default=1000, help="samples of each, the first ones")
-    made.add_argument("--batch-size", type=int, default=32)
-    made.add_argument("--clip", metavar="MODEL=FILE", help="an open_clip model and its weights "
-                      "(safetensors), to judge drawings by CLIPScore")  # fmt: skip
-    made.add_argument("--output", type=Path, help="a JSON file for the results")
-    made.add_argument("--page", type=Path, help="an HTML file: best, worst and random samples")
-    arguments = made.parse_args(argv)
+    options = parser("eval", "Measure what a model can do.", EPILOG)
+    options.add_argument("tasks", nargs="+", metavar="TASK")
+    options.add_argument("--data", type=Path, nargs="+", required=True, help="shard folders")
+    options.add_argument("--split", default="val", help="of the folders (default val)")
+    options.add_argument(
+        "--limit", type=int, default=1000, help="most samples of each folder, the first ones"
+    )
+    options.add_argument("--batch-size", type=int, default=32)
+    options.add_argument(
+        "--clip",
+        metavar="MODEL=FILE",
+        help="an open_clip model and its weights (safetensors), to score drawings by CLIPScore",
+    )
+    options.add_argument("--output", type=Path, help="a JSON file for the results")
+    options.add_argument(
+        "--page", type=Path, help="an HTML file with the best, the worst and random samples"
+    )
+    arguments = options.parse_args(argv)
     for task in arguments.tasks:
         if task not in (*TASKS, "all") and ":" not in task:
-            made.error(f"TASK {task}: expected {', '.join(TASKS)}, all, or FILE.py:CLASS")
+            options.error(f"TASK {task}: expected {', '.join(TASKS)}, all, or FILE.py:CLASS")
     if arguments.limit < 1 or arguments.batch_size < 1:
-        raise ValueError("--limit and --batch-size: expected at least 1")
+        raise ValueError(
+            f"--limit {arguments.limit}, --batch-size {arguments.batch_size}: expected at least 1"
+        )
     for path, suffix in ((arguments.output, ".json"), (arguments.page, ".html")):
         if path:
             check_output(path, (suffix,))
@@ -64,13 +83,13 @@ def main(argv: list[str]) -> int:
     }
     from multimodal.distributed import process_group  # imports torch
 
-    named = [TASKS if task == "all" else (task,) for task in arguments.tasks]
-    tasks = tuple(dict.fromkeys(chain.from_iterable(named)))
+    names = [TASKS if task == "all" else (task,) for task in arguments.tasks]
+    tasks = tuple(dict.fromkeys(chain.from_iterable(names)))
     with process_group() as rank:
-        report = run(arguments, tasks, samples, first=rank == 0)
+        report = run(arguments, tasks, samples, is_first=rank == 0)
     if rank:
         return 0
-    print(table(report))
+    print(format_table(report))
     if arguments.output:
         with atomic_file(arguments.output) as file:
             file.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
@@ -81,99 +100,155 @@ def run(
     arguments: argparse.Namespace,
     tasks: tuple[str, ...],
     samples: "dict[Path, list[Sample]]",
-    first: bool,
+    is_first: bool,
 ) -> dict[str, Any]:
-    """The report; the first rank writes the page on the way."""
-    from tqdm import tqdm
+    """Measure all tasks on all folders.
 
-    from multimodal.distributed import world_size
-    from multimodal.eval.evaluator import Subject, chosen, evaluate
+    Args:
+        arguments: of the command line.
+        tasks: names or FILE.py:CLASS.
+        samples: of each folder.
+        is_first: True on the first rank. It shows progress and writes the page.
+
+    Returns:
+        The report: the protocol, and the results of each folder and task.
+
+    Raises:
+        ValueError: if no sample fits any task.
+    """
     from multimodal.eval.metrics.clip_score import ClipScore
-    from multimodal.eval.page import Figure, Numbers, Section, page
+    from multimodal.eval.page import page
     from multimodal.eval.tasks.registry import find_evaluator
 
-    makers = {task: find_evaluator(task) for task in tasks}
+    evaluators = {task: find_evaluator(task) for task in tasks}
     clip = ClipScore(arguments.clip) if arguments.clip else None
     model = load_model(arguments)
-    config = model.image_tokenizer.config
     results: list[dict[str, Any]] = []
     sections: list[Section] = []
-    for folder, all_of_it in samples.items():
-        for task, make in makers.items():
-            evaluator = make()
-            usable = [sample for sample in all_of_it if evaluator.fits(sample)]
-            if not usable:
-                continue
-            with (
-                tqdm(
-                    desc=f"{folder} {task}", file=sys.stderr, disable=None if first else True
-                ) as bar,  # fmt: skip
-                cost(model.transformer.embed_tokens) as paid,
-            ):
-                subject = Subject(
-                    model, usable, arguments.batch_size, arguments.seed, bar.update, clip
-                )
-                scores = evaluate(evaluator, subject)
-            results.append({
-                "task": task, "data": str(folder), "n": len(usable),
-                "protocol": evaluator.protocol, "scores": scores, "cost": paid,
-            })  # fmt: skip
-            numbers = [
-                (name, f"{score['value']:,.4g}",
-                 f"{score['low']:.4g} to {score['high']:.4g}" if "low" in score else "")
-                for name, score in scores.items()
-            ]  # fmt: skip
-            section = Section(f"{task}: {folder}", f"{len(usable):,} samples; {evaluator.protocol}",
-                              seconds=paid["seconds"], numbers=[Numbers(numbers)])  # fmt: skip
-            for name, examples in chosen(evaluator.examples, SHOWN, arguments.seed).items():
-                if examples:
-                    figures = [Figure(one.image, one.text) for one in examples]
-                    section.rows.append((name, figures))
-            sections.append(section)
+    for folder, folder_samples in samples.items():
+        for task, make_evaluator in evaluators.items():
+            evaluator = make_evaluator()
+            usable = [sample for sample in folder_samples if evaluator.fits(sample)]
+            if usable:
+                title = f"{task}: {folder}"
+                result = measure(evaluator, model, usable, arguments, clip, title, is_first)
+                results.append({"task": task, "data": str(folder), **result})
+                sections.append(section_of(title, result, evaluator, arguments.seed))
     if not results:
         raise ValueError(f"no sample of {', '.join(map(str, samples))} fits {', '.join(tasks)}")
-    report = {
-        "protocol": {
-            "model": arguments.model, "fingerprint": model.fingerprint, "split": arguments.split,
-            "image_size": config.image_size, "fit": config.fit, "seed": arguments.seed,
-            "dtype": arguments.dtype, "device": arguments.device, "threads": arguments.threads,
-            "ranks": world_size(), "clip": clip.name if clip else None,
-            "commit": commit(),
-            "versions": {name: version(name) for name in ("multimodal", "torch", "pillow")},
-        },
-        "results": results,
-    }  # fmt: skip
-    if arguments.page and first:
+    if arguments.page and is_first:
+        title = f"{arguments.model} ({model.fingerprint})"
         with atomic_file(arguments.page) as file:
-            file.write_text(page(f"{arguments.model} ({model.fingerprint})", f"commit {commit()}",
-                                 sections), "utf-8")  # fmt: skip
-    return report
+            file.write_text(page(title, f"commit {git_commit()}", sections), "utf-8")
+    return {"protocol": protocol_of(arguments, model, clip), "results": results}
+
+
+def measure(
+    evaluator: "Evaluator",
+    model: "Model",
+    samples: "list[Sample]",
+    arguments: argparse.Namespace,
+    clip: "ClipScore | None",
+    title: str,
+    is_first: bool,
+) -> dict[str, Any]:
+    """The result of one task: number of samples, protocol, scores and cost."""
+    from tqdm import tqdm
+
+    from multimodal.eval.evaluator import Subject, evaluate
+
+    with (
+        tqdm(desc=title, file=sys.stderr, disable=None if is_first else True) as bar,
+        measure_cost(model.network.transformer.embed_tokens) as cost,
+    ):
+        subject = Subject(model, samples, arguments.batch_size, arguments.seed, bar.update, clip)
+        scores = evaluate(evaluator, subject)
+    return {"n": len(samples), "protocol": evaluator.protocol, "scores": scores, "cost": cost}
+
+
+def section_of(title: str, result: dict[str, Any], evaluator: "Evaluator", seed: int) -> "Section":
+    """The section of the page for one task: scores and examples."""
+    from multimodal.eval.evaluator import select_examples
+    from multimodal.eval.page import Figure, Numbers, Section
+
+    numbers = [
+        (
+            name,
+            f"{score['value']:,.4g}",
+            f"{score['low']:.4g} to {score['high']:.4g}" if "low" in score else "",
+        )
+        for name, score in result["scores"].items()
+    ]
+    section = Section(
+        title,
+        f"{result['n']:,} samples; {evaluator.protocol}",
+        seconds=result["cost"]["seconds"],
+        numbers=[Numbers(numbers)],
+    )
+    for name, examples in select_examples(evaluator.examples, SHOWN, seed).items():
+        if examples:
+            figures = [Figure(example.image, example.text) for example in examples]
+            section.rows.append((name, figures))
+    return section
+
+
+def protocol_of(
+    arguments: argparse.Namespace, model: "Model", clip: "ClipScore | None"
+) -> dict[str, Any]:
+    """What all results of a run have in common."""
+    from multimodal.distributed import world_size
+
+    config = model.image_tokenizer.config
+    return {
+        "model": arguments.model,
+        "fingerprint": model.fingerprint,
+        "split": arguments.split,
+        "image_size": config.image_size,
+        "fit": config.fit,
+        "seed": arguments.seed,
+        "dtype": arguments.dtype,
+        "device": arguments.device,
+        "threads": arguments.threads,
+        "ranks": world_size(),
+        "clip": clip.name if clip else None,
+        "commit": git_commit(),
+        "versions": {name: version(name) for name in ("multimodal", "torch", "pillow")},
+    }
 
 
 @contextmanager
-def cost(embeddings: "nn.Module") -> Iterator[dict[str, float]]:
-    """What a task costs: tokens that the transformer read on this rank (padding and what it wrote
-    itself among them), seconds, those of all cores, and the largest the process was until then, put
-    into the dictionary when it is done. embeddings: where every token passes."""
-    paid: dict[str, float] = {"tokens": 0}
+def measure_cost(embeddings: "nn.Module") -> Iterator[dict[str, float]]:
+    """Measure the cost of a task.
+
+    Args:
+        embeddings: the module that embeds every token.
+
+    Yields:
+        A dictionary that is filled at the end:
+
+        - ``tokens``: read by the transformer on this rank, with padding and generated tokens.
+        - ``seconds``, and ``cpu_seconds`` of all cores.
+        - ``peak_megabytes``: largest memory of the process so far.
+    """
+    cost: dict[str, float] = {"tokens": 0}
 
     def count(_: "nn.Module", ids: "tuple[Tensor, ...]", __: "Tensor") -> None:
-        paid["tokens"] += ids[0].numel()
+        cost["tokens"] += ids[0].numel()
 
-    counting = embeddings.register_forward_hook(count)
+    hook = embeddings.register_forward_hook(count)
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     try:
-        yield paid
+        yield cost
     finally:
-        counting.remove()
+        hook.remove()
     after = resource.getrusage(resource.RUSAGE_SELF)
-    paid["seconds"] = time.perf_counter() - start
-    paid["cpu_seconds"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    paid["peak_megabytes"] = after.ru_maxrss / (1 << 10 if sys.platform == "linux" else 1 << 20)
+    cost["seconds"] = time.perf_counter() - start
+    cost["cpu_seconds"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    cost["peak_megabytes"] = after.ru_maxrss / (1 << 10 if sys.platform == "linux" else 1 << 20)
 
 
-def commit() -> str:
-    """Of the checkout that runs, with a + where files differ from it; unknown where it is none."""
+def git_commit() -> str:
+    """The commit of the checkout, with a + if files differ. "unknown" without a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -186,15 +261,15 @@ def commit() -> str:
     return head + "+" * bool(changed)
 
 
-def table(report: dict[str, Any]) -> str:
-    """Every score in a line, with its interval where it has one."""
+def format_table(report: dict[str, Any]) -> str:
+    """One line for each score, with its interval if it has one."""
     lines = []
     for result in report["results"]:
         seconds = result["cost"]["seconds"]
         lines.append(
             f"{result['task']}: {result['data']}, {result['n']:,} samples, {seconds:.0f} s"
         )
-        width = max(map(len, result["scores"]))
+        width = max(map(len, result["scores"]), default=0)
         for name, score in result["scores"].items():
             line = f"  {name:<{width}}  {score['value']:10.4f}"
             if "low" in score:

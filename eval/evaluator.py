@@ -1,7 +1,7 @@
-"""How something is measured: what an evaluator is given, what it yields, and what is made of it.
+"""What an evaluator is, what it receives, and how its values become scores.
 
-A value is a number, or what every sample (or question) got: then the score is the mean, and it
-comes with a confidence interval.
+A value is a number, or a list with a number for each sample or question. For a list the score is
+the mean, with a confidence interval.
 
 Shapes: N samples, n codes of an image.
 """
@@ -16,20 +16,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from multimodal.api import Model
 from multimodal.data.images import fit_image, open_image, to_tensor
 from multimodal.data.samples import Sample
 from multimodal.distributed import gather_objects, rank, world_size
 from multimodal.eval.metrics.clip_score import ClipScore
-from multimodal.inference.text import encode_images
-from multimodal.model.network import Multimodal
+from multimodal.inference.codec import encode_images
 
 
 @dataclass(frozen=True)
 class PerQuestion:
-    """Values of which several may be of one sample: owners, its number for each."""
+    """Values of questions, of which a sample may have several.
+
+    Args:
+        values: one for each question.
+        rows: for each question, the number of its sample. Questions about the same sample stay
+            together in the bootstrap.
+    """
 
     values: Sequence[float]
-    owners: Sequence[int]
+    rows: Sequence[int]
 
 
 Value: TypeAlias = float | Sequence[float] | PerQuestion
@@ -39,7 +45,14 @@ U = TypeVar("U")
 
 @dataclass(frozen=True)
 class Example:
-    """One sample as it went; score: the higher, the better."""
+    """The result of one sample, to look at.
+
+    Args:
+        key: of the sample.
+        text: shown below the image.
+        score: higher is better. It ranks the examples.
+        image: to show.
+    """
 
     key: str
     text: str
@@ -49,10 +62,18 @@ class Example:
 
 @dataclass
 class Subject:
-    """What is measured: a model, and samples with their images. on_batch: is told of progress;
-    clip: another judge of how images fit texts, where there is one."""
+    """The model to measure, and the samples to measure it on.
 
-    model: Multimodal
+    Args:
+        model: in eval mode.
+        samples: N samples that the evaluator fits.
+        batch_size: items per batch.
+        seed: of everything random.
+        on_batch: called after each batch with its number of items.
+        clip: judges drawings, if given.
+    """
+
+    model: Model
     samples: list[Sample]
     batch_size: int = 32
     seed: int = 0
@@ -61,70 +82,98 @@ class Subject:
 
     @cached_property
     def images(self) -> list[Image.Image]:
+        """N images in their original size."""
         return [open_image(sample.image, name=sample.key) for sample in self.samples]
 
     @cached_property
     def pixels(self) -> Tensor:
-        """float32[N, 3, H, W] in [-1, 1], as the model sees them"""
+        """float32[N, 3, H, W] in [-1, 1], at the model's size."""
         config = self.model.image_tokenizer.config
         fitted = [fit_image(image, config.image_size, config.fit) for image in self.images]
         return torch.stack([to_tensor(image) for image in fitted])
 
-    def encoded(self, pixels: Tensor) -> Tensor:
-        """float32[N, 3, H, W] in [-1, 1] -> codes: int64[N, n]"""
-        return self.rows_over(lambda some: encode_images(self.model, some), pixels)
-
     @cached_property
     def codes(self) -> Tensor:
-        """int64[N, n]"""
-        return self.encoded(self.pixels)
+        """int64[N, n], the codes of the images."""
+        return self.encode(self.pixels)
 
-    def over(self, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[U]]) -> list[U]:
-        """What ``work`` makes of the items, one for each and in their order.
+    def encode(self, pixels: Tensor) -> Tensor:
+        """float32[N, 3, H, W] in [-1, 1] -> int64[N, n]."""
+        return self.map_rows(lambda batch: encode_images(self.model, batch), pixels)
 
-        It is given a batch at a time; of several ranks each does a share, and all get the whole.
+    def map_batches(
+        self, items: Sequence[T], function: Callable[[Sequence[T]], Sequence[U]]
+    ) -> list[U]:
+        """Apply a function to items, one batch at a time.
+
+        With several ranks each rank does a share. All ranks get all results.
+
+        Args:
+            items: any.
+            function: a batch of items -> one result for each.
+
+        Returns:
+            One result for each item, in the order of the items.
         """
         size = -(-len(items) // world_size())
         share = items[rank() * size : (rank() + 1) * size]
-        found: list[U] = []
+        results: list[U] = []
         for start in range(0, len(share), self.batch_size):
-            part = share[start : start + self.batch_size]
-            found += work(part)
-            self.on_batch(len(part))
-        assert len(found) == len(share), f"{len(found)} results of {len(share)} items"
-        return gather_objects(found)
+            batch = share[start : start + self.batch_size]
+            results += function(batch)
+            self.on_batch(len(batch))
+        assert len(results) == len(share), f"{len(results)} results of {len(share)} items"
+        return gather_objects(results)
 
-    def rows_over(self, work: Callable[[Tensor], Tensor], read: Tensor) -> Tensor:
-        """``over`` the rows of a tensor, for work that makes another: float[N, ...]"""
-        made = self.over(range(len(read)), lambda rows: list(work(read[list(rows)]).cpu()))
-        return torch.stack(made)
+    def map_rows(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """``map_batches`` over the rows of a tensor: [N, ...] -> [N, ...] on the CPU."""
+        results = self.map_batches(
+            range(len(rows)), lambda batch: list(function(rows[list(batch)]).cpu())
+        )
+        return torch.stack(results)
 
 
 class Evaluator(Protocol):
-    """``fits``: whether a sample can be measured; ``measure`` is given those that can."""
+    """One task.
+
+    name: of the task. protocol: how its scores are measured, in words. examples: filled by
+    ``measure``.
+    """
 
     name: ClassVar[str]
     protocol: ClassVar[str]
     examples: list[Example]
 
-    def fits(self, sample: Sample) -> bool: ...
-    def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]: ...
+    def fits(self, sample: Sample) -> bool:
+        """Whether the evaluator can use this sample."""
+        ...
+
+    def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        """Yield (name of a score, its value). The subject has only samples that fit."""
+        ...
 
 
 def interval(
-    values: Sequence[float], seed: int = 0, owners: Sequence[int] | None = None, rounds: int = 1000
+    values: Sequence[float], seed: int = 0, groups: Sequence[int] | None = None, rounds: int = 1000
 ) -> tuple[float, float]:
-    """Of the mean, 95 %: by the bootstrap over samples (Efron 1979), percentiles.
+    """The 95 % confidence interval of a mean, by the percentile bootstrap (Efron 1979).
 
-    owners: the sample of each value, where a sample has several: they are drawn together.
+    Args:
+        values: at least one.
+        seed: of the resampling.
+        groups: the group of each value. Values of a group are drawn together.
+        rounds: number of resamplings.
+
+    Returns:
+        (low, high).
     """
     rng = torch.Generator().manual_seed(seed)
     each = torch.tensor(values, dtype=torch.float64)
-    groups = torch.arange(len(each)) if owners is None else torch.tensor(owners)
-    groups = torch.unique(groups, return_inverse=True)[1]
-    count = int(groups.max()) + 1
-    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, groups, each)
-    sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, groups, torch.ones_like(each))
+    group_of = torch.arange(len(each)) if groups is None else torch.tensor(groups)
+    group_of = torch.unique(group_of, return_inverse=True)[1]
+    count = int(group_of.max()) + 1
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, group_of, each)
+    sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, group_of, torch.ones_like(each))
     picks = torch.randint(count, (rounds, count), generator=rng)
     means = sums[picks].sum(1) / sizes[picks].sum(1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -132,13 +181,18 @@ def interval(
 
 
 def evaluate(evaluator: Evaluator, subject: Subject) -> dict[str, Any]:
-    """name -> {"value"}, with "low", "high" and "n" where it is a mean over samples."""
+    """Measure a task.
+
+    Returns:
+        Name of a score -> {"value"}. A mean over samples also has "low", "high" (its 95 %
+        interval) and "n".
+    """
     results: dict[str, Any] = {}
     for name, value in evaluator.measure(subject):
-        owners = value.owners if isinstance(value, PerQuestion) else None
+        groups = value.rows if isinstance(value, PerQuestion) else None
         values = value.values if isinstance(value, PerQuestion) else value
         if isinstance(values, Sequence):
-            low, high = interval(values, subject.seed, owners)
+            low, high = interval(values, subject.seed, groups)
             mean = sum(values) / len(values)
             results[name] = {"value": mean, "low": low, "high": high, "n": len(values)}
         else:
@@ -146,8 +200,8 @@ def evaluate(evaluator: Evaluator, subject: Subject) -> dict[str, Any]:
     return results
 
 
-def chosen(examples: list[Example], count: int, seed: int) -> dict[str, list[Example]]:
-    """The best, the worst, and some that chance chose."""
-    ranked = sorted(examples, key=lambda one: (-one.score, one.key))
+def select_examples(examples: list[Example], count: int, seed: int) -> dict[str, list[Example]]:
+    """The best, the worst and random examples, at most ``count`` of each."""
+    ranked = sorted(examples, key=lambda example: (-example.score, example.key))
     picked = random.Random(f"examples/{seed}").sample(examples, min(count, len(examples)))
     return {"best": ranked[:count], "worst": ranked[::-1][:count], "random": picked}

@@ -1,4 +1,4 @@
-"""A page of pictures with words: one HTML file that needs nothing else."""
+"""A page of pictures and numbers: one HTML file that needs no other file."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ SHOWN = 160  # pixels of a picture's side on the page
 
 @dataclass
 class Figure:
-    """A picture and what stands below it; verdict: True or False where it was checked."""
+    """A picture with a text below it. verdict: True or False if a program checked it."""
 
     image: Image.Image
     text: str = ""
@@ -21,7 +21,7 @@ class Figure:
 
 @dataclass
 class Bars:
-    """Numbers by their names, drawn as long as they are large."""
+    """A bar chart: name -> number."""
 
     title: str
     values: dict[str, float]
@@ -29,15 +29,14 @@ class Bars:
 
 @dataclass
 class Numbers:
-    """Rows of a name, its number and what belongs to it, such as an interval."""
+    """A table. Each row has a name, a number and a note, such as an interval."""
 
     rows: list[tuple[str, str, str]]
 
 
 @dataclass
 class Section:
-    """A part of the page: numbers and bars side by side, then figures in rows, each with a line
-    above it."""
+    """A part of the page: numbers, bar charts, then rows of figures, each below a line of text."""
 
     title: str
     about: str
@@ -73,7 +72,7 @@ td.bar div { background: #4a7db5; height: .7rem; border-radius: 2px; min-width: 
 
 
 def page(title: str, about: str, sections: list[Section]) -> str:
-    """One HTML file that needs nothing else."""
+    """The text of an HTML file that needs no other file."""
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
@@ -112,11 +111,11 @@ def _bars(bars: Bars) -> str:
         for name, value in bars.values.items()
     ]
     widths = [100 * value / largest for value in bars.values.values()]
-    drawn = [
+    lines = [
         f"{row}<td class='bar'><div style='width:{width:.1f}%'></div></td></tr>"
         for row, width in zip(rows, widths, strict=True)
     ]
-    return f"<table><caption>{escape(bars.title)}</caption>{''.join(drawn)}</table>"
+    return f"<table><caption>{escape(bars.title)}</caption>{''.join(lines)}</table>"
 
 
 def _figure(figure: Figure) -> str:
@@ -129,7 +128,7 @@ def _figure(figure: Figure) -> str:
 
 def _data_address(image: Image.Image) -> str:
     small = image.convert("RGB")
-    if max(small.size) < SHOWN:  # a browser would blur what is small
+    if max(small.size) < SHOWN:  # a browser would blur a small picture
         small = small.resize((SHOWN, SHOWN), Image.Resampling.BICUBIC)
     elif max(small.size) > 2 * SHOWN:
         small = small.resize((2 * SHOWN, 2 * SHOWN), Image.Resampling.LANCZOS)

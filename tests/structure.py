@@ -37,14 +37,19 @@ BELOW: dict[str, tuple[str, ...]] = {
         "foundation", "tokenizers", "data", "data.builder", "model", "scenes", "inference", "api",
     ),
     "eval.metrics": ("foundation", "tokenizers"),
-    "eval.tasks": ("foundation", "tokenizers", "data", "model", "inference", "api", "eval.metrics"),
+    # The protocol of evaluators, which the tasks implement and the commands use.
+    "eval.evaluator": ("foundation", "data", "inference", "api", "eval.metrics"),
+    "eval.tasks": (
+        "foundation", "tokenizers", "data", "model", "inference", "api", "eval.evaluator",
+        "eval.metrics",
+    ),
     "eval": (
         "foundation", "tokenizers", "data", "data.builder", "model", "inference", "api", "commands",
-        "eval.metrics", "eval.tasks",
+        "eval.evaluator", "eval.metrics", "eval.tasks",
     ),
     "train": (
-        "foundation", "tokenizers", "data", "model", "inference", "api", "eval", "eval.metrics",
-        "eval.tasks",
+        "foundation", "tokenizers", "data", "model", "inference", "api", "eval", "eval.evaluator",
+        "eval.metrics", "eval.tasks",
     ),
 }  # fmt: skip
 # What is exact about scenes: evaluators like any other, and the page of the demo.

@@ -14,7 +14,8 @@ from PIL import Image
 from multimodal.api import load
 from multimodal.cli import VERBS, main
 from multimodal.scenes.captions import captions
-from multimodal.scenes.scene import render, sample_scene
+from multimodal.scenes.rendering import render
+from multimodal.scenes.scene import sample_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")

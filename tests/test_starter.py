@@ -1,4 +1,4 @@
-"""The bundled starter: whole, small, licensed, and as good on simple things as its card says."""
+"""The bundled starter is complete, small and licensed, and does simple tasks well."""
 
 import json
 import random
@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from multimodal.api import Model
+from multimodal.api import Model, load
 from multimodal.cli import main
 from multimodal.eval.metrics.answering import score_answers
 from multimodal.eval.metrics.scene_captions import score_scene_captions
-from multimodal.model.checkpoint import read_config
+from multimodal.model.checkpoint import find_model, read_config
+from multimodal.scenes.captions import captions
 from multimodal.scenes.questions import questions
-from multimodal.scenes.scene import render, sample_scene
+from multimodal.scenes.rendering import render
+from multimodal.scenes.scene import sample_scene
 
-FOLDER = find("starter")
+FOLDER = find_model("starter")
 
 
 @pytest.fixture(scope="module")
@@ -22,22 +24,22 @@ def starter() -> Model:
     return load("starter")
 
 
-def test_it_is_whole_and_small(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_complete_and_small(capsys: pytest.CaptureFixture[str]) -> None:
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 24e6
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ""}
     assert main(["info", "starter"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("(verified)") == 2 and "non-commercial research" in said
+    printed = capsys.readouterr().out
+    assert printed.count("(verified)") == 2 and "non-commercial research" in printed
 
 
-def test_its_card_and_its_licence_say_what_it_was_trained_on() -> None:
+def test_card_and_licence_name_the_training_data() -> None:
     licence, card = ((FOLDER / name).read_text("utf-8") for name in ("LICENSE", "README.md"))
     for text in (licence, card):
         for data in ("Flickr8k", "Noto Emoji", "easy-VQA", "scenes", "CC0", "non-commercial"):
             assert data in text
-    prints = read_config(FOLDER)["fingerprints"]
-    for fact in (*prints.values(), "recall", "seed 0", "1,000 scenes of val", "1,000 photos"):
+    fingerprints = read_config(FOLDER)["fingerprints"]
+    for fact in (*fingerprints.values(), "recall", "seed 0", "1,000 scenes of val", "1,000 photos"):
         assert fact in card
 
 
@@ -45,8 +47,8 @@ def test_it_captions_and_answers_about_new_scenes(starter: Model) -> None:
     rng = random.Random("new scenes for the starter")
     scenes = {str(number): sample_scene(rng) for number in range(40)}
     pictures = [render(scene) for scene in scenes.values()]
-    said = dict(zip(scenes, starter.caption(pictures), strict=True))
-    assert score_scene_captions(said, scenes)["attribute_precision"] > 0.85
+    texts = dict(zip(scenes, starter.caption(pictures), strict=True))
+    assert score_scene_captions(texts, scenes)["attribute_precision"] > 0.85
     pairs = []
     for scene, picture in zip(scenes.values(), pictures, strict=True):
         ((question, expected),) = questions(scene, rng, 1)
@@ -54,27 +56,25 @@ def test_it_captions_and_answers_about_new_scenes(starter: Model) -> None:
     assert score_answers(pairs)["accuracy"] > 0.5
 
 
-def test_what_fits_is_nearer(starter: Model) -> None:
-    """Of 20 pictures and a text of each, more than half find theirs; chance is one."""
+def test_texts_find_their_pictures(starter: Model) -> None:
+    """More than half of 20 texts find their picture. Chance is one."""
     rng = random.Random("search")
     scenes = [sample_scene(rng) for _ in range(20)]
-    from multimodal.scenes.captions import captions
-
     texts = [captions(scene, rng, 1)[0] for scene in scenes]
     images = starter.embed(images=[render(scene) for scene in scenes])
-    found = (images @ starter.embed(texts=texts).T).argmax(0).tolist()
-    assert sum(n == image for n, image in enumerate(found)) > 10
+    nearest = (images @ starter.embed(texts=texts).T).argmax(0).tolist()
+    assert sum(n == image for n, image in enumerate(nearest)) > 10
 
 
-def test_the_folder_says_how_it_reads_images(starter: Model) -> None:
+def test_the_folder_has_the_preprocessing(starter: Model) -> None:
     stored = json.loads((FOLDER / "config.json").read_text())
     assert stored["preprocessing"]["image_size"] == starter.image_tokenizer.config.image_size
 
 
-def test_verbs_use_it_by_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_use_it_by_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "scene.png"
     scene = sample_scene(random.Random(5))
     render(scene).save(path)
     assert main(["caption", str(path)]) == 0
-    shown = capsys.readouterr().out.strip()
-    assert shown == f"{path}\t{load('starter').caption([path])[0]}"
+    printed = capsys.readouterr().out.strip()
+    assert printed == f"{path}\t{load('starter').caption([path])[0]}"

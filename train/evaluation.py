@@ -1,4 +1,4 @@
-"""What ``multimodal eval`` measures, at each validation of a run."""
+"""Runs evaluators of ``multimodal eval`` at each validation."""
 
 import json
 from itertools import islice
@@ -14,15 +14,26 @@ from multimodal.train.sharding import unsharded
 
 
 class EvaluateModel(L.Callback):
-    """Logs ``val/TASK/SCORE`` (``val/FOLDER/TASK/SCORE`` where there are several shard folders),
-    and writes all scores with their intervals to ``evaluation/`` beside the log.
+    """Logs scores, and writes them with their intervals to ``evaluation/`` beside the log.
+
+    The log has them as ``val/TASK/SCORE``, or as ``val/FOLDER/TASK/SCORE`` with several shard
+    folders. With several ranks each rank measures a share. The scores are of all samples.
+
+    In a recipe:
+
+        trainer:
+          callbacks:
+            - class_path: multimodal.train.evaluation.EvaluateModel
+              init_args: {tasks: [captioning, scene_captions], limit: 200}
 
     Args:
-        tasks: of ``multimodal eval``, or FILE.py:CLASS; one that no sample fits is left out.
-        limit: samples of each shard folder, the first ones of the validation split.
-        batch_size: samples at once; seed: of what is random.
+        tasks: names of ``multimodal eval``, or FILE.py:CLASS. One that fits no sample is skipped.
+        limit: most samples of each shard folder, the first ones of the validation split.
+        batch_size: samples per batch.
+        seed: of everything random.
 
-    On several ranks each measures a share of the samples, and the scores are of all of them.
+    Raises:
+        ValueError: if there is no task, a task is unknown, or a number is below 1.
     """
 
     def __init__(
@@ -31,7 +42,7 @@ class EvaluateModel(L.Callback):
         if not tasks or min(limit, batch_size) < 1:
             raise ValueError(
                 f"tasks={tasks}, limit={limit}, batch_size={batch_size}: expected at least one "
-                "task, and numbers from 1 on"
+                "task, limit >= 1 and batch_size >= 1"
             )
         self.evaluators = {task.rpartition(":")[2]: find_evaluator(task) for task in tasks}
         self.limit, self.batch_size, self.seed = limit, batch_size, seed
@@ -45,23 +56,25 @@ class EvaluateModel(L.Callback):
         folders: list[Shards] = data.shards(data.val_split)
         for shards in folders:
             if shards.encoding is not None:
-                raise ValueError(f"{shards.folder}: evaluators look at images, and it holds codes")
+                raise ValueError(
+                    f"{shards.folder}: the folder holds codes, and evaluators need images"
+                )
             samples = list(islice(shards, self.limit))
-            for task, make in self.evaluators.items():
-                evaluator = make()
+            for task, make_evaluator in self.evaluators.items():
+                evaluator = make_evaluator()
                 usable = [sample for sample in samples if evaluator.fits(sample)]
                 if not usable:
                     continue
-                with unsharded(model):
+                with unsharded(model.network):
                     subject = Subject(model, usable, self.batch_size, self.seed)
                     scores = evaluate(evaluator, subject)
                 name = task if len(folders) == 1 else f"{Path(shards.folder).name}/{task}"
                 results[name] = {"n": len(usable), "protocol": evaluator.protocol, "scores": scores}
                 pl_module.log_dict(
-                    {f"val/{name}/{score}": found["value"] for score, found in scores.items()},
-                    sync_dist=True,  # they are the same on every rank
+                    {f"val/{name}/{score}": result["value"] for score, result in scores.items()},
+                    sync_dist=True,  # the values are the same on every rank
                 )
-        log_dir = trainer.log_dir  # once, and on every rank: it is a broadcast
+        log_dir = trainer.log_dir  # a broadcast: every rank must read it
         if trainer.is_global_zero and log_dir:
             folder = Path(log_dir) / "evaluation"
             folder.mkdir(parents=True, exist_ok=True)

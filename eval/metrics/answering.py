@@ -1,4 +1,4 @@
-"""Answers to questions, right or wrong."""
+"""Scores answers to questions."""
 
 import re
 from collections.abc import Iterable
@@ -9,30 +9,41 @@ DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBER
 
 
 def normalise(answer: str) -> str:
+    """Lower case, single spaces, no punctuation at the ends."""
     return " ".join(answer.lower().split()).strip(" .,!?\"'")
 
 
-def same_answer(expected: str, found: str) -> bool:
-    """Whether two answers are one, as the evaluation of VQA has it (Antol et al. 2015,
-    arXiv:1505.00468): without case, punctuation and articles, numbers in digits."""
-    return _plain(expected) == _plain(found)
+def same_answer(expected: str, predicted: str) -> bool:
+    """Whether two answers are equal by the rules of VQA (Antol et al. 2015, arXiv:1505.00468).
+
+    Case, punctuation and articles do not count. Numbers are compared as digits.
+    """
+    return _words(expected) == _words(predicted)
 
 
-def _plain(answer: str) -> list[str]:
+def _words(answer: str) -> list[str]:
     words = re.sub(r"[^\w\s'-]", " ", answer.lower()).split()
-    spoken = [word for word in words if word not in ARTICLES] or words
-    return [DIGITS.get(word, word) for word in spoken]
+    content = [word for word in words if word not in ARTICLES] or words
+    return [DIGITS.get(word, word) for word in content]
 
 
 def score_answers(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
-    """pairs: (expected, found) -> shares of right answers, and how many there were.
+    """Shares of right answers.
 
-    ``accuracy``: of all; ``closed``: where yes, no, true or false was expected; ``open``: of the
-    others. A share of nothing is left out.
+    Args:
+        pairs: (expected answer, predicted answer).
+
+    Returns:
+        - ``accuracy``: share in [0, 1] over all answers.
+        - ``closed``: over those where yes, no, true or false is expected.
+        - ``open``: over the others.
+        - ``n``: number of answers.
+
+        A share over no answers is left out.
     """
     right: dict[str, list[bool]] = {"accuracy": [], "closed": [], "open": []}
-    for expected, found in pairs:
-        correct = same_answer(expected, found)
+    for expected, predicted in pairs:
+        correct = same_answer(expected, predicted)
         closed = normalise(expected) in ("yes", "no", "true", "false")
         right["accuracy"].append(correct)
         right["closed" if closed else "open"].append(correct)

@@ -1,7 +1,7 @@
-"""Caption metrics: CIDEr, BLEU and ROUGE-L by pycocoevalcap, without its Java tokenizer.
+"""Caption metrics: CIDEr, BLEU and ROUGE-L of pycocoevalcap, without its Java tokenizer.
 
-CIDEr: Vedantam et al. 2015 (arXiv:1411.5726); BLEU: Papineni et al. 2002; ROUGE-L: Lin 2004. METEOR
-and SPICE need Java and are left out.
+CIDEr: Vedantam et al. 2015 (arXiv:1411.5726). BLEU: Papineni et al. 2002. ROUGE-L: Lin 2004.
+METEOR and SPICE need Java and are left out.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import string
 from typing import Any
 
 PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]")
-# The tokens of the Penn Treebank, as Stanford's tokenizer makes them of captions in lower case.
+# Penn Treebank tokens of lower-case text, as Stanford's tokenizer splits captions.
 _TOKENS = re.compile(
     r"""
     \.\.\. | --+
@@ -27,14 +27,14 @@ _DROPPED = frozenset("'' ' `` ` \" ( ) { } [ ] . ? ! , : - -- ... ;".split())
 
 
 def normalise(text: str) -> str:
-    """Lower case, punctuation removed ("t-shirt" reads "tshirt"), single spaces."""
+    """Lower case, without punctuation ("t-shirt" becomes "tshirt"), single spaces."""
     return " ".join(PUNCTUATION.sub("", text.lower()).split())
 
 
 def ptb_tokenize(text: str) -> str:
-    """Lower case, tokens of the Penn Treebank between single spaces, without punctuation.
+    """Lower-case Penn Treebank tokens with single spaces between them, without punctuation.
 
-    What COCO's evaluation does with Java (PTBTokenizer); the same on all 757 captions of its test.
+    COCO's evaluation uses Java's PTBTokenizer. Both agree on all 757 captions of its test.
     """
     return " ".join(token for token in _TOKENS.findall(text.lower()) if token not in _DROPPED)
 
@@ -42,28 +42,34 @@ def ptb_tokenize(text: str) -> str:
 def score_captions(
     predictions: dict[str, str], references: dict[str, list[str]], tokenize: bool = True
 ) -> dict[str, Any]:
-    """Corpus scores by their names in COCO's evaluation, and the same of every image.
+    """Corpus scores and scores per image, with the names of COCO's evaluation.
 
     Args:
-        predictions: one caption an image, which may be empty; references: all true captions of the
-            same images, at least one each.
-        tokenize: ``ptb_tokenize`` both sides first; ``False`` if they are tokenized.
-    Returns: ``CIDEr`` (1.0 is the scale of the paper's 100 %), ``Bleu_1`` to ``Bleu_4``,
-        ``ROUGE_L``: floats; ``per_image``: those by image, of BLEU smoothed as pycocoevalcap does.
-    Errors: ``ValueError`` where the keys differ, an image has no reference, or there is nothing to
-        score.
+        predictions: image -> caption, which may be empty.
+        references: image -> all its reference captions, at least one, for the same images.
+        tokenize: apply ``ptb_tokenize`` to both first. False if they are already tokenized.
+
+    Returns:
+        - ``CIDEr``: 1.0 is 100 % in the paper.
+        - ``Bleu_1`` to ``Bleu_4``, ``ROUGE_L``: in [0, 1].
+        - ``per_image``: image -> the same scores. BLEU is smoothed as in pycocoevalcap.
+
+    Raises:
+        ValueError: if the keys differ, an image has no reference, or there is nothing to score.
     """
     if set(predictions) != set(references):
         missing = sorted(set(references) ^ set(predictions))[:5]
-        raise ValueError(f"predictions and references differ in their images: {missing} ...")
+        raise ValueError(
+            f"predictions and references have different images, expected the same: {missing} ..."
+        )
     if not predictions:
         raise ValueError("no captions to score")
     if empty := [key for key, texts in references.items() if not texts]:
         raise ValueError(f"no reference for {empty[0]}, and {len(empty) - 1} more")
-    ready = ptb_tokenize if tokenize else str
+    prepare = ptb_tokenize if tokenize else str
     keys = sorted(predictions)
-    truths = {key: [ready(text) for text in references[key]] for key in keys}
-    guesses = {key: [ready(predictions[key])] for key in keys}
+    truths = {key: [prepare(text) for text in references[key]] for key in keys}
+    guesses = {key: [prepare(predictions[key])] for key in keys}
     if not any(text.split() for texts in truths.values() for text in texts):
         raise ValueError("no reference has a word")
     from pycocoevalcap.bleu.bleu import Bleu

@@ -1,9 +1,8 @@
-"""How far a set of made pictures is from a set of true ones, in the features of a frozen network.
+"""FID and KID: the distance between generated and true pictures, in features of a frozen network.
 
-FID (Heusel et al. 2017, arXiv:1706.08500) and KID (Binkowski et al. 2018, arXiv:1801.01401), by
-torchmetrics. FID depends on how many pictures there are; KID does not, on average.
-
-Shapes: N, M pictures of H x W pixels.
+FID (Heusel et al. 2017, arXiv:1706.08500) and KID (Binkowski et al. 2018, arXiv:1801.01401) are
+those of torchmetrics. The expected value of FID depends on the number of pictures, that of KID does
+not.
 """
 
 import warnings
@@ -15,30 +14,41 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from multimodal.eval.metrics.features import Features
 
-SUBSETS, SUBSET = 50, 100  # of KID: how many, and the pictures of each
+SUBSETS = 50  # of KID
+SUBSET_SIZE = 100  # pictures, at most
 
 
 @torch.inference_mode()
 def score_distribution(
-    made: Tensor, real: Tensor, features: Features, seed: int = 0, batch_size: int = 64
+    generated: Tensor, true: Tensor, features: Features, seed: int = 0, batch_size: int = 64
 ) -> dict[str, float]:
-    """made: float[N, 3, H, W], real: float[M, 3, H, W], in [-1, 1] -> fid, kid; 0 is best
+    """FID and KID of two sets of pictures.
 
-    Of fewer than two pictures there is nothing to say: {}.
+    Args:
+        generated: float[N, 3, H, W] in [-1, 1].
+        true: float[M, 3, H, W] in [-1, 1].
+        features: the frozen network.
+        seed: of KID's random subsets.
+        batch_size: pictures per forward pass.
+
+    Returns:
+        ``fid`` and ``kid``, 0 is best. Empty if one set has fewer than two pictures.
     """
-    fewest = min(len(made), len(real))
+    fewest = min(len(generated), len(true))
     if fewest < 2:
         return {}
     frechet = FrechetInceptionDistance(feature=features, normalize=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it keeps the features: a few thousand short rows
+        warnings.simplefilter(
+            "ignore"
+        )  # it warns that it stores all features, here a few thousand short rows
         kernel = KernelInceptionDistance(
-            feature=features, subsets=SUBSETS, subset_size=min(SUBSET, fewest), normalize=True
+            feature=features, subsets=SUBSETS, subset_size=min(SUBSET_SIZE, fewest), normalize=True
         )
-    for pictures, true in ((made, False), (real, True)):
-        for some in torch.split(pictures.float().cpu(), batch_size):
-            frechet.update(some, real=true)
-            kernel.update(some, real=true)
+    for pictures, are_true in ((generated, False), (true, True)):
+        for batch in torch.split(pictures.float().cpu(), batch_size):
+            frechet.update(batch, real=are_true)
+            kernel.update(batch, real=are_true)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         mean, _ = kernel.compute()

@@ -1,9 +1,9 @@
-"""What pictures look like to a frozen network: perceptual distance, and features for FID.
+"""Features of a frozen network, for perceptual distance and FID.
 
-LPIPS (Zhang et al. 2018, arXiv:1801.03924) showed that distances between features of a trained
-network agree with people, and that those of a random one do so less, but better than pixels.
-Trained weights have to be at hand; without any, the random network here is a fixed yardstick: the
-same for everyone, comparable between tokenizers, and never to be set beside published LPIPS or FID.
+Distances between features of a trained network agree with human judgement (LPIPS, Zhang et al.
+2018, arXiv:1801.03924). Those of a random network agree less, but more than pixels do. Trained
+weights must be available locally. Without them, the random network here gives the same values
+everywhere. They compare tokenizers with each other. Never compare them with published LPIPS or FID.
 
 Shapes: B batch, H W pixels, D features.
 """
@@ -22,13 +22,15 @@ class Features(nn.Module):
     """A frozen network by name.
 
     Args:
-    name: ``random``: four layers of convolutions with weights of a fixed seed. ``timm:MODEL``: a
-        trained model of timm, from its cache or the net; ``timm:MODEL=FILE``: with the weights in
-        a file (safetensors).
-    Errors: ``ValueError`` for a name that is not known and weights that cannot be had.
+        name: ``random`` is four convolutions with weights of a fixed seed. ``timm:MODEL`` is a
+            trained model of timm, from its cache or the network. ``timm:MODEL=FILE`` takes the
+            weights from a file (safetensors).
+
+    Raises:
+        ValueError: if the name is unknown or the weights are not available.
     """
 
-    num_features: int  # D; torchmetrics reads it
+    num_features: int  # D. torchmetrics reads it.
     mean: Tensor
     std: Tensor
     network: nn.Module
@@ -49,30 +51,50 @@ class Features(nn.Module):
 
     @property
     def label(self) -> str:
-        """How a figure made with these features is to be called."""
+        """The name of these features in reports."""
         return "random features, seed 0" if self.name == RANDOM else f"features of {self.name}"
 
     def train(self, mode: bool = True) -> "Features":
-        return super().train(False)  # a yardstick, whatever the module around it does
+        return super().train(False)  # always in eval mode, also inside a module in training
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """images: float[B, 3, H, W] in [-1, 1] -> float[B, C, h, w] of each layer"""
-        maps: list[Tensor] = self.network(((images + 1) / 2 - self.mean) / self.std)
-        return maps
+        """Feature maps of each layer.
+
+        Args:
+            images: float[B, 3, H, W] in [-1, 1].
+
+        Returns:
+            float[B, C, h, w] for each layer.
+        """
+        return self.network(((images + 1) / 2 - self.mean) / self.std)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: float[B, 3, H, W] in [-1, 1] -> float[B, D], the mean of the last layer"""
+        """The mean of the last layer.
+
+        Args:
+            images: float[B, 3, H, W] in [-1, 1].
+
+        Returns:
+            float[B, D].
+        """
         return self.maps(images)[-1].mean((2, 3))
 
     def distance(self, images: Tensor, others: Tensor) -> Tensor:
-        """Perceptual distance, float[B]: LPIPS without its learned weights.
+        """Perceptual distance: LPIPS without its learned weights.
 
-        At each place of each layer, the squared distance of the two unit vectors.
+        At each position of each layer, it is the squared distance of the two unit vectors.
+
+        Args:
+            images: float[B, 3, H, W] in [-1, 1].
+            others: float[B, 3, H, W] in [-1, 1].
+
+        Returns:
+            float[B], 0 for equal images.
         """
         total = images.new_zeros(len(images))
         for a, b in zip(self.maps(images), self.maps(others), strict=True):
-            apart = (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1)
-            total = total + apart.mean((1, 2))
+            squared = (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1)
+            total = total + squared.mean((1, 2))
         return total
 
 
@@ -96,7 +118,7 @@ class _Layers(nn.Module):
 
 
 def _random_network() -> _Layers:
-    """He initialisation from a generator of its own, so that it is the same everywhere."""
+    """He initialisation with a separate generator, so the weights are the same everywhere."""
     network, generator = _Layers(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in network.layers:
@@ -123,11 +145,13 @@ def _timm_network(name: str) -> tuple[nn.Module, list[float], list[float]]:
             features_only=True,
             pretrained_cfg_overlay={"file": file} if file else None,
         )
-    except Exception as error:  # unknown model, no cache, no net: timm and its hub raise anything
+    except (
+        Exception
+    ) as error:  # timm and its hub raise any type: unknown model, no cache, no network
         raise ValueError(
-            f"features {name!r}: the weights cannot be had ({type(error).__name__}: {error}). "
-            f"Name a file: timm:{model}=FILE, or use the features that need none: {RANDOM}"
+            f"features {name!r}: the weights are not available ({type(error).__name__}: {error}). "
+            f"Give a file: timm:{model}=FILE, or use the features that need no weights: {RANDOM}"
         ) from error
     config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
-    network.eval()  # before anything goes through it: the statistics of batches must not move
+    network.eval()  # before the first forward pass: batch statistics must not change
     return network, list(config["mean"]), list(config["std"])

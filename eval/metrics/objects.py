@@ -1,13 +1,13 @@
-"""What a caption of a photo says is there: a list of words, in the manner of CHAIR.
+"""Objects that a caption names, by a list of words, as in CHAIR.
 
-CHAIR (Rohrbach et al. 2018, arXiv:1809.02156) counts objects that a caption names and that are not
-in the image: here, in none of its references. So it depends on how much they say, and a synonym
-that is missing below counts against the model.
+CHAIR (Rohrbach et al. 2018, arXiv:1809.02156) counts objects that a caption names and the image
+does not contain. Here an object counts as absent if no reference names it. So the score depends on
+how much detail the references have. A synonym that is missing below counts against the model.
 """
 
 import re
 
-# An object and the words for it; what a word belongs to comes first.
+# Each line: the name of an object, then the words for it.
 _WORDS = """
 person: man woman boy girl child kid baby toddler people men women boys girls children kids babies \
 lady guy person player runner rider skier surfer climber biker cyclist skateboarder swimmer \
@@ -69,11 +69,11 @@ building: building buildings house houses
 street: street road sidewalk
 grass: grass grassy lawn field
 """
-_OF_THEM = re.compile(r"\b(group|couple|crowd|pair|bunch) of\b")
+_GROUP_OF = re.compile(r"\b(group|couple|crowd|pair|bunch) of\b")
 
 
 def _forms(word: str) -> set[str]:
-    """A word and its plural, if it is a regular one."""
+    """A word and its regular plural."""
     plural = f"{word[:-1]}ies" if word.endswith("y") and word[-2:-1] not in "aeou" else f"{word}s"
     return {word, f"{word}es" if word.endswith(("s", "x", "ch", "sh")) else plural}
 
@@ -87,7 +87,7 @@ OBJECT_OF = {
 }
 
 
-def objects_said(text: str) -> set[str]:
-    """The objects that a text names; a couple of dogs is not a couple."""
-    words = re.findall(r"[a-z]+", _OF_THEM.sub(" ", text.lower()))
+def named_objects(text: str) -> set[str]:
+    """The objects that a text names. "a couple of dogs" names dogs only."""
+    words = re.findall(r"[a-z]+", _GROUP_OF.sub(" ", text.lower()))
     return {OBJECT_OF[word] for word in words if word in OBJECT_OF}

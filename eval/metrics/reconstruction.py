@@ -1,19 +1,14 @@
-"""How well image tokenizers keep pictures: all of them by one protocol, on one set of images.
+"""Scores reconstructions of images.
 
 PSNR; SSIM (Wang et al. 2004) and MS-SSIM (Wang et al. 2003) of torchmetrics; perceptual distance
-and FID (Heusel et al. 2017, arXiv:1706.08500) with the features named. Every tokenizer is given the
-same pictures of one size: they are resized to its own, encoded, decoded, and resized back.
+and FID (Heusel et al. 2017, arXiv:1706.08500) with given features.
 
-Shapes: N images, R pixels of a side, h w the grid of codes.
+Shapes: B images of a batch, R pixels per side, h w grid of codes.
 """
 
 import math
-import time
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.image import (
     multiscale_structural_similarity_index_measure,
@@ -23,111 +18,80 @@ from torchmetrics.functional.image import (
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from multimodal.eval.metrics.features import Features
-from multimodal.tokenizers.image import VQTokenizer
 from multimodal.tokenizers.quantizer import CodebookUsage
 
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of MS-SSIM, from fine to coarse
 KERNEL = 11  # pixels of SSIM's window
 
 
-def resized(images: Tensor, side: int) -> Tensor:
-    """float[N, 3, R, R] -> float[N, 3, side, side] in [-1, 1]"""
-    if images.shape[-1] == side:
-        return images
-    return F.interpolate(images, side, mode="bicubic", antialias=True).clamp(-1, 1)
-
-
 def ms_ssim_scales(side: int) -> int:
-    """How many scales of MS-SSIM fit: at the coarsest the window still has to."""
+    """Number of scales of MS-SSIM at which its window still fits. ``side``: pixels."""
     return min(len(SCALES), int(math.log2(max(1, (side - 1) / (KERNEL - 1)))) + 1)
 
 
-@torch.inference_mode()
-def score_reconstructions(
-    tokenizer: VQTokenizer,
-    images: Tensor,
-    features: Features,
-    batch_size: int = 64,
-    keep: int = 0,
-    on_batch: Callable[[int], object] = lambda count: None,
-) -> tuple[dict[str, float], Tensor]:
-    """images: float[N, 3, R, R] in [-1, 1] -> the scores, and the first ``keep`` reconstructions.
+class ReconstructionScores:
+    """Collects scores batch by batch.
 
-    psnr: dB, mean over images; ssim, ms_ssim: up to 1; perceptual, fid: with ``features``, 0 is
-    best (fid of fewer than 2 images is left out); used: share of the codebook; perplexity.
+    Args:
+        features: network for perceptual distance and FID.
+        side: R, pixels per side of the images.
+        codebook_size: of the image tokenizer.
     """
-    side = images.shape[-1]
-    use = CodebookUsage(tokenizer.codebook_size)
-    sums: dict[str, float] = {}
-    frechet = FrechetInceptionDistance(feature=features, normalize=True)
-    scales = ms_ssim_scales(side)
-    betas = tuple(weight / sum(SCALES[:scales]) for weight in SCALES[:scales])
-    found = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        codes = tokenizer.encode(resized(batch, tokenizer.config.image_size))
-        use.update(codes)
-        again = resized(tokenizer.decode(codes), side)
-        found.append(again[: max(0, keep - start)])
+
+    def __init__(self, features: Features, side: int, codebook_size: int) -> None:
+        self.features = features
+        self.use = CodebookUsage(codebook_size)
+        self.frechet = FrechetInceptionDistance(feature=features, normalize=True)
+        weights = SCALES[: ms_ssim_scales(side)]
+        self.scale_weights = tuple(weight / sum(weights) for weight in weights)
+        self.sums: dict[str, float] = {}
+        self.count = 0
+
+    @torch.inference_mode()
+    def update(self, images: Tensor, reconstructions: Tensor, codes: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            images: float[B, 3, R, R] in [-1, 1].
+            reconstructions: float[B, 3, R, R] in [-1, 1].
+            codes: int64[B, h, w].
+        """
+        self.use.update(codes)
         scores = {
             "psnr": peak_signal_noise_ratio(
-                again, batch, data_range=2.0, reduction="none", dim=(1, 2, 3)
+                reconstructions, images, data_range=2.0, reduction="none", dim=(1, 2, 3)
             ),
             "ssim": structural_similarity_index_measure(
-                again, batch, data_range=2.0, reduction="none"
+                reconstructions, images, data_range=2.0, reduction="none"
             ),
             "ms_ssim": multiscale_structural_similarity_index_measure(
-                again, batch, data_range=2.0, reduction="none", betas=betas, normalize="relu"
+                reconstructions,
+                images,
+                data_range=2.0,
+                reduction="none",
+                betas=self.scale_weights,
+                normalize="relu",
             ),
-            "perceptual": features.distance(again, batch),
+            "perceptual": self.features.distance(reconstructions, images),
         }
         for name, values in scores.items():
-            sums[name] = sums.get(name, 0.0) + float(torch.as_tensor(values).sum())
-        frechet.update(batch, real=True)
-        frechet.update(again, real=False)
-        on_batch(len(batch))
-    means = {name: total / len(images) for name, total in sums.items()}
-    if len(images) > 1:
-        means["fid"] = float(frechet.compute())
-    return {**means, "used": use.used, "perplexity": use.perplexity}, torch.cat(found)
+            self.sums[name] = self.sums.get(name, 0.0) + float(torch.as_tensor(values).sum())
+        self.frechet.update(images, real=True)
+        self.frechet.update(reconstructions, real=False)
+        self.count += len(images)
 
+    @torch.inference_mode()
+    def compute(self) -> dict[str, float]:
+        """The scores of all images.
 
-@torch.inference_mode()
-def time_tokenizers(
-    tokenizers: Mapping[str, VQTokenizer], images: Tensor, rounds: int = 3
-) -> dict[str, dict[str, float]]:
-    """Images a second, encoded and decoded: the median of rounds in which all take turns, so that
-    what else the machine does falls on all alike."""
-    taken: dict[str, dict[str, list[float]]] = {
-        name: {"encode": [], "decode": []} for name in tokenizers
-    }
-    for _ in range(rounds + 1):  # the first is to warm up
-        for name, tokenizer in tokenizers.items():
-            batch = resized(images, tokenizer.config.image_size)
-            start = time.perf_counter()
-            codes = tokenizer.encode(batch)
-            middle = time.perf_counter()
-            tokenizer.decode(codes)
-            taken[name]["encode"].append(middle - start)
-            taken[name]["decode"].append(time.perf_counter() - middle)
-    return {
-        name: {
-            f"{verb}_per_second": len(images) / sorted(seconds[1:])[len(seconds[1:]) // 2]
-            for verb, seconds in both.items()
-        }
-        for name, both in taken.items()
-    }
-
-
-def describe(tokenizer: VQTokenizer, side: int) -> dict[str, Any]:
-    """What a tokenizer is, and the bits it spends on a pixel of a picture of ``side``."""
-    config = tokenizer.config
-    bits = config.grid**2 * math.log2(tokenizer.codebook_size)
-    return {
-        "image_size": config.image_size,
-        "codes": config.grid**2,
-        "codebook_size": tokenizer.codebook_size,
-        "bits_per_pixel": bits / side**2,
-        "parameters": sum(weight.numel() for weight in tokenizer.parameters()),
-        "fingerprint": tokenizer.fingerprint,
-    }
+        Returns:
+            - ``psnr``: dB, mean over images.
+            - ``ssim``, ``ms_ssim``: mean over images, at most 1.
+            - ``perceptual``: mean distance, 0 is best.
+            - ``fid``: 0 is best. Left out for fewer than 2 images.
+            - ``used``: share of the codebook. ``perplexity``: of the codes.
+        """
+        scores = {name: total / self.count for name, total in self.sums.items()}
+        if self.count > 1:
+            scores["fid"] = float(self.frechet.compute())
+        return {**scores, "used": self.use.used, "perplexity": self.use.perplexity}

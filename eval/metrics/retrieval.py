@@ -1,4 +1,4 @@
-"""How often a text finds its image, and an image one of its texts, among all of a set."""
+"""Recall of retrieval in both directions: image by text, and text by image."""
 
 from collections.abc import Sequence
 
@@ -7,28 +7,42 @@ from torch import Tensor
 
 
 def score_retrieval(
-    images: Tensor, texts: Tensor, owners: Sequence[int], ks: Sequence[int] = (1, 5, 10)
+    images: Tensor, texts: Tensor, image_of_text: Sequence[int], ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Recall at k in both directions, shares in [0, 1].
+    """Recall at k in both directions.
 
-    images: float[N, D] and texts: float[M, D], of unit norm; owners: M, the image of each text.
-    ``text_to_image@k``: texts whose image is among the k nearest of N; ``image_to_text@k``: images
-    with any text of theirs among the k nearest of M. Equal scores count against the model: one
-    that gives every pair the same finds nothing.
-    Errors: ``ValueError`` for an image without a text, or texts of images that are not there.
+    Equal scores count against the model: constant embeddings have a recall of 0.
+
+    Args:
+        images: float[N, D], unit norm.
+        texts: float[M, D], unit norm.
+        image_of_text: M numbers in [0, N), the image of each text. Each image needs a text.
+        ks: the values of k.
+
+    Returns:
+        Shares in [0, 1].
+
+        - ``text_to_image@k``: texts whose image is among the k nearest of N.
+        - ``image_to_text@k``: images with one of their texts among the k nearest of M.
+
+    Raises:
+        ValueError: if an image has no text, or a text has no image.
     """
-    own = torch.as_tensor(list(owners))
-    if len(own) != len(texts) or set(own.tolist()) != set(range(len(images))):
-        raise ValueError(f"{len(texts)} texts for {len(images)} images: each needs one of its own")
+    targets = torch.as_tensor(list(image_of_text))
+    if len(targets) != len(texts) or set(targets.tolist()) != set(range(len(images))):
+        raise ValueError(
+            f"{len(texts)} texts for {len(images)} images: expected an image number for each text, "
+            "and at least one text for each image"
+        )
     scores = texts @ images.T
-    mine = scores.gather(1, own[:, None])
-    # Others that score as high; the own text or image is one of them, and is not counted.
-    ahead_of_image = (scores >= mine).sum(1) - 1
-    belongs = own[:, None] == torch.arange(len(images))
-    best = scores.masked_fill(~belongs, -torch.inf).amax(0)
-    ahead_of_text = ((scores >= best) & ~belongs).sum(0)
-    found = {}
+    target_scores = scores.gather(1, targets[:, None])
+    # Wrong images with at least the score of the right one. The right one itself is subtracted.
+    ahead_of_image = (scores >= target_scores).sum(1) - 1
+    is_pair = targets[:, None] == torch.arange(len(images))
+    best = scores.masked_fill(~is_pair, -torch.inf).amax(0)
+    ahead_of_text = ((scores >= best) & ~is_pair).sum(0)
+    recalls = {}
     for k in ks:
-        found[f"text_to_image@{k}"] = (ahead_of_image < k).float().mean().item()
-        found[f"image_to_text@{k}"] = (ahead_of_text < k).float().mean().item()
-    return found
+        recalls[f"text_to_image@{k}"] = (ahead_of_image < k).float().mean().item()
+        recalls[f"image_to_text@{k}"] = (ahead_of_text < k).float().mean().item()
+    return recalls

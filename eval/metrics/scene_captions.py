@@ -1,68 +1,88 @@
 """Scores captions of synthetic scenes against the ground truth, claim by claim.
 
-In the spirit of CHAIR (https://arxiv.org/abs/1809.02156) and SPICE (https://arxiv.org/abs/1607.08822):
-not how much a caption resembles another one, but which of its statements are so. All figures are
-shares in [0, 1], pooled over the captions (a caption that says more weighs more).
+The idea follows CHAIR (Rohrbach et al. 2018, https://arxiv.org/abs/1809.02156) and SPICE (Anderson
+et al. 2016, https://arxiv.org/abs/1607.08822). The score does not depend on how similar a caption
+is to a reference, but on which of its claims are true. All scores are shares in [0, 1] over all
+captions, so a caption with more claims has more weight.
 """
 
 from collections import Counter
 from collections.abc import Mapping
 
-from multimodal.scenes.claims import KINDS, check_caption
+from multimodal.scenes.checking import check_caption
+from multimodal.scenes.claims import KINDS, parse_caption
 from multimodal.scenes.scene import Scene
+
+
+def named_shapes(caption: str) -> set[str]:
+    """The shapes that a caption names."""
+    return {claim.value for claim in parse_caption(caption) if claim.kind == "shape"}
+
+
+def hallucinated(caption: str, scene: Scene) -> bool:
+    """Whether the caption names a shape that the scene does not have.
+
+    The share of such captions is CHAIR per sentence (Rohrbach et al. 2018, arXiv:1809.02156). Here
+    it is exact, because all objects of a scene are known.
+    """
+    return bool(named_shapes(caption) - {item.shape for item in scene.objects})
 
 
 def score_scene_captions(
     predictions: Mapping[str, str], scenes: Mapping[str, Scene]
 ) -> dict[str, float]:
-    """How much of what the captions say is true, and how much of the scenes they name.
+    """Which claims of the captions are true, and which objects of the scenes they name.
 
     Args:
         predictions: key -> caption, any text.
-        scenes: key -> ground truth, for exactly the same keys: a caption left out would otherwise
-            improve the figures.
+        scenes: key -> ground truth, with exactly the same keys. A missing caption would otherwise
+            improve the scores.
+
     Returns:
-        attribute_precision: share of all claims that are true; an unparsed clause is a false one.
-        precision_KIND: the same per kind of claim (colour, shape, size, texture, count, position,
-            relation, background), only for kinds that were claimed at all; claims_KIND: how many.
-        object_recall: share of the scenes' objects named with the right colour and shape;
-        object_precision: share of the objects named that are there, by colour and shape. No
-            object counts twice in either.
-        perfect: share of the captions that name all objects and claim nothing false.
-        unparsed: share of the captions with a clause that could not be read.
-        n: number of captions.
-    Errors: ``ValueError`` where the keys differ or there are none.
+        - ``attribute_precision``: share of all claims that are true. An unparsed clause is false.
+        - ``precision_KIND``: the same for one kind of claim (colour, shape, size, texture, count,
+          position, relation, background), only for kinds that occur.
+        - ``claims_KIND``: number of claims of a kind.
+        - ``object_recall``: share of the scenes' objects named with the right colour and shape.
+        - ``object_precision``: share of the named objects that exist, by colour and shape. Each
+          object counts at most once, in recall and in precision.
+        - ``perfect``: share of the captions that name all objects and have no false claim.
+        - ``unparsed``: share of the captions with a clause that could not be parsed.
+        - ``n``: number of captions.
+
+    Raises:
+        ValueError: if the keys differ or there are none.
     """
     if not scenes or set(predictions) != set(scenes):
-        lost, extra = set(scenes) - set(predictions), set(predictions) - set(scenes)
+        no_caption, no_scene = set(scenes) - set(predictions), set(predictions) - set(scenes)
         raise ValueError(
             f"{len(predictions)} captions for {len(scenes)} scenes, expected the same keys: "
-            f"without caption {sorted(lost)[:3]}, without scene {sorted(extra)[:3]}"
+            f"without caption {sorted(no_caption)[:3]}, without scene {sorted(no_scene)[:3]}"
         )
-    claimed: Counter[str] = Counter()
+    claims: Counter[str] = Counter()
     true: Counter[str] = Counter()
-    mentioned = found = objects = perfect = unparsed = 0
+    mentioned = matched = objects = perfect = unparsed = 0
     for key, scene in scenes.items():
         score = check_caption(predictions[key], scene)
         for claim, holds in score.results:
-            claimed[claim.kind] += 1
+            claims[claim.kind] += 1
             true[claim.kind] += holds
         mentioned += score.mentioned
-        found += score.found
+        matched += score.matched
         objects += score.objects
         perfect += score.precision == 1 and score.recall == 1
         unparsed += score.unparsed > 0
     result = {
-        "attribute_precision": true.total() / claimed.total(),
-        "object_recall": found / objects,
-        "object_precision": found / mentioned if mentioned else 0.0,
+        "attribute_precision": true.total() / claims.total(),
+        "object_recall": matched / objects,
+        "object_precision": matched / mentioned if mentioned else 0.0,
         "perfect": perfect / len(scenes),
         "unparsed": unparsed / len(scenes),
         "n": float(len(scenes)),
     }
     for kind in KINDS:
-        if claimed[kind]:
+        if claims[kind]:
             if kind != "unparsed":
-                result[f"precision_{kind}"] = true[kind] / claimed[kind]
-            result[f"claims_{kind}"] = float(claimed[kind])
+                result[f"precision_{kind}"] = true[kind] / claims[kind]
+            result[f"claims_{kind}"] = float(claims[kind])
     return result

@@ -1,8 +1,9 @@
-"""Is there a X? What a model takes to be in an image, probed by yes and no.
+"""Presence: does the model know which objects an image contains?
 
-POPE (Li et al. 2023, arXiv:2305.10355): as many questions about things that are there as about
-others, in three sets: others drawn at random, the commonest of the data, and those that most often
-stand beside what is there. A model that hears only how likely things are fails the last two.
+POPE (Li et al. 2023, arXiv:2305.10355) asks as many questions about present objects as about absent
+ones. The absent ones come in three sets: random, the most frequent in the data, and those that most
+often occur together with the present ones. A model that only knows how frequent objects are fails
+the last two sets.
 """
 
 import random
@@ -10,91 +11,111 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from multimodal.data.samples import Sample
 from multimodal.eval.evaluator import Example, PerQuestion, Subject, Value
-from multimodal.eval.metrics.objects import objects_said
-from multimodal.eval.tasks.evaluators import is_described, scene_of
+from multimodal.eval.metrics.objects import named_objects
 from multimodal.inference.likelihoods import choice_likelihoods
 from multimodal.model.lessons import descriptions_of
-from multimodal.scenes.words import with_article
 
-AT_MOST = 3  # things of an image that are asked for, and as many that are not there
-Asked = tuple[int, str, bool]  # number of the sample, the thing, whether it is there
+MAX_PRESENT = 3  # present objects per image in questions, and as many absent ones
 
 
-def things_of(sample: Sample) -> set[str]:
-    """Scenes: the shapes that are there; photos: what their references name."""
-    if (scene := scene_of(sample)) is not None:
-        return {item.shape for item in scene.objects}
-    return objects_said(" ".join(descriptions_of(sample.record)))
+class PresenceQuestion(NamedTuple):
+    """row: number of the sample. present: the right answer is yes."""
+
+    row: int
+    object_name: str
+    present: bool
 
 
-def negatives(there: Sequence[set[str]], rng: random.Random) -> dict[str, list[list[str]]]:
-    """Of each set, for each image, what is not there, in the order in which it is asked for."""
-    common = Counter(thing for some in there for thing in sorted(some))
-    beside = Counter(pair for some in there for pair in permutations(sorted(some), 2))
-    found: dict[str, list[list[str]]] = {"random": [], "popular": [], "adversarial": []}
-    for some in there:
-        absent = sorted(set(common) - some)
-        found["random"].append(rng.sample(absent, len(absent)))
-        found["popular"].append(sorted(absent, key=lambda thing: -common[thing]))
-        found["adversarial"].append(
-            sorted(absent, key=lambda thing: -sum(beside[one, thing] for one in some))
+def question_about(name: str) -> str:
+    article = "an" if name[0] in "aeiou" else "a"
+    return f"is there {article} {name}?"
+
+
+def absent_objects(present: Sequence[set[str]], rng: random.Random) -> dict[str, list[list[str]]]:
+    """Objects that images do not contain.
+
+    Args:
+        present: the objects of each image.
+        rng: of the random set.
+
+    Returns:
+        "random", "popular" and "adversarial" -> for each image, all objects of other images that it
+        does not contain, in the order in which they are asked about.
+    """
+    frequency = Counter(name for names in present for name in sorted(names))
+    together = Counter(pair for names in present for pair in permutations(sorted(names), 2))
+    result: dict[str, list[list[str]]] = {"random": [], "popular": [], "adversarial": []}
+    for names in present:
+        absent = sorted(set(frequency) - names)
+        result["random"].append(rng.sample(absent, len(absent)))
+        result["popular"].append(sorted(absent, key=lambda name: -frequency[name]))
+        result["adversarial"].append(
+            sorted(absent, key=lambda name: -sum(together[other, name] for other in names))
         )
-    return found
+    return result
 
 
 @dataclass
 class Presence:
-    """Whether the model knows what is there from what might be."""
+    """Yes or no to "is there a X?", about objects that references name and about others."""
 
     name: ClassVar[str] = "presence"
     protocol: ClassVar[str] = (
-        f"POPE: is there a X, the likelier of yes and no; of each image at most {AT_MOST} things "
-        "that are there (scenes: shapes; photos: what a reference names) and as many others: at "
-        "random, the commonest, and those that most often stand beside what is there"
+        "POPE: is there a X, the more likely of yes and no; for each image at most "
+        f"{MAX_PRESENT} objects that a reference names, and as many absent ones: random, the most "
+        "frequent, and those that most often occur together with the present ones"
     )
     examples: list[Example] = field(default_factory=list)
 
+    def objects_of(self, sample: Sample) -> set[str]:
+        """The objects that an image contains."""
+        return named_objects(" ".join(descriptions_of(sample.record)))
+
     def fits(self, sample: Sample) -> bool:
-        return is_described(sample) and bool(things_of(sample))
+        return bool(self.objects_of(sample))
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         model, codes = subject.model, subject.codes
-        there = [things_of(sample) for sample in subject.samples]
+        present = [self.objects_of(sample) for sample in subject.samples]
         rng = random.Random(f"presence/{subject.seed}")
-        absent = negatives(there, rng)
-        present = [rng.sample(sorted(some), min(AT_MOST, len(some))) for some in there]
-        sets: dict[str, list[Asked]] = {"there": []}
-        for row, things in enumerate(present):
-            sets["there"] += [(row, thing, True) for thing in things]
-        for name, others in absent.items():
-            sets[name] = [
-                (row, thing, False)
-                for row, (things, some) in enumerate(zip(present, others, strict=True))
-                for thing in some[: len(things)]
+        absent = absent_objects(present, rng)
+        picked = [rng.sample(sorted(names), min(MAX_PRESENT, len(names))) for names in present]
+        about_present = [
+            PresenceQuestion(row, name, True) for row, names in enumerate(picked) for name in names
+        ]
+
+        def says_yes(batch: Sequence[PresenceQuestion]) -> list[bool]:
+            templates = model.config.templates
+            prompts = [templates.ask(question_about(question.object_name)) for question in batch]
+            rows = [question.row for question in batch]
+            choices = [("yes", "no")] * len(batch)
+            likelihoods = choice_likelihoods(model, codes[rows], prompts, choices)
+            return [bool(yes > no) for yes, no in likelihoods]
+
+        present_yes = subject.map_batches(about_present, says_yes)
+        for name, absent_of in absent.items():
+            about_absent = [
+                PresenceQuestion(row, other, False)
+                for row, others in enumerate(absent_of)
+                for other in others[: len(picked[row])]
             ]
-
-        def says_yes(part: Sequence[Asked]) -> list[bool]:
-            words = model.config.templates
-            prompts = [words.ask(f"is there {with_article(thing)}?") for _, thing, _ in part]
-            rows = [row for row, _, _ in part]
-            likely = choice_likelihoods(model, codes[rows], prompts, [("yes", "no")] * len(part))
-            return [bool(yes > no) for yes, no in likely]
-
-        said = {name: subject.over(asked, says_yes) for name, asked in sets.items()}
-        for name in absent:
-            both = [*zip(sets["there"], said["there"], strict=True),
-                    *zip(sets[name], said[name], strict=True)]  # fmt: skip
-            right = [float(yes == true) for (_, _, true), yes in both]
-            yield f"{name}_accuracy", PerQuestion(right, [row for (row, _, _), _ in both])
-            yield f"{name}_says_yes", sum(yes for _, yes in both) / len(both)
-            yield f"{name}_questions", float(len(both))
-            hits = sum(yes for (_, _, true), yes in both if true)
-            yield f"{name}_f1", 2 * hits / max(1, len(sets["there"]) + sum(yes for _, yes in both))
-        for (row, thing, _), yes in zip(sets["adversarial"], said["adversarial"], strict=True):
-            text = f"is there {with_article(thing)}? {'yes (right: no)' if yes else 'no'}"
-            key, image = subject.samples[row].key, subject.images[row]
-            self.examples.append(Example(key, text, float(not yes), image))
+            absent_yes = subject.map_batches(about_absent, says_yes)
+            questions, answers = about_present + about_absent, present_yes + absent_yes
+            right = [
+                float(yes == question.present)
+                for question, yes in zip(questions, answers, strict=True)
+            ]
+            yield f"{name}_accuracy", PerQuestion(right, [question.row for question in questions])
+            yield f"{name}_says_yes", sum(answers) / len(answers)
+            yield f"{name}_questions", float(len(answers))
+            f1 = 2 * sum(present_yes) / max(1, len(about_present) + sum(answers))
+            yield f"{name}_f1", f1
+        # Examples are of the last set, the hardest one.
+        for question, yes in zip(about_absent, absent_yes, strict=True):
+            text = f"{question_about(question.object_name)} {'yes (right: no)' if yes else 'no'}"
+            sample, image = subject.samples[question.row], subject.images[question.row]
+            self.examples.append(Example(sample.key, text, float(not yes), image))

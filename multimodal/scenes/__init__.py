@@ -1,1 +1,1 @@
-"""Synthetic scenes: pictures of which everything is known, with captions and questions."""
+"""Synthetic scenes with known ground truth: pictures, captions, questions."""

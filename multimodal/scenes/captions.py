@@ -1,10 +1,9 @@
-"""Captions of synthetic scenes, all true by construction; also the door to their questions.
+"""Captions of synthetic scenes, all true by construction.
 
-Every caption names every object with colour and shape, usually from left to right (objects of the
-same colour and shape as one group: "two red squares"), often with sizes and textures, and in many
-forms adds a relation, a position, a count or the background. What is said of places is true with a
-margin. The readers of captions (``multimodal.scenes.claims``) and the questions
-(``multimodal.scenes.questions``) can be imported from here too.
+Every caption names every object with its colour and shape, usually from left to right. Objects of
+the same colour and shape form one group: "two red squares". Sizes and textures are often added.
+Many forms also state a relation, a position, a count or the background. Positions and relations are
+true with a margin (``sure`` in ``multimodal.scenes.positions``).
 """
 
 import random
@@ -12,16 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
 
-from multimodal.scenes.claims import CaptionScore, Claim, check_caption, parse_caption
-from multimodal.scenes.questions import questions
-from multimodal.scenes.scene import (
-    SPATIAL,
-    Scene,
-    SceneObject,
-    is_between,
-    region_of,
-    relation_holds,
-)
+from multimodal.scenes.positions import SPATIAL, is_between, region_of, relation_holds
+from multimodal.scenes.scene import Scene, SceneObject
 from multimodal.scenes.words import (
     NUMBERS,
     PLURALS,
@@ -30,10 +21,8 @@ from multimodal.scenes.words import (
     with_article,
 )
 
-__all__ = ["CaptionScore", "Claim", "captions", "check_caption", "parse_caption", "questions"]
-
 MAX_WORDS = 32
-SHOWS = (
+OPENING_PHRASES = (
     *("the picture shows", "the image shows", "a picture of", "an image of", "a drawing of"),
     *("this picture has", "we see"),
 )
@@ -41,7 +30,7 @@ SHOWS = (
 
 @dataclass(frozen=True)
 class _Group:
-    """The objects of one colour and shape; an attribute that they do not share is None."""
+    """The objects of one colour and shape. An attribute that differs among them is None."""
 
     items: tuple[SceneObject, ...]
 
@@ -64,7 +53,7 @@ class _Group:
 
 def _groups(scene: Scene) -> list[_Group]:
     pairs = dict.fromkeys(item.pair for item in scene.objects)
-    return [_Group(tuple(o for o in scene.objects if o.pair == pair)) for pair in pairs]
+    return [_Group(tuple(item for item in scene.objects if item.pair == pair)) for pair in pairs]
 
 
 def _join(parts: list[str]) -> str:
@@ -76,19 +65,19 @@ def _related(a: _Group, relation: str, b: _Group) -> bool:
 
 
 class _Captioner:
-    """Writes one caption; a fresh one per caption, since the style is drawn once for all of it."""
+    """Writes one caption. The style is sampled once, so each caption needs a new instance."""
 
     def __init__(self, scene: Scene, rng: random.Random) -> None:
         self.scene, self.rng = scene, rng
         self.groups = _groups(scene)
         if rng.random() < 0.1:
             rng.shuffle(self.groups)
-        # A caption tells everything, or names only, or something between: one choice for all.
+        # The probability to mention a size or texture, the same for all objects of the caption.
         self.detail = rng.choices((1.0, 0.5, 0.0), (50, 25, 25))[0]
         self.swapped = rng.random() < 0.12  # "striped small" instead of "small striped"
 
     def pick(self, forms: tuple[str, ...]) -> str:
-        """One of the forms, the first one as often as all others together."""
+        """One of the forms. The first one is as frequent as all others together."""
         if len(forms) == 1 or self.rng.random() < 0.5:
             return forms[0]
         return self.rng.choice(forms[1:])
@@ -102,7 +91,7 @@ class _Captioner:
                     ("small", "little", "tiny") if group.size == "small" else ("large", "big")
                 )
             )
-        # That an object is solid is seldom worth a word.
+        # "solid" is the default, so captions seldom mention it.
         plain = group.texture == "solid"
         if group.texture and rng.random() < self.detail * (0.08 if plain else 1):
             if not plain and rng.random() < 0.2:
@@ -119,10 +108,10 @@ class _Captioner:
         return with_article(text)
 
     def back(self, group: _Group) -> str:
-        """A second mention: "the red circle", or "the circle" where there is only one kind."""
+        """A second mention: "the red circle", or "the circle" if all circles are red."""
         count = f"{NUMBERS[len(group.items)]} " if len(group.items) > 1 else ""
-        alone = sum(other.first.shape == group.first.shape for other in self.groups) == 1
-        if alone and self.rng.random() < 0.4:
+        unique_shape = sum(other.first.shape == group.first.shape for other in self.groups) == 1
+        if unique_shape and self.rng.random() < 0.4:
             return f"the {count}{group.noun}"
         return f"the {count}{group.first.colour} {group.noun}"
 
@@ -145,7 +134,7 @@ class _Captioner:
     def is_are(self, group: _Group) -> str:
         return "are" if len(group.items) > 1 else "is"
 
-    # The forms: each returns None where the scene does not allow it.
+    # The forms of a caption. Each returns None if the scene does not allow it.
 
     def listing(self) -> str:
         return _join([self.name(group) for group in self.groups])
@@ -193,35 +182,35 @@ class _Captioner:
 
     def placed(self) -> str | None:
         """ "a on the left and b in the top right corner"."""
-        places = [self.position(group) for group in self.groups]
-        if None in places or len(places) > 3:
+        positions = [self.position(group) for group in self.groups]
+        if None in positions or len(positions) > 3:
             return None
-        return _join([f"{self.name(g)} {p}" for g, p in zip(self.groups, places, strict=True)])
+        return _join([f"{self.name(g)} {p}" for g, p in zip(self.groups, positions, strict=True)])
 
     def located(self) -> str | None:
         """ "on the left there is a, and on the right there is b"."""
-        places = [self.position(group) for group in self.groups]
-        if None in places or len(places) > 2:
+        positions = [self.position(group) for group in self.groups]
+        if None in positions or len(positions) > 2:
             return None
         link = self.rng.choice(("there ", ""))
         return " and ".join(
-            f"{place} {link}{self.is_are(group)} {self.name(group)}"
-            for group, place in zip(self.groups, places, strict=True)
+            f"{position} {link}{self.is_are(group)} {self.name(group)}"
+            for group, position in zip(self.groups, positions, strict=True)
         )
 
     def tail(self) -> str:
-        """A statement about objects that were named already, or nothing."""
+        """A statement about objects that were already named, or an empty string."""
         pairs = [(a, b) for a in self.groups for b in self.groups if a is not b]
         if self.rng.random() < 0.25:
             group = self.rng.choice(self.groups)
-            place = self.position(group)
-            if place and len(self.groups) > 1:
-                return f", with {self.back(group)} {place}"
+            position = self.position(group)
+            if position and len(self.groups) > 1:
+                return f", with {self.back(group)} {position}"
         if self.rng.random() < 0.2:
             for a, b in pairs:
                 if phrase := self.relation(a, b, ("larger than", "smaller than")):
                     return f"; {self.back(a)} {self.is_are(a)} {phrase} {self.back(b)}"
-        # From left to right again, and the first pair that is clear: the likeliest thing to say.
+        # Again from left to right: the first pair with a clear relation.
         for a, b in pairs:
             if phrase := self.relation(a, b):
                 if self.rng.random() < 0.6:
@@ -230,6 +219,7 @@ class _Captioner:
         return ""
 
     def write(self) -> str:
+        """One caption in a random form, with a random opening and ending."""
         rng = self.rng
         forms: list[tuple[Callable[[], str | None], int]] = [
             (self.listing, 40),
@@ -251,7 +241,7 @@ class _Captioner:
                 many = text.split()[0] in NUMBERS[2:]
                 text = f"there {'are' if many else 'is'} {text}"
             elif opening < 0.45:
-                text = f"{rng.choice(SHOWS)} {text}"
+                text = f"{rng.choice(OPENING_PHRASES)} {text}"
         ending = rng.random()
         if form in (self.listing, self.counted) and ending < 0.4:
             return text + self.tail()
@@ -265,12 +255,24 @@ class _Captioner:
 
 
 def captions(scene: Scene, rng: random.Random, n: int) -> list[str]:
-    """n different captions of the scene, lower-case, at most 32 words each, every claim true."""
+    """Different captions of a scene. All their claims are true.
+
+    Args:
+        scene: ground truth.
+        rng: source of all randomness.
+        n: number of captions, 0 to 12.
+
+    Returns:
+        n captions in lower case, at most ``MAX_WORDS`` words each.
+
+    Raises:
+        ValueError: if ``n`` is out of range.
+    """
     if not 0 <= n <= 12:
-        raise ValueError(f"{n} captions wanted, expected 0 to 12")
-    found: dict[str, None] = {}
-    while len(found) < n:
+        raise ValueError(f"{n} captions requested, expected 0 to 12")
+    texts: dict[str, None] = {}
+    while len(texts) < n:
         text = _Captioner(scene, rng).write()
         if len(text.split()) <= MAX_WORDS:
-            found[text] = None
-    return list(found)
+            texts[text] = None
+    return list(texts)

@@ -1,10 +1,11 @@
 """Writes synthetic scenes as a shard folder: pictures, captions, questions and the ground truth.
 
-Every sample comes from generators of its own, seeded by (seed, split, number): the first samples of
-a folder are the same however many follow, and no order of work can change them. The tar has no
-times or owners, and the PNG is compressed with run lengths only (zlib's Z_RLE), which leaves the
-variants of zlib nothing to decide. The Pillow version is noted in the manifest, because another
-one might draw an edge differently.
+Same arguments, same bytes:
+- Each sample has its own random generators, seeded by (seed, split, number). So the number of
+  samples and the order of the work do not change a sample.
+- The tar has no times or owners.
+- PNG files use run lengths only (zlib's Z_RLE), so all variants of zlib compress them alike.
+- The manifest has the version of Pillow, because another version may render edges differently.
 """
 
 import io
@@ -19,8 +20,10 @@ import PIL
 from tqdm import tqdm
 
 from multimodal.data.shards import index_shard, write_manifest, write_tar
-from multimodal.scenes.captions import captions, questions
-from multimodal.scenes.scene import HELD_OUT, render, sample_scene
+from multimodal.scenes.captions import captions
+from multimodal.scenes.questions import questions
+from multimodal.scenes.rendering import render
+from multimodal.scenes.scene import HELD_OUT, sample_scene
 
 LICENSE = "CC0-1.0"
 
@@ -28,15 +31,27 @@ LICENSE = "CC0-1.0"
 def make_sample(
     split: str, seed: int, number: int, size: int, captions_each: int, questions_each: int
 ) -> tuple[str, dict[str, bytes]]:
-    """(key, members) of one sample: "png" is the picture, size x size pixels, "json" its record."""
+    """One sample.
+
+    Args:
+        split: train, val or heldout. Only scenes of heldout have held-out pairs.
+        seed: of the folder.
+        number: of the sample in its split.
+        size: pixels per side of the picture.
+        captions_each: number of captions.
+        questions_each: number of questions.
+
+    Returns:
+        (key, members). Member "png" is the picture, "json" its record.
+    """
     rng = random.Random(f"scenes/{seed}/{split}/{number}")
     scene = sample_scene(rng, held_out=split == "heldout")
-    # Words and questions have generators of their own: asking for more changes no other part.
-    words = random.Random(f"captions/{seed}/{split}/{number}")
-    asked = random.Random(f"questions/{seed}/{split}/{number}")
+    # Separate generators: the number of captions does not change the questions or the scene.
+    caption_rng = random.Random(f"captions/{seed}/{split}/{number}")
+    question_rng = random.Random(f"questions/{seed}/{split}/{number}")
     record: dict[str, Any] = {
-        "captions": captions(scene, words, captions_each),
-        "qa": [list(pair) for pair in questions(scene, asked, questions_each)],
+        "captions": captions(scene, caption_rng, captions_each),
+        "qa": [list(pair) for pair in questions(scene, question_rng, questions_each)],
         "scene": scene.to_json(),
         "source": "scenes",
         "license": LICENSE,
@@ -57,21 +72,28 @@ def write_scenes(
     questions_each: int = 6,
     shard_size: int = 10_000,
 ) -> None:
-    """Write a shard folder with splits train, val and heldout; same arguments, same bytes.
+    """Write a shard folder with the splits train, val and heldout. Same arguments, same bytes.
 
     Args:
-        out: a folder that is not there yet, or is empty.
-        count: training scenes; val and heldout have max(200, count // 20) each.
-        seed: at least 0.  size: pixels of a side.  shard_size: the most samples in one tar.
-    Errors: ``ValueError`` for arguments that cannot be and for a folder that holds something.
+        out: a new or empty folder.
+        count: number of training scenes. val and heldout have max(200, count // 20) each.
+        seed: at least 0.
+        size: pixels per side of a picture.
+        captions_each: captions per scene.
+        questions_each: questions per scene.
+        shard_size: most samples per tar.
+
+    Raises:
+        ValueError: if a number is out of range or the folder is not empty.
     """
     if count < 1 or seed < 0 or shard_size < 1:
         raise ValueError(
-            f"count {count}, seed {seed}, shard_size {shard_size}: expected at least 1, 0 and 1"
+            f"count {count}, seed {seed}, shard_size {shard_size}: expected count >= 1, seed >= 0, "
+            "shard_size >= 1"
         )
     out = Path(out)
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: not empty; give a new folder")
+        raise ValueError(f"{out}: the folder is not empty. Give a new or empty folder.")
     out.mkdir(parents=True, exist_ok=True)
     splits = {"train": count, "val": max(200, count // 20), "heldout": max(200, count // 20)}
     entries = []

@@ -1,7 +1,7 @@
 """Question-answer pairs about synthetic scenes, all true by construction.
 
-A question is asked only where the scene has exactly one answer, and yes/no is a fair coin. About a
-scene without held-out pairs, no question speaks of a held-out pair.
+Each question has exactly one answer in its scene. Yes and no are equally likely. If a scene has no
+held-out pair, no question names a held-out pair.
 """
 
 import random
@@ -9,18 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import product
 
-from multimodal.scenes.scene import (
-    BACKGROUNDS,
-    COLOURS,
-    HELD_OUT,
-    OPPOSITE,
-    SHAPES,
-    SPATIAL,
-    Scene,
-    SceneObject,
-    region_of,
-    relation_holds,
-)
+from multimodal.scenes.positions import OPPOSITE, SPATIAL, region_of, relation_holds
+from multimodal.scenes.scene import BACKGROUNDS, COLOURS, HELD_OUT, SHAPES, Scene, SceneObject
 from multimodal.scenes.words import NUMBERS, PLURALS, RELATION_PHRASES, with_article
 
 
@@ -28,31 +18,31 @@ def _pair(item: SceneObject) -> str:
     return f"{item.colour} {item.shape}"
 
 
-class _Asker:
-    """Each method asks one question of its type, or None where no unique answer exists."""
+class _QuestionWriter:
+    """Each public method gives (question, answer) of one kind, or None without a unique answer."""
 
     def __init__(self, scene: Scene, rng: random.Random) -> None:
         self.scene, self.rng = scene, rng
         pairs = Counter(item.pair for item in scene.objects)
-        self.singles = [item for item in scene.objects if pairs[item.pair] == 1]
+        self.unique = [item for item in scene.objects if pairs[item.pair] == 1]
 
-    def one(self) -> SceneObject | None:
-        """An object whose colour and shape no other has."""
-        return self.rng.choice(self.singles) if self.singles else None
+    def unique_object(self) -> SceneObject | None:
+        """A random object whose colour and shape no other object has."""
+        return self.rng.choice(self.unique) if self.unique else None
 
-    def two(self) -> tuple[SceneObject, SceneObject] | None:
-        if len(self.singles) < 2:
+    def two_unique_objects(self) -> tuple[SceneObject, SceneObject] | None:
+        if len(self.unique) < 2:
             return None
-        a, b = self.rng.sample(self.singles, 2)
+        a, b = self.rng.sample(self.unique, 2)
         return a, b
 
     def colour(self) -> tuple[str, str] | None:
         shape = self.rng.choice(self.scene.objects).shape
         colours = {item.colour for item in self.scene.objects if item.shape == shape}
-        many = sum(item.shape == shape for item in self.scene.objects) > 1
+        several = sum(item.shape == shape for item in self.scene.objects) > 1
         if len(colours) > 1:
             return None
-        noun = f"are the {PLURALS[shape]}" if many else f"is the {shape}"
+        noun = f"are the {PLURALS[shape]}" if several else f"is the {shape}"
         return f"what colour {noun}?", colours.pop()
 
     def shape(self) -> tuple[str, str] | None:
@@ -61,18 +51,18 @@ class _Asker:
         return (f"what shape is the {colour} object?", shapes[0]) if len(shapes) == 1 else None
 
     def size(self) -> tuple[str, str] | None:
-        item = self.one()
+        item = self.unique_object()
         return (f"is the {_pair(item)} small or large?", item.size) if item else None
 
     def texture(self) -> tuple[str, str] | None:
-        item = self.one()
+        item = self.unique_object()
         return (f"what texture does the {_pair(item)} have?", item.texture) if item else None
 
     def count_all(self) -> tuple[str, str] | None:
         return "how many objects are there?", NUMBERS[len(self.scene.objects)]
 
     def count(self) -> tuple[str, str] | None:
-        """How many of a colour, of a shape or of both; now and then of none."""
+        """How many objects have a colour, a shape or both. Sometimes no object has it."""
         objects, rng = self.scene.objects, self.rng
         absent = rng.random() < 0.15
         chosen = rng.choice(objects)
@@ -89,7 +79,7 @@ class _Asker:
         return f"how many {PLURALS[shape]} are there?", NUMBERS[number]
 
     def exists(self) -> tuple[str, str] | None:
-        """A fair coin; the absent ones often mix the colour and shape of objects that are there."""
+        """Yes or no, equally likely. Half the absent pairs mix colours and shapes of the scene."""
         rng, objects = self.rng, self.scene.objects
         if rng.random() < 0.5:
             item = rng.choice(objects)
@@ -103,12 +93,12 @@ class _Asker:
             return pair not in present and (self.scene.has_held_out or pair not in HELD_OUT)
 
         absent = [pair for pair in product(colours, shapes) if allowed(pair)]
-        # Where nothing can be mixed, anything absent: "no" must stay as frequent as "yes".
+        # Without a mixed pair take any absent pair: "no" must stay as frequent as "yes".
         absent = absent or [pair for pair in product(COLOURS, SHAPES) if allowed(pair)]
         return f"is there {with_article(' '.join(rng.choice(absent)))}?", "no"
 
     def relation(self) -> tuple[str, str] | None:
-        pair = self.two()
+        pair = self.two_unique_objects()
         if pair is None:
             return None
         a, b = pair
@@ -121,8 +111,8 @@ class _Asker:
         return f"is the {_pair(a)} {phrase} the {_pair(b)}?", "yes" if yes else "no"
 
     def neighbour(self) -> tuple[str, str] | None:
-        """Asked where one object is surely there and no other could be said to be."""
-        anchor, relation = self.one(), self.rng.choice(SPATIAL)
+        """Only if exactly one object has the relation, and it surely has it."""
+        anchor, relation = self.unique_object(), self.rng.choice(SPATIAL)
         if anchor is None:
             return None
         near = [item for item in self.scene.objects if relation_holds(item, relation, anchor)]
@@ -131,7 +121,7 @@ class _Asker:
         return f"what is {RELATION_PHRASES[relation][0]} the {_pair(anchor)}?", _pair(near[0])
 
     def larger(self) -> tuple[str, str] | None:
-        pair = self.two()
+        pair = self.two_unique_objects()
         if pair is None or pair[0].size == pair[1].size:
             return None
         word = self.rng.choice(("larger", "smaller"))
@@ -139,7 +129,7 @@ class _Asker:
         return f"which is {word}, the {_pair(pair[0])} or the {_pair(pair[1])}?", _pair(answer)
 
     def where(self) -> tuple[str, str] | None:
-        item = self.one()
+        item = self.unique_object()
         region = item and region_of([item])
         return (f"where is the {_pair(item)}?", region) if item and region else None
 
@@ -147,29 +137,38 @@ class _Asker:
         return "what is the background?", self.scene.background
 
     def background_is(self) -> tuple[str, str] | None:
-        real = self.scene.background
+        true_name = self.scene.background
         yes = self.rng.random() < 0.5
-        name = real if yes else self.rng.choice([b for b in BACKGROUNDS if b != real])
+        name = true_name if yes else self.rng.choice([b for b in BACKGROUNDS if b != true_name])
         return f"is the background {name}?", "yes" if yes else "no"
 
 
 def questions(scene: Scene, rng: random.Random, n: int) -> list[tuple[str, str]]:
-    """Up to n (question, answer) pairs, no question twice; fewer only for n far above ten.
+    """Different questions about a scene with their answers.
 
-    No type comes again before all were tried: a repeated draw would lose the rarer "yes" answers.
+    A kind of question comes again only after all kinds were tried. Duplicates are dropped, and of a
+    repeated kind these are mostly the fewer questions with the answer "yes".
+
+    Args:
+        scene: ground truth.
+        rng: source of all randomness.
+        n: number of questions.
+
+    Returns:
+        n (question, answer) pairs. Fewer only if n is far above ten.
     """
-    asker, found = _Asker(scene, rng), dict[str, str]()
+    writer, pairs = _QuestionWriter(scene, rng), dict[str, str]()
     kinds: list[tuple[Callable[[], tuple[str, str] | None], int]] = [
-        *((asker.colour, 12), (asker.shape, 12), (asker.size, 6), (asker.texture, 6)),
-        *((asker.count_all, 5), (asker.count, 12), (asker.exists, 14), (asker.relation, 10)),
-        *((asker.neighbour, 10), (asker.larger, 6), (asker.where, 6), (asker.background, 4)),
-        (asker.background_is, 3),
+        *((writer.colour, 12), (writer.shape, 12), (writer.size, 6), (writer.texture, 6)),
+        *((writer.count_all, 5), (writer.count, 12), (writer.exists, 14), (writer.relation, 10)),
+        *((writer.neighbour, 10), (writer.larger, 6), (writer.where, 6), (writer.background, 4)),
+        (writer.background_is, 3),
     ]
     for _ in range(8):
         left = list(kinds)
-        while left and len(found) < n:
+        while left and len(pairs) < n:
             chosen = rng.choices(left, [weight for _, weight in left])[0]
             left.remove(chosen)
-            if asked := chosen[0]():
-                found.setdefault(*asked)
-    return list(found.items())
+            if pair := chosen[0]():
+                pairs.setdefault(*pair)
+    return list(pairs.items())

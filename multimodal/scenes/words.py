@@ -1,11 +1,12 @@
-"""The words that synthetic scenes are described in: what captions are written with and read by.
+"""The words of captions of synthetic scenes, used to write and to parse them.
 
-The first form of a phrase is the usual one. Whatever is not here, the reader cannot read.
+The first form of a phrase is the usual one. The parser knows no other words.
 """
 
 from collections.abc import Iterator
 
-from multimodal.scenes.scene import BACKGROUNDS, COLOURS, REGIONS, SHAPES
+from multimodal.scenes.positions import REGIONS
+from multimodal.scenes.scene import BACKGROUNDS, COLOURS, SHAPES
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE_WORDS = {
@@ -60,6 +61,7 @@ def with_article(words: str) -> str:
 
 
 def background_phrases() -> Iterator[tuple[str, str]]:
+    """(phrase, the background or colour it names)."""
     for word in (*BACKGROUNDS, *COLOURS):
         for start in ("on", "against", "with"):
             yield f"{start} {with_article(word)} background", word

@@ -1,8 +1,7 @@
-"""Reconstructions measured: against formulas written out, and by the command."""
+"""Scores of reconstructions: compared with explicit formulas, and by the command."""
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,11 @@ from torch import Tensor
 from multimodal.cli import main
 from multimodal.data.images import to_tensor
 from multimodal.eval.metrics.features import Features
-from multimodal.eval.metrics.reconstruction import ms_ssim_scales, score_reconstructions
+from multimodal.eval.metrics.reconstruction import ms_ssim_scales
+from multimodal.eval.tasks.reconstruction import score_tokenizer
 from multimodal.scenes.dataset import write_scenes
-from multimodal.scenes.scene import render, sample_scene
+from multimodal.scenes.rendering import render
+from multimodal.scenes.scene import sample_scene
 from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
 
 VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads": 2}
@@ -26,19 +27,18 @@ VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads"
 def scenes(count: int, size: int = 32) -> Tensor:
     import random
 
-    return torch.stack([
-        to_tensor(render(sample_scene(random.Random(i)), size)) for i in range(count)
-    ])  # fmt: skip
+    pictures = [render(sample_scene(random.Random(i)), size) for i in range(count)]
+    return torch.stack([to_tensor(picture) for picture in pictures])
 
 
 def tokenizer(image_size: int = 32, **quantizer: Any) -> VQTokenizer:
     torch.manual_seed(0)
     options = quantizer or {"name": "fsq", "levels": [5, 5, 5]}
-    made = VQTokenizer(ImageTokenizerConfig(image_size, "squash", 8, VIT, options))
+    result = VQTokenizer(ImageTokenizerConfig(image_size, "squash", 8, VIT, options))
     with torch.no_grad():
-        for _ in range(30):  # the statistics of batches settle, and codes are many
-            made.train()(scenes(8, image_size))
-    return made.eval()
+        for _ in range(30):  # batch statistics settle, and many codes are used
+            result.train()(scenes(8, image_size))
+    return result.eval()
 
 
 def test_the_random_features_are_the_same_for_everyone() -> None:
@@ -48,14 +48,14 @@ def test_the_random_features_are_the_same_for_everyone() -> None:
     second = Features().train()
     images = scenes(2)
     assert torch.equal(first(images), second(images)) and first.label == "random features, seed 0"
-    # Once and for all: another torch that draws other numbers would make figures of two machines
-    # incomparable without a word.
+    # These numbers are fixed: if another version of torch gave other weights, values of two
+    # machines could not be compared.
     weight = first.network.layers[0].weight  # type: ignore[union-attr, index]
-    found = [round(x, 4) for x in weight.flatten()[:3].tolist()]
-    assert found == [-0.3064, -0.3136, -0.0682], found
+    values = [round(x, 4) for x in weight.flatten()[:3].tolist()]
+    assert values == [-0.3064, -0.3136, -0.0682], values
 
 
-def test_perceptual_distance_grows_with_what_is_wrong() -> None:
+def test_perceptual_distance_grows_with_noise() -> None:
     features, images = Features(), scenes(4)
     assert features.distance(images, images).abs().max() < 1e-6
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
@@ -66,16 +66,16 @@ def test_perceptual_distance_grows_with_what_is_wrong() -> None:
     assert moved.grad is not None and moved.grad.abs().sum() > 0, "it can be a loss"
 
 
-def test_features_that_cannot_be_had_are_named(tmp_path: Path) -> None:
+def test_unavailable_features_raise_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected random, timm:MODEL or timm:MODEL=FILE"):
         Features("vgg")
     with pytest.raises(ValueError, match="no such file"):
         Features(f"timm:resnet18={tmp_path}/none.safetensors")
-    with pytest.raises(ValueError, match="use the features that need none: random"):
+    with pytest.raises(ValueError, match="use the features that need no weights: random"):
         Features("timm:no_such_model")
 
 
-def test_features_of_timm_come_from_a_file(tmp_path: Path) -> None:
+def test_features_of_timm_are_loaded_from_a_file(tmp_path: Path) -> None:
     import timm
     from safetensors.torch import save_file
 
@@ -90,38 +90,38 @@ def test_features_of_timm_come_from_a_file(tmp_path: Path) -> None:
     torch.testing.assert_close(features.maps(images)[-1], expected)
 
 
-def test_scores_are_the_formulas() -> None:
-    images, made, features = scenes(40), tokenizer(), Features()
-    scores, found = score_reconstructions(made, images, features, batch_size=16, keep=20)
-    assert torch.equal(found, made.decode(made.encode(images))[:20])
-    found = made.decode(made.encode(images))
-    error = (found - images).square().mean((1, 2, 3))
+def test_scores_equal_the_formulas() -> None:
+    images, model, features = scenes(40), tokenizer(), Features()
+    scores, kept = score_tokenizer(model, images, features, batch_size=16, keep=20)
+    decoded = model.decode(model.encode(images))
+    assert torch.equal(kept, decoded[:20])
+    error = (decoded - images).square().mean((1, 2, 3))
     assert scores["psnr"] == pytest.approx(float((-10 * torch.log10(error / 4)).mean()), abs=1e-3)
-    a, b = (features(x).double().numpy() for x in (images, found))
+    a, b = (features(x).double().numpy() for x in (images, decoded))
     difference = np.square(a.mean(0) - b.mean(0)).sum()
     covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()
     by_hand = difference + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * roots
     assert scores["fid"] == pytest.approx(by_hand, abs=1e-3)
-    codes = made.encode(images)
+    codes = model.encode(images)
     assert len(codes.unique()) > 5
     assert scores["used"] == pytest.approx(codes.unique().numel() / 125)
     assert scores["perceptual"] == pytest.approx(
-        float(features.distance(found, images).mean()), rel=1e-4
+        float(features.distance(decoded, images).mean()), rel=1e-4
     )
 
 
-def test_what_is_kept_whole_scores_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    images, made = scenes(8), tokenizer()
-    monkeypatch.setattr(made, "encode", lambda x: torch.zeros(len(x), 4, 4, dtype=torch.int64))
-    monkeypatch.setattr(made, "decode", lambda codes: images[: len(codes)])
-    scores, _ = score_reconstructions(made, images, Features())
+def test_perfect_reconstructions_have_the_best_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, model = scenes(8), tokenizer()
+    monkeypatch.setattr(model, "encode", lambda x: torch.zeros(len(x), 4, 4, dtype=torch.int64))
+    monkeypatch.setattr(model, "decode", lambda codes: images[: len(codes)])
+    scores, _ = score_tokenizer(model, images, Features())
     assert min(scores["ssim"], scores["ms_ssim"]) > 0.9999
     assert scores["perceptual"] < 1e-6 and abs(scores["fid"]) < 1e-3 and scores["psnr"] > 60
 
 
 @pytest.mark.parametrize(("side", "scales"), [(32, 2), (64, 3), (128, 4), (176, 5), (256, 5)])
-def test_ms_ssim_uses_the_scales_that_fit(side: int, scales: int) -> None:
+def test_ms_ssim_uses_as_many_scales_as_fit(side: int, scales: int) -> None:
     assert ms_ssim_scales(side) == scales
 
 
@@ -135,9 +135,9 @@ def folders(tmp_path: Path) -> Path:
 
 def test_the_command(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = folders / "out.json", folders / "out.png"
-    command = ["tokenizer", "compare", str(folders / "a"), str(folders / "b"), "--limit", "20",
-               "--data", str(folders / "scenes"), "--output", str(out), "--picture", str(picture),
-               "--batch-size", "8"]  # fmt: skip
+    command = ["tokenizer", "compare", str(folders / "a"), str(folders / "b")]
+    command += ["--data", str(folders / "scenes"), "--limit", "20", "--batch-size", "8"]
+    command += ["--output", str(out), "--picture", str(picture)]
     assert main(command) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 4 and "random features, seed 0" in printed[-1]
@@ -152,11 +152,8 @@ def test_the_command(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert image.height > 3 * 32
 
 
-Refused = Callable[[Path], list[str]]
-
-
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["a", "none"], "none: not an image tokenizer"),
         (["a", "--output", "x.txt"], "expected a name that ends in .json"),
@@ -165,40 +162,41 @@ Refused = Callable[[Path], list[str]]
         (["a", "--features", "inception"], "expected random, timm"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_error_messages_are_one_line(
     folders: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
-    said: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(folders)
     assert main(["tokenizer", "compare", "--data", "scenes", *arguments]) == 1
     error = capsys.readouterr().err
-    assert said in error and "multimodal tokenizer" in error and error.count("\n") == 1
+    assert message in error and "multimodal tokenizer" in error and error.count("\n") == 1
 
 
-def test_distributions_are_compared_as_torchmetrics_does() -> None:
+def test_fid_and_kid_equal_their_formulas() -> None:
     from multimodal.eval.metrics.distribution import score_distribution
 
     generator = torch.Generator().manual_seed(0)
-    real, near, far = (torch.rand(40, 3, 32, 32, generator=generator) * 2 - 1 for _ in range(3))
+    true, near, far = (torch.rand(40, 3, 32, 32, generator=generator) * 2 - 1 for _ in range(3))
     far = far.sign()
     features = Features()
-    found = score_distribution(near, real, features)
-    x, y = features(near), features(real)
+    scores = score_distribution(near, true, features)
+    x, y = features(near), features(true)
 
     def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
 
-    def apart(k: torch.Tensor) -> torch.Tensor:
+    def off_diagonal_mean(k: torch.Tensor) -> torch.Tensor:
         return (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
 
-    # All 40 are in every subset: the unbiased estimate itself.
-    expected = apart(kernel(x, x)) + apart(kernel(y, y)) - 2 * kernel(x, y).mean()
-    assert found["kid"] == pytest.approx(expected.item(), abs=1e-5)
-    assert score_distribution(near, real, features) == found, "the same seed, the same numbers"
-    assert score_distribution(real, real, features)["fid"] == pytest.approx(0, abs=1e-3)
-    worse = score_distribution(far, real, features)
-    assert worse["fid"] > 2 * found["fid"] and worse["kid"] > abs(found["kid"])
-    assert score_distribution(real[:1], real, features) == {}
+    # Every subset has all 40 pictures, so KID is the unbiased estimate itself.
+    expected = off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y))
+    expected = expected - 2 * kernel(x, y).mean()
+    assert scores["kid"] == pytest.approx(expected.item(), abs=1e-5)
+    assert score_distribution(near, true, features) == scores, "same seed, same numbers"
+    assert score_distribution(true, true, features)["fid"] == pytest.approx(0, abs=1e-3)
+    worse = score_distribution(far, true, features)
+    assert worse["fid"] > 2 * scores["fid"] and worse["kid"] > abs(scores["kid"])
+    assert score_distribution(true[:1], true, features) == {}

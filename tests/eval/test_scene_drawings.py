@@ -1,4 +1,4 @@
-"""What a program sees in a drawing: on true scenes nearly all, on spoilt ones less."""
+"""Objects are read off the pixels: nearly all on true scenes, fewer on blurred ones."""
 
 import random
 from collections import Counter
@@ -8,14 +8,14 @@ import pytest
 from PIL import Image, ImageFilter
 
 from multimodal.eval.metrics.scene_drawings import (
-    objects_asked,
-    objects_seen,
-    scene_seen,
+    named_objects,
     score_drawn_claims,
     score_scene_drawings,
 )
+from multimodal.eval.metrics.scene_pixels import detect_objects, detect_scene
 from multimodal.scenes.captions import captions as captions_of
-from multimodal.scenes.scene import COLOURS, SHAPES, Scene, SceneObject, render, sample_scene
+from multimodal.scenes.rendering import render
+from multimodal.scenes.scene import COLOURS, SHAPES, Scene, SceneObject, sample_scene
 
 
 def scene_of(*objects: tuple[str, str], background: str = "white", size: str = "large") -> Scene:
@@ -29,41 +29,44 @@ def scene_of(*objects: tuple[str, str], background: str = "white", size: str = "
 
 
 @pytest.mark.parametrize("size", [64, 128, 96])
-def test_true_scenes_are_read_almost_without_fault(size: int) -> None:
+def test_nearly_all_objects_of_true_scenes_are_detected(size: int) -> None:
     rng = random.Random(1)
     scenes = [sample_scene(rng) for _ in range(60)]
-    wanted = found = drawn = 0
+    expected = found = drawn = 0
     for scene in scenes:
-        seen = objects_seen(render(scene, size))
+        detected = detect_objects(render(scene, size))
         pairs = Counter(item.pair for item in scene.objects)
-        wanted, drawn = wanted + pairs.total(), drawn + len(seen)
-        found += (pairs & Counter((s.colour, s.shape or "") for s in seen)).total()
-    assert found >= 0.98 * wanted
-    assert drawn == pytest.approx(wanted, rel=0.02)
+        expected, drawn = expected + pairs.total(), drawn + len(detected)
+        found += (pairs & Counter((d.colour, d.shape or "") for d in detected)).total()
+    assert found >= 0.98 * expected
+    assert drawn == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("background", ["white", "black", "grey", "cream", "sky"])
-def test_every_shape_and_colour_on_every_background(shape: str, background: str) -> None:
+def test_every_shape_and_colour_is_detected_on_every_background(
+    shape: str, background: str
+) -> None:
     for colours in (list(COLOURS)[:4], list(COLOURS)[4:]):
         scene = scene_of(*((colour, shape) for colour in colours), background=background)
-        seen = objects_seen(render(scene, 64))
-        assert sorted((s.colour, s.shape) for s in seen) == sorted((c, shape) for c in colours)
+        detected = detect_objects(render(scene, 64))
+        pairs = sorted((d.colour, d.shape) for d in detected)
+        assert pairs == sorted((colour, shape) for colour in colours)
 
 
 def test_boxes_are_where_the_objects_are() -> None:
-    (first, second) = objects_seen(render(scene_of(("red", "circle"), ("blue", "star")), 64))
+    (first, second) = detect_objects(render(scene_of(("red", "circle"), ("blue", "star")), 64))
     assert (first.colour, second.colour) == ("red", "blue")
     assert first.box == pytest.approx((4, 4, 28, 28), abs=1)
     assert second.box[0] > 32 > second.box[3]
 
 
-def test_what_is_not_there_is_not_seen() -> None:
+def test_an_empty_picture_has_no_objects() -> None:
     for rgb in ((255, 255, 255), (12, 12, 14), (150, 150, 150)):
-        assert objects_seen(Image.new("RGB", (64, 64), rgb)) == []
+        assert detect_objects(Image.new("RGB", (64, 64), rgb)) == []
 
 
-def test_a_blur_costs_the_shapes_before_the_colours() -> None:
+def test_a_blur_hides_shapes_before_colours() -> None:
     rng = random.Random(2)
     scenes = [sample_scene(rng) for _ in range(40)]
     captions = [" and ".join(f"a {o.colour} {o.shape}" for o in s.objects) for s in scenes]
@@ -75,19 +78,20 @@ def test_a_blur_costs_the_shapes_before_the_colours() -> None:
     assert soft["colours"] > soft["objects"]
 
 
-def test_soft_pictures_are_read_as_eyes_read_them() -> None:
-    """A blur of 0.8 pixels hides no shape of a large object from anyone: not from the program."""
+def test_shapes_are_detected_in_slightly_blurred_pictures() -> None:
+    """People still see every shape after a blur of 0.8 pixels. So must the program."""
     rng = random.Random(5)
     blur = ImageFilter.GaussianBlur(0.8)
-    wanted, found = Counter[str](), Counter[str]()
+    expected, found = Counter[str](), Counter[str]()
     for scene in (sample_scene(rng) for _ in range(100)):
-        seen = Counter((s.colour, s.shape) for s in objects_seen(render(scene, 64).filter(blur)))
+        detected = detect_objects(render(scene, 64).filter(blur))
+        left = Counter((d.colour, d.shape) for d in detected)
         for item in scene.objects:
-            wanted[item.shape] += 1
-            found[item.shape] += seen[(item.colour, item.shape)] > 0
-            seen[(item.colour, item.shape)] -= 1
-    assert found.total() >= 0.9 * wanted.total()
-    assert all(found[shape] >= 0.85 * wanted[shape] for shape in SHAPES), (found, wanted)
+            expected[item.shape] += 1
+            found[item.shape] += left[(item.colour, item.shape)] > 0
+            left[(item.colour, item.shape)] -= 1
+    assert found.total() >= 0.9 * expected.total()
+    assert all(found[shape] >= 0.85 * expected[shape] for shape in SHAPES), (found, expected)
 
 
 def test_scores_of_a_wrong_drawing() -> None:
@@ -99,20 +103,20 @@ def test_scores_of_a_wrong_drawing() -> None:
     assert twice["objects"] == 0.5
 
 
-def test_what_a_caption_asks_for() -> None:
-    asked = objects_asked("two small red squares above a big dotted blue ring, and a star")
-    assert asked == Counter({("red", "square"): 2, ("blue", "ring"): 1})
-    assert not objects_asked("a dog runs through the grass")
+def test_objects_that_a_caption_names() -> None:
+    named = named_objects("two small red squares above a big dotted blue ring, and a star")
+    assert named == Counter({("red", "square"): 2, ("blue", "ring"): 1})
+    assert not named_objects("a dog runs through the grass")
 
 
-def test_captions_that_ask_for_nothing_are_no_score() -> None:
+def test_captions_without_objects_raise_an_error() -> None:
     blank = Image.fromarray(np.zeros((64, 64, 3), np.uint8))
     with pytest.raises(ValueError, match="no caption names an object"):
         score_scene_drawings(["a dog"], [blank])
 
 
-def test_what_captions_claim_is_true_of_their_own_scenes_and_not_of_others() -> None:
-    """Counts, places, relations, sizes and backgrounds, read off the pixels."""
+def test_claims_are_true_of_the_right_scenes_and_not_of_others() -> None:
+    """Counts, positions, relations, sizes and backgrounds, read off the pixels."""
     rng = random.Random(3)
     scenes = [sample_scene(rng) for _ in range(60)]
     pictures = [render(scene) for scene in scenes]
@@ -124,6 +128,6 @@ def test_what_captions_claim_is_true_of_their_own_scenes_and_not_of_others() -> 
     others = score_drawn_claims(texts, own[40:] + own[:40])
     assert others["relation"][0] < 0.5 and others["count"][0] < 0.6, others
     nothing = Image.new("RGB", (64, 64), (150, 150, 150))
-    assert scene_seen(nothing) is None
+    assert detect_scene(nothing) is None
     empty = score_drawn_claims(texts[:8], [nothing] * 8)
     assert all(share == 0 for share, _ in empty.values())

@@ -1,4 +1,4 @@
-"""Synthetic scenes: what is said of them is so, what is false is noticed, and bytes repeat."""
+"""Synthetic scenes: captions and answers are true, false claims are detected, bytes repeat."""
 
 import json
 import math
@@ -13,8 +13,12 @@ from numpy.typing import NDArray
 from multimodal.data.shards import Shards
 from multimodal.data.verify import check
 from multimodal.eval.metrics.scene_captions import score_scene_captions
-from multimodal.scenes.captions import captions, check_caption, parse_caption, questions
+from multimodal.scenes.captions import captions
+from multimodal.scenes.checking import check_caption
+from multimodal.scenes.claims import parse_caption
 from multimodal.scenes.dataset import make_sample, write_scenes
+from multimodal.scenes.questions import questions
+from multimodal.scenes.rendering import render
 from multimodal.scenes.scene import (
     COLOURS,
     HELD_OUT,
@@ -24,13 +28,12 @@ from multimodal.scenes.scene import (
     TRAINING_PAIRS,
     Scene,
     SceneObject,
-    render,
     sample_scene,
 )
 
 SCENES = [sample_scene(random.Random(f"test {k}"), held_out=k % 5 == 0) for k in range(300)]
 WRITTEN = [(scene, captions(scene, random.Random(k), 6)) for k, scene in enumerate(SCENES)]
-# What each number word becomes: never the truth of a scene of four objects at most.
+# Each number word and a wrong one. No scene has five objects.
 NUMBER_SWAPS = {"one": "five", "two": "three", "three": "four", "four": "five"}
 
 
@@ -53,7 +56,7 @@ ROW = Scene(
 )
 
 
-def test_every_caption_reads_fully_is_true_and_names_every_object() -> None:
+def test_every_caption_is_parsed_fully_is_true_and_names_every_object() -> None:
     for scene, texts in WRITTEN:
         assert len(set(texts)) == 6
         for text in texts:
@@ -73,7 +76,7 @@ def test_captions_use_every_kind_of_claim() -> None:
 
 
 def swaps(text: str, scene: Scene) -> list[str]:
-    """The caption with one word changed so that it must be false, in every place and kind."""
+    """All captions that differ in one word and must be false."""
     absent_colour = next(c for c in COLOURS if c not in {o.colour for o in scene.objects})
     absent_shape = next(s for s in SHAPES if s not in {o.shape for o in scene.objects})
     turned = {"left": "right", "right": "left", "above": "below", "below": "above"}
@@ -82,7 +85,7 @@ def swaps(text: str, scene: Scene) -> list[str]:
     turned |= {"black": "white", "cream": "grey"}
     turned |= {"small": "large", "tiny": "large", "large": "small", "big": "small"}
     plurals = {s + ("es" if s == "cross" else "s"): s for s in SHAPES}
-    found = []
+    changed = []
     words = list(re.finditer(r"[a-z]+", text))
     for word in words:
         old = word.group()
@@ -94,11 +97,11 @@ def swaps(text: str, scene: Scene) -> list[str]:
         elif old in plurals:
             new = absent_shape + "s" * (absent_shape != "cross") + "es" * (absent_shape == "cross")
         if new:
-            found.append(text[: word.start()] + new + text[word.end() :])
-    return found
+            changed.append(text[: word.start()] + new + text[word.end() :])
+    return changed
 
 
-def test_one_wrong_word_is_always_noticed() -> None:
+def test_one_wrong_word_is_always_detected() -> None:
     tried = 0
     for scene, texts in WRITTEN:
         for text in texts[:3]:
@@ -118,57 +121,56 @@ def test_matching_is_the_best_one_and_uses_no_object_twice() -> None:
     assert truths("two red circles") == (5, 5)
     assert truths("three red circles") == (4, 7)
     assert truths("one red circle") == (2, 3)
-    # Only the right-hand circle makes the relation true; the matching must find it.
+    # Only the circle on the right makes the relation true, so it must be matched.
     assert truths("a red circle to the right of a blue star") == (5, 5)
     assert truths("a blue star between two red circles") == (8, 8)
     assert truths("a red circle between a red circle and a blue star") == (6, 7)
     assert truths("a green heart left of a blue star") == (2, 5)
     assert truths("a blue circle") == (1, 2)
-    # "the" refers back, and says nothing new; "a" is one more object.
+    # "the" refers to an earlier object and adds no claim. "a" is a new object.
     assert truths("a blue star; the star is larger than a red circle") == (5, 5)
     assert truths("a blue star; the small star is in the middle") == (3, 4)
     assert truths("three objects on a black background") == (1, 2)
 
 
-def test_reader_takes_any_text() -> None:
+def test_the_parser_takes_any_text() -> None:
     rng = random.Random(0)
     words = " ".join(" ".join(texts) for _, texts in WRITTEN[:50]).split()
     marks = [",", ".", ";", "\n", "\0", "é", "🙂", "zzz", "2", "between", "the", "no", "<pad>"]
     for length in range(300):
         text = " ".join(rng.choice(words + marks * 20) for _ in range(length % 60))
         score = check_caption(text, SCENES[length])
-        assert 0 <= score.precision <= 1 and 0 <= score.found <= score.mentioned
+        assert 0 <= score.precision <= 1 and 0 <= score.matched <= score.mentioned
     for text in ("", " ", "red", "an object", "hello there", "between", "of left the"):
         assert [claim.kind for claim in parse_caption(text)] == ["unparsed"]
         assert check_caption(text, ROW).precision == 0
     endless = check_caption("a red circle and " * 10_000, ROW)
-    assert endless.found == 2 and endless.unparsed >= 1 and endless.precision < 0.1
+    assert endless.matched == 2 and endless.unparsed >= 1 and endless.precision < 0.1
 
 
-def test_unread_words_cost() -> None:
-    whole, broken = "a red circle and a blue star", "a red circle beside a blue star"
-    assert check_caption(whole, ROW).precision == 1
-    assert check_caption(broken, ROW).unparsed == 1
-    assert check_caption(broken, ROW).precision == pytest.approx(4 / 5)
+def test_unknown_words_lower_the_precision() -> None:
+    known, unknown = "a red circle and a blue star", "a red circle beside a blue star"
+    assert check_caption(known, ROW).precision == 1
+    assert check_caption(unknown, ROW).unparsed == 1
+    assert check_caption(unknown, ROW).precision == pytest.approx(4 / 5)
     assert check_caption("a red blue star", ROW).unparsed == 1
 
 
 def facts(scene: Scene, words: str) -> list[SceneObject]:
-    """The objects of which all these words are true ("red circles", "blue objects")."""
+    """The objects that all the words describe ("red circles", "blue objects")."""
     return [
         item
         for item in scene.objects
         if all(
-            word in ("object", "objects") or word.removesuffix("es") in (item.shape, item.colour)
-            or word.removesuffix("s") in (item.shape, item.colour)
-            or word in (item.shape, item.colour)
+            word in ("object", "objects")
+            or {word, word.removesuffix("s"), word.removesuffix("es")} & {item.shape, item.colour}
             for word in words.split()
         )
-    ]  # fmt: skip
+    ]
 
 
 def answer(question: str, scene: Scene) -> str | None:
-    """The answer found anew, by other code than asked the question; None: none unique."""
+    """The answer by code that is independent of the questions. None: no unique answer."""
     directions = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1)}
     directions["below"] = (0, 1)
     numbers = ("zero", "one", "two", "three", "four")
@@ -218,13 +220,13 @@ def answer(question: str, scene: Scene) -> str | None:
     raise AssertionError(f"a question of no known type: {question}")
 
 
-def test_answers_are_right_and_yes_is_as_frequent_as_no() -> None:
+def test_answers_are_true_and_yes_is_as_frequent_as_no() -> None:
     counts = {"yes": 0, "no": 0}
     types = set()
     for number, scene in enumerate(SCENES):
-        asked = questions(scene, random.Random(number), 6)
-        assert len({question for question, _ in asked}) == 6
-        for question, given in asked:
+        pairs = questions(scene, random.Random(number), 6)
+        assert len({question for question, _ in pairs}) == 6
+        for question, given in pairs:
             assert answer(question, scene) == given, (question, scene)
             types.add(" ".join(question.split()[:2]))
             if given in counts:
@@ -233,7 +235,7 @@ def test_answers_are_right_and_yes_is_as_frequent_as_no() -> None:
     assert 0.42 < counts["yes"] / sum(counts.values()) < 0.58
 
 
-def test_held_out_pairs_are_never_in_training_and_always_in_heldout() -> None:
+def test_held_out_pairs_are_in_every_scene_of_heldout_and_no_other() -> None:
     assert len(TRAINING_PAIRS) == 56
     seen = set()
     for split in ("train", "val", "heldout"):
@@ -248,10 +250,10 @@ def test_held_out_pairs_are_never_in_training_and_always_in_heldout() -> None:
                 assert not scene.has_held_out and held_out_words(words) == []
             if split == "train":
                 seen |= {part for item in scene.objects for part in item.pair}
-    assert seen == {*COLOURS, *SHAPES}, "each part of a held-out pair must be known from training"
+    assert seen == {*COLOURS, *SHAPES}, "training must have each colour and shape"
 
 
-def test_same_arguments_same_bytes_and_a_prefix_is_stable(tmp_path: Path) -> None:
+def test_same_arguments_give_same_bytes_and_more_scenes_keep_the_first(tmp_path: Path) -> None:
     for name, count in (("a", 30), ("b", 30), ("more", 40)):
         write_scenes(tmp_path / name, count, seed=1, size=32, shard_size=150)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
@@ -265,11 +267,11 @@ def test_same_arguments_same_bytes_and_a_prefix_is_stable(tmp_path: Path) -> Non
     ]
     assert len(Shards(tmp_path / "a", "val")) == len(Shards(tmp_path / "a", "heldout")) == 200
     assert make_sample("train", 2, 0, 32, 5, 6)[1] != make_sample("train", 1, 0, 32, 5, 6)[1]
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="the folder is not empty"):
         write_scenes(tmp_path / "a", 30, seed=1)
 
 
-def test_scene_survives_json_and_wrong_scenes_are_refused() -> None:
+def test_json_restores_a_scene_and_wrong_json_is_an_error() -> None:
     for scene in SCENES:
         assert Scene.from_json(json.loads(json.dumps(scene.to_json()))) == scene
     record = ROW.to_json()
@@ -284,26 +286,26 @@ def test_scene_survives_json_and_wrong_scenes_are_refused() -> None:
             Scene.from_json(wrong)
 
 
-def test_objects_are_apart_and_inside() -> None:
+def test_objects_do_not_overlap_and_are_inside_the_picture() -> None:
     for scene in SCENES:
         for i, a in enumerate(scene.objects):
             low, high = SIZES[a.size]
             assert low <= a.radius <= high
             assert a.radius < min(a.x, a.y, 1 - a.x, 1 - a.y)
             for b in scene.objects[:i]:
-                # 1.07: the corners of a square lie outside its radius.
+                # 1.07: the corners of a square are outside its radius.
                 assert math.hypot(a.x - b.x, a.y - b.y) > 1.07 * max(a.radius, b.radius) + min(
                     a.radius, b.radius
                 )
 
 
-def test_pixels_have_the_colours_of_the_scene() -> None:
+def test_pixels_have_the_colours_of_the_objects() -> None:
     nearest = {name: np.array(rgb, float) for name, rgb in COLOURS.items()}
     for scene in SCENES[:100]:
         pixels = np.asarray(render(scene, 64), float)  # [y, x, RGB]
         assert pixels.shape == (64, 64, 3)
         for item in (item for item in scene.objects if item.texture == "solid"):
-            # A ring is empty in the middle: look at its band instead.
+            # The middle of a ring is empty: use its band.
             y = item.y - (0.75 * item.radius if item.shape == "ring" else 0)
             row, column = int(y * 64), int(item.x * 64)
             area = pixels[row : row + 1, column - 1 : column + 2].mean((0, 1))
@@ -312,22 +314,22 @@ def test_pixels_have_the_colours_of_the_scene() -> None:
             assert np.abs(area - nearest[name]).max() <= JITTER + 25, item
 
 
-def test_texture_and_shape_show_at_64_pixels() -> None:
+def test_textures_and_shapes_differ_at_64_pixels() -> None:
     def picture(shape: str, texture: str, size: str) -> NDArray[np.float64]:
         item = SceneObject(shape, "blue", size, texture, 0.5, 0.5, SIZES[size][0])
         return np.asarray(render(Scene((item,), "grey"), 64), float)
 
     for size in SIZES:
         kinds = [(s, t) for s in SHAPES for t in ("solid", "striped", "dotted")]
-        shown = {kind: picture(*kind, size) for kind in kinds}
+        pictures = {kind: picture(*kind, size) for kind in kinds}
         for a in kinds:
             for b in kinds:
                 if a < b:
-                    differing = (np.abs(shown[a] - shown[b]).max(-1) > 60).sum()
+                    differing = (np.abs(pictures[a] - pictures[b]).max(-1) > 60).sum()
                     assert differing >= 6, (size, a, b)
 
 
-def test_score_of_captions() -> None:
+def test_scores_of_true_shifted_and_empty_captions() -> None:
     scenes = {str(k): scene for k, (scene, _) in enumerate(WRITTEN[:50])}
     good = {str(k): texts[0] for k, (_, texts) in enumerate(WRITTEN[:50])}
     best = score_scene_captions(good, scenes)

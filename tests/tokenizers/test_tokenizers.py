@@ -261,7 +261,8 @@ def test_bf16_gives_nearly_the_same_codes(tokenizer: VQTokenizer) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_tokenizer_overfits_one_batch_of_scenes(name: str) -> None:
     from multimodal.data.images import to_tensor
-    from multimodal.scenes.scene import render, sample_scene
+    from multimodal.scenes.rendering import render
+    from multimodal.scenes.scene import sample_scene
 
     torch.manual_seed(0)
     scenes = [render(sample_scene(random.Random(i)), 32) for i in range(8)]

@@ -34,17 +34,20 @@ class Brightness:
 
     def measure(self, subject):
         yield "mean", subject.pixels.mean((1, 2, 3)).tolist()
-        codes = subject.rows_over(lambda codes: codes.float().mean(-1), subject.codes)
+        codes = subject.map_rows(lambda codes: codes.float().mean(-1), subject.codes)
         yield "code", codes.tolist()
-        seen = subject.rows_over(lambda some: embed_codes(subject.model, some), subject.codes)
+        rows = subject.map_rows(lambda codes: embed_codes(subject.model, codes), subject.codes)
         for dimension in range(4):
-            yield f"embedding {dimension}", seen[:, dimension].tolist()
+            yield f"embedding {dimension}", rows[:, dimension].tolist()
 
 
 class Nothing:
     pass
 """
-TASKS = ("captioning", "answers", "retrieval", "likelihood", "drawing", "few_shot")
+TASKS = (
+    *("captioning", "answers", "retrieval", "likelihood", "drawing", "few_shot"),
+    *("scene_captions", "scene_drawings"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def scores(report: Path) -> dict[str, dict[str, Any]]:
 def test_a_validation_gives_the_scores_of_the_command(
     work: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
-    tasks = ["captioning", "answers", f"{work / 'mine.py'}:Brightness"]
+    tasks = ["captioning", "answers", "scene_captions", f"{work / 'mine.py'}:Brightness"]
     run = tmp_path / "run"
     callback = "multimodal.train.evaluation.EvaluateModel"
     config = {
@@ -105,7 +108,7 @@ def test_a_validation_gives_the_scores_of_the_command(
     line = ["eval", *tasks, "--model", str(run / "model"), "--data", str(work / "scenes")]
     assert main([*line, "--limit", "6", "--output", str(tmp_path / "eval.json")]) == 0
     expected = scores(tmp_path / "eval.json")
-    assert set(expected) == {"captioning", "answers", "Brightness"}
+    assert set(expected) == {"captioning", "answers", "scene_captions", "Brightness"}
     stored = json.loads((run / "logs/evaluation/step-000002.json").read_text())
     for task, expected_scores in expected.items():
         assert stored[task]["n"] == 6
@@ -189,9 +192,9 @@ def test_a_given_clip_model_scores_drawings(
 
 def test_a_wrong_evaluator_is_refused(work: Path) -> None:
     for task, reason in (
-        ("nonsense", "no task 'nonsense'; there are captioning, "),
+        ("nonsense", "no task 'nonsense': expected captioning, "),
         (f"{work / 'none.py'}:A", "no such Python file"),
-        (f"{work / 'mine.py'}:Absent", "has no Absent"),
+        (f"{work / 'mine.py'}:Absent", "has no class Absent"),
         (f"{work / 'mine.py'}:Nothing", "Nothing has no name, protocol, fits, measure"),
     ):
         with pytest.raises(ValueError, match=reason):

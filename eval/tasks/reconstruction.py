@@ -1,0 +1,94 @@
+"""Reconstruction: what an image tokenizer preserves of images."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multimodal.data.images import to_image
+from multimodal.data.samples import Sample
+from multimodal.eval.evaluator import Example, Subject, Value
+from multimodal.eval.metrics.features import Features
+from multimodal.eval.metrics.reconstruction import ReconstructionScores
+from multimodal.tokenizers.image import VQTokenizer
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """float[N, 3, R, R] -> float[N, 3, side, side] in [-1, 1]."""
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, side, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+@torch.inference_mode()
+def score_tokenizer(
+    tokenizer: VQTokenizer,
+    images: Tensor,
+    features: Features,
+    batch_size: int = 64,
+    keep: int = 0,
+    on_batch: Callable[[int], object] = lambda count: None,
+) -> tuple[dict[str, float], Tensor]:
+    """Encode and decode images, and score the result.
+
+    Images are resized to the size of the tokenizer. Its reconstructions are resized back. So
+    tokenizers of different sizes can be compared on the same images.
+
+    Args:
+        tokenizer: image tokenizer in eval mode.
+        images: float[N, 3, R, R] in [-1, 1].
+        features: network for perceptual distance and FID.
+        batch_size: images per forward pass.
+        keep: number of reconstructions to return.
+        on_batch: called after each batch with its number of images.
+
+    Returns:
+        (scores, reconstructions). The scores are those of ``ReconstructionScores.compute``. The
+        reconstructions are of the first images: float[min(N, keep), 3, R, R] in [-1, 1].
+    """
+    side = images.shape[-1]
+    scores = ReconstructionScores(features, side, tokenizer.codebook_size)
+    first = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        codes = tokenizer.encode(resize(batch, tokenizer.config.image_size))
+        reconstructions = resize(tokenizer.decode(codes), side)
+        scores.update(batch, reconstructions, codes)
+        first.append(reconstructions[: max(0, keep - start)])
+        on_batch(len(batch))
+    return scores.compute(), torch.cat(first)
+
+
+@dataclass
+class Reconstruction:
+    """What the image tokenizer preserves."""
+
+    name: ClassVar[str] = "reconstruction"
+    protocol: ClassVar[str] = (
+        "images at the model's size, encoded and decoded; perceptual and fid use random features "
+        "of seed 0, so they compare with each other but not with published values"
+    )
+    examples: list[Example] = field(default_factory=list)
+
+    def fits(self, sample: Sample) -> bool:
+        return True
+
+    def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        tokenizer = copy.deepcopy(subject.model.image_tokenizer).cpu()  # the pixels are on the CPU
+        scores, reconstructions = score_tokenizer(
+            tokenizer,
+            subject.pixels,
+            Features(),
+            keep=len(subject.samples),
+            on_batch=subject.on_batch,
+        )
+        yield from scores.items()
+        errors = (reconstructions - subject.pixels).square().mean((1, 2, 3)).tolist()
+        for sample, image, error in zip(subject.samples, reconstructions, errors, strict=True):
+            psnr = -10 * math.log10(max(error, 1e-10) / 4)
+            self.examples.append(Example(sample.key, f"{psnr:.1f} dB", psnr, to_image(image)))

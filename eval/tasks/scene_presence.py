@@ -1,0 +1,26 @@
+"""Presence for synthetic scenes: the shapes of the ground truth."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from multimodal.data.samples import Sample
+from multimodal.eval.tasks.presence import MAX_PRESENT, Presence
+from multimodal.scenes.scene import Scene
+
+
+@dataclass
+class ScenePresence(Presence):
+    """Yes or no to "is there a X?", about shapes of the scene and about others."""
+
+    name: ClassVar[str] = "scene_presence"
+    protocol: ClassVar[str] = (
+        "POPE: is there a X, the more likely of yes and no; for each scene at most "
+        f"{MAX_PRESENT} of its shapes, and as many absent ones: random, the most frequent, and "
+        "those that most often occur together with the present ones"
+    )
+
+    def objects_of(self, sample: Sample) -> set[str]:
+        scene = sample.record.get("scene")
+        if scene is None:
+            return set()
+        return {item.shape for item in Scene.from_json(scene).objects}

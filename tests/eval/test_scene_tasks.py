@@ -1,0 +1,101 @@
+"""Evaluators of synthetic scenes, and that nothing else in evaluation knows scenes."""
+
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+import torch
+
+from multimodal import load
+from multimodal.cli import main
+from multimodal.data.samples import Sample
+from multimodal.data.shards import Shards
+from multimodal.eval.evaluator import Subject, evaluate
+from multimodal.eval.metrics.scene_captions import hallucinated, named_shapes
+from multimodal.eval.tasks import scene_captions, scene_drawings
+from multimodal.eval.tasks.scene_captions import SceneCaptions
+from multimodal.eval.tasks.scene_drawings import SceneDrawings
+from multimodal.eval.tasks.scene_presence import ScenePresence
+from multimodal.scenes.scene import Scene, SceneObject
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    folder = tmp_path_factory.mktemp("scene-tasks") / "scenes"
+    assert main(["data", "scenes", str(folder), "--count", "4", "--size", "64"]) == 0
+    return list(Shards(folder, "val"))[:12]
+
+
+@pytest.fixture
+def subject(tiny_model_folder: Path, samples: list[Sample]) -> Subject:
+    return Subject(load(tiny_model_folder), samples, batch_size=5)
+
+
+def test_only_files_of_scenes_and_the_demo_import_scenes() -> None:
+    importing = {
+        str(path.relative_to(ROOT))
+        for folder in ("eval", "train")
+        for path in (ROOT / folder).rglob("*.py")
+        if "multimodal.scenes" in path.read_text("utf-8") and not path.name.startswith("scene_")
+    }
+    assert importing == {"eval/demo.py"}
+
+
+def test_samples_without_a_scene_do_not_fit(samples: list[Sample]) -> None:
+    photo = Sample("a", {**samples[0].members, "json": b'{"captions": ["a red circle"]}'})
+    for evaluator in (SceneCaptions(), SceneDrawings(), ScenePresence()):
+        assert evaluator.fits(samples[0]) and not evaluator.fits(photo)
+
+
+def test_true_captions_have_the_best_scores(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = cycle([sample.record for sample in subject.samples])
+    monkeypatch.setattr(
+        scene_captions,
+        "caption_codes",
+        lambda _, codes: [next(records)["captions"][0] for _ in codes],
+    )
+    evaluator = SceneCaptions()
+    scores = evaluate(evaluator, subject)
+    for name in ("attribute_precision", "object_recall", "object_precision", "perfect"):
+        assert scores[name]["value"] == 1
+    assert scores["hallucinated"]["value"] == 0 and scores["hallucinated"]["n"] == 12
+    assert [example.score for example in evaluator.examples] == [1] * 12
+
+
+def test_hallucinated_shapes_are_those_that_the_scene_does_not_have() -> None:
+    assert named_shapes("a circle") == named_shapes("two circles") == {"circle"}
+    assert named_shapes("a green object left of a large red heart") == {"heart"}
+    scene = Scene((SceneObject("circle", "red", "small", "solid", 0.5, 0.5, 0.13),), "white")
+    assert not hallucinated("a blue circle", scene) and hallucinated("a red ring", scene)
+
+
+def test_drawings_equal_to_the_pictures_have_the_best_scores(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each "code" is the number of a sample, and its decoded image is that sample's picture.
+    pixels = torch.stack([Subject(subject.model, [s]).pixels[0] for s in subject.samples])
+    rows = torch.arange(len(pixels))[:, None]
+    subject.codes = rows
+    monkeypatch.setattr(scene_drawings, "draw", lambda *_: rows)
+    monkeypatch.setattr(scene_drawings, "decode_images", lambda _, codes: pixels[codes[:, 0]])
+    evaluator = SceneDrawings()
+    scores = evaluate(evaluator, subject)
+    assert len(evaluator.examples) == len(subject.samples)
+    assert scores["objects"] == scores["objects_of_reconstructions"] == scores["objects_masked"]
+    assert scores["objects"]["value"] > 0.6 and scores["colours"]["value"] > 0.9
+    assert scores["objects_asked"]["value"] == sum(
+        len(sample.record["scene"]["objects"]) for sample in subject.samples
+    )
+
+
+def test_each_drawing_has_a_score_and_a_picture(subject: Subject) -> None:
+    evaluator = SceneDrawings()
+    scores = evaluate(evaluator, subject)
+    assert len(evaluator.examples) == len(subject.samples)
+    side = subject.model.image_tokenizer.config.image_size
+    assert {example.image.size for example in evaluator.examples} == {(side, side)}
+    assert all(score["value"] == score["value"] for score in scores.values()), "no NaN"
