@@ -1,9 +1,9 @@
 """A joint model over several GPUs (FSDP2, torch.distributed.fsdp.fully_shard).
 
 Each layer is an FSDP module. Embedding, final norm, head and the projections of alignment belong to
-the module of the model itself. Its ``forward`` computes the losses, and needs the unsharded head.
-The scalars of alignment cannot be sharded. They are replicated on all ranks, and their gradients are
-averaged here. The frozen image tokenizer is no part of the network: every rank has all of it.
+the module of the network itself. Its ``forward`` computes the losses, and needs the unsharded head.
+The scalars of alignment cannot be sharded. They are replicated on all ranks, and their gradients
+are averaged here. The frozen image tokenizer is no part of the network: every rank has all of it.
 """
 
 from collections.abc import Iterator

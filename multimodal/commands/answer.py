@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from multimodal.commands.options import add_options, given_options, load_model, parser
+from multimodal.commands.options import given_options, load_model, parser
 from multimodal.options import AnswerOptions
 
 EPILOG = """examples:
@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    made = parser("answer", "Answer a question about an image.", EPILOG)
+    made = parser("answer", "Answer a question about an image.", EPILOG, AnswerOptions)
     made.add_argument("image", metavar="IMAGE", help="a JPEG, PNG or WebP file")
     made.add_argument("question", metavar="QUESTION")
     made.add_argument("--json", action="store_true", help='{"image", "question", "answer"}')
@@ -44,7 +44,6 @@ def main(argv: list[str]) -> int:
     )
     kept.add_argument("--prompt", default="question", metavar="NAME", help="the name of one")
     kept.add_argument("--prompts", metavar="DIR", help="a folder with prompt files of your own")
-    add_options(made, AnswerOptions)
     arguments = made.parse_args(argv)
 
     from multimodal.inference.prompt_files import find_prompt

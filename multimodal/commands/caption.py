@@ -9,7 +9,6 @@ import sys
 
 from multimodal.commands.options import (
     add_bulk,
-    add_options,
     at_least_one,
     given_options,
     load_model,
@@ -36,11 +35,11 @@ def main(argv: list[str]) -> int:
         "caption",
         "Describe images in words: PATH<TAB>CAPTION on stdout, in the order given.",
         EPILOG,
+        CaptionOptions,
     )
     made.add_argument("images", nargs="*", metavar="IMAGE", help="JPEG, PNG or WebP files")
     made.add_argument("--json", action="store_true", help='{"image": ..., "caption": ...} a line')
     made.add_argument("--batch-size", type=int, default=32, help="images at once (default 32)")
-    add_options(made, CaptionOptions)
     add_bulk(made)
     arguments = made.parse_args(argv)
     if bool(arguments.images) == bool(arguments.data):

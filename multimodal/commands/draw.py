@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from multimodal.commands.options import (
-    add_options,
     at_least_one,
     check_output,
     given_options,
@@ -26,11 +25,10 @@ examples:
 
 
 def main(argv: list[str]) -> int:
-    made = parser("draw", "Draw images after a text.", EPILOG)
+    made = parser("draw", "Draw images after a text.", EPILOG, DrawOptions)
     made.add_argument("prompt", metavar="PROMPT")
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG, JPEG or WebP")
     made.add_argument("-n", type=int, default=1, metavar="N", help="how many (default 1)")
-    add_options(made, DrawOptions)
     arguments = made.parse_args(argv)
     at_least_one(arguments, "n")
     options = given_options(arguments, DrawOptions)

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from multimodal.commands.options import (
-    add_options,
     check_output,
     given_options,
     load_model,
@@ -33,7 +32,7 @@ def _box(text: str) -> tuple[int, int, int, int]:
 
 
 def main(argv: list[str]) -> int:
-    made = parser("edit", "Draw a part of an image anew, after a text.", EPILOG)
+    made = parser("edit", "Draw a part of an image anew, after a text.", EPILOG, EditOptions)
     made.add_argument("image", metavar="IMAGE", help="a JPEG, PNG or WebP file")
     where = made.add_mutually_exclusive_group(required=True)
     where.add_argument("--mask", metavar="FILE", help="an image of the same size, white = draw")
@@ -42,7 +41,6 @@ def main(argv: list[str]) -> int:
     where.add_argument("--vary", type=float, metavar="SHARE", help="draw this share of it anew")
     made.add_argument("--prompt", required=True, metavar="TEXT", help="what the image shows then")
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG, JPEG or WebP")
-    add_options(made, EditOptions)
     arguments = made.parse_args(argv)
     options = given_options(arguments, EditOptions)
     check_output(arguments.out)

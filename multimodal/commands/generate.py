@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.commands.options import (
-    add_options,
     check_output,
     given_options,
     load_model,
@@ -37,7 +36,7 @@ class _Part(argparse.Action):
 
 
 def main(argv: list[str]) -> int:
-    made = parser("generate", "Continue any mix of images and texts.", EPILOG)
+    made = parser("generate", "Continue any mix of images and texts.", EPILOG, TextOptions)
     made.add_argument("--image", dest="parts", action=_Part, metavar="FILE", help="JPEG, PNG, WebP")
     made.add_argument("--text", dest="parts", action=_Part, metavar="TEXT")
     made.add_argument(
@@ -50,7 +49,6 @@ def main(argv: list[str]) -> int:
     made.add_argument(
         "--json", action="store_true", help='{"output": [{"text"}, {"image"}, ...], "usage"}'
     )
-    add_options(made, TextOptions)
     arguments = made.parse_args(argv)
     if not arguments.parts:
         made.error("the prompt is empty: give --image and --text")

@@ -22,8 +22,14 @@ DTYPES = ("float32", "bfloat16")
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def parser(verb: str, about: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser with the options of every verb that uses a model."""
+def parser(
+    verb: str, about: str, epilog: str, options: type[Sampling] | None = None
+) -> argparse.ArgumentParser:
+    """A parser with what every verb that uses a model has: the model, the device, the seed.
+
+    Args:
+        options: add every field of this options class.
+    """
     made = argparse.ArgumentParser(
         prog=f"multimodal {verb}",
         description=about,
@@ -41,24 +47,23 @@ def parser(verb: str, about: str, epilog: str) -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, default="float32", help="of the network (default float32)"
     )
     made.add_argument(
-        "--seed", type=int, default=argparse.SUPPRESS, help="of everything random (default 0)"
-    )
-    made.add_argument(
         "--threads", type=int, default=0, help="CPU threads (default: torch's choice)"
     )
+    if options is None:
+        made.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    else:
+        add_options(made, options)
     return made
 
 
 def add_options(made: argparse.ArgumentParser, options: type[Sampling]) -> None:
-    """Add every field of an options class, except the seed, which every verb has.
+    """Add every field of an options class.
 
     What is not given on the command line is not in the parsed arguments: defaults are those of the
     class, or of a prompt file.
     """
     hints = typing.get_type_hints(options)
     for item in fields(options):
-        if item.name == "seed":
-            continue
         kind, default = hints[item.name], item.default
         text = str(item.metadata["help"])
         how: dict[str, Any] = {"metavar": item.metadata["metavar"]}
