@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.model.attention import KVCache, attention_mask
+from multimodal.model.attention import KVCache, attention_mask, without_cudnn_attention
 from multimodal.model.compiled import ROOM_MULTIPLE, mark_static_addresses
 from multimodal.model.network import MultimodalLM
 from multimodal.model.transformer import ALL, MAX_STATIC_ROWS
@@ -99,6 +99,7 @@ class DecodeBatch:
         self.cache.put(slice(None), 0, *cache.columns(slice(len(ids))))
         self.cache.length = len(ids)
 
+    @without_cudnn_attention()
     def _read_prompt(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
         compiled, transformer = self.network.compiled, self.network.transformer
         forward = transformer.forward_prompt if compiled is None else compiled.prompt
@@ -108,6 +109,7 @@ class DecodeBatch:
         """Scores of the next token of each row: float32[B, V], of a range of ids."""
         return self.network.transformer.logits(self.hidden, ids)
 
+    @without_cudnn_attention()
     def step(self, ids: Tensor) -> None:
         """Read one token of each row: int64[B]."""
         if self.cache.length == self.cache.capacity:
@@ -133,6 +135,7 @@ class DecodeBatch:
             self.hidden = transformer.forward_token(ids, self.last_position, needed, *filled, slot)
         cache.length = end
 
+    @without_cudnn_attention()
     def forward_block(self, ids: Tensor, positions: Tensor, valid: Tensor, queries: int) -> Tensor:
         """The states of codes that see the prompt and one another. The cache does not keep them.
 
