@@ -7,7 +7,7 @@ import numpy as np
 from multimodal.data.documents import document_of
 from multimodal.data.shards import Shards
 from multimodal.model.batches import BatchBuilder, TrainingSample
-from multimodal.model.sequences import NO_LOSS, OBJECTIVES
+from multimodal.model.sequences import NO_LOSS, OBJECTIVES, describe
 
 SAMPLES = 256  # of each folder, the first ones
 NEEDS = {
@@ -37,6 +37,11 @@ def check_data(
     objectives, length = builder.objectives, builder.row_length
     if length > limit:
         raise ValueError(f"row_length={length}: the model reads at most {limit} tokens")
+    shortest = len(describe(builder.vocabulary, [0] * builder.codes_per_image, []))
+    if length < shortest:
+        raise ValueError(
+            f"row_length={length}: an image of {builder.codes_per_image} codes needs {shortest}"
+        )
     taught, count = set[str](), 0
     for folder in {source.folder: source for source in shards}.values():
         for sample in islice(folder, SAMPLES):

@@ -14,7 +14,7 @@ from PIL import Image
 
 import multimodal
 from multimodal.api import load
-from multimodal.cli import VERBS, main
+from multimodal.cli import main
 from multimodal.inference.mixed import Reply
 from multimodal.options import (
     AnswerOptions,
@@ -23,7 +23,6 @@ from multimodal.options import (
     EditOptions,
     Sampling,
     TextOptions,
-    default_of,
 )
 
 SHARED = {"help", "model", "device", "dtype", "threads"}
@@ -132,7 +131,7 @@ def test_a_parser_has_every_field_with_its_default(
     hints = typing.get_type_hints(options)
     assert set(actions) == {item.name for item in fields(options)} | SHARED | OTHERS[verb]
     for item in fields(options):
-        action, kind, default = actions[item.name], hints[item.name], default_of(options, item.name)
+        action, kind, default = actions[item.name], hints[item.name], item.default
         assert action.option_strings == [f"--{item.name.replace('_', '-')}"]
         assert action.default is argparse.SUPPRESS, "what is not given has the default of the class"
         assert action.help is not None and not action.required
@@ -166,11 +165,6 @@ def test_every_option_reaches_the_model(
     assert main([verb, *POSITIONAL[verb], *arguments]) == 0
     assert recorder.given == expected
     assert CLASSES[verb](**recorder.given) == CLASSES[verb](**expected)
-
-
-def test_every_verb_with_sampling_is_here() -> None:
-    for verb in ("embed", "search"):
-        assert verb in VERBS and verb not in CLASSES, "they sample nothing"
 
 
 @pytest.mark.parametrize("prompt", ["several", "question", "statement"])
