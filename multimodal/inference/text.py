@@ -115,6 +115,7 @@ class TextRow(Row):
         return before_stop(self.tokenizer.decode(self.tokens), self.stop)
 
 
+@torch.inference_mode()
 def generate_ids(
     model: ModelParts,
     prompts: Sequence[list[int]],
