@@ -28,7 +28,9 @@ def named_objects(caption: str) -> Counter[tuple[str, str]]:
 def complete_caption(record: Mapping[str, Any]) -> str | None:
     """The first caption of a scene's record that names every object with colour and shape."""
     objects = len(record["scene"]["objects"])
-    complete = (text for text in record["captions"] if named_objects(text).total() == objects)
+    complete = (
+        text for text in record.get("captions", ()) if named_objects(text).total() == objects
+    )
     return next(complete, None)
 
 
