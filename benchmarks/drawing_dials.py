@@ -30,9 +30,15 @@ from multimodal.options import DrawOptions, Method
 
 COUNT = 100
 METHODS: tuple[tuple[Method, int, float], ...] = (  # steps, temperature
-    ("causal", 1, 1.0), ("causal", 1, 0.8), ("causal", 1, 0.6), ("causal", 1, 0.4),
-    ("masked", 4, 1.0), ("masked", 8, 1.0), ("masked", 12, 1.0), ("masked", 12, 0.6),
-)  # fmt: skip
+    ("causal", 1, 1.0),
+    ("causal", 1, 0.8),
+    ("causal", 1, 0.6),
+    ("causal", 1, 0.4),
+    ("masked", 4, 1.0),
+    ("masked", 8, 1.0),
+    ("masked", 12, 1.0),
+    ("masked", 12, 0.6),
+)
 SCALES = (1.0, 2.0, 3.0, 5.0)
 
 

@@ -22,9 +22,12 @@ from multimodal.inference.drawing import draw_codes
 from multimodal.options import DrawOptions, Method
 
 TRAINER = {
-    "precision": "bf16-mixed", "gradient_clip_val": 1.0, "check_val_every_n_epoch": None,
-    "log_every_n_steps": 20, "enable_progress_bar": False,
-}  # fmt: skip
+    "precision": "bf16-mixed",
+    "gradient_clip_val": 1.0,
+    "check_val_every_n_epoch": None,
+    "log_every_n_steps": 20,
+    "enable_progress_bar": False,
+}
 
 
 def fit(

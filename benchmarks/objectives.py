@@ -35,9 +35,11 @@ from multimodal.tokenizers.image import load_image_tokenizer
 TEXT_TOKENS = 20  # of a caption, about
 CANDIDATES = 1000  # images to search in
 LEARNED = {
-    "val/CIDEr": "CIDEr", "val/caption": "caption_nats", "val/image": "image_nats",
+    "val/CIDEr": "CIDEr",
+    "val/caption": "caption_nats",
+    "val/image": "image_nats",
     "val/reconstruct": "reconstruct_nats",
-}  # fmt: skip
+}
 READ_OF_MASKED = 1 - 1 / math.pi  # mean share of the codes of a masked image (``random_mask``)
 ROWS: dict[str, dict[str, Any]] = {
     "LM": {"alignment_weight": 0.0, "reconstruct_share": 0.0},

@@ -22,13 +22,17 @@ from typing import Any
 
 CODES, TEXT = 64, "A brown dog runs over the grass with a red ball in its mouth ."
 SETTINGS = {
-    "joint, Muon": ("ours", True), "joint, AdamW": ("ours", True),
-    "joint, Muon, compiled": ("ours", True), "joint, AdamW, compiled": ("ours", True),
-    "plain LM, Muon": ("ours", True), "plain LM, AdamW": ("ours", True),
-    "transformers, AdamW": ("theirs", False), "transformers, AdamW, kept": ("theirs", True),
+    "joint, Muon": ("ours", True),
+    "joint, AdamW": ("ours", True),
+    "joint, Muon, compiled": ("ours", True),
+    "joint, AdamW, compiled": ("ours", True),
+    "plain LM, Muon": ("ours", True),
+    "plain LM, AdamW": ("ours", True),
+    "transformers, AdamW": ("theirs", False),
+    "transformers, AdamW, kept": ("theirs", True),
     "transformers, AdamW, compiled": ("theirs", False),
     "transformers, AdamW, compiled, kept": ("theirs", True),
-}  # fmt: skip
+}
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:

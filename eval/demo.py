@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from multimodal.commands.options import check_output, load_model, parser
+from multimodal.commands.options import check_output, load_model, make_parser
 from multimodal.data.images import open_image
 from multimodal.eval.metrics.scene_drawings import named_objects, score_scene_drawings
 from multimodal.eval.page import Figure, Section, page
@@ -187,7 +187,7 @@ def timed(step: Callable[[], Section]) -> Section:
 
 
 def main(argv: list[str]) -> int:
-    options = parser(
+    options = make_parser(
         "demo", "Caption, answer, draw, edit and search. Writes one HTML page.", EPILOG
     )
     options.add_argument(

@@ -13,7 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multimodal.commands.options import check_output, load_model, parser
+from multimodal.commands.options import check_output, load_model, make_parser
 from multimodal.data.shards import Shards
 from multimodal.files import atomic_file
 
@@ -49,7 +49,7 @@ SHOWN = 8  # best, worst and random examples on the page
 
 
 def main(argv: list[str]) -> int:
-    options = parser("eval", "Measure what a model can do.", EPILOG)
+    options = make_parser("eval", "Measure what a model can do.", EPILOG)
     options.add_argument("tasks", nargs="+", metavar="TASK")
     options.add_argument("--data", type=Path, nargs="+", required=True, help="shard folders")
     options.add_argument("--split", default="val", help="of the folders (default val)")

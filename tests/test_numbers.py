@@ -49,7 +49,7 @@ ROWS = {
         "pictures, encoded and decoded: {val scenes drawing objects_of_reconstructions:%}, "
         "{val scenes drawing colours_of_reconstructions:%}",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from multimodal.commands.options import given_options, load_model, parser
+from multimodal.commands.options import given_options, load_model, make_parser
 from multimodal.options import AnswerOptions
 
 EPILOG = """examples:
@@ -28,23 +28,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    made = parser("answer", "Answer a question about an image.", EPILOG, AnswerOptions)
-    made.add_argument("image", metavar="IMAGE", help="a JPEG, PNG or WebP file")
-    made.add_argument("question", metavar="QUESTION")
-    made.add_argument("--json", action="store_true", help='{"image", "question", "answer"}')
-    kinds = made.add_mutually_exclusive_group()
+    parser = make_parser("answer", "Answer a question about an image.", EPILOG, AnswerOptions)
+    parser.add_argument("image", metavar="IMAGE", help="a JPEG, PNG or WebP file")
+    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("--json", action="store_true", help='{"image", "question", "answer"}')
+    kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--choices", nargs="+", metavar="TEXT", help="answer with one of these")
     kinds.add_argument(
         "--schema", type=Path, metavar="FILE", help="answer in JSON that follows this JSON schema"
     )
-    kept = made.add_argument_group(
+    kept = parser.add_argument_group(
         "prompt files",
         "the words around the question, and the other options where they are not given: "
         "multimodal prompts",
     )
     kept.add_argument("--prompt", default="question", metavar="NAME", help="the name of one")
     kept.add_argument("--prompts", metavar="DIR", help="a folder with prompt files of your own")
-    arguments = made.parse_args(argv)
+    arguments = parser.parse_args(argv)
 
     from multimodal.inference.prompt_files import find_prompt
 

@@ -12,7 +12,7 @@ from multimodal.commands.options import (
     at_least_one,
     given_options,
     load_model,
-    parser,
+    make_parser,
     run_bulk,
 )
 from multimodal.options import CaptionOptions
@@ -31,19 +31,19 @@ examples:
 
 def main(argv: list[str]) -> int:
     """Run ``multimodal caption ARGV...``. Returns the exit status: 1 if an image failed."""
-    made = parser(
+    parser = make_parser(
         "caption",
         "Describe images in words: PATH<TAB>CAPTION on stdout, in the order given.",
         EPILOG,
         CaptionOptions,
     )
-    made.add_argument("images", nargs="*", metavar="IMAGE", help="JPEG, PNG or WebP files")
-    made.add_argument("--json", action="store_true", help='{"image": ..., "caption": ...} a line')
-    made.add_argument("--batch-size", type=int, default=32, help="images at once (default 32)")
-    add_bulk(made)
-    arguments = made.parse_args(argv)
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="JPEG, PNG or WebP files")
+    parser.add_argument("--json", action="store_true", help='{"image": ..., "caption": ...} a line')
+    parser.add_argument("--batch-size", type=int, default=32, help="images at once (default 32)")
+    add_bulk(parser)
+    arguments = parser.parse_args(argv)
     if bool(arguments.images) == bool(arguments.data):
-        made.error("give images, or --data and --out-dir: one of the two")
+        parser.error("give images, or --data and --out-dir: one of the two")
     at_least_one(arguments, "batch_size")
     if arguments.data:
         return run_bulk(arguments, "caption")

@@ -7,7 +7,7 @@ from multimodal.commands.options import (
     check_output,
     given_options,
     load_model,
-    parser,
+    make_parser,
     save_image,
     save_images,
 )
@@ -25,11 +25,11 @@ examples:
 
 
 def main(argv: list[str]) -> int:
-    made = parser("draw", "Draw images after a text.", EPILOG, DrawOptions)
-    made.add_argument("prompt", metavar="PROMPT")
-    made.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG, JPEG or WebP")
-    made.add_argument("-n", type=int, default=1, metavar="N", help="how many (default 1)")
-    arguments = made.parse_args(argv)
+    parser = make_parser("draw", "Draw images after a text.", EPILOG, DrawOptions)
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG, JPEG or WebP")
+    parser.add_argument("-n", type=int, default=1, metavar="N", help="how many (default 1)")
+    arguments = parser.parse_args(argv)
     at_least_one(arguments, "n")
     options = given_options(arguments, DrawOptions)
     check_output(arguments.out)

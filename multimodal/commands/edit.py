@@ -7,7 +7,7 @@ from multimodal.commands.options import (
     check_output,
     given_options,
     load_model,
-    parser,
+    make_parser,
     save_image,
 )
 from multimodal.options import EditOptions
@@ -32,16 +32,16 @@ def _box(text: str) -> tuple[int, int, int, int]:
 
 
 def main(argv: list[str]) -> int:
-    made = parser("edit", "Draw a part of an image anew, after a text.", EPILOG, EditOptions)
-    made.add_argument("image", metavar="IMAGE", help="a JPEG, PNG or WebP file")
-    where = made.add_mutually_exclusive_group(required=True)
+    parser = make_parser("edit", "Draw a part of an image anew, after a text.", EPILOG, EditOptions)
+    parser.add_argument("image", metavar="IMAGE", help="a JPEG, PNG or WebP file")
+    where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--mask", metavar="FILE", help="an image of the same size, white = draw")
     where.add_argument("--box", type=_box, metavar="X0,Y0,X1,Y1", help="in pixels, from top left")
     where.add_argument("--margins", type=_box, metavar="L,T,R,B", help="pixels to draw around it")
     where.add_argument("--vary", type=float, metavar="SHARE", help="draw this share of it anew")
-    made.add_argument("--prompt", required=True, metavar="TEXT", help="what the image shows then")
-    made.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG, JPEG or WebP")
-    arguments = made.parse_args(argv)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the image shows then")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG, JPEG or WebP")
+    arguments = parser.parse_args(argv)
     options = given_options(arguments, EditOptions)
     check_output(arguments.out)
     model = load_model(arguments)

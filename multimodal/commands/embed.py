@@ -10,7 +10,7 @@ from multimodal.commands.options import (
     at_least_one,
     check_output,
     load_model,
-    parser,
+    make_parser,
     run_bulk,
 )
 from multimodal.files import atomic_file
@@ -32,20 +32,22 @@ examples:
 
 
 def main(argv: list[str]) -> int:
-    made = parser("embed", "Turn images, or lines of text, into vectors of one space.", EPILOG)
-    made.add_argument("images", nargs="*", metavar="IMAGE", help="files, or folders with images")
-    made.add_argument("--text", metavar="FILE", help="a text a line; - reads stdin")
-    made.add_argument("--out", type=Path, metavar="FILE.npy")
-    made.add_argument("--batch-size", type=int, default=32, help="at once (default 32)")
-    add_bulk(made)
-    arguments = made.parse_args(argv)
+    parser = make_parser(
+        "embed", "Turn images, or lines of text, into vectors of one space.", EPILOG
+    )
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="files, or folders with images")
+    parser.add_argument("--text", metavar="FILE", help="a text a line; - reads stdin")
+    parser.add_argument("--out", type=Path, metavar="FILE.npy")
+    parser.add_argument("--batch-size", type=int, default=32, help="at once (default 32)")
+    add_bulk(parser)
+    arguments = parser.parse_args(argv)
     if sum(map(bool, (arguments.images, arguments.text, arguments.data))) != 1:
-        made.error("give images, or --text FILE, or --data DIR: one of them")
+        parser.error("give images, or --text FILE, or --data DIR: one of them")
     at_least_one(arguments, "batch_size")
     if arguments.data:
         return run_bulk(arguments, "embed")
     if arguments.out is None:
-        made.error("the following arguments are required: --out")
+        parser.error("the following arguments are required: --out")
     check_output(arguments.out, (".npy",))
 
     import numpy as np
@@ -70,8 +72,10 @@ def main(argv: list[str]) -> int:
         for name in arguments.images:
             paths += find_images(Path(name)) if Path(name).is_dir() else [Path(name)]
         model = load_model(arguments)
-        found = model.embed_files(paths, batch_size=arguments.batch_size)
-        for path, row in tqdm(found, total=len(paths), unit="image", file=sys.stderr, disable=None):
+        embedded = model.embed_files(paths, batch_size=arguments.batch_size)
+        for path, row in tqdm(
+            embedded, total=len(paths), unit="image", file=sys.stderr, disable=None
+        ):
             if isinstance(row, ValueError):
                 failed += 1
                 print_error(f"multimodal embed: error: {row}")

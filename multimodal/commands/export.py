@@ -34,9 +34,12 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = parser.add_subparsers(required=True, metavar="hf|model")
-    hf = kinds.add_parser("hf", help="a Qwen3 folder for transformers, vLLM, SGLang and the like",
-                          epilog=EXAMPLES,
-                          formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    hf = kinds.add_parser(
+        "hf",
+        help="a Qwen3 folder for transformers, vLLM, SGLang and the like",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     hf.add_argument("model", metavar="MODEL", help="the model folder to export")
     hf.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")
     hf.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights")

@@ -9,7 +9,7 @@ from multimodal.commands.options import (
     check_output,
     given_options,
     load_model,
-    parser,
+    make_parser,
     save_images,
 )
 from multimodal.options import TextOptions
@@ -36,24 +36,26 @@ class _Part(argparse.Action):
 
 
 def main(argv: list[str]) -> int:
-    made = parser("generate", "Continue any mix of images and texts.", EPILOG, TextOptions)
-    made.add_argument("--image", dest="parts", action=_Part, metavar="FILE", help="JPEG, PNG, WebP")
-    made.add_argument("--text", dest="parts", action=_Part, metavar="TEXT")
-    made.add_argument(
+    parser = make_parser("generate", "Continue any mix of images and texts.", EPILOG, TextOptions)
+    parser.add_argument(
+        "--image", dest="parts", action=_Part, metavar="FILE", help="JPEG, PNG, WebP"
+    )
+    parser.add_argument("--text", dest="parts", action=_Part, metavar="TEXT")
+    parser.add_argument(
         "--output",
         choices=("text", "image", "any"),
         default="text",
         help="what to make; any: what the model chooses (default text)",
     )
-    made.add_argument("--out", type=Path, metavar="FILE", help="where images go")
-    made.add_argument(
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where images go")
+    parser.add_argument(
         "--json", action="store_true", help='{"output": [{"text"}, {"image"}, ...], "usage"}'
     )
-    arguments = made.parse_args(argv)
+    arguments = parser.parse_args(argv)
     if not arguments.parts:
-        made.error("the prompt is empty: give --image and --text")
+        parser.error("the prompt is empty: give --image and --text")
     if arguments.output != "text" and arguments.out is None:
-        made.error(f"--output {arguments.output} needs --out FILE for images")
+        parser.error(f"--output {arguments.output} needs --out FILE for images")
     options = given_options(arguments, TextOptions)
     if arguments.out is not None:
         check_output(arguments.out)

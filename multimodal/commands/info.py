@@ -14,9 +14,20 @@ from typing import Any
 from multimodal import __version__
 
 PACKAGES = (
-    "torch", "torchvision", "lightning", "jsonargparse", "webdataset", "open_clip_torch", "timm",
-    "tokenizers", "pillow", "safetensors", "numpy", "transformers", "pycocoevalcap",
-)  # fmt: skip
+    "torch",
+    "torchvision",
+    "lightning",
+    "jsonargparse",
+    "webdataset",
+    "open_clip_torch",
+    "timm",
+    "tokenizers",
+    "pillow",
+    "safetensors",
+    "numpy",
+    "transformers",
+    "pycocoevalcap",
+)
 EPILOG = """examples:
   multimodal info                            # versions and devices, for a bug report
   multimodal info starter                    # the bundled model, its licence too

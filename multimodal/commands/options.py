@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16")
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def parser(
+def make_parser(
     verb: str, about: str, epilog: str, options: type[Sampling] | None = None
 ) -> argparse.ArgumentParser:
     """A parser with what every verb that uses a model has: the model, the device, the seed.
@@ -30,33 +30,33 @@ def parser(
     Args:
         options: add every field of this options class.
     """
-    made = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=f"multimodal {verb}",
         description=about,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument(
+    parser.add_argument(
         "--model",
         default="starter",
         metavar="DIR",
         help="a model folder, or the name of a bundled one (default starter)",
     )
-    made.add_argument("--device", default="cpu", help="where torch computes (default cpu)")
-    made.add_argument(
+    parser.add_argument("--device", default="cpu", help="where torch computes (default cpu)")
+    parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the network (default float32)"
     )
-    made.add_argument(
+    parser.add_argument(
         "--threads", type=int, default=0, help="CPU threads (default: torch's choice)"
     )
     if options is None:
-        made.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+        parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     else:
-        add_options(made, options)
-    return made
+        add_options(parser, options)
+    return parser
 
 
-def add_options(made: argparse.ArgumentParser, options: type[Sampling]) -> None:
+def add_options(parser: argparse.ArgumentParser, options: type[Sampling]) -> None:
     """Add every field of an options class.
 
     What is not given on the command line is not in the parsed arguments: defaults are those of the
@@ -85,7 +85,7 @@ def add_options(made: argparse.ArgumentParser, options: type[Sampling]) -> None:
                 else (f" (default {default})")
             )
         flag = f"--{item.name.replace('_', '-')}"
-        made.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
 
 
 def given_options(
@@ -96,17 +96,17 @@ def given_options(
     Args:
         check: raise ``ValueError`` for values out of range now, before a model is loaded.
     """
-    given = vars(arguments)
-    found = {item.name: given[item.name] for item in fields(options) if item.name in given}
+    parsed = vars(arguments)
+    given = {f.name: parsed[f.name] for f in fields(options) if f.name in parsed}
     if check:
-        options(**found)
-    return found
+        options(**given)
+    return given
 
 
-def add_engine(made: argparse.ArgumentParser) -> None:
+def add_engine(parser: argparse.ArgumentParser) -> None:
     """Options of verbs that work shard by shard. Under torchrun its ranks share the work, too."""
-    made.add_argument("--workers", type=int, default=1, help="processes at work (default 1)")
-    made.add_argument(
+    parser.add_argument("--workers", type=int, default=1, help="processes at work (default 1)")
+    parser.add_argument(
         "--engine",
         choices=("processes", "ray"),
         default="processes",
@@ -114,13 +114,15 @@ def add_engine(made: argparse.ArgumentParser) -> None:
     )
 
 
-def add_bulk(made: argparse.ArgumentParser) -> None:
+def add_bulk(parser: argparse.ArgumentParser) -> None:
     """Options of verbs that take a whole shard folder instead of files."""
-    bulk = made.add_argument_group("shards", "a result for each shard; what is there already stays")
+    bulk = parser.add_argument_group(
+        "shards", "a result for each shard; what is there already stays"
+    )
     bulk.add_argument("--data", type=Path, metavar="DIR", help="a shard folder, not files")
     bulk.add_argument("--out-dir", type=Path, metavar="DIR", help="the folder of the results")
     bulk.add_argument("--split", help="of the shard folder; by default all of it")
-    add_engine(made)
+    add_engine(parser)
 
 
 def run_bulk(arguments: argparse.Namespace, kind: Literal["caption", "embed"]) -> int:

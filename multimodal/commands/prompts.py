@@ -22,13 +22,15 @@ examples:
 
 
 def main(argv: list[str]) -> int:
-    made = argparse.ArgumentParser(
-        prog="multimodal prompts", description="List the prompts that answer --prompt takes.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    made.add_argument("--prompts", metavar="DIR", help="a folder of your own, before the library")
-    made.add_argument("--json", action="store_true", help="all fields, a prompt a line")
-    arguments = made.parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="multimodal prompts",
+        description="List the prompts that answer --prompt takes.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--prompts", metavar="DIR", help="a folder of your own, before the library")
+    parser.add_argument("--json", action="store_true", help="all fields, a prompt a line")
+    arguments = parser.parse_args(argv)
     for path in prompt_files(arguments.prompts).values():
         prompt = read_prompt(path)
         if arguments.json:

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from multimodal.commands.options import at_least_one, load_model, parser
+from multimodal.commands.options import at_least_one, load_model, make_parser
 from multimodal.terminal import print_error
 
 EPILOG = """QUERY is an image where it names a file that exists, else a text. What was embedded is
@@ -24,14 +24,16 @@ def default_cache() -> str:
 
 
 def main(argv: list[str]) -> int:
-    made = parser("search", "Find the images that fit a text, or another image, best.", EPILOG)
-    made.add_argument("query", metavar="QUERY", help="a text, or the path of an image")
-    made.add_argument("--images", type=Path, required=True, metavar="DIR", help="where to search")
-    made.add_argument("-k", type=int, default=10, metavar="K", help="how many (default 10)")
-    made.add_argument("--json", action="store_true", help='{"image": ..., "score": ...} a line')
-    made.add_argument("--batch-size", type=int, default=32, help="images at once (default 32)")
-    made.add_argument("--cache", default=None, metavar="DIR", help='embeddings; "" for none')
-    arguments = made.parse_args(argv)
+    parser = make_parser(
+        "search", "Find the images that fit a text, or another image, best.", EPILOG
+    )
+    parser.add_argument("query", metavar="QUERY", help="a text, or the path of an image")
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="where to search")
+    parser.add_argument("-k", type=int, default=10, metavar="K", help="how many (default 10)")
+    parser.add_argument("--json", action="store_true", help='{"image": ..., "score": ...} a line')
+    parser.add_argument("--batch-size", type=int, default=32, help="images at once (default 32)")
+    parser.add_argument("--cache", default=None, metavar="DIR", help='embeddings; "" for none')
+    arguments = parser.parse_args(argv)
     at_least_one(arguments, "k", "batch_size")
 
     from tqdm import tqdm
@@ -46,8 +48,8 @@ def main(argv: list[str]) -> int:
     folder = default_cache() if arguments.cache is None else arguments.cache
     cache = EmbeddingCache(Path(folder), model.fingerprint) if folder else None
     scores, failed = [], 0
-    found = model.embed_files(paths, cache=cache, batch_size=arguments.batch_size)
-    for path, row in tqdm(found, total=len(paths), unit="image", file=sys.stderr, disable=None):
+    embedded = model.embed_files(paths, cache=cache, batch_size=arguments.batch_size)
+    for path, row in tqdm(embedded, total=len(paths), unit="image", file=sys.stderr, disable=None):
         if isinstance(row, ValueError):
             failed += 1
             print_error(f"multimodal search: error: {row}")
@@ -56,6 +58,9 @@ def main(argv: list[str]) -> int:
     if cache is not None:
         cache.save()
     for score, name in sorted(scores, key=lambda item: (-item[0], item[1]))[: arguments.k]:
-        print(json.dumps({"image": name, "score": score}) if arguments.json
-              else f"{score:.3f}\t{name}")  # fmt: skip
+        print(
+            json.dumps({"image": name, "score": score})
+            if arguments.json
+            else f"{score:.3f}\t{name}"
+        )
     return int(failed > 0)

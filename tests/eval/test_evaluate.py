@@ -101,12 +101,20 @@ def test_embeddings_of_the_right_image_have_the_best_recall(
 @pytest.mark.parametrize(
     ("expected", "predicted", "same"),
     [
-        ("yes", " Yes.", True), ("a red circle", "the red circle", True), ("three", "3", True),
-        ("top left", "top-left", False), ("red, blue", "red blue", True), ("none", "0", True),
-        ("dog's", "dogs", False), ("", "a", False), ("a", "", False), ("red", "dark red", False),
-        ("left", "", False), ("Größe", "größe", True),
+        ("yes", " Yes.", True),
+        ("a red circle", "the red circle", True),
+        ("three", "3", True),
+        ("top left", "top-left", False),
+        ("red, blue", "red blue", True),
+        ("none", "0", True),
+        ("dog's", "dogs", False),
+        ("", "a", False),
+        ("a", "", False),
+        ("red", "dark red", False),
+        ("left", "", False),
+        ("Größe", "größe", True),
     ],
-)  # fmt: skip
+)
 def test_answers_are_compared_as_in_vqa(expected: str, predicted: str, same: bool) -> None:
     assert same_answer(expected, predicted) == same == same_answer(predicted, expected)
 
