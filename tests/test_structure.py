@@ -1,5 +1,6 @@
 """Imports go one way through the rooms, nothing goes in a circle, rooms and files stay small."""
 
+import re
 import statistics
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.structure import (
     ROOT,
     circles,
     graph,
+    mermaid,
     modules,
     room_of,
     rooms,
@@ -125,3 +127,29 @@ def test_rooms_and_files_are_small_enough_to_read() -> None:
 def test_tests_mirror_the_rooms() -> None:
     folders = {path.name for path in (ROOT / "tests").iterdir() if any(path.glob("test_*.py"))}
     assert folders == {room.split(".")[0] for room in BELOW} - {"foundation", "api"}
+
+
+def test_the_picture_of_the_architecture_is_drawn_from_the_code() -> None:
+    text = (ROOT / "docs/architecture.md").read_text("utf-8")
+    picture = text.split("```mermaid\n")[1].split("\n```")[0]
+    assert picture == mermaid(), "python tests/structure.py --mermaid prints the new one"
+
+
+def test_the_files_that_the_walks_and_the_map_name_exist() -> None:
+    """`text.py: generate_ids` in a row of a room, and paths anywhere in the guide and the map."""
+    text = (ROOT / "docs/architecture.md").read_text("utf-8")
+    homes = {
+        "commands": "multimodal/commands", "inference": "multimodal/inference", "train": "train",
+        "model": "multimodal/model", "data": "multimodal/data", "tokenizers": "tokenizers",
+    }  # fmt: skip
+    steps = re.findall(r"^\| (\w+) \| `(\w+\.py): ([^|]+)`(?:, `([\w_, `]+)`)? \|", text, re.M)
+    assert len(steps) > 15
+    for room, file, names, more in steps:
+        source = (ROOT / homes[room] / file).read_text("utf-8")
+        for name in re.findall(r"\w+", f"{names} {more}"):
+            assert re.search(rf"(def|class) {name}\b", source), f"{room}/{file}: {name}"
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for path in re.findall(
+        r"`((?:multimodal|eval|train|tokenizers|tests)/[\w/]+\.py)`", text + readme
+    ):
+        assert (ROOT / path).is_file(), path
