@@ -162,7 +162,8 @@ def _draw_causal(
     for pieces in decode(model.network, rows, options, batch_size=DRAWINGS_AT_ONCE):
         if pieces and on_step is not None:
             on_step([row.number for row, _ in pieces], torch.stack([codes for _, codes in pieces]))
-    return torch.tensor([row.codes for row in rows]).view(len(rows), model.codes_per_image)
+    codes = torch.tensor([row.codes for row in rows], dtype=torch.int64)
+    return codes.view(len(rows), model.codes_per_image)
 
 
 def _draw_masked(
