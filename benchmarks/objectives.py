@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fits import fit, last_figures, markdown, score_drawings
+from fits import fit, last_figures, markdown, score_captions, score_drawings
 
 from multimodal import load
 from multimodal.api import Model
@@ -105,6 +105,9 @@ def main() -> None:
             learned, model = last_figures(folder), load(folder / "model")
             scores = {key: learned[name] for name, key in LEARNED.items() if name in learned}
             if of_scenes:
+                captions = score_captions(model, score)
+                scores["claims_true"] = captions["attribute_precision"]
+                scores["objects_said"] = captions["object_recall"]
                 scores["objects_drawn"] = score_drawings(model, score)["objects"]
             if of_scenes and goals["reconstruct_share"]:
                 scores["objects_drawn_masked"] = score_drawings(model, score, "masked")["objects"]

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fits import fit, last_figures, markdown, score_drawings
+from fits import fit, last_figures, markdown, score_captions, score_drawings
 
 from multimodal import load
 
@@ -120,11 +120,13 @@ def report(arguments: argparse.Namespace) -> None:
         if not arguments.joint_steps:
             continue
         learned = last_figures(folder / "joint")
-        drawn = score_drawings(load(folder / "joint/model"), arguments.data)
+        model = load(folder / "joint/model")
+        captions = score_captions(model, arguments.data)
+        drawn = score_drawings(model, arguments.data)
         table[-1].update(
             {
-                "claims_true": learned["val/scene_attribute_precision"],
-                "objects_said": learned["val/scene_object_recall"],
+                "claims_true": captions["attribute_precision"],
+                "objects_said": captions["object_recall"],
                 "image_nats": learned["val/image"],
                 "objects_drawn": drawn["objects"],
                 "colours_drawn": drawn["colours"],
