@@ -273,8 +273,7 @@ def main() -> None:
     rng = random.Random("generate")
     pixels = read_images(model, [render(sample_scene(rng)) for _ in range(MANY)])
     codes = encode_images(model, pixels)
-    ids = (codes + model.vocabulary.image_start).tolist()
-    prompts = [describe_prompt(model.vocabulary, row) for row in ids]
+    prompts = [describe_prompt(model.vocabulary, row) for row in codes.tolist()]
     figures: dict[str, Any] = {}
     if "captions" in arguments.only:
         figures["captions"] = captions(model, compiled, arguments.model, prompts, arguments.rounds)

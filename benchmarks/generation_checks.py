@@ -77,7 +77,7 @@ def of_transformers(name: str, prompts: list[list[int]], eos: int, pad: int) -> 
 def texts(model: Model, name: str, codes: Tensor) -> dict[str, int]:
     """codes: int64[PROMPTS, n] -> how many texts are equal."""
     v = model.vocabulary
-    prompts = [describe_prompt(v, row) for row in (codes + v.image_start).tolist()]
+    prompts = [describe_prompt(v, row) for row in codes.tolist()]
     for number in range(PROMPTS // 2):
         question = model.config.templates.ask(QUESTIONS[number % len(QUESTIONS)])
         prompts[number] += model.text_tokenizer.encode(question)

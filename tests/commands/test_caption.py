@@ -356,7 +356,7 @@ def test_bleu_by_hand() -> None:
 
 
 def test_scores_need_the_same_images() -> None:
-    with pytest.raises(ValueError, match="differ in their images"):
+    with pytest.raises(ValueError, match="predictions and references have different images"):
         score_captions({"a": "x", "d": "y"}, TRUTHS)
     with pytest.raises(ValueError, match="no captions to score"):
         score_captions({}, {})
