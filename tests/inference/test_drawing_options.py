@@ -1,5 +1,6 @@
-"""Guidance by schedule and away from a text; what lies around an image; variations of one."""
+"""Guidance by a schedule and away from a text, outpainting, and variations of an image."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from PIL import Image
 import multimodal.inference.editing as editing
 from multimodal.api import Model
 from multimodal.cli import main
-from multimodal.commands.options import DRAWN_AT
-from multimodal.inference.drawing import DRAWN, UNKNOWN, draw_codes
-from multimodal.inference.text import encode_images, read_images
+from multimodal.commands.options import given_options, parser
+from multimodal.inference.codec import UNKNOWN, encode_images, read_images
+from multimodal.inference.drawing import draw_codes
+from multimodal.inference.editing import box_mask, masked_codes
+from multimodal.options import DrawOptions, EditOptions
 
 TEXTS = ["a red bus in the snow", "two dogs run"]
 
@@ -30,51 +33,57 @@ def picture() -> Image.Image:
 
 
 @pytest.mark.parametrize("method", ["causal", "masked"])
-def test_led_away_from_itself_is_no_guidance(model: Model, method: Any) -> None:
-    """u + s (c - u) with u = c; and another text, or none, leads elsewhere."""
-    plain = draw_codes(model, TEXTS[:1], method=method, guidance_scale=1)
-    itself = draw_codes(model, TEXTS[:1], method=method, guidance_scale=4, negative=TEXTS[0])
-    assert torch.equal(plain, itself)
-    away = draw_codes(model, TEXTS[:1], method=method, guidance_scale=4, negative=TEXTS[1])
-    none = draw_codes(model, TEXTS[:1], method=method, guidance_scale=4)
-    assert not torch.equal(away, none) and not torch.equal(away, plain)
+def test_guidance_away_from_the_same_text_is_none(model: Model, method: Any) -> None:
+    """u + s (c - u) with u = c. Another negative text, or none, gives another image."""
+
+    def draw(**options: Any) -> torch.Tensor:
+        return draw_codes(model, TEXTS[:1], DrawOptions(method=method, **options))
+
+    plain = draw(guidance_scale=1)
+    assert torch.equal(plain, draw(guidance_scale=4, negative=TEXTS[0]))
+    away, no_negative = draw(guidance_scale=4, negative=TEXTS[1]), draw(guidance_scale=4)
+    assert not torch.equal(away, no_negative) and not torch.equal(away, plain)
 
 
 @pytest.mark.parametrize("method", ["causal", "masked"])
 def test_a_rising_schedule_begins_without_guidance(model: Model, method: Any) -> None:
-    def drawn(scale: float, schedule: Any, steps: int = 4) -> torch.Tensor:
-        return draw_codes(model, TEXTS, method=method, guidance_scale=scale,
-                          guidance_schedule=schedule, steps=steps)  # fmt: skip
+    def draw(scale: float, schedule: Any, steps: int = 4) -> torch.Tensor:
+        options = DrawOptions(
+            method=method, guidance_scale=scale, guidance_schedule=schedule, steps=steps
+        )
+        return draw_codes(model, TEXTS, options)
 
-    plain, rising = drawn(1, "constant"), drawn(9, "rising")
-    assert not torch.equal(rising, drawn(9, "constant"))
+    plain, rising = draw(1, "constant"), draw(9, "rising")
+    assert not torch.equal(rising, draw(9, "constant"))
     if method == "causal":
         assert torch.equal(rising[:, 0], plain[:, 0])  # the first code is drawn at scale 1
     else:
-        assert torch.equal(drawn(9, "rising", steps=1), drawn(1, "constant", steps=1))
-    assert torch.equal(drawn(1, "rising"), plain)
+        assert torch.equal(draw(9, "rising", steps=1), draw(1, "constant", steps=1))
+    assert torch.equal(draw(1, "rising"), plain)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"guidance_schedule": "falling"}, "expected constant or rising"),
         ({"negative": "a cat", "guidance_scale": 1}, "a negative text works by guidance"),
         ({"negative": " "}, "the text is empty"),
     ],
 )
-def test_guidance_that_cannot_be(model: Model, options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_impossible_guidance_is_refused(
+    model: Model, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
         model.draw("a red bus", **options)
 
 
-def test_around_an_image_all_else_is_drawn(model: Model) -> None:
+def test_outpainting_keeps_the_image_and_draws_around_it(model: Model) -> None:
     image = picture()
     wider = model.outpaint(image, (0, 8, 40, 0), "a red bus")
     assert wider.size == (80, 32)
     assert (np.asarray(wider)[8:, :40] == np.asarray(image)).all()
     right = np.asarray(wider)[:, 44:]
-    assert right.std() > 1, "not the even ground it was laid on"
+    assert right.std() > 1, "not the even colour of the empty canvas"
     for margins in ((0, 0, 0, 0), (-1, 0, 9, 0)):
         with pytest.raises(ValueError, match="expected pixels from 0 on"):
             model.outpaint(image, margins, "a red bus")
@@ -84,32 +93,33 @@ def test_around_an_image_all_else_is_drawn(model: Model) -> None:
 def test_a_variation_keeps_the_other_codes(
     model: Model, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
-    asked: list[tuple[list[str], torch.Tensor]] = []
+    calls: list[tuple[list[str], torch.Tensor]] = []
 
-    def look(_: Any, texts: list[str], *, known: torch.Tensor, **options: Any) -> torch.Tensor:
-        asked.append((texts, known))
-        return draw_codes(model, texts, known=known, **options)
+    def spy(_: Any, texts: list[str], options: DrawOptions, *, known: torch.Tensor) -> torch.Tensor:
+        calls.append((texts, known))
+        assert options.method == "masked"
+        return draw_codes(model, texts, options, known=known)
 
-    monkeypatch.setattr(editing, "draw_codes", look)
+    monkeypatch.setattr(editing, "draw_codes", spy)
     image = picture()
     varied = model.vary(image, share, seed=3)
     assert varied.size == image.size
-    ((texts, known),) = asked
+    ((texts, known),) = calls
     assert texts == model.caption([image])
     codes = encode_images(model, read_images(model, [image]))
     fresh = known == UNKNOWN
     assert int(fresh.sum()) == round(16 * share)
     assert torch.equal(known[~fresh], codes[~fresh])
     other = model.vary(image, share, "two dogs", seed=4)
-    assert other.tobytes() != varied.tobytes() and asked[1][0] == ["two dogs"]
+    assert other.tobytes() != varied.tobytes() and calls[1][0] == ["two dogs"]
     with pytest.raises(ValueError, match="share=0"):
         model.vary(image, 0)
 
 
-def test_the_commands(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_the_edit_command(tiny_model_folder: Path, tmp_path: Path) -> None:
     picture().save(tmp_path / "a.png")
-    line = ["edit", "--model", str(tiny_model_folder), str(tmp_path / "a.png"), "--prompt", "a bus",
-            "--out", str(tmp_path / "b.png")]  # fmt: skip
+    line = ["edit", "--model", str(tiny_model_folder), str(tmp_path / "a.png")]
+    line += ["--prompt", "a bus", "--out", str(tmp_path / "b.png")]
     assert main([*line, "--margins", "0,0,20,0", "--negative", "a cat"]) == 0
     assert Image.open(tmp_path / "b.png").size == (60, 24)
     assert main([*line, "--vary", "0.5", "--guidance-schedule", "rising"]) == 0
@@ -118,20 +128,17 @@ def test_the_commands(tiny_model_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_thin_mask_touches_its_codes(model: Model) -> None:
-    from multimodal.inference.editing import box_mask, masked_codes
-
     thin = box_mask((1024, 1024), (255, 100, 257, 400))  # two pixels, on both sides of a border
-    found = masked_codes(thin, "squash", 4).reshape(4, 4)
-    assert found.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    codes = masked_codes(thin, "squash", 4).reshape(4, 4)
+    assert codes.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     edge = box_mask((500, 250), (0, 0, 1, 1))
-    assert masked_codes(edge, "crop", 4).sum() == 0 and masked_codes(edge, "letterbox", 4).any()
+    assert masked_codes(edge, "crop", 4).sum() == 0
+    assert masked_codes(edge, "letterbox", 4).any()
 
 
-def test_what_a_crop_leaves_out_is_left_alone(
+def test_pixels_outside_a_crop_are_left_alone(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dataclasses
-
     config = dataclasses.replace(model.image_tokenizer.config, fit="crop")
     monkeypatch.setattr(model.image_tokenizer, "config", config)
     image = picture()  # 40 x 24: the outer 8 columns are not seen
@@ -142,5 +149,8 @@ def test_what_a_crop_leaves_out_is_left_alone(
         model.outpaint(image, (0, 0, 40, 0), "a red bus")
 
 
-def test_the_command_line_draws_at_the_same_temperature() -> None:
-    assert DRAWN_AT == DRAWN.temperature
+@pytest.mark.parametrize("options", [DrawOptions, EditOptions])
+def test_the_command_line_draws_at_the_same_temperature(options: type[EditOptions]) -> None:
+    line = parser("draw", "", "", options)
+    assert given_options(line.parse_args([]), options) == {}, "the defaults are those of the class"
+    assert options().temperature == 0.8 and "(default 0.8)" in line.format_help()

@@ -1,7 +1,8 @@
-"""Answers in JSON that follows a schema, and answers out of a list."""
+"""Answers in JSON that follows a schema, and answers from a list of choices."""
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,20 @@ from multimodal.inference.json_schema import Schema, token_bytes
 from multimodal.inference.likelihoods import choice_likelihoods
 from multimodal.inference.text import answer_codes, generate_ids
 from multimodal.model.sequences import describe_prompt
-from multimodal.options import Sampling
+from multimodal.options import AnswerOptions, TextOptions
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
-        "colour": {"enum": ["red", "bl\u00fce"]}, "count": {"type": "integer", "minimum": 0,
-                                                        "maximum": 12},
-        "said": {"type": "string", "maxLength": 6}, "ok": {"type": "boolean"},
+        "colour": {"enum": ["red", "bl\u00fce"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 12},
+        "word": {"type": "string", "maxLength": 6},
+        "ok": {"type": "boolean"},
     },
-    "required": ["colour", "count", "said", "ok"], "additionalProperties": False,
-}  # fmt: skip
+    "required": ["colour", "count", "word", "ok"],
+    "additionalProperties": False,
+}
+OPTIONS = TextOptions(max_tokens=120)
 
 
 @pytest.fixture(scope="module")
@@ -35,62 +39,66 @@ def model(tiny_model: Callable[..., Model]) -> Model:
 
 def prompts_of(model: Model, count: int) -> list[list[int]]:
     codes = torch.randint(64, (count, 16), generator=torch.Generator().manual_seed(0))
-    return [describe_prompt(model.vocabulary, row)
-            for row in (codes + model.vocabulary.image_start).tolist()]  # fmt: skip
+    return [describe_prompt(model.vocabulary, row) for row in codes.tolist()]
 
 
 def test_the_bytes_of_tokens_are_those_of_texts(model: Model) -> None:
-    known = token_bytes(model)
+    tokens = token_bytes(model)
     for text in ("a red bus", "na\u00efve \u732b \U0001f408", "\n\t{}"):
-        assert b"".join(known[i] for i in model.text_tokenizer.encode(text)) == text.encode()
-    assert not any(known[model.vocabulary.text_size :])
+        assert b"".join(tokens[i] for i in model.text_tokenizer.encode(text)) == text.encode()
+    assert not any(tokens[model.vocabulary.text_size :])
 
 
 def test_all_of_two_hundred_answers_follow_the_schema(model: Model) -> None:
-    schema, sampling = Schema(model, SCHEMA), Sampling(temperature=1.5)
-    texts = generate_ids(model, prompts_of(model, 200), 120, sampling, schema=schema)
-    found = [json.loads(model.text_tokenizer.decode(text)) for text in texts]
-    assert len(found) == 200
-    for one in found:
-        assert one.keys() == SCHEMA["properties"].keys()
-        assert one["colour"] in ("red", "bl\u00fce") and 0 <= one["count"] <= 12
-        assert isinstance(one["said"], str) and len(one["said"]) <= 6 and one["ok"] in (True, False)
-    assert len({json.dumps(one) for one in found}) > 150, "the model chooses, not the schema"
+    schema, options = Schema(model, SCHEMA), replace(OPTIONS, temperature=1.5)
+    texts = generate_ids(model, prompts_of(model, 200), options, schema=schema)
+    answers = [json.loads(model.text_tokenizer.decode(text)) for text in texts]
+    assert len(answers) == 200
+    for answer in answers:
+        assert answer.keys() == SCHEMA["properties"].keys()
+        assert answer["colour"] in ("red", "bl\u00fce") and 0 <= answer["count"] <= 12
+        assert isinstance(answer["word"], str) and len(answer["word"]) <= 6
+        assert answer["ok"] in (True, False)
+    assert len({json.dumps(answer) for answer in answers}) > 150, "the model chooses"
 
 
-def test_batch_equals_single_and_what_does_not_end_is_said(model: Model) -> None:
+def test_a_batch_is_each_text_alone_and_unfinished_texts_are_an_error(model: Model) -> None:
     schema, prompts = Schema(model, SCHEMA), prompts_of(model, 4)
-    together = generate_ids(model, prompts, 120, schema=schema)
-    assert together == [generate_ids(model, [one], 120, schema=schema)[0] for one in prompts]
+    together = generate_ids(model, prompts, OPTIONS, schema=schema)
+    alone = [generate_ids(model, [prompt], OPTIONS, schema=schema)[0] for prompt in prompts]
+    assert together == alone
+    short = TextOptions(max_tokens=5)
     with pytest.raises(ValueError, match="4 of 4 texts do not follow the schema to its end in 5 "):
-        generate_ids(model, prompts, 5, schema=schema)
-    with pytest.raises(ValueError, match="stop, and a JSON schema"):
-        generate_ids(model, prompts, 5, schema=schema, stop=["a"])
-    with pytest.raises(ValueError, match="beams, and a JSON schema"):
-        generate_ids(model, prompts, 5, Sampling(beams=2), schema=schema)
+        generate_ids(model, prompts, short, schema=schema)
+    with pytest.raises(ValueError, match="a JSON schema says where .* give it or stop"):
+        generate_ids(model, prompts, replace(short, stop=("a",)), schema=schema)
+    with pytest.raises(ValueError, match="beams and a JSON schema"):
+        generate_ids(model, prompts, replace(short, beams=2), schema=schema)
 
 
 @pytest.mark.parametrize("schema", [{"type": "nonsense"}, {"type": 3}])
-def test_a_schema_that_is_none_is_refused(model: Model, schema: dict[str, Any]) -> None:
+def test_an_invalid_schema_is_refused(model: Model, schema: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="schema"):
         Schema(model, schema)
 
 
-def test_the_choice_is_the_likeliest(model: Model) -> None:
+def test_the_choice_is_the_most_likely(model: Model) -> None:
     codes = torch.randint(64, (5, 16), generator=torch.Generator().manual_seed(1))
     choices = ["yes", "no", "a red bus in the snow"]
-    found = answer_codes(model, codes, ["is it?"] * 5, choices=choices)
-    asked = model.config.templates.ask("is it?")
-    for row, answer in zip(codes, found, strict=True):
-        (likely,) = choice_likelihoods(model, row[None], [asked], [choices])
-        assert answer == choices[int(likely.argmax())]
-    assert answer_codes(model, codes[:1], ["is it?"], choices=choices[::-1]) == found[:1]
+    options, questions = AnswerOptions(), ["is it?"] * 5
+    answers = answer_codes(model, codes, questions, options, choices=choices)
+    prompt = model.config.templates.ask("is it?")
+    for row, answer in zip(codes, answers, strict=True):
+        (likelihoods,) = choice_likelihoods(model, row[None], [prompt], [choices])
+        assert answer == choices[int(likelihoods.argmax())]
+    reverse = answer_codes(model, codes[:1], questions[:1], options, choices=choices[::-1])
+    assert reverse == answers[:1]
     for wrong in ([], ["yes"], ["yes", "yes"]):
         with pytest.raises(ValueError, match="expected two or more"):
-            answer_codes(model, codes, ["is it?"] * 5, choices=wrong)
+            answer_codes(model, codes, questions, options, choices=wrong)
 
 
-def test_the_command_answers_so(
+def test_the_command_takes_choices_and_a_schema(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")

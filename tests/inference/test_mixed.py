@@ -1,7 +1,8 @@
-"""Many prompts at once, piece by piece: each as if it were alone."""
+"""Replies to many prompts are those of each prompt alone, and streams are the same in pieces."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from multimodal.api import Model
 from multimodal.inference.batch import DecodeBatch
-from multimodal.inference.mixed import Preview, Reply, prompt_ids
+from multimodal.inference.mixed import Output, Preview, Reply, prompt_ids
 
 Make = Callable[..., Model]
 
@@ -22,17 +23,18 @@ def model(tiny_model: Make) -> Model:
 
 @pytest.fixture(scope="module")
 def eager(tiny_model: Make) -> Model:
-    """One that likes to draw in the middle of a text, and ends at times."""
+    """A model that often draws in the middle of a text, and sometimes ends."""
     eager = tiny_model(seed=3, noise=0.1, tied=False)
     v, logits = eager.vocabulary, eager.network.transformer.logits
 
-    def liking(hidden: torch.Tensor, *ids: slice) -> torch.Tensor:
+    def with_images(hidden: torch.Tensor, *ids: slice) -> torch.Tensor:
         scores = logits(hidden, *ids)
-        scores[..., v.boi] += 6
-        scores[..., v.eos] += 3
+        if scores.shape[-1] > v.boi:  # else only codes can be chosen
+            scores[..., v.boi] += 6
+            scores[..., v.eos] += 3
         return scores
 
-    eager.network.transformer.logits = liking  # type: ignore[method-assign]
+    eager.network.transformer.logits = with_images  # type: ignore[method-assign]
     return eager
 
 
@@ -45,54 +47,56 @@ def prompts() -> list[list[str | Image.Image]]:
     return [["a red"], [picture(0), "is it"], [picture(1), "a", picture(2)], [picture(3)]]
 
 
-def same(one: Reply | ValueError, other: Reply | ValueError) -> bool:
-    assert isinstance(one, Reply) and isinstance(other, Reply)
-    counts = ("prompt_tokens", "text_tokens", "image_tokens", "ended")
-    assert one.log_probability == pytest.approx(other.log_probability, abs=1e-2)
-    return all(getattr(one, name) == getattr(other, name) for name in counts) and [
-        part if isinstance(part, str) else part.tobytes() for part in one.parts
-    ] == [part if isinstance(part, str) else part.tobytes() for part in other.parts]
+def contents_of(parts: Sequence[Output]) -> list[str | bytes]:
+    assert not any(isinstance(part, Preview) for part in parts)
+    return [part if isinstance(part, str) else part.tobytes() for part in parts]  # type: ignore[union-attr]
+
+
+def same(a: Reply | ValueError, b: Reply | ValueError) -> bool:
+    assert isinstance(a, Reply) and isinstance(b, Reply)
+    names = ("prompt_tokens", "text_tokens", "image_tokens", "ended")
+    assert a.log_probability == pytest.approx(b.log_probability, abs=1e-2)
+    counts = all(getattr(a, name) == getattr(b, name) for name in names)
+    return counts and contents_of(a.parts) == contents_of(b.parts)
 
 
 @pytest.mark.parametrize("output", ["text", "image", "any"])
-def test_a_batch_is_its_prompts_one_at_a_time(eager: Model, output: str) -> None:
+def test_a_batch_is_each_prompt_alone(eager: Model, output: str) -> None:
     options = {"output": output, "max_tokens": 12}
     together = eager.reply(prompts(), **options)  # type: ignore[arg-type]
-    for prompt, found in zip(prompts(), together, strict=True):
+    for prompt, reply in zip(prompts(), together, strict=True):
         (alone,) = eager.reply([prompt], **options)  # type: ignore[arg-type]
-        assert same(found, alone)
-        assert isinstance(found, Reply) and found.text_tokens <= 12
-        drawn = [part for part in found.parts if isinstance(part, Image.Image)]
-        assert found.image_tokens == 16 * len(drawn)
-        assert all(part.size == (32, 32) for part in drawn)
-    kinds = {type(part) for one in together if isinstance(one, Reply) for part in one.parts}
+        assert same(reply, alone)
+        assert isinstance(reply, Reply) and reply.text_tokens <= 12
+        images = [part for part in reply.parts if isinstance(part, Image.Image)]
+        assert reply.image_tokens == 16 * len(images)
+        assert all(image.size == (32, 32) for image in images)
+    kinds = {type(part) for reply in together if isinstance(reply, Reply) for part in reply.parts}
     assert (Image.Image in kinds, str in kinds) == (output != "text", output != "image")
 
 
-def test_random_numbers_are_those_of_the_prompt_not_of_the_batch(eager: Model) -> None:
+def test_random_numbers_belong_to_the_prompt_and_not_to_the_batch(eager: Model) -> None:
     hot = {"temperature": 1.0, "seed": 4, "max_tokens": 12}
     together = eager.reply(prompts(), output="any", **hot)  # type: ignore[arg-type]
     again = eager.reply(prompts()[:2], output="any", **hot)  # type: ignore[arg-type]
-    assert all(same(one, other) for one, other in zip(together, again, strict=False))
+    assert all(same(a, b) for a, b in zip(together, again, strict=False))
     other = eager.reply(prompts(), output="any", **{**hot, "seed": 5})  # type: ignore[arg-type]
-    assert not all(same_parts(one, two) for one, two in zip(together, other, strict=True))
+    assert not all(same_texts(a, b) for a, b in zip(together, other, strict=True))
 
 
-def same_parts(one: Reply | ValueError, other: Reply | ValueError) -> bool:
-    assert isinstance(one, Reply) and isinstance(other, Reply)
-    return [p for p in one.parts if isinstance(p, str)] == [
-        p for p in other.parts if isinstance(p, str)
-    ]
+def same_texts(a: Reply | ValueError, b: Reply | ValueError) -> bool:
+    assert isinstance(a, Reply) and isinstance(b, Reply)
+    return [p for p in a.parts if isinstance(p, str)] == [p for p in b.parts if isinstance(p, str)]
 
 
-def test_what_is_wrong_with_one_is_not_wrong_with_the_others(model: Model, tmp_path: Path) -> None:
+def test_an_error_of_one_prompt_leaves_the_others_alone(model: Model, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"?")
     rows = [["a red"], [], [tmp_path / "broken.png"], ["word " * 9_999], [picture(0)]]
-    found = model.reply(rows, max_tokens=9)  # type: ignore[arg-type]
-    said = [str(one) if isinstance(one, ValueError) else "" for one in found]
-    assert "empty" in said[1] and "broken.png" in said[2] and "reads at most" in said[3]
+    replies = model.reply(rows, max_tokens=9)  # type: ignore[arg-type]
+    errors = [str(reply) if isinstance(reply, ValueError) else "" for reply in replies]
+    assert "empty" in errors[1] and "broken.png" in errors[2] and "reads at most" in errors[3]
     good = model.reply([rows[0], rows[4]], max_tokens=9)  # type: ignore[arg-type]
-    assert same(found[0], good[0]) and same(found[4], good[1])
+    assert same(replies[0], good[0]) and same(replies[4], good[1])
     assert model.reply([]) == []
 
 
@@ -105,24 +109,25 @@ def test_a_stream_is_the_same_in_pieces(eager: Model) -> None:
             if isinstance(piece, str) and joined and isinstance(joined[-1], str):
                 joined[-1] += piece
             else:
+                assert not isinstance(piece, Preview)
                 joined.append(piece)
-        assert [p.strip() if isinstance(p, str) else p.tobytes() for p in joined] == [
-            p if isinstance(p, str) else p.tobytes() for p in parts
-        ]
+        stripped = [p.strip() if isinstance(p, str) else p for p in joined]
+        assert contents_of(stripped) == contents_of(parts)
         assert not any("\N{REPLACEMENT CHARACTER}" in p for p in pieces[:-1] if isinstance(p, str))
 
 
-def test_the_probability_is_that_of_the_tokens(model: Model) -> None:
-    (found,) = model.reply([["a red"]], max_tokens=7)
-    assert isinstance(found, Reply)
+@torch.inference_mode()
+def test_the_log_probability_is_the_sum_over_the_tokens(model: Model) -> None:
+    (reply,) = model.reply([["a red"]], max_tokens=7)
+    assert isinstance(reply, Reply)
     v, total = model.vocabulary, 0.0
     batch = DecodeBatch(model.network, [prompt_ids(model, ["a red"])], 7)
-    for _ in range(found.text_tokens + (found.ended == "end")):
+    for _ in range(reply.text_tokens + (reply.ended == "end")):
         allowed = torch.cat([batch.logits()[0, : v.text_size], batch.logits()[0, v.eos :][:1]])
         best = int(allowed.argmax())
         total += float(allowed.log_softmax(-1)[best])
         batch.step(torch.tensor([v.eos if best == v.text_size else best]))
-    assert found.log_probability == pytest.approx(total, abs=1e-3)
+    assert reply.log_probability == pytest.approx(total, abs=1e-3)
 
 
 def test_a_reply_and_its_stream_end_before_a_stop(model: Model) -> None:
@@ -130,35 +135,37 @@ def test_a_reply_and_its_stream_end_before_a_stop(model: Model) -> None:
     assert isinstance(whole, Reply) and isinstance(whole.parts[0], str)
     text = whole.parts[0]
     stop = [text[6:9], "nowhere"]
-    (found,) = model.reply([["a red"]], max_tokens=24, stop=stop)
-    assert isinstance(found, Reply) and found.ended == "stop"
-    assert found.parts == [text[: text.find(stop[0])].strip()]
-    assert found.text_tokens < whole.text_tokens
-    # No piece holds what is cut off, not even its beginning.
+    (reply,) = model.reply([["a red"]], max_tokens=24, stop=stop)
+    assert isinstance(reply, Reply) and reply.ended == "stop"
+    assert reply.parts == [text[: text.find(stop[0])].strip()]
+    assert reply.text_tokens < whole.text_tokens
+    # No piece holds the stop text, not even its beginning.
     pieces = list(model.stream(["a red"], max_tokens=24, stop=stop))
-    assert "".join(map(str, pieces)).strip() == found.parts[0]
+    assert "".join(map(str, pieces)).strip() == reply.parts[0]
 
 
-def test_an_image_can_be_watched(eager: Model) -> None:
+def test_a_stream_has_previews_of_an_image(eager: Model) -> None:
     options = {"output": "image", "temperature": 1.0, "seed": 3}
     plain = list(eager.stream(["a red"], **options))  # type: ignore[arg-type]
     *previews, image = eager.stream(["a red"], previews=True, **options)  # type: ignore[arg-type]
     assert isinstance(image, Image.Image) and [image] == plain
-    assert [one.share for one in previews if isinstance(one, Preview)] == [0.25, 0.5, 0.75]
-    for number, one in enumerate(previews, start=1):
-        assert isinstance(one, Preview)
-        pixels = np.asarray(one.image)
+    assert [p.share for p in previews if isinstance(p, Preview)] == [0.25, 0.5, 0.75]
+    for number, preview in enumerate(previews, start=1):
+        assert isinstance(preview, Preview)
+        pixels = np.asarray(preview.image)
         assert (pixels[8 * number :] == 128).all() and (pixels[: 8 * number] != 128).any()
 
 
 @pytest.mark.parametrize(("method", "calls"), [("causal", 4), ("masked", 6)])
-def test_drawings_can_be_watched(model: Model, method: str, calls: int) -> None:
+def test_drawings_have_previews(model: Model, method: str, calls: int) -> None:
     seen: list[tuple[list[int], list[Image.Image]]] = []
-    how = {"method": method, "steps": 6, "seed": 1}
-    drawn = model.draw(
-        "a red bus", 3, on_preview=lambda n, images: seen.append((list(n), images)), **how
-    )  # type: ignore[arg-type]
-    assert drawn == model.draw("a red bus", 3, **how)  # type: ignore[arg-type]
+    options: Any = {"method": method, "steps": 6, "seed": 1}
+
+    def on_preview(numbers: Sequence[int], images: list[Image.Image]) -> None:
+        seen.append((list(numbers), images))
+
+    drawn = model.draw("a red bus", 3, on_preview=on_preview, **options)
+    assert drawn == model.draw("a red bus", 3, **options)
     assert [numbers for numbers, _ in seen] == [[0, 1, 2]] * calls
     assert seen[-1][1] == drawn and seen[0][1] != drawn
     with pytest.raises(ValueError, match="nothing to see before the end"):

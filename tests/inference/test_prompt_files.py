@@ -1,4 +1,4 @@
-"""Prompts that are files: what they say is what is done, and what is given comes first."""
+"""Prompt files: their words and options are used, and options that are given come first."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,10 @@ from PIL import Image
 
 from multimodal import load
 from multimodal.cli import main
+from multimodal.inference.codec import encode_images, read_images
 from multimodal.inference.prompt_files import LIBRARY, find_prompt, prompt_files, read_prompt
-from multimodal.inference.text import answer_codes, encode_images, read_images
-from multimodal.options import Sampling
+from multimodal.inference.text import answer_codes
+from multimodal.options import AnswerOptions
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def write(folder: Path, name: str, text: str) -> Path:
     return path
 
 
-def test_every_prompt_of_the_library_is_one() -> None:
+def test_every_file_of_the_library_is_a_prompt() -> None:
     assert {path.stem for path in LIBRARY.iterdir()} == set(prompt_files())
     for name, path in prompt_files().items():
         prompt = read_prompt(path)
@@ -34,31 +35,31 @@ def test_every_prompt_of_the_library_is_one() -> None:
         assert find_prompt(str(prompt)) == prompt
 
 
-def test_a_prompt_is_its_words_and_its_limits(
+def test_a_prompt_gives_its_words_and_its_options(
     picture: str, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     model = load(tiny_model_folder)
-    write(tmp_path, "mine", "version: 3\nabout: Mine.\ntemplate: 'a red {text} in'\n"
-          "temperature: 1.0\nmax_tokens: 9\nstop: ['e']\n")  # fmt: skip
+    content = "version: 3\nabout: Mine.\ntemplate: 'a red {text} in'\n"
+    write(tmp_path, "mine", f"{content}temperature: 1.0\nmax_tokens: 9\nstop: ['e']\n")
     mine = find_prompt("mine", tmp_path)
     codes = encode_images(model, read_images(model, [picture]))
-    hot = Sampling(temperature=1.0, seed=7)
-    (whole,) = answer_codes(model, codes, ["bus"], 9, hot, prompt=mine)
-    said = model.answer(picture, "bus", prompt=mine, seed=7)
-    assert said == whole.partition("e")[0].strip()
+    hot = AnswerOptions(temperature=1.0, seed=7, max_tokens=9)
+    (whole,) = answer_codes(model, codes, ["bus"], hot, prompt=mine)
+    answer = model.answer(picture, "bus", prompt=mine, seed=7)
+    assert answer == whole.partition("e")[0].strip()
     assert model.answer(picture, "bus", prompt=mine, seed=7, stop=[]) == whole
-    # What is given comes before what the file says.
+    # Options that are given come before those of the file.
     greedy = model.answer(picture, "bus", prompt=mine, temperature=0.0, stop=[], max_tokens=5)
-    (expected,) = answer_codes(model, codes, ["bus"], 5, prompt=mine)
+    short = AnswerOptions(max_tokens=5)
+    (expected,) = answer_codes(model, codes, ["bus"], short, prompt=mine)
     assert greedy == expected
-    assert expected != answer_codes(model, codes, ["bus"], 5)[0], "other words, other answer"
+    assert expected != answer_codes(model, codes, ["bus"], short)[0], "other words, other answer"
     assert model.answer(picture, "bus?", prompt="yes_or_no") in ("yes", "no")
-    assert model.answer(picture, "a bus", prompt="statement", choices=["red", "bus"]) in (
-        "red", "bus",
-    )  # fmt: skip
+    choices = ["red", "bus"]
+    assert model.answer(picture, "a bus", prompt="statement", choices=choices) in choices
 
 
-def test_the_command_takes_them_too(
+def test_the_commands_take_prompt_files(
     picture: str, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path, "short", "version: 2\nabout: Instead.\nmax_tokens: 4\n")
@@ -93,7 +94,7 @@ def test_the_command_takes_them_too(
         ("!!python/object/apply:os.system ['true']\n", "not a prompt"),
     ],
 )
-def test_what_is_no_prompt_is_said(
+def test_a_file_that_is_no_prompt_is_an_error(
     text: str, reason: str, picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path, "bad", text)
@@ -102,7 +103,7 @@ def test_what_is_no_prompt_is_said(
     assert reason in error and str(path) in error and error.count("\n") == 1
 
 
-def test_a_prompt_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_prompt_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no prompt 'nope'; there are question, several"):
         find_prompt("nope")
     with pytest.raises(ValueError, match="is version 1, not 9"):
