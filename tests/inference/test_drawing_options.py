@@ -152,7 +152,5 @@ def test_pixels_outside_a_crop_are_left_alone(
 @pytest.mark.parametrize("options", [DrawOptions, EditOptions])
 def test_the_command_line_draws_at_the_same_temperature(options: type[EditOptions]) -> None:
     parser = make_parser("draw", "", "", options)
-    assert given_options(parser.parse_args([]), options) == {}, (
-        "the defaults are those of the class"
-    )
+    assert given_options(parser.parse_args([]), options) == {}, "defaults are those of the class"
     assert options().temperature == 0.8 and "(default 0.8)" in parser.format_help()
