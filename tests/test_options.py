@@ -1,5 +1,6 @@
 """Options: their fields, their help, their limits, and the same names for type checkers."""
 
+import inspect
 import subprocess
 import sys
 import types
@@ -73,6 +74,32 @@ def test_every_option_has_help_and_a_valid_default(options: type[Sampling]) -> N
             assert item.default in get_args(kind)
         else:
             assert isinstance(item.default, tuple(get_origin(each) or each for each in kinds))
+
+
+def test_signatures_show_the_options_and_their_defaults() -> None:
+    from multimodal.api import Model
+
+    for method, options in (
+        (Model.caption, CaptionOptions),
+        (Model.caption_each, CaptionOptions),
+        (Model.answer, AnswerOptions),
+        (Model.generate, TextOptions),
+        (Model.reply, TextOptions),
+        (Model.stream, TextOptions),
+        (Model.draw, DrawOptions),
+        (Model.edit, EditOptions),
+        (Model.outpaint, EditOptions),
+        (Model.vary, EditOptions),
+    ):
+        parameters = inspect.signature(method).parameters
+        hints = get_type_hints(options)
+        shown = {name: item for name, item in parameters.items() if name in hints}
+        assert list(shown) == [item.name for item in fields(options)]
+        for item in fields(options):
+            assert shown[item.name].default == item.default
+            assert shown[item.name].annotation == hints[item.name]
+            assert shown[item.name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert "options" not in parameters
 
 
 def test_unknown_options_are_named() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 import multimodal.inference.editing as editing
 from multimodal.api import Model
 from multimodal.cli import main
-from multimodal.commands.options import given_options, parser
+from multimodal.commands.options import given_options, make_parser
 from multimodal.inference.codec import UNKNOWN, encode_images, read_images
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.editing import box_mask, masked_codes
@@ -151,6 +151,6 @@ def test_pixels_outside_a_crop_are_left_alone(
 
 @pytest.mark.parametrize("options", [DrawOptions, EditOptions])
 def test_the_command_line_draws_at_the_same_temperature(options: type[EditOptions]) -> None:
-    line = parser("draw", "", "", options)
-    assert given_options(line.parse_args([]), options) == {}, "the defaults are those of the class"
-    assert options().temperature == 0.8 and "(default 0.8)" in line.format_help()
+    parser = make_parser("draw", "", "", options)
+    assert given_options(parser.parse_args([]), options) == {}, "defaults are those of the class"
+    assert options().temperature == 0.8 and "(default 0.8)" in parser.format_help()
