@@ -93,7 +93,7 @@ def change_config(folder: Path, **others: Any) -> None:
     ("others", "message"),
     [
         ({"model_type": "llama"}, "a model of type 'llama', expected qwen3"),
-        ({"attention_bias": True}, "its attention_bias is not known here"),
+        ({"attention_bias": True}, "its attention_bias is not supported"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "its RoPE of type 'yarn'"),
     ],
 )
