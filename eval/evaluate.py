@@ -5,6 +5,7 @@ import json
 import resource
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from multimodal.commands.options import check_output, load_model, make_parser
 from multimodal.data.shards import Shards
+from multimodal.eval.tasks.registry import EVALUATORS, find_evaluator
 from multimodal.files import atomic_file
 
 if TYPE_CHECKING:
@@ -26,16 +28,9 @@ if TYPE_CHECKING:
     from multimodal.eval.metrics.clip_score import ClipScore
     from multimodal.eval.page import Section
 
-# The names in multimodal.eval.tasks.registry, whose import takes seconds.
-TASKS = (
-    *("captioning", "answers", "choices", "presence", "retrieval", "classification"),
-    *("likelihood", "drawing", "reconstruction", "few_shot", "robustness"),
-    *("scene_captions", "scene_presence", "scene_drawings"),
-)
+TASKS = tuple(EVALUATORS)
 EPILOG = f"""TASK is one of
-  {", ".join(TASKS[:6])},
-  {", ".join(TASKS[6:11])},
-  {", ".join(TASKS[11:])},
+{textwrap.fill(", ".join(TASKS), 78, initial_indent="  ", subsequent_indent="  ")},
 or all, or FILE.py:CLASS, an evaluator of yours (docs/evaluation.md). A task is skipped for a folder
 if no sample has what it needs (captions, questions, classes, a scene). Intervals are 95 %, by the
 bootstrap over samples. Under torchrun, ranks share the samples. Nothing is downloaded.
@@ -118,7 +113,6 @@ def run(
     """
     from multimodal.eval.metrics.clip_score import ClipScore
     from multimodal.eval.page import page
-    from multimodal.eval.tasks.registry import find_evaluator
 
     evaluators = {task: find_evaluator(task) for task in tasks}
     clip = ClipScore(arguments.clip) if arguments.clip else None

@@ -42,7 +42,7 @@ class Sampling:
     min_p: float = option(
         0.0, "sample tokens at least P times as likely as the most likely one; 0 means all", "P"
     )
-    seed: int = option(0, "of everything random")
+    seed: int = option(0, "seed of all random numbers")
 
     def __post_init__(self) -> None:
         finite = 0 <= self.temperature < float("inf")
@@ -119,16 +119,16 @@ class EditOptions(Sampling):
     Muse (Chang et al. 2023, arXiv:2301.00704).
     """
 
-    # At 1 shapes are spoilt, at 0.6 photos are blank.
+    # At temperature 1 shapes are spoilt. At 0.6 photos are blank.
     temperature: float = option(0.8, "divides the logits; 0 takes the most likely code")
     steps: int = option(12, "steps of masked drawing; fewer is faster", "N")
     guidance_scale: float = option(
         3.0, "how closely to follow the text: u + SCALE * (c - u); 1 is no guidance", "SCALE"
     )
     guidance_schedule: Schedule = option(
-        "constant", "rising: the scale goes from 1 to 2 SCALE - 1 over the drawing"
+        "constant", "rising: the scale goes from 1 to 2 * SCALE - 1 over the drawing"
     )
-    negative: str | None = option(None, "a text to lead away from", "TEXT")
+    negative: str | None = option(None, "a text that the image should not fit", "TEXT")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,14 +146,17 @@ class EditOptions(Sampling):
 
 @dataclass(frozen=True, kw_only=True)
 class DrawOptions(EditOptions):
-    """How an image is drawn after a text.
+    """How an image is drawn from a text.
 
-    candidates is best of n: the drawing is kept after which the model finds the text most likely as
-    its caption (DALL-E, Ramesh et al. 2021, arXiv:2102.12092, has another model judge).
+    With candidates=N the model draws N images and scores the text as a caption of each. It keeps
+    the image with the highest score. (DALL-E, Ramesh et al. 2021, arXiv:2102.12092, uses another
+    model for that.)
     """
 
     method: Method = option("causal", "causal: one code after the other; masked: many at a time")
-    candidates: int = option(1, "draw N for each, keep the one whose caption is the text", "N")
+    candidates: int = option(
+        1, "draw N images for each text, keep the one that the text fits best", "N"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

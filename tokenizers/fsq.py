@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from multimodal.tokenizers.quantizer import Quantized
+from multimodal.tokenizers.quantizer import Quantized, Quantizer
 
 
-class FSQ(nn.Module):
+class FSQ(Quantizer):
     """Finite scalar quantization.
 
     Args:

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from multimodal.tokenizers.quantizer import Quantized, entropy_of, sample_codebook
+from multimodal.tokenizers.quantizer import Quantized, Quantizer, entropy_of, sample_codebook
 
 
-class IBQ(nn.Module):
+class IBQ(Quantizer):
     """Index backpropagation quantization.
 
     Args:

@@ -9,14 +9,14 @@ Shapes: N latents of C channels, K = 2^C codes, G bits of a group.
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from multimodal.tokenizers.quantizer import Quantized, entropy_of
+from multimodal.tokenizers.quantizer import Quantized, Quantizer, entropy_of
 
 GROUP = 9  # bits whose 2^G patterns are computed exactly; groups count as independent
 
 
-class LFQ(nn.Module):
+class LFQ(Quantizer):
     """Lookup-free quantization.
 
     Args:

@@ -4,12 +4,12 @@ Shapes: B batch, h w the grid of codes, N = B h w, C the channels of a code vect
 size.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,24 @@ class Quantized:
         return len(torch.unique(self.codes)) / self.codebook_size
 
 
-class Quantizer(Protocol):
-    """latents: float[B, h, w, C] -> Quantized; codes: int64[...] -> vectors: float[..., C]."""
+class Quantizer(nn.Module, ABC):
+    """Base of all quantizers.
+
+    Attributes:
+        codebook_size: K.
+        channels: C, of a latent and of a code vector.
+    """
 
     codebook_size: int
     channels: int
 
-    def __call__(self, latents: Tensor) -> Quantized: ...
+    @abstractmethod
+    def forward(self, latents: Tensor) -> Quantized:
+        """latents: float[B, h, w, C] -> the nearest codes and what the decoder reads."""
 
-    def lookup(self, codes: Tensor) -> Tensor: ...
+    @abstractmethod
+    def lookup(self, codes: Tensor) -> Tensor:
+        """codes: int64[...] in [0, K) -> code vectors: float[..., C]."""
 
 
 def distributed() -> bool:

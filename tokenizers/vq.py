@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from multimodal.tokenizers.quantizer import Quantized, distributed, sample_codebook
+from multimodal.tokenizers.quantizer import Quantized, Quantizer, distributed, sample_codebook
 
 
-class VQ(nn.Module):
+class VQ(Quantizer):
     """Vector quantization.
 
     Args:

@@ -1,44 +1,38 @@
-"""All evaluators by name, and evaluators in other files: ``FILE.py:CLASS``."""
+"""All evaluators by name, and evaluators in other files: ``FILE.py:CLASS``.
+
+To add one, write a file like answers.py in this folder, and a line here. Importing this file does
+not import them: the names alone must not cost the seconds that torch takes.
+"""
 
 import importlib.util
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from multimodal.eval.evaluator import Evaluator
-from multimodal.eval.tasks.answers import Answers
-from multimodal.eval.tasks.captioning import Captioning
-from multimodal.eval.tasks.choices import Choices
-from multimodal.eval.tasks.classification import Classification
-from multimodal.eval.tasks.drawing import Drawing
-from multimodal.eval.tasks.few_shot import FewShot
-from multimodal.eval.tasks.likelihood import Likelihood
-from multimodal.eval.tasks.presence import Presence
-from multimodal.eval.tasks.reconstruction import Reconstruction
-from multimodal.eval.tasks.retrieval import Retrieval
-from multimodal.eval.tasks.robustness import Robustness
-from multimodal.eval.tasks.scene_captions import SceneCaptions
-from multimodal.eval.tasks.scene_drawings import SceneDrawings
-from multimodal.eval.tasks.scene_presence import ScenePresence
+if TYPE_CHECKING:
+    from multimodal.eval.evaluator import Evaluator
 
-EVALUATORS: dict[str, Callable[[], Evaluator]] = {
-    "captioning": Captioning,
-    "answers": Answers,
-    "choices": Choices,
-    "presence": Presence,
-    "retrieval": Retrieval,
-    "classification": Classification,
-    "likelihood": Likelihood,
-    "drawing": Drawing,
-    "reconstruction": Reconstruction,
-    "few_shot": FewShot,
-    "robustness": Robustness,
-    "scene_captions": SceneCaptions,
-    "scene_presence": ScenePresence,
-    "scene_drawings": SceneDrawings,
+# name: file in this folder, and class
+EVALUATORS = {
+    "captioning": ("captioning", "Captioning"),
+    "answers": ("answers", "Answers"),
+    "choices": ("choices", "Choices"),
+    "presence": ("presence", "Presence"),
+    "retrieval": ("retrieval", "Retrieval"),
+    "classification": ("classification", "Classification"),
+    "likelihood": ("likelihood", "Likelihood"),
+    "drawing": ("drawing", "Drawing"),
+    "reconstruction": ("reconstruction", "Reconstruction"),
+    "few_shot": ("few_shot", "FewShot"),
+    "robustness": ("robustness", "Robustness"),
+    "scene_captions": ("scene_captions", "SceneCaptions"),
+    "scene_presence": ("scene_presence", "ScenePresence"),
+    "scene_drawings": ("scene_drawings", "SceneDrawings"),
 }
 
 
-def find_evaluator(task: str) -> Callable[[], Evaluator]:
+def find_evaluator(task: str) -> "Callable[[], Evaluator]":
     """The class of an evaluator.
 
     Args:
@@ -48,7 +42,8 @@ def find_evaluator(task: str) -> Callable[[], Evaluator]:
         ValueError: if there is no such task, file or class, or the class is no evaluator.
     """
     if task in EVALUATORS:
-        return EVALUATORS[task]
+        file, name = EVALUATORS[task]
+        return getattr(import_module(f"multimodal.eval.tasks.{file}"), name)
     path, colon, name = task.rpartition(":")
     if not colon:
         raise ValueError(f"no task {task!r}: expected {', '.join(EVALUATORS)}, or FILE.py:CLASS")

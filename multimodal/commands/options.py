@@ -50,7 +50,9 @@ def make_parser(
         "--threads", type=int, default=0, help="CPU threads (default: torch's choice)"
     )
     if options is None:
-        parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+        parser.add_argument(
+            "--seed", type=int, default=0, help="seed of all random numbers (default 0)"
+        )
     else:
         add_options(parser, options)
     return parser

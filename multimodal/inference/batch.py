@@ -165,8 +165,8 @@ class DecodeBatch:
     def _capacity(self, tokens: int) -> int:
         """The capacity of a cache for so many tokens.
 
-        Compiled steps need few sizes. Round up to ROOM_MULTIPLE and leave at least two free slots:
-        a full cache has other strides and triggers a recompile.
+        Compiled steps need few sizes. Round up to ROOM_MULTIPLE. Leave at least two free slots for
+        the padding of a block: a full cache has other strides and triggers a recompile.
         """
         if self.network.compiled is None:
             return tokens

@@ -26,15 +26,15 @@ from multimodal.model.network import MultimodalLM
 from multimodal.model.transformer import ALL
 from multimodal.options import Sampling
 
-REFILL = 0.75  # others join when at most this share of a batch is left
+REFILL = 0.75  # waiting rows join when at most this share of the batch is still decoding
 
 
 class Row(ABC):
-    """One prompt and its continuation. Subclasses say what may come next, and take it.
+    """One prompt and its continuation. Subclasses say what may come next, and take it in.
 
     Attributes:
-        number: names its random numbers. Its result depends on (seed, number) alone.
-        prompts: the prompt and, for guidance, the prompt that is led away from.
+        number: with the seed, decides its random numbers.
+        prompts: the prompt and, for guidance, the prompt that guidance moves away from.
         max_new_tokens: how many tokens it usually takes. The cache grows if they are more.
         ids: the range of ids it chooses from. The same for all rows of a batch.
         generated: ids that a repetition penalty makes less likely.
@@ -51,7 +51,7 @@ class Row(ABC):
     def allowed(self) -> Tensor | None:
         """bool[V]: the ids that may come next. None: all of the range.
 
-        Rows that return the same tensor cost nothing.
+        If all rows return the same tensor object, it is used as it is, without a copy for each.
         """
         return None
 
@@ -61,7 +61,7 @@ class Row(ABC):
 
     @abstractmethod
     def take(self, token: int, log_probability: float) -> Iterator[Any]:
-        """Go on by a token, and yield what became whole by it.
+        """Add a token. Yield every piece of output that it completes.
 
         Args:
             token: an id.
@@ -95,7 +95,9 @@ def decode(
     size = batch_size or len(rows)
     # Rows of similar length together: less padding is read.
     waiting = sorted(rows, key=lambda row: len(row.prompts[0]))
-    dice = dict(zip(map(id, rows), generators(sampling, [row.number for row in rows]), strict=True))
+    random_numbers = dict(
+        zip(map(id, rows), generators(sampling, [row.number for row in rows]), strict=True)
+    )
     active: list[Row] = []
     batch: DecodeBatch | None = None
     while active or waiting:
@@ -113,7 +115,7 @@ def decode(
         if (mask := _stacked([row.allowed() for row in active])) is not None:
             logits = logits.masked_fill(~mask, -torch.inf)
         logits = penalise(logits, [row.generated for row in active], repetition_penalty)
-        choices = choose(logits, sampling, [dice[id(row)] for row in active])
+        choices = choose(logits, sampling, [random_numbers[id(row)] for row in active])
         scores = [0.0] * len(active)
         if log_probabilities:
             scores = logits.log_softmax(-1).gather(1, choices[:, None])[:, 0].tolist()
@@ -124,11 +126,11 @@ def decode(
             for piece in row.take(token, score)
         ]
         prompts = len(active[0].prompts)
-        going = compact_rows([place for place, row in enumerate(active) if not row.done])
-        if len(going) < len(active):
-            active = [active[place] for place in going]
-            batch.keep([place * prompts + n for place in going for n in range(prompts)])
-            ids = ids[going]
+        unfinished = compact_rows([index for index, row in enumerate(active) if not row.done])
+        if len(unfinished) < len(active):
+            active = [active[index] for index in unfinished]
+            batch.keep([index * prompts + n for index in unfinished for n in range(prompts)])
+            ids = ids[unfinished]
         if active:
             batch.step(ids.repeat_interleave(prompts) if prompts > 1 else ids)
 

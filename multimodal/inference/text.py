@@ -1,6 +1,6 @@
 """Texts after prompts of text and images.
 
-Only text ids and <eos> can be chosen: a grammar masks the logits at every step.
+Only text ids and <eos> can be chosen: a mask removes all other ids at every step.
 
 Shapes: B prompts, V vocabulary, n codes of an image.
 """
@@ -45,8 +45,8 @@ def before_stop(text: str, stop: Sequence[str]) -> str:
     return text[: min(starts)] if starts else text
 
 
-def possible_stop(text: str, stop: Sequence[str]) -> int:
-    """How many characters at the end of a text may still become one of the stop texts."""
+def partial_stop_length(text: str, stop: Sequence[str]) -> int:
+    """The length of the end of a text that may be the beginning of a stop text."""
     return max((n for one in stop for n in range(1, len(one)) if text.endswith(one[:n])), default=0)
 
 
@@ -54,7 +54,7 @@ class TextRow(Row):
     """A text: text ids until <eos>, a stop text, or ``max_tokens``.
 
     Args:
-        mask: bool[V'], the ids of ``ids`` that may stand in a text.
+        mask: bool, an entry for each id of the range ``ids``: whether a text may contain it.
         state: how far a JSON text has come, if it follows a schema.
         streams: yield the text in pieces of whole characters.
 
@@ -98,7 +98,7 @@ class TextRow(Row):
                 text = self.tokenizer.decode(self.tokens).rstrip("\N{REPLACEMENT CHARACTER}")
                 if before_stop(text, self.stop) != text:
                     self.ended, self.done = "stop", True
-                certain = text[: len(text) - possible_stop(text, self.stop)]
+                certain = text[: len(text) - partial_stop_length(text, self.stop)]
                 if self.streams and not self.done and len(certain) > len(self._streamed):
                     piece, self._streamed = certain[len(self._streamed) :], certain
                     yield piece
@@ -128,12 +128,12 @@ def generate_ids(
 
     Args:
         prompts: B lists of ids.
-        numbers: name the random numbers of each prompt. 0, 1, ... by default.
+        numbers: with the seed, they decide the random numbers of each prompt. 0, 1, ... by default.
         schema: the texts follow it.
         batch_size: prompts at once. 0: all. Others take the places of those that are done.
 
     Returns:
-        B lists of ids, up to <eos> (not included) or the token that completes a stop text.
+        B lists of ids, without <eos>. The token that completes a stop text is the last one.
 
     Raises:
         ValueError: if a prompt is too long, or a text does not follow the schema to its end.
@@ -197,7 +197,7 @@ def complete_prompts(
     begin: Sequence[int] = (),
     batch_size: int = 0,
 ) -> list[str]:
-    """Continue images, each followed by a text.
+    """For each image and the text after it, write the continuation.
 
     Args:
         codes: int64[B, n].
@@ -325,7 +325,7 @@ def best_captions(
 
     Args:
         codes: int64[B, n].
-        numbers: name the random numbers of each image.
+        numbers: with the seed, they decide the random numbers of each image.
         begin, batch_size: as for ``complete_prompts``.
 
     Returns:
@@ -351,7 +351,7 @@ def best_captions(
 
 
 def nearest_texts(model: ModelParts, codes: Tensor, texts: Sequence[str]) -> list[str]:
-    """Of each image's candidate texts the one nearest to it by the model's embeddings.
+    """For each image, the candidate text whose embedding is nearest to that of the image.
 
     Args:
         codes: int64[B, n].

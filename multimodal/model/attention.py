@@ -99,8 +99,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 def without_cudnn_attention() -> Iterator[None]:
     """Leave cuDNN's attention out, for lengths that grow by one token a step.
 
-    In fp16 and bf16 torch takes cuDNN, which plans once for each new length: 50 ms on an H200, for a
-    step that takes 2 ms (docs/decisions/decoding_speed.md). Nothing changes on a CPU.
+    In fp16 and bf16 torch takes cuDNN, which plans once for each new length: 50 ms on an H200, for
+    a step that takes 2 ms (docs/decisions/decoding_speed.md). Nothing changes on a CPU.
     """
     enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)

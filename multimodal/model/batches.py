@@ -1,7 +1,7 @@
 """Samples become one batch: their sequences, packed into rows, and where the embeddings stand.
 
-Everything random about a sample is decided by its seed alone. So a batch is the same wherever and
-in whatever company it is made.
+Everything random about a sample is decided by its seed alone. So a sample gives the same sequences
+on every machine, whichever samples are beside it.
 
 Shapes: B samples, n codes of an image.
 """
@@ -31,8 +31,11 @@ from multimodal.model.templates import Templates
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.seeds import stable_number
 
-DOCUMENT_ROWS = 8  # rows of one document in a batch: a book would make a batch of any size
-ROW_MULTIPLE = 4  # rows are padded to a multiple: each new shape costs kernels that are kept
+# Sequences of one document in a batch. Without a limit, one book could fill a huge batch.
+DOCUMENT_SEQUENCES = 8
+# Empty rows are added until their number is a multiple of this. Each new shape of a batch makes
+# kernels that are compiled and stay in memory.
+ROW_MULTIPLE = 4
 
 
 @dataclass(frozen=True)
@@ -64,24 +67,24 @@ class TrainingBatch:
 
     Attributes:
         packed: the rows.
-        image_states: int64[B], where in the flattened rows each image embedding stands (<eoi>).
-        text_states: int64[B], where each text embedding stands (<boi>).
-        image_ids: int64[B], equal for equal images.
-        text_ids: int64[B], equal for equal texts. -1: there is no text, or it was dropped.
+        image_positions: int64[B], where in the flattened rows each image embedding is (<eoi>).
+        text_positions: int64[B], where each text embedding is (<boi>).
+        image_hashes: int64[B], equal for equal images.
+        text_hashes: int64[B], equal for equal texts. -1: there is no text, or it was dropped.
         codes_per_image: n.
         tokens: tokens that are not padding.
     """
 
     packed: Packed
-    image_states: Tensor
-    text_states: Tensor
-    image_ids: Tensor
-    text_ids: Tensor
+    image_positions: Tensor
+    text_positions: Tensor
+    image_hashes: Tensor
+    text_hashes: Tensor
     codes_per_image: int
     tokens: int
 
     def to(self, device: torch.device) -> "TrainingBatch":
-        tensors = ("packed", "image_states", "text_states", "image_ids", "text_ids")
+        tensors = ("packed", "image_positions", "text_positions", "image_hashes", "text_hashes")
         return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
@@ -92,7 +95,7 @@ class PairSequences:
     Attributes:
         describe: starts with the image. Without a caption it holds the questions.
         draw: starts with the text.
-        answer: the questions of an image that has a caption, too.
+        answer: the questions, if the image has both a caption and questions.
         text: the text of ``draw``. None: there is none, or it was dropped.
     """
 
@@ -113,7 +116,7 @@ class BatchBuilder:
         encode: the text tokenizer, text -> ids.
         codes_per_image: n.
         row_length: tokens of a packed row.
-        question_share: the share of the samples with a caption that bring questions, too.
+        question_share: the share of the captioned samples whose questions are also used.
     """
 
     vocabulary: Vocabulary
@@ -130,39 +133,46 @@ class BatchBuilder:
         """The batch of these samples.
 
         Args:
-            skip_untaught: leave out sequences that no loss reads. A run that only draws costs half.
-                Not for runs with an alignment loss.
+            skip_untaught: leave out sequences that no loss reads. This halves the cost of a run
+                that only draws. An alignment loss needs all sequences.
 
         Raises:
             ValueError: for a sample without text, or with a sequence longer than a row.
         """
         pairs = {
-            row: self.pair(sample) for row, sample in enumerate(samples) if not sample.document
+            number: self.pair(sample)
+            for number, sample in enumerate(samples)
+            if not sample.document
         }
-        for row, pair in pairs.items():
+        for number, pair in pairs.items():
             longest = max(len(pair.describe), len(pair.draw))
-            self._check_length(longest, f"sample {samples[row].key}")
+            self._check_length(longest, f"sample {samples[number].key}")
         sequences = [pair.describe for pair in pairs.values()]
         sequences += [pair.draw for pair in pairs.values()]
         sequences += [pair.answer for pair in pairs.values() if pair.answer is not None]
         for sample in samples:
             if sample.document:
                 sequences += self.document(sample)
-        rows = list(pairs)
+        numbers = list(pairs)
         if skip_untaught:
             taught = [sequence for sequence in sequences if self.objectives.teaches(sequence)]
-            sequences, rows = taught or sequences[:1], []
+            sequences, numbers = taught or sequences[:1], []
         packed = pack(sequences, self.row_length, self.vocabulary.pad, ROW_MULTIPLE)
-        image_ids = torch.tensor([stable_number(sample.key) for sample in samples])
-        text_ids = torch.full_like(image_ids, -1)
-        for row, pair in pairs.items():
+        image_hashes = torch.tensor([stable_number(sample.key) for sample in samples])
+        text_hashes = torch.full_like(image_hashes, -1)
+        for number, pair in pairs.items():
             if pair.text is not None:
-                text_ids[row] = stable_number(pair.text)
-        image_states, text_states = (torch.zeros_like(image_ids) for _ in range(2))
-        image_states[rows], text_states[rows] = packed.states[: 2 * len(rows)].view(2, -1)
-        tokens = int((packed.documents > 0).sum())
+                text_hashes[number] = stable_number(pair.text)
+        positions = torch.zeros(2, len(samples), dtype=torch.int64)
+        positions[:, numbers] = packed.states[: 2 * len(numbers)].view(2, -1)
         return TrainingBatch(
-            packed, image_states, text_states, image_ids, text_ids, self.codes_per_image, tokens
+            packed,
+            image_positions=positions[0],
+            text_positions=positions[1],
+            image_hashes=image_hashes,
+            text_hashes=text_hashes,
+            codes_per_image=self.codes_per_image,
+            tokens=int((packed.documents > 0).sum()),
         )
 
     def pair(self, sample: TrainingSample) -> PairSequences:
@@ -189,15 +199,16 @@ class BatchBuilder:
         return PairSequences(describe_image, drawing, answers, None if dropped else lesson.caption)
 
     def document(self, sample: TrainingSample) -> list[TokenSequence]:
-        """Up to DOCUMENT_ROWS sequences of a document that follow one another.
+        """The sequences of a document.
 
-        Of a longer document the seed decides which ones: others in each epoch.
+        If there are more than DOCUMENT_SEQUENCES, the seed picks that many neighbouring ones. Each
+        epoch has another seed.
         """
-        sequences = self._document_rows(sample)
-        more = len(sequences) - DOCUMENT_ROWS
+        sequences = self._document_sequences(sample)
+        more = len(sequences) - DOCUMENT_SEQUENCES
         rng = np.random.default_rng([sample.seed, 3])
         start = int(rng.integers(more + 1)) if more > 0 else 0
-        return sequences[start : start + DOCUMENT_ROWS]
+        return sequences[start : start + DOCUMENT_SEQUENCES]
 
     def possible(self, sample: TrainingSample) -> Iterator[TokenSequence]:
         """Every kind of sequence that a sample can make, whatever its seed is.
@@ -207,7 +218,7 @@ class BatchBuilder:
         """
         sequences: list[TokenSequence] = []
         if sample.document:
-            sequences += self._document_rows(sample)
+            sequences += self._document_sequences(sample)
         else:
             (codes,) = sample.codes
             descriptions = descriptions_of(sample.record)
@@ -227,7 +238,7 @@ class BatchBuilder:
             self._check_length(len(sequence), f"sample {sample.key}")
             yield sequence
 
-    def _document_rows(self, sample: TrainingSample) -> list[TokenSequence]:
+    def _document_sequences(self, sample: TrainingSample) -> list[TokenSequence]:
         images = iter(sample.codes)
         parts = [next(images) if t is None else self.encode(t) for t in sample.document]
         return document(self.vocabulary, parts, self.row_length)

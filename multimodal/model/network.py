@@ -152,12 +152,12 @@ class MultimodalLM(nn.Module):
             hidden[predicted], head, targets, objectives, objectives_config, groups
         )
         if objectives_config.alignment_weight:
-            image_states, text_states = hidden[batch.image_states], hidden[batch.text_states]
+            image_states, text_states = hidden[batch.image_positions], hidden[batch.text_positions]
             parts["alignment"], parts["alignment_accuracy"] = self.alignment(
                 self.alignment.embed_image(image_states),
                 self.alignment.embed_text(text_states),
-                batch.image_ids,
-                batch.text_ids,
+                batch.image_hashes,
+                batch.text_hashes,
             )
             weighted = objectives_config.alignment_weight * parts["alignment"]
             if hidden.requires_grad:

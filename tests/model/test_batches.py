@@ -74,14 +74,14 @@ def test_a_batch_knows_where_its_embeddings_stand(tiny_model: Make) -> None:
     book = replace(book, document=["a page", None, "another one"])
     batch = batch_builder(model).build([first, book, last])
     flat = batch.packed.ids.flatten()
-    assert flat[batch.image_states[[0, 2]]].tolist() == [vocabulary.eoi] * 2
-    assert flat[batch.text_states[[0, 2]]].tolist() == [vocabulary.boi] * 2
-    assert batch.text_ids[1] == -1 and (batch.text_ids[[0, 2]] >= 0).all()
-    assert len(set(batch.image_ids.tolist())) == 3
+    assert flat[batch.image_positions[[0, 2]]].tolist() == [vocabulary.eoi] * 2
+    assert flat[batch.text_positions[[0, 2]]].tolist() == [vocabulary.boi] * 2
+    assert batch.text_hashes[1] == -1 and (batch.text_hashes[[0, 2]] >= 0).all()
+    assert len(set(batch.image_hashes.tolist())) == 3
     assert len(flat) % ROW_MULTIPLE == 0 and len(batch.packed.ids) % ROW_MULTIPLE == 0
     assert batch.tokens == int((batch.packed.documents > 0).sum())
     again = batch_builder(model).build([replace(last, key="0"), first])
-    assert again.image_ids[0] == again.image_ids[1], "equal keys are equal images"
+    assert again.image_hashes[0] == again.image_hashes[1], "equal keys are equal images"
 
 
 def test_a_sequence_that_is_too_long_names_its_sample(tiny_model: Make) -> None:

@@ -121,7 +121,7 @@ def test_all_objectives_together_overfit_one_batch(
 ) -> None:
     model = tiny_model(drop_condition=0.0)
     batch = batch_of(model, sentences * 2, questions=True)
-    assert torch.equal(batch.text_ids[4:], batch.text_ids[:4]), "each sentence stands twice"
+    assert torch.equal(batch.text_hashes[4:], batch.text_hashes[:4]), "each sentence stands twice"
     assert set(batch.packed.objectives.unique().tolist()) == {-1, 0, 1, 2, 3, 4}
     first, last = overfit(model.network, batch, 240)
     assert last["text"] < floor(batch, 8) + 0.1  # the true floor is lower: 4 texts, not 8
