@@ -66,7 +66,7 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
         ]
     )
     # The texts count as different ones.
-    batch = replace(batch, image_ids=torch.arange(pairs), text_ids=torch.arange(pairs))
+    batch = replace(batch, image_hashes=torch.arange(pairs), text_hashes=torch.arange(pairs))
     times = []
     for _ in range(steps):
         start = time.perf_counter()

@@ -77,7 +77,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     )
     # The texts count as different ones.
     ids = torch.arange(options.pairs)
-    batch = replace(batch, image_ids=ids, text_ids=ids)
+    batch = replace(batch, image_hashes=ids, text_hashes=ids)
     packed = batch.packed
     tokens = packed.documents > 0
     step: Callable[[], torch.Tensor]

@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from multimodal.api import Model
-from multimodal.data.images import fit_image, open_image, to_tensor
-from multimodal.data.samples import Sample
+from multimodal.data.images import fit_image, open_image, to_image, to_tensor
+from multimodal.data.samples import CODES, Sample
 from multimodal.distributed import gather_objects, rank, world_size
 from multimodal.eval.metrics.clip_score import ClipScore
-from multimodal.inference.codec import encode_images
+from multimodal.inference.codec import decode_images, encode_images
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,17 @@ class Subject:
     on_batch: Callable[[int], object] = lambda count: None
     clip: ClipScore | None = None
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether the samples hold codes in the place of images."""
+        return any(CODES in sample.members for sample in self.samples)
+
     @cached_property
     def images(self) -> list[Image.Image]:
-        """N images in their original size."""
+        """N images in their original size. Those of codes are decoded."""
+        if self.has_codes:
+            decoded = self.map_rows(lambda batch: decode_images(self.model, batch), self.codes)
+            return [to_image(image) for image in decoded]
         return [open_image(sample.image, name=sample.key) for sample in self.samples]
 
     @cached_property
@@ -95,6 +103,8 @@ class Subject:
     @cached_property
     def codes(self) -> Tensor:
         """int64[N, n], the codes of the images."""
+        if self.has_codes:
+            return torch.stack([torch.from_numpy(s.codes[0].ravel()) for s in self.samples])
         return self.encode(self.pixels)
 
     def encode(self, pixels: Tensor) -> Tensor:

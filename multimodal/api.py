@@ -308,11 +308,13 @@ class Model(ModelParts):
             raise ValueError("embed: give a list, even for one")
         check(batch_size >= 1, "batch_size", batch_size, "at least 1")
         rows: list[Tensor] = [torch.zeros(0, self.config.objectives.alignment_dim)]
-        for start in range(0, len(images or ()), batch_size):
-            pixels = read_images(self, (images or ())[start : start + batch_size])
-            rows.append(embed_codes(self, encode_images(self, pixels)))
-        for start in range(0, len(texts or ()), batch_size):
-            rows.append(embed_texts(self, (texts or ())[start : start + batch_size]))
+        if images is not None:
+            for start in range(0, len(images), batch_size):
+                pixels = read_images(self, images[start : start + batch_size])
+                rows.append(embed_codes(self, encode_images(self, pixels)))
+        if texts is not None:
+            for start in range(0, len(texts), batch_size):
+                rows.append(embed_texts(self, texts[start : start + batch_size]))
         return torch.cat(rows)
 
     def embed_files(

@@ -1,4 +1,4 @@
-"""Every option of using a model: name, type, default, range and help, each in one place.
+"""Every option of using a model: name, type, default, range and help, in one place.
 
 Python signatures, command-line parsers and prompt files are made of these fields. Nothing here
 imports torch, so that ``--help`` stays fast.
@@ -200,15 +200,18 @@ class DrawArguments(EditArguments, total=False):
 
 
 def make_options(cls: type[Options], given: Mapping[str, Any]) -> Options:
-    """An options object of keyword arguments.
+    """An options object of keyword arguments. None stands for the default.
 
     Raises:
-        ValueError: for a name that is no option, with the names there are.
+        ValueError: for a name that is no option, or a value of the wrong type or range.
     """
     names = [item.name for item in fields(cls)]
     if unknown := sorted(set(given) - set(names)):
         raise ValueError(f"no option {', '.join(unknown)}; there are {', '.join(names)}")
-    return cls(**given)
+    try:
+        return cls(**{name: value for name, value in given.items() if value is not None})
+    except TypeError as error:  # a comparison with a value of another type
+        raise ValueError(f"options {dict(given)}: {error}") from error
 
 
 def takes_options(cls: type[Sampling]) -> Callable[[MethodT], MethodT]:

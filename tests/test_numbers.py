@@ -19,13 +19,17 @@ ROWS = {
         "{val flickr8k captioning CIDEr:.3f} |",
         "in the first ten; and the reverse | {val flickr8k retrieval text_to_image@10:%}; "
         "{val flickr8k retrieval image_to_text@10:%} |",
-        "all; open questions | {val easy_vqa answers accuracy:%}; {val easy_vqa answers open:%} |",
-        "objects said right | {val scenes captioning scene_attribute_precision:%}; "
-        "{val scenes captioning scene_object_recall:%} |",
-        "answer about scenes | {val scenes answers accuracy:%} |",
-        "with the right colour | {val scenes drawing objects:%}; {val scenes drawing colours:%} | "
+        "all; open questions | {val easy_vqa answers accuracy:%}; {val easy_vqa answers open:%} | "
+        "about a grey picture {val easy_vqa answers blind_accuracy:%}; "
+        "{val easy_vqa answers blind_open:%} |",
+        "objects said right | {val scenes scene_captions attribute_precision:%}; "
+        "{val scenes scene_captions object_recall:%} |",
+        "answer about scenes | {val scenes answers accuracy:%} | about a grey picture "
+        "{val scenes answers blind_accuracy:%} |",
+        "with the right colour | {val scenes scene_drawings objects:%}; "
+        "{val scenes scene_drawings colours:%} | "
         "true pictures after encoding and decoding "
-        "{val scenes drawing objects_of_reconstructions:%}",
+        "{val scenes scene_drawings objects_of_reconstructions:%}",
     ),
     CARD: (
         "greedy: CIDEr {val flickr8k captioning CIDEr:.3f}, BLEU-4 "
@@ -36,18 +40,20 @@ ROWS = {
         "{val easy_vqa answers accuracy:%}; not answered by yes or no "
         "{val easy_vqa answers open:%}; about a grey picture "
         "{val easy_vqa answers blind_accuracy:%}, {val easy_vqa answers blind_open:%}",
-        "{val scenes captioning scene_attribute_precision:%} of the claims true, "
-        "{val scenes captioning scene_object_recall:%} of the objects",
-        "{heldout scenes captioning scene_attribute_precision:%}, "
-        "{heldout scenes captioning scene_object_recall:%}",
-        "{val scenes answers accuracy:%}; by yes or no {val scenes answers closed:%}",
+        "{val scenes scene_captions attribute_precision:%} of the claims true, "
+        "{val scenes scene_captions object_recall:%} of the objects",
+        "{heldout scenes scene_captions attribute_precision:%}, "
+        "{heldout scenes scene_captions object_recall:%}",
+        "{val scenes answers accuracy:%}; by yes or no {val scenes answers closed:%}; about a grey "
+        "picture {val scenes answers blind_accuracy:%}",
         "text to image {val scenes retrieval text_to_image@10:%}, image to text "
         "{val scenes retrieval image_to_text@10:%}",
-        "code by code: {val scenes drawing objects:%} of the objects with the right colour and "
-        "shape, {val scenes drawing colours:%} with the right colour; masked: "
-        "{val scenes drawing objects_masked:%}, {val scenes drawing colours_masked:%}. The true "
-        "pictures, encoded and decoded: {val scenes drawing objects_of_reconstructions:%}, "
-        "{val scenes drawing colours_of_reconstructions:%}",
+        "code by code: {val scenes scene_drawings objects:%} of the objects with the right colour "
+        "and shape, {val scenes scene_drawings colours:%} with the right colour; masked: "
+        "{val scenes scene_drawings objects_masked:%}, "
+        "{val scenes scene_drawings colours_masked:%}. The true pictures, encoded and decoded: "
+        "{val scenes scene_drawings objects_of_reconstructions:%}, "
+        "{val scenes scene_drawings colours_of_reconstructions:%}",
     ),
 }
 

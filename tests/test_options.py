@@ -132,3 +132,9 @@ def test_options_do_not_import_torch() -> None:
     """``--help`` needs the options alone, and has to be fast."""
     code = "import sys, multimodal.options; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_none_stands_for_the_default_and_another_type_is_named() -> None:
+    assert make_options(AnswerOptions, {"max_tokens": None, "stop": None}) == AnswerOptions()
+    with pytest.raises(ValueError, match="'max_tokens': 'many'"):
+        make_options(TextOptions, {"max_tokens": "many"})

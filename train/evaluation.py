@@ -17,7 +17,8 @@ class EvaluateModel(L.Callback):
     """Logs scores, and writes them with their intervals to ``evaluation/`` beside the log.
 
     The log has them as ``val/TASK/SCORE``, or as ``val/FOLDER/TASK/SCORE`` with several shard
-    folders. With several ranks each rank measures a share. The scores are of all samples.
+    folders. With several ranks each rank measures a share. The scores are of all samples. On shards
+    of codes only tasks with ``from_codes`` run.
 
     In a recipe:
 
@@ -47,6 +48,16 @@ class EvaluateModel(L.Callback):
         self.evaluators = {task.rpartition(":")[2]: find_evaluator(task) for task in tasks}
         self.limit, self.batch_size, self.seed = limit, batch_size, seed
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse folders that a task cannot use, in the check before the first step."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        for shards in data.shards(data.val_split):
+            for task, evaluator in self.evaluators.items():
+                if shards.encoding is not None and not getattr(evaluator, "from_codes", False):
+                    raise ValueError(
+                        f"{shards.folder}: the folder holds codes, and the task {task} needs images"
+                    )
+
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
@@ -55,10 +66,6 @@ class EvaluateModel(L.Callback):
         results: dict[str, dict[str, Any]] = {}
         folders: list[Shards] = data.shards(data.val_split)
         for shards in folders:
-            if shards.encoding is not None:
-                raise ValueError(
-                    f"{shards.folder}: the folder holds codes, and evaluators need images"
-                )
             samples = list(islice(shards, self.limit))
             for task, make_evaluator in self.evaluators.items():
                 evaluator = make_evaluator()

@@ -53,7 +53,7 @@ class JointModule(MuonModule):
         recompute: keep no activations inside layers, and compute them again for the gradients. It
             takes a third more time and much less memory.
         captions_in_validation, answers_in_validation, drawings_in_validation: how many to make,
-            with the same defaults as in use.
+            with the options that a person gets by default. Answers have 16 tokens at most.
         compile: torch.compile of the transformer. On a CPU it needs a C++ compiler.
         attention: ``sdpa`` anywhere. ``flex`` on a GPU skips masked blocks.
     """

@@ -7,7 +7,7 @@ import numpy as np
 from multimodal.data.documents import document_of
 from multimodal.data.shards import Shards
 from multimodal.model.batches import BatchBuilder, TrainingSample
-from multimodal.model.sequences import NO_LOSS, OBJECTIVES, describe
+from multimodal.model.sequences import NO_LOSS, OBJECTIVES, TokenSequence, describe
 
 SAMPLES = 256  # of each folder, the first ones
 NEEDS = {
@@ -52,8 +52,7 @@ def check_data(
             example = TrainingSample(sample.key, sample.record, codes, 0, document)
             try:
                 for sequence in builder.possible(example):
-                    numbers = set(sequence.objectives.tolist()) - {NO_LOSS}
-                    taught |= {OBJECTIVES[number] for number in numbers}
+                    taught |= _taught(sequence, builder.vocabulary.text_size)
             except ValueError as error:
                 raise ValueError(f"{folder.folder}: {error}") from error
     none = f"none of the first {count:,} training samples has"
@@ -65,3 +64,14 @@ def check_data(
             )
     if not (objectives.alignment_weight or any(map(objectives.weight_of, taught))):
         raise ValueError(f"{none} anything that an objective with a weight could learn from")
+
+
+def _taught(sequence: TokenSequence, text_size: int) -> set[str]:
+    """The objectives that have a target in a sequence. Of texts <boi> and <eos> alone are none."""
+    taught = set()
+    for number in set(sequence.objectives.tolist()) - {NO_LOSS}:
+        name = OBJECTIVES[number]
+        targets = sequence.targets[sequence.objectives == number]
+        if name not in ("text", "caption", "answer") or (targets < text_size).any():
+            taught.add(name)
+    return taught

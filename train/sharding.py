@@ -84,8 +84,8 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """
     with_gradient = [p for p in parameters if p.grad is not None]
     sharded = [p for p in with_gradient if isinstance(p.grad, DTensor)]
-    unsharded = [p for p in with_gradient if not isinstance(p.grad, DTensor)]
-    groups = [group for group in (sharded, unsharded) if group]
+    replicated = [p for p in with_gradient if not isinstance(p.grad, DTensor)]
+    groups = [group for group in (sharded, replicated) if group]
     if not groups:
         return torch.zeros(())
     norms = []

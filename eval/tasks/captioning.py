@@ -20,6 +20,7 @@ class Captioning:
     """Captions compared with references."""
 
     name: ClassVar[str] = "captioning"
+    from_codes: ClassVar[bool] = True  # it needs no pixels
     protocol: ClassVar[str] = (
         f"greedy, at most {TextOptions().max_tokens} tokens, and CIDEr_beams with {BEAMS} beams, "
         f"length penalty {TextOptions().length_penalty}; Penn Treebank tokens, pycocoevalcap; "

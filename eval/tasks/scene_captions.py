@@ -18,6 +18,7 @@ class SceneCaptions:
     """Which claims of captions of scenes are true."""
 
     name: ClassVar[str] = "scene_captions"
+    from_codes: ClassVar[bool] = True  # it needs no pixels
     protocol: ClassVar[str] = (
         f"greedy, at most {TextOptions().max_tokens} tokens; each claim is checked against the "
         "scene by program; hallucinated: captions that name a shape that the scene does not have"

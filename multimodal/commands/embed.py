@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         starts = range(0, len(lines), arguments.batch_size)
         for start in tqdm(starts, unit="batch", file=sys.stderr, disable=None):
             batch = lines[start : start + arguments.batch_size]
-            rows += model.embed(texts=batch)
+            rows += model.embed(texts=batch, batch_size=len(batch))
             index += [{"text": line} for line in batch]
     else:
         paths: list[Path] = []

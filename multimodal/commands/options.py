@@ -90,18 +90,21 @@ def add_options(parser: argparse.ArgumentParser, options: type[Sampling]) -> Non
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
 
 
-def given_options(
-    arguments: argparse.Namespace, options: type[Sampling], check: bool = True
-) -> dict[str, Any]:
+def given_options(arguments: argparse.Namespace, options: type[Sampling]) -> dict[str, Any]:
     """The options that were given on the command line.
 
-    Args:
-        check: raise ``ValueError`` for values out of range now, before a model is loaded.
+    Raises:
+        ValueError: for a value out of range, before a model is loaded.
     """
     parsed = vars(arguments)
-    given = {f.name: parsed[f.name] for f in fields(options) if f.name in parsed}
-    if check:
+    given = {item.name: parsed[item.name] for item in fields(options) if item.name in parsed}
+    try:
         options(**given)
+    except ValueError as error:  # NAME=VALUE is how Python says it
+        name, equals, rest = str(error).partition("=")
+        if equals and name in given:
+            raise ValueError(f"--{name.replace('_', '-')} {rest}") from error
+        raise
     return given
 
 

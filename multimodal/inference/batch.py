@@ -57,7 +57,7 @@ class DecodeBatch:
     Args:
         network: reads the tokens.
         prompts: B lists of ids.
-        new_tokens: how many tokens a row will read at most. The cache grows if they are more.
+        new_tokens: how many tokens there is room for. The cache grows if a row reads more.
 
     Attributes:
         hidden: float[B, D], the state after the last token of each row.

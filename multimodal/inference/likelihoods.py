@@ -11,6 +11,7 @@ from torch import Tensor
 
 from multimodal.inference.batch import DecodeBatch, check_length
 from multimodal.inference.codec import encode_text
+from multimodal.model.attention import without_cudnn_attention
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.lessons import answer_text
 from multimodal.model.sequences import NO_LOSS, describe, describe_prompt, pack
@@ -19,6 +20,7 @@ AFTER_THE_END = -1
 
 
 @torch.inference_mode()
+@without_cudnn_attention()
 def text_likelihoods(model: ModelParts, codes: Tensor, texts: Sequence[str]) -> Tensor:
     """Log probabilities of texts as captions, to their ends.
 

@@ -85,9 +85,10 @@ def prompt_ids(model: ModelParts, parts: Sequence[ImageSource]) -> list[int]:
 
 @dataclass(frozen=True)
 class Grammar:
-    """The ids that may come next, bool[V] each: shared by all rows."""
+    """The ids that may come next, bool[V] each. All rows share them."""
 
     text: Tensor
+    text_only: Tensor  # the text ids of a row that has no others, bool[V'] of TextRow.ids
     text_or_image: Tensor
     image: Tensor
     end_of_image: Tensor
@@ -99,7 +100,7 @@ class Grammar:
         text_or_image[vocabulary.boi] = True
         image[vocabulary.image_start : vocabulary.image_end] = True
         end[vocabulary.eoi] = True
-        return cls(text, text_or_image, image, end)
+        return cls(text, text[: vocabulary.image_start], text_or_image, image, end)
 
 
 class MixedRow(Row):
@@ -156,7 +157,7 @@ class MixedRow(Row):
         if isinstance(self.part, ImageRow):
             return self.grammar.image
         if self.kind == "text":
-            return self.grammar.text[self.ids]
+            return self.grammar.text_only
         # An image begins only where all of it fits, and what is left of the text.
         codes = self.model.codes_per_image
         limit = self.model.config.transformer.max_position_embeddings

@@ -44,34 +44,34 @@ class Alignment(nn.Module):
         return F.normalize(self.text_projection(state).float(), dim=-1)
 
     def forward(
-        self, images: Tensor, texts: Tensor, image_ids: Tensor, text_ids: Tensor
+        self, images: Tensor, texts: Tensor, image_hashes: Tensor, text_hashes: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The loss over the pairs of all ranks.
 
         Args:
             images, texts: float32[B, E] of unit norm. Row i of both is a pair.
-            image_ids: int64[B], equal for equal images.
-            text_ids: int64[B], equal for equal texts. -1 leaves the pair out.
+            image_hashes: int64[B], equal for equal images.
+            text_hashes: int64[B], equal for equal texts. -1 leaves the pair out.
 
         Returns:
             The loss, float32[], and the share of images whose paired text is nearer than all
             negatives.
         """
-        images, texts, image_ids, text_ids = (
-            gather_with_gradients(part) for part in (images, texts, image_ids, text_ids)
+        images, texts, image_hashes, text_hashes = (
+            gather_with_gradients(part) for part in (images, texts, image_hashes, text_hashes)
         )
         logits = self.log_scale.clamp(max=math.log(100)).exp() * images @ texts.T + self.bias
         paired = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-        same = image_ids[:, None] == image_ids[None, :]
-        same = same | (text_ids[:, None] == text_ids[None, :])
-        valid = (text_ids >= 0)[None, :] & (text_ids >= 0)[:, None] & (paired | ~same)
-        pairs = (text_ids >= 0).sum().clamp(min=1)
+        same = image_hashes[:, None] == image_hashes[None, :]
+        same = same | (text_hashes[:, None] == text_hashes[None, :])
+        valid = (text_hashes >= 0)[None, :] & (text_hashes >= 0)[:, None] & (paired | ~same)
+        pairs = (text_hashes >= 0).sum().clamp(min=1)
         nearest = logits.masked_fill(~valid, -torch.inf).argmax(-1) == paired.int().argmax(-1)
-        accuracy = (nearest & (text_ids >= 0)).sum() / pairs
+        accuracy = (nearest & (text_hashes >= 0)).sum() / pairs
         if self.form == "siglip":
             signed = torch.where(paired, logits, -logits)
             return -(F.logsigmoid(signed) * valid).sum() / pairs, accuracy
         logits = logits.masked_fill(~valid & ~paired, -torch.inf)
-        rows = -(logits.log_softmax(1).diagonal() * (text_ids >= 0)).sum()
-        columns = -(logits.log_softmax(0).diagonal() * (text_ids >= 0)).sum()
+        rows = -(logits.log_softmax(1).diagonal() * (text_hashes >= 0)).sum()
+        columns = -(logits.log_softmax(0).diagonal() * (text_hashes >= 0)).sum()
         return (rows + columns) / 2 / pairs, accuracy

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -100,14 +101,32 @@ def without_cudnn_attention() -> Iterator[None]:
     """Leave cuDNN's attention out, for lengths that grow by one token a step.
 
     In fp16 and bf16 torch takes cuDNN, which plans once for each new length: 50 ms on an H200, for
-    a step that takes 2 ms (docs/decisions/decoding_speed.md). Nothing changes on a CPU.
+    a step that takes 2 ms (docs/decisions/decoding_speed.md). The setting is one of the process, so
+    the last of several threads to leave restores it. Nothing changes on a CPU.
     """
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    cudnn = torch.backends.cuda
+    with _without_cudnn.lock:
+        if _without_cudnn.depth == 0:
+            _without_cudnn.enabled = cudnn.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+            cudnn.enable_cudnn_sdp(False)
+        _without_cudnn.depth += 1
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
+        with _without_cudnn.lock:
+            _without_cudnn.depth -= 1
+            if _without_cudnn.depth == 0:
+                cudnn.enable_cudnn_sdp(_without_cudnn.enabled)
+
+
+class _WithoutCudnn:
+    """How many threads are inside ``without_cudnn_attention``, and the setting before them."""
+
+    def __init__(self) -> None:
+        self.lock, self.depth, self.enabled = Lock(), 0, True
+
+
+_without_cudnn = _WithoutCudnn()
 
 
 def _attend_by_products(

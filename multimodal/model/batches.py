@@ -36,6 +36,7 @@ DOCUMENT_SEQUENCES = 8
 # Empty rows are added until their number is a multiple of this. Each new shape of a batch makes
 # kernels that are compiled and stay in memory.
 ROW_MULTIPLE = 4
+CHARACTERS_PER_TOKEN = 8  # more than of any usual text
 
 
 @dataclass(frozen=True)
@@ -213,12 +214,14 @@ class BatchBuilder:
     def possible(self, sample: TrainingSample) -> Iterator[TokenSequence]:
         """Every kind of sequence that a sample can make, whatever its seed is.
 
+        Of a long document only the beginning is read.
+
         Raises:
             ValueError: for a sequence longer than a row.
         """
         sequences: list[TokenSequence] = []
         if sample.document:
-            sequences += self._document_sequences(sample)
+            sequences += self._document_sequences(sample, DOCUMENT_SEQUENCES)
         else:
             (codes,) = sample.codes
             descriptions = descriptions_of(sample.record)
@@ -238,9 +241,19 @@ class BatchBuilder:
             self._check_length(len(sequence), f"sample {sample.key}")
             yield sequence
 
-    def _document_sequences(self, sample: TrainingSample) -> list[TokenSequence]:
-        images = iter(sample.codes)
-        parts = [next(images) if t is None else self.encode(t) for t in sample.document]
+    def _document_sequences(
+        self, sample: TrainingSample, at_most: int | None = None
+    ) -> list[TokenSequence]:
+        """The sequences of a document, or about the first ones: a book takes long to tokenize."""
+        images, length = iter(sample.codes), 0
+        parts: list[list[int] | Ids] = []
+        for text in sample.document:
+            if at_most is not None and length >= at_most * self.row_length:
+                break
+            if at_most is not None and text is not None:
+                text = text[: at_most * self.row_length * CHARACTERS_PER_TOKEN]
+            parts.append(next(images) if text is None else self.encode(text))
+            length += len(parts[-1])
         return document(self.vocabulary, parts, self.row_length)
 
     def _answer(self, codes: Ids, exchanges: Sequence[tuple[str, str]]) -> TokenSequence:

@@ -105,7 +105,7 @@ def token_product(x: Tensor, linear: nn.Module) -> Tensor:
 
     Compiled for few rows on a CPU it is written as a sum. Such a product only waits for its
     weights, and the compiler's loop reads them three times as fast as a library's matrix product
-    does (docs/decisions.md).
+    does (docs/decisions/decoding_speed.md).
     """
     weight = linear.weight
     assert isinstance(weight, Tensor)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from multimodal.api import Model
-from multimodal.model.attention import attend, attention_mask
+from multimodal.model.attention import attend, attention_mask, without_cudnn_attention
 from multimodal.model.batches import TrainingBatch
 from multimodal.model.network import MultimodalLM
 from multimodal.model.sequences import Packed, describe, draw, pack
@@ -80,3 +80,24 @@ def test_backends_of_attention_are_one_rule(
     # The rule matters here: a causal mask alone gives another loss.
     packed.blocks = torch.zeros_like(packed.blocks)
     assert abs(losses_and_gradients(network, packed)[0].item() - loss.item()) > 1e-4
+
+
+def test_cudnn_attention_is_left_out_until_the_last_of_several_threads_leaves() -> None:
+    cuda = torch.backends.cuda
+    before = cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    cuda.enable_cudnn_sdp(True)
+    try:
+        first, second = without_cudnn_attention(), without_cudnn_attention()
+        states = []
+        for enter in (first.__enter__, second.__enter__):
+            enter()
+            states.append(cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
+        for leave in (first, second):  # in the order in which they came
+            leave.__exit__(None, None, None)
+            states.append(cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
+        assert states == [False, False, False, True]
+        with pytest.raises(KeyError), without_cudnn_attention():
+            raise KeyError
+        assert cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    finally:
+        cuda.enable_cudnn_sdp(before)

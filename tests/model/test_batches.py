@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from multimodal.api import Model
-from multimodal.model.batches import ROW_MULTIPLE, PairSequences
+from multimodal.model.batches import DOCUMENT_SEQUENCES, ROW_MULTIPLE, PairSequences
 from multimodal.model.sequences import OBJECTIVES, TokenSequence
 from tests.samples import batch_builder, samples_of
 
@@ -92,3 +92,22 @@ def test_a_sequence_that_is_too_long_names_its_sample(tiny_model: Make) -> None:
     assert list(builder.possible(samples[0]))
     with pytest.raises(ValueError, match="sample 1 makes a sequence of .* than row_length=24"):
         list(builder.possible(samples[1]))
+
+
+def test_the_check_before_training_reads_the_beginning_of_a_book(tiny_model: Make) -> None:
+    model = tiny_model()
+    lengths: list[int] = []
+
+    def counted(text: str) -> list[int]:
+        lengths.append(len(text))
+        return model.text_tokenizer.encode(text)
+
+    builder = replace(batch_builder(model), encode=counted)
+    (sample,) = samples_of([{}])
+    book = replace(sample, document=["a red bus in the snow " * 9000, None, "two dogs " * 9000])
+    sequences = list(builder.possible(book))
+    assert len(sequences) >= DOCUMENT_SEQUENCES and sum(lengths) < 20_000
+    short = replace(sample, document=["a red bus", None, "two dogs"])
+    assert [s.ids.tolist() for s in builder.possible(short)] == [
+        s.ids.tolist() for s in builder.document(short)
+    ]

@@ -117,6 +117,62 @@ def test_a_validation_gives_the_scores_of_the_command(
             assert stored[task]["scores"][name] == pytest.approx(score, abs=1e-5)
 
 
+def test_codes_are_evaluated_like_their_images_or_refused_at_the_start(
+    work: Path, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = ["--tokenizer", str(tiny_model_folder / "image_tokenizer")]
+    encode = ["tokenizer", "encode", str(work / "scenes"), str(tmp_path / "codes")]
+    assert main([*encode, *tokenizer]) == 0
+    callback = "multimodal.train.evaluation.EvaluateModel"
+    small = {"captions": 0, "answers": 0, "drawings": 0}
+    arguments = {
+        "text_tokenizer": str(tiny_model_folder),
+        "image_tokenizer": str(tiny_model_folder),
+        "size": "tiny",
+        "row_length": 192,
+        **{f"{name}_in_validation": count for name, count in small.items()},
+    }
+    stored = {}
+    for name, task in (
+        ("codes", "scene_captions"),
+        ("scenes", "scene_captions"),
+        ("codes", "drawing"),
+    ):
+        folder = tmp_path / "codes" if name == "codes" else work / "scenes"
+        run = tmp_path / f"{name}-{task}"
+        config = {
+            "output": str(run),
+            "model": {
+                "class_path": "multimodal.train.joint.JointModule",
+                "init_args": arguments,
+            },
+            "data": {
+                "folders": [str(folder)],
+                "global_batch_size": 4,
+                "workers": 0,
+                "val_limit": 4,
+            },
+            "trainer": {
+                "max_steps": 1,
+                "accelerator": "cpu",
+                "enable_progress_bar": False,
+                "callbacks": [{"class_path": callback, "init_args": {"tasks": [task], "limit": 6}}],
+            },
+        }
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+        fit = ["fit", "--config", str(tmp_path / "run.yaml"), "--init_from", str(tiny_model_folder)]
+        fit += ["--trainer.val_check_interval", "1", "--model.init_args.learning_rate", "0"]
+        if task == "drawing":
+            assert main(fit) == 1
+            assert "holds codes, and the task drawing needs images" in capsys.readouterr().err
+            assert not list(run.rglob("*.ckpt")), "refused before the first step"
+        else:
+            assert main(fit) == 0
+            stored[name] = json.loads((run / "logs/evaluation/step-000001.json").read_text())
+    assert stored["codes"]["scene_captions"]["n"] == 6
+    assert stored["codes"] == stored["scenes"]
+
+
 def test_two_ranks_give_the_scores_of_one(
     work: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
