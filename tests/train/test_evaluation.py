@@ -130,6 +130,7 @@ def test_codes_are_evaluated_like_their_images_or_refused_at_the_start(
         "image_tokenizer": str(tiny_model_folder),
         "size": "tiny",
         "row_length": 192,
+        "objectives": {"alignment_dim": 32},
         **{f"{name}_in_validation": count for name, count in small.items()},
     }
     stored = {}
