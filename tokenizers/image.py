@@ -1,4 +1,4 @@
-"""The protocol of image tokenizers, and the VQ tokenizer: an encoder, a quantizer, a decoder.
+"""The image tokenizer: an encoder, a quantizer, a decoder.
 
 A tokenizer is a folder with ``config.json`` and ``model.safetensors``. Its fingerprint is a hash of
 the config (preprocessing included) and the weights. Its codes' fingerprint leaves out the decoder:
@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,21 +24,6 @@ from multimodal.tokenizers.registry import make_quantizer
 
 Fit: TypeAlias = Literal["squash", "crop", "letterbox"]
 Part = TypeVar("Part")
-
-
-class ImageTokenizer(Protocol):
-    """images: float[B, 3, H, W] in [-1, 1] <-> codes: int64[B, h, w] in [0, codebook_size)."""
-
-    @property
-    def codebook_size(self) -> int: ...
-    @property
-    def downsample(self) -> int: ...
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def codes_fingerprint(self) -> str: ...
-    def encode(self, images: Tensor) -> Tensor: ...
-    def decode(self, codes: Tensor) -> Tensor: ...
 
 
 def make_autoencoder(name: str, **options: Any) -> vit.ViT | vqgan.VQGAN:
@@ -95,7 +80,10 @@ class ImageTokenizerConfig:
 
 
 class VQTokenizer(nn.Module):
-    """An autoencoder with a quantizer between encoder and decoder. An ``ImageTokenizer``."""
+    """An autoencoder with a quantizer between encoder and decoder.
+
+    images: float[B, 3, H, W] in [-1, 1] <-> codes: int64[B, h, w] in [0, codebook_size).
+    """
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
