@@ -11,6 +11,7 @@ from multimodal.data.images import Fit, to_image
 from multimodal.distributed import gather_objects, mean_over_ranks
 from multimodal.eval.metrics.answering import score_answers
 from multimodal.eval.metrics.captioning import score_captions
+from multimodal.eval.tasks.answers import SHORT_ANSWER
 from multimodal.inference.codec import decode_images, encode_images
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.text import caption_codes, complete_prompts
@@ -20,7 +21,6 @@ from multimodal.model.checkpoint import ModelParts, part_of
 from multimodal.model.lessons import descriptions_of, exchanges_of
 from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
-from multimodal.options import AnswerOptions
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.cost import training_flops
@@ -30,7 +30,6 @@ from multimodal.train.preflight import check_data
 from multimodal.train.sharding import fsdp_modules, full_state_dict, shard, unsharded
 
 IMAGES_AT_ONCE = 256  # a document may have any number of images
-SHORT_ANSWER = AnswerOptions(max_tokens=16)
 
 
 class JointModule(MuonModule):

@@ -135,14 +135,23 @@ def decode(
             batch.step(ids.repeat_interleave(prompts) if prompts > 1 else ids)
 
 
+def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor | float) -> Tensor:
+    """Logits led by the difference that a text makes: float32[..., V] each.
+
+    Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598). A scale of 1 is none, 0 ignores
+    the text.
+    """
+    return unconditional + scale * (conditional - unconditional)
+
+
 def _next_logits(batch: DecodeBatch, rows: Sequence[Row]) -> Tensor:
-    """float32[B, V], guided by u + scale * (c - u) where rows have two prompts."""
+    """float32[B, V], guided where rows have two prompts."""
     logits = batch.logits(rows[0].ids)
     if len(rows[0].prompts) == 1:
         return logits
     conditional, unconditional = logits.view(len(rows), 2, -1).unbind(1)
     scales = torch.tensor([row.guidance_scale() for row in rows], device=logits.device)
-    return unconditional + scales[:, None] * (conditional - unconditional)
+    return guide(conditional, unconditional, scales[:, None])
 
 
 def _stacked(masks: Sequence[Tensor | None]) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multimodal.inference.batch import DecodeBatch, check_length
 from multimodal.inference.codec import UNKNOWN, encode_text
-from multimodal.inference.decode import Row, decode
+from multimodal.inference.decode import Row, decode, guide
 from multimodal.inference.likelihoods import text_likelihoods
 from multimodal.inference.sampling import choose, generators
 from multimodal.model.checkpoint import ModelParts
@@ -215,8 +215,7 @@ def _draw_masked(
         logits = model.network.transformer.logits(hidden, code_ids)
         if copies > 1:
             conditional, unconditional = logits.chunk(2)
-            scale = guidance_scale_at(options, progress)
-            logits = unconditional + scale * (conditional - unconditional)
+            logits = guide(conditional, unconditional, guidance_scale_at(options, progress))
         return logits.cpu()
 
     to_draw = (codes == UNKNOWN).sum(1)

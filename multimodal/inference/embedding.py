@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from multimodal.data.samples import IMAGE_SUFFIXES
 from multimodal.files import atomic_file
 from multimodal.inference.batch import DecodeBatch
 from multimodal.inference.codec import encode_images, encode_text, read_images
@@ -34,7 +35,7 @@ def embed_texts(model: ModelParts, texts: Sequence[str]) -> Tensor:
     return model.network.alignment.embed_text(states).cpu()
 
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FILE_SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -45,9 +46,9 @@ def find_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FILE_SUFFIXES)
     if not paths:
-        raise ValueError(f"{folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
+        raise ValueError(f"{folder}: no images in it ({', '.join(FILE_SUFFIXES)})")
     return paths
 
 

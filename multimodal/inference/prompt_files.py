@@ -36,7 +36,7 @@ class Prompt:
     about: str
     template: str | None = None
     choices: tuple[str, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         kinds = {"version": int, "about": str, "template": str | None}

@@ -110,3 +110,7 @@ def test_a_missing_prompt_is_an_error(tmp_path: Path) -> None:
         find_prompt("short@9")
     with pytest.raises(ValueError, match="no such folder of prompts"):
         find_prompt("short", tmp_path / "none")
+
+
+def test_a_prompt_can_be_a_key() -> None:
+    assert {find_prompt("several"): 1}[find_prompt("several")] == 1
