@@ -101,12 +101,14 @@ class Demo:
         from multimodal.data.images import to_image
         from multimodal.inference.codec import decode_images, encode_images, read_images
 
-        config = self.model.image_tokenizer.config
+        levels = " and ".join(
+            f"{level.codes} codes of {level.name} ({level.codebook_size:,} at each place)"
+            for level in self.model.config.layout.levels
+        )
         section = Section(
             "What the model sees",
-            f"An image becomes {config.grid} x {config.grid} codes from a codebook of "
-            f"{self.model.image_tokenizer.codebook_size:,}. Below are the pictures decoded from "
-            "the codes. The model cannot see details that are lost here.",
+            f"An image becomes {levels}. Below are the pictures decoded from the codes. "
+            "The model cannot see details that are lost here.",
         )
         images = self.pictures[:4] + self.photos[:4]
         codes = encode_images(self.model, read_images(self.model, images))

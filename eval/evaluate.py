@@ -192,13 +192,13 @@ def protocol_of(
     """What all results of a run have in common."""
     from multimodal.distributed import world_size
 
-    config = model.image_tokenizer.config
+    tokenizer = model.image_tokenizer
     return {
         "model": arguments.model,
         "fingerprint": model.fingerprint,
         "split": arguments.split,
-        "image_size": config.image_size,
-        "fit": config.fit,
+        "image_size": tokenizer.image_size,
+        "fit": tokenizer.fit,
         "seed": arguments.seed,
         "dtype": arguments.dtype,
         "device": arguments.device,

@@ -96,8 +96,8 @@ class Subject:
     @cached_property
     def pixels(self) -> Tensor:
         """float32[N, 3, H, W] in [-1, 1], at the model's size."""
-        config = self.model.image_tokenizer.config
-        fitted = [fit_image(image, config.image_size, config.fit) for image in self.images]
+        tokenizer = self.model.image_tokenizer
+        fitted = [fit_image(image, tokenizer.image_size, tokenizer.fit) for image in self.images]
         return torch.stack([to_tensor(image) for image in fitted])
 
     @cached_property

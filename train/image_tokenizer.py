@@ -13,11 +13,7 @@ from torch import Tensor, nn
 from multimodal.data.images import Fit, to_image
 from multimodal.eval.metrics.features import RANDOM, Features
 from multimodal.files import atomic_folder
-from multimodal.tokenizers.image import (
-    ImageTokenizerConfig,
-    VQTokenizer,
-    load_image_tokenizer,
-)
+from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer, load_detail
 from multimodal.tokenizers.quantizer import CodebookUsage
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.auxiliary_losses import (
@@ -302,7 +298,7 @@ class ImageTokenizerModule(MuonModule):
         Raises:
             ValueError: if the folder has another configuration.
         """
-        source = load_image_tokenizer(folder)
+        source = load_detail(folder)
         if source.config != self.tokenizer.config:
             raise ValueError(
                 f"{folder}: its configuration is not that of this run: give the same "

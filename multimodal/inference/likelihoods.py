@@ -33,7 +33,8 @@ def text_likelihoods(model: ModelParts, codes: Tensor, texts: Sequence[str]) -> 
     """
     vocabulary = model.vocabulary
     ids = [encode_text(model, text) for text in texts]
-    sequences = [describe(vocabulary, *pair) for pair in zip(codes.tolist(), ids, strict=True)]
+    read = model.read(codes).tolist()
+    sequences = [describe(vocabulary, *pair) for pair in zip(read, ids, strict=True)]
     check_length(model.network, sequences, 0)
     packed = pack(sequences, max(map(len, sequences)), vocabulary.pad).to(model.device)
     predicted = [torch.from_numpy((s.objectives != NO_LOSS).nonzero()[0]) for s in sequences]
@@ -74,7 +75,7 @@ def choice_likelihoods(
     vocabulary, encode = model.vocabulary, model.text_tokenizer.encode
     ids = [
         describe_prompt(vocabulary, image) + encode(prompt)
-        for image, prompt in zip(codes.tolist(), prompts, strict=True)
+        for image, prompt in zip(model.read(codes).tolist(), prompts, strict=True)
     ]
     answers = [
         [*encode(answer_text(text.strip())), vocabulary.eos]

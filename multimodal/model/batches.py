@@ -8,6 +8,7 @@ Shapes: B samples, n codes of an image.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from multimodal.model.sequences import (
 from multimodal.model.templates import Templates
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.seeds import stable_number
+from multimodal.tokenizers.levels import Layout
 
 # Sequences of one document in a batch. Without a limit, one book could fill a huge batch.
 DOCUMENT_SEQUENCES = 8
@@ -72,7 +74,6 @@ class TrainingBatch:
         text_positions: int64[B], where each text embedding is (<boi>).
         image_hashes: int64[B], equal for equal images.
         text_hashes: int64[B], equal for equal texts. -1: there is no text, or it was dropped.
-        codes_per_image: n.
         tokens: tokens that are not padding.
     """
 
@@ -81,7 +82,6 @@ class TrainingBatch:
     text_positions: Tensor
     image_hashes: Tensor
     text_hashes: Tensor
-    codes_per_image: int
     tokens: int
 
     def to(self, device: torch.device) -> "TrainingBatch":
@@ -115,7 +115,8 @@ class BatchBuilder:
         objectives: which sequences are made, and how often.
         templates: the words around questions and statements.
         encode: the text tokenizer, text -> ids.
-        codes_per_image: n.
+        layout: the levels of an image's codes.
+        reads: the levels of an image that is read.
         row_length: tokens of a packed row.
         question_share: the share of the captioned samples whose questions are also used.
     """
@@ -124,9 +125,15 @@ class BatchBuilder:
     objectives: ObjectivesConfig
     templates: Templates
     encode: Callable[[str], list[int]]
-    codes_per_image: int
+    layout: Layout
+    reads: Sequence[str]
     row_length: int
     question_share: float = 1.0
+
+    @cached_property
+    def read(self) -> Ids:
+        """Which of the n codes are read."""
+        return self.layout.indices(self.reads).numpy()
 
     def build(
         self, samples: Sequence[TrainingSample], skip_untaught: bool = False
@@ -172,7 +179,6 @@ class BatchBuilder:
             text_positions=positions[1],
             image_hashes=image_hashes,
             text_hashes=text_hashes,
-            codes_per_image=self.codes_per_image,
             tokens=int((packed.documents > 0).sum()),
         )
 
@@ -182,12 +188,13 @@ class BatchBuilder:
             sample.key, sample.record, sample.seed, self.templates, self.question_share
         )
         (codes,) = sample.codes
-        answers = self._answer(codes, lesson.exchanges) if lesson.exchanges else None
+        read = codes[self.read]
+        answers = self._answer(read, lesson.exchanges) if lesson.exchanges else None
         if lesson.caption is None:
             assert answers is not None, "a lesson has a caption or an exchange"
             describe_image, answers = answers, None
         else:
-            describe_image = describe(self.vocabulary, codes, self.encode(lesson.caption))
+            describe_image = describe(self.vocabulary, read, self.encode(lesson.caption))
         rng = np.random.default_rng([sample.seed, 1])
         form, dropped = rng.random(), rng.random() < self.objectives.drop_condition
         ids = None if lesson.caption is None else self.encode(lesson.caption)
@@ -195,8 +202,14 @@ class BatchBuilder:
         if form >= masked_share + self.objectives.next_token_share:
             drawing, dropped = draw(self.vocabulary, ids), False
         else:
-            masks = random_mask(len(codes), rng) if form < masked_share else ()
-            drawing = draw(self.vocabulary, None if dropped else ids, codes, *masks)
+            text = None if dropped else ids
+            if form < masked_share:
+                levels = self.layout.levels
+                level = levels[int(rng.integers(len(levels))) if len(levels) > 1 else 0]
+                masks = random_mask(level.codes, rng)
+                drawing = draw(self.vocabulary, text, codes, *masks, self.layout.span(level.name))
+            else:
+                drawing = draw(self.vocabulary, text, codes)
         return PairSequences(describe_image, drawing, answers, None if dropped else lesson.caption)
 
     def document(self, sample: TrainingSample) -> list[TokenSequence]:
@@ -227,16 +240,18 @@ class BatchBuilder:
             descriptions = descriptions_of(sample.record)
             for caption in descriptions:
                 ids = self.encode(caption)
-                sequences.append(describe(self.vocabulary, codes, ids))
+                sequences.append(describe(self.vocabulary, codes[self.read], ids))
                 sequences.append(draw(self.vocabulary, ids))
             if self.question_share or not descriptions:
                 for prompt, reply in exchanges_of(sample.record, self.templates):
-                    sequences.append(self._answer(codes, [(prompt, answer_text(reply))]))
+                    turn = [(prompt, answer_text(reply))]
+                    sequences.append(self._answer(codes[self.read], turn))
             if self.objectives.next_token_share:
                 sequences.append(draw(self.vocabulary, None, codes))
             if self.objectives.reconstruct_share:
-                masked = np.ones(len(codes), np.bool_)
-                sequences.append(draw(self.vocabulary, None, codes, masked))
+                for level in self.layout.levels:
+                    masked, span = np.ones(level.codes, np.bool_), self.layout.span(level.name)
+                    sequences.append(draw(self.vocabulary, None, codes, masked, level=span))
         for sequence in sequences:
             self._check_length(len(sequence), f"sample {sample.key}")
             yield sequence
@@ -254,7 +269,7 @@ class BatchBuilder:
                 text = text[: at_most * self.row_length * CHARACTERS_PER_TOKEN]
             parts.append(next(images) if text is None else self.encode(text))
             length += len(parts[-1])
-        return document(self.vocabulary, parts, self.row_length)
+        return document(self.vocabulary, parts, self.row_length, self.read)
 
     def _answer(self, codes: Ids, exchanges: Sequence[tuple[str, str]]) -> TokenSequence:
         turns = [(self.encode(prompt), self.encode(reply)) for prompt, reply in exchanges]

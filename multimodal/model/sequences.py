@@ -9,7 +9,7 @@ M a <mask>.
                     ... and further turns of p p t t <eos>
     draw            <bos> t t <boi> ...                      after <bos>: t t <boi>  text
       next-token    ... <boi> i i i <eoi>                    after <boi>: i i i <eoi>  image
-      masked        ... <boi> i M M i                        at M itself: i          reconstruct
+      masked        ... <boi> i i i M M i                    at M itself: i          reconstruct
     document        <bos> t t <boi> i i <eoi> t t <eos>      after <bos>: t t <boi>  text
                     texts and images in any order            after <boi>: i i <eoi>  image
                                                              after <eoi>: t t <eos>  caption
@@ -18,12 +18,15 @@ M a <mask>.
 Prompts of answers carry no loss. A document that is longer than a row continues after another
 <bos>. An image is never cut.
 
-The codes of a masked image are one bidirectional block, without <boi> and <eoi>. The block has the
-codes that are known and those that are predicted, each at its position in the whole image. All
-other codes are left out, in training as in drawing: a <mask> that is not predicted says nothing and
-costs as much as a code. Everything else is causal. So the state at <eoi> of ``describe`` knows the
-image and nothing else, and the state at <boi> of ``draw`` knows the text and nothing else. They are
-the embeddings.
+An image that opens a sequence is read: it has the levels that the model reads. Every other image
+has all levels, one after the other.
+
+The codes of a masked level are one bidirectional block, without <boi> and <eoi>. The levels before
+it stand before the block, the levels after it are left out. The block has the codes that are known
+and those that are predicted, each at its position in the whole image. All other codes are left out,
+in training as in drawing: a <mask> that is not predicted says nothing and costs as much as a code.
+Everything else is causal. So the state at <eoi> of ``describe`` knows the image and nothing else,
+and the state at <boi> of ``draw`` knows the text and nothing else. They are the embeddings.
 
 A dropped condition is <null> in the place of the text. It carries no loss.
 
@@ -55,8 +58,9 @@ class TokenSequence:
         targets: the id that each position predicts.
         objectives: the index in OBJECTIVES of that prediction, or NO_LOSS.
         blocks: 1 in the bidirectional block, else 0.
-        positions: for RoPE, from 0. A code of a masked image has its position in the whole image.
+        positions: for RoPE, from 0. A code of a masked level has its position in the whole image.
         state: the index of the embedding.
+        unknown: the share of the codes of its masked level that is unknown. 1 without one.
     """
 
     ids: Ids
@@ -65,6 +69,7 @@ class TokenSequence:
     blocks: Ids
     positions: Ids
     state: int = 0
+    unknown: float = 1.0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,7 +91,9 @@ def draw_prompt(vocabulary: Vocabulary, text: list[int] | None) -> list[int]:
     return [vocabulary.bos, *([vocabulary.null] if text is None else text), vocabulary.boi]
 
 
-def _next_token(ids: list[int], spans: Sequence[Span], state: int = 0) -> TokenSequence:
+def _next_token(
+    ids: list[int], spans: Sequence[Span], state: int = 0, unknown: float = 1.0
+) -> TokenSequence:
     """A causal sequence. The positions of each span predict the token after them."""
     tokens = np.array(ids, np.int64)
     objectives = np.full(len(ids), NO_LOSS, np.int64)
@@ -94,7 +101,7 @@ def _next_token(ids: list[int], spans: Sequence[Span], state: int = 0) -> TokenS
         objectives[start:end] = OBJECTIVES.index(name)
     targets = np.where(objectives == NO_LOSS, 0, np.roll(tokens, -1))
     blocks, positions = np.zeros_like(tokens), np.arange(len(ids))
-    return TokenSequence(tokens, targets, objectives, blocks, positions, state)
+    return TokenSequence(tokens, targets, objectives, blocks, positions, state, unknown)
 
 
 def describe(vocabulary: Vocabulary, codes: Sequence[int] | Ids, text: list[int]) -> TokenSequence:
@@ -140,17 +147,19 @@ def draw(
     codes: Sequence[int] | Ids | None = None,
     masked: NDArray[np.bool_] | None = None,
     known: NDArray[np.bool_] | None = None,
+    level: slice = slice(None),
 ) -> TokenSequence:
     """A text and the image that it describes.
 
     Args:
         text: ids. None: the dropped condition.
         codes: n image codes in [0, K). None: the sequence ends at <boi>.
-        masked: bool[n], the codes to reconstruct. None: next-token prediction.
-        known: bool[n], the codes that are read. By default all that are not masked.
+        masked: bool[m], the codes to reconstruct. None: next-token prediction.
+        known: bool[m], the codes that are read. By default all that are not masked.
+        level: the m codes of the level that is masked. By default all n.
 
     Raises:
-        ValueError: if masked or known have another length than codes.
+        ValueError: if masked or known have another length than the codes of the level.
     """
     prompt = draw_prompt(vocabulary, text)
     boi = len(prompt) - 1
@@ -161,16 +170,19 @@ def draw(
     if masked is None:
         return _next_token(ids, [*spans, ("image", boi, len(ids) - 1)], state=boi)
     known = ~masked if known is None else known
-    if not len(masked) == len(known) == len(codes):
+    image = ids[boi + 1 : -1]
+    before, image = image[: level.start or 0], image[level]
+    if not len(masked) == len(known) == len(image):
         raise ValueError(
-            f"masked, known: {len(masked)} and {len(known)} entries for {len(codes)} codes"
+            f"masked, known: {len(masked)} and {len(known)} entries for {len(image)} codes"
         )
     kept = np.flatnonzero(masked | known)
-    image = ids[boi + 1 : -1]
-    sequence = _next_token([*prompt, *(image[code] for code in kept)], spans, state=boi)
-    block = slice(boi + 1, None)
-    predicted = boi + 1 + np.flatnonzero(masked[kept])
-    sequence.positions[block] = boi + 1 + kept
+    tokens = [*prompt, *before, *(image[code] for code in kept)]
+    sequence = _next_token(tokens, spans, state=boi, unknown=1 - float(known.mean()))
+    start = len(prompt) + len(before)
+    block = slice(start, None)
+    predicted = start + np.flatnonzero(masked[kept])
+    sequence.positions[block] = start + kept
     sequence.blocks[block] = 1
     sequence.targets[predicted] = sequence.ids[predicted]
     sequence.objectives[predicted] = OBJECTIVES.index("reconstruct")
@@ -179,13 +191,17 @@ def draw(
 
 
 def document(
-    vocabulary: Vocabulary, parts: Sequence[list[int] | Ids], max_length: int | None = None
+    vocabulary: Vocabulary,
+    parts: Sequence[list[int] | Ids],
+    max_length: int | None = None,
+    read: Ids | slice = slice(None),
 ) -> list[TokenSequence]:
     """Texts and images in their order.
 
     Args:
         parts: ids of a text (a list), or n image codes (an array).
         max_length: tokens of a sequence. What is more continues in the next sequence.
+        read: which of the n codes are kept of an image that opens a sequence. By default all.
 
     Raises:
         ValueError: if an image does not fit a sequence.
@@ -212,9 +228,10 @@ def document(
                 cut()
             extend(part, objective)
             continue
-        boi, *image = image_tokens(vocabulary, part)
+        boi, *image = image_tokens(vocabulary, part if spans else part[read])
         if max_length is not None and len(ids) + 1 + len(image) > max_length:
             cut()
+            boi, *image = image_tokens(vocabulary, part[read])
             if 2 + len(image) > max_length:
                 raise ValueError(f"an image of {len(part)} codes does not fit {max_length} tokens")
         extend([boi], objective)
@@ -256,13 +273,14 @@ def random_mask(
 
 @dataclass
 class Packed:
-    """Rows of one length. Every tensor is int64[R, L], except ``states``: int64[sequences].
+    """Rows of one length. Tensors are int64[R, L], if nothing else is said.
 
     Attributes:
         ids, targets, objectives, blocks: as in TokenSequence.
         documents: numbers from 1 in each row. 0 is padding.
         positions: within the document.
-        states: the index of each sequence's embedding in the flattened rows.
+        states: int64[sequences], where the embedding of each is in the flattened rows.
+        unknown: float32[R, L], as in TokenSequence.
     """
 
     ids: Tensor
@@ -272,21 +290,10 @@ class Packed:
     documents: Tensor
     positions: Tensor
     states: Tensor
+    unknown: Tensor
 
     def to(self, device: torch.device) -> "Packed":
         return Packed(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
-
-    def unknown_shares(self, codes: int) -> Tensor:
-        """The share of the codes of each document's masked image that is unknown.
-
-        Args:
-            codes: how many codes a whole image has.
-
-        Returns:
-            float32[R, L] in [0, 1], and 1 where there is no masked image.
-        """
-        known = (self.blocks > 0) & (self.objectives != OBJECTIVES.index("reconstruct"))
-        return (1 - self.count(known).to(torch.float32) / codes)[self.document_numbers]
 
     @property
     def document_numbers(self) -> Tensor:
@@ -341,7 +348,7 @@ def pack(
     shape = (-(-len(rows) // row_multiple) * row_multiple, row_length)
     ids, objectives = np.full(shape, pad, np.int64), np.full(shape, NO_LOSS, np.int64)
     targets, blocks, documents, positions = (np.zeros(shape, np.int64) for _ in range(4))
-    states = np.zeros(len(sequences), np.int64)
+    states, unknown = np.zeros(len(sequences), np.int64), np.ones(shape, np.float32)
     for r, members in enumerate(rows):
         start = 0
         for document, i in enumerate(members, start=1):
@@ -351,6 +358,7 @@ def pack(
             objectives[r, here], blocks[r, here] = sequence.objectives, sequence.blocks
             documents[r, here], positions[r, here] = document, sequence.positions
             states[i] = r * row_length + start + sequence.state
+            unknown[r, here] = sequence.unknown
             start += len(sequence)
-    arrays = (ids, targets, objectives, blocks, documents, positions, states)
+    arrays = (ids, targets, objectives, blocks, documents, positions, states, unknown)
     return Packed(*(torch.from_numpy(array) for array in arrays))
