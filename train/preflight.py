@@ -37,7 +37,7 @@ def check_data(
     objectives, length = builder.objectives, builder.row_length
     if length > limit:
         raise ValueError(f"row_length={length}: the model reads at most {limit} tokens")
-    shortest = len(describe(builder.vocabulary, [0] * builder.codes_per_image, []))
+    shortest = len(describe(builder.vocabulary, [0] * builder.codes_per_image, [[]]))
     if length < shortest:
         raise ValueError(
             f"row_length={length}: an image of {builder.codes_per_image} codes needs {shortest}"
