@@ -20,11 +20,11 @@ class Lesson:
     """What one sample teaches in one epoch.
 
     Attributes:
-        caption: describes the image. None: the image has no description.
+        captions: describe the image. Empty: the image has no description.
         exchanges: prompts and their answers.
     """
 
-    caption: str | None
+    captions: tuple[str, ...]
     exchanges: tuple[tuple[str, str], ...] = ()
 
 
@@ -106,28 +106,33 @@ def lesson_of(
     seed: int,
     templates: Templates,
     question_share: float = 1.0,
+    captions_per_image: int = 1,
 ) -> Lesson:
-    """One of the captions and up to MAX_TURNS of the questions of a sample.
+    """Some of the captions and up to MAX_TURNS of the questions of a sample.
 
     Args:
         key: names the sample in errors.
         record: what ``KEY.json`` holds.
-        seed: decides which caption and which questions.
+        seed: decides which captions and which questions.
         templates: the words around questions and statements.
         question_share: the share of the samples with a caption that bring questions, too.
+        captions_per_image: at most so many captions: one of them, and those after it. 0: all.
 
     Raises:
         ValueError: for a sample without any text. An empty text would teach to say nothing.
     """
     rng = np.random.default_rng([seed, 2])
     captions, exchanges = descriptions_of(record), exchanges_of(record, templates)
-    caption = captions[int(rng.integers(len(captions)))] if captions else None
-    if not exchanges and caption is None:
+    if not (captions or exchanges):
         raise no_text_error(key)
-    if caption is not None and rng.random() >= question_share:
-        return Lesson(caption)
-    chosen = [exchanges[i] for i in rng.permutation(len(exchanges))[:MAX_TURNS]]
-    return Lesson(caption, tuple((prompt, answer_text(answer)) for prompt, answer in chosen))
+    chosen: tuple[str, ...] = ()
+    if captions:
+        first = int(rng.integers(len(captions)))
+        chosen = (*captions[first:], *captions[:first])[: captions_per_image or None]
+        if rng.random() >= question_share:
+            return Lesson(chosen)
+    turns = [exchanges[i] for i in rng.permutation(len(exchanges))[:MAX_TURNS]]
+    return Lesson(chosen, tuple((prompt, answer_text(answer)) for prompt, answer in turns))
 
 
 def no_text_error(key: str) -> ValueError:
