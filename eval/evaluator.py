@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from multimodal.api import Model
 from multimodal.data.images import fit_image, open_image, to_image, to_tensor
 from multimodal.data.samples import CODES, Sample
+from multimodal.data.shards import Shards
 from multimodal.distributed import gather_objects, rank, world_size
 from multimodal.eval.metrics.clip_score import ClipScore
 from multimodal.inference.codec import decode_images, encode_images
@@ -71,6 +73,8 @@ class Subject:
         seed: of everything random.
         on_batch: called after each batch with its number of items.
         clip: judges drawings, if given.
+        training: samples of the training split, to compare the model with what they alone give.
+        cache: a folder for features of images that take minutes. None keeps nothing.
     """
 
     model: Model
@@ -79,6 +83,8 @@ class Subject:
     seed: int = 0
     on_batch: Callable[[int], object] = lambda count: None
     clip: ClipScore | None = None
+    training: Shards | Sequence[Sample] = ()
+    cache: Path | None = None
 
     @property
     def has_codes(self) -> bool:
@@ -147,7 +153,7 @@ class Evaluator(Protocol):
     """One task.
 
     name: of the task. protocol: how its scores are measured, in words. examples: filled by
-    ``measure``.
+    ``measure``. It may also fill ``notes``, a list of texts that are shown below the scores.
     """
 
     name: ClassVar[str]

@@ -18,7 +18,8 @@ class EvaluateModel(L.Callback):
 
     The log has them as ``val/TASK/SCORE``, or as ``val/FOLDER/TASK/SCORE`` with several shard
     folders. With several ranks each rank measures a share. The scores are of all samples. On shards
-    of codes only tasks with ``from_codes`` run.
+    of codes only tasks with ``from_codes`` run. What the training split alone gives (the best
+    constant caption, the lookup) is left out: it does not change during training.
 
     In a recipe:
 
