@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import chain, islice
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from multimodal.commands.options import check_output, load_model, make_parser
 from multimodal.commands.search import default_cache
-from multimodal.data.shards import Shards, splits_of
+from multimodal.data.shards import Shards
 from multimodal.eval.tasks.registry import EVALUATORS, find_evaluator
 from multimodal.files import atomic_file
 
@@ -43,7 +43,6 @@ examples:
   multimodal eval mine.py:Colours --data data/scenes
 """
 SHOWN = 8  # best, worst and random examples on the page
-TRAINING_SPLIT = "train"
 
 
 def main(argv: list[str]) -> int:
@@ -119,6 +118,7 @@ def run(
     Raises:
         ValueError: if no sample fits any task.
     """
+    from multimodal.eval.evaluator import training_samples
     from multimodal.eval.metrics.clip_score import ClipScore
     from multimodal.eval.page import page
 
@@ -148,17 +148,11 @@ def run(
     return {"protocol": protocol_of(arguments, model, clip), "results": results}
 
 
-def training_samples(folder: Path, split: str) -> "Shards | tuple[()]":
-    """The training split of a folder. Nothing if it has none, or if that split is measured."""
-    has_training = split != TRAINING_SPLIT and TRAINING_SPLIT in splits_of(folder)
-    return Shards(folder, TRAINING_SPLIT) if has_training else ()
-
-
 def measure(
     evaluator: "Evaluator",
     model: "Model",
     samples: "list[Sample]",
-    training: "Shards | tuple[()]",
+    training: "Shards | Sequence[Sample]",
     arguments: argparse.Namespace,
     clip: "ClipScore | None",
     title: str,
@@ -182,7 +176,7 @@ def measure(
             bar.update,
             clip,
             training,
-            Path(cache) if cache else None,
+            cache=Path(cache) if cache else None,
         )
         scores = evaluate(evaluator, subject)
     return {

@@ -106,6 +106,8 @@ class Captioning:
         if count > 1:
             yield "CIDEr_shuffled", shuffled(texts, subject.seed)
             yield "CIDEr_beams_shuffled", shuffled(beam_texts, subject.seed)
+        if not subject.yardsticks:
+            return
         training = {
             row: [ptb_tokenize(caption) for caption in descriptions]
             for row, sample in enumerate(islice(subject.training, MAX_TRAINING))

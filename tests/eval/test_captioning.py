@@ -15,8 +15,7 @@ from multimodal import load
 from multimodal.cli import main
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards
-from multimodal.eval.evaluate import training_samples
-from multimodal.eval.evaluator import Subject, evaluate
+from multimodal.eval.evaluator import Subject, evaluate, training_samples
 from multimodal.eval.metrics.captioning import ptb_tokenize
 from multimodal.eval.metrics.cider import CaptionSpace, mean_similarities, similarities
 from multimodal.eval.metrics.yardsticks import Lookup, best_constant, shuffled

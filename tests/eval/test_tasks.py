@@ -64,24 +64,28 @@ def test_the_zero_shot_classifier_is_that_of_open_clip(tiny_model_folder: Path) 
 def test_embeddings_of_the_right_class_have_an_accuracy_of_one(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ["ant", "bee", "cat"]
+    names = ["ant", "bee", "soccer ball", "cat"]
     for number, sample in enumerate(subject.samples):
-        members = {**sample.members, "json": b'{"label": "%s"}' % names[number % 3].encode()}
+        label = ("ant", "bee", "soccer_ball")[number % 3]
+        members = {**sample.members, "json": b'{"label": "%s"}' % label.encode()}
         subject.samples[number] = Sample(sample.key, members)
-    rows = iter(torch.eye(3)[[n % 3 for n in range(len(subject.samples))]])
+    # The class "cat" is in the training split only, and yet it could be said.
+    subject.training = [*subject.samples, Sample("c", {"json": b'{"class": "cat"}'})]
+    rows = iter(torch.eye(4)[[n % 3 for n in range(len(subject.samples))]])
     monkeypatch.setattr(
         classification, "embed_codes", lambda _, codes: torch.stack([next(rows) for _ in codes])
     )
 
     def embed_texts_by_name(_: Any, texts: list[str]) -> Tensor:
-        return torch.eye(3)[
+        return torch.eye(4)[
             [next(i for i, name in enumerate(names) if name in text) for text in texts]
         ]
 
     monkeypatch.setattr(classification, "embed_texts", embed_texts_by_name)
     assert all(map(Classification().fits, subject.samples))
     scores = evaluate(Classification(), subject)
-    assert scores["top1"]["value"] == 1 and scores["chance"]["value"] == pytest.approx(1 / 3)
+    assert scores["top1"]["value"] == 1 and scores["chance"]["value"] == 1 / 4
+    assert scores["top1"]["low"] == 1 and scores["classes"]["value"] == 4
     assert not Classification().fits(Sample("x", {"json": b'{"label": "true"}'}))
 
 
