@@ -20,7 +20,7 @@ from multimodal.eval.tasks.answers import Answers
 from multimodal.eval.tasks.choices import Choices
 from multimodal.eval.tasks.classification import Classification, zero_shot_classifier
 from multimodal.eval.tasks.few_shot import FewShot
-from multimodal.eval.tasks.presence import Presence, absent_objects
+from multimodal.eval.tasks.presence import Presence, absent_objects, question_about
 from multimodal.eval.tasks.robustness import DEGRADATIONS, Robustness
 from multimodal.eval.tasks.scene_presence import ScenePresence
 from multimodal.inference.batch import DecodeBatch
@@ -121,7 +121,8 @@ def test_the_most_likely_choice_counts_and_a_tie_does_not(
         return likelihoods
 
     monkeypatch.setattr(choices_task, "choice_likelihoods", first_is(1.0))
-    assert evaluate(Choices(), subject)["accuracy"]["value"] > 0.95
+    scores = evaluate(Choices(), subject)
+    assert scores["accuracy"]["value"] > 0.95 > 0.1 > scores["free_accuracy"]["value"]
     monkeypatch.setattr(choices_task, "choice_likelihoods", first_is(0.0))
     assert evaluate(Choices(), subject)["accuracy"]["value"] < 0.2
 
@@ -185,7 +186,7 @@ def test_presence_asks_as_much_about_absent_objects(
     assert len(usable) == len(subject.samples)
     scores = evaluate(evaluator, Subject(subject.model, usable, 5))
     for name in ("random", "popular", "adversarial"):
-        assert scores[f"{name}_accuracy"]["value"] == pytest.approx(0.5)
+        assert scores[f"{name}_accuracy"]["value"] == scores[f"{name}_chance"]["value"] == 0.5
         assert scores[f"{name}_says_yes"]["value"] == 1
         assert scores[f"{name}_f1"]["value"] == pytest.approx(2 / 3)
     assert all("is there a" in prompt for prompt in prompts)
@@ -193,6 +194,15 @@ def test_presence_asks_as_much_about_absent_objects(
     absent = absent_objects(present, random.Random(0))
     for names, *sets in zip(present, *absent.values(), strict=True):
         assert all(not names & set(others) for others in sets)
+
+
+def test_questions_about_objects_are_grammatical() -> None:
+    assert question_about("dog") == "is there a dog?" and "an airplane" in question_about(
+        "airplane"
+    )
+    assert (
+        question_about("snow") == "is there snow?" and question_about("skis") == "are there skis?"
+    )
 
 
 def test_absent_objects_are_ordered_by_frequency_or_by_company() -> None:
