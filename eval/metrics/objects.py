@@ -69,6 +69,8 @@ building: building buildings house houses
 street: street road sidewalk
 grass: grass grassy lawn field
 """
+MASSES = ("food", "grass", "snow", "water")  # names without an article
+PLURALS = ("glasses", "skis")
 _GROUP_OF = re.compile(r"\b(group|couple|crowd|pair|bunch) of\b")
 
 

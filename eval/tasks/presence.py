@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 
 from multimodal.data.samples import Sample
 from multimodal.eval.evaluator import Example, PerQuestion, Subject, Value
-from multimodal.eval.metrics.objects import named_objects
+from multimodal.eval.metrics.objects import MASSES, PLURALS, named_objects
 from multimodal.inference.likelihoods import choice_likelihoods
 from multimodal.model.lessons import descriptions_of
 
@@ -31,8 +31,11 @@ class PresenceQuestion(NamedTuple):
 
 
 def question_about(name: str) -> str:
-    article = "an" if name[0] in "aeiou" else "a"
-    return f"is there {article} {name}?"
+    """ "is there a dog?", "is there snow?", "are there skis?"."""
+    if name in PLURALS:
+        return f"are there {name}?"
+    article = "" if name in MASSES else "an " if name[0] in "aeiou" else "a "
+    return f"is there {article}{name}?"
 
 
 def absent_objects(present: Sequence[set[str]], rng: random.Random) -> dict[str, list[list[str]]]:
@@ -67,7 +70,8 @@ class Presence:
     protocol: ClassVar[str] = (
         "POPE: is there a X, the more likely of yes and no; for each image at most "
         f"{MAX_PRESENT} objects that a reference names, and as many absent ones: random, the most "
-        "frequent, and those that most often occur together with the present ones"
+        "frequent, and those that most often occur together with the present ones; chance: always "
+        "the answer that is right more often"
     )
     examples: list[Example] = field(default_factory=list)
 
@@ -110,6 +114,8 @@ class Presence:
                 for question, yes in zip(questions, answers, strict=True)
             ]
             yield f"{name}_accuracy", PerQuestion(right, [question.row for question in questions])
+            present_share = len(about_present) / len(questions)
+            yield f"{name}_chance", max(present_share, 1 - present_share)
             yield f"{name}_says_yes", sum(answers) / len(answers)
             yield f"{name}_questions", float(len(answers))
             f1 = 2 * sum(present_yes) / max(1, len(about_present) + sum(answers))
