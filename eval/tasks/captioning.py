@@ -8,27 +8,27 @@ Shapes: M training pictures, N pictures, D dimensions of features.
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from einops import reduce
 from torch import Tensor, nn
 
 from multimodal.api import Model
+from multimodal.data.objects import named_objects
 from multimodal.data.samples import CODES, Sample
 from multimodal.data.shards import Shards
 from multimodal.distributed import gather_objects
 from multimodal.eval.evaluator import Example, Subject, Value
 from multimodal.eval.metrics.captioning import ptb_tokenize, score_captions
-from multimodal.eval.metrics.objects import named_objects
 from multimodal.eval.metrics.yardsticks import NEIGHBOURS, Lookup, best_constant, shuffled
 from multimodal.inference.embedding import EmbeddingCache
 from multimodal.inference.text import caption_codes
 from multimodal.model.lessons import descriptions_of
 from multimodal.options import TextOptions
-from multimodal.tokenizers.image import hash_weights
+from multimodal.tokenizers.weights import hash_weights
 
 BEAMS = 5
 MAX_TRAINING = 30_000  # training pictures that the yardsticks use, the first ones
@@ -143,7 +143,7 @@ def meaning_encoder(model: Model) -> nn.Module | None:
 
     float32[B, 3, H, W] in [-1, 1] -> float32[B, h, w, D].
     """
-    meaning: Any = getattr(model.image_tokenizer, "meaning", None)
+    meaning = model.image_tokenizer.meaning
     return None if meaning is None else meaning.encoder
 
 
@@ -161,8 +161,8 @@ def encoder_features(
     Returns:
         float32[M, D].
     """
-    model = subject.model
-    digest = hashlib.sha256(str(asdict(model.image_tokenizer.config)).encode())
+    model, tokenizer = subject.model, subject.model.image_tokenizer
+    digest = hashlib.sha256(f"{tokenizer.image_size} {tokenizer.fit}".encode())
     hash_weights(digest, encoder.state_dict())
     for row in rows:
         digest.update(hashlib.sha256(samples[row].image).digest())

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from itertools import permutations
 from typing import ClassVar, NamedTuple
 
+from multimodal.data.objects import named_objects, presence_question
 from multimodal.data.samples import Sample
 from multimodal.eval.evaluator import Example, PerQuestion, Subject, Value
-from multimodal.eval.metrics.objects import MASSES, PLURALS, named_objects
 from multimodal.inference.likelihoods import choice_likelihoods
 from multimodal.model.lessons import descriptions_of
 
@@ -28,14 +28,6 @@ class PresenceQuestion(NamedTuple):
     row: int
     object_name: str
     present: bool
-
-
-def question_about(name: str) -> str:
-    """ "is there a dog?", "is there snow?", "are there skis?"."""
-    if name in PLURALS:
-        return f"are there {name}?"
-    article = "" if name in MASSES else "an " if name[0] in "aeiou" else "a "
-    return f"is there {article}{name}?"
 
 
 def absent_objects(present: Sequence[set[str]], rng: random.Random) -> dict[str, list[list[str]]]:
@@ -94,7 +86,7 @@ class Presence:
 
         def says_yes(batch: Sequence[PresenceQuestion]) -> list[bool]:
             templates = model.config.templates
-            prompts = [templates.ask(question_about(question.object_name)) for question in batch]
+            prompts = [templates.ask(presence_question(question.object_name)) for question in batch]
             rows = [question.row for question in batch]
             choices = [("yes", "no")] * len(batch)
             likelihoods = choice_likelihoods(model, codes[rows], prompts, choices)
@@ -122,6 +114,6 @@ class Presence:
             yield f"{name}_f1", f1
         # Examples are of the last set, the hardest one.
         for question, yes in zip(about_absent, absent_yes, strict=True):
-            text = f"{question_about(question.object_name)} {'yes (right: no)' if yes else 'no'}"
+            text = f"{presence_question(question.object_name)} {'yes (right: no)' if yes else 'no'}"
             sample, image = subject.samples[question.row], subject.images[question.row]
             self.examples.append(Example(sample.key, text, float(not yes), image))

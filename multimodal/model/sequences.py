@@ -42,7 +42,7 @@ Shapes: n codes of an image, K codebook size, R rows, L tokens of a row.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -104,9 +104,7 @@ def draw_prompt(vocabulary: Vocabulary, text: list[int] | None) -> list[int]:
     return [vocabulary.bos, *([vocabulary.null] if text is None else text), vocabulary.boi]
 
 
-def _next_token(
-    ids: list[int], spans: Sequence[Span], state: int = 0, unknown: float = 1.0
-) -> TokenSequence:
+def _next_token(ids: list[int], spans: Sequence[Span], state: int = 0) -> TokenSequence:
     """A causal sequence. The positions of each span predict the token after them."""
     tokens = np.array(ids, np.int64)
     objectives = np.full(len(ids), NO_LOSS, np.int64)
@@ -115,7 +113,7 @@ def _next_token(
     targets = np.where(objectives == NO_LOSS, 0, np.roll(tokens, -1))
     blocks, branches = np.zeros_like(tokens), np.zeros_like(tokens)
     positions = np.arange(len(ids))
-    return TokenSequence(tokens, targets, objectives, blocks, branches, positions, state, unknown)
+    return TokenSequence(tokens, targets, objectives, blocks, branches, positions, state)
 
 
 def _branched(trunk: TokenSequence, branches: Sequence[TokenSequence]) -> TokenSequence:
@@ -215,7 +213,7 @@ def draw(
         )
     kept = np.flatnonzero(masked | known)
     tokens = [*prompt, *before, *(image[code] for code in kept)]
-    sequence = _next_token(tokens, spans, state=boi, unknown=1 - float(known.mean()))
+    sequence = _next_token(tokens, spans, state=boi)
     start = len(prompt) + len(before)
     block = slice(start, None)
     predicted = start + np.flatnonzero(masked[kept])
@@ -224,7 +222,7 @@ def draw(
     sequence.targets[predicted] = sequence.ids[predicted]
     sequence.objectives[predicted] = OBJECTIVES.index("reconstruct")
     sequence.ids[predicted] = vocabulary.mask
-    return sequence
+    return replace(sequence, unknown=1 - float(known.mean()))
 
 
 def document(
@@ -279,10 +277,6 @@ def document(
         extend([vocabulary.eos], objective)
     cut()
     return sequences
-
-
-def plain_text(vocabulary: Vocabulary, text: list[int]) -> TokenSequence:
-    return document(vocabulary, [text])[0]
 
 
 def mask_ratio(uniform: float) -> float:

@@ -11,12 +11,12 @@ import torch
 
 from multimodal import load
 from multimodal.cli import main
+from multimodal.data.objects import named_objects
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards
 from multimodal.eval.evaluate import TASKS
 from multimodal.eval.evaluator import Example, Subject, Value, evaluate, interval
 from multimodal.eval.metrics.answering import same_answer
-from multimodal.eval.metrics.objects import named_objects
 from multimodal.eval.tasks import answers, captioning, choices, retrieval
 from multimodal.eval.tasks.answers import Answers
 from multimodal.eval.tasks.captioning import Captioning
