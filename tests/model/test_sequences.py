@@ -223,7 +223,7 @@ def test_a_long_document_continues_in_the_next_sequence_and_loses_nothing(max_le
 def test_an_empty_text() -> None:
     assert table(describe(VOCABULARY, CODES, [[]]))[-2:] == ["<eoi> -> <eos> caption", "<eos>"]
     assert table(draw(VOCABULARY, []))[0] == "<bos> -> <boi> text"
-    assert table(plain_text(VOCABULARY, [])) == ["<bos> -> <eos> text", "<eos>"]
+    assert table(document(VOCABULARY, [[]])[0]) == ["<bos> -> <eos> text", "<eos>"]
 
 
 def test_a_mask_of_another_length_is_refused() -> None:
