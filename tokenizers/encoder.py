@@ -13,7 +13,7 @@ Shapes: B images, H W pixels, h w a grid of positions, D channels of all stages.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ class Encoder(nn.Module):
     Args:
         name: ``KIND:MODEL[=FILE]``.
         stages: numbers of stages, -1 the last. Stages of a convolutional network halve the
-            resolution; those of a transformer are its blocks.
+            resolution; those of a transformer are its blocks. None: all.
         pretrained: load weights. Without them they are random, to be filled by ``load_state_dict``.
 
     Raises:
@@ -67,10 +67,12 @@ class Encoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, stages: Sequence[int] = (-1,), pretrained: bool = True) -> None:
+    def __init__(
+        self, name: str, stages: Sequence[int] | None = (-1,), pretrained: bool = True
+    ) -> None:
         super().__init__()
         parsed = EncoderName.parse(name)
-        self.name, self.stages = str(parsed), tuple(stages)
+        self.name, self.stages = str(parsed), None if stages is None else tuple(stages)
         make = _timm if parsed.kind == "timm" else _open_clip
         self.network, mean, std, self.image_size = make(parsed, self.stages, pretrained)
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
@@ -115,15 +117,19 @@ class Encoder(nn.Module):
 Made = tuple[nn.Module, list[float], list[float], int]
 
 
-def _timm(name: EncoderName, stages: tuple[int, ...], pretrained: bool) -> Made:
+Stages: TypeAlias = tuple[int, ...] | None
+
+
+def _timm(name: EncoderName, stages: Stages, pretrained: bool) -> Made:
     import timm
 
     if not timm.is_model(name.model):
         raise ValueError(f"encoder {name}: timm has no such model")
     download = pretrained and not name.file
     try:
+        chosen: dict[str, Any] = {} if stages is None else {"out_indices": stages}
         network: Any = timm.create_model(
-            name.model, pretrained=download, features_only=True, out_indices=stages
+            name.model, pretrained=download, features_only=True, **chosen
         )
     except (IndexError, AssertionError) as error:
         raise ValueError(f"encoder {name}: stages {stages}: {error}") from error
@@ -151,9 +157,9 @@ def _feature_name(name: str, names: Any) -> str:
 class _ClipTower(nn.Module):
     """The image tower of open_clip as a list of maps."""
 
-    def __init__(self, visual: nn.Module, stages: tuple[int, ...]) -> None:
+    def __init__(self, visual: nn.Module, stages: Stages) -> None:
         super().__init__()
-        self.visual, self.stages = visual, list(stages)
+        self.visual, self.stages = visual, None if stages is None else list(stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         found: Any = self.visual.forward_intermediates(  # type: ignore[operator]
@@ -162,7 +168,7 @@ class _ClipTower(nn.Module):
         return list(found["image_intermediates"])
 
 
-def _open_clip(name: EncoderName, stages: tuple[int, ...], pretrained: bool) -> Made:
+def _open_clip(name: EncoderName, stages: Stages, pretrained: bool) -> Made:
     import open_clip
 
     model, _, tag = name.model.partition("/")
