@@ -87,6 +87,7 @@ def compare(arguments: argparse.Namespace) -> int:
     from multimodal.files import atomic_file
     from multimodal.model.checkpoint import part_of
     from multimodal.tokenizers.image import load_image_tokenizer
+    from multimodal.tokenizers.weights import resize
 
     for path, suffix in ((arguments.output, ".json"), (arguments.picture, ".png")):
         if path:
@@ -100,20 +101,21 @@ def compare(arguments: argparse.Namespace) -> int:
         for name in dict.fromkeys(arguments.tokenizers)
     }
     side = arguments.image_size or max(t.drawn_size for t in tokenizers.values())
+    loaded = max(side, *(t.image_size for t in tokenizers.values()))  # meaning may read more pixels
     features = Features(arguments.features)
     samples = islice(Shards(arguments.data, arguments.split), arguments.limit)
     images = torch.stack(
         [
-            to_tensor(fit_image(open_image(sample.image), side, arguments.fit))
+            to_tensor(fit_image(open_image(sample.image), loaded, arguments.fit))
             for sample in tqdm(samples, desc="images", disable=None)
         ]
     )
-    rows, pictures = list[dict[str, Any]](), [images[:SHOWN]]
+    rows, pictures = list[dict[str, Any]](), [resize(images[:SHOWN], side)]
     total = len(images) * len(tokenizers)
     with tqdm(total=total, desc="reconstructions", unit="image", disable=None) as progress:
         for name, tokenizer in tokenizers.items():
             scores, reconstructions = score_tokenizer(
-                tokenizer, images, features, arguments.batch_size, SHOWN, progress.update
+                tokenizer, images, features, arguments.batch_size, SHOWN, progress.update, side
             )
             rows.append({"tokenizer": name, **describe(tokenizer, side), **scores})
             pictures.append(reconstructions)
@@ -173,7 +175,7 @@ def time_tokenizers(
     """
     import torch
 
-    from multimodal.eval.tasks.reconstruction import resize
+    from multimodal.tokenizers.weights import resize
 
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"encode": [], "decode": []} for name in tokenizers

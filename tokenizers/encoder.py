@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -61,8 +61,9 @@ class Encoder(nn.Module):
 
     Args:
         name: ``KIND:MODEL[=FILE]``.
-        stages: none for the final features, or numbers of stages, -1 the last. Stages of a
-            convolutional network halve the resolution; those of a transformer are its blocks.
+        stages: () for the final features, None for all stages, or numbers of stages, -1 the last.
+            Stages of a convolutional network halve the resolution; those of a transformer are its
+            blocks.
         pretrained: load weights. Without them they are random, to be filled by ``load_state_dict``.
 
     Raises:
@@ -72,10 +73,12 @@ class Encoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, stages: Sequence[int] = (), pretrained: bool = True) -> None:
+    def __init__(
+        self, name: str, stages: Sequence[int] | None = (), pretrained: bool = True
+    ) -> None:
         super().__init__()
         parsed = EncoderName.parse(name)
-        self.name, self.stages = str(parsed), tuple(stages)
+        self.name, self.stages = str(parsed), None if stages is None else tuple(stages)
         make = _timm if parsed.kind == "timm" else _open_clip
         self.network, mean, std, self.image_size = make(parsed, self.stages, pretrained)
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
@@ -120,12 +123,17 @@ class Encoder(nn.Module):
 Made = tuple[nn.Module, list[float], list[float], int]
 
 
-def _timm(name: EncoderName, stages: tuple[int, ...], pretrained: bool) -> Made:
+Stages: TypeAlias = tuple[int, ...] | None
+
+
+def _timm(name: EncoderName, stages: Stages, pretrained: bool) -> Made:
     import timm
 
     if not timm.is_model(name.model):
         raise ValueError(f"encoder {name}: timm has no such model")
-    kind = {"features_only": True, "out_indices": stages} if stages else {"num_classes": 0}
+    kind: dict[str, Any] = {"num_classes": 0} if stages == () else {"features_only": True}
+    if stages:
+        kind["out_indices"] = stages
     try:
         network: Any = timm.create_model(
             name.model, pretrained=pretrained and not name.file, **kind
@@ -142,7 +150,7 @@ def _timm(name: EncoderName, stages: tuple[int, ...], pretrained: bool) -> Made:
         renamed = {_feature_name(key, kept): weight for key, weight in weights.items()}
         network.load_state_dict({key: renamed[key] for key in kept})
     config = network.pretrained_cfg
-    if not stages:
+    if stages == ():
         network = _FinalMap(network)
     return network, list(config["mean"]), list(config["std"]), int(config["input_size"][-1])
 
@@ -175,22 +183,22 @@ def _feature_name(name: str, names: Any) -> str:
 class _ClipTower(nn.Module):
     """The image tower of open_clip as a list of maps."""
 
-    def __init__(self, visual: nn.Module, stages: tuple[int, ...]) -> None:
+    def __init__(self, visual: nn.Module, stages: Stages) -> None:
         super().__init__()
-        self.visual, self.stages = visual, list(stages)
+        self.visual, self.stages = visual, None if stages is None else list(stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         found: Any = self.visual.forward_intermediates(  # type: ignore[operator]
             images,
-            indices=self.stages or 1,
+            indices=1 if self.stages == [] else self.stages,
             stop_early=True,
-            normalize_intermediates=not self.stages,
+            normalize_intermediates=self.stages == [],
             intermediates_only=True,
         )
         return list(found["image_intermediates"])
 
 
-def _open_clip(name: EncoderName, stages: tuple[int, ...], pretrained: bool) -> Made:
+def _open_clip(name: EncoderName, stages: Stages, pretrained: bool) -> Made:
     import open_clip
 
     model, _, tag = name.model.partition("/")

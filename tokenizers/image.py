@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.tokenizers.detail import VQTokenizer, load_detail
 from multimodal.tokenizers.levels import Layout
 from multimodal.tokenizers.meaning import Meaning
-from multimodal.tokenizers.weights import Fit, check_range, check_shape, digest_of
+from multimodal.tokenizers.weights import Fit, check_range, check_shape, digest_of, resize
 
 
 class ImageTokenizer(nn.Module):
@@ -50,6 +49,14 @@ class ImageTokenizer(nn.Module):
         fits = sorted({level.config.fit for level in levels})
         if len(fits) > 1:
             raise ValueError(f"the levels fit images differently: {', '.join(fits)}")
+        if detail is not None and (expected := detail.config.meaning_fingerprint):
+            if meaning is None:
+                raise ValueError("the decoder of detail reads a level of meaning: give it")
+            if meaning.fingerprint != expected:
+                raise ValueError(
+                    f"the decoder of detail reads the level of meaning {expected}, "
+                    f"not {meaning.fingerprint}"
+                )
         self.fit: Fit = levels[0].config.fit
 
     @property
@@ -102,10 +109,13 @@ class ImageTokenizer(nn.Module):
 
     def detail_images(self, images: Tensor) -> Tensor:
         """Images at the size of the level of detail: float[B, 3, H, W]."""
-        size = self.drawn_size
-        if images.shape[-2:] == (size, size):
-            return images
-        return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+        return resize(images, self.drawn_size)
+
+    def meaning_vectors(self, images: Tensor) -> Tensor | None:
+        """What the decoder of detail reads beside its codes: float[B, h, w, C], or None."""
+        if self.meaning is None or self.detail is None or not self.detail.config.meaning_channels:
+            return None
+        return self.meaning.vectors(self.meaning.encode(images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -125,7 +135,11 @@ class ImageTokenizer(nn.Module):
             raise ValueError(
                 f"codes of shape {tuple(codes.shape)}: expected [B, {self.codes_per_image}]"
             )
-        return detail.decode(self.layout.unflatten("detail", codes)[..., 0])
+        vectors = None
+        if detail.config.meaning_channels:
+            assert self.meaning is not None, "checked when the levels were joined"
+            vectors = self.meaning.vectors(self.layout.unflatten("meaning", codes))
+        return detail.decode(self.layout.unflatten("detail", codes)[..., 0], vectors)
 
     def code_vectors(self) -> Iterator[Tensor]:
         """For each group of each level the vectors of its codes: float[codebook_size, C]."""

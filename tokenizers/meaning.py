@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from multimodal.tokenizers.encoder import Encoder
 from multimodal.tokenizers.kmeans import Clusters, kmeans, nearest
 from multimodal.tokenizers.levels import Level
-from multimodal.tokenizers.weights import Fit, digest_of
+from multimodal.tokenizers.weights import Fit, digest_of, resize
 
 Form: TypeAlias = Literal["residual", "product"]
 
@@ -124,11 +124,8 @@ class Meaning(nn.Module):
         Returns:
             float32[B, h, w, D].
         """
-        size, grid = self.config.image_size, self.config.grid
-        if images.shape[-2:] != (size, size):
-            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(
-                -1, 1
-            )
+        grid = self.config.grid
+        images = resize(images, self.config.image_size)
         # This order of memory is a third faster on a CPU.
         features: Tensor = self.encoder(images.contiguous(memory_format=torch.channels_last))
         if features.shape[1] == grid:
@@ -166,6 +163,16 @@ class Meaning(nn.Module):
         if self.config.form == "product":
             return torch.cat(groups, -1)
         return torch.stack(groups).sum(0)
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """What a decoder reads: ``lookup``, scaled to a standard deviation of about 1.
+
+        int64[..., G] in [0, K) -> float[..., C].
+        """
+        variances = self.codebooks.var((1, 2))
+        residual = self.config.form == "residual"  # groups are added, not side by side
+        variance = variances.sum() if residual else variances.mean()
+        return self.lookup(codes) / variance.sqrt().clamp(min=1e-6)
 
     def code_vectors(self, group: int) -> Tensor:
         """The vectors of the codes of a group, float[K, C'], with a standard deviation of 1."""

@@ -1,10 +1,11 @@
-"""What all levels of an image tokenizer share: checks of images, and hashes of weights."""
+"""What all levels of an image tokenizer share: images of the right size, hashes of weights."""
 
 import hashlib
 import json
 from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Fit: TypeAlias = Literal["squash", "crop", "letterbox"]
@@ -22,6 +23,13 @@ def hash_weights(digest: "hashlib._Hash", weights: dict[str, Tensor]) -> None:
     for name, value in sorted(weights.items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """float[B, 3, H, W] in [-1, 1] -> float[B, 3, side, side] in [-1, 1], bicubic."""
+    if images.shape[-2:] == (side, side):
+        return images
+    return F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def check_shape(images: Tensor) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.data.images import to_image
@@ -16,13 +15,7 @@ from multimodal.eval.evaluator import Example, Subject, Value
 from multimodal.eval.metrics.features import Features
 from multimodal.eval.metrics.reconstruction import ReconstructionScores
 from multimodal.tokenizers.image import ImageTokenizer
-
-
-def resize(images: Tensor, side: int) -> Tensor:
-    """float[N, 3, R, R] -> float[N, 3, side, side] in [-1, 1]."""
-    if images.shape[-1] == side:
-        return images
-    return F.interpolate(images, side, mode="bicubic", antialias=True).clamp(-1, 1)
+from multimodal.tokenizers.weights import resize
 
 
 @torch.inference_mode()

@@ -1,7 +1,9 @@
 """Levels of codes: their places in one sequence, the level of meaning, and tokenizers of both."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -40,13 +42,18 @@ def meaning(form: str = "residual", groups: int = 2, fit: bool = True) -> Meanin
     return made
 
 
-def detail() -> VQTokenizer:
+def detail(autoencoder: dict[str, Any] = VIT, reads: Meaning | None = None) -> VQTokenizer:
     torch.manual_seed(0)
-    config = ImageTokenizerConfig(32, "squash", 8, VIT, {"name": "fsq", "levels": [4, 4, 4]})
+    config = ImageTokenizerConfig(32, "squash", 8, autoencoder, {"name": "fsq", "levels": [4] * 3})
     made = VQTokenizer(config).train()
     with torch.no_grad():
         for _ in range(10):
             made(pictures(16, 32))
+    if reads is not None:
+        channels = reads.config.channels
+        config = replace(config, meaning_channels=channels, meaning_fingerprint=reads.fingerprint)
+        source, made = made, VQTokenizer(config)
+        made.start_from(source)
     return made.eval()
 
 
@@ -266,3 +273,65 @@ def test_meaning_alone_reads_and_cannot_draw(tmp_path: Path) -> None:
     assert codes.shape == (2, 8)
     with pytest.raises(ValueError, match="it reads images, and cannot draw them"):
         tokenizer.decode(codes)
+
+
+VQGAN = {"name": "vqgan", "channels": 32, "multipliers": [1, 1, 1, 1], "depth": 1}
+
+
+@pytest.mark.parametrize("autoencoder", [VIT, VQGAN], ids=["vit", "vqgan"])
+def test_a_decoder_reads_meaning_and_the_codes_do_not(
+    autoencoder: dict[str, Any], tmp_path: Path
+) -> None:
+    plain, made, images = detail(autoencoder), meaning(), pictures(5)
+    tokenizer = ImageTokenizer(made, detail(autoencoder, made))
+    assert tokenizer.detail is not None
+    codes = tokenizer.encode(images)
+    # At first it draws as the decoder that it started from, whatever the meaning.
+    before = ImageTokenizer(made, plain)
+    assert torch.equal(before.encode(images), codes)
+    torch.testing.assert_close(tokenizer.decode(codes), before.decode(codes))
+    with torch.no_grad():
+        tokenizer.detail.decoder.first_layer.normal_(0, 0.2)
+    assert torch.equal(tokenizer.encode(images), codes)
+    assert tokenizer.codes_fingerprint == before.codes_fingerprint
+    other = codes.clone()
+    other[:, :8] = codes.roll(1, 0)[:, :8]  # the meaning of another image
+    assert not torch.equal(tokenizer.decode(other), tokenizer.decode(codes))
+    # What it reads: the components of the codes, with a deviation of 1, on the grid of detail.
+    vectors = made.vectors(tokenizer.layout.unflatten("meaning", codes))
+    assert torch.equal(vectors, tokenizer.meaning_vectors(images))
+    numbers = tokenizer.layout.unflatten("detail", codes)[..., 0]
+    resized = torch.nn.functional.interpolate(vectors.movedim(3, 1), 4, mode="bilinear")
+    joined = torch.cat([plain.quantizer.lookup(numbers), resized.movedim(1, 3)], -1)
+    with torch.no_grad():
+        expected = tokenizer.detail.decoder(joined).clamp(-1, 1)
+    assert torch.equal(tokenizer.decode(codes), expected)
+    tokenizer.save(tmp_path)
+    again = load_image_tokenizer(tmp_path)
+    assert torch.equal(again.decode(codes), tokenizer.decode(codes))
+
+
+def test_meaning_for_a_decoder_has_a_deviation_of_about_one() -> None:
+    for form in ("residual", "product"):
+        made = meaning(form)
+        vectors = made.vectors(made.encode(pictures(60)))
+        assert 0.5 < float(vectors.std()) < 2
+        lookup = made.lookup(made.encode(pictures(60)))
+        torch.testing.assert_close(vectors / vectors.std(), lookup / lookup.std())
+
+
+def test_a_decoder_of_another_level_of_meaning_is_refused() -> None:
+    reads = detail(reads=meaning())
+    with pytest.raises(ValueError, match="reads the level of meaning .*, not"):
+        ImageTokenizer(meaning("product"), reads)
+    with pytest.raises(ValueError, match="reads a level of meaning: give it"):
+        ImageTokenizer(detail=reads)
+    codes = torch.zeros(1, 4, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="meaning of 0 channels: the decoder reads 12"):
+        reads.decode(codes)
+    with pytest.raises(ValueError, match="meaning of 12 channels: the decoder reads 0"):
+        detail().decode(codes, torch.zeros(1, 2, 2, 12))
+    with pytest.raises(ValueError, match="expected both or none"):
+        replace(reads.config, meaning_fingerprint="")
+    with pytest.raises(ValueError, match="its configuration is"):
+        detail().start_from(reads)
