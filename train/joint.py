@@ -278,7 +278,8 @@ class JointModule(MuonModule):
             if folder:
                 (folder / f"{step}-answers.txt").write_text("\n".join(lines) + "\n")
         with unsharded(self.network):
-            drawn = draw_codes(self.model, self.prompts) if self.prompts and folder else None
+            wanted = self.prompts and folder and self.image_tokenizer.can_draw
+            drawn = draw_codes(self.model, self.prompts) if wanted else None
         if drawn is not None and folder:
             from torchvision.utils import make_grid
 
