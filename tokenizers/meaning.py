@@ -142,13 +142,15 @@ class Meaning(nn.Module):
 
     def quantize(self, features: Tensor) -> Tensor:
         """Features, float[..., D] -> codes: int64[..., G] in [0, K)."""
-        rest = self.project(features).flatten(0, -2)
         codes = []
-        for group, codebook in enumerate(self.codebooks):
-            found, _ = nearest(self._part(rest, group), codebook)
-            codes.append(found)
-            if self.config.form == "residual":
-                rest = rest - codebook[found]
+        # In fp32: distances in bf16 would pick other centres.
+        with torch.autocast(features.device.type, enabled=False):
+            rest = self.project(features.float()).flatten(0, -2)
+            for group, codebook in enumerate(self.codebooks):
+                found, _ = nearest(self._part(rest, group), codebook)
+                codes.append(found)
+                if self.config.form == "residual":
+                    rest = rest - codebook[found]
         return torch.stack(codes, -1).view(*features.shape[:-1], self.config.groups)
 
     def _part(self, components: Tensor, group: int) -> Tensor:
