@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from fits import fit, markdown
 
-from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
 from multimodal.train.optim import muon
 
 SIZE, DOWNSAMPLE, BATCH = 128, 16, 32

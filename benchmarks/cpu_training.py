@@ -34,7 +34,7 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
     from multimodal.memory import keep_freed_memory
     from multimodal.model.batches import BatchBuilder, TrainingSample
     from multimodal.model.objectives import ObjectivesConfig
-    from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
+    from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
     from multimodal.tokenizers.text import TextTokenizer
     from multimodal.train.optim import muon
 

@@ -32,7 +32,7 @@ from PIL import Image
 
 from multimodal.data.encode import Encoding, encode_shards
 from multimodal.data.shards import Shards, index_shard, write_manifest, write_tar
-from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
 from multimodal.train.data import GlobalBatchLoader
 from multimodal.train.examples import ShardDataset
 from multimodal.train.sample_order import GlobalBatches, Order

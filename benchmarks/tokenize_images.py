@@ -22,7 +22,7 @@ from multimodal.data.parallel import map_ordered
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards, index_shard, write_manifest, write_tar
 from multimodal.eval.compare import time_tokenizers
-from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
 
 WORKERS = 2  # threads that decode, as in the command
 VIT = {"name": "vit", "dim": 192, "encoder_depth": 2, "decoder_depth": 3, "heads": 4}

@@ -44,7 +44,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     from multimodal.model.batches import BatchBuilder, TrainingSample
     from multimodal.model.objectives import ObjectivesConfig
     from multimodal.model.sequences import NO_LOSS, OBJECTIVES
-    from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
+    from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
     from multimodal.tokenizers.text import TextTokenizer
     from multimodal.train.cost import peak_memory
     from multimodal.train.optim import muon

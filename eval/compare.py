@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from multimodal.tokenizers.image import VQTokenizer
+    from multimodal.tokenizers.image import ImageTokenizer
 
 EXAMPLES = """Every tokenizer gets the same images at one size (--image-size, by default the largest
 size of the tokenizers). It resizes them to its size, and its reconstructions back. Perceptual
@@ -87,6 +87,7 @@ def compare(arguments: argparse.Namespace) -> int:
     from multimodal.files import atomic_file
     from multimodal.model.checkpoint import part_of
     from multimodal.tokenizers.image import load_image_tokenizer
+    from multimodal.tokenizers.weights import resize
 
     for path, suffix in ((arguments.output, ".json"), (arguments.picture, ".png")):
         if path:
@@ -99,21 +100,22 @@ def compare(arguments: argparse.Namespace) -> int:
         name: load_image_tokenizer(part_of(name, "image_tokenizer"))
         for name in dict.fromkeys(arguments.tokenizers)
     }
-    side = arguments.image_size or max(t.config.image_size for t in tokenizers.values())
+    side = arguments.image_size or max(t.drawn_size for t in tokenizers.values())
+    loaded = max(side, *(t.image_size for t in tokenizers.values()))  # meaning may read more pixels
     features = Features(arguments.features)
     samples = islice(Shards(arguments.data, arguments.split), arguments.limit)
     images = torch.stack(
         [
-            to_tensor(fit_image(open_image(sample.image), side, arguments.fit))
+            to_tensor(fit_image(open_image(sample.image), loaded, arguments.fit))
             for sample in tqdm(samples, desc="images", disable=None)
         ]
     )
-    rows, pictures = list[dict[str, Any]](), [images[:SHOWN]]
+    rows, pictures = list[dict[str, Any]](), [resize(images[:SHOWN], side)]
     total = len(images) * len(tokenizers)
     with tqdm(total=total, desc="reconstructions", unit="image", disable=None) as progress:
         for name, tokenizer in tokenizers.items():
             scores, reconstructions = score_tokenizer(
-                tokenizer, images, features, arguments.batch_size, SHOWN, progress.update
+                tokenizer, images, features, arguments.batch_size, SHOWN, progress.update, side
             )
             rows.append({"tokenizer": name, **describe(tokenizer, side), **scores})
             pictures.append(reconstructions)
@@ -142,13 +144,13 @@ def compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def describe(tokenizer: "VQTokenizer", side: int) -> dict[str, Any]:
+def describe(tokenizer: "ImageTokenizer", side: int) -> dict[str, Any]:
     """Facts about a tokenizer, and its bits per pixel for a picture of ``side`` pixels per side."""
-    config = tokenizer.config
-    bits = config.grid**2 * math.log2(tokenizer.codebook_size)
+    levels = tokenizer.layout.levels
+    bits = sum(level.codes * math.log2(level.codebook_size) for level in levels)
     return {
-        "image_size": config.image_size,
-        "codes": config.grid**2,
+        "image_size": tokenizer.drawn_size,
+        "codes": tokenizer.codes_per_image,
         "codebook_size": tokenizer.codebook_size,
         "bits_per_pixel": bits / side**2,
         "parameters": sum(weight.numel() for weight in tokenizer.parameters()),
@@ -157,7 +159,7 @@ def describe(tokenizer: "VQTokenizer", side: int) -> dict[str, Any]:
 
 
 def time_tokenizers(
-    tokenizers: "Mapping[str, VQTokenizer]", images: "Tensor", rounds: int = 3
+    tokenizers: "Mapping[str, ImageTokenizer]", images: "Tensor", rounds: int = 3
 ) -> dict[str, dict[str, float]]:
     """Measure how many images per second tokenizers encode and decode.
 
@@ -173,7 +175,7 @@ def time_tokenizers(
     """
     import torch
 
-    from multimodal.eval.tasks.reconstruction import resize
+    from multimodal.tokenizers.weights import resize
 
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"encode": [], "decode": []} for name in tokenizers
@@ -181,7 +183,7 @@ def time_tokenizers(
     with torch.inference_mode():
         for _ in range(rounds + 1):
             for name, tokenizer in tokenizers.items():
-                batch = resize(images, tokenizer.config.image_size)
+                batch = resize(images, tokenizer.image_size)
                 start = time.perf_counter()
                 codes = tokenizer.encode(batch)
                 middle = time.perf_counter()

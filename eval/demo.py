@@ -19,7 +19,7 @@ from multimodal.eval.metrics.scene_drawings import named_objects, score_scene_dr
 from multimodal.eval.page import Figure, Section, page
 from multimodal.files import atomic_file
 from multimodal.scenes.checking import check_caption
-from multimodal.scenes.questions import questions
+from multimodal.scenes.questions import draw_questions
 from multimodal.scenes.rendering import render
 from multimodal.scenes.scene import sample_scene
 
@@ -88,12 +88,12 @@ class Demo:
         section = Section("Answers", about)
         right, figures = 0, []
         for picture, scene in list(zip(self.pictures, self.scenes, strict=True))[8:16]:
-            ((question, expected),) = questions(scene, self.rng, 1)
-            answer = self.model.answer(picture, question)
-            correct = answer == expected
+            (question,) = draw_questions(scene, self.rng, 1)
+            answer = self.model.answer(picture, question.usual)
+            correct = answer == question.answer
             right += correct
-            more = "" if correct else f" (right: {expected})"
-            figures.append(Figure(picture, f"{question} {answer}{more}", correct))
+            more = "" if correct else f" (right: {question.answer})"
+            figures.append(Figure(picture, f"{question.usual} {answer}{more}", correct))
         section.rows.append((f"{right} of {len(figures)} are right", figures))
         return section
 
@@ -101,12 +101,14 @@ class Demo:
         from multimodal.data.images import to_image
         from multimodal.inference.codec import decode_images, encode_images, read_images
 
-        config = self.model.image_tokenizer.config
+        levels = " and ".join(
+            f"{level.codes} codes of {level.name} ({level.codebook_size:,} at each place)"
+            for level in self.model.config.layout.levels
+        )
         section = Section(
             "What the model sees",
-            f"An image becomes {config.grid} x {config.grid} codes from a codebook of "
-            f"{self.model.image_tokenizer.codebook_size:,}. Below are the pictures decoded from "
-            "the codes. The model cannot see details that are lost here.",
+            f"An image becomes {levels}. Below are the pictures decoded from the codes. "
+            "The model cannot see details that are lost here.",
         )
         images = self.pictures[:4] + self.photos[:4]
         codes = encode_images(self.model, read_images(self.model, images))

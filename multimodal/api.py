@@ -20,7 +20,7 @@ from multimodal.inference import editing, mixed
 from multimodal.inference.codec import (
     ImageSource,
     decode_images,
-    encode_images,
+    encode_to_read,
     preview_images,
     read_images,
 )
@@ -55,7 +55,7 @@ class Model(ModelParts):
         sizes = self.config.transformer
         return (
             f"{type(self).__name__}({sizes.num_hidden_layers} layers of {sizes.hidden_size}, "
-            f"{self.config.text_size} text ids, {self.config.codebook_size} image codes, "
+            f"{self.config.text_size} text ids, {self.config.layout.codebook_size} image codes, "
             f"{self.device})"
         )
 
@@ -145,7 +145,7 @@ class Model(ModelParts):
         words.fill(question, self.config.templates)  # an empty question is an error at once
         if choices is None and schema is None:
             choices = words.choices or None
-        codes = encode_images(self, read_images(self, [image]))
+        codes = encode_to_read(self, read_images(self, [image]))
         follow = None if schema is None else Schema(self, schema)
         return answer_codes(self, codes, [question], answer_options, words, choices, follow)[0]
 
@@ -311,7 +311,7 @@ class Model(ModelParts):
         if images is not None:
             for start in range(0, len(images), batch_size):
                 pixels = read_images(self, images[start : start + batch_size])
-                rows.append(embed_codes(self, encode_images(self, pixels)))
+                rows.append(embed_codes(self, encode_to_read(self, pixels)))
         if texts is not None:
             for start in range(0, len(texts), batch_size):
                 rows.append(embed_texts(self, texts[start : start + batch_size]))

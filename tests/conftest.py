@@ -54,7 +54,8 @@ def tiny_model() -> "Callable[..., Model]":
     from multimodal.api import Model
     from multimodal.model.objectives import ObjectivesConfig
     from multimodal.model.transformer import Transformer
-    from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
+    from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+    from multimodal.tokenizers.image import ImageTokenizer
     from multimodal.tokenizers.text import TextTokenizer
 
     text_tokenizer = TextTokenizer.train(SENTENCES * 4, 300)
@@ -66,7 +67,9 @@ def tiny_model() -> "Callable[..., Model]":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             config = ObjectivesConfig(**{"alignment_dim": 32, **objectives})
-            model = Model.new("tiny", text_tokenizer, VQTokenizer(images), config)
+            model = Model.new(
+                "tiny", text_tokenizer, ImageTokenizer(detail=VQTokenizer(images)), config
+            )
             network = model.network
             if not tied:
                 sizes = dataclasses.replace(model.config.transformer, tie_word_embeddings=False)

@@ -15,7 +15,8 @@ def batch_builder(model: Model, row_length: int = 160) -> BatchBuilder:
         objectives=model.config.objectives,
         templates=model.config.templates,
         encode=model.text_tokenizer.encode,
-        codes_per_image=model.codes_per_image,
+        layout=model.config.layout,
+        reads=model.config.reads,
         row_length=row_length,
     )
 

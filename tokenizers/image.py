@@ -1,248 +1,244 @@
-"""The image tokenizer: an encoder, a quantizer, a decoder.
+"""The image tokenizer: images become one sequence of codes in levels, and codes become images.
 
-A tokenizer is a folder with ``config.json`` and ``model.safetensors``. Its fingerprint is a hash of
-the config (preprocessing included) and the weights. Its codes' fingerprint leaves out the decoder:
-tokenizers with the same one give the same codes.
+``meaning`` is what a frozen pretrained encoder sees, ``detail`` is how the pixels look. Either may
+be missing: without meaning an image is pixels alone, without detail nothing can be drawn.
+
+A tokenizer is a folder. With one level it is the folder of this level. With two, ``config.json``
+names them, and each has a folder of its own.
+
+Shapes: B images, S pixels of a side, n codes of an image, K the code numbers of all levels.
 """
 
-import hashlib
 import json
-import textwrap
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from multimodal.tokenizers import vit, vqgan
-from multimodal.tokenizers.quantizer import Quantized
-from multimodal.tokenizers.registry import make_quantizer
-
-Fit: TypeAlias = Literal["squash", "crop", "letterbox"]
-Part = TypeVar("Part")
+from multimodal.tokenizers.detail import VQTokenizer, load_detail
+from multimodal.tokenizers.levels import Layout
+from multimodal.tokenizers.meaning import Meaning
+from multimodal.tokenizers.weights import Fit, check_range, check_shape, digest_of, resize
 
 
-def make_autoencoder(name: str, **options: Any) -> vit.ViT | vqgan.VQGAN:
-    """Make the configuration of an autoencoder.
+class ImageTokenizer(nn.Module):
+    """The levels, and their place in one sequence of codes.
 
     Args:
-        name: ``vit`` or ``vqgan``.
-        options: arguments of its class, such as ``dim`` (vit) or ``channels`` (vqgan).
+        meaning: the level of meaning, or None.
+        detail: the level of detail, or None.
 
-    Raises:
-        ValueError: for an unknown name.
-    """
-    kinds: dict[str, type[vit.ViT] | type[vqgan.VQGAN]] = {"vit": vit.ViT, "vqgan": vqgan.VQGAN}
-    if name not in kinds:
-        raise ValueError(f"autoencoder {name!r}: expected one of {', '.join(kinds)}")
-    return kinds[name](**options)
-
-
-@dataclass(frozen=True)
-class ImageTokenizerConfig:
-    """What an image tokenizer is made of, besides its weights.
-
-    Args:
-        image_size: pixels of a side of the square image, a multiple of ``downsample``.
+    Attributes:
+        layout: the levels.
+        image_size: S of the images that ``encode`` expects, the largest of any level.
         fit: how other images are made square.
-        downsample: pixels of a side of one code, a power of two.
-        autoencoder: its name and options, ``{"name": "vit", "dim": 256, "encoder_depth": 4}``.
-        quantizer: its name and options, ``{"name": "fsq", "levels": [7, 5, 5, 5, 5]}``.
 
     Raises:
-        ValueError: for sizes that do not fit.
+        ValueError: for no level, levels that fit images differently, or a decoder that was made for
+            another level of meaning.
     """
 
-    image_size: int = 128
-    fit: Fit = "squash"
-    downsample: int = 16
-    autoencoder: dict[str, Any] = field(default_factory=lambda: {"name": "vit"})
-    quantizer: dict[str, Any] = field(
-        default_factory=lambda: {"name": "fsq", "levels": [7, 5, 5, 5, 5]}
-    )
-
-    def __post_init__(self) -> None:
-        if self.downsample < 2 or self.downsample & (self.downsample - 1):
-            raise ValueError(f"downsample={self.downsample}: expected a power of two from 2 on")
-        if self.image_size % self.downsample:
-            raise ValueError(
-                f"image_size={self.image_size} is not a multiple of downsample={self.downsample}"
-            )
+    def __init__(self, meaning: Meaning | None = None, detail: VQTokenizer | None = None) -> None:
+        super().__init__()
+        self.meaning, self.detail = meaning, detail
+        levels = self._levels()
+        self.layout = Layout(tuple(level.level for level in levels))
+        self.image_size = max(level.config.image_size for level in levels)
+        fits = sorted({level.config.fit for level in levels})
+        if len(fits) > 1:
+            raise ValueError(f"the levels fit images differently: {', '.join(fits)}")
+        if detail is not None and (expected := detail.config.meaning_fingerprint):
+            if meaning is None:
+                raise ValueError("the decoder of detail reads a level of meaning: give it")
+            if meaning.fingerprint != expected:
+                raise ValueError(
+                    f"the decoder of detail reads the level of meaning {expected}, "
+                    f"not {meaning.fingerprint}"
+                )
+        self.fit: Fit = levels[0].config.fit
 
     @property
-    def grid(self) -> int:
-        """Codes per side."""
-        return self.image_size // self.downsample
+    def can_draw(self) -> bool:
+        """Whether codes become images."""
+        return self.detail is not None
 
+    @property
+    def drawn_size(self) -> int:
+        """Pixels of a side of the images that ``decode`` gives. Raises ``ValueError`` for none."""
+        return self._drawing_level().config.image_size
 
-class VQTokenizer(nn.Module):
-    """An autoencoder with a quantizer between encoder and decoder.
-
-    images: float[B, 3, H, W] in [-1, 1] <-> codes: int64[B, h, w] in [0, codebook_size).
-    """
-
-    def __init__(self, config: ImageTokenizerConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.quantizer = _build(make_quantizer, config.quantizer)
-        autoencoder = _build(make_autoencoder, config.autoencoder)
-        shape = (config.downsample, config.grid, self.quantizer.channels)
-        self.encoder: nn.Module
-        self.decoder: vit.Decoder | vqgan.Decoder
-        self.encoder, self.decoder = autoencoder.build(*shape)
+    @property
+    def codes_per_image(self) -> int:
+        """n."""
+        return self.layout.codes_per_image
 
     @property
     def codebook_size(self) -> int:
-        return self.quantizer.codebook_size
-
-    @property
-    def downsample(self) -> int:
-        return self.config.downsample
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
-        """Encode and decode images.
-
-        Args:
-            images: float[B, 3, H, W] in [-1, 1]. H and W are multiples of ``downsample``.
-
-        Returns:
-            The reconstructions, float[B, 3, H, W], not clipped, and the result of the quantizer.
-
-        Raises:
-            ValueError: for another shape or dtype.
-        """
-        _check_images(images, self.downsample)
-        quantized: Quantized = self.quantizer(self.encoder(images))
-        return self.decoder(quantized.vectors), quantized
+        """K."""
+        return self.layout.codebook_size
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, levels: Sequence[str] | None = None) -> Tensor:
         """Encode images.
 
         Args:
-            images: float[B, 3, H, W] in [-1, 1]. H and W are multiples of ``downsample``.
+            images: float[B, 3, S, S] in [-1, 1].
+            levels: names of the levels to encode. None: all.
 
         Returns:
-            int64[B, h, w] in [0, codebook_size).
+            int64[B, n], code numbers in [0, K). Of some levels their codes alone.
 
         Raises:
             ValueError: for another shape, dtype or range.
         """
-        _check_images(images, self.downsample)
-        # Pixels from 0 to 255 would give meaningless codes without an error. NaN fails here too.
-        if images.numel() and not images.abs().amax() <= 1 + 1e-3:
+        check_shape(images)
+        if images.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
-                f"images from {images.min():.3g} to {images.max():.3g}: expected -1 to 1, "
-                "that is uint8 / 127.5 - 1"
+                f"images of {images.shape[2]} x {images.shape[3]} pixels: "
+                f"expected {self.image_size} x {self.image_size}"
             )
-        return self.quantizer(self.encoder(images)).codes
+        check_range(images)
+        names = [level.name for level in self.layout.levels if not levels or level.name in levels]
+        parts = []
+        for name in names:
+            if name == "meaning":
+                assert self.meaning is not None, "the layout has it"
+                codes = self.meaning.encode(images)
+            else:
+                assert self.detail is not None, "the layout has it"
+                codes = self.detail.encode(self.detail_images(images))[..., None]
+            parts.append(self.layout.flatten(name, codes))
+        return torch.cat(parts, 1)
+
+    def detail_images(self, images: Tensor) -> Tensor:
+        """Images at the size of the level of detail: float[B, 3, H, W]."""
+        return resize(images, self.drawn_size)
+
+    def meaning_vectors(self, images: Tensor) -> Tensor | None:
+        """What the decoder of detail reads beside its codes: float[B, h, w, C], or None."""
+        if self.meaning is None or self.detail is None or not self.detail.config.meaning_channels:
+            return None
+        return self.meaning.vectors(self.meaning.encode(images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Decode images from codes.
 
         Args:
-            codes: int64[B, h, w] in [0, codebook_size).
+            codes: int64[B, n], code numbers in [0, K).
 
         Returns:
-            float32[B, 3, H, W] in [-1, 1].
+            float32[B, 3, H, W] in [-1, 1], of the size of the level of detail.
 
         Raises:
-            ValueError: if a code is out of range.
+            ValueError: if a code is out of the range of its place, or there is no level of detail.
         """
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.codebook_size):
+        detail = self._drawing_level()
+        if codes.ndim != 2 or codes.shape[1] != self.codes_per_image:
             raise ValueError(
-                f"codes from {int(codes.min())} to {int(codes.max())}: "
-                f"expected 0 to {self.codebook_size - 1}"
+                f"codes of shape {tuple(codes.shape)}: expected [B, {self.codes_per_image}]"
             )
-        return self.decoder(self.quantizer.lookup(codes)).float().clamp(-1, 1)
+        vectors = None
+        if detail.config.meaning_channels:
+            assert self.meaning is not None, "checked when the levels were joined"
+            vectors = self.meaning.vectors(self.layout.unflatten("meaning", codes))
+        return detail.decode(self.layout.unflatten("detail", codes)[..., 0], vectors)
+
+    def code_vectors(self) -> Iterator[Tensor]:
+        """For each group of each level the vectors of its codes: float[codebook_size, C]."""
+        if self.meaning is not None:
+            for group in range(self.meaning.config.groups):
+                yield self.meaning.code_vectors(group)
+        if self.detail is not None:
+            numbers = torch.arange(self.detail.codebook_size)
+            yield self.detail.quantizer.lookup(numbers).detach()
 
     @property
     def fingerprint(self) -> str:
-        """Hash of config and weights, 16 hex digits."""
-        return _digest(asdict(self.config), self.state_dict())
+        """Hash of config and weights of all levels, 16 hex digits."""
+        return self._digest(*(level.fingerprint for level in self._levels()))
 
     @property
     def codes_fingerprint(self) -> str:
-        """Hash of config and weights without the decoder, 16 hex digits."""
-        config = asdict(self.config)
-        config["autoencoder"] = {
-            name: value for name, value in config["autoencoder"].items() if name != "decoder_depth"
-        }
-        weights = self.state_dict()
-        return _digest(config, {k: v for k, v in weights.items() if not k.startswith("decoder.")})
+        """Hash of what decides the codes, 16 hex digits: all but the decoder of detail."""
+        return self._digest(*self.levels_fingerprints.values())
+
+    @property
+    def levels_fingerprints(self) -> dict[str, str]:
+        """By the name of each level what decides its codes, 16 hex digits."""
+        found = {}
+        if self.meaning is not None:
+            found["meaning"] = self.meaning.fingerprint
+        if self.detail is not None:
+            found["detail"] = self.detail.codes_fingerprint
+        return found
+
+    def _drawing_level(self) -> VQTokenizer:
+        if self.detail is None:
+            raise ValueError(
+                "this image tokenizer has no level of detail: it reads images, and cannot draw them"
+            )
+        return self.detail
+
+    def _levels(self) -> list[Meaning | VQTokenizer]:
+        return [level for level in (self.meaning, self.detail) if level is not None]
+
+    def _digest(self, *fingerprints: str) -> str:
+        return (
+            fingerprints[0] if len(fingerprints) == 1 else digest_of({"levels": fingerprints}, {})
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write the folder that ``load_image_tokenizer`` reads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors"
-        )
-        config = {**asdict(self.config), "fingerprint": self.fingerprint}
+        folder, levels = Path(folder), self._levels()
+        if len(levels) == 1:
+            levels[0].save(folder)
+            return
+        names = [level.name for level in self.layout.levels]
+        for name, level in zip(names, levels, strict=True):
+            level.save(folder / name)
+        config = {"levels": names, "fingerprint": self.fingerprint}
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def _digest(config: dict[str, Any], weights: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    hash_weights(digest, weights)
-    return digest.hexdigest()[:16]
-
-
-def hash_weights(digest: "hashlib._Hash", weights: dict[str, Tensor]) -> None:
-    """Update the hash with name, shape, dtype and bytes of every weight, sorted by name."""
-    for name, value in sorted(weights.items()):
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-def _build(make: Callable[..., Part], options: dict[str, Any]) -> Part:
-    """Call ``make`` with a name and options from a config. Unknown options raise ValueError."""
-    if "name" not in options:
-        raise ValueError(f"{options}: name is missing")
-    try:
-        return make(**options)
-    except TypeError as error:
-        raise ValueError(f"{options['name']}: {error}") from error
-
-
-def load_image_tokenizer(folder: str | Path) -> VQTokenizer:
+def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
     """Load a tokenizer folder, in eval mode.
 
     Raises:
         ValueError: if the folder is no image tokenizer, or its weights and config do not match.
     """
     folder = Path(folder)
-    try:
-        stored = json.loads((folder / "config.json").read_text())
-        fingerprint = stored.pop("fingerprint")
-        tokenizer = VQTokenizer(ImageTokenizerConfig(**stored))
-        tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
-    except FileNotFoundError as error:
-        missing = error.filename or error
-        raise ValueError(f"{folder}: not an image tokenizer ({missing} is missing)") from error
-    except (KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        reason = textwrap.shorten(str(error), 300)  # torch lists every wrong weight
-        raise ValueError(f"{folder}: not an image tokenizer of this release: {reason}") from error
-    if tokenizer.fingerprint != fingerprint:
+    config = _read(folder / "config.json")
+    names = config.get("levels")
+    if not isinstance(names, list):
+        names, places = ["meaning" if "encoder" in config else "detail"], [folder]
+    else:
+        places = [folder / str(name) for name in names]
+    found: dict[str, Any] = {}
+    for name, place in zip(names, places, strict=True):
+        if name not in ("meaning", "detail"):
+            raise ValueError(f"{folder}: not an image tokenizer of this release: level {name!r}")
+        found[name] = Meaning.load(place) if name == "meaning" else load_detail(place)
+    tokenizer = ImageTokenizer(**found)
+    if len(names) > 1 and tokenizer.fingerprint != config.get("fingerprint"):
         raise ValueError(
-            f"{folder}: fingerprint is {tokenizer.fingerprint}, its config says {fingerprint}: "
-            "weights and config do not belong together"
+            f"{folder}: fingerprint is {tokenizer.fingerprint}, its config says "
+            f"{config.get('fingerprint')}: its levels do not belong together"
         )
     return tokenizer.eval()
 
 
-def _check_images(images: Tensor, downsample: int) -> None:
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images of shape {tuple(images.shape)}: expected [B, 3, H, W]")
-    if not images.is_floating_point():
-        raise ValueError(f"images of {images.dtype}: expected floating point, in [-1, 1]")
-    if images.shape[2] % downsample or images.shape[3] % downsample:
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent}: not an image tokenizer ({path} is missing)") from error
+    except ValueError as error:
         raise ValueError(
-            f"images of {images.shape[2]} x {images.shape[3]} pixels: "
-            f"both sides must be multiples of {downsample}"
-        )
+            f"{path.parent}: not an image tokenizer of this release: {error}"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.parent}: not an image tokenizer of this release")
+    return config

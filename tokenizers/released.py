@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from multimodal.tokenizers.image import Fit, ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.weights import Fit
 
 FIRST_WEIGHT = "encoder.conv_in.weight"  # in every layout, after a prefix
 IGNORED = ("loss.", "quantize.codebook_used")  # state of the training

@@ -120,11 +120,15 @@ class ViT:
                 "expected 0 or more"
             )
 
-    def build(self, downsample: int, grid: int, channels: int) -> tuple["Encoder", "Decoder"]:
-        """Make encoder and decoder. Raises ValueError for a ``downsample`` below 4."""
+    def encoder(self, downsample: int, grid: int, channels: int) -> "Encoder":
+        """Make the encoder to so many channels. Raises ValueError for a ``downsample`` below 4."""
         if downsample < 4:
             raise ValueError(f"downsample={downsample}: vit expects a power of two from 4 on")
-        return Encoder(self, downsample, grid, channels), Decoder(self, downsample, grid, channels)
+        return Encoder(self, downsample, grid, channels)
+
+    def decoder(self, downsample: int, grid: int, channels: int) -> "Decoder":
+        """Make the decoder from so many channels."""
+        return Decoder(self, downsample, grid, channels)
 
 
 class Encoder(nn.Module):
@@ -188,6 +192,11 @@ class Decoder(nn.Module):
         layers += [nn.BatchNorm2d(widths[-1]), nn.GELU()]
         layers += [nn.Conv2d(widths[-1], 3 * PIXELS_PER_STEP**2, 3, padding=1)]
         self.to_pixels = nn.Sequential(*layers, nn.PixelShuffle(PIXELS_PER_STEP))
+
+    @property
+    def first_layer(self) -> Tensor:
+        """The weights that read the vectors, float[D, C]."""
+        return self.from_vectors.weight
 
     @property
     def last_layer(self) -> Tensor:

@@ -154,14 +154,18 @@ class VQGAN:
         """The channels of each level."""
         return [self.channels * multiplier for multiplier in self.multipliers]
 
-    def build(self, downsample: int, grid: int, channels: int) -> tuple["Encoder", "Decoder"]:
-        """Make encoder and decoder. Raises ValueError if ``downsample`` does not fit the levels."""
+    def encoder(self, downsample: int, grid: int, channels: int) -> "Encoder":
+        """Make the encoder. Raises ValueError if ``downsample`` does not fit the levels."""
         if downsample != 2 ** (len(self.multipliers) - 1):
             raise ValueError(
                 f"downsample={downsample} with {len(self.multipliers)} multipliers: expected "
                 f"{2 ** (len(self.multipliers) - 1)}, as each level but the last halves the image"
             )
-        return Encoder(self, channels), Decoder(self, channels)
+        return Encoder(self, channels)
+
+    def decoder(self, downsample: int, grid: int, channels: int) -> "Decoder":
+        """Make the decoder from so many channels."""
+        return Decoder(self, channels)
 
 
 class Encoder(nn.Module):
@@ -205,6 +209,11 @@ class Decoder(nn.Module):
             self.levels.append(Level(before, after, vqgan.depth + 1, attention, resize))
         self.norm_out = norm(upwards[-1])
         self.conv_out = convolution(upwards[-1], 3)
+
+    @property
+    def first_layer(self) -> Tensor:
+        """The weights that read the vectors, float[latent_channels, C, 1, 1]."""
+        return self.from_code.weight
 
     @property
     def last_layer(self) -> Tensor:

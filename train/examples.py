@@ -164,12 +164,12 @@ def select_encoding(
     """Choose one of the A encodings of an image at random.
 
     Args:
-        codes: int64[A, h, w].
-        encoding: what the manifest says: ``grid`` and ``codebook_size``.
+        codes: int64[A, n].
+        encoding: what the manifest says: ``codes_per_image`` and ``codebook_size``.
         seed: decides the choice.
 
     Returns:
-        int64[h * w].
+        int64[n].
 
     Raises:
         ValueError: if the codes do not match the manifest.
@@ -177,13 +177,13 @@ def select_encoding(
     # Making a generator takes longer than reading the codes: skip it for a single encoding.
     index = int(np.random.default_rng(seed).integers(len(codes))) if len(codes) > 1 else 0
     selected = codes[index]
-    grid, size = encoding["grid"], encoding["codebook_size"]
-    if selected.shape != (grid, grid) or selected.max() >= size:
+    count, size = encoding["codes_per_image"], encoding["codebook_size"]
+    if selected.shape != (count,) or selected.max() >= size:
         raise ValueError(
             f"codes of shape {selected.shape} up to {selected.max()}, the manifest says "
-            f"{grid} x {grid} of {size}"
+            f"{count} of {size}"
         )
-    return selected.ravel()
+    return selected
 
 
 def check_codes(shards: list[Shards], expected_codes: str | None, crops: bool) -> None:

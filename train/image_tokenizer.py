@@ -1,5 +1,6 @@
-"""Training an image tokenizer: reconstruct the pixels, and keep what captions describe."""
+"""Training the level of detail: reconstruct the pixels, and keep what captions describe."""
 
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,10 @@ from torch import Tensor, nn
 from multimodal.data.images import Fit, to_image
 from multimodal.eval.metrics.features import RANDOM, Features
 from multimodal.files import atomic_folder
-from multimodal.tokenizers.image import (
-    ImageTokenizerConfig,
-    VQTokenizer,
-    load_image_tokenizer,
-)
+from multimodal.model.checkpoint import part_of
+from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
+from multimodal.tokenizers.meaning import Meaning
 from multimodal.tokenizers.quantizer import CodebookUsage
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.auxiliary_losses import (
@@ -34,10 +34,14 @@ USAGE_EVERY = 100  # training steps between two logs of the codebook usage
 
 
 class ImageTokenizerModule(MuonModule):
-    """Trains an image tokenizer.
+    """Trains an autoencoder of pixels: codes and decoder, or a decoder that reads meaning too.
 
     Args:
         tokenizer: the autoencoder and its quantizer.
+        meaning: folder of a level of meaning, of an image tokenizer or of a model. The decoder
+            reads this level beside the codes, and both levels are exported. Its encoder is frozen
+            and reads every crop, so images are loaded at its size. Only with decoder_only: the
+            codes do not depend on it.
         text_tokenizer: file of a trained text tokenizer, for the semantic loss.
         semantic_weight: of the semantic loss (train/semantic.py). 0 leaves it out.
         teacher_weight: of the loss that predicts features of a frozen network from the codes
@@ -51,6 +55,8 @@ class ImageTokenizerModule(MuonModule):
         perceptual_weight: of the distance between features of a frozen network. 0 leaves it out.
         perceptual_features: the frozen network: ``random``, timm:MODEL or timm:MODEL=FILE
             (multimodal/eval/metrics/features.py).
+        perceptual_stages: which of its feature maps are compared. By default all: from textures
+            (0) to objects (-1).
         discriminator_weight: of the loss that fools the discriminator, on top of VQGAN's adaptive
             weight. At 1 its gradient at the last layer is as large as that of the pixel losses.
         discriminator_start: first step with a discriminator. The codes should be stable by then.
@@ -66,6 +72,7 @@ class ImageTokenizerModule(MuonModule):
     def __init__(
         self,
         tokenizer: ImageTokenizerConfig,
+        meaning: str | None = None,
         text_tokenizer: str | None = None,
         semantic_weight: float = 0.0,
         teacher_weight: float = 0.0,
@@ -74,6 +81,7 @@ class ImageTokenizerModule(MuonModule):
         mse_weight: float = 1.0,
         perceptual_weight: float = 0.0,
         perceptual_features: str = RANDOM,
+        perceptual_stages: list[int] | None = None,
         discriminator_weight: float = 0.0,
         discriminator_start: int = 0,
         learning_rate: float = 1e-3,
@@ -83,14 +91,27 @@ class ImageTokenizerModule(MuonModule):
     ) -> None:
         super().__init__(learning_rate, weight_decay, warmup_steps)
         self.semantic_weight = semantic_weight
+        self.meaning = _load_meaning(meaning) if meaning else None
+        if self.meaning is not None:
+            if not decoder_only:
+                raise ValueError("meaning is for the decoder alone: give decoder_only too")
+            tokenizer = replace(
+                tokenizer,
+                meaning_channels=self.meaning.config.channels,
+                meaning_fingerprint=self.meaning.fingerprint,
+            )
         self.tokenizer = VQTokenizer(tokenizer)
+        # In a tuple: as a submodule, all weights would be in every checkpoint twice.
+        self._levels = (ImageTokenizer(self.meaning, self.tokenizer),)
         tokenizer_parts = (self.tokenizer.encoder, self.tokenizer.quantizer)
         self.frozen = tokenizer_parts if decoder_only else ()
         for part in self.frozen:
             part.requires_grad_(False).eval()
         self.mse_weight = mse_weight
         self.perceptual_weight = perceptual_weight
-        self.features = Features(perceptual_features) if perceptual_weight else None
+        self.features: Features | None = None
+        if perceptual_weight > 0:
+            self.features = Features(perceptual_features, perceptual_stages)
         if min(mse_weight, perceptual_weight, discriminator_weight, discriminator_start) < 0:
             raise ValueError(
                 f"mse_weight={mse_weight}, perceptual_weight={perceptual_weight}, "
@@ -125,8 +146,13 @@ class ImageTokenizerModule(MuonModule):
         return self
 
     @property
+    def levels(self) -> ImageTokenizer:
+        """The image tokenizer that is exported. It shares the weights of this module."""
+        return self._levels[0]
+
+    @property
     def preprocessing(self) -> tuple[int, Fit]:
-        return self.tokenizer.config.image_size, self.tokenizer.config.fit
+        return self.levels.image_size, self.levels.fit
 
     @property
     def expected_codes(self) -> None:
@@ -151,7 +177,11 @@ class ImageTokenizerModule(MuonModule):
         )
 
     def losses(
-        self, images: Tensor, targets: CaptionTargets | None, adversarial: bool
+        self,
+        images: Tensor,
+        targets: CaptionTargets | None,
+        adversarial: bool,
+        meaning: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """All losses by name. Only those of the quantizer are weighted already.
 
@@ -159,11 +189,12 @@ class ImageTokenizerModule(MuonModule):
             images: float[B, 3, H, W] in [-1, 1].
             targets: of the semantic loss.
             adversarial: whether to compute the losses of the discriminator.
+            meaning: float[B, h, w, C] if the decoder reads it.
 
         Returns:
             The losses by name, float32[] each, and the codes, int64[B, h, w].
         """
-        reconstruction, quantized = self.tokenizer(images)
+        reconstruction, quantized = self.tokenizer(images, meaning)
         reconstruction = reconstruction.float()
         parts = {"mse": F.mse_loss(reconstruction, images)}
         parts["l1"] = F.l1_loss(reconstruction, images)
@@ -228,7 +259,9 @@ class ImageTokenizerModule(MuonModule):
                 [batch.seeds[row] for row in rows],
             )
         adversarial = self.global_step >= self.discriminator_start
-        parts, codes = self.compiled(batch.pixels(), targets, adversarial)
+        levels, pixels = self.levels, batch.pixels()
+        images, meaning = levels.detail_images(pixels), levels.meaning_vectors(pixels)
+        parts, codes = self.compiled(images, targets, adversarial, meaning)
         total = self.total(parts)
         return total, {**parts, "total": total, "codes": codes}
 
@@ -270,9 +303,9 @@ class ImageTokenizerModule(MuonModule):
         """Log 8 fixed validation images above their reconstructions, to TensorBoard and a file."""
         from torchvision.utils import make_grid
 
-        images = batch.pixels()[:8]
-        with torch.no_grad():
-            pair = torch.cat([images, self.tokenizer.decode(self.tokenizer.encode(images))])
+        levels, pixels = self.levels, batch.pixels()[:8]
+        images = levels.detail_images(pixels)
+        pair = torch.cat([images, levels.decode(levels.encode(pixels))])
         grid = make_grid(pair.float(), nrow=len(images))
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -284,7 +317,8 @@ class ImageTokenizerModule(MuonModule):
             to_image(grid).save(folder / f"step-{self.global_step:06d}.png")
 
     def predict_step(self, batch: Examples, batch_idx: int) -> list[dict[str, Any]]:
-        codes = torch.split(self.tokenizer.encode(batch.pixels()), batch.image_counts)
+        images = self.levels.detail_images(batch.pixels())
+        codes = torch.split(self.tokenizer.encode(images), batch.image_counts)
         return [
             {"key": key, "codes": (images if document else images[0]).tolist()}
             for key, images, document in zip(batch.keys, codes, batch.documents, strict=True)
@@ -297,24 +331,35 @@ class ImageTokenizerModule(MuonModule):
     def init_from(self, folder: str) -> None:
         """Start from the weights of a tokenizer folder.
 
-        The folder has no heads of losses, so these start untrained.
+        The folder has no heads of losses, so these start untrained. If it has no meaning and this
+        run has, the decoder learns to read it.
 
         Raises:
-            ValueError: if the folder has another configuration.
+            ValueError: if the folder has another configuration, or no level of detail.
         """
-        source = load_image_tokenizer(folder)
-        if source.config != self.tokenizer.config:
+        source = load_image_tokenizer(part_of(folder, "image_tokenizer")).detail
+        if source is None:
+            raise ValueError(f"{folder}: has no level of detail to start from")
+        try:
+            self.tokenizer.start_from(source)
+        except ValueError as error:
             raise ValueError(
                 f"{folder}: its configuration is not that of this run: give the same "
-                "model.init_args.tokenizer"
-            )
-        self.tokenizer.load_state_dict(source.state_dict())
+                f"model.init_args.tokenizer: {error}"
+            ) from error
 
     def export(self, folder: str) -> None:
         """Write the tokenizer folder, without the heads of losses. Only the first rank writes."""
         if self.trainer.is_global_zero:
             with atomic_folder(Path(folder)) as part:
-                self.tokenizer.save(part)
+                self.levels.save(part)
+
+
+def _load_meaning(folder: str) -> Meaning:
+    meaning = load_image_tokenizer(part_of(folder, "image_tokenizer")).meaning
+    if meaning is None:
+        raise ValueError(f"{folder}: has no level of meaning")
+    return meaning
 
 
 def psnr(mse: Tensor) -> Tensor:

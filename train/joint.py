@@ -43,6 +43,8 @@ class JointModule(MuonModule):
         size: a named size (tiny, mini, starter, base, large, 1b, 7b), or the folder of a Qwen3 of
             Hugging Face, to start from its weights. The text tokenizer is then that folder, too.
         objectives: weights and shares of the losses.
+        reads: the levels of the image tokenizer that captions, answers and embeddings read. By
+            default the first one.
         question_share: the share of the samples with a caption that bring questions, too.
         captions_per_image: at most so many captions of an image in one step: its codes are read
             once for all of them. 0: all. Those that do not fit ``row_length`` are left out.
@@ -69,6 +71,7 @@ class JointModule(MuonModule):
         image_tokenizer: str,
         size: str = "starter",
         objectives: ObjectivesConfig = ObjectivesConfig(),  # noqa: B008 (frozen)
+        reads: list[str] | None = None,
         question_share: float = 0.5,
         captions_per_image: int = 1,
         row_length: int = 256,
@@ -94,6 +97,7 @@ class JointModule(MuonModule):
             TextTokenizer.load(part_of(text_tokenizer, "text_tokenizer.json")),
             load_image_tokenizer(part_of(image_tokenizer, "image_tokenizer")),
             objectives,
+            reads or (),
         )
         self.network: MultimodalLM = self.model.network
         self.image_tokenizer = self.model.image_tokenizer
@@ -120,7 +124,8 @@ class JointModule(MuonModule):
             self.network.config.objectives,
             self.network.config.templates,
             self.model.text_tokenizer.encode,
-            self.model.codes_per_image,
+            self.network.config.layout,
+            self.network.config.reads,
             row_length,
             question_share,
             captions_per_image,
@@ -150,8 +155,7 @@ class JointModule(MuonModule):
 
     @property
     def preprocessing(self) -> tuple[int, Fit]:
-        config = self.image_tokenizer.config
-        return config.image_size, config.fit
+        return self.image_tokenizer.image_size, self.image_tokenizer.fit
 
     @property
     def expected_codes(self) -> str:
@@ -169,16 +173,20 @@ class JointModule(MuonModule):
     def init_from(self, folder: str) -> None:
         """Start from the weights of a model folder of the same sizes and tokenizers.
 
-        The image decoder may be another one for the same codes. It stays that of this run.
+        The image decoder may be another one for the same codes. It stays that of this run. The
+        image tokenizer of this run may have more levels: their embeddings start anew.
         """
         source = ModelParts.load(folder)
-        if source.config.transformer != self.network.config.transformer:
-            raise ValueError(f"{folder}: its sizes are not those of this run")
-        if source.image_tokenizer.codes_fingerprint != self.expected_codes:
-            raise ValueError(f"{folder}: its image tokenizer is not the one of this run")
+        ours = self.image_tokenizer.levels_fingerprints
+        for level, fingerprint in source.image_tokenizer.levels_fingerprints.items():
+            if ours.get(level) != fingerprint:
+                raise ValueError(f"{folder}: its image tokenizer is not the one of this run")
         if source.text_tokenizer.to_json() != self.model.text_tokenizer.to_json():
             raise ValueError(f"{folder}: its text tokenizer is not the one of this run")
-        self.network.load_state_dict(source.network.state_dict())
+        try:
+            self.network.take_weights(source.network)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
 
     def pack(self, batch: Examples) -> TrainingBatch:
         """The rows of a batch, on the device of the network."""
@@ -287,7 +295,7 @@ class JointModule(MuonModule):
             lines = ["\t".join(answer) for answer in self.answers]
             if folder:
                 (folder / f"{step}-answers.txt").write_text("\n".join(lines) + "\n")
-        if self.drawn and folder:
+        if self.drawn and folder and self.image_tokenizer.can_draw:
             from torchvision.utils import make_grid
 
             grid = make_grid(decode_images(self.model, torch.cat(self.drawn)), nrow=4)

@@ -37,10 +37,10 @@ def check_data(
     objectives, length = builder.objectives, builder.row_length
     if length > limit:
         raise ValueError(f"row_length={length}: the model reads at most {limit} tokens")
-    shortest = len(describe(builder.vocabulary, [0] * builder.codes_per_image, [[]]))
+    shortest = len(describe(builder.vocabulary, [0] * len(builder.read), [[]]))
     if length < shortest:
         raise ValueError(
-            f"row_length={length}: an image of {builder.codes_per_image} codes needs {shortest}"
+            f"row_length={length}: an image of {len(builder.read)} codes needs {shortest}"
         )
     taught, count = set[str](), 0
     for folder in {source.folder: source for source in shards}.values():
@@ -48,7 +48,7 @@ def check_data(
             count += 1
             document = document_of(sample)
             images = document.count(None) if document else 1
-            codes = np.zeros((images, builder.codes_per_image), np.int64)
+            codes = np.zeros((images, builder.layout.codes_per_image), np.int64)
             example = TrainingSample(sample.key, sample.record, codes, 0, document)
             try:
                 for sequence in builder.possible(example):

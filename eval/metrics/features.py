@@ -8,12 +8,13 @@ everywhere. They compare tokenizers with each other. Never compare them with pub
 Shapes: B batch, H W pixels, D features.
 """
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from multimodal.tokenizers.encoder import Encoder
 
 RANDOM = "random"
 
@@ -22,32 +23,36 @@ class Features(nn.Module):
     """A frozen network by name.
 
     Args:
-        name: ``random`` is four convolutions with weights of a fixed seed. ``timm:MODEL`` is a
-            trained model of timm, from its cache or the network. ``timm:MODEL=FILE`` takes the
-            weights from a file (safetensors).
+        name: ``random`` is four convolutions with weights of a fixed seed. Else a pretrained
+            encoder, ``timm:MODEL[=FILE]`` or ``open_clip:MODEL[=FILE]`` (tokenizers/encoder.py).
+        stages: numbers of its feature maps, -1 the last. None: all.
 
     Raises:
-        ValueError: if the name is unknown or the weights are not available.
+        ValueError: if the name or a stage is unknown, or the weights are not available.
     """
 
     num_features: int  # D. torchmetrics reads it.
-    mean: Tensor
-    std: Tensor
     network: nn.Module
 
-    def __init__(self, name: str = RANDOM) -> None:
+    def __init__(self, name: str = RANDOM, stages: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.name = name
         if name == RANDOM:
-            self.network, mean, std = _random_network(), [0.5] * 3, [0.5] * 3
-            self.num_features = _WIDTHS[-1]
+            self.name, self.network = name, _RandomNetwork(stages)
         else:
-            self.network, mean, std = _timm_network(name)
-            with torch.no_grad():
-                self.num_features = self.network(torch.zeros(1, 3, 64, 64))[-1].shape[1]
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+            try:
+                self.network = Encoder(name, stages)
+            except ValueError as error:
+                raise ValueError(
+                    f"features: {error}. Features that need no weights: {RANDOM}"
+                ) from error
+            self.name = self.network.name  # the file is of this machine
         self.requires_grad_(False).eval()
+        with torch.no_grad():
+            self.num_features = self.maps(torch.zeros(1, 3, self._size, self._size))[-1].shape[1]
+
+    @property
+    def _size(self) -> int:
+        return self.network.image_size if isinstance(self.network, Encoder) else 64
 
     @property
     def label(self) -> str:
@@ -66,7 +71,7 @@ class Features(nn.Module):
         Returns:
             float[B, C, h, w] for each layer.
         """
-        return self.network(((images + 1) / 2 - self.mean) / self.std)
+        return self.network.maps(images)  # type: ignore[operator]
 
     def forward(self, images: Tensor) -> Tensor:
         """The mean of the last layer.
@@ -93,7 +98,9 @@ class Features(nn.Module):
         """
         total = images.new_zeros(len(images))
         for a, b in zip(self.maps(images), self.maps(others), strict=True):
-            squared = (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1)
+            squared = (
+                (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1)
+            )
             total = total + squared.mean((1, 2))
         return total
 
@@ -101,57 +108,29 @@ class Features(nn.Module):
 _WIDTHS = (32, 64, 128, 256)
 
 
-class _Layers(nn.Module):
-    def __init__(self) -> None:
+class _RandomNetwork(nn.Module):
+    """He initialisation with a separate generator, so the weights are the same everywhere."""
+
+    def __init__(self, stages: Sequence[int] | None) -> None:
         super().__init__()
+        self.stages = range(len(_WIDTHS)) if stages is None else stages
+        if not all(-len(_WIDTHS) <= stage < len(_WIDTHS) for stage in self.stages):
+            raise ValueError(f"stages {list(self.stages)}: {RANDOM} has {len(_WIDTHS)}")
         self.layers = nn.ModuleList(
             nn.Conv2d(before, after, 3, 2, padding=1)
             for before, after in zip((3, *_WIDTHS), _WIDTHS, strict=False)
         )
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for layer in self.layers:
+                assert isinstance(layer, nn.Conv2d) and layer.bias is not None
+                deviation = (2 / layer.weight[0].numel()) ** 0.5
+                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * deviation)
+                layer.bias.zero_()
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        maps = []
+    def maps(self, images: Tensor) -> list[Tensor]:
+        maps, x = [], images
         for layer in self.layers:
             x = F.relu(layer(x))
             maps.append(x)
-        return maps
-
-
-def _random_network() -> _Layers:
-    """He initialisation with a separate generator, so the weights are the same everywhere."""
-    network, generator = _Layers(), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for layer in network.layers:
-            assert isinstance(layer, nn.Conv2d) and layer.bias is not None
-            deviation = (2 / layer.weight[0].numel()) ** 0.5
-            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * deviation)
-            layer.bias.zero_()
-    return network
-
-
-def _timm_network(name: str) -> tuple[nn.Module, list[float], list[float]]:
-    import timm
-
-    kind, _, model = name.partition(":")
-    if kind != "timm" or not model:
-        raise ValueError(f"features {name!r}: expected {RANDOM}, timm:MODEL or timm:MODEL=FILE")
-    model, _, file = model.partition("=")
-    if file and not Path(file).is_file():
-        raise ValueError(f"features {name!r}: {file}: no such file")
-    try:
-        network = timm.create_model(
-            model,
-            pretrained=True,
-            features_only=True,
-            pretrained_cfg_overlay={"file": file} if file else None,
-        )
-    except (
-        Exception
-    ) as error:  # timm and its hub raise any type: unknown model, no cache, no network
-        raise ValueError(
-            f"features {name!r}: the weights are not available ({type(error).__name__}: {error}). "
-            f"Give a file: timm:{model}=FILE, or use the features that need no weights: {RANDOM}"
-        ) from error
-    config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
-    network.eval()  # before the first forward pass: batch statistics must not change
-    return network, list(config["mean"]), list(config["std"])
+        return [maps[stage] for stage in self.stages]

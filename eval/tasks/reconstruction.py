@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.data.images import to_image
@@ -15,29 +14,24 @@ from multimodal.data.samples import Sample
 from multimodal.eval.evaluator import Example, Subject, Value
 from multimodal.eval.metrics.features import Features
 from multimodal.eval.metrics.reconstruction import ReconstructionScores
-from multimodal.tokenizers.image import VQTokenizer
-
-
-def resize(images: Tensor, side: int) -> Tensor:
-    """float[N, 3, R, R] -> float[N, 3, side, side] in [-1, 1]."""
-    if images.shape[-1] == side:
-        return images
-    return F.interpolate(images, side, mode="bicubic", antialias=True).clamp(-1, 1)
+from multimodal.tokenizers.image import ImageTokenizer
+from multimodal.tokenizers.weights import resize
 
 
 @torch.inference_mode()
 def score_tokenizer(
-    tokenizer: VQTokenizer,
+    tokenizer: ImageTokenizer,
     images: Tensor,
     features: Features,
     batch_size: int = 64,
     keep: int = 0,
     on_batch: Callable[[int], object] = lambda count: None,
+    side: int = 0,
 ) -> tuple[dict[str, float], Tensor]:
     """Encode and decode images, and score the result.
 
-    Images are resized to the size of the tokenizer. Its reconstructions are resized back. So
-    tokenizers of different sizes can be compared on the same images.
+    Images are resized to the size of the tokenizer, and its reconstructions to that of the
+    comparison. So tokenizers of different sizes can be compared on the same images.
 
     Args:
         tokenizer: image tokenizer in eval mode.
@@ -46,19 +40,20 @@ def score_tokenizer(
         batch_size: images per forward pass.
         keep: number of reconstructions to return.
         on_batch: called after each batch with its number of images.
+        side: pixels of a side at which images are compared. 0: R.
 
     Returns:
         (scores, reconstructions). The scores are those of ``ReconstructionScores.compute``. The
-        reconstructions are of the first images: float[min(N, keep), 3, R, R] in [-1, 1].
+        reconstructions are of the first images: float[min(N, keep), 3, side, side] in [-1, 1].
     """
-    side = images.shape[-1]
+    side = side or images.shape[-1]
     scores = ReconstructionScores(features, side, tokenizer.codebook_size)
     first = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
-        codes = tokenizer.encode(resize(batch, tokenizer.config.image_size))
+        codes = tokenizer.encode(resize(batch, tokenizer.image_size))
         reconstructions = resize(tokenizer.decode(codes), side)
-        scores.update(batch, reconstructions, codes)
+        scores.update(resize(batch, side), reconstructions, codes)
         first.append(reconstructions[: max(0, keep - start)])
         on_batch(len(batch))
     return scores.compute(), torch.cat(first)
@@ -70,8 +65,8 @@ class Reconstruction:
 
     name: ClassVar[str] = "reconstruction"
     protocol: ClassVar[str] = (
-        "images at the model's size, encoded and decoded; perceptual and fid use random features "
-        "of seed 0, so they compare with each other but not with published values"
+        "images at the size that the model draws, encoded and decoded; perceptual and fid use "
+        "random features of seed 0, so they compare with each other but not with published values"
     )
     examples: list[Example] = field(default_factory=list)
 
@@ -86,9 +81,11 @@ class Reconstruction:
             Features(),
             keep=len(subject.samples),
             on_batch=subject.on_batch,
+            side=tokenizer.drawn_size,
         )
         yield from scores.items()
-        errors = (reconstructions - subject.pixels).square().mean((1, 2, 3)).tolist()
+        pixels = resize(subject.pixels, tokenizer.drawn_size)
+        errors = (reconstructions - pixels).square().mean((1, 2, 3)).tolist()
         for sample, image, error in zip(subject.samples, reconstructions, errors, strict=True):
             psnr = -10 * math.log10(max(error, 1e-10) / 4)
             self.examples.append(Example(sample.key, f"{psnr:.1f} dB", psnr, to_image(image)))

@@ -115,8 +115,8 @@ class Robustness:
                 means.append(sum(values) / len(values))
                 yield f"asked: {wording}", PerQuestion(values, rows)
         yield "spread of wordings", max(means) - min(means)
-        config = model.image_tokenizer.config
-        fitted = [fit_image(image, config.image_size, config.fit) for image in subject.images]
+        size, fit = model.image_tokenizer.image_size, model.image_tokenizer.fit
+        fitted = [fit_image(image, size, fit) for image in subject.images]
         for name, degrade in DEGRADATIONS.items():
             images = [degrade(image, subject.seed + row) for row, image in enumerate(fitted)]
             codes = subject.encode(torch.stack([to_tensor(image) for image in images]))

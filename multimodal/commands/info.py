@@ -126,9 +126,9 @@ def tokenizer_facts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "kind": "image tokenizer",
         "config": {k: v for k, v in config.items() if k != "fingerprint"},
         "parameters": {
-            "encoder": _count(tokenizer.encoder),
-            "decoder": _count(tokenizer.decoder),
-            "quantizer": _count(tokenizer.quantizer),
+            f"{level}.{name}": _count(part)
+            for level, parts in tokenizer.named_children()
+            for name, part in parts.named_children()
         },
         "images": _image_facts(tokenizer),
         "fingerprints": {
@@ -185,13 +185,14 @@ def _count(module: Any) -> int:
 
 
 def _image_facts(tokenizer: Any) -> dict[str, Any]:
-    config = tokenizer.config
     return {
-        "size": config.image_size,
-        "fit": config.fit,
-        "downsample": config.downsample,
-        "tokens per image": config.grid**2,
-        "codebook": tokenizer.codebook_size,
+        "size": tokenizer.image_size,
+        "fit": tokenizer.fit,
+        "tokens per image": tokenizer.codes_per_image,
+        "levels": {
+            level.name: f"{level.grid} x {level.grid} x {level.groups} of {level.codebook_size}"
+            for level in tokenizer.layout.levels
+        },
         "codes": tokenizer.codes_fingerprint,
     }
 

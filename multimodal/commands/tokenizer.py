@@ -1,4 +1,4 @@
-"""``multimodal tokenizer text|import|encode``: train, import and apply tokenizers."""
+"""``multimodal tokenizer text|meaning|import|encode``: train, import and apply tokenizers."""
 
 import argparse
 from collections.abc import Iterator
@@ -9,6 +9,9 @@ from multimodal.commands.options import add_engine
 EXAMPLES = """examples:
   multimodal tokenizer text data/photos --out text_tokenizer.json --vocabulary-size 4096
   multimodal tokenizer text data/photos corpus.txt --out text_tokenizer.json
+  multimodal tokenizer meaning data/photos --out runs/meaning --groups 2 --codes 1024 \\
+      --encoder timm:tf_efficientnet_lite0=efficientnet-lite0.pth
+  multimodal tokenizer join runs/meaning runs/photos-tokenizer/model --out runs/image-tokenizer
   multimodal tokenizer import vq_ds16_t2i.pt runs/llamagen --image-size 256
   multimodal tokenizer encode data/photos data/photos-codes --tokenizer runs/photos-tokenizer/model
   multimodal tokenizer encode data/photos data/photos-codes --tokenizer starter \\
@@ -49,6 +52,84 @@ def train_text(arguments: argparse.Namespace) -> int:
         raise ValueError(f"no text in {', '.join(arguments.sources)}")
     tokenizer.save(arguments.out)
     print(f"{arguments.out}: {len(tokenizer)} tokens from {count} texts")
+    return 0
+
+
+def fit_levels(arguments: argparse.Namespace) -> int:
+    """Fit the codebooks of a level of meaning."""
+    from tqdm import tqdm
+
+    from multimodal.commands.options import use_device
+    from multimodal.data.fit_meaning import FitOptions, fit_meaning
+    from multimodal.data.shards import Shards
+    from multimodal.tokenizers.encoder import Encoder
+    from multimodal.tokenizers.meaning import Meaning, MeaningConfig, round_to_half
+
+    use_device(arguments)
+    encoder = Encoder(arguments.encoder, arguments.stages)
+    if arguments.half:
+        round_to_half(encoder)
+    size = arguments.image_size or encoder.image_size
+    config = MeaningConfig(
+        encoder=encoder.name,
+        stages=tuple(arguments.stages),
+        image_size=size,
+        fit=arguments.fit,
+        grid=arguments.grid or encoder.grid(size),
+        groups=arguments.groups,
+        codebook_size=arguments.codes,
+        channels=arguments.channels or encoder.channels,
+        form=arguments.form,
+    )
+    options = FitOptions(
+        arguments.images, arguments.positions, arguments.rounds, arguments.seed, arguments.split
+    )
+    counts = [len(Shards(folder, arguments.split)) for folder in arguments.sources]
+    total = sum(min(count, arguments.images or count) for count in counts)
+    with (
+        tqdm(total=total, desc="images", unit="image", disable=None) as images,
+        tqdm(total=config.groups * arguments.rounds, desc="k-means", disable=None) as rounds,
+    ):
+
+        def on_round(group: int, lost: float) -> None:
+            rounds.set_postfix(group=group, lost=f"{lost:.3f}")
+            rounds.update()
+
+        fitted = fit_meaning(
+            arguments.sources,
+            arguments.out,
+            Meaning(config, encoder),
+            options,
+            images.update,
+            on_round,
+        )
+    side, groups = config.grid, config.groups
+    print(f"{arguments.out}: {side} x {side} positions, {groups} of {config.codebook_size} codes")
+    for group, (lost, clusters) in enumerate(zip(fitted.lost, fitted.clusters, strict=True)):
+        print(
+            f"group {group}: {lost:.1%} of the variance lost so far, {clusters.used:.1%} of the "
+            f"codes used, perplexity {clusters.perplexity:.0f}"
+        )
+    return 0
+
+
+def join_levels(arguments: argparse.Namespace) -> int:
+    """Write one tokenizer of a level of meaning and a level of detail."""
+    from multimodal.files import new_folder
+    from multimodal.model.checkpoint import part_of
+    from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
+
+    meaning, detail = (
+        load_image_tokenizer(part_of(folder, "image_tokenizer"))
+        for folder in (arguments.meaning, arguments.detail)
+    )
+    if meaning.meaning is None or detail.detail is None:
+        missing = arguments.meaning if meaning.meaning is None else arguments.detail
+        raise ValueError(f"{missing}: has no such level; give a folder of meaning, then of detail")
+    joined = ImageTokenizer(meaning.meaning, detail.detail)
+    with new_folder(Path(arguments.out)) as folder:
+        joined.save(folder)
+    print(f"{arguments.out}: {joined.codes_per_image} codes, fingerprint {joined.fingerprint}")
     return 0
 
 
@@ -117,7 +198,7 @@ def main(argv: list[str]) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = parser.add_subparsers(required=True, metavar="text|import|encode")
+    kinds = parser.add_subparsers(required=True, metavar="text|meaning|join|import|encode")
     text = kinds.add_parser(
         "text",
         help="train a byte-level BPE",
@@ -131,6 +212,67 @@ def main(argv: list[str]) -> int:
     )
     text.add_argument("--split", default="train", help="split of the shard folders to read")
     text.set_defaults(run=train_text)
+    meaning = kinds.add_parser(
+        "meaning",
+        help="cluster the features of a pretrained encoder",
+        description="Make a level of meaning: codes of features of a frozen pretrained encoder. "
+        "Standardise, rotate onto the principal components, k-means. Minutes of a CPU. A stopped "
+        "run continues where it stopped.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    meaning.add_argument("sources", nargs="+", help="shard folders with images")
+    meaning.add_argument("--out", required=True, help="the folder to write")
+    meaning.add_argument(
+        "--encoder", required=True, help="timm:MODEL[=FILE] or open_clip:MODEL[/TAG|=FILE]"
+    )
+    meaning.add_argument(
+        "--stages",
+        type=int,
+        nargs="+",
+        default=[],
+        help="stages of the encoder, -1 the last (default: its final features)",
+    )
+    meaning.add_argument("--groups", type=int, default=1, help="codes at a position (default 1)")
+    meaning.add_argument("--codes", type=int, default=2048, help="codes of a group (default 2048)")
+    meaning.add_argument("--form", default="residual", choices=["residual", "product"])
+    meaning.add_argument(
+        "--channels", type=int, default=0, help="principal components (default: all)"
+    )
+    meaning.add_argument("--grid", type=int, default=0, help="positions per side (default: all)")
+    meaning.add_argument(
+        "--image-size", type=int, default=0, help="pixels of a side (default: the encoder's)"
+    )
+    meaning.add_argument(
+        "--fit",
+        default="squash",
+        choices=["squash", "crop", "letterbox"],
+        help="how other images are made square",
+    )
+    meaning.add_argument(
+        "--half", action="store_true", help="round the encoder's weights: half the size on disk"
+    )
+    meaning.add_argument(
+        "--images", type=int, default=0, help="at most so many of each folder (default: all)"
+    )
+    meaning.add_argument(
+        "--positions", type=int, default=400_000, help="positions to cluster (default 400,000)"
+    )
+    meaning.add_argument("--rounds", type=int, default=25, help="of k-means (default 25)")
+    meaning.add_argument("--split", default="train", help="split to read (default train)")
+    meaning.add_argument("--seed", type=int, default=0)
+    meaning.add_argument("--threads", type=int, default=0, help="CPU threads")
+    meaning.set_defaults(run=fit_levels, device="cpu")
+    join = kinds.add_parser(
+        "join",
+        help="make one tokenizer of a level of meaning and a level of detail",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    join.add_argument("meaning", help="folder of a level of meaning, or a model")
+    join.add_argument("detail", help="folder of a tokenizer of pixels, or a model")
+    join.add_argument("--out", required=True, help="the folder to write")
+    join.set_defaults(run=join_levels)
     released = kinds.add_parser(
         "import",
         help="import released VQ weights: LlamaGen, taming VQGAN, Janus, Chameleon",

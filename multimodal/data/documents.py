@@ -99,7 +99,7 @@ def images_in(sample: Sample) -> list[bytes]:
 
 
 def codes_in(sample: Sample) -> "list[NDArray[np.int64]]":
-    """The codes of the images of a sample, in order: int64[A, h, w] each. As ``images_in``."""
+    """The codes of the images of a sample, in order: int64[A, n] each. As ``images_in``."""
     suffixes = image_suffixes(sample.members, (CODES,))
     if not suffixes and is_plain_text(sample.record):
         return []

@@ -1,6 +1,6 @@
 """Shards of codes instead of images: encoded once, then read many times faster.
 
-``KEY.codes.npy`` is ``uint16[A, h, w]`` (``uint32`` for more than 65,536 codes): A encodings of the
+``KEY.codes.npy`` is ``uint16[A, n]`` (``uint32`` for more than 65,536 codes): A encodings of the
 image, of which training draws one. The images of a document are in ``KEY.0.codes.npy``,
 ``KEY.1.codes.npy`` and so on. The record does not change. The manifest holds the fingerprint of the
 image tokenizer: codes of one tokenizer mean nothing to another.
@@ -41,7 +41,7 @@ from multimodal.data.shards import (
 )
 from multimodal.files import atomic_file
 from multimodal.seeds import sample_seed
-from multimodal.tokenizers.image import VQTokenizer, load_image_tokenizer
+from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.torchrun import is_first_rank, rank_and_world_size
 
 SETTINGS = "encoding.json"  # the arguments, in a folder that is not finished
@@ -56,7 +56,7 @@ class Encoding:
 
     Attributes:
         fingerprint: ``codes_fingerprint`` of the tokenizer.
-        codebook_size, image_size, fit, grid: of the tokenizer.
+        codebook_size, image_size, fit, codes_per_image: of the tokenizer.
         precision: of the encoder.
         encodings: A, the number of encodings of an image of ``train_split``.
         crop_scale: least share of the area of a crop, in (0, 1]. 1 makes no crops. Crops are
@@ -73,7 +73,7 @@ class Encoding:
     codebook_size: int
     image_size: int
     fit: Fit
-    grid: int
+    codes_per_image: int
     precision: Precision = "float32"
     encodings: int = 1
     crop_scale: float = 1.0
@@ -97,15 +97,14 @@ class Encoding:
             raise ValueError(f"precision={self.precision!r}: expected float32 or bfloat16")
 
     @classmethod
-    def for_tokenizer(cls, tokenizer: VQTokenizer, **options: Any) -> "Encoding":
+    def for_tokenizer(cls, tokenizer: ImageTokenizer, **options: Any) -> "Encoding":
         """The encoding of a tokenizer. ``options`` are the fields from ``precision`` on."""
-        config = tokenizer.config
         return cls(
             tokenizer.codes_fingerprint,
             tokenizer.codebook_size,
-            config.image_size,
-            config.fit,
-            config.grid,
+            tokenizer.image_size,
+            tokenizer.fit,
+            tokenizer.codes_per_image,
             **options,
         )
 
@@ -153,7 +152,7 @@ class EncodedShard:
 def encode_shards(
     source: str | Path,
     out: str | Path,
-    tokenizer: VQTokenizer,
+    tokenizer: ImageTokenizer,
     encoding: Encoding,
     batch_size: int = 64,
     decoders: int = 2,
@@ -237,7 +236,7 @@ def encode_shards(
 
 
 def encode_shard(
-    tokenizer: VQTokenizer, on_sample: Callable[[int], object], shard: EncodedShard
+    tokenizer: ImageTokenizer, on_sample: Callable[[int], object], shard: EncodedShard
 ) -> int:
     """Write one shard of codes, unless it exists.
 
@@ -261,14 +260,14 @@ def encode_shard_by_folder(shard: EncodedShard) -> int:
 
 
 @lru_cache(1)
-def _tokenizer(folder: str, device: str) -> VQTokenizer:
+def _tokenizer(folder: str, device: str) -> ImageTokenizer:
     return load_image_tokenizer(folder).to(device)
 
 
 def _encoded(
     shards: Shards,
     shard: EncodedShard,
-    tokenizer: VQTokenizer,
+    tokenizer: ImageTokenizer,
     on_sample: Callable[[int], object],
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, members) of each sample of a shard, encoded in batches."""
@@ -308,7 +307,7 @@ def _encoded(
 
 
 def encode_images(
-    tokenizer: VQTokenizer, images: list[NDArray[np.uint8]], precision: Precision
+    tokenizer: ImageTokenizer, images: list[NDArray[np.uint8]], precision: Precision
 ) -> list[NDArray[np.int64]]:
     """Encode the pictures of several images together.
 
@@ -318,7 +317,7 @@ def encode_images(
         precision: of the encoder.
 
     Returns:
-        int64[A, h, w] for each image.
+        int64[A, n] for each image.
     """
     if not images:
         return []
@@ -330,7 +329,7 @@ def encode_images(
 
 @torch.inference_mode()
 def encode_pictures(
-    tokenizer: VQTokenizer, pictures: NDArray[np.uint8], precision: Precision
+    tokenizer: ImageTokenizer, pictures: NDArray[np.uint8], precision: Precision
 ) -> NDArray[np.int64]:
     """Encode one batch.
 
@@ -340,7 +339,7 @@ def encode_pictures(
         precision: of the encoder.
 
     Returns:
-        int64[B, h, w].
+        int64[B, n].
     """
     device = next(tokenizer.parameters()).device
     images = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -351,7 +350,7 @@ def encode_pictures(
 
 
 def codes_to_bytes(codes: NDArray[np.int64], codebook_size: int) -> bytes:
-    """int64[A, h, w] as the bytes of a .npy file, of uint16 or, for large codebooks, uint32."""
+    """int64[A, n] as the bytes of a .npy file, of uint16 or, for large codebooks, uint32."""
     file = io.BytesIO()
     dtype = np.uint16 if codebook_size <= 1 << 16 else np.uint32
     np.save(file, codes.astype(dtype), allow_pickle=False)

@@ -38,13 +38,13 @@ class Sample:
 
     @property
     def codes(self) -> "NDArray[np.int64]":
-        """int64[A, h, w], A encodings of the image, in shards that hold codes."""
+        """int64[A, n], A encodings of the image, in shards that hold codes."""
         if CODES not in self.members:
             raise ValueError(f"sample {self.key} has no codes: members are {sorted(self.members)}")
         return self.codes_of(CODES)
 
     def codes_of(self, member: str) -> "NDArray[np.int64]":
-        """int64[A, h, w], the codes in a member.
+        """int64[A, n], the codes in a member.
 
         Raises:
             ValueError: if the member is not such an array.
@@ -60,10 +60,10 @@ class Sample:
             codes = np.frombuffer(data, kind, offset=start).reshape(shape)
         except Exception as error:  # numpy raises almost anything for a damaged header
             raise ValueError(f"sample {self.key}: its codes are not readable ({error})") from error
-        if codes.ndim != 3 or not len(codes) or codes.dtype.kind != "u":
+        if codes.ndim != 2 or not len(codes) or codes.dtype.kind != "u":
             raise ValueError(
                 f"sample {self.key}: codes of shape {codes.shape} and type {codes.dtype}, "
-                "expected unsigned [A, h, w]"
+                "expected unsigned [A, n]"
             )
         return codes.astype(np.int64)
 

@@ -1,6 +1,6 @@
 """From image files to codes, from codes to images, and from texts to ids.
 
-Shapes: B images, n = h w codes of an image, H W pixels.
+Shapes: B images, n codes of an image, H W pixels.
 """
 
 from collections.abc import Sequence
@@ -50,31 +50,37 @@ def read_images(
     Raises:
         ValueError: for an image that cannot be read.
     """
-    config = model.image_tokenizer.config
+    tokenizer = model.image_tokenizer
     pixels = []
     for number, image in enumerate(images):
         name = names[number] if names else name_of(image, number)
         opened = open_image(image, name=name)
-        pixels.append(to_tensor(fit_image(opened, config.image_size, config.fit)))
+        pixels.append(to_tensor(fit_image(opened, tokenizer.image_size, tokenizer.fit)))
     return torch.stack(pixels)
 
 
 def encode_images(model: ModelParts, pixels: Tensor) -> Tensor:
-    """float32[B, 3, H, W] in [-1, 1] -> codes: int64[B, n] in [0, codebook_size)."""
-    codes = model.image_tokenizer.encode(pixels.to(model.device))
-    return rearrange(codes, "b h w -> b (h w)")
+    """float32[B, 3, H, W] in [-1, 1] -> the codes of all levels: int64[B, n]."""
+    return model.image_tokenizer.encode(pixels.to(model.device))
+
+
+def encode_to_read(model: ModelParts, pixels: Tensor) -> Tensor:
+    """The codes of the levels that the model reads, and no others.
+
+    float32[B, 3, H, W] in [-1, 1] -> int64[B, n or fewer]
+    """
+    return model.image_tokenizer.encode(pixels.to(model.device), model.config.reads)
 
 
 @torch.inference_mode()
 def decode_images(model: ModelParts, codes: Tensor) -> Tensor:
-    """codes: int64[B, n] in [0, codebook_size) -> float32[B, 3, H, W] in [-1, 1]."""
-    grid = rearrange(codes, "b (h w) -> b h w", h=model.image_tokenizer.config.grid)
-    return model.image_tokenizer.decode(grid.to(model.device))
+    """codes: int64[B, n] -> float32[B, 3, H, W] in [-1, 1]."""
+    return model.image_tokenizer.decode(codes.to(model.device))
 
 
 @torch.inference_mode()
 def preview_images(model: ModelParts, codes: Tensor) -> Tensor:
-    """What is drawn so far of images whose lower rows of codes are missing.
+    """What is drawn so far of images whose lower rows of the last level are missing.
 
     The decoder looks at neighbours. So it is given the last known row again in the place of the
     missing ones, and their pixels are hidden afterwards.
@@ -85,11 +91,15 @@ def preview_images(model: ModelParts, codes: Tensor) -> Tensor:
     Returns:
         float32[B, 3, H, W] in [-1, 1], GREY where nothing is drawn yet.
     """
-    grid = rearrange(codes, "b (h w) -> b h w", h=model.image_tokenizer.config.grid).clone()
+    layout = model.config.layout
+    last = layout.levels[-1]
+    span = layout.span(last.name)
+    grid = rearrange(codes[:, span], "b (h w) -> b h w", h=last.grid).clone()
     rows = int((grid != UNKNOWN).all(-1).all(0).sum())
     if rows == 0:
         raise ValueError("a preview needs at least one row of codes")
     grid[:, rows:] = grid[:, rows - 1 : rows]
-    images = decode_images(model, rearrange(grid, "b h w -> b (h w)"))
-    images[:, :, rows * model.image_tokenizer.downsample :] = GREY
+    shown = torch.cat([codes[:, : span.start], rearrange(grid, "b h w -> b (h w)")], 1)
+    images = decode_images(model, shown)
+    images[:, :, rows * images.shape[2] // last.grid :] = GREY
     return images

@@ -1,10 +1,13 @@
 """Images after a text: code by code, or masked, many codes at a time.
 
-Shapes: B images, n codes of an image, K codebook size, D width.
+With several levels the image is drawn by meaning first, then in detail.
+
+Shapes: B images, n codes of an image, K code numbers of all levels, D width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -18,17 +21,19 @@ from multimodal.inference.sampling import choose, generators
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.sequences import draw_prompt
 from multimodal.options import DrawOptions, EditOptions
+from multimodal.tokenizers.levels import Layout, Level
 
 OnStep: TypeAlias = Callable[[Sequence[int], Tensor], object]
 DRAWINGS_AT_ONCE = 64
 
 
 class ImageRow(Row):
-    """An image, code by code.
+    """An image, code by code, level by level.
 
     Args:
         prompts: the prompt that ends with <boi>, and for guidance the one to lead away from.
-        previews: yield the codes so far after each row of codes.
+        previews: yield the codes so far after each row of codes of the last level.
+        among_texts: other rows of the batch write texts, so that it chooses among all ids.
 
     Attributes:
         codes: the image codes so far, in [0, K).
@@ -41,13 +46,22 @@ class ImageRow(Row):
         prompts: list[list[int]],
         options: EditOptions | None = None,
         previews: bool = False,
+        among_texts: bool = False,
     ) -> None:
         super().__init__(number, prompts, model.codes_per_image)
-        vocabulary = model.vocabulary
+        vocabulary, layout = model.vocabulary, model.config.layout
         self.ids = slice(vocabulary.image_start, vocabulary.image_end)
-        self.side = model.image_tokenizer.config.grid
+        start, size = (
+            (vocabulary.image_start, vocabulary.size) if among_texts else (0, layout.codebook_size)
+        )
+        self.masks = code_masks(layout, start, size, str(model.device))
+        self.any_code = len({id(mask) for mask in self.masks}) == 1 and not among_texts
+        self.last, self.span = layout.levels[-1], layout.span(layout.levels[-1].name)
         self.options, self.previews = options, previews
         self.codes: list[int] = []
+
+    def allowed(self) -> Tensor | None:
+        return None if self.any_code else self.masks[len(self.codes)]
 
     def guidance_scale(self) -> float:
         progress = len(self.codes) / max(1, self.max_new_tokens - 1)
@@ -56,7 +70,8 @@ class ImageRow(Row):
     def take(self, token: int, log_probability: float = 0.0) -> Iterator[Tensor]:
         self.codes.append(token - self.ids.start)
         self.done = len(self.codes) == self.max_new_tokens
-        if self.previews and len(self.codes) % self.side == 0:
+        row, drawn = self.last.grid * self.last.groups, len(self.codes) - self.span.start
+        if self.previews and drawn > 0 and drawn % row == 0:
             yield self.partial()
 
     def partial(self) -> Tensor:
@@ -64,6 +79,25 @@ class ImageRow(Row):
         codes = torch.full((self.max_new_tokens,), UNKNOWN)
         codes[: len(self.codes)] = torch.tensor(self.codes)
         return codes
+
+
+@lru_cache(maxsize=32)
+def code_masks(layout: Layout, start: int, size: int, device: str) -> tuple[Tensor, ...]:
+    """Which ids may stand at each of the n places of an image: bool[size] each.
+
+    Places that take the same codes have the same tensor object.
+
+    Args:
+        layout: the levels.
+        start: the id of code 0.
+        size: how many ids a mask has.
+    """
+    masks: dict[int, Tensor] = {}
+    for first, last in zip(layout.first.tolist(), layout.last.tolist(), strict=True):
+        if first not in masks:
+            masks[first] = torch.zeros(size, dtype=torch.bool, device=device)
+            masks[first][start + first : start + last + 1] = True
+    return tuple(masks[first] for first in layout.first.tolist())
 
 
 def guidance_scale_at(options: EditOptions, progress: float) -> float:
@@ -118,11 +152,15 @@ def draw_codes(
     if known is None:
         known = torch.full((len(texts), model.codes_per_image), UNKNOWN)
     parts = [slice(at, at + DRAWINGS_AT_ONCE) for at in range(0, len(texts), DRAWINGS_AT_ONCE)]
-    drawn = [
-        _draw_masked(model, prompts[part], known[part], options, numbers[part], on_step)
-        for part in parts
-    ]
-    return torch.cat([known[:0], *drawn])
+    drawn = [known[:0]]
+    for part in parts:
+        codes, dice = known[part], generators(options, numbers[part])
+        for level in model.config.layout.levels:
+            codes = _draw_masked(
+                model, level, prompts[part], codes, options, dice, numbers[part], on_step
+            )
+        drawn.append(codes)
+    return torch.cat(drawn)
 
 
 def _draw_best(
@@ -168,31 +206,58 @@ def _draw_causal(
 
 def _draw_masked(
     model: ModelParts,
+    level: Level,
     prompts: list[list[list[int]]],
-    codes: Tensor,
+    image: Tensor,
     options: DrawOptions,
+    dice: Sequence[torch.Generator],
     numbers: Sequence[int],
     on_step: OnStep | None,
 ) -> Tensor:
-    """Masked drawing, of MaskGIT (Chang et al. 2022, arXiv:2202.04200).
+    """Masked drawing of one level, of MaskGIT (Chang et al. 2022, arXiv:2202.04200).
 
     Each step draws some codes. How many is given by the cosine schedule. Which ones does not depend
     on the model's confidence, or even backgrounds would always come first: they are spread over the
     image (``spread_order``).
 
     Args:
+        level: what to draw. The levels before it are known and come after the prompt.
         prompts: for each image its prompts, all conditional ones or with unconditional ones.
-        codes: int64[B, n], UNKNOWN where to draw.
+        image: int64[B, n], UNKNOWN where to draw.
+        dice: the random numbers of each image.
+
+    Returns:
+        int64[B, n], without UNKNOWN in this level.
     """
-    vocabulary, (count, n) = model.vocabulary, codes.shape
-    copies, order = len(prompts[0]), spread_order(model.image_tokenizer.config.grid)
+    layout, start = model.config.layout, model.vocabulary.image_start
+    span, numbers_of_level = layout.span(level.name), layout.numbers(level.name)
+    codes = image[:, span]
+    count, n = codes.shape
+    if not (codes == UNKNOWN).any():
+        return image
+    copies, order = len(prompts[0]), spread_order(level.grid)
+    order = (order[:, None] * level.groups + torch.arange(level.groups)).flatten()
     # All conditional prompts come first. They are read once, into the cache.
-    batch = DecodeBatch(model.network, [each[i] for i in range(copies) for each in prompts], n)
-    dice = generators(options, numbers)
-    code_ids = slice(vocabulary.image_start, vocabulary.image_end)
+    before = (image[:, : span.start] + start).tolist()
+    batch = DecodeBatch(
+        model.network,
+        [
+            [*each[i], *ids]
+            for i in range(copies)
+            for each, ids in zip(prompts, before, strict=True)
+        ],
+        n,
+    )
+    code_ids = slice(start + numbers_of_level.start, start + numbers_of_level.stop)
+    group_of = torch.arange(n) % level.groups
+
+    def whole(codes: Tensor) -> Tensor:
+        return torch.cat([image[:, : span.start], codes, image[:, span.stop :]], 1)
 
     def logits_of(to_predict: Tensor, codes: Tensor, progress: float) -> Tensor:
-        """Guided scores of some UNKNOWN codes, image by image: float32[predicted codes, K].
+        """Guided scores of some UNKNOWN codes, image by image.
+
+        float32[predicted codes, numbers of the level]
 
         Only they and the known codes are read. A mask that is not predicted would say nothing.
 
@@ -205,7 +270,7 @@ def _draw_masked(
         # Codes to predict come first, then the known ones.
         index = (2 * to_predict.int() + known.int()).argsort(dim=-1, descending=True, stable=True)
         index = index[:, : int(needed.sum(1).max())]
-        ids = torch.where(known, codes + vocabulary.image_start, vocabulary.mask)
+        ids = torch.where(known, codes + start, model.vocabulary.mask)
         block = ids.gather(1, index), index, needed.gather(1, index)
         block_ids, positions, valid = (x.repeat(copies, 1).to(model.device) for x in block)
         counts = to_predict.sum(1)
@@ -216,7 +281,12 @@ def _draw_masked(
         if copies > 1:
             conditional, unconditional = logits.chunk(2)
             logits = guide(conditional, unconditional, guidance_scale_at(options, progress))
-        return logits.cpu()
+        logits = logits.cpu()
+        if level.groups > 1:  # a place takes the codes of its group
+            groups = group_of.expand(count, -1)[to_predict]
+            of_group = torch.arange(level.numbers) // level.codebook_size
+            logits = logits.masked_fill(groups[:, None] != of_group, -torch.inf)
+        return logits
 
     to_draw = (codes == UNKNOWN).sum(1)
     for step in range(options.steps):
@@ -237,14 +307,14 @@ def _draw_masked(
                 choose(scores[None], options, [generator])[0]
                 for scores, generator in zip(logits, dice, strict=True)
             ]
-            codes = codes.masked_scatter(fresh, torch.cat(chosen))
-        if on_step is not None:
+            codes = codes.masked_scatter(fresh, torch.cat(chosen) + numbers_of_level.start)
+        if on_step is not None and level == layout.levels[-1]:  # before it there are no pixels
             undrawn, shown = codes == UNKNOWN, codes
             if undrawn.any():
                 likeliest = logits_of(undrawn, codes, progress).argmax(-1)
-                shown = codes.masked_scatter(undrawn, likeliest)
-            on_step(numbers, shown)
-    return codes
+                shown = codes.masked_scatter(undrawn, likeliest + numbers_of_level.start)
+            on_step(numbers, whole(shown))
+    return whole(codes)
 
 
 def spread_order(side: int) -> Tensor:

@@ -41,12 +41,12 @@ def box_mask(size: tuple[int, int], box: Box) -> Image.Image:
 
 
 def masked_codes(mask: Image.Image, fit: Fit, grid: int) -> Tensor:
-    """The codes under the white part of a mask: bool[n].
+    """The positions under the white part of a mask: bool[grid * grid].
 
     Args:
         mask: white where to draw.
         fit: how the image is made square.
-        grid: codes per side.
+        grid: positions per side.
     """
     white = torch.from_numpy(np.asarray(mask.convert("L")) > 127).float()
     (height, width), side = white.shape, min(mask.size)
@@ -57,7 +57,7 @@ def masked_codes(mask: Image.Image, fit: Fit, grid: int) -> Tensor:
         side = max(mask.size)
         left, top = (side - width) // 2, (side - height) // 2
         white = F.pad(white, (left, side - width - left, top, side - height - top))
-    # A code with any white pixel is drawn: no line is too thin.
+    # A position with any white pixel is drawn: no line is too thin.
     return F.adaptive_max_pool2d(white[None, None], grid).flatten().bool()
 
 
@@ -107,16 +107,19 @@ def edit_image(
             f"{image.height}: they must be of one size"
         )
     mask = mask.convert("L").point(lambda value: 255 if value > 127 else 0)
-    config = model.image_tokenizer.config
-    fresh = masked_codes(mask, config.fit, config.grid)
+    fit = model.image_tokenizer.fit
+    levels = model.config.layout.levels
+    fresh = torch.cat(
+        [masked_codes(mask, fit, level.grid).repeat_interleave(level.groups) for level in levels]
+    )
     if not fresh.any():
         raise ValueError("the mask is black where the model looks: nothing to draw")
     codes = _codes_of(model, image)
     drawn = _draw_unknown(model, codes.masked_fill(fresh, UNKNOWN), text, options)
-    if config.fit == "crop":  # the model sees only the middle: leave the rest as it is
-        inside = _to_original(Image.new("RGB", drawn.size, "white"), image.size, config.fit)
+    if fit == "crop":  # the model sees only the middle: leave the rest as it is
+        inside = _to_original(Image.new("RGB", drawn.size, "white"), image.size, fit)
         mask = Image.composite(mask, Image.new("L", mask.size), inside.convert("L"))
-    return Image.composite(_to_original(drawn, image.size, config.fit), image, mask)
+    return Image.composite(_to_original(drawn, image.size, fit), image, mask)
 
 
 def outpaint_image(
@@ -134,7 +137,7 @@ def outpaint_image(
     if min(margins) < 0 or not any(margins):
         raise ValueError(f"margins={margins}: expected pixels from 0 on, and one above 0")
     size = (image.width + left + right, image.height + top + bottom)
-    if model.image_tokenizer.config.fit == "crop":
+    if model.image_tokenizer.fit == "crop":
         raise ValueError("this model sees the middle of an image only: it cannot draw around it")
     average = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
     canvas = Image.new("RGB", size, average)
@@ -154,25 +157,27 @@ def vary_image(
     """Draw a share of the codes anew, anywhere in the image.
 
     Args:
-        share: of the codes, in (0, 1].
+        share: of the codes of each level, in (0, 1].
         text: what the image shows. None: the model's caption of it.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share={share}: expected a share of the codes in (0, 1]")
-    config, codes = model.image_tokenizer.config, _codes_of(model, image)
+    tokenizer, codes = model.image_tokenizer, _codes_of(model, image)
     if text is None and not (text := caption_codes(model, codes)[0]):
         raise ValueError("the model says nothing of this image: give a text")
     generator = torch.Generator().manual_seed(options.seed)
-    count = model.codes_per_image
-    chosen = torch.randperm(count, generator=generator)[: max(1, round(share * count))]
-    codes[:, chosen] = UNKNOWN
-    varied = _to_original(_draw_unknown(model, codes, text, options), image.size, config.fit)
-    seen = Image.new("RGB", (config.image_size, config.image_size), "white")
-    return Image.composite(varied, image, _to_original(seen, image.size, config.fit).convert("L"))
+    for level in model.config.layout.levels:
+        order = torch.randperm(level.codes, generator=generator)
+        chosen = order[: max(1, round(share * level.codes))]
+        codes[:, model.config.layout.span(level.name).start + chosen] = UNKNOWN
+    varied = _to_original(_draw_unknown(model, codes, text, options), image.size, tokenizer.fit)
+    seen = Image.new("RGB", (tokenizer.image_size, tokenizer.image_size), "white")
+    seen = _to_original(seen, image.size, tokenizer.fit)
+    return Image.composite(varied, image, seen.convert("L"))
 
 
 def _codes_of(model: ModelParts, image: Image.Image) -> Tensor:
     """int64[1, n], on the CPU"""
-    config = model.image_tokenizer.config
-    pixels = to_tensor(fit_image(image, config.image_size, config.fit))[None]
+    tokenizer = model.image_tokenizer
+    pixels = to_tensor(fit_image(image, tokenizer.image_size, tokenizer.fit))[None]
     return encode_images(model, pixels).cpu()

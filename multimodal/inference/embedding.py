@@ -14,7 +14,7 @@ from torch import Tensor
 from multimodal.data.samples import IMAGE_SUFFIXES
 from multimodal.files import atomic_file
 from multimodal.inference.batch import DecodeBatch
-from multimodal.inference.codec import encode_images, encode_text, read_images
+from multimodal.inference.codec import encode_text, encode_to_read, read_images
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.sequences import describe_prompt, draw_prompt
 
@@ -22,7 +22,7 @@ from multimodal.model.sequences import describe_prompt, draw_prompt
 @torch.inference_mode()
 def embed_codes(model: ModelParts, codes: Tensor) -> Tensor:
     """codes: int64[B, n] -> float32[B, D] of unit norm, on the CPU."""
-    prompts = [describe_prompt(model.vocabulary, row) for row in codes.tolist()]
+    prompts = [describe_prompt(model.vocabulary, row) for row in model.read(codes).tolist()]
     states = DecodeBatch(model.network, prompts, 0).hidden
     return model.network.alignment.embed_image(states).cpu()
 
@@ -114,7 +114,7 @@ def embed_files(
             except ValueError as error:
                 results[i] = error
         if pixels:
-            rows = embed_codes(model, encode_images(model, torch.cat(pixels)))
+            rows = embed_codes(model, encode_to_read(model, torch.cat(pixels)))
             for (i, key), row in zip(missing, rows, strict=True):
                 results[i] = row
                 if cache is not None:

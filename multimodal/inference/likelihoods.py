@@ -34,7 +34,7 @@ def text_likelihoods(model: ModelParts, codes: Tensor, texts: Sequence[str]) -> 
     vocabulary = model.vocabulary
     sequences = [
         describe(vocabulary, image, [encode_text(model, text)])
-        for image, text in zip(codes.tolist(), texts, strict=True)
+        for image, text in zip(model.read(codes).tolist(), texts, strict=True)
     ]
     check_length(model.network, sequences, 0)
     packed = pack(sequences, max(map(len, sequences)), vocabulary.pad).to(model.device)
@@ -76,7 +76,7 @@ def choice_likelihoods(
     vocabulary, encode = model.vocabulary, model.text_tokenizer.encode
     ids = [
         describe_prompt(vocabulary, image) + encode(prompt)
-        for image, prompt in zip(codes.tolist(), prompts, strict=True)
+        for image, prompt in zip(model.read(codes).tolist(), prompts, strict=True)
     ]
     answers = [
         [*encode(answer_text(text.strip())), vocabulary.eos]

@@ -21,6 +21,7 @@ from multimodal.inference.codec import (
     ImageSource,
     decode_images,
     encode_images,
+    encode_to_read,
     preview_images,
     read_images,
 )
@@ -78,8 +79,10 @@ def prompt_ids(model: ModelParts, parts: Sequence[ImageSource]) -> list[int]:
             ids += model.text_tokenizer.encode(part)
             continue
         name = str(part) if isinstance(part, Path) else f"part {number}"
-        codes = encode_images(model, read_images(model, [part], [name]))[0]
-        ids += image_tokens(model.vocabulary, codes.tolist())
+        pixels = read_images(model, [part], [name])
+        opens = len(ids) == 1  # an image that opens a sequence is read, others are whole
+        codes = encode_to_read(model, pixels) if opens else encode_images(model, pixels)
+        ids += image_tokens(model.vocabulary, codes[0].tolist())
     return ids
 
 
@@ -90,17 +93,15 @@ class Grammar:
     text: Tensor
     text_only: Tensor  # the text ids of a row that has no others, bool[V'] of TextRow.ids
     text_or_image: Tensor
-    image: Tensor
     end_of_image: Tensor
 
     @classmethod
     def of(cls, model: ModelParts) -> "Grammar":
         vocabulary, text = model.vocabulary, text_mask(model)
-        text_or_image, image, end = text.clone(), torch.zeros_like(text), torch.zeros_like(text)
+        text_or_image, end = text.clone(), torch.zeros_like(text)
         text_or_image[vocabulary.boi] = True
-        image[vocabulary.image_start : vocabulary.image_end] = True
         end[vocabulary.eoi] = True
-        return cls(text, text[: vocabulary.image_start], text_or_image, image, end)
+        return cls(text, text[: vocabulary.image_start], text_or_image, end)
 
 
 class MixedRow(Row):
@@ -147,15 +148,14 @@ class MixedRow(Row):
         return TextRow(self.model, self.number, [], self.left, stop, mask, streams=self.streams)
 
     def _image(self) -> ImageRow:
-        return ImageRow(self.model, self.number, [], previews=self.previews)
+        mixed = self.kind == "any"
+        return ImageRow(self.model, self.number, [], previews=self.previews, among_texts=mixed)
 
     def allowed(self) -> Tensor | None:
-        if self.kind == "image":
-            return None
         if self.part is None:
             return self.grammar.end_of_image
         if isinstance(self.part, ImageRow):
-            return self.grammar.image
+            return self.part.allowed()
         if self.kind == "text":
             return self.grammar.text_only
         # An image begins only where all of it fits, and what is left of the text.

@@ -14,8 +14,8 @@ from multimodal.inference.batch import DecodeBatch, check_length
 from multimodal.inference.beams import beam_search
 from multimodal.inference.codec import (
     ImageSource,
-    encode_images,
     encode_text,
+    encode_to_read,
     name_of,
     read_images,
 )
@@ -213,7 +213,7 @@ def complete_prompts(
     begin = list(begin) or [model.vocabulary.bos]
     ids = [
         [*begin, *image_tokens(model.vocabulary, row), *model.text_tokenizer.encode(prompt)]
-        for row, prompt in zip(codes.tolist(), prompts, strict=True)
+        for row, prompt in zip(model.read(codes).tolist(), prompts, strict=True)
     ]
     texts = generate_ids(model, ids, options, numbers, schema, batch_size)
     return [before_stop(model.text_tokenizer.decode(t), options.stop).strip() for t in texts]
@@ -273,7 +273,7 @@ def few_shot_prompt(model: ModelParts, codes: Tensor, texts: Sequence[str]) -> l
         texts: B texts, none of them empty.
     """
     ids = [model.vocabulary.bos]
-    for row, text in zip(codes.tolist(), texts, strict=True):
+    for row, text in zip(model.read(codes).tolist(), texts, strict=True):
         ids += [*image_tokens(model.vocabulary, row), *encode_text(model, text)]
     return ids
 
@@ -295,7 +295,7 @@ def caption_images(
     """
     begin = [model.vocabulary.bos]
     if examples:
-        codes = encode_images(model, read_images(model, [image for image, _ in examples]))
+        codes = encode_to_read(model, read_images(model, [image for image, _ in examples]))
         begin = few_shot_prompt(model, codes, [text for _, text in examples])
     for start in range(0, len(images), batch_size):
         results: dict[int, str | ValueError] = {}
@@ -307,7 +307,7 @@ def caption_images(
             except ValueError as error:
                 results[number] = error
         if pixels:
-            codes = encode_images(model, torch.cat(list(pixels.values())))
+            codes = encode_to_read(model, torch.cat(list(pixels.values())))
             captions = best_captions(model, codes, options, list(pixels), begin)
             results |= dict(zip(pixels, captions, strict=True))
         yield from (results[number] for number in sorted(results))

@@ -8,6 +8,7 @@ Shapes: B samples, n codes of an image.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from multimodal.model.sequences import (
 from multimodal.model.templates import Templates
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.seeds import stable_number
+from multimodal.tokenizers.levels import Layout
 
 # Sequences of one document in a batch. Without a limit, one book could fill a huge batch.
 DOCUMENT_SEQUENCES = 8
@@ -71,7 +73,6 @@ class TrainingBatch:
         text_positions: int64[B], where each text embedding is (<boi>).
         image_hashes: int64[B], equal for equal images.
         text_hashes: int64[B], equal for equal texts. -1: there is no text, or it was dropped.
-        codes_per_image: n.
         tokens: tokens that are not padding.
     """
 
@@ -80,7 +81,6 @@ class TrainingBatch:
     text_positions: Tensor
     image_hashes: Tensor
     text_hashes: Tensor
-    codes_per_image: int
     tokens: int
 
     def to(self, device: torch.device) -> "TrainingBatch":
@@ -112,7 +112,8 @@ class BatchBuilder:
         objectives: which sequences are made, and how often.
         templates: the words around questions and statements.
         encode: the text tokenizer, text -> ids.
-        codes_per_image: n.
+        layout: the levels of an image's codes.
+        reads: the levels of an image that is read.
         row_length: tokens of a packed row.
         question_share: the share of the captioned samples whose questions are also used.
         captions_per_image: at most so many captions of an image are used at once. 0: all.
@@ -122,10 +123,16 @@ class BatchBuilder:
     objectives: ObjectivesConfig
     templates: Templates
     encode: Callable[[str], list[int]]
-    codes_per_image: int
+    layout: Layout
+    reads: Sequence[str]
     row_length: int
     question_share: float = 1.0
     captions_per_image: int = 1
+
+    @cached_property
+    def read(self) -> Ids:
+        """Which of the n codes are read."""
+        return self.layout.indices(self.reads).numpy()
 
     def build(
         self, samples: Sequence[TrainingSample], skip_untaught: bool = False
@@ -170,7 +177,6 @@ class BatchBuilder:
             text_positions=positions[1],
             image_hashes=image_hashes,
             text_hashes=text_hashes,
-            codes_per_image=self.codes_per_image,
             tokens=int((packed.documents > 0).sum()),
         )
 
@@ -194,8 +200,14 @@ class BatchBuilder:
         if form >= masked_share + self.objectives.next_token_share:
             drawing, dropped = draw(self.vocabulary, ids), False
         else:
-            masks = random_mask(len(codes), rng) if form < masked_share else ()
-            drawing = draw(self.vocabulary, None if dropped else ids, codes, *masks)
+            condition = None if dropped else ids
+            if form < masked_share:
+                levels = self.layout.levels
+                level = levels[int(rng.integers(len(levels))) if len(levels) > 1 else 0]
+                masks, span = random_mask(level.codes, rng), self.layout.span(level.name)
+                drawing = draw(self.vocabulary, condition, codes, *masks, span)
+            else:
+                drawing = draw(self.vocabulary, condition, codes)
         return PairSequences(describe_image, drawing, None if dropped else text)
 
     def document(self, sample: TrainingSample) -> list[TokenSequence]:
@@ -235,8 +247,9 @@ class BatchBuilder:
             if self.objectives.next_token_share:
                 sequences.append(draw(self.vocabulary, None, codes))
             if self.objectives.reconstruct_share:
-                masked = np.ones(len(codes), np.bool_)
-                sequences.append(draw(self.vocabulary, None, codes, masked))
+                for level in self.layout.levels:
+                    masked, span = np.ones(level.codes, np.bool_), self.layout.span(level.name)
+                    sequences.append(draw(self.vocabulary, None, codes, masked, level=span))
         for sequence in sequences:
             self._check_length(len(sequence), f"sample {sample.key}")
             yield sequence
@@ -254,13 +267,13 @@ class BatchBuilder:
                 text = text[: at_most * self.row_length * CHARACTERS_PER_TOKEN]
             parts.append(next(images) if text is None else self.encode(text))
             length += len(parts[-1])
-        return document(self.vocabulary, parts, self.row_length)
+        return document(self.vocabulary, parts, self.row_length, self.read)
 
     def _describe(
         self, codes: Ids, texts: list[list[int]], exchanges: Sequence[tuple[str, str]] = ()
     ) -> TokenSequence:
         turns = [(self.encode(prompt), self.encode(reply)) for prompt, reply in exchanges]
-        return describe(self.vocabulary, codes, texts, turns, self.row_length)
+        return describe(self.vocabulary, codes[self.read], texts, turns, self.row_length)
 
     def _check_length(self, length: int, name: str) -> None:
         if length > self.row_length:

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from multimodal.files import atomic_folder
 from multimodal.model.network import ModelConfig, MultimodalLM
@@ -25,8 +27,10 @@ from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.templates import Templates
 from multimodal.model.transformer import TransformerConfig
 from multimodal.model.vocabulary import Vocabulary
-from multimodal.tokenizers.image import VQTokenizer, hash_weights, load_image_tokenizer
+from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
+from multimodal.tokenizers.levels import Layout, Level
 from multimodal.tokenizers.text import TextTokenizer
+from multimodal.tokenizers.weights import hash_weights
 
 FORMAT_VERSION = 1
 BUNDLED = ("starter",)
@@ -43,7 +47,7 @@ class ModelParts:
 
     network: MultimodalLM
     text_tokenizer: TextTokenizer
-    image_tokenizer: VQTokenizer
+    image_tokenizer: ImageTokenizer
 
     def __post_init__(self) -> None:
         config = self.network.config
@@ -52,10 +56,10 @@ class ModelParts:
                 f"the text tokenizer has {len(self.text_tokenizer)} tokens, "
                 f"the model was made for {config.text_size}"
             )
-        if self.image_tokenizer.codebook_size != config.codebook_size:
+        if self.image_tokenizer.layout != config.layout:
             raise ValueError(
-                f"the image tokenizer has {self.image_tokenizer.codebook_size} codes, "
-                f"the model was made for {config.codebook_size}"
+                f"the image tokenizer has {self.image_tokenizer.layout}, "
+                f"the model was made for {config.layout}"
             )
         self.image_tokenizer.requires_grad_(False).eval()
 
@@ -64,13 +68,19 @@ class ModelParts:
         cls,
         size: str,
         text_tokenizer: TextTokenizer,
-        image_tokenizer: VQTokenizer,
+        image_tokenizer: ImageTokenizer,
         objectives: ObjectivesConfig | None = None,
+        reads: Sequence[str] = (),
     ) -> Self:
         """A model to train. Arguments as for ``MultimodalLM.new``."""
-        codes = torch.arange(image_tokenizer.codebook_size)
-        vectors = image_tokenizer.quantizer.lookup(codes).detach()
-        network = MultimodalLM.new(size, len(text_tokenizer), vectors, objectives)
+        network = MultimodalLM.new(
+            size,
+            len(text_tokenizer),
+            image_tokenizer.layout,
+            image_tokenizer.code_vectors(),
+            objectives,
+            reads,
+        )
         return cls(network, text_tokenizer, image_tokenizer)
 
     @classmethod
@@ -91,9 +101,10 @@ class ModelParts:
             config = ModelConfig(
                 TransformerConfig(**stored["transformer"]),
                 stored["text_size"],
-                stored["codebook_size"],
+                Layout(tuple(Level(**level) for level in stored["layout"]["levels"])),
                 ObjectivesConfig(**stored["objectives"]),
                 Templates(**stored.get("templates", {})),
+                stored["reads"],
             )
             parts = cls(
                 MultimodalLM(config),
@@ -154,7 +165,16 @@ class ModelParts:
 
     @property
     def codes_per_image(self) -> int:
-        return self.image_tokenizer.config.grid**2
+        return self.image_tokenizer.codes_per_image
+
+    def read(self, codes: Tensor) -> Tensor:
+        """Of the codes of whole images those of the levels that are read.
+
+        Args:
+            codes: int64[B, n]. What was encoded at these levels alone is returned as it is.
+        """
+        indices = self.config.layout.indices(self.config.reads)
+        return codes if codes.shape[-1] == len(indices) else codes[..., indices.to(codes.device)]
 
     @property
     def device(self) -> torch.device:
@@ -189,8 +209,8 @@ def _write(model: ModelParts, folder: Path, dtype: torch.dtype) -> None:
         "format": FORMAT_VERSION,
         **asdict(model.config),
         "preprocessing": {
-            "image_size": model.image_tokenizer.config.image_size,
-            "fit": model.image_tokenizer.config.fit,
+            "image_size": model.image_tokenizer.image_size,
+            "fit": model.image_tokenizer.fit,
         },
         "fingerprints": {
             "model": model.fingerprint,

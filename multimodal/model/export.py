@@ -173,13 +173,17 @@ def _tokenizer(model: ModelParts) -> dict[str, Any]:
 
 
 def _readme(model: ModelParts, fingerprint: str) -> str:
-    config = model.image_tokenizer.config
+    tokenizer = model.image_tokenizer
     return README.format(
         model=fingerprint,
-        image_tokenizer=model.image_tokenizer.fingerprint,
+        image_tokenizer=tokenizer.fingerprint,
         last=model.vocabulary.codebook_size - 1,
-        codes=config.grid**2,
-        side=config.image_size,
+        codes=model.codes_per_image,
+        read=len(model.config.layout.indices(model.config.reads)),
+        reads=", ".join(model.config.reads),
+        levels_read=list(model.config.reads),
+        levels=", ".join(f"{level.codes} of {level.name}" for level in model.config.layout.levels),
+        side=tokenizer.image_size,
     )
 
 
@@ -188,7 +192,8 @@ README = """\
 
 Exported from model {model} of the multimodal toolkit. Any engine that runs `Qwen3ForCausalLM` runs
 it, without custom code. An image is {codes} tokens, `<|image:0|>` to `<|image:{last}|>`, the codes
-of image tokenizer {image_tokenizer} (in `image_tokenizer/`; images of {side} x {side} pixels).
+of image tokenizer {image_tokenizer} (in `image_tokenizer/`; images of {side} x {side} pixels):
+{levels}. An image that is described has {read} of them: {reads}.
 
     describe   <bos><boi>CODES<eoi>     the model goes on with a caption and <eos>
     draw       <bos>a caption<boi>      the model goes on with {codes} codes and <eoi>
@@ -203,7 +208,7 @@ folder = "."
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 
-codes = [0] * {codes}  # of your image, row by row: see below
+codes = [0] * {read}  # of your image: see below
 prompt = "<bos><boi>" + "".join(f"<|image:{{code}}|>" for code in codes) + "<eoi>"
 inputs = tokenizer(prompt, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=64)
@@ -217,10 +222,10 @@ from multimodal.data.images import fit_image, open_image, to_image, to_tensor
 from multimodal.tokenizers.image import load_image_tokenizer
 
 images = load_image_tokenizer(f"{{folder}}/image_tokenizer")
-picture = fit_image(open_image("cat.jpg"), images.config.image_size, images.config.fit)
-grid = images.encode(to_tensor(picture)[None])  # int64[1, h, w]
-codes = grid.flatten().tolist()
-to_image(images.decode(grid)[0]).save("as-the-model-sees-it.png")
+picture = to_tensor(fit_image(open_image("cat.jpg"), images.image_size, images.fit))[None]
+codes = images.encode(picture, {levels_read})[0].tolist()  # to describe
+whole = images.encode(picture)  # int64[1, {codes}]
+to_image(images.decode(whole)[0]).save("as-the-model-sees-it.png")
 ```
 
 The tokenizer adds nothing by itself: begin a prompt with `<bos>`. Unlike in the toolkit, `<eos>`

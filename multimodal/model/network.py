@@ -6,6 +6,7 @@ in ``ModelParts`` (model/checkpoint.py).
 Shapes: R rows, L tokens of a row, B image-text pairs, D width, V vocabulary, K codebook size.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from multimodal.model.sequences import NO_LOSS, OBJECTIVES, Packed
 from multimodal.model.templates import Templates
 from multimodal.model.transformer import SIZES, Transformer, TransformerConfig, named_config
 from multimodal.model.vocabulary import Vocabulary
+from multimodal.tokenizers.levels import Layout
 
 UNKNOWN_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # bins of the logged reconstruction curves
 SHAPE_MULTIPLE = 256  # positions with a target are padded to a multiple of this
@@ -32,17 +34,32 @@ SHAPE_MULTIPLE = 256  # positions with a target are padded to a multiple of this
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything but the weights: sizes, vocabulary, objectives, how tasks are put in words."""
+    """Everything but the weights.
+
+    Args:
+        transformer: the sizes.
+        text_size: number of ids of the text tokenizer.
+        layout: the levels of the image tokenizer.
+        objectives: the losses and their weights.
+        templates: how tasks are put in words.
+        reads: the levels of an image that opens a sequence, to be described, asked about or
+            embedded. Empty: the first level. An image that is drawn has all levels.
+    """
 
     transformer: TransformerConfig
     text_size: int
-    codebook_size: int
+    layout: Layout
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     templates: Templates = field(default_factory=Templates)
+    reads: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reads", tuple(self.reads) or (self.layout.levels[0].name,))
+        self.layout.indices(self.reads)  # an unknown name is an error now
 
     @property
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary(self.text_size, self.codebook_size)
+        return Vocabulary(self.text_size, self.layout.codebook_size)
 
 
 class MultimodalLM(nn.Module):
@@ -75,8 +92,10 @@ class MultimodalLM(nn.Module):
         cls,
         size: str,
         text_size: int,
-        code_vectors: Tensor,
+        layout: Layout,
+        code_vectors: Iterable[Tensor],
         objectives: ObjectivesConfig | None = None,
+        reads: Sequence[str] = (),
     ) -> "MultimodalLM":
         """A network to train.
 
@@ -84,14 +103,17 @@ class MultimodalLM(nn.Module):
             size: a named size, with random weights, or the folder of a Qwen3, with its weights. Of
                 a Qwen3 the embeddings of text ids are kept. All other rows start at their mean.
             text_size: number of ids of the text tokenizer.
-            code_vectors: float[K, C], the vector that the image tokenizer has for each code. Codes
-                with similar vectors start with similar embeddings.
+            layout: the levels of the image tokenizer.
+            code_vectors: for each group of each level float[codebook_size, C], the vectors that the
+                image tokenizer has for its codes. Codes with similar vectors start with similar
+                embeddings.
             objectives: the losses and their weights.
+            reads: see ``ModelConfig``.
 
         Raises:
             ValueError: if a Qwen3 has fewer embeddings than the text tokenizer has ids.
         """
-        vocabulary = Vocabulary(text_size, len(code_vectors))
+        vocabulary = Vocabulary(text_size, layout.codebook_size)
         weights = None
         if size not in SIZES and Path(size).is_dir():
             sizes, weights = read_qwen3(size)
@@ -104,10 +126,12 @@ class MultimodalLM(nn.Module):
         else:
             sizes = named_config(size, vocabulary.size)
         config = ModelConfig(
-            sizes, text_size, vocabulary.codebook_size, objectives or ObjectivesConfig()
+            sizes, text_size, layout, objectives or ObjectivesConfig(), reads=tuple(reads)
         )
         network = cls(config)
-        features = random_fourier_features(code_vectors, sizes.hidden_size)
+        features = torch.cat(
+            [random_fourier_features(vectors, sizes.hidden_size) for vectors in code_vectors]
+        )
         if weights is not None:
             for name in ("model.embed_tokens.weight", "lm_head.weight"):
                 if name in weights:
@@ -118,6 +142,25 @@ class MultimodalLM(nn.Module):
                 table = network.transformer.embed_tokens.weight
                 table[vocabulary.image_start : vocabulary.image_end] = 0.02 * features
         return network
+
+    def take_weights(self, source: "MultimodalLM") -> None:
+        """Copy the weights of a network of the same sizes, of which this one may have more levels.
+
+        Raises:
+            ValueError: if the sizes differ, or its levels are not the first ones of this network.
+        """
+        ours, theirs = self.config, source.config
+        shared = replace(theirs.transformer, vocab_size=ours.transformer.vocab_size)
+        if shared != ours.transformer or theirs.text_size != ours.text_size:
+            raise ValueError("its sizes are not those of this run")
+        levels = theirs.layout.levels
+        if levels != ours.layout.levels[: len(levels)]:
+            raise ValueError(f"its levels are not those of this run: {theirs.layout}")
+        weights, kept = source.state_dict(), source.vocabulary.image_end
+        for name, weight in self.state_dict().items():
+            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                weights[name] = torch.cat([weights[name][:kept], weight[kept:]])
+        self.load_state_dict(weights)
 
     @property
     def device(self) -> torch.device:
@@ -145,7 +188,7 @@ class MultimodalLM(nn.Module):
         objectives = objectives[predicted]
         objectives[count:] = NO_LOSS
         head, targets = self.transformer.lm_head.weight, packed.targets.flatten()[predicted]
-        shares = packed.unknown_shares(batch.codes_per_image).flatten()[predicted]
+        shares = packed.unknown.flatten()[predicted]
         masked = objectives == OBJECTIVES.index("reconstruct")
         groups = {
             f"reconstruct/{low:.2f}-{high:.2f}": masked & (shares > low) & (shares <= high)

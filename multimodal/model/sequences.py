@@ -10,7 +10,7 @@ M a <mask>.
                         ... and further turns of p p t t <eos>
     draw            <bos> t t <boi> ...                      after <bos>: t t <boi>  text
       next-token    ... <boi> i i i <eoi>                    after <boi>: i i i <eoi>  image
-      masked        ... <boi> i M M i                        at M itself: i          reconstruct
+      masked        ... <boi> i i i M M i                    at M itself: i          reconstruct
     document        <bos> t t <boi> i i <eoi> t t <eos>      after <bos>: t t <boi>  text
                     texts and images in any order            after <boi>: i i <eoi>  image
                                                              after <eoi>: t t <eos>  caption
@@ -19,18 +19,21 @@ M a <mask>.
 Prompts of answers carry no loss. A document that is longer than a row continues after another
 <bos>. An image is never cut.
 
+An image that opens a sequence is read: it has the levels that the model reads. Every other image
+has all levels, one after the other.
+
 The captions and the questions of ``describe`` are branches 1, 2, ... of one sequence. Each
 continues the trunk, branch 0, and sees no other branch. So the image is read once for all of them.
 Each branch has an <eoi> of its own, at the position after the trunk: the state there is the same in
 every branch, and predicts the first token of that branch. What inference reads, one image and one
 text, is a sequence with one branch.
 
-The codes of a masked image are one bidirectional block, without <boi> and <eoi>. The block has the
-codes that are known and those that are predicted, each at its position in the whole image. All
-other codes are left out, in training as in drawing: a <mask> that is not predicted says nothing and
-costs as much as a code. Everything else is causal. So the state at <eoi> of ``describe`` knows the
-image and nothing else, and the state at <boi> of ``draw`` knows the text and nothing else. They are
-the embeddings.
+The codes of a masked level are one bidirectional block, without <boi> and <eoi>. The levels before
+it stand before the block, the levels after it are left out. The block has the codes that are known
+and those that are predicted, each at its position in the whole image. All other codes are left out,
+in training as in drawing: a <mask> that is not predicted says nothing and costs as much as a code.
+Everything else is causal. So the state at <eoi> of ``describe`` knows the image and nothing else,
+and the state at <boi> of ``draw`` knows the text and nothing else. They are the embeddings.
 
 A dropped condition is <null> in the place of the text. It carries no loss.
 
@@ -39,7 +42,8 @@ Shapes: n codes of an image, K codebook size, R rows, L tokens of a row.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,9 +69,10 @@ class TokenSequence:
         objectives: the index in OBJECTIVES of that prediction, or NO_LOSS.
         blocks: 1 in the bidirectional block, else 0.
         branches: 0 in the trunk, 1, 2, ... in what continues it.
-        positions: for RoPE, from 0. A code of a masked image has its position in the whole image.
+        positions: for RoPE, from 0. A code of a masked level has its position in the whole image.
             Each branch goes on from the trunk.
         state: the index of the embedding.
+        unknown: the share of the codes of its masked level that is unknown. 1 without one.
     """
 
     ids: Ids
@@ -77,6 +82,7 @@ class TokenSequence:
     branches: Ids
     positions: Ids
     state: int = 0
+    unknown: float = 1.0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -113,15 +119,15 @@ def _next_token(ids: list[int], spans: Sequence[Span], state: int = 0) -> TokenS
 def _branched(trunk: TokenSequence, branches: Sequence[TokenSequence]) -> TokenSequence:
     """A trunk and what continues it. The state is at the first token of the first branch."""
     parts = [trunk, *branches]
-    arrays = {
+    arrays: dict[str, Any] = {
         f.name: np.concatenate([getattr(part, f.name) for part in parts])
         for f in fields(TokenSequence)
-        if f.name != "state"
+        if f.name not in ("state", "unknown")
     }
     lengths = [len(part) for part in parts]
     arrays["branches"] = np.repeat(np.arange(len(parts)), lengths)
     arrays["positions"][len(trunk) :] += len(trunk)
-    return TokenSequence(**arrays, state=len(trunk))
+    return TokenSequence(state=len(trunk), **arrays)
 
 
 def describe(
@@ -176,17 +182,19 @@ def draw(
     codes: Sequence[int] | Ids | None = None,
     masked: NDArray[np.bool_] | None = None,
     known: NDArray[np.bool_] | None = None,
+    level: slice = slice(None),
 ) -> TokenSequence:
     """A text and the image that it describes.
 
     Args:
         text: ids. None: the dropped condition.
         codes: n image codes in [0, K). None: the sequence ends at <boi>.
-        masked: bool[n], the codes to reconstruct. None: next-token prediction.
-        known: bool[n], the codes that are read. By default all that are not masked.
+        masked: bool[m], the codes to reconstruct. None: next-token prediction.
+        known: bool[m], the codes that are read. By default all that are not masked.
+        level: the m codes of the level that is masked. By default all n.
 
     Raises:
-        ValueError: if masked or known have another length than codes.
+        ValueError: if masked or known have another length than the codes of the level.
     """
     prompt = draw_prompt(vocabulary, text)
     boi = len(prompt) - 1
@@ -197,31 +205,38 @@ def draw(
     if masked is None:
         return _next_token(ids, [*spans, ("image", boi, len(ids) - 1)], state=boi)
     known = ~masked if known is None else known
-    if not len(masked) == len(known) == len(codes):
+    image = ids[boi + 1 : -1]
+    before, image = image[: level.start or 0], image[level]
+    if not len(masked) == len(known) == len(image):
         raise ValueError(
-            f"masked, known: {len(masked)} and {len(known)} entries for {len(codes)} codes"
+            f"masked, known: {len(masked)} and {len(known)} entries for {len(image)} codes"
         )
     kept = np.flatnonzero(masked | known)
-    image = ids[boi + 1 : -1]
-    sequence = _next_token([*prompt, *(image[code] for code in kept)], spans, state=boi)
-    block = slice(boi + 1, None)
-    predicted = boi + 1 + np.flatnonzero(masked[kept])
-    sequence.positions[block] = boi + 1 + kept
+    tokens = [*prompt, *before, *(image[code] for code in kept)]
+    sequence = _next_token(tokens, spans, state=boi)
+    start = len(prompt) + len(before)
+    block = slice(start, None)
+    predicted = start + np.flatnonzero(masked[kept])
+    sequence.positions[block] = start + kept
     sequence.blocks[block] = 1
     sequence.targets[predicted] = sequence.ids[predicted]
     sequence.objectives[predicted] = OBJECTIVES.index("reconstruct")
     sequence.ids[predicted] = vocabulary.mask
-    return sequence
+    return replace(sequence, unknown=1 - float(known.mean()))
 
 
 def document(
-    vocabulary: Vocabulary, parts: Sequence[list[int] | Ids], max_length: int | None = None
+    vocabulary: Vocabulary,
+    parts: Sequence[list[int] | Ids],
+    max_length: int | None = None,
+    read: Ids | slice = slice(None),
 ) -> list[TokenSequence]:
     """Texts and images in their order.
 
     Args:
         parts: ids of a text (a list), or n image codes (an array).
         max_length: tokens of a sequence. What is more continues in the next sequence.
+        read: which of the n codes are kept of an image that opens a sequence. By default all.
 
     Raises:
         ValueError: if an image does not fit a sequence.
@@ -248,9 +263,10 @@ def document(
                 cut()
             extend(part, objective)
             continue
-        boi, *image = image_tokens(vocabulary, part)
+        boi, *image = image_tokens(vocabulary, part if spans else part[read])
         if max_length is not None and len(ids) + 1 + len(image) > max_length:
             cut()
+            boi, *image = image_tokens(vocabulary, part[read])
             if 2 + len(image) > max_length:
                 raise ValueError(f"an image of {len(part)} codes does not fit {max_length} tokens")
         extend([boi], objective)
@@ -261,10 +277,6 @@ def document(
         extend([vocabulary.eos], objective)
     cut()
     return sequences
-
-
-def plain_text(vocabulary: Vocabulary, text: list[int]) -> TokenSequence:
-    return document(vocabulary, [text])[0]
 
 
 def mask_ratio(uniform: float) -> float:
@@ -292,13 +304,14 @@ def random_mask(
 
 @dataclass
 class Packed:
-    """Rows of one length. Every tensor is int64[R, L], except ``states``: int64[sequences].
+    """Rows of one length. Tensors are int64[R, L], if nothing else is said.
 
     Attributes:
         ids, targets, objectives, blocks, branches: as in TokenSequence.
         documents: numbers from 1 in each row. 0 is padding.
         positions: within the document.
-        states: the index of each sequence's embedding in the flattened rows.
+        states: int64[sequences], where the embedding of each is in the flattened rows.
+        unknown: float32[R, L], as in TokenSequence.
     """
 
     ids: Tensor
@@ -309,21 +322,10 @@ class Packed:
     documents: Tensor
     positions: Tensor
     states: Tensor
+    unknown: Tensor
 
     def to(self, device: torch.device) -> "Packed":
         return Packed(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
-
-    def unknown_shares(self, codes: int) -> Tensor:
-        """The share of the codes of each document's masked image that is unknown.
-
-        Args:
-            codes: how many codes a whole image has.
-
-        Returns:
-            float32[R, L] in [0, 1], and 1 where there is no masked image.
-        """
-        known = (self.blocks > 0) & (self.objectives != OBJECTIVES.index("reconstruct"))
-        return (1 - self.count(known).to(torch.float32) / codes)[self.document_numbers]
 
     @property
     def document_numbers(self) -> Tensor:
@@ -378,7 +380,7 @@ def pack(
     shape = (-(-len(rows) // row_multiple) * row_multiple, row_length)
     ids, objectives = np.full(shape, pad, np.int64), np.full(shape, NO_LOSS, np.int64)
     targets, blocks, branches, documents, positions = (np.zeros(shape, np.int64) for _ in range(5))
-    states = np.zeros(len(sequences), np.int64)
+    states, unknown = np.zeros(len(sequences), np.int64), np.ones(shape, np.float32)
     for r, members in enumerate(rows):
         start = 0
         for document, i in enumerate(members, start=1):
@@ -389,6 +391,7 @@ def pack(
             branches[r, here], positions[r, here] = sequence.branches, sequence.positions
             documents[r, here] = document
             states[i] = r * row_length + start + sequence.state
+            unknown[r, here] = sequence.unknown
             start += len(sequence)
-    arrays = (ids, targets, objectives, blocks, branches, documents, positions, states)
+    arrays = (ids, targets, objectives, blocks, branches, documents, positions, states, unknown)
     return Packed(*(torch.from_numpy(array) for array in arrays))

@@ -24,19 +24,20 @@ from multimodal.data.shards import Shards, read_manifest
 from multimodal.data.verify import check
 from multimodal.scenes.dataset import write_scenes
 from multimodal.seeds import sample_seed
-from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer, load_image_tokenizer
+from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 
 VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads": 2}
 
 
-def make_tokenizer(seed: int = 0) -> VQTokenizer:
+def make_tokenizer(seed: int = 0) -> ImageTokenizer:
     torch.manual_seed(seed)
     config = ImageTokenizerConfig(32, "squash", 8, VIT, {"name": "fsq", "levels": [4, 4, 4]})
     made = VQTokenizer(config).train()
     with torch.no_grad():
         for _ in range(20):
             made(torch.rand(16, 3, 32, 32) * 2 - 1)
-    return made.eval()
+    return ImageTokenizer(detail=made.eval())
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +79,13 @@ def test_training_images_get_several_crops_and_others_one_encoding(
     encode_shards(work / "scenes", tmp_path / "codes", tokenizer, encoding)
     sample = Shards(work / "scenes", "train")[5]
     codes = Shards(tmp_path / "codes", "train")[5].codes
-    assert codes.shape == (3, 4, 4)
+    assert codes.shape == (3, 16)
     for number in range(3):
         rng = np.random.default_rng(sample_seed(4, number, sample.key))
         crop = augment_image(open_image(sample.image), 32, rng, (0.5, 1.0), flip=True)
         expected = tokenizer.encode(to_tensor(crop)[None])[0]
         assert torch.equal(torch.from_numpy(codes[number]), expected)
-    assert Shards(tmp_path / "codes", "val")[0].codes.shape == (1, 4, 4)
+    assert Shards(tmp_path / "codes", "val")[0].codes.shape == (1, 16)
 
 
 def test_a_stopped_run_can_go_on_and_gives_the_same_bytes(
@@ -176,13 +177,13 @@ def test_invalid_options_are_errors(options: dict[str, Any], message: str) -> No
 
 
 def test_codes_are_stored_in_the_smallest_type() -> None:
-    codes = np.arange(32).reshape(2, 4, 4)
+    codes = np.arange(32).reshape(2, 16)
     for size, width in ((1 << 16, 2), (1 << 18, 4)):
         data = codes_to_bytes(codes + size - 32, size)
         assert len(data) == 128 + 32 * width
         assert (Sample("x", {"codes.npy": data}).codes == codes + size - 32).all()
     complete = codes_to_bytes(codes, 64)
-    too_large = complete.replace(b"(2, 4, 4)", b"(2, 4, 999999999999)")
+    too_large = complete.replace(b"(2, 16)", b"(2, 999999999999)")
     for bad in (b"garbage", b"", complete[:-1], complete[:40], too_large, b"PK\x03\x04" + complete):
         with pytest.raises(ValueError, match="sample x: its codes are not readable"):
             Sample("x", {"codes.npy": bad}).codes  # noqa: B018
@@ -294,7 +295,7 @@ def test_codes_that_do_not_fit_are_refused(
     # A tokenizer that differs in its decoder only makes the same codes.
     sharper = make_tokenizer()
     with torch.no_grad():
-        sharper.decoder.last_layer.mul_(2)
+        sharper.detail.decoder.last_layer.mul_(2)
     sharper.save(tmp_path / "sharper")
     fits = ["fit", "--config", str(joint / "joint.yaml"), "--output", str(tmp_path / "fits")]
     taken = ["--model.init_args.image_tokenizer", str(tmp_path / "sharper")]
@@ -304,7 +305,7 @@ def test_codes_that_do_not_fit_are_refused(
     manifest = tmp_path / "codes/manifest.json"
     about = json.loads(manifest.read_text())
     for change, message in (
-        ({"grid": 5}, "the manifest says 5 x 5"),
+        ({"codes_per_image": 5}, "the manifest says 5 of"),
         ({"codebook_size": 2}, "of 2"),
     ):
         forged = about | {"image_tokenizer": about["image_tokenizer"] | change}

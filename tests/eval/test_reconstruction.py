@@ -19,7 +19,8 @@ from multimodal.eval.tasks.reconstruction import score_tokenizer
 from multimodal.scenes.dataset import write_scenes
 from multimodal.scenes.rendering import render
 from multimodal.scenes.scene import sample_scene
-from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.image import ImageTokenizer
 
 VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads": 2}
 
@@ -31,14 +32,14 @@ def scenes(count: int, size: int = 32) -> Tensor:
     return torch.stack([to_tensor(picture) for picture in pictures])
 
 
-def tokenizer(image_size: int = 32, **quantizer: Any) -> VQTokenizer:
+def tokenizer(image_size: int = 32, **quantizer: Any) -> ImageTokenizer:
     torch.manual_seed(0)
     options = quantizer or {"name": "fsq", "levels": [5, 5, 5]}
     result = VQTokenizer(ImageTokenizerConfig(image_size, "squash", 8, VIT, options))
     with torch.no_grad():
         for _ in range(30):  # batch statistics settle, and many codes are used
             result.train()(scenes(8, image_size))
-    return result.eval()
+    return ImageTokenizer(detail=result.eval())
 
 
 def test_the_random_features_are_the_same_for_everyone() -> None:
@@ -67,11 +68,11 @@ def test_perceptual_distance_grows_with_noise() -> None:
 
 
 def test_unavailable_features_raise_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected random, timm:MODEL or timm:MODEL=FILE"):
+    with pytest.raises(ValueError, match="expected timm:MODEL.* that need no weights: random"):
         Features("vgg")
     with pytest.raises(ValueError, match="no such file"):
         Features(f"timm:resnet18={tmp_path}/none.safetensors")
-    with pytest.raises(ValueError, match="use the features that need no weights: random"):
+    with pytest.raises(ValueError, match="no such model. Features that need no weights: random"):
         Features("timm:no_such_model")
 
 
@@ -88,6 +89,14 @@ def test_features_of_timm_are_loaded_from_a_file(tmp_path: Path) -> None:
     )
     expected = network.eval().forward_features(((images + 1) / 2 - mean) / std)
     torch.testing.assert_close(features.maps(images)[-1], expected)
+    # The names in the file may be those of another implementation: then the order counts.
+    weights = network.state_dict().values()
+    torch.save({str(number): w for number, w in enumerate(weights)}, tmp_path / "other.pth")
+    ordered = Features(f"timm:test_resnet={tmp_path}/other.pth", [0, -1])
+    maps, ordered_maps = features.maps(images), ordered.maps(images)
+    assert len(ordered_maps) == 2 and len(maps) > 2
+    assert torch.equal(ordered_maps[0], maps[0]) and torch.equal(ordered_maps[1], maps[-1])
+    assert ordered.label == features.label == "features of timm:test_resnet"
 
 
 def test_scores_equal_the_formulas() -> None:
@@ -159,7 +168,7 @@ def test_the_command(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["a", "--output", "x.txt"], "expected a name that ends in .json"),
         (["a", "--limit", "0"], "expected at least 1"),
         (["a", "--split", "nope"], "no split 'nope'"),
-        (["a", "--features", "inception"], "expected random, timm"),
+        (["a", "--features", "inception"], "that need no weights: random"),
     ],
 )
 def test_error_messages_are_one_line(

@@ -53,7 +53,7 @@ def losses_and_gradients(network: MultimodalLM, packed: Packed) -> tuple[Tensor,
     ids = torch.arange(2, device=packed.ids.device)
     image_states, text_states = packed.states.view(2, 2)
     tokens = int((packed.documents > 0).sum())
-    total, _ = network(TrainingBatch(packed, image_states, text_states, ids, ids, 16, tokens))
+    total, _ = network(TrainingBatch(packed, image_states, text_states, ids, ids, tokens))
     learned = [weight for weight in network.parameters() if weight.requires_grad]
     return total.detach(), list(torch.autograd.grad(total, learned, allow_unused=True))
 

@@ -320,16 +320,16 @@ def test_only_an_image_tokenizer_with_the_same_codes_replaces_another(
     export = ["export", "model", str(tiny_model_folder), str(tmp_path / "out"), "--dtype"]
     export += ["float32", "--image-tokenizer", str(tmp_path / "other")]
     weights = dict(model.image_tokenizer.named_parameters())
-    stem = weights["encoder.stem.0.weight"].clone()
+    stem = weights["detail.encoder.stem.0.weight"].clone()
     with torch.no_grad():
-        weights["encoder.stem.0.weight"] *= 1.5
+        weights["detail.encoder.stem.0.weight"] *= 1.5
     model.image_tokenizer.save(tmp_path / "other")
     assert main(export) == 1
     assert "makes other codes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with torch.no_grad():
-        weights["encoder.stem.0.weight"].copy_(stem)
-        weights["decoder.from_vectors.weight"] *= 1.5
+        weights["detail.encoder.stem.0.weight"].copy_(stem)
+        weights["detail.decoder.from_vectors.weight"] *= 1.5
     model.image_tokenizer.save(tmp_path / "other")
     assert main(export) == 0
     old, new = load(tiny_model_folder), load(tmp_path / "out")

@@ -71,7 +71,6 @@ def batch_of_sequences(
         *states,
         image_ids,
         text_ids,
-        codes_per_image=model.codes_per_image,
         tokens=int((packed.documents > 0).sum()),
     )
 

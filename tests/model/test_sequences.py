@@ -16,7 +16,6 @@ from multimodal.model.sequences import (
     draw,
     mask_ratio,
     pack,
-    plain_text,
     random_mask,
 )
 from multimodal.model.vocabulary import SPECIALS, Vocabulary
@@ -185,7 +184,7 @@ def test_draw_without_an_image_and_text() -> None:
         "<bos> -> 11 text", "11 -> 12 text", "12 -> 13 text", "13 -> <boi> text", "<boi>"
     ]  # fmt: skip
     assert sequence.state == 4
-    assert table(plain_text(VOCABULARY, TEXT)) == [
+    assert table(document(VOCABULARY, [TEXT])[0]) == [
         "<bos> -> 11 text", "11 -> 12 text", "12 -> 13 text", "13 -> <eos> text", "<eos>"
     ]  # fmt: skip
 
@@ -224,7 +223,7 @@ def test_a_long_document_continues_in_the_next_sequence_and_loses_nothing(max_le
 def test_an_empty_text() -> None:
     assert table(describe(VOCABULARY, CODES, [[]]))[-2:] == ["<eoi> -> <eos> caption", "<eos>"]
     assert table(draw(VOCABULARY, []))[0] == "<bos> -> <boi> text"
-    assert table(plain_text(VOCABULARY, [])) == ["<bos> -> <eos> text", "<eos>"]
+    assert table(document(VOCABULARY, [[]])[0]) == ["<bos> -> <eos> text", "<eos>"]
 
 
 def test_a_mask_of_another_length_is_refused() -> None:

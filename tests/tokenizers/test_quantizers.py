@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from multimodal.tokenizers.detail import make_quantizer
 from multimodal.tokenizers.fsq import FSQ
 from multimodal.tokenizers.lfq import LFQ
 from multimodal.tokenizers.quantizer import CodebookUsage
-from multimodal.tokenizers.registry import make_quantizer
 
 # --- FSQ ------------------------------------------------------------------------------------------
 

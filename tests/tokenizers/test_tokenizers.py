@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from multimodal.model.vocabulary import SPECIALS
-from multimodal.tokenizers.image import ImageTokenizerConfig, VQTokenizer, load_image_tokenizer
+from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer, load_detail
 from multimodal.tokenizers.text import TextTokenizer
 
 # --- text -----------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_impossible_configurations_are_refused(options: dict[str, Any], message:
 
 def test_folder_round_trip(tokenizer: VQTokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
-    again = load_image_tokenizer(tmp_path)
+    again = load_detail(tmp_path)
     assert again.config == tokenizer.config and not again.training
     assert again.fingerprint == tokenizer.fingerprint
     images = pictures(4, 32)
@@ -233,21 +233,21 @@ def test_an_altered_folder_is_refused(tokenizer: VQTokenizer, tmp_path: Path) ->
     config, state = path.read_text(), load_file(weights)
     path.write_text(json.dumps({**json.loads(config), "fit": "crop"}))
     with pytest.raises(ValueError, match="weights and config do not belong together"):
-        load_image_tokenizer(tmp_path)
+        load_detail(tmp_path)
     path.write_text(config)
     name = min(state)
     save_file(state | {name: state[name] + 1}, weights)
     with pytest.raises(ValueError, match="weights and config do not belong together"):
-        load_image_tokenizer(tmp_path)
+        load_detail(tmp_path)
     weights.write_bytes(weights.read_bytes()[:200])
     with pytest.raises(ValueError, match="not an image tokenizer"):
-        load_image_tokenizer(tmp_path)
+        load_detail(tmp_path)
     weights.unlink()
     with pytest.raises(ValueError, match=r"model.safetensors is missing|not an image tokenizer"):
-        load_image_tokenizer(tmp_path)
+        load_detail(tmp_path)
     path.write_text("{")
     with pytest.raises(ValueError, match="not an image tokenizer"):
-        load_image_tokenizer(tmp_path)
+        load_detail(tmp_path)
 
 
 def test_bf16_gives_nearly_the_same_codes(tokenizer: VQTokenizer) -> None:

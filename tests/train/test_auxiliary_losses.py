@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
-from multimodal.tokenizers.image import ImageTokenizerConfig
+from multimodal.tokenizers.detail import ImageTokenizerConfig
 from multimodal.train.auxiliary_losses import PatchDiscriminator, adversarial_losses
 from multimodal.train.image_tokenizer import ImageTokenizerModule
 from multimodal.train.optim import muon
