@@ -51,6 +51,9 @@ BELOW: dict[str, tuple[str, ...]] = {
         "foundation", "tokenizers", "data", "model", "inference", "api", "eval", "eval.evaluator",
         "eval.metrics", "eval.tasks",
     ),
+    "train.rewards": (
+        "foundation", "data", "model", "inference", "eval.metrics", "eval.tasks", "train",
+    ),
 }  # fmt: skip
 # What is exact about scenes: evaluators like any other, and the page of the demo.
 KNOWS_SCENES = ("eval.metrics.scene_", "eval.tasks.scene_", "eval.demo")

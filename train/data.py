@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader
 
 from multimodal.data.parallel import worker_context
@@ -36,6 +37,9 @@ class GlobalBatchLoader(DataLoader[Any]):
             collate_fn=dataset.collate,
             multiprocessing_context=worker_context(__name__) if workers else None,
             persistent_workers=False,
+            # An iterator draws a seed. A resumed run makes one more, which must not change the
+            # random numbers of the training (dropout).
+            generator=torch.Generator(),
         )
         self._done = (0, 0)
 

@@ -188,17 +188,24 @@ class JointModule(MuonModule):
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 
-    def pack(self, batch: Examples) -> TrainingBatch:
-        """The rows of a batch, on the device of the network."""
+    def samples(self, batch: Examples) -> list[TrainingSample]:
+        """The samples of a batch with their codes."""
         fields = zip(
             batch.keys, batch.records, self.codes(batch), batch.seeds, batch.documents, strict=True
         )
-        samples = [
+        return [
             TrainingSample(key, record, codes.cpu().numpy(), seed, document)
             for key, record, codes, seed, document in fields
         ]
+
+    def build(self, batch: Examples) -> TrainingBatch:
+        """The sequences of a batch."""
         only_draws = self.training and not self.network.config.objectives.alignment_weight
-        packed = self.builder.build(samples, skip_untaught=only_draws)
+        return self.builder.build(self.samples(batch), skip_untaught=only_draws)
+
+    def pack(self, batch: Examples) -> TrainingBatch:
+        """The rows of a batch, on the device of the network."""
+        packed = self.build(batch)
         self.tokens = packed.tokens
         self.flops = training_flops(self.network.config.transformer, packed.packed)
         return packed.to(self.device)

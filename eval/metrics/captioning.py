@@ -9,6 +9,8 @@ import contextlib
 import io
 import re
 import string
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]")
@@ -90,4 +92,32 @@ def score_captions(
             key: {name: float(score) for name, score in zip(names, scores, strict=True)}
             for key, scores in images
         },
+    }
+
+
+# Words that no sentence ends with.
+_OPEN_WORDS = frozenset(
+    "a an the in on of at with and or to from by for near while as his her its their".split()
+)
+
+
+def sentence_health(captions: Sequence[str]) -> dict[str, float]:
+    """Whether captions are still sentences, which a reward for words alone does not see.
+
+    Args:
+        captions: at least one.
+
+    Returns:
+        - ``distinct``: the share of different captions.
+        - ``words``: the mean number of words.
+        - ``bad_endings``: the share that ends in a word like "a" or "with", or is empty.
+        - ``repetitions``: the share that has the same word twice in a row.
+    """
+    texts = [ptb_tokenize(caption).split() for caption in captions]
+    count = len(texts)
+    return {
+        "distinct": len(set(map(tuple, texts))) / count,
+        "words": sum(map(len, texts)) / count,
+        "bad_endings": sum(not words or words[-1] in _OPEN_WORDS for words in texts) / count,
+        "repetitions": sum(any(a == b for a, b in pairwise(words)) for words in texts) / count,
     }

@@ -51,8 +51,9 @@ def compact_rows(going: Sequence[int]) -> list[int]:
 class DecodeBatch:
     """Prompts that were read into a cache, and the state after their last token.
 
-    A beginning that all prompts share (an image with many questions, few-shot examples) is read
-    once. The rest is padded on the left. Padding is a document of its own that no token sees.
+    Equal prompts are read once, and so is a beginning that all prompts share (an image with many
+    questions, few-shot examples). The rest is padded on the left. Padding is a document of its own
+    that no token sees.
 
     Args:
         network: reads the tokens.
@@ -68,6 +69,10 @@ class DecodeBatch:
     ) -> None:
         check_length(network, prompts, new_tokens)
         self.network = network
+        number_of = {
+            prompt: number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))
+        }
+        rows, prompts = [number_of[tuple(prompt)] for prompt in prompts], list(map(list, number_of))
         shared = shared_length(prompts)
         longest = max(map(len, prompts)) - shared
         ids = torch.full((len(prompts), longest), network.vocabulary.pad)
@@ -88,6 +93,8 @@ class DecodeBatch:
         self.hidden = self._read_prompt(ids, positions, mask, self.cache)
         self.last_position = positions[:, -1:]
         self.visible = F.pad(documents.bool(), (shared, 0), value=True)
+        if len(rows) > len(prompts):
+            self.keep(rows)
 
     def _read_shared(self, ids: list[int]) -> None:
         """Read a common beginning once and copy its keys and values to all rows."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from multimodal.model.lessons import answer_text, descriptions_of, exchanges_of, lesson_of
@@ -25,7 +26,6 @@ from multimodal.model.sequences import (
     document,
     draw,
     pack,
-    random_mask,
 )
 from multimodal.model.templates import Templates
 from multimodal.model.vocabulary import Vocabulary
@@ -51,6 +51,8 @@ class TrainingSample:
         seed: decides everything random about it.
         document: the texts of a document in their order, with None in the place of each image.
             Empty for an image with texts about it.
+        written: captions of its image that the network wrote, each with its advantage: ids up to
+            <eos>, or up to the last token that there was room for.
     """
 
     key: str
@@ -58,6 +60,28 @@ class TrainingSample:
     codes: Ids
     seed: int
     document: Sequence[str | None] = ()
+    written: Sequence[tuple[list[int], float]] = ()
+
+
+@dataclass(frozen=True)
+class WrittenTokens:
+    """The M tokens of all captions that the network wrote.
+
+    Attributes:
+        positions: int64[M], in the flattened rows, of what predicts each token.
+        targets: int64[M], the ids.
+        advantages: float32[M], of the caption.
+        joint_weight: of all other losses beside that of these tokens.
+    """
+
+    positions: Tensor
+    targets: Tensor
+    advantages: Tensor
+    joint_weight: float
+
+    def to(self, device: torch.device) -> "WrittenTokens":
+        tensors = ("positions", "targets", "advantages")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
 @dataclass(frozen=True)
@@ -74,6 +98,7 @@ class TrainingBatch:
         image_hashes: int64[B], equal for equal images.
         text_hashes: int64[B], equal for equal texts. -1: there is no text, or it was dropped.
         tokens: tokens that are not padding.
+        written: what the network wrote itself, in reward training.
     """
 
     packed: Packed
@@ -82,10 +107,12 @@ class TrainingBatch:
     image_hashes: Tensor
     text_hashes: Tensor
     tokens: int
+    written: WrittenTokens | None = None
 
     def to(self, device: torch.device) -> "TrainingBatch":
-        tensors = ("packed", "image_positions", "text_positions", "image_hashes", "text_hashes")
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+        names = ["packed", "image_positions", "text_positions", "image_hashes", "text_hashes"]
+        names += ["written"] * (self.written is not None)
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 @dataclass(frozen=True)
@@ -135,13 +162,18 @@ class BatchBuilder:
         return self.layout.indices(self.reads).numpy()
 
     def build(
-        self, samples: Sequence[TrainingSample], skip_untaught: bool = False
+        self,
+        samples: Sequence[TrainingSample],
+        skip_untaught: bool = False,
+        joint_weight: float | None = None,
     ) -> TrainingBatch:
         """The batch of these samples.
 
         Args:
             skip_untaught: leave out sequences that no loss reads. This halves the cost of a run
                 that only draws. An alignment loss needs all sequences.
+            joint_weight: of all losses beside that of the captions that the network wrote. None:
+                it wrote none.
 
         Raises:
             ValueError: for a sample without text, or with a sequence longer than a row.
@@ -178,6 +210,31 @@ class BatchBuilder:
             image_hashes=image_hashes,
             text_hashes=text_hashes,
             tokens=int((packed.documents > 0).sum()),
+            written=self._written(samples, pairs, packed.states.tolist(), joint_weight),
+        )
+
+    def _written(
+        self,
+        samples: Sequence[TrainingSample],
+        pairs: Mapping[int, PairSequences],
+        states: Sequence[int],
+        joint_weight: float | None,
+    ) -> WrittenTokens | None:
+        """Where the tokens of written captions are predicted; states: of the pairs, first."""
+        if joint_weight is None:
+            return None
+        positions, targets, advantages = [np.zeros(0, np.int64)], list[int](), list[float]()
+        for state, (number, pair) in zip(states, pairs.items(), strict=False):
+            for branch, (ids, advantage) in enumerate(samples[number].written, start=1):
+                first = np.searchsorted(pair.describe.branches, branch)  # the <eoi> of the branch
+                positions.append(state - pair.describe.state + first + np.arange(len(ids)))
+                targets += ids
+                advantages += [advantage] * len(ids)
+        return WrittenTokens(
+            torch.from_numpy(np.concatenate(positions)),
+            torch.tensor(targets, dtype=torch.int64),
+            torch.tensor(advantages, dtype=torch.float32),
+            joint_weight,
         )
 
     def pair(self, sample: TrainingSample) -> PairSequences:
@@ -192,7 +249,8 @@ class BatchBuilder:
         )
         (codes,) = sample.codes
         texts = [self.encode(caption) for caption in lesson.captions]
-        describe_image = self._describe(codes, texts, lesson.exchanges)
+        written = [ids for ids, _ in sample.written]
+        describe_image = self._describe(codes, texts, lesson.exchanges, written)
         rng = np.random.default_rng([sample.seed, 1])
         form, dropped = rng.random(), rng.random() < self.objectives.drop_condition
         ids, text = (texts[0], lesson.captions[0]) if texts else (None, None)
@@ -270,10 +328,14 @@ class BatchBuilder:
         return document(self.vocabulary, parts, self.row_length, self.read)
 
     def _describe(
-        self, codes: Ids, texts: list[list[int]], exchanges: Sequence[tuple[str, str]] = ()
+        self,
+        codes: Ids,
+        texts: list[list[int]],
+        exchanges: Sequence[tuple[str, str]] = (),
+        written: Sequence[list[int]] = (),
     ) -> TokenSequence:
         turns = [(self.encode(prompt), self.encode(reply)) for prompt, reply in exchanges]
-        return describe(self.vocabulary, codes[self.read], texts, turns, self.row_length)
+        return describe(self.vocabulary, codes[self.read], texts, turns, self.row_length, written)
 
     def _check_length(self, length: int, name: str) -> None:
         if length > self.row_length:
@@ -281,3 +343,26 @@ class BatchBuilder:
                 f"{name} makes a sequence of {length} tokens, more than "
                 f"row_length={self.row_length}: raise it, or cut the text"
             )
+
+
+def mask_ratio(uniform: float) -> float:
+    """The share that is unknown, by the cosine schedule of MaskGIT (Chang et al. 2022,
+    arXiv:2202.04200): [0, 1) -> (0, 1]."""
+    return float(np.cos(uniform * np.pi / 2))
+
+
+def random_mask(
+    count: int, rng: np.random.Generator
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """What one step of a masked drawing predicts and what it knows.
+
+    A share of the codes, by ``mask_ratio`` of a uniform number, is unknown: at least one code. A
+    uniform share of the unknown codes is predicted: at least one code.
+
+    Returns:
+        masked, known: bool[count] each.
+    """
+    unknown = max(1, round(count * mask_ratio(rng.random())))
+    to_predict = max(1, round(unknown * rng.random()))
+    rank = rng.permutation(count)
+    return rank < to_predict, rank >= unknown

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from multimodal.distributed import global_sum, world_size
 from multimodal.model.alignment import Alignment
 from multimodal.model.attention import Backend, attention_mask, block_mask
-from multimodal.model.batches import TrainingBatch
+from multimodal.model.batches import TrainingBatch, WrittenTokens
 from multimodal.model.compiled import CompiledForward
-from multimodal.model.objectives import ObjectivesConfig, token_losses
+from multimodal.model.objectives import ObjectivesConfig, policy_loss, token_losses
 from multimodal.model.qwen3 import read_qwen3
 from multimodal.model.sequences import NO_LOSS, OBJECTIVES, Packed
 from multimodal.model.templates import Templates
@@ -220,7 +220,28 @@ class MultimodalLM(nn.Module):
                 squares = global_sum(torch.cat(gradients).float().square().sum())
                 parts["grad_norm/alignment"] = squares.sqrt() / world_size()
             total = total + weighted
+        if batch.written is not None:
+            parts["policy"], parts["grad_norm/policy"] = self._policy_loss(hidden, batch.written)
+            total = batch.written.joint_weight * total + parts["policy"]
         return total, {**parts, "total": total}
+
+    def _policy_loss(self, hidden: Tensor, written: WrittenTokens) -> tuple[Tensor, Tensor]:
+        """The loss of written captions, and its gradient norm; hidden: float[R * L, D].
+
+        A caption is sampled from the ids of texts and <eos> only.
+        """
+        text_size, eos = self.vocabulary.text_size, self.vocabulary.eos
+        head = self.transformer.lm_head.weight
+        head = torch.cat([head[:text_size], head[eos : eos + 1]])
+        padding = (0, -len(written.targets) % SHAPE_MULTIPLE)
+        targets = written.targets.where(written.targets != eos, text_size)
+        return policy_loss(
+            hidden[F.pad(written.positions, padding)],
+            head,
+            F.pad(targets, padding),
+            F.pad(written.advantages, padding),
+            len(targets),
+        )
 
 
 def random_fourier_features(vectors: Tensor, width: int) -> Tensor:

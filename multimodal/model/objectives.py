@@ -78,6 +78,32 @@ class ObjectivesConfig:
         return bool(np.isin(sequence.objectives, weighted).any())
 
 
+def policy_loss(
+    hidden: Tensor, head: Tensor, targets: Tensor, advantages: Tensor, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Make texts that were sampled more likely, as much as they were better than expected.
+
+    REINFORCE (Williams 1992): minus advantage * log-likelihood. In expectation its gradient is that
+    of the reward, times the texts over the tokens.
+
+    Args:
+        hidden: float[M, D], the states that predict the tokens of the texts.
+        head: float[A, D], of the ids that the texts were sampled from.
+        targets: int64[M], rows of ``head``.
+        advantages: float32[M], the reward of each text minus what was expected. 0 for padding.
+        tokens: those of this rank that are no padding.
+
+    Returns:
+        The loss, float32[], a mean over the tokens of all ranks; and the norm of its gradient at
+        the states.
+    """
+    count = global_sum(torch.tensor(tokens, device=hidden.device)).clamp(min=1)
+    weights = advantages * (world_size() / count)
+    losses = head_losses(hidden, head, targets, weights, torch.zeros_like(weights))
+    norm = global_sum(losses.state_grad_norm_sq.sum()).sqrt() / world_size()
+    return losses.total, norm
+
+
 def token_losses(
     hidden: Tensor,
     head: Tensor,

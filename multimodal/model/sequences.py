@@ -135,7 +135,8 @@ def describe(
     codes: Sequence[int] | Ids,
     texts: Sequence[list[int]],
     turns: Sequence[Turn] = (),
-    max_length: int | None = None,
+    max_length: int = sys.maxsize,
+    written: Sequence[list[int]] = (),
 ) -> TokenSequence:
     """An image with its captions, and with questions about it in turn.
 
@@ -144,21 +145,28 @@ def describe(
         texts: ids of each caption.
         turns: of questions and answers.
         max_length: captions and turns that would make the sequence longer are left out. The first
-            caption always stays, or the first turn if there is no caption. Turns come before the
-            second caption.
+            branch always stays. Turns come before the second caption.
+        written: ids of captions by a model, up to their last token: branches 1, 2, ... without a
+            loss. The last token is not read.
 
     Raises:
-        ValueError: if there is neither a caption nor a turn.
+        ValueError: if there is nothing but the image.
     """
-    if not (texts or turns):
+    if not (texts or turns or written):
         raise ValueError("an image without a caption and a question describes nothing")
     *trunk, eoi = describe_prompt(vocabulary, codes)
-    captions = [
-        _next_token([eoi, *text, vocabulary.eos], [("caption", 0, len(text) + 1)]) for text in texts
-    ]
-    branches = captions[:1]
-    room = (sys.maxsize if max_length is None else max_length) - len(trunk)
-    room -= sum(len(branch) for branch in branches)
+    branches = [_next_token([eoi, *text[:-1]], []) for text in written]
+    room = max_length - len(trunk) - sum(len(branch) for branch in branches)
+
+    def add(text: list[int]) -> None:
+        nonlocal room
+        if not branches or len(text) + 2 <= room:
+            spans: list[Span] = [("caption", 0, len(text) + 1)]
+            branches.append(_next_token([eoi, *text, vocabulary.eos], spans))
+            room -= len(branches[-1])
+
+    for text in texts[:1]:
+        add(text)
     ids, spans = [eoi], list[Span]()
     for prompt, text in turns:
         turn = [*prompt, *text, vocabulary.eos]
@@ -169,10 +177,8 @@ def describe(
     if spans:
         branches.append(_next_token(ids, spans))
         room -= len(ids)
-    for caption in captions[1:]:
-        if len(caption) <= room:
-            branches.append(caption)
-            room -= len(caption)
+    for text in texts[1:]:
+        add(text)
     return _branched(_next_token(trunk, []), branches)
 
 
@@ -277,29 +283,6 @@ def document(
         extend([vocabulary.eos], objective)
     cut()
     return sequences
-
-
-def mask_ratio(uniform: float) -> float:
-    """The share that is unknown, by the cosine schedule of MaskGIT (Chang et al. 2022,
-    arXiv:2202.04200): [0, 1) -> (0, 1]."""
-    return float(np.cos(uniform * np.pi / 2))
-
-
-def random_mask(
-    count: int, rng: np.random.Generator
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """What one step of a masked drawing predicts and what it knows.
-
-    A share of the codes, by ``mask_ratio`` of a uniform number, is unknown: at least one code. A
-    uniform share of the unknown codes is predicted: at least one code.
-
-    Returns:
-        masked, known: bool[count] each.
-    """
-    unknown = max(1, round(count * mask_ratio(rng.random())))
-    to_predict = max(1, round(unknown * rng.random()))
-    rank = rng.permutation(count)
-    return rank < to_predict, rank >= unknown
 
 
 @dataclass

@@ -11,6 +11,7 @@ Shapes: B batch, L queries, S keys, D width, H heads, G key-value heads, d head 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -111,9 +112,9 @@ def add_dropped(x: Tensor, branch: Tensor, dropout: float) -> Tensor:
     if not branch.is_cpu or torch.compiler.is_compiling():
         return x + F.dropout(branch, dropout)
     words = torch.empty(-(-branch.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-    kept = words.view(torch.uint8)[: branch.numel()].view(branch.shape) >= round(256 * dropout)
-    scale = 256 / (256 - round(256 * dropout))
-    return torch.addcmul(x, branch, kept.to(branch.dtype), value=scale)
+    dropped = min(255, round(256 * dropout))  # of 256 bytes
+    kept = words.view(torch.uint8)[: branch.numel()].view(branch.shape) >= dropped
+    return torch.addcmul(x, branch, kept.to(branch.dtype), value=256 / (256 - dropped))
 
 
 def token_product(x: Tensor, linear: nn.Module) -> Tensor:
@@ -251,8 +252,7 @@ class Transformer(nn.Module):
     Attributes:
         recompute: in training keep only what enters a layer, and compute the rest again in the
             backward pass (Chen et al. 2016, arXiv:1604.06174).
-        dropout: in training, the share of the embeddings and of what attention and MLPs add that is
-            set to 0.
+        dropout: in training, the share of embeddings and of what layers add that is set to 0.
     """
 
     recompute = False
@@ -301,17 +301,13 @@ class Transformer(nn.Module):
         """
         cos_sin = rope(positions, self.config)
         dropout = self.dropout if self.training else 0.0
+        recompute = self.recompute and torch.is_grad_enabled() and cache is None
         x = self.embed_tokens(ids)
         x = add_dropped(torch.zeros_like(x[..., :1]), x, dropout) if dropout else x
         for number, layer in enumerate(self.layers):
             queries = query_slice if number == len(self.layers) - 1 else ALL
-            arguments = (x, cos_sin, mask, cache, number, queries, dropout)
-            recompute = self.recompute and torch.is_grad_enabled() and cache is None
-            x = (
-                checkpoint(layer, *arguments, use_reentrant=False)
-                if recompute
-                else layer(*arguments)
-            )
+            run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
+            x = run(x, cos_sin, mask, cache, number, queries, dropout)
         if cache is not None:
             cache.length += ids.shape[1]
         return self.norm(x)

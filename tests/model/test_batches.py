@@ -1,5 +1,6 @@
 """The sequences that samples become, and the batches of sequences."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -7,7 +8,13 @@ import numpy as np
 import pytest
 
 from multimodal.api import Model
-from multimodal.model.batches import DOCUMENT_SEQUENCES, ROW_MULTIPLE, PairSequences
+from multimodal.model.batches import (
+    DOCUMENT_SEQUENCES,
+    ROW_MULTIPLE,
+    PairSequences,
+    mask_ratio,
+    random_mask,
+)
 from multimodal.model.sequences import OBJECTIVES, TokenSequence
 from tests.samples import batch_builder, samples_of
 
@@ -151,3 +158,33 @@ def test_the_check_before_training_reads_the_beginning_of_a_book(tiny_model: Mak
     assert [s.ids.tolist() for s in builder.possible(short)] == [
         s.ids.tolist() for s in builder.document(short)
     ]
+
+
+def test_the_mask_ratio_is_a_cosine() -> None:
+    expected = {0: 1.0, 1 / 3: math.sqrt(3) / 2, 1 / 2: math.sqrt(1 / 2), 2 / 3: 0.5}
+    for uniform, ratio in expected.items():
+        assert mask_ratio(uniform) == pytest.approx(ratio)
+    assert 0 < mask_ratio(1 - 1e-9) < 1e-8
+
+
+def test_a_random_mask_follows_the_schedule() -> None:
+    both = [random_mask(64, np.random.default_rng(seed)) for seed in range(4000)]
+    masked, known = (np.array(masks) for masks in zip(*both, strict=True))
+    assert not (masked & known).any()
+    unknown = 64 - known.sum(1)
+    assert unknown.min() == 1 and unknown.max() == 64
+    assert unknown.mean() / 64 == pytest.approx(2 / math.pi, abs=0.02)  # mean of the cosine
+    # The median of uniform is 1/2.
+    assert np.median(unknown) / 64 == pytest.approx(math.cos(math.pi / 4), abs=0.03)
+    assert known.mean(0) == pytest.approx(np.full(64, 1 - 2 / math.pi), abs=0.06), (
+        "all codes are masked alike"
+    )
+    share = masked.sum(1) / unknown
+    assert masked.sum(1).min() == 1 and share.max() == 1
+    early = unknown > 32
+    assert np.quantile(share[early], [0.25, 0.5, 0.75]) == pytest.approx(
+        [0.25, 0.5, 0.75], abs=0.04
+    )
+    assert masked.mean(0) == pytest.approx(np.full(64, 1 / math.pi), abs=0.06)
+    again = random_mask(64, np.random.default_rng(7))
+    assert (again[0] == masked[7]).all() and (again[1] == known[7]).all()

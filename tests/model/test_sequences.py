@@ -1,12 +1,11 @@
-"""Which position predicts what, how rows are packed, random masks, and the rule of attention."""
-
-import math
+"""Which position predicts what, how rows are packed, and the rule of attention."""
 
 import numpy as np
 import pytest
 import torch
 
 from multimodal.model.attention import attention_mask
+from multimodal.model.batches import random_mask
 from multimodal.model.sequences import (
     NO_LOSS,
     OBJECTIVES,
@@ -14,9 +13,7 @@ from multimodal.model.sequences import (
     describe,
     document,
     draw,
-    mask_ratio,
     pack,
-    random_mask,
 )
 from multimodal.model.vocabulary import SPECIALS, Vocabulary
 
@@ -298,37 +295,7 @@ def test_a_sequence_that_fits_no_row_is_an_error() -> None:
         pack([of_length(3, 1), of_length(9, 1)], 8, 0)
 
 
-# --- the mask -------------------------------------------------------------------------------------
-
-
-def test_the_mask_ratio_is_a_cosine() -> None:
-    expected = {0: 1.0, 1 / 3: math.sqrt(3) / 2, 1 / 2: math.sqrt(1 / 2), 2 / 3: 0.5}
-    for uniform, ratio in expected.items():
-        assert mask_ratio(uniform) == pytest.approx(ratio)
-    assert 0 < mask_ratio(1 - 1e-9) < 1e-8
-
-
-def test_a_random_mask_follows_the_schedule() -> None:
-    both = [random_mask(64, np.random.default_rng(seed)) for seed in range(4000)]
-    masked, known = (np.array(masks) for masks in zip(*both, strict=True))
-    assert not (masked & known).any()
-    unknown = 64 - known.sum(1)
-    assert unknown.min() == 1 and unknown.max() == 64
-    assert unknown.mean() / 64 == pytest.approx(2 / math.pi, abs=0.02)  # mean of the cosine
-    # The median of uniform is 1/2.
-    assert np.median(unknown) / 64 == pytest.approx(math.cos(math.pi / 4), abs=0.03)
-    assert known.mean(0) == pytest.approx(np.full(64, 1 - 2 / math.pi), abs=0.06), (
-        "all codes are masked alike"
-    )
-    share = masked.sum(1) / unknown
-    assert masked.sum(1).min() == 1 and share.max() == 1
-    early = unknown > 32
-    assert np.quantile(share[early], [0.25, 0.5, 0.75]) == pytest.approx(
-        [0.25, 0.5, 0.75], abs=0.04
-    )
-    assert masked.mean(0) == pytest.approx(np.full(64, 1 / math.pi), abs=0.06)
-    again = random_mask(64, np.random.default_rng(7))
-    assert (again[0] == masked[7]).all() and (again[1] == known[7]).all()
+# --- what sees what -------------------------------------------------------------------------------
 
 
 def test_the_attention_rule_is_that_of_the_table() -> None:

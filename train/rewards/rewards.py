@@ -1,0 +1,137 @@
+"""Rewards of captions: CIDEr, the model's own alignment, or a function in a file.
+
+A caption that does not end within its tokens has no end for a reward to judge. CIDEr counts the end
+as a word, so such a caption misses one. To the others it is an empty text. Without this a captioner
+learns to stop in the middle: "a man riding a" (Hu et al. 2023, arXiv:2305.12254).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from multimodal.data.shards import Shards
+from multimodal.eval.metrics.captioning import ptb_tokenize
+from multimodal.eval.metrics.cider import CaptionSpace, similarities
+from multimodal.eval.tasks.registry import from_file
+from multimodal.inference.embedding import embed_codes, embed_texts
+from multimodal.model.checkpoint import ModelParts
+from multimodal.model.lessons import descriptions_of
+from multimodal.model.sequences import Ids
+
+END = "<eos>"  # the word for the end of a caption
+MAX_PICTURES = 100_000  # of each folder, the first ones: words are counted in their captions
+
+
+@dataclass(frozen=True)
+class WrittenCaption:
+    """A caption that the network wrote.
+
+    Args:
+        text: the caption.
+        ended: whether the network ended it.
+        record: what ``KEY.json`` holds about the image.
+        codes: int64[n], of the image.
+    """
+
+    text: str
+    ended: bool
+    record: Mapping[str, Any]
+    codes: Ids
+
+
+Reward = Callable[[Sequence[WrittenCaption]], Sequence[float]]
+
+
+class CiderReward:
+    """CIDEr-D with the captions of the image. The end is a word of all captions.
+
+    Args:
+        captions: of each training image, to count in how many images a word occurs.
+    """
+
+    def __init__(self, captions: Sequence[Sequence[str]]) -> None:
+        self.space = CaptionSpace([[_ended(caption) for caption in each] for each in captions])
+
+    def __call__(self, captions: Sequence[WrittenCaption]) -> list[float]:
+        images = {id(caption.record): caption.record for caption in captions}
+        references = {name: descriptions_of(record) for name, record in images.items()}
+        texts = [_ended(text) for each in references.values() for text in each]
+        owner = np.array([name for name, each in references.items() for _ in each])
+        candidates = [_ended(c.text) if c.ended else ptb_tokenize(c.text) for c in captions]
+        scores = similarities(self.space.vectors(candidates), self.space.vectors(texts))
+        own = np.array([id(caption.record) for caption in captions])[:, None] == owner[None]
+        means: list[float] = ((scores * own).sum(1) / own.sum(1)).tolist()
+        return means
+
+
+def _ended(caption: str) -> str:
+    return f"{ptb_tokenize(caption)} {END}"
+
+
+class AlignmentReward:
+    """The cosine of the embeddings of the image and the caption, and -1 for an empty caption."""
+
+    def __init__(self, model: ModelParts) -> None:
+        self.model = model
+
+    def __call__(self, captions: Sequence[WrittenCaption]) -> list[float]:
+        codes = {id(caption.record): caption.codes for caption in captions}
+        rows = {name: row for row, name in enumerate(codes)}
+        images = embed_codes(self.model, torch.from_numpy(np.stack(list(codes.values()))))
+        judged = [caption.text if caption.ended else "" for caption in captions]
+        texts = embed_texts(self.model, [text or "?" for text in judged])
+        own = images[[rows[id(caption.record)] for caption in captions]]
+        cosines = (own * texts).sum(-1).tolist()
+        return [cosine if text else -1.0 for text, cosine in zip(judged, cosines, strict=True)]
+
+
+class FunctionReward:
+    """A function of a user: (captions: list[str], records: list[dict]) -> a number for each."""
+
+    def __init__(
+        self, function: Callable[[list[str], list[dict[str, Any]]], Sequence[float]], name: str
+    ) -> None:
+        self.function, self.name = function, name
+
+    def __call__(self, captions: Sequence[WrittenCaption]) -> list[float]:
+        texts = [caption.text if caption.ended else "" for caption in captions]
+        values = self.function(texts, [dict(caption.record) for caption in captions])
+        rewards = [float(value) for value in values]
+        if len(rewards) != len(texts) or not np.isfinite(rewards).all():
+            raise ValueError(
+                f"{self.name}: gave {len(rewards)} rewards ({rewards[:5]} ...) for {len(texts)} "
+                "captions: expected a finite number for each"
+            )
+        return rewards
+
+
+def find_reward(name: str, model: ModelParts, shards: Sequence[Shards]) -> Reward:
+    """The reward of a name.
+
+    Args:
+        name: ``cider``, ``alignment``, or ``FILE.py:FUNCTION``.
+        model: whose alignment it is.
+        shards: the training data, whose captions CIDEr counts.
+
+    Raises:
+        ValueError: if there is no such reward, or no caption to count in.
+    """
+    if name == "alignment":
+        return AlignmentReward(model)
+    if name != "cider":
+        function = from_file(name, "reward", ("cider", "alignment"), "FUNCTION")
+        return FunctionReward(function, name)
+    folders = {source.folder: source for source in shards}.values()
+    captions = [
+        described
+        for folder in folders
+        for sample in islice(folder, MAX_PICTURES)
+        if (described := descriptions_of(sample.record))
+    ]
+    if not captions:
+        raise ValueError("reward: cider needs captions, and no training sample has one")
+    return CiderReward(captions)
