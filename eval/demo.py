@@ -19,7 +19,7 @@ from multimodal.eval.metrics.scene_drawings import named_objects, score_scene_dr
 from multimodal.eval.page import Figure, Section, page
 from multimodal.files import atomic_file
 from multimodal.scenes.checking import check_caption
-from multimodal.scenes.questions import questions
+from multimodal.scenes.questions import draw_questions
 from multimodal.scenes.rendering import render
 from multimodal.scenes.scene import sample_scene
 
@@ -88,12 +88,12 @@ class Demo:
         section = Section("Answers", about)
         right, figures = 0, []
         for picture, scene in list(zip(self.pictures, self.scenes, strict=True))[8:16]:
-            ((question, expected),) = questions(scene, self.rng, 1)
-            answer = self.model.answer(picture, question)
-            correct = answer == expected
+            (question,) = draw_questions(scene, self.rng, 1)
+            answer = self.model.answer(picture, question.usual)
+            correct = answer == question.answer
             right += correct
-            more = "" if correct else f" (right: {expected})"
-            figures.append(Figure(picture, f"{question} {answer}{more}", correct))
+            more = "" if correct else f" (right: {question.answer})"
+            figures.append(Figure(picture, f"{question.usual} {answer}{more}", correct))
         section.rows.append((f"{right} of {len(figures)} are right", figures))
         return section
 

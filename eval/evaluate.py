@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import chain, islice
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multimodal.commands.options import check_output, load_model, make_parser
+from multimodal.commands.search import default_cache
 from multimodal.data.shards import Shards
 from multimodal.eval.tasks.registry import EVALUATORS, find_evaluator
 from multimodal.files import atomic_file
@@ -33,7 +34,8 @@ EPILOG = f"""TASK is one of
 {textwrap.fill(", ".join(TASKS), 78, initial_indent="  ", subsequent_indent="  ")},
 or all, or FILE.py:CLASS, an evaluator of yours (docs/evaluation.md). A task is skipped for a folder
 if no sample has what it needs (captions, questions, classes, a scene). Intervals are 95 %, by the
-bootstrap over samples. Under torchrun, ranks share the samples. Nothing is downloaded.
+bootstrap over samples. Under torchrun, ranks share the samples. Nothing is downloaded. Captions are
+compared with what the split "train" of the same folder gives without a model.
 
 examples:
   multimodal eval all --data data/scenes --limit 200 --output results.json --page results.html
@@ -52,6 +54,11 @@ def main(argv: list[str]) -> int:
         "--limit", type=int, default=1000, help="most samples of each folder, the first ones"
     )
     options.add_argument("--batch-size", type=int, default=32)
+    options.add_argument(
+        "--cache",
+        metavar="DIR",
+        help='where features of images are kept; "" for nowhere (default: as for search)',
+    )
     options.add_argument(
         "--clip",
         metavar="MODEL=FILE",
@@ -111,6 +118,7 @@ def run(
     Raises:
         ValueError: if no sample fits any task.
     """
+    from multimodal.eval.evaluator import training_samples
     from multimodal.eval.metrics.clip_score import ClipScore
     from multimodal.eval.page import page
 
@@ -120,12 +128,15 @@ def run(
     results: list[dict[str, Any]] = []
     sections: list[Section] = []
     for folder, folder_samples in samples.items():
+        training = training_samples(folder, arguments.split)
         for task, make_evaluator in evaluators.items():
             evaluator = make_evaluator()
             usable = [sample for sample in folder_samples if evaluator.fits(sample)]
             if usable:
                 title = f"{task}: {folder}"
-                result = measure(evaluator, model, usable, arguments, clip, title, is_first)
+                result = measure(
+                    evaluator, model, usable, training, arguments, clip, title, is_first
+                )
                 results.append({"task": task, "data": str(folder), **result})
                 sections.append(section_of(title, result, evaluator, arguments.seed))
     if not results:
@@ -141,12 +152,13 @@ def measure(
     evaluator: "Evaluator",
     model: "Model",
     samples: "list[Sample]",
+    training: "Shards | Sequence[Sample]",
     arguments: argparse.Namespace,
     clip: "ClipScore | None",
     title: str,
     is_first: bool,
 ) -> dict[str, Any]:
-    """The result of one task: number of samples, protocol, scores and cost."""
+    """The result of one task: number of samples, protocol, scores, notes and cost."""
     from tqdm import tqdm
 
     from multimodal.eval.evaluator import Subject, evaluate
@@ -155,9 +167,25 @@ def measure(
         tqdm(desc=title, file=sys.stderr, disable=None if is_first else True) as bar,
         measure_cost(model.network.transformer.embed_tokens) as cost,
     ):
-        subject = Subject(model, samples, arguments.batch_size, arguments.seed, bar.update, clip)
+        cache = default_cache() if arguments.cache is None else arguments.cache
+        subject = Subject(
+            model,
+            samples,
+            arguments.batch_size,
+            arguments.seed,
+            bar.update,
+            clip,
+            training,
+            cache=Path(cache) if cache else None,
+        )
         scores = evaluate(evaluator, subject)
-    return {"n": len(samples), "protocol": evaluator.protocol, "scores": scores, "cost": cost}
+    return {
+        "n": len(samples),
+        "protocol": evaluator.protocol,
+        "scores": scores,
+        "notes": getattr(evaluator, "notes", []),
+        "cost": cost,
+    }
 
 
 def section_of(title: str, result: dict[str, Any], evaluator: "Evaluator", seed: int) -> "Section":
@@ -175,7 +203,7 @@ def section_of(title: str, result: dict[str, Any], evaluator: "Evaluator", seed:
     ]
     section = Section(
         title,
-        f"{result['n']:,} samples; {evaluator.protocol}",
+        "; ".join([f"{result['n']:,} samples", evaluator.protocol, *result["notes"]]),
         seconds=result["cost"]["seconds"],
         numbers=[Numbers(numbers)],
     )
@@ -269,6 +297,7 @@ def format_table(report: dict[str, Any]) -> str:
             if "low" in score:
                 line += f"   {score['low']:.4f} to {score['high']:.4f}"
             lines.append(line)
+        lines += [f"  {note}" for note in result["notes"]]
     about = report["protocol"]
     lines.append(
         f"model {about['model']} ({about['fingerprint']}), {about['image_size']} x "

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from multimodal.api import Model
 from multimodal.data.images import fit_image, open_image, to_image, to_tensor
 from multimodal.data.samples import CODES, Sample
+from multimodal.data.shards import Shards, splits_of
 from multimodal.distributed import gather_objects, rank, world_size
 from multimodal.eval.metrics.clip_score import ClipScore
 from multimodal.inference.codec import decode_images, encode_images
@@ -38,6 +40,7 @@ class PerQuestion:
     rows: Sequence[int]
 
 
+TRAINING_SPLIT = "train"
 Value: TypeAlias = float | Sequence[float] | PerQuestion
 T = TypeVar("T")
 U = TypeVar("U")
@@ -71,6 +74,9 @@ class Subject:
         seed: of everything random.
         on_batch: called after each batch with its number of items.
         clip: judges drawings, if given.
+        training: samples of the training split of the same folder.
+        yardsticks: measure also what needs no model, if that takes more than seconds.
+        cache: a folder for features of images that take minutes. None keeps nothing.
     """
 
     model: Model
@@ -79,6 +85,9 @@ class Subject:
     seed: int = 0
     on_batch: Callable[[int], object] = lambda count: None
     clip: ClipScore | None = None
+    training: Shards | Sequence[Sample] = ()
+    yardsticks: bool = True
+    cache: Path | None = None
 
     @property
     def has_codes(self) -> bool:
@@ -143,11 +152,17 @@ class Subject:
         return torch.stack(results)
 
 
+def training_samples(folder: Path, split: str) -> Shards | Sequence[Sample]:
+    """The training split of a shard folder. Empty if it has none, or if that split is measured."""
+    has_training = split != TRAINING_SPLIT and TRAINING_SPLIT in splits_of(folder)
+    return Shards(folder, TRAINING_SPLIT) if has_training else ()
+
+
 class Evaluator(Protocol):
     """One task.
 
     name: of the task. protocol: how its scores are measured, in words. examples: filled by
-    ``measure``.
+    ``measure``. It may also fill ``notes``, a list of texts that are shown below the scores.
     """
 
     name: ClassVar[str]

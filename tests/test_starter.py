@@ -12,7 +12,7 @@ from multimodal.eval.metrics.answering import score_answers
 from multimodal.eval.metrics.scene_captions import score_scene_captions
 from multimodal.model.checkpoint import find_model, read_config
 from multimodal.scenes.captions import captions
-from multimodal.scenes.questions import questions
+from multimodal.scenes.questions import draw_questions
 from multimodal.scenes.rendering import render
 from multimodal.scenes.scene import sample_scene
 
@@ -51,8 +51,8 @@ def test_it_captions_and_answers_about_new_scenes(starter: Model) -> None:
     assert score_scene_captions(texts, scenes)["attribute_precision"] > 0.85
     pairs = []
     for scene, picture in zip(scenes.values(), pictures, strict=True):
-        ((question, expected),) = questions(scene, rng, 1)
-        pairs.append((expected, starter.answer(picture, question)))
+        (question,) = draw_questions(scene, rng, 1)
+        pairs.append((question.answer, starter.answer(picture, question.usual)))
     assert score_answers(pairs)["accuracy"] > 0.5
 
 

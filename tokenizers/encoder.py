@@ -1,5 +1,8 @@
 """Frozen pretrained encoders of timm and open_clip, by name.
 
+By default the features are those that the network's own classifier pools, on their grid. On
+flickr8k they find better captions than the stage before (docs/decisions/meaning.md).
+
     timm:tf_efficientnet_lite0            downloaded by its name, or from the cache
     timm:tf_efficientnet_lite0=lite0.pth  weights from a file
     open_clip:ViT-B-32/laion2b_s34b_b79k  the image tower of an architecture and its weights
@@ -10,6 +13,7 @@ Files are safetensors, or checkpoints that torch opens with ``weights_only``: no
 Shapes: B images, H W pixels, h w a grid of positions, D channels of all stages.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +21,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -49,15 +54,16 @@ class EncoderName:
 
 
 class Encoder(nn.Module):
-    """Feature maps of some stages of a frozen network.
+    """Feature maps of a frozen network.
 
-    Stages after the first are resized to the grid of the last one, and their channels stand side by
-    side. The normalisation is that of the weights.
+    The maps of several stages are resized to the grid of the last one, and their channels stand
+    side by side. The normalisation is that of the weights.
 
     Args:
         name: ``KIND:MODEL[=FILE]``.
-        stages: numbers of stages, -1 the last. Stages of a convolutional network halve the
-            resolution; those of a transformer are its blocks. None: all.
+        stages: none for the final features, or numbers of stages, -1 the last. Stages of a
+            convolutional network halve the resolution; those of a transformer are its blocks.
+            None: all stages.
         pretrained: load weights. Without them they are random, to be filled by ``load_state_dict``.
 
     Raises:
@@ -68,7 +74,7 @@ class Encoder(nn.Module):
     std: Tensor
 
     def __init__(
-        self, name: str, stages: Sequence[int] | None = (-1,), pretrained: bool = True
+        self, name: str, stages: Sequence[int] | None = (), pretrained: bool = True
     ) -> None:
         super().__init__()
         parsed = EncoderName.parse(name)
@@ -114,9 +120,7 @@ class Encoder(nn.Module):
         return torch.cat(resized, dim=1).permute(0, 2, 3, 1)
 
 
-Made = tuple[nn.Module, list[float], list[float], int]
-
-
+Made: TypeAlias = tuple[nn.Module, list[float], list[float], int]
 Stages: TypeAlias = tuple[int, ...] | None
 
 
@@ -125,11 +129,13 @@ def _timm(name: EncoderName, stages: Stages, pretrained: bool) -> Made:
 
     if not timm.is_model(name.model):
         raise ValueError(f"encoder {name}: timm has no such model")
-    download = pretrained and not name.file
+    final = stages is not None and not stages
+    kind: dict[str, Any] = {"num_classes": 0} if final else {"features_only": True}
+    if stages:
+        kind["out_indices"] = stages
     try:
-        chosen: dict[str, Any] = {} if stages is None else {"out_indices": stages}
         network: Any = timm.create_model(
-            name.model, pretrained=download, features_only=True, **chosen
+            name.model, pretrained=pretrained and not name.file, **kind
         )
     except (IndexError, AssertionError) as error:
         raise ValueError(f"encoder {name}: stages {stages}: {error}") from error
@@ -143,7 +149,26 @@ def _timm(name: EncoderName, stages: Stages, pretrained: bool) -> Made:
         renamed = {_feature_name(key, kept): weight for key, weight in weights.items()}
         network.load_state_dict({key: renamed[key] for key in kept})
     config = network.pretrained_cfg
+    if final:
+        network = _FinalMap(network)
     return network, list(config["mean"]), list(config["std"]), int(config["input_size"][-1])
+
+
+class _FinalMap(nn.Module):
+    """What the classifier of a network of timm pools, as one map: [float[B, D, h, w]]."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network, self.prefix = network, int(getattr(network, "num_prefix_tokens", 0))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        found: Tensor = self.network.forward_features(images)
+        if found.ndim == 3:  # tokens, after those that stand for no position
+            found = found[:, self.prefix :]
+            return [rearrange(found, "b (h w) d -> b d h w", h=math.isqrt(found.shape[1]))]
+        if found.shape[1] != self.network.num_features:  # some transformers have channels last
+            found = found.permute(0, 3, 1, 2)
+        return [found]
 
 
 def _feature_name(name: str, names: Any) -> str:
@@ -159,11 +184,16 @@ class _ClipTower(nn.Module):
 
     def __init__(self, visual: nn.Module, stages: Stages) -> None:
         super().__init__()
-        self.visual, self.stages = visual, None if stages is None else list(stages)
+        self.visual, self.final = visual, stages is not None and not stages
+        self.indices = None if stages is None else list(stages) or 1
 
     def forward(self, images: Tensor) -> list[Tensor]:
         found: Any = self.visual.forward_intermediates(  # type: ignore[operator]
-            images, indices=self.stages, stop_early=True, intermediates_only=True
+            images,
+            indices=self.indices,
+            stop_early=True,
+            normalize_intermediates=self.final,
+            intermediates_only=True,
         )
         return list(found["image_intermediates"])
 

@@ -37,7 +37,7 @@ class MeaningConfig:
 
     Args:
         encoder: its name, ``timm:MODEL`` or ``open_clip:MODEL``.
-        stages: of the encoder, side by side.
+        stages: of the encoder, side by side. None: its final features.
         image_size: S, pixels of a side of the image that the encoder reads.
         fit: how other images are made square.
         grid: positions per side. A coarser grid than the encoder's is its mean.
@@ -51,7 +51,7 @@ class MeaningConfig:
     """
 
     encoder: str
-    stages: tuple[int, ...] = (-1,)
+    stages: tuple[int, ...] = ()
     image_size: int = 224
     fit: Fit = "squash"
     grid: int = 7

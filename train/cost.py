@@ -37,10 +37,16 @@ def training_flops(config: TransformerConfig, packed: Packed) -> float:
     After PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). Unlike PaLM, attention counts
     only the pairs that the mask allows, the head only positions with a target, and padding nothing.
     """
-    tokens = packed.documents > 0
-    # A token sees itself and the tokens before it in its document. In a block it sees all tokens.
-    documents, blocks = (packed.count(part).double() for part in (tokens, packed.blocks > 0))
-    pairs = float((documents * (documents + 1) / 2).sum() + (blocks * (blocks - 1) / 2).sum())
+    tokens, in_branch = packed.documents > 0, packed.branches > 0
+    # A token sees itself and the tokens before it in its trunk or branch. A branch sees its trunk
+    # too. In a block a token sees all tokens.
+    parts = packed.document_numbers * packed.ids.numel() + packed.branches
+    sizes = torch.unique_consecutive(parts[tokens], return_counts=True)[1].double()
+    trunks = packed.count(tokens & ~in_branch)[packed.document_numbers[in_branch]]
+    blocks = packed.count(packed.blocks > 0).double()
+    pairs = float(
+        (sizes * (sizes + 1) / 2).sum() + trunks.sum() + (blocks * (blocks - 1) / 2).sum()
+    )
     attention = 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * pairs
     layers = layer_parameters(config) * float(tokens.sum())
     targets = float((packed.objectives != NO_LOSS).sum())

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 
 from multimodal.data.shards import Shards
-from multimodal.eval.evaluator import Subject, evaluate
+from multimodal.eval.evaluator import Subject, evaluate, training_samples
 from multimodal.eval.tasks.registry import find_evaluator
 from multimodal.train.sharding import unsharded
 
@@ -18,7 +18,8 @@ class EvaluateModel(L.Callback):
 
     The log has them as ``val/TASK/SCORE``, or as ``val/FOLDER/TASK/SCORE`` with several shard
     folders. With several ranks each rank measures a share. The scores are of all samples. On shards
-    of codes only tasks with ``from_codes`` run.
+    of codes only tasks with ``from_codes`` run. What the training split alone gives (the best
+    constant caption, the lookup) is left out: it does not change during training.
 
     In a recipe:
 
@@ -73,7 +74,14 @@ class EvaluateModel(L.Callback):
                 if not usable:
                     continue
                 with unsharded(model.network):
-                    subject = Subject(model, usable, self.batch_size, self.seed)
+                    subject = Subject(
+                        model,
+                        usable,
+                        self.batch_size,
+                        self.seed,
+                        training=training_samples(shards.folder, data.val_split),
+                        yardsticks=False,
+                    )
                     scores = evaluate(evaluator, subject)
                 name = task if len(folders) == 1 else f"{Path(shards.folder).name}/{task}"
                 results[name] = {"n": len(usable), "protocol": evaluator.protocol, "scores": scores}

@@ -46,6 +46,8 @@ class JointModule(MuonModule):
         reads: the levels of the image tokenizer that captions, answers and embeddings read. By
             default the first one.
         question_share: the share of the samples with a caption that bring questions, too.
+        captions_per_image: at most so many captions of an image in one step: its codes are read
+            once for all of them. 0: all. Those that do not fit ``row_length`` are left out.
         row_length: tokens in a packed row. At least the longest sequence.
         learning_rate, weight_decay, warmup_steps: Muon's. Linear warm-up, cosine to zero.
         learning_rates: other rates for parts by name.
@@ -67,6 +69,7 @@ class JointModule(MuonModule):
         objectives: ObjectivesConfig = ObjectivesConfig(),  # noqa: B008 (frozen)
         reads: list[str] | None = None,
         question_share: float = 0.5,
+        captions_per_image: int = 1,
         row_length: int = 256,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.1,
@@ -103,6 +106,8 @@ class JointModule(MuonModule):
         self.network.transformer.recompute = recompute
         if not 0 <= question_share <= 1:
             raise ValueError(f"question_share={question_share}: expected 0 to 1")
+        if captions_per_image < 0:
+            raise ValueError(f"captions_per_image={captions_per_image}: expected 0 (all) or more")
         self.builder = BatchBuilder(
             self.network.vocabulary,
             self.network.config.objectives,
@@ -112,6 +117,7 @@ class JointModule(MuonModule):
             self.network.config.reads,
             row_length,
             question_share,
+            captions_per_image,
         )
         self.captions_in_validation = captions_in_validation
         self.answers_in_validation = answers_in_validation

@@ -37,7 +37,7 @@ def check_data(
     objectives, length = builder.objectives, builder.row_length
     if length > limit:
         raise ValueError(f"row_length={length}: the model reads at most {limit} tokens")
-    shortest = len(describe(builder.vocabulary, [0] * len(builder.read), []))
+    shortest = len(describe(builder.vocabulary, [0] * len(builder.read), [[]]))
     if length < shortest:
         raise ValueError(
             f"row_length={length}: an image of {len(builder.read)} codes needs {shortest}"

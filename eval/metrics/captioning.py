@@ -1,7 +1,8 @@
 """Caption metrics: CIDEr, BLEU and ROUGE-L of pycocoevalcap, without its Java tokenizer.
 
-CIDEr: Vedantam et al. 2015 (arXiv:1411.5726). BLEU: Papineni et al. 2002. ROUGE-L: Lin 2004.
-METEOR and SPICE need Java and are left out.
+CIDEr: Vedantam et al. 2015 (arXiv:1411.5726); what pycocoevalcap calls CIDEr clips counts and
+compares lengths, as CIDEr-D does. BLEU: Papineni et al. 2002. ROUGE-L: Lin 2004. METEOR and SPICE
+need Java and are left out.
 """
 
 import contextlib

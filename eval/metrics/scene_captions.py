@@ -11,7 +11,10 @@ from collections.abc import Mapping
 
 from multimodal.scenes.checking import check_caption
 from multimodal.scenes.claims import KINDS, parse_caption
+from multimodal.scenes.facts import facts_of, facts_said
 from multimodal.scenes.scene import Scene
+
+CHECKED_KINDS = tuple(kind for kind in KINDS if kind != "unparsed")
 
 
 def named_shapes(caption: str) -> set[str]:
@@ -39,10 +42,13 @@ def score_scene_captions(
             improve the scores.
 
     Returns:
+        For a KIND of claim: colour, shape, size, texture, count, position, relation, background.
+
         - ``attribute_precision``: share of all claims that are true. An unparsed clause is false.
-        - ``precision_KIND``: the same for one kind of claim (colour, shape, size, texture, count,
-          position, relation, background), only for kinds that occur.
-        - ``claims_KIND``: number of claims of a kind.
+        - ``precision_KIND``: the same for one kind of claim, only for kinds that occur.
+        - ``recall_KIND``: of the facts that can be said of the scenes (``facts_of``), the share
+          that is said. Even a good caption does not say everything: compare with the references.
+        - ``said_KIND``: claims a caption, true or not.
         - ``object_recall``: share of the scenes' objects named with the right colour and shape.
         - ``object_precision``: share of the named objects that exist, by colour and shape. Each
           object counts at most once, in recall and in precision.
@@ -61,12 +67,16 @@ def score_scene_captions(
         )
     claims: Counter[str] = Counter()
     true: Counter[str] = Counter()
+    facts: Counter[str] = Counter()
+    said: Counter[str] = Counter()
     mentioned = matched = objects = perfect = unparsed = 0
     for key, scene in scenes.items():
         score = check_caption(predictions[key], scene)
         for claim, holds in score.results:
             claims[claim.kind] += 1
             true[claim.kind] += holds
+        facts.update(kind for kind, _ in facts_of(scene))
+        said.update(kind for kind, _ in facts_said(score, scene))
         mentioned += score.mentioned
         matched += score.matched
         objects += score.objects
@@ -80,9 +90,10 @@ def score_scene_captions(
         "unparsed": unparsed / len(scenes),
         "n": float(len(scenes)),
     }
-    for kind in KINDS:
+    for kind in CHECKED_KINDS:
         if claims[kind]:
-            if kind != "unparsed":
-                result[f"precision_{kind}"] = true[kind] / claims[kind]
-            result[f"claims_{kind}"] = float(claims[kind])
+            result[f"precision_{kind}"] = true[kind] / claims[kind]
+        if facts[kind]:
+            result[f"recall_{kind}"] = said[kind] / facts[kind]
+        result[f"said_{kind}"] = claims[kind] / len(scenes)
     return result

@@ -9,7 +9,12 @@ import torch
 
 from multimodal.data.samples import Sample
 from multimodal.eval.evaluator import Example, PerQuestion, Subject, Value
-from multimodal.eval.metrics.answering import normalise, same_answer, score_answers
+from multimodal.eval.metrics.answering import (
+    CLOSED,
+    normalise,
+    same_answer,
+    score_answers,
+)
 from multimodal.inference.codec import encode_images
 from multimodal.inference.text import complete_prompts
 from multimodal.model.lessons import questions_of
@@ -53,8 +58,9 @@ class Answers:
     name: ClassVar[str] = "answers"
     protocol: ClassVar[str] = (
         f"greedy, at most {SHORT_ANSWER.max_tokens} tokens; right if equal but for case, "
-        "punctuation, articles and numbers in words or digits (VQA); blind: the same questions "
-        "about a uniform grey picture"
+        "punctuation, articles and numbers in words or digits (VQA); closed: yes, no, true or "
+        "false is right; in_form: one of the two words that fit is given; blind: the same "
+        "questions about a uniform grey picture"
     )
     examples: list[Example] = field(default_factory=list)
 
@@ -86,18 +92,18 @@ class Answers:
             ),
         )
         for name, value in score_answers(zip(expected, predicted, strict=True)).items():
-            if name in ("open", "closed"):
+            if name in ("open", "closed", "closed_in_form"):
                 yield name, value
         for name, value in score_answers(zip(expected, blind, strict=True)).items():
-            if name != "n":
+            if name in ("accuracy", "open", "closed"):
                 yield f"blind_{name}", value
         answer_counts = Counter(normalise(text) for text in predicted)
-        yes, no = answer_counts["yes"], answer_counts["no"]
-        if yes + no:
-            expected_counts = Counter(map(normalise, expected))
-            expected_yes, expected_no = expected_counts["yes"], expected_counts["no"]
-            yield "says_yes", yes / (yes + no)
-            yield "yes_is_right", expected_yes / max(1, expected_yes + expected_no)
+        expected_counts = Counter(map(normalise, expected))
+        for first, second in CLOSED:
+            if count := expected_counts[first] + expected_counts[second]:
+                given = answer_counts[first] + answer_counts[second]
+                yield f"says_{first}", answer_counts[first] / max(1, given)
+                yield f"{first}_is_right", expected_counts[first] / count
         yield from _by_first_word(questions, right)
         yield "questions", float(len(questions))
         for question, text, correct in zip(questions, predicted, right, strict=True):

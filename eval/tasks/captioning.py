@@ -1,18 +1,37 @@
-"""Captioning: captions compared with references."""
+"""Captioning: captions compared with references, and with captions that need no model.
 
-from collections.abc import Iterator
+A score of captions says little alone: one sentence for all photos has a CIDEr of its own, and so
+has what the training captions of similar photos say. Both are measured beside the model.
+
+Shapes: M training pictures, N pictures, D dimensions of features.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import ClassVar
 
-from multimodal.data.samples import Sample
+import torch
+from einops import reduce
+from torch import Tensor, nn
+
+from multimodal.api import Model
+from multimodal.data.objects import named_objects
+from multimodal.data.samples import CODES, Sample
+from multimodal.data.shards import Shards
+from multimodal.distributed import gather_objects
 from multimodal.eval.evaluator import Example, Subject, Value
-from multimodal.eval.metrics.captioning import score_captions
-from multimodal.eval.metrics.objects import named_objects
+from multimodal.eval.metrics.captioning import ptb_tokenize, score_captions
+from multimodal.eval.metrics.yardsticks import NEIGHBOURS, Lookup, best_constant, shuffled
+from multimodal.inference.embedding import EmbeddingCache
 from multimodal.inference.text import caption_codes
 from multimodal.model.lessons import descriptions_of
 from multimodal.options import TextOptions
+from multimodal.tokenizers.weights import hash_weights
 
 BEAMS = 5
+MAX_TRAINING = 30_000  # training pictures that the yardsticks use, the first ones
 
 
 @dataclass
@@ -22,12 +41,18 @@ class Captioning:
     name: ClassVar[str] = "captioning"
     from_codes: ClassVar[bool] = True  # it needs no pixels
     protocol: ClassVar[str] = (
-        f"greedy, at most {TextOptions().max_tokens} tokens, and CIDEr_beams with {BEAMS} beams, "
+        f"greedy, at most {TextOptions().max_tokens} tokens, and ..._beams with {BEAMS} beams, "
         f"length penalty {TextOptions().length_penalty}; Penn Treebank tokens, pycocoevalcap; "
         "hallucinated: captions that name an object that no reference names (CHAIR, by a list of "
-        "words), if references name objects of the list"
+        "words), if references name objects of the list; CIDEr_shuffled: the same captions, each "
+        "for another picture; CIDEr_constant: one training caption for all pictures, the best one "
+        "for the training pictures; CIDEr_constant_of_set: the best one for these pictures; "
+        f"CIDEr_lookup: of the captions of the {NEIGHBOURS} training pictures with the nearest "
+        "features (cosine of the mean over the grid of the image tokenizer's frozen encoder) the "
+        f"one most similar to the others; at most {MAX_TRAINING:,} training pictures"
     )
     examples: list[Example] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def fits(self, sample: Sample) -> bool:
         return bool(descriptions_of(sample.record))
@@ -49,10 +74,17 @@ class Captioning:
         beam_texts = subject.map_batches(
             rows, lambda batch: caption_codes(model, codes[list(batch)], beam_search)
         )
-        beam_scores = score_captions(dict(zip(keys, beam_texts, strict=True)), references)
-        yield "CIDEr_beams", [beam_scores["per_image"][key]["CIDEr"] for key in keys]
+
+        def cider(each: Sequence[str]) -> list[float]:
+            of_image = score_captions(dict(zip(keys, each, strict=True)), references)["per_image"]
+            return [of_image[key]["CIDEr"] for key in keys]
+
+        yield "CIDEr_beams", cider(beam_texts)
+        for name, each in self._yardsticks(subject, texts, beam_texts, references):
+            yield name, cider(each)
         yield "words", [float(len(text.split())) for text in texts]
-        yield "distinct", len(set(texts)) / len(texts)
+        yield "distinct_captions", float(len(set(texts)))
+        yield "distinct_captions_beams", float(len(set(beam_texts)))
         for n in (1, 2):
             grams = [gram for text in texts for gram in _ngrams(text.split(), n)]
             yield f"distinct_{n}", len(set(grams)) / max(1, len(grams))
@@ -61,6 +93,95 @@ class Captioning:
             key = sample.key
             text = f"{captions[key]} | {references[key][0]}"
             self.examples.append(Example(key, text, per_image[key]["CIDEr"], image))
+
+    def _yardsticks(
+        self,
+        subject: Subject,
+        texts: list[str],
+        beam_texts: list[str],
+        references: Mapping[str, list[str]],
+    ) -> Iterator[tuple[str, Sequence[str]]]:
+        """(name of the score, N captions). Notes say what was left out, and why."""
+        count = len(texts)
+        if count > 1:
+            yield "CIDEr_shuffled", shuffled(texts, subject.seed)
+            yield "CIDEr_beams_shuffled", shuffled(beam_texts, subject.seed)
+        if not subject.yardsticks:
+            return
+        training = {
+            row: [ptb_tokenize(caption) for caption in descriptions]
+            for row, sample in enumerate(islice(subject.training, MAX_TRAINING))
+            if (descriptions := descriptions_of(sample.record))
+        }
+        if not training:
+            self.notes.append("no training split with captions: best constants, lookup left out")
+            return
+        captions = list(training.values())
+        candidates = [caption for each in captions for caption in each]
+        of_set = [[ptb_tokenize(caption) for caption in each] for each in references.values()]
+        for name, documents in (("constant", captions), ("constant_of_set", of_set)):
+            constant = best_constant(candidates, documents)
+            self.notes.append(f"CIDEr_{name}: {constant}")
+            yield f"CIDEr_{name}", [constant] * count
+        encoder = meaning_encoder(subject.model)
+        if encoder is None:
+            self.notes.append("the image tokenizer has no pretrained encoder: lookup left out")
+        elif subject.has_codes or CODES in subject.training[0].members:
+            self.notes.append("the shards hold codes in the place of images: lookup left out")
+        else:
+            known = encoder_features(subject, encoder, subject.training, list(training))
+            lookup = Lookup(known.numpy(), captions)
+            features = encoder_features(subject, encoder, subject.samples, range(count))
+            found = subject.map_batches(
+                range(count), lambda batch: lookup(features[list(batch)].numpy())
+            )
+            yield "CIDEr_lookup", found
+
+
+def meaning_encoder(model: Model) -> nn.Module | None:
+    """The frozen pretrained encoder of the image tokenizer, if it has one.
+
+    float32[B, 3, H, W] in [-1, 1] -> float32[B, h, w, D].
+    """
+    meaning = model.image_tokenizer.meaning
+    return None if meaning is None else meaning.encoder
+
+
+def encoder_features(
+    subject: Subject, encoder: nn.Module, samples: Shards | Sequence[Sample], rows: Sequence[int]
+) -> Tensor:
+    """The mean features of images over the grid.
+
+    They are kept in ``subject.cache``, by the encoder, the preprocessing and the images.
+
+    Args:
+        samples: any. They are read one batch at a time.
+        rows: M numbers of samples.
+
+    Returns:
+        float32[M, D].
+    """
+    model, tokenizer = subject.model, subject.model.image_tokenizer
+    digest = hashlib.sha256(f"{tokenizer.image_size} {tokenizer.fit}".encode())
+    hash_weights(digest, encoder.state_dict())
+    for row in rows:
+        digest.update(hashlib.sha256(samples[row].image).digest())
+    cache = EmbeddingCache(subject.cache, digest.hexdigest()[:16]) if subject.cache else None
+    # Ranks on several machines may have different caches, and all of them must take the same way.
+    if all(gather_objects([cache is not None and "features" in cache.rows])):
+        assert cache is not None
+        return cache.rows["features"]
+
+    @torch.inference_mode()
+    def encode(batch: Sequence[int]) -> list[Tensor]:
+        pixels = Subject(model, [samples[row] for row in batch]).pixels.to(model.device)
+        return list(reduce(encoder(pixels), "b h w d -> b d", "mean").float().cpu())
+
+    features = torch.stack(subject.map_batches(rows, encode))
+    if cache is not None:
+        cache.rows["features"], cache.added = features, len(features)
+        cache.save()
+    return features
 
 
 def _ngrams(words: list[str], n: int) -> Iterator[tuple[str, ...]]:

@@ -1,5 +1,8 @@
 """Classification: the class of an image, by the names of the classes alone.
 
+The prompts are open_clip's 80 templates for ImageNet ("a photo of a {}."), averaged as in CLIP
+(Radford et al. 2021, arXiv:2103.00020).
+
 Shapes: C classes, D dimensions of an embedding.
 """
 
@@ -22,9 +25,9 @@ TEXTS_PER_BATCH = 256
 
 
 def class_of(record: dict[str, Any]) -> str | None:
-    """The name of a record's class. The labels true and false are not classes."""
+    """The name of a record's class in words. The labels true and false are not classes."""
     names = (str(record[name]) for name in CLASS_FIELDS if name in record)
-    return next((name for name in names if name not in LABELS), None)
+    return next((name.replace("_", " ") for name in names if name not in LABELS), None)
 
 
 def zero_shot_classifier(
@@ -53,7 +56,10 @@ class Classification:
     """Which class of the data an image has, by the names of the classes alone."""
 
     name: ClassVar[str] = "classification"
-    protocol: ClassVar[str] = "zero-shot: open_clip's 80 templates for ImageNet, cosine"
+    protocol: ClassVar[str] = (
+        "zero-shot: open_clip's 80 templates for ImageNet, cosine; the classes are those of the "
+        "samples and of the training split"
+    )
     examples: list[Example] = field(default_factory=list)
 
     def fits(self, sample: Sample) -> bool:
@@ -63,7 +69,9 @@ class Classification:
         from open_clip import OPENAI_IMAGENET_TEMPLATES
 
         classes = [class_of(sample.record) or "" for sample in subject.samples]
-        names = sorted(set(classes))
+        # Few samples may show few of the classes, and fewer classes are easier to tell apart.
+        others = (class_of(sample.record) for sample in subject.training)
+        names = sorted({*classes, *(name for name in others if name is not None)})
         classifier = zero_shot_classifier(subject.model, names, OPENAI_IMAGENET_TEMPLATES)
         images = subject.map_rows(lambda codes: embed_codes(subject.model, codes), subject.codes)
         ranking = (images @ classifier).argsort(dim=-1, descending=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from itertools import permutations
 from typing import ClassVar, NamedTuple
 
+from multimodal.data.objects import named_objects, presence_question
 from multimodal.data.samples import Sample
 from multimodal.eval.evaluator import Example, PerQuestion, Subject, Value
-from multimodal.eval.metrics.objects import named_objects
 from multimodal.inference.likelihoods import choice_likelihoods
 from multimodal.model.lessons import descriptions_of
 
@@ -28,11 +28,6 @@ class PresenceQuestion(NamedTuple):
     row: int
     object_name: str
     present: bool
-
-
-def question_about(name: str) -> str:
-    article = "an" if name[0] in "aeiou" else "a"
-    return f"is there {article} {name}?"
 
 
 def absent_objects(present: Sequence[set[str]], rng: random.Random) -> dict[str, list[list[str]]]:
@@ -67,7 +62,8 @@ class Presence:
     protocol: ClassVar[str] = (
         "POPE: is there a X, the more likely of yes and no; for each image at most "
         f"{MAX_PRESENT} objects that a reference names, and as many absent ones: random, the most "
-        "frequent, and those that most often occur together with the present ones"
+        "frequent, and those that most often occur together with the present ones; chance: always "
+        "the answer that is right more often"
     )
     examples: list[Example] = field(default_factory=list)
 
@@ -90,7 +86,7 @@ class Presence:
 
         def says_yes(batch: Sequence[PresenceQuestion]) -> list[bool]:
             templates = model.config.templates
-            prompts = [templates.ask(question_about(question.object_name)) for question in batch]
+            prompts = [templates.ask(presence_question(question.object_name)) for question in batch]
             rows = [question.row for question in batch]
             choices = [("yes", "no")] * len(batch)
             likelihoods = choice_likelihoods(model, codes[rows], prompts, choices)
@@ -110,12 +106,14 @@ class Presence:
                 for question, yes in zip(questions, answers, strict=True)
             ]
             yield f"{name}_accuracy", PerQuestion(right, [question.row for question in questions])
+            present_share = len(about_present) / len(questions)
+            yield f"{name}_chance", max(present_share, 1 - present_share)
             yield f"{name}_says_yes", sum(answers) / len(answers)
             yield f"{name}_questions", float(len(answers))
             f1 = 2 * sum(present_yes) / max(1, len(about_present) + sum(answers))
             yield f"{name}_f1", f1
         # Examples are of the last set, the hardest one.
         for question, yes in zip(about_absent, absent_yes, strict=True):
-            text = f"{question_about(question.object_name)} {'yes (right: no)' if yes else 'no'}"
+            text = f"{presence_question(question.object_name)} {'yes (right: no)' if yes else 'no'}"
             sample, image = subject.samples[question.row], subject.images[question.row]
             self.examples.append(Example(sample.key, text, float(not yes), image))

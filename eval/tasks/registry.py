@@ -27,6 +27,7 @@ EVALUATORS = {
     "few_shot": ("few_shot", "FewShot"),
     "robustness": ("robustness", "Robustness"),
     "scene_captions": ("scene_captions", "SceneCaptions"),
+    "scene_answers": ("scene_answers", "SceneAnswers"),
     "scene_presence": ("scene_presence", "ScenePresence"),
     "scene_drawings": ("scene_drawings", "SceneDrawings"),
 }

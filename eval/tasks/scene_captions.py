@@ -8,6 +8,7 @@ from multimodal.data.samples import Sample
 from multimodal.eval.evaluator import Example, Subject, Value
 from multimodal.eval.metrics.scene_captions import hallucinated, score_scene_captions
 from multimodal.inference.text import caption_codes
+from multimodal.model.lessons import descriptions_of
 from multimodal.options import TextOptions
 from multimodal.scenes.checking import check_caption
 from multimodal.scenes.scene import Scene
@@ -21,7 +22,10 @@ class SceneCaptions:
     from_codes: ClassVar[bool] = True  # it needs no pixels
     protocol: ClassVar[str] = (
         f"greedy, at most {TextOptions().max_tokens} tokens; each claim is checked against the "
-        "scene by program; hallucinated: captions that name a shape that the scene does not have"
+        "scene by program; recall: the share of the facts of a kind that is said, of those that "
+        "can be said of the scenes; said: claims of a kind in a caption; ..._references: of the "
+        "references, one by one; hallucinated: captions that name a shape that the scene does not "
+        "have"
     )
     examples: list[Example] = field(default_factory=list)
 
@@ -39,6 +43,19 @@ class SceneCaptions:
         for name, value in score_scene_captions(captions, scenes).items():
             if name != "n":
                 yield name, value
+        references = {
+            f"{sample.key} {number}": (caption, scenes[sample.key])
+            for sample in subject.samples
+            for number, caption in enumerate(descriptions_of(sample.record))
+        }
+        if references:
+            of_references = score_scene_captions(
+                {key: caption for key, (caption, _) in references.items()},
+                {key: scene for key, (_, scene) in references.items()},
+            )
+            for name, value in of_references.items():
+                if name.startswith(("recall_", "said_")):
+                    yield f"{name}_references", value
         yield "hallucinated", [float(hallucinated(captions[key], scenes[key])) for key in keys]
         for key, image in zip(keys, subject.images, strict=True):
             score = check_caption(captions[key], scenes[key])

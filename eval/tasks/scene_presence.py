@@ -16,7 +16,8 @@ class ScenePresence(Presence):
     protocol: ClassVar[str] = (
         "POPE: is there a X, the more likely of yes and no; for each scene at most "
         f"{MAX_PRESENT} of its shapes, and as many absent ones: random, the most frequent, and "
-        "those that most often occur together with the present ones"
+        "those that most often occur together with the present ones; chance: always the answer "
+        "that is right more often"
     )
 
     def objects_of(self, sample: Sample) -> set[str]:

@@ -24,6 +24,7 @@ EPILOG = """examples:
   multimodal data index /read/only --out mine/  # the same, with links to the tars
   multimodal data check shards/
   multimodal data duplicates shards/            # copies, also those between train and val
+  multimodal data questions shards/ asked/      # is there a dog? from the captions
   multimodal data scenes scenes/ --count 2000 --seed 0
 """
 
@@ -49,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = parser.add_subparsers(metavar="build|index|check|duplicates|scenes", required=True)
+    verbs = parser.add_subparsers(
+        metavar="build|index|check|duplicates|questions|scenes", required=True
+    )
 
     _add_build(verbs.add_parser)
     index = verbs.add_parser("index", help="write manifest and indexes for existing shards")
@@ -72,6 +75,20 @@ def _parser() -> argparse.ArgumentParser:
     duplicates.add_argument("folders", metavar="DIR", type=Path, nargs="+")
     duplicates.add_argument("--output", type=Path, help="also write the pairs to a JSON Lines file")
     duplicates.set_defaults(run=_duplicates)
+    questions = verbs.add_parser(
+        "questions",
+        help="add questions about presence, from the captions",
+        description='Write shards again, with questions such as "is there a dog?" in the records. '
+        "As many are about objects that captions name as about objects that none names. A model "
+        "that learns captions alone says yes to everything.",
+    )
+    questions.add_argument("source", metavar="SHARDS", help="a shard folder, of images or codes")
+    questions.add_argument("out", metavar="OUT", help="the folder to write")
+    questions.add_argument(
+        "--pairs", type=int, default=2, help="questions with yes of a sample, as many with no"
+    )
+    questions.add_argument("--seed", type=int, default=0)
+    questions.set_defaults(run=_questions)
 
     scenes = verbs.add_parser("scenes", help="draw a synthetic dataset of simple scenes")
     scenes.add_argument("out", metavar="OUT", type=Path)
@@ -228,6 +245,18 @@ def _check(arguments: argparse.Namespace) -> int:
     manifest = read_manifest(folder)
     count = sum(entry["samples"] for entry in manifest["shards"])
     print(f"{folder}: all is well, {len(manifest['shards'])} shards, {count:,} samples")
+    return 0
+
+
+def _questions(arguments: argparse.Namespace) -> int:
+    from multimodal.data.questions import add_questions
+
+    total = sum(entry["samples"] for entry in read_manifest(Path(arguments.source))["shards"])
+    with tqdm(total=total, desc="samples", unit="sample", disable=None) as bar:
+        count = add_questions(
+            arguments.source, arguments.out, arguments.pairs, arguments.seed, bar.update
+        )
+    print(f"{arguments.out}: {total} samples, {count} questions")
     return 0
 
 

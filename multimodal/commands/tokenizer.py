@@ -227,7 +227,11 @@ def main(argv: list[str]) -> int:
         "--encoder", required=True, help="timm:MODEL[=FILE] or open_clip:MODEL[/TAG|=FILE]"
     )
     meaning.add_argument(
-        "--stages", type=int, nargs="+", default=[-1], help="stages of the encoder (default -1)"
+        "--stages",
+        type=int,
+        nargs="+",
+        default=[],
+        help="stages of the encoder, -1 the last (default: its final features)",
     )
     meaning.add_argument("--groups", type=int, default=1, help="codes at a position (default 1)")
     meaning.add_argument("--codes", type=int, default=2048, help="codes of a group (default 2048)")

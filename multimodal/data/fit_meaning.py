@@ -4,7 +4,6 @@ Features of some positions of each image are kept, shard by shard: a run that wa
 with the shards that are missing. Then they are clustered. The same input gives the same codebooks.
 """
 
-import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -82,7 +81,7 @@ def fit_meaning(
         if entry["split"] == options.split
     ]
     settings = {
-        "shards": [_digest_of(source) for source in shards],
+        "shards": [source.fingerprint for source in shards],
         "encoder": meaning.fingerprint,
         **asdict(meaning.config),
         **asdict(options),
@@ -126,11 +125,6 @@ def report_of(fitted: Fitted, positions: int) -> dict[str, object]:
             for lost, clusters in zip(fitted.lost, fitted.clusters, strict=True)
         ],
     }
-
-
-def _digest_of(source: Shards) -> str:
-    entries = [entry["sha256"] for entry in read_manifest(source.folder)["shards"]]
-    return hashlib.sha256("".join(map(str, entries)).encode()).hexdigest()[:16]
 
 
 def _images_of(source: Shards, options: FitOptions) -> int:

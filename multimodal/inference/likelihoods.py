@@ -32,9 +32,10 @@ def text_likelihoods(model: ModelParts, codes: Tensor, texts: Sequence[str]) -> 
         float32[B] in nats, on the CPU.
     """
     vocabulary = model.vocabulary
-    ids = [encode_text(model, text) for text in texts]
-    read = model.read(codes).tolist()
-    sequences = [describe(vocabulary, *pair) for pair in zip(read, ids, strict=True)]
+    sequences = [
+        describe(vocabulary, image, [encode_text(model, text)])
+        for image, text in zip(model.read(codes).tolist(), texts, strict=True)
+    ]
     check_length(model.network, sequences, 0)
     packed = pack(sequences, max(map(len, sequences)), vocabulary.pad).to(model.device)
     predicted = [torch.from_numpy((s.objectives != NO_LOSS).nonzero()[0]) for s in sequences]

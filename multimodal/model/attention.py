@@ -1,7 +1,9 @@
 """One rule of attention for everything, and the cache of keys and values.
 
-A query may see a key if they are in the same document and the key is not later, or both are in the
-same bidirectional block. With documents 1 1 1 1 1 2 2 and the block  . . b b . . . :
+A query may see a key if they are in the same document, the key is in the trunk (branch 0) or in the
+query's own branch, and the key is not later or both are in the same bidirectional block.
+
+With documents 1 1 1 1 1 2 2 and the block  . . b b . . . , all of them trunks:
 
     query 0   1 . . . . . .        <bos>
     query 1   1 1 . . . . .        <boi>
@@ -10,6 +12,16 @@ same bidirectional block. With documents 1 1 1 1 1 2 2 and the block  . . b b . 
     query 4   1 1 1 1 1 . .        what follows the block
     query 5   . . . . . 1 .        the next document
     query 6   . . . . . 1 1
+
+With one document and the branches 0 0 0 1 1 2 2:
+
+    query 0   1 . . . . . .        <bos>
+    query 1   1 1 . . . . .        <boi>
+    query 2   1 1 1 . . . .        code: the trunk ends
+    query 3   1 1 1 1 . . .        the first caption
+    query 4   1 1 1 1 1 . .
+    query 5   1 1 1 . . 1 .        the second caption sees the image, and not the first caption
+    query 6   1 1 1 . . 1 1
 
 Two backends compute it, with equal values and gradients. SDPA with a boolean mask runs anywhere and
 is the reference. FlexAttention (Dong et al. 2024, arXiv:2412.05496) skips masked blocks on a GPU
@@ -37,12 +49,13 @@ Backend = Literal["sdpa", "flex"]
 Mask: TypeAlias = "Tensor | BlockMask | None"
 
 
-def attention_mask(documents: Tensor, blocks: Tensor) -> Tensor:
+def attention_mask(documents: Tensor, blocks: Tensor, branches: Tensor | None = None) -> Tensor:
     """The rule as a boolean mask.
 
     Args:
         documents: int64[B, L], the document of each token.
         blocks: int64[B, L], its bidirectional block. 0 is none: causal.
+        branches: int64[B, L], its branch. 0 is the trunk, and None: there are only trunks.
 
     Returns:
         bool[B, 1, L, L], True where a query sees a key.
@@ -51,17 +64,22 @@ def attention_mask(documents: Tensor, blocks: Tensor) -> Tensor:
     same_document = documents[:, :, None] == documents[:, None, :]
     not_later = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
     same_block = (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] > 0)
-    return (same_document & (not_later | same_block))[:, None]
+    sees = same_document & (not_later | same_block)
+    if branches is not None:
+        same_branch = branches[:, :, None] == branches[:, None, :]
+        sees &= same_branch | (branches[:, None, :] == 0)
+    return sees[:, None]
 
 
-def block_mask(documents: Tensor, blocks: Tensor) -> "BlockMask":
+def block_mask(documents: Tensor, blocks: Tensor, branches: Tensor) -> "BlockMask":
     """The same rule for FlexAttention. Arguments as for ``attention_mask``."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same_document = documents[b, query] == documents[b, key]
         same_block = (blocks[b, query] == blocks[b, key]) & (blocks[b, query] > 0)
-        return same_document & ((key <= query) | same_block)
+        same_branch = (branches[b, query] == branches[b, key]) | (branches[b, key] == 0)
+        return same_document & same_branch & ((key <= query) | same_block)
 
     rows, length = documents.shape
     return create_block_mask(sees, rows, None, length, length, device=documents.device.type)

@@ -21,7 +21,6 @@ from multimodal.model.sequences import (
     Ids,
     Packed,
     TokenSequence,
-    answer,
     describe,
     document,
     draw,
@@ -94,15 +93,13 @@ class PairSequences:
     """The sequences of one image with its texts.
 
     Attributes:
-        describe: starts with the image. Without a caption it holds the questions.
-        draw: starts with the text.
-        answer: the questions, if the image has both a caption and questions.
+        describe: starts with the image. Its captions and its questions are branches.
+        draw: starts with the text: the first caption.
         text: the text of ``draw``. None: there is none, or it was dropped.
     """
 
     describe: TokenSequence
     draw: TokenSequence
-    answer: TokenSequence | None
     text: str | None
 
 
@@ -119,6 +116,7 @@ class BatchBuilder:
         reads: the levels of an image that is read.
         row_length: tokens of a packed row.
         question_share: the share of the captioned samples whose questions are also used.
+        captions_per_image: at most so many captions of an image are used at once. 0: all.
     """
 
     vocabulary: Vocabulary
@@ -129,6 +127,7 @@ class BatchBuilder:
     reads: Sequence[str]
     row_length: int
     question_share: float = 1.0
+    captions_per_image: int = 1
 
     @cached_property
     def read(self) -> Ids:
@@ -157,7 +156,6 @@ class BatchBuilder:
             self._check_length(longest, f"sample {samples[number].key}")
         sequences = [pair.describe for pair in pairs.values()]
         sequences += [pair.draw for pair in pairs.values()]
-        sequences += [pair.answer for pair in pairs.values() if pair.answer is not None]
         for sample in samples:
             if sample.document:
                 sequences += self.document(sample)
@@ -185,32 +183,32 @@ class BatchBuilder:
     def pair(self, sample: TrainingSample) -> PairSequences:
         """The sequences of a sample of one image, chosen by its seed."""
         lesson = lesson_of(
-            sample.key, sample.record, sample.seed, self.templates, self.question_share
+            sample.key,
+            sample.record,
+            sample.seed,
+            self.templates,
+            self.question_share,
+            self.captions_per_image,
         )
         (codes,) = sample.codes
-        read = codes[self.read]
-        answers = self._answer(read, lesson.exchanges) if lesson.exchanges else None
-        if lesson.caption is None:
-            assert answers is not None, "a lesson has a caption or an exchange"
-            describe_image, answers = answers, None
-        else:
-            describe_image = describe(self.vocabulary, read, self.encode(lesson.caption))
+        texts = [self.encode(caption) for caption in lesson.captions]
+        describe_image = self._describe(codes, texts, lesson.exchanges)
         rng = np.random.default_rng([sample.seed, 1])
         form, dropped = rng.random(), rng.random() < self.objectives.drop_condition
-        ids = None if lesson.caption is None else self.encode(lesson.caption)
+        ids, text = (texts[0], lesson.captions[0]) if texts else (None, None)
         masked_share = self.objectives.reconstruct_share
         if form >= masked_share + self.objectives.next_token_share:
             drawing, dropped = draw(self.vocabulary, ids), False
         else:
-            text = None if dropped else ids
+            condition = None if dropped else ids
             if form < masked_share:
                 levels = self.layout.levels
                 level = levels[int(rng.integers(len(levels))) if len(levels) > 1 else 0]
-                masks = random_mask(level.codes, rng)
-                drawing = draw(self.vocabulary, text, codes, *masks, self.layout.span(level.name))
+                masks, span = random_mask(level.codes, rng), self.layout.span(level.name)
+                drawing = draw(self.vocabulary, condition, codes, *masks, span)
             else:
-                drawing = draw(self.vocabulary, text, codes)
-        return PairSequences(describe_image, drawing, answers, None if dropped else lesson.caption)
+                drawing = draw(self.vocabulary, condition, codes)
+        return PairSequences(describe_image, drawing, None if dropped else text)
 
     def document(self, sample: TrainingSample) -> list[TokenSequence]:
         """The sequences of a document.
@@ -238,14 +236,14 @@ class BatchBuilder:
         else:
             (codes,) = sample.codes
             descriptions = descriptions_of(sample.record)
-            for caption in descriptions:
-                ids = self.encode(caption)
-                sequences.append(describe(self.vocabulary, codes[self.read], ids))
+            texts = [self.encode(caption) for caption in descriptions]
+            for ids in texts:
+                sequences.append(self._describe(codes, [ids]))
                 sequences.append(draw(self.vocabulary, ids))
             if self.question_share or not descriptions:
                 for prompt, reply in exchanges_of(sample.record, self.templates):
-                    turn = [(prompt, answer_text(reply))]
-                    sequences.append(self._answer(codes[self.read], turn))
+                    exchange = (prompt, answer_text(reply))
+                    sequences.append(self._describe(codes, texts[:1], [exchange]))
             if self.objectives.next_token_share:
                 sequences.append(draw(self.vocabulary, None, codes))
             if self.objectives.reconstruct_share:
@@ -271,9 +269,11 @@ class BatchBuilder:
             length += len(parts[-1])
         return document(self.vocabulary, parts, self.row_length, self.read)
 
-    def _answer(self, codes: Ids, exchanges: Sequence[tuple[str, str]]) -> TokenSequence:
+    def _describe(
+        self, codes: Ids, texts: list[list[int]], exchanges: Sequence[tuple[str, str]] = ()
+    ) -> TokenSequence:
         turns = [(self.encode(prompt), self.encode(reply)) for prompt, reply in exchanges]
-        return answer(self.vocabulary, codes, turns, self.row_length)
+        return describe(self.vocabulary, codes[self.read], texts, turns, self.row_length)
 
     def _check_length(self, length: int, name: str) -> None:
         if length > self.row_length:

@@ -166,7 +166,7 @@ class MultimodalLM(nn.Module):
     def hidden(self, packed: Packed) -> Tensor:
         """The last hidden states of packed rows: float[R, L, D]."""
         make_mask = block_mask if self.attention_backend == "flex" else attention_mask
-        mask = make_mask(packed.documents, packed.blocks)
+        mask = make_mask(packed.documents, packed.blocks, packed.branches)
         return self.transformer(packed.ids, packed.positions, mask)
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:

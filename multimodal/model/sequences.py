@@ -4,9 +4,10 @@ This table says which position predicts what. i is a code, t a token of a text, 
 M a <mask>.
 
     sequence        tokens                                   predicts                objective
-    describe        <bos> <boi> i i i <eoi> t t <eos>        after <eoi>: t t <eos>  caption
-    answer          <bos> <boi> i i i <eoi> p p t t <eos>    after p p: t t <eos>    answer
-                    ... and further turns of p p t t <eos>
+    describe        <bos> <boi> i i i, the trunk
+      each caption      ... <eoi> t t <eos>                  after <eoi>: t t <eos>  caption
+      questions         ... <eoi> p p t t <eos>              after p p: t t <eos>    answer
+                        ... and further turns of p p t t <eos>
     draw            <bos> t t <boi> ...                      after <bos>: t t <boi>  text
       next-token    ... <boi> i i i <eoi>                    after <boi>: i i i <eoi>  image
       masked        ... <boi> i i i M M i                    at M itself: i          reconstruct
@@ -21,6 +22,12 @@ Prompts of answers carry no loss. A document that is longer than a row continues
 An image that opens a sequence is read: it has the levels that the model reads. Every other image
 has all levels, one after the other.
 
+The captions and the questions of ``describe`` are branches 1, 2, ... of one sequence. Each
+continues the trunk, branch 0, and sees no other branch. So the image is read once for all of them.
+Each branch has an <eoi> of its own, at the position after the trunk: the state there is the same in
+every branch, and predicts the first token of that branch. What inference reads, one image and one
+text, is a sequence with one branch.
+
 The codes of a masked level are one bidirectional block, without <boi> and <eoi>. The levels before
 it stand before the block, the levels after it are left out. The block has the codes that are known
 and those that are predicted, each at its position in the whole image. All other codes are left out,
@@ -33,8 +40,10 @@ A dropped condition is <null> in the place of the text. It carries no loss.
 Shapes: n codes of an image, K codebook size, R rows, L tokens of a row.
 """
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +56,7 @@ Ids = NDArray[np.int64]
 OBJECTIVES = ("caption", "text", "image", "reconstruct", "answer")
 NO_LOSS = -1
 Span = tuple[str, int, int]  # an objective, and the positions [start, end) that have it
+Turn = tuple[list[int], list[int]]  # ids of a question, which carry no loss, and of its answer
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,9 @@ class TokenSequence:
         targets: the id that each position predicts.
         objectives: the index in OBJECTIVES of that prediction, or NO_LOSS.
         blocks: 1 in the bidirectional block, else 0.
+        branches: 0 in the trunk, 1, 2, ... in what continues it.
         positions: for RoPE, from 0. A code of a masked level has its position in the whole image.
+            Each branch goes on from the trunk.
         state: the index of the embedding.
         unknown: the share of the codes of its masked level that is unknown. 1 without one.
     """
@@ -67,6 +79,7 @@ class TokenSequence:
     targets: Ids
     objectives: Ids
     blocks: Ids
+    branches: Ids
     positions: Ids
     state: int = 0
     unknown: float = 1.0
@@ -91,54 +104,76 @@ def draw_prompt(vocabulary: Vocabulary, text: list[int] | None) -> list[int]:
     return [vocabulary.bos, *([vocabulary.null] if text is None else text), vocabulary.boi]
 
 
-def _next_token(
-    ids: list[int], spans: Sequence[Span], state: int = 0, unknown: float = 1.0
-) -> TokenSequence:
+def _next_token(ids: list[int], spans: Sequence[Span], state: int = 0) -> TokenSequence:
     """A causal sequence. The positions of each span predict the token after them."""
     tokens = np.array(ids, np.int64)
     objectives = np.full(len(ids), NO_LOSS, np.int64)
     for name, start, end in spans:
         objectives[start:end] = OBJECTIVES.index(name)
     targets = np.where(objectives == NO_LOSS, 0, np.roll(tokens, -1))
-    blocks, positions = np.zeros_like(tokens), np.arange(len(ids))
-    return TokenSequence(tokens, targets, objectives, blocks, positions, state, unknown)
+    blocks, branches = np.zeros_like(tokens), np.zeros_like(tokens)
+    positions = np.arange(len(ids))
+    return TokenSequence(tokens, targets, objectives, blocks, branches, positions, state)
 
 
-def describe(vocabulary: Vocabulary, codes: Sequence[int] | Ids, text: list[int]) -> TokenSequence:
-    """An image and its caption.
+def _branched(trunk: TokenSequence, branches: Sequence[TokenSequence]) -> TokenSequence:
+    """A trunk and what continues it. The state is at the first token of the first branch."""
+    parts = [trunk, *branches]
+    arrays: dict[str, Any] = {
+        f.name: np.concatenate([getattr(part, f.name) for part in parts])
+        for f in fields(TokenSequence)
+        if f.name not in ("state", "unknown")
+    }
+    lengths = [len(part) for part in parts]
+    arrays["branches"] = np.repeat(np.arange(len(parts)), lengths)
+    arrays["positions"][len(trunk) :] += len(trunk)
+    return TokenSequence(state=len(trunk), **arrays)
 
-    Args:
-        codes: n image codes in [0, K).
-        text: ids of the caption.
-    """
-    prompt = describe_prompt(vocabulary, codes)
-    ids = [*prompt, *text, vocabulary.eos]
-    eoi = len(prompt) - 1
-    return _next_token(ids, [("caption", eoi, len(ids) - 1)], state=eoi)
 
-
-def answer(
+def describe(
     vocabulary: Vocabulary,
     codes: Sequence[int] | Ids,
-    turns: Sequence[tuple[list[int], list[int]]],
+    texts: Sequence[list[int]],
+    turns: Sequence[Turn] = (),
     max_length: int | None = None,
 ) -> TokenSequence:
-    """An image, and questions about it in turn.
+    """An image with its captions, and with questions about it in turn.
 
     Args:
         codes: n image codes in [0, K).
-        turns: ids of each question, which carry no loss, and of its answer.
-        max_length: turns after the first that would make the sequence longer are left out.
+        texts: ids of each caption.
+        turns: of questions and answers.
+        max_length: captions and turns that would make the sequence longer are left out. The first
+            caption always stays, or the first turn if there is no caption. Turns come before the
+            second caption.
+
+    Raises:
+        ValueError: if there is neither a caption nor a turn.
     """
-    ids = describe_prompt(vocabulary, codes)
-    state, spans = len(ids) - 1, list[Span]()
+    if not (texts or turns):
+        raise ValueError("an image without a caption and a question describes nothing")
+    *trunk, eoi = describe_prompt(vocabulary, codes)
+    captions = [
+        _next_token([eoi, *text, vocabulary.eos], [("caption", 0, len(text) + 1)]) for text in texts
+    ]
+    branches = captions[:1]
+    room = (sys.maxsize if max_length is None else max_length) - len(trunk)
+    room -= sum(len(branch) for branch in branches)
+    ids, spans = [eoi], list[Span]()
     for prompt, text in turns:
         turn = [*prompt, *text, vocabulary.eos]
-        if spans and max_length is not None and len(ids) + len(turn) > max_length:
+        if (branches or spans) and len(ids) + len(turn) > room:
             continue
         spans.append(("answer", len(ids) + len(prompt) - 1, len(ids) + len(turn) - 1))
         ids += turn
-    return _next_token(ids, spans, state)
+    if spans:
+        branches.append(_next_token(ids, spans))
+        room -= len(ids)
+    for caption in captions[1:]:
+        if len(caption) <= room:
+            branches.append(caption)
+            room -= len(caption)
+    return _branched(_next_token(trunk, []), branches)
 
 
 def draw(
@@ -178,7 +213,7 @@ def draw(
         )
     kept = np.flatnonzero(masked | known)
     tokens = [*prompt, *before, *(image[code] for code in kept)]
-    sequence = _next_token(tokens, spans, state=boi, unknown=1 - float(known.mean()))
+    sequence = _next_token(tokens, spans, state=boi)
     start = len(prompt) + len(before)
     block = slice(start, None)
     predicted = start + np.flatnonzero(masked[kept])
@@ -187,7 +222,7 @@ def draw(
     sequence.targets[predicted] = sequence.ids[predicted]
     sequence.objectives[predicted] = OBJECTIVES.index("reconstruct")
     sequence.ids[predicted] = vocabulary.mask
-    return sequence
+    return replace(sequence, unknown=1 - float(known.mean()))
 
 
 def document(
@@ -244,10 +279,6 @@ def document(
     return sequences
 
 
-def plain_text(vocabulary: Vocabulary, text: list[int]) -> TokenSequence:
-    return document(vocabulary, [text])[0]
-
-
 def mask_ratio(uniform: float) -> float:
     """The share that is unknown, by the cosine schedule of MaskGIT (Chang et al. 2022,
     arXiv:2202.04200): [0, 1) -> (0, 1]."""
@@ -276,7 +307,7 @@ class Packed:
     """Rows of one length. Tensors are int64[R, L], if nothing else is said.
 
     Attributes:
-        ids, targets, objectives, blocks: as in TokenSequence.
+        ids, targets, objectives, blocks, branches: as in TokenSequence.
         documents: numbers from 1 in each row. 0 is padding.
         positions: within the document.
         states: int64[sequences], where the embedding of each is in the flattened rows.
@@ -287,6 +318,7 @@ class Packed:
     targets: Tensor
     objectives: Tensor
     blocks: Tensor
+    branches: Tensor
     documents: Tensor
     positions: Tensor
     states: Tensor
@@ -347,7 +379,7 @@ def pack(
         room[row] -= n
     shape = (-(-len(rows) // row_multiple) * row_multiple, row_length)
     ids, objectives = np.full(shape, pad, np.int64), np.full(shape, NO_LOSS, np.int64)
-    targets, blocks, documents, positions = (np.zeros(shape, np.int64) for _ in range(4))
+    targets, blocks, branches, documents, positions = (np.zeros(shape, np.int64) for _ in range(5))
     states, unknown = np.zeros(len(sequences), np.int64), np.ones(shape, np.float32)
     for r, members in enumerate(rows):
         start = 0
@@ -356,9 +388,10 @@ def pack(
             here = slice(start, start + len(sequence))
             ids[r, here], targets[r, here] = sequence.ids, sequence.targets
             objectives[r, here], blocks[r, here] = sequence.objectives, sequence.blocks
-            documents[r, here], positions[r, here] = document, sequence.positions
+            branches[r, here], positions[r, here] = sequence.branches, sequence.positions
+            documents[r, here] = document
             states[i] = r * row_length + start + sequence.state
             unknown[r, here] = sequence.unknown
             start += len(sequence)
-    arrays = (ids, targets, objectives, blocks, documents, positions, states, unknown)
+    arrays = (ids, targets, objectives, blocks, branches, documents, positions, states, unknown)
     return Packed(*(torch.from_numpy(array) for array in arrays))

@@ -25,12 +25,14 @@ class CaptionScore:
         mentioned: number of objects that the caption mentions.
         matched: number of those that the scene has with that colour and shape, each at most once.
         objects: number of objects of the scene.
+        items: number of the object that each matched slot stands for.
     """
 
     results: list[tuple[Claim, bool]] = field(default_factory=list)
     mentioned: int = 0
     matched: int = 0
     objects: int = 0
+    items: dict[int, int] = field(default_factory=dict)
 
     @property
     def precision(self) -> float:
@@ -100,13 +102,16 @@ def check_caption(text: str, scene: Scene) -> CaptionScore:
     spatial_claims = [claim for claim in claims if claim.kind in ("position", "relation")]
     assignments = list(_assignments(scores))
     best = max(total for total, _ in assignments)
-    options = [
-        {slot: scene.objects[item] for slot, item in assignment.items()}
-        for total, assignment in assignments
-        if total == best
-    ]
-    items = max(options, key=lambda option: sum(_holds(claim, option) for claim in spatial_claims))
-    score = CaptionScore(mentioned=len(attributes_of), objects=len(scene.objects))
+
+    def objects_of(assignment: dict[int, int]) -> dict[int, SceneObject]:
+        return {slot: scene.objects[item] for slot, item in assignment.items()}
+
+    matched = max(
+        (assignment for total, assignment in assignments if total == best),
+        key=lambda option: sum(_holds(claim, objects_of(option)) for claim in spatial_claims),
+    )
+    items = objects_of(matched)
+    score = CaptionScore(mentioned=len(attributes_of), objects=len(scene.objects), items=matched)
     for claim in claims:
         if claim.kind in ATTRIBUTES:
             item = items.get(claim.subject[0])

@@ -1,17 +1,55 @@
 """Question-answer pairs about synthetic scenes, all true by construction.
 
 Each question has exactly one answer in its scene. Yes and no are equally likely. If a scene has no
-held-out pair, no question names a held-out pair.
+held-out pair, no question names a held-out pair. What is asked (``draw_questions``) and how it is
+worded (``Question.worded``) are drawn apart.
 """
 
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 
 from multimodal.scenes.positions import OPPOSITE, SPATIAL, region_of, relation_holds
 from multimodal.scenes.scene import BACKGROUNDS, COLOURS, HELD_OUT, SHAPES, Scene, SceneObject
+from multimodal.scenes.wordings import TRAINING_WORDINGS
 from multimodal.scenes.words import NUMBERS, PLURALS, RELATION_PHRASES, with_article
+
+CAPITALISED = 0.25  # share of the questions that begin with a capital, as people write them
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question without its wording.
+
+    Args:
+        kind: names its wordings.
+        slots: what stands in the slots of its wordings. ``relation`` is the name of a relation.
+        answer: the only right one.
+    """
+
+    kind: str
+    slots: dict[str, str]
+    answer: str
+
+    @property
+    def usual(self) -> str:
+        """The question in its usual wording."""
+        return self._fill(TRAINING_WORDINGS[self.kind][0], 0)
+
+    def worded(self, wording: str, rng: random.Random) -> str:
+        """The question in this wording, with one of the phrases of its relation."""
+        relation = self.slots.get("relation")
+        phrase = rng.randrange(len(RELATION_PHRASES[relation])) if relation else 0
+        text = self._fill(wording, phrase)
+        return text[0].upper() + text[1:] if rng.random() < CAPITALISED else text
+
+    def _fill(self, wording: str, phrase: int) -> str:
+        slots = dict(self.slots)
+        if "relation" in slots:
+            slots["relation"] = RELATION_PHRASES[slots["relation"]][phrase]
+        return wording.format(**slots)
 
 
 def _pair(item: SceneObject) -> str:
@@ -19,7 +57,7 @@ def _pair(item: SceneObject) -> str:
 
 
 class _QuestionWriter:
-    """Each public method gives (question, answer) of one kind, or None without a unique answer."""
+    """Each public method gives a question of that kind, or None without a unique answer."""
 
     def __init__(self, scene: Scene, rng: random.Random) -> None:
         self.scene, self.rng = scene, rng
@@ -36,32 +74,32 @@ class _QuestionWriter:
         a, b = self.rng.sample(self.unique, 2)
         return a, b
 
-    def colour(self) -> tuple[str, str] | None:
+    def colour(self) -> Question | None:
         shape = self.rng.choice(self.scene.objects).shape
         colours = {item.colour for item in self.scene.objects if item.shape == shape}
         several = sum(item.shape == shape for item in self.scene.objects) > 1
         if len(colours) > 1:
             return None
-        noun = f"are the {PLURALS[shape]}" if several else f"is the {shape}"
-        return f"what colour {noun}?", colours.pop()
+        noun, is_, do = (PLURALS[shape], "are", "do") if several else (shape, "is", "does")
+        return Question("colour", {"noun": noun, "is": is_, "do": do}, colours.pop())
 
-    def shape(self) -> tuple[str, str] | None:
+    def shape(self) -> Question | None:
         colour = self.rng.choice(self.scene.objects).colour
         shapes = [item.shape for item in self.scene.objects if item.colour == colour]
-        return (f"what shape is the {colour} object?", shapes[0]) if len(shapes) == 1 else None
+        return Question("shape", {"colour": colour}, shapes[0]) if len(shapes) == 1 else None
 
-    def size(self) -> tuple[str, str] | None:
+    def size(self) -> Question | None:
         item = self.unique_object()
-        return (f"is the {_pair(item)} small or large?", item.size) if item else None
+        return Question("size", {"pair": _pair(item)}, item.size) if item else None
 
-    def texture(self) -> tuple[str, str] | None:
+    def texture(self) -> Question | None:
         item = self.unique_object()
-        return (f"what texture does the {_pair(item)} have?", item.texture) if item else None
+        return Question("texture", {"pair": _pair(item)}, item.texture) if item else None
 
-    def count_all(self) -> tuple[str, str] | None:
-        return "how many objects are there?", NUMBERS[len(self.scene.objects)]
+    def count_all(self) -> Question | None:
+        return Question("count_all", {}, NUMBERS[len(self.scene.objects)])
 
-    def count(self) -> tuple[str, str] | None:
+    def count(self) -> Question | None:
         """How many objects have a colour, a shape or both. Sometimes no object has it."""
         objects, rng = self.scene.objects, self.rng
         absent = rng.random() < 0.15
@@ -69,21 +107,27 @@ class _QuestionWriter:
         kind = rng.choice(("colour", "shape", "pair"))
         if kind == "pair" and not absent:
             number = sum(item.pair == chosen.pair for item in objects)
-            return f"how many {chosen.colour} {PLURALS[chosen.shape]} are there?", NUMBERS[number]
-        if kind == "colour":
+            noun = f"{chosen.colour} {PLURALS[chosen.shape]}"
+        elif kind == "colour":
             colour = rng.choice(tuple(COLOURS)) if absent else chosen.colour
             number = sum(item.colour == colour for item in objects)
-            return f"how many {colour} objects are there?", NUMBERS[number]
-        shape = rng.choice(SHAPES) if absent else chosen.shape
-        number = sum(item.shape == shape for item in objects)
-        return f"how many {PLURALS[shape]} are there?", NUMBERS[number]
+            noun = f"{colour} objects"
+        else:
+            shape = rng.choice(SHAPES) if absent else chosen.shape
+            number = sum(item.shape == shape for item in objects)
+            noun = PLURALS[shape]
+        return Question("count", {"noun": noun}, NUMBERS[number])
 
-    def exists(self) -> tuple[str, str] | None:
+    def exists(self) -> Question | None:
         """Yes or no, equally likely. Half the absent pairs mix colours and shapes of the scene."""
         rng, objects = self.rng, self.scene.objects
+
+        def about(pair: str, answer: str) -> Question:
+            article = with_article(pair).split()[0]
+            return Question("exists", {"article": article, "pair": pair}, answer)
+
         if rng.random() < 0.5:
-            item = rng.choice(objects)
-            return f"is there {with_article(_pair(item))}?", "yes"
+            return about(_pair(rng.choice(objects)), "yes")
         present = {item.pair for item in objects}
         mixed = rng.random() < 0.5
         colours = [item.colour for item in objects] if mixed else list(COLOURS)
@@ -95,9 +139,9 @@ class _QuestionWriter:
         absent = [pair for pair in product(colours, shapes) if allowed(pair)]
         # Without a mixed pair take any absent pair: "no" must stay as frequent as "yes".
         absent = absent or [pair for pair in product(COLOURS, SHAPES) if allowed(pair)]
-        return f"is there {with_article(' '.join(rng.choice(absent)))}?", "no"
+        return about(" ".join(rng.choice(absent)), "no")
 
-    def relation(self) -> tuple[str, str] | None:
+    def relation(self) -> Question | None:
         pair = self.two_unique_objects()
         if pair is None:
             return None
@@ -107,10 +151,10 @@ class _QuestionWriter:
         if not true:
             return None
         relation = true[0] if yes else OPPOSITE[true[0]]
-        phrase = RELATION_PHRASES[relation][0]
-        return f"is the {_pair(a)} {phrase} the {_pair(b)}?", "yes" if yes else "no"
+        slots = {"a": _pair(a), "relation": relation, "b": _pair(b)}
+        return Question("relation", slots, "yes" if yes else "no")
 
-    def neighbour(self) -> tuple[str, str] | None:
+    def neighbour(self) -> Question | None:
         """Only if exactly one object has the relation, and it surely has it."""
         anchor, relation = self.unique_object(), self.rng.choice(SPATIAL)
         if anchor is None:
@@ -118,33 +162,49 @@ class _QuestionWriter:
         near = [item for item in self.scene.objects if relation_holds(item, relation, anchor)]
         if len(near) != 1 or not relation_holds(near[0], relation, anchor, sure=True):
             return None
-        return f"what is {RELATION_PHRASES[relation][0]} the {_pair(anchor)}?", _pair(near[0])
+        slots = {"relation": relation, "pair": _pair(anchor)}
+        return Question("neighbour", slots, _pair(near[0]))
 
-    def larger(self) -> tuple[str, str] | None:
+    def larger(self) -> Question | None:
         pair = self.two_unique_objects()
         if pair is None or pair[0].size == pair[1].size:
             return None
         word = self.rng.choice(("larger", "smaller"))
         answer = next(i for i in pair if (i.size == "large") == (word == "larger"))
-        return f"which is {word}, the {_pair(pair[0])} or the {_pair(pair[1])}?", _pair(answer)
+        slots = {"word": word, "a": _pair(pair[0]), "b": _pair(pair[1])}
+        return Question("larger", slots, _pair(answer))
 
-    def where(self) -> tuple[str, str] | None:
+    def where(self) -> Question | None:
         item = self.unique_object()
         region = item and region_of([item])
-        return (f"where is the {_pair(item)}?", region) if item and region else None
+        return Question("where", {"pair": _pair(item)}, region) if item and region else None
 
-    def background(self) -> tuple[str, str] | None:
-        return "what is the background?", self.scene.background
+    def background(self) -> Question | None:
+        return Question("background", {}, self.scene.background)
 
-    def background_is(self) -> tuple[str, str] | None:
+    def background_is(self) -> Question | None:
         true_name = self.scene.background
         yes = self.rng.random() < 0.5
         name = true_name if yes else self.rng.choice([b for b in BACKGROUNDS if b != true_name])
-        return f"is the background {name}?", "yes" if yes else "no"
+        return Question("background_is", {"name": name}, "yes" if yes else "no")
 
 
 def questions(scene: Scene, rng: random.Random, n: int) -> list[tuple[str, str]]:
-    """Different questions about a scene with their answers.
+    """Different questions about a scene in the wordings of training, with their answers.
+
+    Arguments as for ``draw_questions``.
+
+    Returns:
+        n (question, answer) pairs. Fewer only if n is far above ten.
+    """
+    return [
+        (item.worded(rng.choice(TRAINING_WORDINGS[item.kind]), rng), item.answer)
+        for item in draw_questions(scene, rng, n)
+    ]
+
+
+def draw_questions(scene: Scene, rng: random.Random, n: int) -> list[Question]:
+    """Different questions about a scene.
 
     A kind of question comes again only after all kinds were tried. Duplicates are dropped, and of a
     repeated kind these are mostly the fewer questions with the answer "yes".
@@ -155,10 +215,10 @@ def questions(scene: Scene, rng: random.Random, n: int) -> list[tuple[str, str]]
         n: number of questions.
 
     Returns:
-        n (question, answer) pairs. Fewer only if n is far above ten.
+        n questions. Fewer only if n is far above ten.
     """
-    writer, pairs = _QuestionWriter(scene, rng), dict[str, str]()
-    kinds: list[tuple[Callable[[], tuple[str, str] | None], int]] = [
+    writer, drawn = _QuestionWriter(scene, rng), dict[str, Question]()
+    kinds: list[tuple[Callable[[], Question | None], int]] = [
         *((writer.colour, 12), (writer.shape, 12), (writer.size, 6), (writer.texture, 6)),
         *((writer.count_all, 5), (writer.count, 12), (writer.exists, 14), (writer.relation, 10)),
         *((writer.neighbour, 10), (writer.larger, 6), (writer.where, 6), (writer.background, 4)),
@@ -166,9 +226,9 @@ def questions(scene: Scene, rng: random.Random, n: int) -> list[tuple[str, str]]
     ]
     for _ in range(8):
         left = list(kinds)
-        while left and len(pairs) < n:
+        while left and len(drawn) < n:
             chosen = rng.choices(left, [weight for _, weight in left])[0]
             left.remove(chosen)
-            if pair := chosen[0]():
-                pairs.setdefault(*pair)
-    return list(pairs.items())
+            if question := chosen[0]():
+                drawn.setdefault(question.usual, question)
+    return list(drawn.values())

@@ -11,15 +11,16 @@ import torch
 
 from multimodal import load
 from multimodal.cli import main
+from multimodal.data.objects import named_objects
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards
 from multimodal.eval.evaluate import TASKS
 from multimodal.eval.evaluator import Example, Subject, Value, evaluate, interval
 from multimodal.eval.metrics.answering import same_answer
-from multimodal.eval.metrics.objects import named_objects
-from multimodal.eval.tasks import answers, captioning, retrieval
+from multimodal.eval.tasks import answers, captioning, choices, retrieval
 from multimodal.eval.tasks.answers import Answers
 from multimodal.eval.tasks.captioning import Captioning
+from multimodal.eval.tasks.choices import Choices
 from multimodal.eval.tasks.drawing import Drawing
 from multimodal.eval.tasks.likelihood import Likelihood
 from multimodal.eval.tasks.reconstruction import Reconstruction
@@ -79,6 +80,38 @@ def test_right_answers_have_the_best_scores(
     scores = values(evaluate(Answers(), Subject(subject.model, subject.samples, 10_000)))
     assert scores["accuracy"] == scores["open"] == scores["closed"] == 1
     assert scores["blind_accuracy"] == 0 and scores["says_yes"] == scores["yes_is_right"]
+
+
+def test_a_statement_is_asked_whether_it_is_true(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in NLVR. A model that says yes or no where true or false is asked is always wrong."""
+    samples = [
+        Sample(s.key, {**s.members, "json": b'{"captions": ["it is"], "label": "%s"}' % label})
+        for s, label in zip(subject.samples, cycle((b"true", b"true", b"false")), strict=False)
+    ]
+    prompts: list[str] = []
+
+    def always(word: str) -> dict[str, float]:
+        def answer(_: object, codes: torch.Tensor, asked: list[str], options: Any) -> list[str]:
+            prompts.extend(asked)
+            return [word for _ in asked]
+
+        monkeypatch.setattr(answers, "complete_prompts", answer)
+        monkeypatch.setattr(choices, "complete_prompts", answer)
+        labelled = Subject(subject.model, samples, 5)
+        by_choice = values(evaluate(Choices(), labelled))
+        scores = values(evaluate(Answers(), labelled))
+        assert by_choice["chance"] == 0.5 and by_choice["free_accuracy"] == scores["accuracy"]
+        return scores
+
+    said = always(" True.")
+    assert said["accuracy"] == said["closed"] == pytest.approx(2 / 3)
+    assert said["closed_in_form"] == said["says_true"] == 1
+    assert said["true_is_right"] == pytest.approx(2 / 3)
+    said = always("yes")
+    assert said["accuracy"] == said["closed_in_form"] == said["says_true"] == 0
+    assert set(prompts) == {"True or false? it is Answer:"}
 
 
 def test_embeddings_of_the_right_image_have_the_best_recall(

@@ -1,7 +1,9 @@
 """Evaluators of synthetic scenes, and that nothing else in evaluation knows scenes."""
 
+import json
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +14,13 @@ from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards
 from multimodal.eval.evaluator import Subject, evaluate
 from multimodal.eval.metrics.scene_captions import hallucinated, named_shapes
-from multimodal.eval.tasks import scene_captions, scene_drawings
+from multimodal.eval.tasks import scene_answers, scene_captions, scene_drawings
+from multimodal.eval.tasks.scene_answers import SceneAnswers
 from multimodal.eval.tasks.scene_captions import SceneCaptions
 from multimodal.eval.tasks.scene_drawings import SceneDrawings
 from multimodal.eval.tasks.scene_presence import ScenePresence
 from multimodal.scenes.scene import Scene, SceneObject
+from multimodal.scenes.wordings import UNSEEN_WORDINGS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -45,7 +49,7 @@ def test_only_files_of_scenes_and_the_demo_import_scenes() -> None:
 
 def test_samples_without_a_scene_do_not_fit(samples: list[Sample]) -> None:
     photo = Sample("a", {**samples[0].members, "json": b'{"captions": ["a red circle"]}'})
-    for evaluator in (SceneCaptions(), SceneDrawings(), ScenePresence()):
+    for evaluator in (SceneCaptions(), SceneAnswers(), SceneDrawings(), ScenePresence()):
         assert evaluator.fits(samples[0]) and not evaluator.fits(photo)
 
 
@@ -64,6 +68,48 @@ def test_true_captions_have_the_best_scores(
         assert scores[name]["value"] == 1
     assert scores["hallucinated"]["value"] == 0 and scores["hallucinated"]["n"] == 12
     assert [example.score for example in evaluator.examples] == [1] * 12
+
+
+def test_recall_of_captions_stands_beside_that_of_the_references(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        scene_captions, "caption_codes", lambda _, codes: ["a red circle" for _ in codes]
+    )
+    scores = evaluate(SceneCaptions(), subject)
+    captions = [caption for sample in subject.samples for caption in sample.record["captions"]]
+    backgrounds = sum("background" in text or "sky" in text for text in captions) / len(captions)
+    assert 0 < backgrounds < 1
+    assert scores["recall_background"]["value"] == scores["said_background"]["value"] == 0
+    assert scores["recall_background_references"]["value"] == pytest.approx(backgrounds)
+    assert scores["said_background_references"]["value"] == pytest.approx(backgrounds)
+    assert scores["recall_shape_references"]["value"] == 1 > scores["recall_shape"]["value"]
+
+
+def test_questions_are_asked_in_unseen_wordings(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def about_backgrounds(_: object, codes: Any, prompts: list[str], options: Any) -> list[str]:
+        """Understands one wording: the usual one of the background."""
+        asked.extend(prompts)
+        return ["cream" if "what is the background?" in prompt else "" for prompt in prompts]
+
+    monkeypatch.setattr(scene_answers, "complete_prompts", about_backgrounds)
+    record = {"scene": {**subject.samples[0].record["scene"], "background": "cream"}}
+    sample = Sample("a", {**subject.samples[0].members, "json": json.dumps(record).encode()})
+    monkeypatch.setattr(scene_answers, "QUESTIONS_EACH", 10)
+    evaluator = SceneAnswers()
+    scores = evaluate(evaluator, Subject(subject.model, [sample], 5))
+    unseen = UNSEEN_WORDINGS["background"]
+    texts = [prompt.removeprefix("Question: ").removesuffix(" Answer:") for prompt in asked]
+    assert {text for wording in unseen for text in (wording, wording[0].upper() + wording[1:])} & {
+        *texts
+    }
+    assert scores["accuracy"]["value"] == scores["all_wordings"]["value"] == 0
+    assert scores["usual"]["n"] == 10 and scores["usual"]["value"] == 1 / 10
+    assert scores["accuracy"]["n"] == len(evaluator.examples) == 10 * 3
 
 
 def test_hallucinated_shapes_are_those_that_the_scene_does_not_have() -> None:

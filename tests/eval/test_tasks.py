@@ -20,7 +20,7 @@ from multimodal.eval.tasks.answers import Answers
 from multimodal.eval.tasks.choices import Choices
 from multimodal.eval.tasks.classification import Classification, zero_shot_classifier
 from multimodal.eval.tasks.few_shot import FewShot
-from multimodal.eval.tasks.presence import Presence, absent_objects
+from multimodal.eval.tasks.presence import Presence, absent_objects, question_about
 from multimodal.eval.tasks.robustness import DEGRADATIONS, Robustness
 from multimodal.eval.tasks.scene_presence import ScenePresence
 from multimodal.inference.batch import DecodeBatch
@@ -64,24 +64,28 @@ def test_the_zero_shot_classifier_is_that_of_open_clip(tiny_model_folder: Path) 
 def test_embeddings_of_the_right_class_have_an_accuracy_of_one(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ["ant", "bee", "cat"]
+    names = ["ant", "bee", "soccer ball", "cat"]
     for number, sample in enumerate(subject.samples):
-        members = {**sample.members, "json": b'{"label": "%s"}' % names[number % 3].encode()}
+        label = ("ant", "bee", "soccer_ball")[number % 3]
+        members = {**sample.members, "json": b'{"label": "%s"}' % label.encode()}
         subject.samples[number] = Sample(sample.key, members)
-    rows = iter(torch.eye(3)[[n % 3 for n in range(len(subject.samples))]])
+    # The class "cat" is in the training split only, and yet it could be said.
+    subject.training = [*subject.samples, Sample("c", {"json": b'{"class": "cat"}'})]
+    rows = iter(torch.eye(4)[[n % 3 for n in range(len(subject.samples))]])
     monkeypatch.setattr(
         classification, "embed_codes", lambda _, codes: torch.stack([next(rows) for _ in codes])
     )
 
     def embed_texts_by_name(_: Any, texts: list[str]) -> Tensor:
-        return torch.eye(3)[
+        return torch.eye(4)[
             [next(i for i, name in enumerate(names) if name in text) for text in texts]
         ]
 
     monkeypatch.setattr(classification, "embed_texts", embed_texts_by_name)
     assert all(map(Classification().fits, subject.samples))
     scores = evaluate(Classification(), subject)
-    assert scores["top1"]["value"] == 1 and scores["chance"]["value"] == pytest.approx(1 / 3)
+    assert scores["top1"]["value"] == 1 and scores["chance"]["value"] == 1 / 4
+    assert scores["top1"]["low"] == 1 and scores["classes"]["value"] == 4
     assert not Classification().fits(Sample("x", {"json": b'{"label": "true"}'}))
 
 
@@ -117,7 +121,8 @@ def test_the_most_likely_choice_counts_and_a_tie_does_not(
         return likelihoods
 
     monkeypatch.setattr(choices_task, "choice_likelihoods", first_is(1.0))
-    assert evaluate(Choices(), subject)["accuracy"]["value"] > 0.95
+    scores = evaluate(Choices(), subject)
+    assert scores["accuracy"]["value"] > 0.95 > 0.1 > scores["free_accuracy"]["value"]
     monkeypatch.setattr(choices_task, "choice_likelihoods", first_is(0.0))
     assert evaluate(Choices(), subject)["accuracy"]["value"] < 0.2
 
@@ -181,7 +186,7 @@ def test_presence_asks_as_much_about_absent_objects(
     assert len(usable) == len(subject.samples)
     scores = evaluate(evaluator, Subject(subject.model, usable, 5))
     for name in ("random", "popular", "adversarial"):
-        assert scores[f"{name}_accuracy"]["value"] == pytest.approx(0.5)
+        assert scores[f"{name}_accuracy"]["value"] == scores[f"{name}_chance"]["value"] == 0.5
         assert scores[f"{name}_says_yes"]["value"] == 1
         assert scores[f"{name}_f1"]["value"] == pytest.approx(2 / 3)
     assert all("is there a" in prompt for prompt in prompts)
@@ -189,6 +194,15 @@ def test_presence_asks_as_much_about_absent_objects(
     absent = absent_objects(present, random.Random(0))
     for names, *sets in zip(present, *absent.values(), strict=True):
         assert all(not names & set(others) for others in sets)
+
+
+def test_questions_about_objects_are_grammatical() -> None:
+    assert question_about("dog") == "is there a dog?" and "an airplane" in question_about(
+        "airplane"
+    )
+    assert (
+        question_about("snow") == "is there snow?" and question_about("skis") == "are there skis?"
+    )
 
 
 def test_absent_objects_are_ordered_by_frequency_or_by_company() -> None:

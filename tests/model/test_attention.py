@@ -40,7 +40,7 @@ def rows_of_all_kinds(model: Model) -> Packed:
     v = model.vocabulary
     masked = np.arange(16) % 3 == 0
     sequences = [
-        describe(v, CODES, TEXT),
+        describe(v, CODES, [TEXT, TEXT[:3]], [(TEXT[:2], TEXT[5:])]),
         draw(v, TEXT, CODES, masked),
         draw(v, TEXT, CODES),
         draw(v, None, CODES, ~masked),

@@ -38,8 +38,8 @@ def test_the_draw_of_a_pair_depends_on_its_seed_alone(tiny_model: Make) -> None:
         assert pair.draw.ids.tolist() == draws[seed].ids.tolist()
 
 
-def test_an_image_without_a_caption_starts_its_answer(tiny_model: Make) -> None:
-    """It is drawn from the dropped condition, whatever the seed is."""
+def test_the_questions_of_an_image_are_a_branch_beside_its_captions(tiny_model: Make) -> None:
+    """Without a caption it is drawn from the dropped condition, whatever the seed is."""
     model = tiny_model(reconstruct_share=0.5, next_token_share=0.5, drop_condition=0.0)
     builder, questions = batch_builder(model), [("what?", "a cat"), ("where?", "there")]
     samples = samples_of(
@@ -51,19 +51,59 @@ def test_an_image_without_a_caption_starts_its_answer(tiny_model: Make) -> None:
     )
     pairs = [builder.pair(sample) for sample in samples]
 
-    def kinds_of(sequence: TokenSequence | None) -> set[str]:
-        assert sequence is not None
-        return {OBJECTIVES[o] for o in sequence.objectives.tolist() if o >= 0}
+    def kinds_of(sequence: TokenSequence) -> list[set[str]]:
+        """The objectives of each branch."""
+        return [
+            {OBJECTIVES[o] for o in sequence.objectives[sequence.branches == branch] if o >= 0}
+            for branch in range(1, int(sequence.branches.max()) + 1)
+        ]
 
-    describes = [pair.describe for pair in pairs]
-    assert [kinds_of(each) for each in describes] == [{"caption"}, {"answer"}, {"caption"}]
+    assert [kinds_of(pair.describe) for pair in pairs] == [
+        [{"caption"}],
+        [{"answer"}],
+        [{"caption"}, {"answer"}],
+    ]
     drawing = pairs[1].draw
-    assert drawing.ids[1] == model.vocabulary.null and "text" not in kinds_of(drawing)
-    assert pairs[0].answer is None and pairs[1].answer is None
-    assert kinds_of(pairs[2].answer) == {"answer"}
-    assert describes[1].ids[: describes[1].state + 1].tolist() == describes[1].ids[:19].tolist()
+    assert drawing.ids[1] == model.vocabulary.null
+    assert OBJECTIVES.index("text") not in drawing.objectives
     with pytest.raises(ValueError, match="sample 0 has no captions and no questions"):
         builder.pair(*samples_of([{}]))
+
+
+def test_captions_of_one_image_are_branches_as_long_as_they_fit(tiny_model: Make) -> None:
+    """And the image is drawn from the first of them."""
+    model = tiny_model(drop_condition=0.0)
+    captions = ["a cat", "two dogs run", "a red bus in the snow", "the cat sleeps"]
+    (sample,) = samples_of([{"captions": captions}], [3])
+    encode, eos = model.text_tokenizer.encode, model.vocabulary.eos
+
+    def texts_of(captions_per_image: int, row_length: int = 160) -> list[str]:
+        builder = batch_builder(model, row_length)
+        pair = replace(builder, captions_per_image=captions_per_image).pair(sample)
+        assert (
+            pair.text is not None
+            and encode(pair.text) == pair.draw.ids[1 : pair.draw.state].tolist()
+        )
+        sequence = pair.describe
+        branches = [
+            sequence.ids[sequence.branches == n] for n in range(1, sequence.branches.max() + 1)
+        ]
+        assert all(branch[-1] == eos for branch in branches)
+        texts = [model.text_tokenizer.decode(branch[1:-1].tolist()) for branch in branches]
+        assert texts[0] == pair.text
+        return texts
+
+    whole = texts_of(0)
+    assert sorted(whole) == sorted(captions) and texts_of(9) == whole
+    for count in (1, 2, 3):
+        assert texts_of(count) == whole[:count]
+    length = 18 + len(encode(whole[0])) + 2  # of <bos> <boi>, 16 codes, and the first caption
+    assert texts_of(0, length) == whole[:1]
+    fitting = {text for text in whole[1:] if len(encode(text)) + 2 <= 6}
+    assert texts_of(0, length + 6)[1:] in [[text] for text in fitting] + [[]]
+    seeds = [replace(sample, seed=seed) for seed in range(40)]
+    builder = replace(batch_builder(model), captions_per_image=2)
+    assert {builder.pair(each).text for each in seeds} == set(captions)
 
 
 def test_a_batch_knows_where_its_embeddings_stand(tiny_model: Make) -> None:

@@ -67,7 +67,7 @@ def our_logits(transformer: Transformer, ids: Tensor) -> Tensor:
 def causal_sequences(model: Model) -> dict[str, TokenSequence]:
     vocabulary, text = model.vocabulary, model.text_tokenizer.encode("two dogs run")
     return {
-        "describe": describe(vocabulary, CODES, text),
+        "describe": describe(vocabulary, CODES, [text]),
         "draw": draw(vocabulary, text, CODES),
         "unconditional draw": draw(vocabulary, None, CODES),
         "text": plain_text(vocabulary, text),

@@ -11,13 +11,11 @@ from multimodal.model.sequences import (
     NO_LOSS,
     OBJECTIVES,
     TokenSequence,
-    answer,
     describe,
     document,
     draw,
     mask_ratio,
     pack,
-    plain_text,
     random_mask,
 )
 from multimodal.model.vocabulary import SPECIALS, Vocabulary
@@ -49,7 +47,7 @@ def table(sequence: TokenSequence) -> list[str]:
 
 
 def test_describe() -> None:
-    sequence = describe(VOCABULARY, CODES, TEXT)
+    sequence = describe(VOCABULARY, CODES, [TEXT])
     assert table(sequence) == [
         "<bos>",
         "<boi>",
@@ -81,7 +79,7 @@ def test_draw_next_token() -> None:
     assert name(int(sequence.ids[sequence.state])) == "<boi>"
 
 
-def test_answer() -> None:
+def test_questions_follow_each_other_in_a_branch() -> None:
     """The questions carry no loss, and the state is that of the image alone."""
     turns = [([7, 8], TEXT), ([9], [10])]
     first = [
@@ -98,11 +96,42 @@ def test_answer() -> None:
         "13 -> <eos> answer",
         "<eos>",
     ]
-    sequence = answer(VOCABULARY, CODES, turns)
+    sequence = describe(VOCABULARY, CODES, [], turns)
     assert table(sequence) == [*first, "9 -> 10 answer", "10 -> <eos> answer", "<eos>"]
     assert sequence.state == 5
     for max_length, length in ((15, 15), (14, 12), (3, 12)):  # the first turn always stays
-        assert table(answer(VOCABULARY, CODES, turns, max_length)) == table(sequence)[:length]
+        assert table(describe(VOCABULARY, CODES, [], turns, max_length)) == table(sequence)[:length]
+    with pytest.raises(ValueError, match="describes nothing"):
+        describe(VOCABULARY, CODES, [])
+
+
+def test_captions_and_questions_are_branches_of_one_trunk() -> None:
+    turns = [([7], [8]), ([9], [10])]
+    sequence = describe(VOCABULARY, CODES, [TEXT, [14]], turns)
+    trunk = ["<bos>", "<boi>", "i4", "i0", "i49"]
+    caption = [
+        "<eoi> -> 11 caption", "11 -> 12 caption", "12 -> 13 caption", "13 -> <eos> caption",
+        "<eos>",
+    ]  # fmt: skip
+    questions = ["<eoi>", "7 -> 8 answer", "8 -> <eos> answer", "<eos>"]
+    questions += ["9 -> 10 answer", "10 -> <eos> answer", "<eos>"]
+    other = ["<eoi> -> 14 caption", "14 -> <eos> caption", "<eos>"]
+    assert table(sequence) == [*trunk, *caption, *questions, *other]
+    assert sequence.branches.tolist() == 5 * [0] + 5 * [1] + 7 * [2] + 3 * [3]
+    assert sequence.positions.tolist() == [*range(5), *range(5, 10), *range(5, 12), *range(5, 8)]
+    assert sequence.state == 5
+    # What does not fit is left out. The questions come before the other captions.
+    for max_length, parts in (
+        (20, [caption, questions, other]),
+        (19, [caption, questions]),
+        (17, [caption, questions]),
+        (16, [caption, questions[:4]]),
+        (13, [caption, other]),
+        (12, [caption]),
+        (3, [caption]),
+    ):
+        shorter = describe(VOCABULARY, CODES, [TEXT, [14]], turns, max_length)
+        assert table(shorter) == trunk + sum(parts, []), max_length
 
 
 def test_draw_masked() -> None:
@@ -155,7 +184,7 @@ def test_draw_without_an_image_and_text() -> None:
         "<bos> -> 11 text", "11 -> 12 text", "12 -> 13 text", "13 -> <boi> text", "<boi>"
     ]  # fmt: skip
     assert sequence.state == 4
-    assert table(plain_text(VOCABULARY, TEXT)) == [
+    assert table(document(VOCABULARY, [TEXT])[0]) == [
         "<bos> -> 11 text", "11 -> 12 text", "12 -> 13 text", "13 -> <eos> text", "<eos>"
     ]  # fmt: skip
 
@@ -192,9 +221,9 @@ def test_a_long_document_continues_in_the_next_sequence_and_loses_nothing(max_le
 
 
 def test_an_empty_text() -> None:
-    assert table(describe(VOCABULARY, CODES, []))[-2:] == ["<eoi> -> <eos> caption", "<eos>"]
+    assert table(describe(VOCABULARY, CODES, [[]]))[-2:] == ["<eoi> -> <eos> caption", "<eos>"]
     assert table(draw(VOCABULARY, []))[0] == "<bos> -> <boi> text"
-    assert table(plain_text(VOCABULARY, [])) == ["<bos> -> <eos> text", "<eos>"]
+    assert table(document(VOCABULARY, [[]])[0]) == ["<bos> -> <eos> text", "<eos>"]
 
 
 def test_a_mask_of_another_length_is_refused() -> None:
@@ -214,7 +243,7 @@ def test_the_codes_are_not_changed_by_masking() -> None:
 
 def of_length(n: int, mark: int) -> TokenSequence:
     """n tokens with the id ``mark``. The state is at the last position."""
-    marks = (np.full(n, mark, np.int64) for _ in range(4))
+    marks = (np.full(n, mark, np.int64) for _ in range(5))
     return TokenSequence(*marks, positions=np.arange(n), state=n - 1)
 
 
@@ -247,13 +276,13 @@ def test_pack_keeps_every_sequence_whole() -> None:
     sequences = [
         draw(VOCABULARY, TEXT[: i % 4], rng.integers(50, size=9), *random_mask(9, rng))
         if i % 2
-        else describe(VOCABULARY, rng.integers(50, size=4), TEXT)
+        else describe(VOCABULARY, rng.integers(50, size=4), [TEXT, TEXT[1:]])
         for i in range(20)
     ]
     packed = pack(sequences, 40, VOCABULARY.pad)
     flat = {
         key: getattr(packed, key).flatten().numpy()
-        for key in ("ids", "targets", "objectives", "blocks", "positions")
+        for key in ("ids", "targets", "objectives", "blocks", "branches", "positions")
     }
     for sequence, state in zip(sequences, packed.states.tolist(), strict=True):
         here = slice(state - sequence.state, state - sequence.state + len(sequence))
@@ -316,6 +345,26 @@ def test_the_attention_rule_is_that_of_the_table() -> None:
     """
     rows = [[mark == "1" for mark in line.split()] for line in expected.strip().splitlines()]
     assert attention_mask(documents, blocks)[0, 0].tolist() == rows
+
+
+def test_a_branch_sees_its_trunk_and_itself() -> None:
+    """Two documents. The first has a trunk of two tokens and branches of two, the second of one."""
+    documents = torch.tensor([[1, 1, 1, 1, 1, 1, 2, 2, 2]])
+    branches = torch.tensor([[0, 0, 1, 1, 2, 2, 0, 1, 2]])
+    expected = """
+        1 . . . . . . . .
+        1 1 . . . . . . .
+        1 1 1 . . . . . .
+        1 1 1 1 . . . . .
+        1 1 . . 1 . . . .
+        1 1 . . 1 1 . . .
+        . . . . . . 1 . .
+        . . . . . . 1 1 .
+        . . . . . . 1 . 1
+    """
+    rows = [[mark == "1" for mark in line.split()] for line in expected.strip().splitlines()]
+    mask = attention_mask(documents, torch.zeros_like(documents), branches)
+    assert mask[0, 0].tolist() == rows
 
 
 def test_blocks_of_different_documents_do_not_see_each_other() -> None:

@@ -58,7 +58,7 @@ def changes(model: Model, sequence: TokenSequence, position: int) -> Tensor:
 
 def append_token(sequence: TokenSequence, token: int) -> TokenSequence:
     """A sequence with one more causal token, without a loss."""
-    more = {"ids": token, "targets": 0, "objectives": NO_LOSS, "blocks": 0,
+    more = {"ids": token, "targets": 0, "objectives": NO_LOSS, "blocks": 0, "branches": 0,
             "positions": sequence.positions[-1] + 1}  # fmt: skip
     longer = {name: np.append(getattr(sequence, name), value) for name, value in more.items()}
     return replace(sequence, **longer)
@@ -67,7 +67,7 @@ def append_token(sequence: TokenSequence, token: int) -> TokenSequence:
 def all_forms(model: Model) -> dict[str, TokenSequence]:
     vocabulary = model.vocabulary
     return {
-        "describe": describe(vocabulary, CODES, TEXT),
+        "describe": describe(vocabulary, CODES, [TEXT]),
         "draw": draw(vocabulary, TEXT, CODES),
         "masked": draw(vocabulary, TEXT, CODES, MASKED),
         "some left out": draw(vocabulary, TEXT, CODES, MASKED, ~MASKED & (CODES % 3 > 0)),
@@ -120,13 +120,13 @@ def test_the_text_embedding_knows_the_text_and_nothing_else(model: Model) -> Non
 
 def test_the_image_embedding_knows_the_image_and_nothing_else(model: Model) -> None:
     vocabulary = model.vocabulary
-    base = state_of(model, describe(vocabulary, CODES, TEXT))
+    base = state_of(model, describe(vocabulary, CODES, [TEXT]))
     for text in ([], [5], TEXT[::-1]):
-        assert (state_of(model, describe(vocabulary, CODES, text)) - base).abs().max() < NOTHING
+        assert (state_of(model, describe(vocabulary, CODES, [text])) - base).abs().max() < NOTHING
     for index in range(len(CODES)):
         codes = CODES.copy()
         codes[index] = 63 - codes[index]
-        assert (state_of(model, describe(vocabulary, codes, TEXT)) - base).abs().max() > SOMETHING
+        assert (state_of(model, describe(vocabulary, codes, [TEXT])) - base).abs().max() > SOMETHING
 
 
 def test_order_matters(model: Model) -> None:
@@ -200,7 +200,7 @@ def empty_cache(model: Model, rows: int, capacity: int) -> KVCache:
 @torch.inference_mode()
 def test_prefill_and_single_steps_give_the_full_forward(model: Model) -> None:
     transformer = model.network.transformer
-    ids = torch.tensor(describe(model.vocabulary, CODES, TEXT).ids).repeat(2, 1)
+    ids = torch.tensor(describe(model.vocabulary, CODES, [TEXT]).ids).repeat(2, 1)
     ids[1, 3:7] += 1
     length = ids.shape[1]
     one = torch.ones_like(ids)
@@ -261,7 +261,7 @@ def test_the_cache_of_a_batch_grows_when_it_is_full(model: Model) -> None:
 def test_a_ragged_batch_is_each_prompt_alone(model: Model) -> None:
     vocabulary = model.vocabulary
     prompts = [
-        describe(vocabulary, CODES, []).ids[:-1].tolist(),
+        describe(vocabulary, CODES, [[]]).ids[:-1].tolist(),
         [vocabulary.bos],
         plain_text(vocabulary, TEXT).ids[:-1].tolist(),
     ]
@@ -336,7 +336,7 @@ def test_the_residual_stream_keeps_its_scale_with_depth() -> None:
 @torch.inference_mode()
 def test_bf16_is_close_and_its_logits_are_fp32(tiny_model: Callable[..., Model]) -> None:
     model = tiny_model(noise=0.1)
-    sequence = describe(model.vocabulary, CODES, TEXT)
+    sequence = describe(model.vocabulary, CODES, [TEXT])
     expected = logits_of(model, sequence)
     model.network.transformer.bfloat16()
     logits = logits_of(model, sequence)

@@ -17,7 +17,7 @@ from multimodal.scenes.captions import captions
 from multimodal.scenes.checking import check_caption
 from multimodal.scenes.claims import parse_caption
 from multimodal.scenes.dataset import make_sample, write_scenes
-from multimodal.scenes.questions import questions
+from multimodal.scenes.questions import draw_questions
 from multimodal.scenes.rendering import render
 from multimodal.scenes.scene import (
     COLOURS,
@@ -30,6 +30,7 @@ from multimodal.scenes.scene import (
     SceneObject,
     sample_scene,
 )
+from multimodal.scenes.wordings import TRAINING_WORDINGS
 
 SCENES = [sample_scene(random.Random(f"test {k}"), held_out=k % 5 == 0) for k in range(300)]
 WRITTEN = [(scene, captions(scene, random.Random(k), 6)) for k, scene in enumerate(SCENES)]
@@ -222,16 +223,16 @@ def answer(question: str, scene: Scene) -> str | None:
 
 def test_answers_are_true_and_yes_is_as_frequent_as_no() -> None:
     counts = {"yes": 0, "no": 0}
-    types = set()
+    kinds = set()
     for number, scene in enumerate(SCENES):
-        pairs = questions(scene, random.Random(number), 6)
-        assert len({question for question, _ in pairs}) == 6
-        for question, given in pairs:
-            assert answer(question, scene) == given, (question, scene)
-            types.add(" ".join(question.split()[:2]))
-            if given in counts:
-                counts[given] += 1
-    assert len(types) >= 8
+        drawn = draw_questions(scene, random.Random(number), 6)
+        assert len({question.usual for question in drawn}) == 6
+        for question in drawn:
+            assert answer(question.usual, scene) == question.answer, (question, scene)
+            kinds.add(question.kind)
+            if question.answer in counts:
+                counts[question.answer] += 1
+    assert kinds == TRAINING_WORDINGS.keys()
     assert 0.42 < counts["yes"] / sum(counts.values()) < 0.58
 
 

@@ -160,6 +160,25 @@ def test_an_encoder_is_that_of_timm_with_the_normalisation_of_its_weights() -> N
     assert torch.equal(made(images), expected.permute(0, 2, 3, 1))
 
 
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", "test_resnet", "test_convnext"])
+def test_final_features_are_what_the_classifier_pools(name: str) -> None:
+    torch.manual_seed(0)
+    made = Encoder(f"timm:{name}", pretrained=False)
+    network = timm.create_model(name, num_classes=0).eval()
+    network.load_state_dict(made.network.network.state_dict())  # type: ignore[union-attr]
+    size = made.image_size
+    found = made(pictures(2, size))
+    assert found.shape == (2, made.grid(size), made.grid(size), made.channels)
+    config = network.pretrained_cfg
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    expected = network.forward_features((pictures(2, size) / 2 + 0.5 - mean) / std)
+    if expected.ndim == 4:
+        expected = expected.flatten(2).transpose(1, 2)
+    else:
+        expected = expected[:, network.num_prefix_tokens :]
+    assert torch.equal(found.flatten(1, 2), expected)
+
+
 def test_weights_are_read_from_files_by_name_or_by_their_order(tmp_path: Path) -> None:
     torch.manual_seed(1)
     whole = timm.create_model("test_efficientnet").eval()
@@ -172,7 +191,9 @@ def test_weights_are_read_from_files_by_name_or_by_their_order(tmp_path: Path) -
     ordered = Encoder(f"{NETWORK}={tmp_path / 'a.pth'}")
     for name, weight in named.state_dict().items():
         assert torch.equal(weight, ordered.state_dict()[name])
-    assert torch.equal(named.state_dict()["network.conv_stem.weight"], state["conv_stem.weight"])
+    assert torch.equal(
+        named.state_dict()["network.network.conv_stem.weight"], state["conv_stem.weight"]
+    )
     shuffled = dict(reversed(list(enumerate(state.values()))))
     torch.save({str(number): weight for number, weight in shuffled.items()}, tmp_path / "b.pth")
     with pytest.raises(ValueError, match="weights of another network"):

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from multimodal.api import Model
+from multimodal.model.attention import attention_mask
 from multimodal.model.sequences import NO_LOSS, describe, draw, pack
 from multimodal.train.cost import layer_parameters, peak_memory, training_flops
 
@@ -17,17 +18,20 @@ def test_flops_count_all_products_that_the_mask_allows(
     model = tiny_model()
     config, codes = model.config.transformer, np.arange(16)
     masked = draw(model.vocabulary, [5, 6], codes, codes < 4, codes > 6)
-    causal = describe(model.vocabulary, codes, [7, 8, 9])
-    packed = pack([masked, causal], 64, model.vocabulary.pad)
+    branched = describe(model.vocabulary, codes, [[7, 8, 9], [10]], [([5], [6])])
+    packed = pack([masked, branched], 64, model.vocabulary.pad)
     hidden = model.network.hidden(packed)
     with FlopCounterMode(display=False) as counter:  # the full rows, with padding
         model.network.transformer(packed.ids, packed.positions, None)
     counted = counter.get_total_flops()
-    visible = 13 * 12 / 2 + sum(n * (n + 1) / 2 for n in map(len, (masked, causal)))
+    mask = attention_mask(packed.documents, packed.blocks, packed.branches)
+    visible = int(mask[:, 0][packed.documents > 0].sum())
+    one = [len(masked), 18 + 5]  # the image and a caption; 3 and 4 tokens more see the image too
+    assert visible == 13 * 12 / 2 + sum(n * (n + 1) / 2 for n in one) + 3 * 18 + 6 + 4 * 18 + 10
     per_pair = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
     length = packed.ids.numel()
     assert counted == 2 * layer_parameters(config) * length + per_pair * length**2
-    tokens = len(masked) + len(causal)
+    tokens = len(masked) + len(branched)
     targets = int((packed.objectives != NO_LOSS).sum())
     expected = 3 * (
         2 * layer_parameters(config) * tokens

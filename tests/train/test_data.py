@@ -215,7 +215,7 @@ def test_a_sample_without_a_text_is_refused_by_name() -> None:
 def test_a_lesson_is_drawn_by_its_seed() -> None:
     record = {"captions": ["a", "b", "c"], "qa": [["what?", "an owl"], ["where?", "a tree"]]}
     lessons = [lesson_of("owl", record, seed, TEMPLATES, 0.5) for seed in range(200)]
-    assert {lesson.caption for lesson in lessons} == {"a", "b", "c"}
+    assert {lesson.captions for lesson in lessons} == {("a",), ("b",), ("c",)}
     what = ("Question: what? Answer:", " an owl")
     where = ("Question: where? Answer:", " a tree")
     exchanges_of_lessons = [lesson.exchanges for lesson in lessons if lesson.exchanges]
@@ -231,11 +231,11 @@ def test_a_statement_and_a_repeated_question_are_no_descriptions() -> None:
     """A false caption would teach a lie, and "what colour is it? red" describes nothing."""
     statement = {"captions": ["it is blue"], "label": "false"}
     assert lesson_of("a", statement, 0, TEMPLATES) == Lesson(
-        None, (("True or false? it is blue Answer:", " false"),)
+        (), (("True or false? it is blue Answer:", " false"),)
     )
     repeated = {"captions": ["what colour is it? red"], "qa": [["what colour is it?", "red"]]}
     lesson = lesson_of("a", repeated, 0, TEMPLATES, question_share=0)
-    assert lesson == Lesson(None, (("Question: what colour is it? Answer:", " red"),))
+    assert lesson == Lesson((), (("Question: what colour is it? Answer:", " red"),))
     assert texts_about("a", {"qa": [["how many?", "two"]]}) == ["how many? two"]
 
 

