@@ -96,7 +96,9 @@ class Subject:
 
     @cached_property
     def images(self) -> list[Image.Image]:
-        """N images in their original size. Those of codes are decoded."""
+        """N images in their original size. Those of codes are decoded, or grey without detail."""
+        if self.has_codes and not self.model.image_tokenizer.can_draw:
+            return [Image.new("RGB", (64, 64), "grey")] * len(self.samples)
         if self.has_codes:
             decoded = self.map_rows(lambda batch: decode_images(self.model, batch), self.codes)
             return [to_image(image) for image in decoded]

@@ -61,9 +61,9 @@ class Encoder(nn.Module):
 
     Args:
         name: ``KIND:MODEL[=FILE]``.
-        stages: none for the final features, or numbers of stages, -1 the last. Stages of a
-            convolutional network halve the resolution; those of a transformer are its blocks.
-            None: all stages.
+        stages: () for the final features, None for all stages, or numbers of stages, -1 the last.
+            Stages of a convolutional network halve the resolution; those of a transformer are its
+            blocks.
         pretrained: load weights. Without them they are random, to be filled by ``load_state_dict``.
 
     Raises:
@@ -122,7 +122,9 @@ class Encoder(nn.Module):
         return torch.cat(resized, dim=1).permute(0, 2, 3, 1)
 
 
-Made: TypeAlias = tuple[nn.Module, list[float], list[float], int]
+Made = tuple[nn.Module, list[float], list[float], int]
+
+
 Stages: TypeAlias = tuple[int, ...] | None
 
 
@@ -131,8 +133,7 @@ def _timm(name: EncoderName, stages: Stages, pretrained: bool) -> Made:
 
     if not timm.is_model(name.model):
         raise ValueError(f"encoder {name}: timm has no such model")
-    final = stages is not None and not stages
-    kind: dict[str, Any] = {"num_classes": 0} if final else {"features_only": True}
+    kind: dict[str, Any] = {"num_classes": 0} if stages == () else {"features_only": True}
     if stages:
         kind["out_indices"] = stages
     try:
@@ -151,7 +152,7 @@ def _timm(name: EncoderName, stages: Stages, pretrained: bool) -> Made:
         renamed = {_feature_name(key, kept): weight for key, weight in weights.items()}
         network.load_state_dict({key: renamed[key] for key in kept})
     config = network.pretrained_cfg
-    if final:
+    if stages == ():
         network = _FinalMap(network)
     return network, list(config["mean"]), list(config["std"]), int(config["input_size"][-1])
 
@@ -186,15 +187,14 @@ class _ClipTower(nn.Module):
 
     def __init__(self, visual: nn.Module, stages: Stages) -> None:
         super().__init__()
-        self.visual, self.final = visual, stages is not None and not stages
-        self.indices = None if stages is None else list(stages) or 1
+        self.visual, self.stages = visual, None if stages is None else list(stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         found: Any = self.visual.forward_intermediates(  # type: ignore[operator]
             images,
-            indices=self.indices,
+            indices=1 if self.stages == [] else self.stages,
             stop_early=True,
-            normalize_intermediates=self.final,
+            normalize_intermediates=self.stages == [],
             intermediates_only=True,
         )
         return list(found["image_intermediates"])

@@ -60,6 +60,11 @@ class ImageTokenizer(nn.Module):
         self.fit: Fit = levels[0].config.fit
 
     @property
+    def can_draw(self) -> bool:
+        """Whether codes become images."""
+        return self.detail is not None
+
+    @property
     def drawn_size(self) -> int:
         """Pixels of a side of the images that ``decode`` gives. Raises ``ValueError`` for none."""
         return self._drawing_level().config.image_size

@@ -1,10 +1,9 @@
 """The level of meaning: features of a frozen pretrained encoder, quantized without gradients.
 
-The features are standardised and rotated onto their first principal components. k-means of these
-gives the codes: residual (each group quantizes what the groups before have left, as in Juang & Gray
-1982) or product (each group has channels of its own, Jegou et al. 2011). No codebook collapses, and
-it takes minutes on a CPU. Clusters of a teacher's features as image tokens: Wang et al. 2024
-(arXiv:2411.04406).
+The features are rotated onto their first principal components. k-means of these gives the codes:
+residual (each group quantizes what the groups before have left, as in Juang & Gray 1982) or product
+(each group has channels of its own, Jegou et al. 2011). No codebook collapses, and it takes minutes
+on a CPU. Clusters of a teacher's features as image tokens: Wang et al. 2024 (arXiv:2411.04406).
 
 Shapes: B images, S pixels of a side, h w the grid, D features of the encoder, C components, G
 groups, K codebook size of a group.
@@ -141,13 +140,15 @@ class Meaning(nn.Module):
 
     def quantize(self, features: Tensor) -> Tensor:
         """Features, float[..., D] -> codes: int64[..., G] in [0, K)."""
-        rest = self.project(features).flatten(0, -2)
         codes = []
-        for group, codebook in enumerate(self.codebooks):
-            found, _ = nearest(self._part(rest, group), codebook)
-            codes.append(found)
-            if self.config.form == "residual":
-                rest = rest - codebook[found]
+        # In fp32: distances in bf16 would pick other centres.
+        with torch.autocast(features.device.type, enabled=False):
+            rest = self.project(features.float()).flatten(0, -2)
+            for group, codebook in enumerate(self.codebooks):
+                found, _ = nearest(self._part(rest, group), codebook)
+                codes.append(found)
+                if self.config.form == "residual":
+                    rest = rest - codebook[found]
         return torch.stack(codes, -1).view(*features.shape[:-1], self.config.groups)
 
     def _part(self, components: Tensor, group: int) -> Tensor:
@@ -236,7 +237,7 @@ class Fitted:
     """What fitting the codebooks found out.
 
     Attributes:
-        explained: the share of the variance of standardised features that the components keep.
+        explained: the share of the variance of the features that the components keep.
         lost: for each group, the share of the variance of the components that the codes up to this
             group lose.
         clusters: of each group: its use and perplexity.
@@ -253,19 +254,24 @@ def fit_codebooks(
     features: Tensor,
     seed: int = 0,
     rounds: int = 25,
+    standardise: bool = False,
     on_round: Callable[[int, float], object] = lambda group, error: None,
 ) -> Fitted:
-    """Standardise, find the principal components, and cluster them.
+    """Find the principal components, and cluster them.
 
     Args:
         meaning: gets its codebooks.
         features: float32[N, D], of many positions.
         seed: of the clusters.
         rounds: of k-means.
+        standardise: give all channels the same variance first. Of final features the strong
+            channels say more (docs/decisions/meaning.md).
         on_round: is given the group and the share of the variance that is lost so far.
     """
     config = meaning.config
-    mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
+    mean, std = features.mean(0), torch.ones(features.shape[1])
+    if standardise:
+        std = features.std(0).clamp(min=1e-6)
     standard = (features - mean) / std
     covariance = standard.T.double() @ standard.double() / len(standard)
     values, vectors = torch.linalg.eigh(covariance)

@@ -5,13 +5,18 @@ import random
 import sys
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from multimodal.train.cost import peak_flops, peak_memory
 
@@ -117,7 +122,11 @@ class Mixture(L.Callback):
 
 
 class ExportModel(L.Callback):
-    """Writes the model folder after each validation and at the end of training."""
+    """Writes the model folder after each validation and at the end of training.
+
+    It has the averaged weights if there is a callback that averages. If there is an EarlyStopping,
+    only a validation with its best score so far writes it: the folder holds the best model.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -128,10 +137,50 @@ class ExportModel(L.Callback):
             module.export(self.folder)  # type: ignore[operator]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._export(trainer, pl_module)
+        if all(map(has_best_score, trainer.early_stopping_callbacks, repeat(trainer))):
+            with averaged_weights(trainer, pl_module):
+                self._export(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._export(trainer, pl_module)
+        if not any(stop.best_score.isfinite() for stop in trainer.early_stopping_callbacks):
+            self._export(trainer, pl_module)
+
+
+def has_best_score(stop: EarlyStopping, trainer: L.Trainer) -> bool:
+    """Whether the last validation has the best score so far, by the measure of an EarlyStopping."""
+    score = trainer.callback_metrics.get(stop.monitor)
+    if score is None:
+        return False
+    best = stop.best_score.to(score.device)
+    noted = score == best and stop.wait_count == 0  # or it will be, at the end of the epoch
+    return bool(noted or stop.monitor_op(score - stop.min_delta, best))
+
+
+def keep_equal_weights(average: WeightAveraging) -> None:
+    """Let an average leave weights as they are that do not change.
+
+    Lightning's EMA multiplies and adds. Rounding changes frozen weights too: those of the image
+    tokenizer, and with them the fingerprint of its codes.
+    """
+    if (mean := average._kwargs.get("avg_fn")) is not None:
+
+        def exact_mean(averaged: Tensor, now: Tensor, count: Tensor) -> Tensor:
+            return torch.where(averaged == now, now, mean(averaged, now, count))
+
+        average._kwargs["avg_fn"] = exact_mean
+
+
+@contextmanager
+def averaged_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+    """Have the averaged weights in the module, outside of a validation."""
+    averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+    for average in averages:
+        average.on_validation_epoch_start(trainer, module)
+    try:
+        yield
+    finally:
+        for average in averages:
+            average.on_validation_epoch_end(trainer, module)
 
 
 class Summary(L.Callback):

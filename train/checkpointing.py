@@ -53,7 +53,18 @@ class LinkedCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt`` a valid link to the newest checkpoint at all times.
 
     In Lightning the link is broken between the removal of the old checkpoint and the new link.
+
+    A checkpoint at the step of a validation is saved before it, and again after it. A resumed run
+    does not repeat that validation, and early stopping must know its score.
     """
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        training = trainer.state.fn == "fit" and not trainer.sanity_checking
+        # A sharded checkpoint is a folder, written in place: do not overwrite the last one.
+        whole = not isinstance(trainer.strategy, ModelParallelStrategy)
+        if training and whole and self._last_global_step_saved == trainer.global_step:
+            trainer.save_checkpoint(self._last_checkpoint_saved)
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         if self.save_last == "link" and self._last_checkpoint_saved:

@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import ArgumentError
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -30,6 +30,7 @@ from multimodal.train.callbacks import (
     Summary,
     Throughput,
     WritePredictions,
+    keep_equal_weights,
 )
 from multimodal.train.checkpointing import AtomicCheckpointIO, GracefulStop, LinkedCheckpoint
 from multimodal.train.data import ShardData
@@ -74,6 +75,7 @@ IGNORED_WARNINGS = (
     ".*Found .* module\\(s\\) in eval mode",  # the frozen image tokenizer
     ".*callbacks used to create the checkpoint need to be provided",  # not to measure
     ".*Precision .* is not supported by the model summary",
+    ".*WeightAveraging doesn't support sharding",  # configure_model shards with FSDP2 only
 )
 IGNORED_MESSAGES = ("litlogger", "litmodels", "TPU available", "HPU available")
 
@@ -144,9 +146,15 @@ class TrainingCLI(LightningCLI):
             ]
         elif self.subcommand == "predict":
             callbacks.append(WritePredictions(output))
-        # Callbacks of the user first: a weight average must be up to date before the export.
+        # Callbacks of the user first: a weight average must be up to date before the export. Of
+        # these, averages last: others use the averaged weights at the end of a validation.
         given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
-        kwargs["callbacks"] = [*(given if isinstance(given, list) else [given]), *callbacks]
+        given = given if isinstance(given, list) else [given]
+        given = sorted(given, key=lambda callback: isinstance(callback, WeightAveraging))
+        for average in given:
+            if isinstance(average, WeightAveraging):
+                keep_equal_weights(average)
+        kwargs["callbacks"] = [*given, *callbacks]
         return super().instantiate_trainer(**kwargs)
 
     def _parse_ckpt_path(self) -> None:

@@ -49,6 +49,10 @@ class JointModule(MuonModule):
         captions_per_image: at most so many captions of an image in one step: its codes are read
             once for all of them. 0: all. Those that do not fit ``row_length`` are left out.
         row_length: tokens in a packed row. At least the longest sequence.
+        dropout: the share of the embeddings, and of what each layer adds, that is set to 0 in
+            training.
+        label_smoothing: the share of each target of a text that the training loss spreads over all
+            ids but those of codes.
         learning_rate, weight_decay, warmup_steps: Muon's. Linear warm-up, cosine to zero.
         learning_rates: other rates for parts by name.
         freeze: names of parts that are not trained, such as ``network.transformer.layers.0`` or
@@ -71,6 +75,8 @@ class JointModule(MuonModule):
         question_share: float = 0.5,
         captions_per_image: int = 1,
         row_length: int = 256,
+        dropout: float = 0.0,
+        label_smoothing: float = 0.0,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.1,
         warmup_steps: int = 100,
@@ -104,6 +110,11 @@ class JointModule(MuonModule):
         for name in self.learning_rates:
             parameters_named(self, name)  # a wrong name is an error now
         self.network.transformer.recompute = recompute
+        for name, share in (("dropout", dropout), ("label_smoothing", label_smoothing)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name}={share}: expected a share in [0, 1)")
+        self.network.transformer.dropout = dropout
+        self.network.label_smoothing = label_smoothing
         if not 0 <= question_share <= 1:
             raise ValueError(f"question_share={question_share}: expected 0 to 1")
         if captions_per_image < 0:
@@ -211,9 +222,11 @@ class JointModule(MuonModule):
     # --- validation ---------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
+        self.samples_folder = self._samples_folder()
         self.captions: dict[str, str] = {}
         self.references: dict[str, list[str]] = {}
         self.prompts: list[str] = []
+        self.drawn: list[Tensor] = []  # codes of the drawings
         self.answers: list[tuple[str, str, str]] = []  # prompt, expected and given answer
 
     def validation_step(self, batch: Examples, batch_idx: int) -> None:
@@ -229,7 +242,10 @@ class JointModule(MuonModule):
         return rows, torch.cat([none, *(codes[row] for row in rows)])
 
     def _sample(self, batch: Examples) -> None:
-        """Caption, answer and note prompts of drawings until there are enough of each."""
+        """Caption, draw and answer until there are enough of each.
+
+        At the end of a validation averaged weights are no longer in the network.
+        """
         pairs, codes = self._pairs(batch)
         descriptions = [descriptions_of(batch.records[row]) for row in pairs]
         missing = max(0, self.captions_in_validation - len(self.captions))
@@ -237,8 +253,11 @@ class JointModule(MuonModule):
         for row, caption in zip(rows, caption_codes(self.model, codes[rows]), strict=True):
             key = batch.keys[pairs[row]]
             self.captions[key], self.references[key] = caption, descriptions[row]
-        firsts = [captions[0] for captions in descriptions if captions]
-        self.prompts = (self.prompts + firsts)[: self.drawings_in_validation]
+        prompts = [captions[0] for captions in descriptions if captions]
+        prompts = prompts[: self.drawings_in_validation - len(self.prompts)]
+        if prompts and self.samples_folder:
+            self.drawn.append(draw_codes(self.model, prompts))
+            self.prompts += prompts
         self._answer([batch.records[row] for row in pairs], codes)
 
     def _answer(self, records: list[dict[str, Any]], codes: Tensor) -> None:
@@ -259,8 +278,7 @@ class JointModule(MuonModule):
             gather_objects(self.references),
         )
         self.answers = gather_objects(self.answers)
-        folder = self._samples_folder()
-        step = f"step-{self.global_step:06d}"
+        folder, step = self.samples_folder, f"step-{self.global_step:06d}"
         if self.captions:
             cider = score_captions(self.captions, self.references)["CIDEr"]
             self.log("val/CIDEr", cider, sync_dist=True)  # the same on every rank
@@ -277,12 +295,10 @@ class JointModule(MuonModule):
             lines = ["\t".join(answer) for answer in self.answers]
             if folder:
                 (folder / f"{step}-answers.txt").write_text("\n".join(lines) + "\n")
-        with unsharded(self.network):
-            drawn = draw_codes(self.model, self.prompts) if self.prompts and folder else None
-        if drawn is not None and folder:
+        if self.drawn and folder and self.image_tokenizer.can_draw:
             from torchvision.utils import make_grid
 
-            grid = make_grid(decode_images(self.model, drawn), nrow=4)
+            grid = make_grid(decode_images(self.model, torch.cat(self.drawn)), nrow=4)
             to_image(grid).save(folder / f"{step}.png")
             (folder / "prompts.txt").write_text("\n".join(self.prompts) + "\n")
 

@@ -82,7 +82,12 @@ def fit_levels(arguments: argparse.Namespace) -> int:
         form=arguments.form,
     )
     options = FitOptions(
-        arguments.images, arguments.positions, arguments.rounds, arguments.seed, arguments.split
+        arguments.images,
+        arguments.positions,
+        arguments.rounds,
+        arguments.standardise,
+        arguments.seed,
+        arguments.split,
     )
     counts = [len(Shards(folder, arguments.split)) for folder in arguments.sources]
     total = sum(min(count, arguments.images or count) for count in counts)
@@ -216,8 +221,8 @@ def main(argv: list[str]) -> int:
         "meaning",
         help="cluster the features of a pretrained encoder",
         description="Make a level of meaning: codes of features of a frozen pretrained encoder. "
-        "Standardise, rotate onto the principal components, k-means. Minutes of a CPU. A stopped "
-        "run continues where it stopped.",
+        "Rotate onto the principal components, k-means. Minutes of a CPU. A stopped run continues "
+        "where it stopped.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -259,6 +264,9 @@ def main(argv: list[str]) -> int:
         "--positions", type=int, default=400_000, help="positions to cluster (default 400,000)"
     )
     meaning.add_argument("--rounds", type=int, default=25, help="of k-means (default 25)")
+    meaning.add_argument(
+        "--standardise", action="store_true", help="give all channels the same variance first"
+    )
     meaning.add_argument("--split", default="train", help="split to read (default train)")
     meaning.add_argument("--seed", type=int, default=0)
     meaning.add_argument("--threads", type=int, default=0, help="CPU threads")

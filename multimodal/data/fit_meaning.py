@@ -37,6 +37,7 @@ class FitOptions:
         images: at most so many of each folder, spread evenly over its shards. 0: all.
         positions: at most so many of all images together are clustered.
         rounds: of k-means.
+        standardise: give all channels the same variance first.
         seed: of the positions and of k-means.
         split: the split that is read.
         batch_size: images encoded at once.
@@ -46,6 +47,7 @@ class FitOptions:
     images: int = 0
     positions: int = 400_000
     rounds: int = 25
+    standardise: bool = False
     seed: int = 0
     split: str = "train"
     batch_size: int = 32
@@ -82,7 +84,7 @@ def fit_meaning(
     ]
     settings = {
         "shards": [source.fingerprint for source in shards],
-        "encoder": meaning.fingerprint,
+        "weights": meaning.fingerprint,
         **asdict(meaning.config),
         **asdict(options),
     }
@@ -107,7 +109,9 @@ def fit_meaning(
             generator = torch.Generator().manual_seed(options.seed)
             features = features[torch.randperm(len(features), generator=generator)]
             features = features[: options.positions]
-        fitted = fit_codebooks(meaning, features, options.seed, options.rounds, on_round)
+        fitted = fit_codebooks(
+            meaning, features, options.seed, options.rounds, options.standardise, on_round
+        )
         meaning.save(out)
         write_json(out / REPORT, report_of(fitted, len(features)))
         shutil.rmtree(out / FEATURES)

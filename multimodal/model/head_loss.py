@@ -5,6 +5,9 @@ of them is made, turned into losses and at once into gradients, and forgotten: w
 weighs in the loss is known beforehand, so its gradient needs nothing from backward. (Hsu et al.
 2024, arXiv:2410.10989, do so on GPUs.)
 
+Label smoothing (Szegedy et al. 2015, arXiv:1512.00567) needs no pass over the logits: the mean of
+the logits of some ids is the state times the mean of their rows of the head.
+
 Shapes: N positions, D width, V vocabulary.
 """
 
@@ -20,7 +23,7 @@ class HeadLosses(NamedTuple):
     """What ``head_losses`` returns.
 
     total: float32[], the only field with a gradient.
-    nll: float32[N], minus the log-likelihood of each target.
+    nll: float32[N], minus the log-likelihood of each target, without smoothing.
     log_z: float32[N].
     largest: float32[N], the largest logit.
     state_grad_norm_sq: float32[N], the squared norm of the gradient of each hidden state, 0 where
@@ -35,18 +38,30 @@ class HeadLosses(NamedTuple):
 
 
 def head_losses(
-    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, z_weights: Tensor
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    z_weights: Tensor,
+    smoothing: Tensor | None = None,
+    smoothed_ids: int = 1,
 ) -> HeadLosses:
-    """sum over positions of weights * nll + z_weights * log_z^2, of logits = hidden @ head.T
+    """sum over positions of weights * loss + z_weights * log_z^2, of logits = hidden @ head.T
 
-    hidden: float[N, D]; head: float[V, D]; targets: int64[N]; weights, z_weights: float32[N].
-    The product is in autocast's precision where that is on, all else in fp32.
+    The loss is nll, or with smoothing s
+
+        (1 - s) * nll + s * the mean over the first smoothed_ids ids of minus their log-likelihood
+
+    hidden: float[N, D]; head: float[V, D]; targets: int64[N]; weights, z_weights: float32[N];
+    smoothing: float32[N] in [0, 1). The product is in autocast's precision where that is on, all
+    else in fp32.
     """
     device = hidden.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     learns = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    smoothing = torch.zeros_like(weights) if smoothing is None else smoothing
     found: tuple[Tensor, ...] = _HeadLosses.apply(
-        hidden, head, targets, weights, z_weights, kind, learns
+        hidden, head, targets, weights, z_weights, smoothing, smoothed_ids, kind, learns
     )
     return HeadLosses(*found)
 
@@ -60,6 +75,8 @@ class _HeadLosses(torch.autograd.Function):
         targets: Tensor,
         weights: Tensor,
         z_weights: Tensor,
+        smoothing: Tensor,
+        smoothed_ids: int,
         kind: torch.dtype,
         learns: bool,
     ) -> tuple[Tensor, ...]:
@@ -78,6 +95,8 @@ class _HeadLosses(torch.autograd.Function):
             nll, log_z, largest, state_grad_norm_sq = (
                 hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(4)
             )
+            mean_row = matrix[:smoothed_ids].float().mean(0)
+            smoothed = weights * smoothing / unit
             for start in range(0, len(hidden), size):
                 here = slice(start, start + size)
                 logits = (read[here] @ matrix.T).float()
@@ -89,12 +108,16 @@ class _HeadLosses(torch.autograd.Function):
                     continue
                 slope = (weights[here] + 2 * z_weights[here] * z) / unit
                 gradient = logits.sub_(z[:, None]).exp_().mul_(slope[:, None])
-                gradient[rows, targets[here]] -= weights[here] / unit
+                gradient[rows, targets[here]] -= weights[here] / unit - smoothed[here]
                 gradient = gradient.to(kind)
-                of_hidden[here] = gradient @ matrix
+                of_hidden[here] = gradient @ matrix - (smoothed[here, None] * mean_row).to(kind)
                 state_grad_norm_sq[here] = (of_hidden[here].float() * unit).square().sum(-1)
                 of_head += gradient.T @ read[here]
-            total = (weights * nll + z_weights * log_z.square()).sum()
+            if of_head is not None:
+                of_head[:smoothed_ids] -= smoothed @ read.float() / smoothed_ids
+            uniform = log_z - read.float() @ mean_row
+            losses = nll + smoothing * (uniform - nll)
+            total = (weights * losses + z_weights * log_z.square()).sum()
         if of_hidden is not None and of_head is not None:
             ctx.save_for_backward(of_hidden, of_head, unit)
             ctx.types = hidden.dtype, head.dtype
@@ -109,5 +132,5 @@ class _HeadLosses(torch.autograd.Function):
         return (
             (factor * of_hidden.float()).to(hidden),
             (factor * of_head).to(head),
-            *[None] * 5,
+            *[None] * 7,
         )

@@ -67,6 +67,8 @@ class MultimodalLM(nn.Module):
 
     Attributes:
         attention_backend: how training computes attention. See model/attention.py.
+        label_smoothing: in training, the share of each target of a text that the loss spreads over
+            the ids of texts and the specials.
         compiled: the compiled forward passes of inference, if there are any.
     """
 
@@ -79,6 +81,7 @@ class MultimodalLM(nn.Module):
             config.transformer.hidden_size, objectives.alignment_dim, objectives.alignment_form
         )
         self.attention_backend: Backend = "sdpa"
+        self.label_smoothing = 0.0
         self.compiled: CompiledForward | None = None
         if not objectives.alignment_weight:
             # Without a loss they get no gradient, and under DDP the ranks would wait for one.
@@ -192,7 +195,14 @@ class MultimodalLM(nn.Module):
             for low, high in pairwise(UNKNOWN_SHARES)
         }
         total, parts = token_losses(
-            hidden[predicted], head, targets, objectives, objectives_config, groups
+            hidden[predicted],
+            head,
+            targets,
+            objectives,
+            objectives_config,
+            groups,
+            self.label_smoothing if self.training else 0.0,
+            self.vocabulary.image_start,
         )
         if objectives_config.alignment_weight:
             image_states, text_states = hidden[batch.image_positions], hidden[batch.text_positions]

@@ -18,6 +18,7 @@ from multimodal.distributed import global_sum, world_size
 from multimodal.model.head_loss import head_losses
 from multimodal.model.sequences import NO_LOSS, OBJECTIVES, TokenSequence
 
+TEXTS = ("caption", "answer", "text")  # objectives whose targets are those of texts
 WEIGHTS = {"caption": 1.0, "answer": 1.0, "text": 0.2, "image": 0.2, "reconstruct": 0.3}
 
 
@@ -84,6 +85,8 @@ def token_losses(
     objectives: Tensor,
     config: ObjectivesConfig,
     groups: Mapping[str, Tensor] | None = None,
+    label_smoothing: float = 0.0,
+    smoothed_ids: int = 1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of all token losses, and its parts for the log.
 
@@ -94,6 +97,8 @@ def token_losses(
         objectives: int64[N], positions in OBJECTIVES. NO_LOSS is left out of every mean.
         config: the weights.
         groups: bool[N] by name. The mean loss over each is logged too.
+        label_smoothing: the share of each target of a text that is spread over the first
+            ``smoothed_ids`` ids: those that a text may have. The parts are without it.
 
     Returns:
         The loss to minimise, float32[]. Its gradients are averaged over ranks afterwards, so the
@@ -117,7 +122,8 @@ def token_losses(
     zeros = torch.zeros(objectives.shape, dtype=torch.float32, device=objectives.device)
     weights = sum((config.weight_of(name) * shares[name] for name in present), zeros)
     z_weights = config.z_loss_weight * shares.get("log_z", zeros)
-    losses = head_losses(hidden, head, targets, weights, z_weights)
+    smoothing = label_smoothing * sum((masks[name] for name in TEXTS), zeros)
+    losses = head_losses(hidden, head, targets, weights, z_weights, smoothing, smoothed_ids)
     parts = {name: (losses.nll * share).sum() for name, share in shares.items()}
     parts["log_z"] = (losses.log_z * shares.get("log_z", zeros)).sum()
     if losses.total.requires_grad:

@@ -100,6 +100,22 @@ def norm_in_fp32(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
 
 
+def add_dropped(x: Tensor, branch: Tensor, dropout: float) -> Tensor:
+    """x + branch, without a random share of the branch (dropout, Srivastava et al. 2014).
+
+    On a CPU the share is rounded to 1/256 and decided by a random byte for each number. Random
+    floats, as in torch, take as long as a third of a step of a small model.
+    """
+    if not dropout:
+        return x + branch
+    if not branch.is_cpu or torch.compiler.is_compiling():
+        return x + F.dropout(branch, dropout)
+    words = torch.empty(-(-branch.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+    kept = words.view(torch.uint8)[: branch.numel()].view(branch.shape) >= round(256 * dropout)
+    scale = 256 / (256 - round(256 * dropout))
+    return torch.addcmul(x, branch, kept.to(branch.dtype), value=scale)
+
+
 def token_product(x: Tensor, linear: nn.Module) -> Tensor:
     """A linear layer without bias for one token of each row: float[B, D] -> float[B, N].
 
@@ -208,10 +224,11 @@ class Layer(nn.Module):
         cache: KVCache | None,
         layer: int,
         query_slice: slice,
+        dropout: float,
     ) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), cos_sin, mask, cache, layer, query_slice)
-        x = x[:, query_slice] + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = add_dropped(x[:, query_slice], attended, dropout)
+        return add_dropped(x, self.mlp(self.post_attention_layernorm(x)), dropout)
 
     def forward_token(
         self,
@@ -234,9 +251,12 @@ class Transformer(nn.Module):
     Attributes:
         recompute: in training keep only what enters a layer, and compute the rest again in the
             backward pass (Chen et al. 2016, arXiv:1604.06174).
+        dropout: in training, the share of the embeddings and of what attention and MLPs add that is
+            set to 0.
     """
 
     recompute = False
+    dropout = 0.0
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -280,13 +300,18 @@ class Transformer(nn.Module):
             float[B, Q, D], normed.
         """
         cos_sin = rope(positions, self.config)
+        dropout = self.dropout if self.training else 0.0
         x = self.embed_tokens(ids)
+        x = add_dropped(torch.zeros_like(x[..., :1]), x, dropout) if dropout else x
         for number, layer in enumerate(self.layers):
             queries = query_slice if number == len(self.layers) - 1 else ALL
-            if self.recompute and torch.is_grad_enabled() and cache is None:
-                x = checkpoint(layer, x, cos_sin, mask, cache, number, queries, use_reentrant=False)
-            else:
-                x = layer(x, cos_sin, mask, cache, number, queries)
+            arguments = (x, cos_sin, mask, cache, number, queries, dropout)
+            recompute = self.recompute and torch.is_grad_enabled() and cache is None
+            x = (
+                checkpoint(layer, *arguments, use_reentrant=False)
+                if recompute
+                else layer(*arguments)
+            )
         if cache is not None:
             cache.length += ids.shape[1]
         return self.norm(x)

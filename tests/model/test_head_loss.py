@@ -38,3 +38,41 @@ def test_losses_in_slices_are_those_of_all_logits(
         torch.testing.assert_close(a, b, **close)
     with torch.no_grad():
         assert head_losses(hidden, head, targets, weights, z_weights).total.requires_grad is False
+
+
+@pytest.mark.parametrize("smoothed_ids", [50, 31])
+def test_label_smoothing_is_that_of_torch(
+    smoothed_ids: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all ids that of cross_entropy, of some ids a target that is spread over them."""
+    monkeypatch.setattr("multimodal.model.head_loss.SLICE", 50 * 16)
+    torch.manual_seed(0)
+    hidden, head = torch.randn(61, 24).requires_grad_(), torch.randn(50, 24).requires_grad_()
+    targets, weights, z_weights = torch.randint(50, (61,)), torch.rand(61), torch.rand(61)
+    smoothing = 0.2 * (torch.arange(61) % 3 > 0)
+    losses = head_losses(hidden, head, targets, weights, z_weights, smoothing, smoothed_ids)
+    logits = F.linear(hidden, head)
+    spread = torch.zeros(61, 50)
+    spread[:, :smoothed_ids] = smoothing[:, None] / smoothed_ids
+    spread += (1 - smoothing)[:, None] * F.one_hot(targets, 50)
+    each = F.cross_entropy(logits, spread, reduction="none")
+    if smoothed_ids == 50:
+        kinds = [
+            F.cross_entropy(logits, targets, reduction="none", label_smoothing=s)
+            for s in (0.0, 0.2)
+        ]
+        assert torch.allclose(each, torch.where(smoothing > 0, kinds[1], kinds[0]), atol=1e-5)
+    expected = (weights * each + z_weights * logits.logsumexp(-1).square()).sum()
+    torch.testing.assert_close(losses.total, expected)
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(losses.nll, nll)
+    for ours, theirs in zip(
+        grad(losses.total, (hidden, head)),
+        grad(expected, (hidden, head), retain_graph=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    (of_hidden,) = grad(expected, hidden)
+    torch.testing.assert_close(
+        losses.state_grad_norm_sq, of_hidden.square().sum(-1), rtol=1e-3, atol=1e-4
+    )

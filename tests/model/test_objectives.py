@@ -217,6 +217,19 @@ def test_each_objective_is_a_mean_over_its_own_tokens() -> None:
     assert again.item() == pytest.approx(once.item(), rel=1e-5)
 
 
+def test_only_the_targets_of_texts_are_smoothed() -> None:
+    torch.manual_seed(0)
+    logits, targets = torch.randn(30, 40), torch.randint(40, (30,))
+    for number, name in enumerate(OBJECTIVES):
+        config = ObjectivesConfig(weights={name: 1.0}, z_loss_weight=0)
+        smoothing = 0.3 if name in ("caption", "answer", "text") else 0.0
+        expected = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        objectives = torch.full((30,), number)
+        total, parts = token_losses(logits, HEAD, targets, objectives, config, None, 0.3, 40)
+        assert total.item() == pytest.approx(expected.item(), rel=1e-5), name
+        assert parts[name].item() == pytest.approx(F.cross_entropy(logits, targets).item())
+
+
 def test_half_precision_throughout_keeps_shares_exact(
     tiny_model: Make, sentences: tuple[str, ...]
 ) -> None:

@@ -25,6 +25,7 @@ from multimodal.model.transformer import (
     SIZES,
     Transformer,
     TransformerConfig,
+    add_dropped,
     named_config,
 )
 from multimodal.options import TextOptions
@@ -179,6 +180,32 @@ def test_packed_is_separate_in_values_and_gradients(tiny_model: Callable[..., Mo
     states = model.network.hidden(together).flatten(0, 1)[together.states]
     for state, sequence in zip(states, sequences, strict=True):
         assert (state - state_of(model, sequence)).abs().max() < NOTHING
+
+
+def test_dropout_is_unbiased_and_only_in_training(tiny_model: Callable[..., Model]) -> None:
+    torch.manual_seed(0)
+    x, branch = torch.randn(9, 40), torch.randn(9, 40).requires_grad_()
+    sums = torch.stack([add_dropped(x, branch, 0.25) for _ in range(4000)])
+    kept = sums != x
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.002)
+    assert (kept.float().mean(0) - 0.75).abs().max() < 0.05, "every number alike"
+    assert torch.allclose(torch.where(kept, x + branch / 0.75, x), sums, atol=1e-5)
+    (gradient,) = torch.autograd.grad(sums[0].sum(), branch)
+    assert torch.allclose(gradient, kept[0] / 0.75)
+
+    model = tiny_model(noise=0.1)
+    transformer, sequence = model.network.transformer, describe(model.vocabulary, CODES, [TEXT])
+    packed, before = pack([sequence], 40, 0), logits_of(model, sequence)
+    transformer.dropout = 0.3
+    assert torch.equal(logits_of(model, sequence), before)
+    transformer.train()
+    assert (logits_of(model, sequence) - before).abs().max() > SOMETHING
+    gradients = []
+    for transformer.recompute in (False, True):  # the same numbers are dropped again
+        torch.manual_seed(1)
+        loss = summed_loss(model, packed)
+        gradients.append(torch.autograd.grad(loss, list(transformer.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_padding_changes_nothing_and_is_finite(model: Model) -> None:
