@@ -110,6 +110,8 @@ class Encoder(nn.Module):
         Returns:
             float[B, C, h, w] for each stage.
         """
+        # This order of memory is a third faster on a CPU.
+        images = images.contiguous(memory_format=torch.channels_last)
         return self.network(((images + 1) / 2 - self.mean) / self.std)
 
     def forward(self, images: Tensor) -> Tensor:

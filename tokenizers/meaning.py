@@ -125,8 +125,7 @@ class Meaning(nn.Module):
         """
         grid = self.config.grid
         images = resize(images, self.config.image_size)
-        # This order of memory is a third faster on a CPU.
-        features: Tensor = self.encoder(images.contiguous(memory_format=torch.channels_last))
+        features: Tensor = self.encoder(images)
         if features.shape[1] == grid:
             return features
         return F.adaptive_avg_pool2d(features.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)

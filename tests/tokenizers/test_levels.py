@@ -157,7 +157,7 @@ def test_an_encoder_is_that_of_timm_with_the_normalisation_of_its_weights() -> N
     images = pictures(3)
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
     expected = network((images / 2 + 0.5 - mean) / std)[-1]
-    assert torch.equal(made(images), expected.permute(0, 2, 3, 1))
+    torch.testing.assert_close(made(images), expected.permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", "test_resnet", "test_convnext"])
@@ -176,7 +176,7 @@ def test_final_features_are_what_the_classifier_pools(name: str) -> None:
         expected = expected.flatten(2).transpose(1, 2)
     else:
         expected = expected[:, network.num_prefix_tokens :]
-    assert torch.equal(found.flatten(1, 2), expected)
+    torch.testing.assert_close(found.flatten(1, 2), expected)
 
 
 def test_weights_are_read_from_files_by_name_or_by_their_order(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def images(work: Path) -> Tensor:
 def meaning(images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("meaning")
     torch.manual_seed(0)
-    encoder = Encoder("timm:test_efficientnet", (-1,), pretrained=False)
+    encoder = Encoder("timm:test_efficientnet", pretrained=False)
     config = MeaningConfig(
         encoder.name, image_size=64, grid=2, groups=1, codebook_size=8, channels=6
     )
