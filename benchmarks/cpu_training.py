@@ -35,6 +35,7 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
     from multimodal.model.batches import BatchBuilder, TrainingSample
     from multimodal.model.objectives import ObjectivesConfig
     from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+    from multimodal.tokenizers.image import ImageTokenizer
     from multimodal.tokenizers.text import TextTokenizer
     from multimodal.train.optim import muon
 
@@ -51,7 +52,7 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
     text = "A brown dog runs over the grass with a red ball in its mouth ."
     tokenizer = TextTokenizer.train([text], 320)
     shares = ObjectivesConfig(reconstruct_share=0.2, next_token_share=0.1)
-    model = Model.new(size, tokenizer, VQTokenizer(ImageTokenizerConfig()), shares)
+    model = Model.new(size, tokenizer, ImageTokenizer(detail=VQTokenizer(ImageTokenizerConfig())), shares)
     network = model.network
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = muon(network, [], 1e-3, 0.1)

@@ -162,7 +162,7 @@ def coca(
     """
     from open_clip.coca_model import CoCa
 
-    size, v = model.image_tokenizer.config.image_size, model.vocabulary
+    size, v = model.image_tokenizer.image_size, model.vocabulary
     dtype = model.network.transformer.embed_tokens.weight.dtype
 
     def built(layers: int, width: int, heads: int) -> torch.nn.Module:

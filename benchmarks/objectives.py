@@ -76,7 +76,7 @@ def main() -> None:
     arguments = parser.parse_args()
     score = arguments.score or arguments.data
     tokenizer = load_image_tokenizer(part_of(arguments.tokenizers, "image_tokenizer"))
-    codes = tokenizer.config.grid**2
+    codes = tokenizer.codes_per_image
     of_scenes = "scene" in next(iter(Shards(score, "val"))).record
     table = []
     for name, goals in ROWS.items():

@@ -23,6 +23,7 @@ from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards, index_shard, write_manifest, write_tar
 from multimodal.eval.compare import time_tokenizers
 from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.image import ImageTokenizer
 
 WORKERS = 2  # threads that decode, as in the command
 VIT = {"name": "vit", "dim": 192, "encoder_depth": 2, "decoder_depth": 3, "heads": 4}
@@ -33,11 +34,10 @@ VQ = {"name": "vq", "codebook_size": 16384, "channels": 8, "learning": "gradient
 
 def make(
     image_size: int, autoencoder: dict[str, object], quantizer: dict[str, object]
-) -> VQTokenizer:
+) -> ImageTokenizer:
     torch.manual_seed(0)
-    return VQTokenizer(
-        ImageTokenizerConfig(image_size, "squash", 16, autoencoder, quantizer)
-    ).eval()
+    config = ImageTokenizerConfig(image_size, "squash", 16, autoencoder, quantizer)
+    return ImageTokenizer(detail=VQTokenizer(config)).eval()
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -46,7 +46,7 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def end_to_end(tokenizer: VQTokenizer, data: Path, count: int, batch: int) -> dict[str, float]:
+def end_to_end(tokenizer: ImageTokenizer, data: Path, count: int, batch: int) -> dict[str, float]:
     """Images a second of decoding files, of encoding, and of both as in the command."""
     encoding = Encoding.for_tokenizer(tokenizer)
     samples = list(islice(Shards(data, "val"), count))

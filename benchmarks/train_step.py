@@ -45,6 +45,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     from multimodal.model.objectives import ObjectivesConfig
     from multimodal.model.sequences import NO_LOSS, OBJECTIVES
     from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+    from multimodal.tokenizers.image import ImageTokenizer
     from multimodal.tokenizers.text import TextTokenizer
     from multimodal.train.cost import peak_memory
     from multimodal.train.optim import muon
@@ -58,7 +59,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     codebook = options.vocabulary - 320 - 7
     vq = {"name": "vq", "codebook_size": codebook, "channels": 8}
     shares = ObjectivesConfig(reconstruct_share=0.5, next_token_share=0.5)
-    images = VQTokenizer(ImageTokenizerConfig(quantizer=vq))
+    images = ImageTokenizer(detail=VQTokenizer(ImageTokenizerConfig(quantizer=vq)))
     network = Model.new(options.size, tokenizer, images, shares).to(device).network
     codes = torch.randint(0, codebook, (options.pairs, CODES)).numpy()
     builder = BatchBuilder(
@@ -66,7 +67,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
         shares,
         network.config.templates,
         tokenizer.encode,
-        CODES,
+        network.config.layout,
+        network.config.reads,
         options.row_length,
     )
     batch = builder.build(
