@@ -52,13 +52,21 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
     text = "A brown dog runs over the grass with a red ball in its mouth ."
     tokenizer = TextTokenizer.train([text], 320)
     shares = ObjectivesConfig(reconstruct_share=0.2, next_token_share=0.1)
-    model = Model.new(size, tokenizer, ImageTokenizer(detail=VQTokenizer(ImageTokenizerConfig())), shares)
+    model = Model.new(
+        size, tokenizer, ImageTokenizer(detail=VQTokenizer(ImageTokenizerConfig())), shares
+    )
     network = model.network
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = muon(network, [], 1e-3, 0.1)
     codes = torch.randint(0, 4375, (pairs, 64)).numpy()
     builder = BatchBuilder(
-        network.vocabulary, shares, network.config.templates, tokenizer.encode, 64, length
+        network.vocabulary,
+        shares,
+        network.config.templates,
+        tokenizer.encode,
+        network.config.layout,
+        network.config.reads,
+        length,
     )
     batch = builder.build(
         [
