@@ -10,7 +10,7 @@ from multimodal.api import Model
 from multimodal.data.images import Fit, to_image
 from multimodal.distributed import gather_objects, mean_over_ranks
 from multimodal.eval.metrics.answering import score_answers
-from multimodal.eval.metrics.captioning import score_captions
+from multimodal.eval.metrics.captioning import score_captions, sentence_health
 from multimodal.eval.tasks.answers import SHORT_ANSWER
 from multimodal.inference.codec import decode_images, encode_images
 from multimodal.inference.drawing import draw_codes
@@ -289,6 +289,8 @@ class JointModule(MuonModule):
         if self.captions:
             cider = score_captions(self.captions, self.references)["CIDEr"]
             self.log("val/CIDEr", cider, sync_dist=True)  # the same on every rank
+            health = sentence_health(list(self.captions.values()))
+            self.log_dict({f"val/caption_{n}": v for n, v in health.items()}, sync_dist=True)
             lines = [
                 f"{key}\t{caption}\t| {' | '.join(self.references[key])}"
                 for key, caption in self.captions.items()

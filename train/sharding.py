@@ -50,6 +50,8 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     weights, the ranks would wait for each other for ever.
     """
     modules = fsdp_modules(model)
+    for root in modules[:1]:  # otherwise the first layer that is called becomes a root
+        root._get_fsdp_state()._lazy_init()
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()

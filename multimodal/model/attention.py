@@ -182,9 +182,18 @@ class KVCache:
     def empty(
         cls, layers: int, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor
     ) -> "KVCache":
-        """Zeros, with the dtype and on the device of ``like``; heads: of keys and values."""
-        shape = (rows, heads, capacity, head_dim)
-        keys, values = ([like.new_zeros(shape) for _ in range(layers)] for _ in range(2))
+        """Zeros on the device of ``like``; heads: of keys and values.
+
+        They have the dtype of ``like``. Under autocast they have that of the products: a wider
+        cache would be converted whole at every step.
+        """
+        device, shape = like.device, (rows, heads, capacity, head_dim)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else like.dtype
+        keys, values = (
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+            for _ in range(2)
+        )
         return cls(keys, values)
 
     @property

@@ -185,9 +185,8 @@ class Attention(nn.Module):
             rotate(norm_in_fp32(norm, part), *cos_sin).to(v.dtype)
             for norm, part in ((self.q_norm, q), (self.k_norm, k))
         )
-        # Under autocast the cache has a wider dtype than the products.
-        keys.index_copy_(2, slot, k[:, :, None].to(keys.dtype))
-        values.index_copy_(2, slot, v[:, :, None].to(keys.dtype))
+        keys.index_copy_(2, slot, k[:, :, None])
+        values.index_copy_(2, slot, v[:, :, None])
         # The query heads of a group stand where queries do: [B, G, H / G, d]. Nothing is repeated.
         grouped = q.reshape(len(q), keys.shape[1], -1, self.head_dim)
         attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)

@@ -16,7 +16,7 @@ from multimodal.cli import main
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards
 from multimodal.eval.evaluator import Subject, evaluate, training_samples
-from multimodal.eval.metrics.captioning import ptb_tokenize
+from multimodal.eval.metrics.captioning import ptb_tokenize, sentence_health
 from multimodal.eval.metrics.cider import CaptionSpace, mean_similarities, similarities
 from multimodal.eval.metrics.yardsticks import Lookup, best_constant, shuffled
 from multimodal.eval.tasks import captioning
@@ -35,6 +35,23 @@ def cider(captions: list[str], references: list[list[str]]) -> list[float]:
     truths = {str(n): each for n, each in enumerate(references)}
     guesses = {str(n): [caption] for n, caption in enumerate(captions)}
     return [float(score) for score in Cider().compute_score(truths, guesses)[1]]
+
+
+def test_sentences_that_are_broken_are_counted() -> None:
+    captions = [
+        "A dog runs.",
+        "a dog runs",
+        "A man riding a",
+        "the the dog with",
+        "",
+        "dogs run on",
+    ]
+    assert sentence_health(captions) == {
+        "distinct": pytest.approx(5 / 6),  # punctuation and case do not count
+        "words": pytest.approx(17 / 6),
+        "bad_endings": pytest.approx(4 / 6),
+        "repetitions": pytest.approx(1 / 6),
+    }
 
 
 def test_similarities_are_the_cider_of_pycocoevalcap() -> None:

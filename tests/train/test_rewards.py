@@ -263,6 +263,39 @@ def test_a_killed_run_resumes_and_codes_are_as_good_as_images(
         assert logged(Path(encoded), "train/reward") == logged(Path(uninterrupted), "train/reward")
 
 
+def test_two_ranks_write_and_learn_as_one(work: Path, tmp_path: Path) -> None:
+    """With a copy of the weights on each rank, and with a part of them (FSDP2)."""
+    config = recipe(work, tmp_path, reward="alignment")
+    more = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
+    more += ["--init_from", str(work / "joint/model"), "--output"]
+    assert main(["fit", "--config", str(config), *more, str(tmp_path / "one")]) == 0
+    sharded = yaml.safe_load(config.read_text())
+    sharded["trainer"]["strategy"] = {
+        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+        "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+    }
+    (tmp_path / "sharded.yaml").write_text(yaml.safe_dump(sharded))
+    both = ["--trainer.devices", "2"]
+    launch(
+        [
+            "fit",
+            "--config",
+            str(config),
+            *both,
+            "--trainer.strategy",
+            "ddp",
+            *more,
+            str(tmp_path / "ddp"),
+        ],
+        ["fit", "--config", str(tmp_path / "sharded.yaml"), *both, *more, str(tmp_path / "fsdp")],
+        ranks=2,
+    )
+    for name in ("reward", "policy", "total", "grad_norm/policy", "gradient_norm"):
+        runs = [logged(tmp_path / run, f"train/{name}") for run in ("one", "ddp", "fsdp")]
+        one, *two = (float(run[0]) for run in runs)
+        assert two == pytest.approx([one, one], rel=1e-4), name
+
+
 def test_what_cannot_be_written_is_refused(work: Path, tmp_path: Path, capsys: Any) -> None:
     for arguments, message in (
         ({"max_tokens": 60}, "row_length=192: an image of 4 codes and 4 captions of 60 tokens"),
