@@ -340,6 +340,7 @@ def main() -> None:
         "data": arguments.data.name,
         "photos": {split: len(samples) for split, samples in inputs.samples.items()},
         "codes": inputs.tokenizer.codes_fingerprint,
+        "text_tokenizer": Path(arguments.text).name,
         "seconds": arguments.seconds,
         "batch_size": arguments.batch_size,
         "threads": arguments.threads,
