@@ -68,7 +68,7 @@ def test_texts_find_their_pictures(starter: Model) -> None:
 
 def test_the_folder_has_the_preprocessing(starter: Model) -> None:
     stored = json.loads((FOLDER / "config.json").read_text())
-    assert stored["preprocessing"]["image_size"] == starter.image_tokenizer.config.image_size
+    assert stored["preprocessing"]["image_size"] == starter.image_tokenizer.image_size
 
 
 def test_commands_use_it_by_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

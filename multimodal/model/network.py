@@ -157,7 +157,7 @@ class MultimodalLM(nn.Module):
         if levels != ours.layout.levels[: len(levels)]:
             raise ValueError(f"its levels are not those of this run: {theirs.layout}")
         weights, kept = source.state_dict(), source.vocabulary.image_end
-        for name, weight in self.state_dict().items():
+        for name, weight in self.state_dict().items() if levels != ours.layout.levels else ():
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):
                 weights[name] = torch.cat([weights[name][:kept], weight[kept:]])
         self.load_state_dict(weights)

@@ -282,9 +282,8 @@ def test_info_verifies_fingerprints(
     assert facts["images"] == {
         "size": 32,
         "fit": "squash",
-        "downsample": 8,
         "tokens per image": 16,
-        "codebook": 64,
+        "levels": {"detail": "4 x 4 x 1 of 64"},
         "codes": multimodal.load(tiny_model_folder).image_tokenizer.codes_fingerprint,
     }
     assert facts["bytes"] == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

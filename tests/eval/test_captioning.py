@@ -189,6 +189,6 @@ def test_what_is_left_out_is_said(scenes: Path, tiny_model_folder: Path, tmp_pat
     scores = evaluate(evaluator, alone)
     assert not any(word in name for name in scores for word in ("shuffled", "constant", "lookup"))
     assert evaluator.notes == ["no training split with captions: best constants, lookup left out"]
-    labelled = Sample("a", {**subject.samples[0].members, "json": b'{"label": "dog"}'})
+    labelled = Sample("a", {**subject.samples[0].members, "json": b'{"label": "true"}'})
     evaluate(evaluator := Captioning(), replace(alone, training=[labelled]))
     assert len(evaluator.notes) == 1 and "no training split with captions" in evaluator.notes[0]

@@ -172,7 +172,7 @@ def test_each_drawing_and_reconstruction_has_a_score_and_a_picture(subject: Subj
         usable = [sample for sample in subject.samples if evaluator.fits(sample)]
         scores = evaluate(evaluator, Subject(subject.model, usable, 5))
         assert len(evaluator.examples) == len(usable) > 5
-        side = subject.model.image_tokenizer.config.image_size
+        side = subject.model.image_tokenizer.image_size
         assert {example.image.size for example in evaluator.examples} == {(side, side)}
         assert all(score["value"] == score["value"] for score in scores.values()), "no NaN"
 

@@ -142,6 +142,6 @@ def test_each_drawing_has_a_score_and_a_picture(subject: Subject) -> None:
     evaluator = SceneDrawings()
     scores = evaluate(evaluator, subject)
     assert len(evaluator.examples) == len(subject.samples)
-    side = subject.model.image_tokenizer.config.image_size
+    side = subject.model.image_tokenizer.image_size
     assert {example.image.size for example in evaluator.examples} == {(side, side)}
     assert all(score["value"] == score["value"] for score in scores.values()), "no NaN"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from multimodal import load
 from multimodal.cli import main
+from multimodal.data.objects import presence_question
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards
 from multimodal.eval.evaluator import Subject, evaluate
@@ -20,7 +21,7 @@ from multimodal.eval.tasks.answers import Answers
 from multimodal.eval.tasks.choices import Choices
 from multimodal.eval.tasks.classification import Classification, zero_shot_classifier
 from multimodal.eval.tasks.few_shot import FewShot
-from multimodal.eval.tasks.presence import Presence, absent_objects, question_about
+from multimodal.eval.tasks.presence import Presence, absent_objects
 from multimodal.eval.tasks.robustness import DEGRADATIONS, Robustness
 from multimodal.eval.tasks.scene_presence import ScenePresence
 from multimodal.inference.batch import DecodeBatch
@@ -197,12 +198,11 @@ def test_presence_asks_as_much_about_absent_objects(
 
 
 def test_questions_about_objects_are_grammatical() -> None:
-    assert question_about("dog") == "is there a dog?" and "an airplane" in question_about(
+    assert presence_question("dog") == "is there a dog?" and "an airplane" in presence_question(
         "airplane"
     )
-    assert (
-        question_about("snow") == "is there snow?" and question_about("skis") == "are there skis?"
-    )
+    assert presence_question("snow") == "is there snow?"
+    assert presence_question("skis") == "are there skis?"
 
 
 def test_absent_objects_are_ordered_by_frequency_or_by_company() -> None:

@@ -20,9 +20,9 @@ from multimodal.model.sequences import (
     TokenSequence,
     describe,
     describe_prompt,
+    document,
     draw,
     pack,
-    plain_text,
 )
 from multimodal.model.transformer import Transformer, TransformerConfig
 from multimodal.model.vocabulary import SPECIALS
@@ -70,7 +70,7 @@ def causal_sequences(model: Model) -> dict[str, TokenSequence]:
         "describe": describe(vocabulary, CODES, [text]),
         "draw": draw(vocabulary, text, CODES),
         "unconditional draw": draw(vocabulary, None, CODES),
-        "text": plain_text(vocabulary, text),
+        "text": document(vocabulary, [text])[0],
     }
 
 

@@ -17,9 +17,9 @@ from multimodal.model.sequences import (
     Packed,
     TokenSequence,
     describe,
+    document,
     draw,
     pack,
-    plain_text,
 )
 from multimodal.model.transformer import (
     SIZES,
@@ -74,7 +74,7 @@ def all_forms(model: Model) -> dict[str, TokenSequence]:
         "some left out": draw(vocabulary, TEXT, CODES, MASKED, ~MASKED & (CODES % 3 > 0)),
         "dropped": draw(vocabulary, None, CODES, ~MASKED),
         "after a block": append_token(draw(vocabulary, TEXT, CODES, MASKED), vocabulary.eoi),
-        "text": plain_text(vocabulary, TEXT),
+        "text": document(vocabulary, [TEXT])[0],
     }
 
 
@@ -133,7 +133,7 @@ def test_the_image_embedding_knows_the_image_and_nothing_else(model: Model) -> N
 def test_order_matters(model: Model) -> None:
     """Without positions, the last token would see a bag of tokens."""
     texts = ([7, 8, 9, 10, 3], [9, 7, 10, 8, 3])
-    a, b = (logits_of(model, plain_text(model.vocabulary, text))[-1] for text in texts)
+    a, b = (logits_of(model, document(model.vocabulary, [text])[0])[-1] for text in texts)
     assert (a - b).abs().max() > SOMETHING
 
 
@@ -149,7 +149,7 @@ def summed_loss(model: Model, packed: Packed) -> Tensor:
 def test_packed_is_separate_in_values_and_gradients(tiny_model: Callable[..., Model]) -> None:
     model = tiny_model(noise=0.1)
     transformer = model.network.transformer
-    sequences = [*all_forms(model).values(), plain_text(model.vocabulary, [1])]
+    sequences = [*all_forms(model).values(), document(model.vocabulary, [[1]])[0]]
     together = pack(sequences, 100, model.vocabulary.pad)
     assert together.ids.shape[0] == 2 and together.documents.max() > 2
 
@@ -209,7 +209,7 @@ def test_dropout_is_unbiased_and_only_in_training(tiny_model: Callable[..., Mode
 
 
 def test_padding_changes_nothing_and_is_finite(model: Model) -> None:
-    sequence = plain_text(model.vocabulary, TEXT)
+    sequence = document(model.vocabulary, [TEXT])[0]
     packed = pack([sequence], 40, model.vocabulary.pad)
     with torch.inference_mode():
         logits = model.network.transformer.logits(model.network.hidden(packed)[0])
@@ -290,7 +290,7 @@ def test_a_ragged_batch_is_each_prompt_alone(model: Model) -> None:
     prompts = [
         describe(vocabulary, CODES, [[]]).ids[:-1].tolist(),
         [vocabulary.bos],
-        plain_text(vocabulary, TEXT).ids[:-1].tolist(),
+        document(vocabulary, [TEXT])[0].ids[:-1].tolist(),
     ]
     steps = torch.randint(vocabulary.text_size, (5, 3), generator=torch.Generator().manual_seed(0))
     many = DecodeBatch(model.network, prompts, 6)
@@ -299,7 +299,7 @@ def test_a_ragged_batch_is_each_prompt_alone(model: Model) -> None:
     for ids in steps:
         for row, single in enumerate(alone):
             assert (many.logits()[row] - single.logits()[0]).abs().max() < NOTHING
-            whole = logits_of(model, plain_text(vocabulary, texts[row][1:]))[len(texts[row]) - 1]
+            whole = logits_of(model, document(vocabulary, [texts[row][1:]])[0])[len(texts[row]) - 1]
             assert (many.logits()[row] - whole).abs().max() < NOTHING
             single.step(ids[row : row + 1])
             texts[row].append(int(ids[row]))
