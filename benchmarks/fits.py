@@ -1,25 +1,37 @@
-"""Runs of ``multimodal fit`` for benchmarks: start them, resume them, read their logs."""
+"""Trainings for benchmarks: by ``multimodal fit``, resumed if stopped, or in memory."""
 
 import csv
+import json
+import os
+import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import nn
+from tqdm import tqdm
 
 from multimodal.api import Model
 from multimodal.data.images import to_image
 from multimodal.data.shards import Shards
+from multimodal.eval.evaluate import git_commit
 from multimodal.eval.evaluator import Subject, evaluate
 from multimodal.eval.metrics.scene_drawings import complete_caption, score_scene_drawings
 from multimodal.eval.tasks.scene_captions import SceneCaptions
+from multimodal.files import write_json
 from multimodal.inference.codec import decode_images
 from multimodal.inference.drawing import draw_codes
+from multimodal.model.batches import TrainingBatch
+from multimodal.model.network import MultimodalLM
 from multimodal.options import DrawOptions, Method
+from multimodal.seeds import stable_number
+from multimodal.train.optim import muon, warmup_cosine
 
 TRAINER = {
     "precision": "bf16-mixed",
@@ -67,6 +79,47 @@ def fit(
     (folder / "seconds").write_text(f"{time.perf_counter() - start:.0f}\n")
 
 
+def fit_in_memory(
+    network: MultimodalLM,
+    build: Callable[[Sequence[int], int], TrainingBatch],
+    count: int,
+    batch_size: int,
+    steps: int,
+    learning_rate: float,
+    name: str,
+) -> int:
+    """Train a network as ``multimodal fit`` does in bf16, without files.
+
+    Args:
+        network: is left in eval mode.
+        build: the batch of some samples, by their numbers, in an epoch.
+        count: how many samples there are. Their order is the same in each call.
+        name: shown beside the progress.
+
+    Returns:
+        The number of tokens that were read.
+    """
+    optimizer = muon(network, [], learning_rate, weight_decay=0.1)
+    schedule = warmup_cosine(optimizer, min(100, steps // 10), steps)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    tokens = 0
+    network.train()
+    for step in tqdm(range(steps), name, disable=None):
+        epoch, place = divmod(step, count // batch_size)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch))
+        batch = build(order.split(batch_size)[place].tolist(), epoch)
+        with torch.autocast(network.device.type, torch.bfloat16):
+            loss, _ = network(batch.to(network.device))
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        tokens += batch.tokens
+    network.eval()
+    return tokens
+
+
 def last_figures(folder: Path) -> dict[str, float]:
     """The last value of each name in the log."""
     figures: dict[str, float] = {}
@@ -98,6 +151,30 @@ def score_drawings(model: Model, data: str, method: Method = "causal") -> dict[s
     ]
     drawn = [to_image(image) for image in decode_images(model, torch.cat(codes))]
     return score_scene_drawings(prompts, drawn)
+
+
+def file_of(folder: Path, name: str, settings: dict[str, Any], suffix: str) -> Path:
+    """The file of a result. Other settings have another file."""
+    digest = stable_number(json.dumps(settings))
+    return folder / f"{name.replace('/', '_')}-{digest:016x}.{suffix}"
+
+
+def measured_once(
+    folder: Path, name: str, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """A result with its settings and what it was measured on, from its file if there is one."""
+    file = file_of(folder, name, settings, "json")
+    if not file.is_file():
+        figures = measure()
+        machine = {
+            "machine": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "commit": git_commit(),
+        }
+        write_json(file, {"row": name, **settings, **machine, **figures})
+    return dict(json.loads(file.read_text()))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

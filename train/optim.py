@@ -61,7 +61,12 @@ class MuonModule(L.LightningModule):
         optimizer = muon(
             self, self.heads, self.learning_rate, self.weight_decay, self.no_weight_decay, rates
         )
-        return warmup_cosine(optimizer, self.warmup_steps, self.trainer)
+        steps = self.trainer.estimated_stepping_batches
+        schedule = warmup_cosine(optimizer, self.warmup_steps, steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
 
     def configure_gradient_clipping(
         self,
@@ -155,28 +160,23 @@ def muon(
 
 
 def warmup_cosine(
-    optimizer: torch.optim.Optimizer, warmup_steps: int, trainer: L.Trainer
-) -> dict[str, Any]:
+    optimizer: torch.optim.Optimizer, warmup_steps: int, steps: float
+) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up, then a cosine to zero at the end of training.
 
-    Returns:
-        The dictionary that ``configure_optimizers`` returns.
+    Args:
+        steps: of the whole training.
 
     Raises:
         ValueError: if the training has no end.
     """
-    total = trainer.estimated_stepping_batches
-    if math.isinf(total):
+    if math.isinf(steps):
         raise ValueError("the schedule needs an end: give trainer.max_steps or trainer.max_epochs")
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
-        progress = (step - warmup_steps) / max(1, total - warmup_steps)
+        progress = (step - warmup_steps) / max(1, steps - warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return {
-        "optimizer": optimizer,
-        "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-    }
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
