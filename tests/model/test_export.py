@@ -22,11 +22,11 @@ from multimodal.model.sequences import (
     describe_prompt,
     draw,
     pack,
-    plain_text,
 )
 from multimodal.model.transformer import Transformer, TransformerConfig
 from multimodal.model.vocabulary import SPECIALS
 from multimodal.options import TextOptions
+from tests.samples import plain_text
 
 transformers = pytest.importorskip("transformers")
 

@@ -19,7 +19,6 @@ from multimodal.model.sequences import (
     describe,
     draw,
     pack,
-    plain_text,
 )
 from multimodal.model.transformer import (
     SIZES,
@@ -29,6 +28,7 @@ from multimodal.model.transformer import (
     named_config,
 )
 from multimodal.options import TextOptions
+from tests.samples import plain_text
 
 CODES = np.arange(16) * 5 % 64
 TEXT = list(b"two dogs")
