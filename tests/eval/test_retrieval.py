@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from multimodal.eval.metrics.retrieval import score_retrieval
+from multimodal.eval.metrics.retrieval import count_ahead, score_retrieval
 
 
 def test_recall_in_both_directions() -> None:
     images = torch.eye(3)
     texts = normalize(torch.tensor([[1, 0.1, 0], [0.2, 0, 1], [0, 1, 0.5], [0, 0.3, 1.0]]), dim=-1)
     image_of_text = [0, 0, 1, 2]  # the second text is nearer to image 2 than to image 0
+    ahead_of_image, ahead_of_text = count_ahead(images, texts, image_of_text)
+    assert ahead_of_image.tolist() == [0, 1, 0, 0] and ahead_of_text.tolist() == [0, 0, 1]
     scores = score_retrieval(images, texts, image_of_text, ks=(1, 2, 3))
     assert scores["text_to_image@1"] == 0.75 and scores["text_to_image@2"] == 1
     # The text nearest to image 2 is a text of image 0.
