@@ -72,12 +72,14 @@ class WrittenTokens:
         targets: int64[M], the ids.
         advantages: float32[M], of the caption.
         joint_weight: of all other losses beside that of these tokens.
+        temperature: at which they were sampled.
     """
 
     positions: Tensor
     targets: Tensor
     advantages: Tensor
     joint_weight: float
+    temperature: float
 
     def to(self, device: torch.device) -> "WrittenTokens":
         tensors = ("positions", "targets", "advantages")
@@ -166,6 +168,7 @@ class BatchBuilder:
         samples: Sequence[TrainingSample],
         skip_untaught: bool = False,
         joint_weight: float | None = None,
+        temperature: float = 1.0,
     ) -> TrainingBatch:
         """The batch of these samples.
 
@@ -174,6 +177,7 @@ class BatchBuilder:
                 that only draws. An alignment loss needs all sequences.
             joint_weight: of all losses beside that of the captions that the network wrote. None:
                 it wrote none.
+            temperature: at which it wrote them.
 
         Raises:
             ValueError: for a sample without text, or with a sequence longer than a row.
@@ -210,7 +214,9 @@ class BatchBuilder:
             image_hashes=image_hashes,
             text_hashes=text_hashes,
             tokens=int((packed.documents > 0).sum()),
-            written=self._written(samples, pairs, packed.states.tolist(), joint_weight),
+            written=None
+            if joint_weight is None
+            else self._written(samples, pairs, packed.states.tolist(), joint_weight, temperature),
         )
 
     def _written(
@@ -218,11 +224,10 @@ class BatchBuilder:
         samples: Sequence[TrainingSample],
         pairs: Mapping[int, PairSequences],
         states: Sequence[int],
-        joint_weight: float | None,
-    ) -> WrittenTokens | None:
+        joint_weight: float,
+        temperature: float,
+    ) -> WrittenTokens:
         """Where the tokens of written captions are predicted; states: of the pairs, first."""
-        if joint_weight is None:
-            return None
         positions, targets, advantages = [np.zeros(0, np.int64)], list[int](), list[float]()
         for state, (number, pair) in zip(states, pairs.items(), strict=False):
             for branch, (ids, advantage) in enumerate(samples[number].written, start=1):
@@ -235,6 +240,7 @@ class BatchBuilder:
             torch.tensor(targets, dtype=torch.int64),
             torch.tensor(advantages, dtype=torch.float32),
             joint_weight,
+            temperature,
         )
 
     def pair(self, sample: TrainingSample) -> PairSequences:

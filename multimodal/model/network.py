@@ -236,7 +236,7 @@ class MultimodalLM(nn.Module):
         padding = (0, -len(written.targets) % SHAPE_MULTIPLE)
         targets = written.targets.where(written.targets != eos, text_size)
         return policy_loss(
-            hidden[F.pad(written.positions, padding)],
+            hidden[F.pad(written.positions, padding)] / written.temperature,
             head,
             F.pad(targets, padding),
             F.pad(written.advantages, padding),

@@ -23,7 +23,7 @@ from multimodal.model.sequences import describe, pack
 from multimodal.model.templates import Templates
 from multimodal.options import TextOptions
 from multimodal.tokenizers.levels import Layout, Level
-from multimodal.train.rewards.module import advantages_of, write_captions
+from multimodal.train.rewards.module import advantages_of, in_standard_deviations, write_captions
 from multimodal.train.rewards.rewards import (
     AlignmentReward,
     CiderReward,
@@ -139,21 +139,24 @@ def all_captions(network: MultimodalLM) -> list[list[int]]:
     return ended + [list(ids) for ids in itertools.product(letters, repeat=MAX_TOKENS)]
 
 
-def probability(network: MultimodalLM, ids: list[int]) -> Tensor:
+def probability(network: MultimodalLM, ids: list[int], temperature: float) -> Tensor:
     """Of a caption, alone in its row, among the ids of texts and <eos>: float32[]."""
     v = network.vocabulary
     allowed = [*range(v.text_size), v.eos]
     sequence = describe(v, CODES, [ids])
     logits = network.transformer.logits(network.hidden(pack([sequence], len(sequence), v.pad)))
-    log_p = logits[0, sequence.state :, allowed].log_softmax(-1)
+    log_p = (logits[0, sequence.state :, allowed] / temperature).log_softmax(-1)
     return torch.stack([log_p[n, allowed.index(token)] for n, token in enumerate(ids)]).sum().exp()
 
 
-def test_the_expected_gradient_is_that_of_the_expected_reward(toy: MultimodalLM) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_expected_gradient_is_that_of_the_expected_reward(
+    toy: MultimodalLM, temperature: float
+) -> None:
     """All captions, each weighted by its probability, in one sequence."""
     captions, v = all_captions(toy), toy.vocabulary
     rewards = torch.rand(len(captions), generator=torch.Generator().manual_seed(0))
-    chances = torch.stack([probability(toy, ids) for ids in captions])
+    chances = torch.stack([probability(toy, ids, temperature) for ids in captions])
     assert chances.sum().item() == pytest.approx(1, abs=1e-5) and chances.max() > 0.05
     weights = [weight for weight in toy.transformer.parameters()]
     expected = torch.autograd.grad((chances * rewards).sum(), weights)
@@ -170,7 +173,7 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(toy: MultimodalLM)
         0,
         written=list(zip(captions, advantages, strict=True)),
     )
-    batch = builder.build([sample], joint_weight=0.0)
+    batch = builder.build([sample], joint_weight=0.0, temperature=temperature)
     assert batch.written is not None
     total, parts = toy(batch)
     assert total == parts["policy"]
@@ -178,21 +181,24 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(toy: MultimodalLM)
     for a, b in zip(ours, expected, strict=True):
         assert (a - b).abs().max() < 1e-4 * b.abs().max().clamp(min=1e-2)
 
-    joint, _ = toy(builder.build([sample], joint_weight=0.5))
+    joint, _ = toy(builder.build([sample], joint_weight=0.5, temperature=temperature))
     alone, _ = toy(builder.build([sample]))
     assert joint.item() == pytest.approx(0.5 * alone.item() + total.item(), rel=1e-5)
     none = builder.build([TrainingSample("a", {"captions": ["a"]}, CODES[None], 0)], joint_weight=1)
     assert toy(none)[1]["policy"] == 0, "a rank may have no written caption"
 
 
-def test_captions_are_written_as_often_as_they_are_likely(toy: MultimodalLM) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_captions_are_written_as_often_as_they_are_likely(
+    toy: MultimodalLM, temperature: float
+) -> None:
     captions = all_captions(toy)
     with torch.inference_mode():
-        chances = torch.stack([probability(toy, ids) for ids in captions])
+        chances = torch.stack([probability(toy, ids, temperature) for ids in captions])
     model: Any = SimpleNamespace(
         network=toy, vocabulary=toy.vocabulary, device=toy.device, text_tokenizer=None
     )
-    options, count = TextOptions(temperature=1.0, max_tokens=MAX_TOKENS), 4000
+    options, count = TextOptions(temperature=temperature, max_tokens=MAX_TOKENS), 4000
     (texts,) = write_captions(model, [CODES], [5], count, options)
     counts = np.array([texts.count(ids) for ids in captions])
     assert counts.sum() == count, "nothing else is written"
@@ -210,6 +216,11 @@ def test_a_caption_is_compared_with_the_others_or_with_the_greedy_one() -> None:
     assert advantages_of(rewards, None).tolist() == [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]
     greedy = torch.tensor([[2.0], [1.0]])
     assert advantages_of(rewards, greedy).tolist() == [[-1.0, 0.0, 4.0], [-0.5, -0.5, -0.5]]
+    scaled = in_standard_deviations(advantages_of(100 * rewards, None))
+    assert scaled.square().mean().item() == pytest.approx(1)
+    assert torch.allclose(scaled, in_standard_deviations(advantages_of(rewards, None)))
+    for nothing in (torch.zeros(2, 3), torch.zeros(0, 3)):
+        assert torch.equal(in_standard_deviations(nothing), nothing)
 
 
 # --- runs -----------------------------------------------------------------------------------------

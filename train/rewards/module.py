@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from multimodal.distributed import mean_over_ranks
+from multimodal.distributed import global_sum, mean_over_ranks
 from multimodal.inference.text import generate_ids
 from multimodal.model.batches import TrainingBatch, TrainingSample
 from multimodal.model.checkpoint import ModelParts
@@ -32,9 +32,9 @@ Captions = list[list[list[int]]]  # of each image, of each caption: ids
 class RewardModule(JointModule):
     """Rewards the captions that the network writes about images with captions.
 
-    Start it from a model that captions already (``--init_from``). In each step it writes captions
-    at temperature 1, without dropout. Their tokens are branches beside the captions of the data, so
-    an image is read once for all.
+    Start it from a model that captions already (``--init_from``). In each step it writes captions,
+    without dropout. Their tokens are branches beside the captions of the data, so an image is read
+    once for all. Advantages count in standard deviations, so that rewards may have any scale.
 
     Args:
         reward: ``cider`` (CIDEr-D, with the end of the caption as a word), ``alignment`` (the
@@ -42,6 +42,8 @@ class RewardModule(JointModule):
             (captions: list[str], records: list[dict]) -> list[float]. A caption without an end is
             an empty one for the last two.
         captions_written: of each image in each step.
+        temperature: at which they are written. Below 1 they are nearer to the greedy captions. A
+            model that was trained with label smoothing writes a wrong word often at 1.
         baseline: what a caption is compared with, the ``others`` of its image or the ``greedy``
             one.
         lm_weight: of the joint loss, that of JointModule.
@@ -53,6 +55,7 @@ class RewardModule(JointModule):
         self,
         reward: str = "cider",
         captions_written: int = 5,
+        temperature: float = 1.0,
         baseline: Literal["others", "greedy"] = "others",
         lm_weight: float = 0.2,
         max_tokens: int = 24,
@@ -60,10 +63,11 @@ class RewardModule(JointModule):
     ) -> None:
         super().__init__(**joint)
         least = 2 if baseline == "others" else 1
-        if captions_written < least or lm_weight < 0 or max_tokens < 2:
+        if captions_written < least or temperature <= 0 or lm_weight < 0 or max_tokens < 2:
             raise ValueError(
-                f"captions_written={captions_written}, lm_weight={lm_weight}, max_tokens="
-                f"{max_tokens}: expected at least {least}, 0 and 2"
+                f"captions_written={captions_written}, temperature={temperature}, lm_weight="
+                f"{lm_weight}, max_tokens={max_tokens}: expected at least {least}, more than 0, at "
+                "least 0 and 2"
             )
         needed = 2 + len(self.builder.read) + captions_written * max_tokens
         if self.builder.row_length < needed:
@@ -74,7 +78,7 @@ class RewardModule(JointModule):
             )
         self.reward_name, self.captions_written = reward, captions_written
         self.baseline, self.lm_weight = baseline, lm_weight
-        self.sampling = TextOptions(temperature=1.0, max_tokens=max_tokens)
+        self.sampling = TextOptions(temperature=temperature, max_tokens=max_tokens)
         self.greedy = TextOptions(max_tokens=max_tokens)
         self.reward: Reward | None = None
 
@@ -87,7 +91,9 @@ class RewardModule(JointModule):
         if not self.training:
             return super().build(batch)
         samples = self.write(self.samples(batch))
-        return self.builder.build(samples, joint_weight=self.lm_weight)
+        return self.builder.build(
+            samples, joint_weight=self.lm_weight, temperature=self.sampling.temperature
+        )
 
     def write(self, samples: Sequence[TrainingSample]) -> list[TrainingSample]:
         """The samples with captions that the network wrote, and their advantages."""
@@ -109,12 +115,11 @@ class RewardModule(JointModule):
         finally:
             self.network.train()
         self._log_written(captions, rewards, greedy)
-        expected = greedy if self.baseline == "greedy" else None
+        advantages = advantages_of(rewards, greedy if self.baseline == "greedy" else None)
+        advantages = in_standard_deviations(advantages).tolist()
         written = {
             id(sample): list(zip(texts, values, strict=True))
-            for sample, texts, values in zip(
-                described, captions, advantages_of(rewards, expected).tolist(), strict=True
-            )
+            for sample, texts, values in zip(described, captions, advantages, strict=True)
         }
         return [replace(sample, written=written.get(id(sample), ())) for sample in samples]
 
@@ -122,7 +127,7 @@ class RewardModule(JointModule):
         """float32[S, k]: the rewards of captions."""
         assert self.reward is not None, "on_fit_start finds it"
         if not samples:
-            return torch.zeros(0, self.captions_written)
+            return torch.zeros(0, self.captions_written, device=self.device)
         decode, eos = self.model.text_tokenizer.decode, self.network.vocabulary.eos
         written = [
             WrittenCaption(
@@ -134,7 +139,7 @@ class RewardModule(JointModule):
             for sample, texts in zip(samples, captions, strict=True)
             for ids in texts
         ]
-        rewards = torch.tensor(list(self.reward(written)), dtype=torch.float32)
+        rewards = torch.tensor(list(self.reward(written)), dtype=torch.float32, device=self.device)
         return rewards.view(len(samples), -1)
 
     def _log_written(self, captions: Captions, rewards: Tensor, greedy: Tensor | None) -> None:
@@ -184,3 +189,10 @@ def advantages_of(rewards: Tensor, greedy: Tensor | None) -> Tensor:
         return rewards - greedy
     others = rewards.sum(1, keepdim=True) - rewards
     return rewards - others / (rewards.shape[1] - 1)
+
+
+def in_standard_deviations(advantages: Tensor) -> Tensor:
+    """Advantages over their root mean square on all ranks, which may be 0: float32[S, k]."""
+    count = torch.tensor(float(advantages.numel()), device=advantages.device)
+    squares, total = global_sum(torch.stack([advantages.square().sum(), count]))
+    return advantages / (squares / total.clamp(min=1)).sqrt().clamp(min=1e-6)
