@@ -7,8 +7,6 @@ import torch
 
 from multimodal.api import Model
 from multimodal.model.batches import BatchBuilder, TrainingSample
-from multimodal.model.sequences import TokenSequence, document
-from multimodal.model.vocabulary import Vocabulary
 
 
 def batch_builder(model: Model, row_length: int = 160) -> BatchBuilder:
@@ -34,8 +32,3 @@ def samples_of(
             zip(records, codes.numpy(), seeds or range(len(records)), strict=True)
         )
     ]
-
-
-def plain_text(vocabulary: Vocabulary, text: list[int]) -> TokenSequence:
-    """A document of one text."""
-    return document(vocabulary, [text])[0]

@@ -27,7 +27,6 @@ from multimodal.model.sequences import (
 from multimodal.model.transformer import Transformer, TransformerConfig
 from multimodal.model.vocabulary import SPECIALS
 from multimodal.options import TextOptions
-from tests.samples import plain_text
 
 transformers = pytest.importorskip("transformers")
 

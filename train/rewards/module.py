@@ -116,10 +116,10 @@ class RewardModule(JointModule):
             self.network.train()
         self._log_written(captions, rewards, greedy)
         advantages = advantages_of(rewards, greedy if self.baseline == "greedy" else None)
-        advantages = in_standard_deviations(advantages).tolist()
+        scaled: list[list[float]] = in_standard_deviations(advantages).tolist()
         written = {
             id(sample): list(zip(texts, values, strict=True))
-            for sample, texts, values in zip(described, captions, advantages, strict=True)
+            for sample, texts, values in zip(described, captions, scaled, strict=True)
         }
         return [replace(sample, written=written.get(id(sample), ())) for sample in samples]
 
