@@ -5,6 +5,7 @@ The order of the samples is a function of (seed, epoch). It is the same on any n
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -114,14 +115,16 @@ class ShardData(L.LightningDataModule):
         weights: for each folder, its share of the samples, relative to the others. By default each
             sample comes once an epoch. The actual shares are logged (``data/share/...``).
         augmented: the folders whose training images are cropped and mirrored. By default all.
+        drawn: the folders whose images are learned to be drawn. By default all. The others are read
+            only. Documents are always learned as a whole.
         global_batch_size: samples per optimizer step, over all ranks.
         val_limit: use the first ``val_limit`` validation samples. 0 uses all.
         workers: processes that decode images. 0 decodes in the training process.
         seed: of the order, and of all random choices about a sample.
 
     Raises:
-        ValueError: for a crop_scale outside (0, 1], a folder in augmented that is not in folders,
-            or a wrong number of weights.
+        ValueError: for a crop_scale outside (0, 1], a folder in augmented or drawn that is not in
+            folders, or a wrong number of weights.
     """
 
     def __init__(
@@ -133,6 +136,7 @@ class ShardData(L.LightningDataModule):
         mirror: bool = False,
         weights: list[float] | None = None,
         augmented: list[str] | None = None,
+        drawn: list[str] | None = None,
         global_batch_size: int = 64,
         val_limit: int = 0,
         workers: int = 2,
@@ -143,8 +147,10 @@ class ShardData(L.LightningDataModule):
             raise ValueError(f"crop_scale={crop_scale}: expected a share of the area in (0, 1]")
         self.folders, self.train_split, self.val_split = folders, train_split, val_split
         self.augmented = folders if augmented is None else augmented
-        if unknown := set(self.augmented) - set(folders):
-            raise ValueError(f"augmented has {sorted(unknown)}: expected some of data.folders")
+        self.drawn = folders if drawn is None else drawn
+        for name in ("augmented", "drawn"):
+            if unknown := set(getattr(self, name)) - set(folders):
+                raise ValueError(f"{name} has {sorted(unknown)}: expected some of data.folders")
         if weights is not None and len(weights) != len(folders):
             raise ValueError(
                 f"{len(weights)} weights for {len(folders)} folders: expected one each"
@@ -153,6 +159,11 @@ class ShardData(L.LightningDataModule):
         self.crop_scale, self.mirror = crop_scale, mirror
         self.global_batch_size, self.val_limit = global_batch_size, val_limit
         self.workers, self.seed = workers, seed
+
+    @property
+    def drawn_folders(self) -> set[Path]:
+        """The folders whose images are learned to be drawn, on this machine."""
+        return {local_folder(folder) for folder in self.drawn}
 
     def shards(self, split: str) -> list[Shards]:
         """The shards of a split. A folder that is named twice counts twice in training only."""
@@ -179,6 +190,7 @@ class ShardData(L.LightningDataModule):
             self.crop_scale,
             self.mirror,
             [crops and source.folder in augmented for source in shards],
+            [source.folder in self.drawn_folders for source in shards],
         )
         order = Order(
             [source.sizes for source in shards],

@@ -32,6 +32,7 @@ class Examples:
         sources: B numbers of the folders the samples are from.
         documents: B lists. Of a document its texts, with None for each image. Of a single image an
             empty list.
+        drawn: B booleans, whether the image may be learned to be drawn.
     """
 
     keys: list[str]
@@ -40,6 +41,7 @@ class Examples:
     seeds: list[int]
     sources: list[int]
     documents: list[list[str | None]]
+    drawn: list[bool]
 
     @property
     def codes(self) -> Tensor | None:
@@ -75,6 +77,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         mirror: mirror half of the crops.
         augmented: for each folder, whether its images are cropped. By default all are if
             ``crop_scale`` is below 1.
+        drawn: for each folder, whether its images are learned to be drawn. By default all are.
     """
 
     def __init__(
@@ -86,12 +89,14 @@ class ShardDataset(Dataset[dict[str, Any]]):
         crop_scale: float = 1.0,
         mirror: bool = False,
         augmented: Sequence[bool] | None = None,
+        drawn: Sequence[bool] | None = None,
     ) -> None:
         self.sources = sources
         folders = [source.folder for source in sources]
         # How often each folder was named before. Each copy has its own seeds.
         self.copies = [folders[:number].count(folder) for number, folder in enumerate(folders)]
         self.augmented = [crop_scale < 1] * len(sources) if augmented is None else augmented
+        self.drawn = [True] * len(sources) if drawn is None else drawn
         self.ends = np.cumsum([len(source) for source in sources])
         self.image_size, self.fit, self.seed = image_size, fit, seed
         self.crop_scale, self.mirror = crop_scale, mirror
@@ -131,6 +136,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
             "seed": seed,
             "source": source,
             "document": document,
+            "drawn": self.drawn[source],
         }
 
     def _image(self, data: bytes, augmented: bool, seed: int) -> NDArray[np.uint8]:
@@ -155,6 +161,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
             seeds=[sample["seed"] for sample in samples],
             sources=[sample["source"] for sample in samples],
             documents=[sample["document"] for sample in samples],
+            drawn=[sample["drawn"] for sample in samples],
         )
 
 

@@ -151,7 +151,9 @@ class JointModule(MuonModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         shards = data.shards(data.train_split)
         limit = self.network.config.transformer.max_position_embeddings
-        check_data(self.builder, shards, limit, resumed=bool(self.trainer.ckpt_path))
+        check_data(
+            self.builder, shards, data.drawn_folders, limit, resumed=bool(self.trainer.ckpt_path)
+        )
 
     @property
     def preprocessing(self) -> tuple[int, Fit]:
@@ -190,12 +192,13 @@ class JointModule(MuonModule):
 
     def samples(self, batch: Examples) -> list[TrainingSample]:
         """The samples of a batch with their codes."""
+        codes = [images.cpu().numpy() for images in self.codes(batch)]
         fields = zip(
-            batch.keys, batch.records, self.codes(batch), batch.seeds, batch.documents, strict=True
+            batch.keys, batch.records, codes, batch.seeds, batch.documents, batch.drawn, strict=True
         )
         return [
-            TrainingSample(key, record, codes.cpu().numpy(), seed, document)
-            for key, record, codes, seed, document in fields
+            TrainingSample(key, record, images, seed, document, drawn=drawn)
+            for key, record, images, seed, document, drawn in fields
         ]
 
     def build(self, batch: Examples) -> TrainingBatch:

@@ -1,6 +1,8 @@
 """Checks before the first step: whether the data fit, and teach what is to be learned."""
 
+from collections.abc import Container
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
@@ -20,13 +22,18 @@ NEEDS = {
 
 
 def check_data(
-    builder: BatchBuilder, shards: list[Shards], limit: int, resumed: bool = False
+    builder: BatchBuilder,
+    shards: list[Shards],
+    drawn: Container[Path],
+    limit: int,
+    resumed: bool = False,
 ) -> None:
     """Make every kind of sequence of the first samples, as training will.
 
     Args:
         builder: makes the batches of this training.
         shards: the training data.
+        drawn: the folders whose images are learned to be drawn.
         limit: how many tokens the model reads.
         resumed: the configuration was checked before, and may name objectives without data.
 
@@ -49,7 +56,9 @@ def check_data(
             document = document_of(sample)
             images = document.count(None) if document else 1
             codes = np.zeros((images, builder.layout.codes_per_image), np.int64)
-            example = TrainingSample(sample.key, sample.record, codes, 0, document)
+            example = TrainingSample(
+                sample.key, sample.record, codes, 0, document, drawn=folder.folder in drawn
+            )
             try:
                 for sequence in builder.possible(example):
                     taught |= _taught(sequence, builder.vocabulary.text_size)

@@ -53,6 +53,7 @@ class TrainingSample:
             Empty for an image with texts about it.
         written: captions of its image that the network wrote, each with its advantage: ids up to
             <eos>, or up to the last token that there was room for.
+        drawn: whether its image may be learned to be drawn.
     """
 
     key: str
@@ -61,6 +62,7 @@ class TrainingSample:
     seed: int
     document: Sequence[str | None] = ()
     written: Sequence[tuple[list[int], float]] = ()
+    drawn: bool = True
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,7 @@ class BatchBuilder:
         form, dropped = rng.random(), rng.random() < self.objectives.drop_condition
         ids, text = (texts[0], lesson.captions[0]) if texts else (None, None)
         masked_share = self.objectives.reconstruct_share
-        if form >= masked_share + self.objectives.next_token_share:
+        if not sample.drawn or form >= masked_share + self.objectives.next_token_share:
             drawing, dropped = draw(self.vocabulary, ids), False
         else:
             condition = None if dropped else ids
@@ -308,9 +310,9 @@ class BatchBuilder:
                 for prompt, reply in exchanges_of(sample.record, self.templates):
                     exchange = (prompt, answer_text(reply))
                     sequences.append(self._describe(codes, texts[:1], [exchange]))
-            if self.objectives.next_token_share:
+            if sample.drawn and self.objectives.next_token_share:
                 sequences.append(draw(self.vocabulary, None, codes))
-            if self.objectives.reconstruct_share:
+            if sample.drawn and self.objectives.reconstruct_share:
                 for level in self.layout.levels:
                     masked, span = np.ones(level.codes, np.bool_), self.layout.span(level.name)
                     sequences.append(draw(self.vocabulary, None, codes, masked, level=span))

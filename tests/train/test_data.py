@@ -1,6 +1,7 @@
 """The samples of a training step: their order, their crops, and the lesson of each."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,16 +10,21 @@ import numpy as np
 import pytest
 
 import multimodal.train.sample_order as train_order
+from multimodal.api import Model
 from multimodal.cli import main
+from multimodal.model.batches import TrainingSample
 from multimodal.model.lessons import MAX_TURNS, Lesson, lesson_of
+from multimodal.model.sequences import NO_LOSS, OBJECTIVES
 from multimodal.model.templates import Templates
 from multimodal.train.callbacks import Mixture
 from multimodal.train.data import GlobalBatchLoader, ShardData
 from multimodal.train.examples import ShardDataset
 from multimodal.train.sample_order import GlobalBatches, Order
 from multimodal.train.semantic import texts_about
+from tests.samples import batch_builder
 
 TEMPLATES = Templates()
+DRAWN = {"image", "reconstruct"}
 
 
 def test_only_the_augmented_folders_are_cropped(tmp_path: Path) -> None:
@@ -39,6 +45,37 @@ def test_only_the_augmented_folders_are_cropped(tmp_path: Path) -> None:
     assert plain[4:] == cropped[4:] == later[4:]
     with pytest.raises(ValueError, match="augmented has .*'elsewhere'.*some of data.folders"):
         ShardData(folders, augmented=["elsewhere"])
+
+
+def test_images_of_the_drawn_folders_alone_are_learned_to_be_drawn(
+    tmp_path: Path, tiny_model: Callable[..., Model]
+) -> None:
+    model = tiny_model(reconstruct_share=0.5, next_token_share=0.5)
+    for name in ("photos", "scenes"):
+        arguments = ["data", "scenes", str(tmp_path / name), "--count", "4", "--size", "16"]
+        assert main(arguments) == 0
+    photos, scenes = str(tmp_path / "photos"), str(tmp_path / "scenes")
+    data = ShardData([photos, scenes], drawn=[scenes])
+    shards = data.shards("train")
+    drawn = [source.folder in data.drawn_folders for source in shards]
+    dataset = ShardDataset(shards, 16, "squash", 0, drawn=drawn)
+    batch = dataset.collate([dataset[0, number] for number in range(8)])
+    assert batch.drawn == [False] * 4 + [True] * 4
+    builder = batch_builder(model)
+    codes = np.zeros((1, builder.layout.codes_per_image), np.int64)
+    learned = []
+    for record, seed, of_image in zip(batch.records, batch.seeds, batch.drawn, strict=True):
+        sample = TrainingSample("a", record, codes, seed, drawn=of_image)
+        objectives = {*builder.pair(sample).draw.objectives.tolist()} - {NO_LOSS}
+        learned.append({OBJECTIVES[number] for number in objectives} - {"text"})
+        possible = {
+            int(number) for sequence in builder.possible(sample) for number in sequence.objectives
+        }
+        assert bool(possible & {OBJECTIVES.index(name) for name in DRAWN}) == of_image
+    assert learned[:4] == [set()] * 4
+    assert all(names and names <= DRAWN for names in learned[4:])
+    with pytest.raises(ValueError, match="drawn has .*'elsewhere'.*some of data.folders"):
+        ShardData([photos], drawn=["elsewhere"])
 
 
 def test_a_folder_named_twice_is_seen_twice_and_measured_once(tmp_path: Path) -> None:
