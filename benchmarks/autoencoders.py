@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from fits import fit, markdown
 
-from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.train.optim import muon
 
 SIZE, DOWNSAMPLE, BATCH = 128, 16, 32
@@ -51,8 +51,7 @@ def step_seconds(rounds: int = 4) -> dict[str, float]:
     torch.manual_seed(0)
     images = torch.rand(BATCH, 3, SIZE, SIZE) * 2 - 1
     models = {
-        name: VQTokenizer(ImageTokenizerConfig(**config_of(shape)))
-        for name, shape in SHAPES.items()
+        name: VQTokenizer(VQTokenizerConfig(**config_of(shape))) for name, shape in SHAPES.items()
     }
     optimizers = {name: muon(model, [], 1e-4, 0.0) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}

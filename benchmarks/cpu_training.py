@@ -34,7 +34,7 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
     from multimodal.memory import keep_freed_memory
     from multimodal.model.batches import BatchBuilder, TrainingSample
     from multimodal.model.objectives import ObjectivesConfig
-    from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+    from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
     from multimodal.tokenizers.image import ImageTokenizer
     from multimodal.tokenizers.text import TextTokenizer
     from multimodal.train.optim import muon
@@ -53,7 +53,7 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
     tokenizer = TextTokenizer.train([text], 320)
     shares = ObjectivesConfig(reconstruct_share=0.2, next_token_share=0.1)
     model = Model.new(
-        size, tokenizer, ImageTokenizer(detail=VQTokenizer(ImageTokenizerConfig())), shares
+        size, tokenizer, ImageTokenizer(detail=VQTokenizer(VQTokenizerConfig())), shares
     )
     network = model.network
     parameters = [p for p in network.parameters() if p.requires_grad]

@@ -32,7 +32,7 @@ from PIL import Image
 
 from multimodal.data.encode import Encoding, encode_shards
 from multimodal.data.shards import Shards, index_shard, write_manifest, write_tar
-from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer
 from multimodal.train.data import GlobalBatchLoader
 from multimodal.train.examples import ShardDataset
@@ -157,7 +157,7 @@ def main() -> None:
             write_tar(raw / f"train-{start // 256:04d}.tar", chosen)
         write_manifest(raw, [index_shard(tar) for tar in sorted(raw.glob("*.tar"))])
         small = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 0, "heads": 2}
-        detail = VQTokenizer(ImageTokenizerConfig(side, "squash", 16, small)).eval()
+        detail = VQTokenizer(VQTokenizerConfig(side, "squash", 16, small)).eval()
         tokenizer = ImageTokenizer(detail=detail)
         encode_shards(raw, coded, tokenizer, Encoding.for_tokenizer(tokenizer))
         speeds = images_a_second({"raw": raw, "codes": coded}, side, count)

@@ -22,7 +22,7 @@ from multimodal.data.parallel import map_ordered
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards, index_shard, write_manifest, write_tar
 from multimodal.eval.compare import time_tokenizers
-from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer
 
 WORKERS = 2  # threads that decode, as in the command
@@ -36,7 +36,7 @@ def make(
     image_size: int, autoencoder: dict[str, object], quantizer: dict[str, object]
 ) -> ImageTokenizer:
     torch.manual_seed(0)
-    config = ImageTokenizerConfig(image_size, "squash", 16, autoencoder, quantizer)
+    config = VQTokenizerConfig(image_size, "squash", 16, autoencoder, quantizer)
     return ImageTokenizer(detail=VQTokenizer(config)).eval()
 
 

@@ -44,7 +44,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     from multimodal.model.batches import BatchBuilder, TrainingSample
     from multimodal.model.objectives import ObjectivesConfig
     from multimodal.model.sequences import NO_LOSS, OBJECTIVES
-    from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+    from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
     from multimodal.tokenizers.image import ImageTokenizer
     from multimodal.tokenizers.text import TextTokenizer
     from multimodal.train.cost import peak_memory
@@ -59,7 +59,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     codebook = options.vocabulary - 320 - 7
     vq = {"name": "vq", "codebook_size": codebook, "channels": 8}
     shares = ObjectivesConfig(reconstruct_share=0.5, next_token_share=0.5)
-    images = ImageTokenizer(detail=VQTokenizer(ImageTokenizerConfig(quantizer=vq)))
+    images = ImageTokenizer(detail=VQTokenizer(VQTokenizerConfig(quantizer=vq)))
     network = Model.new(options.size, tokenizer, images, shares).to(device).network
     codes = torch.randint(0, codebook, (options.pairs, CODES)).numpy()
     builder = BatchBuilder(

@@ -54,14 +54,14 @@ def tiny_model() -> "Callable[..., Model]":
     from multimodal.api import Model
     from multimodal.model.objectives import ObjectivesConfig
     from multimodal.model.transformer import Transformer
-    from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+    from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
     from multimodal.tokenizers.image import ImageTokenizer
     from multimodal.tokenizers.text import TextTokenizer
 
     text_tokenizer = TextTokenizer.train(SENTENCES * 4, 300)
     quantizer = {"name": "fsq", "levels": [4, 4, 4]}
     vit = {"name": "vit", "dim": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2}
-    images = ImageTokenizerConfig(32, "squash", 8, vit, quantizer)
+    images = VQTokenizerConfig(32, "squash", 8, vit, quantizer)
 
     def make(seed: int = 0, noise: float = 0.0, tied: bool = True, **objectives: Any) -> Model:
         with torch.random.fork_rng():

@@ -26,7 +26,8 @@ FRONT_DOORS = (
 )
 BELOW: dict[str, tuple[str, ...]] = {
     "foundation": (),
-    "tokenizers": (),
+    "tokenizers.quantizers": (),
+    "tokenizers": ("tokenizers.quantizers",),
     "data": ("foundation", "tokenizers"),
     "data.builder": ("foundation", "data"),
     "model": ("foundation", "tokenizers"),
@@ -36,7 +37,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "commands": (
         "foundation", "tokenizers", "data", "data.builder", "model", "scenes", "inference", "api",
     ),
-    "eval.metrics": ("foundation", "tokenizers"),
+    "eval.metrics": ("foundation", "tokenizers", "tokenizers.quantizers"),
     # The protocol of evaluators, which the tasks implement and the commands use.
     "eval.evaluator": ("foundation", "data", "inference", "api", "eval.metrics"),
     "eval.tasks": (
@@ -48,8 +49,8 @@ BELOW: dict[str, tuple[str, ...]] = {
         "eval.evaluator", "eval.metrics", "eval.tasks",
     ),
     "train": (
-        "foundation", "tokenizers", "data", "model", "inference", "api", "eval", "eval.evaluator",
-        "eval.metrics", "eval.tasks",
+        "foundation", "tokenizers", "tokenizers.quantizers", "data", "model", "inference", "api",
+        "eval", "eval.evaluator", "eval.metrics", "eval.tasks",
     ),
     "train.rewards": (
         "foundation", "data", "model", "inference", "eval.metrics", "eval.tasks", "train",

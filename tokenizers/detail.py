@@ -6,12 +6,10 @@ It is a folder with ``config.json`` and ``model.safetensors``. Its fingerprint i
 config (preprocessing included) and the weights. Its codes' fingerprint leaves out the decoder: two
 with the same one give the same codes.
 
-To add a quantizer, write a subclass of ``Quantizer`` in a file of its own, and name it in
-QUANTIZERS.
+To add a quantizer, write a subclass of ``Quantizer`` in a file of its own in quantizers/, and name
+it in QUANTIZERS.
 """
 
-import json
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,18 +17,23 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multimodal.tokenizers import vit, vqgan
-from multimodal.tokenizers.fsq import FSQ
-from multimodal.tokenizers.ibq import IBQ
 from multimodal.tokenizers.levels import Level
-from multimodal.tokenizers.lfq import LFQ
-from multimodal.tokenizers.quantizer import Quantized, Quantizer
-from multimodal.tokenizers.vq import VQ
-from multimodal.tokenizers.weights import Fit, check_range, check_shape, digest_of
+from multimodal.tokenizers.quantizers.fsq import FSQ
+from multimodal.tokenizers.quantizers.ibq import IBQ
+from multimodal.tokenizers.quantizers.lfq import LFQ
+from multimodal.tokenizers.quantizers.quantizer import Quantized, Quantizer
+from multimodal.tokenizers.quantizers.vq import VQ
+from multimodal.tokenizers.weights import (
+    Fit,
+    check_range,
+    check_shape,
+    digest_of,
+    load_folder,
+    save_folder,
+)
 
 QUANTIZERS: dict[str, Callable[..., Quantizer]] = {"fsq": FSQ, "ibq": IBQ, "lfq": LFQ, "vq": VQ}
 Part = TypeVar("Part")
@@ -68,8 +71,8 @@ def make_autoencoder(name: str, **options: Any) -> vit.ViT | vqgan.VQGAN:
 
 
 @dataclass(frozen=True)
-class ImageTokenizerConfig:
-    """What an image tokenizer is made of, besides its weights.
+class VQTokenizerConfig:
+    """What a level of detail is made of, besides its weights.
 
     Args:
         image_size: pixels of a side of the square image, a multiple of ``downsample``.
@@ -140,7 +143,7 @@ class VQTokenizer(nn.Module):
     A decoder with ``meaning_channels`` C reads meaning too: float[B, h', w', C], on any grid.
     """
 
-    def __init__(self, config: ImageTokenizerConfig) -> None:
+    def __init__(self, config: VQTokenizerConfig) -> None:
         super().__init__()
         self.config = config
         self.quantizer = _build(make_quantizer, config.quantizer)
@@ -268,14 +271,20 @@ class VQTokenizer(nn.Module):
         self.load_state_dict(weights)
 
     def save(self, folder: str | Path) -> None:
-        """Write the folder that ``load_detail`` reads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors"
+        """Write the folder that ``load`` reads."""
+        save_folder(self, self.config.stored(), folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "VQTokenizer":
+        """Load a folder that ``save`` wrote, in eval mode.
+
+        Raises:
+            ValueError: if the folder is no image tokenizer, or its weights and config do not match.
+        """
+        tokenizer = load_folder(
+            lambda stored: cls(VQTokenizerConfig(**stored)), folder, "an image tokenizer"
         )
-        config = {**self.config.stored(), "fingerprint": self.fingerprint}
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        return tokenizer.eval()
 
 
 def _build(make: Callable[..., Part], options: dict[str, Any]) -> Part:
@@ -286,32 +295,6 @@ def _build(make: Callable[..., Part], options: dict[str, Any]) -> Part:
         return make(**options)
     except TypeError as error:
         raise ValueError(f"{options['name']}: {error}") from error
-
-
-def load_detail(folder: str | Path) -> VQTokenizer:
-    """Load a folder that ``VQTokenizer.save`` wrote, in eval mode.
-
-    Raises:
-        ValueError: if the folder is no image tokenizer, or its weights and config do not match.
-    """
-    folder = Path(folder)
-    try:
-        stored = json.loads((folder / "config.json").read_text())
-        fingerprint = stored.pop("fingerprint")
-        tokenizer = VQTokenizer(ImageTokenizerConfig(**stored))
-        tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
-    except FileNotFoundError as error:
-        missing = error.filename or error
-        raise ValueError(f"{folder}: not an image tokenizer ({missing} is missing)") from error
-    except (KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        reason = textwrap.shorten(str(error), 300)  # torch lists every wrong weight
-        raise ValueError(f"{folder}: not an image tokenizer of this release: {reason}") from error
-    if tokenizer.fingerprint != fingerprint:
-        raise ValueError(
-            f"{folder}: fingerprint is {tokenizer.fingerprint}, its config says {fingerprint}: "
-            "weights and config do not belong together"
-        )
-    return tokenizer.eval()
 
 
 def _check_images(images: Tensor, downsample: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multimodal.tokenizers.detail import VQTokenizer, load_detail
+from multimodal.tokenizers.detail import VQTokenizer
 from multimodal.tokenizers.levels import Layout
 from multimodal.tokenizers.meaning import Meaning
 from multimodal.tokenizers.weights import Fit, check_range, check_shape, digest_of, resize
@@ -85,13 +85,13 @@ class ImageTokenizer(nn.Module):
 
         Args:
             images: float[B, 3, S, S] in [-1, 1].
-            levels: names of the levels to encode. None: all.
+            levels: names of the levels to encode, in any order. None: all.
 
         Returns:
             int64[B, n], code numbers in [0, K). Of some levels their codes alone.
 
         Raises:
-            ValueError: for another shape, dtype or range.
+            ValueError: for another shape, dtype or range, or an unknown level.
         """
         check_shape(images)
         if images.shape[-2:] != (self.image_size, self.image_size):
@@ -100,9 +100,9 @@ class ImageTokenizer(nn.Module):
                 f"expected {self.image_size} x {self.image_size}"
             )
         check_range(images)
-        names = [level.name for level in self.layout.levels if not levels or level.name in levels]
+        names = [level.name for level in self.layout.levels] if levels is None else levels
         parts = []
-        for name in names:
+        for name in self.layout.ordered(names):
             if name == "meaning":
                 assert self.meaning is not None, "the layout has it"
                 codes = self.meaning.encode(images)
@@ -220,7 +220,7 @@ def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
     for name, place in zip(names, places, strict=True):
         if name not in ("meaning", "detail"):
             raise ValueError(f"{folder}: not an image tokenizer of this release: level {name!r}")
-        found[name] = Meaning.load(place) if name == "meaning" else load_detail(place)
+        found[name] = Meaning.load(place) if name == "meaning" else VQTokenizer.load(place)
     tokenizer = ImageTokenizer(**found)
     if len(names) > 1 and tokenizer.fingerprint != config.get("fingerprint"):
         raise ValueError(

@@ -85,6 +85,11 @@ class Layout:
         names = ", ".join(level.name for level in self.levels)
         raise ValueError(f"level {name!r}: this image tokenizer has {names}")
 
+    def ordered(self, names: Sequence[str]) -> list[str]:
+        """The names in the order of the levels. Raises ``ValueError`` for an unknown name."""
+        chosen = [self[name] for name in names]
+        return [level.name for level in self.levels if level in chosen]
+
     def span(self, name: str) -> slice:
         """Where the codes of a level stand among the n codes of an image."""
         before = self.levels[: self.levels.index(self[name])]
@@ -100,8 +105,11 @@ class Layout:
         return slice(self.offset(name), self.offset(name) + self[name].numbers)
 
     def indices(self, names: Sequence[str]) -> Tensor:
-        """Where the codes of some levels stand among the n codes of an image: int64[codes]."""
-        spans = [self.span(name) for name in names]
+        """Where the codes of some levels stand among the n codes of an image: int64[codes].
+
+        Levels keep their order, whatever the order of the names is.
+        """
+        spans = [self.span(name) for name in self.ordered(names)]
         return torch.cat([torch.arange(span.start, span.stop) for span in spans])
 
     @cached_property

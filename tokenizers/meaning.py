@@ -9,8 +9,6 @@ Shapes: B images, S pixels of a side, h w the grid, D features of the encoder, C
 groups, K codebook size of a group.
 """
 
-import json
-import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +16,12 @@ from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multimodal.tokenizers.encoder import Encoder
-from multimodal.tokenizers.kmeans import Clusters, kmeans, nearest
 from multimodal.tokenizers.levels import Level
-from multimodal.tokenizers.weights import Fit, digest_of, resize
+from multimodal.tokenizers.quantizers.kmeans import Clusters, kmeans, nearest
+from multimodal.tokenizers.weights import Fit, digest_of, load_folder, resize, save_folder
 
 Form: TypeAlias = Literal["residual", "product"]
 
@@ -184,44 +180,15 @@ class Meaning(nn.Module):
         return digest_of(asdict(self.config), self.state_dict())
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors.
-
-        Weights that are numbers of half precision are stored in half precision. Nothing is lost.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: _shortest(weight) for name, weight in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors")
-        config = {**asdict(self.config), "fingerprint": self.fingerprint}
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        """Write the folder that ``load`` reads."""
+        save_folder(self, asdict(self.config), folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Meaning":
         """Raises ``ValueError`` for a folder that ``save`` did not write."""
-        folder = Path(folder)
-        try:
-            stored = json.loads((folder / "config.json").read_text())
-            fingerprint = stored.pop("fingerprint")
-            meaning = cls(MeaningConfig(**stored))
-            meaning.load_state_dict(load_file(folder / "model.safetensors"))
-        except FileNotFoundError as error:
-            missing = error.filename or error
-            raise ValueError(f"{folder}: no level of meaning ({missing} is missing)") from error
-        except (KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-            reason = textwrap.shorten(str(error), 300)
-            raise ValueError(f"{folder}: no level of meaning of this release: {reason}") from error
-        if meaning.fingerprint != fingerprint:
-            raise ValueError(
-                f"{folder}: fingerprint is {meaning.fingerprint}, its config says {fingerprint}: "
-                "weights and config do not belong together"
-            )
-        return meaning
-
-
-def _shortest(weight: Tensor) -> Tensor:
-    half = weight.half()
-    exact = weight.dtype == torch.float32 and torch.equal(half.float(), weight)
-    return (half if exact else weight).contiguous()
+        return load_folder(
+            lambda stored: cls(MeaningConfig(**stored)), folder, "a level of meaning"
+        )
 
 
 def round_to_half(module: nn.Module) -> None:

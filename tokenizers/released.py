@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.weights import Fit
 
 FIRST_WEIGHT = "encoder.conv_in.weight"  # in every layout, after a prefix
@@ -204,7 +204,7 @@ def _layer(name: str) -> str:
 
 def infer_config(
     weights: Mapping[str, Tensor], image_size: int, fit: Fit, normalise: bool
-) -> ImageTokenizerConfig:
+) -> VQTokenizerConfig:
     """Infer the configuration of a translated tokenizer from its weights.
 
     Args:
@@ -235,7 +235,7 @@ def infer_config(
     if any(width % channels for width in widths):
         raise ValueError(f"levels of {widths} channels are not multiples of the first {channels}")
     blocks = [name for name in weights if name.startswith("encoder.levels.0.blocks.")]
-    return ImageTokenizerConfig(
+    return VQTokenizerConfig(
         image_size,
         fit,
         2 ** (len(widths) - 1),

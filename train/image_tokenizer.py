@@ -15,10 +15,10 @@ from multimodal.data.images import Fit, to_image
 from multimodal.eval.metrics.features import RANDOM, Features
 from multimodal.files import atomic_folder
 from multimodal.model.checkpoint import part_of
-from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.tokenizers.meaning import Meaning
-from multimodal.tokenizers.quantizer import CodebookUsage
+from multimodal.tokenizers.quantizers.quantizer import CodebookUsage
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.auxiliary_losses import (
     Distillation,
@@ -71,7 +71,7 @@ class ImageTokenizerModule(MuonModule):
 
     def __init__(
         self,
-        tokenizer: ImageTokenizerConfig,
+        tokenizer: VQTokenizerConfig,
         meaning: str | None = None,
         text_tokenizer: str | None = None,
         semantic_weight: float = 0.0,

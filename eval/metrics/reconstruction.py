@@ -18,7 +18,7 @@ from torchmetrics.functional.image import (
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from multimodal.eval.metrics.features import Features
-from multimodal.tokenizers.quantizer import CodebookUsage
+from multimodal.tokenizers.quantizers.quantizer import CodebookUsage
 
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of MS-SSIM, from fine to coarse
 KERNEL = 11  # pixels of SSIM's window

@@ -1,6 +1,7 @@
 """``multimodal tokenizer text|meaning|import|encode``: train, import and apply tokenizers."""
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,6 +101,12 @@ def fit_levels(arguments: argparse.Namespace) -> int:
             rounds.set_postfix(group=group, lost=f"{lost:.3f}")
             rounds.update()
 
+        skipped: list[str] = []
+
+        def on_skipped(message: str) -> None:
+            skipped.append(message)
+            tqdm.write(f"left out: {message}", file=sys.stderr)
+
         fitted = fit_meaning(
             arguments.sources,
             arguments.out,
@@ -107,7 +114,10 @@ def fit_levels(arguments: argparse.Namespace) -> int:
             options,
             images.update,
             on_round,
+            on_skipped,
         )
+    if skipped:
+        print(f"left out {len(skipped):,} images that cannot be read", file=sys.stderr)
     side, groups = config.grid, config.groups
     print(f"{arguments.out}: {side} x {side} positions, {groups} of {config.codebook_size} codes")
     for group, (lost, clusters) in enumerate(zip(fitted.lost, fitted.clusters, strict=True)):

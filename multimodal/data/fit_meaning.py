@@ -20,7 +20,7 @@ from multimodal.data.jobs import job_folder
 from multimodal.data.parallel import map_ordered
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards, read_manifest
-from multimodal.files import atomic_file, write_json
+from multimodal.files import atomic_file, atomic_folder, write_json
 from multimodal.seeds import sample_seed
 from multimodal.tokenizers.meaning import Fitted, Meaning, fit_codebooks
 
@@ -61,8 +61,11 @@ def fit_meaning(
     options: FitOptions = FitOptions(),  # noqa: B008 (frozen)
     on_image: Callable[[int], object] = lambda count: None,
     on_round: Callable[[int, float], object] = lambda group, lost: None,
+    on_skipped: Callable[[str], object] = lambda message: None,
 ) -> Fitted:
-    """Fit codebooks and write the tokenizer folder. An image that cannot be read is left out.
+    """Fit codebooks and write the tokenizer folder.
+
+    An image that cannot be read is left out and named. A folder that is named twice counts once.
 
     Args:
         folders: shard folders with images.
@@ -70,15 +73,17 @@ def fit_meaning(
             arguments.
         meaning: an encoder with empty codebooks, which are filled.
         on_image, on_round: show progress.
+        on_skipped: is given what was wrong with an image that is left out.
 
     Raises:
         ValueError: if ``out`` holds anything else, or there are fewer positions than codes.
     """
     out = Path(out)
-    shards = [Shards(folder, options.split) for folder in folders]
+    shards = [Shards(folder, options.split) for folder in dict.fromkeys(map(Path, folders))]
+    counts = [_images_of(source, options) for source in shards]
     parts = [
-        Shards(source.folder, only=str(entry["name"]))
-        for source in shards
+        (Shards(source.folder, only=str(entry["name"])), count / max(1, len(source)))
+        for source, count in zip(shards, counts, strict=True)
         for entry in read_manifest(source.folder)["shards"]
         if entry["split"] == options.split
     ]
@@ -90,15 +95,12 @@ def fit_meaning(
     }
     with job_folder(out, out / SETTINGS, settings):
         (out / FEATURES).mkdir(exist_ok=True)
-        counts = [_images_of(source, options) for source in shards]
         each = max(1, options.positions // max(1, sum(counts)))
         files = []
-        for number, source in enumerate(parts):
+        for number, (source, share) in enumerate(parts):
             file = out / FEATURES / f"{number:05d}.safetensors"
-            whole = next(i for i, folder in enumerate(shards) if folder.folder == source.folder)
-            share = counts[whole] / max(1, len(shards[whole]))
             if not file.is_file():
-                features = _features(source, share, each, meaning, options, on_image)
+                features = _features(source, share, each, meaning, options, on_image, on_skipped)
                 with atomic_file(file) as part:
                     save_file({"features": features}, part)
             else:
@@ -112,8 +114,9 @@ def fit_meaning(
         fitted = fit_codebooks(
             meaning, features, options.seed, options.rounds, options.standardise, on_round
         )
-        meaning.save(out)
-        write_json(out / REPORT, report_of(fitted, len(features)))
+        with atomic_folder(out) as part:
+            meaning.save(part)
+            write_json(part / REPORT, report_of(fitted, len(features)))
         shutil.rmtree(out / FEATURES)
         (out / SETTINGS).unlink()
     return fitted
@@ -142,6 +145,7 @@ def _features(
     meaning: Meaning,
     options: FitOptions,
     on_image: Callable[[int], object],
+    on_skipped: Callable[[str], object],
 ) -> Tensor:
     """Features of some positions of a share of the images of a shard: float16[N, D]."""
     count = max(1, round(share * len(source)))
@@ -154,8 +158,8 @@ def _features(
             for data in images_in(sample):
                 image = open_image(data, name=sample.key)
                 found.append(to_tensor(fit_image(image, config.image_size, config.fit)))
-        except ValueError:
-            pass  # encoding the shards names it: here one image more or less changes nothing
+        except ValueError as error:
+            on_skipped(f"{source.folder}: {error}")
         return sample, found
 
     kept: list[Tensor] = []

@@ -268,6 +268,9 @@ def answer_codes(
 def few_shot_prompt(model: ModelParts, codes: Tensor, texts: Sequence[str]) -> list[int]:
     """What few-shot prompts begin with: <bos>, then each image with its text.
 
+    All images are read. Documents of the training hold the later ones as a whole, which would make
+    the prompt longer by all codes of detail.
+
     Args:
         codes: int64[B, n].
         texts: B texts, none of them empty.

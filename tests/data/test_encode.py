@@ -24,7 +24,7 @@ from multimodal.data.shards import Shards, read_manifest
 from multimodal.data.verify import check
 from multimodal.scenes.dataset import write_scenes
 from multimodal.seeds import sample_seed
-from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 
 VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads": 2}
@@ -32,7 +32,7 @@ VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads"
 
 def make_tokenizer(seed: int = 0) -> ImageTokenizer:
     torch.manual_seed(seed)
-    config = ImageTokenizerConfig(32, "squash", 8, VIT, {"name": "fsq", "levels": [4, 4, 4]})
+    config = VQTokenizerConfig(32, "squash", 8, VIT, {"name": "fsq", "levels": [4, 4, 4]})
     made = VQTokenizer(config).train()
     with torch.no_grad():
         for _ in range(20):

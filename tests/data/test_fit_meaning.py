@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from multimodal.cli import main
 from multimodal.data import fit_meaning
 from multimodal.data.images import fit_image, open_image, to_tensor
-from multimodal.data.shards import Shards
+from multimodal.data.shards import Shards, index_shard, write_manifest, write_tar
 from multimodal.scenes.dataset import write_scenes
-from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.tokenizers.meaning import Meaning
 
@@ -62,6 +62,40 @@ def test_a_tokenizer_of_the_features_of_shards(
     assert losses[1] == pytest.approx(float(lost / components.square().sum()), rel=0.02)
 
 
+def test_an_unreadable_image_is_named_and_a_folder_named_twice_counts_once(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    samples = [
+        (
+            s.key,
+            {
+                "png": s.image[: 40 if s.key.endswith("3") else None],
+                "json": json.dumps(s.record).encode(),
+            },
+        )
+        for s in Shards(work / "scenes", "train")
+    ]
+    write_tar(torn / "train-0000.tar", samples)
+    write_manifest(torn, [index_shard(torn / "train-0000.tar")])
+    arguments = command(work, tmp_path / "once")
+    arguments[2] = str(torn)
+    assert main(arguments) == 0
+    errors = capsys.readouterr().err
+    broken = [s.key for s in Shards(torn, "train") if s.key.endswith("3")]
+    assert broken and all(key in errors for key in broken)
+    assert f"left out {len(broken)} images" in errors
+    twice = command(work, tmp_path / "twice")
+    twice[2:3] = [str(torn), f"{torn}/"]
+    assert main(twice) == 0
+    assert (
+        Meaning.load(tmp_path / "twice").fingerprint == Meaning.load(tmp_path / "once").fingerprint
+    )
+    mode = (tmp_path / "once" / "model.safetensors").stat().st_mode
+    assert mode == (tmp_path / "once" / "config.json").stat().st_mode
+
+
 def test_a_stopped_run_goes_on_and_gives_the_same(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,7 +125,7 @@ def test_two_levels_become_one_tokenizer(
 ) -> None:
     assert main(command(work, tmp_path / "meaning", "--half", "--images", "20")) == 0
     quantizer = {"name": "fsq", "levels": [4, 4, 4]}
-    VQTokenizer(ImageTokenizerConfig(32, "squash", 8, VIT, quantizer)).save(tmp_path / "detail")
+    VQTokenizer(VQTokenizerConfig(32, "squash", 8, VIT, quantizer)).save(tmp_path / "detail")
     parts = [str(tmp_path / "meaning"), str(tmp_path / "detail")]
     assert main(["tokenizer", "join", *parts, "--out", str(tmp_path / "both")]) == 0
     both = load_image_tokenizer(tmp_path / "both")

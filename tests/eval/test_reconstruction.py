@@ -19,7 +19,7 @@ from multimodal.eval.tasks.reconstruction import score_tokenizer
 from multimodal.scenes.dataset import write_scenes
 from multimodal.scenes.rendering import render
 from multimodal.scenes.scene import sample_scene
-from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer
 
 VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads": 2}
@@ -35,7 +35,7 @@ def scenes(count: int, size: int = 32) -> Tensor:
 def tokenizer(image_size: int = 32, **quantizer: Any) -> ImageTokenizer:
     torch.manual_seed(0)
     options = quantizer or {"name": "fsq", "levels": [5, 5, 5]}
-    result = VQTokenizer(ImageTokenizerConfig(image_size, "squash", 8, VIT, options))
+    result = VQTokenizer(VQTokenizerConfig(image_size, "squash", 8, VIT, options))
     with torch.no_grad():
         for _ in range(30):  # batch statistics settle, and many codes are used
             result.train()(scenes(8, image_size))

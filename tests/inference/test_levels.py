@@ -19,7 +19,7 @@ from multimodal.model.batches import TrainingSample
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.sequences import OBJECTIVES, document, draw, pack
 from multimodal.options import DrawOptions, EditOptions
-from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer
 from multimodal.tokenizers.meaning import Meaning, MeaningConfig, fit_codebooks
 from tests.samples import batch_builder
@@ -40,7 +40,7 @@ def levels() -> tuple[Meaning, VQTokenizer]:
     meaning = Meaning(config)
     fit_codebooks(meaning, meaning.features(pictures(60)).flatten(0, 2), rounds=5)
     quantizer = {"name": "fsq", "levels": [4, 4, 4]}
-    detail = VQTokenizer(ImageTokenizerConfig(32, "squash", 8, VIT, quantizer)).train()
+    detail = VQTokenizer(VQTokenizerConfig(32, "squash", 8, VIT, quantizer)).train()
     with torch.no_grad():
         for _ in range(10):
             detail(pictures(16)[:, :, ::2, ::2])

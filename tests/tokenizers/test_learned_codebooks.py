@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.tokenizers.ibq import IBQ
-from multimodal.tokenizers.quantizer import CodebookUsage
-from multimodal.tokenizers.vq import VQ
+from multimodal.tokenizers.quantizers.ibq import IBQ
+from multimodal.tokenizers.quantizers.quantizer import CodebookUsage
+from multimodal.tokenizers.quantizers.vq import VQ
 
 # --- VQ -------------------------------------------------------------------------------------------
 

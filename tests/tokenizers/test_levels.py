@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer
+from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.encoder import Encoder
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
-from multimodal.tokenizers.kmeans import kmeans, nearest
 from multimodal.tokenizers.levels import Layout, Level
 from multimodal.tokenizers.meaning import Meaning, MeaningConfig, fit_codebooks, round_to_half
+from multimodal.tokenizers.quantizers.kmeans import kmeans, nearest
 
 NETWORK = "timm:test_efficientnet"
 VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads": 2}
@@ -44,7 +44,7 @@ def meaning(form: str = "residual", groups: int = 2, fit: bool = True) -> Meanin
 
 def detail(autoencoder: dict[str, Any] = VIT, reads: Meaning | None = None) -> VQTokenizer:
     torch.manual_seed(0)
-    config = ImageTokenizerConfig(32, "squash", 8, autoencoder, {"name": "fsq", "levels": [4] * 3})
+    config = VQTokenizerConfig(32, "squash", 8, autoencoder, {"name": "fsq", "levels": [4] * 3})
     made = VQTokenizer(config).train()
     with torch.no_grad():
         for _ in range(10):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from multimodal.tokenizers.detail import make_quantizer
-from multimodal.tokenizers.fsq import FSQ
-from multimodal.tokenizers.lfq import LFQ
-from multimodal.tokenizers.quantizer import CodebookUsage
+from multimodal.tokenizers.quantizers.fsq import FSQ
+from multimodal.tokenizers.quantizers.lfq import LFQ
+from multimodal.tokenizers.quantizers.quantizer import CodebookUsage
 
 # --- FSQ ------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, JanusVQVAE, JanusVQVAEConfig
 
 from multimodal.cli import main
-from multimodal.tokenizers.detail import load_detail
+from multimodal.tokenizers.detail import VQTokenizer
 from multimodal.tokenizers.released import import_tokenizer
 
 SIZES: dict[str, Any] = {
@@ -166,7 +166,7 @@ def test_imported_weights_become_a_folder(
     arguments = ["tokenizer", "import", str(tmp_path / "vq_ds4.pt"), str(out), "--image-size", "32"]
     assert main(arguments) == 0
     assert "8 x 8 codes of 64" in capsys.readouterr().out
-    again, direct = load_detail(out), import_tokenizer(tmp_path / "vq_ds4.pt", 32)
+    again, direct = VQTokenizer.load(out), import_tokenizer(tmp_path / "vq_ds4.pt", 32)
     assert torch.equal(again.encode(images()), direct.encode(images()))
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from multimodal.model.vocabulary import SPECIALS
-from multimodal.tokenizers.detail import ImageTokenizerConfig, VQTokenizer, load_detail
+from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.text import TextTokenizer
 
 # --- text -----------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ Make = Callable[..., VQTokenizer]
 @pytest.fixture(params=KINDS)
 def tokenizer(request: pytest.FixtureRequest) -> VQTokenizer:
     torch.manual_seed(0)
-    tokenizer = VQTokenizer(ImageTokenizerConfig(**{**CONFIG, **KINDS[request.param]}))
+    tokenizer = VQTokenizer(VQTokenizerConfig(**{**CONFIG, **KINDS[request.param]}))
     tokenizer.train()(pictures(16, 32))  # sets the statistics of the latents, and VQ's codebook
     return tokenizer.eval()
 
@@ -156,7 +156,7 @@ def test_another_resolution_works(tokenizer: VQTokenizer) -> None:
 def test_without_attention_a_code_depends_on_near_pixels_only(depth: int) -> None:
     torch.manual_seed(0)
     options = {**VIT, "encoder_depth": depth}
-    tokenizer = VQTokenizer(ImageTokenizerConfig(**{**CONFIG, "autoencoder": options})).train()
+    tokenizer = VQTokenizer(VQTokenizerConfig(**{**CONFIG, "autoencoder": options})).train()
     with torch.no_grad():
         for _ in range(20):
             tokenizer(pictures(8, 96))
@@ -202,12 +202,12 @@ def test_images_and_codes_out_of_range_are_refused(tokenizer: VQTokenizer) -> No
 )
 def test_impossible_configurations_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        VQTokenizer(ImageTokenizerConfig(**{**CONFIG, **options}))
+        VQTokenizer(VQTokenizerConfig(**{**CONFIG, **options}))
 
 
 def test_folder_round_trip(tokenizer: VQTokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
-    again = load_detail(tmp_path)
+    again = VQTokenizer.load(tmp_path)
     assert again.config == tokenizer.config and not again.training
     assert again.fingerprint == tokenizer.fingerprint
     images = pictures(4, 32)
@@ -233,21 +233,21 @@ def test_an_altered_folder_is_refused(tokenizer: VQTokenizer, tmp_path: Path) ->
     config, state = path.read_text(), load_file(weights)
     path.write_text(json.dumps({**json.loads(config), "fit": "crop"}))
     with pytest.raises(ValueError, match="weights and config do not belong together"):
-        load_detail(tmp_path)
+        VQTokenizer.load(tmp_path)
     path.write_text(config)
     name = min(state)
     save_file(state | {name: state[name] + 1}, weights)
     with pytest.raises(ValueError, match="weights and config do not belong together"):
-        load_detail(tmp_path)
+        VQTokenizer.load(tmp_path)
     weights.write_bytes(weights.read_bytes()[:200])
     with pytest.raises(ValueError, match="not an image tokenizer"):
-        load_detail(tmp_path)
+        VQTokenizer.load(tmp_path)
     weights.unlink()
     with pytest.raises(ValueError, match=r"model.safetensors is missing|not an image tokenizer"):
-        load_detail(tmp_path)
+        VQTokenizer.load(tmp_path)
     path.write_text("{")
     with pytest.raises(ValueError, match="not an image tokenizer"):
-        load_detail(tmp_path)
+        VQTokenizer.load(tmp_path)
 
 
 def test_bf16_gives_nearly_the_same_codes(tokenizer: VQTokenizer) -> None:
@@ -267,7 +267,7 @@ def test_a_tokenizer_overfits_one_batch_of_scenes(name: str) -> None:
     torch.manual_seed(0)
     scenes = [render(sample_scene(random.Random(i)), 32) for i in range(8)]
     images = torch.stack([to_tensor(scene) for scene in scenes])
-    tokenizer = VQTokenizer(ImageTokenizerConfig(**{**CONFIG, **KINDS[name]}))
+    tokenizer = VQTokenizer(VQTokenizerConfig(**{**CONFIG, **KINDS[name]}))
     optimizer = torch.optim.AdamW(tokenizer.parameters(), 3e-3)
 
     def decibels() -> float:

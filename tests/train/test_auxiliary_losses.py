@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
-from multimodal.tokenizers.detail import ImageTokenizerConfig
+from multimodal.tokenizers.detail import VQTokenizerConfig
 from multimodal.train.auxiliary_losses import PatchDiscriminator, adversarial_losses
 from multimodal.train.image_tokenizer import ImageTokenizerModule
 from multimodal.train.optim import muon
@@ -69,7 +69,7 @@ def test_the_discriminator_learns_to_prefer_sharp_images() -> None:
 def test_fooling_weighs_as_much_as_the_pixels_at_the_last_layer() -> None:
     torch.manual_seed(0)
     vit = {"name": "vit", "dim": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2}
-    config = ImageTokenizerConfig(image_size=32, downsample=8, autoencoder=vit)
+    config = VQTokenizerConfig(image_size=32, downsample=8, autoencoder=vit)
     module = ImageTokenizerModule(config, perceptual_weight=0.5, discriminator_weight=1.0)
     parts, _ = module.losses(squares(4, 0), None, adversarial=True)
     last = module.tokenizer.decoder.last_layer
@@ -86,7 +86,7 @@ def test_fooling_weighs_as_much_as_the_pixels_at_the_last_layer() -> None:
 
 @pytest.mark.parametrize("name", ["perceptual_weight", "discriminator_weight"])
 def test_weights_below_zero_are_refused(name: str) -> None:
-    config = ImageTokenizerConfig(image_size=16, downsample=8)
+    config = VQTokenizerConfig(image_size=16, downsample=8)
     with pytest.raises(ValueError, match=f"{name}=-1.*expected 0 or more"):
         ImageTokenizerModule(config, **{name: -1})
 
@@ -94,7 +94,7 @@ def test_weights_below_zero_are_refused(name: str) -> None:
 # --- teacher --------------------------------------------------------------------------------------
 
 VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 0, "heads": 2}
-CONFIG = ImageTokenizerConfig(32, "squash", 8, VIT, {"name": "fsq", "levels": [5, 5, 5]})
+CONFIG = VQTokenizerConfig(32, "squash", 8, VIT, {"name": "fsq", "levels": [5, 5, 5]})
 
 
 def taught_module(weight: float) -> ImageTokenizerModule:

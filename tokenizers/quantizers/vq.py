@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from multimodal.tokenizers.quantizer import Quantized, Quantizer, distributed, sample_codebook
+from multimodal.tokenizers.quantizers.quantizer import (
+    Quantized,
+    Quantizer,
+    distributed,
+    sample_codebook,
+)
 
 
 class VQ(Quantizer):

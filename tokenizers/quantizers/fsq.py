@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from multimodal.tokenizers.quantizer import Quantized, Quantizer
+from multimodal.tokenizers.quantizers.quantizer import Quantized, Quantizer
 
 
 class FSQ(Quantizer):

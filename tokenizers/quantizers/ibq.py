@@ -14,7 +14,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from multimodal.tokenizers.quantizer import Quantized, Quantizer, entropy_of, sample_codebook
+from multimodal.tokenizers.quantizers.quantizer import (
+    Quantized,
+    Quantizer,
+    entropy_of,
+    sample_codebook,
+)
 
 
 class IBQ(Quantizer):

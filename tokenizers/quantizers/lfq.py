@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from multimodal.tokenizers.quantizer import Quantized, Quantizer, entropy_of
+from multimodal.tokenizers.quantizers.quantizer import Quantized, Quantizer, entropy_of
 
 GROUP = 9  # bits whose 2^G patterns are computed exactly; groups count as independent
 
