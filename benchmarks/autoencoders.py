@@ -95,7 +95,7 @@ def main() -> None:
             "mirror": True,
             "val_limit": 256,
         }
-        module = "image_tokenizer.ImageTokenizerModule"
+        module = "image_tokenizer.DetailModule"
         fit(out / name.replace(" ", "-").replace(",", ""), module, tokenizer, data, steps)
     compare = [
         sys.executable,

@@ -68,7 +68,7 @@ def main() -> None:
             "semantic_weight": row.get("semantic_weight", 0.1),
             "learning_rate": 2e-3,
         }
-        module = "image_tokenizer.ImageTokenizerModule"
+        module = "image_tokenizer.DetailModule"
         data = {"folders": [arguments.data]}
         fit(folder / "tokenizer", module, tokenizer, data, arguments.tokenizer_steps)
         if not arguments.joint_steps:

@@ -162,7 +162,7 @@ def training() -> dict[str, Any]:
             "val_check_interval": 5,
             "check_val_every_n_epoch": None,
         }
-        module = "multimodal.train.image_tokenizer.ImageTokenizerModule"
+        module = "multimodal.train.tokenizers.detail.DetailModule"
         runs = {
             "tokenizer": (module, {"tokenizer": tokenizer, "warmup_steps": 2}),
             "joint": ("multimodal.train.joint.JointModule", joint),

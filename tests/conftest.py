@@ -129,7 +129,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "enable_progress_bar": False, "val_check_interval": 5, "check_val_every_n_epoch": None,
     }  # fmt: skip
     data = {"folders": [str(folder / "scenes")], "global_batch_size": 8, "workers": 0}
-    module = "multimodal.train.image_tokenizer.ImageTokenizerModule"
+    module = "multimodal.train.tokenizers.detail.DetailModule"
     tokenizer = {
         "tokenizer": TINY_TOKENIZER,
         "text_tokenizer": str(folder / "text.json"),

@@ -52,6 +52,10 @@ BELOW: dict[str, tuple[str, ...]] = {
         "foundation", "tokenizers", "tokenizers.quantizers", "data", "model", "inference", "api",
         "eval", "eval.evaluator", "eval.metrics", "eval.tasks",
     ),
+    "train.tokenizers": (
+        "foundation", "tokenizers", "tokenizers.quantizers", "data", "model", "eval.metrics",
+        "train",
+    ),
     "train.rewards": (
         "foundation", "data", "model", "inference", "eval.metrics", "eval.tasks", "train",
     ),

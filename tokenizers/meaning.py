@@ -1,18 +1,23 @@
-"""The level of meaning: features of a frozen pretrained encoder, quantized without gradients.
+"""The level of meaning: quantized features of a frozen pretrained encoder.
 
-The features are rotated onto their first principal components. k-means of these gives the codes:
-residual (each group quantizes what the groups before have left, as in Juang & Gray 1982) or product
-(each group has channels of its own, Jegou et al. 2011). No codebook collapses, and it takes minutes
-on a CPU. Clusters of a teacher's features as image tokens: Wang et al. 2024 (arXiv:2411.04406).
+Without gradients: the features are rotated onto their first principal components, and k-means of
+these gives the codes. It is residual (each group quantizes what the groups before have left, as in
+Juang & Gray 1982) or product (each group has channels of its own, Jegou et al. 2011). No codebook
+collapses, and it takes minutes on a CPU. Clusters of a teacher's features as image tokens: Wang et
+al. 2024 (arXiv:2411.04406).
+
+With gradients: finite scalar quantization of a projection that is trained
+(train/tokenizers/meaning.py).
 
 Shapes: B images, S pixels of a side, h w the grid, D features of the encoder, C components, G
 groups, K codebook size of a group.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +25,11 @@ from torch import Tensor, nn
 
 from multimodal.tokenizers.encoder import Encoder
 from multimodal.tokenizers.levels import Level
+from multimodal.tokenizers.quantizers.fsq import FSQ
 from multimodal.tokenizers.quantizers.kmeans import Clusters, kmeans, nearest
 from multimodal.tokenizers.weights import Fit, digest_of, load_folder, resize, save_folder
 
-Form: TypeAlias = Literal["residual", "product"]
+Form: TypeAlias = Literal["residual", "product", "fsq"]
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,10 @@ class MeaningConfig:
         fit: how other images are made square.
         grid: positions per side. A coarser grid than the encoder's is its mean.
         groups: G, codes at a position.
-        codebook_size: K.
-        channels: C.
-        form: ``residual`` or ``product``.
+        codebook_size: K. Of ``fsq`` it is the product of the levels.
+        channels: C. Of ``fsq`` it is one for each level of each group.
+        form: ``residual``, ``product`` or ``fsq``.
+        fsq_levels: of ``fsq``, how many values each channel of a group has.
 
     Raises:
         ValueError: for numbers below 1, an unknown form, or channels that do not split evenly.
@@ -54,16 +61,35 @@ class MeaningConfig:
     codebook_size: int = 1024
     channels: int = 128
     form: Form = "residual"
+    fsq_levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))  # JSON has lists
+        object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))
+        if (self.form == "fsq") != bool(self.fsq_levels):
+            raise ValueError(
+                f"form={self.form!r}, fsq_levels={self.fsq_levels}: only fsq has levels"
+            )
+        if self.fsq_levels:
+            object.__setattr__(self, "codebook_size", math.prod(self.fsq_levels))
+            object.__setattr__(self, "channels", self.groups * len(self.fsq_levels))
         numbers = (self.image_size, self.grid, self.groups, self.codebook_size, self.channels)
         if min(numbers) < 1:
             raise ValueError(f"{self}: expected numbers from 1 on")
-        if self.form not in ("residual", "product"):
-            raise ValueError(f"form={self.form!r}: expected residual or product")
+        if self.form not in get_args(Form):
+            raise ValueError(f"form={self.form!r}: expected {' or '.join(get_args(Form))}")
         if self.form == "product" and self.channels % self.groups:
             raise ValueError(f"channels={self.channels} do not split into {self.groups} groups")
+
+    def stored(self) -> dict[str, Any]:
+        """As in config.json. Only ``fsq`` has levels."""
+        stored = asdict(self)
+        return stored if self.fsq_levels else {k: v for k, v in stored.items() if k != "fsq_levels"}
+
+    @property
+    def group_channels(self) -> int:
+        """The channels that one group quantizes."""
+        return self.channels if self.form == "residual" else self.channels // self.groups
 
     @property
     def level(self) -> Level:
@@ -96,10 +122,14 @@ class Meaning(nn.Module):
             )
         if config.channels > channels:
             raise ValueError(f"channels={config.channels}: the encoder has {channels}")
-        width = config.channels // (config.groups if config.form == "product" else 1)
         self.register_buffer("center", torch.zeros(channels))
         self.register_buffer("components", torch.zeros(channels, config.channels))
-        self.register_buffer("codebooks", torch.zeros(config.groups, config.codebook_size, width))
+        shape = (config.groups, config.codebook_size, config.group_channels)
+        self.register_buffer("codebooks", torch.zeros(shape))
+        self.fsq: FSQ | None = None
+        if config.fsq_levels:
+            self.fsq = FSQ(config.fsq_levels)
+            self.codebooks.copy_(self.fsq.lookup(torch.arange(config.codebook_size)))
         self.requires_grad_(False).eval()
 
     @property
@@ -141,7 +171,8 @@ class Meaning(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             rest = self.project(features.float()).flatten(0, -2)
             for group, codebook in enumerate(self.codebooks):
-                found, _ = nearest(self._part(rest, group), codebook)
+                part = self._part(rest, group)
+                found = nearest(part, codebook)[0] if self.fsq is None else self.fsq(part).codes
                 codes.append(found)
                 if self.config.form == "residual":
                     rest = rest - codebook[found]
@@ -154,11 +185,11 @@ class Meaning(nn.Module):
         return components.chunk(self.config.groups, -1)[group]
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """codes: int64[..., G] in [0, K) -> components: float[..., C]."""
+        """codes: int64[..., G] in [0, K) -> components: float[..., C]. Of fsq in [-1, 1]."""
         groups = [self.codebooks[group][codes[..., group]] for group in range(self.config.groups)]
-        if self.config.form == "product":
-            return torch.cat(groups, -1)
-        return torch.stack(groups).sum(0)
+        if self.config.form == "residual":
+            return torch.stack(groups).sum(0)
+        return torch.cat(groups, -1)
 
     def vectors(self, codes: Tensor) -> Tensor:
         """What a decoder reads: ``lookup``, scaled to a standard deviation of about 1.
@@ -177,11 +208,11 @@ class Meaning(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Hash of config and weights, 16 hex digits."""
-        return digest_of(asdict(self.config), self.state_dict())
+        return digest_of(self.config.stored(), self.state_dict())
 
     def save(self, folder: str | Path) -> None:
         """Write the folder that ``load`` reads."""
-        save_folder(self, asdict(self.config), folder)
+        save_folder(self, self.config.stored(), folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Meaning":

@@ -356,7 +356,7 @@ def test_an_image_tokenizer_cannot_be_trained_on_codes(
     joint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = {
-        "class_path": "multimodal.train.image_tokenizer.ImageTokenizerModule",
+        "class_path": "multimodal.train.tokenizers.detail.DetailModule",
         "init_args": {"tokenizer": {"image_size": 32, "downsample": 8, "autoencoder": VIT}},
     }
     config = yaml.safe_load((joint / "joint.yaml").read_text()) | {"model": module}

@@ -5,9 +5,9 @@ import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
 from multimodal.tokenizers.detail import VQTokenizerConfig
-from multimodal.train.auxiliary_losses import PatchDiscriminator, adversarial_losses
-from multimodal.train.image_tokenizer import ImageTokenizerModule
 from multimodal.train.optim import muon
+from multimodal.train.tokenizers.auxiliary_losses import PatchDiscriminator, adversarial_losses
+from multimodal.train.tokenizers.detail import DetailModule
 
 # --- discriminator --------------------------------------------------------------------------------
 
@@ -70,7 +70,7 @@ def test_fooling_weighs_as_much_as_the_pixels_at_the_last_layer() -> None:
     torch.manual_seed(0)
     vit = {"name": "vit", "dim": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2}
     config = VQTokenizerConfig(image_size=32, downsample=8, autoencoder=vit)
-    module = ImageTokenizerModule(config, perceptual_weight=0.5, discriminator_weight=1.0)
+    module = DetailModule(config, perceptual_weight=0.5, discriminator_weight=1.0)
     parts, _ = module.losses(squares(4, 0), None, adversarial=True)
     last = module.tokenizer.decoder.last_layer
     pixels = parts["mse"] + parts["l1"] + 0.5 * parts["perceptual"]
@@ -88,7 +88,7 @@ def test_fooling_weighs_as_much_as_the_pixels_at_the_last_layer() -> None:
 def test_weights_below_zero_are_refused(name: str) -> None:
     config = VQTokenizerConfig(image_size=16, downsample=8)
     with pytest.raises(ValueError, match=f"{name}=-1.*expected 0 or more"):
-        ImageTokenizerModule(config, **{name: -1})
+        DetailModule(config, **{name: -1})
 
 
 # --- teacher --------------------------------------------------------------------------------------
@@ -97,9 +97,9 @@ VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 0, "heads"
 CONFIG = VQTokenizerConfig(32, "squash", 8, VIT, {"name": "fsq", "levels": [5, 5, 5]})
 
 
-def taught_module(weight: float) -> ImageTokenizerModule:
+def taught_module(weight: float) -> DetailModule:
     torch.manual_seed(0)
-    return ImageTokenizerModule(CONFIG, teacher_weight=weight, teacher="random")
+    return DetailModule(CONFIG, teacher_weight=weight, teacher="random")
 
 
 def stripes() -> torch.Tensor:
@@ -151,4 +151,4 @@ def test_the_teacher_loss_trains_the_encoder_and_the_head_only() -> None:
 @pytest.mark.parametrize(("weight", "teacher"), [(-1.0, "random"), (1.0, "")])
 def test_a_teacher_has_to_be_named(weight: float, teacher: str) -> None:
     with pytest.raises(ValueError, match="needs teacher"):
-        ImageTokenizerModule(CONFIG, teacher_weight=weight, teacher=teacher)
+        DetailModule(CONFIG, teacher_weight=weight, teacher=teacher)

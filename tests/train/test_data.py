@@ -20,7 +20,7 @@ from multimodal.train.callbacks import Mixture
 from multimodal.train.data import GlobalBatchLoader, ShardData
 from multimodal.train.examples import ShardDataset
 from multimodal.train.sample_order import GlobalBatches, Order
-from multimodal.train.semantic import texts_about
+from multimodal.train.tokenizers.semantic import texts_about
 from tests.samples import batch_builder
 
 TEMPLATES = Templates()

@@ -1,10 +1,12 @@
 """A decoder that reads meaning: trained on frozen codes, at the size that meaning reads."""
 
+import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from multimodal.cli import main
@@ -12,6 +14,7 @@ from multimodal.data.images import fit_image, open_image, to_tensor
 from multimodal.data.shards import Shards
 from multimodal.tokenizers.encoder import Encoder
 from multimodal.tokenizers.image import load_image_tokenizer
+from multimodal.tokenizers.levels import Level
 from multimodal.tokenizers.meaning import Meaning, MeaningConfig, fit_codebooks
 
 
@@ -70,3 +73,57 @@ def test_meaning_for_codes_is_refused(
     fit += ["--model.init_args.decoder_only", "true", "--model.init_args.meaning"]
     assert main([*fit, str(work / "tokenizer" / "model")]) == 1
     assert "has no level of meaning" in capsys.readouterr().err
+
+
+def test_the_projection_of_a_level_of_meaning_is_trained(work: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights, config = tmp_path / "network.safetensors", tmp_path / "meaning.yaml"
+    save_file(timm.create_model("test_efficientnet").state_dict(), weights)
+    config.write_text(
+        MEANING.format(weights=weights, data=work / "scenes", output=tmp_path / "run"), "utf-8"
+    )
+    arguments = ["fit", "--config", str(config)]
+    assert main([*arguments, "--trainer.max_steps", "40"]) == 0
+    report = json.loads((tmp_path / "run/model/report.json").read_text("utf-8"))
+    tokenizer = load_image_tokenizer(tmp_path / "run/model")
+    meaning = tokenizer.meaning
+    assert meaning is not None and meaning.config.form == "fsq"
+    assert tokenizer.layout["meaning"] == Level("meaning", 2, 2, 9) and tokenizer.image_size == 64
+    # It starts from the principal components of a batch: less is lost when it has learned more.
+    main([*arguments, "--trainer.max_steps", "1", "--output", str(tmp_path / "start")])
+    start = json.loads((tmp_path / "start/model/report.json").read_text("utf-8"))
+    assert report["variance_lost"] < 0.8 * start["variance_lost"]
+    # Codes are those of the scalar quantizer, by its definition: round(tanh(x)) of three values.
+    samples = list(Shards(work / "scenes", "val"))[:4]
+    pixels = [to_tensor(fit_image(open_image(s.image), 64, "squash")) for s in samples]
+    features = meaning.features(torch.stack(pixels))
+    values = torch.tanh((features - meaning.center) @ meaning.components).mul(1.001).round() + 1
+    expected = values.unflatten(-1, (2, 2)) @ torch.tensor([1.0, 3.0])
+    codes = meaning.encode(torch.stack(pixels))
+    assert torch.equal(codes, expected.long())
+    assert torch.equal(meaning.lookup(codes), values - 1)
+    used = [len(codes[..., group].unique()) / 9 for group in range(2)]
+    assert min(group["used"] for group in report["groups"]) >= min(used) > 0.2
+    # It can be trained further.
+    more = [*arguments, "--init_from", str(tmp_path / "run/model"), "--trainer.max_steps", "1"]
+    assert main([*more, "--output", str(tmp_path / "more")]) == 0
+    again = Meaning.load(tmp_path / "more/model").encode(torch.stack(pixels))
+    assert (again == codes).float().mean() > 0.8
+
+
+MEANING = """
+output: {output}
+seed_everything: 0
+model:
+  class_path: multimodal.train.tokenizers.meaning.MeaningModule
+  init_args:
+    encoder: timm:test_efficientnet={weights}
+    image_size: 64
+    grid: 2
+    levels: [3, 3]
+    width: 32
+    learning_rate: 1.0e-2
+    warmup_steps: 2
+data: {{folders: [{data}], global_batch_size: 16, val_limit: 16, workers: 0}}
+trainer: {{accelerator: cpu, logger: false, val_check_interval: 1, check_val_every_n_epoch: null}}
+"""

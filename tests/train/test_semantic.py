@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.train.semantic import NO_TOKEN, REACH, CaptionTargets, SemanticLoss
+from multimodal.train.tokenizers.semantic import NO_TOKEN, REACH, CaptionTargets, SemanticLoss
 
 CAPTIONS = ["red circle", "red square", "blue circle", "blue square", "red star"]
 

@@ -24,12 +24,12 @@ from multimodal.model.objectives import ObjectivesConfig
 from multimodal.options import DrawArguments, DrawOptions
 from multimodal.tokenizers import vq
 from multimodal.tokenizers.image import load_image_tokenizer
-from multimodal.train import image_tokenizer
 from multimodal.train.cli import recipe_names
 from multimodal.train.data import ShardData
 from multimodal.train.examples import Examples, ShardDataset
 from multimodal.train.joint import JointModule
 from multimodal.train.sample_order import GlobalBatches, Order
+from multimodal.train.tokenizers import detail
 from tests.launches import logged
 
 RECIPES = Path(__file__).parent.parent.parent / "train" / "recipes"
@@ -87,7 +87,7 @@ def test_a_collapsed_codebook_gives_a_warning(
     monkeypatch: pytest.MonkeyPatch,
     collapsed: bool,
 ) -> None:
-    monkeypatch.setattr(image_tokenizer, "USAGE_EVERY", 12)
+    monkeypatch.setattr(detail, "USAGE_EVERY", 12)
     quantizer = {"name": "vq", "codebook_size": 64, "channels": 4, "decay": 0.5}
     if collapsed:  # all codes start equal, never move, and are never restarted
         monkeypatch.setattr(vq, "sample_codebook", lambda flat, count: flat[:1].expand(count, -1))

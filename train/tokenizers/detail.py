@@ -20,20 +20,20 @@ from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.tokenizers.meaning import Meaning
 from multimodal.tokenizers.quantizers.quantizer import CodebookUsage
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.train.auxiliary_losses import (
+from multimodal.train.examples import Examples
+from multimodal.train.optim import MuonModule, can_compile
+from multimodal.train.tokenizers.auxiliary_losses import (
     Distillation,
     PatchDiscriminator,
     adversarial_losses,
 )
-from multimodal.train.examples import Examples
-from multimodal.train.optim import MuonModule, can_compile
-from multimodal.train.semantic import CaptionTargets, SemanticLoss, texts_about
+from multimodal.train.tokenizers.semantic import CaptionTargets, SemanticLoss, texts_about
 
 PIXELS = ("mse", "l1", "perceptual")
 USAGE_EVERY = 100  # training steps between two logs of the codebook usage
 
 
-class ImageTokenizerModule(MuonModule):
+class DetailModule(MuonModule):
     """Trains an autoencoder of pixels: codes and decoder, or a decoder that reads meaning too.
 
     Args:
@@ -43,9 +43,9 @@ class ImageTokenizerModule(MuonModule):
             and reads every crop, so images are loaded at its size. Only with decoder_only: the
             codes do not depend on it.
         text_tokenizer: file of a trained text tokenizer, for the semantic loss.
-        semantic_weight: of the semantic loss (train/semantic.py). 0 leaves it out.
+        semantic_weight: of the semantic loss (train/tokenizers/semantic.py). 0 leaves it out.
         teacher_weight: of the loss that predicts features of a frozen network from the codes
-            (train/auxiliary_losses.py). 0 leaves it out.
+            (train/tokenizers/auxiliary_losses.py). 0 leaves it out.
         teacher: the frozen network: timm:MODEL or timm:MODEL=FILE.
         decoder_only: keep the codes as they are (with --init_from) and train the decoder only, at a
             third of the cost. A model that was trained on these codes can use the new decoder.
@@ -139,7 +139,7 @@ class ImageTokenizerModule(MuonModule):
         self.train_usage = CodebookUsage(self.tokenizer.codebook_size)
         self.val_usage = CodebookUsage(self.tokenizer.codebook_size)
 
-    def train(self, mode: bool = True) -> "ImageTokenizerModule":
+    def train(self, mode: bool = True) -> "DetailModule":
         super().train(mode)
         for part in self.frozen:  # in training mode, batch statistics would change the codes
             part.eval()
