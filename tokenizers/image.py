@@ -149,7 +149,7 @@ class ImageTokenizer(nn.Module):
     def code_vectors(self) -> Iterator[Tensor]:
         """For each group of each level the vectors of its codes: float[codebook_size, C]."""
         if self.meaning is not None:
-            for group in range(self.meaning.config.groups):
+            for group in range(self.meaning.level.groups):
                 yield self.meaning.code_vectors(group)
         if self.detail is not None:
             numbers = torch.arange(self.detail.codebook_size)

@@ -9,8 +9,12 @@ al. 2024 (arXiv:2411.04406).
 With gradients: finite scalar quantization of a projection that is trained
 (train/tokenizers/meaning.py).
 
+A classifier learns to ignore colours, and captions name them. So a position may have one more code:
+that of the mean colours of its four quarters.
+
 Shapes: B images, S pixels of a side, h w the grid, D features of the encoder, C components, G
-groups, K codebook size of a group.
+groups, K codebook size of a group. With colours, features have 12 more channels, and codes one more
+group.
 """
 
 import math
@@ -21,6 +25,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from multimodal.tokenizers.encoder import Encoder
@@ -29,6 +34,7 @@ from multimodal.tokenizers.quantizers.fsq import FSQ
 from multimodal.tokenizers.quantizers.kmeans import Clusters, kmeans, nearest
 from multimodal.tokenizers.weights import Fit, digest_of, load_folder, resize, save_folder
 
+COLOUR_CHANNELS = 12  # red, green and blue of four quarters
 Form: TypeAlias = Literal["residual", "product", "fsq"]
 
 
@@ -42,10 +48,11 @@ class MeaningConfig:
         image_size: S, pixels of a side of the image that the encoder reads.
         fit: how other images are made square.
         grid: positions per side. A coarser grid than the encoder's is its mean.
-        groups: G, codes at a position.
+        groups: G, codes of the features at a position.
         codebook_size: K. Of ``fsq`` it is the product of the levels.
         channels: C. Of ``fsq`` it is one for each level of each group.
         form: ``residual``, ``product`` or ``fsq``.
+        colours: whether a position has one more code: that of its colours.
         fsq_levels: of ``fsq``, how many values each channel of a group has.
 
     Raises:
@@ -62,6 +69,7 @@ class MeaningConfig:
     channels: int = 128
     form: Form = "residual"
     fsq_levels: tuple[int, ...] = ()
+    colours: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))  # JSON has lists
@@ -82,9 +90,9 @@ class MeaningConfig:
             raise ValueError(f"channels={self.channels} do not split into {self.groups} groups")
 
     def stored(self) -> dict[str, Any]:
-        """As in config.json. Only ``fsq`` has levels."""
-        stored = asdict(self)
-        return stored if self.fsq_levels else {k: v for k, v in stored.items() if k != "fsq_levels"}
+        """As in config.json. What is not used is not in it."""
+        optional = ("fsq_levels", "colours")
+        return {k: v for k, v in asdict(self).items() if v or k not in optional}
 
     @property
     def group_channels(self) -> int:
@@ -93,7 +101,12 @@ class MeaningConfig:
 
     @property
     def level(self) -> Level:
-        return Level("meaning", self.grid, self.groups, self.codebook_size)
+        return Level("meaning", self.grid, self.groups + self.colours, self.codebook_size)
+
+    @property
+    def vector_channels(self) -> int:
+        """The channels that a decoder reads."""
+        return self.channels + COLOUR_CHANNELS * self.colours
 
 
 class Meaning(nn.Module):
@@ -107,6 +120,7 @@ class Meaning(nn.Module):
     center: Tensor
     components: Tensor
     codebooks: Tensor
+    palette: Tensor
 
     def __init__(self, config: MeaningConfig, encoder: Encoder | None = None) -> None:
         super().__init__()
@@ -126,6 +140,8 @@ class Meaning(nn.Module):
         self.register_buffer("components", torch.zeros(channels, config.channels))
         shape = (config.groups, config.codebook_size, config.group_channels)
         self.register_buffer("codebooks", torch.zeros(shape))
+        if config.colours:
+            self.register_buffer("palette", torch.zeros(config.codebook_size, COLOUR_CHANNELS))
         self.fsq: FSQ | None = None
         if config.fsq_levels:
             self.fsq = FSQ(config.fsq_levels)
@@ -147,25 +163,29 @@ class Meaning(nn.Module):
             images: float[B, 3, H, W] in [-1, 1]. Another size than S is resized.
 
         Returns:
-            float32[B, h, w, D].
+            float32[B, h, w, D], and with colours those of the four quarters of each position.
         """
         grid = self.config.grid
         images = resize(images, self.config.image_size)
         features: Tensor = self.encoder(images)
-        if features.shape[1] == grid:
+        if features.shape[1] != grid:
+            features = F.adaptive_avg_pool2d(features.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
+        if not self.config.colours:
             return features
-        return F.adaptive_avg_pool2d(features.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
+        quarters = F.adaptive_avg_pool2d(images.float(), 2 * grid)
+        colours = rearrange(quarters, "b c (h i) (w j) -> b h w (i j c)", i=2, j=2)
+        return torch.cat([features, colours.to(features.dtype)], -1)
 
     def encode(self, images: Tensor) -> Tensor:
         """float[B, 3, H, W] in [-1, 1] -> codes: int64[B, h, w, G] in [0, K)."""
         return self.quantize(self.features(images))
 
     def project(self, features: Tensor) -> Tensor:
-        """float[..., D] -> components: float[..., C]."""
-        return (features - self.center) @ self.components
+        """Features, without or with colours -> components: float[..., C]."""
+        return (features[..., : len(self.center)] - self.center) @ self.components
 
     def quantize(self, features: Tensor) -> Tensor:
-        """Features, float[..., D] -> codes: int64[..., G] in [0, K)."""
+        """Features -> codes: int64[..., G] in [0, K)."""
         codes = []
         # In fp32: distances in bf16 would pick other centres.
         with torch.autocast(features.device.type, enabled=False):
@@ -176,7 +196,10 @@ class Meaning(nn.Module):
                 codes.append(found)
                 if self.config.form == "residual":
                     rest = rest - codebook[found]
-        return torch.stack(codes, -1).view(*features.shape[:-1], self.config.groups)
+            if self.config.colours:
+                colours = features[..., len(self.center) :].float().flatten(0, -2)
+                codes.append(nearest(colours, self.palette)[0])
+        return torch.stack(codes, -1).view(*features.shape[:-1], self.level.groups)
 
     def _part(self, components: Tensor, group: int) -> Tensor:
         """What a group quantizes."""
@@ -192,18 +215,22 @@ class Meaning(nn.Module):
         return torch.cat(groups, -1)
 
     def vectors(self, codes: Tensor) -> Tensor:
-        """What a decoder reads: ``lookup``, scaled to a standard deviation of about 1.
+        """What a decoder reads: ``lookup``, scaled to a standard deviation of about 1, and colours.
 
-        int64[..., G] in [0, K) -> float[..., C].
+        int64[..., G] in [0, K) -> float[..., vector_channels].
         """
         variances = self.codebooks.var((1, 2))
         residual = self.config.form == "residual"  # groups are added, not side by side
         variance = variances.sum() if residual else variances.mean()
-        return self.lookup(codes) / variance.sqrt().clamp(min=1e-6)
+        vectors = self.lookup(codes) / variance.sqrt().clamp(min=1e-6)
+        if not self.config.colours:
+            return vectors
+        return torch.cat([vectors, self.code_vectors(self.config.groups)[codes[..., -1]]], -1)
 
     def code_vectors(self, group: int) -> Tensor:
         """The vectors of the codes of a group, float[K, C'], with a standard deviation of 1."""
-        return self.codebooks[group] / self.codebooks[group].std().clamp(min=1e-6)
+        book = self.codebooks[group] if group < self.config.groups else self.palette
+        return book / book.std().clamp(min=1e-6)
 
     @property
     def fingerprint(self) -> str:
@@ -237,7 +264,7 @@ class Fitted:
     Attributes:
         explained: the share of the variance of the features that the components keep.
         lost: for each group, the share of the variance of the components that the codes up to this
-            group lose.
+            group lose. Of colours the share of their variance.
         clusters: of each group: its use and perplexity.
     """
 
@@ -259,7 +286,7 @@ def fit_codebooks(
 
     Args:
         meaning: gets its codebooks.
-        features: float32[N, D], of many positions.
+        features: float32[N, D] with colours if there are any, of many positions.
         seed: of the clusters.
         rounds: of k-means.
         standardise: give all channels the same variance first. Of final features the strong
@@ -267,6 +294,7 @@ def fit_codebooks(
         on_round: is given the group and the share of the variance that is lost so far.
     """
     config = meaning.config
+    features, colours = features.tensor_split([len(meaning.center)], 1)
     mean, std = features.mean(0), torch.ones(features.shape[1])
     if standardise:
         std = features.std(0).clamp(min=1e-6)
@@ -304,5 +332,15 @@ def fit_codebooks(
         else:
             known += total - found.error
             lost.append(1 - known / variance)
+    if config.colours:
+        spread = float((colours - colours.mean(0)).square().sum(1).mean())
+
+        def report_colours(error: float) -> None:
+            on_round(config.groups, error / spread)
+
+        found = kmeans(colours, config.codebook_size, rounds, seed + config.groups, report_colours)
+        meaning.palette.copy_(found.centres)
+        clusters.append(found)
+        lost.append(found.error / spread)
     explained = float(values[-config.channels :].sum() / values.sum())
     return Fitted(explained, lost, clusters)

@@ -81,6 +81,7 @@ def fit_levels(arguments: argparse.Namespace) -> int:
         codebook_size=arguments.codes,
         channels=arguments.channels or encoder.channels,
         form=arguments.form,
+        colours=arguments.colours,
     )
     options = FitOptions(
         arguments.images,
@@ -94,7 +95,7 @@ def fit_levels(arguments: argparse.Namespace) -> int:
     total = sum(min(count, arguments.images or count) for count in counts)
     with (
         tqdm(total=total, desc="images", unit="image", disable=None) as images,
-        tqdm(total=config.groups * arguments.rounds, desc="k-means", disable=None) as rounds,
+        tqdm(total=config.level.groups * arguments.rounds, desc="k-means", disable=None) as rounds,
     ):
 
         def on_round(group: int, lost: float) -> None:
@@ -118,11 +119,12 @@ def fit_levels(arguments: argparse.Namespace) -> int:
         )
     if skipped:
         print(f"left out {len(skipped):,} images that cannot be read", file=sys.stderr)
-    side, groups = config.grid, config.groups
+    side, groups = config.grid, config.level.groups
     print(f"{arguments.out}: {side} x {side} positions, {groups} of {config.codebook_size} codes")
     for group, (lost, clusters) in enumerate(zip(fitted.lost, fitted.clusters, strict=True)):
+        name = "colours" if group == config.groups else f"group {group}"
         print(
-            f"group {group}: {lost:.1%} of the variance lost so far, {clusters.used:.1%} of the "
+            f"{name}: {lost:.1%} of the variance lost so far, {clusters.used:.1%} of the "
             f"codes used, perplexity {clusters.perplexity:.0f}"
         )
     return 0
@@ -251,6 +253,11 @@ def main(argv: list[str]) -> int:
     meaning.add_argument("--groups", type=int, default=1, help="codes at a position (default 1)")
     meaning.add_argument("--codes", type=int, default=2048, help="codes of a group (default 2048)")
     meaning.add_argument("--form", default="residual", choices=["residual", "product"])
+    meaning.add_argument(
+        "--colours",
+        action="store_true",
+        help="one more code at each position, of its colours: encoders of classifiers ignore them",
+    )
     meaning.add_argument(
         "--channels", type=int, default=0, help="principal components (default: all)"
     )

@@ -34,8 +34,10 @@ def encoder(seed: int = 0) -> Encoder:
     return Encoder(NETWORK, (-2, -1), pretrained=False)
 
 
-def meaning(form: str = "residual", groups: int = 2, fit: bool = True) -> Meaning:
-    config = MeaningConfig(NETWORK, (-2, -1), 64, "squash", 2, groups, 6, 12, form)  # type: ignore[arg-type]
+def meaning(
+    form: Any = "residual", groups: int = 2, fit: bool = True, colours: bool = False
+) -> Meaning:
+    config = MeaningConfig(NETWORK, (-2, -1), 64, "squash", 2, groups, 6, 12, form, colours=colours)
     made = Meaning(config, encoder())
     if fit:
         fit_codebooks(made, made.features(pictures(60)).flatten(0, 2), rounds=6)
@@ -50,7 +52,7 @@ def detail(autoencoder: dict[str, Any] = VIT, reads: Meaning | None = None) -> V
         for _ in range(10):
             made(pictures(16, 32))
     if reads is not None:
-        channels = reads.config.channels
+        channels = reads.config.vector_channels
         config = replace(config, meaning_channels=channels, meaning_fingerprint=reads.fingerprint)
         source, made = made, VQTokenizer(config)
         made.start_from(source)
@@ -130,6 +132,36 @@ def test_codes_are_the_nearest_by_search(form: str) -> None:
         if form == "product"
         else books[0][codes[0, 0, 0, 0]] + books[1][codes[0, 0, 0, 1]],
     )
+
+
+@pytest.mark.parametrize("form", ["residual", "product"])
+def test_colours_are_one_more_code_of_each_position(form: str) -> None:
+    plain, coloured = meaning(form), meaning(form, colours=True)
+    images = pictures(9, seed=1)
+    assert coloured.level.groups == 3 and coloured.level.codes == 3 * plain.level.codes // 2
+    codes = coloured.encode(images)
+    assert torch.equal(codes[..., :2], plain.encode(images)), "the others stay what they are"
+    quarters = images.unflatten(2, (4, -1)).unflatten(4, (4, -1)).mean((3, 5))  # [B, 3, 4, 4]
+    for b, h, w in torch.cartesian_prod(torch.arange(9), torch.arange(2), torch.arange(2)).tolist():
+        cell = quarters[b, :, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2].permute(1, 2, 0).flatten()
+        assert codes[b, h, w, 2] == int((coloured.palette - cell).norm(dim=1).argmin())
+    vectors = coloured.vectors(codes)
+    assert vectors.shape[-1] == coloured.config.vector_channels == plain.config.channels + 12
+    torch.testing.assert_close(vectors[..., :-12], plain.vectors(codes[..., :2]))
+    shades = vectors[..., -12:] * coloured.palette.std()
+    torch.testing.assert_close(shades, coloured.palette[codes[..., 2]])
+    again = detail(reads=coloured)  # a decoder reads them, too
+    assert again.config.meaning_channels == 24
+    tokenizer = ImageTokenizer(coloured)
+    assert len(list(tokenizer.code_vectors())) == 3
+    assert coloured.fingerprint != plain.fingerprint
+
+
+def test_a_recoloured_picture_has_other_colour_codes() -> None:
+    made = meaning("residual", colours=True)
+    images = pictures(9, seed=1)
+    changed = made.encode(images.flip(1)) != made.encode(images)  # red and blue change places
+    assert changed[..., 2].float().mean() > 0.5
 
 
 @pytest.mark.parametrize("form", ["residual", "product"])

@@ -97,7 +97,7 @@ class DetailModule(MuonModule):
                 raise ValueError("meaning is for the decoder alone: give decoder_only too")
             tokenizer = replace(
                 tokenizer,
-                meaning_channels=self.meaning.config.channels,
+                meaning_channels=self.meaning.config.vector_channels,
                 meaning_fingerprint=self.meaning.fingerprint,
             )
         self.tokenizer = VQTokenizer(tokenizer)
