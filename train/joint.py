@@ -40,8 +40,9 @@ class JointModule(MuonModule):
             or ``starter``).
         image_tokenizer: folder of a trained image tokenizer, or a model whose image tokenizer is
             taken.
-        size: a named size (tiny, mini, starter, base, large, 1b, 7b), or the folder of a Qwen3 of
-            Hugging Face, to start from its weights. The text tokenizer is then that folder, too.
+        size: a named size (tiny, mini, starter, base, large, 1b, 7b), or a language model to start
+            from its weights: the folder of a Qwen3, Qwen2, Llama, SmolLM2 or Mistral of Hugging
+            Face, or a GGUF file. The text tokenizer is then that folder, too.
         objectives: weights and shares of the losses.
         reads: the levels of the image tokenizer that captions, answers and embeddings read. By
             default the first one.

@@ -1,4 +1,4 @@
-"""``multimodal export``: a model folder as a stock Qwen3 for other engines, or as a smaller one."""
+"""``multimodal export``: a model folder for other engines, or as a smaller one."""
 
 import argparse
 
@@ -13,8 +13,8 @@ DTYPES = ("float32", "bfloat16", "float16")  # of multimodal.model.export, which
 def export_hf(arguments: argparse.Namespace) -> int:
     from multimodal.model.export import export_hf
 
-    export_hf(arguments.model, arguments.out, arguments.dtype)
-    print(f"{arguments.out}: a Qwen3ForCausalLM; its README.md shows how to use it")
+    stock_class = export_hf(arguments.model, arguments.out, arguments.dtype)
+    print(f"{arguments.out}: a {stock_class}; its README.md shows how to use it")
     return 0
 
 
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     kinds = parser.add_subparsers(required=True, metavar="hf|model")
     hf = kinds.add_parser(
         "hf",
-        help="a Qwen3 folder for transformers, vLLM, SGLang and the like",
+        help="a stock folder (Qwen3, Qwen2, Llama) for transformers, vLLM, SGLang and the like",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,4 +1,4 @@
-"""Export a model folder as a stock Qwen3 folder, for every engine that runs one.
+"""Export a model folder as a stock language model, for every engine that runs one.
 
 An image is only tokens, so nothing is converted: the weights have the stock names, an image code
 becomes the token ``<|image:N|>``, and text ids stay what they are. The files are written by hand,
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from multimodal.files import new_folder
 from multimodal.model.checkpoint import ModelParts, find_model, read_config
+from multimodal.model.stock import family_of, stock_config
 from multimodal.model.vocabulary import SPECIALS, Vocabulary
 from multimodal.tokenizers.image import load_image_tokenizer
 
@@ -26,13 +27,16 @@ def image_token(code: int) -> str:
     return f"<|image:{code}|>"
 
 
-def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> None:
+def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> str:
     """Write a model folder as a Hugging Face folder. It appears complete or not at all.
 
     Args:
         source: a model folder, or the name of a bundled model.
         out: a new or empty folder.
         dtype: of the written weights, one of DTYPES.
+
+    Returns:
+        The stock class that loads it.
 
     Raises:
         ValueError: for a source that is no model folder, another dtype, or a folder that is not
@@ -47,6 +51,7 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> No
         fingerprint = read_config(source)["fingerprints"]["model"]
         (folder / "README.md").write_text(_readme(model, fingerprint), "utf-8")
         _copy(source, folder, "LICENSE")
+    return family_of(model.config.transformer)[1].stock_class
 
 
 def export_model(
@@ -99,7 +104,7 @@ def _write(model: ModelParts, folder: Path, dtype: str) -> None:
     padding = list(range(vocabulary.image_end, vocabulary.size))
     generation = {**ends, "do_sample": False, **({"suppress_tokens": padding} if padding else {})}
     written = {
-        "config.json": {**_stock_config(model), **ends, "torch_dtype": dtype},
+        "config.json": {**stock_config(model.config.transformer), **ends, "torch_dtype": dtype},
         "generation_config.json": generation,
         "tokenizer.json": _tokenizer(model),
         "tokenizer_config.json": {
@@ -119,32 +124,6 @@ def _write(model: ModelParts, folder: Path, dtype: str) -> None:
     model.image_tokenizer.save(folder / "image_tokenizer")
 
 
-def _stock_config(model: ModelParts) -> dict[str, Any]:
-    """``config.json`` of a Qwen3ForCausalLM, with RoPE as transformers 4 and 5 each write it."""
-    c = model.config.transformer
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "num_hidden_layers": c.num_hidden_layers,
-        "num_attention_heads": c.num_attention_heads,
-        "num_key_value_heads": c.num_key_value_heads,
-        "head_dim": c.head_dim,
-        "intermediate_size": c.intermediate_size,
-        "hidden_act": "silu",
-        "tie_word_embeddings": c.tie_word_embeddings,
-        "max_position_embeddings": c.max_position_embeddings,
-        "rms_norm_eps": c.rms_norm_eps,
-        "rope_theta": c.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "use_sliding_window": False,
-        "sliding_window": None,
-    }
-
-
 def _tokenizer(model: ModelParts) -> dict[str, Any]:
     """The text tokenizer with a token for each special and each code, at the ids of Vocabulary.
 
@@ -153,7 +132,7 @@ def _tokenizer(model: ModelParts) -> dict[str, Any]:
     vocabulary: Vocabulary = model.vocabulary
     stored: dict[str, Any] = json.loads(model.text_tokenizer.to_json())
     names = [*SPECIALS, *map(image_token, range(vocabulary.codebook_size))]
-    added = stored.get("added_tokens") or []  # of the Qwen3 that the model started from
+    added = stored.get("added_tokens") or []  # of the language model that it started from
     existing = {*stored["model"]["vocab"], *(token["content"] for token in added)}
     if taken := [name for name in names if name in existing]:
         raise ValueError(f"the text tokenizer has tokens of its own where {taken[:3]} belong")
@@ -175,6 +154,7 @@ def _tokenizer(model: ModelParts) -> dict[str, Any]:
 def _readme(model: ModelParts, fingerprint: str) -> str:
     tokenizer = model.image_tokenizer
     return README.format(
+        stock_class=family_of(model.config.transformer)[1].stock_class,
         model=fingerprint,
         image_tokenizer=tokenizer.fingerprint,
         last=model.vocabulary.codebook_size - 1,
@@ -188,11 +168,11 @@ def _readme(model: ModelParts, fingerprint: str) -> str:
 
 
 README = """\
-# A text and image model as a stock Qwen3
+# A text and image model as a stock {stock_class}
 
-Exported from model {model} of the multimodal toolkit. Any engine that runs `Qwen3ForCausalLM` runs
-it, without custom code. An image is {codes} tokens, `<|image:0|>` to `<|image:{last}|>`, the codes
-of image tokenizer {image_tokenizer} (in `image_tokenizer/`; images of {side} x {side} pixels):
+Exported from model {model} of the multimodal toolkit. Any engine that runs
+`{stock_class}` runs it, without custom code. An image is {codes} tokens,
+`<|image:0|>` to `<|image:{last}|>`, the codes of image tokenizer {image_tokenizer} (in `image_tokenizer/`; images of {side} x {side} pixels):
 {levels}. An image that is described has {read} of them: {reads}.
 
     describe   <bos><boi>CODES<eoi>     the model goes on with a caption and <eos>

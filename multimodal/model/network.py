@@ -21,8 +21,8 @@ from multimodal.model.attention import Backend, attention_mask, block_mask
 from multimodal.model.batches import TrainingBatch, WrittenTokens
 from multimodal.model.compiled import CompiledForward
 from multimodal.model.objectives import ObjectivesConfig, policy_loss, token_losses
-from multimodal.model.qwen3 import read_qwen3
 from multimodal.model.sequences import NO_LOSS, OBJECTIVES, Packed
+from multimodal.model.stock import read_stock
 from multimodal.model.templates import Templates
 from multimodal.model.transformer import SIZES, Transformer, TransformerConfig, named_config
 from multimodal.model.vocabulary import Vocabulary
@@ -100,8 +100,9 @@ class MultimodalLM(nn.Module):
         """A network to train.
 
         Args:
-            size: a named size, with random weights, or the folder of a Qwen3, with its weights. Of
-                a Qwen3 the embeddings of text ids are kept. All other rows start at their mean.
+            size: a named size, with random weights, or a language model (the folder of a Qwen3,
+                Qwen2, Llama, SmolLM2 or Mistral, or a GGUF file), with its weights. The embeddings
+                of text ids are kept. All other rows start at their mean.
             text_size: number of ids of the text tokenizer.
             layout: the levels of the image tokenizer.
             code_vectors: for each group of each level float[codebook_size, C], the vectors that the
@@ -111,12 +112,12 @@ class MultimodalLM(nn.Module):
             reads: see ``ModelConfig``.
 
         Raises:
-            ValueError: if a Qwen3 has fewer embeddings than the text tokenizer has ids.
+            ValueError: if the language model has fewer embeddings than the text tokenizer has ids.
         """
         vocabulary = Vocabulary(text_size, layout.codebook_size)
         weights = None
-        if size not in SIZES and Path(size).is_dir():
-            sizes, weights = read_qwen3(size)
+        if size not in SIZES and Path(size).exists():
+            sizes, weights = read_stock(size)
             if sizes.vocab_size < text_size:
                 raise ValueError(
                     f"{size}: has {sizes.vocab_size} embeddings, and the text tokenizer "

@@ -1,7 +1,8 @@
 """The decoder, in the shape of Qwen3 (arXiv:2505.09388), name for name.
 
-Pre-RMSNorm, QK-norm per head, grouped-query attention, SwiGLU, rotate-half RoPE, no bias. An image
-is only tokens here, so the weights of this file are a stock language model for any engine.
+Pre-RMSNorm, QK-norm per head, grouped-query attention, SwiGLU, rotate-half RoPE, no bias. Without
+QK-norm it is a Llama, with biases for queries, keys and values too a Qwen2 (model/stock.py). An
+image is only tokens here, so the weights of this file are a stock language model for any engine.
 
 ``forward`` reads many tokens. ``forward_token``, beside it in each module, reads one token of each
 row after a cache: the same numbers, with as few operations as possible.
@@ -9,9 +10,11 @@ row after a cache: the same numbers, with as few operations as possible.
 Shapes: B batch, L queries, S keys, D width, H heads, G key-value heads, d head size, V vocabulary.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +29,73 @@ MAX_STATIC_ROWS = 2  # rows of a static compiled step: one prompt, or a drawing 
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Slower rotations, for longer texts than those of the first training.
+
+    Args:
+        rope_type: ``linear`` (all rotations are slower by the factor: Chen et al. 2023,
+            arXiv:2306.15595) or ``llama3`` (those whose wavelength is long, arXiv:2407.21783).
+        factor: by how much.
+        low_freq_factor, high_freq_factor: of llama3. Wavelengths above the original length over the
+            first are long. Below the original length over the second they stay. In between they
+            change gradually.
+        original_max_position_embeddings: of llama3, the length of the first training.
+
+    Raises:
+        ValueError: for another type or wrong numbers.
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("linear", "llama3"):
+            raise ValueError(f"RoPE of type {self.rope_type!r} is not supported")
+        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
+            raise ValueError(f"{self}: expected a factor from 1 on, and 0 < low < high")
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> "RopeScaling | None":
+        """What config.json of a stock model says. None: no scaling."""
+        kind = stored.get("rope_type", stored.get("type", "default"))
+        if kind == "default":
+            return None
+        names = [f.name for f in fields(cls) if f.name in stored and f.name != "rope_type"]
+        return cls(kind, **{name: stored[name] for name in names})
+
+    def stored(self) -> dict[str, Any]:
+        """As in config.json of a stock model."""
+        if self.rope_type == "linear":
+            return {"rope_type": self.rope_type, "factor": self.factor}
+        return asdict(self)
+
+    def scale(self, frequencies: Tensor) -> Tensor:
+        """Radians per position, float[d / 2] -> float[d / 2]."""
+        if self.rope_type == "linear":
+            return frequencies / self.factor
+        wavelengths_in_text = self.original_max_position_embeddings * frequencies / (2 * math.pi)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        kept = ((wavelengths_in_text - low) / (high - low)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / self.factor)
+
+
+@dataclass(frozen=True)
 class TransformerConfig:
-    """The sizes; ``intermediate_size`` is the width inside the SwiGLU."""
+    """The sizes, and what the attention has.
+
+    Args:
+        intermediate_size: the width inside the SwiGLU.
+        rope_theta: the base of the wavelengths of RoPE.
+        qk_norm: RMSNorm of each head's query and key.
+        attention_bias: biases of queries, keys and values.
+        rope_scaling: for longer texts.
+
+    Raises:
+        ValueError: for sizes that do not fit.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -40,8 +108,13 @@ class TransformerConfig:
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    qk_norm: bool = True
+    attention_bias: bool = False
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, dict):  # from JSON
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -85,6 +158,8 @@ def rope(positions: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor]:
     """
     half = torch.arange(0, config.head_dim, 2, device=positions.device).float()
     frequencies = config.rope_theta ** (-half / config.head_dim)
+    if config.rope_scaling is not None:
+        frequencies = config.rope_scaling.scale(frequencies)
     angles = positions[:, :, None, None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
@@ -95,9 +170,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def norm_in_fp32(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """RMSNorm in fp32: float[..., d] -> float32[..., d]. One dtype throughout gets torch's fused
-    kernel."""
+def norm_in_fp32(norm: nn.RMSNorm | None, x: Tensor) -> Tensor:
+    """RMSNorm in fp32, if there is one: float[..., d] -> float32[..., d]. One dtype throughout gets
+    torch's fused kernel."""
+    if norm is None:
+        return x.float()
     return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
 
 
@@ -118,17 +195,18 @@ def add_dropped(x: Tensor, branch: Tensor, dropout: float) -> Tensor:
 
 
 def token_product(x: Tensor, linear: nn.Module) -> Tensor:
-    """A linear layer without bias for one token of each row: float[B, D] -> float[B, N].
+    """A linear layer for one token of each row: float[B, D] -> float[B, N].
 
     Compiled for few rows on a CPU it is written as a sum. Such a product only waits for its
     weights, and the compiler's loop reads them three times as fast as a library's matrix product
     does (docs/decisions/decoding_speed.md).
     """
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
+    weight, bias = linear.weight, linear.bias
+    assert isinstance(weight, Tensor) and not isinstance(bias, nn.Module)
     if torch.compiler.is_compiling() and not x.is_cuda and len(x) <= MAX_STATIC_ROWS:
-        return (x[:, None].float() * weight.float()).sum(-1).to(x.dtype)
-    return F.linear(x, weight)
+        product = (x[:, None].float() * weight.float()).sum(-1)
+        return (product if bias is None else product + bias.float()).to(x.dtype)
+    return F.linear(x, weight, bias)
 
 
 class Attention(nn.Module):
@@ -136,12 +214,13 @@ class Attention(nn.Module):
         super().__init__()
         d, width = config.head_dim, config.hidden_size
         self.head_dim = d
-        self.q_proj = nn.Linear(width, config.num_attention_heads * d, bias=False)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * d, bias=False)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * d, bias=False)
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * d, bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * d, bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * d, bias)
         self.o_proj = nn.Linear(config.num_attention_heads * d, width, bias=False)
-        self.q_norm = nn.RMSNorm(d, config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(d, config.rms_norm_eps)
+        self.q_norm = nn.RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -271,6 +350,8 @@ class Transformer(nn.Module):
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
         if isinstance(module, Attention | MLP):
             # Each layer adds twice to the residual stream: keep its variance at 1 over the depth.
             out = module.o_proj if isinstance(module, Attention) else module.down_proj
@@ -371,7 +452,7 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.lm_head.weight[ids]).float()
 
     def stock_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the names of ``Qwen3ForCausalLM``."""
+        """The weights under the names of the stock classes (model/stock.py)."""
         return dict(self._stock_names())
 
     def _stock_names(self) -> Iterator[tuple[str, Tensor]]:
