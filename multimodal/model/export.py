@@ -172,8 +172,9 @@ README = """\
 
 Exported from model {model} of the multimodal toolkit. Any engine that runs
 `{stock_class}` runs it, without custom code. An image is {codes} tokens,
-`<|image:0|>` to `<|image:{last}|>`, the codes of image tokenizer {image_tokenizer} (in `image_tokenizer/`; images of {side} x {side} pixels):
-{levels}. An image that is described has {read} of them: {reads}.
+`<|image:0|>` to `<|image:{last}|>`, the codes of image tokenizer {image_tokenizer}
+(in `image_tokenizer/`; images of {side} x {side} pixels): {levels}.
+An image that is described has {read} of them: {reads}.
 
     describe   <bos><boi>CODES<eoi>     the model goes on with a caption and <eos>
     draw       <bos>a caption<boi>      the model goes on with {codes} codes and <eoi>
