@@ -10,11 +10,8 @@ row after a cache: the same numbers, with as few operations as possible.
 Shapes: B batch, L queries, S keys, D width, H heads, G key-value heads, d head size, V vocabulary.
 """
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,63 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from multimodal.model.attention import KVCache, Mask, attend
+from multimodal.model.rope import Rope, RopeScaling, rotate
 
 ALL = slice(None)
 MAX_STATIC_ROWS = 2  # rows of a static compiled step: one prompt, or a drawing and its guidance
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Slower rotations, for longer texts than those of the first training.
-
-    Args:
-        rope_type: ``linear`` (all rotations are slower by the factor: Chen et al. 2023,
-            arXiv:2306.15595) or ``llama3`` (those whose wavelength is long, arXiv:2407.21783).
-        factor: by how much.
-        low_freq_factor, high_freq_factor: of llama3. Wavelengths above the original length over the
-            first are long. Below the original length over the second they stay. In between they
-            change gradually.
-        original_max_position_embeddings: of llama3, the length of the first training.
-
-    Raises:
-        ValueError: for another type or wrong numbers.
-    """
-
-    rope_type: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.rope_type not in ("linear", "llama3"):
-            raise ValueError(f"RoPE of type {self.rope_type!r} is not supported")
-        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
-            raise ValueError(f"{self}: expected a factor from 1 on, and 0 < low < high")
-
-    @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> "RopeScaling | None":
-        """What config.json of a stock model says. None: no scaling."""
-        kind = stored.get("rope_type", stored.get("type", "default"))
-        if kind == "default":
-            return None
-        names = [f.name for f in fields(cls) if f.name in stored and f.name != "rope_type"]
-        return cls(kind, **{name: stored[name] for name in names})
-
-    def stored(self) -> dict[str, Any]:
-        """As in config.json of a stock model."""
-        if self.rope_type == "linear":
-            return {"rope_type": self.rope_type, "factor": self.factor}
-        return asdict(self)
-
-    def scale(self, frequencies: Tensor) -> Tensor:
-        """Radians per position, float[d / 2] -> float[d / 2]."""
-        if self.rope_type == "linear":
-            return frequencies / self.factor
-        wavelengths_in_text = self.original_max_position_embeddings * frequencies / (2 * math.pi)
-        low, high = self.low_freq_factor, self.high_freq_factor
-        kept = ((wavelengths_in_text - low) / (high - low)).clamp(0, 1)
-        return frequencies * (kept + (1 - kept) / self.factor)
 
 
 @dataclass(frozen=True)
@@ -123,6 +67,10 @@ class TransformerConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: RoPE rotates pairs, so it must be even")
 
+    @property
+    def rope(self) -> Rope:
+        return Rope(self.head_dim, self.rope_theta, self.rope_scaling)
+
 
 # name: layers, width, heads, key-value heads, head size, SwiGLU width; then the parameters of the
 # layers alone, and with a vocabulary of 49,152 ids (32k of text, 16k codes)
@@ -145,29 +93,6 @@ def named_config(size: str, vocab_size: int) -> TransformerConfig:
     return TransformerConfig(
         vocab_size, width, layers, heads, kv_heads, head_dim, intermediate, size != "7b"
     )
-
-
-def rope(positions: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor]:
-    """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864).
-
-    Args:
-        positions: int64[B, L].
-
-    Returns:
-        cos and sin, float32[B, L, 1, d] each. The first half of sin is negated for ``rotate``.
-    """
-    half = torch.arange(0, config.head_dim, 2, device=positions.device).float()
-    frequencies = config.rope_theta ** (-half / config.head_dim)
-    if config.rope_scaling is not None:
-        frequencies = config.rope_scaling.scale(frequencies)
-    angles = positions[:, :, None, None].float() * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + d/2) of float[B, L, H, d] by the angles of their positions."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def norm_in_fp32(norm: nn.RMSNorm | None, x: Tensor) -> Tensor:
@@ -379,7 +304,7 @@ class Transformer(nn.Module):
         Returns:
             float[B, Q, D], normed.
         """
-        cos_sin = rope(positions, self.config)
+        cos_sin = self.config.rope.angles(positions)
         dropout = self.dropout if self.training else 0.0
         recompute = self.recompute and torch.is_grad_enabled() and cache is None
         x = self.embed_tokens(ids)
@@ -422,7 +347,7 @@ class Transformer(nn.Module):
         Returns:
             float[B, D], normed.
         """
-        cos, sin = (angles[:, 0] for angles in rope(positions, self.config))  # [B, 1, d]
+        cos, sin = (angles[:, 0] for angles in self.config.rope.angles(positions))  # [B, 1, d]
         x = self.embed_tokens(ids)
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
@@ -453,14 +378,10 @@ class Transformer(nn.Module):
 
     def stock_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names of the stock classes (model/stock.py)."""
-        return dict(self._stock_names())
-
-    def _stock_names(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value in self.state_dict().items():
-            if name != "lm_head.weight":
-                yield f"model.{name}", value.contiguous()
-            elif not self.config.tie_word_embeddings:
-                yield name, value.contiguous()
+        state = {name: weight.contiguous() for name, weight in self.state_dict().items()}
+        head = state.pop("lm_head.weight")
+        stock = {f"model.{name}": weight for name, weight in state.items()}
+        return stock if self.config.tie_word_embeddings else {**stock, "lm_head.weight": head}
 
     def load_stock_state_dict(self, state: dict[str, Tensor]) -> None:
         """The reverse of ``stock_state_dict``.
