@@ -6,6 +6,7 @@ EXAMPLES = """examples:
   multimodal export hf runs/joint/model exported
   multimodal export hf runs/joint/model exported --dtype bfloat16
   multimodal export gguf runs/joint/model model.gguf --dtype q8_0
+  multimodal export onnx runs/joint/model image-tokenizer
   multimodal export model runs/joint/model smaller --dtype bfloat16
 """
 DTYPES = ("float32", "bfloat16", "float16")  # of multimodal.export.model, which would import torch
@@ -29,6 +30,14 @@ def export_gguf(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def export_onnx(arguments: argparse.Namespace) -> int:
+    from multimodal.export.onnx import export_onnx
+
+    names = export_onnx(arguments.model, arguments.out)
+    print(f"{arguments.out}: {', '.join(names)}")
+    return 0
+
+
 def export_model(arguments: argparse.Namespace) -> int:
     from multimodal.export.model import export_model
 
@@ -44,7 +53,7 @@ def main(argv: list[str]) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = parser.add_subparsers(required=True, metavar="hf|gguf|model")
+    kinds = parser.add_subparsers(required=True, metavar="hf|gguf|onnx|model")
     hf = kinds.add_parser(
         "hf",
         help="a stock folder (Qwen3, Qwen2, Llama) for transformers, vLLM, SGLang and the like",
@@ -62,6 +71,10 @@ def main(argv: list[str]) -> int:
         "--dtype", choices=GGUF_DTYPES, default="float16", help="of the matrices (default float16)"
     )
     gguf.set_defaults(run=export_gguf)
+    onnx = kinds.add_parser("onnx", help="the image tokenizer: pixels to codes, codes to pixels")
+    onnx.add_argument("model", metavar="MODEL", help="an image tokenizer, or a model that has one")
+    onnx.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")
+    onnx.set_defaults(run=export_onnx)
     model = kinds.add_parser("model", help="a model folder: weights rounded, another image decoder")
     model.add_argument("model", metavar="MODEL", help="the model folder to read")
     model.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")
