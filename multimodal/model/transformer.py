@@ -10,8 +10,9 @@ row after a cache: the same numbers, with as few operations as possible.
 Shapes: B batch, L queries, S keys, D width, H heads, G key-value heads, d head size, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,11 @@ class TransformerConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: RoPE rotates pairs, so it must be even")
 
+    def stored(self) -> dict[str, Any]:
+        """As in config.json. What only other stock classes have is there if it is used."""
+        plain = {"qk_norm": True, "attention_bias": False, "rope_scaling": None}
+        return {k: v for k, v in asdict(self).items() if k not in plain or v != plain[k]}
+
     @property
     def rope(self) -> Rope:
         return Rope(self.head_dim, self.rope_theta, self.rope_scaling)
@@ -96,8 +102,7 @@ def named_config(size: str, vocab_size: int) -> TransformerConfig:
 
 
 def norm_in_fp32(norm: nn.RMSNorm | None, x: Tensor) -> Tensor:
-    """RMSNorm in fp32, if there is one: float[..., d] -> float32[..., d]. One dtype throughout gets
-    torch's fused kernel."""
+    """RMSNorm in fp32, where torch has a fused kernel, or x: float[..., d] -> float32[..., d]."""
     if norm is None:
         return x.float()
     return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
@@ -106,8 +111,7 @@ def norm_in_fp32(norm: nn.RMSNorm | None, x: Tensor) -> Tensor:
 def add_dropped(x: Tensor, branch: Tensor, dropout: float) -> Tensor:
     """x + branch, without a random share of the branch (dropout, Srivastava et al. 2014).
 
-    On a CPU the share is rounded to 1/256 and decided by a random byte for each number. Random
-    floats, as in torch, take as long as a third of a step of a small model.
+    On a CPU the share is rounded to 1/256 and decided by random bytes: random floats take long.
     """
     if not dropout:
         return x + branch
@@ -122,9 +126,8 @@ def add_dropped(x: Tensor, branch: Tensor, dropout: float) -> Tensor:
 def token_product(x: Tensor, linear: nn.Module) -> Tensor:
     """A linear layer for one token of each row: float[B, D] -> float[B, N].
 
-    Compiled for few rows on a CPU it is written as a sum. Such a product only waits for its
-    weights, and the compiler's loop reads them three times as fast as a library's matrix product
-    does (docs/decisions/decoding_speed.md).
+    Compiled for few rows on a CPU it is a sum: such a product only waits for its weights, and the
+    compiler's loop reads them three times as fast (docs/decisions/decoding_speed.md).
     """
     weight, bias = linear.weight, linear.bias
     assert isinstance(weight, Tensor) and not isinstance(bias, nn.Module)
@@ -320,10 +323,7 @@ class Transformer(nn.Module):
     def forward_prompt(
         self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KVCache
     ) -> Tensor:
-        """Read prompts into a cache and return the states of their last tokens: float[B, D].
-
-        Args: as for ``forward``.
-        """
+        """Read prompts into a cache: the states of their last tokens, float[B, D]."""
         return self(ids, positions, mask, cache, slice(-1, None))[:, 0]
 
     def forward_token(
