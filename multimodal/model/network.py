@@ -7,9 +7,10 @@ Shapes: R rows, L tokens of a row, B image-text pairs, D width, V vocabulary, K 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,8 @@ from multimodal.model.attention import Backend, attention_mask, block_mask
 from multimodal.model.batches import TrainingBatch, WrittenTokens
 from multimodal.model.compiled import CompiledForward
 from multimodal.model.objectives import ObjectivesConfig, policy_loss, token_losses
-from multimodal.model.qwen3 import read_qwen3
 from multimodal.model.sequences import NO_LOSS, OBJECTIVES, Packed
+from multimodal.model.stock import read_stock
 from multimodal.model.templates import Templates
 from multimodal.model.transformer import SIZES, Transformer, TransformerConfig, named_config
 from multimodal.model.vocabulary import Vocabulary
@@ -56,6 +57,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "reads", tuple(self.reads) or (self.layout.levels[0].name,))
         self.layout.indices(self.reads)  # an unknown name is an error now
+
+    def stored(self) -> dict[str, Any]:
+        """As in config.json of a model folder."""
+        return {**asdict(self), "transformer": self.transformer.stored()}
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -100,8 +105,9 @@ class MultimodalLM(nn.Module):
         """A network to train.
 
         Args:
-            size: a named size, with random weights, or the folder of a Qwen3, with its weights. Of
-                a Qwen3 the embeddings of text ids are kept. All other rows start at their mean.
+            size: a named size, with random weights, or a language model (the folder of a Qwen3,
+                Qwen2, Llama, SmolLM2 or Mistral, or a GGUF file), with its weights. The embeddings
+                of text ids are kept. All other rows start at their mean.
             text_size: number of ids of the text tokenizer.
             layout: the levels of the image tokenizer.
             code_vectors: for each group of each level float[codebook_size, C], the vectors that the
@@ -111,12 +117,12 @@ class MultimodalLM(nn.Module):
             reads: see ``ModelConfig``.
 
         Raises:
-            ValueError: if a Qwen3 has fewer embeddings than the text tokenizer has ids.
+            ValueError: if the language model has fewer embeddings than the text tokenizer has ids.
         """
         vocabulary = Vocabulary(text_size, layout.codebook_size)
         weights = None
-        if size not in SIZES and Path(size).is_dir():
-            sizes, weights = read_qwen3(size)
+        if size not in SIZES and Path(size).exists():
+            sizes, weights = read_stock(size)
             if sizes.vocab_size < text_size:
                 raise ValueError(
                     f"{size}: has {sizes.vocab_size} embeddings, and the text tokenizer "

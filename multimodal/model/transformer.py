@@ -1,7 +1,8 @@
 """The decoder, in the shape of Qwen3 (arXiv:2505.09388), name for name.
 
-Pre-RMSNorm, QK-norm per head, grouped-query attention, SwiGLU, rotate-half RoPE, no bias. An image
-is only tokens here, so the weights of this file are a stock language model for any engine.
+Pre-RMSNorm, QK-norm per head, grouped-query attention, SwiGLU, rotate-half RoPE, no bias. Without
+QK-norm it is a Llama, with biases for queries, keys and values too a Qwen2 (model/stock.py). An
+image is only tokens here, so the weights of this file are a stock language model for any engine.
 
 ``forward`` reads many tokens. ``forward_token``, beside it in each module, reads one token of each
 row after a cache: the same numbers, with as few operations as possible.
@@ -9,9 +10,9 @@ row after a cache: the same numbers, with as few operations as possible.
 Shapes: B batch, L queries, S keys, D width, H heads, G key-value heads, d head size, V vocabulary.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from multimodal.model.attention import KVCache, Mask, attend
+from multimodal.model.rope import Rope, RopeScaling, rotate
 
 ALL = slice(None)
 MAX_STATIC_ROWS = 2  # rows of a static compiled step: one prompt, or a drawing and its guidance
@@ -27,7 +29,18 @@ MAX_STATIC_ROWS = 2  # rows of a static compiled step: one prompt, or a drawing 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The sizes; ``intermediate_size`` is the width inside the SwiGLU."""
+    """The sizes, and what the attention has.
+
+    Args:
+        intermediate_size: the width inside the SwiGLU.
+        rope_theta: the base of the wavelengths of RoPE.
+        qk_norm: RMSNorm of each head's query and key.
+        attention_bias: biases of queries, keys and values.
+        rope_scaling: for longer texts.
+
+    Raises:
+        ValueError: for sizes that do not fit.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -40,8 +53,13 @@ class TransformerConfig:
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    qk_norm: bool = True
+    attention_bias: bool = False
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, dict):  # from JSON
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -49,6 +67,15 @@ class TransformerConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: RoPE rotates pairs, so it must be even")
+
+    def stored(self) -> dict[str, Any]:
+        """As in config.json. What only other stock classes have is there if it is used."""
+        plain = {"qk_norm": True, "attention_bias": False, "rope_scaling": None}
+        return {k: v for k, v in asdict(self).items() if k not in plain or v != plain[k]}
+
+    @property
+    def rope(self) -> Rope:
+        return Rope(self.head_dim, self.rope_theta, self.rope_scaling)
 
 
 # name: layers, width, heads, key-value heads, head size, SwiGLU width; then the parameters of the
@@ -74,38 +101,17 @@ def named_config(size: str, vocab_size: int) -> TransformerConfig:
     )
 
 
-def rope(positions: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor]:
-    """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864).
-
-    Args:
-        positions: int64[B, L].
-
-    Returns:
-        cos and sin, float32[B, L, 1, d] each. The first half of sin is negated for ``rotate``.
-    """
-    half = torch.arange(0, config.head_dim, 2, device=positions.device).float()
-    frequencies = config.rope_theta ** (-half / config.head_dim)
-    angles = positions[:, :, None, None].float() * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + d/2) of float[B, L, H, d] by the angles of their positions."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-def norm_in_fp32(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """RMSNorm in fp32: float[..., d] -> float32[..., d]. One dtype throughout gets torch's fused
-    kernel."""
+def norm_in_fp32(norm: nn.RMSNorm | None, x: Tensor) -> Tensor:
+    """RMSNorm in fp32, where torch has a fused kernel, or x: float[..., d] -> float32[..., d]."""
+    if norm is None:
+        return x.float()
     return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
 
 
 def add_dropped(x: Tensor, branch: Tensor, dropout: float) -> Tensor:
     """x + branch, without a random share of the branch (dropout, Srivastava et al. 2014).
 
-    On a CPU the share is rounded to 1/256 and decided by a random byte for each number. Random
-    floats, as in torch, take as long as a third of a step of a small model.
+    On a CPU the share is rounded to 1/256 and decided by random bytes: random floats take long.
     """
     if not dropout:
         return x + branch
@@ -118,17 +124,17 @@ def add_dropped(x: Tensor, branch: Tensor, dropout: float) -> Tensor:
 
 
 def token_product(x: Tensor, linear: nn.Module) -> Tensor:
-    """A linear layer without bias for one token of each row: float[B, D] -> float[B, N].
+    """A linear layer for one token of each row: float[B, D] -> float[B, N].
 
-    Compiled for few rows on a CPU it is written as a sum. Such a product only waits for its
-    weights, and the compiler's loop reads them three times as fast as a library's matrix product
-    does (docs/decisions/decoding_speed.md).
+    Compiled for few rows on a CPU it is a sum: such a product only waits for its weights, and the
+    compiler's loop reads them three times as fast (docs/decisions/decoding_speed.md).
     """
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
+    weight, bias = linear.weight, linear.bias
+    assert isinstance(weight, Tensor) and not isinstance(bias, nn.Module)
     if torch.compiler.is_compiling() and not x.is_cuda and len(x) <= MAX_STATIC_ROWS:
-        return (x[:, None].float() * weight.float()).sum(-1).to(x.dtype)
-    return F.linear(x, weight)
+        product = (x[:, None].float() * weight.float()).sum(-1)
+        return (product if bias is None else product + bias.float()).to(x.dtype)
+    return F.linear(x, weight, bias)
 
 
 class Attention(nn.Module):
@@ -136,12 +142,13 @@ class Attention(nn.Module):
         super().__init__()
         d, width = config.head_dim, config.hidden_size
         self.head_dim = d
-        self.q_proj = nn.Linear(width, config.num_attention_heads * d, bias=False)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * d, bias=False)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * d, bias=False)
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * d, bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * d, bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * d, bias)
         self.o_proj = nn.Linear(config.num_attention_heads * d, width, bias=False)
-        self.q_norm = nn.RMSNorm(d, config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(d, config.rms_norm_eps)
+        self.q_norm = nn.RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -271,6 +278,8 @@ class Transformer(nn.Module):
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
         if isinstance(module, Attention | MLP):
             # Each layer adds twice to the residual stream: keep its variance at 1 over the depth.
             out = module.o_proj if isinstance(module, Attention) else module.down_proj
@@ -298,7 +307,7 @@ class Transformer(nn.Module):
         Returns:
             float[B, Q, D], normed.
         """
-        cos_sin = rope(positions, self.config)
+        cos_sin = self.config.rope.angles(positions)
         dropout = self.dropout if self.training else 0.0
         recompute = self.recompute and torch.is_grad_enabled() and cache is None
         x = self.embed_tokens(ids)
@@ -314,10 +323,7 @@ class Transformer(nn.Module):
     def forward_prompt(
         self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KVCache
     ) -> Tensor:
-        """Read prompts into a cache and return the states of their last tokens: float[B, D].
-
-        Args: as for ``forward``.
-        """
+        """Read prompts into a cache: the states of their last tokens, float[B, D]."""
         return self(ids, positions, mask, cache, slice(-1, None))[:, 0]
 
     def forward_token(
@@ -341,7 +347,7 @@ class Transformer(nn.Module):
         Returns:
             float[B, D], normed.
         """
-        cos, sin = (angles[:, 0] for angles in rope(positions, self.config))  # [B, 1, d]
+        cos, sin = (angles[:, 0] for angles in self.config.rope.angles(positions))  # [B, 1, d]
         x = self.embed_tokens(ids)
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
@@ -371,15 +377,11 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.lm_head.weight[ids]).float()
 
     def stock_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the names of ``Qwen3ForCausalLM``."""
-        return dict(self._stock_names())
-
-    def _stock_names(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value in self.state_dict().items():
-            if name != "lm_head.weight":
-                yield f"model.{name}", value.contiguous()
-            elif not self.config.tie_word_embeddings:
-                yield name, value.contiguous()
+        """The weights under the names of the stock classes (model/stock.py)."""
+        state = {name: weight.contiguous() for name, weight in self.state_dict().items()}
+        head = state.pop("lm_head.weight")
+        stock = {f"model.{name}": weight for name, weight in state.items()}
+        return stock if self.config.tie_word_embeddings else {**stock, "lm_head.weight": head}
 
     def load_stock_state_dict(self, state: dict[str, Tensor]) -> None:
         """The reverse of ``stock_state_dict``.

@@ -1,4 +1,4 @@
-"""Export a model folder as a stock Qwen3 folder, for every engine that runs one.
+"""Export a model folder as a stock language model, for every engine that runs one.
 
 An image is only tokens, so nothing is converted: the weights have the stock names, an image code
 becomes the token ``<|image:N|>``, and text ids stay what they are. The files are written by hand,
@@ -6,19 +6,17 @@ so that an export does not need transformers.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
+from multimodal.export.model import DTYPES, copy_files
 from multimodal.files import new_folder
 from multimodal.model.checkpoint import ModelParts, find_model, read_config
+from multimodal.model.stock import family_of, stock_config
 from multimodal.model.vocabulary import SPECIALS, Vocabulary
-from multimodal.tokenizers.image import load_image_tokenizer
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from multimodal.tokenizers.text import TEMPLATE
 
 
 def image_token(code: int) -> str:
@@ -26,13 +24,16 @@ def image_token(code: int) -> str:
     return f"<|image:{code}|>"
 
 
-def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> None:
+def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> str:
     """Write a model folder as a Hugging Face folder. It appears complete or not at all.
 
     Args:
         source: a model folder, or the name of a bundled model.
         out: a new or empty folder.
         dtype: of the written weights, one of DTYPES.
+
+    Returns:
+        The stock class that loads it.
 
     Raises:
         ValueError: for a source that is no model folder, another dtype, or a folder that is not
@@ -46,47 +47,8 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> No
         _write(model, folder, dtype)
         fingerprint = read_config(source)["fingerprints"]["model"]
         (folder / "README.md").write_text(_readme(model, fingerprint), "utf-8")
-        _copy(source, folder, "LICENSE")
-
-
-def export_model(
-    source: str | Path,
-    out: str | Path,
-    dtype: str = "bfloat16",
-    image_tokenizer: str | Path | None = None,
-) -> None:
-    """Write a model folder again, with its weights rounded.
-
-    Args:
-        source: a model folder, or the name of a bundled model.
-        out: a new or empty folder.
-        dtype: of the written weights, one of DTYPES.
-        image_tokenizer: a folder with another decoder for the same codes, to put into the model.
-
-    Raises:
-        ValueError: as ``export_hf``, and for an image tokenizer that makes other codes.
-    """
-    source, out = find_model(source), Path(out)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    with new_folder(out) as folder:
-        model = ModelParts.load(source)
-        if image_tokenizer is not None:
-            other = load_image_tokenizer(image_tokenizer)
-            if other.codes_fingerprint != model.image_tokenizer.codes_fingerprint:
-                raise ValueError(
-                    f"{image_tokenizer}: makes other codes than the tokenizer of {source}; "
-                    "only its decoder may differ (see decoder_only)"
-                )
-            model.image_tokenizer = other
-        model.save(folder, dtype=DTYPES[dtype])
-        _copy(source, folder, "README.md", "LICENSE")
-
-
-def _copy(source: Path, folder: Path, *names: str) -> None:
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+        copy_files(source, folder, "LICENSE")
+    return family_of(model.config.transformer)[1].stock_class
 
 
 def _write(model: ModelParts, folder: Path, dtype: str) -> None:
@@ -98,10 +60,10 @@ def _write(model: ModelParts, folder: Path, dtype: str) -> None:
     }
     padding = list(range(vocabulary.image_end, vocabulary.size))
     generation = {**ends, "do_sample": False, **({"suppress_tokens": padding} if padding else {})}
-    written = {
-        "config.json": {**_stock_config(model), **ends, "torch_dtype": dtype},
+    written: dict[str, dict[str, Any]] = {
+        "config.json": {**stock_config(model.config.transformer), **ends, "torch_dtype": dtype},
         "generation_config.json": generation,
-        "tokenizer.json": _tokenizer(model),
+        "tokenizer.json": exported_tokenizer(model),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<bos>",
@@ -112,6 +74,9 @@ def _write(model: ModelParts, folder: Path, dtype: str) -> None:
             "clean_up_tokenization_spaces": False,
         },
     }
+    if (chat := model.text_tokenizer.chat) is not None:
+        written["generation_config.json"]["eos_token_id"] = chat_ends(model)
+        (folder / TEMPLATE).write_text(chat.template, "utf-8")
     for name, content in written.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", "utf-8")
     weights = model.network.transformer.stock_state_dict()
@@ -119,33 +84,14 @@ def _write(model: ModelParts, folder: Path, dtype: str) -> None:
     model.image_tokenizer.save(folder / "image_tokenizer")
 
 
-def _stock_config(model: ModelParts) -> dict[str, Any]:
-    """``config.json`` of a Qwen3ForCausalLM, with RoPE as transformers 4 and 5 each write it."""
-    c = model.config.transformer
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "num_hidden_layers": c.num_hidden_layers,
-        "num_attention_heads": c.num_attention_heads,
-        "num_key_value_heads": c.num_key_value_heads,
-        "head_dim": c.head_dim,
-        "intermediate_size": c.intermediate_size,
-        "hidden_act": "silu",
-        "tie_word_embeddings": c.tie_word_embeddings,
-        "max_position_embeddings": c.max_position_embeddings,
-        "rms_norm_eps": c.rms_norm_eps,
-        "rope_theta": c.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "use_sliding_window": False,
-        "sliding_window": None,
-    }
+def chat_ends(model: ModelParts) -> list[int]:
+    """The ids that end a text: <eos>, and what ends a turn of the language model it began as."""
+    chat, ends = model.text_tokenizer.chat, [model.vocabulary.eos]
+    known = model.text_tokenizer.vocabulary()
+    return ends + [known[chat.end]] if chat is not None and chat.end in known else ends
 
 
-def _tokenizer(model: ModelParts) -> dict[str, Any]:
+def exported_tokenizer(model: ModelParts) -> dict[str, Any]:
     """The text tokenizer with a token for each special and each code, at the ids of Vocabulary.
 
     Codes are not special tokens there, so that ``skip_special_tokens`` keeps a drawn image.
@@ -153,7 +99,7 @@ def _tokenizer(model: ModelParts) -> dict[str, Any]:
     vocabulary: Vocabulary = model.vocabulary
     stored: dict[str, Any] = json.loads(model.text_tokenizer.to_json())
     names = [*SPECIALS, *map(image_token, range(vocabulary.codebook_size))]
-    added = stored.get("added_tokens") or []  # of the Qwen3 that the model started from
+    added = stored.get("added_tokens") or []  # of the language model that it started from
     existing = {*stored["model"]["vocab"], *(token["content"] for token in added)}
     if taken := [name for name in names if name in existing]:
         raise ValueError(f"the text tokenizer has tokens of its own where {taken[:3]} belong")
@@ -175,6 +121,7 @@ def _tokenizer(model: ModelParts) -> dict[str, Any]:
 def _readme(model: ModelParts, fingerprint: str) -> str:
     tokenizer = model.image_tokenizer
     return README.format(
+        stock_class=family_of(model.config.transformer)[1].stock_class,
         model=fingerprint,
         image_tokenizer=tokenizer.fingerprint,
         last=model.vocabulary.codebook_size - 1,
@@ -188,12 +135,13 @@ def _readme(model: ModelParts, fingerprint: str) -> str:
 
 
 README = """\
-# A text and image model as a stock Qwen3
+# A text and image model as a stock {stock_class}
 
-Exported from model {model} of the multimodal toolkit. Any engine that runs `Qwen3ForCausalLM` runs
-it, without custom code. An image is {codes} tokens, `<|image:0|>` to `<|image:{last}|>`, the codes
-of image tokenizer {image_tokenizer} (in `image_tokenizer/`; images of {side} x {side} pixels):
-{levels}. An image that is described has {read} of them: {reads}.
+Exported from model {model} of the multimodal toolkit. Any engine that runs
+`{stock_class}` runs it, without custom code. An image is {codes} tokens,
+`<|image:0|>` to `<|image:{last}|>`, the codes of image tokenizer {image_tokenizer}
+(in `image_tokenizer/`; images of {side} x {side} pixels): {levels}.
+An image that is described has {read} of them: {reads}.
 
     describe   <bos><boi>CODES<eoi>     the model goes on with a caption and <eos>
     draw       <bos>a caption<boi>      the model goes on with {codes} codes and <eoi>

@@ -1,0 +1,215 @@
+"""Decoders of other toolkits, in and out: Qwen3, Qwen2, Llama (SmolLM2 too) and Mistral.
+
+A family is a stock class of transformers and what its attention has. The names of the weights are
+the same in all of them, so nothing is converted.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from multimodal.model.rope import RopeScaling
+from multimodal.model.transformer import TransformerConfig
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A stock class.
+
+    Attributes:
+        stock_class: its name in transformers.
+        qk_norm, attention_bias: as in ``TransformerConfig``.
+    """
+
+    stock_class: str
+    qk_norm: bool
+    attention_bias: bool
+
+
+# By the model_type of config.json. An export is the first family that fits.
+FAMILIES = {
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, attention_bias=False),
+    "qwen2": Family("Qwen2ForCausalLM", qk_norm=False, attention_bias=True),
+    "llama": Family("LlamaForCausalLM", qk_norm=False, attention_bias=False),
+    "mistral": Family("MistralForCausalLM", qk_norm=False, attention_bias=False),
+}
+# What the transformer of this package does not have, with the values that turn it off.
+UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu",),
+    "use_sliding_window": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1.0, None),
+    "quantization_config": (None,),
+}
+NUMBERS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+
+
+def family_of(config: TransformerConfig) -> tuple[str, Family]:
+    """The stock model_type and class of a transformer.
+
+    Raises:
+        ValueError: if no stock class has this attention.
+    """
+    for model_type, family in FAMILIES.items():
+        if (family.qk_norm, family.attention_bias) == (config.qk_norm, config.attention_bias):
+            return model_type, family
+    raise ValueError(
+        f"no stock class has qk_norm={config.qk_norm} and attention_bias={config.attention_bias}"
+    )
+
+
+def stock_config(config: TransformerConfig) -> dict[str, Any]:
+    """``config.json`` of the stock class, with RoPE as transformers 4 and 5 each write it."""
+    model_type, family = family_of(config)
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    scaling = None
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling.stored()
+        rope |= scaling
+    return {
+        "architectures": [family.stock_class],
+        "model_type": model_type,
+        **{name: getattr(config, name) for name in NUMBERS},
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": rope,
+        "attention_bias": config.attention_bias,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
+
+
+def transformer_config(config: Mapping[str, Any], name: str) -> TransformerConfig:
+    """The reverse of ``stock_config``, of any of the families.
+
+    A model whose attention sees a sliding window is read with at most so many tokens: within them
+    the window changes nothing.
+
+    Args:
+        config: what config.json holds.
+        name: of the model, for errors.
+
+    Raises:
+        ValueError: for another family, unsupported features or wrong values.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(
+            f"{name}: a model of type {model_type!r}, expected one of {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[model_type]
+    other = [key for key, off in UNSUPPORTED.items() if config.get(key, off[0]) not in off]
+    if config.get("attention_bias", False) and not family.attention_bias:
+        other.append("attention_bias")
+    if other:
+        raise ValueError(f"{name}: its {', '.join(sorted(other))} is not supported")
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{name}: its partial_rotary_factor is not supported")
+    try:
+        numbers = {key: config[key] for key in NUMBERS}
+        heads = config["num_attention_heads"]
+        if window := model_type == "mistral" and config.get("sliding_window"):
+            numbers["max_position_embeddings"] = min(window, numbers["max_position_embeddings"])
+        return TransformerConfig(
+            **numbers,
+            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or numbers["hidden_size"] // heads,
+            # Absent, it is what the class of transformers assumes.
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+            qk_norm=family.qk_norm,
+            attention_bias=family.attention_bias,
+            rope_scaling=RopeScaling.of(rope),
+        )
+    except KeyError as error:
+        raise ValueError(f"{name}: config.json has no {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: config.json: {error}") from error
+
+
+def read_stock(path: str | Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
+    """Read a Hugging Face folder, or a GGUF file.
+
+    Returns:
+        The config, and the weights by their stock names in the dtype in which they are stored.
+
+    Raises:
+        ValueError: for another kind of model, unsupported features, or weights that are not
+            safetensors.
+    """
+    path = Path(path)
+    return _read_gguf(path) if path.is_file() else _read_folder(path)
+
+
+def _read_folder(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no language model: config.json: {error}") from error
+    sizes = transformer_config(config, str(folder))
+    try:
+        names = [WEIGHTS]
+        if (folder / INDEX).is_file():
+            names = sorted(
+                set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values())
+            )
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{folder}: {INDEX} names {outside[0]!r}, which lies outside")
+        weights = {k: v for name in names for k, v in load_file(folder / name).items()}
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: {error.filename or error} is missing") from error
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{folder}: its weights are not readable: {error}") from error
+    return sizes, weights
+
+
+def _read_gguf(file: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
+    """Read by transformers, which turns quantized weights into floats."""
+    try:
+        import accelerate  # noqa: F401  # transformers needs it for GGUF
+        import gguf
+        import transformers
+    except ImportError as error:
+        raise ValueError(f"{file}: GGUF needs: pip install multimodal[gguf] ({error})") from error
+    try:
+        where: dict[str, Any] = {
+            "pretrained_model_name_or_path": file.parent,
+            "gguf_file": file.name,
+            "local_files_only": True,
+        }
+        config = transformers.AutoConfig.from_pretrained(**where)
+        reader = gguf.GGUFReader(file)
+        size = reader.get_field(f"{config.model_type}.attention.key_length")
+        if size is not None:
+            config.head_dim = int(size.contents())  # transformers does not read it for all
+        model = transformers.AutoModelForCausalLM.from_pretrained(**where, config=config)
+    except Exception as error:  # its readers raise what comes
+        raise ValueError(f"{file}: not a readable GGUF model: {error}") from error
+    stored = {**model.config.to_dict(), "quantization_config": None}  # it is floats now
+    sizes = transformer_config(stored, str(file))
+    weights = dict(model.state_dict())
+    if sizes.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    return sizes, weights
