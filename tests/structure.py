@@ -22,6 +22,7 @@ FOUNDATION = ("distributed", "files", "memory", "options", "seeds", "terminal", 
 FRONT_DOORS = (
     "multimodal",
     "multimodal.cli",
+    "multimodal.__main__",
     *(f"multimodal.{n}" for n in ("load", "Model", "__version__")),
 )
 BELOW: dict[str, tuple[str, ...]] = {

@@ -63,6 +63,12 @@ def test_every_verb_has_its_module() -> None:
         subprocess.run([sys.executable, "-c", code, module], check=True)
 
 
+def test_python_m_is_the_command() -> None:
+    command = [sys.executable, "-m", "multimodal", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("multimodal ")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"multimodal {multimodal.__version__}\n"
