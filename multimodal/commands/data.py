@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,11 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     build = add_parser(
         "build",
         help="turn images and text into shards",
-        description="SOURCE is a folder of images with .txt or .json beside them, a .csv, .tsv or "
-        ".jsonl or .parquet table, a .json of COCO captions or VQA questions, or webdataset "
-        "shards. OUT/rejected.jsonl lists the samples that cannot be used.",
+        description="SOURCE is a folder of images with .txt or .json beside them or with a "
+        "metadata.jsonl, .csv or .parquet; a table (.csv, .tsv, .txt, .jsonl, .parquet), with a "
+        "header or without; a folder of tables; a .json (a list of objects, LLaVA, COCO or "
+        "Karpathy captions, VQA questions); or webdataset shards (.tar, .tar.gz). "
+        "OUT/rejected.jsonl lists the samples that cannot be used, with file and line.",
     )
     build.add_argument("source", metavar="SOURCE", type=Path)
     build.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder")
@@ -127,6 +130,11 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     )
     build.add_argument("--answers", type=Path, help="the file of the answers to VQA questions")
     build.add_argument("--without-text", action="store_true", help="keep images without text")
+    build.add_argument(
+        "--whole-text",
+        action="store_true",
+        help="a .txt beside an image is one caption; default: each of its lines is one",
+    )
     build.add_argument("--overwrite", action="store_true", help="replace the shards in OUT")
     add_engine(build)
     steps = build.add_argument_group("cleaning", "all steps are off by default")
@@ -194,6 +202,7 @@ def _build(arguments: argparse.Namespace) -> int:
         image_column=arguments.image_column,
         text_column=arguments.text_column,
         need_text=not arguments.without_text,
+        whole_text=arguments.whole_text,
         images=arguments.images,
         answers=arguments.answers,
         cleaning=cleaning,
@@ -212,6 +221,8 @@ def _build(arguments: argparse.Namespace) -> int:
         print(f"changed {count:,}: {what}", file=sys.stderr)
     for what, count in sorted(report.ignored.items()):
         print(f"ignored {count:,}: {what}", file=sys.stderr)
+    for what, count in sorted(report.read.items()):
+        print(f"read {count:,}: {what}", file=sys.stderr)
     if arguments.val_share and not report.splits.get("val"):
         print("no sample is in the split val; try a larger --val-share", file=sys.stderr)
     splits = ", ".join(f"{split} {count:,}" for split, count in sorted(report.splits.items()))
@@ -220,9 +231,16 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
+    ignored = Counter[str]()
     entries = index_folder(
-        arguments.folder, arguments.out, on_problem=_print_error, progress=_progress("shard")
+        arguments.folder,
+        arguments.out,
+        ignored=ignored,
+        on_problem=_print_error,
+        progress=_progress("shard"),
     )
+    for what, number in sorted(ignored.items()):
+        print(f"ignored {number:,}: {what}", file=sys.stderr)
     count = sum(entry["samples"] for entry in entries)
     print(f"{arguments.out or arguments.folder}: {len(entries)} shards, {count:,} samples")
     return 0

@@ -21,7 +21,14 @@ from PIL import Image
 
 from multimodal.data.builder.cleaning import Cleaning
 from multimodal.data.builder.records import Cell, Slice, SourceSample
-from multimodal.data.images import Fit, fit_image, open_image, orientation, read_image_file
+from multimodal.data.images import (
+    Fit,
+    fit_image,
+    open_image,
+    orientation,
+    read_image_file,
+    without_texts,
+)
 from multimodal.data.near_duplicates import THUMBNAIL_SIZE, ImageHash, hash_image
 from multimodal.data.shards import file_sha256
 from multimodal.files import atomic_file, write_json
@@ -94,7 +101,7 @@ def _inputs_of(sample: SourceSample) -> list[Any]:
         if isinstance(image, Slice):
             inputs += [image.offset, image.size]
         elif isinstance(image, Cell):
-            inputs += [image.group, image.row, image.column]
+            inputs += [image.group, image.row, image.column, os.fsencode(image.root).hex()]
         try:
             stat = path.stat()
             inputs += [stat.st_size, stat.st_mtime_ns]
@@ -172,7 +179,7 @@ def make_image(
     try:
         data = read_image_file(source) if isinstance(source, Path) else source.read()
         image = open_image(data, name=name)
-        with Image.open(io.BytesIO(data)) as original:
+        with Image.open(io.BytesIO(without_texts(data))) as original:
             suffix = _SUFFIX.get(original.format or "", "jpg")
             plain = (
                 original.format in _SUFFIX
