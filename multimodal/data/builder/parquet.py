@@ -50,7 +50,8 @@ def read_parquet(table: Path, options: ReadOptions) -> Iterator[SourceItem]:
     try:
         file = pq.ParquetFile(table)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{table}: not readable as Parquet ({error})") from error
+        reason = " ".join(str(error).split())  # of several lines
+        raise ValueError(f"{table}: not readable as Parquet ({reason})") from error
     columns = find_columns(table, file.schema_arrow.names, options)
     field = file.schema_arrow.field(columns.image)
     if not _holds_bytes(field.type) or _only_paths(file, columns.image):
@@ -71,8 +72,12 @@ def _holds_bytes(kind: "pa.DataType") -> bool:
         return any(_holds_bytes(kind.field(number).type) for number in range(kind.num_fields))
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return _holds_bytes(kind.value_type)
-    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    return not any(is_text(kind) for is_text in texts)
+    return not (
+        pa.types.is_null(kind)
+        or pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+    )
 
 
 def _only_paths(file: "pq.ParquetFile", column: str) -> bool:

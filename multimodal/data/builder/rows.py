@@ -21,7 +21,8 @@ IMAGE_COLUMNS = (
     *("filename", "file_name", "file", "path", "img", "img_path", "images"),
 )
 _IMAGE_FILE = re.compile(
-    r"\S.*\.(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|hei[cf])(?:#\d+)?\s*$", re.IGNORECASE
+    r"\s*[^\s|][^\t\n|]*\.(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|hei[cf])(?:#\d+)?\s*$",
+    re.IGNORECASE,
 )
 _MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32"} | {
     mark: "utf-16" for mark in (b"\xff\xfe", b"\xfe\xff")

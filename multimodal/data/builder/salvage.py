@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import lzma
 import os
-import shutil
 import tarfile
 import zlib
 from collections import Counter
@@ -67,7 +66,8 @@ def unpacked(tar: Path, workspace: Path | None) -> Path:
             open(part, "wb") as file,
         ):
             try:
-                shutil.copyfileobj(source, file, 1 << 20)
+                while data := source.read1(1 << 16):  # read() would lose what is before a cut
+                    file.write(data)
             except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise  # the machine's fault: a full disk, for instance
