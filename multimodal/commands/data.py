@@ -5,6 +5,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from tqdm import tqdm
 
 from multimodal.commands.options import add_engine
 from multimodal.data.indexing import index_folder
-from multimodal.data.shards import read_manifest
-from multimodal.data.verify import check, check_contents
+from multimodal.data.shards import Shards, read_manifest
+from multimodal.data.verify import check, check_contents, check_text
+
+FIRST_SAMPLES = 256  # whose texts `data index` reads
 
 EPILOG = """examples:
   multimodal data build photos/ shards/ --image-size 256 --fit crop --val-share 0.05
@@ -242,8 +245,23 @@ def _index(arguments: argparse.Namespace) -> int:
     for what, number in sorted(ignored.items()):
         print(f"ignored {number:,}: {what}", file=sys.stderr)
     count = sum(entry["samples"] for entry in entries)
-    print(f"{arguments.out or arguments.folder}: {len(entries)} shards, {count:,} samples")
+    target = arguments.out or arguments.folder
+    _print_first_texts(target)
+    print(f"{target}: {len(entries)} shards, {count:,} samples")
     return 0
+
+
+def _print_first_texts(folder: Path) -> None:
+    """Say what is wrong with the texts of the first samples: an index does not read the others."""
+    notes, looked = Counter[str](), 0
+    for sample in islice(Shards(folder), FIRST_SAMPLES):
+        looked += 1
+        try:
+            check_text(sample, notes)
+        except ValueError as error:
+            _print_error(f"{folder}: {error}")
+    for what, number in sorted(notes.items()):
+        print(f"of the first {looked:,} samples, {number:,}: {what}", file=sys.stderr)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -254,9 +272,12 @@ def _check(arguments: argparse.Namespace) -> int:
             problems += 1
             _print_error(problem)
     if arguments.decode and not problems:
-        for problem in check_contents(folder, _progress("sample")):
+        notes = Counter[str]()
+        for problem in check_contents(folder, _progress("sample"), notes):
             problems += 1
             _print_error(problem)
+        for what, number in sorted(notes.items()):
+            print(f"{folder}: {number:,}: {what}", file=sys.stderr)
     if problems:
         print(f"{folder}: {problems} problem{'s' if problems > 1 else ''}")
         return 1

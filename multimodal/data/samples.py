@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -93,15 +93,30 @@ class Sample:
 
     @property
     def record(self) -> dict[str, Any]:
+        """The record. Errors as ``read_record``."""
+        return self.read_record()
+
+    def read_record(self, note: Note = lambda what: None) -> dict[str, Any]:
         """The record, see ``record_of``.
 
         Raises:
             ValueError: with the key, if it cannot be read.
         """
         try:
-            return record_of(self.members)
+            return record_of(self.members, note=note)
         except UnreadableText as error:
             raise ValueError(f"sample {self.key}: its text is not readable ({error})") from error
+
+
+def readable(samples: Iterable[Sample], on_problem: Callable[[str], object]) -> Iterator[Sample]:
+    """The samples whose record can be read. ``on_problem`` is told the others, one line each."""
+    for sample in samples:
+        try:
+            sample.read_record()
+        except ValueError as error:
+            on_problem(f"left out: {error}")
+        else:
+            yield sample
 
 
 @lru_cache(256)  # numpy evaluates each header as Python, and a folder has few different ones

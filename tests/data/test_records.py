@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import webdataset
 
 from multimodal.cli import main
@@ -95,3 +96,37 @@ def test_member_names_that_are_not_utf8_are_indexed_and_built(tmp_path: Path) ->
     index_folder(tmp_path / "s")
     assert {s.record["captions"][0] for s in Shards(tmp_path / "s")} == {"0", "1", "2"}
     assert main(["data", "check", str(tmp_path / "s"), "--decode"]) == 0
+
+
+def test_index_and_check_say_when_no_sample_has_a_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members: dict[str, bytes] = {}
+    for number in range(3):
+        members |= {f"{number}.png": picture(number), f"{number}.json": b'{"url": "u"}'}
+    members |= {"3.png": picture(3), "3.txt": b"one\ntwo"}
+    tar_of(tmp_path / "s/x-0.tar", members)
+    assert main(["data", "index", str(tmp_path / "s")]) == 0
+    error = capsys.readouterr().err
+    assert "of the first 4 samples, 3: samples have no caption, question or label" in error
+    assert "of the first 4 samples, 1: .txt of several lines: each line is a caption" in error
+    assert main(["data", "check", str(tmp_path / "s"), "--decode"]) == 0
+    assert "3: samples have no caption, question or label" in capsys.readouterr().err
+
+
+def test_one_unreadable_record_ends_no_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members: dict[str, bytes] = {}
+    for number, text in enumerate((b"a dog runs", b"\xff", b"a cat sleeps")):
+        members |= {f"{number}.png": picture(number), f"{number}.txt": text}
+    tar_of(tmp_path / "s/train-0.tar", members)
+    index_folder(tmp_path / "s")
+    tokenizer = str(tmp_path / "t.json")
+    source = str(tmp_path / "s")
+    assert main(["tokenizer", "text", source, "--out", tokenizer, "--vocabulary-size", "300"]) == 0
+    output = capsys.readouterr()
+    assert "from 2 texts" in output.out and "left out: sample 1: its text" in output.err
+    assert main(["data", "questions", source, str(tmp_path / "asked")]) == 0
+    asked = {sample.key: sample for sample in Shards(tmp_path / "asked")}
+    assert len(asked["0"].record["qa"]) == 2 and asked["1"].members["txt"] == b"\xff"
