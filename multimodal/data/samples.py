@@ -284,6 +284,7 @@ def _turns(turns: Any) -> list[list[str]] | None:
     for turn in turns:
         if not isinstance(turn, dict):
             return None
+        spoken: list[tuple[Any, Any]]
         if turn.keys() >= {"user", "assistant"}:
             spoken = [("user", turn["user"]), ("assistant", turn["assistant"])]
         else:

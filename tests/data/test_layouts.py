@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,21 @@ def test_folders_of_parquet_and_of_packed_tars(tmp_path: Path) -> None:
         from multimodal.data.indexing import index_folder
 
         index_folder(tmp_path / "packed")
+
+
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    (folder / "x.tar").mkdir(parents=True)
+    (folder / "a.png").write_bytes(picture(0))
+    (folder / "a.txt").write_text("a")
+    for name in ("b.txt", "b.png", "metadata.jsonl", "t.csv"):
+        os.mkfifo(folder / name)
+    (folder / "a.json").symlink_to("/dev/zero")
+    records, report = built(folder)
+    assert records == {"a": {"captions": ["a"]}} and report.ignored == {"not regular files": 4}
+    assert rejected(tmp_path / "f-out") == {"b.png": "no text"}
+    with pytest.raises(ValueError, match="t.csv: not a regular file"):
+        build(folder / "t.csv", tmp_path / "out")
 
 
 def test_a_packed_tar_that_is_cut_off_gives_what_comes_before(tmp_path: Path) -> None:

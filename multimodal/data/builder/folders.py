@@ -49,6 +49,8 @@ def read_folder(folder: Path, outside: Path | None, options: ReadOptions) -> Ite
     files = _find(folder, outside, options.notes)
     yield from files.rejected
     if not files.images and not files.metadata and files.tables:
+        for texts in files.texts.values():
+            options.notes.ignored.update(f"files .{suffix}" for suffix in texts)
         for table in files.tables:
             yield from _of_table(table, options)
         return
@@ -117,15 +119,17 @@ def _find(folder: Path, outside: Path | None, notes: Notes) -> _Files:
                 notes.ignored["hidden files"] += 1
             elif suffix in (*IMAGE_SUFFIXES, *_JPEG_SUFFIXES):
                 files.images[relative] = path
+            elif suffix in _OTHER_IMAGES:
+                detail = f"a .{suffix} file"
+                files.rejected.append(RejectedSample(shown(path), "not JPEG, PNG or WebP", detail))
+            elif not path.is_file():  # a pipe or a device would block, or never end
+                notes.ignored["not regular files"] += 1
             elif name.lower() in METADATA:
                 files.metadata.append(path)
             elif suffix in ("txt", "json"):
                 files.texts.setdefault(relative[: -len(suffix) - 1], {})[suffix] = path
             elif f".{suffix}" in _TABLES:
                 files.tables.append(path)
-            elif suffix in _OTHER_IMAGES:
-                detail = f"a .{suffix} file"
-                files.rejected.append(RejectedSample(shown(path), "not JPEG, PNG or WebP", detail))
             else:
                 notes.ignored[f"files .{suffix}" if suffix else "files without a suffix"] += 1
     for error in unreadable:

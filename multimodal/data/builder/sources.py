@@ -62,7 +62,7 @@ def read_source(
         ValueError: if the source is none of these.
     """
     if source.is_dir():
-        tars = sorted(path for path in source.iterdir() if is_tar(path))
+        tars = sorted(path for path in source.iterdir() if is_tar(path) and path.is_file())
         items = (
             _read_shards(tars, options, workspace)
             if tars
@@ -70,6 +70,8 @@ def read_source(
         )
     elif not source.exists():
         raise ValueError(f"{source}: no such file or folder")
+    elif not source.is_file():
+        raise ValueError(f"{source}: not a regular file")
     elif is_tar(source):
         items = _read_shards([source], options, workspace)
     elif source.suffix.lower() in TABLE_SUFFIXES:
