@@ -21,6 +21,7 @@ FIRST_SAMPLES = 256  # whose texts `data index` reads
 EPILOG = """examples:
   multimodal data build photos/ shards/ --image-size 256 --fit crop --val-share 0.05
   multimodal data build captions.csv shards/ --image-column file --text-column caption
+  multimodal data build flickr8k/captions.txt shards/ --images flickr8k/Images/
   multimodal data build captions_val2014.json shards/ --images val2014/
   multimodal data build v2_OpenEnded_mscoco_val2014_questions.json shards/ --images val2014/ \
       --answers v2_mscoco_val2014_annotations.json

@@ -192,11 +192,9 @@ def build(
             (staging / REJECTED).replace(out / REJECTED)
         shutil.rmtree(staging, ignore_errors=True)
     if not kept:
-        why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "nothing found"
-        if notes.ignored:
-            why += "; left out: " + ", ".join(
-                f"{n} {what}" for what, n in notes.ignored.most_common()
-            )
+        why = _reasons(reasons, notes)
+        if reasons["unreadable image"] and source.is_file() and images is None:
+            why += f"; images are looked for in {source.parent}, or in the folder --images"
         raise ValueError(f"{source}: no sample could be used ({why}); see {out / REJECTED}")
     return Report(
         total=kept + reasons.total(),
@@ -208,6 +206,13 @@ def build(
         read=notes.described(notes.read),
         changed=dict(+changed),
     )
+
+
+def _reasons(reasons: Counter[str], notes: Notes) -> str:
+    """Why nothing was kept: the rejected samples, and what was left out."""
+    why = [f"{count} {reason}" for reason, count in reasons.most_common()] or ["nothing found"]
+    left_out = [f"{count} {what}" for what, count in notes.ignored.most_common()]
+    return ", ".join(why) + (f"; left out: {', '.join(left_out)}" if left_out else "")
 
 
 def _write_samples(
