@@ -156,7 +156,7 @@ def _read_files(
             yield RejectedSample.row(row.place, "unreadable row", row.problem)
             continue
         path = (row.fields.get(columns.image) or {}).get("path") if has_paths else None
-        named = isinstance(path, str) and path
+        hint = Path(path).stem if isinstance(path, str) else ""
         try:
             record = columns.record(row.fields, options.notes.of(str(row.place)))
         except UnreadableText as error:
@@ -167,7 +167,7 @@ def _read_files(
             continue
         yield SourceSample(
             name=str(row.place),
-            hint=shown(Path(path).stem if named else f"{table.stem}-{number}"),
+            hint=shown(hint or f"{table.stem}-{number}"),
             identity=f"{table.name}/{number}",
             images=(Cell(table, group, number - starts[group], columns.image, root),),
             record=record,
