@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from multimodal.cli import main
 from multimodal.data.builder.build import Report, build
+from multimodal.data.images import open_image
 from tests.photos import by_caption, picture, rejected, samples, tar_of
 
 
@@ -60,6 +63,15 @@ def test_an_image_folder_of_hugging_face(tmp_path: Path, kind: str) -> None:
         *("beside the image", "one", "one", "two", "two")
     ]
     assert report.reasons == {"unreadable image": 2, "no text": 1}
+
+
+def test_an_image_in_two_metadata_tables_is_kept_once(tmp_path: Path) -> None:
+    (tmp_path / "f/sub").mkdir(parents=True)
+    (tmp_path / "f/sub/a.png").write_bytes(picture(0))
+    (tmp_path / "f/metadata.csv").write_text("file_name,text\nsub/a.png,one\n")
+    (tmp_path / "f/sub/metadata.csv").write_text("file_name,text\na.png,two\n")
+    records, report = built(tmp_path / "f")
+    assert len(records) == 1 and report.reasons == {"image named twice": 1}
 
 
 def test_folders_of_parquet_and_of_packed_tars(tmp_path: Path) -> None:
@@ -165,6 +177,29 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     records, report = built(folder / "t.csv")
     assert sorted(r["captions"] for r in records.values()) == [["one"], ["two"]]
     assert report.reasons == {"unreadable image": 1}
+
+
+def test_texts_and_profiles_of_any_length_in_a_png(tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    folder.mkdir()
+    info = PngInfo()
+    info.add_text("workflow", "z" * 2_000_000, zip=True)
+    info.add_itxt("notes", "z" * 2_000_000, zip=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (6, 4), "red")
+    image.save(folder / "a.png", pnginfo=info, exif=exif, icc_profile=bytes(2_000_000))
+    whole = (folder / "a.png").read_bytes()
+    damaged = bytearray(whole)
+    damaged[whole.index(b"zTXt") + 20] ^= 1
+    (folder / "b.png").write_bytes(damaged)
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(name)
+    records, report = built(folder, image_size=None)
+    assert list(records) == ["a"] and rejected(tmp_path / "f-out") == {"b.png": "unreadable image"}
+    assert (
+        open_image(samples(tmp_path / "f-out")["a"].image).size == open_image(whole).size == (4, 6)
+    )
 
 
 # --- Tables -------------------------------------------------------------------------------------

@@ -59,10 +59,14 @@ def read_folder(folder: Path, outside: Path | None, options: ReadOptions) -> Ite
     described: dict[str, SourceSample] = {}
     for table in files.metadata:
         for item in _of_table(table, replace(options, images=None)):
-            if isinstance(item, SourceSample) and isinstance(item.images[0], Path):
-                described[os.path.relpath(item.images[0], folder)] = item
-            else:
+            if isinstance(item, RejectedSample) or not isinstance(item.images[0], Path):
                 yield item
+                continue
+            name = os.path.relpath(item.images[0], folder)
+            if name in described:
+                yield item.rejected("image named twice", f"also in {described[name].rows}")
+            else:
+                described[name] = item
     stems = {name.rpartition(".")[0] for name in files.images}
     for stem in sorted(files.texts.keys() - stems):
         for path in files.texts[stem].values():
