@@ -20,10 +20,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from multimodal.commands.options import check_output
-from multimodal.data.builder.records import has_text
 from multimodal.data.documents import image_suffixes, images_in
 from multimodal.data.images import FORMATS, open_image
-from multimodal.data.samples import Sample, texts_of
+from multimodal.data.samples import Sample, has_text, texts_of
 from multimodal.data.shards import Shards, read_manifest, splits_of
 from multimodal.eval.page import Bars, Figure, Section, page
 from multimodal.files import atomic_file, write_json

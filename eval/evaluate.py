@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from multimodal.commands.options import check_output, load_model, make_parser
 from multimodal.commands.search import default_cache
+from multimodal.data.samples import readable
 from multimodal.data.shards import Shards
 from multimodal.eval.tasks.registry import EVALUATORS, find_evaluator
 from multimodal.files import atomic_file
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
         if path:
             check_output(path, (suffix,))
     samples = {
-        folder: list(islice(Shards(folder, arguments.split), arguments.limit))
+        folder: list(islice(readable(Shards(folder, arguments.split), _warn), arguments.limit))
         for folder in arguments.data
     }
     from multimodal.distributed import process_group  # imports torch
@@ -96,6 +97,10 @@ def main(argv: list[str]) -> int:
         with atomic_file(arguments.output) as file:
             file.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     return 0
+
+
+def _warn(line: str) -> None:
+    print(f"multimodal eval: {line}", file=sys.stderr)
 
 
 def run(

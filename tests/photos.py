@@ -3,7 +3,10 @@
 import hashlib
 import io
 import json
+import tarfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -69,3 +72,14 @@ def hashes(out: Path) -> dict[str, str]:
 
 def by_caption(out: Path) -> dict[str, Sample]:
     return {sample.record["captions"][0]: sample for sample in samples(out).values()}
+
+
+def tar_of(path: Path, members: Mapping[str, bytes], mode: Any = "w") -> Path:
+    """Write a tar. Names may have bytes that are not UTF-8, as ``surrogateescape``."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, mode, encoding="utf-8", errors="surrogateescape") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path

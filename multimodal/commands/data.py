@@ -3,7 +3,9 @@
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ from tqdm import tqdm
 
 from multimodal.commands.options import add_engine
 from multimodal.data.indexing import index_folder
-from multimodal.data.shards import read_manifest
-from multimodal.data.verify import check, check_contents
+from multimodal.data.shards import Shards, read_manifest
+from multimodal.data.verify import check, check_contents, check_text
+
+FIRST_SAMPLES = 256  # whose texts `data index` reads
 
 EPILOG = """examples:
   multimodal data build photos/ shards/ --image-size 256 --fit crop --val-share 0.05
   multimodal data build captions.csv shards/ --image-column file --text-column caption
+  multimodal data build flickr8k/captions.txt shards/ --images flickr8k/Images/
   multimodal data build captions_val2014.json shards/ --images val2014/
   multimodal data build v2_OpenEnded_mscoco_val2014_questions.json shards/ --images val2014/ \
       --answers v2_mscoco_val2014_annotations.json
@@ -103,9 +108,11 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     build = add_parser(
         "build",
         help="turn images and text into shards",
-        description="SOURCE is a folder of images with .txt or .json beside them, a .csv, .tsv or "
-        ".jsonl or .parquet table, a .json of COCO captions or VQA questions, or webdataset "
-        "shards. OUT/rejected.jsonl lists the samples that cannot be used.",
+        description="SOURCE is a folder of images with .txt or .json beside them or with a "
+        "metadata.jsonl, .csv or .parquet; a table (.csv, .tsv, .txt, .jsonl, .parquet), with a "
+        "header or without; a folder of tables; a .json (a list of objects, LLaVA, COCO or "
+        "Karpathy captions, VQA questions); or webdataset shards (.tar, .tar.gz). "
+        "OUT/rejected.jsonl lists the samples that cannot be used, with file and line.",
     )
     build.add_argument("source", metavar="SOURCE", type=Path)
     build.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder")
@@ -127,6 +134,11 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     )
     build.add_argument("--answers", type=Path, help="the file of the answers to VQA questions")
     build.add_argument("--without-text", action="store_true", help="keep images without text")
+    build.add_argument(
+        "--whole-text",
+        action="store_true",
+        help="a .txt beside an image is one caption; default: each of its lines is one",
+    )
     build.add_argument("--overwrite", action="store_true", help="replace the shards in OUT")
     add_engine(build)
     steps = build.add_argument_group("cleaning", "all steps are off by default")
@@ -194,6 +206,7 @@ def _build(arguments: argparse.Namespace) -> int:
         image_column=arguments.image_column,
         text_column=arguments.text_column,
         need_text=not arguments.without_text,
+        whole_text=arguments.whole_text,
         images=arguments.images,
         answers=arguments.answers,
         cleaning=cleaning,
@@ -212,6 +225,8 @@ def _build(arguments: argparse.Namespace) -> int:
         print(f"changed {count:,}: {what}", file=sys.stderr)
     for what, count in sorted(report.ignored.items()):
         print(f"ignored {count:,}: {what}", file=sys.stderr)
+    for what, count in sorted(report.read.items()):
+        print(f"read {count:,}: {what}", file=sys.stderr)
     if arguments.val_share and not report.splits.get("val"):
         print("no sample is in the split val; try a larger --val-share", file=sys.stderr)
     splits = ", ".join(f"{split} {count:,}" for split, count in sorted(report.splits.items()))
@@ -220,12 +235,34 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
+    ignored = Counter[str]()
     entries = index_folder(
-        arguments.folder, arguments.out, on_problem=_print_error, progress=_progress("shard")
+        arguments.folder,
+        arguments.out,
+        ignored=ignored,
+        on_problem=_print_error,
+        progress=_progress("shard"),
     )
+    for what, number in sorted(ignored.items()):
+        print(f"ignored {number:,}: {what}", file=sys.stderr)
     count = sum(entry["samples"] for entry in entries)
-    print(f"{arguments.out or arguments.folder}: {len(entries)} shards, {count:,} samples")
+    target = arguments.out or arguments.folder
+    _print_first_texts(target)
+    print(f"{target}: {len(entries)} shards, {count:,} samples")
     return 0
+
+
+def _print_first_texts(folder: Path) -> None:
+    """Say what is wrong with the texts of the first samples: an index does not read the others."""
+    notes, looked = Counter[str](), 0
+    for sample in islice(Shards(folder), FIRST_SAMPLES):
+        looked += 1
+        try:
+            check_text(sample, notes)
+        except ValueError as error:
+            _print_error(f"{folder}: {error}")
+    for what, number in sorted(notes.items()):
+        print(f"of the first {looked:,} samples, {number:,}: {what}", file=sys.stderr)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -236,9 +273,12 @@ def _check(arguments: argparse.Namespace) -> int:
             problems += 1
             _print_error(problem)
     if arguments.decode and not problems:
-        for problem in check_contents(folder, _progress("sample")):
+        notes = Counter[str]()
+        for problem in check_contents(folder, _progress("sample"), notes):
             problems += 1
             _print_error(problem)
+        for what, number in sorted(notes.items()):
+            print(f"{folder}: {number:,}: {what}", file=sys.stderr)
     if problems:
         print(f"{folder}: {problems} problem{'s' if problems > 1 else ''}")
         return 1

@@ -22,12 +22,15 @@ EXAMPLES = """examples:
 
 def texts(sources: list[str], split: str) -> Iterator[str]:
     """All texts of shard folders (captions, questions, answers) and all lines of text files."""
-    from multimodal.data.samples import texts_of
+    from tqdm import tqdm
+
+    from multimodal.data.samples import readable, texts_of
     from multimodal.data.shards import Shards
 
     for source in sources:
         if Path(source).is_dir():
-            for sample in Shards(source, split):
+            samples = Shards(source, split)
+            for sample in readable(samples, lambda line: tqdm.write(line, file=sys.stderr)):
                 yield from texts_of(sample.record)
         else:
             yield from Path(source).read_text("utf-8").splitlines()

@@ -7,15 +7,11 @@ to the member ``KEY.0.jpg``.
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from multimodal.data.samples import CODES, IMAGE_SUFFIXES, Sample, parts_of
+from multimodal.data.samples import CODES, IMAGE_SUFFIXES, Sample, UnreadableText, parts_of
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-
-class UnreadableText(ValueError):
-    """The record of a sample cannot be used."""
 
 
 def content_parts(row: Mapping[str, Any]) -> tuple[list[str], list[dict[str, str]]]:

@@ -84,13 +84,14 @@ def open_image(
         data = source if isinstance(source, bytes) else _read(Path(source))
         if not data:
             raise ValueError("the file is empty")
+        whole, data = data, without_texts(data)
         with (
             Image.open(io.BytesIO(data), formats=FORMATS) as image,
             _no_truncated_images(),
         ):
             _check_size(image.size, max_pixels)
             if image.format == "PNG":
-                _verify_png(data)
+                _verify_png(whole)
             elif image.format == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
                 raise ValueError("truncated: the file is shorter than its header says")
             return _to_rgb(image, max_pixels)
@@ -264,6 +265,25 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise ValueError(f"too large: {width}x{height} is over the limit of {max_pixels:,} pixels")
     if max(size) > MAX_ASPECT * min(size):
         raise ValueError(f"a strip of {width}x{height}: over {MAX_ASPECT} times as long as wide")
+
+
+def without_texts(data: bytes) -> bytes:
+    """A PNG without its texts and colour profile, which nobody needs. Other files as they are.
+
+    Pillow unpacks them, and refuses an image where they are over 1 MB.
+    """
+    if not data.startswith(_PNG_SIGNATURE):
+        return data
+    position, kept = len(_PNG_SIGNATURE), [_PNG_SIGNATURE]
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        kind, end = data[position + 4 : position + 8], position + length + 12
+        if kind == b"IEND":
+            break
+        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(data[position:end])
+        position = end
+    return b"".join([*kept, data[position:]])
 
 
 def _verify_png(data: bytes) -> None:

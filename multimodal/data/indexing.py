@@ -1,6 +1,7 @@
 """Write indexes and a manifest for the shards of a folder that exist already."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ def index_folder(
     folder: Path,
     out: Path | None = None,
     *,
+    ignored: Counter[str] | None = None,
     on_problem: Callable[[str], object] = lambda problem: None,
     progress: Callable[[Iterable[Path]], Iterable[Path]] = iter,
 ) -> list[dict[str, Any]]:
@@ -27,6 +29,7 @@ def index_folder(
     Args:
         folder: a folder of .tar shards.
         out: where indexes, manifest and links to the shards go. By default ``folder`` itself.
+        ignored: counts members that belong to no sample.
         on_problem: is called with one line for each shard that is damaged or missing.
         progress: wraps the list of shards (``tqdm``, for instance).
 
@@ -41,7 +44,18 @@ def index_folder(
         raise ValueError(f"{folder}: no such folder")
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise ValueError(f"{folder}: no .tar files in it")
+        others = Counter("".join(path.suffixes[-2:]) for path in folder.iterdir() if path.is_file())
+        found = ", ".join(
+            f"{count} {suffix or 'without a suffix'}" for suffix, count in others.most_common(3)
+        )
+        raise ValueError(
+            f"{folder}: no .tar files in it"
+            + (
+                f" (it has {found}); try: multimodal data build {folder} NEW_FOLDER"
+                if found
+                else ""
+            )
+        )
     target = out or folder
     if target.resolve() != folder.resolve():
         _link(tars, target)
@@ -61,7 +75,7 @@ def index_folder(
                     f"{tar}: differs from {target / MANIFEST}; if it was changed on "
                     "purpose, delete that file first"
                 )
-            entries.append(index_shard(target / tar.name))
+            entries.append(index_shard(target / tar.name, ignored))
         except DamagedShard as error:
             damaged += 1
             on_problem(str(error))

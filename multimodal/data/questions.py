@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from multimodal.data.objects import named_objects, presence_question
-from multimodal.data.samples import Sample
+from multimodal.data.samples import Sample, readable
 from multimodal.data.shards import (
     Shards,
     index_shard,
@@ -43,7 +43,7 @@ def add_questions(
 ) -> int:
     """Write a shard folder again, with questions about presence in the records.
 
-    A sample whose captions name no known object is written as it is.
+    A sample whose captions name no known object, or whose text cannot be read, is written as it is.
 
     Args:
         source: a shard folder, with images or codes.
@@ -59,7 +59,8 @@ def add_questions(
     if pairs < 1:
         raise ValueError(f"pairs={pairs}: expected at least 1")
     manifest = read_manifest(source)
-    frequency = Counter(name for sample in Shards(source) for name in sorted(_objects_of(sample)))
+    samples = readable(Shards(source), lambda problem: None)
+    frequency = Counter(name for sample in samples for name in sorted(_objects_of(sample)))
     if not frequency:
         raise ValueError(f"{source}: no caption names an object of the list")
     names = sorted(frequency)
@@ -69,6 +70,10 @@ def add_questions(
     def asked(shards: Shards) -> Iterator[tuple[str, dict[str, bytes]]]:
         nonlocal count
         for sample in shards:
+            if not any(readable([sample], lambda problem: None)):
+                yield sample.key, dict(sample.members)
+                on_sample(1)
+                continue
             present = sorted(_objects_of(sample))
             rng = np.random.default_rng(sample_seed(seed, 0, sample.key))
             questions = list[list[str]]()

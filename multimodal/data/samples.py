@@ -1,9 +1,16 @@
-"""One sample of a shard: an image as bytes or as codes, and its record."""
+"""One sample: an image as bytes or as codes, and its record.
 
+``record_of`` is the only reader of records. Training from shards and ``data build`` both use it, so
+they find the same captions.
+"""
+
+import codecs
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -13,8 +20,25 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-TEXT_SUFFIXES = ("json", "txt")
+RECORD_MEMBERS = ("json", "txt", "cls")  # what a record is made of
+CAPTION_FIELDS = ("captions", "caption", "text")
+CONVERSATION_FIELDS = ("conversations", "messages", "texts")
+IMAGE_PLACE = "<image>"  # stands for the image in the questions of LLaVA
 CODES = "codes.npy"  # replaces the image: see multimodal/data/encode.py
+
+EMPTY_PAIRS = "questions or answers without text"
+CAPTION_LINES = ".txt of several lines: each line is a caption"
+Note = Callable[[str], object]  # is told what a reader left out, or how it read an unclear case
+
+_MARKS = (
+    *((mark, "utf-32") for mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
+    *((mark, "utf-16") for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
+)
+_JSON = json.JSONDecoder(parse_constant=lambda name: None)  # NaN and Infinity are not JSON
+
+
+class UnreadableText(ValueError):
+    """The record of a sample cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -69,34 +93,30 @@ class Sample:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The object in ``KEY.json``. Without it, the text of ``KEY.txt`` is the only caption.
+        """The record. Errors as ``read_record``."""
+        return self.read_record()
+
+    def read_record(self, note: Note = lambda what: None) -> dict[str, Any]:
+        """The record, see ``record_of``.
 
         Raises:
-            ValueError: if a field has the wrong type.
+            ValueError: with the key, if it cannot be read.
         """
-        if "json" in self.members:
-            try:
-                record = json.loads(self.members["json"])
-            except ValueError as error:
-                raise ValueError(
-                    f"sample {self.key}: its json is not readable ({error})"
-                ) from error
-            if not isinstance(record, dict):
-                raise ValueError(f"sample {self.key}: its json is not an object")
-            if not _are_texts(record.get("captions", [])):
-                raise ValueError(f"sample {self.key}: its captions are not a list of strings")
-            pairs = record.get("qa", [])
-            if not isinstance(pairs, list) or not all(
-                _are_texts(pair) and len(pair) == 2 for pair in pairs
-            ):
-                raise ValueError(f"sample {self.key}: its qa is not a list of pairs of strings")
-            return record
-        if "txt" in self.members:
-            try:
-                return {"captions": [self.members["txt"].decode("utf-8").strip()]}
-            except ValueError as error:
-                raise ValueError(f"sample {self.key}: its txt is not UTF-8 ({error})") from error
-        return {}
+        try:
+            return record_of(self.members, note=note)
+        except UnreadableText as error:
+            raise ValueError(f"sample {self.key}: its text is not readable ({error})") from error
+
+
+def readable(samples: Iterable[Sample], on_problem: Callable[[str], object]) -> Iterator[Sample]:
+    """The samples whose record can be read. ``on_problem`` is told the others, one line each."""
+    for sample in samples:
+        try:
+            sample.read_record()
+        except ValueError as error:
+            on_problem(f"left out: {error}")
+        else:
+            yield sample
 
 
 @lru_cache(256)  # numpy evaluates each header as Python, and a folder has few different ones
@@ -113,8 +133,202 @@ def _npy_header(header: bytes) -> "tuple[tuple[int, ...], np.dtype[Any]]":
     return shape, kind
 
 
-def _are_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+def record_of(
+    members: Mapping[str, bytes], *, whole_text: bool = False, note: Note = lambda what: None
+) -> dict[str, Any]:
+    """The record in the files of a sample.
+
+    Args:
+        members: ``json`` is an object (see ``normalise``) or a list of captions. ``txt`` holds the
+            captions if the json has none, one a line. ``cls`` is the label if the json has none.
+            Other members are not read.
+        whole_text: the txt is one caption, whatever its lines.
+        note: is told EMPTY_PAIRS and CAPTION_LINES.
+
+    Raises:
+        UnreadableText: if one of them is not text, or captions or questions have another type.
+    """
+    fields: Any = parse_json(members["json"]) if "json" in members else {}
+    if isinstance(fields, list):
+        fields = {"captions": fields}
+    if not isinstance(fields, dict):
+        raise UnreadableText("its json is not an object")
+    record = normalise(fields, note)
+    if "txt" in members and not record["captions"]:
+        text = decode_text(members["txt"])
+        lines = [text] if whole_text else re.split("\r\n?|\n", text)
+        record["captions"] = [line.strip() for line in lines if line.strip()]
+        if len(record["captions"]) > 1:
+            note(CAPTION_LINES)
+    if "cls" in members and record.get("label") is None:
+        record["label"] = decode_text(members["cls"]).strip()
+    return record
+
+
+def decode_text(data: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
+
+    Raises:
+        UnreadableText: if it is none of these.
+    """
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8-sig")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UnreadableText(f"not UTF-8 ({error})") from error
+
+
+def parse_json(text: bytes | str) -> Any:
+    """The value of a JSON text. NaN and infinite numbers become None.
+
+    Raises:
+        UnreadableText: if it is not JSON.
+    """
+    try:
+        return _JSON.decode(decode_text(text) if isinstance(text, bytes) else text)
+    except UnreadableText:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
+        raise UnreadableText(f"not readable as JSON ({error})") from error
+
+
+def normalise(fields: Mapping[str, Any], note: Note = lambda what: None) -> dict[str, Any]:
+    """Bring the fields of a source into the form of a record.
+
+    Args:
+        fields: captions are a string or a list in ``captions``, ``caption`` or ``text``. The first
+            of these that is present counts. Questions are in ``qa``, in ``question`` and
+            ``answer``, or in ``conversations`` as in LLaVA.
+        note: is told EMPTY_PAIRS for each question without an answer, and the reverse.
+
+    Returns:
+        ``{"captions": [str], "qa": [[question, answer]], ...}`` without empty texts. Other fields
+        are not changed.
+
+    Raises:
+        UnreadableText: if captions or questions have another type.
+    """
+    rest = dict(fields)
+    captions: Any = next(
+        (rest.pop(name) for name in CAPTION_FIELDS if rest.get(name) is not None), []
+    )
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list):
+        raise UnreadableText("captions are not a string or a list of strings")
+    captions = [text for text in captions if text is not None]  # a missing value of Parquet
+    pairs: Any = rest.pop("qa", None)
+    pairs = [] if pairs is None else pairs
+    if not isinstance(pairs, list):
+        raise UnreadableText("qa is not a list of [question, answer]")
+    if (
+        isinstance(rest.get("question"), str)
+        and (answer := _answer(rest.get("answer"))) is not None
+    ):
+        pairs = [*pairs, [rest.pop("question"), answer]]
+        del rest["answer"]
+    for name in CONVERSATION_FIELDS:
+        if (turns := _turns(rest.get(name))) is not None:
+            del rest[name]
+            pairs = [*pairs, *turns]
+    record: dict[str, Any] = {"captions": [_text(text, "a caption") for text in captions]}
+    qa = []
+    for pair in pairs:
+        if isinstance(pair, dict) and pair.keys() >= {"question", "answer"}:
+            pair = [pair["question"], _answer(pair["answer"])]
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise UnreadableText("qa is not a list of [question, answer]")
+        question, answer = _text(pair[0], "a question"), _text(pair[1], "an answer")
+        if question == IMAGE_PLACE and answer:  # LLaVA: an answer to nothing but the image
+            record["captions"].append(answer)
+            continue
+        question = question.replace(IMAGE_PLACE, "").strip()
+        if question and answer:
+            qa.append([question, answer])
+        else:
+            note(EMPTY_PAIRS)
+    record["captions"] = [text for text in record["captions"] if text]
+    if qa:
+        record["qa"] = qa
+    return record | rest
+
+
+def _text(value: Any, what: str) -> str:
+    """A text without spaces around it. Lone surrogates are no text: no file can hold them."""
+    if not isinstance(value, str):
+        raise UnreadableText(f"{what} is not a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UnreadableText(f"{what} is not UTF-8 ({error})") from error
+    return value.strip()
+
+
+def _answer(value: Any) -> str | None:
+    """An answer as text. Of several, the one that most people gave, and the first of those."""
+    if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+        return Counter(value).most_common(1)[0][0]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) else None
+
+
+def _turns(turns: Any) -> list[list[str]] | None:
+    """Questions, each with the answer after it, of a conversation. None: it is no conversation.
+
+    A turn is ``{"from", "value"}`` as in LLaVA (arXiv:2304.08485), ``{"role", "content"}``, or both
+    turns in one, ``{"user", "assistant"}``.
+    """
+    if not isinstance(turns, list):
+        return None
+    said: list[tuple[str, str]] = []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            return None
+        spoken: list[tuple[Any, Any]]
+        if turn.keys() >= {"user", "assistant"}:
+            spoken = [("user", turn["user"]), ("assistant", turn["assistant"])]
+        else:
+            spoken = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))]
+        for speaker, text in spoken:
+            if isinstance(text, list):  # parts, some of which are images
+                parts = [part.get("text") for part in text if isinstance(part, dict)]
+                text = "\n".join(part for part in parts if isinstance(part, str))
+            if not isinstance(speaker, str) or not isinstance(text, str):
+                return None
+            said.append((speaker, text))
+    return [
+        [question, answer]
+        for (asking, question), (answering, answer) in zip(said, said[1:], strict=False)
+        if asking in ("human", "user") and answering in ("gpt", "assistant")
+    ]
+
+
+def plain(value: Any, depth: int = 64) -> Any:
+    """A value as JSON can hold it. It loses what JSON has no form for.
+
+    Dates and decimals become text. Numbers that are not finite, bytes and what is nested deeper
+    than ``depth`` become None.
+    """
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, bytes | bytearray | memoryview) or not depth:
+        return None
+    if isinstance(value, Mapping):
+        return {plain(str(key)): plain(item, depth - 1) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item, depth - 1) for item in value]
+    return plain(str(value))
+
+
+def has_text(record: Mapping[str, Any]) -> bool:
+    """Whether a record has a caption, a question, a label or a text of a document."""
+    texts = record.get("captions") or record.get("qa")
+    labelled = record.get("label") not in (None, "")
+    return bool(texts) or labelled or any("text" in part for part in parts_of(record))
 
 
 def parts_of(record: Mapping[str, Any]) -> list[dict[str, str]]:

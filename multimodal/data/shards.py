@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -29,6 +29,7 @@ VERSION = 1
 # Tar writers pad to 10 KiB. A preallocated file that was never filled ends in more zeros.
 MAX_PADDING = 1 << 16
 MAX_INDEXED = 1 << 18  # samples whose index is in memory; a block of training has fewer
+OTHER_MEMBERS = "members that belong to no sample"  # hidden files, files without a suffix
 _STRINGS, _NUMBERS = ("name", "split", "sha256", "index_sha256"), ("samples", "bytes")
 
 
@@ -50,11 +51,21 @@ def index_path(shard: Path) -> Path:
     return shard.with_suffix(".index.json")
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """(key, suffix) of a member: split at the first dot after the last slash, as in webdataset."""
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, suffix) of a member: split at the first dot after the last slash, as in webdataset.
+
+    Bytes of the key that are not UTF-8 are escaped.
+
+    Returns:
+        None for a file that belongs to no sample: hidden (``._a.jpg`` of macOS), in ``__MACOSX``,
+        or without a suffix (``README``).
+    """
+    name = name.encode("utf-8", "backslashreplace").decode()
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
-    return (folder + slash + stem if stem else ""), suffix.lower()
+    if not (stem and suffix) or "__MACOSX" in folder.split("/"):
+        return None
+    return folder + slash + stem, suffix.lower()
 
 
 def only_zeros(path: Path, start: int, stop: int) -> bool:
@@ -67,8 +78,12 @@ def only_zeros(path: Path, start: int, stop: int) -> bool:
     return True
 
 
-def scan(shard: Path) -> Iterator[tuple[str, str, int, int]]:
+def scan(shard: Path, ignored: Counter[str] | None = None) -> Iterator[tuple[str, str, int, int]]:
     """Read the headers of a shard.
+
+    Args:
+        shard: a tar.
+        ignored: counts OTHER_MEMBERS.
 
     Yields:
         (key, suffix, offset, size) of each member, in order. Offset and size are in bytes.
@@ -77,7 +92,7 @@ def scan(shard: Path) -> Iterator[tuple[str, str, int, int]]:
         DamagedShard: if the tar is cut off, damaged, or has members that are not plain files.
     """
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with tarfile.open(shard, "r:", encoding="utf-8") as tar:
             end = 0
             for member in tar:
                 end = member.offset_data
@@ -85,11 +100,11 @@ def scan(shard: Path) -> Iterator[tuple[str, str, int, int]]:
                     continue
                 if not member.isreg() or member.issparse():
                     raise DamagedShard(f"{shard}: member {member.name!r} is not a plain file")
-                key, suffix = split_name(member.name)
-                if not (key and suffix):
-                    raise DamagedShard(f"{shard}: member {member.name!r} is not KEY.SUFFIX")
                 end += -(-member.size // 512) * 512
-                yield key, suffix, member.offset_data, member.size
+                if (name := split_name(member.name)) is not None:
+                    yield *name, member.offset_data, member.size
+                elif ignored is not None:
+                    ignored[OTHER_MEMBERS] += 1
     except (tarfile.TarError, EOFError, OverflowError) as error:
         raise DamagedShard(f"{shard}: {error}") from error
     # tarfile stops at a damaged header as if the tar ended there. So the rest must be zeros.
@@ -104,8 +119,8 @@ def scan(shard: Path) -> Iterator[tuple[str, str, int, int]]:
         raise DamagedShard(f"{shard}: ends in {size - end} zeros: an unfinished download?")
 
 
-def index_shard(shard: Path) -> dict[str, Any]:
-    """Scan one shard and write its index.
+def index_shard(shard: Path, ignored: Counter[str] | None = None) -> dict[str, Any]:
+    """Scan one shard and write its index. Arguments as in ``scan``.
 
     Returns:
         The entry of the shard in the manifest.
@@ -115,7 +130,7 @@ def index_shard(shard: Path) -> dict[str, Any]:
     """
     samples: dict[str, dict[str, list[int]]] = {}
     last = None
-    for key, suffix, offset, size in scan(shard):
+    for key, suffix, offset, size in scan(shard, ignored):
         members = samples.setdefault(key, {})
         if members and key != last:
             raise DamagedShard(f"{shard}: key {key} appears twice")

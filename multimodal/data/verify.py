@@ -1,10 +1,11 @@
 """Verify every byte of a shard folder, and name the samples that are lost."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from multimodal.data.samples import Sample
+from multimodal.data.samples import Sample, has_text
 from multimodal.data.shards import (
     DamagedShard,
     Shards,
@@ -17,6 +18,8 @@ from multimodal.data.shards import (
 
 # We never unpickle, but webdataset's decoder does: these members can run code in other readers.
 PICKLE_SUFFIXES = ("pkl", "pickle", "pyd", "pt", "pth", "joblib")
+
+NO_TEXT = "samples have no caption, question or label"
 
 
 def check(folder: str | Path, on_shard: Callable[[str], object] | None = None) -> Iterator[str]:
@@ -46,13 +49,34 @@ def check(folder: str | Path, on_shard: Callable[[str], object] | None = None) -
             on_shard(entry["name"])
 
 
+def check_text(sample: Sample, notes: Counter[str]) -> None:
+    """Read the record of a sample.
+
+    Args:
+        sample: of any kind.
+        notes: counts NO_TEXT, and what ``record_of`` notes.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    if not has_text(sample.read_record(lambda what: notes.update([what]))):
+        notes[NO_TEXT] += 1
+
+
 def check_contents(
-    folder: str | Path, progress: Callable[[Iterable[Sample]], Iterable[Sample]] = iter
+    folder: str | Path,
+    progress: Callable[[Iterable[Sample]], Iterable[Sample]] = iter,
+    notes: Counter[str] | None = None,
 ) -> Iterator[str]:
     """Decode every image, every array of codes and every record of a shard folder.
 
-    ``progress`` wraps the samples (``tqdm``, for instance). Yields one line for each sample that
-    cannot be read.
+    Args:
+        folder: a shard folder.
+        progress: wraps the samples (``tqdm``, for instance).
+        notes: as in ``check_text``.
+
+    Yields:
+        One line for each sample that cannot be read.
     """
     from multimodal.data.documents import codes_in, document_of, images_in
     from multimodal.data.images import open_image
@@ -66,7 +90,7 @@ def check_contents(
                 for data in images_in(sample):
                     open_image(data, name=f"sample {sample.key}")
             document_of(sample)
-            _ = sample.record
+            check_text(sample, Counter() if notes is None else notes)
         except ValueError as error:
             yield f"{folder}: {error}"
 

@@ -120,7 +120,8 @@ def test_questions_with_image_and_answer_need_no_other_file(folder: Path) -> Non
     ("content", "options", "message"),
     [
         ('{"a": 1, "b": 2}', [], "its keys are a, b"),
-        ("[1]", [], "not a JSON object"),
+        ("[1]", [], "which column is the image?"),
+        ("1", [], "not a JSON object or list"),
         ("{", [], "not readable as JSON"),
         (
             '{"questions": [{"question_id": 1, "image": "x.jpg", "question": "?"}]}',
@@ -211,20 +212,6 @@ def test_parquet_with_image_files(folder: Path, wrapped: bool) -> None:
     }
     stored = {sample.key: sample.image for sample in Shards(folder / "out")}
     assert stored[f"{hint}0"] == files[0]
-
-
-def test_a_type_without_json_rejects_only_its_row(folder: Path) -> None:
-    import datetime
-
-    import pyarrow as pa
-
-    names = pa.array([f"COCO_val2014_{n:012d}.jpg" for n in (1, 2)]).dictionary_encode()
-    when = [None, datetime.datetime(2026, 1, 1)]
-    columns = {"image": names, "text": ["one", "two"], "when": when}
-    write_parquet(folder / "t.parquet", columns)
-    kept, rejected = build(folder, str(folder / "t.parquet"))
-    assert [record["captions"] for record in kept.values()] == [["one"]]
-    assert rejected == {"COCO_val2014_000000000002.jpg": "unreadable text"}
 
 
 def test_damaged_parquet_and_missing_columns_are_errors(

@@ -146,9 +146,6 @@ def test_columns_of_a_table(photos: Path, tmp_path: Path) -> None:
     assert build(table, tmp_path / "cells").reasons == {"unreadable row": 1}
     table.write_bytes(b"image,caption\na.jpg,\xff\xfe\nb.v2.png,fine\n")
     assert build(table, tmp_path / "bytes").reasons == {"unreadable text": 1}
-    table.write_text('image,caption\na.jpg,"never closed\n')
-    with pytest.raises(ValueError, match="line"):
-        build(table, tmp_path / "quote")
 
 
 def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:

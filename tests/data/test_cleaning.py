@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -179,3 +180,10 @@ def test_the_command_has_the_steps(
     words.write_text("\n")
     with pytest.raises(ValueError, match="holds no words"):
         main([*command[:2], str(tmp_path / "other"), "--blocklist", str(words)])
+
+
+def test_a_character_of_a_script_without_spaces_counts_as_a_word() -> None:
+    cleaning = Cleaning(max_words=5)
+    captions = ["一只狗在雪地里跑", "狗在跑", "two dogs run", "狗 and 猫 run abc中", "犬がいる"]
+    record = cleaning.cleaned({"captions": captions}, Counter())
+    assert record["captions"] == ["狗在跑", "two dogs run", "犬がいる"]

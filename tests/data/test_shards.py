@@ -108,7 +108,7 @@ def test_a_cut_at_any_block_is_noticed(folder: Path) -> None:
         # With the index, salvage names every lost sample, and returns the others correctly.
         items = list(salvage(path))
         whole = assert_right(s for s in items if isinstance(s, Sample))
-        lost = [item.name.rpartition(": ")[2] for item in items if isinstance(item, LostSample)]
+        lost = [item.key for item in items if isinstance(item, LostSample)]
         assert sorted(whole + lost) == ["a", "b", "c"]
 
 
@@ -334,7 +334,7 @@ def test_names_of_other_writers_are_read(tmp_path: Path) -> None:
     (sample,) = shards.read_index(path)
     assert sample["key"] == "./v1.0/a" and set(sample["members"]) == {"jpg", "seg.png"}
     for members in ([("nosuffix", b"1")], [(".jpg", b"1")], [("a.", b"1")]):
-        with pytest.raises(DamagedShard, match="KEY.SUFFIX"):
+        with pytest.raises(DamagedShard, match="no samples"):
             index_shard(write_tar(tmp_path / "y.tar", members))
     with tarfile.open(tmp_path / "z.tar", "w") as tar:
         link = tarfile.TarInfo("a.jpg")

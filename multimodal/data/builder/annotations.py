@@ -1,18 +1,33 @@
-"""Read annotation files: COCO captions and VQA questions.
+"""Read annotation files: captions of COCO and Karpathy, VQA questions, captions by file name.
 
 COCO (Chen et al. 2015, arXiv:1504.00325): ``{"images": [{"id", "file_name", "license"}],
 "annotations": [{"image_id", "caption"}], "licenses": [{"id", "name"}]}``.
+Karpathy and Fei-Fei (2015, arXiv:1412.2306): ``{"images": [{"filename", "filepath", "split",
+"sentences": [{"raw"}]}]}``.
 VQA (Antol et al. 2015, arXiv:1505.00468): ``{"questions": [{"question_id", "image_id",
 "question"}], "data_type", "data_subtype"}``, and in a separate file ``{"annotations":
 [{"question_id", "multiple_choice_answer" or "answers": [{"answer"}]}]}``.
 """
 
-import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from multimodal.data.builder.records import (
+    ReadOptions,
+    RejectedSample,
+    SourceItem,
+    SourceSample,
+    encodable,
+    held_out,
+    shown,
+    shuffled,
+)
+from multimodal.data.builder.rows import looks_like_image
+from multimodal.data.samples import UnreadableText, normalise, parse_json
 
 
 @dataclass(frozen=True)
@@ -23,41 +38,102 @@ class AnnotatedImage:
     file: str = ""
     record: Mapping[str, Any] | None = None
     problem: str = ""
+    split: str | None = None
 
 
-def read_annotations(path: Path, answers: Path | None = None) -> Iterator[AnnotatedImage]:
-    """Read the images of an annotation file, and its entries that belong to no image.
-
-    Args:
-        path: COCO captions or VQA questions.
-        answers: the file of the answers to VQA questions. Without it, only questions that have an
-            ``answer`` themselves can be used.
+def load_json(path: Path) -> dict[str, Any] | list[Any]:
+    """The content of a JSON file.
 
     Raises:
-        ValueError: if the file is neither of the two.
+        ValueError: with the path, if it is not an object or a list.
     """
-    content = _load(path)
-    if isinstance(content.get("questions"), list):
-        yield from _vqa(path, content, None if answers is None else _load(answers), answers)
-    elif isinstance(content.get("images"), list) and isinstance(content.get("annotations"), list):
-        if answers is not None:
-            raise ValueError(f"{path}: holds captions, which have no answers")
-        yield from _coco(path, content)
-    else:
-        raise ValueError(
-            f'{path}: neither COCO captions ("images" and "annotations") nor VQA questions '
-            f'("questions"); its keys are {", ".join(map(str, content)) or "none"}'
+    try:
+        content = parse_json(path.read_bytes())
+    except UnreadableText as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(content, dict | list):
+        raise ValueError(f"{path}: not a JSON object or list")
+    return content
+
+
+def read_annotations(
+    path: Path, content: dict[str, Any], options: ReadOptions
+) -> Iterator[SourceItem]:
+    """The samples of an annotation file, in the order of a hash of the names of the images.
+
+    Raises:
+        ValueError: if the file has none of the known forms.
+    """
+    root = options.images or path.parent
+    images: dict[str, AnnotatedImage] = {}
+    records: dict[str, dict[str, Any]] = {}
+    for image in _entries(path, content, options.answers, root):
+        if image.record is None:
+            yield RejectedSample(image.name, "unreadable annotation", image.problem)
+            continue
+        file = os.path.normpath(image.file)
+        if not encodable(file):
+            yield RejectedSample(image.name, "no image", "its file name is not Unicode")
+        elif file.startswith("..") or os.path.isabs(file):
+            # It may be a private file of the user.
+            yield RejectedSample(image.name, "image outside the folder", file)
+        elif file in records:
+            yield RejectedSample(image.name, "image named twice", file)
+        else:
+            try:
+                records[file] = normalise(image.record, options.notes.of(image.name))
+                images[file] = image
+            except UnreadableText as error:
+                yield RejectedSample(image.name, "unreadable text", str(error))
+    for file in shuffled(list(records)):
+        yield SourceSample(
+            name=shown(root / file),
+            hint=shown(os.path.splitext(file)[0]),
+            identity=shown(file),
+            images=(root / file,),
+            record=records[file],
+            split=images[file].split,
         )
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return content
+def _entries(
+    path: Path, content: dict[str, Any], answers: Path | None, root: Path
+) -> Iterator[AnnotatedImage]:
+    if isinstance(content.get("questions"), list):
+        yield from _vqa(path, content, answers)
+        return
+    if answers is not None:
+        raise ValueError(f"{path}: holds captions, which have no answers")
+    images = content.get("images")
+    if isinstance(images, list) and isinstance(content.get("annotations"), list):
+        yield from _coco(path, content)
+    elif isinstance(images, list) and any(_is_object(i) and "sentences" in i for i in images):
+        yield from _karpathy(path, images, root)
+    elif content and all(map(looks_like_image, content)):
+        for file, captions in content.items():
+            yield AnnotatedImage(f"{path}: {file}", file, {"captions": captions})
+    else:
+        raise ValueError(
+            f'{path}: neither a list of objects, nor COCO captions ("images" and "annotations"), '
+            'nor Karpathy captions ("images" with "sentences"), nor VQA questions ("questions"), '
+            f"nor captions by file name; its keys are {', '.join([*content][:9]) or 'none'}"
+        )
+
+
+def _karpathy(path: Path, images: list[Any], root: Path) -> Iterator[AnnotatedImage]:
+    for number, image in enumerate(images):
+        name = f"{path}: images[{number}]"
+        if not _is_object(image) or not isinstance(image.get("filename"), str):
+            yield AnnotatedImage(name, problem="no filename")
+            continue
+        sentences = [s.get("raw") for s in _list(image.get("sentences")) if _is_object(s)]
+        captions = [raw for raw in sentences if isinstance(raw, str)]
+        file, folder = image["filename"], image.get("filepath")
+        if isinstance(folder, str) and encodable(folder) and (root / folder).is_dir():
+            file = os.path.join(folder, file)
+        split = image.get("split")
+        split = held_out(split) if isinstance(split, str) else None
+        yield AnnotatedImage(name, file, {"captions": captions}, split=split)
 
 
 def _coco(path: Path, content: dict[str, Any]) -> Iterator[AnnotatedImage]:
@@ -97,12 +173,13 @@ def _coco(path: Path, content: dict[str, Any]) -> Iterator[AnnotatedImage]:
         yield AnnotatedImage(f"{path}: image {key}", file, records[key])
 
 
-def _vqa(
-    path: Path, content: dict[str, Any], answer_file: dict[str, Any] | None, answers: Path | None
-) -> Iterator[AnnotatedImage]:
+def _vqa(path: Path, content: dict[str, Any], answers: Path | None) -> Iterator[AnnotatedImage]:
     by_question: dict[Any, str] = {}
-    if answer_file is not None:
-        if not isinstance(answer_file.get("annotations"), list):
+    if answers is not None:
+        answer_file = load_json(answers)
+        if not isinstance(answer_file, dict) or not isinstance(
+            answer_file.get("annotations"), list
+        ):
             raise ValueError(f'{answers}: no "annotations": not the answers of VQA')
         for entry in answer_file["annotations"]:
             if not _is_object(entry) or not _is_id(entry.get("question_id")):
@@ -130,7 +207,7 @@ def _vqa(
             file = f"COCO_{subset}_{entry['image_id']:012d}.jpg"
         if not isinstance(answer, str):
             yield AnnotatedImage(
-                name, problem="no answer" if answer_file else "no answer; give --answers"
+                name, problem="no answer" if answers else "no answer; give --answers"
             )
             continue
         pairs.setdefault(file, []).append([entry["question"], answer])

@@ -29,18 +29,25 @@ from multimodal.data.builder.image_parts import (
     make_part,
     read_part,
 )
-from multimodal.data.builder.records import RejectedSample, SourceItem, SourceSample, has_text
+from multimodal.data.builder.records import (
+    Notes,
+    ReadOptions,
+    RejectedSample,
+    SourceItem,
+    SourceSample,
+)
 from multimodal.data.builder.sources import read_source
 from multimodal.data.builder.writer import ShardWriter
 from multimodal.data.images import Fit
 from multimodal.data.near_duplicates import CopyIndex
 from multimodal.data.parallel import Engine, exclusive_lock, map_units
+from multimodal.data.samples import has_text
 from multimodal.data.shards import MANIFEST, write_manifest
 from multimodal.torchrun import is_first_rank
 
 REJECTED = "rejected.jsonl"
 STAGING = ".building"
-PARTS, LOCK = "parts", "lock"
+PARTS, LOCK, UNPACKED = "parts", "lock", "unpacked"
 MOVING = "moving"  # exists when this build has begun to replace files in OUT
 PART_SIZE = 128  # samples: seconds of work, which a killed process has to repeat
 _SHARD_FILE = re.compile(r"[a-z]+-\d{4,}\.(tar|index\.json)")
@@ -55,7 +62,8 @@ class Report:
     Attributes:
         reasons: rejected samples by reason.
         splits: samples of each split.
-        ignored: files and members that belong to no sample.
+        ignored: files, members and texts that were left out.
+        read: what was read in a way that may surprise.
         changed: texts that cleaning changed.
     """
 
@@ -65,6 +73,7 @@ class Report:
     reasons: dict[str, int]
     splits: dict[str, int]
     ignored: dict[str, int]
+    read: dict[str, int]
     changed: dict[str, int]
 
 
@@ -80,6 +89,7 @@ def build(
     image_column: str | None = None,
     text_column: str | None = None,
     need_text: bool = True,
+    whole_text: bool = False,
     images: str | Path | None = None,
     answers: str | Path | None = None,
     cleaning: Cleaning = Cleaning(),  # noqa: B008 (frozen)
@@ -103,7 +113,7 @@ def build(
         quality: of a JPEG that has to be encoded again, 1 to 100. A PNG stays a PNG.
         image_column, text_column: of a table. By default guessed from its header.
         need_text: reject images without captions, questions or label.
-        images, answers: of tables and annotations, see ``read_source``.
+        whole_text, images, answers: see ``multimodal.data.builder.records.ReadOptions``.
         cleaning: what else to reject or change.
         overwrite: replace the files of an earlier build in ``out``, and nothing else.
         engine, workers: what prepares the images: processes (1: this process) or Ray tasks. Under
@@ -126,17 +136,17 @@ def build(
     if is_first_rank():  # another rank may arrive after the build is complete
         _check_out(out, overwrite)
         parts.mkdir(parents=True, exist_ok=True)
-    ignored, changed = Counter[str](), Counter[str]()
-    items = read_source(
-        source,
-        ignored,
+    notes, changed = Notes(), Counter[str]()
+    options = ReadOptions(
+        notes=notes,
+        images=None if images is None else Path(images),
         image_column=image_column,
         text_column=text_column,
         need_text=need_text,
-        outside=out.resolve(),
-        images=None if images is None else Path(images),
+        whole_text=whole_text,
         answers=None if answers is None else Path(answers),
     )
+    items = read_source(source, options, outside=out.resolve(), workspace=staging / UNPACKED)
     settings = ImageSettings(
         image_size=image_size,
         fit=fit,
@@ -182,7 +192,9 @@ def build(
             (staging / REJECTED).replace(out / REJECTED)
         shutil.rmtree(staging, ignore_errors=True)
     if not kept:
-        why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "nothing found"
+        why = _reasons(reasons, notes)
+        if reasons["unreadable image"] and source.is_file() and images is None:
+            why += f"; images are looked for in {source.parent}, or in the folder --images"
         raise ValueError(f"{source}: no sample could be used ({why}); see {out / REJECTED}")
     return Report(
         total=kept + reasons.total(),
@@ -190,9 +202,17 @@ def build(
         rejected=reasons.total(),
         reasons=dict(reasons),
         splits=dict(writer.splits),
-        ignored=dict(ignored),
+        ignored=notes.described(notes.ignored),
+        read=notes.described(notes.read),
         changed=dict(+changed),
     )
+
+
+def _reasons(reasons: Counter[str], notes: Notes) -> str:
+    """Why nothing was kept: the rejected samples, and what was left out."""
+    why = [f"{count} {reason}" for reason, count in reasons.most_common()] or ["nothing found"]
+    left_out = [f"{count} {what}" for what, count in notes.ignored.most_common()]
+    return ", ".join(why) + (f"; left out: {', '.join(left_out)}" if left_out else "")
 
 
 def _write_samples(
@@ -214,6 +234,7 @@ def _write_samples(
                 "sample": rejected.name,
                 "reason": rejected.reason,
                 "detail": rejected.detail,
+                **(rejected.rows.described() if rejected.rows else {}),
             }
             rejections.write(json.dumps(line, ensure_ascii=True) + "\n")
     return reasons
@@ -229,10 +250,10 @@ def _clean(
     if isinstance(item, RejectedSample):
         return item
     if fault := cleaning.fault_of_texts(item.record):
-        return RejectedSample(item.name, *fault)
+        return item.rejected(*fault)
     record = cleaning.cleaned(item.record, changed)
     if need_text and not has_text(record):
-        return RejectedSample(item.name, "no text left")
+        return item.rejected("no text left")
     return replace(item, record=record)
 
 
@@ -271,21 +292,23 @@ class _CopyFilter:
         self._index, self._names, self._near = CopyIndex(), list[str](), near
 
     def check(self, item: SourceItem, images: Prepared | None) -> RejectedSample | None:
-        if not isinstance(images, list) or len(images) != 1 or images[0].image_hash is None:
+        if isinstance(item, RejectedSample) or not isinstance(images, list) or len(images) != 1:
+            return None
+        if images[0].image_hash is None:
             return None
         self._names.append(item.name)
         copy = self._index.add(images[0].image_hash, near=self._near)
         if copy is None:
             return None
         detail = f"{copy.kind} copy ({copy.similarity:.3f}) of {self._names[copy.first]}"
-        return RejectedSample(item.name, "copy", detail)
+        return item.rejected("copy", detail)
 
 
 def _rejection(item: SourceItem, images: Prepared | None) -> RejectedSample | None:
     if isinstance(item, RejectedSample):
         return item
     if isinstance(images, BadImage):
-        return RejectedSample(item.name, images.reason, images.detail)
+        return item.rejected(images.reason, images.detail)
     return None
 
 
@@ -328,6 +351,8 @@ def _move(staging: Path, out: Path) -> None:
     for path in sorted(out.iterdir()):
         if path.name == REJECTED or _SHARD_FILE.fullmatch(path.name):
             path.unlink()
-    written = [path for path in staging.iterdir() if path.name not in (PARTS, LOCK, MOVING)]
+    written = [
+        path for path in staging.iterdir() if path.name not in (PARTS, LOCK, MOVING, UNPACKED)
+    ]
     for path in sorted(written, key=lambda path: (path.name == MANIFEST, path.name)):
         path.replace(out / path.name)

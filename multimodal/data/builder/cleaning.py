@@ -24,7 +24,9 @@ _PHONE = re.compile(
 )
 DIGITS = (9, 15)  # of a telephone number. A date has 8, a card number 16.
 _NO_PHONE = re.compile(r"\d{4}-\d\d-\d\d\b|\d{1,3}(?:\.\d{1,3}){3}$")  # a date, an IP address
-_WORD = re.compile(r"\w+")
+# Chinese and Japanese have no spaces: each character counts as a word.
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+")
 
 
 @dataclass(frozen=True)

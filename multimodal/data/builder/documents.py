@@ -19,12 +19,11 @@ from multimodal.data.builder.records import (
     SourceItem,
     SourceSample,
     encodable,
-    normalise,
     shown,
 )
-from multimodal.data.builder.tables import IMAGE_COLUMNS, read_rows
-from multimodal.data.documents import UnreadableText, content_parts
-from multimodal.data.samples import IMAGE_SUFFIXES
+from multimodal.data.builder.rows import IMAGE_COLUMNS, read_rows
+from multimodal.data.documents import content_parts
+from multimodal.data.samples import IMAGE_SUFFIXES, UnreadableText, normalise
 
 SNIFFED_ROWS = 1000  # rows that decide what a file holds
 
@@ -36,7 +35,7 @@ def is_documents(source: Path) -> bool:
     """
     if source.suffix.lower() != ".jsonl":
         return False
-    rows = [row for _, row in islice(read_rows(source), SNIFFED_ROWS) if isinstance(row, dict)]
+    rows = [row.fields for row in islice(read_rows(source)[1], SNIFFED_ROWS) if not row.problem]
     first = rows[0] if rows else {}
     listed = isinstance(first.get("images"), list) and isinstance(first.get("texts"), list)
     if listed or isinstance(first.get("content"), list):
@@ -54,32 +53,39 @@ def names_image(row: Mapping[str, Any]) -> bool:
 
 def read_documents(source: Path, root: Path) -> Iterator[SourceItem]:
     """The documents of a .jsonl, in order. ``root`` is the folder of their images."""
-    for line, row in read_rows(source):
-        name = f"{source}: line {line}"
-        if isinstance(row, str):
-            yield RejectedSample(name, "unreadable row", row)
+    for row in read_rows(source)[1]:
+        fields, line = row.fields, row.place.numbers[0]
+        if row.problem:
+            yield RejectedSample.row(row.place, "unreadable row", row.problem)
             continue
         try:
-            if not {"content", "images", "texts"} & {*row} and names_image(row):
+            if not {"content", "images", "texts"} & {*fields} and names_image(fields):
                 raise UnreadableText("it names an image, but the file holds plain text")
-            paths, content = content_parts(row)
-            columns = {"content"} & {*row} or {"images", "texts"} & {*row} or {"text"}
-            rest = {k: v for k, v in row.items() if k not in {*columns, "key"}}
+            paths, content = content_parts(fields)
+            columns = {"content"} & {*fields} or {"images", "texts"} & {*fields} or {"text"}
+            rest = {k: v for k, v in fields.items() if k not in {*columns, "key"}}
             record = {**normalise(rest), "content": content}
         except UnreadableText as error:
-            yield RejectedSample(name, "unreadable text", str(error))
+            yield RejectedSample.row(row.place, "unreadable text", str(error))
             continue
         paths = [os.path.normpath(path) for path in paths]
         outside = [path for path in paths if path.startswith("..") or os.path.isabs(path)]
         if not content:
-            yield RejectedSample(name, "no text")
+            yield RejectedSample.row(row.place, "no text")
         elif outside or not all(map(encodable, paths)):
-            yield RejectedSample(
-                name, "image outside the folder", shown(outside[0] if outside else "?")
-            )
+            where = shown(outside[0]) if outside else "?"
+            yield RejectedSample.row(row.place, "image outside the folder", where)
         else:
-            key = row.get("key")
+            key = fields.get("key")
             hint = key if isinstance(key, str) else f"{source.stem}-{line}"
             images = tuple(root / path for path in paths)
             identity = f"{source.name}/{line}"
-            yield SourceSample(name, hint, identity, images, record, document=True)
+            yield SourceSample(
+                name=str(row.place),
+                hint=hint,
+                identity=identity,
+                images=images,
+                record=record,
+                document=True,
+                rows=row.place,
+            )

@@ -21,8 +21,16 @@ from PIL import Image
 
 from multimodal.data.builder.cleaning import Cleaning
 from multimodal.data.builder.records import Cell, Slice, SourceSample
-from multimodal.data.images import Fit, fit_image, open_image, orientation, read_image_file
+from multimodal.data.images import (
+    Fit,
+    fit_image,
+    open_image,
+    orientation,
+    read_image_file,
+    without_texts,
+)
 from multimodal.data.near_duplicates import THUMBNAIL_SIZE, ImageHash, hash_image
+from multimodal.data.samples import plain
 from multimodal.data.shards import file_sha256
 from multimodal.files import atomic_file, write_json
 
@@ -94,7 +102,7 @@ def _inputs_of(sample: SourceSample) -> list[Any]:
         if isinstance(image, Slice):
             inputs += [image.offset, image.size]
         elif isinstance(image, Cell):
-            inputs += [image.group, image.row, image.column]
+            inputs += [image.group, image.row, image.column, os.fsencode(image.root).hex()]
         try:
             stat = path.stat()
             inputs += [stat.st_size, stat.st_mtime_ns]
@@ -172,9 +180,9 @@ def make_image(
     try:
         data = read_image_file(source) if isinstance(source, Path) else source.read()
         image = open_image(data, name=name)
-        with Image.open(io.BytesIO(data)) as original:
+        with Image.open(io.BytesIO(without_texts(data))) as original:
             suffix = _SUFFIX.get(original.format or "", "jpg")
-            plain = (
+            as_it_is = (
                 original.format in _SUFFIX
                 and original.mode == "RGB"
                 and not original.has_transparency_data
@@ -182,11 +190,12 @@ def make_image(
                 and orientation(original) == 1
             )
     except ValueError as error:
-        return BadImage("unreadable image", str(error).removeprefix(f"{name}: "))
+        detail = str(error).removeprefix(f"{name}: ").removeprefix(f"{source}: ")
+        return BadImage("unreadable image", plain(detail))  # it may name a path that is not UTF-8
     limits = Cleaning(min_side=settings.min_side, max_aspect_ratio=settings.max_aspect_ratio)
     if fault := limits.fault_of_size(*image.size):
         return BadImage(*fault)
-    if settings.image_size is not None or not plain:
+    if settings.image_size is not None or not as_it_is:
         if settings.image_size is not None:
             image = fit_image(image, settings.image_size, settings.fit)
         buffer = io.BytesIO()

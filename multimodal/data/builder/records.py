@@ -2,14 +2,15 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from multimodal.data.documents import UnreadableText
-from multimodal.data.samples import parts_of
+from multimodal.data.images import read_image_file
+from multimodal.data.samples import CAPTION_LINES, Note
 
 
 @dataclass(frozen=True)
@@ -28,26 +29,77 @@ class Slice:
 
 @dataclass(frozen=True)
 class Cell:
-    """An image file in a cell of a Parquet table."""
+    """An image in a cell of a Parquet table: its bytes, or its path below ``root``."""
 
     path: Path
     group: int
     row: int
     column: str
+    root: Path
 
     def read(self) -> bytes:
-        value = _row_group(self.path, self.group, self.column)[self.row]
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(data, bytes) or not data:
-            raise ValueError(f"column {self.column} holds no file")
-        return data
+        image = image_in(_row_group(self.path, self.group, self.column)[self.row].as_py())
+        if isinstance(image, str):
+            return read_image_file(self.root / image)
+        return image
 
 
 @lru_cache(1)  # the rows of a group are read one after the other
-def _row_group(path: Path, group: int, column: str) -> list[Any]:
+def _row_group(path: Path, group: int, column: str) -> Any:
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(path).read_row_group(group, [column])[column].to_pylist()
+    try:
+        return pq.ParquetFile(path).read_row_group(group, [column])[column]
+    except OSError as error:  # of the table, not of the machine: its footer was read
+        raise ValueError(f"{path}: row group {group} cannot be read ({error})") from error
+
+
+def image_in(cell: Any) -> bytes | str:
+    """The bytes or the path of the one image in a cell.
+
+    Args:
+        cell: bytes, a path, ``{"bytes", "path"}`` as in Hugging Face's datasets, or a list of one
+            of these.
+
+    Raises:
+        ValueError: if it holds no image, or several.
+    """
+    if isinstance(cell, list | tuple):
+        images = [item for item in cell if item is not None]
+        if len(images) > 1:
+            raise ValueError(f"the row has {len(images)} images, and a pair has one")
+        cell = images[0] if images else None
+    if isinstance(cell, dict):
+        data = cell.get("bytes")
+        cell = data if isinstance(data, bytes) and data else cell.get("path")
+    if isinstance(cell, str) and cell.strip():
+        return cell.strip()
+    if isinstance(cell, bytes) and cell:
+        return cell
+    raise ValueError("the row has no image")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a table that a sample comes from.
+
+    Attributes:
+        file: the table.
+        numbers: of the rows.
+        unit: what is counted: ``line`` from 1, ``row`` of Parquet and ``entry`` of JSON from 0.
+    """
+
+    file: Path
+    numbers: tuple[int, ...]
+    unit: str = "line"
+
+    def __str__(self) -> str:
+        return f"{shown(self.file)}: {self.unit} {self.numbers[0]}"
+
+    def described(self) -> dict[str, Any]:
+        """``{"file": "a.csv", "lines": [3, 4]}``"""
+        unit = "entries" if self.unit == "entry" else f"{self.unit}s"
+        return {"file": shown(self.file), unit: list(self.numbers)}
 
 
 @dataclass(frozen=True)
@@ -62,6 +114,7 @@ class SourceSample:
         record: captions, questions and other fields, see ``docs/formats.md``.
         split: the split that it is held out for in the source. None: not held out.
         document: whether the record has a ``content`` that orders the images.
+        rows: where its record is, if that is a table.
     """
 
     name: str
@@ -71,6 +124,10 @@ class SourceSample:
     record: dict[str, Any]
     split: str | None = None
     document: bool = False
+    rows: Rows | None = None
+
+    def rejected(self, reason: str, detail: str = "") -> "RejectedSample":
+        return RejectedSample(self.name, reason, detail, self.rows)
 
 
 @dataclass(frozen=True)
@@ -80,6 +137,65 @@ class RejectedSample:
     name: str
     reason: str
     detail: str = ""
+    rows: Rows | None = None
+
+    @classmethod
+    def row(cls, rows: Rows, reason: str, detail: str = "") -> "RejectedSample":
+        """A row of a table that is no sample."""
+        return cls(str(rows), reason, detail, rows)
+
+
+@dataclass
+class Notes:
+    """What readers found beside the samples.
+
+    Attributes:
+        ignored: files, members and texts that were left out, by kind.
+        read: what was read in a way that may surprise, by kind.
+        first: where a kind was found first.
+    """
+
+    ignored: Counter[str] = field(default_factory=Counter)
+    read: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def of(self, name: str) -> Note:
+        """Counts what ``record_of`` and ``normalise`` note about a sample."""
+
+        def note(what: str) -> None:
+            (self.read if what == CAPTION_LINES else self.ignored)[what] += 1
+            self.first.setdefault(what, name)
+
+        return note
+
+    def described(self, counts: Counter[str]) -> dict[str, int]:
+        """The counts, each with the sample where it was found first."""
+        return {
+            f"{what} (first: {self.first[what]})" if what in self.first else what: count
+            for what, count in counts.items()
+        }
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a source is read.
+
+    Attributes:
+        notes: is filled with what is left out.
+        images: the folder of the images of a table or of annotations. None: the folder of the file.
+        image_column, text_column: of a table. None: guessed from its header.
+        need_text: reject samples without captions, questions or label.
+        whole_text: a .txt is one caption. Otherwise each of its lines is one.
+        answers: the file of the answers to VQA questions.
+    """
+
+    notes: Notes = field(default_factory=Notes)
+    images: Path | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    need_text: bool = True
+    whole_text: bool = False
+    answers: Path | None = None
 
 
 SourceItem: TypeAlias = SourceSample | RejectedSample
@@ -99,50 +215,16 @@ def encodable(name: str) -> bool:
     return True
 
 
+# Samples of shards, tables and folders with these names were held out: they must not be trained on.
+_HELD_OUT = ("val", "valid", "validation", "dev", "test", "eval", "heldout", "holdout")
+
+
+def held_out(name: str) -> str | None:
+    """The split of a file's or folder's name, if it is held out: test-00000-of-00002 gives test."""
+    split = re.sub(r"(?:[-_.]?\d+(?:-of-\d+)?)?$", "", name.lower())
+    return split if split in _HELD_OUT else None
+
+
 def shuffled(names: list[str]) -> list[str]:
     """The names in an order that depends on their hashes only."""
     return sorted(names, key=lambda name: (hashlib.sha256(os.fsencode(name)).digest(), name))
-
-
-def has_text(record: Mapping[str, Any]) -> bool:
-    """Whether a record has a caption, a question, a label or a text of a document."""
-    texts = record["captions"] or record.get("qa")
-    return bool(texts) or "label" in record or any("text" in part for part in parts_of(record))
-
-
-def normalise(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring the fields of a source into the form of a record.
-
-    Args:
-        fields: captions are a string or a list in ``captions``, ``caption`` or ``text``. The first
-            of these that is present counts. ``question`` and ``answer`` become a pair of ``qa``.
-
-    Returns:
-        ``{"captions": [str], "qa": [[question, answer]], ...}``. Other fields are not changed.
-
-    Raises:
-        UnreadableText: if captions or questions have another type.
-    """
-    rest = dict(fields)
-    captions: Any = []
-    for name in ("captions", "caption", "text"):
-        if rest.get(name) is not None:
-            captions = rest.pop(name)
-            break
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
-        raise UnreadableText("captions are not a string or a list of strings")
-    record: dict[str, Any] = {"captions": [text.strip() for text in captions if text.strip()]}
-    pairs: Any = rest.pop("qa", None) or []
-    if isinstance(rest.get("question"), str) and isinstance(rest.get("answer"), str):
-        pairs = [*pairs, [rest.pop("question"), rest.pop("answer")]]
-    if not isinstance(pairs, list) or not all(
-        isinstance(pair, list | tuple)
-        and len(pair) == 2
-        and all(isinstance(text, str) for text in pair)
-        for pair in pairs
-    ):
-        raise UnreadableText("qa is not a list of [question, answer]")
-    if pairs:
-        record["qa"] = [list(pair) for pair in pairs]
-    return record | rest

@@ -5,23 +5,83 @@ sample with the caption of another. A reader that stops loses the rest silently.
 neither.
 """
 
+import bz2
+import gzip
+import hashlib
+import lzma
+import os
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from multimodal.data.builder.records import Slice
 from multimodal.data.documents import image_suffixes, is_plain_text
-from multimodal.data.samples import TEXT_SUFFIXES, Sample
-from multimodal.data.shards import MAX_PADDING, DamagedShard, only_zeros, read_index, split_name
+from multimodal.data.samples import RECORD_MEMBERS, Sample
+from multimodal.data.shards import (
+    MAX_PADDING,
+    OTHER_MEMBERS,
+    DamagedShard,
+    only_zeros,
+    read_index,
+    split_name,
+)
+from multimodal.files import atomic_file
+
+_PACKED: dict[str, Any] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+
+def is_tar(path: Path) -> bool:
+    """Whether a name is that of a tar, packed or not. Hidden files are none."""
+    return path.name.lower().endswith(TAR_SUFFIXES) and not path.name.startswith(".")
+
+
+def unpacked(tar: Path, workspace: Path | None) -> Path:
+    """A tar whose members can be read in any order.
+
+    Args:
+        tar: if it is packed, it is written unpacked to the workspace, unless it is there already.
+            A packed file that is cut off or damaged gives what comes before the damage.
+        workspace: a folder.
+
+    Raises:
+        ValueError: if nothing can be unpacked, or a packed tar has no workspace.
+    """
+    opener = _PACKED.get(tar.suffix.lower())
+    if opener is None:
+        return tar
+    if workspace is None:
+        raise ValueError(f"{tar}: packed tars are read by: multimodal data build")
+    stat = tar.stat()
+    inputs = f"{tar.resolve()}/{stat.st_size}/{stat.st_mtime_ns}"
+    target = workspace / f"{hashlib.sha256(os.fsencode(inputs)).hexdigest()[:32]}.tar"
+    if not target.exists():
+        workspace.mkdir(parents=True, exist_ok=True)
+        with (
+            atomic_file(target, shared=True) as part,
+            opener(tar, "rb") as source,
+            open(part, "wb") as file,
+        ):
+            try:
+                while data := source.read1(1 << 16):  # read() would lose what is before a cut
+                    file.write(data)
+            except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # the machine's fault: a full disk, for instance
+                if not file.tell():
+                    raise ValueError(f"cannot be unpacked ({error})") from error
+    return target
 
 
 @dataclass(frozen=True)
 class LostSample:
-    """A part of a shard that cannot be read: its name if known, and the reason."""
+    """A part of a shard that cannot be read: its key, or the place, and the reason."""
 
-    name: str
+    key: str
     reason: str
 
 
@@ -40,7 +100,7 @@ class _Run:
         """Whether it has an image and a text, or is plain text."""
         suffixes = [suffix for suffix, _, _ in self.members]
         if image_suffixes(suffixes):
-            return any(suffix in TEXT_SUFFIXES for suffix in suffixes)
+            return any(suffix in RECORD_MEMBERS for suffix in suffixes)
         try:
             return is_plain_text(self.sample(shard).record)
         except ValueError:
@@ -63,29 +123,33 @@ class Members(Mapping[str, bytes]):
         return len(self.slices)
 
 
-def salvage(shard: Path) -> Iterator[Sample | LostSample]:
+def salvage(shard: Path, ignored: Counter[str] | None = None) -> Iterator[Sample | LostSample]:
     """Read the samples of a shard in order, whether it is damaged or not.
 
     After a damaged header, reading goes on at the next good header. Only neighbouring members form
     a sample, so an image never gets the text of another one. A key that occurs again later is lost
     each time. The index of the shard, if there is one, gives the names of more lost samples.
 
+    Args:
+        shard: a tar.
+        ignored: counts members that belong to no sample.
+
     Yields:
         A ``Sample``, which may lack its image or its text: the caller has to check. A
         ``LostSample`` for each sample that is not intact, and for bytes that belong to no sample.
     """
     size = shard.stat().st_size
-    runs, gaps = _walk(shard, size)
+    runs, gaps = _walk(shard, size, Counter() if ignored is None else ignored)
     counts = Counter(run.key for run in runs)
     for run in runs:
         if reason := _fault(run, counts, size):
-            yield LostSample(f"{shard}: {run.key or run.members[0][0]}", reason)
+            yield LostSample(run.key or run.members[0][0], reason)
             continue
         yield run.sample(shard)
     try:
         for indexed in read_index(shard):
             if indexed["key"] not in counts:
-                yield LostSample(f"{shard}: {indexed['key']}", "in the index, but not in the shard")
+                yield LostSample(indexed["key"], "in the index, but not in the shard")
         return  # the index names all samples, so gaps would count a loss twice
     except DamagedShard:
         pass
@@ -95,20 +159,22 @@ def salvage(shard: Path) -> Iterator[Sample | LostSample]:
         if any(_fault(run, counts, size) or not run.is_complete(shard) for run in neighbours):
             continue
         if not only_zeros(shard, start, stop):
-            yield LostSample(f"{shard}: bytes {start} to {stop}", "unreadable: a damaged header?")
+            yield LostSample(f"bytes {start} to {stop}", "unreadable: a damaged header?")
         elif stop < size or stop - start > MAX_PADDING:
-            yield LostSample(f"{shard}: bytes {start} to {stop}", "only zeros: a hole in the file?")
+            yield LostSample(f"bytes {start} to {stop}", "only zeros: a hole in the file?")
         elif stop - start < 1024:
-            yield LostSample(f"{shard}: byte {size}", "cut off: what followed is not known")
+            yield LostSample(f"byte {size}", "cut off: what followed is not known")
 
 
-def _walk(shard: Path, size: int) -> tuple[list[_Run], list[tuple[int, int, int]]]:
+def _walk(
+    shard: Path, size: int, ignored: Counter[str]
+) -> tuple[list[_Run], list[tuple[int, int, int]]]:
     """The runs of a shard, and its gaps: (first byte, last byte, number of runs before it)."""
     runs: list[_Run] = []
     gaps: list[tuple[int, int, int]] = []
     end = 0
     try:
-        with tarfile.open(shard, "r:", ignore_zeros=True) as tar:
+        with tarfile.open(shard, "r:", ignore_zeros=True, encoding="utf-8") as tar:
             for member in tar:
                 if member.offset > end:
                     gaps.append((end, member.offset, len(runs)))
@@ -116,10 +182,14 @@ def _walk(shard: Path, size: int) -> tuple[list[_Run], list[tuple[int, int, int]
                 end = member.offset_data + (-(-member.size // 512) * 512 if plain else 0)
                 if member.isdir():
                     continue
-                key, suffix = split_name(member.name) if plain else ("", "")
+                name = split_name(member.name) if plain else ("", member.name)
+                if name is None:
+                    ignored[OTHER_MEMBERS] += 1
+                    continue
+                key, suffix = name
                 if not runs or runs[-1].key != key or not key:
                     runs.append(_Run(key, []))
-                runs[-1].members.append((suffix or member.name, member.offset_data, member.size))
+                runs[-1].members.append((suffix, member.offset_data, member.size))
     except (tarfile.TarError, EOFError, OverflowError, ValueError):
         pass  # the rest of the file is the last gap
     if end <= size:
@@ -130,7 +200,7 @@ def _walk(shard: Path, size: int) -> tuple[list[_Run], list[tuple[int, int, int]
 def _fault(run: _Run, counts: Counter[str], size: int) -> str | None:
     """Why a run is not an intact sample, if it is not."""
     if not run.key:
-        return "not a plain file of the name KEY.SUFFIX"
+        return "not a plain file"
     if counts[run.key] > 1 or len({suffix for suffix, _, _ in run.members}) < len(run.members):
         return "its key appears twice in the shard"
     if any(offset + length > size for _, offset, length in run.members):

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from multimodal.data.builder.image_parts import ImageFile
 from multimodal.data.builder.records import RejectedSample, SourceSample
+from multimodal.data.samples import plain
 from multimodal.data.shards import index_shard
 
 _SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
@@ -65,13 +66,13 @@ class ShardWriter:
         """Write one sample. Returns None, or the reason why it cannot be written."""
         try:
             record = json.dumps(
-                sample.record, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+                plain(sample.record), ensure_ascii=False, allow_nan=False, separators=(",", ":")
             ).encode("utf-8")
-        except (ValueError, TypeError, RecursionError) as error:  # a lone surrogate, a date
-            return RejectedSample(sample.name, "unreadable text", str(error))
+        except ValueError as error:  # a number of thousands of digits
+            return sample.rejected("unreadable text", str(error))
         key = make_key(sample.hint, sample.identity, self._keys)
         if key in self._keys:
-            return RejectedSample(sample.name, "key taken", f"another sample has the key {key}")
+            return sample.rejected("key taken", f"another sample has the key {key}")
         self._keys.add(key)
         split = sample.split or ("val" if is_held_out(key, self._val_share) else "train")
         if self.splits[split] % self._shard_size == 0:

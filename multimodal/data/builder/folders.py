@@ -1,0 +1,142 @@
+"""Read a folder of images with texts beside them, or with a metadata table as Hugging Face has it.
+
+A folder without images holds tables: a data set in several Parquet files, for instance.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from multimodal.data.builder.records import (
+    Notes,
+    ReadOptions,
+    RejectedSample,
+    SourceItem,
+    SourceSample,
+    held_out,
+    shown,
+    shuffled,
+)
+from multimodal.data.builder.tables import TABLE_SUFFIXES, read_table
+from multimodal.data.samples import IMAGE_SUFFIXES, UnreadableText, record_of
+
+_JPEG_SUFFIXES = ("jfif", "jpe")
+_OTHER_IMAGES = ("gif", "bmp", "tif", "tiff", "heic", "heif", "avif", "jxl", "jp2", "svg", "ico")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # with a column file_name
+_TABLES = tuple(suffix for suffix in TABLE_SUFFIXES if suffix not in (".txt", ".json"))
+
+
+@dataclass
+class _Files:
+    """The files of a folder. Names are relative to it, with slashes."""
+
+    images: dict[str, Path] = field(default_factory=dict)
+    texts: dict[str, dict[str, Path]] = field(default_factory=dict)
+    metadata: list[Path] = field(default_factory=list)
+    tables: list[Path] = field(default_factory=list)
+    rejected: list[RejectedSample] = field(default_factory=list)
+
+
+def read_folder(folder: Path, outside: Path | None, options: ReadOptions) -> Iterator[SourceItem]:
+    """The samples of a folder and its sub-folders. Hidden files are left out.
+
+    Args:
+        folder: images with .txt or .json beside them, or with a metadata table, or tables only.
+        outside: a folder in it to leave out.
+        options: how to read.
+    """
+    files = _find(folder, outside, options.notes)
+    yield from files.rejected
+    if not files.images and not files.metadata and files.tables:
+        for texts in files.texts.values():
+            options.notes.ignored.update(f"files .{suffix}" for suffix in texts)
+        for table in files.tables:
+            yield from _of_table(table, options)
+        return
+    for table in files.tables:
+        options.notes.ignored[f"files {table.suffix.lower()}"] += 1
+    described: dict[str, SourceSample] = {}
+    for table in files.metadata:
+        for item in _of_table(table, replace(options, images=None)):
+            if isinstance(item, RejectedSample) or not isinstance(item.images[0], Path):
+                yield item
+                continue
+            name = os.path.relpath(item.images[0], folder)
+            if name in described:
+                yield item.rejected("image named twice", f"also in {described[name].rows}")
+            else:
+                described[name] = item
+    stems = {name.rpartition(".")[0] for name in files.images}
+    for stem in sorted(files.texts.keys() - stems):
+        for path in files.texts[stem].values():
+            yield RejectedSample(shown(path), "no image", "a text without an image beside it")
+    for name in shuffled([*{**files.images, **described}]):
+        if name in described:
+            hint = shown(os.path.splitext(name)[0])
+            yield replace(described[name], hint=hint, identity=shown(name))
+        else:
+            texts = files.texts.get(name.rpartition(".")[0], {})
+            yield _image(name, files.images[name], texts, options)
+
+
+def _image(name: str, path: Path, texts: dict[str, Path], options: ReadOptions) -> SourceItem:
+    """An image with the texts beside it."""
+    try:
+        contents = {suffix: text.read_bytes() for suffix, text in texts.items()}
+        record = record_of(
+            contents, whole_text=options.whole_text, note=options.notes.of(shown(path))
+        )
+    except (OSError, UnreadableText) as error:
+        return RejectedSample(shown(path), "unreadable text", str(error))
+    stem = shown(name.rpartition(".")[0])
+    return SourceSample(shown(path), stem, shown(name), (path,), record)
+
+
+def _of_table(table: Path, options: ReadOptions) -> Iterator[SourceItem]:
+    """The samples of one of several tables. One that cannot be read does not end the others."""
+    split = held_out(table.stem) or (
+        held_out(table.parent.name) if table.name in METADATA else None
+    )
+    try:
+        for item in read_table(table, options):
+            yield replace(item, split=split) if isinstance(item, SourceSample) else item
+    except (ValueError, OSError) as error:
+        yield RejectedSample(shown(table), "unreadable table", str(error))
+
+
+def _find(folder: Path, outside: Path | None, notes: Notes) -> _Files:
+    files = _Files()
+    visited: set[str] = set()
+    unreadable: list[OSError] = []
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=unreadable.append):
+        if os.path.realpath(parent) in visited or (outside and Path(parent).resolve() == outside):
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(parent, name)
+            suffix = path.suffix.lower().removeprefix(".")
+            relative = path.relative_to(folder).as_posix()
+            if name.startswith("."):
+                notes.ignored["hidden files"] += 1
+            elif suffix in (*IMAGE_SUFFIXES, *_JPEG_SUFFIXES):
+                files.images[relative] = path
+            elif suffix in _OTHER_IMAGES:
+                detail = f"a .{suffix} file"
+                files.rejected.append(RejectedSample(shown(path), "not JPEG, PNG or WebP", detail))
+            elif not path.is_file():  # a pipe or a device would block, or never end
+                notes.ignored["not regular files"] += 1
+            elif name.lower() in METADATA:
+                files.metadata.append(path)
+            elif suffix in ("txt", "json"):
+                files.texts.setdefault(relative[: -len(suffix) - 1], {})[suffix] = path
+            elif f".{suffix}" in _TABLES:
+                files.tables.append(path)
+            else:
+                notes.ignored[f"files .{suffix}" if suffix else "files without a suffix"] += 1
+    for error in unreadable:
+        detail = error.strerror or str(error)
+        files.rejected.append(RejectedSample(shown(error.filename), "unreadable folder", detail))
+    return files

@@ -1,0 +1,175 @@
+"""Read a Parquet table of images and texts, as Hugging Face's datasets and img2dataset write them.
+
+The image column holds paths, or image files. A file is a value of bytes, or ``{"bytes", "path"}``,
+where one of them is enough, or a list of one of these. Rows with paths are joined, as in other
+tables. Each row with a file is a sample.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from multimodal.data.builder.columns import Columns, find_columns, join_rows
+from multimodal.data.builder.records import (
+    Cell,
+    ReadOptions,
+    RejectedSample,
+    Rows,
+    SourceItem,
+    SourceSample,
+    shown,
+)
+from multimodal.data.builder.rows import Row
+from multimodal.data.samples import UnreadableText, has_text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+BATCH = 256  # rows that are in memory at a time
+
+
+class _Unreadable:
+    """A value that cannot be read. It is no text, and no image."""
+
+    def __str__(self) -> str:
+        return ""
+
+
+def read_parquet(table: Path, options: ReadOptions) -> Iterator[SourceItem]:
+    """The samples of a .parquet.
+
+    Raises:
+        ValueError: if its footer cannot be read. Rows that cannot be read are rejected.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ValueError(f"{table}: to read it, install pyarrow: pip install pyarrow") from error
+    try:
+        file = pq.ParquetFile(table)
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())  # of several lines
+        raise ValueError(f"{table}: not readable as Parquet ({reason})") from error
+    columns = find_columns(table, file.schema_arrow.names, options)
+    field = file.schema_arrow.field(columns.image)
+    if not _holds_bytes(field.type) or _only_paths(file, columns.image):
+        yield from join_rows(table, _rows(table, file, file.schema_arrow.names), columns, options)
+    else:
+        yield from _read_files(table, file, columns, options)
+
+
+def _holds_bytes(kind: "pa.DataType") -> bool:
+    """Whether values of a type can hold image files."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        return _holds_bytes(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _holds_bytes(kind.storage_type)
+    if pa.types.is_struct(kind):
+        return any(_holds_bytes(kind.field(number).type) for number in range(kind.num_fields))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _holds_bytes(kind.value_type)
+    return not (
+        pa.types.is_null(kind)
+        or pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+    )
+
+
+def _only_paths(file: "pq.ParquetFile", column: str) -> bool:
+    """Whether all values of an image column have a path and no bytes, by the table's statistics."""
+    leaves = [
+        number
+        for number in range(file.metadata.num_columns)
+        if file.metadata.schema.column(number).path == f"{column}.bytes"
+    ]
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    return bool(leaves) and all(
+        group.column(leaf).statistics is not None
+        and group.column(leaf).statistics.null_count == group.num_rows
+        for group in groups
+        for leaf in leaves
+    )
+
+
+def _rows(table: Path, file: "pq.ParquetFile", names: list[str]) -> Iterator[Row]:
+    """All rows, in order. A row whose group cannot be read has a problem."""
+    import pyarrow as pa
+
+    number = 0
+    for group in range(file.num_row_groups):
+        count, done, problem = file.metadata.row_group(group).num_rows, 0, ""
+        try:
+            for batch in file.iter_batches(BATCH, [group], names) if names else ():
+                for fields in _fields(batch):
+                    yield Row(Rows(table, (number + done,), "row"), fields)
+                    done += 1
+        except (pa.ArrowException, OSError, ValueError) as error:
+            problem = f"row group {group} cannot be read ({error})"
+        for rest in range(done, count):
+            yield Row(Rows(table, (number + rest,), "row"), {}, problem)
+        number += count
+
+
+def _fields(batch: "pa.RecordBatch") -> Iterator[dict[str, Any]]:
+    """The rows of a batch. A value that Python has no form for is _Unreadable."""
+    values: dict[str, list[Any]] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            values[name] = column.to_pylist()
+        except Exception:  # each type has its own errors: a year 10000, bytes that are not UTF-8
+            values[name] = [_value(scalar) for scalar in column]
+    for number in range(batch.num_rows):
+        yield {name: column[number] for name, column in values.items()}
+
+
+def _value(scalar: "pa.Scalar") -> Any:
+    try:
+        return scalar.as_py()
+    except Exception:
+        return _Unreadable()
+
+
+def _read_files(
+    table: Path, file: "pq.ParquetFile", columns: Columns, options: ReadOptions
+) -> Iterator[SourceItem]:
+    """A sample a row. Only the other columns are read here, and the image when it is needed."""
+    root = options.images or table.parent
+    kind = file.schema_arrow.field(columns.image).type
+    names = [name for name in file.schema_arrow.names if name != columns.image]
+    if has_paths := hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0:
+        names.append(f"{columns.image}.path")
+    starts, number = [], 0
+    for group in range(file.num_row_groups):
+        starts.append(number)
+        number += file.metadata.row_group(group).num_rows
+    group = -1
+    for row in _rows(table, file, names):
+        number = row.place.numbers[0]
+        while group + 1 < len(starts) and starts[group + 1] <= number:
+            group += 1
+        if row.problem:
+            yield RejectedSample.row(row.place, "unreadable row", row.problem)
+            continue
+        path = (row.fields.get(columns.image) or {}).get("path") if has_paths else None
+        hint = Path(path).stem if isinstance(path, str) else ""
+        try:
+            record = columns.record(row.fields, options.notes.of(str(row.place)))
+        except UnreadableText as error:
+            yield RejectedSample.row(row.place, "unreadable text", str(error))
+            continue
+        if options.need_text and not has_text(record):
+            yield RejectedSample.row(row.place, "no text")
+            continue
+        yield SourceSample(
+            name=str(row.place),
+            hint=shown(hint or f"{table.stem}-{number}"),
+            identity=f"{table.name}/{number}",
+            images=(Cell(table, group, number - starts[group], columns.image, root),),
+            record=record,
+            rows=row.place,
+        )
