@@ -47,9 +47,11 @@ BELOW: dict[str, tuple[str, ...]] = {
         "foundation", "tokenizers", "data", "data.builder", "model", "inference", "api", "commands",
         "eval.evaluator", "eval.metrics", "eval.tasks",
     ),
+    # What guards the folder of a run: it knows Lightning, and nothing of what is trained.
+    "train.run": ("foundation",),
     "train": (
         "foundation", "tokenizers", "data", "model", "inference", "api", "eval", "eval.evaluator",
-        "eval.metrics", "eval.tasks",
+        "eval.metrics", "eval.tasks", "train.run",
     ),
     "train.rewards": (
         "foundation", "data", "model", "inference", "eval.metrics", "eval.tasks", "train",

@@ -1,4 +1,4 @@
-"""``multimodal export``: a model folder as a stock Qwen3 for other engines, or as a smaller one."""
+"""``multimodal export``: a model folder as a stock Qwen3 for other engines."""
 
 import argparse
 
@@ -6,6 +6,7 @@ EXAMPLES = """examples:
   multimodal export hf runs/joint/model exported
   multimodal export hf runs/joint/model exported --dtype bfloat16
   multimodal export model runs/joint/model smaller --dtype bfloat16
+  multimodal export model runs/joint/checkpoints/last.ckpt model
 """
 DTYPES = ("float32", "bfloat16", "float16")  # of multimodal.model.export, which would import torch
 
@@ -15,14 +16,6 @@ def export_hf(arguments: argparse.Namespace) -> int:
 
     export_hf(arguments.model, arguments.out, arguments.dtype)
     print(f"{arguments.out}: a Qwen3ForCausalLM; its README.md shows how to use it")
-    return 0
-
-
-def export_model(arguments: argparse.Namespace) -> int:
-    from multimodal.model.export import export_model
-
-    export_model(arguments.model, arguments.out, arguments.dtype, arguments.image_tokenizer)
-    print(arguments.out)
     return 0
 
 
@@ -44,16 +37,9 @@ def main(argv: list[str]) -> int:
     hf.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")
     hf.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights")
     hf.set_defaults(run=export_hf)
-    model = kinds.add_parser("model", help="a model folder: weights rounded, another image decoder")
-    model.add_argument("model", metavar="MODEL", help="the model folder to read")
-    model.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")
-    model.add_argument(
-        "--dtype", choices=DTYPES[:2], default="bfloat16", help="(default bfloat16: half the size)"
+    kinds.add_parser(  # multimodal.train.export answers it
+        "model", help="a model folder of a training checkpoint, or a smaller one of a model folder"
     )
-    model.add_argument(
-        "--image-tokenizer", metavar="DIR", help="put in this one: the same codes, another decoder"
-    )
-    model.set_defaults(run=export_model)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from multimodal.cli import main
-from multimodal.train.cli import archive_log
+from multimodal.train.run.folder import archive
 from tests.launches import launch, logged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -225,7 +225,7 @@ def test_no_log_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     for content in ("first", "second"):
         path.write_text(content)
-        archive_log(path)
+        archive(path)
     assert not path.exists()
     archived = [(tmp_path / f"metrics.{i}.csv").read_text() for i in (1, 2)]
     assert archived == ["first", "second"]

@@ -25,10 +25,10 @@ from multimodal.options import DrawArguments, DrawOptions
 from multimodal.tokenizers import vq
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.train import image_tokenizer
-from multimodal.train.cli import recipe_names
 from multimodal.train.data import ShardData
 from multimodal.train.examples import Examples, ShardDataset
 from multimodal.train.joint import JointModule
+from multimodal.train.run.recipes import recipe_names
 from multimodal.train.sample_order import GlobalBatches, Order
 from tests.launches import logged
 
