@@ -26,10 +26,13 @@ class Progress(L.Callback):
     """
 
     def __init__(
-        self, bar: bool | None = None, best: BestValidation | None = None, seconds: float = SECONDS
+        self,
+        bar: bool | None = None,
+        best: BestValidation | None = None,
+        seconds: float | None = None,
     ) -> None:
         self.bar = sys.stderr is not None and sys.stderr.isatty() if bar is None else bar
-        self.best, self.seconds = best, seconds
+        self.best, self.seconds = best, SECONDS if seconds is None else seconds
         self._bars: list[Any] = []
         self._printed = self._started = 0.0
         self._first = self._step = 0
