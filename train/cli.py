@@ -235,6 +235,8 @@ class TrainingCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            if "conditioned on metric" in str(error):  # early stopping by a name not logged
+                raise ValueError(str(error)) from error
             connector = self.trainer._checkpoint_connector
             if not connector._loaded_checkpoint:  # it was restored, or there was none
                 raise

@@ -211,7 +211,7 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(
         if what == "loss":
             return loss * float("nan")
         poison = next(p for p in self.parameters() if p.requires_grad)
-        return loss + torch.where(torch.tensor(True), 0.0, poison.sum().sqrt() / 0).nan_to_num()
+        return loss + (0 * poison.sum()).sqrt()  # 0, with a gradient of nan
 
     monkeypatch.setattr(JointModule, "training_step", broken)
     more = ["--checkpoint_every", "1", "--best_by", "last"]
