@@ -1,4 +1,4 @@
-"""What a run says: lines, numbers of validations, options with their docstrings; and what it logs."""
+"""What a run says: lines, validations, options with their docstrings; and what it logs."""
 
 import csv
 import re
