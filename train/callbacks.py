@@ -37,16 +37,20 @@ class RandomState(L.Callback):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
+        version, internal, gauss = state_dict["python"]
+        kind, keys, *rest = state_dict["numpy"]
+        self._restored = {
+            **state_dict,
+            "python": (version, tuple(internal), gauss),
+            "numpy": (kind, keys.numpy().astype(np.uint32), *rest),
+        }
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Not earlier: the setup and the sanity check draw random numbers too.
         if (state := self._restored) is None:
             return
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
-        kind, keys, *rest = state["numpy"]
-        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda"])

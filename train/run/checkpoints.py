@@ -68,6 +68,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         for name, kind in PARTS.items():
             if not isinstance(loaded, dict) or not isinstance(loaded.get(name), kind):
                 raise ValueError(f"{path}: not a checkpoint of a training: it has no {name}")
+        if "epoch_progress" not in loaded["loops"].get("fit_loop", {}):
+            raise ValueError(f"{path}: not a checkpoint of a training: it has no progress")
         return loaded
 
 

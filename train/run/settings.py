@@ -68,7 +68,7 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     for name in sorted({*before, *now}):
         old, new = before.get(name, "nothing"), now.get(name, "nothing")
         if old != new:
-            if name.rpartition(".")[2] in RESTORED or name.split(".")[-2] in RESTORED:
+            if set(name.split(".")) & set(RESTORED):
                 lines.append(f"{name}: the checkpoint's {old} stays in force, not the {new} given")
             else:
                 lines.append(f"{name}: {old} in the checkpoint, {new} from now on")
