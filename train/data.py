@@ -10,13 +10,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from multimodal.data.parallel import worker_context
 from multimodal.data.remote import local_folder
 from multimodal.data.shards import Shards, read_manifest
 from multimodal.seeds import stable_number
+from multimodal.terminal import print_status
 from multimodal.train.examples import ShardDataset, check_codes
 from multimodal.train.sample_order import VERSION, GlobalBatches, Order
 
@@ -209,10 +209,11 @@ class ShardData(L.LightningDataModule):
 
     def val_dataloader(self) -> GlobalBatchLoader | list[Any]:
         if self.trainer is not None and self.trainer.state.fn == "fit" and not self.holds_out():
-            rank_zero_info(
-                f"no folder has a split {self.val_split}: nothing is held out, so nothing is "
-                "validated, and the model is that of the last step"
-            )
+            if self.trainer.is_global_zero:
+                print_status(
+                    f"no folder has a split {self.val_split}: nothing is held out, so nothing is "
+                    "validated, and the model is that of the last step"
+                )
             return []
         return self._loader(self.val_split, train=False)
 

@@ -51,7 +51,7 @@ class JointModule(MuonModule):
         question_share: the share of the samples with a caption that bring questions, too.
         captions_per_image: at most so many captions of an image in one step: its codes are read
             once for all of them. 0: all. Those that do not fit ``row_length`` are left out.
-        row_length: tokens in a packed row. At least the longest sequence.
+        row_length: tokens in a packed row. A text that does not fit is cut.
         dropout: the share of the embeddings, and of what each layer adds, that is set to 0 in
             training.
         label_smoothing: the share of each target of a text that the training loss spreads over all

@@ -71,9 +71,9 @@ def test_help_names_the_sizes_and_the_options_of_the_model_and_the_data(
     out = " ".join(capsys.readouterr().out.split())
     for option, document in (
         ("--data.crop_scale", "the smallest share of the image that a random training crop covers"),
-        ("--row_length", "tokens in a packed row"),
-        ("--captions_written", "of each image in each step"),
-        ("--discriminator_start", "first step with a discriminator"),
+        ("--model.row_length", "tokens in a packed row"),
+        ("--model.captions_written", "of each image in each step"),
+        ("--model.discriminator_start", "first step with a discriminator"),
     ):
         assert option in out and document in out, option
 
@@ -90,7 +90,7 @@ def test_a_printed_configuration_says_what_each_option_is_for(
     for option, document in (
         ("    row_length: 256", "tokens in a packed row"),
         ("  crop_scale: 1.0", "the smallest share of the image"),
-        ("      alignment_weight: 0.3", "alignment"),
+        ("      alignment_weight: 0.3", "of the contrastive loss"),
     ):
         above = lines[lines.index(option) - 4 : lines.index(option)]
         assert any(line.lstrip().startswith("#") and document in line for line in above), option

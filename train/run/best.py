@@ -74,7 +74,8 @@ class BestValidation(L.Callback):
             elif self.required:
                 names = ", ".join(sorted(n for n in trainer.callback_metrics if "val/" in n))
                 raise ValueError(f"--best_by {self.measure[0]}: not logged; there is {names}")
-        self.improved = value is None or self._is_better(value)
+        improved = value is None or self._is_better(value)
+        self.improved = trainer.strategy.broadcast(improved)  # the ranks save together
         if self.improved:
             self.value, self.step = value, trainer.global_step
 

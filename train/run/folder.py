@@ -108,7 +108,7 @@ class RunFolder:
         Raises:
             ValueError: if the folder has checkpoints or a model of another run.
         """
-        if resumed and Path(resumed).absolute().parent == self.checkpoints.absolute():
+        if resumed and Path(resumed).parent.resolve() == self.checkpoints.resolve():
             return
         has_model = (self.model / "config.json").is_file()
         has_checkpoint = any(self.checkpoints.glob("*.ckpt"))

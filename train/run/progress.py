@@ -68,7 +68,9 @@ class Progress(L.Callback):
         parts = [f"step {step:,}"]
         if not math.isinf(steps):
             parts[0] += f" of {int(steps):,} ({step / steps:.0%})"
-        for name, value in self._metrics(trainer).items():
+        metrics = self._metrics(trainer)
+        for name in sorted(metrics, key=lambda n: ("memory" in n, "/s" in n)):  # losses first
+            value = metrics[name]
             parts.append(f"{number(value)} {name}" if "/s" in name else f"{name} {number(value)}")
         if not math.isinf(steps) and step > self._first:
             elapsed = time.monotonic() - self._started
