@@ -142,8 +142,8 @@ def main() -> None:
     fit += ["--trainer.max_steps", str(options.steps)]
     for kind in ("text", "image"):
         fit += [f"--model.init_args.{kind}_tokenizer", options.model]
-    run(*fit, "--output", str(out / "tuned"), "--init_from", options.model)
-    run(*fit, "--output", str(out / "from-nothing"))
+    run(*fit, "--overwrite", "--output", str(out / "tuned"), "--init_from", options.model)
+    run(*fit, "--overwrite", "--output", str(out / "from-nothing"))
     models = {
         "starter": options.model,
         "fine-tuned": str(out / "tuned" / "model"),

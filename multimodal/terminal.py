@@ -13,3 +13,9 @@ def print_error(message: str) -> None:
         line = line.encode(encoding, "backslashreplace").decode(encoding)
     with contextlib.suppress(BrokenPipeError):
         print(line, file=sys.stderr, flush=True)
+
+
+def print_status(message: str) -> None:
+    """Print a line of progress to stderr."""
+    if sys.stderr is not None:
+        print(message, file=sys.stderr, flush=True)

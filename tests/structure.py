@@ -51,13 +51,15 @@ BELOW: dict[str, tuple[str, ...]] = {
         "foundation", "tokenizers", "data", "data.builder", "model", "inference", "api", "commands",
         "eval.evaluator", "eval.metrics", "eval.tasks",
     ),
+    # What guards the folder of a run: it knows Lightning, and nothing of what is trained.
+    "train.run": ("foundation",),
     "train": (
         "foundation", "tokenizers", "tokenizers.quantizers", "data", "model", "inference", "api",
-        "eval", "eval.evaluator", "eval.metrics", "eval.tasks",
+        "export", "eval", "eval.evaluator", "eval.metrics", "eval.tasks", "train.run",
     ),
     "train.tokenizers": (
         "foundation", "tokenizers", "tokenizers.quantizers", "data", "model", "eval.metrics",
-        "train",
+        "train", "train.run",
     ),
     "train.rewards": (
         "foundation", "data", "model", "inference", "eval.metrics", "eval.tasks", "train",

@@ -1,24 +1,22 @@
-"""Callbacks of every run: random state, speed, mixture of the data, export, and predictions."""
+"""Callbacks of every run: random state, speed, mixture of the data, and predictions."""
 
 import json
 import random
-import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
 
+from multimodal.terminal import print_status
 from multimodal.train.cost import peak_flops, peak_memory
+from multimodal.train.run.folder import log_folder
+
+PRINTED_NOTES = 5
 
 
 class RandomState(L.Callback):
@@ -39,16 +37,20 @@ class RandomState(L.Callback):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
+        version, internal, gauss = state_dict["python"]
+        kind, keys, *rest = state_dict["numpy"]
+        self._restored = {
+            **state_dict,
+            "python": (version, tuple(internal), gauss),
+            "numpy": (kind, keys.numpy().astype(np.uint32), *rest),
+        }
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Not earlier: the setup and the sanity check draw random numbers too.
         if (state := self._restored) is None:
             return
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
-        kind, keys, *rest = state["numpy"]
-        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda"])
@@ -121,70 +123,8 @@ class Mixture(L.Callback):
         pl_module.log_dict({f"data/share/{names[folder]}": shares[folder] for folder in shares})
 
 
-class ExportModel(L.Callback):
-    """Writes the model folder after each validation and at the end of training.
-
-    It has the averaged weights if there is a callback that averages. If there is an EarlyStopping,
-    only a validation with its best score so far writes it: the folder holds the best model.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-
-    def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.state.fn == "fit":
-            # On all ranks: with FSDP2 each rank has a part of the weights.
-            module.export(self.folder)  # type: ignore[operator]
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if all(map(has_best_score, trainer.early_stopping_callbacks, repeat(trainer))):
-            with averaged_weights(trainer, pl_module):
-                self._export(trainer, pl_module)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not any(stop.best_score.isfinite() for stop in trainer.early_stopping_callbacks):
-            self._export(trainer, pl_module)
-
-
-def has_best_score(stop: EarlyStopping, trainer: L.Trainer) -> bool:
-    """Whether the last validation has the best score so far, by the measure of an EarlyStopping."""
-    score = trainer.callback_metrics.get(stop.monitor)
-    if score is None:
-        return False
-    best = stop.best_score.to(score.device)
-    noted = score == best and stop.wait_count == 0  # or it will be, at the end of the epoch
-    return bool(noted or stop.monitor_op(score - stop.min_delta, best))
-
-
-def keep_equal_weights(average: WeightAveraging) -> None:
-    """Let an average leave weights as they are that do not change.
-
-    Lightning's EMA multiplies and adds. Rounding changes frozen weights too: those of the image
-    tokenizer, and with them the fingerprint of its codes.
-    """
-    if (mean := average._kwargs.get("avg_fn")) is not None:
-
-        def exact_mean(averaged: Tensor, now: Tensor, count: Tensor) -> Tensor:
-            return torch.where(averaged == now, now, mean(averaged, now, count))
-
-        average._kwargs["avg_fn"] = exact_mean
-
-
-@contextmanager
-def averaged_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
-    """Have the averaged weights in the module, outside of a validation."""
-    averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
-    for average in averages:
-        average.on_validation_epoch_start(trainer, module)
-    try:
-        yield
-    finally:
-        for average in averages:
-            average.on_validation_epoch_end(trainer, module)
-
-
 class Summary(L.Callback):
-    """Prints the number of parameters and steps. Warns if a resume overrides the learning rate."""
+    """Prints the number of parameters and steps."""
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -195,13 +135,66 @@ class Summary(L.Callback):
             f"{trainer.global_step:,} to {trainer.estimated_stepping_batches:,}, "
             f"{trainer.num_training_batches:,} an epoch"
         )
-        given = getattr(pl_module, "learning_rate", None)
-        restored = {group.get("initial_lr") for group in trainer.optimizers[0].param_groups}
-        if trainer.ckpt_path and given is not None and given not in restored:
-            rates = ", ".join(map(str, sorted(rate for rate in restored if rate is not None)))
+
+
+class Notes(L.Callback):
+    """Names and counts the samples that are left out or cut: a bad sample does not end a run.
+
+    Each is a line of ``left_out.jsonl`` in the logs, once: ``{"folder", "key", "reason"}``. The
+    first ones are printed, and their number at the end.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[Any] = set()
+
+    def _note(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+        folders = getattr(getattr(trainer, "datamodule", None), "folders", [])
+        for note in getattr(batch, "notes", ()):
+            if note in self._seen or trainer.fast_dev_run:  # type: ignore[attr-defined]
+                continue
+            self._seen.add(note)
+            folder = str(folders[note.source]) if note.source < len(folders) else ""
+            record = {"folder": folder, "key": note.key, "reason": note.reason}
+            rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+            path = log_folder(trainer) / f"left_out{rank}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            if len(self._seen) <= PRINTED_NOTES:
+                print_status(f"{folder}: {note.key}: {note.reason}")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self._note(trainer, pl_module, batch)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self._note(trainer, pl_module, batch)
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self._note(trainer, pl_module, batch)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._seen:
             print_status(
-                f"the checkpoint's learning rate {rates} stays in force, not the {given} given"
+                f"{len(self._seen):,} samples were left out or cut; "
+                f"{log_folder(trainer) / 'left_out*.jsonl'} names each"
             )
+
+
+class MeasuredOnly(L.Callback):
+    """Logs in a step only what was measured in this step.
+
+    Lightning repeats the last value of a name that a step does not log, until the epoch ends.
+    """
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        for metric in trainer.fit_loop.epoch_loop._results.values():
+            metric._forward_cache = None
 
 
 class WritePredictions(L.Callback):
@@ -229,8 +222,3 @@ class WritePredictions(L.Callback):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         print_status(f"wrote {self._path(trainer)}")
-
-
-def print_status(message: str) -> None:
-    """Print a line on stderr."""
-    print(message, file=sys.stderr, flush=True)

@@ -5,64 +5,63 @@ All files of a run are in one folder (``--output``): logs (CSV, TensorBoard), pi
 this package by name: ``multimodal fit --config scenes_joint.yaml``.
 """
 
+import io
 import logging
 import re
 import sys
 import warnings
-from importlib.resources import files
-from importlib.util import find_spec
+from contextlib import ExitStack, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from jsonargparse import ArgumentError
-from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from multimodal.terminal import print_error
+from multimodal.model.transformer import SIZES, named_config
+from multimodal.terminal import print_error, print_status
 from multimodal.train.callbacks import (
-    ExportModel,
+    MeasuredOnly,
     Mixture,
+    Notes,
     RandomState,
     Summary,
     Throughput,
     WritePredictions,
-    keep_equal_weights,
 )
-from multimodal.train.checkpointing import AtomicCheckpointIO, GracefulStop, LinkedCheckpoint
+from multimodal.train.cost import layer_parameters
 from multimodal.train.data import ShardData
+from multimodal.train.run.annotate import annotate
+from multimodal.train.run.best import LAST, BestValidation, ExportModel, keep_equal_weights
+from multimodal.train.run.checkpoints import (
+    AtomicCheckpointIO,
+    RunCheckpoints,
+    check_checkpoint,
+    load_weights,
+)
+from multimodal.train.run.finite import FiniteLoss
+from multimodal.train.run.folder import (
+    ClearFolder,
+    RunFolder,
+    archive,
+    is_first_rank,
+)
+from multimodal.train.run.progress import Progress
+from multimodal.train.run.recipes import VERBS, find_recipes, help_text
+from multimodal.train.run.settings import ResumedSettings, SaveConfig
+from multimodal.train.run.stopping import GracefulStop
+from multimodal.train.run.switches import check_switches
 
-VERBS = ("fit", "validate", "test", "predict")
-HELP = """\
-usage: multimodal {verb} --config RECIPE [--KEY VALUE ...]
-
-{about}
-
-options:
-  --config FILE        a YAML file, or a recipe of the package: {recipes}
-  --output DIR         the folder of the run: logs/, checkpoints/, model/
-  --ckpt_path FILE     {checkpoint}
-  --init_from MODEL    start from the weights of this model folder
-  --checkpoint_every N training steps between checkpoints
-  --threads N          CPU threads
-  --model.KEY, --data.KEY, --trainer.KEY
-                       override a value of the recipe
-  --print_config       print the full configuration, with defaults and comments, and stop
-  --help-all           all options of the model, the data and Lightning's Trainer
-
-examples:
-  multimodal {verb} --config scenes_joint.yaml{example}
-  multimodal {verb} --config scenes_joint.yaml --data.workers 0 --trainer.precision 32-true
-{more}"""
-ABOUT = {
-    "fit": "Train, from a recipe.",
-    "validate": "Measure a checkpoint on the validation split; scores go to OUTPUT/validate.",
-    "test": "Measure a checkpoint as validate does; scores go to OUTPUT/test.",
-    "predict": "Caption the validation split with a checkpoint, to OUTPUT/predictions.jsonl.",
-}
+MODULES = (
+    "multimodal.train.joint.JointModule",
+    "multimodal.train.rewards.module.RewardModule",
+    "multimodal.train.tokenizers.detail.DetailModule",
+    "multimodal.train.tokenizers.meaning.MeaningModule",
+)
 # These warnings and messages are wrong or useless for our runs.
 IGNORED_WARNINGS = (
     ".*LightningCLI's args parameter",  # multimodal.cli passes argv on
@@ -77,11 +76,21 @@ IGNORED_WARNINGS = (
     ".*Precision .* is not supported by the model summary",
     ".*WeightAveraging doesn't support sharding",  # configure_model shards with FSDP2 only
 )
-IGNORED_MESSAGES = ("litlogger", "litmodels", "TPU available", "HPU available")
+IGNORED_MESSAGES = (
+    "`weights_only` was not set",
+    "litlogger",
+    "litmodels",
+    "TPU available",
+    "HPU available",
+)
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI with --output, --init_from, --checkpoint_every and --threads."""
+    """LightningCLI with --output, --init_from, --overwrite and what else concerns a run folder."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self.open_run:
+            super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -89,6 +98,11 @@ class TrainingCLI(LightningCLI):
             type=str,
             default="runs/latest",
             help="folder of this run: logs, checkpoints, model",
+        )
+        parser.add_argument(
+            "--overwrite",
+            action="store_true",
+            help="replace the checkpoints and the model of another run in --output",
         )
         parser.add_argument(
             "--init_from",
@@ -99,11 +113,27 @@ class TrainingCLI(LightningCLI):
         parser.add_argument(
             "--checkpoint_every", type=int, default=500, help="training steps between checkpoints"
         )
+        parser.add_argument(
+            "--keep",
+            type=int,
+            default=1,
+            help="how many of the newest checkpoints stay, beside the best one; 0: all",
+        )
+        parser.add_argument(
+            "--best_by",
+            type=str | None,
+            default=None,
+            help="which validation is the best, and makes model/: NAME:min, NAME:max, or last (the "
+            "newest). By default that of EarlyStopping, else what the module names",
+        )
         parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+    def before_instantiate_classes(self) -> None:
+        """Check what is cheap to check, and take the folder, before anything is loaded."""
         config = self.config[self.subcommand]
-        output = Path(config.output)
+        self.run = RunFolder(Path(config.output))
+        if config.threads < 0:
+            raise ValueError(f"--threads {config.threads}: expected 0 (torch's choice) or more")
         if config.threads:
             import torch
 
@@ -112,40 +142,38 @@ class TrainingCLI(LightningCLI):
             raise ValueError(
                 "--init_from starts a run, --ckpt_path resumes a run: give one of them"
             )
-        if self.subcommand == "fit" and config.trainer.max_steps == -1:
-            if config.trainer.max_epochs is None and config.trainer.max_time is None:
-                raise ValueError("the run has no end: give --trainer.max_steps or max_epochs")
-        if config.trainer.logger is None:
-            # Another folder for each verb: measuring a run must not change its training log.
-            version = "logs" if self.subcommand == "fit" else str(self.subcommand)
-            archive_log(output / version / "metrics.csv")
+        names = {"last": self.run.last, "best": self.run.best}
+        if config.ckpt_path in names:
+            config.ckpt_path = str(names[config.ckpt_path])
+        if self.subcommand != "fit" and not (config.init_from or config.ckpt_path):
+            if not self.run.last.exists():  # a file, or a folder of a sharded run
+                raise ValueError(
+                    f"no weights to use: {self.run.last} does not exist; give --ckpt_path or "
+                    "--init_from"
+                )
+            config.ckpt_path = str(self.run.last)
+        if config.ckpt_path and "://" not in config.ckpt_path:
+            check_checkpoint(Path(config.ckpt_path))
+        check_switches(config.trainer, str(self.subcommand))
+        if self.subcommand == "fit" and is_first_rank() and not config.trainer.fast_dev_run:
+            self.open_run.enter_context(self.run.locked())
+            if not config.overwrite:
+                self.run.check_free(config.ckpt_path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self.config[self.subcommand]
+        output, fit = self.run.path, self.subcommand == "fit"
+        tried = bool(config.trainer.fast_dev_run)  # Lightning then writes nothing, nor do we
+        kwargs["default_root_dir"] = str(output)
+        if config.trainer.logger is None or config.trainer.logger is True:
+            version = "logs" if fit else str(self.subcommand)
+            if is_first_rank() and not tried:
+                archive(output / version / "metrics.csv")  # CSVLogger would delete it
             kwargs["logger"] = [
                 # Flush each logged step, so that the log of a killed run is complete.
                 CSVLogger(output, name="", version=version, flush_logs_every_n_steps=1),
                 TensorBoardLogger(output, name="", version=version),
             ]
-        callbacks: list[L.Callback] = [RandomState(), Throughput(), Summary(), Mixture()]
-        if find_spec("rich") and config.trainer.enable_progress_bar is not False:
-            callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
-        if self.subcommand == "fit":
-            callbacks += [
-                LinkedCheckpoint(
-                    output / "checkpoints",
-                    filename="{step}",
-                    every_n_train_steps=config.checkpoint_every,
-                    save_last="link",
-                    enable_version_counter=False,
-                ),
-                ExportModel(output / "model"),
-                GracefulStop(output / "checkpoints" / "last.ckpt"),
-            ]
-            given = self._get(self.config_init, "trainer", default={}).get("plugins") or []
-            kwargs["plugins"] = [
-                *(given if isinstance(given, list) else [given]),
-                AtomicCheckpointIO(),
-            ]
-        elif self.subcommand == "predict":
-            callbacks.append(WritePredictions(output))
         # Callbacks of the user first: a weight average must be up to date before the export. Of
         # these, averages last: others use the averaged weights at the end of a validation.
         given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
@@ -154,8 +182,45 @@ class TrainingCLI(LightningCLI):
         for average in given:
             if isinstance(average, WeightAveraging):
                 keep_equal_weights(average)
+        callbacks: list[L.Callback] = [RandomState(), Throughput(), Summary(), Mixture(), Notes()]
+        best = None
+        if fit:
+            callbacks += [MeasuredOnly(), ResumedSettings(config.as_dict()), FiniteLoss()]
+        if fit and config.overwrite and not config.ckpt_path and not tried:
+            callbacks.append(ClearFolder(self.run))
+        if fit and not tried:
+            best = self._best_validation(given)
+            export = ExportModel(self.run.model, best)
+            checkpoints = None
+            callbacks += [best, export]
+            if config.trainer.enable_checkpointing is not False:
+                checkpoints = RunCheckpoints(self.run, config.checkpoint_every, config.keep, best)
+                callbacks.append(checkpoints)
+            callbacks.append(GracefulStop(checkpoints, export))
+            plugins = self._get(self.config_init, "trainer", default={}).get("plugins") or []
+            kwargs["plugins"] = [
+                *(plugins if isinstance(plugins, list) else [plugins]),
+                AtomicCheckpointIO(),
+            ]
+        elif self.subcommand == "predict":
+            callbacks.append(WritePredictions(output))
+        if not any(isinstance(callback, ProgressBar) for callback in given):
+            shown = None if config.trainer.enable_progress_bar is not False else False
+            callbacks.append(Progress(shown, best))
+            kwargs["enable_progress_bar"] = False  # Lightning's own
         kwargs["callbacks"] = [*given, *callbacks]
         return super().instantiate_trainer(**kwargs)
+
+    def _best_validation(self, given: list[L.Callback]) -> BestValidation:
+        """By --best_by, else by EarlyStopping, else by what the module names."""
+        asked = self.config.fit.best_by
+        stopping = [callback for callback in given if isinstance(callback, EarlyStopping)]
+        if asked:
+            return BestValidation(asked, required=asked != LAST)
+        if stopping:
+            by = f"{stopping[0].monitor}:{stopping[0].mode}"
+            return BestValidation(by, min_delta=abs(stopping[0].min_delta))
+        return BestValidation(getattr(self.model, "best_by", LAST))
 
     def _parse_ckpt_path(self) -> None:
         """Do not read the configuration from a checkpoint.
@@ -164,79 +229,39 @@ class TrainingCLI(LightningCLI):
         """
 
     def before_fit(self) -> None:
-        source = self.config.fit.init_from
-        if source:
+        if source := self.config[self.subcommand].init_from:
             self.model.init_from(source)
 
-    def _find_weights(self) -> None:
-        """Use --init_from, --ckpt_path, or the last checkpoint of --output, to measure a model."""
-        config = self.config[self.subcommand]
-        if config.init_from:
-            self.model.init_from(config.init_from)
-        elif not config.ckpt_path:
-            last = Path(config.output) / "checkpoints" / "last.ckpt"
-            if not last.exists():  # a file, or a folder of a sharded run
-                raise ValueError(
-                    f"no weights to use: {last} does not exist; give --ckpt_path or --init_from"
-                )
-            self.config_init[self.subcommand]["ckpt_path"] = str(last)
-
-    before_validate = before_test = before_predict = _find_weights
-
-
-@rank_zero_only
-def archive_log(path: Path) -> None:
-    """Rename the log of an earlier run to metrics.1.csv and so on. CSVLogger would delete it."""
-    if path.is_file():
-        number = 1
-        while (archived := path.with_suffix(f".{number}.csv")).exists():
-            number += 1
-        path.rename(archived)
-
-
-def recipe_names() -> list[str]:
-    """File names of the recipes of this package, sorted."""
-    folder = files("multimodal.train") / "recipes"
-    return sorted(item.name for item in folder.iterdir() if item.name.endswith(".yaml"))
-
-
-def _find_recipes(argv: list[str]) -> list[str]:
-    """Replace ``--config NAME`` by the path of the recipe if no file has that name."""
-    arguments = list(argv)
-    recipes = files("multimodal.train") / "recipes"
-    for i, argument in enumerate(arguments):
-        flag, equals, value = argument.partition("=")
-        if flag in ("--config", "-c") and not equals and i + 1 < len(arguments):
-            value, position = arguments[i + 1], i + 1
-        elif flag == "--config" and equals:
-            position = i
-        else:
-            continue
-        if Path(value).exists():
-            continue
-        if not (recipe := recipes / value).is_file():
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            if "conditioned on metric" in str(error):  # early stopping by a name not logged
+                raise ValueError(str(error)) from error
+            connector = self.trainer._checkpoint_connector
+            if not connector._loaded_checkpoint:  # it was restored, or there was none
+                raise
+            path = self.config[subcommand].ckpt_path
+            reason = next(iter(str(error).splitlines()), "")
+            if "loading state_dict" in str(error):
+                reason = "its weights do not fit this configuration"
             raise ValueError(
-                f"--config {value}: no such file, and no recipe of that name; recipes are "
-                f"{', '.join(recipe_names())}"
-            )
-        arguments[position] = f"--config={recipe}" if equals else str(recipe)
-    return arguments
+                f"{path}: the checkpoint is of another model or another version: {reason}"
+            ) from error
 
+    def after_fit(self) -> None:
+        """Write the model of a run that was resumed at its end, if it has none."""
+        if (
+            not (self.run.model / "config.json").is_file()
+            and not self.config.fit.trainer.fast_dev_run
+        ):
+            checkpoint = self.run.best if self.run.best.exists() else self.run.last
+            if is_first_rank() and checkpoint.is_file():
+                load_weights(self.model, checkpoint)
+                self.model.export(self.run.model)
+                print_status(f"{self.run.model}: from {checkpoint}")
 
-def help_text(verb: str) -> str:
-    """The text of ``multimodal VERB --help``."""
-    fit = verb == "fit"
-    run = "runs/scenes-joint"
-    more = f"""  multimodal fit --config scenes_joint.yaml --ckpt_path {run}/checkpoints/last.ckpt
-  multimodal fit --config my.yaml --init_from {run}/model"""
-    return HELP.format(
-        verb=verb,
-        about=ABOUT[verb],
-        recipes=", ".join(recipe_names()),
-        checkpoint="resume this run, exactly" if fit else "weights (default: the last of --output)",
-        example=" --trainer.max_steps 100" if fit else "",
-        more=more if fit else "",
-    ).rstrip()
+    before_validate = before_test = before_predict = before_fit
 
 
 def _reason(error: Exception) -> str:
@@ -264,10 +289,36 @@ def main(argv: list[str], cli: type[TrainingCLI] = TrainingCLI) -> int:
     """Run ``multimodal ARGV...``. argv[0] is the verb. Returns the exit status."""
     verb, *rest = argv
     if not rest or {"-h", "--help"} & set(rest):
-        print(help_text(verb), file=sys.stdout if rest else sys.stderr)
+        sizes = {name: layer_parameters(named_config(name, 0)) for name in SIZES}
+        print(help_text(verb, sizes), file=sys.stdout if rest else sys.stderr)
         return 0 if rest else 2
     _silence_useless_messages()
-    rest = ["--help" if argument == "--help-all" else argument for argument in rest]
+    if "--help-all" in rest:
+        for options in (["--help"], *(["--model.help", name] for name in MODULES)):
+            with suppress(SystemExit):
+                run(verb, options, cli)
+        return 0
+    if "--print_config" not in rest:
+        return run(verb, rest, cli)
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            return run(verb, rest, cli)
+    finally:
+        print(annotated(printed.getvalue()), end="")
+
+
+def annotated(configuration: str) -> str:
+    """A configuration with comments about the options of the model and the data."""
+    found = re.search(r"^  class_path: (\S+)\.(\w+)$", configuration, re.MULTILINE)
+    classes: dict[str, type[Any]] = {"data": ShardData}
+    if found:  # its parser has imported it
+        classes["model.init_args"] = getattr(sys.modules[found[1]], found[2])
+    return annotate(configuration, classes)
+
+
+def run(verb: str, arguments: list[str], cli: type[TrainingCLI]) -> int:
+    """Run LightningCLI, and turn what a user got wrong into ValueError or a line."""
     try:
         cli(
             L.LightningModule,
@@ -281,25 +332,20 @@ def main(argv: list[str], cli: type[TrainingCLI] = TrainingCLI) -> int:
                 # FSDP2 cannot train weights that it gathered in inference mode.
                 "inference_mode": False,
             },
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
             parser_kwargs={
                 "exit_on_error": False,
                 **{name: {"exit_on_error": False} for name in VERBS},
             },
-            args=_find_recipes([verb, *rest]),
+            args=find_recipes([verb, *arguments]),
         )
     except SIGTERMException as stop:
         return int(str(stop.code))
     except ArgumentError as error:
         print_error(f"multimodal {verb}: error: {_reason(error)}")
         return 2
-    except ValueError as error:
+    except (ValueError, MisconfigurationException) as error:
         raise ValueError(_reason(error)) from error
-    except RuntimeError as error:
-        if "loading state_dict" not in str(error):
-            raise
-        raise ValueError(
-            "the checkpoint is of another model: its weights do not fit this configuration"
-        ) from error
     sys.stdout.flush()
     return 0

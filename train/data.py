@@ -14,10 +14,13 @@ from torch.utils.data import DataLoader
 
 from multimodal.data.parallel import worker_context
 from multimodal.data.remote import local_folder
-from multimodal.data.shards import Shards
+from multimodal.data.shards import Shards, read_manifest
 from multimodal.seeds import stable_number
+from multimodal.terminal import print_status
 from multimodal.train.examples import ShardDataset, check_codes
 from multimodal.train.sample_order import VERSION, GlobalBatches, Order
+
+VAL = "val"  # a folder need not have this split: then nothing of it is held out
 
 
 class GlobalBatchLoader(DataLoader[Any]):
@@ -172,9 +175,11 @@ class ShardData(L.LightningDataModule):
         folders = [local_folder(folder) for folder in self.folders]
         if split != self.train_split:
             folders = list(dict.fromkeys(folders))
+        if split == self.val_split == VAL and self.holds_out():
+            folders = [folder for folder in folders if VAL in splits(folder)]
         return [Shards(folder, split) for folder in folders]
 
-    def _loader(self, split: str, train: bool) -> GlobalBatchLoader:
+    def _loader(self, split: str, train: bool, replaced: bool = True) -> GlobalBatchLoader:
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
         image_size, fit = module.preprocessing
@@ -191,6 +196,8 @@ class ShardData(L.LightningDataModule):
             self.mirror,
             [crops and source.folder in augmented for source in shards],
             [source.folder in self.drawn_folders for source in shards],
+            getattr(module, "check_sample", None),
+            replaced,
         )
         order = Order(
             [source.sizes for source in shards],
@@ -204,16 +211,37 @@ class ShardData(L.LightningDataModule):
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
             limit=0 if train else self.val_limit,
+            same_epoch=bool(self.trainer.overfit_batches),  # type: ignore[attr-defined]
         )
         return GlobalBatchLoader(dataset, batches, self.workers)
 
     def train_dataloader(self) -> GlobalBatchLoader:
         return self._loader(self.train_split, train=True)
 
-    def val_dataloader(self) -> GlobalBatchLoader:
+    def val_dataloader(self) -> GlobalBatchLoader | list[Any]:
+        if self.trainer is not None and self.trainer.state.fn == "fit" and not self.holds_out():
+            if self.trainer.is_global_zero:
+                print_status(
+                    f"no folder has a split {self.val_split}: nothing is held out, so nothing is "
+                    "validated, and the model is that of the last step"
+                )
+            return []
         return self._loader(self.val_split, train=False)
 
-    test_dataloader = val_dataloader
+    def test_dataloader(self) -> GlobalBatchLoader:
+        return self._loader(self.val_split, train=False)
 
     def predict_dataloader(self) -> LoaderIterable:
-        return LoaderIterable(self.val_dataloader())
+        return LoaderIterable(self._loader(self.val_split, train=False, replaced=False))
+
+    def holds_out(self) -> bool:
+        """Whether a folder has the validation split, or has to: another name was asked for."""
+        if self.val_split != VAL:
+            return True
+        folders = [local_folder(folder) for folder in self.folders]
+        return any(self.val_split in splits(folder) for folder in folders)
+
+
+def splits(folder: Path) -> set[str]:
+    """The splits of a shard folder, by its manifest."""
+    return {str(shard["split"]) for shard in read_manifest(folder)["shards"]}

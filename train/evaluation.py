@@ -10,6 +10,7 @@ import lightning as L
 from multimodal.data.shards import Shards
 from multimodal.eval.evaluator import Subject, evaluate, training_samples
 from multimodal.eval.tasks.registry import find_evaluator
+from multimodal.train.run.folder import log_folder
 from multimodal.train.sharding import unsharded
 
 
@@ -89,9 +90,8 @@ class EvaluateModel(L.Callback):
                     {f"val/{name}/{score}": result["value"] for score, result in scores.items()},
                     sync_dist=True,  # the values are the same on every rank
                 )
-        log_dir = trainer.log_dir  # a broadcast: every rank must read it
-        if trainer.is_global_zero and log_dir:
-            folder = Path(log_dir) / "evaluation"
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            folder = log_folder(trainer) / "evaluation"
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"step-{trainer.global_step:06d}.json"
             path.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Samples of shard folders as training examples: images of one size, or codes, and records."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,21 @@ from torch.utils.data import Dataset
 
 from multimodal.data.documents import codes_in, document_of, images_in
 from multimodal.data.images import Fit, augment_image, fit_image, open_image
+from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards
 from multimodal.seeds import sample_seed
 from multimodal.train.sample_order import Item
+
+NEIGHBOURS = 64  # an unusable sample is replaced by one of those after it
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sample that was left out, or whose text was cut, and why."""
+
+    source: int  # the number of its folder
+    key: str
+    reason: str
 
 
 @dataclass
@@ -33,6 +45,7 @@ class Examples:
         documents: B lists. Of a document its texts, with None for each image. Of a single image an
             empty list.
         drawn: B booleans, whether the image may be learned to be drawn.
+        notes: what was left out or cut on the way to this batch.
     """
 
     keys: list[str]
@@ -42,6 +55,7 @@ class Examples:
     sources: list[int]
     documents: list[list[str | None]]
     drawn: list[bool]
+    notes: list[Note] = field(default_factory=list)
 
     @property
     def codes(self) -> Tensor | None:
@@ -78,6 +92,9 @@ class ShardDataset(Dataset[dict[str, Any]]):
         augmented: for each folder, whether its images are cropped. By default all are if
             ``crop_scale`` is below 1.
         drawn: for each folder, whether its images are learned to be drawn. By default all are.
+        check: raises ValueError for a sample, by key and record, that the training cannot use.
+        replaced: an unusable sample is replaced by the one after it, so that each rank has as many
+            samples as the others. If not, it is left out.
     """
 
     def __init__(
@@ -90,6 +107,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
         mirror: bool = False,
         augmented: Sequence[bool] | None = None,
         drawn: Sequence[bool] | None = None,
+        check: Callable[[str, dict[str, Any]], None] | None = None,
+        replaced: bool = True,
     ) -> None:
         self.sources = sources
         folders = [source.folder for source in sources]
@@ -100,6 +119,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         self.ends = np.cumsum([len(source) for source in sources])
         self.image_size, self.fit, self.seed = image_size, fit, seed
         self.crop_scale, self.mirror = crop_scale, mirror
+        self.check, self.replaced = check, replaced
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -108,27 +128,39 @@ class ShardDataset(Dataset[dict[str, Any]]):
         epoch, number = item  # with weights, the pass over the folder instead of the epoch
         source = int(np.searchsorted(self.ends, number, side="right"))
         start = int(self.ends[source - 1]) if source else 0
-        sample = self.sources[source][number - start]
-        copy = self.copies[source]
+        shards = self.sources[source]
+        notes: list[Note] = []
+        for further in range(NEIGHBOURS if self.replaced else 1):
+            sample = shards[(number - start + further) % len(shards)]
+            try:
+                return {**self._read(sample, source, epoch), "notes": notes}
+            except ValueError as error:
+                notes.append(Note(source, sample.key, str(error)))
+        if self.replaced:
+            raise ValueError(
+                f"{shards.folder}: none of {NEIGHBOURS} samples in a row can be used: "
+                f"{notes[0].reason}"
+            )
+        return {"notes": notes}
+
+    def _read(self, sample: Sample, source: int, epoch: int) -> dict[str, Any]:
+        """A sample as an example. Raises ``ValueError`` if it cannot be used."""
+        copy, encoding = self.copies[source], self.sources[source].encoding
         seed = sample_seed(self.seed, epoch, f"{copy}/{sample.key}" if copy else sample.key)
-        encoding = self.sources[source].encoding
-        try:
-            document = document_of(sample)
-            images: list[NDArray[Any]]
-            if encoding is not None:
-                images = [
-                    select_encoding(codes, encoding, seed + position)
-                    for position, codes in enumerate(codes_in(sample))
-                ]
-            else:
-                images = [
-                    self._image(data, self.augmented[source], seed + position)
-                    for position, data in enumerate(images_in(sample))
-                ]
-            record = sample.record
-        except ValueError as error:
-            folder = self.sources[source].folder
-            raise ValueError(f"{folder}: sample {sample.key}: {error}") from error
+        document, record = document_of(sample), sample.record
+        if self.check is not None and not document:
+            self.check(sample.key, record)
+        images: list[NDArray[Any]]
+        if encoding is not None:
+            images = [
+                select_encoding(codes, encoding, seed + position)
+                for position, codes in enumerate(codes_in(sample))
+            ]
+        else:
+            images = [
+                self._image(data, self.augmented[source], seed + position)
+                for position, data in enumerate(images_in(sample))
+            ]
         return {
             "key": sample.key,
             "images": images,
@@ -149,6 +181,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
         return np.asarray(augment_image(image, self.image_size, rng, scale, flip=self.mirror))
 
     def collate(self, samples: list[dict[str, Any]]) -> Examples:
+        notes = [note for sample in samples for note in sample["notes"]]
+        samples = [sample for sample in samples if "key" in sample]
         arrays = [image for sample in samples for image in sample["images"]]
         if arrays:
             images = torch.from_numpy(np.stack(arrays))
@@ -162,6 +196,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
             sources=[sample["source"] for sample in samples],
             documents=[sample["document"] for sample in samples],
             drawn=[sample["drawn"] for sample in samples],
+            notes=notes,
         )
 
 

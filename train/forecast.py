@@ -12,14 +12,15 @@ from itertools import pairwise
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
-from multimodal.train.callbacks import ExportModel
-from multimodal.train.checkpointing import GracefulStop
 from multimodal.train.cli import TrainingCLI
 from multimodal.train.cli import main as run
 from multimodal.train.cost import peak_memory
+from multimodal.train.run.best import ExportModel
+from multimodal.train.run.progress import Progress, duration
+from multimodal.train.run.stopping import GracefulStop
 
 STEPS = 12  # steps to run
 WARMUP = 4  # of these, not timed
@@ -69,17 +70,11 @@ class Forecast(L.Callback):
             "parameters": f"{trained:,} to train, {frozen:,} frozen",
             "memory": f"{peak_memory():.2f} GB at most, on each of {trainer.world_size} ranks",
             "step": f"{step:.3f} s",
-            "run": f"{steps:,} steps in {format_duration(steps * step)}, without validations"
+            "run": f"{steps:,} steps in {duration(steps * step)}, without validations"
             if steps
             else "ends by the clock (max_time)",
         }
         print("\n".join(f"{name + ':':<12}{value}" for name, value in rows.items()))
-
-
-def format_duration(seconds: float) -> str:
-    """Such as 3 h 5 min, or 12 min."""
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 class ForecastCLI(TrainingCLI):
@@ -92,7 +87,7 @@ class ForecastCLI(TrainingCLI):
         steps = min(STEPS, config.max_steps) if config.max_steps > 0 else STEPS
         kwargs |= {"max_steps": steps, "limit_val_batches": 0}
         trainer = super().instantiate_trainer(**kwargs)
-        writers = (ModelCheckpoint, ExportModel, GracefulStop)
+        writers = (Checkpoint, ExportModel, GracefulStop, Progress)
         callbacks = [c for c in trainer.callbacks if not isinstance(c, writers)]  # type: ignore[attr-defined]
         forecast = Forecast(config.max_steps, config.max_epochs or -1)
         trainer.callbacks = [*callbacks, forecast]  # type: ignore[attr-defined]

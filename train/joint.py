@@ -1,5 +1,7 @@
 """Joint pretraining: language modelling, alignment and mask-and-reconstruct in one forward pass."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,16 @@ from multimodal.inference.text import caption_codes, complete_prompts
 from multimodal.model.attention import Backend
 from multimodal.model.batches import TrainingBatch, TrainingSample
 from multimodal.model.checkpoint import ModelParts, part_of
-from multimodal.model.lessons import descriptions_of, exchanges_of
+from multimodal.model.lessons import check_texts, descriptions_of, exchanges_of
 from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.cost import training_flops
-from multimodal.train.examples import Examples
+from multimodal.train.examples import Examples, Note
 from multimodal.train.optim import MuonModule, can_compile, parameters_named
 from multimodal.train.preflight import check_data
+from multimodal.train.run.folder import log_folder
 from multimodal.train.sharding import fsdp_modules, full_state_dict, shard, unsharded
 
 IMAGES_AT_ONCE = 256  # a document may have any number of images
@@ -49,7 +52,7 @@ class JointModule(MuonModule):
         question_share: the share of the samples with a caption that bring questions, too.
         captions_per_image: at most so many captions of an image in one step: its codes are read
             once for all of them. 0: all. Those that do not fit ``row_length`` are left out.
-        row_length: tokens in a packed row. At least the longest sequence.
+        row_length: tokens in a packed row. A text that does not fit is cut.
         dropout: the share of the embeddings, and of what each layer adds, that is set to 0 in
             training.
         label_smoothing: the share of each target of a text that the training loss spreads over all
@@ -151,6 +154,11 @@ class JointModule(MuonModule):
         return self.image_tokenizer.image_size, self.image_tokenizer.fit
 
     @property
+    def check_sample(self) -> Callable[[str, dict[str, Any]], None]:
+        """Raises ``ValueError`` for a sample that it cannot learn from."""
+        return partial(check_texts, self.network.config.templates)
+
+    @property
     def expected_codes(self) -> str:
         """Fingerprint of the codes that it reads."""
         return self.image_tokenizer.codes_fingerprint
@@ -200,6 +208,8 @@ class JointModule(MuonModule):
     def pack(self, batch: Examples) -> TrainingBatch:
         """The rows of a batch, on the device of the network."""
         packed = self.build(batch)
+        reason = f"a text is cut to fit row_length={self.builder.row_length}"
+        batch.notes += [Note(batch.sources[n], batch.keys[n], reason) for n in packed.cut]
         self.tokens = packed.tokens
         self.flops = training_flops(self.network.config.transformer, packed.packed)
         return packed.to(self.device)
@@ -306,10 +316,9 @@ class JointModule(MuonModule):
             (folder / "prompts.txt").write_text("\n".join(self.prompts) + "\n")
 
     def _samples_folder(self) -> Path | None:
-        log_dir = self.trainer.log_dir  # once and on every rank: it is a broadcast
-        if not (log_dir and self.trainer.is_global_zero):
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
-        folder = Path(log_dir) / "samples"
+        folder = log_folder(self.trainer) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -324,14 +333,14 @@ class JointModule(MuonModule):
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
-    def export(self, folder: str) -> None:
+    def export(self, folder: str | Path) -> None:
         """Write the model folder. Every rank has to call."""
         if not fsdp_modules(self.network):
-            if self.trainer.is_global_zero:
+            if self.writes_files:
                 self.model.save(folder)
             return
         weights = full_state_dict(self.network)
-        if self.trainer.is_global_zero:
+        if self.writes_files:
             network = MultimodalLM(self.network.config)
             network.load_state_dict(weights)
             ModelParts(network, self.model.text_tokenizer, self.image_tokenizer).save(folder)

@@ -29,7 +29,12 @@ class MuonModule(L.LightningModule):
         weight_decay: of both.
         warmup_steps: steps of the linear warm-up. A cosine to zero follows.
         learning_rates: other learning rates, by name as in ``parameters_named``.
+
+    Attributes:
+        best_by: which validation is the best, by a logged value: NAME:min, NAME:max, or last.
     """
+
+    best_by = "val/total:min"
 
     def __init__(
         self,
@@ -41,6 +46,17 @@ class MuonModule(L.LightningModule):
         super().__init__()
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_steps, self.learning_rates = warmup_steps, dict(learning_rates or {})
+
+    @property
+    def writes_files(self) -> bool:
+        """Whether this is the first rank, or no training at all."""
+        return self._trainer is None or self.trainer.is_global_zero
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether this training step is logged. What costs time is measured in these steps only."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (self.global_step + 1) % every == 0
 
     @property
     def heads(self) -> list[nn.Module]:

@@ -9,9 +9,11 @@ import numpy as np
 from multimodal.data.documents import document_of
 from multimodal.data.shards import Shards
 from multimodal.model.batches import BatchBuilder, TrainingSample
+from multimodal.model.lessons import check_texts
 from multimodal.model.sequences import NO_LOSS, OBJECTIVES, TokenSequence, describe
 
 SAMPLES = 256  # of each folder, the first ones
+UNUSABLE = 0.1  # the largest share of them that may be left out or cut
 NEEDS = {
     "caption": "a caption",
     "answer": "a question or a statement with its answer",
@@ -38,8 +40,9 @@ def check_data(
         resumed: the configuration was checked before, and may name objectives without data.
 
     Raises:
-        ValueError: if a sequence does not fit a row, or an objective that the configuration names
-            has nothing to learn from.
+        ValueError: if an image does not fit a row, a text of more than a tenth of the samples does
+            not or they are unusable, or an objective that the configuration names has nothing to
+            learn from.
     """
     objectives, length = builder.objectives, builder.row_length
     if length > limit:
@@ -51,19 +54,36 @@ def check_data(
         )
     taught, count = set[str](), 0
     for folder in {source.folder: source for source in shards}.values():
+        first, reasons = 0, list[str]()
         for sample in islice(folder, SAMPLES):
-            count += 1
-            document = document_of(sample)
-            images = document.count(None) if document else 1
-            codes = np.zeros((images, builder.layout.codes_per_image), np.int64)
-            example = TrainingSample(
-                sample.key, sample.record, codes, 0, document, drawn=folder.folder in drawn
-            )
+            first += 1
             try:
-                for sequence in builder.possible(example):
-                    taught |= _taught(sequence, builder.vocabulary.text_size)
+                document = document_of(sample)
+                images = document.count(None) if document else 1
+                codes = np.zeros((images, builder.layout.codes_per_image), np.int64)
+                record = sample.record
+                if not document:
+                    check_texts(builder.templates, sample.key, record)
+                example = TrainingSample(
+                    sample.key, record, codes, 0, document, drawn=folder.folder in drawn
+                )
+                sequences = list(builder.possible(example))
             except ValueError as error:
-                raise ValueError(f"{folder.folder}: {error}") from error
+                reasons.append(str(error))
+                continue
+            for sequence in sequences:
+                taught |= _taught(sequence, builder.vocabulary.text_size)
+            if any(sequence.cut for sequence in sequences):
+                reasons.append(
+                    f"sample {sample.key}: a text does not fit row_length={length} and would be "
+                    "cut: raise it"
+                )
+        count += first
+        if len(reasons) > UNUSABLE * first and not resumed:
+            raise ValueError(
+                f"{folder.folder}: {len(reasons)} of the first {first} samples cannot be used as "
+                f"they are: {reasons[0]}"
+            )
     none = f"none of the first {count:,} training samples has"
     for name, weight in objectives.weights.items():
         if weight and name not in taught and not resumed:

@@ -181,6 +181,7 @@ class GlobalBatches(Sampler[list[Item]]):
         rank: of this process.
         world_size: number of ranks.
         limit: use the first ``limit`` samples. 0 uses all.
+        same_epoch: every epoch is the first one, to overfit a few batches.
 
     Raises:
         ValueError: if the batch size is not a multiple of the ranks, or there are too few samples.
@@ -194,6 +195,7 @@ class GlobalBatches(Sampler[list[Item]]):
         rank: int = 0,
         world_size: int = 1,
         limit: int = 0,
+        same_epoch: bool = False,
     ) -> None:
         if global_batch_size % world_size:
             raise ValueError(
@@ -216,7 +218,7 @@ class GlobalBatches(Sampler[list[Item]]):
             if not self.size:
                 raise ValueError(f"{rest} samples are too few for {world_size} ranks")
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.epoch, self.same_epoch = 0, same_epoch
         self.start = (0, 0)  # epoch, and batches of it before a resume
 
     @property
@@ -226,7 +228,7 @@ class GlobalBatches(Sampler[list[Item]]):
 
     def set_epoch(self, epoch: int) -> None:
         # Validation uses the captions and masks of epoch 0 every time.
-        self.epoch = epoch if self.order.shuffle else 0
+        self.epoch = epoch if self.order.shuffle and not self.same_epoch else 0
 
     def __len__(self) -> int:
         full, rest = divmod(self.size, self.global_batch_size)

@@ -8,6 +8,7 @@ EXAMPLES = """examples:
   multimodal export gguf runs/joint/model model.gguf --dtype q8_0
   multimodal export onnx runs/joint/model image-tokenizer
   multimodal export model runs/joint/model smaller --dtype bfloat16
+  multimodal export model runs/joint/checkpoints/last.ckpt model
 """
 DTYPES = ("float32", "bfloat16", "float16")  # of multimodal.export.model, which would import torch
 
@@ -35,14 +36,6 @@ def export_onnx(arguments: argparse.Namespace) -> int:
 
     names = export_onnx(arguments.model, arguments.out)
     print(f"{arguments.out}: {', '.join(names)}")
-    return 0
-
-
-def export_model(arguments: argparse.Namespace) -> int:
-    from multimodal.export.model import export_model
-
-    export_model(arguments.model, arguments.out, arguments.dtype, arguments.image_tokenizer)
-    print(arguments.out)
     return 0
 
 
@@ -75,16 +68,9 @@ def main(argv: list[str]) -> int:
     onnx.add_argument("model", metavar="MODEL", help="an image tokenizer, or a model that has one")
     onnx.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")
     onnx.set_defaults(run=export_onnx)
-    model = kinds.add_parser("model", help="a model folder: weights rounded, another image decoder")
-    model.add_argument("model", metavar="MODEL", help="the model folder to read")
-    model.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")
-    model.add_argument(
-        "--dtype", choices=DTYPES[:2], default="bfloat16", help="(default bfloat16: half the size)"
+    kinds.add_parser(  # multimodal.train.export answers it
+        "model", help="a model folder of a training checkpoint, or a smaller one of a model folder"
     )
-    model.add_argument(
-        "--image-tokenizer", metavar="DIR", help="put in this one: the same codes, another decoder"
-    )
-    model.set_defaults(run=export_model)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status

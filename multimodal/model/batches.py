@@ -102,6 +102,7 @@ class TrainingBatch:
         image_hashes: int64[B], equal for equal images.
         text_hashes: int64[B], equal for equal texts. -1: there is no text, or it was dropped.
         tokens: tokens that are not padding.
+        cut: the numbers of the samples of which a text was cut, because it did not fit a row.
         written: what the network wrote itself, in reward training.
     """
 
@@ -111,6 +112,7 @@ class TrainingBatch:
     image_hashes: Tensor
     text_hashes: Tensor
     tokens: int
+    cut: tuple[int, ...] = ()
     written: WrittenTokens | None = None
 
     def to(self, device: torch.device) -> "TrainingBatch":
@@ -182,7 +184,7 @@ class BatchBuilder:
             temperature: at which it wrote them.
 
         Raises:
-            ValueError: for a sample without text, or with a sequence longer than a row.
+            ValueError: for a sample without text, or an image that is longer than a row.
         """
         pairs = {
             number: self.pair(sample)
@@ -216,6 +218,7 @@ class BatchBuilder:
             image_hashes=image_hashes,
             text_hashes=text_hashes,
             tokens=int((packed.documents > 0).sum()),
+            cut=tuple(n for n, pair in pairs.items() if pair.describe.cut or pair.draw.cut),
             written=None
             if joint_weight is None
             else self._written(samples, pairs, packed.states.tolist(), joint_weight, temperature),
@@ -264,16 +267,16 @@ class BatchBuilder:
         ids, text = (texts[0], lesson.captions[0]) if texts else (None, None)
         masked_share = self.objectives.reconstruct_share
         if not sample.drawn or form >= masked_share + self.objectives.next_token_share:
-            drawing, dropped = draw(self.vocabulary, ids), False
+            drawing, dropped = self._draw(ids), False
         else:
             condition = None if dropped else ids
             if form < masked_share:
                 levels = self.layout.levels
                 level = levels[int(rng.integers(len(levels))) if len(levels) > 1 else 0]
                 masks, span = random_mask(level.codes, rng), self.layout.span(level.name)
-                drawing = draw(self.vocabulary, condition, codes, *masks, span)
+                drawing = self._draw(condition, codes, *masks, span)
             else:
-                drawing = draw(self.vocabulary, condition, codes)
+                drawing = self._draw(condition, codes)
         return PairSequences(describe_image, drawing, None if dropped else text)
 
     def document(self, sample: TrainingSample) -> list[TokenSequence]:
@@ -294,7 +297,7 @@ class BatchBuilder:
         Of a long document only the beginning is read.
 
         Raises:
-            ValueError: for a sequence longer than a row.
+            ValueError: for an image that is longer than a row, or an empty question.
         """
         sequences: list[TokenSequence] = []
         if sample.document:
@@ -305,17 +308,17 @@ class BatchBuilder:
             texts = [self.encode(caption) for caption in descriptions]
             for ids in texts:
                 sequences.append(self._describe(codes, [ids]))
-                sequences.append(draw(self.vocabulary, ids))
+                sequences.append(self._draw(ids))
             if self.question_share or not descriptions:
                 for prompt, reply in exchanges_of(sample.record, self.templates):
                     exchange = (prompt, answer_text(reply))
                     sequences.append(self._describe(codes, texts[:1], [exchange]))
             if sample.drawn and self.objectives.next_token_share:
-                sequences.append(draw(self.vocabulary, None, codes))
+                sequences.append(self._draw(texts[0] if texts else None, codes))
             if sample.drawn and self.objectives.reconstruct_share:
                 for level in self.layout.levels:
                     masked, span = np.ones(level.codes, np.bool_), self.layout.span(level.name)
-                    sequences.append(draw(self.vocabulary, None, codes, masked, level=span))
+                    sequences.append(self._draw(None, codes, masked, level=span))
         for sequence in sequences:
             self._check_length(len(sequence), f"sample {sample.key}")
             yield sequence
@@ -345,11 +348,21 @@ class BatchBuilder:
         turns = [(self.encode(prompt), self.encode(reply)) for prompt, reply in exchanges]
         return describe(self.vocabulary, codes[self.read], texts, turns, self.row_length, written)
 
+    def _draw(
+        self,
+        text: list[int] | None,
+        codes: Ids | None = None,
+        masked: NDArray[np.bool_] | None = None,
+        known: NDArray[np.bool_] | None = None,
+        level: slice = slice(None),
+    ) -> TokenSequence:
+        return draw(self.vocabulary, text, codes, masked, known, level, self.row_length)
+
     def _check_length(self, length: int, name: str) -> None:
         if length > self.row_length:
             raise ValueError(
-                f"{name} makes a sequence of {length} tokens, more than "
-                f"row_length={self.row_length}: raise it, or cut the text"
+                f"{name} makes a sequence of {length} tokens without a text, more than "
+                f"row_length={self.row_length}: raise it"
             )
 
 

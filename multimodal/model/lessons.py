@@ -29,15 +29,15 @@ class Lesson:
 
 
 def descriptions_of(record: Mapping[str, Any]) -> list[str]:
-    """The captions that describe the image.
+    """The captions that describe the image. Empty texts are none.
 
     With a ``label`` of true or false the captions are statements, and may be wrong. A caption that
     only repeats a question with its answer describes nothing. Names of a class are put in words.
     """
     if record.get("label") in LABELS:
         return []
-    questions = [str(question) for question, _ in record.get("qa", [])]
-    captions = [str(caption) for caption in record.get("captions", [])]
+    questions = [str(question) for question, _ in record.get("qa", []) if question.strip()]
+    captions = [str(text) for text in record.get("captions", []) if text.strip()]
     names = names_of(record)
     lower = {name.lower() for name in names}
     described = [
@@ -80,9 +80,10 @@ def questions_of(record: Mapping[str, Any], templates: Templates) -> list[tuple[
     questions = [
         (templates.ask(str(question)), str(question), str(answer))
         for question, answer in record.get("qa", [])
+        if question.strip() and answer.strip()
     ]
     if (label := record.get("label")) in LABELS:
-        captions = map(str, record.get("captions", []))
+        captions = [str(text) for text in record.get("captions", []) if text.strip()]
         questions += [(templates.judge(caption), caption, str(label)) for caption in captions]
     if not questions and (names := names_of(record)):
         answer = with_article(names[0])
@@ -133,6 +134,12 @@ def lesson_of(
             return Lesson(chosen)
     turns = [exchanges[i] for i in rng.permutation(len(exchanges))[:MAX_TURNS]]
     return Lesson(chosen, tuple((prompt, answer_text(answer)) for prompt, answer in turns))
+
+
+def check_texts(templates: Templates, key: str, record: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` for a sample of an image that has no text to learn."""
+    if not (descriptions_of(record) or exchanges_of(record, templates)):
+        raise no_text_error(key)
 
 
 def no_text_error(key: str) -> ValueError:

@@ -73,6 +73,7 @@ class TokenSequence:
             Each branch goes on from the trunk.
         state: the index of the embedding.
         unknown: the share of the codes of its masked level that is unknown. 1 without one.
+        cut: whether a text was cut, because it did not fit.
     """
 
     ids: Ids
@@ -83,6 +84,7 @@ class TokenSequence:
     positions: Ids
     state: int = 0
     unknown: float = 1.0
+    cut: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -122,7 +124,7 @@ def _branched(trunk: TokenSequence, branches: Sequence[TokenSequence]) -> TokenS
     arrays: dict[str, Any] = {
         f.name: np.concatenate([getattr(part, f.name) for part in parts])
         for f in fields(TokenSequence)
-        if f.name not in ("state", "unknown")
+        if f.name not in ("state", "unknown", "cut")
     }
     lengths = [len(part) for part in parts]
     arrays["branches"] = np.repeat(np.arange(len(parts)), lengths)
@@ -144,8 +146,9 @@ def describe(
         codes: n image codes in [0, K).
         texts: ids of each caption.
         turns: of questions and answers.
-        max_length: captions and turns that would make the sequence longer are left out. The first
-            branch always stays. Turns come before the second caption.
+        max_length: captions and turns that would make the sequence longer are left out. Turns come
+            before the second caption. A first caption that is too long is cut, and its end is not
+            learned. Without a caption a first question that is too long loses its beginning.
         written: ids of captions by a model, up to their last token: branches 1, 2, ... without a
             loss. The last token is not read.
 
@@ -157,20 +160,30 @@ def describe(
     *trunk, eoi = describe_prompt(vocabulary, codes)
     branches = [_next_token([eoi, *text[:-1]], []) for text in written]
     room = max_length - len(trunk) - sum(len(branch) for branch in branches)
+    cut = False
 
     def add(text: list[int]) -> None:
-        nonlocal room
-        if not branches or len(text) + 2 <= room:
-            spans: list[Span] = [("caption", 0, len(text) + 1)]
-            branches.append(_next_token([eoi, *text, vocabulary.eos], spans))
-            room -= len(branches[-1])
+        nonlocal room, cut
+        branch = [eoi, *text, vocabulary.eos]
+        if branches and len(branch) > room:
+            return
+        cut = cut or len(branch) > room
+        branch = branch[:room]
+        branches.append(_next_token(branch, [("caption", 0, len(branch) - 1)]))
+        room -= len(branch)
 
     for text in texts[:1]:
         add(text)
     ids, spans = [eoi], list[Span]()
+    if turns and not branches and min(len(p) + len(t) + 2 for p, t in turns) > room:
+        prompt, text = turns[0]
+        kept = min(len(prompt), max(1, room - len(text) - 2))
+        turns, cut = [(prompt[-kept:], text)], True
     for prompt, text in turns:
         turn = [*prompt, *text, vocabulary.eos]
-        if (branches or spans) and len(ids) + len(turn) > room:
+        if cut and not branches:
+            turn = turn[: room - 1]
+        if len(ids) + len(turn) > room:
             continue
         spans.append(("answer", len(ids) + len(prompt) - 1, len(ids) + len(turn) - 1))
         ids += turn
@@ -179,7 +192,7 @@ def describe(
         room -= len(ids)
     for text in texts[1:]:
         add(text)
-    return _branched(_next_token(trunk, []), branches)
+    return replace(_branched(_next_token(trunk, []), branches), cut=cut)
 
 
 def draw(
@@ -189,6 +202,7 @@ def draw(
     masked: NDArray[np.bool_] | None = None,
     known: NDArray[np.bool_] | None = None,
     level: slice = slice(None),
+    max_length: int = sys.maxsize,
 ) -> TokenSequence:
     """A text and the image that it describes.
 
@@ -198,18 +212,24 @@ def draw(
         masked: bool[m], the codes to reconstruct. None: next-token prediction.
         known: bool[m], the codes that are read. By default all that are not masked.
         level: the m codes of the level that is masked. By default all n.
+        max_length: of the text so much is kept as fits before the image, and a cut end is not
+            learned.
 
     Raises:
         ValueError: if masked or known have another length than the codes of the level.
     """
+    room = max(0, max_length - 2 - (0 if codes is None else len(codes) + 1))
+    cut = text is not None and len(text) > room
+    text = text[:room] if text is not None else None
     prompt = draw_prompt(vocabulary, text)
     boi = len(prompt) - 1
-    spans = [] if text is None else [("text", 0, boi)]
+    spans = [] if text is None else [("text", 0, boi - cut)]
     if codes is None:
-        return _next_token(prompt, spans, state=boi)
+        return replace(_next_token(prompt, spans, state=boi), cut=cut)
     ids = prompt[:-1] + image_tokens(vocabulary, codes)
     if masked is None:
-        return _next_token(ids, [*spans, ("image", boi, len(ids) - 1)], state=boi)
+        spans = [*spans, ("image", boi, len(ids) - 1)]
+        return replace(_next_token(ids, spans, state=boi), cut=cut)
     known = ~masked if known is None else known
     image = ids[boi + 1 : -1]
     before, image = image[: level.start or 0], image[level]
@@ -228,7 +248,7 @@ def draw(
     sequence.targets[predicted] = sequence.ids[predicted]
     sequence.objectives[predicted] = OBJECTIVES.index("reconstruct")
     sequence.ids[predicted] = vocabulary.mask
-    return replace(sequence, unknown=1 - float(known.mean()))
+    return replace(sequence, unknown=1 - float(known.mean()), cut=cut)
 
 
 def document(

@@ -15,7 +15,7 @@ from multimodal.model.batches import (
     mask_ratio,
     random_mask,
 )
-from multimodal.model.sequences import OBJECTIVES, TokenSequence
+from multimodal.model.sequences import NO_LOSS, OBJECTIVES, TokenSequence
 from tests.samples import samples_of
 
 Make = Callable[..., Model]
@@ -131,14 +131,44 @@ def test_a_batch_knows_where_its_embeddings_stand(tiny_model: Make) -> None:
     assert again.image_hashes[0] == again.image_hashes[1], "equal keys are equal images"
 
 
-def test_a_sequence_that_is_too_long_names_its_sample(tiny_model: Make) -> None:
-    builder = tiny_model().batch_builder(24)
-    samples = samples_of([{"captions": ["a cat"]}, {"captions": ["word " * 20]}])
-    with pytest.raises(ValueError, match="sample 1 makes a sequence of .* than row_length=24"):
-        builder.build(samples)
-    assert list(builder.possible(samples[0]))
-    with pytest.raises(ValueError, match="sample 1 makes a sequence of .* than row_length=24"):
-        list(builder.possible(samples[1]))
+def test_a_text_that_does_not_fit_is_cut_and_its_end_is_not_learned(tiny_model: Make) -> None:
+    """Every target is that of the whole text, as far as the row goes, and there is no <eos>."""
+    model, length = tiny_model(), 40
+    vocabulary, encode = model.vocabulary, model.text_tokenizer.encode
+    long = "a red bus in the snow " * 20
+    short, pairs, asked, told = samples_of(
+        [
+            {"captions": ["a cat"]},
+            {"captions": [long]},
+            {"qa": [[long, "yes"]]},
+            {"qa": [["what?", long]]},
+        ]
+    )
+    builder, whole = model.batch_builder(length), model.batch_builder(9999)
+    batch = builder.build([short, pairs, asked, told])
+    assert batch.cut == (1, 2, 3) and batch.packed.ids.shape[1] == length
+    for sample in (short, pairs, asked, told):
+        for sequence in builder.possible(sample):
+            assert len(sequence) <= length
+    described, uncut = builder.pair(pairs).describe, whole.pair(pairs).describe
+    learned = described.objectives != NO_LOSS
+    assert learned.sum() == length - 18 - 1, "all but the last token, which predicts nothing"
+    assert np.array_equal(described.ids, uncut.ids[:length])
+    assert np.array_equal(described.targets[learned], uncut.targets[:length][learned])
+    # The answer stays whole where the question is long, and the question where the answer is.
+    ids = builder.pair(asked).describe
+    answer = [*encode(" yes"), vocabulary.eos]
+    assert ids.targets[ids.objectives != NO_LOSS].tolist() == answer
+    ids = builder.pair(told).describe
+    targets = ids.targets[ids.objectives != NO_LOSS].tolist()
+    assert targets and targets == encode(f" {long}")[: len(targets)]
+    # A long question gives way to a short one.
+    (mixed,) = samples_of([{"qa": [[long, "yes"], ["what?", "cat"]]}])
+    assert not replace(builder, row_length=90).pair(mixed).describe.cut
+    for pair in (builder.pair(replace(pairs, seed=seed)).draw for seed in range(30)):
+        assert len(pair) <= length
+        text = pair.targets[pair.objectives == OBJECTIVES.index("text")]
+        assert text.tolist() == encode(long)[: len(text)], "<boi> is not learned after a cut"
 
 
 def test_the_check_before_training_reads_the_beginning_of_a_book(tiny_model: Make) -> None:

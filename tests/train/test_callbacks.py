@@ -95,8 +95,8 @@ def test_the_last_validation_is_exported_if_it_is_the_best(work: Path, tmp_path:
     fit = ["fit", "--config", str(config), "--output", str(run), "--checkpoint_every", "10"]
     assert main(fit) == 0
     assert len(logged(run)) == 14
-    at_10 = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
-    assert_exports(run, at_10, "state_dict")
+    at_the_end = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert_exports(run, at_the_end, "state_dict")
 
 
 def test_early_stopping_on_captions(work: Path, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import yaml
 from safetensors.torch import load_file
 
 from multimodal.cli import main
-from multimodal.train.cli import archive_log
 from tests.launches import launch, logged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,6 +87,7 @@ def test_a_stopped_run_saves_and_resumes_bit_for_bit(
     status, stderr = run_after(code, [*fit, "--checkpoint_every", "100"])
     assert status == 128 + signal.Signals[name] and "Traceback" not in stderr, stderr
     assert f"stopped at step {step + 1}; resume with --ckpt_path" in stderr
+    assert (run / "model/model.safetensors").is_file(), "an interrupted run leaves a model"
     assert main([*fit, "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
     assert logged(run) == logged(uninterrupted)
     assert_same_weights(run, uninterrupted)
@@ -134,8 +134,9 @@ def test_two_ranks_resume_bit_for_bit_and_agree_with_one(work: Path, tmp_path: P
     # The same global batches as on one rank, summed in another order.
     for name in ("train/text", "train/image", "train/total", "val/total"):
         single, double = logged(work / "joint", name), logged(uninterrupted, name)
-        assert len(double) == (1 if name.startswith("val") else 8), name
-        for step, loss in double.items():  # Muon amplifies rounding errors
+        assert len(double) == (2 if name.startswith("val") else 8), name
+        for step in single.keys() & double.keys():  # Muon amplifies rounding errors
+            loss = double[step]
             bound = 1e-5 if step == 0 else 5e-2
             assert abs(float(loss) / float(single[step]) - 1) < bound, (name, step)
 
@@ -169,8 +170,9 @@ def test_a_model_over_two_ranks_resumes_and_agrees_with_one(work: Path, tmp_path
     assert len(list(run.glob("predictions-*.jsonl"))) == 2
     for name in ("train/text", "train/image", "train/total", "train/gradient_norm", "val/total"):
         single, double = logged(work / "joint", name), logged(uninterrupted, name)
-        assert len(double) == (1 if name.startswith("val") else 8), name
-        for step, value in double.items():  # Muon amplifies rounding errors
+        assert len(double) == (2 if name.startswith("val") else 8), name
+        for step in single.keys() & double.keys():  # Muon amplifies rounding errors
+            value = double[step]
             bound = 1e-5 if step == 0 else 0.2 if name.endswith("norm") else 5e-2
             assert abs(float(value) / float(single[step]) - 1) < bound, (name, step)
 
@@ -219,13 +221,3 @@ def test_averaged_weights_resume_and_are_exported(work: Path, tmp_path: Path) ->
     assert not torch.equal(average, trained)
     for folder in (tmp_path / "uninterrupted", run):
         assert torch.equal(load_file(folder / "model/model.safetensors")[name], average)
-
-
-def test_no_log_is_lost(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.csv"
-    for content in ("first", "second"):
-        path.write_text(content)
-        archive_log(path)
-    assert not path.exists()
-    archived = [(tmp_path / f"metrics.{i}.csv").read_text() for i in (1, 2)]
-    assert archived == ["first", "second"]

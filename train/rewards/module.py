@@ -81,6 +81,8 @@ class RewardModule(JointModule):
         self.sampling = TextOptions(temperature=temperature, max_tokens=max_tokens)
         self.greedy = TextOptions(max_tokens=max_tokens)
         self.reward: Reward | None = None
+        # The joint loss may rise while rewards do. Of other rewards no validation knows.
+        self.best_by = "val/CIDEr:max" if reward == "cider" else "last"
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -100,7 +102,6 @@ class RewardModule(JointModule):
         described = [s for s in samples if not s.document and descriptions_of(s.record)]
         seeds = [sample.seed for sample in described]
         codes = [sample.codes[0][self.builder.read] for sample in described]
-        steps = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         greedy = None
         self.network.eval()
         try:
@@ -109,7 +110,7 @@ class RewardModule(JointModule):
                     self.model, codes, seeds, self.captions_written, self.sampling
                 )
                 rewards = self.judge(described, captions)
-                if self.baseline == "greedy" or (self.global_step + 1) % steps == 0:
+                if self.baseline == "greedy" or self.is_logged:
                     single = write_captions(self.model, codes, seeds, 1, self.greedy)
                     greedy = self.judge(described, single)
         finally:

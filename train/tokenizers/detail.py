@@ -1,5 +1,6 @@
 """Training the level of detail: reconstruct the pixels, and keep what captions describe."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from multimodal.data.images import Fit, to_image
+from multimodal.data.samples import Sample
 from multimodal.eval.metrics.features import RANDOM, Features
 from multimodal.files import atomic_folder
 from multimodal.model.checkpoint import part_of
@@ -22,6 +24,7 @@ from multimodal.tokenizers.quantizers.quantizer import CodebookUsage
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.examples import Examples
 from multimodal.train.optim import MuonModule, can_compile
+from multimodal.train.run.folder import log_folder
 from multimodal.train.tokenizers.auxiliary_losses import (
     Distillation,
     PatchDiscriminator,
@@ -30,7 +33,7 @@ from multimodal.train.tokenizers.auxiliary_losses import (
 from multimodal.train.tokenizers.semantic import CaptionTargets, SemanticLoss, texts_about
 
 PIXELS = ("mse", "l1", "perceptual")
-USAGE_EVERY = 100  # training steps between two logs of the codebook usage
+USAGE_EVERY = 100  # training steps between two logs of the codebook usage, at least
 
 
 class DetailModule(MuonModule):
@@ -155,6 +158,11 @@ class DetailModule(MuonModule):
         return self.levels.image_size, self.levels.fit
 
     @property
+    def check_sample(self) -> Callable[[str, dict[str, Any]], object] | None:
+        """Raises ``ValueError`` for a sample that it cannot learn from."""
+        return texts_about if self.semantic is not None else None
+
+    @property
     def expected_codes(self) -> None:
         """None: it needs pixels."""
 
@@ -172,9 +180,7 @@ class DetailModule(MuonModule):
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         samples = chain.from_iterable(data.shards(data.train_split))
-        self.semantic.count(
-            text for sample in samples for text in texts_about(sample.key, sample.record)
-        )
+        self.semantic.count(text for sample in samples for text in _texts(sample))
 
     def losses(
         self,
@@ -271,7 +277,8 @@ class DetailModule(MuonModule):
         self.train_usage.update(parts.pop("codes"))
         self.log_dict({f"train/{k}": v.detach() for k, v in parts.items()}, batch_size=len(batch))
         self.log("psnr", psnr(parts["mse"].detach()), prog_bar=True, logger=False)
-        if (self.global_step + 1) % USAGE_EVERY == 0:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.is_logged and (self.global_step + 1) % USAGE_EVERY < every:
             self._log_usage("train", self.train_usage)
             if self.train_usage.has_enough_codes:
                 if message := self.train_usage.collapse_warning():
@@ -310,9 +317,8 @@ class DetailModule(MuonModule):
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("val/images", grid / 2 + 0.5, self.global_step)
-        log_dir = self.trainer.log_dir  # read it on all ranks: it is a broadcast
-        if log_dir and self.trainer.is_global_zero:
-            folder = Path(log_dir) / "pictures"
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            folder = log_folder(self.trainer) / "pictures"
             folder.mkdir(parents=True, exist_ok=True)
             to_image(grid).save(folder / f"step-{self.global_step:06d}.png")
 
@@ -348,11 +354,19 @@ class DetailModule(MuonModule):
                 f"model.init_args.tokenizer: {error}"
             ) from error
 
-    def export(self, folder: str) -> None:
+    def export(self, folder: str | Path) -> None:
         """Write the tokenizer folder, without the heads of losses. Only the first rank writes."""
-        if self.trainer.is_global_zero:
+        if self.writes_files:
             with atomic_folder(Path(folder)) as part:
                 self.levels.save(part)
+
+
+def _texts(sample: Sample) -> list[str]:
+    """The texts about an image. One without any is left out later, and named then."""
+    try:
+        return texts_about(sample.key, sample.record)
+    except ValueError:
+        return []
 
 
 def _load_meaning(folder: str) -> Meaning:

@@ -158,7 +158,7 @@ def texts_about(key: str, record: Mapping[str, Any]) -> list[str]:
     Raises:
         ValueError: for a sample without any text.
     """
-    texts = [str(caption) for caption in record.get("captions", [])]
+    texts = [str(caption) for caption in record.get("captions", []) if caption.strip()]
     texts = texts or [part["text"] for part in parts_of(record) if "text" in part]
     texts = texts or [f"{question} {answer}" for question, answer in record.get("qa", [])]
     if not texts:

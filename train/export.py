@@ -1,0 +1,108 @@
+"""``multimodal export model``: the model folder of a checkpoint, or a smaller model folder.
+
+A checkpoint holds weights. What they belong to is in the configuration of its run, which lies
+beside it (``logs/config.yaml``).
+"""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import ArgumentParser
+
+from multimodal.export.model import export_model
+from multimodal.files import new_folder
+from multimodal.train.run.checkpoints import check_checkpoint, load_weights
+
+EXAMPLES = """examples:
+  multimodal export model runs/joint/checkpoints/last.ckpt model
+  multimodal export model runs/joint/checkpoints/step=600.ckpt model --dtype bfloat16
+  multimodal export model runs/joint/model smaller --dtype bfloat16
+"""
+
+
+def export_checkpoint(checkpoint: Path, out: Path, config: Path | None = None) -> None:
+    """Write the model folder (or the image tokenizer) of a training checkpoint.
+
+    Args:
+        checkpoint: a file, or the folder of a sharded run.
+        out: a new or empty folder.
+        config: of the run. By default the one in the run's folder.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, or its configuration is missing or another one.
+    """
+    check_checkpoint(checkpoint)
+    config = config or checkpoint.resolve().parent.parent / "logs" / "config.yaml"
+    module: Any = module_of(config)
+    if checkpoint.is_dir():
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+        with tempfile.NamedTemporaryFile(suffix=".ckpt") as whole:
+            dcp_to_torch_save(checkpoint, whole.name)
+            load_weights(module, Path(whole.name), complete=False)
+    else:
+        load_weights(module, checkpoint)
+    with new_folder(out) as folder:
+        module.export(folder)
+
+
+def module_of(config: Path) -> L.LightningModule:
+    """The LightningModule that the configuration of a run names, with untrained weights."""
+    try:
+        settings = yaml.safe_load(config.read_text("utf-8"))["model"]
+    except FileNotFoundError as error:
+        raise ValueError(f"{config}: no such file; give the run's with --config") from error
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{config}: not the configuration of a run") from error
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(L.LightningModule, "model", fail_untyped=False)
+    parsed = parser.parse_object({"model": settings})
+    module: L.LightningModule = parser.instantiate_classes(parsed).model
+    return module
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="multimodal export model",
+        description="Make a model folder of a training checkpoint, or a smaller one of a model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint, or a model folder")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the written weights (default: float32 of a checkpoint, bfloat16 of a model: half "
+        "the size)",
+    )
+    parser.add_argument(
+        "--image-tokenizer", metavar="DIR", help="put in this one: the same codes, another decoder"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="of the run of the checkpoint (default: logs/config.yaml of its folder)",
+    )
+    arguments = parser.parse_args(argv)
+    source, out = Path(arguments.model), Path(arguments.out)
+    tokenizer = arguments.image_tokenizer
+    if not (source.is_file() or (source / ".metadata").is_file()):
+        export_model(arguments.model, out, arguments.dtype or "bfloat16", tokenizer)
+    elif arguments.dtype in (None, "float32") and tokenizer is None:
+        export_checkpoint(source, out, arguments.config)
+    else:
+        temporary = Path(tempfile.mkdtemp())
+        try:
+            export_checkpoint(source, temporary / "model", arguments.config)
+            export_model(temporary / "model", out, arguments.dtype or "float32", tokenizer)
+        finally:
+            shutil.rmtree(temporary)
+    print(out)
+    return 0
