@@ -16,8 +16,9 @@ from multimodal.cli import main
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards
 from multimodal.eval.evaluator import Subject, evaluate, training_samples
-from multimodal.eval.metrics.captioning import ptb_tokenize, sentence_health
+from multimodal.eval.metrics.captioning import sentence_health
 from multimodal.eval.metrics.cider import CaptionSpace, mean_similarities, similarities
+from multimodal.eval.metrics.penn_treebank import ptb_tokenize
 from multimodal.eval.metrics.yardsticks import Lookup, best_constant, shuffled
 from multimodal.eval.tasks import captioning
 from multimodal.eval.tasks.captioning import Captioning
