@@ -32,10 +32,9 @@ def normalise(answer: str) -> str:
 def vqa_normalise(answer: str) -> str:
     """An answer as VQA's evaluation compares it (Antol et al. 2015, arXiv:1505.00468).
 
-    In lower case, without articles, numbers up to ten as digits, "dont" as "don't". A sign becomes a
-    space where it stands between letters ("top-left"), and goes where a space is beside one of its
-    kind. All signs go, without a space, where a comma stands between digits ("1,000"). Stops go,
-    except before a digit.
+    In lower case, without articles, numbers up to ten as digits, "dont" as "don't". A sign becomes
+    a space ("top-left"), but goes where a space is beside one of its kind. All signs go, without a
+    space, where a comma stands between digits ("1,000"). Stops go, except before a digit.
     """
     answer = answer.replace("\n", " ").replace("\t", " ").strip()
     grouped = re.search(r"\d,\d", answer)

@@ -28,6 +28,20 @@ def test_tokens_are_those_of_java() -> None:
     assert len(differ) <= 2
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("A Man skis in open snow-packed field.", "a man skis in open snow-packed field"),
+        ("The dog's toy isn't here, it's there!", "the dog 's toy is n't here it 's there"),
+        ('He said: "go" (now) -- or...', "he said go -lrb- now -rrb- or"),
+        ("At 3:30 the 2nd of 1,000 runs", "at 3:30 the 2nd of 1,000 runs"),
+        ("black/white; R&B", "black/white r&b"),
+    ],
+)
+def test_tokens_are_those_of_the_penn_treebank(text: str, tokens: str) -> None:
+    assert ptb_tokenize(text) == tokens
+
+
 def test_punctuation_is_dropped_as_by_coco() -> None:
     assert ptb_tokenize("He said: “go” (now) – or… stop!") == "he said go -lrb- now -rrb- or stop"
     assert not DROPPED & set(ptb_tokenize(" ".join(text for text, _ in PAIRS)).split(" "))
