@@ -49,7 +49,8 @@ from multimodal.data.parallel import map_ordered
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards, file_sha256
 from multimodal.eval.evaluator import Subject, evaluate, interval
-from multimodal.eval.metrics.captioning import ptb_tokenize, score_captions
+from multimodal.eval.metrics.captioning import score_captions
+from multimodal.eval.metrics.penn_treebank import ptb_tokenize
 from multimodal.eval.metrics.yardsticks import Lookup
 from multimodal.eval.tasks.captioning import Captioning
 from multimodal.eval.tasks.retrieval import Retrieval

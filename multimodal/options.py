@@ -4,9 +4,10 @@ Python signatures, command-line parsers and prompt files are made of these field
 imports torch, so that ``--help`` stays fast.
 """
 
+import difflib
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict, TypeVar
 
@@ -199,6 +200,41 @@ class DrawArguments(EditArguments, total=False):
     candidates: int
 
 
+# What other libraries call our options. Several: the first that the method has.
+NAMES_ELSEWHERE = {
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "num_beams": "beams",
+    "beam_size": "beams",
+    "do_sample": "temperature",
+    "temp": "temperature",
+    "stop_strings": "stop",
+    "stop_sequences": "stop",
+    "num_return_sequences": "candidates",
+    "best_of": "candidates",
+    "frequency_penalty": "repetition_penalty",
+    "presence_penalty": "repetition_penalty",
+    "generator": "seed",
+    "random_state": "seed",
+    "guidance": "guidance_scale",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "num_inference_steps": "steps",
+    "num_steps": "steps",
+    "negative_prompt": "negative",
+    "num_images_per_prompt": "n",
+    "num_images": "n",
+}
+
+
+def _ours(name: str, names: Sequence[str]) -> str:
+    """Our name of an option that another library names so, or that is close to it."""
+    ours = NAMES_ELSEWHERE.get(name.lower(), "")
+    if ours in names or ours == "n":
+        return ours
+    return next(iter(difflib.get_close_matches(name.lower(), names, n=1)), "")
+
+
 def make_options(cls: type[Options], given: Mapping[str, Any]) -> Options:
     """An options object of keyword arguments. None stands for the default.
 
@@ -207,22 +243,55 @@ def make_options(cls: type[Options], given: Mapping[str, Any]) -> Options:
     """
     names = [item.name for item in fields(cls)]
     if unknown := sorted(set(given) - set(names)):
-        raise ValueError(f"no option {', '.join(unknown)}; there are {', '.join(names)}")
+        meant = [f"{name} is {ours} here" for name in unknown if (ours := _ours(name, names))]
+        hint = f" ({'; '.join(meant)})" if meant else ""
+        raise ValueError(f"no option {', '.join(unknown)}{hint}; there are {', '.join(names)}")
     try:
         return cls(**{name: value for name, value in given.items() if value is not None})
     except TypeError as error:  # a comparison with a value of another type
         raise ValueError(f"options {dict(given)}: {error}") from error
 
 
-def takes_options(cls: type[Sampling]) -> Callable[[MethodT], MethodT]:
-    """Show the fields of an options class in the signature of a method that takes ``**options``.
+class _AsWritten:
+    """An annotation as it is written: without quotes, its names as they are."""
 
-    So ``help()`` and editors list names, types and defaults.
+    def __init__(self, annotation: Any) -> None:
+        self.annotation = annotation
+
+    def __repr__(self) -> str:
+        return str(self.annotation)
+
+
+def shows_types(method: MethodT) -> MethodT:
+    """Let ``help()`` show annotations that are strings without quotes."""
+    signature = inspect.signature(method)
+
+    def written(annotation: Any) -> Any:
+        return _AsWritten(annotation) if isinstance(annotation, str) else annotation
+
+    method.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[
+            item.replace(annotation=written(item.annotation))
+            for item in signature.parameters.values()
+        ],
+        return_annotation=written(signature.return_annotation),
+    )
+    return method
+
+
+def takes_options(cls: type[Sampling]) -> Callable[[MethodT], MethodT]:
+    """Show the fields of an options class in a method that takes ``**options``.
+
+    So ``help()`` and editors list names, types, defaults and what each option does.
     """
 
     def decorate(method: MethodT) -> MethodT:
-        signature, hints = inspect.signature(method), typing.get_type_hints(cls)
-        given = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        signature, hints = inspect.signature(shows_types(method)), typing.get_type_hints(cls)
+        given = [
+            item
+            for item in signature.parameters.values()
+            if item.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
         shown = [
             inspect.Parameter(
                 item.name,
@@ -235,6 +304,10 @@ def takes_options(cls: type[Sampling]) -> Callable[[MethodT], MethodT]:
         method.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[*given, *shown]
         )
+        lines = [f"{item.name}: {item.metadata['help']}." for item in fields(cls)]
+        if method.__doc__ and "options: see" in method.__doc__:
+            before, _, after = method.__doc__.partition(f"options: see {cls.__name__}.")
+            method.__doc__ = before + "\n            ".join(lines) + after
         return method
 
     return decorate

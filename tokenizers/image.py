@@ -59,6 +59,13 @@ class ImageTokenizer(nn.Module):
                 )
         self.fit: Fit = levels[0].config.fit
 
+    def __repr__(self) -> str:
+        levels = ", ".join(
+            f"{level.name} {level.grid} x {level.grid} x {level.groups} of {level.codebook_size}"
+            for level in self.layout.levels
+        )
+        return f"ImageTokenizer({self.image_size} x {self.image_size} pixels, {self.fit}: {levels})"
+
     @property
     def can_draw(self) -> bool:
         """Whether codes become images."""

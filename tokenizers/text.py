@@ -48,6 +48,9 @@ class TextTokenizer:
         self._tokenizer = Tokenizer.from_str(json.dumps(stored))
         self._tokenizer.encode_special_tokens = True  # encode control tokens as plain text
 
+    def __repr__(self) -> str:
+        return f"TextTokenizer({len(self)} tokens)"
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle with ``encode_special_tokens``, which the library's own pickle loses."""
         return TextTokenizer.from_json, (self.to_json(), self.chat)

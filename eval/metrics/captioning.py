@@ -13,33 +13,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from multimodal.eval.metrics.penn_treebank import ptb_tokenize
+
 PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]")
-# Penn Treebank tokens of lower-case text, as Stanford's tokenizer splits captions.
-_TOKENS = re.compile(
-    r"""
-    \.\.\. | --+
-    | [a-z]+(?=n't\b) | n't\b | '(?:s|m|d|ll|re|ve)\b  # don't: do n't; dog's: dog 's
-    | \d+(?:[.,:]\d+)*(?:-?[a-z]+)*                    # 1,000; 3:30; 2nd
-    | (?:[a-z]\.){2,}                                  # u.s.
-    | \w+(?:[-&/_.@]\w+)*                              # snow-packed, black/white
-    | \S
-    """,
-    re.VERBOSE,
-)
-_DROPPED = frozenset("'' ' `` ` \" ( ) { } [ ] . ? ! , : - -- ... ;".split())
 
 
 def normalise(text: str) -> str:
     """Lower case, without punctuation ("t-shirt" becomes "tshirt"), single spaces."""
     return " ".join(PUNCTUATION.sub("", text.lower()).split())
-
-
-def ptb_tokenize(text: str) -> str:
-    """Lower-case Penn Treebank tokens with single spaces between them, without punctuation.
-
-    COCO's evaluation uses Java's PTBTokenizer. Both agree on all 757 captions of its test.
-    """
-    return " ".join(token for token in _TOKENS.findall(text.lower()) if token not in _DROPPED)
 
 
 def score_captions(

@@ -22,7 +22,8 @@ from multimodal.data.samples import CODES, Sample
 from multimodal.data.shards import Shards
 from multimodal.distributed import gather_objects
 from multimodal.eval.evaluator import Example, Subject, Value
-from multimodal.eval.metrics.captioning import ptb_tokenize, score_captions
+from multimodal.eval.metrics.captioning import score_captions
+from multimodal.eval.metrics.penn_treebank import ptb_tokenize
 from multimodal.eval.metrics.yardsticks import NEIGHBOURS, Lookup, best_constant, shuffled
 from multimodal.inference.embedding import EmbeddingCache
 from multimodal.inference.text import caption_codes

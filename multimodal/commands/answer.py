@@ -29,8 +29,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     parser = make_parser("answer", "Answer a question about an image.", EPILOG, AnswerOptions)
-    parser.add_argument("image", metavar="IMAGE", help="a JPEG, PNG or WebP file")
-    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="a JPEG, PNG or WebP file")
+    parser.add_argument("question", nargs="?", metavar="QUESTION")
     parser.add_argument("--json", action="store_true", help='{"image", "question", "answer"}')
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--choices", nargs="+", metavar="TEXT", help="answer with one of these")
@@ -45,6 +45,11 @@ def main(argv: list[str]) -> int:
     kept.add_argument("--prompt", default="question", metavar="NAME", help="the name of one")
     kept.add_argument("--prompts", metavar="DIR", help="a folder with prompt files of your own")
     arguments = parser.parse_args(argv)
+    for name in ("question", "image"):  # --choices yes no IMAGE QUESTION: the list took them, too
+        if getattr(arguments, name) is None and len(arguments.choices or ()) > 2:
+            setattr(arguments, name, arguments.choices.pop())
+    if arguments.image is None or arguments.question is None:
+        parser.error("the following arguments are required: IMAGE, QUESTION")
 
     from multimodal.inference.prompt_files import find_prompt
 

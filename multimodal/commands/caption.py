@@ -11,6 +11,7 @@ from multimodal.commands.options import (
     add_bulk,
     at_least_one,
     given_options,
+    image_paths,
     load_model,
     make_parser,
     run_bulk,
@@ -25,6 +26,9 @@ that is not UTF-8 reads as Python's surrogateescape has it).
 examples:
   multimodal caption --model runs/photos-joint/model cat.jpg dog.png
   multimodal caption --model runs/photos-joint/model --json photos/*.jpg > captions.jsonl
+  multimodal caption photos/ > captions.tsv
+  find photos -name "*.jpg" | multimodal caption -
+  multimodal caption @list.txt
   multimodal caption --data data/photos --out-dir captions/ --workers 4
 """
 
@@ -37,7 +41,12 @@ def main(argv: list[str]) -> int:
         EPILOG,
         CaptionOptions,
     )
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="JPEG, PNG or WebP files")
+    parser.add_argument(
+        "images",
+        nargs="*",
+        metavar="IMAGE",
+        help="files, folders, @FILE with a path a line, or - for such lines on stdin",
+    )
     parser.add_argument("--json", action="store_true", help='{"image": ..., "caption": ...} a line')
     parser.add_argument("--batch-size", type=int, default=32, help="images at once (default 32)")
     add_bulk(parser)
@@ -51,7 +60,7 @@ def main(argv: list[str]) -> int:
     from tqdm import tqdm
 
     options = given_options(arguments, CaptionOptions)
-    paths, size = arguments.images, arguments.batch_size
+    paths, size = image_paths(arguments.images), arguments.batch_size
     model = load_model(arguments)
     captions = model.caption_each(paths, batch_size=size, **options)
     failed = 0

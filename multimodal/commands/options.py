@@ -49,6 +49,9 @@ def make_parser(
     parser.add_argument(
         "--threads", type=int, default=0, help="CPU threads (default: torch's choice)"
     )
+    parser.add_argument(
+        "--urls", action="store_true", help="images may be http and https addresses: fetch them"
+    )
     if options is None:
         parser.add_argument(
             "--seed", type=int, default=0, help="seed of all random numbers (default 0)"
@@ -175,6 +178,51 @@ def run_bulk(arguments: argparse.Namespace, kind: Literal["caption", "embed"]) -
     return int(failed > 0)
 
 
+def image_paths(names: "Sequence[str]") -> list[str]:
+    """The paths that arguments stand for.
+
+    Args:
+        names: paths of images, folders (their images, subfolders too), ``@FILE`` for a file with a
+            path a line, ``-`` for such lines on stdin.
+
+    Raises:
+        ValueError: for a list that cannot be read or is empty.
+    """
+    from multimodal.inference.embedding import find_images
+
+    paths: list[str] = []
+    for name in names:
+        if os.path.isdir(name):
+            try:
+                paths += map(str, find_images(Path(name)))
+            except ValueError:  # no images in it: it is named like a file that cannot be read
+                paths.append(name)
+        elif name == "-" or (name.startswith("@") and not os.path.exists(name)):
+            listed = _lines_of(name)
+            if not listed:
+                raise ValueError(f"{'stdin' if name == '-' else name[1:]}: no paths in it")
+            paths += listed
+        else:
+            paths.append(name)
+    return paths
+
+
+def _lines_of(name: str) -> list[str]:
+    """The lines of stdin (``-``) or of a file (``@FILE``) that are not empty."""
+    if name == "-":
+        data = (
+            sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+        )
+    else:
+        try:
+            data = Path(name[1:]).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{name[1:]}: {error.strerror or error}") from error
+    # Paths are bytes: what is not UTF-8 comes through as it is.
+    lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
+    return [os.fsdecode(line) for line in lines if line.strip()]
+
+
 def at_least_one(arguments: argparse.Namespace, *names: str) -> None:
     """Raises ``ValueError`` for an option below 1."""
     for name in names:
@@ -203,7 +251,7 @@ def load_model(arguments: argparse.Namespace) -> "Model":
     from multimodal import load
 
     use_device(arguments)
-    return load(arguments.model, arguments.device, arguments.dtype)
+    return load(arguments.model, arguments.device, arguments.dtype, urls=arguments.urls)
 
 
 def check_output(path: Path, suffixes: tuple[str, ...] = tuple(IMAGE_FORMATS)) -> None:

@@ -4,18 +4,15 @@ Shapes: B images, n codes of an image, H W pixels.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TypeAlias
 
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
-from multimodal.data.images import fit_image, open_image, to_tensor
+from multimodal.data.images import fit_image, to_tensor
+from multimodal.inference.values import ImageSource, name_of, open_source
 from multimodal.model.checkpoint import ModelParts
 
-ImageSource: TypeAlias = str | Path | bytes | Image.Image
 UNKNOWN = -1  # a code that is not drawn yet
 GREY = 0.0  # pixels of a preview where nothing is drawn yet
 
@@ -29,11 +26,6 @@ def encode_text(model: ModelParts, text: str) -> list[int]:
     if not text.strip():
         raise ValueError("the text is empty")
     return model.text_tokenizer.encode(text.strip())
-
-
-def name_of(image: object, number: int) -> str:
-    """What to call an image in errors."""
-    return str(image) if isinstance(image, str | Path) else f"image {number}"
 
 
 def read_images(
@@ -54,7 +46,7 @@ def read_images(
     pixels = []
     for number, image in enumerate(images):
         name = names[number] if names else name_of(image, number)
-        opened = open_image(image, name=name)
+        opened = open_source(image, name, model.urls)
         pixels.append(to_tensor(fit_image(opened, tokenizer.image_size, tokenizer.fit)))
     return torch.stack(pixels)
 

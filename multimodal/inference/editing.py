@@ -6,6 +6,7 @@ Shapes: n codes of an image.
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -154,26 +155,26 @@ def vary_image(
     text: str | None,
     options: EditOptions,
 ) -> Image.Image:
-    """Draw a share of the codes anew, anywhere in the image.
+    """Draw a share of an image anew: places of the last level, anywhere. The rest stays as it is.
 
     Args:
-        share: of the codes of each level, in (0, 1].
+        share: of the places, in (0, 1].
         text: what the image shows. None: the model's caption of it.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share={share}: expected a share of the codes in (0, 1]")
-    tokenizer, codes = model.image_tokenizer, _codes_of(model, image)
-    if text is None and not (text := caption_codes(model, codes)[0]):
+    if text is None and not (text := caption_codes(model, _codes_of(model, image))[0]):
         raise ValueError("the model says nothing of this image: give a text")
+    side = model.config.layout.levels[-1].grid
     generator = torch.Generator().manual_seed(options.seed)
-    for level in model.config.layout.levels:
-        order = torch.randperm(level.codes, generator=generator)
-        chosen = order[: max(1, round(share * level.codes))]
-        codes[:, model.config.layout.span(level.name).start + chosen] = UNKNOWN
-    varied = _to_original(_draw_unknown(model, codes, text, options), image.size, tokenizer.fit)
-    seen = Image.new("RGB", (tokenizer.image_size, tokenizer.image_size), "white")
-    seen = _to_original(seen, image.size, tokenizer.fit)
-    return Image.composite(varied, image, seen.convert("L"))
+    chosen = torch.randperm(side * side, generator=generator)[: max(1, round(share * side * side))]
+    places = np.zeros(side * side, np.uint8)
+    places[chosen.numpy()] = 255
+    cells = Image.fromarray(rearrange(places, "(h w) -> h w", h=side))
+    tokenizer = model.image_tokenizer
+    square = cells.resize((tokenizer.image_size, tokenizer.image_size), Image.Resampling.NEAREST)
+    mask = _to_original(square.convert("RGB"), image.size, tokenizer.fit)
+    return edit_image(model, image, mask, text, options)
 
 
 def _codes_of(model: ModelParts, image: Image.Image) -> Tensor:

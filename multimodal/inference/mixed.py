@@ -18,7 +18,6 @@ from torch import Tensor
 from multimodal.data.images import to_image
 from multimodal.inference.batch import check_length
 from multimodal.inference.codec import (
-    ImageSource,
     decode_images,
     encode_images,
     encode_to_read,
@@ -28,6 +27,7 @@ from multimodal.inference.codec import (
 from multimodal.inference.decode import Row, decode
 from multimodal.inference.drawing import ImageRow
 from multimodal.inference.text import TextRow, generate_ids, text_mask
+from multimodal.inference.values import ImageSource
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.sequences import image_tokens
 from multimodal.model.transformer import ALL

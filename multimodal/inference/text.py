@@ -5,6 +5,7 @@ Only text ids and <eos> can be chosen: a mask removes all other ids at every ste
 Shapes: B prompts, V vocabulary, n codes of an image.
 """
 
+import textwrap
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,23 +13,19 @@ from torch import Tensor
 
 from multimodal.inference.batch import DecodeBatch, check_length
 from multimodal.inference.beams import beam_search
-from multimodal.inference.codec import (
-    ImageSource,
-    encode_text,
-    encode_to_read,
-    name_of,
-    read_images,
-)
+from multimodal.inference.codec import encode_text, encode_to_read, read_images
 from multimodal.inference.decode import Row, decode
 from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.inference.json_schema import Schema, SchemaState
 from multimodal.inference.likelihoods import choice_likelihoods
 from multimodal.inference.prompt_files import Prompt
+from multimodal.inference.values import ImageSource, name_of
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.sequences import image_tokens
 from multimodal.options import AnswerOptions, CaptionOptions, TextOptions
 
 GREEDY = TextOptions()
+PARTIAL_TEXT = 200  # characters of an unfinished text that an error shows
 
 
 def text_mask(model: ModelParts) -> Tensor:
@@ -179,10 +176,12 @@ def generate_ids(
         repetition_penalty=options.repetition_penalty,
     ):
         pass
-    if unfinished := sum(row.state is not None and not row.state.done for row in rows):
+    if unfinished := [row for row in rows if row.state is not None and not row.state.done]:
         raise ValueError(
-            f"{unfinished} of {len(rows)} texts do not follow the schema to its end in "
-            f"{options.max_tokens} tokens: raise max_tokens, or bound its strings (maxLength)"
+            f"{len(unfinished)} of {len(rows)} texts do not follow the schema to its end in "
+            f"{options.max_tokens} tokens: raise max_tokens, or bound its strings (maxLength), "
+            "numbers (maximum) and lists (maxItems). The text so far: "
+            f"{textwrap.shorten(unfinished[0].text(), PARTIAL_TEXT)!r}"
         )
     return [row.tokens for row in rows]
 

@@ -49,6 +49,7 @@ class ModelParts:
     network: MultimodalLM
     text_tokenizer: TextTokenizer
     image_tokenizer: ImageTokenizer
+    urls: bool = False  # whether images may be web addresses
 
     def __post_init__(self) -> None:
         config = self.network.config

@@ -25,7 +25,7 @@ from multimodal.options import (
     TextOptions,
 )
 
-SHARED = {"help", "model", "device", "dtype", "threads"}
+SHARED = {"help", "model", "device", "dtype", "threads", "urls"}
 BULK = {"data", "out_dir", "split", "workers", "engine"}
 CLASSES: dict[str, type[Sampling]] = {
     "caption": CaptionOptions,
@@ -117,7 +117,7 @@ def parser_of(verb: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentPa
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recorder:
     model = Recorder()
-    monkeypatch.setattr(multimodal, "load", lambda *_: model, raising=False)
+    monkeypatch.setattr(multimodal, "load", lambda *_, **__: model, raising=False)
     monkeypatch.chdir(tmp_path)
     return model
 

@@ -44,6 +44,13 @@ def test_answer(run: Run, photo: Path, tiny_model_folder: Path) -> None:
     assert status == 0
     assert json.loads(out) == {"image": str(photo), "question": "what is it?", "answer": expected}
     assert run("answer", photo, "what is it?")[1] == " ".join(expected.split()) + "\n"
+    expected = load(tiny_model_folder).answer(photo, "red?", choices=["yes", "no"]) + "\n"
+    for line in (
+        (photo, "red?", "--choices", "yes", "no"),
+        (photo, "--choices", "yes", "no", "red?"),
+        ("--choices", "yes", "no", photo, "red?"),
+    ):
+        assert run("answer", *line)[1] == expected
 
 
 def test_draw_one_and_many(run: Run, tmp_path: Path) -> None:
@@ -137,6 +144,8 @@ HOSTILE: list[tuple[tuple[str, ...], int, str]] = [
     (("answer", "PHOTO", "what?", "--max-tokens", "0"), 1, "--max-tokens 0: expected at least 1"),
     (("draw", "", "--out", "x.png"), 1, "the text is empty"),
     (("draw", "word " * 10_000, "--out", "x.png"), 1, "the model reads at most"),
+    (("answer", "--choices", "yes", "no"), 2, "required: IMAGE, QUESTION"),
+    (("answer", "PHOTO", "--choices", "yes", "no"), 2, "required: IMAGE, QUESTION"),
     (("draw", "a bus", "--out", "x.png", "-n", "0"), 1, "-n 0: expected at least 1"),
     (("draw", "a bus", "--out", "x.png", "--steps", "0"), 1, "--steps 0: expected at least 1"),
     (

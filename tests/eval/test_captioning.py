@@ -16,8 +16,9 @@ from multimodal.cli import main
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards
 from multimodal.eval.evaluator import Subject, evaluate, training_samples
-from multimodal.eval.metrics.captioning import ptb_tokenize, sentence_health
+from multimodal.eval.metrics.captioning import normalise, sentence_health
 from multimodal.eval.metrics.cider import CaptionSpace, mean_similarities, similarities
+from multimodal.eval.metrics.penn_treebank import ptb_tokenize
 from multimodal.eval.metrics.yardsticks import Lookup, best_constant, shuffled
 from multimodal.eval.tasks import captioning
 from multimodal.eval.tasks.captioning import Captioning
@@ -192,3 +193,7 @@ def test_what_is_left_out_is_said(scenes: Path, tiny_model_folder: Path, tmp_pat
     labelled = Sample("a", {**subject.samples[0].members, "json": b'{"label": "true"}'})
     evaluate(evaluator := Captioning(), replace(alone, training=[labelled]))
     assert len(evaluator.notes) == 1 and "no training split with captions" in evaluator.notes[0]
+
+
+def test_normalise() -> None:
+    assert normalise("  A man's Hat, (red)! ") == "a mans hat red"

@@ -109,6 +109,9 @@ def test_a_variation_keeps_the_other_codes(
     fresh = known == UNKNOWN
     assert int(fresh.sum()) == round(16 * share)
     assert torch.equal(known[~fresh], codes[~fresh])
+    kept = np.repeat(np.repeat(~fresh.reshape(4, 4).numpy(), 6, 0), 10, 1)  # 40 x 24 pixels
+    before, after = np.asarray(image), np.asarray(varied)
+    assert (after[kept] == before[kept]).all() and (after[~kept] != before[~kept]).any()
     other = model.vary(image, share, "two dogs", seed=4)
     assert other.tobytes() != varied.tobytes() and calls[1][0] == ["two dogs"]
     with pytest.raises(ValueError, match="share=0"):

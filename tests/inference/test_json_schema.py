@@ -70,6 +70,9 @@ def test_a_batch_is_each_text_alone_and_unfinished_texts_are_an_error(model: Mod
     short = TextOptions(max_tokens=5)
     with pytest.raises(ValueError, match="4 of 4 texts do not follow the schema to its end in 5 "):
         generate_ids(model, prompts, short, schema=schema)
+    endless = Schema(model, {"type": "array", "items": {"type": "integer"}, "minItems": 99})
+    with pytest.raises(ValueError, match=r"numbers \(maximum\) .* The text so far: '\[-?[0-9]"):
+        generate_ids(model, prompts, OPTIONS, schema=endless)
     with pytest.raises(ValueError, match="a JSON schema says where .* give it or stop"):
         generate_ids(model, prompts, replace(short, stop=("a",)), schema=schema)
     with pytest.raises(ValueError, match="beams and a JSON schema"):

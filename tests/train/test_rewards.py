@@ -15,7 +15,7 @@ from torch import Tensor
 
 from multimodal.api import Model
 from multimodal.cli import main
-from multimodal.eval.metrics.captioning import ptb_tokenize
+from multimodal.eval.metrics.penn_treebank import ptb_tokenize
 from multimodal.model.batches import BatchBuilder, TrainingSample
 from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig

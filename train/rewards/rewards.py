@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from multimodal.data.shards import Shards
-from multimodal.eval.metrics.captioning import ptb_tokenize
 from multimodal.eval.metrics.cider import CaptionSpace, similarities
+from multimodal.eval.metrics.penn_treebank import ptb_tokenize
 from multimodal.eval.tasks.registry import from_file
 from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.model.checkpoint import ModelParts

@@ -1,0 +1,312 @@
+"""What a person does with a model: caption, answer, draw, edit, embed, search, generate.
+
+Images are paths, bytes, open files, Pillow images, numpy arrays or torch tensors (``open_source``
+in inference/values.py). One in is one out, several in are several out. Whatever is wrong with an
+argument or an image is a ``ValueError``. The keyword arguments of each method, their defaults and
+ranges are the fields of an options class in multimodal/options.py: texts take the most likely
+tokens by default, drawings are sampled at temperature 0.8.
+"""
+
+from __future__ import annotations  # help() shows the names of types as they are written
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Literal, Unpack, overload
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from multimodal.api.texts import TextMethods
+from multimodal.data.images import to_image
+from multimodal.inference import editing
+from multimodal.inference.codec import (
+    decode_images,
+    encode_to_read,
+    preview_images,
+    read_images,
+)
+from multimodal.inference.drawing import draw_codes
+from multimodal.inference.embedding import (
+    EmbeddingCache,
+    embed_codes,
+    embed_files,
+    embed_texts,
+    find_images,
+)
+from multimodal.inference.values import (
+    Drawings,
+    Images,
+    ImageSource,
+    Results,
+    is_one,
+    open_mask,
+    open_source,
+    to_list,
+)
+from multimodal.model.compiled import CompiledForward
+from multimodal.options import (
+    DrawArguments,
+    DrawOptions,
+    EditArguments,
+    EditOptions,
+    check,
+    make_options,
+    shows_types,
+    takes_options,
+)
+
+
+class DrawCall(DrawArguments, total=False):
+    on_preview: Callable[[Sequence[int], list[Image.Image]], object] | None
+
+
+class Model(TextMethods):
+    """A network, its text tokenizer and its image tokenizer, and what they can do together."""
+
+    def __repr__(self) -> str:
+        sizes, images = self.config.transformer, self.image_tokenizer
+        parameters = sum(weight.numel() for weight in self.network.parameters())
+        dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
+        return (
+            f"{type(self).__name__}({sizes.num_hidden_layers} layers of {sizes.hidden_size}, "
+            f"{parameters / 1e6:.1f} M parameters, {dtype} on {self.device}\n"
+            f"  images: {images.image_size} x {images.image_size} pixels ({images.fit}), "
+            f"{images.codes_per_image} codes of {images.codebook_size}\n"
+            f"  texts: {self.config.text_size} ids, "
+            f"sequences of {sizes.max_position_embeddings} tokens)"
+        )
+
+    def compile_decoding(self) -> None:
+        """Compile the passes that read prompts, make a token, and draw masked codes.
+
+        The first prompt, the first batch, the first drawing and the first batch of drawings each
+        take up to a minute, and each further 128 tokens of one prompt and its reply ten seconds.
+        After that, on a CPU, one prompt at a time is about twice as fast, several are up to a fifth
+        faster, and masked drawing up to a third.
+
+        Raises:
+            ValueError: on a CPU without a C++ compiler.
+        """
+        if self.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+            raise ValueError("compiling on a CPU needs a C++ compiler: install g++ or clang++")
+        self.network.compiled = CompiledForward.of(self.network.transformer)
+
+    # --- images -------------------------------------------------------------------------------
+
+    @overload
+    def draw(  # type: ignore[overload-overlap]
+        self, text: str, n: int = 1, **options: Unpack[DrawCall]
+    ) -> Drawings: ...
+    @overload
+    def draw(
+        self, text: Sequence[str], n: int = 1, **options: Unpack[DrawCall]
+    ) -> list[Drawings]: ...
+    @takes_options(DrawOptions)
+    def draw(
+        self,
+        text: str | Sequence[str],
+        n: int = 1,
+        *,
+        on_preview: Callable[[Sequence[int], list[Image.Image]], object] | None = None,
+        **options: Unpack[DrawArguments],
+    ) -> Drawings | list[Drawings]:
+        """Draw n images of a text, or of each of several texts. A notebook shows them as a grid.
+
+        Args:
+            on_preview: is given the numbers of some drawings and what there is of them, after each
+                row of codes or each step of masked drawing. A masked step is two to three times
+                slower then.
+            options: see DrawOptions.
+        """
+        check(n >= 1, "n", n, "at least 1")
+        texts = [text] if isinstance(text, str) else list(text)
+
+        def on_step(numbers: Sequence[int], codes: Tensor) -> None:
+            if on_preview is not None:
+                on_preview(numbers, [to_image(image) for image in preview_images(self, codes)])
+
+        codes = draw_codes(
+            self,
+            [each for each in texts for _ in range(n)],
+            make_options(DrawOptions, options),
+            numbers=[number for _ in texts for number in range(n)],
+            on_step=None if on_preview is None else on_step,
+        )
+        drawn = [to_image(image) for image in decode_images(self, codes)]
+        results = [Drawings(drawn[start : start + n]) for start in range(0, len(drawn), n)]
+        return results[0] if isinstance(text, str) else results
+
+    @takes_options(EditOptions)
+    def edit(
+        self,
+        image: ImageSource,
+        mask: ImageSource | tuple[int, int, int, int],
+        text: str,
+        **options: Unpack[EditArguments],
+    ) -> Image.Image:
+        """Draw a part of an image anew, after a text.
+
+        Args:
+            mask: an image of the same size that is white where to draw (an array may be of bool),
+                or a box: left, top, right, bottom in pixels.
+            options: see EditOptions.
+
+        Returns:
+            An image of the same size, unchanged outside the mask.
+        """
+        original = open_source(image, urls=self.urls)
+        if isinstance(mask, tuple | list):
+            white = editing.box_mask(original.size, tuple(mask))  # type: ignore[arg-type]
+        else:
+            white = open_mask(mask, self.urls)
+        return editing.edit_image(self, original, white, text, make_options(EditOptions, options))
+
+    @takes_options(EditOptions)
+    def outpaint(
+        self,
+        image: ImageSource,
+        margins: tuple[int, int, int, int],
+        text: str,
+        **options: Unpack[EditArguments],
+    ) -> Image.Image:
+        """Draw what lies around an image. margins: pixels at left, top, right and bottom."""
+        edit_options = make_options(EditOptions, options)
+        return editing.outpaint_image(
+            self, open_source(image, urls=self.urls), margins, text, edit_options
+        )
+
+    @takes_options(EditOptions)
+    def vary(
+        self,
+        image: ImageSource,
+        share: float = 0.5,
+        text: str | None = None,
+        **options: Unpack[EditArguments],
+    ) -> Image.Image:
+        """Draw a share of an image anew, anywhere. The rest of its pixels stays as it is.
+
+        Args:
+            text: what the image shows. By default the model's caption of it.
+        """
+        edit_options = make_options(EditOptions, options)
+        return editing.vary_image(
+            self, open_source(image, urls=self.urls), share, text, edit_options
+        )
+
+    # --- embeddings ---------------------------------------------------------------------------
+
+    @shows_types
+    def embed(
+        self,
+        images: ImageSource | Images | None = None,
+        texts: str | Sequence[str] | None = None,
+        *,
+        batch_size: int = 32,
+    ) -> Tensor:
+        """Embeddings of images, or of texts.
+
+        Returns:
+            float32[N, D] of unit norm, on the CPU, or float32[D] of one image or text. The product
+            of the rows of an image and a text says how well they fit, in [-1, 1].
+        """
+        if (images is None) == (texts is None):
+            raise ValueError("embed: give images or texts, one of the two")
+        check(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        rows: list[Tensor] = [torch.zeros(0, self.config.objectives.alignment_dim)]
+        pictures = [] if images is None else to_list(images)
+        for start in range(0, len(pictures), batch_size):
+            pixels = read_images(self, pictures[start : start + batch_size])
+            rows.append(embed_codes(self, encode_to_read(self, pixels)))
+        lines = [texts] if isinstance(texts, str) else list(texts or ())
+        for start in range(0, len(lines), batch_size):
+            rows.append(embed_texts(self, lines[start : start + batch_size]))
+        alone = isinstance(texts, str) if images is None else is_one(images)
+        return torch.cat(rows)[0] if alone else torch.cat(rows)
+
+    @shows_types
+    def search(
+        self,
+        query: ImageSource,
+        images: str | PathLike[str] | Sequence[str | PathLike[str]],
+        k: int = 10,
+        *,
+        cache: EmbeddingCache | None = None,
+        batch_size: int = 32,
+    ) -> Results:
+        """The k images that fit a text, or another image, best.
+
+        Args:
+            query: a ``str`` is a text, everything else an image (a path is a ``Path``).
+            images: a folder, searched with its subfolders, or paths.
+            cache: embeddings by the content of files. New ones are added to it.
+
+        Returns:
+            (path, score in [-1, 1]), the best first. ``skipped`` has what could not be read, by its
+            place among the images.
+        """
+        check(k >= 1, "k", k, "at least 1")
+        row = self.embed(texts=query) if isinstance(query, str) else self.embed(images=query)
+        paths = (
+            find_images(Path(images))
+            if isinstance(images, str | PathLike)
+            else [Path(path) for path in images]
+        )
+        results, scores = Results(), dict[Path, float]()
+        for path, found in self.embed_files(paths, cache=cache, batch_size=batch_size):
+            if isinstance(found, ValueError):
+                results.skipped[paths.index(path)] = found
+            else:
+                scores[path] = float(found @ row)
+        results += sorted(scores.items(), key=lambda pair: (-pair[1], str(pair[0])))[:k]
+        return results
+
+    @shows_types
+    def embed_files(
+        self, paths: list[Path], *, cache: EmbeddingCache | None = None, batch_size: int = 32
+    ) -> Iterator[tuple[Path, Tensor | ValueError]]:
+        """(path, float32[D] or what was wrong with the file), in the order of the paths.
+
+        Args:
+            cache: embeddings by the content of files. New ones are added to it.
+        """
+        check(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        return embed_files(self, paths, cache, batch_size)
+
+
+DType = Literal["float32", "bfloat16"]
+
+
+@shows_types
+def load(
+    path: str | Path = "starter",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | DType = "float32",
+    *,
+    urls: bool = False,
+) -> Model:
+    """Load a model folder, or a bundled model by its name, ready for use.
+
+    Args:
+        path: a folder, or ``starter``.
+        device: where torch computes.
+        dtype: of the network, float32 or bfloat16. The image tokenizer stays in float32.
+        urls: images may be http and https addresses, which are fetched.
+
+    Raises:
+        ValueError: for anything that is not a model folder of this release, or a device or dtype
+            that cannot be used.
+    """
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    kind = names.get(dtype) if isinstance(dtype, str) else dtype
+    check(kind in names.values(), "dtype", dtype, " or ".join(names))
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # CPU-only builds assert
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"device={str(device)!r}: cannot be used here ({reason})") from error
+    model = Model.load(path, str(device), kind or torch.float32)
+    model.urls = urls
+    return model

@@ -1,0 +1,178 @@
+"""What methods of a model take as an image, and what they return for many inputs.
+
+Shapes: H W pixels, C channels (1 grey, 3 RGB, 4 RGB and alpha), B images.
+"""
+
+import io
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeAlias
+
+import numpy as np
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from multimodal.data.images import grid_of, open_image
+
+Array: TypeAlias = np.ndarray[Any, Any]
+ImageSource: TypeAlias = (
+    str | PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | Array | Tensor
+)
+Images: TypeAlias = Iterable[ImageSource] | Array | Tensor  # [B, ...]
+OnError = Literal["raise", "skip"]
+EXPECTED = "a path, bytes, a file, a Pillow image, a numpy array or a torch tensor"
+URL_STARTS = ("http://", "https://")
+MAX_DOWNLOAD = 64 << 20  # bytes of an image behind an address
+TIMEOUT = 30  # seconds without an answer
+
+
+def name_of(image: object, number: int) -> str:
+    """What to call an image in errors."""
+    return str(image) if isinstance(image, str | PathLike) else f"image {number}"
+
+
+def is_one(images: object) -> bool:
+    """Whether this is one image, not several. Arrays and tensors of four dimensions are several."""
+    if isinstance(images, np.ndarray | Tensor):
+        return images.ndim < 4
+    return isinstance(
+        images, str | PathLike | bytes | bytearray | memoryview | Image.Image
+    ) or hasattr(images, "read")
+
+
+def to_list(images: ImageSource | Images, what: str = "images") -> list[Any]:
+    """One image as a list of one, several as a list."""
+    if is_one(images):
+        return [images]
+    try:
+        return list(images)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(
+            f"{what}: {type(images).__name__} is no image; expected {EXPECTED}, or a list of them"
+        ) from error
+
+
+def open_source(source: Any, name: str | None = None, urls: bool = False) -> Image.Image:
+    """An image as Pillow has it, in mode RGB.
+
+    Args:
+        source: a numpy array [H, W] or [H, W, C], or a torch tensor [H, W] or [C, H, W], of uint8,
+            bool (white is true) or floats in [0, 1]. Or what ``open_image`` takes, a file that is
+            open for reading, or a web address.
+        name: what errors call it.
+        urls: whether web addresses are fetched.
+
+    Raises:
+        ValueError: one line, for anything that is no image.
+    """
+    name = name or name_of(source, 0)
+    if isinstance(source, str) and source.lower().startswith(URL_STARTS):
+        if not urls:
+            raise ValueError(
+                f"{name}: web addresses are not fetched unless that is asked for: "
+                "load(..., urls=True), or --urls"
+            )
+        return open_image(_download(source), name=name)
+    if isinstance(source, Tensor):
+        source = source.detach().cpu().float() if source.is_floating_point() else source.cpu()
+        array = source.numpy()
+        return _from_array(
+            np.moveaxis(array, 0, -1) if array.ndim == 3 else array, name, "[C, H, W]"
+        )
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name, "[H, W, C]")
+    if isinstance(source, bytearray | memoryview):
+        source = bytes(source)
+    elif isinstance(source, PathLike):
+        source = Path(source)
+    elif hasattr(source, "read"):
+        source = source.read()
+        if not isinstance(source, bytes):
+            raise ValueError(f"{name}: a file that gives text; open it with mode 'rb'")
+    elif not isinstance(source, str | bytes | Image.Image):
+        raise ValueError(f"{name}: {type(source).__name__} is no image; expected {EXPECTED}")
+    return open_image(source, name=name)
+
+
+def open_mask(mask: Any, urls: bool = False) -> Image.Image:
+    """A mask in mode RGB. Arrays that hold nothing but 0 and 1 are black and white."""
+    mask = _as_numpy(mask) if isinstance(mask, Tensor) else mask
+    if isinstance(mask, np.ndarray) and mask.size and mask.dtype.kind in "biu" and mask.max() <= 1:
+        mask = mask.astype(bool)
+    name = name_of(mask, 0) if isinstance(mask, str | PathLike) else "the mask"
+    return open_source(mask, name, urls)
+
+
+def _as_numpy(tensor: Tensor) -> Array:
+    """[C, H, W] as [H, W, C]."""
+    tensor = tensor.detach().cpu()
+    array: Array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return rearrange(array, "c h w -> h w c") if array.ndim == 3 else array
+
+
+def _from_array(array: Array, name: str, layout: str) -> Image.Image:
+    given = f"{name}: an array of shape {list(array.shape)} and type {array.dtype}"
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise ValueError(f"{given}; expected [H, W] or {layout} with 1, 3 or 4 channels")
+    if array.dtype.kind == "f":
+        if array.size and not (np.isfinite(array).all() and 0 <= array.min() <= array.max() <= 1):
+            raise ValueError(f"{given}, with values outside [0, 1]; expected [0, 1], or uint8")
+        array = np.rint(array * 255).astype(np.uint8)
+    elif array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype != np.uint8:
+        raise ValueError(f"{given}; expected uint8, bool, or floats in [0, 1]")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if not array.size:
+        raise ValueError(f"{given}: it has no pixels")
+    return open_image(Image.fromarray(np.ascontiguousarray(array)), name=name)
+
+
+def _download(address: str) -> bytes:
+    try:
+        with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
+            if not answer.url.lower().startswith(URL_STARTS):
+                raise ValueError(f"{address}: leads to {answer.url}")
+            data: bytes = answer.read(MAX_DOWNLOAD + 1)
+    except (urllib.error.URLError, OSError) as error:
+        raise ValueError(f"{address}: could not be fetched ({error})") from error
+    if len(data) > MAX_DOWNLOAD:
+        raise ValueError(f"{address}: more than {MAX_DOWNLOAD >> 20} MiB")
+    return data
+
+
+class Results(list[Any]):
+    """A list of results.
+
+    Attributes:
+        skipped: what was wrong with the inputs that have no result, by their places.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skipped: dict[int, ValueError] = {}
+
+    def add(self, result: Any, on_error: OnError) -> None:
+        """Append a result. An error is raised, or kept in ``skipped`` with None in its place."""
+        if isinstance(result, ValueError):
+            if on_error == "raise":
+                raise result
+            self.skipped[len(self)] = result
+            result = None
+        self.append(result)
+
+
+class Drawings(list[Image.Image]):
+    """Drawings of one text. A notebook shows them side by side."""
+
+    def _repr_png_(self) -> bytes | None:
+        if not self:
+            return None
+        buffer = io.BytesIO()
+        grid_of(self).save(buffer, "PNG")
+        return buffer.getvalue()

@@ -1,0 +1,204 @@
+"""Images in every form that people hold, one or many in, and what comes back for many."""
+
+import functools
+import http.server
+import io
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from multimodal.api import Model, load
+from multimodal.inference.values import MAX_DOWNLOAD, Drawings, open_mask, open_source
+from multimodal.options import DrawOptions, TextOptions, make_options
+
+Make = Callable[..., Model]
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+PICTURE = Image.fromarray(PIXELS)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Make) -> Model:
+    return tiny_model(noise=0.1)
+
+
+def png(image: Image.Image = PICTURE) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_every_form_of_an_image_is_the_same_image(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png())
+    channels_first = torch.from_numpy(PIXELS.copy()).permute(2, 0, 1)
+    with path.open("rb") as file:
+        forms = [str(path), path, png(), bytearray(png()), memoryview(png()), io.BytesIO(png())]
+        forms += [file, PICTURE, PIXELS, PIXELS / 255, PIXELS.astype(np.float32) / 255]
+        forms += [channels_first, channels_first / 255, (channels_first / 255).requires_grad_()]
+        for form in forms:
+            assert (np.asarray(open_source(form)) == PIXELS).all(), type(form)
+    grey = PIXELS[:, :, 0]
+    for form in (grey, grey[:, :, None], torch.from_numpy(grey.copy())[None]):
+        assert (np.asarray(open_source(form)) == grey[:, :, None]).all()
+    clear = np.dstack([PIXELS, np.zeros((6, 5), np.uint8)])
+    assert (np.asarray(open_source(clear)) == 255).all(), "transparent is white"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (3, "int is no image; expected a path"),
+        (None, "NoneType is no image"),
+        (io.StringIO("x"), "open it with mode 'rb'"),
+        (PIXELS.astype(np.int64), r"shape \[6, 5, 3\] and type int64; expected uint8"),
+        (PIXELS.astype(float), r"values outside \[0, 1\]"),
+        (np.full((4, 4), np.nan), r"values outside \[0, 1\]"),
+        (torch.randn(3, 4, 4), r"values outside \[0, 1\]"),
+        (PIXELS.transpose(2, 0, 1), r"expected \[H, W\] or \[H, W, C\] with 1, 3 or 4"),
+        (torch.from_numpy(PIXELS.copy()), r"expected \[H, W\] or \[C, H, W\]"),
+        (np.zeros((0, 4), np.uint8), "no pixels"),
+        ("http://localhost/a.png", "not fetched unless that is asked for"),
+    ],
+)
+def test_what_is_no_image_is_refused(source: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_source(source)
+
+
+def test_masks_of_ones_are_white() -> None:
+    ones = np.eye(4, dtype=np.uint8)
+    expected = np.asarray(open_mask(Image.fromarray(ones * 255)))
+    for mask in (ones, ones.astype(bool), ones.astype(np.int64), ones * 255, ones.astype(float)):
+        assert (np.asarray(open_mask(mask)) == expected).all()
+        assert (np.asarray(open_mask(torch.from_numpy(mask)[None])) == expected).all()
+
+
+def test_web_addresses_are_fetched_when_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(MAX_DOWNLOAD + 1)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert (np.asarray(open_source(f"{address}/a.png", urls=True)) == PIXELS).all()
+        with pytest.raises(ValueError, match="b.png: could not be fetched .*404"):
+            open_source(f"{address}/b.png", urls=True)
+        with pytest.raises(ValueError, match="more than 64 MiB"):
+            open_source(f"{address}/large.png", urls=True)
+        server.shutdown()
+
+
+def test_one_in_is_one_out(model: Model) -> None:
+    several = model.caption([PICTURE, PIXELS], max_tokens=5)
+    assert model.caption(PICTURE, max_tokens=5) == several[0] == several[1]
+    assert model.caption(np.stack([PIXELS, PIXELS]), max_tokens=5) == several
+    assert model.caption((image for image in [PICTURE]), max_tokens=5) == several[:1]
+    rows = model.embed(images=[PICTURE])
+    assert torch.equal(model.embed(images=PICTURE), rows[0])
+    assert torch.equal(model.embed(texts="a bus"), model.embed(texts=["a bus"])[0])
+
+
+def test_one_bad_image_does_not_lose_the_others(model: Model, tmp_path: Path) -> None:
+    images = [PICTURE, tmp_path / "missing.png", PICTURE, b"damaged"]
+    captions = model.caption(images, max_tokens=5, on_error="skip", batch_size=3)
+    good = model.caption(PICTURE, max_tokens=5)
+    assert captions == [good, None, good, None]
+    assert list(captions.skipped) == [1, 3] and "missing.png" in str(captions.skipped[1])
+    with pytest.raises(ValueError, match="missing.png: no such file"):
+        model.caption(images, max_tokens=5)
+    with pytest.raises(ValueError, match="on_error='ignore': expected raise or skip"):
+        model.caption(images, on_error="ignore")  # type: ignore[arg-type]
+
+
+def test_answers_to_many_are_those_to_each(model: Model) -> None:
+    other = Image.new("RGB", (9, 9), "red")
+    ask = functools.partial(model.answer, max_tokens=4)
+    questions = ["what is it?", "is it red?", "how many?"]
+    assert ask(PICTURE, questions, batch_size=2) == [ask(PICTURE, each) for each in questions]
+    assert ask([PICTURE, other], questions[0]) == [
+        ask(each, questions[0]) for each in (PICTURE, other)
+    ]
+    assert ask([PICTURE, other], questions[:2]) == [
+        ask(PICTURE, questions[0]),
+        ask(other, questions[1]),
+    ]
+    assert len(model.answer([other, other], "red?", choices=["yes", "no"])) == 2
+    assert ask([], "what?") == []
+    with pytest.raises(ValueError, match="2 images and 3 questions"):
+        ask([PICTURE, other], questions)
+
+
+def test_drawings_of_many_texts_are_those_of_each(model: Model) -> None:
+    texts = ["a red bus", "two dogs"]
+    both = model.draw(texts, 2, seed=3, steps=2, method="masked")
+    for text, drawings in zip(texts, both, strict=True):
+        alone = model.draw(text, 2, seed=3, steps=2, method="masked")
+        assert [each.tobytes() for each in drawings] == [each.tobytes() for each in alone]
+    shown = Image.open(io.BytesIO(both[0]._repr_png_() or b""))
+    assert shown.size == (66, 32), "a notebook shows both, two pixels apart"
+    assert Drawings()._repr_png_() is None
+
+
+def test_search_ranks_a_folder(model: Model, tmp_path: Path) -> None:
+    for seed in range(3):
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 9, 3), np.uint8)).save(
+            tmp_path / f"{seed}.png"
+        )
+    (tmp_path / "3.png").write_bytes(b"damaged")
+    found = model.search(tmp_path / "1.png", tmp_path, k=2)
+    assert len(found) == 2 and found[0][0] == tmp_path / "1.png"
+    assert found[0][1] == pytest.approx(1, abs=1e-5) and list(found.skipped) == [3]
+    paths = sorted(tmp_path.iterdir())[:3]
+    scores = dict(model.search("a red bus", [str(path) for path in paths]))
+    rows = model.embed(images=paths) @ model.embed(texts="a red bus")
+    assert [scores[path] for path in paths] == pytest.approx(rows.tolist(), abs=1e-5)
+
+
+def test_reprs_are_short(model: Model) -> None:
+    assert len(repr(model).splitlines()) == 3 and "float32 on cpu" in repr(model)
+    assert repr(model.text_tokenizer).startswith("TextTokenizer(")
+    assert repr(model.image_tokenizer).startswith("ImageTokenizer(32 x 32 pixels, squash")
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "message"),
+    [
+        (TextOptions, "max_new_tokens", "max_new_tokens is max_tokens here"),
+        (TextOptions, "num_beams", "num_beams is beams here"),
+        (TextOptions, "temprature", "temprature is temperature here"),
+        (DrawOptions, "num_inference_steps", "num_inference_steps is steps here"),
+        (DrawOptions, "num_images_per_prompt", "num_images_per_prompt is n here"),
+    ],
+)
+def test_names_of_other_libraries_lead_to_ours(options: Any, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_options(options, {name: 1})
+
+
+def test_help_says_what_an_option_does_and_types_by_their_names() -> None:
+    assert "the longest text, in tokens" in (Model.caption.__doc__ or "")
+    import inspect
+
+    assert "images: ImageSource | Images" in str(inspect.signature(Model.caption))
+    assert "query: ImageSource" in str(inspect.signature(Model.search))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bf16"}, "dtype='bf16': expected float32 or bfloat16"),
+        ({"dtype": torch.int8}, "expected float32 or bfloat16"),
+        ({"device": "banana"}, "device='banana': cannot be used here"),
+    ],
+)
+def test_a_device_or_dtype_that_cannot_be_used(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load("starter", **options)
+    assert next(load(dtype="bfloat16").network.parameters()).dtype == torch.bfloat16
