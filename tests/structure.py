@@ -27,8 +27,9 @@ FRONT_DOORS = (
 BELOW: dict[str, tuple[str, ...]] = {
     "foundation": (),
     "tokenizers": (),
-    "data": ("foundation", "tokenizers"),
-    "data.builder": ("foundation", "data"),
+    "data.formats": ("foundation",),
+    "data": ("foundation", "tokenizers", "data.formats"),
+    "data.builder": ("foundation", "data", "data.formats"),
     "model": ("foundation", "tokenizers"),
     "scenes": ("foundation", "data"),
     "inference": ("foundation", "tokenizers", "data", "model"),

@@ -19,9 +19,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from multimodal.data.formats.tar import BadTar, only_zeros, read_members
 from multimodal.data.remote import fetch, is_mirror, local_folder
 from multimodal.data.samples import Sample
-from multimodal.files import write_json
+from multimodal.files import UnreadableFile, open_file, read_json, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = "multimodal-shards"
@@ -42,7 +43,7 @@ def split_of(name: str) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -57,16 +58,6 @@ def split_name(name: str) -> tuple[str, str]:
     return (folder + slash + stem if stem else ""), suffix.lower()
 
 
-def only_zeros(path: Path, start: int, stop: int) -> bool:
-    """Whether all bytes of a file in [start, stop) are zero."""
-    with open(path, "rb") as file:
-        file.seek(start)
-        for position in range(start, stop, 1 << 20):
-            if file.read(min(1 << 20, stop - position)).strip(b"\0"):
-                return False
-    return True
-
-
 def scan(shard: Path) -> Iterator[tuple[str, str, int, int]]:
     """Read the headers of a shard.
 
@@ -77,22 +68,22 @@ def scan(shard: Path) -> Iterator[tuple[str, str, int, int]]:
         DamagedShard: if the tar is cut off, damaged, or has members that are not plain files.
     """
     try:
-        with tarfile.open(shard, "r:") as tar:
-            end = 0
-            for member in tar:
-                end = member.offset_data
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise DamagedShard(f"{shard}: member {member.name!r} is not a plain file")
-                key, suffix = split_name(member.name)
-                if not (key and suffix):
-                    raise DamagedShard(f"{shard}: member {member.name!r} is not KEY.SUFFIX")
-                end += -(-member.size // 512) * 512
-                yield key, suffix, member.offset_data, member.size
-    except (tarfile.TarError, EOFError, OverflowError) as error:
+        end = 0
+        for member in read_members(shard):
+            end = member.end
+            if member.folder:
+                continue
+            if not member.plain:
+                raise DamagedShard(f"{shard}: member {member.name!r} is not a plain file")
+            key, suffix = split_name(member.name)
+            if not (key and suffix):
+                raise DamagedShard(f"{shard}: member {member.name!r} is not KEY.SUFFIX")
+            yield key, suffix, member.offset, member.size
+    except BadTar as error:
         raise DamagedShard(f"{shard}: {error}") from error
-    # tarfile stops at a damaged header as if the tar ended there. So the rest must be zeros.
+    except UnreadableFile as error:
+        raise DamagedShard(str(error)) from error
+    # A block of zeros ends a tar. So the rest must be zeros, and not many.
     size = shard.stat().st_size
     if end > size:
         raise DamagedShard(f"{shard}: cut off, {size} bytes where at least {end} were expected")
@@ -187,9 +178,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder}: no {MANIFEST}; for shards that exist run: multimodal data index {folder}"
         )
     try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise DamagedShard(f"{path}: not readable as JSON ({error})") from error
+        manifest = read_json(path)
+    except UnreadableFile as error:
+        raise DamagedShard(str(error)) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DamagedShard(f"{path}: not a manifest of {FORMAT}")
     if manifest.get("version") != VERSION:

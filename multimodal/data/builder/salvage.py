@@ -5,7 +5,6 @@ sample with the caption of another. A reader that stops loses the rest silently.
 neither.
 """
 
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,8 +12,10 @@ from pathlib import Path
 
 from multimodal.data.builder.records import Slice
 from multimodal.data.documents import image_suffixes, is_plain_text
+from multimodal.data.formats.tar import only_zeros, read_members
 from multimodal.data.samples import TEXT_SUFFIXES, Sample
-from multimodal.data.shards import MAX_PADDING, DamagedShard, only_zeros, read_index, split_name
+from multimodal.data.shards import MAX_PADDING, DamagedShard, read_index, split_name
+from multimodal.files import UnreadableFile
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,12 @@ def salvage(shard: Path) -> Iterator[Sample | LostSample]:
         A ``Sample``, which may lack its image or its text: the caller has to check. A
         ``LostSample`` for each sample that is not intact, and for bytes that belong to no sample.
     """
-    size = shard.stat().st_size
-    runs, gaps = _walk(shard, size)
+    try:
+        size = shard.stat().st_size
+        runs, gaps = _walk(shard, size)
+    except UnreadableFile as error:
+        yield LostSample(str(shard), error.reason)
+        return
     counts = Counter(run.key for run in runs)
     for run in runs:
         if reason := _fault(run, counts, size):
@@ -107,21 +112,16 @@ def _walk(shard: Path, size: int) -> tuple[list[_Run], list[tuple[int, int, int]
     runs: list[_Run] = []
     gaps: list[tuple[int, int, int]] = []
     end = 0
-    try:
-        with tarfile.open(shard, "r:", ignore_zeros=True) as tar:
-            for member in tar:
-                if member.offset > end:
-                    gaps.append((end, member.offset, len(runs)))
-                plain = member.isreg() and not member.issparse()
-                end = member.offset_data + (-(-member.size // 512) * 512 if plain else 0)
-                if member.isdir():
-                    continue
-                key, suffix = split_name(member.name) if plain else ("", "")
-                if not runs or runs[-1].key != key or not key:
-                    runs.append(_Run(key, []))
-                runs[-1].members.append((suffix or member.name, member.offset_data, member.size))
-    except (tarfile.TarError, EOFError, OverflowError, ValueError):
-        pass  # the rest of the file is the last gap
+    for member in read_members(shard, repair=True):
+        if member.start > end:
+            gaps.append((end, member.start, len(runs)))
+        end = member.end
+        if member.folder:
+            continue
+        key, suffix = split_name(member.name) if member.plain else ("", "")
+        if not runs or runs[-1].key != key or not key:
+            runs.append(_Run(key, []))
+        runs[-1].members.append((suffix or member.name, member.offset, member.size))
     if end <= size:
         gaps.append((end, size, len(runs)))
     return runs, gaps
