@@ -11,6 +11,7 @@ refused by name (``local_path``).
 """
 
 import errno
+import io
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MAX_FILE = 1 << 30  # bytes of a file that is read as a whole: images, texts, JSON
 MAX_SPARSE = 1 << 30  # a longer file must have 1 of SPARSENESS bytes on the disk
@@ -58,7 +59,7 @@ def local_path(path: str | Path) -> Path:
     return Path(path)
 
 
-def open_file(path: str | Path, max_bytes: int | None = None) -> BinaryIO:
+def open_file(path: str | Path, max_bytes: int | None = None) -> io.BufferedReader:
     """Open a regular file to read its bytes.
 
     Args:

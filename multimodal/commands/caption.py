@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         EPILOG,
         CaptionOptions,
     )
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="JPEG, PNG or WebP files")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
     parser.add_argument("--json", action="store_true", help='{"image": ..., "caption": ...} a line')
     parser.add_argument("--batch-size", type=int, default=32, help="images at once (default 32)")
     add_bulk(parser)

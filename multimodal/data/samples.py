@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+# What multimodal/data/images.py reads. If a sample has several, the first of this list counts.
+IMAGE_SUFFIXES = (
+    *("jpg", "jpeg", "png", "webp", "jfif", "jpe"),
+    *("gif", "bmp", "tif", "tiff", "avif", "heic", "heif"),
+)
 TEXT_SUFFIXES = ("json", "txt")
 CODES = "codes.npy"  # replaces the image: see multimodal/data/encode.py
 

@@ -5,6 +5,7 @@ sample with the caption of another. A reader that stops loses the rest silently.
 neither.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from multimodal.data.documents import image_suffixes, is_plain_text
 from multimodal.data.formats.tar import only_zeros, read_members
 from multimodal.data.samples import TEXT_SUFFIXES, Sample
 from multimodal.data.shards import MAX_PADDING, DamagedShard, read_index, split_name
-from multimodal.files import UnreadableFile
+from multimodal.files import UnreadableFile, open_file
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def salvage(shard: Path) -> Iterator[Sample | LostSample]:
         ``LostSample`` for each sample that is not intact, and for bytes that belong to no sample.
     """
     try:
-        size = shard.stat().st_size
+        with open_file(shard) as file:
+            size = os.fstat(file.fileno()).st_size
         runs, gaps = _walk(shard, size)
     except UnreadableFile as error:
         yield LostSample(str(shard), error.reason)

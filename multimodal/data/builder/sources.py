@@ -28,9 +28,9 @@ from multimodal.data.builder.tables import TABLE_SUFFIXES, read_parquet, read_ta
 from multimodal.data.documents import UnreadableText, check_content, image_suffixes, is_plain_text
 from multimodal.data.samples import IMAGE_SUFFIXES
 from multimodal.data.shards import read_index, split_of
+from multimodal.files import read_bytes
 
-_JPEG_SUFFIXES = ("jfif", "jpe")
-_OTHER_IMAGES = ("gif", "bmp", "tif", "tiff", "heic", "heif", "avif", "jxl", "jp2", "svg", "ico")
+_OTHER_IMAGES = ("jxl", "jp2", "svg", "ico", "psd", "dng", "cr2", "nef", "arw")
 TEXTS = ("json", "txt", "cls")
 # Samples of shards with these names were held out, so they must not get into training.
 _HELD_OUT = ("val", "valid", "validation", "dev", "test", "eval", "heldout", "holdout")
@@ -159,12 +159,12 @@ def _read_folder(
             relative = path.relative_to(folder).as_posix()
             if file.startswith("."):
                 ignored["hidden files"] += 1
-            elif suffix in (*IMAGE_SUFFIXES, *_JPEG_SUFFIXES):
+            elif suffix in IMAGE_SUFFIXES:
                 images[relative] = path
             elif suffix in ("txt", "json"):
                 texts.setdefault(relative[: -len(suffix) - 1], {})[suffix] = path
             elif suffix in _OTHER_IMAGES:
-                yield RejectedSample(shown(path), "not JPEG, PNG or WebP", f"a .{suffix} file")
+                yield RejectedSample(shown(path), "image of another format", f"a .{suffix} file")
             else:
                 ignored[f"files .{suffix}" if suffix else "files without a suffix"] += 1
     for error in unreadable:
@@ -177,10 +177,10 @@ def _read_folder(
     for name in shuffled(list(images)):
         stem = name.rpartition(".")[0]
         try:
-            contents = {kind: path.read_bytes() for kind, path in texts.get(stem, {}).items()}
+            contents = {kind: read_bytes(path) for kind, path in texts.get(stem, {}).items()}
             record = _record(contents.get("json"), contents.get("txt"))
-        except (OSError, UnreadableText) as error:
-            yield RejectedSample(shown(images[name]), "unreadable text", str(error))
+        except (OSError, ValueError) as error:
+            yield RejectedSample(shown(images[name]), "unreadable text", shown(str(error)))
         else:
             yield SourceSample(
                 shown(images[name]), shown(stem), shown(name), (images[name],), record

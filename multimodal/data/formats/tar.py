@@ -29,7 +29,11 @@ _STEP = 1 << 20
 
 
 class BadTar(ValueError):
-    """A header that cannot be one, or a tar that ends inside its headers."""
+    """A header that cannot be one. ``resume``: where the next one can be."""
+
+    def __init__(self, message: str, resume: int) -> None:
+        super().__init__(message)
+        self.resume = resume
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,10 @@ def read_members(path: Path, *, repair: bool = False) -> Iterator[Member]:
         while position < size:
             try:
                 member = _read_member(descriptor, position, size)
-            except BadTar:
+            except BadTar as error:
                 if not repair:
                     raise
-                position += BLOCK
+                position = error.resume
                 continue
             if member is not None:
                 yield member
@@ -123,24 +127,24 @@ def _read_member(descriptor: int, start: int, end: int) -> Member | None:
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except (tarfile.HeaderError, ValueError) as error:
-            raise BadTar(f"byte {position}: not a header ({error})") from error
+            raise BadTar(f"byte {position}: not a header ({error})", start + BLOCK) from error
         if header.size < 0:
-            raise BadTar(f"byte {position}: {header.name!r} has {header.size} bytes")
+            raise BadTar(f"byte {position}: {header.size} bytes of data", start + BLOCK)
         position += BLOCK
         if header.type not in _LONG_HEADERS:
             return _member(header, start, position, name, fields)
         if header.size > MAX_LONG_HEADER or position + header.size > end:
-            raise BadTar(f"byte {position - BLOCK}: a header of {header.size:,} bytes")
+            raise BadTar(f"byte {position}: a header of {header.size:,} bytes", start + BLOCK)
         data = os.pread(descriptor, header.size, position)
         position += _padded(header.size)
         if header.type == tarfile.GNUTYPE_LONGNAME:
             name = data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
         elif header.type == tarfile.XGLTYPE:
-            if {"path", "size"} & _pax_fields(data, position).keys():
-                raise BadTar(f"byte {position}: one name or size for all members")
+            if {"path", "size"} & _pax_fields(data, start).keys():
+                raise BadTar(f"byte {position}: one name or size for all", start + BLOCK)
         elif header.type != tarfile.GNUTYPE_LONGLINK:
-            fields |= _pax_fields(data, position)
-    raise BadTar(f"byte {start}: over {MAX_LONG_HEADERS} long headers of one member")
+            fields |= _pax_fields(data, start)
+    raise BadTar(f"byte {start}: over {MAX_LONG_HEADERS} long headers of a member", position)
 
 
 def _member(
@@ -157,7 +161,7 @@ def _member(
     if "size" in fields:
         digits = fields["size"]
         if not (digits.isascii() and digits.isdecimal() and len(digits) < 20):
-            raise BadTar(f"byte {start}: {name!r} has a size of {digits[:40]!r}")
+            raise BadTar(f"byte {start}: {name!r} has a size of {digits[:40]!r}", start + BLOCK)
         size = int(digits)
     sparse = header.type == tarfile.GNUTYPE_SPARSE or any(
         field.startswith("GNU.sparse") for field in fields
@@ -182,7 +186,7 @@ def _pax_fields(data: bytes, position: int) -> dict[str, str]:
         stop = start + int(digits) if digits.isdigit() else 0
         key, equals, value = data[space + 1 : stop - 1].partition(b"=")
         if not space < stop <= len(data) or not equals or data[stop - 1 : stop] != b"\n":
-            raise BadTar(f"before byte {position}: pax fields that are none")
+            raise BadTar(f"byte {position}: not the fields of pax", position + BLOCK)
         fields[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
         start = stop
     return fields
