@@ -275,7 +275,7 @@ class VQTokenizer(nn.Module):
             {k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors"
         )
         config = {**self.config.stored(), "fingerprint": self.fingerprint}
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
 
 def _build(make: Callable[..., Part], options: dict[str, Any]) -> Part:
@@ -296,7 +296,7 @@ def load_detail(folder: str | Path) -> VQTokenizer:
     """
     folder = Path(folder)
     try:
-        stored = json.loads((folder / "config.json").read_text())
+        stored = json.loads((folder / "config.json").read_text("utf-8"))
         fingerprint = stored.pop("fingerprint")
         tokenizer = VQTokenizer(ImageTokenizerConfig(**stored))
         tokenizer.load_state_dict(load_file(folder / "model.safetensors"))

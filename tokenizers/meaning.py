@@ -193,14 +193,14 @@ class Meaning(nn.Module):
         weights = {name: _shortest(weight) for name, weight in self.state_dict().items()}
         save_file(weights, folder / "model.safetensors")
         config = {**asdict(self.config), "fingerprint": self.fingerprint}
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Meaning":
         """Raises ``ValueError`` for a folder that ``save`` did not write."""
         folder = Path(folder)
         try:
-            stored = json.loads((folder / "config.json").read_text())
+            stored = json.loads((folder / "config.json").read_text("utf-8"))
             fingerprint = stored.pop("fingerprint")
             meaning = cls(MeaningConfig(**stored))
             meaning.load_state_dict(load_file(folder / "model.safetensors"))

@@ -13,6 +13,7 @@ from multimodal.commands.options import add_engine
 from multimodal.data.indexing import index_folder
 from multimodal.data.shards import read_manifest
 from multimodal.data.verify import check, check_contents
+from multimodal.terminal import one_line
 
 EPILOG = """examples:
   multimodal data build photos/ shards/ --image-size 256 --fit crop --val-share 0.05
@@ -300,7 +301,7 @@ def _progress(
 
 def _print_error(line: str) -> None:
     """Print to stderr without breaking a progress bar."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(one_line(line), file=sys.stderr)
 
 
 def _scenes(arguments: argparse.Namespace) -> int:

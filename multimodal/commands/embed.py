@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
         np.save(file, torch.stack(rows).numpy())
     beside = arguments.out.with_suffix(".jsonl")
     with atomic_file(beside) as part:
-        part.write_text("".join(json.dumps(item) + "\n" for item in index))
+        part.write_text("".join(json.dumps(item) + "\n" for item in index), "utf-8")
     print(f"{arguments.out}: {len(rows)} rows of {len(rows[0])}; index in {beside}")
     return int(failed > 0)
 

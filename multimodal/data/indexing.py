@@ -13,6 +13,7 @@ from multimodal.data.shards import (
     read_manifest,
     write_manifest,
 )
+from multimodal.terminal import shown
 
 
 def index_folder(
@@ -74,7 +75,7 @@ def index_folder(
             "or missing, so no manifest is written; to keep the good samples run: "
             f"multimodal data build {folder} NEW_FOLDER"
         )
-    write_manifest(target, entries, **({"source": str(folder)} | _earlier_fields(folder)))
+    write_manifest(target, entries, **({"source": shown(folder)} | _earlier_fields(folder)))
     return entries
 
 

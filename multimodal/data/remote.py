@@ -28,7 +28,7 @@ def local_folder(folder: str | Path) -> Path:
     mirror.mkdir(parents=True, exist_ok=True)
     if not (mirror / ADDRESS).is_file():
         with atomic_file(mirror / ADDRESS, shared=True) as part:
-            part.write_text(address)
+            part.write_text(address, "utf-8")
     fetch(mirror, "manifest.json", again=True)
     return mirror
 
@@ -58,7 +58,7 @@ def fetch(mirror: Path, name: str, again: bool = False) -> None:
         return
     import fsspec
 
-    address = f"{(mirror / ADDRESS).read_text()}/{name}"
+    address = f"{(mirror / ADDRESS).read_text('utf-8')}/{name}"
     try:
         with (
             atomic_file(target, shared=True) as part,

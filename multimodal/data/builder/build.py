@@ -36,6 +36,7 @@ from multimodal.data.images import Fit
 from multimodal.data.near_duplicates import CopyIndex
 from multimodal.data.parallel import Engine, exclusive_lock, map_units
 from multimodal.data.shards import MANIFEST, write_manifest
+from multimodal.terminal import shown
 from multimodal.torchrun import is_first_rank
 
 REJECTED = "rejected.jsonl"
@@ -169,7 +170,7 @@ def build(
             write_manifest(
                 staging,
                 writer.entries,
-                source=str(source),
+                source=shown(source),
                 image_size=image_size,
                 fit=fit,
                 quality=quality,

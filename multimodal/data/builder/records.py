@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from multimodal.data.documents import UnreadableText
 from multimodal.data.samples import parts_of
+from multimodal.terminal import shown as shown
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,6 @@ class RejectedSample:
 
 
 SourceItem: TypeAlias = SourceSample | RejectedSample
-
-
-def shown(path: str | Path) -> str:
-    """A path as printable text: bytes that are not UTF-8 become ``\\\\xNN``."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def encodable(name: str) -> bool:
