@@ -32,10 +32,11 @@ BELOW: dict[str, tuple[str, ...]] = {
     "data.builder": ("foundation", "data", "data.formats"),
     "model": ("foundation", "tokenizers"),
     "scenes": ("foundation", "data"),
-    "inference": ("foundation", "tokenizers", "data", "model"),
+    "inference": ("foundation", "tokenizers", "data", "data.formats", "model"),
     "api": ("foundation", "tokenizers", "data", "model", "inference"),
     "commands": (
-        "foundation", "tokenizers", "data", "data.builder", "model", "scenes", "inference", "api",
+        "foundation", "tokenizers", "data", "data.builder", "data.formats", "model", "scenes",
+        "inference", "api",
     ),
     "eval.metrics": ("foundation", "tokenizers"),
     # The protocol of evaluators, which the tasks implement and the commands use.

@@ -10,6 +10,7 @@ import sys
 from multimodal.commands.options import (
     add_bulk,
     at_least_one,
+    find_images,
     given_options,
     load_model,
     make_parser,
@@ -18,9 +19,9 @@ from multimodal.commands.options import (
 from multimodal.options import CaptionOptions
 from multimodal.terminal import print_error
 
-EPILOG = """A file that cannot be read is named on stderr, the others are done, and the exit status
-is 1. Paths are printed as given: use --json where one may hold a tab or a line break (there a path
-that is not UTF-8 reads as Python's surrogateescape has it).
+EPILOG = """A file that cannot be read, or that is no image in a folder, is named on stderr, the
+others are done, and the exit status is 1. Paths are printed as given: use --json where one may hold
+a tab or a line break (there a path that is not UTF-8 reads as Python's surrogateescape has it).
 
 examples:
   multimodal caption --model runs/photos-joint/model cat.jpg dog.png
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
         EPILOG,
         CaptionOptions,
     )
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="files, or folders with images")
     parser.add_argument("--json", action="store_true", help='{"image": ..., "caption": ...} a line')
     parser.add_argument("--batch-size", type=int, default=32, help="images at once (default 32)")
     add_bulk(parser)
@@ -51,10 +52,10 @@ def main(argv: list[str]) -> int:
     from tqdm import tqdm
 
     options = given_options(arguments, CaptionOptions)
-    paths, size = arguments.images, arguments.batch_size
+    paths, failed = find_images("caption", arguments.images)
+    size = arguments.batch_size
     model = load_model(arguments)
     captions = model.caption_each(paths, batch_size=size, **options)
-    failed = 0
     # None: no bar where stderr is not a terminal.
     hidden = True if len(paths) <= size else None
     with tqdm(total=len(paths), unit="image", file=sys.stderr, disable=hidden) as bar:

@@ -10,8 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from multimodal.files import atomic_file
+from multimodal.files import atomic_file, local_path
 from multimodal.options import CaptionOptions, Sampling
+from multimodal.terminal import print_error
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -175,6 +176,30 @@ def run_bulk(arguments: argparse.Namespace, kind: Literal["caption", "embed"]) -
     return int(failed > 0)
 
 
+def find_images(verb: str, names: Sequence[str]) -> tuple[list[str], int]:
+    """The image files of files and folders, and how many files in the folders are skipped.
+
+    What is skipped is named on stderr.
+
+    Raises:
+        ValueError: for a folder without images.
+    """
+    from multimodal.data.formats.folders import list_images
+
+    paths: list[str] = []
+    skipped = 0
+    for name in names:
+        if not os.path.isdir(name):
+            paths.append(name)
+            continue
+        found = list_images(name)
+        paths += map(str, found.images)
+        skipped += len(found.skipped)
+        for complaint in found.complaints():
+            print_error(f"multimodal {verb}: {complaint}")
+    return paths, skipped
+
+
 def at_least_one(arguments: argparse.Namespace, *names: str) -> None:
     """Raises ``ValueError`` for an option below 1."""
     for name in names:
@@ -208,6 +233,7 @@ def load_model(arguments: argparse.Namespace) -> "Model":
 
 def check_output(path: Path, suffixes: tuple[str, ...] = tuple(IMAGE_FORMATS)) -> None:
     """Before the work: can this be written? Raises ``ValueError`` that says why not."""
+    path = local_path(path)
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{path}: expected a name that ends in {', '.join(suffixes)}")
     if path.is_dir():

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from multimodal.data.formats.folders import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# What multimodal/data/images.py reads. If a sample has several, the first of this list counts.
-IMAGE_SUFFIXES = (
-    *("jpg", "jpeg", "png", "webp", "jfif", "jpe"),
-    *("gif", "bmp", "tif", "tiff", "avif", "heic", "heif"),
-)
 TEXT_SUFFIXES = ("json", "txt")
 CODES = "codes.npy"  # replaces the image: see multimodal/data/encode.py
 
