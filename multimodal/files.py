@@ -40,9 +40,14 @@ class UnreadableFile(ValueError):
         self.reason = reason
 
 
-def is_address(path: str | Path) -> bool:
-    """Whether a path has the form of an address: ``s3://bucket/data``, ``https://...``."""
-    return _ADDRESS.match(str(path)) is not None
+def address_of(path: str | Path) -> str | None:
+    """The address that a path is: ``s3://bucket/data``, ``https://...``. None: it is local."""
+    text = str(path)
+    if _ADDRESS.match(text) is None:
+        return None
+    if isinstance(path, Path) and not text.startswith("file:"):
+        return text.replace(":/", "://", 1)
+    return text
 
 
 def local_path(path: str | Path) -> Path:
@@ -51,10 +56,10 @@ def local_path(path: str | Path) -> Path:
     Raises:
         ValueError: for an address. Otherwise ``Path`` would make a folder ``s3:`` of it.
     """
-    if is_address(path):
+    if (address := address_of(path)) is not None:
         raise ValueError(
-            f"{path}: an address, but this has to be a path on this machine (shard folders are "
-            "read at addresses; other inputs and all outputs are local: copy them)"
+            f"{address}: an address, but this has to be a path on this machine (only shard folders "
+            "with a manifest are read at addresses: copy other inputs here, and outputs there)"
         )
     return Path(path)
 
@@ -71,8 +76,8 @@ def open_file(path: str | Path, max_bytes: int | None = None) -> io.BufferedRead
             file that is too long, or one that is nearly all holes.
         OSError: if the machine cannot read it now: no memory, too many open files.
     """
-    if is_address(path):
-        raise UnreadableFile(path, "an address, not a file on this machine: copy it first")
+    if (address := address_of(path)) is not None:
+        raise UnreadableFile(address, "an address, not a file on this machine: copy it first")
     try:
         # A pipe without a writer would block here without O_NONBLOCK. Files do not care.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))

@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from multimodal.files import local_path
 from multimodal.terminal import print_error
 from multimodal.train.callbacks import (
     ExportModel,
@@ -103,7 +104,7 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand]
-        output = Path(config.output)
+        output = local_path(config.output)
         if config.threads:
             import torch
 

@@ -252,7 +252,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _questions(arguments: argparse.Namespace) -> int:
     from multimodal.data.questions import add_questions
 
-    total = sum(entry["samples"] for entry in read_manifest(Path(arguments.source))["shards"])
+    total = sum(entry["samples"] for entry in read_manifest(arguments.source)["shards"])
     with tqdm(total=total, desc="samples", unit="sample", disable=None) as bar:
         count = add_questions(
             arguments.source, arguments.out, arguments.pairs, arguments.seed, bar.update

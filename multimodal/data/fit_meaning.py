@@ -20,7 +20,7 @@ from multimodal.data.jobs import job_folder
 from multimodal.data.parallel import map_ordered
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards, read_manifest
-from multimodal.files import atomic_file, write_json
+from multimodal.files import atomic_file, local_path, write_json
 from multimodal.seeds import sample_seed
 from multimodal.tokenizers.meaning import Fitted, Meaning, fit_codebooks
 
@@ -74,7 +74,7 @@ def fit_meaning(
     Raises:
         ValueError: if ``out`` holds anything else, or there are fewer positions than codes.
     """
-    out = Path(out)
+    out = local_path(out)
     shards = [Shards(folder, options.split) for folder in folders]
     parts = [
         Shards(source.folder, only=str(entry["name"]))

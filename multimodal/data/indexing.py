@@ -13,6 +13,7 @@ from multimodal.data.shards import (
     read_manifest,
     write_manifest,
 )
+from multimodal.files import local_path
 from multimodal.terminal import shown
 
 
@@ -38,6 +39,7 @@ def index_folder(
         ValueError: if the folder has no shards or cannot be written to, or if a shard is damaged or
             missing. Then no manifest is written.
     """
+    folder, out = local_path(folder), None if out is None else local_path(out)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     tars = sorted(folder.glob("*.tar"))

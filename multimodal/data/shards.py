@@ -163,13 +163,14 @@ def write_manifest(folder: Path, shards: list[dict[str, Any]], **about: object) 
     write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, "shards": shards, **about})
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check the manifest of a shard folder.
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Read and check the manifest of a shard folder, or of an address (data/remote.py).
 
     Raises:
         ValueError: if there is no manifest, or one of another version.
         DamagedShard: if the manifest is not valid.
     """
+    folder = local_folder(folder)
     path = folder / MANIFEST
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
@@ -209,7 +210,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def splits_of(folder: str | Path) -> list[str]:
     """The names of the splits of a shard folder, sorted."""
-    return sorted({str(entry["split"]) for entry in read_manifest(Path(folder))["shards"]})
+    return sorted({str(entry["split"]) for entry in read_manifest(folder)["shards"]})
 
 
 def read_index(shard: Path) -> list[dict[str, Any]]:

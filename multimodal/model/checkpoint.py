@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from multimodal.files import atomic_folder
+from multimodal.files import atomic_folder, local_path
 from multimodal.model.network import ModelConfig, MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.templates import Templates
@@ -138,7 +138,7 @@ class ModelParts:
         Raises:
             OSError: if something could not be written. What was there before is left.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         with atomic_folder(folder) as part:
             _write(self, part, dtype)
             if card or not (folder / "README.md").exists():
@@ -222,7 +222,7 @@ def _write(model: ModelParts, folder: Path, dtype: torch.dtype) -> None:
 
 def find_model(path: str | Path) -> Path:
     """The folder of a path, or of a bundled model by its name if there is no such folder."""
-    folder = Path(path)
+    folder = local_path(path)
     if str(path) in BUNDLED and not folder.is_dir():
         return Path(str(files("multimodal") / str(path)))
     return folder

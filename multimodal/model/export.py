@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from multimodal.files import new_folder
+from multimodal.files import local_path, new_folder
 from multimodal.model.checkpoint import ModelParts, find_model, read_config
 from multimodal.model.vocabulary import SPECIALS, Vocabulary
 from multimodal.tokenizers.image import load_image_tokenizer
@@ -38,7 +38,7 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> No
         ValueError: for a source that is no model folder, another dtype, or a folder that is not
             empty.
     """
-    source, out = find_model(source), Path(out)
+    source, out = find_model(source), local_path(out)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     with new_folder(out) as folder:
@@ -66,7 +66,7 @@ def export_model(
     Raises:
         ValueError: as ``export_hf``, and for an image tokenizer that makes other codes.
     """
-    source, out = find_model(source), Path(out)
+    source, out = find_model(source), local_path(out)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     with new_folder(out) as folder:

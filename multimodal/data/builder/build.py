@@ -36,6 +36,7 @@ from multimodal.data.images import Fit
 from multimodal.data.near_duplicates import CopyIndex
 from multimodal.data.parallel import Engine, exclusive_lock, map_units
 from multimodal.data.shards import MANIFEST, write_manifest
+from multimodal.files import local_path
 from multimodal.terminal import shown
 from multimodal.torchrun import is_first_rank
 
@@ -118,7 +119,9 @@ def build(
         ValueError: if an argument, the source or ``out`` cannot be used, or if no sample can be
             used. In the last case ``out`` keeps what it had and gets a new ``rejected.jsonl``.
     """
-    source, out = Path(source), Path(out)
+    source, out = local_path(source), local_path(out)
+    images = None if images is None else local_path(images)
+    answers = None if answers is None else local_path(answers)
     _check_arguments(image_size, fit, shard_size, val_share, quality, workers)
     if source.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"{out}: the source {source} lies in it; choose another folder")
@@ -135,8 +138,8 @@ def build(
         text_column=text_column,
         need_text=need_text,
         outside=out.resolve(),
-        images=None if images is None else Path(images),
-        answers=None if answers is None else Path(answers),
+        images=images,
+        answers=answers,
     )
     settings = ImageSettings(
         image_size=image_size,
