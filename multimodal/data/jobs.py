@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.data.parallel import POLL_INTERVAL, exclusive_lock
-from multimodal.files import local_path, temporary_path, write_json
+from multimodal.files import local_path, read_json, temporary_path, write_json
 from multimodal.torchrun import is_first_rank
 
 LOCK = ".lock"
@@ -68,7 +68,4 @@ def _has_started(settings: Path, arguments: dict[str, Any]) -> bool:
 
 
 def _read(settings: Path) -> Any:
-    try:
-        return json.loads(settings.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{settings}: not readable as JSON ({error})") from error
+    return read_json(settings)

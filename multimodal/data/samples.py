@@ -1,7 +1,6 @@
 """One sample of a shard: an image as bytes or as codes, and its record."""
 
 import io
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from multimodal.data.formats.folders import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from multimodal.files import parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,7 +77,7 @@ class Sample:
         """
         if "json" in self.members:
             try:
-                record = json.loads(self.members["json"])
+                record = parse_json(self.members["json"])
             except ValueError as error:
                 raise ValueError(
                     f"sample {self.key}: its json is not readable ({error})"

@@ -8,7 +8,6 @@ key and, for each member, offset and size in the tar). See ``docs/formats.md``.
 
 import hashlib
 import io
-import json
 import os
 import re
 import tarfile
@@ -19,7 +18,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from multimodal.data.formats.tar import BadTar, only_zeros, read_members
+from multimodal.data.formats.tar import BLOCK, BadTar, only_zeros, read_members
 from multimodal.data.remote import fetch, is_mirror, local_folder
 from multimodal.data.samples import Sample
 from multimodal.files import UnreadableFile, open_file, read_json, write_json
@@ -197,13 +196,16 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             all(isinstance(entry.get(field), str) for field in _STRINGS)
             and all(type(entry.get(field)) is int for field in _NUMBERS)
         ):
-            raise DamagedShard(f"{path}: not a valid entry: {entry}")
+            raise DamagedShard(f"{path}: not a valid entry: {str(entry)[:200]}")
         name = entry["name"]
         # A name is joined to the folder's path: it must not lead out of it.
         if "/" in name or "\0" in name or not name.endswith(".tar") or name in names:
             raise DamagedShard(f"{path}: {name!r} is repeated or not the name of a shard")
         if entry["split"] != split_of(name):
             raise DamagedShard(f"{path}: {name} cannot be of split {entry['split']!r}")
+        # Each sample has a header of 512 bytes or more.
+        if not 0 < entry["samples"] <= entry["bytes"] // BLOCK:
+            raise DamagedShard(f"{path}: {name} cannot have so many samples in its bytes")
         names.add(name)
     return manifest
 
@@ -213,25 +215,32 @@ def splits_of(folder: str | Path) -> list[str]:
     return sorted({str(entry["split"]) for entry in read_manifest(folder)["shards"]})
 
 
-def read_index(shard: Path) -> list[dict[str, Any]]:
+def read_index(shard: Path, size: int | None = None) -> list[dict[str, Any]]:
     """Read the index of a shard: ``{"key": KEY, "members": {SUFFIX: [offset, size]}}`` per sample.
+
+    Args:
+        size: bytes of the shard, which all members have to lie in. None: not known.
 
     Raises:
         DamagedShard: if the index is missing or not valid.
     """
     path = index_path(shard)
+    if not path.exists():
+        raise DamagedShard(f"{path}: missing; run: multimodal data index {shard.parent}")
     try:
-        samples: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["samples"]
+        samples: list[dict[str, Any]] = read_json(path)["samples"]
         for sample in samples:
             if not isinstance(sample["key"], str):
                 raise TypeError("a key is not a string")
-            for offset, size in sample["members"].values():
-                if type(offset) is not int or type(size) is not int or min(offset, size) < 0:
+            for offset, length in sample["members"].values():
+                if type(offset) is not int or type(length) is not int or min(offset, length) < 0:
                     raise ValueError(f"{sample['key']}: an offset or size is not valid")
+                if size is not None and offset + length > size:
+                    raise ValueError(f"{sample['key']}: a member ends behind the shard's {size:,}")
         return samples
-    except FileNotFoundError as error:
-        raise DamagedShard(f"{path}: missing; run: multimodal data index {shard.parent}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except UnreadableFile as error:
+        raise DamagedShard(str(error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedShard(f"{path}: not a readable index ({error})") from error
 
 
@@ -305,7 +314,7 @@ class Shards:
         entry = self._entries[number]
         path = self.folder / entry["name"]
         self._download(index_path(path), entry["index_sha256"])
-        index = read_index(path)
+        index = read_index(path, entry["bytes"])
         if file_sha256(index_path(path)) != entry["index_sha256"] or len(index) != entry["samples"]:
             raise DamagedShard(f"{index_path(path)}: not the index that the manifest knows")
         self._indexes[number] = index

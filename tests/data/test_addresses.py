@@ -14,8 +14,8 @@ from multimodal.data.shards import Shards, read_manifest
 from multimodal.files import address_of, atomic_folder, local_path, new_folder, open_file
 from tests.photos import picture
 
-FAR = "memory://bucket/far"
-NOWHERE = "memory://bucket/nowhere"
+FAR = "memory://elsewhere/far"
+NOWHERE = "memory://elsewhere/nowhere"
 MODEL = ("--model", "starter")
 
 # Each with an address in one place, where the verb takes only what is on this machine.
@@ -82,7 +82,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     (folder / "fit.yaml").write_text(yaml.safe_dump(config), "utf-8")
     build(folder / "photos", folder / "shards")
-    fsspec.filesystem("memory").put(str(folder / "shards"), "/bucket/far", recursive=True)
+    fsspec.filesystem("memory").put(str(folder / "shards"), "/elsewhere/far", recursive=True)
     return folder
 
 

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from multimodal.files import UnreadableFile, read_text
+
+MAX_ANNOTATIONS = 1 << 32  # bytes; those of Visual Genome have 1 GB
+
 
 @dataclass(frozen=True)
 class AnnotatedImage:
@@ -52,7 +56,9 @@ def read_annotations(path: Path, answers: Path | None = None) -> Iterator[Annota
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text("utf-8-sig"))
+        content = json.loads(read_text(path, MAX_ANNOTATIONS))
+    except UnreadableFile:
+        raise
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):

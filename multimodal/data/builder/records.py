@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from multimodal.data.documents import UnreadableText
 from multimodal.data.samples import parts_of
+from multimodal.files import MAX_FILE
 from multimodal.terminal import shown as shown
 
 
@@ -22,6 +23,8 @@ class Slice:
     size: int
 
     def read(self) -> bytes:
+        if self.size > MAX_FILE:
+            raise ValueError(f"{self.size:,} bytes, over the limit of {MAX_FILE:,}")
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)

@@ -28,7 +28,7 @@ from multimodal.data.builder.tables import TABLE_SUFFIXES, read_parquet, read_ta
 from multimodal.data.documents import UnreadableText, check_content, image_suffixes, is_plain_text
 from multimodal.data.samples import IMAGE_SUFFIXES
 from multimodal.data.shards import read_index, split_of
-from multimodal.files import read_bytes
+from multimodal.files import open_file, read_bytes
 
 _OTHER_IMAGES = ("jxl", "jp2", "svg", "ico", "psd", "dng", "cr2", "nef", "arw")
 TEXTS = ("json", "txt", "cls")
@@ -68,6 +68,8 @@ def read_source(
     Raises:
         ValueError: if the source is none of these.
     """
+    if source.exists() and not source.is_dir():
+        open_file(source).close()  # a pipe or a device is refused before it is read
     if source.is_dir():
         tars = sorted(source.glob("*.tar"))
         items = _read_shards(tars, ignored) if tars else _read_folder(source, ignored, outside)
@@ -106,12 +108,13 @@ def expected_samples(source: Path) -> int | None:
         if source.is_dir():
             names = (name for _, _, files in os.walk(source, followlinks=True) for name in files)
             return sum(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
+        open_file(source).close()
         if suffix == ".parquet":
             import pyarrow.parquet as pq
 
             return int(pq.ParquetFile(source).metadata.num_rows)
         if suffix in TABLE_SUFFIXES:
-            with open(source, "rb") as file:
+            with open_file(source) as file:
                 return sum(1 for line in file if line.strip()) - (suffix != ".jsonl")
     except (ValueError, OSError, ImportError):
         pass  # reading the source reports the error
