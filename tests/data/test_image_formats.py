@@ -131,6 +131,11 @@ def test_a_jpeg_of_thousands_of_scans_is_refused() -> None:
         bomb = data[:-2] + scan * count + data[-2:]
         with pytest.raises(ValueError, match="a file: a JPEG of over 100 scans"):
             open_image(bomb, name="a file")
+        # The end of the image in a comment is not its end.
+        comment = b"\xff\xfe\0\x06\xff\xd9\xff\xd9"
+        with pytest.raises(ValueError, match="a file: a JPEG of over 100 scans"):
+            open_image(data[:-2] + comment + scan * count + data[-2:], name="a file")
+    assert _opens(data + scan * 3000)  # behind the end, as films are in photos of telephones
 
 
 def test_a_tile_of_a_tiff_is_bounded() -> None:

@@ -19,11 +19,13 @@ from collections.abc import Iterator
 
 from PIL import Image
 
-MAX_SCANS = 100  # of a JPEG. Encoders write up to about 20. Each costs a pass over all pixels.
+MAX_SCANS = 100  # of a JPEG. Encoders write up to about 20.
+MAX_SCANNED_PIXELS = 2_000_000_000  # each scan is a pass over all pixels: some seconds
 # Bytes that some cameras and encoders leave behind the data. libjpeg skips them.
 MAX_STRAY_BYTES = 16
 _STRAY = re.compile(r"(\d+) extraneous bytes before marker 0x(?!d[0-7])")
 _DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file")
+_JPEG_HOLE = 64  # more than two blocks of 8 x 8 in which every coefficient is there
 # A picture of one colour is a run of zeros in a lossy WebP: 1 byte for 10,000 pixels (measured).
 _SHORTEST_HOLE, _PIXELS_OF_A_ZERO = 256, 4000
 MAX_TILE = 1 << 24  # pixels of a tile of a TIFF, which is decoded as a whole
@@ -38,7 +40,7 @@ def check_damage(image: Image.Image, data: bytes) -> None:
         data: the file.
     """
     if data[:2] == b"\xff\xd8":
-        _check_jpeg(data, cmyk=image.mode == "CMYK")
+        _check_jpeg(data, image.width * image.height, cmyk=image.mode == "CMYK")
     elif image.format == "WEBP":
         for kind, body in _chunks(data):
             if kind in (b"VP8 ", b"VP8L", b"ALPH", b"ANMF"):
@@ -53,10 +55,22 @@ def check_damage(image: Image.Image, data: bytes) -> None:
         _check_tiff(image, data)
 
 
-def _check_jpeg(data: bytes, cmyk: bool) -> None:
+def _check_jpeg(data: bytes, pixels: int, cmyk: bool) -> None:
     import simplejpeg
 
-    plain = _without_metadata(data)
+    metadata, first_scan = _headers(data)
+    most = max(1, min(MAX_SCANS, MAX_SCANNED_PIXELS // max(pixels, 1)))
+    # Two bytes that look like a scan can also be in what follows the image, a film for instance.
+    if data.count(b"\xff\xda", first_scan) > most and _count_scans(data, first_scan) > most:
+        raise ValueError(f"a JPEG of over {most} scans, which would take very long")
+    hole = data.find(bytes(_JPEG_HOLE), first_scan)
+    if hole >= 0 and _has_no_runs(data) and hole < _end_of_scan(data, first_scan + 2):
+        raise ValueError(f"damaged image: its data hold {_JPEG_HOLE} zeros in a row at byte {hole}")
+    parts, start = [], 0
+    for begin, end in metadata:
+        parts.append(data[start:begin])
+        start = end
+    plain = b"".join([*parts, data[start:]])
     try:
         # Grey at an eighth of the size: every code is read, and few pixels are made.
         simplejpeg.decode_jpeg(
@@ -70,38 +84,58 @@ def _check_jpeg(data: bytes, cmyk: bool) -> None:
                 raise ValueError(f"damaged image ({message})") from error
 
 
-def _without_metadata(data: bytes) -> bytes:
-    """A JPEG without APPn and comments, whose oddities libjpeg warns of, too.
+def _segments(data: bytes, start: int) -> Iterator[tuple[int, int, int]]:
+    """(kind, begin, end) of the segments of a JPEG up to its end, or to where it makes no sense."""
+    while start + 4 <= len(data):
+        if data[start] != 0xFF:  # stray bytes between segments
+            start = data.find(b"\xff", start)
+            if start < 0:
+                return
+        elif data[start + 1] == 0xFF:  # a marker may begin with several of them
+            start += 1
+        else:
+            kind, end = data[start + 1], start + 2
+            if kind == 0xD9:
+                return
+            if not (0xD0 <= kind <= 0xD8 or kind in (0x00, 0x01)):
+                end += int.from_bytes(data[end : end + 2], "big")
+            yield kind, start, end
+            start = _end_of_scan(data, end) if kind == 0xDA else end
 
-    Raises:
-        ValueError: for more than MAX_SCANS scans.
-    """
-    parts, scans, position = [data[:2]], 0, 2
-    while position + 4 <= len(data):
-        marker, kind = data[position], data[position + 1]
-        if marker != 0xFF:  # stray bytes between segments
-            following = data.find(b"\xff", position)
-            following = len(data) if following < 0 else following
-            parts.append(data[position:following])
-            position = following
-            continue
-        if kind == 0xFF:  # a marker may begin with several of them
-            position += 1
-            continue
-        if kind == 0xD9:
-            break
-        length = int.from_bytes(data[position + 2 : position + 4], "big")
-        stop = position + 2 + (0 if 0xD0 <= kind <= 0xD8 or kind in (0x00, 0x01) else length)
+
+def _headers(data: bytes) -> tuple[list[tuple[int, int]], int]:
+    """Where metadata are (APPn, comments: libjpeg warns of oddities there), and the first scan."""
+    metadata = []
+    for kind, begin, end in _segments(data, 2):
         if kind == 0xDA:
-            scans += 1
-            if scans > MAX_SCANS:
-                raise ValueError(f"a JPEG of over {MAX_SCANS} scans: it would take very long")
-            stop = _end_of_scan(data, stop)
-        if not (0xE0 <= kind <= 0xEF or kind == 0xFE):
-            parts.append(data[position:stop])
-        position = max(stop, position + 2)
-    parts.append(data[position:])
-    return b"".join(parts)
+            return metadata, begin
+        if 0xE0 <= kind <= 0xEF or kind == 0xFE:
+            metadata.append((begin, end))
+    return metadata, len(data)
+
+
+def _has_no_runs(data: bytes) -> bool:
+    """Whether coded pixels of a JPEG cannot be a long run of zeros.
+
+    The code of zeros alone is the first of a Huffman table. If it ends a block in all tables, as an
+    encoder can choose, one colour is a run of zeros. If it is a coefficient, a run of zeros is
+    pixels that no image has.
+    """
+    sequential, ends_block = False, []
+    for kind, begin, end in _segments(data, 2):
+        sequential |= kind in (0xC0, 0xC1)
+        if kind == 0xDA:
+            break
+        table = begin + 4
+        while kind == 0xC4 and table + 17 < min(end, len(data)):
+            if data[table] >> 4:  # of coefficients after the first
+                ends_block.append(data[table + 17] == 0)
+            table += 17 + sum(data[table + 1 : table + 17])
+    return sequential and bool(ends_block) and not all(ends_block)
+
+
+def _count_scans(data: bytes, start: int) -> int:
+    return sum(kind == 0xDA for kind, _, _ in _segments(data, start))
 
 
 _NEXT_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
@@ -152,9 +186,9 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 def _check_tiff(image: Image.Image, data: bytes) -> None:
     """The parts of the first picture of a TIFF: strips or tiles."""
     tags = getattr(image, "tag_v2", {})
-    tile = (tags.get(322), tags.get(323))
-    if all(isinstance(side, int) for side in tile) and tile[0] * tile[1] > MAX_TILE:
-        raise ValueError(f"too large: a tile of {tile[0]}x{tile[1]} pixels")
+    width, height = tags.get(322), tags.get(323)
+    if isinstance(width, int) and isinstance(height, int) and width * height > MAX_TILE:
+        raise ValueError(f"too large: a tile of {width}x{height} pixels")
     starts, lengths = (tags.get(273) or tags.get(324), tags.get(279) or tags.get(325))
     if not isinstance(starts, tuple) or not isinstance(lengths, tuple):
         return
