@@ -108,7 +108,7 @@ def test_what_is_no_file_is_an_error_that_names_it(tmp_path: Path) -> None:
         with pytest.raises(DamagedShard, match=rf"{name}\.tar"):
             list(scan(path))
         (lost,) = salvage(path)
-        assert isinstance(lost, LostSample) and name in lost.name
+        assert isinstance(lost, LostSample) and name in lost.key
 
 
 def test_a_sparse_file_of_a_terabyte_is_refused_and_holes_are_skipped(tmp_path: Path) -> None:
