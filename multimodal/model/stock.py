@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from multimodal.model.attention import QKNorm
 from multimodal.model.transformer import RopeScaling, TransformerConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -29,16 +30,16 @@ class Family:
     """
 
     stock_class: str
-    qk_norm: bool
+    qk_norm: QKNorm
     attention_bias: bool
 
 
 # By the model_type of config.json. An export is the first family that fits.
 FAMILIES = {
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, attention_bias=False),
-    "qwen2": Family("Qwen2ForCausalLM", qk_norm=False, attention_bias=True),
-    "llama": Family("LlamaForCausalLM", qk_norm=False, attention_bias=False),
-    "mistral": Family("MistralForCausalLM", qk_norm=False, attention_bias=False),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm="rms", attention_bias=False),
+    "qwen2": Family("Qwen2ForCausalLM", qk_norm="none", attention_bias=True),
+    "llama": Family("LlamaForCausalLM", qk_norm="none", attention_bias=False),
+    "mistral": Family("MistralForCausalLM", qk_norm="none", attention_bias=False),
 }
 # What the transformer of this package does not have, with the values that turn it off.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -66,10 +67,12 @@ def family_of(config: TransformerConfig) -> tuple[str, Family]:
         ValueError: if no stock class has this attention.
     """
     for model_type, family in FAMILIES.items():
-        if (family.qk_norm, family.attention_bias) == (config.qk_norm, config.attention_bias):
+        has = family.qk_norm, False, family.attention_bias
+        if has == (config.qk_norm, config.norm_after, config.attention_bias):
             return model_type, family
     raise ValueError(
-        f"no stock class has qk_norm={config.qk_norm} and attention_bias={config.attention_bias}"
+        f"no stock class has qk_norm={config.qk_norm}, norm_after={config.norm_after} and "
+        f"attention_bias={config.attention_bias}"
     )
 
 

@@ -11,7 +11,7 @@ Shapes: B batch, L queries, S keys, D width, H heads, G key-value heads, d head 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from multimodal.model.attention import KVCache, Mask, attend
+from multimodal.model.attention import KVCache, Mask, QKNorm, attend, head_norm
 
 ALL = slice(None)
 MAX_STATIC_ROWS = 2  # rows of a static compiled step: one prompt, or a drawing and its guidance
@@ -89,7 +89,8 @@ class TransformerConfig:
     Args:
         intermediate_size: the width inside the SwiGLU.
         rope_theta: the base of the wavelengths of RoPE.
-        qk_norm: RMSNorm of each head's query and key.
+        qk_norm: how each head's query and key are normed, see ``head_norm``.
+        norm_after: norm what attention and MLP add, not what they read (Swin v2, arXiv:2111.09883).
         attention_bias: biases of queries, keys and values.
         rope_scaling: for longer texts.
 
@@ -108,7 +109,8 @@ class TransformerConfig:
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    qk_norm: bool = True
+    qk_norm: QKNorm = "rms"
+    norm_after: bool = False
     attention_bias: bool = False
     rope_scaling: RopeScaling | None = None
 
@@ -170,14 +172,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def norm_in_fp32(norm: nn.RMSNorm | None, x: Tensor) -> Tensor:
-    """RMSNorm in fp32, if there is one: float[..., d] -> float32[..., d]. One dtype throughout gets
-    torch's fused kernel."""
-    if norm is None:
-        return x.float()
-    return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
-
-
 def add_dropped(x: Tensor, branch: Tensor, dropout: float) -> Tensor:
     """x + branch, without a random share of the branch (dropout, Srivastava et al. 2014).
 
@@ -219,8 +213,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, config.num_key_value_heads * d, bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * d, bias)
         self.o_proj = nn.Linear(config.num_attention_heads * d, width, bias=False)
-        self.q_norm = nn.RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = head_norm(config.qk_norm, config.num_attention_heads, d, config.rms_norm_eps)
+        self.k_norm = head_norm(config.qk_norm, config.num_key_value_heads, d, config.rms_norm_eps)
 
     def forward(
         self,
@@ -238,8 +232,8 @@ class Attention(nn.Module):
         # Norm and rotation in fp32, as the angles are. The products in the dtype of the weights.
         # Keep [B, L, H, d] until after RoPE: memory stays contiguous.
         query_cos_sin = [angles[:, query_slice] for angles in cos_sin]
-        q = rotate(norm_in_fp32(self.q_norm, q), *query_cos_sin).to(v.dtype)
-        k = rotate(norm_in_fp32(self.k_norm, k), *cos_sin).to(v.dtype)
+        q = rotate(self.q_norm(q), *query_cos_sin).to(v.dtype)
+        k = rotate(self.k_norm(k), *cos_sin).to(v.dtype)
         q, k, v = (rearrange(x, "b l h d -> b h l d") for x in (q, k, v))
         if cache is not None:
             k, v = cache.append(layer, k, v)
@@ -261,7 +255,7 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = (
-            rotate(norm_in_fp32(norm, part), *cos_sin).to(v.dtype)
+            rotate(norm(part), *cos_sin).to(v.dtype)
             for norm, part in ((self.q_norm, q), (self.k_norm, k))
         )
         keys.index_copy_(2, slot, k[:, :, None])
@@ -294,6 +288,10 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_after = config.norm_after
+
+    def normed(self, norm: nn.Module, part: Callable[..., Tensor], x: Tensor, *more: Any) -> Tensor:
+        return norm(part(x, *more)) if self.norm_after else part(norm(x), *more)
 
     def forward(
         self,
@@ -305,9 +303,11 @@ class Layer(nn.Module):
         query_slice: slice,
         dropout: float,
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), cos_sin, mask, cache, layer, query_slice)
+        attended = self.normed(
+            self.input_layernorm, self.self_attn, x, cos_sin, mask, cache, layer, query_slice
+        )
         x = add_dropped(x[:, query_slice], attended, dropout)
-        return add_dropped(x, self.mlp(self.post_attention_layernorm(x)), dropout)
+        return add_dropped(x, self.normed(self.post_attention_layernorm, self.mlp, x), dropout)
 
     def forward_token(
         self,
@@ -318,10 +318,9 @@ class Layer(nn.Module):
         values: Tensor,
         slot: Tensor,
     ) -> Tensor:
-        x = x + self.self_attn.forward_token(
-            self.input_layernorm(x), cos_sin, mask, keys, values, slot
-        )
-        return x + self.mlp.forward_token(self.post_attention_layernorm(x))
+        attend = self.self_attn.forward_token
+        x = x + self.normed(self.input_layernorm, attend, x, cos_sin, mask, keys, values, slot)
+        return x + self.normed(self.post_attention_layernorm, self.mlp.forward_token, x)
 
 
 class Transformer(nn.Module):
