@@ -126,10 +126,11 @@ class VQTokenizerConfig:
     def of_codes(self) -> dict[str, Any]:
         """What decides the codes: all but the decoder."""
         stored = _without(asdict(self), MEANING)
-        return {**stored, "autoencoder": _without(self.autoencoder, ("decoder_depth",))}
+        return {**stored, "autoencoder": _without(self.autoencoder, DECODER)}
 
 
 MEANING = ("meaning_channels", "meaning_fingerprint")
+DECODER = ("decoder_depth", "decodes")  # options that do not change the codes
 
 
 def _without(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -150,7 +151,7 @@ class VQTokenizer(nn.Module):
         autoencoder = _build(make_autoencoder, config.autoencoder)
         channels = self.quantizer.channels
         self.encoder: nn.Module = autoencoder.encoder(config.downsample, config.grid, channels)
-        self.decoder: vit.Decoder | vqgan.Decoder = autoencoder.decoder(
+        self.decoder: vit.Decoder | vqgan.Decoder | vqgan.NoDecoder = autoencoder.decoder(
             config.downsample, config.grid, channels + config.meaning_channels
         )
 
@@ -161,6 +162,10 @@ class VQTokenizer(nn.Module):
     @property
     def downsample(self) -> int:
         return self.config.downsample
+
+    @property
+    def can_decode(self) -> bool:
+        return not isinstance(self.decoder, vqgan.NoDecoder)
 
     @property
     def level(self) -> Level:

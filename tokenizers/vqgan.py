@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -123,6 +124,7 @@ class VQGAN:
         attention: for each level, whether attention follows its blocks. By default in the last
             level only.
         latent_channels: between the convolutions and the layer to the channels of a code.
+        decodes: whether there is a decoder. Chameleon's was not released.
 
     Raises:
         ValueError: for numbers that do not fit.
@@ -133,6 +135,7 @@ class VQGAN:
     depth: int = 2
     attention: Sequence[bool] | None = None
     latent_channels: int = 256
+    decodes: bool = True
 
     def __post_init__(self) -> None:
         attention = self.attention
@@ -163,9 +166,9 @@ class VQGAN:
             )
         return Encoder(self, channels)
 
-    def decoder(self, downsample: int, grid: int, channels: int) -> "Decoder":
+    def decoder(self, downsample: int, grid: int, channels: int) -> "Decoder | NoDecoder":
         """Make the decoder from so many channels."""
-        return Decoder(self, channels)
+        return Decoder(self, channels) if self.decodes else NoDecoder()
 
 
 class Encoder(nn.Module):
@@ -224,3 +227,20 @@ class Decoder(nn.Module):
         x = self.conv_in(self.from_code(rearrange(vectors, "b h w c -> b c h w")))
         x = self.levels(self.middle(x))
         return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class NoDecoder(nn.Module):
+    """In the place of a decoder that was not released. Whatever is asked of it is refused."""
+
+    @property
+    def first_layer(self) -> Tensor:
+        return self(torch.empty(0))
+
+    @property
+    def last_layer(self) -> Tensor:
+        return self(torch.empty(0))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        raise ValueError(
+            "this image tokenizer has no decoder: it reads images, and cannot draw them"
+        )

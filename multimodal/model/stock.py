@@ -166,11 +166,27 @@ def read_stock(path: str | Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
 
 
 def _read_folder(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
+    config = read_json(folder / "config.json")
+    return transformer_config(config, str(folder)), read_weights(folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a Hugging Face folder. Raises ``ValueError`` if it is no JSON object."""
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: no language model: config.json: {error}") from error
-    sizes = transformer_config(config, str(folder))
+        raise ValueError(f"{path.parent}: no language model: {path.name}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.parent}: no language model: {path.name} holds no object")
+    return content
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a Hugging Face folder, in the dtype in which they are stored.
+
+    Raises:
+        ValueError: if they are not safetensors of this folder.
+    """
     try:
         names = [WEIGHTS]
         if (folder / INDEX).is_file():
@@ -179,12 +195,11 @@ def _read_folder(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
             )
         if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{folder}: {INDEX} names {outside[0]!r}, which lies outside")
-        weights = {k: v for name in names for k, v in load_file(folder / name).items()}
+        return {k: v for name in names for k, v in load_file(folder / name).items()}
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: {error.filename or error} is missing") from error
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{folder}: its weights are not readable: {error}") from error
-    return sizes, weights
 
 
 def _read_gguf(file: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
