@@ -38,6 +38,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "eval": ("multimodal.eval.evaluate", "measure what a model can do, with the protocol"),
     "export": ("multimodal.commands.export", "turn a training checkpoint into a model folder"),
     "demo": ("multimodal.eval.demo", "do all of it on pictures that need no download"),
+    "import": ("multimodal.commands.imports", "turn a released unified model into a model folder"),
     "info": ("multimodal.commands.info", "what a model folder or a shard folder holds"),
     "info --config": ("multimodal.train.forecast", "what a training run will need"),
 }

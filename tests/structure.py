@@ -31,11 +31,13 @@ BELOW: dict[str, tuple[str, ...]] = {
     "data": ("foundation", "tokenizers"),
     "data.builder": ("foundation", "data"),
     "model": ("foundation", "tokenizers"),
+    "released": ("foundation", "tokenizers", "model"),
     "scenes": ("foundation", "data"),
     "inference": ("foundation", "tokenizers", "data", "model"),
     "api": ("foundation", "tokenizers", "data", "model", "inference"),
     "commands": (
-        "foundation", "tokenizers", "data", "data.builder", "model", "scenes", "inference", "api",
+        "foundation", "tokenizers", "data", "data.builder", "model", "released", "scenes",
+        "inference", "api",
     ),
     "eval.metrics": ("foundation", "tokenizers", "tokenizers.quantizers"),
     # The protocol of evaluators, which the tasks implement and the commands use.
