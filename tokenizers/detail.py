@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.tokenizers import vit, vqgan
+from multimodal.tokenizers import emu3, vit, vqgan
 from multimodal.tokenizers.levels import Level
 from multimodal.tokenizers.quantizers.fsq import FSQ
 from multimodal.tokenizers.quantizers.ibq import IBQ
@@ -58,13 +58,17 @@ def make_autoencoder(name: str, **options: Any) -> vit.ViT | vqgan.VQGAN:
     """Make the configuration of an autoencoder.
 
     Args:
-        name: ``vit`` or ``vqgan``.
+        name: ``vit``, ``vqgan`` or ``emu3``.
         options: arguments of its class, such as ``dim`` (vit) or ``channels`` (vqgan).
 
     Raises:
         ValueError: for an unknown name.
     """
-    kinds: dict[str, type[vit.ViT] | type[vqgan.VQGAN]] = {"vit": vit.ViT, "vqgan": vqgan.VQGAN}
+    kinds: dict[str, type[vit.ViT] | type[vqgan.VQGAN]] = {
+        "vit": vit.ViT,
+        "vqgan": vqgan.VQGAN,
+        "emu3": emu3.Emu3,
+    }
     if name not in kinds:
         raise ValueError(f"autoencoder {name!r}: expected one of {', '.join(kinds)}")
     return kinds[name](**options)

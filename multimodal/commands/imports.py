@@ -7,6 +7,7 @@ from pathlib import Path
 EXAMPLES = """examples:
   multimodal import chameleon-7b runs/chameleon
   multimodal import Anole-7b-v0.1-hf runs/anole --image-tokenizer vqgan.ckpt
+  multimodal import Emu3-Gen-hf runs/emu3 --image-size 512
   multimodal caption --model runs/chameleon cat.jpg
 """
 CARD = """\
@@ -21,8 +22,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="multimodal import",
         description="Turn a released unified model, a folder as transformers saves it, into a "
-        "model folder: Chameleon, Anole. Its transformer, image tokenizer and "
-        "vocabulary keep their weights. No code of the folder is run.",
+        "model folder: Chameleon, Anole, Emu3. Its transformer, image tokenizer and vocabulary keep "
+        "their weights. No code of the folder is run.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -11,14 +11,15 @@ import torch
 
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.stock import read_json
-from multimodal.released import chameleon
+from multimodal.released import chameleon, emu3
 from multimodal.released.assemble import Released, assemble
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.tokenizers.released import import_tokenizer
 from multimodal.tokenizers.weights import Fit
 
 Reader: TypeAlias = Callable[[Path, dict[str, Any], int | None, Fit | None], Released]
-READERS: dict[str, Reader] = {"chameleon": chameleon.read}  # by the model_type of config.json
+# By the model_type of config.json.
+READERS: dict[str, Reader] = {"chameleon": chameleon.read, "emu3": emu3.read}
 REFUSED = {
     "janus": "it reads images as continuous features, and scores codes by an MLP, not by rows of a "
     "table (docs/decisions/released_models.md); its image tokenizer: multimodal tokenizer import",

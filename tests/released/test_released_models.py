@@ -1,17 +1,34 @@
 """Released unified models in: the logits, texts, codes and images of transformers' own classes."""
 
+import copy
+import io
+import json
 import random
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from multimodal.api import load
+from multimodal.cli import main
+from multimodal.data.images import to_image
+from multimodal.data.samples import Sample
+from multimodal.eval.evaluator import Subject, evaluate
+from multimodal.eval.tasks.likelihood import Likelihood
+from multimodal.inference.drawing import draw_codes
 from multimodal.inference.text import generate_ids
-from multimodal.options import TextOptions
-from tests.released.theirs import CODES, Pair, chameleon, images
+from multimodal.model.batches import TrainingSample
+from multimodal.options import DrawOptions, TextOptions
+from tests.released.theirs import CODES, Pair, chameleon, complete_vqgan, emu3, images
+from tests.samples import batch_builder
 
 PAIRS: dict[str, Callable[..., Pair]] = {
     "chameleon": chameleon,
+    "emu3": emu3,
     "chameleon 34b": lambda folder, sentences: chameleon(folder, sentences, swin=True),
 }
 
@@ -79,6 +96,11 @@ def test_images_have_their_codes(pair: Pair) -> None:
     assert len(codes.unique()) > 10
 
 
+def to_png(image: Image.Image) -> bytes:
+    image.save(buffer := io.BytesIO(), "png")
+    return buffer.getvalue()
+
+
 # --- what is done with them -----------------------------------------------------------------------
 
 
@@ -91,10 +113,19 @@ def test_captions_drawings_and_a_step_of_fine_tuning(pair: Pair) -> None:
     codes = draw_codes(model, ["a red bus"], DrawOptions(seed=1, guidance_scale=2.0))
     assert codes.shape == (1, model.codes_per_image)
     assert 0 <= int(codes.min()) and int(codes.max()) < CODES
-    scores = dict(evaluate_captions(model))
-    assert 0 <= scores["CIDEr"]
+    samples = [
+        Sample(str(number), {"png": to_png(picture), "json": b'{"captions": ["a red bus"]}'})
+        for number, picture in enumerate(pictures)
+    ]
+    scores = evaluate(Likelihood(), Subject(model, samples))
+    assert scores and all(score["value"] > 0 for score in scores.values())
 
-    batch = batch_builder(model).build(samples_of([{"captions": [text]} for text in captions]))
+    codes = model.image_tokenizer.encode(images(2)).numpy()
+    training = [
+        TrainingSample(str(number), {"captions": ["a red bus"]}, image[None], number)
+        for number, image in enumerate(codes)
+    ]
+    batch = batch_builder(model, row_length=256).build(training)
     network = copy.deepcopy(model.network).train()
     optimizer = torch.optim.SGD(network.parameters(), 0.01)
     losses = []
@@ -105,3 +136,89 @@ def test_captions_drawings_and_a_step_of_fine_tuning(pair: Pair) -> None:
         loss.backward()
         optimizer.step()
     assert losses[-1] < losses[0]
+
+
+# --- one of them alone ----------------------------------------------------------------------------
+
+
+def test_emu3_draws_what_theirs_draws(pair: Pair) -> None:
+    if not pair.ours.image_tokenizer.can_draw:
+        pytest.skip("no decoder of this one was released")
+    codes = torch.randint(CODES, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = pair.stock.model.vqmodel.decode(codes.view(2, 8, 8))
+    ours = pair.ours.image_tokenizer.decode(codes)
+    assert theirs.std() > 0.1
+    assert (ours - theirs.clamp(-1, 1)).abs().max() < 1e-4
+
+
+def test_a_decoder_from_elsewhere_draws_what_theirs_draws(
+    tmp_path: Path, sentences: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Meta's file of the image tokenizer is complete, the folders of transformers are not."""
+    alone = chameleon(tmp_path / "alone", sentences)
+    assert "cannot draw" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="this image tokenizer has no decoder"):
+        alone.ours.draw("a red bus")
+    encoder = alone.stock.model.vqmodel
+    vqgan, janus = complete_vqgan(encoder)
+    path = tmp_path / "vqgan.safetensors"
+    save_file(vqgan, path)
+    again = ["import", str(alone.folder), str(tmp_path / "ours"), "--image-tokenizer", str(path)]
+    assert main(again) == 0
+    ours = load(tmp_path / "ours")
+    codes = torch.randint(CODES, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        vectors = encoder.quantize.embedding(codes).unflatten(1, (8, 8)).permute(0, 3, 1, 2)
+        theirs = janus.decoder(encoder.post_quant_conv(vectors)).clamp(-1, 1)
+    assert (ours.image_tokenizer.decode(codes) - theirs).abs().max() < 1e-4
+    assert ours.draw("a red bus", seed=0)[0].size == (32, 32)
+
+    other = {name: torch.randn_like(w) if "embedding" in name else w for name, w in vqgan.items()}
+    save_file(other, path)
+    again[2] = str(tmp_path / "other")
+    assert main(again) == 1 and not (tmp_path / "other").exists()
+    assert "has other codes than the model" in capsys.readouterr().err
+
+
+def refused(folder: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder.parent / "out"
+    assert main(["import", str(folder), str(out)]) == 1
+    line = capsys.readouterr().err
+    assert message in line and str(folder) in line and line.count("\n") == 1
+    assert not out.exists()
+
+
+def test_other_folders_are_refused_in_one_line(
+    tmp_path: Path, pair: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(pair.folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = (folder / "tokenizer.json").read_text()
+
+    def changed(**others: object) -> None:
+        (folder / "config.json").write_text(json.dumps(config | others))
+
+    for others, message in (
+        ({"model_type": "janus"}, "a janus cannot be imported: it reads images as continuous"),
+        ({"model_type": "llama"}, "a language model starts a training instead (size: FOLDER)"),
+        ({"model_type": None}, "a model of type 'None', expected one of chameleon"),
+        ({"vocabulary_map": None}, "vocabulary_map"),
+        ({"vocabulary_map": {}}, "its vocabulary has 0 image codes, its image tokenizer 64"),
+    ):
+        changed(**others)
+        refused(folder, message, capsys)
+    changed()
+    begin = pair.special["<boi>"]
+    (folder / "tokenizer.json").write_text(tokenizer.replace(begin, begin[::-1]))
+    refused(folder, f"its text tokenizer has no {begin}", capsys)
+    (folder / "tokenizer.json").unlink()
+    refused(folder, "no such file", capsys)
+    (folder / "tokenizer.json").write_text(tokenizer)
+    weights = folder / "model.safetensors"
+    stored = load_file(weights)
+    save_file({k: v for k, v in stored.items() if "layers.1.self_attn.q_proj" not in k}, weights)
+    refused(folder, "its weights and its config.json differ", capsys)
+    weights.rename(folder / "pytorch_model.bin")
+    refused(folder, "", capsys)

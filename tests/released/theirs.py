@@ -59,6 +59,7 @@ class Pair:
         tokenizer: theirs, as JSON.
         special: our specials by their tokens there.
         code_token: the token of a code there.
+        encode: images to codes by their image tokenizer.
         options: of the command.
 
     Attributes:
@@ -67,11 +68,11 @@ class Pair:
 
     def __init__(
         self, folder: Path, make: Callable[[dict[str, int]], Any], tokenizer: dict[str, Any],
-        special: dict[str, str], code_token: Callable[[int], str], options: Sequence[str] = (),
+        special: dict[str, str], code_token: Callable[[int], str],
+        encode: Callable[[Any, Tensor], Tensor], options: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self.folder, self.out, self.special, self.code_token = (
-            folder / "theirs", folder / "ours", special, code_token,
-        )  # fmt: skip
+        self.folder, self.out = folder / "theirs", folder / "ours"
+        self.special, self.code_token, self.encode = special, code_token, encode
         self.vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
         self.stock = make(self.vocabulary)
         self.stock.save_pretrained(self.folder)
@@ -109,6 +110,11 @@ class Pair:
         """
         hidden = self.stock.model(self.rows[ids]).last_hidden_state
         return self.stock.lm_head(hidden)[..., self.rows.clamp(min=0)] * (self.rows >= 0)
+
+    @torch.inference_mode()
+    def their_codes(self, pixels: Tensor) -> Tensor:
+        """float[B, 3, H, W] in [-1, 1] -> int64[B, n], code numbers."""
+        return self.encode(self.stock.model.vqmodel, pixels).flatten(1)
 
     def greedy(self, prompt: list[int], tokens: int) -> list[int]:
         """The text that theirs goes on with, by our ids, up to the end of the text."""
@@ -151,4 +157,77 @@ def chameleon(folder: Path, sentences: Sequence[str], swin: bool = False, *optio
 
     special = {"<bos>": "<s>", "<eos>": "</s>", "<pad>": "<pad>", "<boi>": "<racm3:break>",
                "<eoi>": "<eoss>", "<null>": "<pad>"}  # fmt: skip
-    return Pair(folder, make, tokenizer, special, code_token, options)
+
+    def encode(tokenizer: Any, pixels: Tensor) -> Tensor:
+        return tokenizer.encode(pixels).image_tokens.view(len(pixels), -1)
+
+    return Pair(folder, make, tokenizer, special, code_token, encode, options)
+
+
+def emu3(folder: Path, sentences: Sequence[str]) -> Pair:
+    """An Emu3 of 64 codes and images of 32 x 32 pixels."""
+
+    def code_token(code: int) -> str:
+        return f"<|visual token {code:06}|>"
+
+    codes = torch.randperm(CODES, generator=torch.Generator().manual_seed(3)).tolist()
+    named = ["endoftext", "image start", "image end", "image token", "extra_200", "extra_201",
+             "extra_203", "extra_204"]  # fmt: skip
+    last = [*(f"<|{name}|>" for name in named), "<image>", *map(code_token, codes)]
+    tokenizer = with_tokens(sentences, [], last)
+
+    def make(vocabulary: dict[str, int]) -> Any:
+        torch.manual_seed(0)
+        vision = {
+            "base_channels": 32, "channel_multiplier": [1, 2, 2], "num_res_blocks": 1,
+            "embed_dim": 4, "latent_channels": 4, "codebook_size": CODES, "attn_resolutions": [2],
+            "hidden_size": 64,
+        }  # fmt: skip
+        texts = {"vocab_size": len(vocabulary) + 5, "pad_token_id": 0, **SIZES}
+        config = transformers.Emu3Config(
+            vocabulary_map=vocabulary, vq_config=vision, text_config=texts
+        )
+        model = randomised(transformers.Emu3ForConditionalGeneration(config))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm3d):
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 2)
+        codebook = model.model.vqmodel.quantize.embedding.weight
+        with torch.no_grad():  # as far apart as latents are, so that images use many codes
+            codebook.copy_(torch.randn_like(codebook))
+        return model
+
+    special = {"<bos>": "<|extra_203|>", "<eos>": "<|extra_204|>", "<pad>": "<|endoftext|>",
+               "<boi>": "<|image token|>", "<eoi>": "<|image end|>",
+               "<null>": "<|endoftext|>"}  # fmt: skip
+
+    def encode(tokenizer: Any, pixels: Tensor) -> Tensor:
+        sizes = torch.tensor([pixels.shape[-2:]] * len(pixels))
+        return torch.stack(tokenizer.encode(pixels, sizes).image_tokens)
+
+    return Pair(folder, make, tokenizer, special, code_token, encode, ["--image-size", "32"])
+
+
+def complete_vqgan(encoder: Any) -> tuple[dict[str, Tensor], Any]:
+    """The weights of a Chameleon's image tokenizer with a decoder, and whose decoder it is.
+
+    The class of transformers has none: take that of a Janus of the same shape, without attention in
+    its levels. The levels are numbered from the pixels, as Meta does.
+    """
+    config = encoder.config
+    sizes = {
+        name: getattr(config, name)
+        for name in ("base_channels", "channel_multiplier", "num_res_blocks", "embed_dim",
+                     "latent_channels", "num_embeddings")
+    }  # fmt: skip
+    janus: Any = randomised(transformers.JanusVQVAE(transformers.JanusVQVAEConfig(**sizes)))
+    for blocks in janus.decoder.up:
+        blocks.attn = nn.ModuleList()
+    weights = dict(encoder.state_dict())
+    last = len(config.channel_multiplier) - 1
+    for name, weight in janus.decoder.state_dict().items():
+        parts = name.split(".")
+        if parts[0] == "up":
+            parts[1] = str(last - int(parts[1]))
+        weights[".".join(["decoder", *parts])] = weight.contiguous()
+    return weights, janus
