@@ -22,8 +22,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="multimodal import",
         description="Turn a released unified model, a folder as transformers saves it, into a "
-        "model folder: Chameleon, Anole, Emu3. Its transformer, image tokenizer and vocabulary keep "
-        "their weights. No code of the folder is run.",
+        "model folder: Chameleon, Anole, Emu3. The weights stay what they are. No code of the "
+        "folder is run.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -7,6 +7,7 @@ worse captions and drawings until it is fine-tuned (docs/decisions/released_mode
 """
 
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ VISION_DEFAULTS = {
 
 
 def read(folder: Path, config: dict[str, Any], image_size: int | None, fit: Fit | None) -> Released:
-    """Read a folder. image_size, fit: of images. None: the smallest that the model was trained with.
+    """Read a folder. image_size, fit: of images. None: 512, cropped.
 
     Raises:
         ValueError: for anything else than an Emu3.
@@ -157,7 +158,8 @@ def image_tokenizer(
     try:
         tokenizer.load_state_dict(translated)
     except RuntimeError as error:
-        raise ValueError(f"its image tokenizer and its config.json differ: {error}") from error
+        reason = textwrap.shorten(str(error), 300)  # torch lists every wrong weight
+        raise ValueError(f"its image tokenizer and its config.json differ: {reason}") from error
     return tokenizer.eval()
 
 
@@ -166,9 +168,9 @@ NAMES = (
     (r"^quantize\.embedding", "quantizer.codebook"),
     (r"^quant_conv\.conv", "encoder.to_code.out"),
     (r"^post_quant_conv\.conv", "decoder.from_code"),
-    (r"^encoder\.time_conv\.(\d+)\.conv", r"encoder.to_code.shrink.\1"),
+    (r"^encoder\.time_conv\.(\d+)\.conv\.conv", r"encoder.to_code.shrink.\1"),
     (r"^encoder\.time_res_stack", "encoder.to_code.blocks"),
-    (r"^decoder\.time_conv\.(\d+)\.conv", r"decoder.grow.\1"),
+    (r"^decoder\.time_conv\.(\d+)\.conv\.conv", r"decoder.grow.\1"),
     (r"^decoder\.time_res_stack", "decoder.blocks"),
     (r"(blocks\.\d+\.conv\d)\.conv\.", r"\1."),
     (r"down_block\.down\.(\d+)", r"levels.\1"),
