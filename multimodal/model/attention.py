@@ -173,16 +173,20 @@ class HeadRMSNorm(nn.RMSNorm):
 
 class HeadLayerNorm(nn.Module):
     """LayerNorm of each head in fp32, with a weight and a bias of its own (Chameleon,
-    arXiv:2405.09818): float[..., H, d] -> float32[..., H, d]."""
+    arXiv:2405.09818): float[..., H, d] -> float32[..., H, d].
+
+    They are vectors, float[H d], so that an optimizer of matrices leaves them alone.
+    """
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(heads, head_dim))
-        self.bias = nn.Parameter(torch.zeros(heads, head_dim))
+        self.weight = nn.Parameter(torch.ones(heads * head_dim))
+        self.bias = nn.Parameter(torch.zeros(heads * head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=1e-5)
-        return torch.addcmul(self.bias.float(), normed, self.weight.float())
+        weight, bias = (part.float().view(x.shape[-2:]) for part in (self.weight, self.bias))
+        return torch.addcmul(bias, normed, weight)
 
 
 class InFP32(nn.Module):

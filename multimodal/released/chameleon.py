@@ -4,6 +4,7 @@ A Llama with another QK-norm. The 34b has norms after attention and MLP. The fol
 have no decoder of images: ``--image-tokenizer`` brings one.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,12 @@ def read(folder: Path, config: dict[str, Any], image_size: int | None, fit: Fit 
     weights, text = read_weights(folder), TextTokenizer.load(folder)
     return Released(
         sizes,
-        {name: w for name, w in weights.items() if not name.startswith(IMAGE_TOKENIZER)},
+        # One vector here, float[H d], is float[H, d] there.
+        {
+            name: weight.flatten() if re.search(r"\.[qk]_norm\.", name) else weight
+            for name, weight in weights.items()
+            if not name.startswith(IMAGE_TOKENIZER)
+        },
         text,
         ids_of(text, SPECIALS),
         image_codes(tokens),
