@@ -35,11 +35,11 @@ import transformers
 
 from multimodal import load
 from multimodal.api import Model
+from multimodal.export.hf import export_hf
 from multimodal.inference.codec import encode_images, read_images
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.text import caption_codes, generate_ids
 from multimodal.memory import keep_freed_memory
-from multimodal.model.export import export_hf
 from multimodal.model.sequences import describe_prompt
 from multimodal.options import DrawOptions, Method, TextOptions
 from multimodal.scenes.rendering import render

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from multimodal import load
 from multimodal.api import Model
+from multimodal.export.hf import export_hf
 from multimodal.inference.codec import encode_images, read_images
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.json_schema import Schema
 from multimodal.inference.text import answer_codes, generate_ids
 from multimodal.memory import keep_freed_memory
-from multimodal.model.export import export_hf
 from multimodal.model.sequences import describe_prompt
 from multimodal.options import AnswerOptions, DrawOptions, Method, TextOptions
 from multimodal.scenes.rendering import render

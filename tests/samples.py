@@ -5,20 +5,7 @@ from typing import Any
 
 import torch
 
-from multimodal.api import Model
-from multimodal.model.batches import BatchBuilder, TrainingSample
-
-
-def batch_builder(model: Model, row_length: int = 160) -> BatchBuilder:
-    return BatchBuilder(
-        vocabulary=model.vocabulary,
-        objectives=model.config.objectives,
-        templates=model.config.templates,
-        encode=model.text_tokenizer.encode,
-        layout=model.config.layout,
-        reads=model.config.reads,
-        row_length=row_length,
-    )
+from multimodal.model.batches import TrainingSample
 
 
 def samples_of(

@@ -20,7 +20,7 @@ from multimodal.inference.text import generate_ids
 from multimodal.model.sequences import describe_prompt, draw_prompt, pack
 from multimodal.model.templates import Templates
 from multimodal.options import DrawOptions, EditOptions, TextOptions
-from tests.samples import batch_builder, samples_of
+from tests.samples import samples_of
 
 Make = Callable[..., Model]
 
@@ -220,7 +220,7 @@ def test_embeddings_are_the_states_that_training_aligns(model: Model) -> None:
     image, text = picture(), "a red bus"
     codes = encode_images(model, read_images(model, [image])).cpu().numpy()
     (sample,) = samples_of([{"captions": [text]}])
-    pair = batch_builder(model).pair(replace(sample, codes=codes))
+    pair = model.batch_builder(160).pair(replace(sample, codes=codes))
     packed = pack([pair.describe, pair.draw], 200, model.vocabulary.pad)
     with torch.inference_mode():
         states = model.network.hidden(packed).flatten(0, 1)[packed.states]

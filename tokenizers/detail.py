@@ -190,9 +190,9 @@ class VQTokenizer(nn.Module):
         """
         _check_images(images, self.downsample)
         quantized: Quantized = self.quantizer(self.encoder(images))
-        return self.decoder(self._joined(quantized.vectors, meaning)), quantized
+        return self.decoder(self.joined(quantized.vectors, meaning)), quantized
 
-    def _joined(self, vectors: Tensor, meaning: Tensor | None) -> Tensor:
+    def joined(self, vectors: Tensor, meaning: Tensor | None) -> Tensor:
         """Code vectors and meaning side by side: float[B, h, w, channels of both]."""
         given = 0 if meaning is None else meaning.shape[-1]
         if given != self.config.meaning_channels:
@@ -241,7 +241,7 @@ class VQTokenizer(nn.Module):
                 f"codes from {int(codes.min())} to {int(codes.max())}: "
                 f"expected 0 to {self.codebook_size - 1}"
             )
-        vectors = self._joined(self.quantizer.lookup(codes), meaning)
+        vectors = self.joined(self.quantizer.lookup(codes), meaning)
         return self.decoder(vectors).float().clamp(-1, 1)
 
     @property

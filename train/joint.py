@@ -16,7 +16,7 @@ from multimodal.inference.codec import decode_images, encode_images
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.text import caption_codes, complete_prompts
 from multimodal.model.attention import Backend
-from multimodal.model.batches import BatchBuilder, TrainingBatch, TrainingSample
+from multimodal.model.batches import TrainingBatch, TrainingSample
 from multimodal.model.checkpoint import ModelParts, part_of
 from multimodal.model.lessons import descriptions_of, exchanges_of
 from multimodal.model.network import MultimodalLM
@@ -120,17 +120,7 @@ class JointModule(MuonModule):
             raise ValueError(f"question_share={question_share}: expected 0 to 1")
         if captions_per_image < 0:
             raise ValueError(f"captions_per_image={captions_per_image}: expected 0 (all) or more")
-        self.builder = BatchBuilder(
-            self.network.vocabulary,
-            self.network.config.objectives,
-            self.network.config.templates,
-            self.model.text_tokenizer.encode,
-            self.network.config.layout,
-            self.network.config.reads,
-            row_length,
-            question_share,
-            captions_per_image,
-        )
+        self.builder = self.model.batch_builder(row_length, question_share, captions_per_image)
         self.captions_in_validation = captions_in_validation
         self.answers_in_validation = answers_in_validation
         self.drawings_in_validation = drawings_in_validation

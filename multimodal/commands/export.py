@@ -5,21 +5,41 @@ import argparse
 EXAMPLES = """examples:
   multimodal export hf runs/joint/model exported
   multimodal export hf runs/joint/model exported --dtype bfloat16
+  multimodal export gguf runs/joint/model model.gguf --dtype q8_0
+  multimodal export onnx runs/joint/model image-tokenizer
   multimodal export model runs/joint/model smaller --dtype bfloat16
 """
-DTYPES = ("float32", "bfloat16", "float16")  # of multimodal.model.export, which would import torch
+DTYPES = ("float32", "bfloat16", "float16")  # of multimodal.export.model, which would import torch
+
+GGUF_DTYPES = ("float32", "float16", "bfloat16", "q8_0")
 
 
 def export_hf(arguments: argparse.Namespace) -> int:
-    from multimodal.model.export import export_hf
+    from multimodal.export.hf import export_hf
 
     stock_class = export_hf(arguments.model, arguments.out, arguments.dtype)
     print(f"{arguments.out}: a {stock_class}; its README.md shows how to use it")
     return 0
 
 
+def export_gguf(arguments: argparse.Namespace) -> int:
+    from multimodal.export.gguf import export_gguf
+
+    export_gguf(arguments.model, arguments.out, arguments.dtype)
+    print(arguments.out)
+    return 0
+
+
+def export_onnx(arguments: argparse.Namespace) -> int:
+    from multimodal.export.onnx import export_onnx
+
+    names = export_onnx(arguments.model, arguments.out)
+    print(f"{arguments.out}: {', '.join(names)}")
+    return 0
+
+
 def export_model(arguments: argparse.Namespace) -> int:
-    from multimodal.model.export import export_model
+    from multimodal.export.model import export_model
 
     export_model(arguments.model, arguments.out, arguments.dtype, arguments.image_tokenizer)
     print(arguments.out)
@@ -33,7 +53,7 @@ def main(argv: list[str]) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = parser.add_subparsers(required=True, metavar="hf|model")
+    kinds = parser.add_subparsers(required=True, metavar="hf|gguf|onnx|model")
     hf = kinds.add_parser(
         "hf",
         help="a stock folder (Qwen3, Qwen2, Llama) for transformers, vLLM, SGLang and the like",
@@ -44,6 +64,17 @@ def main(argv: list[str]) -> int:
     hf.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")
     hf.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights")
     hf.set_defaults(run=export_hf)
+    gguf = kinds.add_parser("gguf", help="one file for llama.cpp and what is built on it")
+    gguf.add_argument("model", metavar="MODEL", help="the model folder to export")
+    gguf.add_argument("out", metavar="OUT", help="the file to write; new")
+    gguf.add_argument(
+        "--dtype", choices=GGUF_DTYPES, default="float16", help="of the matrices (default float16)"
+    )
+    gguf.set_defaults(run=export_gguf)
+    onnx = kinds.add_parser("onnx", help="the image tokenizer: pixels to codes, codes to pixels")
+    onnx.add_argument("model", metavar="MODEL", help="an image tokenizer, or a model that has one")
+    onnx.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")
+    onnx.set_defaults(run=export_onnx)
     model = kinds.add_parser("model", help="a model folder: weights rounded, another image decoder")
     model.add_argument("model", metavar="MODEL", help="the model folder to read")
     model.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from multimodal.files import atomic_folder
+from multimodal.model.batches import BatchBuilder
 from multimodal.model.network import ModelConfig, MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.templates import Templates
@@ -176,6 +177,22 @@ class ModelParts:
         indices = self.config.layout.indices(self.config.reads)
         return codes if codes.shape[-1] == len(indices) else codes[..., indices.to(codes.device)]
 
+    def batch_builder(
+        self, row_length: int = 256, question_share: float = 1.0, captions_per_image: int = 1
+    ) -> BatchBuilder:
+        """Makes training batches for the network. Arguments as for ``BatchBuilder``."""
+        return BatchBuilder(
+            self.vocabulary,
+            self.config.objectives,
+            self.config.templates,
+            self.text_tokenizer.encode,
+            self.config.layout,
+            self.config.reads,
+            row_length,
+            question_share,
+            captions_per_image,
+        )
+
     @property
     def device(self) -> torch.device:
         return self.network.device
@@ -183,7 +200,7 @@ class ModelParts:
     @property
     def fingerprint(self) -> str:
         """16 hex digits over config, weights and both tokenizers."""
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.config.stored(), sort_keys=True).encode())
         digest.update(self.text_tokenizer.to_json().encode())
         images = self.image_tokenizer.state_dict()
         weights = {f"image_tokenizer.{name}": weight for name, weight in images.items()}
@@ -207,7 +224,7 @@ def _write(model: ModelParts, folder: Path, dtype: torch.dtype) -> None:
     model.image_tokenizer.save(folder / "image_tokenizer")
     config = {
         "format": FORMAT_VERSION,
-        **asdict(model.config),
+        **model.config.stored(),
         "preprocessing": {
             "image_size": model.image_tokenizer.image_size,
             "fit": model.image_tokenizer.fit,

@@ -7,9 +7,10 @@ Shapes: R rows, L tokens of a row, B image-text pairs, D width, V vocabulary, K 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "reads", tuple(self.reads) or (self.layout.levels[0].name,))
         self.layout.indices(self.reads)  # an unknown name is an error now
+
+    def stored(self) -> dict[str, Any]:
+        """As in config.json of a model folder."""
+        return {**asdict(self), "transformer": self.transformer.stored()}
 
     @property
     def vocabulary(self) -> Vocabulary:

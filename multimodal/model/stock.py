@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from multimodal.model.attention import QKNorm
-from multimodal.model.transformer import RopeScaling, TransformerConfig
+from multimodal.model.rope import RopeScaling
+from multimodal.model.transformer import TransformerConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -205,17 +206,27 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def _read_gguf(file: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
     """Read by transformers, which turns quantized weights into floats."""
     try:
-        import gguf  # noqa: F401  # transformers says less clearly that it is missing
+        import accelerate  # noqa: F401  # transformers needs it for GGUF
+        import gguf
         import transformers
     except ImportError as error:
         raise ValueError(f"{file}: GGUF needs: pip install multimodal[gguf] ({error})") from error
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, local_files_only=True
-        )
+        where: dict[str, Any] = {
+            "pretrained_model_name_or_path": file.parent,
+            "gguf_file": file.name,
+            "local_files_only": True,
+        }
+        config = transformers.AutoConfig.from_pretrained(**where)
+        reader = gguf.GGUFReader(file)
+        size = reader.get_field(f"{config.model_type}.attention.key_length")
+        if size is not None:
+            config.head_dim = int(size.contents())  # transformers does not read it for all
+        model = transformers.AutoModelForCausalLM.from_pretrained(**where, config=config)
     except Exception as error:  # its readers raise what comes
         raise ValueError(f"{file}: not a readable GGUF model: {error}") from error
-    sizes = transformer_config(model.config.to_dict(), str(file))
+    stored = {**model.config.to_dict(), "quantization_config": None}  # it is floats now
+    sizes = transformer_config(stored, str(file))
     weights = dict(model.state_dict())
     if sizes.tie_word_embeddings:
         weights.pop("lm_head.weight", None)

@@ -10,9 +10,8 @@ row after a cache: the same numbers, with as few operations as possible.
 Shapes: B batch, L queries, S keys, D width, H heads, G key-value heads, d head size, V vocabulary.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -23,63 +22,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from multimodal.model.attention import KVCache, Mask, QKNorm, attend, head_norm
+from multimodal.model.rope import Rope, RopeScaling, rotate
 
 ALL = slice(None)
 MAX_STATIC_ROWS = 2  # rows of a static compiled step: one prompt, or a drawing and its guidance
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Slower rotations, for longer texts than those of the first training.
-
-    Args:
-        rope_type: ``linear`` (all rotations are slower by the factor: Chen et al. 2023,
-            arXiv:2306.15595) or ``llama3`` (those whose wavelength is long, arXiv:2407.21783).
-        factor: by how much.
-        low_freq_factor, high_freq_factor: of llama3. Wavelengths above the original length over the
-            first are long. Below the original length over the second they stay. In between they
-            change gradually.
-        original_max_position_embeddings: of llama3, the length of the first training.
-
-    Raises:
-        ValueError: for another type or wrong numbers.
-    """
-
-    rope_type: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.rope_type not in ("linear", "llama3"):
-            raise ValueError(f"RoPE of type {self.rope_type!r} is not supported")
-        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
-            raise ValueError(f"{self}: expected a factor from 1 on, and 0 < low < high")
-
-    @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> "RopeScaling | None":
-        """What config.json of a stock model says. None: no scaling."""
-        kind = stored.get("rope_type", stored.get("type", "default"))
-        if kind == "default":
-            return None
-        names = [f.name for f in fields(cls) if f.name in stored and f.name != "rope_type"]
-        return cls(kind, **{name: stored[name] for name in names})
-
-    def stored(self) -> dict[str, Any]:
-        """As in config.json of a stock model."""
-        if self.rope_type == "linear":
-            return {"rope_type": self.rope_type, "factor": self.factor}
-        return asdict(self)
-
-    def scale(self, frequencies: Tensor) -> Tensor:
-        """Radians per position, float[d / 2] -> float[d / 2]."""
-        if self.rope_type == "linear":
-            return frequencies / self.factor
-        wavelengths_in_text = self.original_max_position_embeddings * frequencies / (2 * math.pi)
-        low, high = self.low_freq_factor, self.high_freq_factor
-        kept = ((wavelengths_in_text - low) / (high - low)).clamp(0, 1)
-        return frequencies * (kept + (1 - kept) / self.factor)
 
 
 @dataclass(frozen=True)
@@ -125,6 +71,20 @@ class TransformerConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: RoPE rotates pairs, so it must be even")
 
+    def stored(self) -> dict[str, Any]:
+        """As in config.json. What only other stock classes have is there if it is used."""
+        plain = {
+            "qk_norm": "rms",
+            "norm_after": False,
+            "attention_bias": False,
+            "rope_scaling": None,
+        }
+        return {k: v for k, v in asdict(self).items() if k not in plain or v != plain[k]}
+
+    @property
+    def rope(self) -> Rope:
+        return Rope(self.head_dim, self.rope_theta, self.rope_scaling)
+
 
 # name: layers, width, heads, key-value heads, head size, SwiGLU width; then the parameters of the
 # layers alone, and with a vocabulary of 49,152 ids (32k of text, 16k codes)
@@ -149,34 +109,10 @@ def named_config(size: str, vocab_size: int) -> TransformerConfig:
     )
 
 
-def rope(positions: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor]:
-    """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864).
-
-    Args:
-        positions: int64[B, L].
-
-    Returns:
-        cos and sin, float32[B, L, 1, d] each. The first half of sin is negated for ``rotate``.
-    """
-    half = torch.arange(0, config.head_dim, 2, device=positions.device).float()
-    frequencies = config.rope_theta ** (-half / config.head_dim)
-    if config.rope_scaling is not None:
-        frequencies = config.rope_scaling.scale(frequencies)
-    angles = positions[:, :, None, None].float() * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + d/2) of float[B, L, H, d] by the angles of their positions."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
 def add_dropped(x: Tensor, branch: Tensor, dropout: float) -> Tensor:
     """x + branch, without a random share of the branch (dropout, Srivastava et al. 2014).
 
-    On a CPU the share is rounded to 1/256 and decided by a random byte for each number. Random
-    floats, as in torch, take as long as a third of a step of a small model.
+    On a CPU the share is rounded to 1/256 and decided by random bytes: random floats take long.
     """
     if not dropout:
         return x + branch
@@ -191,9 +127,8 @@ def add_dropped(x: Tensor, branch: Tensor, dropout: float) -> Tensor:
 def token_product(x: Tensor, linear: nn.Module) -> Tensor:
     """A linear layer for one token of each row: float[B, D] -> float[B, N].
 
-    Compiled for few rows on a CPU it is written as a sum. Such a product only waits for its
-    weights, and the compiler's loop reads them three times as fast as a library's matrix product
-    does (docs/decisions/decoding_speed.md).
+    Compiled for few rows on a CPU it is a sum: such a product only waits for its weights, and the
+    compiler's loop reads them three times as fast (docs/decisions/decoding_speed.md).
     """
     weight, bias = linear.weight, linear.bias
     assert isinstance(weight, Tensor) and not isinstance(bias, nn.Module)
@@ -207,8 +142,7 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         d, width = config.head_dim, config.hidden_size
-        self.head_dim = d
-        bias = config.attention_bias
+        self.head_dim, bias = d, config.attention_bias
         self.q_proj = nn.Linear(width, config.num_attention_heads * d, bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * d, bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * d, bias)
@@ -378,7 +312,7 @@ class Transformer(nn.Module):
         Returns:
             float[B, Q, D], normed.
         """
-        cos_sin = rope(positions, self.config)
+        cos_sin = self.config.rope.angles(positions)
         dropout = self.dropout if self.training else 0.0
         recompute = self.recompute and torch.is_grad_enabled() and cache is None
         x = self.embed_tokens(ids)
@@ -394,10 +328,7 @@ class Transformer(nn.Module):
     def forward_prompt(
         self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KVCache
     ) -> Tensor:
-        """Read prompts into a cache and return the states of their last tokens: float[B, D].
-
-        Args: as for ``forward``.
-        """
+        """Read prompts into a cache: the states of their last tokens, float[B, D]."""
         return self(ids, positions, mask, cache, slice(-1, None))[:, 0]
 
     def forward_token(
@@ -421,7 +352,7 @@ class Transformer(nn.Module):
         Returns:
             float[B, D], normed.
         """
-        cos, sin = (angles[:, 0] for angles in rope(positions, self.config))  # [B, 1, d]
+        cos, sin = (angles[:, 0] for angles in self.config.rope.angles(positions))  # [B, 1, d]
         x = self.embed_tokens(ids)
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
@@ -452,14 +383,10 @@ class Transformer(nn.Module):
 
     def stock_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names of the stock classes (model/stock.py)."""
-        return dict(self._stock_names())
-
-    def _stock_names(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value in self.state_dict().items():
-            if name != "lm_head.weight":
-                yield f"model.{name}", value.contiguous()
-            elif not self.config.tie_word_embeddings:
-                yield name, value.contiguous()
+        state = {name: weight.contiguous() for name, weight in self.state_dict().items()}
+        head = state.pop("lm_head.weight")
+        stock = {f"model.{name}": weight for name, weight in state.items()}
+        return stock if self.config.tie_word_embeddings else {**stock, "lm_head.weight": head}
 
     def load_stock_state_dict(self, state: dict[str, Tensor]) -> None:
         """The reverse of ``stock_state_dict``.

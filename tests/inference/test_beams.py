@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from multimodal.api import Model
+from multimodal.export.hf import export_hf
 from multimodal.inference.text import generate_ids
-from multimodal.model.export import export_hf
 from multimodal.model.sequences import describe_prompt
 from multimodal.options import TextOptions
 

@@ -22,7 +22,6 @@ from multimodal.options import DrawOptions, EditOptions
 from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer
 from multimodal.tokenizers.meaning import Meaning, MeaningConfig, fit_codebooks
-from tests.samples import batch_builder
 
 VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads": 2}
 MEANING, DETAIL = slice(0, 8), slice(8, 24)
@@ -153,7 +152,7 @@ def multimodal_prompt(model: Model, parts: list[object]) -> list[int]:
 def test_documents_follow_the_same_rule(model: Model) -> None:
     codes = encode_images(model, pictures(1))[0].numpy()
     text = model.text_tokenizer.encode("it shows")
-    builder = batch_builder(model)
+    builder = model.batch_builder(160)
     opening = document(model.vocabulary, [codes, text], None, builder.read)[0]
     later = document(model.vocabulary, [text, codes], None, builder.read)[0]
     assert len(later) - len(opening) == 24 - 8
@@ -163,7 +162,7 @@ def test_documents_follow_the_same_rule(model: Model) -> None:
 
 def test_both_levels_are_learned_masked_and_in_order(model: Model) -> None:
     codes = encode_images(model, pictures(1)).numpy()
-    builder = batch_builder(model)
+    builder = model.batch_builder(160)
     blocks = set()
     for seed in range(60):
         record = {"captions": ["a red bus"]}

@@ -16,14 +16,14 @@ from multimodal.model.batches import (
     random_mask,
 )
 from multimodal.model.sequences import OBJECTIVES, TokenSequence
-from tests.samples import batch_builder, samples_of
+from tests.samples import samples_of
 
 Make = Callable[..., Model]
 
 
 def test_the_draw_of_a_pair_depends_on_its_seed_alone(tiny_model: Make) -> None:
     model = tiny_model(reconstruct_share=0.5, next_token_share=0.25, drop_condition=0.2)
-    n, vocabulary, builder = 2000, model.vocabulary, batch_builder(model)
+    n, vocabulary, builder = 2000, model.vocabulary, model.batch_builder(160)
     (sample,) = samples_of([{"captions": ["a cat"]}])
 
     def pairs_of(seeds: Sequence[int]) -> list[PairSequences]:
@@ -48,7 +48,7 @@ def test_the_draw_of_a_pair_depends_on_its_seed_alone(tiny_model: Make) -> None:
 def test_the_questions_of_an_image_are_a_branch_beside_its_captions(tiny_model: Make) -> None:
     """Without a caption it is drawn from the dropped condition, whatever the seed is."""
     model = tiny_model(reconstruct_share=0.5, next_token_share=0.5, drop_condition=0.0)
-    builder, questions = batch_builder(model), [("what?", "a cat"), ("where?", "there")]
+    builder, questions = model.batch_builder(160), [("what?", "a cat"), ("where?", "there")]
     samples = samples_of(
         [
             {"captions": ["a cat"]},
@@ -85,7 +85,7 @@ def test_captions_of_one_image_are_branches_as_long_as_they_fit(tiny_model: Make
     encode, eos = model.text_tokenizer.encode, model.vocabulary.eos
 
     def texts_of(captions_per_image: int, row_length: int = 160) -> list[str]:
-        builder = batch_builder(model, row_length)
+        builder = model.batch_builder(row_length)
         pair = replace(builder, captions_per_image=captions_per_image).pair(sample)
         assert (
             pair.text is not None
@@ -109,7 +109,7 @@ def test_captions_of_one_image_are_branches_as_long_as_they_fit(tiny_model: Make
     fitting = {text for text in whole[1:] if len(encode(text)) + 2 <= 6}
     assert texts_of(0, length + 6)[1:] in [[text] for text in fitting] + [[]]
     seeds = [replace(sample, seed=seed) for seed in range(40)]
-    builder = replace(batch_builder(model), captions_per_image=2)
+    builder = replace(model.batch_builder(160), captions_per_image=2)
     assert {builder.pair(each).text for each in seeds} == set(captions)
 
 
@@ -119,7 +119,7 @@ def test_a_batch_knows_where_its_embeddings_stand(tiny_model: Make) -> None:
     vocabulary = model.vocabulary
     first, book, last = samples_of([{"captions": ["a cat"]}, {}, {"captions": ["a dog"]}])
     book = replace(book, document=["a page", None, "another one"])
-    batch = batch_builder(model).build([first, book, last])
+    batch = model.batch_builder(160).build([first, book, last])
     flat = batch.packed.ids.flatten()
     assert flat[batch.image_positions[[0, 2]]].tolist() == [vocabulary.eoi] * 2
     assert flat[batch.text_positions[[0, 2]]].tolist() == [vocabulary.boi] * 2
@@ -127,12 +127,12 @@ def test_a_batch_knows_where_its_embeddings_stand(tiny_model: Make) -> None:
     assert len(set(batch.image_hashes.tolist())) == 3
     assert len(flat) % ROW_MULTIPLE == 0 and len(batch.packed.ids) % ROW_MULTIPLE == 0
     assert batch.tokens == int((batch.packed.documents > 0).sum())
-    again = batch_builder(model).build([replace(last, key="0"), first])
+    again = model.batch_builder(160).build([replace(last, key="0"), first])
     assert again.image_hashes[0] == again.image_hashes[1], "equal keys are equal images"
 
 
 def test_a_sequence_that_is_too_long_names_its_sample(tiny_model: Make) -> None:
-    builder = batch_builder(tiny_model(), row_length=24)
+    builder = tiny_model().batch_builder(24)
     samples = samples_of([{"captions": ["a cat"]}, {"captions": ["word " * 20]}])
     with pytest.raises(ValueError, match="sample 1 makes a sequence of .* than row_length=24"):
         builder.build(samples)
@@ -149,7 +149,7 @@ def test_the_check_before_training_reads_the_beginning_of_a_book(tiny_model: Mak
         lengths.append(len(text))
         return model.text_tokenizer.encode(text)
 
-    builder = replace(batch_builder(model), encode=counted)
+    builder = replace(model.batch_builder(160), encode=counted)
     (sample,) = samples_of([{}])
     book = replace(sample, document=["a red bus in the snow " * 9000, None, "two dogs " * 9000])
     sequences = list(builder.possible(book))

@@ -20,7 +20,7 @@ from multimodal.model.batches import TrainingBatch, TrainingSample
 from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig, token_losses
 from multimodal.model.sequences import OBJECTIVES, TokenSequence, describe, draw, pack
-from tests.samples import batch_builder, samples_of
+from tests.samples import samples_of
 
 Make = Callable[..., Model]
 ALONE = (*OBJECTIVES, "siglip", "clip")
@@ -53,7 +53,7 @@ def samples_with(texts: Sequence[str], questions: bool) -> list[TrainingSample]:
 
 
 def batch_of(model: Model, texts: Sequence[str], questions: bool = False) -> TrainingBatch:
-    return batch_builder(model).build(samples_with(texts, questions))
+    return model.batch_builder(160).build(samples_with(texts, questions))
 
 
 def batch_of_sequences(
@@ -153,7 +153,7 @@ def test_the_gradient_of_each_objective_reaches_what_it_should(
     model = tiny_model(noise=0.05, tied=False, **only(name))
     network = model.network.train()
     samples = samples_with(sentences[:2], questions=name == "answer")
-    builder = batch_builder(model)
+    builder = model.batch_builder(160)
     network(builder.build(samples))[0].backward()
 
     weights = network.named_parameters()

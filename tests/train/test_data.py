@@ -21,7 +21,6 @@ from multimodal.train.data import GlobalBatchLoader, ShardData
 from multimodal.train.examples import ShardDataset
 from multimodal.train.sample_order import GlobalBatches, Order
 from multimodal.train.tokenizers.semantic import texts_about
-from tests.samples import batch_builder
 
 TEMPLATES = Templates()
 DRAWN = {"image", "reconstruct"}
@@ -61,7 +60,7 @@ def test_images_of_the_drawn_folders_alone_are_learned_to_be_drawn(
     dataset = ShardDataset(shards, 16, "squash", 0, drawn=drawn)
     batch = dataset.collate([dataset[0, number] for number in range(8)])
     assert batch.drawn == [False] * 4 + [True] * 4
-    builder = batch_builder(model)
+    builder = model.batch_builder(160)
     codes = np.zeros((1, builder.layout.codes_per_image), np.int64)
     learned = []
     for record, seed, of_image in zip(batch.records, batch.seeds, batch.drawn, strict=True):

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from multimodal.api import Model, load
 from multimodal.cli import main
+from multimodal.export.hf import export_hf
 from multimodal.inference.codec import encode_images, read_images
 from multimodal.inference.text import generate_ids
 from multimodal.model.attention import attention_mask
-from multimodal.model.export import export_hf
 from multimodal.model.sequences import (
     TokenSequence,
     describe,
@@ -247,7 +247,7 @@ def test_a_failure_leaves_nothing_behind(
 
     with pytest.raises(ValueError, match="no such model folder"):
         export_hf(tmp_path / "nothing", tmp_path / "out")
-    monkeypatch.setattr("multimodal.model.export.save_file", disk_full)
+    monkeypatch.setattr("multimodal.export.hf.save_file", disk_full)
     with pytest.raises(OSError, match="No space"):
         export_hf(tiny_model_folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())

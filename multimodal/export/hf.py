@@ -6,20 +6,17 @@ so that an export does not need transformers.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
+from multimodal.export.model import DTYPES, copy_files
 from multimodal.files import new_folder
 from multimodal.model.checkpoint import ModelParts, find_model, read_config
 from multimodal.model.stock import family_of, stock_config
 from multimodal.model.vocabulary import SPECIALS, Vocabulary
-from multimodal.tokenizers.image import load_image_tokenizer
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from multimodal.tokenizers.text import TEMPLATE
 
 
 def image_token(code: int) -> str:
@@ -50,48 +47,8 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> st
         _write(model, folder, dtype)
         fingerprint = read_config(source)["fingerprints"]["model"]
         (folder / "README.md").write_text(_readme(model, fingerprint), "utf-8")
-        _copy(source, folder, "LICENSE")
+        copy_files(source, folder, "LICENSE")
     return family_of(model.config.transformer)[1].stock_class
-
-
-def export_model(
-    source: str | Path,
-    out: str | Path,
-    dtype: str = "bfloat16",
-    image_tokenizer: str | Path | None = None,
-) -> None:
-    """Write a model folder again, with its weights rounded.
-
-    Args:
-        source: a model folder, or the name of a bundled model.
-        out: a new or empty folder.
-        dtype: of the written weights, one of DTYPES.
-        image_tokenizer: a folder with another decoder for the same codes, to put into the model.
-
-    Raises:
-        ValueError: as ``export_hf``, and for an image tokenizer that makes other codes.
-    """
-    source, out = find_model(source), Path(out)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    with new_folder(out) as folder:
-        model = ModelParts.load(source)
-        if image_tokenizer is not None:
-            other = load_image_tokenizer(image_tokenizer)
-            if other.codes_fingerprint != model.image_tokenizer.codes_fingerprint:
-                raise ValueError(
-                    f"{image_tokenizer}: makes other codes than the tokenizer of {source}; "
-                    "only its decoder may differ (see decoder_only)"
-                )
-            model.image_tokenizer = other
-        model.save(folder, dtype=DTYPES[dtype])
-        _copy(source, folder, "README.md", "LICENSE")
-
-
-def _copy(source: Path, folder: Path, *names: str) -> None:
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
 
 
 def _write(model: ModelParts, folder: Path, dtype: str) -> None:
@@ -103,10 +60,10 @@ def _write(model: ModelParts, folder: Path, dtype: str) -> None:
     }
     padding = list(range(vocabulary.image_end, vocabulary.size))
     generation = {**ends, "do_sample": False, **({"suppress_tokens": padding} if padding else {})}
-    written = {
+    written: dict[str, dict[str, Any]] = {
         "config.json": {**stock_config(model.config.transformer), **ends, "torch_dtype": dtype},
         "generation_config.json": generation,
-        "tokenizer.json": _tokenizer(model),
+        "tokenizer.json": exported_tokenizer(model),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<bos>",
@@ -117,6 +74,9 @@ def _write(model: ModelParts, folder: Path, dtype: str) -> None:
             "clean_up_tokenization_spaces": False,
         },
     }
+    if (chat := model.text_tokenizer.chat) is not None:
+        written["generation_config.json"]["eos_token_id"] = chat_ends(model)
+        (folder / TEMPLATE).write_text(chat.template, "utf-8")
     for name, content in written.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", "utf-8")
     weights = model.network.transformer.stock_state_dict()
@@ -124,7 +84,14 @@ def _write(model: ModelParts, folder: Path, dtype: str) -> None:
     model.image_tokenizer.save(folder / "image_tokenizer")
 
 
-def _tokenizer(model: ModelParts) -> dict[str, Any]:
+def chat_ends(model: ModelParts) -> list[int]:
+    """The ids that end a text: <eos>, and what ends a turn of the language model it began as."""
+    chat, ends = model.text_tokenizer.chat, [model.vocabulary.eos]
+    known = model.text_tokenizer.vocabulary()
+    return ends + [known[chat.end]] if chat is not None and chat.end in known else ends
+
+
+def exported_tokenizer(model: ModelParts) -> dict[str, Any]:
     """The text tokenizer with a token for each special and each code, at the ids of Vocabulary.
 
     Codes are not special tokens there, so that ``skip_special_tokens`` keeps a drawn image.

@@ -1,0 +1,1 @@
+"""A model carried to other engines: stock folders, GGUF files, smaller model folders."""

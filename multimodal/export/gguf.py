@@ -1,0 +1,182 @@
+"""Export a model folder as one GGUF file, for llama.cpp and what is built on it.
+
+The file has the weights and the tokenizer of the stock folder (multimodal/export/hf.py): an image
+is tokens there too. Images become codes and back with the image tokenizer of the model folder.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from multimodal.export.hf import chat_ends, exported_tokenizer
+from multimodal.files import atomic_file
+from multimodal.model.checkpoint import ModelParts, find_model
+from multimodal.model.rope import Rope
+from multimodal.model.stock import family_of
+from multimodal.model.transformer import TransformerConfig
+
+DTYPES = ("float32", "float16", "bfloat16", "q8_0")
+# How a text is split before BPE, by the name that llama.cpp has for the regular expression.
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {
+    "qwen2": rf"{_LETTERS}|\p{{N}}|{_REST}",
+    "llama-bpe": rf"{_LETTERS}|\p{{N}}{{1,3}}|{_REST}",
+}
+
+
+def export_gguf(source: str | Path, out: str | Path, dtype: str = "float16") -> None:
+    """Write a model folder as a GGUF file. It appears complete or not at all.
+
+    Args:
+        source: a model folder, or the name of a bundled model.
+        out: a new file.
+        dtype: of the matrices, one of DTYPES. ``q8_0`` has 8 bits a weight and a scale for each 32.
+            Rows that are no multiple of 32 stay in float16. Norms are float32.
+
+    Raises:
+        ValueError: for another dtype, a file that exists, a tokenizer that llama.cpp does not have,
+            or without the package gguf.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ValueError(f"GGUF needs: pip install multimodal[gguf] ({error})") from error
+    out = Path(out)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if out.exists():
+        raise ValueError(f"{out}: exists; name a new file")
+    folder = find_model(source)
+    model = ModelParts.load(folder)
+    config = model.config.transformer
+    name, _ = family_of(config)
+    architecture = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == name)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out) as part:
+        writer = gguf.GGUFWriter(part, name)
+        writer.add_name(folder.resolve().name)
+        _add_sizes(writer, config)
+        _add_tokenizer(writer, model)
+        for stock_name, weight in model.network.transformer.stock_state_dict().items():
+            data, kind = _stored(_arranged(stock_name, weight, config, name), dtype)
+            short = names.get_name(stock_name, try_suffixes=(".weight", ".bias"))
+            assert short is not None, stock_name
+            writer.add_tensor(short, data, raw_dtype=kind)
+        if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
+            writer.add_tensor("rope_freqs.weight", _slower_by(config))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _add_sizes(writer: Any, config: TransformerConfig) -> None:
+    import gguf
+
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    if config.rope_scaling is not None and config.rope_scaling.rope_type == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_scaling.factor)
+
+
+def split_of(tokenizer: dict[str, Any]) -> str:
+    """The name that llama.cpp has for how a tokenizer splits texts before BPE.
+
+    Args:
+        tokenizer: what its tokenizer.json holds.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = tokenizer.get("pre_tokenizer") or {}
+    steps = found["pretokenizers"] if found.get("type") == "Sequence" else [found]
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and steps[1].get("use_regex", True):
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"]:
+        expression = steps[0].get("pattern", {}).get("Regex")
+        for name, known in SPLITS.items():
+            if expression == known:
+                return name
+    raise ValueError(f"llama.cpp has no name for how this tokenizer splits texts ({kinds})")
+
+
+def _add_tokenizer(writer: Any, model: ModelParts) -> None:
+    import gguf
+
+    tokenizer, vocabulary = exported_tokenizer(model), model.vocabulary
+    splits, types = split_of(tokenizer), gguf.TokenType
+    tokens = [f"[PAD{number}]" for number in range(vocabulary.size)]
+    kinds = [types.UNUSED] * vocabulary.size
+    for token, number in tokenizer["model"]["vocab"].items():
+        tokens[number], kinds[number] = token, types.NORMAL
+    for token in tokenizer["added_tokens"]:
+        tokens[token["id"]] = token["content"]
+        kinds[token["id"]] = types.CONTROL if token["special"] else types.USER_DEFINED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(splits)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    merges = tokenizer["model"]["merges"]
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+    writer.add_bos_token_id(vocabulary.bos)
+    writer.add_eos_token_id(vocabulary.eos)
+    writer.add_pad_token_id(vocabulary.pad)
+    writer.add_add_bos_token(False)  # a prompt begins with <bos>, as for every engine
+    if (chat := model.text_tokenizer.chat) is not None:
+        writer.add_chat_template(chat.template)
+        writer.add_eot_token_id(chat_ends(model)[-1])
+
+
+def _arranged(
+    name: str, weight: Tensor, config: TransformerConfig, family: str
+) -> NDArray[np.float32]:
+    """A weight as llama.cpp reads it.
+
+    For a llama it rotates neighbouring numbers of a head, not those of its two halves: the rows of
+    queries and keys change places.
+    """
+    data: NDArray[np.float32] = weight.float().numpy()
+    if family != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight")):
+        return data
+    heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+    halves = data.reshape(heads, 2, config.head_dim // 2, -1)
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(data.shape)
+
+
+def _stored(data: NDArray[np.float32], dtype: str) -> tuple[NDArray[Any], Any]:
+    """The bytes of a tensor, and their type."""
+    import gguf
+
+    types = gguf.GGMLQuantizationType
+    if data.ndim < 2 or dtype == "float32":
+        return data, types.F32
+    if dtype == "q8_0" and data.shape[-1] % 32:
+        dtype = "float16"
+    kind = {"float16": types.F16, "bfloat16": types.BF16, "q8_0": types.Q8_0}[dtype]
+    return gguf.quants.quantize(data, kind), kind
+
+
+def _slower_by(config: TransformerConfig) -> NDArray[np.float32]:
+    """By how much each rotation is slower: float32[d / 2]."""
+    plain = Rope(config.head_dim, config.rope_theta)
+    factors: NDArray[np.float32] = (plain.frequencies() / config.rope.frequencies()).numpy()
+    return factors

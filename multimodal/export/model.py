@@ -1,0 +1,53 @@
+"""A model folder written again: its weights rounded, another image decoder."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from multimodal.files import new_folder
+from multimodal.model.checkpoint import ModelParts, find_model
+from multimodal.tokenizers.image import load_image_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export_model(
+    source: str | Path,
+    out: str | Path,
+    dtype: str = "bfloat16",
+    image_tokenizer: str | Path | None = None,
+) -> None:
+    """Write a model folder again, with its weights rounded.
+
+    Args:
+        source: a model folder, or the name of a bundled model.
+        out: a new or empty folder.
+        dtype: of the written weights, one of DTYPES.
+        image_tokenizer: a folder with another decoder for the same codes, to put into the model.
+
+    Raises:
+        ValueError: as ``export_hf``, and for an image tokenizer that makes other codes.
+    """
+    source, out = find_model(source), Path(out)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    with new_folder(out) as folder:
+        model = ModelParts.load(source)
+        if image_tokenizer is not None:
+            other = load_image_tokenizer(image_tokenizer)
+            if other.codes_fingerprint != model.image_tokenizer.codes_fingerprint:
+                raise ValueError(
+                    f"{image_tokenizer}: makes other codes than the tokenizer of {source}; "
+                    "only its decoder may differ (see decoder_only)"
+                )
+            model.image_tokenizer = other
+        model.save(folder, dtype=DTYPES[dtype])
+        copy_files(source, folder, "README.md", "LICENSE")
+
+
+def copy_files(source: Path, folder: Path, *names: str) -> None:
+    """Copy those of the named files that the source has."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)

@@ -1,0 +1,149 @@
+"""A GGUF file: the weights, sizes and tokenizer of the model, as other readers find them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from multimodal.api import Model, load
+from multimodal.cli import main
+from multimodal.export.gguf import SPLITS, export_gguf, split_of
+from multimodal.export.hf import export_hf, exported_tokenizer
+from multimodal.model.rope import RopeScaling
+from multimodal.model.stock import read_stock
+from multimodal.tokenizers.image import load_image_tokenizer
+from multimodal.tokenizers.text import ChatFormat, TextTokenizer
+
+SIZES: dict[str, Any] = dict(
+    hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=96, max_position_embeddings=512, initializer_range=0.3, head_dim=32,
+)  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
+KINDS = {"Qwen3": {}, "Qwen2": {}, "Llama": {}, "Llama 3.1": {"rope_parameters": LLAMA3}}
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
+    sentences: tuple[str, ...], tiny_model_folder: Path,
+) -> Path:  # fmt: skip
+    """Our model, started from a stock one that can chat."""
+    stock, out = tmp_path_factory.mktemp("stock"), tmp_path_factory.mktemp("gguf") / "ours"
+    made = json.loads(TextTokenizer.train(list(sentences) * 4, 300).to_json())
+    (stock / "tokenizer.json").write_text(json.dumps(made), "utf-8")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(stock / "tokenizer.json"))
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(stock)
+    torch.manual_seed(0)
+    family = request.param.split()[0]
+    options: dict[str, Any] = {"rope_theta": 10000.0, **SIZES, **KINDS[request.param]}
+    config = getattr(transformers, f"{family}Config")(vocab_size=320, **options)
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    theirs.save_pretrained(stock)
+    images = load_image_tokenizer(tiny_model_folder / "image_tokenizer")
+    Model.new(str(stock), TextTokenizer.load(stock), images).save(out)
+    return out
+
+
+def tensor_of(file: Path, name: str) -> Tensor:
+    reader = gguf.GGUFReader(file)
+    found = next(tensor for tensor in reader.tensors if tensor.name == name)
+    return torch.from_numpy(np.array(gguf.dequantize(found.data, found.tensor_type)))
+
+
+def test_what_is_written_is_read_back_to_the_bit(folder: Path, tmp_path: Path) -> None:
+    export_gguf(folder, tmp_path / "m.gguf", "float32")
+    ours = load(folder)
+    config, weights = read_stock(tmp_path / "m.gguf")
+    expected = ours.config.transformer
+    if expected.rope_scaling is not None:  # transformers does not read these factors
+        slower = tensor_of(tmp_path / "m.gguf", "rope_freqs.weight")
+        assert isinstance(expected.rope_scaling, RopeScaling)
+        half = expected.head_dim // 2
+        wavelengths = 2 * torch.pi * 500000 ** (torch.arange(half) / half)
+        assert (slower[wavelengths < 4] == 1).all()
+        torch.testing.assert_close(
+            slower[wavelengths > 16], torch.full_like(slower[wavelengths > 16], 8.0)
+        )
+        assert ((slower > 1) & (slower < 8))[(wavelengths > 4.1) & (wavelengths < 15.9)].all()
+        config = type(config)(**{**vars(config), "rope_scaling": expected.rope_scaling})
+    assert config.rms_norm_eps == pytest.approx(expected.rms_norm_eps)
+    names = [name for name in vars(expected) if name != "rms_norm_eps"]
+    assert {n: getattr(config, n) for n in names} == {n: getattr(expected, n) for n in names}
+    state = ours.network.transformer.stock_state_dict()
+    assert weights.keys() == state.keys()
+    assert all(torch.equal(weights[name], value) for name, value in state.items())
+
+
+def test_the_tokenizer_and_the_chat_template_are_in_the_file(folder: Path, tmp_path: Path) -> None:
+    export_gguf(folder, tmp_path / "m.gguf", "bfloat16")
+    ours, again = load(folder).text_tokenizer, TextTokenizer.load(tmp_path / "m.gguf")
+    assert ours.chat == ChatFormat(TEMPLATE, "<|im_end|>", "<|im_start|>")
+    assert again.chat == ChatFormat(TEMPLATE, "<|im_end|>", "<bos>")
+    assert len(again) == load(folder).vocabulary.size
+    for text in ("a red bus", "naïve  café 猫 🐈‍⬛", "don't 123\n\t", "<b>", ""):
+        assert again.encode(text) == ours.encode(text)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    vocabulary = load(folder).vocabulary
+    assert theirs("<bos><boi><|image:3|><eoi>")["input_ids"] == [
+        vocabulary.bos, vocabulary.boi, vocabulary.image_start + 3, vocabulary.eoi
+    ]  # fmt: skip
+    # The stock folder has them too, and stops at the end of a turn.
+    export_hf(folder, tmp_path / "stock")
+    stock = transformers.AutoTokenizer.from_pretrained(tmp_path / "stock")
+    assert stock.chat_template == TEMPLATE
+    config = json.loads((tmp_path / "stock/generation_config.json").read_text("utf-8"))
+    assert config["eos_token_id"] == [vocabulary.eos, ours.vocabulary()["<|im_end|>"]]
+
+
+def test_rounded_weights_are_those_of_the_format(folder: Path, tmp_path: Path) -> None:
+    weight = load(folder).network.transformer.layers[1].mlp.up_proj.weight.detach()
+    for dtype, expected in (("float16", weight.half()), ("bfloat16", weight.bfloat16())):
+        export_gguf(folder, tmp_path / f"{dtype}.gguf", dtype)
+        stored = tensor_of(tmp_path / f"{dtype}.gguf", "blk.1.ffn_up.weight")
+        assert torch.equal(stored, expected.float())
+    export_gguf(folder, tmp_path / "q8.gguf", "q8_0")
+    stored = tensor_of(tmp_path / "q8.gguf", "blk.1.ffn_up.weight")
+    steps = weight.unflatten(1, (-1, 32)).abs().amax(-1, keepdim=True) / 127
+    assert (
+        (stored - weight).unflatten(1, (-1, 32)).abs() <= 0.57 * steps
+    ).all()  # the scale is rounded, too
+    norm = load(folder).network.transformer.norm.weight
+    assert torch.equal(tensor_of(tmp_path / "q8.gguf", "output_norm.weight"), norm)
+
+
+def test_the_command_writes_one_new_file(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", "gguf", str(tiny_model_folder), str(tmp_path / "deep/m.gguf")]
+    assert main(command) == 0
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["m.gguf"]
+    before = (tmp_path / "deep/m.gguf").read_bytes()
+    assert main(command) == 1
+    assert "exists; name a new file" in capsys.readouterr().err
+    assert (tmp_path / "deep/m.gguf").read_bytes() == before
+
+
+def test_a_tokenizer_that_splits_otherwise_is_refused(tiny_model_folder: Path) -> None:
+    stored = exported_tokenizer(load(tiny_model_folder))
+    assert split_of(stored) == "gpt-2"
+    byte_level = {"type": "ByteLevel", "use_regex": False}
+    for name, expression in SPLITS.items():
+        split = {"type": "Split", "pattern": {"Regex": expression}}
+        steps = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+        assert split_of({**stored, "pre_tokenizer": steps}) == name
+    with pytest.raises(ValueError, match="has no name for how this tokenizer splits"):
+        split_of({**stored, "pre_tokenizer": {"type": "Metaspace"}})

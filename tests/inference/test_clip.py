@@ -1,0 +1,60 @@
+"""open_clip's own code runs on a model of ours, and gives what ours gives."""
+
+from collections.abc import Callable
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from multimodal.api import Model
+from multimodal.eval.tasks.classification import zero_shot_classifier
+from multimodal.inference.clip import as_open_clip
+
+NAMES = ["red bus", "dog", "two cats on a mat"]
+TEMPLATES = (lambda name: f"a photo of a {name}.", lambda name: f"{name}")
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., Model]) -> Model:
+    return tiny_model(noise=0.3)
+
+
+@pytest.fixture
+def images() -> list[Image.Image]:
+    torch.manual_seed(0)
+    pixels = (torch.rand(6, 40, 30, 3) * 255).byte().numpy()
+    return [Image.fromarray(array) for array in pixels]
+
+
+def test_the_zero_shot_classifier_of_open_clip_is_ours(
+    model: Model, images: list[Image.Image]
+) -> None:
+    clip, preprocess, tokenizer = as_open_clip(model)
+    classifier = open_clip.build_zero_shot_classifier(
+        clip, tokenizer, NAMES, TEMPLATES, num_classes_per_batch=2, device="cpu"
+    )
+    ours = zero_shot_classifier(model, NAMES, TEMPLATES)
+    assert classifier.shape == (model.config.objectives.alignment_dim, 3)
+    torch.testing.assert_close(classifier, ours, atol=1e-5, rtol=0)
+    pixels = torch.stack([preprocess(image) for image in images])
+    features = clip.encode_image(pixels, normalize=True)
+    torch.testing.assert_close(features, model.embed(images=images), atol=1e-5, rtol=0)
+    assert (features @ classifier).std() > 0.01
+
+
+def test_a_retrieval_loop_finds_what_ours_finds(model: Model, images: list[Image.Image]) -> None:
+    clip, preprocess, tokenizer = as_open_clip(model)
+    texts = ["a red bus", "dogs", " a much longer text about dogs on a beach ", "cats", "b", "c"]
+    tokens = tokenizer(texts)
+    assert tokens.dtype == torch.int64 and (tokens == model.vocabulary.pad).any()
+    text_features = clip.encode_text(tokens)
+    torch.testing.assert_close(text_features, model.embed(texts=texts), atol=1e-5, rtol=0)
+    out = clip(torch.stack([preprocess(image) for image in images]), tokens)
+    scores = out["logit_scale"] * out["image_features"] @ out["text_features"].T
+    expected = model.embed(images=images) @ model.embed(texts=texts).T
+    assert scores.argsort().tolist() == expected.argsort().tolist()
+    assert clip.logit_scale.exp().item() == pytest.approx(10.0, rel=0.5)
+    assert tokenizer("a red bus", context_length=2).shape == (1, 2)
+    with pytest.raises(ValueError, match="the text is empty"):
+        tokenizer([" "])
