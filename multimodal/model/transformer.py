@@ -73,13 +73,8 @@ class TransformerConfig:
 
     def stored(self) -> dict[str, Any]:
         """As in config.json. What only other stock classes have is there if it is used."""
-        plain = {
-            "qk_norm": "rms",
-            "norm_after": False,
-            "attention_bias": False,
-            "rope_scaling": None,
-        }
-        return {k: v for k, v in asdict(self).items() if k not in plain or v != plain[k]}
+        plain = {"qk_norm": "rms", "norm_after": False, "attention_bias": False}
+        return {k: v for k, v in asdict(self).items() if v is not None and v != plain.get(k)}
 
     @property
     def rope(self) -> Rope:

@@ -24,7 +24,6 @@ from multimodal.inference.text import generate_ids
 from multimodal.model.batches import TrainingSample
 from multimodal.options import DrawOptions, TextOptions
 from tests.released.theirs import CODES, Pair, chameleon, complete_vqgan, emu3, images
-from tests.samples import batch_builder
 
 PAIRS: dict[str, Callable[..., Pair]] = {
     "chameleon": chameleon,
@@ -125,7 +124,7 @@ def test_captions_drawings_and_a_step_of_fine_tuning(pair: Pair) -> None:
         TrainingSample(str(number), {"captions": ["a red bus"]}, image[None], number)
         for number, image in enumerate(codes)
     ]
-    batch = batch_builder(model, row_length=256).build(training)
+    batch = model.batch_builder(256).build(training)
     network = copy.deepcopy(model.network).train()
     optimizer = torch.optim.SGD(network.parameters(), 0.01)
     losses = []
