@@ -20,10 +20,11 @@ from multimodal.tokenizers.weights import Fit
 Reader: TypeAlias = Callable[[Path, dict[str, Any], int | None, Fit | None], Released]
 # By the model_type of config.json.
 READERS: dict[str, Reader] = {"chameleon": chameleon.read, "emu3": emu3.read}
-REFUSED = {
-    "janus": "it reads images as continuous features, and scores codes by an MLP, not by rows of a "
-    "table (docs/decisions/released_models.md); its image tokenizer: multimodal tokenizer import",
-}
+JANUS = (
+    "it reads images as continuous features, and scores codes by an MLP, not by rows of a table "
+    "(docs/decisions/released_models.md); its image tokenizer: multimodal tokenizer import"
+)
+REFUSED = {"janus": JANUS, "multi_modality": JANUS}  # as transformers and DeepSeek name it
 
 
 def import_model(
@@ -51,7 +52,7 @@ def import_model(
     config = read_json(folder / "config.json")
     kind = str(config.get("model_type"))
     if kind in REFUSED:
-        raise ValueError(f"{folder}: a {kind} cannot be imported: {REFUSED[kind]}")
+        raise ValueError(f"{folder}: a Janus cannot be imported: {REFUSED[kind]}")
     if kind not in READERS:
         raise ValueError(
             f"{folder}: a model of type {kind!r}, expected one of {', '.join(READERS)}; "

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from multimodal.api import load
 from multimodal.cli import main
@@ -95,6 +96,19 @@ def test_images_have_their_codes(pair: Pair) -> None:
     assert len(codes.unique()) > 10
 
 
+def test_codes_have_their_images_where_a_decoder_was_released(pair: Pair) -> None:
+    tokenizer = pair.ours.image_tokenizer
+    codes = torch.randint(CODES, (2, 64), generator=torch.Generator().manual_seed(0))
+    theirs = pair.their_images(codes)
+    assert tokenizer.can_draw == (theirs is not None)
+    if theirs is None:
+        with pytest.raises(ValueError, match="this image tokenizer has no decoder"):
+            tokenizer.decode(codes)
+        return
+    assert theirs.std() > 0.1
+    assert (tokenizer.decode(codes) - theirs.clamp(-1, 1)).abs().max() < 1e-4
+
+
 def to_png(image: Image.Image) -> bytes:
     image.save(buffer := io.BytesIO(), "png")
     return buffer.getvalue()
@@ -138,17 +152,6 @@ def test_captions_drawings_and_a_step_of_fine_tuning(pair: Pair) -> None:
 
 
 # --- one of them alone ----------------------------------------------------------------------------
-
-
-def test_emu3_draws_what_theirs_draws(pair: Pair) -> None:
-    if not pair.ours.image_tokenizer.can_draw:
-        pytest.skip("no decoder of this one was released")
-    codes = torch.randint(CODES, (2, 64), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        theirs = pair.stock.model.vqmodel.decode(codes.view(2, 8, 8))
-    ours = pair.ours.image_tokenizer.decode(codes)
-    assert theirs.std() > 0.1
-    assert (ours - theirs.clamp(-1, 1)).abs().max() < 1e-4
 
 
 def test_a_decoder_from_elsewhere_draws_what_theirs_draws(
@@ -200,7 +203,8 @@ def test_other_folders_are_refused_in_one_line(
         (folder / "config.json").write_text(json.dumps(config | others))
 
     for others, message in (
-        ({"model_type": "janus"}, "a janus cannot be imported: it reads images as continuous"),
+        ({"model_type": "janus"}, "a Janus cannot be imported: it reads images as continuous"),
+        ({"attention_bias": True, "text_config": {"attention_bias": True}}, "attention_bias"),
         ({"model_type": "llama"}, "a language model starts a training instead (size: FOLDER)"),
         ({"model_type": None}, "a model of type 'None', expected one of chameleon"),
         ({"vocabulary_map": None}, "vocabulary_map"),
@@ -221,3 +225,46 @@ def test_other_folders_are_refused_in_one_line(
     refused(folder, "its weights and its config.json differ", capsys)
     weights.rename(folder / "pytorch_model.bin")
     refused(folder, "", capsys)
+
+
+def test_shards_of_half_precision_and_the_names_of_transformers_4(
+    tmp_path: Path, pair: Pair
+) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(pair.folder, folder)
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards: list[dict[str, Tensor]] = [{}, {}]
+    for number, (name, weight) in enumerate(stored.items()):
+        old = name.replace("model.text_model.", "text_model.model.")
+        old = (
+            old.replace("model.vqmodel.", "vqmodel.") if "text_model" in str(stored.keys()) else old
+        )
+        shards[number % 2][old] = weight.bfloat16()
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    names = {}
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, folder / file)
+        names |= dict.fromkeys(shard, file)
+    index = {"metadata": {}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    out = tmp_path / "ours"
+    assert main(["import", str(folder), str(out), "--image-size", "32"]) == 0
+    assert {w.dtype for w in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    rounded = load(out).network.state_dict()
+    for name, weight in pair.ours.network.transformer.state_dict().items():
+        rows = slice(pair.ours.vocabulary.image_end if "embed" in name or "head" in name else None)
+        kept = (pair.rows[rows] >= 0) if rows.stop else slice(None)
+        expected = weight[rows][kept].bfloat16().float()
+        assert torch.equal(rounded[f"transformer.{name}"][rows][kept], expected), name
+
+
+def test_an_export_is_stock_where_there_is_a_stock_class(
+    tmp_path: Path, pair: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = main(["export", "hf", str(pair.out), str(tmp_path / "stock")])
+    if type(pair.stock).__name__.startswith("Emu3"):
+        assert status == 0 and "LlamaForCausalLM" in capsys.readouterr().out
+    else:
+        assert status == 1
+        assert "no stock class has qk_norm=layer" in capsys.readouterr().err

@@ -116,6 +116,17 @@ class Pair:
         """float[B, 3, H, W] in [-1, 1] -> int64[B, n], code numbers."""
         return self.encode(self.stock.model.vqmodel, pixels).flatten(1)
 
+    @torch.inference_mode()
+    def their_images(self, codes: Tensor) -> Tensor | None:
+        """int64[B, n] -> float[B, 3, H, W], not clipped. None: their class has no decoder."""
+        tokenizer = self.stock.model.vqmodel
+        side = round(codes.shape[1] ** 0.5)
+        return (
+            tokenizer.decode(codes.unflatten(1, (side, side)))
+            if hasattr(tokenizer, "decode")
+            else None
+        )
+
     def greedy(self, prompt: list[int], tokens: int) -> list[int]:
         """The text that theirs goes on with, by our ids, up to the end of the text."""
         vocabulary = self.ours.vocabulary
