@@ -39,6 +39,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("multimodal.commands.export", "carry a model to other engines, or make it smaller"),
     "export model": ("multimodal.train.export", "make a model folder of a training checkpoint"),
     "demo": ("multimodal.eval.demo", "do all of it on pictures that need no download"),
+    "import": ("multimodal.commands.imports", "turn a released unified model into a model folder"),
     "info": ("multimodal.commands.info", "what a model folder or a shard folder holds"),
     "info --config": ("multimodal.train.forecast", "what a training run will need"),
 }

@@ -33,11 +33,12 @@ BELOW: dict[str, tuple[str, ...]] = {
     "data.builder": ("foundation", "data"),
     "model": ("foundation", "tokenizers"),
     "export": ("foundation", "tokenizers", "model"),
+    "released": ("foundation", "tokenizers", "model"),
     "scenes": ("foundation", "data"),
     "inference": ("foundation", "tokenizers", "data", "model"),
     "api": ("foundation", "tokenizers", "data", "model", "inference"),
     "commands": (
-        "foundation", "tokenizers", "data", "data.builder", "model", "export", "scenes",
+        "foundation", "tokenizers", "data", "data.builder", "model", "export", "released", "scenes",
         "inference", "api",
     ),
     "eval.metrics": ("foundation", "tokenizers", "tokenizers.quantizers"),

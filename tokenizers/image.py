@@ -69,7 +69,7 @@ class ImageTokenizer(nn.Module):
     @property
     def can_draw(self) -> bool:
         """Whether codes become images."""
-        return self.detail is not None
+        return self.detail is not None and self.detail.can_decode
 
     @property
     def drawn_size(self) -> int:
@@ -121,7 +121,8 @@ class ImageTokenizer(nn.Module):
 
     def detail_images(self, images: Tensor) -> Tensor:
         """Images at the size of the level of detail: float[B, 3, H, W]."""
-        return resize(images, self.drawn_size)
+        assert self.detail is not None, "the layout has it"
+        return resize(images, self.detail.config.image_size)
 
     def meaning_vectors(self, images: Tensor) -> Tensor | None:
         """What the decoder of detail reads beside its codes: float[B, h, w, C], or None."""
@@ -183,9 +184,10 @@ class ImageTokenizer(nn.Module):
         return found
 
     def _drawing_level(self) -> VQTokenizer:
-        if self.detail is None:
+        if self.detail is None or not self.detail.can_decode:
+            missing = "level of detail" if self.detail is None else "decoder"
             raise ValueError(
-                "this image tokenizer has no level of detail: it reads images, and cannot draw them"
+                f"this image tokenizer has no {missing}: it reads images, and cannot draw them"
             )
         return self.detail
 
