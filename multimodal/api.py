@@ -7,6 +7,7 @@ sampled at temperature 0.8.
 """
 
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from multimodal.data.images import open_image, to_image
+from multimodal.hub.push import push
 from multimodal.inference import editing, mixed
 from multimodal.inference.codec import (
     ImageSource,
@@ -287,6 +289,38 @@ class Model(ModelParts):
         edit_options = make_options(EditOptions, options)
         return editing.vary_image(self, open_image(image), share, text, edit_options)
 
+    # --- the Hub ------------------------------------------------------------------------------
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        card: str = "",
+        results: str | Path | None = None,
+        license: str = "",
+        private: bool = False,
+        message: str = "",
+    ) -> str:
+        """Put the model on the Hugging Face Hub, where ``load`` finds it by its name.
+
+        Args:
+            name: ``user/name`` or ``user/name@branch``. What does not exist is made.
+            card: the text of its README.md.
+            results: what ``multimodal eval --output`` wrote about this model, for the card.
+            license: its name on the Hub, such as ``apache-2.0``.
+            private: of a new repository.
+            message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: for results of another model, or what the Hub refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder, card)
+            return push(folder, name, results, license, private, message)
+
     # --- embeddings ---------------------------------------------------------------------------
 
     def embed(
@@ -335,14 +369,15 @@ DType = Literal["float32", "bfloat16"]
 def load(
     path: str | Path, device: str = "cpu", dtype: torch.dtype | DType = torch.float32
 ) -> Model:
-    """Load a model folder, or a bundled model by its name, ready for use.
+    """Load a model, ready for use.
 
     Args:
-        path: a folder, or ``starter``.
+        path: a folder, ``starter``, or ``user/name`` of the Hugging Face Hub (``@revision`` for a
+            branch, a tag or a commit).
         device: where torch computes.
         dtype: of the network. The image tokenizer stays in float32.
 
     Raises:
-        ValueError: for anything that is not a model folder of this release.
+        ValueError: for anything that is not a model of this release.
     """
     return Model.load(path, device, getattr(torch, dtype) if isinstance(dtype, str) else dtype)

@@ -37,6 +37,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "predict": ("multimodal.train.cli", "run a training checkpoint over a dataset"),
     "eval": ("multimodal.eval.evaluate", "measure what a model can do, with the protocol"),
     "export": ("multimodal.commands.export", "turn a training checkpoint into a model folder"),
+    "push": ("multimodal.commands.push", "put a model on the Hugging Face Hub"),
     "demo": ("multimodal.eval.demo", "do all of it on pictures that need no download"),
     "info": ("multimodal.commands.info", "what a model folder or a shard folder holds"),
     "info --config": ("multimodal.train.forecast", "what a training run will need"),

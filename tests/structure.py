@@ -28,14 +28,16 @@ BELOW: dict[str, tuple[str, ...]] = {
     "foundation": (),
     "tokenizers.quantizers": (),
     "tokenizers": ("tokenizers.quantizers",),
+    "hub": ("foundation",),
     "data": ("foundation", "tokenizers"),
     "data.builder": ("foundation", "data"),
-    "model": ("foundation", "tokenizers"),
+    "model": ("foundation", "tokenizers", "hub"),
     "scenes": ("foundation", "data"),
     "inference": ("foundation", "tokenizers", "data", "model"),
-    "api": ("foundation", "tokenizers", "data", "model", "inference"),
+    "api": ("foundation", "tokenizers", "hub", "data", "model", "inference"),
     "commands": (
-        "foundation", "tokenizers", "data", "data.builder", "model", "scenes", "inference", "api",
+        "foundation", "tokenizers", "hub", "data", "data.builder", "model", "scenes", "inference",
+        "api",
     ),
     "eval.metrics": ("foundation", "tokenizers", "tokenizers.quantizers"),
     # The protocol of evaluators, which the tasks implement and the commands use.
@@ -45,16 +47,16 @@ BELOW: dict[str, tuple[str, ...]] = {
         "eval.metrics",
     ),
     "eval": (
-        "foundation", "tokenizers", "data", "data.builder", "model", "inference", "api", "commands",
-        "eval.evaluator", "eval.metrics", "eval.tasks",
+        "foundation", "tokenizers", "hub", "data", "data.builder", "model", "inference", "api",
+        "commands", "eval.evaluator", "eval.metrics", "eval.tasks",
     ),
     "train": (
-        "foundation", "tokenizers", "tokenizers.quantizers", "data", "model", "inference", "api",
-        "eval", "eval.evaluator", "eval.metrics", "eval.tasks",
+        "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model", "inference",
+        "api", "eval", "eval.evaluator", "eval.metrics", "eval.tasks",
     ),
     "train.tokenizers": (
-        "foundation", "tokenizers", "tokenizers.quantizers", "data", "model", "eval.metrics",
-        "train",
+        "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model",
+        "eval.metrics", "train",
     ),
     "train.rewards": (
         "foundation", "data", "model", "inference", "eval.metrics", "eval.tasks", "train",

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from multimodal.files import new_folder
-from multimodal.model.checkpoint import ModelParts, find_model, read_config
+from multimodal.hub.names import find_model, part_of
+from multimodal.model.checkpoint import ModelParts, read_config
 from multimodal.model.stock import family_of, stock_config
 from multimodal.model.vocabulary import SPECIALS, Vocabulary
 from multimodal.tokenizers.image import load_image_tokenizer
@@ -31,7 +32,7 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> st
     """Write a model folder as a Hugging Face folder. It appears complete or not at all.
 
     Args:
-        source: a model folder, or the name of a bundled model.
+        source: a model: see multimodal/hub/names.py.
         out: a new or empty folder.
         dtype: of the written weights, one of DTYPES.
 
@@ -63,10 +64,10 @@ def export_model(
     """Write a model folder again, with its weights rounded.
 
     Args:
-        source: a model folder, or the name of a bundled model.
+        source: a model: see multimodal/hub/names.py.
         out: a new or empty folder.
         dtype: of the written weights, one of DTYPES.
-        image_tokenizer: a folder with another decoder for the same codes, to put into the model.
+        image_tokenizer: one with another decoder for the same codes, to put into the model.
 
     Raises:
         ValueError: as ``export_hf``, and for an image tokenizer that makes other codes.
@@ -77,7 +78,7 @@ def export_model(
     with new_folder(out) as folder:
         model = ModelParts.load(source)
         if image_tokenizer is not None:
-            other = load_image_tokenizer(image_tokenizer)
+            other = load_image_tokenizer(part_of(image_tokenizer, "image_tokenizer"))
             if other.codes_fingerprint != model.image_tokenizer.codes_fingerprint:
                 raise ValueError(
                     f"{image_tokenizer}: makes other codes than the tokenizer of {source}; "
