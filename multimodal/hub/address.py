@@ -7,6 +7,8 @@ from dataclasses import dataclass
 HUB_ADDRESS = re.compile(r"(?:hf:/{1,2}|https?:/{1,2}(?:www\.)?(?:huggingface\.co|hf\.co)/)")
 PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?"
 REPOSITORY = re.compile(rf"{PART}/{PART}")
+# A path that ends like this was meant as a file, and is missing.
+FILES = (".json", ".yaml", ".gguf", ".safetensors", ".pt", ".pth", ".ckpt")
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}")
 
 
@@ -24,7 +26,7 @@ class HubName:
 
     @classmethod
     def parse(cls, name: str) -> "HubName | None":
-        """None for what cannot be a name on the Hub, such as a path with three parts.
+        """None for what is no name on the Hub, such as a path of three parts, or of a file.
 
         Raises:
             ValueError: for an address of something else, or a revision that is none.
@@ -35,6 +37,8 @@ class HubName:
                 f"{name}: models are read from folders and from the Hugging Face Hub "
                 "(user/name); download it, and give the folder"
             )
+        if rest == name and name.lower().endswith(FILES):
+            return None
         repository, at, revision = rest.rstrip("/").partition("@")
         if rest != name and not at:  # as a browser shows it
             repository, at, revision = repository.partition("/tree/")

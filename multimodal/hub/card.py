@@ -147,7 +147,10 @@ def make_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    card = ModelCard(text) if text.lstrip().startswith("---") else ModelCard(f"---\n---\n{text}")
+    kept: dict[str, Any] = {}
+    if text.lstrip().startswith("---"):
+        card = ModelCard(text)
+        kept, text = card.data.to_dict(), card.text
     ours: dict[str, Any] = {
         "library_name": "multimodal",
         "pipeline_tag": "any-to-any",
@@ -155,15 +158,14 @@ def make_card(
     }
     if license:
         ours["license"] = license
-    elif has_license and not card.data.get("license"):
+        kept.pop("license", None)
+    elif has_license and "license" not in kept:
         ours |= {"license": "other", "license_name": "see-license", "license_link": "LICENSE"}
     if results is not None:
         ours |= {"model_name": name.rpartition("/")[2], "eval_results": evaluation(results)}
-    kept = card.data.to_dict() if not license else {**card.data.to_dict(), "license": license}
-    if results is not None:
         kept.pop("model-index", None)  # of an earlier evaluation
     data = ModelCardData(**{**ours, **kept})
-    body = card.text.strip("\n") + "\n"
+    body = text.strip("\n") + "\n"
     if "multimodal.load(" not in body:
         body += USE.format(name=name)
     if results is not None:

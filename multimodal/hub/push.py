@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from multimodal.hub.address import HubName
 from multimodal.hub.card import DEFAULT_CARD, make_card, read_results
 from multimodal.hub.download import readable
-from multimodal.hub.address import HubName
 
 RESULTS = "results.json"
 
@@ -57,7 +57,12 @@ def push(
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     except ImportError as error:
         raise ValueError(f"push needs: pip install multimodal[hub] ({error})") from error
-    card = make_card(text, target.repository, about, license, "LICENSE" in files)
+    try:
+        card = make_card(text, target.repository, about, license, "LICENSE" in files)
+    except Exception as error:  # YAML has errors of its own
+        raise ValueError(
+            f"{folder / 'README.md'}: its metadata is not readable: {error}"
+        ) from error
     contents: dict[str, Path | bytes] = {**files, "README.md": card.encode()}
     if results is not None:
         contents[RESULTS] = Path(results)

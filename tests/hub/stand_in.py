@@ -87,7 +87,9 @@ class StandIn:
                 outer.requests.append(
                     (self.command, self.path, self.headers["Authorization"] or "")
                 )
-                answer = outer.answer(self.command, self.path, dict(self.headers), body)
+                answer = outer.answer(
+                    self.command, self.path, {k.title(): v for k, v in self.headers.items()}, body
+                )
                 self.send_response(answer.status)
                 headers = {"Content-Length": str(len(answer.body)), **answer.headers}
                 for name, value in headers.items():
@@ -242,7 +244,9 @@ class StandIn:
     def create(self, asked: dict[str, Any]) -> Answer:
         name = f"{asked['organization']}/{asked['name']}"
         if name in self.repositories:
-            return Answer(409, {"Content-Type": "application/json"}, b'{"error": "exists"}')
+            answer = self.json({"url": f"{self.address}/{name}", "error": "it exists"})
+            answer.status = 409
+            return answer
         repository = self.repositories[name] = Repository(asked.get("visibility") == "private")
         repository.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
         return self.json({"url": f"{self.address}/{name}", "name": name, "id": name})

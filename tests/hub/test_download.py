@@ -53,6 +53,8 @@ def tiny(hub: StandIn, tiny_model_folder: Path) -> StandIn:
         ("joint", None),
         ("me/..", None),
         ("me/a--b", None),
+        ("runs/text.json", None),
+        ("models/qwen.GGUF", None),
         ("me/tiny\n", None),
         ("", None),
     ],
