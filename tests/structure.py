@@ -29,17 +29,18 @@ BELOW: dict[str, tuple[str, ...]] = {
     "foundation": (),
     "tokenizers.quantizers": (),
     "tokenizers": ("tokenizers.quantizers",),
+    "hub": ("foundation",),
     "data": ("foundation", "tokenizers"),
     "data.builder": ("foundation", "data"),
-    "model": ("foundation", "tokenizers"),
-    "export": ("foundation", "tokenizers", "model"),
+    "model": ("foundation", "tokenizers", "hub"),
+    "export": ("foundation", "tokenizers", "hub", "model"),
     "released": ("foundation", "tokenizers", "model"),
     "scenes": ("foundation", "data"),
     "inference": ("foundation", "tokenizers", "data", "model"),
-    "api": ("foundation", "tokenizers", "data", "model", "inference"),
+    "api": ("foundation", "tokenizers", "hub", "data", "model", "inference"),
     "commands": (
-        "foundation", "tokenizers", "data", "data.builder", "model", "export", "released", "scenes",
-        "inference", "api",
+        "foundation", "tokenizers", "hub", "data", "data.builder", "model", "export", "released",
+        "scenes", "inference", "api",
     ),
     "eval.metrics": ("foundation", "tokenizers", "tokenizers.quantizers"),
     # The protocol of evaluators, which the tasks implement and the commands use.
@@ -49,18 +50,18 @@ BELOW: dict[str, tuple[str, ...]] = {
         "eval.metrics",
     ),
     "eval": (
-        "foundation", "tokenizers", "data", "data.builder", "model", "inference", "api", "commands",
-        "eval.evaluator", "eval.metrics", "eval.tasks",
+        "foundation", "tokenizers", "hub", "data", "data.builder", "model", "inference", "api",
+        "commands", "eval.evaluator", "eval.metrics", "eval.tasks",
     ),
     # What guards the folder of a run: it knows Lightning, and nothing of what is trained.
     "train.run": ("foundation",),
     "train": (
-        "foundation", "tokenizers", "tokenizers.quantizers", "data", "model", "inference", "api",
-        "export", "eval", "eval.evaluator", "eval.metrics", "eval.tasks", "train.run",
+        "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model", "inference",
+        "api", "export", "eval", "eval.evaluator", "eval.metrics", "eval.tasks", "train.run",
     ),
     "train.tokenizers": (
-        "foundation", "tokenizers", "tokenizers.quantizers", "data", "model", "eval.metrics",
-        "train", "train.run",
+        "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model",
+        "eval.metrics", "train", "train.run",
     ),
     "train.rewards": (
         "foundation", "data", "model", "inference", "eval.metrics", "eval.tasks", "train",

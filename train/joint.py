@@ -14,12 +14,13 @@ from multimodal.distributed import gather_objects, mean_over_ranks
 from multimodal.eval.metrics.answering import score_answers
 from multimodal.eval.metrics.captioning import score_captions, sentence_health
 from multimodal.eval.tasks.answers import SHORT_ANSWER
+from multimodal.hub.names import part_of
 from multimodal.inference.codec import decode_images, encode_images
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.text import caption_codes, complete_prompts
 from multimodal.model.attention import Backend
 from multimodal.model.batches import TrainingBatch, TrainingSample
-from multimodal.model.checkpoint import ModelParts, part_of
+from multimodal.model.checkpoint import ModelParts
 from multimodal.model.lessons import check_texts, descriptions_of, exchanges_of
 from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
@@ -40,12 +41,12 @@ class JointModule(MuonModule):
 
     Args:
         text_tokenizer: file of a trained BPE, or a model whose text tokenizer is taken (its folder,
-            or ``starter``).
+            ``starter``, or ``user/name`` of the Hugging Face Hub).
         image_tokenizer: folder of a trained image tokenizer, or a model whose image tokenizer is
             taken.
         size: a named size (tiny, mini, starter, base, large, 1b, 7b), or a language model to start
-            from its weights: the folder of a Qwen3, Qwen2, Llama, SmolLM2 or Mistral of Hugging
-            Face, or a GGUF file. The text tokenizer is then that folder, too.
+            from its weights: a Qwen3, Qwen2, Llama, SmolLM2 or Mistral of Hugging Face (its folder,
+            or ``user/name``), or a GGUF file. The text tokenizer is then given the same, too.
         objectives: weights and shares of the losses.
         reads: the levels of the image tokenizer that captions, answers and embeddings read. By
             default the first one.

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 
 def describe(folder: Path) -> dict[str, Any]:
     """The facts about a folder of a model, an image tokenizer or shards. Raises ``ValueError``."""
-    from multimodal.model.checkpoint import find_model
+    from multimodal.hub.names import find_model
 
     folder = find_model(folder)
     if not folder.is_dir():

@@ -136,7 +136,7 @@ def fit_levels(arguments: argparse.Namespace) -> int:
 def join_levels(arguments: argparse.Namespace) -> int:
     """Write one tokenizer of a level of meaning and a level of detail."""
     from multimodal.files import new_folder
-    from multimodal.model.checkpoint import part_of
+    from multimodal.hub.names import part_of
     from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 
     meaning, detail = (
@@ -174,7 +174,7 @@ def encode(arguments: argparse.Namespace) -> int:
     from multimodal.commands.options import use_device
     from multimodal.data.encode import Encoding, encode_shards
     from multimodal.data.shards import read_manifest
-    from multimodal.model.checkpoint import part_of
+    from multimodal.hub.names import part_of
     from multimodal.tokenizers.image import load_image_tokenizer
 
     if arguments.batch_size < 1 or arguments.decoders < 0:

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from multimodal.export.model import DTYPES, copy_files
 from multimodal.files import new_folder
-from multimodal.model.checkpoint import ModelParts, find_model, read_config
+from multimodal.hub.names import find_model
+from multimodal.model.checkpoint import ModelParts, read_config
 from multimodal.model.stock import family_of, stock_config
 from multimodal.model.vocabulary import SPECIALS, Vocabulary
 from multimodal.tokenizers.text import TEMPLATE
@@ -28,7 +29,7 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> st
     """Write a model folder as a Hugging Face folder. It appears complete or not at all.
 
     Args:
-        source: a model folder, or the name of a bundled model.
+        source: a model: see multimodal/hub/names.py.
         out: a new or empty folder.
         dtype: of the written weights, one of DTYPES.
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from multimodal.files import new_folder
-from multimodal.model.checkpoint import ModelParts, find_model
+from multimodal.hub.names import find_model, part_of
+from multimodal.model.checkpoint import ModelParts
 from multimodal.tokenizers.image import load_image_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,10 +22,10 @@ def export_model(
     """Write a model folder again, with its weights rounded.
 
     Args:
-        source: a model folder, or the name of a bundled model.
+        source: a model: see multimodal/hub/names.py.
         out: a new or empty folder.
         dtype: of the written weights, one of DTYPES.
-        image_tokenizer: a folder with another decoder for the same codes, to put into the model.
+        image_tokenizer: one with another decoder for the same codes, to put into the model.
 
     Raises:
         ValueError: as ``export_hf``, and for an image tokenizer that makes other codes.
@@ -35,7 +36,7 @@ def export_model(
     with new_folder(out) as folder:
         model = ModelParts.load(source)
         if image_tokenizer is not None:
-            other = load_image_tokenizer(image_tokenizer)
+            other = load_image_tokenizer(part_of(image_tokenizer, "image_tokenizer"))
             if other.codes_fingerprint != model.image_tokenizer.codes_fingerprint:
                 raise ValueError(
                     f"{image_tokenizer}: makes other codes than the tokenizer of {source}; "

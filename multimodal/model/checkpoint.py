@@ -12,7 +12,6 @@ import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from multimodal.files import atomic_folder
+from multimodal.hub.card import DEFAULT_CARD
+from multimodal.hub.names import find_model
 from multimodal.model.batches import BatchBuilder
 from multimodal.model.network import ModelConfig, MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
@@ -34,8 +35,6 @@ from multimodal.tokenizers.text import TextTokenizer
 from multimodal.tokenizers.weights import hash_weights
 
 FORMAT_VERSION = 1
-BUNDLED = ("starter",)
-DEFAULT_CARD = "# A model of the multimodal toolkit\n\nNo card was written for this model.\n"
 
 
 @dataclass(eq=False)
@@ -89,13 +88,14 @@ class ModelParts:
     def load(
         cls, path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Self:
-        """Load a model folder, or a bundled model by its name, ready for use.
+        """Load a model, ready for use.
 
         Args:
+            path: a folder or a name: see multimodal/hub/names.py.
             dtype: of the network.
 
         Raises:
-            ValueError: for anything that is not a model folder of this release.
+            ValueError: for anything that is not a model of this release.
         """
         folder = find_model(path)
         stored = read_config(folder)
@@ -236,20 +236,6 @@ def _write(model: ModelParts, folder: Path, dtype: torch.dtype) -> None:
         },
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-
-def find_model(path: str | Path) -> Path:
-    """The folder of a path, or of a bundled model by its name if there is no such folder."""
-    folder = Path(path)
-    if str(path) in BUNDLED and not folder.is_dir():
-        return Path(str(files("multimodal") / str(path)))
-    return folder
-
-
-def part_of(path: str | Path, name: str) -> Path:
-    """A part of a model, by its name. A path that is no model is returned as it is."""
-    part = find_model(path) / name
-    return part if part.exists() else Path(path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -127,6 +127,8 @@ def transformer_config(config: Mapping[str, Any], name: str) -> TransformerConfi
         other.append("attention_bias")
     if other:
         raise ValueError(f"{name}: its {', '.join(sorted(other))} is not supported")
+    if config.get("auto_map"):
+        raise ValueError(f"{name}: its auto_map names code of its own, and none is run here")
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{name}: its partial_rotary_factor is not supported")

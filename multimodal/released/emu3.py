@@ -63,11 +63,11 @@ def read(folder: Path, config: dict[str, Any], image_size: int | None, fit: Fit 
     Raises:
         ValueError: for anything else than an Emu3.
     """
-    texts, vision, tokens = (
-        config.get(name) for name in ("text_config", "vq_config", "vocabulary_map")
-    )
-    if not all(isinstance(part, dict) for part in (texts, vision, tokens)):
+    names = ("text_config", "vq_config", "vocabulary_map")
+    parts: list[dict[str, Any]] = [p for n in names if isinstance(p := config.get(n), dict)]
+    if len(parts) < len(names):
         raise ValueError(f"{folder}: config.json has no text_config, vq_config or vocabulary_map")
+    texts, vision, tokens = parts
     llama = {**TEXT_DEFAULTS, **texts, "model_type": "llama"}
     weights, image_weights = sorted_weights(read_weights(folder))
     text = TextTokenizer.load(folder)

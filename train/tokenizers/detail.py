@@ -16,7 +16,7 @@ from multimodal.data.images import Fit, to_image
 from multimodal.data.samples import Sample
 from multimodal.eval.metrics.features import RANDOM, Features
 from multimodal.files import atomic_folder
-from multimodal.model.checkpoint import part_of
+from multimodal.hub.names import part_of
 from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.tokenizers.meaning import Meaning
@@ -128,7 +128,7 @@ class DetailModule(MuonModule):
         if semantic_weight and not decoder_only:
             if text_tokenizer is None:
                 raise ValueError("semantic_weight needs text_tokenizer: the file of a trained BPE")
-            words = TextTokenizer.load(text_tokenizer)
+            words = TextTokenizer.load(part_of(text_tokenizer, "text_tokenizer.json"))
             self.semantic = SemanticLoss(words, self.tokenizer.quantizer.channels)
         if teacher_weight < 0 or (teacher_weight and not teacher):
             raise ValueError(f"teacher_weight={teacher_weight} needs teacher: timm:MODEL[=FILE]")
