@@ -5,6 +5,7 @@ The order of the samples is a function of (seed, epoch). It is the same on any n
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,10 +14,12 @@ from torch.utils.data import DataLoader
 
 from multimodal.data.parallel import worker_context
 from multimodal.data.remote import local_folder
-from multimodal.data.shards import Shards
+from multimodal.data.shards import Shards, read_manifest
 from multimodal.seeds import stable_number
 from multimodal.train.examples import ShardDataset, check_codes
 from multimodal.train.sample_order import VERSION, GlobalBatches, Order
+
+LICENSES_OF = 256  # samples of a folder whose licences a card names
 
 
 class GlobalBatchLoader(DataLoader[Any]):
@@ -153,6 +156,7 @@ class ShardData(L.LightningDataModule):
         self.crop_scale, self.mirror = crop_scale, mirror
         self.global_batch_size, self.val_limit = global_batch_size, val_limit
         self.workers, self.seed = workers, seed
+        self._sources: list[dict[str, Any]] | None = None
 
     def shards(self, split: str) -> list[Shards]:
         """The shards of a split. A folder that is named twice counts twice in training only."""
@@ -162,6 +166,24 @@ class ShardData(L.LightningDataModule):
         if split != self.train_split:
             folders = list(dict.fromkeys(folders))
         return [Shards(folder, split) for folder in folders]
+
+    def sources(self) -> list[dict[str, Any]]:
+        """What a card says of the data: name, samples, and licences of the first samples."""
+        if self._sources is None:
+            self._sources = []
+            for folder, shards in zip(self.folders, self.shards(self.train_split), strict=True):
+                made = read_manifest(shards.folder)
+                first = range(min(len(shards), LICENSES_OF))
+                named = {shards[n].record.get("license") for n in first} | {made.get("license")}
+                self._sources.append(
+                    {
+                        "kind": "data",
+                        "name": Path(folder.rstrip("/")).name,
+                        "samples": len(shards),
+                        "license": ", ".join(sorted(str(each) for each in named if each)),
+                    }
+                )
+        return self._sources
 
     def _loader(self, split: str, train: bool) -> GlobalBatchLoader:
         assert self.trainer is not None

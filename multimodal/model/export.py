@@ -45,8 +45,9 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> No
         model = ModelParts.load(source, dtype=DTYPES[dtype])
         _write(model, folder, dtype)
         fingerprint = read_config(source)["fingerprints"]["model"]
-        (folder / "README.md").write_text(_readme(model, fingerprint), "utf-8")
-        _copy(source, folder, "LICENSE")
+        card = f"{_readme(model, fingerprint)}\n{model.provenance.section()}"
+        (folder / "README.md").write_text(card, "utf-8")
+        model.provenance.write(folder)
 
 
 def export_model(
@@ -79,14 +80,10 @@ def export_model(
                     "only its decoder may differ (see decoder_only)"
                 )
             model.image_tokenizer = other
+            model.provenance += other.provenance
         model.save(folder, dtype=DTYPES[dtype])
-        _copy(source, folder, "README.md", "LICENSE")
-
-
-def _copy(source: Path, folder: Path, *names: str) -> None:
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+        if (source / "README.md").is_file():
+            shutil.copyfile(source / "README.md", folder / "README.md")
 
 
 def _write(model: ModelParts, folder: Path, dtype: str) -> None:
