@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from multimodal.provenance import Provenance
 from multimodal.tokenizers.detail import VQTokenizer
 from multimodal.tokenizers.levels import Layout
 from multimodal.tokenizers.meaning import Meaning
@@ -58,6 +59,7 @@ class ImageTokenizer(nn.Module):
                     f"not {meaning.fingerprint}"
                 )
         self.fit: Fit = levels[0].config.fit
+        self.provenance = Provenance()
 
     def __repr__(self) -> str:
         levels = ", ".join(
@@ -202,6 +204,8 @@ class ImageTokenizer(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write the folder that ``load_image_tokenizer`` reads."""
         folder, levels = Path(folder), self._levels()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.provenance.write(folder)
         if len(levels) == 1:
             levels[0].save(folder)
             return
@@ -236,6 +240,7 @@ def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
             f"{folder}: fingerprint is {tokenizer.fingerprint}, its config says "
             f"{config.get('fingerprint')}: its levels do not belong together"
         )
+    tokenizer.provenance = Provenance.read(folder)
     return tokenizer.eval()
 
 

@@ -24,6 +24,7 @@ from multimodal.model.checkpoint import ModelParts
 from multimodal.model.lessons import check_texts, descriptions_of, exchanges_of
 from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
+from multimodal.provenance import Provenance
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.cost import training_flops
@@ -106,6 +107,9 @@ class JointModule(MuonModule):
         )
         self.network: MultimodalLM = self.model.network
         self.image_tokenizer = self.model.image_tokenizer
+        if self.image_tokenizer.provenance != Provenance():
+            fingerprint = self.image_tokenizer.fingerprint
+            self.note_source(image_tokenizer, fingerprint, self.image_tokenizer.provenance)
         self.network.attention_backend = attention
         for name in freeze or ():
             for parameter in parameters_named(self, name):
@@ -189,6 +193,7 @@ class JointModule(MuonModule):
             self.network.take_weights(source.network)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
+        self.note_source(folder, source.fingerprint, source.provenance)
 
     def samples(self, batch: Examples) -> list[TrainingSample]:
         """The samples of a batch with their codes."""
@@ -338,10 +343,15 @@ class JointModule(MuonModule):
         """Write the model folder. Every rank has to call."""
         if not fsdp_modules(self.network):
             if self.writes_files:
-                self.model.save(folder)
+                self._noted(self.model).save(folder, self.card("A model of text and images"))
             return
         weights = full_state_dict(self.network)
         if self.writes_files:
             network = MultimodalLM(self.network.config)
             network.load_state_dict(weights)
-            ModelParts(network, self.model.text_tokenizer, self.image_tokenizer).save(folder)
+            model = ModelParts(network, self.model.text_tokenizer, self.image_tokenizer)
+            self._noted(model).save(folder, self.card("A model of text and images"))
+
+    def _noted(self, model: ModelParts) -> ModelParts:
+        model.provenance = self.provenance()
+        return model

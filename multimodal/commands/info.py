@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from multimodal import __version__
+from multimodal.provenance import Provenance
 
 PACKAGES = (
     "torch",
@@ -106,16 +107,17 @@ def model_facts(folder: Path) -> dict[str, Any]:
             "model": _verified(claimed["model"], model.fingerprint),
             "image tokenizer": _verified(claimed["image_tokenizer"], images.fingerprint),
         },
-        **_licence(folder),
+        **_licence(model.provenance),
         **_files(folder),
     }
 
 
-def _licence(folder: Path) -> dict[str, str]:
-    """The first paragraph of LICENSE."""
-    if not (folder / "LICENSE").is_file():
-        return {"license": "none is given: weights follow the licences of their data"}
-    return {"license": " ".join((folder / "LICENSE").read_text("utf-8").split("\n\n")[0].split())}
+def _licence(provenance: Provenance) -> dict[str, Any]:
+    """The first paragraph of each licence, and the sources."""
+    first = [" ".join(text.split("\n\n")[0].split()) for text in provenance.licenses]
+    license = " / ".join(first) or "none is given: weights follow the licences of their data"
+    lines = {str(number): line for number, line in enumerate(provenance.lines(), start=1)}
+    return {"license": license, **({"sources": lines} if lines else {})}
 
 
 def tokenizer_facts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -134,6 +136,7 @@ def tokenizer_facts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "fingerprints": {
             "image tokenizer": _verified(config["fingerprint"], tokenizer.fingerprint)
         },
+        **_licence(tokenizer.provenance),
         **_files(folder),
     }
 

@@ -147,6 +147,7 @@ def join_levels(arguments: argparse.Namespace) -> int:
         missing = arguments.meaning if meaning.meaning is None else arguments.detail
         raise ValueError(f"{missing}: has no such level; give a folder of meaning, then of detail")
     joined = ImageTokenizer(meaning.meaning, detail.detail)
+    joined.provenance = meaning.provenance + detail.provenance
     with new_folder(Path(arguments.out)) as folder:
         joined.save(folder)
     print(f"{arguments.out}: {joined.codes_per_image} codes, fingerprint {joined.fingerprint}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from multimodal.export.model import DTYPES, copy_files
+from multimodal.export.model import DTYPES
 from multimodal.files import new_folder
 from multimodal.hub.names import find_model
 from multimodal.model.checkpoint import ModelParts, read_config
@@ -47,8 +47,9 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> st
         model = ModelParts.load(source, dtype=DTYPES[dtype])
         _write(model, folder, dtype)
         fingerprint = read_config(source)["fingerprints"]["model"]
-        (folder / "README.md").write_text(_readme(model, fingerprint), "utf-8")
-        copy_files(source, folder, "LICENSE")
+        card = f"{_readme(model, fingerprint)}\n{model.provenance.section()}"
+        (folder / "README.md").write_text(card, "utf-8")
+        model.provenance.write(folder)
     return family_of(model.config.transformer)[1].stock_class
 
 

@@ -43,12 +43,7 @@ def export_model(
                     "only its decoder may differ (see decoder_only)"
                 )
             model.image_tokenizer = other
+            model.provenance += other.provenance
         model.save(folder, dtype=DTYPES[dtype])
-        copy_files(source, folder, "README.md", "LICENSE")
-
-
-def copy_files(source: Path, folder: Path, *names: str) -> None:
-    """Copy those of the named files that the source has."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+        if (source / "README.md").is_file():
+            shutil.copyfile(source / "README.md", folder / "README.md")

@@ -1,7 +1,7 @@
 """A model on disk: the network and its two tokenizers, and the folder that holds them.
 
     config.json, model.safetensors, heads.safetensors, text_tokenizer.json, image_tokenizer/,
-    README.md, LICENSE
+    README.md, LICENSE, sources.json
 
 Nothing in it is a pickle.
 """
@@ -29,6 +29,7 @@ from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.templates import Templates
 from multimodal.model.transformer import TransformerConfig
 from multimodal.model.vocabulary import Vocabulary
+from multimodal.provenance import Provenance
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.tokenizers.levels import Layout, Level
 from multimodal.tokenizers.text import TextTokenizer
@@ -49,6 +50,7 @@ class ModelParts:
     text_tokenizer: TextTokenizer
     image_tokenizer: ImageTokenizer
     urls: bool = False  # whether images may be web addresses
+    provenance: Provenance = Provenance()
 
     def __post_init__(self) -> None:
         config = self.network.config
@@ -63,6 +65,7 @@ class ModelParts:
                 f"the model was made for {config.layout}"
             )
         self.image_tokenizer.requires_grad_(False).eval()
+        self.provenance = self.provenance + self.image_tokenizer.provenance
 
     @classmethod
     def new(
@@ -127,6 +130,7 @@ class ModelParts:
                 f"{folder}: the model was trained with image tokenizer {expected}, "
                 f"the folder holds {parts.image_tokenizer.fingerprint}"
             )
+        parts.provenance = Provenance.read(folder) + parts.provenance
         network.to(dtype)
         return parts.to(device).eval()
 
@@ -143,6 +147,7 @@ class ModelParts:
         folder = Path(folder)
         with atomic_folder(folder) as part:
             _write(self, part, dtype)
+            self.provenance.write(part)
             if card or not (folder / "README.md").exists():
                 (part / "README.md").write_text(card or DEFAULT_CARD)
 

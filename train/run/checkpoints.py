@@ -162,11 +162,12 @@ def load_weights(module: L.LightningModule, checkpoint: Path, complete: bool = T
         ValueError: if they are of another model.
     """
     if complete:
-        weights = AtomicCheckpointIO().load_checkpoint(checkpoint)["state_dict"]
+        stored = AtomicCheckpointIO().load_checkpoint(checkpoint)
     else:
-        weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+        stored = torch.load(checkpoint, weights_only=True)
     try:
-        module.load_state_dict(weights)
+        module.load_state_dict(stored["state_dict"])
+        module.on_load_checkpoint(stored)  # where the weights come from
     except RuntimeError as error:
         raise ValueError(f"{checkpoint}: its weights do not fit the configuration") from error
 
