@@ -131,7 +131,7 @@ class RunCheckpoints(Checkpoint):
         # A sharded checkpoint is a folder, written in place: one of this step stays as it is.
         sharded = isinstance(trainer.strategy, ModelParallelStrategy)
         if not (sharded and self._saved == step):
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
         self._saved = step
         if trainer.is_global_zero:
             if path.is_dir():
