@@ -77,8 +77,8 @@ def main() -> None:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "step_seconds.json").is_file():
-        (out / "step_seconds.json").write_text(json.dumps(step_seconds()) + "\n")
-    seconds = json.loads((out / "step_seconds.json").read_text())
+        (out / "step_seconds.json").write_text(json.dumps(step_seconds()) + "\n", "utf-8")
+    seconds = json.loads((out / "step_seconds.json").read_text("utf-8"))
     fitting = {name: round(60 * arguments.minutes / step) for name, step in seconds.items()}
     rows = [(name, shape, fitting[name]) for name, shape in SHAPES.items()]
     rows.append(("narrow vqgan, equal steps", NARROW, fitting["vit"]))
@@ -119,21 +119,21 @@ def main() -> None:
     folders = [out / name.replace(" ", "-").replace(",", "") for name, _, _ in rows]
     compare += [folder / "model" for folder in folders]
     subprocess.run([str(part) for part in compare], check=True)
-    measured = json.loads((out / "compare.json").read_text())
+    measured = json.loads((out / "compare.json").read_text("utf-8"))
     figures = ("psnr", "ssim", "ms_ssim", "perceptual", "used", "parameters")
     table = [
         {
             "name": name,
             "steps": steps,
             "images": steps * BATCH,
-            "seconds": int((folder / "seconds").read_text()),
+            "seconds": int((folder / "seconds").read_text("utf-8")),
             **{k: row[k] for k in figures},
         }
         for (name, _, steps), folder, row in zip(rows, folders, measured["tokenizers"], strict=True)
     ]
     result = {"step_seconds": seconds, "protocol": measured["protocol"], "rows": table}
-    (out / "table.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "table.md").write_text(markdown(table))
+    (out / "table.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    (out / "table.md").write_text(markdown(table), "utf-8")
     print(json.dumps(result))
 
 

@@ -106,7 +106,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--one", name, "--size", options.size]
         command += ["--pairs", str(options.pairs), "--row-length", str(options.row_length)]
         command += ["--steps", str(options.steps)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8")
         seconds[name] = float(done.stdout)
         print(f"{seconds[name]:6.3f} s a step   {name}", flush=True)
     first, last = next(iter(seconds.values())), list(seconds.values())[-1]

@@ -107,7 +107,7 @@ def make(folder: Path, style: str, count: int, seed: int) -> dict[str, Scene]:
         scene, name = sample_scene(rng), f"{style}-{seed}-{number:04d}"
         STYLES[style](scene, rng).save(folder / f"{name}.png")
         texts = {"captions": [caption(scene, rng) for _ in range(4)]}
-        (folder / f"{name}.json").write_text(json.dumps(texts))
+        (folder / f"{name}.json").write_text(json.dumps(texts), "utf-8")
         scenes[name] = scene
     return scenes
 

@@ -66,9 +66,9 @@ def fit(
         "trainer": {**TRAINER, "max_steps": steps, "val_check_interval": steps},
     }
     written, text = folder / "config.yaml", yaml.safe_dump(config)
-    if written.is_file() and yaml.safe_load(written.read_text()) != yaml.safe_load(text):
+    if written.is_file() and yaml.safe_load(written.read_text("utf-8")) != yaml.safe_load(text):
         sys.exit(f"{folder}: holds a run of another configuration; give another --out")
-    written.write_text(text)
+    written.write_text(text, "utf-8")
     if (folder / "seconds").is_file():
         return
     command = [sys.executable, "-m", "multimodal.cli", "fit", "--config", folder / "config.yaml"]
@@ -76,7 +76,7 @@ def fit(
         command += ["--ckpt_path", last]
     start = time.perf_counter()
     subprocess.run([str(part) for part in command], check=True)
-    (folder / "seconds").write_text(f"{time.perf_counter() - start:.0f}\n")
+    (folder / "seconds").write_text(f"{time.perf_counter() - start:.0f}\n", "utf-8")
 
 
 def fit_in_memory(
@@ -123,7 +123,7 @@ def fit_in_memory(
 def last_figures(folder: Path) -> dict[str, float]:
     """The last value of each name in the log."""
     figures: dict[str, float] = {}
-    with open(folder / "logs/metrics.csv", newline="") as file:
+    with open(folder / "logs/metrics.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             figures |= {name: float(value) for name, value in row.items() if name and value}
     return figures
@@ -174,7 +174,7 @@ def measured_once(
             "commit": git_commit(),
         }
         write_json(file, {"row": name, **settings, **machine, **figures})
-    return dict(json.loads(file.read_text()))
+    return dict(json.loads(file.read_text("utf-8")))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -123,9 +123,9 @@ def start_up(folder: Path) -> dict[str, float]:
     for entry in entries:
         (folder / str(entry["name"])).touch()
     manifest = {"format": "multimodal-shards", "version": 1, "shards": entries}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
     command = [sys.executable, "-c", START_UP, str(folder)]
-    return json.loads(subprocess.check_output(command, text=True))
+    return json.loads(subprocess.check_output(command, text=True, encoding="utf-8"))
 
 
 def ten_epochs(folder: Path, side: int) -> list[float]:

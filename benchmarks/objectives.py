@@ -124,10 +124,10 @@ def main() -> None:
         table.append(row)
     columns = dict.fromkeys(key for row in table for key in row if not key.endswith("_spread"))
     (arguments.out / "table.md").write_text(
-        markdown([{key: row.get(key, "") for key in columns} for row in table])
+        markdown([{key: row.get(key, "") for key in columns} for row in table]), "utf-8"
     )
     result = {"steps": arguments.steps, "seeds": arguments.seeds, "rows": table}
-    (arguments.out / "table.json").write_text(json.dumps(result, indent=1) + "\n")
+    (arguments.out / "table.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(json.dumps(result))
 
 

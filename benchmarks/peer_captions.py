@@ -257,7 +257,7 @@ def run_ours(arguments: argparse.Namespace, inputs: Inputs) -> dict[str, Any]:
     start = time.perf_counter()
     codes = inputs.codes()
     preparation = time.perf_counter() - start
-    recipe = files("multimodal.train.recipes").joinpath("starter_read.yaml").read_text()
+    recipe = files("multimodal.train.recipes").joinpath("starter_read.yaml").read_text("utf-8")
     settings = yaml.safe_load(recipe)["model"]["init_args"]
     settings |= {"text_tokenizer": arguments.text, "image_tokenizer": str(arguments.meaning)}
     settings |= {"size": "mini", "question_share": 0.0}
@@ -346,7 +346,7 @@ def main() -> None:
         "threads": arguments.threads,
     }
     settings = arguments.out / "settings.json"
-    if settings.is_file() and json.loads(settings.read_text()) != about:
+    if settings.is_file() and json.loads(settings.read_text("utf-8")) != about:
         sys.exit(f"{arguments.out}: holds a comparison with other settings; give another --out")
     write_json(settings, about)
     rows: dict[str, dict[str, Any]] = {}
@@ -357,7 +357,7 @@ def main() -> None:
             ours = name == "ours"
             row = run_ours(arguments, inputs) if ours else run_coca(arguments, inputs, pretrained)
             write_json(file, row)
-        rows[name] = json.loads(file.read_text())
+        rows[name] = json.loads(file.read_text("utf-8"))
     references = {s.key: descriptions_of(s.record)[0] for s in inputs.samples["val"]}
     for key in rows[arguments.rows[0]]["shown"]:
         print(f"{key}: {references[key]}")

@@ -107,7 +107,7 @@ def report(arguments: argparse.Namespace) -> None:
     ]
     compare += [folder / "tokenizer/model" for folder in folders.values()]
     subprocess.run([str(part) for part in compare], check=True)
-    measured = json.loads((out / "compare.json").read_text())["tokenizers"]
+    measured = json.loads((out / "compare.json").read_text("utf-8"))["tokenizers"]
     table = []
     for (name, folder), pictures in zip(folders.items(), measured, strict=True):
         table.append(
@@ -133,8 +133,10 @@ def report(arguments: argparse.Namespace) -> None:
             }
         )
     protocol = {"tokenizer_steps": arguments.tokenizer_steps, "joint_steps": arguments.joint_steps}
-    (out / "table.json").write_text(json.dumps({**protocol, "rows": table}, indent=1) + "\n")
-    (out / "table.md").write_text(markdown(table))
+    (out / "table.json").write_text(
+        json.dumps({**protocol, "rows": table}, indent=1) + "\n", "utf-8"
+    )
+    (out / "table.md").write_text(markdown(table), "utf-8")
     print(json.dumps({**protocol, "rows": table}))
 
 

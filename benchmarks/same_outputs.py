@@ -187,7 +187,8 @@ def training() -> dict[str, Any]:
                         },
                         "trainer": trainer,
                     }
-                )
+                ),
+                "utf-8",
             )
             verbs.append(["fit", "--config", str(config)])
         for verb in verbs:

@@ -164,8 +164,8 @@ def main() -> None:
         file = arguments.out / f"{name.replace(' ', '-')}-{arguments.steps}.json"
         if not file.is_file():
             curves = train(arguments, qk_norm, z_loss)
-            file.write_text(json.dumps({"settings": settings, "curves": curves}))
-        stored = json.loads(file.read_text())
+            file.write_text(json.dumps({"settings": settings, "curves": curves}), "utf-8")
+        stored = json.loads(file.read_text("utf-8"))
         if stored["settings"] != settings:
             parser.error(f"{file}: is of other settings; give another --out")
         runs[name] = stored["curves"]

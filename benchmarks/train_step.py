@@ -166,7 +166,9 @@ def main() -> None:
     for _ in range(options.rounds):
         for name in options.only:
             command = [sys.executable, *sys.argv, "--one", name]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+            )
             results[name].append(json.loads(done.stdout.splitlines()[-1]))
             last = results[name][-1]
             print(

@@ -134,7 +134,9 @@ def compare(arguments: argparse.Namespace) -> int:
     print(format_table(rows, protocol))
     if arguments.output:
         with atomic_file(Path(arguments.output)) as file:
-            file.write_text(json.dumps({"protocol": protocol, "tokenizers": rows}, indent=1) + "\n")
+            file.write_text(
+                json.dumps({"protocol": protocol, "tokenizers": rows}, indent=1) + "\n", "utf-8"
+            )
     if arguments.picture:
         from torchvision.utils import make_grid
 

@@ -5,7 +5,6 @@ out when the folder was built, the share of each folder in a training mixture, a
 """
 
 import argparse
-import io
 import random
 import re
 import sys
@@ -16,12 +15,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from multimodal.commands.options import check_output
 from multimodal.data.documents import image_suffixes, images_in
-from multimodal.data.images import FORMATS, open_image
+from multimodal.data.images import open_header, open_image
 from multimodal.data.samples import Sample, has_text, texts_of
 from multimodal.data.shards import Shards, read_manifest, splits_of
 from multimodal.eval.page import Bars, Figure, Section, page
@@ -152,7 +150,7 @@ class FolderStats:
         """Count the sizes of a sample's images. Reads only their headers."""
         for data in images_in(sample):
             try:
-                with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                with open_header(data) as image:
                     width, height = image.size
             except Exception as error:  # Pillow's plugins raise any type of error
                 self.unreadable.append(f"{sample.key}: {error}")

@@ -7,6 +7,8 @@ from html import escape
 
 from PIL import Image
 
+from multimodal.terminal import shown
+
 SHOWN = 160  # pixels of a picture's side on the page
 
 
@@ -90,7 +92,7 @@ def page(title: str, about: str, sections: list[Section]) -> str:
             parts.append(f"<h3>{escape(line)}</h3><div class='row'>")
             parts += map(_figure, figures)
             parts.append("</div>")
-    return "\n".join([*parts, "</html>"]) + "\n"
+    return shown("\n".join([*parts, "</html>"])) + "\n"
 
 
 def _numbers(numbers: Numbers) -> str:

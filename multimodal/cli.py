@@ -16,7 +16,7 @@ import traceback
 
 from multimodal import __version__
 from multimodal.memory import keep_freed_memory
-from multimodal.terminal import print_error
+from multimodal.terminal import print_any_text, print_error
 
 VERBS: dict[str, tuple[str, str]] = {
     "caption": ("multimodal.commands.caption", "describe images in words"),
@@ -78,9 +78,7 @@ MULTIMODAL_TRACEBACK=1 in the environment shows where an error was raised."""
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return its exit status."""
     verb, *rest = (sys.argv[1:] if argv is None else argv) or [""]
-    # A path that is not valid UTF-8 goes out with the bytes with which it came in.
-    with contextlib.suppress(AttributeError):
-        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    print_any_text()
     try:
         try:
             status = _run(verb, rest)

@@ -1,13 +1,30 @@
-"""What goes to a person's terminal."""
+"""What goes to a person's terminal, in the encoding that it has."""
 
+import codecs
 import contextlib
 import sys
+from pathlib import Path
+
+
+def shown(text: str | Path) -> str:
+    """A path or a message without lone surrogates: bytes that are not UTF-8 become ``\\\\xNN``."""
+    return "".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in str(text))
+
+
+def _escaped(surrogate: str) -> str:
+    code = ord(surrogate)
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+
+
+def one_line(message: str) -> str:
+    """A message on one line. File names may hold line breaks, escape codes or surrogates."""
+    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown(line))
 
 
 def print_error(message: str) -> None:
-    """Print one line to stderr. File names may hold line breaks, escape codes or surrogates."""
-    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    """Print one line to stderr."""
+    line = one_line(message)
     if sys.stderr is not None:
         encoding = sys.stderr.encoding or "utf-8"
         line = line.encode(encoding, "backslashreplace").decode(encoding)
@@ -19,3 +36,23 @@ def print_status(message: str) -> None:
     """Print a line of progress to stderr."""
     if sys.stderr is not None:
         print(message, file=sys.stderr, flush=True)
+
+
+def print_any_text() -> None:
+    """Let stdout take any text, whatever its encoding.
+
+    A path that is not valid UTF-8 goes out with the bytes with which it came in. A letter that the
+    encoding lacks, as Latin-1 lacks most, goes out as ``\\\\uNNNN`` instead of ending the program.
+    """
+    codecs.register_error("multimodal", _replace)
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="multimodal")  # type: ignore[union-attr]
+
+
+def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letter = error.object[error.start]
+    if 0xDC80 <= ord(letter) <= 0xDCFF:
+        return bytes([ord(letter) - 0xDC00]), error.start + 1
+    return letter.encode("ascii", "backslashreplace"), error.start + 1

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from multimodal.api import Model
+from multimodal.data.formats.folders import list_images
 from multimodal.data.images import Fit, fit_image, to_tensor
 from multimodal.inference.codec import UNKNOWN, encode_images, read_images
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.editing import box_mask, edit_image, masked_codes
-from multimodal.inference.embedding import EmbeddingCache, embed_files, find_images
+from multimodal.inference.embedding import EmbeddingCache, embed_files
 from multimodal.inference.mixed import prompt_ids
 from multimodal.inference.text import generate_ids
 from multimodal.model.sequences import describe_prompt, draw_prompt, pack
@@ -244,14 +245,14 @@ def test_the_cache_knows_files_by_their_content(model: Model, tmp_path: Path) ->
     for number in range(3):
         picture(number).save(tmp_path / f"{number}.png")
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    paths = find_images(tmp_path)
+    paths = list_images(tmp_path).images
     cache = EmbeddingCache(tmp_path / "cache", "f00")
     first = dict(embed_files(model, paths, cache, batch_size=2))
     cache.save()
     assert isinstance(first[tmp_path / "broken.png"], ValueError) and cache.added == 3
     (tmp_path / "0.png").rename(tmp_path / "zero.png")
     again = EmbeddingCache(tmp_path / "cache", "f00")
-    second = dict(embed_files(model, find_images(tmp_path), again))
+    second = dict(embed_files(model, list_images(tmp_path).images, again))
     assert again.added == 0, "a renamed file is known"
     assert torch.equal(second[tmp_path / "zero.png"], first[tmp_path / "0.png"])  # type: ignore[arg-type]
     assert not EmbeddingCache(tmp_path / "cache", "other").rows, "each model has its own cache"

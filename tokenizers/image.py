@@ -213,7 +213,7 @@ class ImageTokenizer(nn.Module):
         for name, level in zip(names, levels, strict=True):
             level.save(folder / name)
         config = {"levels": names, "fingerprint": self.fingerprint}
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
 
 def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
@@ -246,7 +246,7 @@ def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path.parent}: not an image tokenizer ({path} is missing)") from error
     except ValueError as error:

@@ -117,6 +117,9 @@ def read_weights(source: Path) -> dict[str, Tensor]:
     files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
     if not files:
         raise ValueError(f"{source}: no .safetensors file in this folder")
+    for file in files:
+        if not file.is_file():  # a pipe would block, a device may never end
+            raise ValueError(f"{file}: not a regular file")
     if files[0].suffix != ".safetensors":
         weights = _unpickle(files[0])
         prefix = _prefix(weights, source)

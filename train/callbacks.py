@@ -212,7 +212,7 @@ class WritePredictions(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._path(trainer).write_text("")
+        self._path(trainer).write_text("", "utf-8")
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any

@@ -22,6 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from multimodal.files import local_path
 from multimodal.model.transformer import SIZES, named_config
 from multimodal.terminal import print_error, print_status
 from multimodal.train.callbacks import (
@@ -131,7 +132,7 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check what is cheap to check, and take the folder, before anything is loaded."""
         config = self.config[self.subcommand]
-        self.run = RunFolder(Path(config.output))
+        self.run = RunFolder(local_path(config.output))
         if config.threads < 0:
             raise ValueError(f"--threads {config.threads}: expected 0 (torch's choice) or more")
         if config.threads:

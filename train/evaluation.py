@@ -94,4 +94,4 @@ class EvaluateModel(L.Callback):
             folder = log_folder(trainer) / "evaluation"
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"step-{trainer.global_step:06d}.json"
-            path.write_text(json.dumps(results, indent=1) + "\n")
+            path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")

@@ -25,6 +25,7 @@ from multimodal.model.lessons import check_texts, descriptions_of, exchanges_of
 from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.provenance import Provenance
+from multimodal.terminal import shown
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.cost import training_flops
@@ -306,20 +307,20 @@ class JointModule(MuonModule):
                 for key, caption in self.captions.items()
             ]
             if folder:
-                (folder / f"{step}.txt").write_text("\n".join(lines) + "\n")
+                (folder / f"{step}.txt").write_text(shown("\n".join(lines)) + "\n", "utf-8")
         if self.answers:
             scores = score_answers([(expected, given) for _, expected, given in self.answers])
             named = {f"val/answer_{name}": value for name, value in scores.items()}
             self.log_dict(named, sync_dist=True)
             lines = ["\t".join(answer) for answer in self.answers]
             if folder:
-                (folder / f"{step}-answers.txt").write_text("\n".join(lines) + "\n")
+                (folder / f"{step}-answers.txt").write_text(shown("\n".join(lines)) + "\n", "utf-8")
         if self.drawn and folder and self.image_tokenizer.can_draw:
             from torchvision.utils import make_grid
 
             grid = make_grid(decode_images(self.model, torch.cat(self.drawn)), nrow=4)
             to_image(grid).save(folder / f"{step}.png")
-            (folder / "prompts.txt").write_text("\n".join(self.prompts) + "\n")
+            (folder / "prompts.txt").write_text(shown("\n".join(self.prompts)) + "\n", "utf-8")
 
     def _samples_folder(self) -> Path | None:
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]

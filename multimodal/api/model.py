@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from multimodal.api.texts import TextMethods
+from multimodal.data.formats.folders import list_images
 from multimodal.data.images import to_image
 from multimodal.hub.push import push
 from multimodal.inference import editing
@@ -36,7 +37,6 @@ from multimodal.inference.embedding import (
     embed_codes,
     embed_files,
     embed_texts,
-    find_images,
 )
 from multimodal.inference.values import (
     Drawings,
@@ -284,7 +284,7 @@ class Model(TextMethods):
         check(k >= 1, "k", k, "at least 1")
         row = self.embed(texts=query) if isinstance(query, str) else self.embed(images=query)
         paths = (
-            find_images(Path(images))
+            list_images(Path(images)).images
             if isinstance(images, str | PathLike)
             else [Path(path) for path in images]
         )

@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     parser = make_parser("answer", "Answer a question about an image.", EPILOG, AnswerOptions)
-    parser.add_argument("image", nargs="?", metavar="IMAGE", help="a JPEG, PNG or WebP file")
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="an image file")
     parser.add_argument("question", nargs="?", metavar="QUESTION")
     parser.add_argument("--json", action="store_true", help='{"image", "question", "answer"}')
     kinds = parser.add_mutually_exclusive_group()

@@ -19,9 +19,9 @@ from multimodal.commands.options import (
 from multimodal.options import CaptionOptions
 from multimodal.terminal import print_error
 
-EPILOG = """A file that cannot be read is named on stderr, the others are done, and the exit status
-is 1. Paths are printed as given: use --json where one may hold a tab or a line break (there a path
-that is not UTF-8 reads as Python's surrogateescape has it).
+EPILOG = """A file that cannot be read, or that is no image in a folder, is named on stderr, the
+others are done, and the exit status is 1. Paths are printed as given: use --json where one may hold
+a tab or a line break (there a path that is not UTF-8 reads as Python's surrogateescape has it).
 
 examples:
   multimodal caption --model runs/photos-joint/model cat.jpg dog.png
@@ -60,10 +60,10 @@ def main(argv: list[str]) -> int:
     from tqdm import tqdm
 
     options = given_options(arguments, CaptionOptions)
-    paths, size = image_paths(arguments.images), arguments.batch_size
+    paths, failed = image_paths("caption", arguments.images)
+    size = arguments.batch_size
     model = load_model(arguments)
     captions = model.caption_each(paths, batch_size=size, **options)
-    failed = 0
     # None: no bar where stderr is not a terminal.
     hidden = True if len(paths) <= size else None
     with tqdm(total=len(paths), unit="image", file=sys.stderr, disable=hidden) as bar:

@@ -15,6 +15,7 @@ from multimodal.commands.options import add_engine
 from multimodal.data.indexing import index_folder
 from multimodal.data.shards import Shards, read_manifest
 from multimodal.data.verify import check, check_contents, check_text
+from multimodal.terminal import one_line
 
 FIRST_SAMPLES = 256  # whose texts `data index` reads
 
@@ -291,7 +292,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _questions(arguments: argparse.Namespace) -> int:
     from multimodal.data.questions import add_questions
 
-    total = sum(entry["samples"] for entry in read_manifest(Path(arguments.source))["shards"])
+    total = sum(entry["samples"] for entry in read_manifest(arguments.source)["shards"])
     with tqdm(total=total, desc="samples", unit="sample", disable=None) as bar:
         count = add_questions(
             arguments.source, arguments.out, arguments.pairs, arguments.seed, bar.update
@@ -340,7 +341,7 @@ def _progress(
 
 def _print_error(line: str) -> None:
     """Print to stderr without breaking a progress bar."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(one_line(line), file=sys.stderr)
 
 
 def _scenes(arguments: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ def _box(text: str) -> tuple[int, int, int, int]:
 
 def main(argv: list[str]) -> int:
     parser = make_parser("edit", "Draw a part of an image anew, after a text.", EPILOG, EditOptions)
-    parser.add_argument("image", metavar="IMAGE", help="a JPEG, PNG or WebP file")
+    parser.add_argument("image", metavar="IMAGE", help="an image file")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--mask", metavar="FILE", help="an image of the same size, white = draw")
     where.add_argument("--box", type=_box, metavar="X0,Y0,X1,Y1", help="in pixels, from top left")

@@ -9,19 +9,21 @@ from multimodal.commands.options import (
     add_bulk,
     at_least_one,
     check_output,
+    image_paths,
     load_model,
     make_parser,
     run_bulk,
 )
-from multimodal.files import atomic_file
+from multimodal.files import atomic_file, read_text
 from multimodal.terminal import print_error
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 EPILOG = """FILE.npy holds float32 rows of unit norm, FILE.jsonl one object a row in the same order:
-{"image": PATH} or {"text": LINE}. A file that cannot be read is named on stderr, has no row, and
-the exit status is 1. The product of two rows says how well they fit, in [-1, 1].
+{"image": PATH} or {"text": LINE}. A file that cannot be read, or that is no image in a folder, is
+named on stderr, has no row, and the exit status is 1. The product of two rows says how well they
+fit, in [-1, 1].
 
 examples:
   multimodal embed photos/ --out photos.npy
@@ -54,8 +56,6 @@ def main(argv: list[str]) -> int:
     import torch
     from tqdm import tqdm
 
-    from multimodal.inference.embedding import find_images
-
     rows: list[Tensor] = []
     index: list[dict[str, str]] = []
     failed = 0
@@ -68,9 +68,8 @@ def main(argv: list[str]) -> int:
             rows += model.embed(texts=batch, batch_size=len(batch))
             index += [{"text": line} for line in batch]
     else:
-        paths: list[Path] = []
-        for name in arguments.images:
-            paths += find_images(Path(name)) if Path(name).is_dir() else [Path(name)]
+        names, failed = image_paths("embed", arguments.images)
+        paths = [Path(name) for name in names]
         model = load_model(arguments)
         embedded = model.embed_files(paths, batch_size=arguments.batch_size)
         for path, row in tqdm(
@@ -88,13 +87,13 @@ def main(argv: list[str]) -> int:
         np.save(file, torch.stack(rows).numpy())
     beside = arguments.out.with_suffix(".jsonl")
     with atomic_file(beside) as part:
-        part.write_text("".join(json.dumps(item) + "\n" for item in index))
+        part.write_text("".join(json.dumps(item) + "\n" for item in index), "utf-8")
     print(f"{arguments.out}: {len(rows)} rows of {len(rows[0])}; index in {beside}")
     return int(failed > 0)
 
 
 def _lines(name: str) -> list[str]:
-    text = sys.stdin.read() if name == "-" else Path(name).read_text("utf-8")
+    text = sys.stdin.read() if name == "-" else read_text(name)
     lines = text.splitlines()
     for number, line in enumerate(lines, start=1):
         if not line.strip():

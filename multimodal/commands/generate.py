@@ -37,9 +37,7 @@ class _Part(argparse.Action):
 
 def main(argv: list[str]) -> int:
     parser = make_parser("generate", "Continue any mix of images and texts.", EPILOG, TextOptions)
-    parser.add_argument(
-        "--image", dest="parts", action=_Part, metavar="FILE", help="JPEG, PNG, WebP"
-    )
+    parser.add_argument("--image", dest="parts", action=_Part, metavar="FILE", help="an image file")
     parser.add_argument("--text", dest="parts", action=_Part, metavar="TEXT")
     parser.add_argument(
         "--output",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from multimodal import __version__
+from multimodal.files import address_of
 from multimodal.provenance import Provenance
 
 PACKAGES = (
@@ -58,9 +59,12 @@ def main(argv: list[str]) -> int:
 
 def describe(folder: Path) -> dict[str, Any]:
     """The facts about a folder of a model, an image tokenizer or shards. Raises ``ValueError``."""
+    from multimodal.data.remote import local_folder
+    from multimodal.hub.address import HUB_ADDRESS
     from multimodal.hub.names import find_model
 
-    folder = find_model(folder)
+    shards = address_of(folder) and not HUB_ADDRESS.match(str(folder))
+    folder = local_folder(folder) if shards else find_model(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if (folder / "manifest.json").is_file():

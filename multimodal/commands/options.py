@@ -10,8 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from multimodal.files import atomic_file
+from multimodal.files import atomic_file, local_path, read_bytes
 from multimodal.options import CaptionOptions, Sampling
+from multimodal.terminal import print_error
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -179,25 +180,36 @@ def run_bulk(arguments: argparse.Namespace, kind: Literal["caption", "embed"]) -
     return int(failed > 0)
 
 
-def image_paths(names: "Sequence[str]") -> list[str]:
-    """The paths that arguments stand for.
+def image_paths(verb: str, names: "Sequence[str]") -> tuple[list[str], int]:
+    """The paths of images that arguments stand for, and how many files are skipped.
+
+    What is skipped, a file of a folder that is no image or a folder without images, is named on
+    stderr.
 
     Args:
+        verb: the command, for messages.
         names: paths of images, folders (their images, subfolders too), ``@FILE`` for a file with a
             path a line, ``-`` for such lines on stdin.
 
     Raises:
         ValueError: for a list that cannot be read or is empty.
     """
-    from multimodal.inference.embedding import find_images
+    from multimodal.data.formats.folders import list_images
 
     paths: list[str] = []
+    skipped = 0
     for name in names:
         if os.path.isdir(name):
             try:
-                paths += map(str, find_images(Path(name)))
-            except ValueError:  # no images in it: it is named like a file that cannot be read
-                paths.append(name)
+                found = list_images(name)
+            except ValueError as error:  # other paths may be good
+                print_error(f"multimodal {verb}: {error}")
+                skipped += 1
+                continue
+            paths += map(str, found.images)
+            skipped += len(found.skipped)
+            for complaint in found.complaints():
+                print_error(f"multimodal {verb}: {complaint}")
         elif name == "-" or (name.startswith("@") and not os.path.exists(name)):
             listed = _lines_of(name)
             if not listed:
@@ -205,7 +217,7 @@ def image_paths(names: "Sequence[str]") -> list[str]:
             paths += listed
         else:
             paths.append(name)
-    return paths
+    return paths, skipped
 
 
 def _lines_of(name: str) -> list[str]:
@@ -215,10 +227,7 @@ def _lines_of(name: str) -> list[str]:
             sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
         )
     else:
-        try:
-            data = Path(name[1:]).read_bytes()
-        except OSError as error:
-            raise ValueError(f"{name[1:]}: {error.strerror or error}") from error
+        data = read_bytes(name[1:])
     # Paths are bytes: what is not UTF-8 comes through as it is.
     lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
     return [os.fsdecode(line) for line in lines if line.strip()]
@@ -257,6 +266,7 @@ def load_model(arguments: argparse.Namespace) -> "Model":
 
 def check_output(path: Path, suffixes: tuple[str, ...] = tuple(IMAGE_FORMATS)) -> None:
     """Before the work: can this be written? Raises ``ValueError`` that says why not."""
+    path = local_path(path)
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{path}: expected a name that ends in {', '.join(suffixes)}")
     if path.is_dir():

@@ -10,7 +10,8 @@ from multimodal.terminal import print_error
 
 EPILOG = """QUERY is an image where it names a file that exists, else a text. What was embedded is
 kept by content under --cache (default: multimodal/ in the user's cache folder), so the second
-search of a folder is quick; --cache "" keeps nothing.
+search of a folder is quick; --cache "" keeps nothing. What is not an image, or cannot be read, is
+named on stderr, and the exit status is 1.
 
 examples:
   multimodal search "a dog in the snow" --images photos/ -k 5
@@ -38,18 +39,23 @@ def main(argv: list[str]) -> int:
 
     from tqdm import tqdm
 
-    from multimodal.inference.embedding import EmbeddingCache, find_images
+    from multimodal.data.formats.folders import list_images
+    from multimodal.inference.embedding import EmbeddingCache
 
-    paths = find_images(arguments.images)
+    folder = default_cache() if arguments.cache is None else arguments.cache
+    found = list_images(arguments.images, outside=Path(folder) if folder else None)
+    for complaint in found.complaints():
+        print_error(f"multimodal search: {complaint}")
     model = load_model(arguments)
     is_image = os.path.isfile(arguments.query)
     asked = [arguments.query]
     query = (model.embed(images=asked) if is_image else model.embed(texts=asked))[0]
-    folder = default_cache() if arguments.cache is None else arguments.cache
     cache = EmbeddingCache(Path(folder), model.fingerprint) if folder else None
-    scores, failed = [], 0
-    embedded = model.embed_files(paths, cache=cache, batch_size=arguments.batch_size)
-    for path, row in tqdm(embedded, total=len(paths), unit="image", file=sys.stderr, disable=None):
+    scores, failed = [], len(found.skipped)
+    embedded = model.embed_files(found.images, cache=cache, batch_size=arguments.batch_size)
+    for path, row in tqdm(
+        embedded, total=len(found.images), unit="image", file=sys.stderr, disable=None
+    ):
         if isinstance(row, ValueError):
             failed += 1
             print_error(f"multimodal search: error: {row}")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from multimodal.commands.options import add_engine
+from multimodal.files import address_of, local_path, read_text
 
 EXAMPLES = """examples:
   multimodal tokenizer text data/photos --out text_tokenizer.json --vocabulary-size 4096
@@ -28,12 +29,12 @@ def texts(sources: list[str], split: str) -> Iterator[str]:
     from multimodal.data.shards import Shards
 
     for source in sources:
-        if Path(source).is_dir():
+        if address_of(source) or Path(source).is_dir():
             samples = Shards(source, split)
             for sample in readable(samples, lambda line: tqdm.write(line, file=sys.stderr)):
                 yield from texts_of(sample.record)
         else:
-            yield from Path(source).read_text("utf-8").splitlines()
+            yield from read_text(source).splitlines()
 
 
 def train_text(arguments: argparse.Namespace) -> int:
@@ -42,6 +43,7 @@ def train_text(arguments: argparse.Namespace) -> int:
 
     from multimodal.tokenizers.text import TextTokenizer
 
+    out = local_path(arguments.out)
     lines = tqdm(texts(arguments.sources, arguments.split), desc="texts", unit="", disable=None)
     count = 0
 
@@ -54,7 +56,7 @@ def train_text(arguments: argparse.Namespace) -> int:
     tokenizer = TextTokenizer.train(counted(), arguments.vocabulary_size)
     if not count:
         raise ValueError(f"no text in {', '.join(arguments.sources)}")
-    tokenizer.save(arguments.out)
+    tokenizer.save(out)
     print(f"{arguments.out}: {len(tokenizer)} tokens from {count} texts")
     return 0
 
@@ -148,7 +150,7 @@ def join_levels(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{missing}: has no such level; give a folder of meaning, then of detail")
     joined = ImageTokenizer(meaning.meaning, detail.detail)
     joined.provenance = meaning.provenance + detail.provenance
-    with new_folder(Path(arguments.out)) as folder:
+    with new_folder(local_path(arguments.out)) as folder:
         joined.save(folder)
     print(f"{arguments.out}: {joined.codes_per_image} codes, fingerprint {joined.fingerprint}")
     return 0
@@ -156,12 +158,12 @@ def join_levels(arguments: argparse.Namespace) -> int:
 
 def import_released(arguments: argparse.Namespace) -> int:
     """Write a tokenizer folder from released VQ weights."""
-    out = Path(arguments.out)
+    out = local_path(arguments.out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: not empty; give a new folder")
     from multimodal.tokenizers.released import import_tokenizer
 
-    tokenizer = import_tokenizer(arguments.source, arguments.image_size, arguments.fit)
+    tokenizer = import_tokenizer(local_path(arguments.source), arguments.image_size, arguments.fit)
     tokenizer.save(out)
     grid, size = tokenizer.config.grid, tokenizer.codebook_size
     print(f"{out}: {grid} x {grid} codes of {size}, fingerprint {tokenizer.fingerprint}")
@@ -191,7 +193,7 @@ def encode(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         train_split=arguments.train_split,
     )
-    total = sum(entry["samples"] for entry in read_manifest(Path(arguments.source))["shards"])
+    total = sum(entry["samples"] for entry in read_manifest(arguments.source)["shards"])
     with tqdm(total=total, desc="samples", unit="sample", disable=None) as progress:
         manifest = encode_shards(
             arguments.source,

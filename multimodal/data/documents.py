@@ -7,7 +7,8 @@ to the member ``KEY.0.jpg``.
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from multimodal.data.samples import CODES, IMAGE_SUFFIXES, Sample, UnreadableText, parts_of
+from multimodal.data.samples import CODES, IMAGE_SUFFIXES, Sample, parts_of
+from multimodal.files import UnreadableText
 
 if TYPE_CHECKING:
     import numpy as np

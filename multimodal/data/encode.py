@@ -39,7 +39,7 @@ from multimodal.data.shards import (
     write_manifest,
     write_tar,
 )
-from multimodal.files import atomic_file
+from multimodal.files import atomic_file, local_path
 from multimodal.seeds import sample_seed
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.torchrun import is_first_rank, rank_and_world_size
@@ -182,7 +182,7 @@ def encode_shards(
     Raises:
         ValueError: if ``out`` holds anything else, or if an image cannot be read.
     """
-    source, out = Path(source), Path(out)
+    source, out = Path(source), local_path(out)
     manifest = read_manifest(source)
     splits = sorted({str(entry["split"]) for entry in manifest["shards"]})
     if encoding.crop_scale < 1 and encoding.train_split not in splits:

@@ -20,7 +20,7 @@ from multimodal.data.jobs import job_folder
 from multimodal.data.parallel import map_ordered
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards, read_manifest
-from multimodal.files import atomic_file, atomic_folder, write_json
+from multimodal.files import atomic_file, atomic_folder, local_path, write_json
 from multimodal.seeds import sample_seed
 from multimodal.tokenizers.meaning import Fitted, Meaning, fit_codebooks
 
@@ -78,7 +78,7 @@ def fit_meaning(
     Raises:
         ValueError: if ``out`` holds anything else, or there are fewer positions than codes.
     """
-    out = Path(out)
+    out = local_path(out)
     shards = [Shards(folder, options.split) for folder in dict.fromkeys(map(Path, folders))]
     counts = [_images_of(source, options) for source in shards]
     parts = [

@@ -1,29 +1,35 @@
 """Images, from untrusted bytes to pixels and back.
 
-Pillow decodes three formats. ``torchvision.io`` is not used: it crashes the process on corrupt
-PNGs. This module decides what a valid image is. A truncated image is an error, and so is one whose
-values have no defined meaning. H and W are pixels. Tensors are float32[3, H, W] in [-1, 1].
+Pillow decodes. ``torchvision.io`` is not used: it crashes the process on corrupt PNGs. This module
+decides what a valid image is. A truncated or damaged image is an error, and so is one whose values
+have no defined meaning. H and W are pixels. Tensors are float32[3, H, W] in [-1, 1].
 """
 
-import errno
 import io
 import math
-import stat
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from multimodal.data.formats.damage import check_damage
+from multimodal.files import UnreadableFile, read_bytes
+
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Pillow warns about damaged metadata in the middle of everything. The pixels are what counts.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
 Fit = Literal["squash", "crop", "letterbox"]
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # and HEIC with pillow-heif
 MAX_PIXELS = 100_000_000
 MAX_ASPECT = 200
 LETTERBOX_GREY = (127, 127, 127)
@@ -74,31 +80,30 @@ def open_image(
         A new Pillow image of mode RGB.
 
     Raises:
-        ValueError: one line with the name, for anything that is not a complete JPEG, PNG or WebP:
+        ValueError: one line with the name, for anything that is not a complete image of FORMATS:
             missing, a folder, truncated, damaged, too large, or over 200 times as long as wide.
     """
     name = name or (str(source) if isinstance(source, str | Path) else "<image>")
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(source, max_pixels)
-        data = source if isinstance(source, bytes) else _read(Path(source))
+        data = source if isinstance(source, bytes) else read_bytes(source)
         if not data:
             raise ValueError("the file is empty")
-        whole, data = data, without_texts(data)
-        with (
-            Image.open(io.BytesIO(data), formats=FORMATS) as image,
-            _no_truncated_images(),
-        ):
+        with open_header(data) as image, _no_truncated_images():
             _check_size(image.size, max_pixels)
             if image.format == "PNG":
-                _verify_png(whole)
-            elif image.format == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
-                raise ValueError("truncated: the file is shorter than its header says")
+                _verify_png(data)
+            check_damage(image, data)
             return _to_rgb(image, max_pixels)
     except MemoryError:
         raise
+    except UnreadableFile as error:
+        reason = error.reason
     except UnidentifiedImageError:
-        reason = "not a readable JPEG, PNG or WebP image"
+        reason = f"not an image that can be read ({', '.join(FORMATS)})"
+        if _is_heic(data):
+            reason = "HEIC needs pillow-heif: pip install 'multimodal[heic]'"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = f"too large: {error}"
     except ValueError as error:
@@ -218,32 +223,27 @@ def grid_of(images: list[Image.Image]) -> Image.Image:
     return grid
 
 
-def read_image_file(path: Path) -> bytes:
-    """The bytes of an image file.
+def open_header(data: bytes) -> Image.Image:
+    """Open an image file with Pillow, as one of FORMATS. Its pixels are neither read nor checked.
 
     Raises:
-        ValueError: with the path, if it is missing or not a regular file.
+        UnidentifiedImageError: for another format.
     """
-    try:
-        return _read(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return Image.open(io.BytesIO(without_texts(data)), formats=_formats())
 
 
-def _read(path: Path) -> bytes:
+@lru_cache(1)
+def _formats() -> tuple[str, ...]:
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise ValueError("is a folder, not an image")
-        if not stat.S_ISREG(mode):  # a pipe or a device would block or never end
-            raise ValueError("not a regular file")
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise ValueError("no such file") from error
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE):
-            raise  # the machine's fault, not the file's: it may be readable later
-        raise ValueError(f"cannot be read ({error.strerror or error})") from error
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return FORMATS
+    register_heif_opener()
+    return (*FORMATS, "HEIF")
+
+
+def _is_heic(data: bytes) -> bool:
+    return data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from multimodal.data.shards import (
     read_manifest,
     write_manifest,
 )
+from multimodal.files import local_path
+from multimodal.terminal import shown
 
 
 def index_folder(
@@ -40,6 +42,7 @@ def index_folder(
         ValueError: if the folder has no shards or cannot be written to, or if a shard is damaged or
             missing. Then no manifest is written.
     """
+    folder, out = local_path(folder), None if out is None else local_path(out)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     tars = sorted(folder.glob("*.tar"))
@@ -88,7 +91,7 @@ def index_folder(
             "or missing, so no manifest is written; to keep the good samples run: "
             f"multimodal data build {folder} NEW_FOLDER"
         )
-    write_manifest(target, entries, **({"source": str(folder)} | _earlier_fields(folder)))
+    write_manifest(target, entries, **({"source": shown(folder)} | _earlier_fields(folder)))
     return entries
 
 

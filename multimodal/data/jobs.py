@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.data.parallel import POLL_INTERVAL, exclusive_lock
-from multimodal.files import temporary_path, write_json
+from multimodal.files import local_path, read_json, temporary_path, write_json
 from multimodal.torchrun import is_first_rank
 
 LOCK = ".lock"
@@ -38,6 +38,7 @@ def job_folder(
     Raises:
         ValueError: if the folder holds anything else, or if another process works in it.
     """
+    out = local_path(out)
     arguments = json.loads(json.dumps(arguments))  # as a reader sees them
     if not is_first_rank():
         while not ((result and result.is_file()) or _has_started(settings, arguments)):
@@ -67,7 +68,4 @@ def _has_started(settings: Path, arguments: dict[str, Any]) -> bool:
 
 
 def _read(settings: Path) -> Any:
-    try:
-        return json.loads(settings.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{settings}: not readable as JSON ({error})") from error
+    return read_json(settings)

@@ -38,7 +38,7 @@ def exclusive_lock(folder: Path, name: str) -> Iterator[None]:
         ValueError: if another process holds it, or if the file system has no locks.
     """
     path = folder / name
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

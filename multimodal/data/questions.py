@@ -22,7 +22,7 @@ from multimodal.data.shards import (
     write_manifest,
     write_tar,
 )
-from multimodal.files import new_folder
+from multimodal.files import local_path, new_folder
 from multimodal.seeds import sample_seed
 
 WORDINGS = (
@@ -55,7 +55,7 @@ def add_questions(
     Returns:
         The number of questions.
     """
-    source = Path(source)
+    source, out = Path(source), local_path(out)
     if pairs < 1:
         raise ValueError(f"pairs={pairs}: expected at least 1")
     manifest = read_manifest(source)
@@ -81,7 +81,9 @@ def add_questions(
                 chosen = rng.permutation(len(present))[:pairs]
                 absent = np.where([name in present for name in names], 0, shares)
                 number = min(len(chosen), int((absent > 0).sum()))
-                others = rng.choice(len(names), number, replace=False, p=absent / absent.sum())
+                # A sample that names every known object leaves none to ask about.
+                likely = absent / absent.sum() if number else None
+                others = rng.choice(len(names), number, replace=False, p=likely)
                 asked = [(present[i], "yes") for i in chosen] + [(names[i], "no") for i in others]
                 for name, answer in asked:
                     wording = WORDINGS[int(rng.integers(len(WORDINGS)))]
@@ -94,7 +96,7 @@ def add_questions(
             yield sample.key, members
             on_sample(1)
 
-    with new_folder(Path(out)) as folder:
+    with new_folder(out) as folder:
         entries = []
         for entry in manifest["shards"]:
             path = folder / str(entry["name"])

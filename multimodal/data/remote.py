@@ -10,8 +10,9 @@ import os
 import shutil
 from pathlib import Path
 
-from multimodal.files import atomic_file
+from multimodal.files import address_of, atomic_file
 
+EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}  # of pyproject.toml
 ADDRESS = ".address"  # the file of a mirror that holds its address
 
 
@@ -21,14 +22,14 @@ def local_folder(folder: str | Path) -> Path:
     Raises:
         ValueError: if the manifest cannot be read at the address.
     """
-    address = str(folder).rstrip("/")
-    if "://" not in address:
+    address = (address_of(folder) or "").rstrip("/")
+    if not address:
         return Path(folder)
     mirror = _mirrors() / hashlib.sha256(address.encode()).hexdigest()[:16]
     mirror.mkdir(parents=True, exist_ok=True)
     if not (mirror / ADDRESS).is_file():
         with atomic_file(mirror / ADDRESS, shared=True) as part:
-            part.write_text(address)
+            part.write_text(address, "utf-8")
     fetch(mirror, "manifest.json", again=True)
     return mirror
 
@@ -58,7 +59,7 @@ def fetch(mirror: Path, name: str, again: bool = False) -> None:
         return
     import fsspec
 
-    address = f"{(mirror / ADDRESS).read_text()}/{name}"
+    address = f"{(mirror / ADDRESS).read_text('utf-8')}/{name}"
     try:
         with (
             atomic_file(target, shared=True) as part,
@@ -68,4 +69,7 @@ def fetch(mirror: Path, name: str, again: bool = False) -> None:
             shutil.copyfileobj(source, file, 1 << 20)
     except Exception as error:  # each file system of fsspec has its own errors
         reason = str(error) or type(error).__name__
+        extra = EXTRAS.get(address.partition(":")[0])
+        if extra and isinstance(error, ImportError):
+            reason += f"; pip install 'multimodal[{extra}]'"
         raise ValueError(f"{address}: cannot be read ({reason})") from error

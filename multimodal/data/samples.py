@@ -4,9 +4,7 @@
 they find the same captions.
 """
 
-import codecs
 import io
-import json
 import math
 import re
 from collections import Counter
@@ -15,11 +13,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from multimodal.data.formats.folders import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from multimodal.files import UnreadableText, decode_text, parse_json
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 RECORD_MEMBERS = ("json", "txt", "cls")  # what a record is made of
 CAPTION_FIELDS = ("captions", "caption", "text")
 CONVERSATION_FIELDS = ("conversations", "messages", "texts")
@@ -29,16 +29,6 @@ CODES = "codes.npy"  # replaces the image: see multimodal/data/encode.py
 EMPTY_PAIRS = "questions or answers without text"
 CAPTION_LINES = ".txt of several lines: each line is a caption"
 Note = Callable[[str], object]  # is told what a reader left out, or how it read an unclear case
-
-_MARKS = (
-    *((mark, "utf-32") for mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
-    *((mark, "utf-16") for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
-)
-_JSON = json.JSONDecoder(parse_constant=lambda name: None)  # NaN and Infinity are not JSON
-
-
-class UnreadableText(ValueError):
-    """The record of a sample cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -163,33 +153,6 @@ def record_of(
     if "cls" in members and record.get("label") is None:
         record["label"] = decode_text(members["cls"]).strip()
     return record
-
-
-def decode_text(data: bytes) -> str:
-    """Text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
-
-    Raises:
-        UnreadableText: if it is none of these.
-    """
-    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8-sig")
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise UnreadableText(f"not UTF-8 ({error})") from error
-
-
-def parse_json(text: bytes | str) -> Any:
-    """The value of a JSON text. NaN and infinite numbers become None.
-
-    Raises:
-        UnreadableText: if it is not JSON.
-    """
-    try:
-        return _JSON.decode(decode_text(text) if isinstance(text, bytes) else text)
-    except UnreadableText:
-        raise
-    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
-        raise UnreadableText(f"not readable as JSON ({error})") from error
 
 
 def normalise(fields: Mapping[str, Any], note: Note = lambda what: None) -> dict[str, Any]:

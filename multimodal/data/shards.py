@@ -8,7 +8,6 @@ key and, for each member, offset and size in the tar). See ``docs/formats.md``.
 
 import hashlib
 import io
-import json
 import os
 import re
 import tarfile
@@ -19,9 +18,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from multimodal.data.formats.tar import BLOCK, BadTar, only_zeros, read_members
 from multimodal.data.remote import fetch, is_mirror, local_folder
 from multimodal.data.samples import Sample
-from multimodal.files import write_json
+from multimodal.files import UnreadableFile, open_file, read_json, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = "multimodal-shards"
@@ -43,7 +43,7 @@ def split_of(name: str) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -68,16 +68,6 @@ def split_name(name: str) -> tuple[str, str] | None:
     return folder + slash + stem, suffix.lower()
 
 
-def only_zeros(path: Path, start: int, stop: int) -> bool:
-    """Whether all bytes of a file in [start, stop) are zero."""
-    with open(path, "rb") as file:
-        file.seek(start)
-        for position in range(start, stop, 1 << 20):
-            if file.read(min(1 << 20, stop - position)).strip(b"\0"):
-                return False
-    return True
-
-
 def scan(shard: Path, ignored: Counter[str] | None = None) -> Iterator[tuple[str, str, int, int]]:
     """Read the headers of a shard.
 
@@ -92,22 +82,22 @@ def scan(shard: Path, ignored: Counter[str] | None = None) -> Iterator[tuple[str
         DamagedShard: if the tar is cut off, damaged, or has members that are not plain files.
     """
     try:
-        with tarfile.open(shard, "r:", encoding="utf-8") as tar:
-            end = 0
-            for member in tar:
-                end = member.offset_data
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise DamagedShard(f"{shard}: member {member.name!r} is not a plain file")
-                end += -(-member.size // 512) * 512
-                if (name := split_name(member.name)) is not None:
-                    yield *name, member.offset_data, member.size
-                elif ignored is not None:
-                    ignored[OTHER_MEMBERS] += 1
-    except (tarfile.TarError, EOFError, OverflowError) as error:
+        end = 0
+        for member in read_members(shard):
+            end = member.end
+            if member.folder:
+                continue
+            if not member.plain:
+                raise DamagedShard(f"{shard}: member {member.name!r} is not a plain file")
+            if (name := split_name(member.name)) is not None:
+                yield *name, member.offset, member.size
+            elif ignored is not None:
+                ignored[OTHER_MEMBERS] += 1
+    except BadTar as error:
         raise DamagedShard(f"{shard}: {error}") from error
-    # tarfile stops at a damaged header as if the tar ended there. So the rest must be zeros.
+    except UnreadableFile as error:
+        raise DamagedShard(str(error)) from error
+    # A block of zeros ends a tar. So the rest must be zeros, and not many.
     size = shard.stat().st_size
     if end > size:
         raise DamagedShard(f"{shard}: cut off, {size} bytes where at least {end} were expected")
@@ -187,13 +177,14 @@ def write_manifest(folder: Path, shards: list[dict[str, Any]], **about: object) 
     write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, "shards": shards, **about})
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check the manifest of a shard folder.
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Read and check the manifest of a shard folder, or of an address (data/remote.py).
 
     Raises:
         ValueError: if there is no manifest, or one of another version.
         DamagedShard: if the manifest is not valid.
     """
+    folder = local_folder(folder)
     path = folder / MANIFEST
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
@@ -202,9 +193,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder}: no {MANIFEST}; for shards that exist run: multimodal data index {folder}"
         )
     try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise DamagedShard(f"{path}: not readable as JSON ({error})") from error
+        manifest = read_json(path)
+    except UnreadableFile as error:
+        raise DamagedShard(str(error)) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DamagedShard(f"{path}: not a manifest of {FORMAT}")
     if manifest.get("version") != VERSION:
@@ -220,41 +211,51 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             all(isinstance(entry.get(field), str) for field in _STRINGS)
             and all(type(entry.get(field)) is int for field in _NUMBERS)
         ):
-            raise DamagedShard(f"{path}: not a valid entry: {entry}")
+            raise DamagedShard(f"{path}: not a valid entry: {str(entry)[:200]}")
         name = entry["name"]
         # A name is joined to the folder's path: it must not lead out of it.
         if "/" in name or "\0" in name or not name.endswith(".tar") or name in names:
             raise DamagedShard(f"{path}: {name!r} is repeated or not the name of a shard")
         if entry["split"] != split_of(name):
             raise DamagedShard(f"{path}: {name} cannot be of split {entry['split']!r}")
+        # Each sample has a header of 512 bytes or more.
+        if not 0 < entry["samples"] <= entry["bytes"] // BLOCK:
+            raise DamagedShard(f"{path}: {name} cannot have so many samples in its bytes")
         names.add(name)
     return manifest
 
 
 def splits_of(folder: str | Path) -> list[str]:
     """The names of the splits of a shard folder, sorted."""
-    return sorted({str(entry["split"]) for entry in read_manifest(Path(folder))["shards"]})
+    return sorted({str(entry["split"]) for entry in read_manifest(folder)["shards"]})
 
 
-def read_index(shard: Path) -> list[dict[str, Any]]:
+def read_index(shard: Path, size: int | None = None) -> list[dict[str, Any]]:
     """Read the index of a shard: ``{"key": KEY, "members": {SUFFIX: [offset, size]}}`` per sample.
+
+    Args:
+        size: bytes of the shard, which all members have to lie in. None: not known.
 
     Raises:
         DamagedShard: if the index is missing or not valid.
     """
     path = index_path(shard)
+    if not path.exists():
+        raise DamagedShard(f"{path}: missing; run: multimodal data index {shard.parent}")
     try:
-        samples: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["samples"]
+        samples: list[dict[str, Any]] = read_json(path)["samples"]
         for sample in samples:
             if not isinstance(sample["key"], str):
                 raise TypeError("a key is not a string")
-            for offset, size in sample["members"].values():
-                if type(offset) is not int or type(size) is not int or min(offset, size) < 0:
+            for offset, length in sample["members"].values():
+                if type(offset) is not int or type(length) is not int or min(offset, length) < 0:
                     raise ValueError(f"{sample['key']}: an offset or size is not valid")
+                if size is not None and offset + length > size:
+                    raise ValueError(f"{sample['key']}: a member ends behind the shard's {size:,}")
         return samples
-    except FileNotFoundError as error:
-        raise DamagedShard(f"{path}: missing; run: multimodal data index {shard.parent}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except UnreadableFile as error:
+        raise DamagedShard(str(error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedShard(f"{path}: not a readable index ({error})") from error
 
 
@@ -328,7 +329,7 @@ class Shards:
         entry = self._entries[number]
         path = self.folder / entry["name"]
         self._download(index_path(path), entry["index_sha256"])
-        index = read_index(path)
+        index = read_index(path, entry["bytes"])
         if file_sha256(index_path(path)) != entry["index_sha256"] or len(index) != entry["samples"]:
             raise DamagedShard(f"{index_path(path)}: not the index that the manifest knows")
         self._indexes[number] = index

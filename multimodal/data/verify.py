@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from multimodal.data.remote import fetch, is_mirror, local_folder
 from multimodal.data.samples import Sample, has_text
 from multimodal.data.shards import (
     DamagedShard,
@@ -26,15 +27,15 @@ def check(folder: str | Path, on_shard: Callable[[str], object] | None = None) -
     """Compare every byte of a shard folder with its manifest and indexes.
 
     Args:
-        folder: a shard folder.
+        folder: a shard folder, or its address: then all of it is downloaded into the mirror.
         on_shard: is called with the name of each shard after it was read, to show progress.
 
     Yields:
         One line for each problem. A folder without damage yields nothing.
     """
-    folder = Path(folder)
     try:
         manifest = read_manifest(folder)
+        folder = local_folder(folder)
     except ValueError as error:
         yield str(error)
         return
@@ -44,6 +45,13 @@ def check(folder: str | Path, on_shard: Callable[[str], object] | None = None) -
             yield f"{path}: not in the manifest; run: multimodal data index {folder}"
     keys: dict[str, str] = {}
     for entry in manifest["shards"]:
+        if is_mirror(folder):
+            try:
+                fetch(folder, entry["name"])
+                fetch(folder, index_path(Path(entry["name"])).name)
+            except ValueError as error:
+                yield str(error)
+                continue
         yield from _check_shard(folder / entry["name"], entry, keys)
         if on_shard is not None:
             on_shard(entry["name"])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from multimodal.export.hf import chat_ends, exported_tokenizer
-from multimodal.files import atomic_file
+from multimodal.files import atomic_file, local_path
 from multimodal.hub.names import find_model
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.rope import Rope
@@ -46,7 +46,7 @@ def export_gguf(source: str | Path, out: str | Path, dtype: str = "float16") -> 
         import gguf
     except ImportError as error:
         raise ValueError(f"GGUF needs: pip install multimodal[gguf] ({error})") from error
-    out = Path(out)
+    out = local_path(out)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if out.exists():

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from multimodal.export.model import DTYPES
-from multimodal.files import new_folder
+from multimodal.files import local_path, new_folder
 from multimodal.hub.names import find_model
 from multimodal.model.checkpoint import ModelParts, read_config
 from multimodal.model.stock import family_of, stock_config
@@ -40,7 +40,7 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> st
         ValueError: for a source that is no model folder, another dtype, or a folder that is not
             empty.
     """
-    source, out = find_model(source), Path(out)
+    source, out = find_model(source), local_path(out)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     with new_folder(out) as folder:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from multimodal.files import new_folder
+from multimodal.files import local_path, new_folder
 from multimodal.hub.names import find_model, part_of
 from multimodal.model.checkpoint import ModelParts
 from multimodal.tokenizers.image import load_image_tokenizer
@@ -30,7 +30,7 @@ def export_model(
     Raises:
         ValueError: as ``export_hf``, and for an image tokenizer that makes other codes.
     """
-    source, out = find_model(source), Path(out)
+    source, out = find_model(source), local_path(out)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     with new_folder(out) as folder:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.files import new_folder, write_json
+from multimodal.files import local_path, new_folder, write_json
 from multimodal.hub.names import find_model, part_of
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 
@@ -41,7 +41,7 @@ def export_onnx(source: str | Path, out: str | Path) -> list[str]:
     size = tokenizer.image_size
     images = torch.zeros(2, 3, size, size)
     codes = tokenizer.encode(images)  # also fills caches, which tracing must not
-    with new_folder(Path(out)) as folder:
+    with new_folder(local_path(out)) as folder:
         _export(_Encode(tokenizer), images, folder / ENCODE, ("images", "codes"))
         if tokenizer.can_draw:
             _export(_Decode(tokenizer), codes, folder / DECODE, ("codes", "images"))

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from multimodal.data.samples import IMAGE_SUFFIXES
-from multimodal.files import atomic_file
+from multimodal.files import atomic_file, local_path, read_bytes
 from multimodal.inference.batch import DecodeBatch
 from multimodal.inference.codec import encode_text, encode_to_read, read_images
 from multimodal.model.checkpoint import ModelParts
@@ -35,23 +34,6 @@ def embed_texts(model: ModelParts, texts: Sequence[str]) -> Tensor:
     return model.network.alignment.embed_text(states).cpu()
 
 
-FILE_SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
-
-
-def find_images(folder: Path) -> list[Path]:
-    """The image files of a folder and its subfolders, sorted by path.
-
-    Raises:
-        ValueError: if there is no such folder, or no image in it.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FILE_SUFFIXES)
-    if not paths:
-        raise ValueError(f"{folder}: no images in it ({', '.join(FILE_SUFFIXES)})")
-    return paths
-
-
 class EmbeddingCache:
     """Embeddings by the content of image files, in one safetensors file for each model.
 
@@ -64,7 +46,7 @@ class EmbeddingCache:
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.path = folder / f"{fingerprint}.safetensors"
+        self.path = local_path(folder) / f"{fingerprint}.safetensors"
         self.rows: dict[str, Tensor] = {}
         self.added = 0
         if self.path.is_file():
@@ -102,15 +84,13 @@ def embed_files(
         pixels, missing = [], []
         for i, path in enumerate(batch):
             try:
-                data = path.read_bytes()
+                data = read_bytes(path)
                 key = EmbeddingCache.key(data)
                 if cache is not None and key in cache.rows:
                     results[i] = cache.rows[key]
                     continue
                 pixels.append(read_images(model, [data], [str(path)]))
                 missing.append((i, key))
-            except OSError as error:
-                results[i] = ValueError(f"{path}: {error.strerror or error}")
             except ValueError as error:
                 results[i] = error
         if pixels:

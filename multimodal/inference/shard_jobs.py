@@ -19,7 +19,7 @@ from torch import Tensor
 from multimodal.data.jobs import job_folder
 from multimodal.data.parallel import Engine, map_units
 from multimodal.data.shards import Shards, read_manifest
-from multimodal.files import atomic_file
+from multimodal.files import atomic_file, local_path
 from multimodal.inference.codec import encode_images, read_images
 from multimodal.inference.embedding import embed_codes
 from multimodal.inference.text import best_captions
@@ -100,7 +100,7 @@ def run_job(
         ValueError: for a split that does not exist, codes of another tokenizer, or a folder with
             other results.
     """
-    source, out = Path(source), Path(out)
+    source, out = Path(source), local_path(out)
     entries = read_manifest(source)["shards"]
     splits = {str(entry["split"]) for entry in entries}
     if split is not None and split not in splits:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from multimodal.files import atomic_folder
+from multimodal.files import atomic_folder, local_path
 from multimodal.hub.card import DEFAULT_CARD
 from multimodal.hub.names import find_model
 from multimodal.model.batches import BatchBuilder
@@ -144,12 +144,12 @@ class ModelParts:
         Raises:
             OSError: if something could not be written. What was there before is left.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         with atomic_folder(folder) as part:
             _write(self, part, dtype)
             self.provenance.write(part)
             if card or not (folder / "README.md").exists():
-                (part / "README.md").write_text(card or DEFAULT_CARD)
+                (part / "README.md").write_text(card or DEFAULT_CARD, "utf-8")
 
     def to(self, device: str | torch.device) -> Self:
         """Move the network and the image tokenizer."""
@@ -240,7 +240,7 @@ def _write(model: ModelParts, folder: Path, dtype: torch.dtype) -> None:
             "image_tokenizer": model.image_tokenizer.fingerprint,
         },
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such model folder")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: not a model folder (config.json is missing)") from error
     except ValueError as error:

@@ -20,6 +20,7 @@ import PIL
 from tqdm import tqdm
 
 from multimodal.data.shards import index_shard, write_manifest, write_tar
+from multimodal.files import local_path
 from multimodal.scenes.captions import captions
 from multimodal.scenes.questions import questions
 from multimodal.scenes.rendering import render
@@ -91,7 +92,7 @@ def write_scenes(
             f"count {count}, seed {seed}, shard_size {shard_size}: expected count >= 1, seed >= 0, "
             "shard_size >= 1"
         )
-    out = Path(out)
+    out = local_path(out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: the folder is not empty. Give a new or empty folder.")
     out.mkdir(parents=True, exist_ok=True)

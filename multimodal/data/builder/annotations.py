@@ -23,11 +23,12 @@ from multimodal.data.builder.records import (
     SourceSample,
     encodable,
     held_out,
-    shown,
     shuffled,
 )
-from multimodal.data.builder.rows import looks_like_image
-from multimodal.data.samples import UnreadableText, normalise, parse_json
+from multimodal.data.builder.rows import MAX_TABLE, looks_like_image
+from multimodal.data.samples import normalise
+from multimodal.files import UnreadableFile, UnreadableText, read_json
+from multimodal.terminal import shown
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,11 @@ def load_json(path: Path) -> dict[str, Any] | list[Any]:
     """The content of a JSON file.
 
     Raises:
-        ValueError: with the path, if it is not an object or a list.
+        UnreadableFile: if it cannot be read, or is not an object or a list.
     """
-    try:
-        content = parse_json(path.read_bytes())
-    except UnreadableText as error:
-        raise ValueError(f"{path}: {error}") from error
+    content = read_json(path, MAX_TABLE)
     if not isinstance(content, dict | list):
-        raise ValueError(f"{path}: not a JSON object or list")
+        raise UnreadableFile(path, "not a JSON object or list")
     return content
 
 

@@ -43,6 +43,8 @@ from multimodal.data.near_duplicates import CopyIndex
 from multimodal.data.parallel import Engine, exclusive_lock, map_units
 from multimodal.data.samples import has_text
 from multimodal.data.shards import MANIFEST, write_manifest
+from multimodal.files import local_path
+from multimodal.terminal import shown
 from multimodal.torchrun import is_first_rank
 
 REJECTED = "rejected.jsonl"
@@ -127,7 +129,9 @@ def build(
         ValueError: if an argument, the source or ``out`` cannot be used, or if no sample can be
             used. In the last case ``out`` keeps what it had and gets a new ``rejected.jsonl``.
     """
-    source, out = Path(source), Path(out)
+    source, out = local_path(source), local_path(out)
+    images = None if images is None else local_path(images)
+    answers = None if answers is None else local_path(answers)
     _check_arguments(image_size, fit, shard_size, val_share, quality, workers)
     if source.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"{out}: the source {source} lies in it; choose another folder")
@@ -139,12 +143,12 @@ def build(
     notes, changed = Notes(), Counter[str]()
     options = ReadOptions(
         notes=notes,
-        images=None if images is None else Path(images),
+        images=images,
         image_column=image_column,
         text_column=text_column,
         need_text=need_text,
         whole_text=whole_text,
-        answers=None if answers is None else Path(answers),
+        answers=answers,
     )
     items = read_source(source, options, outside=out.resolve(), workspace=staging / UNPACKED)
     settings = ImageSettings(
@@ -179,7 +183,7 @@ def build(
             write_manifest(
                 staging,
                 writer.entries,
-                source=str(source),
+                source=shown(source),
                 image_size=image_size,
                 fit=fit,
                 quality=quality,

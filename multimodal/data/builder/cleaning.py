@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from multimodal.data.samples import parts_of, texts_of
+from multimodal.files import read_text
 
 CopyPolicy = Literal["", "exact", "near"]
 PersonalData = Literal["", "mask", "drop"]
@@ -142,7 +143,7 @@ class Cleaning:
 
 def read_blocklist(file: Path) -> list[str]:
     """The words of a file, one a line. Raises ``ValueError`` for a file without words."""
-    words = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
+    words = [line.strip() for line in read_text(file).splitlines()]
     if not any(words):
         raise ValueError(f"{file}: holds no words")
     return [word for word in words if word]

@@ -16,11 +16,12 @@ from multimodal.data.builder.records import (
     SourceSample,
     encodable,
     image_in,
-    shown,
     shuffled,
 )
 from multimodal.data.builder.rows import IMAGE_COLUMNS, Layout, Row
-from multimodal.data.samples import CONVERSATION_FIELDS, Note, UnreadableText, has_text, normalise
+from multimodal.data.samples import CONVERSATION_FIELDS, Note, has_text, normalise
+from multimodal.files import UnreadableText
+from multimodal.terminal import shown
 
 TEXT_COLUMNS = (
     *("captions", "caption", "text", "title", "description", "prompt", "alt"),

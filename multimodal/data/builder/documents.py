@@ -19,11 +19,12 @@ from multimodal.data.builder.records import (
     SourceItem,
     SourceSample,
     encodable,
-    shown,
 )
 from multimodal.data.builder.rows import IMAGE_COLUMNS, read_rows
 from multimodal.data.documents import content_parts
-from multimodal.data.samples import IMAGE_SUFFIXES, UnreadableText, normalise
+from multimodal.data.samples import IMAGE_SUFFIXES, normalise
+from multimodal.files import UnreadableText
+from multimodal.terminal import shown
 
 SNIFFED_ROWS = 1000  # rows that decide what a file holds
 

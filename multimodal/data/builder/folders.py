@@ -15,14 +15,14 @@ from multimodal.data.builder.records import (
     SourceItem,
     SourceSample,
     held_out,
-    shown,
     shuffled,
 )
 from multimodal.data.builder.tables import TABLE_SUFFIXES, read_table
-from multimodal.data.samples import IMAGE_SUFFIXES, UnreadableText, record_of
+from multimodal.data.samples import IMAGE_SUFFIXES, record_of
+from multimodal.files import read_bytes
+from multimodal.terminal import shown
 
-_JPEG_SUFFIXES = ("jfif", "jpe")
-_OTHER_IMAGES = ("gif", "bmp", "tif", "tiff", "heic", "heif", "avif", "jxl", "jp2", "svg", "ico")
+_OTHER_IMAGES = ("jxl", "jp2", "svg", "ico", "psd", "dng", "cr2", "nef", "arw")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # with a column file_name
 _TABLES = tuple(suffix for suffix in TABLE_SUFFIXES if suffix not in (".txt", ".json"))
 
@@ -83,12 +83,12 @@ def read_folder(folder: Path, outside: Path | None, options: ReadOptions) -> Ite
 def _image(name: str, path: Path, texts: dict[str, Path], options: ReadOptions) -> SourceItem:
     """An image with the texts beside it."""
     try:
-        contents = {suffix: text.read_bytes() for suffix, text in texts.items()}
+        contents = {suffix: read_bytes(text) for suffix, text in texts.items()}
         record = record_of(
             contents, whole_text=options.whole_text, note=options.notes.of(shown(path))
         )
-    except (OSError, UnreadableText) as error:
-        return RejectedSample(shown(path), "unreadable text", str(error))
+    except (OSError, ValueError) as error:
+        return RejectedSample(shown(path), "unreadable text", shown(str(error)))
     stem = shown(name.rpartition(".")[0])
     return SourceSample(shown(path), stem, shown(name), (path,), record)
 
@@ -121,11 +121,11 @@ def _find(folder: Path, outside: Path | None, notes: Notes) -> _Files:
             relative = path.relative_to(folder).as_posix()
             if name.startswith("."):
                 notes.ignored["hidden files"] += 1
-            elif suffix in (*IMAGE_SUFFIXES, *_JPEG_SUFFIXES):
+            elif suffix in IMAGE_SUFFIXES:
                 files.images[relative] = path
             elif suffix in _OTHER_IMAGES:
-                detail = f"a .{suffix} file"
-                files.rejected.append(RejectedSample(shown(path), "not JPEG, PNG or WebP", detail))
+                detail, reason = f"a .{suffix} file", "image of another format"
+                files.rejected.append(RejectedSample(shown(path), reason, detail))
             elif not path.is_file():  # a pipe or a device would block, or never end
                 notes.ignored["not regular files"] += 1
             elif name.lower() in METADATA:

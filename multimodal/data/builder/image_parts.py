@@ -17,24 +17,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 
 from multimodal.data.builder.cleaning import Cleaning
 from multimodal.data.builder.records import Cell, Slice, SourceSample
-from multimodal.data.images import (
-    Fit,
-    fit_image,
-    open_image,
-    orientation,
-    read_image_file,
-    without_texts,
-)
+from multimodal.data.images import Fit, fit_image, open_header, open_image, orientation
 from multimodal.data.near_duplicates import THUMBNAIL_SIZE, ImageHash, hash_image
 from multimodal.data.samples import plain
 from multimodal.data.shards import file_sha256
-from multimodal.files import atomic_file, write_json
+from multimodal.files import UnreadableFile, atomic_file, read_bytes, read_json, write_json
 
-_SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+# What training reads fastest is stored as it is. Other files without loss become PNG, and others
+# with loss (AVIF, HEIC) JPEG.
+_STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_LOSSLESS = ("PNG", "GIF", "BMP", "TIFF")
 
 
 @dataclass(frozen=True)
@@ -129,7 +124,7 @@ def make_part(part: ImagePart) -> ImagePart:
 
 def _is_complete(part: ImagePart) -> bool:
     try:
-        expected = json.loads(part.marker.read_text("utf-8"))["sha256"]
+        expected = read_json(part.marker)["sha256"]
         return file_sha256(part.files) == expected
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -149,7 +144,7 @@ def _entry(image: ImageFile | BadImage) -> dict[str, Any]:
 def read_part(part: ImagePart) -> Iterator[list[ImageFile] | BadImage]:
     """For each sample of a finished part: its images, or the first of them that is bad."""
     with open(part.files, "rb") as file:
-        for entries in json.loads(part.marker.read_text("utf-8"))["samples"]:
+        for entries in read_json(part.marker)["samples"]:
             images = [_from_entry(entry, file) for entry in entries]
             good = [image for image in images if isinstance(image, ImageFile)]
             bad = [image for image in images if isinstance(image, BadImage)]
@@ -175,20 +170,23 @@ def make_image(
     """The image file for the shard.
 
     A JPEG, PNG or WebP that is RGB, upright and not animated is not encoded again, unless the
-    settings ask for another size.
+    settings ask for another size. Other formats become PNG if they are without loss, else JPEG.
     """
     try:
-        data = read_image_file(source) if isinstance(source, Path) else source.read()
+        data = read_bytes(source) if isinstance(source, Path) else source.read()
         image = open_image(data, name=name)
-        with Image.open(io.BytesIO(without_texts(data))) as original:
-            suffix = _SUFFIX.get(original.format or "", "jpg")
+        with open_header(data) as original:
+            kind = original.format or ""
+            suffix = _STORED.get(kind, "png" if kind in _LOSSLESS else "jpg")
             as_it_is = (
-                original.format in _SUFFIX
+                kind in _STORED
                 and original.mode == "RGB"
                 and not original.has_transparency_data
                 and getattr(original, "n_frames", 1) == 1
                 and orientation(original) == 1
             )
+    except UnreadableFile as error:
+        return BadImage("unreadable image", error.reason)
     except ValueError as error:
         detail = str(error).removeprefix(f"{name}: ").removeprefix(f"{source}: ")
         return BadImage("unreadable image", plain(detail))  # it may name a path that is not UTF-8

@@ -17,10 +17,11 @@ from multimodal.data.builder.records import (
     Rows,
     SourceItem,
     SourceSample,
-    shown,
 )
 from multimodal.data.builder.rows import Row
-from multimodal.data.samples import UnreadableText, has_text
+from multimodal.data.samples import has_text
+from multimodal.files import UnreadableText
+from multimodal.terminal import shown
 
 if TYPE_CHECKING:
     import pyarrow as pa

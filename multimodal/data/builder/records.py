@@ -9,8 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from multimodal.data.images import read_image_file
 from multimodal.data.samples import CAPTION_LINES, Note
+from multimodal.files import MAX_FILE, read_bytes
+from multimodal.terminal import shown
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Slice:
     size: int
 
     def read(self) -> bytes:
+        if self.size > MAX_FILE:
+            raise ValueError(f"{self.size:,} bytes, over the limit of {MAX_FILE:,}")
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -40,7 +43,7 @@ class Cell:
     def read(self) -> bytes:
         image = image_in(_row_group(self.path, self.group, self.column)[self.row].as_py())
         if isinstance(image, str):
-            return read_image_file(self.root / image)
+            return read_bytes(self.root / image)
         return image
 
 
@@ -199,11 +202,6 @@ class ReadOptions:
 
 
 SourceItem: TypeAlias = SourceSample | RejectedSample
-
-
-def shown(path: str | Path) -> str:
-    """A path as printable text: bytes that are not UTF-8 become ``\\\\xNN``."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def encodable(name: str) -> bool:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.data.builder.records import Rows
-from multimodal.data.samples import UnreadableText, parse_json
+from multimodal.files import UnreadableText, decode_text, parse_json, read_bytes
 
+MAX_TABLE = 1 << 32  # bytes of a table or of annotations; those of Visual Genome have 1 GB
 ROW_SUFFIXES = (".csv", ".tsv", ".txt", ".token", ".jsonl")
 DELIMITERS = {".csv": ",\t|;", ".tsv": "\t|,;", ".txt": "\t,|;", ".token": "\t,|;"}
 IMAGE_COLUMNS = (
@@ -24,9 +25,6 @@ _IMAGE_FILE = re.compile(
     r"\s*[^\s|][^\t\n|]*\.(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|hei[cf])(?:#\d+)?\s*$",
     re.IGNORECASE,
 )
-_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32"} | {
-    mark: "utf-16" for mark in (b"\xff\xfe", b"\xfe\xff")
-}
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,8 @@ def read_rows(table: Path, named: Sequence[str] = ()) -> tuple[Layout | None, It
 
 def read_lines(table: Path) -> list[str]:
     """The lines with their ends. A byte that is not UTF-8 becomes a lone surrogate."""
-    data = table.read_bytes()
-    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8-sig")
-    errors = "surrogateescape" if encoding == "utf-8-sig" else "replace"
-    return list(io.StringIO(data.decode(encoding, errors), newline=""))
+    text = decode_text(read_bytes(table, MAX_TABLE), lossy=True)
+    return list(io.StringIO(text, newline=""))
 
 
 def rows_of(table: Path, entries: Sequence[Any]) -> Iterator[Row]:

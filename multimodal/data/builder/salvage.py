@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import lzma
 import os
-import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,16 +19,16 @@ from typing import Any
 
 from multimodal.data.builder.records import Slice
 from multimodal.data.documents import image_suffixes, is_plain_text
+from multimodal.data.formats.tar import only_zeros, read_members
 from multimodal.data.samples import RECORD_MEMBERS, Sample
 from multimodal.data.shards import (
     MAX_PADDING,
     OTHER_MEMBERS,
     DamagedShard,
-    only_zeros,
     read_index,
     split_name,
 )
-from multimodal.files import atomic_file
+from multimodal.files import UnreadableFile, atomic_file, open_file
 
 _PACKED: dict[str, Any] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -138,8 +137,13 @@ def salvage(shard: Path, ignored: Counter[str] | None = None) -> Iterator[Sample
         A ``Sample``, which may lack its image or its text: the caller has to check. A
         ``LostSample`` for each sample that is not intact, and for bytes that belong to no sample.
     """
-    size = shard.stat().st_size
-    runs, gaps = _walk(shard, size, Counter() if ignored is None else ignored)
+    try:
+        with open_file(shard) as file:
+            size = os.fstat(file.fileno()).st_size
+        runs, gaps = _walk(shard, size, Counter() if ignored is None else ignored)
+    except UnreadableFile as error:
+        yield LostSample(str(shard), error.reason)
+        return
     counts = Counter(run.key for run in runs)
     for run in runs:
         if reason := _fault(run, counts, size):
@@ -173,25 +177,20 @@ def _walk(
     runs: list[_Run] = []
     gaps: list[tuple[int, int, int]] = []
     end = 0
-    try:
-        with tarfile.open(shard, "r:", ignore_zeros=True, encoding="utf-8") as tar:
-            for member in tar:
-                if member.offset > end:
-                    gaps.append((end, member.offset, len(runs)))
-                plain = member.isreg() and not member.issparse()
-                end = member.offset_data + (-(-member.size // 512) * 512 if plain else 0)
-                if member.isdir():
-                    continue
-                name = split_name(member.name) if plain else ("", member.name)
-                if name is None:
-                    ignored[OTHER_MEMBERS] += 1
-                    continue
-                key, suffix = name
-                if not runs or runs[-1].key != key or not key:
-                    runs.append(_Run(key, []))
-                runs[-1].members.append((suffix, member.offset_data, member.size))
-    except (tarfile.TarError, EOFError, OverflowError, ValueError):
-        pass  # the rest of the file is the last gap
+    for member in read_members(shard, repair=True):
+        if member.start > end:
+            gaps.append((end, member.start, len(runs)))
+        end = member.end
+        if member.folder:
+            continue
+        name = split_name(member.name) if member.plain else ("", member.name)
+        if name is None:
+            ignored[OTHER_MEMBERS] += 1
+            continue
+        key, suffix = name
+        if not runs or runs[-1].key != key or not key:
+            runs.append(_Run(key, []))
+        runs[-1].members.append((suffix, member.offset, member.size))
     if end <= size:
         gaps.append((end, size, len(runs)))
     return runs, gaps

@@ -15,7 +15,6 @@ from multimodal.data.builder.records import (
     SourceItem,
     SourceSample,
     held_out,
-    shown,
 )
 from multimodal.data.builder.salvage import (
     TAR_SUFFIXES,
@@ -30,11 +29,12 @@ from multimodal.data.documents import check_content, image_suffixes, is_plain_te
 from multimodal.data.samples import (
     IMAGE_SUFFIXES,
     RECORD_MEMBERS,
-    UnreadableText,
     has_text,
     record_of,
 )
 from multimodal.data.shards import read_index
+from multimodal.files import open_file
+from multimodal.terminal import shown
 
 
 def read_source(
@@ -61,6 +61,10 @@ def read_source(
     Raises:
         ValueError: if the source is none of these.
     """
+    if not source.exists():
+        raise ValueError(f"{source}: no such file or folder")
+    if not source.is_dir():
+        open_file(source).close()  # a pipe or a device is refused before it is read
     if source.is_dir():
         tars = sorted(path for path in source.iterdir() if is_tar(path) and path.is_file())
         items = (
@@ -68,10 +72,6 @@ def read_source(
             if tars
             else read_folder(source, outside, options)
         )
-    elif not source.exists():
-        raise ValueError(f"{source}: no such file or folder")
-    elif not source.is_file():
-        raise ValueError(f"{source}: not a regular file")
     elif is_tar(source):
         items = _read_shards([source], options, workspace)
     elif source.suffix.lower() in TABLE_SUFFIXES:
@@ -97,12 +97,13 @@ def expected_samples(source: Path) -> int | None:
         if source.is_dir():
             names = (name for _, _, files in os.walk(source, followlinks=True) for name in files)
             return sum(name.lower().endswith(IMAGE_SUFFIXES) for name in names) or None
+        open_file(source).close()
         if suffix == ".parquet":
             import pyarrow.parquet as pq
 
             return int(pq.ParquetFile(source).metadata.num_rows)
         if suffix in TABLE_SUFFIXES and suffix != ".json":
-            with open(source, "rb") as file:
+            with open_file(source) as file:
                 return sum(1 for line in file if line.strip()) - (suffix != ".jsonl")
     except (ValueError, OSError, ImportError):
         pass  # reading the source reports the error
@@ -128,8 +129,8 @@ def _read_shards(
             members = dict(item.members.slices)
             images, suffixes = image_suffixes(members), ", ".join(sorted(members))
             slices = tuple(members.pop(suffix) for suffix in images)
-            texts = {kind: members.pop(kind).read() for kind in RECORD_MEMBERS if kind in members}
             try:
+                texts = {k: members.pop(k).read() for k in RECORD_MEMBERS if k in members}
                 record = record_of(
                     texts, whole_text=options.whole_text, note=options.notes.of(name)
                 )
@@ -139,7 +140,7 @@ def _read_shards(
                     continue
                 if document:
                     record["content"] = check_content(record.get("content"), len(slices))
-            except UnreadableText as error:
+            except ValueError as error:  # UnreadableText, or a member of many gigabytes
                 yield RejectedSample(name, "unreadable text", str(error))
                 continue
             options.notes.ignored.update(f"members .{suffix}" for suffix in members)
