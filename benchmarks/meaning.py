@@ -55,9 +55,9 @@ from multimodal.eval.metrics.yardsticks import Lookup
 from multimodal.eval.tasks.captioning import Captioning
 from multimodal.eval.tasks.retrieval import Retrieval
 from multimodal.files import atomic_file
+from multimodal.hub.names import part_of
 from multimodal.memory import keep_freed_memory
 from multimodal.model.batches import BatchBuilder, TrainingBatch, TrainingSample
-from multimodal.model.checkpoint import part_of
 from multimodal.model.lessons import descriptions_of
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.seeds import sample_seed

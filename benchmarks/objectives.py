@@ -27,9 +27,9 @@ from multimodal import load
 from multimodal.api import Model
 from multimodal.data.shards import Shards
 from multimodal.eval.metrics.retrieval import score_retrieval
+from multimodal.hub.names import part_of
 from multimodal.inference.codec import encode_images, read_images
 from multimodal.inference.embedding import embed_codes, embed_texts
-from multimodal.model.checkpoint import part_of
 from multimodal.tokenizers.image import load_image_tokenizer
 
 TEXT_TOKENS = 20  # of a caption, about

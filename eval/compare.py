@@ -85,7 +85,7 @@ def compare(arguments: argparse.Namespace) -> int:
     from multimodal.eval.metrics.reconstruction import ms_ssim_scales
     from multimodal.eval.tasks.reconstruction import score_tokenizer
     from multimodal.files import atomic_file
-    from multimodal.model.checkpoint import part_of
+    from multimodal.hub.names import part_of
     from multimodal.tokenizers.image import load_image_tokenizer
     from multimodal.tokenizers.weights import resize
 

@@ -38,7 +38,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "eval": ("multimodal.eval.evaluate", "measure what a model can do, with the protocol"),
     "export": ("multimodal.commands.export", "carry a model to other engines, or make it smaller"),
     "export model": ("multimodal.train.export", "make a model folder of a training checkpoint"),
+    "push": ("multimodal.commands.push", "put a model on the Hugging Face Hub"),
     "demo": ("multimodal.eval.demo", "do all of it on pictures that need no download"),
+    "import": ("multimodal.commands.imports", "turn a released unified model into a model folder"),
     "info": ("multimodal.commands.info", "what a model folder or a shard folder holds"),
     "info --config": ("multimodal.train.forecast", "what a training run will need"),
 }

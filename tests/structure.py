@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("multimodal", "tokenizers", "eval", "train")
 
 # Modules at the top of multimodal/ that every room may use, and that use no room.
-FOUNDATION = ("distributed", "files", "memory", "options", "seeds", "terminal", "torchrun")
+FOUNDATION = (
+    "distributed", "files", "memory", "options", "provenance", "seeds", "terminal", "torchrun",
+)  # fmt: skip
 # The front doors: `import multimodal`, and the command line, which finds verbs by name.
 FRONT_DOORS = (
     "multimodal",
@@ -28,19 +30,20 @@ FRONT_DOORS = (
 BELOW: dict[str, tuple[str, ...]] = {
     "foundation": (),
     "tokenizers.quantizers": (),
-    "tokenizers": ("tokenizers.quantizers",),
+    "tokenizers": ("foundation", "tokenizers.quantizers"),
+    "hub": ("foundation",),
     "data.formats": ("foundation",),
     "data": ("foundation", "tokenizers", "data.formats"),
     "data.builder": ("foundation", "data", "data.formats"),
-    "model": ("foundation", "tokenizers"),
-    "export": ("foundation", "tokenizers", "model"),
+    "model": ("foundation", "tokenizers", "hub"),
+    "export": ("foundation", "tokenizers", "hub", "model"),
+    "released": ("foundation", "tokenizers", "model"),
     "scenes": ("foundation", "data"),
     "inference": ("foundation", "tokenizers", "data", "data.formats", "model"),
-    "api": ("foundation", "tokenizers", "data", "data.formats", "model", "inference"),
+    "api": ("foundation", "tokenizers", "hub", "data", "data.formats", "model", "inference"),
     "commands": (
-        "foundation", "tokenizers", "data", "data.builder", "data.formats", "model", "export",
-        "scenes",
-        "inference", "api",
+        "foundation", "tokenizers", "hub", "data", "data.builder", "data.formats", "model",
+        "export", "released", "scenes", "inference", "api",
     ),
     "eval.metrics": ("foundation", "tokenizers", "tokenizers.quantizers"),
     # The protocol of evaluators, which the tasks implement and the commands use.
@@ -50,18 +53,18 @@ BELOW: dict[str, tuple[str, ...]] = {
         "eval.metrics",
     ),
     "eval": (
-        "foundation", "tokenizers", "data", "data.builder", "model", "inference", "api", "commands",
-        "eval.evaluator", "eval.metrics", "eval.tasks",
+        "foundation", "tokenizers", "hub", "data", "data.builder", "model", "inference", "api",
+        "commands", "eval.evaluator", "eval.metrics", "eval.tasks",
     ),
     # What guards the folder of a run: it knows Lightning, and nothing of what is trained.
     "train.run": ("foundation",),
     "train": (
-        "foundation", "tokenizers", "tokenizers.quantizers", "data", "model", "inference", "api",
-        "export", "eval", "eval.evaluator", "eval.metrics", "eval.tasks", "train.run",
+        "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model", "inference",
+        "api", "export", "eval", "eval.evaluator", "eval.metrics", "eval.tasks", "train.run",
     ),
     "train.tokenizers": (
-        "foundation", "tokenizers", "tokenizers.quantizers", "data", "model", "eval.metrics",
-        "train", "train.run",
+        "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model",
+        "eval.metrics", "train", "train.run",
     ),
     "train.rewards": (
         "foundation", "data", "model", "inference", "eval.metrics", "eval.tasks", "train",

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from multimodal.model.checkpoint import find_model, read_config
+from multimodal.hub.names import find_model
+from multimodal.model.checkpoint import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = {split: ROOT / f"docs/starter_{split}.json" for split in ("val", "heldout")}

@@ -10,7 +10,8 @@ from multimodal.api import Model, load
 from multimodal.cli import main
 from multimodal.eval.metrics.answering import score_answers
 from multimodal.eval.metrics.scene_captions import score_scene_captions
-from multimodal.model.checkpoint import find_model, read_config
+from multimodal.hub.names import find_model
+from multimodal.model.checkpoint import read_config
 from multimodal.scenes.captions import captions
 from multimodal.scenes.questions import draw_questions
 from multimodal.scenes.rendering import render

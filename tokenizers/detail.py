@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.tokenizers import vit, vqgan
+from multimodal.tokenizers import emu3, vit, vqgan
 from multimodal.tokenizers.levels import Level
 from multimodal.tokenizers.quantizers.fsq import FSQ
 from multimodal.tokenizers.quantizers.ibq import IBQ
@@ -58,13 +58,17 @@ def make_autoencoder(name: str, **options: Any) -> vit.ViT | vqgan.VQGAN:
     """Make the configuration of an autoencoder.
 
     Args:
-        name: ``vit`` or ``vqgan``.
+        name: ``vit``, ``vqgan`` or ``emu3``.
         options: arguments of its class, such as ``dim`` (vit) or ``channels`` (vqgan).
 
     Raises:
         ValueError: for an unknown name.
     """
-    kinds: dict[str, type[vit.ViT] | type[vqgan.VQGAN]] = {"vit": vit.ViT, "vqgan": vqgan.VQGAN}
+    kinds: dict[str, type[vit.ViT] | type[vqgan.VQGAN]] = {
+        "vit": vit.ViT,
+        "vqgan": vqgan.VQGAN,
+        "emu3": emu3.Emu3,
+    }
     if name not in kinds:
         raise ValueError(f"autoencoder {name!r}: expected one of {', '.join(kinds)}")
     return kinds[name](**options)
@@ -126,10 +130,11 @@ class VQTokenizerConfig:
     def of_codes(self) -> dict[str, Any]:
         """What decides the codes: all but the decoder."""
         stored = _without(asdict(self), MEANING)
-        return {**stored, "autoencoder": _without(self.autoencoder, ("decoder_depth",))}
+        return {**stored, "autoencoder": _without(self.autoencoder, DECODER)}
 
 
 MEANING = ("meaning_channels", "meaning_fingerprint")
+DECODER = ("decoder_depth", "decodes")  # options that do not change the codes
 
 
 def _without(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -150,7 +155,7 @@ class VQTokenizer(nn.Module):
         autoencoder = _build(make_autoencoder, config.autoencoder)
         channels = self.quantizer.channels
         self.encoder: nn.Module = autoencoder.encoder(config.downsample, config.grid, channels)
-        self.decoder: vit.Decoder | vqgan.Decoder = autoencoder.decoder(
+        self.decoder: vit.Decoder | vqgan.Decoder | vqgan.NoDecoder = autoencoder.decoder(
             config.downsample, config.grid, channels + config.meaning_channels
         )
 
@@ -161,6 +166,10 @@ class VQTokenizer(nn.Module):
     @property
     def downsample(self) -> int:
         return self.config.downsample
+
+    @property
+    def can_decode(self) -> bool:
+        return not isinstance(self.decoder, vqgan.NoDecoder)
 
     @property
     def level(self) -> Level:

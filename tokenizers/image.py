@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from multimodal.provenance import Provenance
 from multimodal.tokenizers.detail import VQTokenizer
 from multimodal.tokenizers.levels import Layout
 from multimodal.tokenizers.meaning import Meaning
@@ -58,6 +59,7 @@ class ImageTokenizer(nn.Module):
                     f"not {meaning.fingerprint}"
                 )
         self.fit: Fit = levels[0].config.fit
+        self.provenance = Provenance()
 
     def __repr__(self) -> str:
         levels = ", ".join(
@@ -69,7 +71,7 @@ class ImageTokenizer(nn.Module):
     @property
     def can_draw(self) -> bool:
         """Whether codes become images."""
-        return self.detail is not None
+        return self.detail is not None and self.detail.can_decode
 
     @property
     def drawn_size(self) -> int:
@@ -121,7 +123,8 @@ class ImageTokenizer(nn.Module):
 
     def detail_images(self, images: Tensor) -> Tensor:
         """Images at the size of the level of detail: float[B, 3, H, W]."""
-        return resize(images, self.drawn_size)
+        assert self.detail is not None, "the layout has it"
+        return resize(images, self.detail.config.image_size)
 
     def meaning_vectors(self, images: Tensor) -> Tensor | None:
         """What the decoder of detail reads beside its codes: float[B, h, w, C], or None."""
@@ -183,9 +186,10 @@ class ImageTokenizer(nn.Module):
         return found
 
     def _drawing_level(self) -> VQTokenizer:
-        if self.detail is None:
+        if self.detail is None or not self.detail.can_decode:
+            missing = "level of detail" if self.detail is None else "decoder"
             raise ValueError(
-                "this image tokenizer has no level of detail: it reads images, and cannot draw them"
+                f"this image tokenizer has no {missing}: it reads images, and cannot draw them"
             )
         return self.detail
 
@@ -200,6 +204,8 @@ class ImageTokenizer(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write the folder that ``load_image_tokenizer`` reads."""
         folder, levels = Path(folder), self._levels()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.provenance.write(folder)
         if len(levels) == 1:
             levels[0].save(folder)
             return
@@ -234,6 +240,7 @@ def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
             f"{folder}: fingerprint is {tokenizer.fingerprint}, its config says "
             f"{config.get('fingerprint')}: its levels do not belong together"
         )
+    tokenizer.provenance = Provenance.read(folder)
     return tokenizer.eval()
 
 

@@ -10,6 +10,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ _PICKLE_STUBS: list[Any] = [
 ]
 
 
-def import_tokenizer(source: str | Path, image_size: int, fit: Fit = "squash") -> VQTokenizer:
+def import_tokenizer(
+    source: str | Path, image_size: int, fit: Fit = "squash", decoder_required: bool = True
+) -> VQTokenizer:
     """Read the weights of a released tokenizer.
 
     Args:
@@ -53,6 +56,8 @@ def import_tokenizer(source: str | Path, image_size: int, fit: Fit = "squash") -
             safetensors.
         image_size: pixels of a side of the square image. The weights do not tell it.
         fit: how other images are made square. The weights do not tell it either.
+        decoder_required: refuse weights without a decoder. Otherwise they become a tokenizer that
+            encodes, and refuses to decode.
 
     Returns:
         The tokenizer in eval mode.
@@ -63,13 +68,21 @@ def import_tokenizer(source: str | Path, image_size: int, fit: Fit = "squash") -
     source = Path(source)
     released = read_weights(source)
     weights = translate(released)
+    decodes = decoder_required or "decoder.conv_in.weight" in released
+    if not decodes:
+        weights = {name: w for name, w in weights.items() if not name.startswith("decoder.")}
     # The codes of LlamaGen and Janus are unit vectors, those of taming and Chameleon are not. The
-    # former number the levels of the decoder in order, the latter in reverse.
-    normalise = "decoder.up.0.block.0.conv1.weight" not in released or (
-        "decoder.up.0.upsample.conv.weight" in released
+    # former number the levels of the decoder in order, the latter in reverse. Only Chameleon's
+    # decoder was not released.
+    normalise = decodes and (
+        "decoder.up.0.block.0.conv1.weight" not in released
+        or "decoder.up.0.upsample.conv.weight" in released
     )
     try:
-        tokenizer = VQTokenizer(infer_config(weights, image_size, fit, normalise))
+        config = infer_config(weights, image_size, fit, normalise)
+        if not decodes:
+            config = replace(config, autoencoder={**config.autoencoder, "decodes": False})
+        tokenizer = VQTokenizer(config)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     expected = tokenizer.state_dict()

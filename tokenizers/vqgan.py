@@ -9,15 +9,20 @@ their weights.
 Shapes: B batch, H W pixels, h w = H / downsample, C channels of a code vector.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeAlias
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 GROUPS = 32  # of group normalisation
+
+
+Norm: TypeAlias = Callable[[int], nn.Module]  # of so many channels
 
 
 def norm(channels: int) -> nn.GroupNorm:
@@ -31,32 +36,32 @@ def convolution(before: int, after: int) -> nn.Conv2d:
 class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions beside the identity: float[B, before, H, W] -> float[B, after, H, W].
 
-    The identity is a 1 x 1 convolution if the channels change.
+    The identity is a 1 x 1 convolution if the channels change. condition: what the norms also read.
     """
 
-    def __init__(self, before: int, after: int) -> None:
+    def __init__(self, before: int, after: int, norm: Norm = norm) -> None:
         super().__init__()
         self.norm1, self.conv1 = norm(before), convolution(before, after)
         self.norm2, self.conv2 = norm(after), convolution(after, after)
         self.shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(hidden)))
+    def forward(self, x: Tensor, *condition: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x, *condition)))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(hidden, *condition)))
 
 
 class AttentionBlock(nn.Module):
     """Attention of one head over all positions of the grid, beside the identity."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, norm: Norm = norm) -> None:
         super().__init__()
         self.norm = norm(channels)
         self.query, self.key, self.value, self.out = (
             nn.Conv2d(channels, channels, 1) for _ in range(4)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm(x)
+    def forward(self, x: Tensor, *condition: Tensor) -> Tensor:
+        normed = self.norm(x, *condition)
         q, k, v = (
             rearrange(part(normed), "b c h w -> b 1 (h w) c")
             for part in (self.query, self.key, self.value)
@@ -86,28 +91,36 @@ class Level(nn.Module):
     """Residual blocks, each with or without attention, then ``resize``."""
 
     def __init__(
-        self, before: int, after: int, blocks: int, attention: bool, resize: nn.Module
+        self,
+        before: int,
+        after: int,
+        blocks: int,
+        attention: bool,
+        resize: nn.Module,
+        norm: Norm = norm,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResidualBlock(after if number else before, after) for number in range(blocks)
+            ResidualBlock(after if number else before, after, norm) for number in range(blocks)
         )
         self.attention = nn.ModuleList(
-            AttentionBlock(after) if attention else nn.Identity() for _ in range(blocks)
+            AttentionBlock(after, norm) for _ in range(blocks if attention else 0)
         )
         self.resize = resize
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block, attention in zip(self.blocks, self.attention, strict=True):
-            x = attention(block(x))
+    def forward(self, x: Tensor, *condition: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x, *condition)
+            if self.attention:
+                x = self.attention[number](x, *condition)
         return self.resize(x)
 
 
-def middle(channels: int) -> nn.Sequential:
+def middle(channels: int, norm: Norm = norm) -> nn.Sequential:
     return nn.Sequential(
-        ResidualBlock(channels, channels),
-        AttentionBlock(channels),
-        ResidualBlock(channels, channels),
+        ResidualBlock(channels, channels, norm),
+        AttentionBlock(channels, norm),
+        ResidualBlock(channels, channels, norm),
     )
 
 
@@ -123,6 +136,7 @@ class VQGAN:
         attention: for each level, whether attention follows its blocks. By default in the last
             level only.
         latent_channels: between the convolutions and the layer to the channels of a code.
+        decodes: whether there is a decoder. Chameleon's was not released.
 
     Raises:
         ValueError: for numbers that do not fit.
@@ -133,6 +147,7 @@ class VQGAN:
     depth: int = 2
     attention: Sequence[bool] | None = None
     latent_channels: int = 256
+    decodes: bool = True
 
     def __post_init__(self) -> None:
         attention = self.attention
@@ -163,9 +178,9 @@ class VQGAN:
             )
         return Encoder(self, channels)
 
-    def decoder(self, downsample: int, grid: int, channels: int) -> "Decoder":
+    def decoder(self, downsample: int, grid: int, channels: int) -> "Decoder | NoDecoder":
         """Make the decoder from so many channels."""
-        return Decoder(self, channels)
+        return Decoder(self, channels) if self.decodes else NoDecoder()
 
 
 class Encoder(nn.Module):
@@ -194,19 +209,19 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """vectors: float[B, h, w, C] -> images: float[B, 3, H, W], near [-1, 1] but not clipped."""
 
-    def __init__(self, vqgan: VQGAN, channels: int) -> None:
+    def __init__(self, vqgan: VQGAN, channels: int, norm: Norm = norm) -> None:
         super().__init__()
         upwards = vqgan.widths[::-1]
         last = len(upwards) - 1
         assert vqgan.attention is not None
         self.from_code = nn.Conv2d(channels, vqgan.latent_channels, 1)
         self.conv_in = convolution(vqgan.latent_channels, upwards[0])
-        self.middle = middle(upwards[0])
+        self.middle = middle(upwards[0], norm)
         self.levels = nn.Sequential()
         for level, (before, after) in enumerate(pairwise([upwards[0], *upwards])):
             resize = Upsample(after) if level < last else nn.Identity()
             attention = vqgan.attention[last - level]
-            self.levels.append(Level(before, after, vqgan.depth + 1, attention, resize))
+            self.levels.append(Level(before, after, vqgan.depth + 1, attention, resize, norm))
         self.norm_out = norm(upwards[-1])
         self.conv_out = convolution(upwards[-1], 3)
 
@@ -221,6 +236,28 @@ class Decoder(nn.Module):
         return self.conv_out.weight
 
     def forward(self, vectors: Tensor) -> Tensor:
-        x = self.conv_in(self.from_code(rearrange(vectors, "b h w c -> b c h w")))
-        x = self.levels(self.middle(x))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.draw(self.from_code(rearrange(vectors, "b h w c -> b c h w")))
+
+    def draw(self, x: Tensor, *condition: Tensor) -> Tensor:
+        """float[B, latent_channels, h, w] -> float[B, 3, H, W]."""
+        x = self.conv_in(x)
+        for part in (*self.middle, *self.levels):
+            x = part(x, *condition)
+        return self.conv_out(F.silu(self.norm_out(x, *condition)))
+
+
+class NoDecoder(nn.Module):
+    """In the place of a decoder that was not released. Whatever is asked of it is refused."""
+
+    @property
+    def first_layer(self) -> Tensor:
+        return self(torch.empty(0))
+
+    @property
+    def last_layer(self) -> Tensor:
+        return self(torch.empty(0))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        raise ValueError(
+            "this image tokenizer has no decoder: it reads images, and cannot draw them"
+        )

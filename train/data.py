@@ -21,6 +21,7 @@ from multimodal.train.examples import ShardDataset, check_codes
 from multimodal.train.sample_order import VERSION, GlobalBatches, Order
 
 VAL = "val"  # a folder need not have this split: then nothing of it is held out
+LICENSES_OF = 256  # samples of a folder whose licences a card names
 
 
 class GlobalBatchLoader(DataLoader[Any]):
@@ -162,6 +163,7 @@ class ShardData(L.LightningDataModule):
         self.crop_scale, self.mirror = crop_scale, mirror
         self.global_batch_size, self.val_limit = global_batch_size, val_limit
         self.workers, self.seed = workers, seed
+        self._sources: list[dict[str, Any]] | None = None
 
     @property
     def drawn_folders(self) -> set[Path]:
@@ -178,6 +180,24 @@ class ShardData(L.LightningDataModule):
         if split == self.val_split == VAL and self.holds_out():
             folders = [folder for folder in folders if VAL in splits(folder)]
         return [Shards(folder, split) for folder in folders]
+
+    def sources(self) -> list[dict[str, Any]]:
+        """What a card says of the data: name, samples, and licences of the first samples."""
+        if self._sources is None:
+            self._sources = []
+            for folder, shards in zip(self.folders, self.shards(self.train_split), strict=True):
+                made = read_manifest(shards.folder)
+                first = range(min(len(shards), LICENSES_OF))
+                named = {shards[n].record.get("license") for n in first} | {made.get("license")}
+                self._sources.append(
+                    {
+                        "kind": "data",
+                        "name": Path(folder.rstrip("/")).name,
+                        "samples": len(shards),
+                        "license": ", ".join(sorted(str(each) for each in named if each)),
+                    }
+                )
+        return self._sources
 
     def _loader(self, split: str, train: bool, replaced: bool = True) -> GlobalBatchLoader:
         assert self.trainer is not None

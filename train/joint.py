@@ -14,15 +14,17 @@ from multimodal.distributed import gather_objects, mean_over_ranks
 from multimodal.eval.metrics.answering import score_answers
 from multimodal.eval.metrics.captioning import score_captions, sentence_health
 from multimodal.eval.tasks.answers import SHORT_ANSWER
+from multimodal.hub.names import part_of
 from multimodal.inference.codec import decode_images, encode_images
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.text import caption_codes, complete_prompts
 from multimodal.model.attention import Backend
 from multimodal.model.batches import TrainingBatch, TrainingSample
-from multimodal.model.checkpoint import ModelParts, part_of
+from multimodal.model.checkpoint import ModelParts
 from multimodal.model.lessons import check_texts, descriptions_of, exchanges_of
 from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
+from multimodal.provenance import Provenance
 from multimodal.terminal import shown
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
@@ -41,12 +43,12 @@ class JointModule(MuonModule):
 
     Args:
         text_tokenizer: file of a trained BPE, or a model whose text tokenizer is taken (its folder,
-            or ``starter``).
+            ``starter``, or ``user/name`` of the Hugging Face Hub).
         image_tokenizer: folder of a trained image tokenizer, or a model whose image tokenizer is
             taken.
         size: a named size (tiny, mini, starter, base, large, 1b, 7b), or a language model to start
-            from its weights: the folder of a Qwen3, Qwen2, Llama, SmolLM2 or Mistral of Hugging
-            Face, or a GGUF file. The text tokenizer is then that folder, too.
+            from its weights: a Qwen3, Qwen2, Llama, SmolLM2 or Mistral of Hugging Face (its folder,
+            or ``user/name``), or a GGUF file. The text tokenizer is then given the same, too.
         objectives: weights and shares of the losses.
         reads: the levels of the image tokenizer that captions, answers and embeddings read. By
             default the first one.
@@ -106,6 +108,9 @@ class JointModule(MuonModule):
         )
         self.network: MultimodalLM = self.model.network
         self.image_tokenizer = self.model.image_tokenizer
+        if self.image_tokenizer.provenance != Provenance():
+            fingerprint = self.image_tokenizer.fingerprint
+            self.note_source(image_tokenizer, fingerprint, self.image_tokenizer.provenance)
         self.network.attention_backend = attention
         for name in freeze or ():
             for parameter in parameters_named(self, name):
@@ -189,6 +194,7 @@ class JointModule(MuonModule):
             self.network.take_weights(source.network)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
+        self.note_source(folder, source.fingerprint, source.provenance)
 
     def samples(self, batch: Examples) -> list[TrainingSample]:
         """The samples of a batch with their codes."""
@@ -338,10 +344,15 @@ class JointModule(MuonModule):
         """Write the model folder. Every rank has to call."""
         if not fsdp_modules(self.network):
             if self.writes_files:
-                self.model.save(folder)
+                self._noted(self.model).save(folder, self.card("A model of text and images"))
             return
         weights = full_state_dict(self.network)
         if self.writes_files:
             network = MultimodalLM(self.network.config)
             network.load_state_dict(weights)
-            ModelParts(network, self.model.text_tokenizer, self.image_tokenizer).save(folder)
+            model = ModelParts(network, self.model.text_tokenizer, self.image_tokenizer)
+            self._noted(model).save(folder, self.card("A model of text and images"))
+
+    def _noted(self, model: ModelParts) -> ModelParts:
+        model.provenance = self.provenance()
+        return model

@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from timm.optim.muon import Muon
 from torch import nn
 
+from multimodal.provenance import Provenance, run_card
 from multimodal.train.sharding import clip_gradients
 
 
@@ -46,6 +48,7 @@ class MuonModule(L.LightningModule):
         super().__init__()
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_steps, self.learning_rates = warmup_steps, dict(learning_rates or {})
+        self.started_from = Provenance()  # of everything that this run was given, but its data
 
     @property
     def writes_files(self) -> bool:
@@ -67,6 +70,36 @@ class MuonModule(L.LightningModule):
     def no_weight_decay(self) -> list[nn.Module]:
         """Modules without weight decay, such as codebooks. AdamW trains them."""
         return []
+
+    def note_source(self, name: str, fingerprint: str, provenance: Provenance) -> None:
+        """Note a model that the weights come from. Checkpoints keep it."""
+        license = " / ".join(text.split("\n\n")[0] for text in provenance.licenses)
+        model = {"kind": "model", "name": name, "fingerprint": fingerprint, "license": license}
+        self.started_from += provenance + Provenance(sources=(model,))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["provenance"] = asdict(self.started_from)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        stored = checkpoint.get("provenance", {})
+        self.started_from += Provenance(
+            tuple(stored.get("licenses", ())), tuple(stored.get("sources", ()))
+        )
+
+    def provenance(self) -> Provenance:
+        """Of the weights as they are now: what they started from, and the data of this run."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        sources = data.sources() if hasattr(data, "sources") else ()
+        return self.started_from + Provenance(sources=tuple(sources))
+
+    def card(self, title: str) -> str:
+        """The card of the weights as they are now: data, steps, numbers, what they started from."""
+        numbers: dict[str, float] = {}
+        if self._trainer is not None:
+            measured = self._trainer.callback_metrics.items()
+            numbers = {name: float(value) for name, value in measured if name.startswith("val")}
+        steps = 0 if self._trainer is None else self._trainer.global_step
+        return run_card(title, self.provenance(), steps, numbers)
 
     def configure_optimizers(self) -> Any:
         rates = {

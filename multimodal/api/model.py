@@ -10,6 +10,7 @@ tokens by default, drawings are sampled at temperature 0.8.
 from __future__ import annotations  # help() shows the names of types as they are written
 
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 from multimodal.api.texts import TextMethods
 from multimodal.data.formats.folders import list_images
 from multimodal.data.images import to_image
+from multimodal.hub.push import push
 from multimodal.inference import editing
 from multimodal.inference.codec import (
     decode_images,
@@ -196,6 +198,38 @@ class Model(TextMethods):
             self, open_source(image, urls=self.urls), share, text, edit_options
         )
 
+    # --- the Hub ------------------------------------------------------------------------------
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        card: str = "",
+        results: str | Path | None = None,
+        license: str = "",
+        private: bool = False,
+        message: str = "",
+    ) -> str:
+        """Put the model on the Hugging Face Hub, where ``load`` finds it by its name.
+
+        Args:
+            name: ``user/name`` or ``user/name@branch``. What does not exist is made.
+            card: the text of its README.md.
+            results: what ``multimodal eval --output`` wrote about this model, for the card.
+            license: its name on the Hub, such as ``apache-2.0``.
+            private: of a new repository.
+            message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: for results of another model, or what the Hub refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder, card)
+            return push(folder, name, results, license, private, message)
+
     # --- embeddings ---------------------------------------------------------------------------
 
     @shows_types
@@ -287,10 +321,11 @@ def load(
     *,
     urls: bool = False,
 ) -> Model:
-    """Load a model folder, or a bundled model by its name, ready for use.
+    """Load a model, ready for use.
 
     Args:
-        path: a folder, or ``starter``.
+        path: a folder, ``starter``, or ``user/name`` of the Hugging Face Hub (``@revision`` for a
+            branch, a tag or a commit).
         device: where torch computes.
         dtype: of the network, float32 or bfloat16. The image tokenizer stays in float32.
         urls: images may be http and https addresses, which are fetched.

@@ -13,6 +13,7 @@ from typing import Any
 
 from multimodal import __version__
 from multimodal.files import address_of
+from multimodal.provenance import Provenance
 
 PACKAGES = (
     "torch",
@@ -59,9 +60,11 @@ def main(argv: list[str]) -> int:
 def describe(folder: Path) -> dict[str, Any]:
     """The facts about a folder of a model, an image tokenizer or shards. Raises ``ValueError``."""
     from multimodal.data.remote import local_folder
-    from multimodal.model.checkpoint import find_model
+    from multimodal.hub.address import HUB_ADDRESS
+    from multimodal.hub.names import find_model
 
-    folder = local_folder(folder) if address_of(folder) else find_model(folder)
+    shards = address_of(folder) and not HUB_ADDRESS.match(str(folder))
+    folder = local_folder(folder) if shards else find_model(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if (folder / "manifest.json").is_file():
@@ -108,16 +111,17 @@ def model_facts(folder: Path) -> dict[str, Any]:
             "model": _verified(claimed["model"], model.fingerprint),
             "image tokenizer": _verified(claimed["image_tokenizer"], images.fingerprint),
         },
-        **_licence(folder),
+        **_licence(model.provenance),
         **_files(folder),
     }
 
 
-def _licence(folder: Path) -> dict[str, str]:
-    """The first paragraph of LICENSE."""
-    if not (folder / "LICENSE").is_file():
-        return {"license": "none is given: weights follow the licences of their data"}
-    return {"license": " ".join((folder / "LICENSE").read_text("utf-8").split("\n\n")[0].split())}
+def _licence(provenance: Provenance) -> dict[str, Any]:
+    """The first paragraph of each licence, and the sources."""
+    first = [" ".join(text.split("\n\n")[0].split()) for text in provenance.licenses]
+    license = " / ".join(first) or "none is given: weights follow the licences of their data"
+    lines = {str(number): line for number, line in enumerate(provenance.lines(), start=1)}
+    return {"license": license, **({"sources": lines} if lines else {})}
 
 
 def tokenizer_facts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -136,6 +140,7 @@ def tokenizer_facts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "fingerprints": {
             "image tokenizer": _verified(config["fingerprint"], tokenizer.fingerprint)
         },
+        **_licence(tokenizer.provenance),
         **_files(folder),
     }
 

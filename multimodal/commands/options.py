@@ -40,8 +40,9 @@ def make_parser(
     parser.add_argument(
         "--model",
         default="starter",
-        metavar="DIR",
-        help="a model folder, or the name of a bundled one (default starter)",
+        metavar="MODEL",
+        help="a folder, a bundled model, or user/name[@revision] of the Hugging Face Hub "
+        "(default starter)",
     )
     parser.add_argument("--device", default="cpu", help="where torch computes (default cpu)")
     parser.add_argument(

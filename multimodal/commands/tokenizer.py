@@ -138,7 +138,7 @@ def fit_levels(arguments: argparse.Namespace) -> int:
 def join_levels(arguments: argparse.Namespace) -> int:
     """Write one tokenizer of a level of meaning and a level of detail."""
     from multimodal.files import new_folder
-    from multimodal.model.checkpoint import part_of
+    from multimodal.hub.names import part_of
     from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 
     meaning, detail = (
@@ -149,6 +149,7 @@ def join_levels(arguments: argparse.Namespace) -> int:
         missing = arguments.meaning if meaning.meaning is None else arguments.detail
         raise ValueError(f"{missing}: has no such level; give a folder of meaning, then of detail")
     joined = ImageTokenizer(meaning.meaning, detail.detail)
+    joined.provenance = meaning.provenance + detail.provenance
     with new_folder(local_path(arguments.out)) as folder:
         joined.save(folder)
     print(f"{arguments.out}: {joined.codes_per_image} codes, fingerprint {joined.fingerprint}")
@@ -176,7 +177,7 @@ def encode(arguments: argparse.Namespace) -> int:
     from multimodal.commands.options import use_device
     from multimodal.data.encode import Encoding, encode_shards
     from multimodal.data.shards import read_manifest
-    from multimodal.model.checkpoint import part_of
+    from multimodal.hub.names import part_of
     from multimodal.tokenizers.image import load_image_tokenizer
 
     if arguments.batch_size < 1 or arguments.decoders < 0:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from multimodal.export.hf import chat_ends, exported_tokenizer
 from multimodal.files import atomic_file, local_path
-from multimodal.model.checkpoint import ModelParts, find_model
+from multimodal.hub.names import find_model
+from multimodal.model.checkpoint import ModelParts
 from multimodal.model.rope import Rope
 from multimodal.model.stock import family_of
 from multimodal.model.transformer import TransformerConfig

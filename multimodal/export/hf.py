@@ -11,9 +11,10 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from multimodal.export.model import DTYPES, copy_files
+from multimodal.export.model import DTYPES
 from multimodal.files import local_path, new_folder
-from multimodal.model.checkpoint import ModelParts, find_model, read_config
+from multimodal.hub.names import find_model
+from multimodal.model.checkpoint import ModelParts, read_config
 from multimodal.model.stock import family_of, stock_config
 from multimodal.model.vocabulary import SPECIALS, Vocabulary
 from multimodal.tokenizers.text import TEMPLATE
@@ -28,7 +29,7 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> st
     """Write a model folder as a Hugging Face folder. It appears complete or not at all.
 
     Args:
-        source: a model folder, or the name of a bundled model.
+        source: a model: see multimodal/hub/names.py.
         out: a new or empty folder.
         dtype: of the written weights, one of DTYPES.
 
@@ -46,8 +47,9 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> st
         model = ModelParts.load(source, dtype=DTYPES[dtype])
         _write(model, folder, dtype)
         fingerprint = read_config(source)["fingerprints"]["model"]
-        (folder / "README.md").write_text(_readme(model, fingerprint), "utf-8")
-        copy_files(source, folder, "LICENSE")
+        card = f"{_readme(model, fingerprint)}\n{model.provenance.section()}"
+        (folder / "README.md").write_text(card, "utf-8")
+        model.provenance.write(folder)
     return family_of(model.config.transformer)[1].stock_class
 
 

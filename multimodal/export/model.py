@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from multimodal.files import local_path, new_folder
-from multimodal.model.checkpoint import ModelParts, find_model
+from multimodal.hub.names import find_model, part_of
+from multimodal.model.checkpoint import ModelParts
 from multimodal.tokenizers.image import load_image_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,10 +22,10 @@ def export_model(
     """Write a model folder again, with its weights rounded.
 
     Args:
-        source: a model folder, or the name of a bundled model.
+        source: a model: see multimodal/hub/names.py.
         out: a new or empty folder.
         dtype: of the written weights, one of DTYPES.
-        image_tokenizer: a folder with another decoder for the same codes, to put into the model.
+        image_tokenizer: one with another decoder for the same codes, to put into the model.
 
     Raises:
         ValueError: as ``export_hf``, and for an image tokenizer that makes other codes.
@@ -35,19 +36,14 @@ def export_model(
     with new_folder(out) as folder:
         model = ModelParts.load(source)
         if image_tokenizer is not None:
-            other = load_image_tokenizer(image_tokenizer)
+            other = load_image_tokenizer(part_of(image_tokenizer, "image_tokenizer"))
             if other.codes_fingerprint != model.image_tokenizer.codes_fingerprint:
                 raise ValueError(
                     f"{image_tokenizer}: makes other codes than the tokenizer of {source}; "
                     "only its decoder may differ (see decoder_only)"
                 )
             model.image_tokenizer = other
+            model.provenance += other.provenance
         model.save(folder, dtype=DTYPES[dtype])
-        copy_files(source, folder, "README.md", "LICENSE")
-
-
-def copy_files(source: Path, folder: Path, *names: str) -> None:
-    """Copy those of the named files that the source has."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+        if (source / "README.md").is_file():
+            shutil.copyfile(source / "README.md", folder / "README.md")

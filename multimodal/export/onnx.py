@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.files import local_path, new_folder, write_json
-from multimodal.model.checkpoint import find_model, part_of
+from multimodal.hub.names import find_model, part_of
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 
 ENCODE, DECODE, ABOUT = "encode.onnx", "decode.onnx", "image_tokenizer.json"

@@ -35,18 +35,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Backend = Literal["sdpa", "flex"]
 Mask: TypeAlias = "Tensor | BlockMask | None"
+QKNorm = Literal["none", "rms", "layer"]
 
 
 def attention_mask(documents: Tensor, blocks: Tensor, branches: Tensor | None = None) -> Tensor:
@@ -160,6 +161,59 @@ def _attend_by_products(
         scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
     weights = rearrange(scores.softmax(-1).to(v.dtype), "b g r l s -> b g (r l) s")
     return rearrange(weights @ v, "b g (r l) d -> b (g r) l d", r=groups)
+
+
+class HeadRMSNorm(nn.RMSNorm):
+    """RMSNorm of each head in fp32, one weight for all: float[..., H, d] -> float32[..., H, d]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One dtype throughout gets torch's fused kernel.
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+
+
+class HeadLayerNorm(nn.Module):
+    """LayerNorm of each head in fp32, with a weight and a bias of its own (Chameleon,
+    arXiv:2405.09818): float[..., H, d] -> float32[..., H, d].
+
+    They are vectors, float[H d], so that an optimizer of matrices leaves them alone.
+    """
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads * head_dim))
+        self.bias = nn.Parameter(torch.zeros(heads * head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.layer_norm(x.float(), x.shape[-1:], eps=1e-5)
+        weight, bias = (part.float().view(x.shape[-2:]) for part in (self.weight, self.bias))
+        return torch.addcmul(bias, normed, weight)
+
+
+class InFP32(nn.Module):
+    """No norm: the numbers in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+def head_norm(kind: QKNorm, heads: int, head_dim: int, eps: float) -> nn.Module:
+    """The norm of queries or keys, float[..., H, d] -> float32[..., H, d].
+
+    Args:
+        kind: ``rms`` (Qwen3), ``layer`` (Chameleon) or ``none`` (Llama).
+        heads, head_dim: H, d.
+        eps: of ``rms``.
+
+    Raises:
+        ValueError: for another kind.
+    """
+    if kind == "rms":
+        return HeadRMSNorm(head_dim, eps)
+    if kind == "layer":
+        return HeadLayerNorm(heads, head_dim)
+    if kind != "none":
+        raise ValueError(f"qk_norm={kind!r}: expected one of {', '.join(get_args(QKNorm))}")
+    return InFP32()
 
 
 @dataclass

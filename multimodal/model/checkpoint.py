@@ -1,7 +1,7 @@
 """A model on disk: the network and its two tokenizers, and the folder that holds them.
 
     config.json, model.safetensors, heads.safetensors, text_tokenizer.json, image_tokenizer/,
-    README.md, LICENSE
+    README.md, LICENSE, sources.json
 
 Nothing in it is a pickle.
 """
@@ -12,7 +12,6 @@ import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,20 +21,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from multimodal.files import atomic_folder, local_path
+from multimodal.hub.card import DEFAULT_CARD
+from multimodal.hub.names import find_model
 from multimodal.model.batches import BatchBuilder
 from multimodal.model.network import ModelConfig, MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.templates import Templates
 from multimodal.model.transformer import TransformerConfig
 from multimodal.model.vocabulary import Vocabulary
+from multimodal.provenance import Provenance
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.tokenizers.levels import Layout, Level
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.tokenizers.weights import hash_weights
 
 FORMAT_VERSION = 1
-BUNDLED = ("starter",)
-DEFAULT_CARD = "# A model of the multimodal toolkit\n\nNo card was written for this model.\n"
 
 
 @dataclass(eq=False)
@@ -50,6 +50,7 @@ class ModelParts:
     text_tokenizer: TextTokenizer
     image_tokenizer: ImageTokenizer
     urls: bool = False  # whether images may be web addresses
+    provenance: Provenance = Provenance()
 
     def __post_init__(self) -> None:
         config = self.network.config
@@ -64,6 +65,7 @@ class ModelParts:
                 f"the model was made for {config.layout}"
             )
         self.image_tokenizer.requires_grad_(False).eval()
+        self.provenance = self.provenance + self.image_tokenizer.provenance
 
     @classmethod
     def new(
@@ -89,13 +91,14 @@ class ModelParts:
     def load(
         cls, path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Self:
-        """Load a model folder, or a bundled model by its name, ready for use.
+        """Load a model, ready for use.
 
         Args:
+            path: a folder or a name: see multimodal/hub/names.py.
             dtype: of the network.
 
         Raises:
-            ValueError: for anything that is not a model folder of this release.
+            ValueError: for anything that is not a model of this release.
         """
         folder = find_model(path)
         stored = read_config(folder)
@@ -127,6 +130,7 @@ class ModelParts:
                 f"{folder}: the model was trained with image tokenizer {expected}, "
                 f"the folder holds {parts.image_tokenizer.fingerprint}"
             )
+        parts.provenance = Provenance.read(folder) + parts.provenance
         network.to(dtype)
         return parts.to(device).eval()
 
@@ -143,6 +147,7 @@ class ModelParts:
         folder = local_path(folder)
         with atomic_folder(folder) as part:
             _write(self, part, dtype)
+            self.provenance.write(part)
             if card or not (folder / "README.md").exists():
                 (part / "README.md").write_text(card or DEFAULT_CARD, "utf-8")
 
@@ -236,20 +241,6 @@ def _write(model: ModelParts, folder: Path, dtype: torch.dtype) -> None:
         },
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
-
-
-def find_model(path: str | Path) -> Path:
-    """The folder of a path, or of a bundled model by its name if there is no such folder."""
-    folder = local_path(path)
-    if str(path) in BUNDLED and not folder.is_dir():
-        return Path(str(files("multimodal") / str(path)))
-    return folder
-
-
-def part_of(path: str | Path, name: str) -> Path:
-    """A part of a model, by its name. A path that is no model is returned as it is."""
-    part = find_model(path) / name
-    return part if part.exists() else Path(path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ Shapes: R rows, L tokens of a row, B image-text pairs, D width, V vocabulary, K 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.distributed import global_sum, world_size
+from multimodal.hub.names import find_model
 from multimodal.model.alignment import Alignment
 from multimodal.model.attention import Backend, attention_mask, block_mask
 from multimodal.model.batches import TrainingBatch, WrittenTokens
@@ -105,9 +105,9 @@ class MultimodalLM(nn.Module):
         """A network to train.
 
         Args:
-            size: a named size, with random weights, or a language model (the folder of a Qwen3,
-                Qwen2, Llama, SmolLM2 or Mistral, or a GGUF file), with its weights. The embeddings
-                of text ids are kept. All other rows start at their mean.
+            size: a named size, with random weights, or a language model with its weights: a Qwen3,
+                Qwen2, Llama, SmolLM2 or Mistral, as a folder or by its name on the Hub, or a GGUF
+                file. The embeddings of text ids are kept. All other rows start at their mean.
             text_size: number of ids of the text tokenizer.
             layout: the levels of the image tokenizer.
             code_vectors: for each group of each level float[codebook_size, C], the vectors that the
@@ -121,8 +121,9 @@ class MultimodalLM(nn.Module):
         """
         vocabulary = Vocabulary(text_size, layout.codebook_size)
         weights = None
-        if size not in SIZES and Path(size).exists():
-            sizes, weights = read_stock(size)
+        source = None if size in SIZES else find_model(size)
+        if source is not None and source.exists():
+            sizes, weights = read_stock(source)
             if sizes.vocab_size < text_size:
                 raise ValueError(
                     f"{size}: has {sizes.vocab_size} embeddings, and the text tokenizer "

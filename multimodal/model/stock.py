@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from multimodal.model.attention import QKNorm
 from multimodal.model.rope import RopeScaling
 from multimodal.model.transformer import TransformerConfig
 
@@ -30,16 +31,16 @@ class Family:
     """
 
     stock_class: str
-    qk_norm: bool
+    qk_norm: QKNorm
     attention_bias: bool
 
 
 # By the model_type of config.json. An export is the first family that fits.
 FAMILIES = {
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, attention_bias=False),
-    "qwen2": Family("Qwen2ForCausalLM", qk_norm=False, attention_bias=True),
-    "llama": Family("LlamaForCausalLM", qk_norm=False, attention_bias=False),
-    "mistral": Family("MistralForCausalLM", qk_norm=False, attention_bias=False),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm="rms", attention_bias=False),
+    "qwen2": Family("Qwen2ForCausalLM", qk_norm="none", attention_bias=True),
+    "llama": Family("LlamaForCausalLM", qk_norm="none", attention_bias=False),
+    "mistral": Family("MistralForCausalLM", qk_norm="none", attention_bias=False),
 }
 # What the transformer of this package does not have, with the values that turn it off.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -67,10 +68,12 @@ def family_of(config: TransformerConfig) -> tuple[str, Family]:
         ValueError: if no stock class has this attention.
     """
     for model_type, family in FAMILIES.items():
-        if (family.qk_norm, family.attention_bias) == (config.qk_norm, config.attention_bias):
+        has = family.qk_norm, False, family.attention_bias
+        if has == (config.qk_norm, config.norm_after, config.attention_bias):
             return model_type, family
     raise ValueError(
-        f"no stock class has qk_norm={config.qk_norm} and attention_bias={config.attention_bias}"
+        f"no stock class has qk_norm={config.qk_norm}, norm_after={config.norm_after} and "
+        f"attention_bias={config.attention_bias}"
     )
 
 
@@ -124,6 +127,8 @@ def transformer_config(config: Mapping[str, Any], name: str) -> TransformerConfi
         other.append("attention_bias")
     if other:
         raise ValueError(f"{name}: its {', '.join(sorted(other))} is not supported")
+    if config.get("auto_map"):
+        raise ValueError(f"{name}: its auto_map names code of its own, and none is run here")
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{name}: its partial_rotary_factor is not supported")
@@ -164,11 +169,27 @@ def read_stock(path: str | Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
 
 
 def _read_folder(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
+    config = read_json(folder / "config.json")
+    return transformer_config(config, str(folder)), read_weights(folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a Hugging Face folder. Raises ``ValueError`` if it is no JSON object."""
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: no language model: config.json: {error}") from error
-    sizes = transformer_config(config, str(folder))
+        raise ValueError(f"{path.parent}: no language model: {path.name}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.parent}: no language model: {path.name} holds no object")
+    return content
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a Hugging Face folder, in the dtype in which they are stored.
+
+    Raises:
+        ValueError: if they are not safetensors of this folder.
+    """
     try:
         names = [WEIGHTS]
         if (folder / INDEX).is_file():
@@ -177,12 +198,11 @@ def _read_folder(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
             )
         if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{folder}: {INDEX} names {outside[0]!r}, which lies outside")
-        weights = {k: v for name in names for k, v in load_file(folder / name).items()}
+        return {k: v for name in names for k, v in load_file(folder / name).items()}
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: {error.filename or error} is missing") from error
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{folder}: its weights are not readable: {error}") from error
-    return sizes, weights
 
 
 def _read_gguf(file: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:

@@ -10,6 +10,7 @@ row after a cache: the same numbers, with as few operations as possible.
 Shapes: B batch, L queries, S keys, D width, H heads, G key-value heads, d head size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from multimodal.model.attention import KVCache, Mask, attend
+from multimodal.model.attention import KVCache, Mask, QKNorm, attend, head_norm
 from multimodal.model.rope import Rope, RopeScaling, rotate
 
 ALL = slice(None)
@@ -34,7 +35,8 @@ class TransformerConfig:
     Args:
         intermediate_size: the width inside the SwiGLU.
         rope_theta: the base of the wavelengths of RoPE.
-        qk_norm: RMSNorm of each head's query and key.
+        qk_norm: how each head's query and key are normed, see ``head_norm``.
+        norm_after: norm what attention and MLP add, not what they read (Swin v2, arXiv:2111.09883).
         attention_bias: biases of queries, keys and values.
         rope_scaling: for longer texts.
 
@@ -53,7 +55,8 @@ class TransformerConfig:
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    qk_norm: bool = True
+    qk_norm: QKNorm = "rms"
+    norm_after: bool = False
     attention_bias: bool = False
     rope_scaling: RopeScaling | None = None
 
@@ -70,8 +73,8 @@ class TransformerConfig:
 
     def stored(self) -> dict[str, Any]:
         """As in config.json. What only other stock classes have is there if it is used."""
-        plain = {"qk_norm": True, "attention_bias": False, "rope_scaling": None}
-        return {k: v for k, v in asdict(self).items() if k not in plain or v != plain[k]}
+        plain = {"qk_norm": "rms", "norm_after": False, "attention_bias": False}
+        return {k: v for k, v in asdict(self).items() if v is not None and v != plain.get(k)}
 
     @property
     def rope(self) -> Rope:
@@ -99,13 +102,6 @@ def named_config(size: str, vocab_size: int) -> TransformerConfig:
     return TransformerConfig(
         vocab_size, width, layers, heads, kv_heads, head_dim, intermediate, size != "7b"
     )
-
-
-def norm_in_fp32(norm: nn.RMSNorm | None, x: Tensor) -> Tensor:
-    """RMSNorm in fp32, where torch has a fused kernel, or x: float[..., d] -> float32[..., d]."""
-    if norm is None:
-        return x.float()
-    return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
 
 
 def add_dropped(x: Tensor, branch: Tensor, dropout: float) -> Tensor:
@@ -141,14 +137,13 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         d, width = config.head_dim, config.hidden_size
-        self.head_dim = d
-        bias = config.attention_bias
+        self.head_dim, bias = d, config.attention_bias
         self.q_proj = nn.Linear(width, config.num_attention_heads * d, bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * d, bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * d, bias)
         self.o_proj = nn.Linear(config.num_attention_heads * d, width, bias=False)
-        self.q_norm = nn.RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = head_norm(config.qk_norm, config.num_attention_heads, d, config.rms_norm_eps)
+        self.k_norm = head_norm(config.qk_norm, config.num_key_value_heads, d, config.rms_norm_eps)
 
     def forward(
         self,
@@ -166,8 +161,8 @@ class Attention(nn.Module):
         # Norm and rotation in fp32, as the angles are. The products in the dtype of the weights.
         # Keep [B, L, H, d] until after RoPE: memory stays contiguous.
         query_cos_sin = [angles[:, query_slice] for angles in cos_sin]
-        q = rotate(norm_in_fp32(self.q_norm, q), *query_cos_sin).to(v.dtype)
-        k = rotate(norm_in_fp32(self.k_norm, k), *cos_sin).to(v.dtype)
+        q = rotate(self.q_norm(q), *query_cos_sin).to(v.dtype)
+        k = rotate(self.k_norm(k), *cos_sin).to(v.dtype)
         q, k, v = (rearrange(x, "b l h d -> b h l d") for x in (q, k, v))
         if cache is not None:
             k, v = cache.append(layer, k, v)
@@ -189,7 +184,7 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = (
-            rotate(norm_in_fp32(norm, part), *cos_sin).to(v.dtype)
+            rotate(norm(part), *cos_sin).to(v.dtype)
             for norm, part in ((self.q_norm, q), (self.k_norm, k))
         )
         keys.index_copy_(2, slot, k[:, :, None])
@@ -222,6 +217,10 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_after = config.norm_after
+
+    def normed(self, norm: nn.Module, part: Callable[..., Tensor], x: Tensor, *more: Any) -> Tensor:
+        return norm(part(x, *more)) if self.norm_after else part(norm(x), *more)
 
     def forward(
         self,
@@ -233,9 +232,11 @@ class Layer(nn.Module):
         query_slice: slice,
         dropout: float,
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), cos_sin, mask, cache, layer, query_slice)
+        attended = self.normed(
+            self.input_layernorm, self.self_attn, x, cos_sin, mask, cache, layer, query_slice
+        )
         x = add_dropped(x[:, query_slice], attended, dropout)
-        return add_dropped(x, self.mlp(self.post_attention_layernorm(x)), dropout)
+        return add_dropped(x, self.normed(self.post_attention_layernorm, self.mlp, x), dropout)
 
     def forward_token(
         self,
@@ -246,10 +247,9 @@ class Layer(nn.Module):
         values: Tensor,
         slot: Tensor,
     ) -> Tensor:
-        x = x + self.self_attn.forward_token(
-            self.input_layernorm(x), cos_sin, mask, keys, values, slot
-        )
-        return x + self.mlp.forward_token(self.post_attention_layernorm(x))
+        attend = self.self_attn.forward_token
+        x = x + self.normed(self.input_layernorm, attend, x, cos_sin, mask, keys, values, slot)
+        return x + self.normed(self.post_attention_layernorm, self.mlp.forward_token, x)
 
 
 class Transformer(nn.Module):

@@ -169,7 +169,7 @@ def hostile_strings(count: int) -> list[str]:
 
 
 def stored(**others: Any) -> dict[str, Any]:
-    config = TransformerConfig(320, 64, 2, 4, 2, 16, 96, qk_norm=False)
+    config = TransformerConfig(320, 64, 2, 4, 2, 16, 96, qk_norm="none")
     return stock_config(config) | others
 
 
@@ -212,7 +212,7 @@ def test_every_family_is_what_its_class_is() -> None:
         assert (config.qk_norm, config.attention_bias) == (family.qk_norm, family.attention_bias)
         assert hasattr(transformers, family.stock_class)
     scaling = RopeScaling("llama3", 8.0)
-    config = TransformerConfig(320, 64, 2, 4, 2, 16, 96, qk_norm=False, rope_scaling=scaling)
+    config = TransformerConfig(320, 64, 2, 4, 2, 16, 96, qk_norm="none", rope_scaling=scaling)
     again = transformer_config(json.loads(json.dumps(stock_config(config))), "again")
     assert again == config
 

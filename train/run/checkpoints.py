@@ -77,8 +77,8 @@ class RunCheckpoints(Checkpoint):
     """Saves ``step=N.ckpt`` in the folder of a run, and keeps the best and the newest ones.
 
     ``last.ckpt`` is a link to the newest checkpoint, and ``best.ckpt`` to that of the best
-    validation. Both are valid at all times. Where the best is the newest, the one before it is kept
-    too: if one is damaged, another is there.
+    validation. Both are valid at all times. At least two are kept: if one is damaged, another is
+    there.
 
     A checkpoint at the step of a validation is saved before it, and again after it. A resumed run
     does not repeat that validation, and early stopping must know its score.
@@ -131,7 +131,7 @@ class RunCheckpoints(Checkpoint):
         # A sharded checkpoint is a folder, written in place: one of this step stays as it is.
         sharded = isinstance(trainer.strategy, ModelParallelStrategy)
         if not (sharded and self._saved == step):
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
         self._saved = step
         if trainer.is_global_zero:
             if path.is_dir():
@@ -146,7 +146,7 @@ class RunCheckpoints(Checkpoint):
         """Remove all but the newest ones and the best. A run that went back keeps later ones."""
         older = [p for p in saved_steps(self.run.checkpoints) if step_of(p) <= step_of(newest)]
         best = self.run.best.resolve() if self.run.best.exists() else None
-        kept = max(self.keep, 2 if best == newest.resolve() else 1)
+        kept = max(self.keep, 2 if best in (None, newest.resolve()) else 1)
         for path in older[:-kept] if self.keep else []:
             if path.resolve() != best:
                 remove(path)
@@ -162,11 +162,12 @@ def load_weights(module: L.LightningModule, checkpoint: Path, complete: bool = T
         ValueError: if they are of another model.
     """
     if complete:
-        weights = AtomicCheckpointIO().load_checkpoint(checkpoint)["state_dict"]
+        stored = AtomicCheckpointIO().load_checkpoint(checkpoint)
     else:
-        weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+        stored = torch.load(checkpoint, weights_only=True)
     try:
-        module.load_state_dict(weights)
+        module.load_state_dict(stored["state_dict"])
+        module.on_load_checkpoint(stored)  # where the weights come from
     except RuntimeError as error:
         raise ValueError(f"{checkpoint}: its weights do not fit the configuration") from error
 

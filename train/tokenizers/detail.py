@@ -16,7 +16,8 @@ from multimodal.data.images import Fit, to_image
 from multimodal.data.samples import Sample
 from multimodal.eval.metrics.features import RANDOM, Features
 from multimodal.files import atomic_folder
-from multimodal.model.checkpoint import part_of
+from multimodal.hub.names import part_of
+from multimodal.provenance import Provenance
 from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.tokenizers.meaning import Meaning
@@ -95,7 +96,9 @@ class DetailModule(MuonModule):
         super().__init__(learning_rate, weight_decay, warmup_steps)
         self.semantic_weight = semantic_weight
         self.meaning = _load_meaning(meaning) if meaning else None
-        if self.meaning is not None:
+        if meaning and self.meaning is not None:
+            place = part_of(meaning, "image_tokenizer")
+            self.note_source(meaning, self.meaning.fingerprint, Provenance.read(place))
             if not decoder_only:
                 raise ValueError("meaning is for the decoder alone: give decoder_only too")
             tokenizer = replace(
@@ -128,7 +131,7 @@ class DetailModule(MuonModule):
         if semantic_weight and not decoder_only:
             if text_tokenizer is None:
                 raise ValueError("semantic_weight needs text_tokenizer: the file of a trained BPE")
-            words = TextTokenizer.load(text_tokenizer)
+            words = TextTokenizer.load(part_of(text_tokenizer, "text_tokenizer.json"))
             self.semantic = SemanticLoss(words, self.tokenizer.quantizer.channels)
         if teacher_weight < 0 or (teacher_weight and not teacher):
             raise ValueError(f"teacher_weight={teacher_weight} needs teacher: timm:MODEL[=FILE]")
@@ -343,7 +346,8 @@ class DetailModule(MuonModule):
         Raises:
             ValueError: if the folder has another configuration, or no level of detail.
         """
-        source = load_image_tokenizer(part_of(folder, "image_tokenizer")).detail
+        started_from = load_image_tokenizer(part_of(folder, "image_tokenizer"))
+        source = started_from.detail
         if source is None:
             raise ValueError(f"{folder}: has no level of detail to start from")
         try:
@@ -353,12 +357,16 @@ class DetailModule(MuonModule):
                 f"{folder}: its configuration is not that of this run: give the same "
                 f"model.init_args.tokenizer: {error}"
             ) from error
+        self.note_source(folder, started_from.fingerprint, started_from.provenance)
 
     def export(self, folder: str | Path) -> None:
         """Write the tokenizer folder, without the heads of losses. Only the first rank writes."""
         if self.writes_files:
             with atomic_folder(Path(folder)) as part:
-                self.levels.save(part)
+                levels = self.levels
+                levels.provenance = self.provenance()
+                levels.save(part)
+                (part / "README.md").write_text(self.card("An image tokenizer"), "utf-8")
 
 
 def _texts(sample: Sample) -> list[str]:

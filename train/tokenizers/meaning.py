@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from multimodal.data.images import Fit
 from multimodal.files import atomic_folder, write_json
-from multimodal.model.checkpoint import part_of
+from multimodal.hub.names import part_of
 from multimodal.tokenizers.encoder import Encoder
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.tokenizers.meaning import Meaning, MeaningConfig, round_to_half

@@ -149,9 +149,9 @@ def split_rows(lines: Sequence[str], delimiter: str) -> Iterator[tuple[int, list
     """Split lines to cells, as RFC 4180 says where the text follows it.
 
     A quoted cell begins and ends with a quote, holds doubled quotes, and can span lines. Many
-    tables are written without quoting. There a quote is a letter. So a quote is one where no
-    quote closes the cell, where something follows the closing quote, or where the cell would
-    swallow a line that is a row of its own.
+    tables are written without quoting. There a quote is a letter. So the quote at the begin of a
+    cell is a letter if no quote closes the cell, if something follows the closing quote, or if the
+    cell would swallow a line that is a row of its own.
 
     Args:
         lines: with their ends, which quoted cells keep.
@@ -181,8 +181,7 @@ def split_rows(lines: Sequence[str], delimiter: str) -> Iterator[tuple[int, list
             cells.append(cell)
             if start >= len(line):
                 break
-            start += 1
-            # A delimiter at the end of the line has an empty cell behind it.
+            start += 1  # behind a delimiter at the end of the line is an empty cell
         number += 1
         yield first, cells
 

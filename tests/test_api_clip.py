@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from multimodal.api import Model
+from multimodal.api.clip import as_open_clip
 from multimodal.eval.tasks.classification import zero_shot_classifier
-from multimodal.inference.clip import as_open_clip
 
 NAMES = ["red bus", "dog", "two cats on a mat"]
 TEMPLATES = (lambda name: f"a photo of a {name}.", lambda name: f"{name}")

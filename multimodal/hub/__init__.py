@@ -1,0 +1,1 @@
+"""What the name of a model means, and the Hugging Face Hub: download, model cards, push."""

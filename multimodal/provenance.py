@@ -1,0 +1,100 @@
+"""Where weights come from and what may be done with them: they take it along wherever they go.
+
+A folder with weights has ``LICENSE`` (the licences of everything they were made of) and
+``sources.json`` (the data and the models). Whoever loads weights has both, and whoever saves them
+writes both. So fine-tuning, export and joining of tokenizers keep them.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RULE = "\n" + "-" * 80 + "\n\n"  # between two licences
+Source = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The licences and sources of weights.
+
+    Attributes:
+        licenses: texts, none of them twice.
+        sources: ``{"kind": "data" or "model", "name", "license", ...}``, none of them twice.
+    """
+
+    licenses: tuple[str, ...] = ()
+    sources: tuple[Source, ...] = ()
+
+    def __add__(self, other: "Provenance") -> "Provenance":
+        return Provenance(
+            (*self.licenses, *(each for each in other.licenses if each not in self.licenses)),
+            (*self.sources, *(each for each in other.sources if each not in self.sources)),
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> "Provenance":
+        """What a folder says. An image tokenizer inside a model folder has what the model has.
+
+        Raises:
+            ValueError: if ``sources.json`` is damaged.
+        """
+        licenses: tuple[str, ...] = ()
+        sources: tuple[Source, ...] = ()
+        if (folder / "LICENSE").is_file():
+            texts = (folder / "LICENSE").read_text("utf-8").split(RULE)
+            licenses = tuple(text.strip() for text in texts if text.strip())
+        path = folder / "sources.json"
+        if path.is_file():
+            try:
+                found = json.loads(path.read_text("utf-8"))["sources"]
+                sources = tuple(dict(each) for each in found)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(f"{path}: expected an object with a list of sources") from error
+        here = cls(licenses, sources)
+        if folder.name == "image_tokenizer" and (folder.parent / "model.safetensors").is_file():
+            return cls.read(folder.parent) + here
+        return here
+
+    def write(self, folder: Path) -> None:
+        """Write LICENSE and sources.json, each if there is something in it."""
+        if self.licenses:
+            (folder / "LICENSE").write_text(RULE.join(f"{t}\n" for t in self.licenses), "utf-8")
+        if self.sources:
+            text = json.dumps({"sources": self.sources}, ensure_ascii=False, indent=1)
+            (folder / "sources.json").write_text(text + "\n", "utf-8")
+
+    def lines(self) -> list[str]:
+        """One line a source: its kind, its name, and what else is known."""
+        shown = []
+        for source in self.sources:
+            others = [
+                f"{name} {_shown(value)}"
+                for name, value in source.items()
+                if name not in ("kind", "name", "license")
+            ]
+            license = f"license: {source.get('license') or 'none is given'}"
+            facts = "; ".join([*others, license])
+            shown.append(f"{source.get('kind', 'data')} {source.get('name', '?')} ({facts})")
+        return shown
+
+    def section(self) -> str:
+        """The part of a card that names sources and licences."""
+        rows = "\n".join(f"- {line}" for line in self.lines()) or "- not known"
+        terms = "the terms in LICENSE hold" if self.licenses else "no LICENSE was passed on"
+        rule = f"Weights follow the licences of their data: {terms}."
+        return f"## Data and licence\n\n{rows}\n\n{rule}\n"
+
+
+def run_card(title: str, provenance: Provenance, steps: int, numbers: dict[str, float]) -> str:
+    """The card of a training run: data, steps, numbers, and what it started from."""
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(numbers.items()))
+    measured = f"| measure | value |\n|---|---|\n{rows}\n" if rows else "Nothing was measured.\n"
+    return (
+        f"# {title}\n\nTrained by the multimodal toolkit for {steps:,} steps.\n\n"
+        f"{provenance.section()}\n## Numbers of its last validation\n\n{measured}"
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if type(value) is int else str(value)

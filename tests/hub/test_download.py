@@ -1,0 +1,467 @@
+"""Models by their names on the Hub: what arrives is used, and what is wrong is refused."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from multimodal import load
+from multimodal.cli import main
+from multimodal.hub.address import HubName
+from multimodal.hub.names import find_model, part_of
+from tests.hub.stand_in import TOKEN, Answer, StandIn
+
+
+def cached(tmp_path: Path) -> list[Path]:
+    """All files in the cache, also those that are being written."""
+    return [path for path in (tmp_path / "cache").rglob("*") if not path.is_dir()]
+
+
+def requested(hub: StandIn) -> list[str]:
+    return [path for _, path, _ in hub.requests]
+
+
+@pytest.fixture
+def tiny(hub: StandIn, tiny_model_folder: Path) -> StandIn:
+    """The Hub with a model: me/tiny."""
+    hub.add("me/tiny", tiny_model_folder)
+    return hub
+
+
+# --- what a name means -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("me/tiny", HubName("me/tiny")),
+        ("me/tiny@v1.0", HubName("me/tiny", "v1.0")),
+        ("me/tiny@refs/pr/3", HubName("me/tiny", "refs/pr/3")),
+        ("hf://me/tiny@v1", HubName("me/tiny", "v1")),
+        ("https://huggingface.co/me/tiny", HubName("me/tiny")),
+        ("https://huggingface.co/me/tiny/tree/v1", HubName("me/tiny", "v1")),
+        ("https:/hf.co/Me/ti_ny.2/", HubName("Me/ti_ny.2")),
+        ("runs/joint/model", None),
+        ("/runs/joint", None),
+        ("./joint", None),
+        ("../joint", None),
+        ("joint", None),
+        ("me/..", None),
+        ("me/a--b", None),
+        ("runs/text.json", None),
+        ("models/qwen.GGUF", None),
+        ("me/tiny\n", None),
+        ("", None),
+    ],
+)
+def test_names_of_the_hub_and_others(name: str, expected: HubName | None) -> None:
+    assert HubName.parse(name) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "https://example.org/me/tiny",
+        "s3://bucket/model",
+        "file:///etc/passwd",
+        "hf://tiny",
+        "me/tiny@",
+        "me/tiny@../../x",
+        "me/tiny@a//b",
+        "me/tiny@/etc",
+        "https://huggingface.co/me/tiny/blob/main/config.json",
+    ],
+)
+def test_an_address_of_something_else_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="user/name|expected a branch"):
+        find_model(name)
+
+
+def test_a_folder_comes_before_the_hub(
+    tiny: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "me/tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert find_model("me/tiny") == Path("me/tiny")
+    assert tiny.requests == []
+
+
+# --- what arrives ----------------------------------------------------------------------------
+
+
+def test_a_model_of_the_hub_is_the_model(tiny: StandIn, tiny_model_folder: Path) -> None:
+    assert load("me/tiny").fingerprint == load(tiny_model_folder).fingerprint
+    before = len(tiny.requests)
+    load("me/tiny")
+    assert len(tiny.requests) == before + 1, "only which commit it is"
+
+
+def test_the_cache_has_the_format_of_huggingface_hub(tiny: StandIn, tmp_path: Path) -> None:
+    from huggingface_hub import scan_cache_dir, snapshot_download
+
+    folder = find_model("me/tiny")
+    again = snapshot_download(
+        "me/tiny", local_files_only=True, cache_dir=tmp_path / "cache", revision="main"
+    )
+    assert Path(again) == folder
+    info = scan_cache_dir(tmp_path / "cache")
+    assert not info.warnings
+    assert [repo.repo_id for repo in info.repos] == ["me/tiny"]
+
+
+def test_what_the_library_downloaded_is_not_downloaded_again(tiny: StandIn, tmp_path: Path) -> None:
+    from huggingface_hub import constants, hf_hub_download
+
+    with pytest.MonkeyPatch.context() as patch:
+        address = f"{tiny.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        for name in ("model.safetensors", "heads.safetensors"):
+            hf_hub_download("me/tiny", name, cache_dir=tmp_path / "cache")
+    tiny.requests.clear()
+    load("me/tiny")
+    assert not any("heads.safetensors" in path for path in requested(tiny))
+    assert any("text_tokenizer.json" in path for path in requested(tiny))
+
+
+def test_a_revision_is_a_branch_a_tag_or_a_commit(
+    hub: StandIn, tiny_model: Callable[..., Any], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    first = hub.add("me/tiny", tiny_model_folder)
+    tiny_model(seed=1).save(tmp_path / "second")
+    hub.add("me/tiny", tmp_path / "second")
+    hub.repositories["me/tiny"].refs["v1"] = first
+    old, new = load(tiny_model_folder).fingerprint, load(tmp_path / "second").fingerprint
+    assert old != new
+    assert load("me/tiny").fingerprint == new
+    for revision in ("v1", first):
+        assert load(f"me/tiny@{revision}").fingerprint == old
+    with pytest.raises(ValueError, match="me/tiny has no revision 'v2'"):
+        load("me/tiny@v2")
+
+
+def test_without_a_network_the_cache_is_used(
+    tiny: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    expected = load("me/tiny").fingerprint
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load("me/tiny").fingerprint == expected
+    assert capsys.readouterr().err == "", "offline was asked for"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    tiny.close()
+    assert load("me/tiny").fingerprint == expected
+    assert "this is the copy in the cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["offline", "closed", "broken", "no hub"])
+def test_without_a_network_and_a_cache_the_words_say_so(
+    how: str, hub: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import constants
+
+    if how == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    elif how == "closed":
+        hub.close()
+    else:
+        hub.add("me/tiny", {})
+        hub.list_with = lambda _: Answer(503) if how == "broken" else Answer(200, {}, b"<html>")
+    assert main(["caption", "--model", "me/tiny", "cat.png"]) == 1
+    error = capsys.readouterr().err
+    assert "me/tiny: no such folder" in error and "not in the cache" in error
+    assert "Give a folder, or download it where there is a network" in error
+    assert ("HF_HUB_OFFLINE is set" in error) == (how == "offline")
+
+
+def test_what_is_not_there_or_not_open_is_said(hub: StandIn) -> None:
+    with pytest.raises(ValueError, match="no such folder, and no such model"):
+        load("me/nothing")
+    hub.add("me/gated", {"config.json": b"{}"})
+    hub.list_with = lambda _: Answer(403, {"X-Error-Code": "GatedRepo"}, b"{}")
+    with pytest.raises(ValueError, match="accept its terms at .*me/gated, then: hf auth login"):
+        load("me/gated")
+
+
+def test_an_interrupted_transfer_goes_on_where_it_was(tiny: StandIn, tmp_path: Path) -> None:
+    cuts = iter([5000, 70000])
+    starts: list[int] = []
+
+    def cut(path: str, answer: Answer) -> Answer:
+        if path.startswith("/large/") and len(answer.body) > 100000:
+            starts.append(len(answer.body))
+            answer.cut = next(cuts, None)
+        return answer
+
+    tiny.serve_with = cut
+    load("me/tiny")
+    assert len(set(starts)) >= 3, "each try asked for the rest"
+
+
+def test_parts_of_a_model_are_downloaded_alone(tiny: StandIn, tiny_model_folder: Path) -> None:
+    from multimodal.tokenizers.image import load_image_tokenizer
+    from multimodal.tokenizers.text import TextTokenizer
+
+    text = TextTokenizer.load(part_of("me/tiny", "text_tokenizer.json"))
+    assert len(text) == 300
+    images = load_image_tokenizer(part_of("me/tiny", "image_tokenizer"))
+    assert images.codebook_size == 64
+    files = [path for path in requested(tiny) if "/resolve/" in path]
+    assert not any(path.endswith(("/heads.safetensors", "README.md")) for path in files)
+    assert len(files) == 3  # the text tokenizer, and two files of the image tokenizer
+
+
+def test_a_stock_language_model_of_the_hub_starts_a_model(hub: StandIn, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from multimodal.model.network import MultimodalLM
+    from multimodal.tokenizers.levels import Layout, Level
+    from multimodal.tokenizers.text import TextTokenizer
+
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "stock")
+    TextTokenizer.train(["a cat on a mat"] * 9, 300).save(tmp_path / "stock/tokenizer.json")
+    (tmp_path / "stock/modeling.py").write_text("raise SystemExit")
+    hub.add("them/stock", tmp_path / "stock")
+    text = TextTokenizer.load(part_of("them/stock", "text_tokenizer.json"))
+    assert not any("safetensors" in path for path in requested(hub)), "the tokenizer alone"
+    layout = Layout((Level("detail", 4, 1, 64),))
+    network = MultimodalLM.new("them/stock", len(text), layout, [torch.randn(64, 3)])
+    folder = MultimodalLM.new(str(tmp_path / "stock"), len(text), layout, [torch.randn(64, 3)])
+    for name, weight in folder.transformer.layers.state_dict().items():
+        assert torch.equal(weight, network.transformer.layers.state_dict()[name])
+    assert not any("modeling" in path for path in requested(hub))
+
+
+def test_the_token_goes_to_the_hub_alone(
+    tiny: StandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Large files come from a second server: refused, or, as a place of the Hub, without token."""
+    from multimodal.hub import download
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    other = StandIn()
+    other.blobs = tiny.blobs
+    port = urlport(other)
+
+    def elsewhere(path: str, answer: Answer) -> Answer:
+        if "Location" in answer.headers:
+            answer.headers["Location"] = f"http://localhost:{port}" + answer.headers["Location"]
+        return answer
+
+    tiny.serve_with = elsewhere
+    with pytest.raises(ValueError, match="redirects to http://localhost"):
+        load("me/tiny")
+    assert other.requests == []
+    monkeypatch.setattr(download, "_of_hub", lambda address: True)
+    load("me/tiny")
+    assert {token for _, _, token in other.requests} == {""}
+    assert {token for _, _, token in tiny.requests} == {f"Bearer {TOKEN}"}
+    other.close()
+
+
+def urlport(hub: StandIn) -> str:
+    return hub.address.rpartition(":")[2]
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+class Harm:
+    """Opening its pickle makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def change(**fields: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Change the entry of model.safetensors in the list of files; ``lfs__size`` is in its lfs."""
+
+    def changed(listing: dict[str, Any]) -> dict[str, Any]:
+        for entry in listing["siblings"]:
+            if entry["rfilename"] == "model.safetensors":
+                for name, value in fields.items():
+                    inner, _, key = name.partition("__")
+                    (entry[inner] if key else entry)[key or name] = value
+        return listing
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../outside.json",
+        "image_tokenizer/../../../outside.json",
+        "/etc/outside.json",
+        "a\\..\\outside.json",
+        "C:/outside.json",
+        "./config.json",
+        "image_tokenizer//config.json",
+        "",
+        "con\0fig.json",
+        "a\nb.json",
+        None,
+        7,
+    ],
+)
+def test_a_path_that_leads_outside_is_refused(path: object, tiny: StandIn, tmp_path: Path) -> None:
+    tiny.list_with = change(rfilename=path)
+    with pytest.raises(ValueError, match="me/tiny: refused: its list of files has the path"):
+        load("me/tiny")
+    assert cached(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        (change(lfs__size=10), "is longer than the 10 bytes"),
+        (change(lfs__size=10**15), "model.safetensors was not downloaded: it ended after"),
+        (change(lfs__size=-1), "a size of -1"),
+        (change(lfs__size="12"), "a size of '12'"),
+        (change(lfs__size=True), "a size of True"),
+        (change(lfs__size=None), "a size of None"),
+        (change(lfs__sha256="0" * 64), "is not the file that the Hub lists"),
+        (change(lfs__sha256="../../../outside"), "the hash '../../../outside'"),
+        (change(lfs__sha256=None), "the hash None"),
+        (change(lfs=None, blobId="../x"), "the hash '../x'"),
+        (change(lfs="x"), "does not answer like a Hub"),
+        (lambda listing: {**listing, "sha": "../../x"}, "its commit is '../../x'"),
+        (lambda listing: {**listing, "sha": None}, "its commit is None"),
+        (lambda listing: {**listing, "sha": 3}, "its commit is 3"),
+        (lambda listing: {"sha": listing["sha"]}, "does not answer like a Hub"),
+        (lambda listing: [listing], "does not answer like a Hub"),
+        (lambda listing: {**listing, "siblings": [1]}, "does not answer like a Hub"),
+        (lambda _: Answer(200, {}, b"[" * 100_000), "does not answer like a Hub"),
+        (lambda _: Answer(200, {}, b" " * (33 << 20)), "its list of files is longer"),
+        (
+            lambda _: Answer(302, {"Location": "http://169.254.169.254/latest"}),
+            "redirects to http://169.254.169.254",
+        ),
+        (lambda _: Answer(302, {"Location": "file:///etc/passwd"}), "redirects to file://"),
+        (lambda _: Answer(302, {"Location": "//evil.example/x"}), "redirects to http://evil"),
+        (
+            lambda _: Answer(302, {"Location": "https://huggingface.co.evil.example/x"}),
+            "redirects to https://huggingface.co.evil",
+        ),
+        (
+            lambda _: Answer(302, {"Location": "https://user@evilhf.co:1/x"}),
+            "redirects to https://user@evilhf.co:1",
+        ),
+        (lambda _: Answer(302, {"Location": "http://hf.co/x"}), "redirects to http://hf.co"),
+        (
+            lambda _: Answer(302, {"Location": "/api/models/me/tiny/revision/main?blobs=true"}),
+            "more than 5 redirects",
+        ),
+    ],
+)
+def test_a_list_that_lies_is_refused(
+    lie: Callable[[Any], Any], reason: str, tiny: StandIn, tmp_path: Path
+) -> None:
+    tiny.list_with = lie
+    with pytest.raises(ValueError) as error:
+        load("me/tiny")
+    assert reason in str(error.value)
+    assert not (tmp_path / "cache/models--me--tiny/snapshots").exists()
+    assert not (tmp_path / "cache/models--me--tiny/refs").exists()
+    assert all(len(path.name) in (40, 64) for path in cached(tmp_path)), "whole blobs only"
+    assert not (tmp_path / "outside").exists()
+
+
+def test_an_answer_about_another_commit_is_refused(tiny: StandIn, tiny_model_folder: Path) -> None:
+    with pytest.raises(ValueError, match="has no revision"):
+        load("me/tiny@" + "a" * 40)
+    tiny.repositories["me/tiny"].refs["a" * 40] = tiny.repositories["me/tiny"].refs["main"]
+    with pytest.raises(ValueError, match="answers with another commit"):
+        load("me/tiny@" + "a" * 40)
+
+
+@pytest.mark.parametrize(
+    ("serve", "reason"),
+    [
+        (lambda answer: Answer(200, {}, answer.body[:-1] + b"!"), "is not the file"),
+        (lambda answer: Answer(200, {}, answer.body[:100]), "it ended after 100 of"),
+        (lambda answer: Answer(200, {}, answer.body, cut=100), "after 100 of"),
+        (lambda answer: Answer(200, {}, answer.body + b"more"), "is longer than"),
+        (lambda _: Answer(200, {}, b""), "it ended after 0 of"),
+        (lambda _: Answer(206, {}, b"x"), "it ended after 8 of"),
+        (lambda _: Answer(500), "status 500"),
+        (
+            lambda _: Answer(302, {"Location": "https://evil.example/x"}),
+            "redirects to https://evil",
+        ),
+        (lambda _: Answer(200, {"Content-Encoding": "gzip"}, b"no gzip"), "was not downloaded"),
+    ],
+)
+def test_a_transfer_that_lies_leaves_nothing(
+    serve: Callable[[Answer], Answer], reason: str, tiny: StandIn, tmp_path: Path
+) -> None:
+    tiny.serve_with = lambda path, answer: serve(answer) if "/large/" in path else answer
+    with pytest.raises(ValueError, match=reason):
+        load("me/tiny")
+    assert all(len(path.name) in (40, 64) for path in cached(tmp_path)), "whole blobs only"
+    assert not (tmp_path / "cache/models--me--tiny/refs").exists()
+    tiny.serve_with = lambda path, answer: answer
+    load("me/tiny")
+
+
+def test_headers_name_no_files(tiny: StandIn, tmp_path: Path) -> None:
+    """The library huggingface_hub writes a file to where its ETag says."""
+
+    def lie(path: str, answer: Answer) -> Answer:
+        outside = str(tmp_path / "outside")
+        return Answer(
+            answer.status,
+            {**answer.headers, "ETag": f'"{outside}"', "X-Linked-Etag": f'"{outside}"'}
+            | {"X-Repo-Commit": "../../../outside", "Content-Disposition": f"filename={outside}"},
+            answer.body,
+        )
+
+    tiny.serve_with = lie
+    load("me/tiny")
+    assert not (tmp_path / "outside").exists()
+
+
+def test_pickles_are_refused_and_never_fetched(tiny: StandIn, hub: StandIn, tmp_path: Path) -> None:
+    harm = pickle.dumps(Harm(tmp_path / "harm"))
+    hub.add("evil/pickle", {"config.json": b"{}", "pytorch_model.bin": harm})
+    with pytest.raises(ValueError, match="pytorch_model.bin: such a file can run any code"):
+        load("evil/pickle")
+    files = dict(tiny.repositories["me/tiny"].at("main").files)  # type: ignore[union-attr]
+    hub.add("evil/beside", {**files, "training.pt": harm, "__init__.py": b"raise SystemExit"})
+    load("evil/beside")
+    hub.add("evil/renamed", {**files, "model.safetensors": harm, "heads.safetensors": harm})
+    with pytest.raises(ValueError, match="not a model of this release"):
+        load("evil/renamed")
+    assert not (tmp_path / "harm").exists()
+    assert not any(path.endswith((".bin", ".pt", ".py")) for path in requested(hub))
+
+
+def test_code_of_its_own_is_refused(hub: StandIn, tmp_path: Path) -> None:
+    from multimodal.model.stock import read_stock
+
+    config = {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "modeling.Evil"}}
+    code = f"import os; os.mkdir({str(tmp_path / 'harm')!r})"
+    hub.add(
+        "evil/code",
+        {
+            "config.json": json.dumps(config).encode(),
+            "modeling.py": code.encode(),
+            "model.safetensors": b"",
+        },
+    )
+    with pytest.raises(ValueError, match="code of its own"):
+        read_stock(find_model("evil/code"))
+    assert not (tmp_path / "harm").exists()
+    assert not any("modeling" in path for path in requested(hub))
