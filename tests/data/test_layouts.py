@@ -111,10 +111,11 @@ def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
     (folder / "a.txt").write_text("a")
     for name in ("b.txt", "b.png", "metadata.jsonl", "t.csv"):
         os.mkfifo(folder / name)
-    (folder / "a.json").symlink_to("/dev/zero")
+    (folder / "c.png").write_bytes(picture(0))
+    (folder / "c.json").symlink_to("/dev/zero")
     records, report = built(folder)
-    assert records == {"a": {"captions": ["a"]}} and report.ignored == {"not regular files": 4}
-    assert rejected(tmp_path / "f-out") == {"b.png": "no text"}
+    assert records == {"a": {"captions": ["a"]}} and report.ignored == {"not regular files": 2}
+    assert rejected(tmp_path / "f-out") == dict.fromkeys(("b.png", "c.png"), "unreadable text")
     with pytest.raises(ValueError, match="t.csv: not a regular file"):
         build(folder / "t.csv", tmp_path / "out")
 

@@ -126,12 +126,12 @@ def _find(folder: Path, outside: Path | None, notes: Notes) -> _Files:
             elif suffix in _OTHER_IMAGES:
                 detail, reason = f"a .{suffix} file", "image of another format"
                 files.rejected.append(RejectedSample(shown(path), reason, detail))
+            elif suffix in ("txt", "json"):
+                files.texts.setdefault(relative[: -len(suffix) - 1], {})[suffix] = path
             elif not path.is_file():  # a pipe or a device would block, or never end
                 notes.ignored["not regular files"] += 1
             elif name.lower() in METADATA:
                 files.metadata.append(path)
-            elif suffix in ("txt", "json"):
-                files.texts.setdefault(relative[: -len(suffix) - 1], {})[suffix] = path
             elif f".{suffix}" in _TABLES:
                 files.tables.append(path)
             else:
