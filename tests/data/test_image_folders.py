@@ -49,7 +49,7 @@ def test_folders_without_images_and_addresses_are_errors(tmp_path: Path) -> None
         list_images(tmp_path)
     with pytest.raises(ValueError, match="no such folder"):
         list_images(tmp_path / "missing")
-    with pytest.raises(ValueError, match="s3:/bucket/photos: an address"):
+    with pytest.raises(ValueError, match="s3://bucket/photos: an address"):
         list_images(Path("s3://bucket/photos"))
 
 

@@ -105,7 +105,7 @@ def _segments(data: bytes, start: int) -> Iterator[tuple[int, int, int]]:
 
 def _headers(data: bytes) -> tuple[list[tuple[int, int]], int]:
     """Where metadata are (APPn, comments: libjpeg warns of oddities there), and the first scan."""
-    metadata = []
+    metadata: list[tuple[int, int]] = []
     for kind, begin, end in _segments(data, 2):
         if kind == 0xDA:
             return metadata, begin
