@@ -179,10 +179,7 @@ def run_bulk(arguments: argparse.Namespace, kind: Literal["caption", "embed"]) -
 def find_images(verb: str, names: Sequence[str]) -> tuple[list[str], int]:
     """The image files of files and folders, and how many files in the folders are skipped.
 
-    What is skipped is named on stderr.
-
-    Raises:
-        ValueError: for a folder without images.
+    What is skipped, a folder without images too, is named on stderr.
     """
     from multimodal.data.formats.folders import list_images
 
@@ -192,7 +189,12 @@ def find_images(verb: str, names: Sequence[str]) -> tuple[list[str], int]:
         if not os.path.isdir(name):
             paths.append(name)
             continue
-        found = list_images(name)
+        try:
+            found = list_images(name)
+        except ValueError as error:  # a folder without images does not end the job of the others
+            print_error(f"multimodal {verb}: error: {error}")
+            skipped += 1
+            continue
         paths += map(str, found.images)
         skipped += len(found.skipped)
         for complaint in found.complaints():
