@@ -203,7 +203,7 @@ def image_paths(verb: str, names: "Sequence[str]") -> tuple[list[str], int]:
             try:
                 found = list_images(name)
             except ValueError as error:  # other paths may be good
-                print_error(f"multimodal {verb}: {error}")
+                print_error(f"multimodal {verb}: error: {error}")
                 skipped += 1
                 continue
             paths += map(str, found.images)

@@ -219,8 +219,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         if entry["split"] != split_of(name):
             raise DamagedShard(f"{path}: {name} cannot be of split {entry['split']!r}")
         # Each sample has a header of 512 bytes or more.
-        if not 0 < entry["samples"] <= entry["bytes"] // BLOCK:
-            raise DamagedShard(f"{path}: {name} cannot have so many samples in its bytes")
+        if not 0 < entry["samples"] <= entry["bytes"] // BLOCK < 1 << 51:
+            raise DamagedShard(f"{path}: {name} cannot have so many samples and bytes")
         names.add(name)
     return manifest
 

@@ -149,7 +149,7 @@ def test_questions_with_image_and_answer_need_no_other_file(folder: Path) -> Non
             "1 unreadable annotation",
         ),
         ('{"questions": []}', ["--answers", "captions.json"], "no sample could be used"),
-        ('{"questions": []}', ["--answers", "none.json"], "No such file"),
+        ('{"questions": []}', ["--answers", "none.json"], "no such file"),
     ],
 )
 def test_other_files_are_refused_with_one_line(
