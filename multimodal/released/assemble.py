@@ -10,6 +10,7 @@ Shapes: K codebook size, V vocabulary, D width.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,14 @@ class Released:
         """Their ids of what is text here: all but codes and specials, in their order."""
         moved = {*self.codes, *self.specials.values()}
         return sorted(set(self.text_tokenizer.vocabulary().values()) - moved)
+
+
+def part_of_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part of config.json. Raises ``ValueError`` if it is no object."""
+    part = config.get(name)
+    if not isinstance(part, dict):
+        raise ValueError(f"its config.json has no {name}")
+    return part
 
 
 def ids_of(tokenizer: TextTokenizer, names: Mapping[str, str]) -> dict[str, int]:

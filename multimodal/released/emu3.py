@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from multimodal.model.stock import read_weights, transformer_config
-from multimodal.released.assemble import Released, ids_of
+from multimodal.released.assemble import Released, ids_of, part_of_config
 from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer
 from multimodal.tokenizers.text import TextTokenizer
@@ -64,10 +64,8 @@ def read(folder: Path, config: dict[str, Any], image_size: int | None, fit: Fit 
         ValueError: for anything else than an Emu3.
     """
     texts, vision, tokens = (
-        config.get(name) for name in ("text_config", "vq_config", "vocabulary_map")
+        part_of_config(config, name) for name in ("text_config", "vq_config", "vocabulary_map")
     )
-    if not all(isinstance(part, dict) for part in (texts, vision, tokens)):
-        raise ValueError(f"{folder}: config.json has no text_config, vq_config or vocabulary_map")
     llama = {**TEXT_DEFAULTS, **texts, "model_type": "llama"}
     weights, image_weights = sorted_weights(read_weights(folder))
     text = TextTokenizer.load(folder)
