@@ -64,6 +64,8 @@ def import_model(
     except ValueError as error:
         message = str(error)
         raise ValueError(message if str(folder) in message else f"{folder}: {message}") from error
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder}: its config.json does not fit: {error!r:.200}") from error
     if image_tokenizer is not None:
         model.image_tokenizer = same_codes(model.image_tokenizer, Path(image_tokenizer))
     stored = released.weights["model.embed_tokens.weight"].dtype
