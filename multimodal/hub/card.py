@@ -150,7 +150,7 @@ def make_card(
     kept: dict[str, Any] = {}
     if text.lstrip().startswith("---"):
         card = ModelCard(text)
-        kept, text = card.data.to_dict(), card.text
+        kept, text = card.data.to_dict(), card.text  # type: ignore[no-untyped-call]
     ours: dict[str, Any] = {
         "library_name": "multimodal",
         "pipeline_tag": "any-to-any",
