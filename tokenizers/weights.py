@@ -90,7 +90,7 @@ def at_most(*files: Path) -> Iterator[None]:
     compared. Twice the bytes of the files are the limit, because tied weights are built twice.
 
     Raises:
-        ValueError: as soon as a layer is too much.
+        RuntimeError: as soon as a layer is too much, like other weights that do not fit.
     """
     limit, built, thread = 2 * sum(file.stat().st_size for file in files), 0, get_ident()
 
@@ -99,9 +99,7 @@ def at_most(*files: Path) -> Iterator[None]:
         if weight is not None and get_ident() == thread:
             built += weight.numel()
             if built > limit:
-                raise ValueError(
-                    f"{files[0].parent}: its config describes more weights than its files hold"
-                )
+                raise RuntimeError("its config describes more weights than its files hold")
 
     handle = register_module_parameter_registration_hook(count)
     try:
