@@ -3,8 +3,10 @@
 import hashlib
 import json
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 Fit: TypeAlias = Literal["squash", "crop", "letterbox"]
 
@@ -59,13 +62,15 @@ def load_folder(
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         fingerprint = stored.pop("fingerprint")
-        module = make(stored)
+        with at_most(folder / "model.safetensors"):
+            module = make(stored)
         module.load_state_dict(load_file(folder / "model.safetensors"))
     except FileNotFoundError as error:
         missing = error.filename or error
         raise ValueError(f"{folder}: not {kind} ({missing} is missing)") from error
     except (
-        AttributeError, KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError,
+        AttributeError, KeyError, TypeError, RuntimeError, ArithmeticError, SafetensorError,
+        json.JSONDecodeError,
     ) as error:  # fmt: skip
         reason = textwrap.shorten(str(error), 300)  # torch lists every wrong weight
         raise ValueError(f"{folder}: not {kind} of this release: {reason}") from error
@@ -75,6 +80,32 @@ def load_folder(
             "weights and config do not belong together"
         )
     return module
+
+
+@contextmanager
+def at_most(*files: Path) -> Iterator[None]:
+    """While a module is built: no more weights than these files can hold.
+
+    A config may name any sizes. Memory and minutes would be spent on them before the weights are
+    compared. Twice the bytes of the files are the limit, because tied weights are built twice.
+
+    Raises:
+        RuntimeError: as soon as a layer is too much, like other weights that do not fit.
+    """
+    limit, built, thread = 2 * sum(file.stat().st_size for file in files), 0, get_ident()
+
+    def count(module: object, name: str, weight: Tensor | None) -> None:
+        nonlocal built
+        if weight is not None and get_ident() == thread:
+            built += weight.numel()
+            if built > limit:
+                raise RuntimeError("its config describes more weights than its files hold")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _shortest(weight: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from types import NoneType, UnionType
+from typing import Any, Self, TypeVar, get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -33,9 +34,10 @@ from multimodal.provenance import Provenance
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.tokenizers.levels import Layout, Level
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.tokenizers.weights import hash_weights
+from multimodal.tokenizers.weights import at_most, hash_weights
 
 FORMAT_VERSION = 1
+ConfigT = TypeVar("ConfigT")
 
 
 @dataclass(eq=False)
@@ -104,25 +106,27 @@ class ModelParts:
         stored = read_config(folder)
         try:
             config = ModelConfig(
-                TransformerConfig(**stored["transformer"]),
+                _typed(TransformerConfig, stored["transformer"]),
                 stored["text_size"],
-                Layout(tuple(Level(**level) for level in stored["layout"]["levels"])),
-                ObjectivesConfig(**stored["objectives"]),
-                Templates(**stored.get("templates", {})),
+                Layout(tuple(_typed(Level, level) for level in stored["layout"]["levels"])),
+                _typed(ObjectivesConfig, stored["objectives"]),
+                _typed(Templates, stored.get("templates", {})),
                 stored["reads"],
             )
+            weights = (folder / "model.safetensors", folder / "heads.safetensors")
+            with at_most(*weights):
+                network = MultimodalLM(config)
             parts = cls(
-                MultimodalLM(config),
+                network,
                 TextTokenizer.load(folder / "text_tokenizer.json"),
                 load_image_tokenizer(folder / "image_tokenizer"),
             )
-            network = parts.network
-            network.transformer.load_stock_state_dict(load_file(folder / "model.safetensors"))
-            network.alignment.load_state_dict(load_file(folder / "heads.safetensors"))
+            network.transformer.load_stock_state_dict(load_file(weights[0]))
+            network.alignment.load_state_dict(load_file(weights[1]))
             expected = stored["fingerprints"]["image_tokenizer"]
         except FileNotFoundError as error:
             raise ValueError(f"{folder}: {error.filename or error} is missing") from error
-        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (KeyError, TypeError, RuntimeError, ArithmeticError, SafetensorError) as error:
             reason = textwrap.shorten(str(error), 300)  # torch names every single wrong weight
             raise ValueError(f"{folder}: not a model of this release: {reason}") from error
         if parts.image_tokenizer.fingerprint != expected:
@@ -215,6 +219,25 @@ class ModelParts:
         return digest.hexdigest()[:16]
 
 
+def _typed(kind: type[ConfigT], stored: dict[str, Any]) -> ConfigT:
+    """A dataclass of what JSON holds. Raises ``TypeError`` for a value of another type."""
+    hints = get_type_hints(kind)
+    for name, value in stored.items():
+        if not _fits(value, hints.get(name)):
+            raise TypeError(f"{name}={value!r:.60}: expected {hints.get(name)}")
+    return kind(**stored)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if hint is float:
+        return type(value) in (int, float) and abs(value) < 1e30  # type: ignore[arg-type]  # no NaN
+    if hint in (int, str, bool, NoneType):
+        return type(value) is hint
+    return type(value) in (str, dict, list)  # of a Literal, or a dataclass: it checks itself
+
+
 def _write(model: ModelParts, folder: Path, dtype: torch.dtype) -> None:
     if dtype != torch.float32:
         network = copy.deepcopy(model.network).to(dtype).float()
@@ -252,7 +275,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: not a model folder (config.json is missing)") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT_VERSION:
         raise ValueError(f"{path}: not the config of a model of this release")

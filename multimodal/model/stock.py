@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from multimodal import files
 from multimodal.model.attention import QKNorm
 from multimodal.model.rope import RopeScaling
 from multimodal.model.transformer import TransformerConfig
@@ -165,7 +166,29 @@ def read_stock(path: str | Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
             safetensors.
     """
     path = Path(path)
-    return _read_gguf(path) if path.is_file() else _read_folder(path)
+    config, weights = _read_gguf(path) if path.is_file() else _read_folder(path)
+    _check_sizes(config, weights, path)
+    return config, weights
+
+
+def _check_sizes(config: TransformerConfig, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Before memory for a model of this config is taken: are its weights of these sizes?"""
+    width, first = config.hidden_size, "model.layers.0"
+    expected = {
+        "model.embed_tokens.weight": (config.vocab_size, width),
+        f"{first}.self_attn.q_proj.weight": (config.num_attention_heads * config.head_dim, width),
+        f"{first}.self_attn.k_proj.weight": (config.num_key_value_heads * config.head_dim, width),
+        f"{first}.mlp.gate_proj.weight": (config.intermediate_size, width),
+    }
+    for name, shape in expected.items():
+        found = tuple(weights[name].shape) if name in weights else "none"
+        if found != shape:
+            raise ValueError(f"{path}: by its config {name} has {shape}, its weights have {found}")
+    layers = len({name.split(".")[2] for name in weights if name.startswith("model.layers.")})
+    if layers != config.num_hidden_layers:
+        raise ValueError(
+            f"{path}: by its config it has {config.num_hidden_layers} layers, its weights {layers}"
+        )
 
 
 def _read_folder(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
@@ -176,7 +199,7 @@ def _read_folder(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a Hugging Face folder. Raises ``ValueError`` if it is no JSON object."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = files.read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path.parent}: no language model: {path.name}: {error}") from error
     if not isinstance(content, dict):

@@ -441,7 +441,7 @@ def test_pickles_are_refused_and_never_fetched(tiny: StandIn, hub: StandIn, tmp_
     files = dict(tiny.repositories["me/tiny"].at("main").files)  # type: ignore[union-attr]
     hub.add("evil/beside", {**files, "training.pt": harm, "__init__.py": b"raise SystemExit"})
     load("evil/beside")
-    hub.add("evil/renamed", {**files, "model.safetensors": harm, "heads.safetensors": harm})
+    hub.add("evil/renamed", {**files, "heads.safetensors": harm})
     with pytest.raises(ValueError, match="not a model of this release"):
         load("evil/renamed")
     assert not (tmp_path / "harm").exists()
