@@ -7,9 +7,10 @@ sampled at temperature 0.8.
 """
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from PIL import Image
@@ -332,8 +333,25 @@ class Model(ModelParts):
 DType = Literal["float32", "bfloat16"]
 
 
+def check_device(device: str | torch.device) -> None:
+    """Raises ``ValueError`` for a device that torch cannot compute on here."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of names that are out of use
+            usable = torch.ones(1, device=device).add(1).item() == 2
+        reason = "it does not compute"
+    except Exception as error:  # each kind of device has errors of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        usable = False
+    if not usable:
+        raise ValueError(f"device={str(device)!r:.80}: cannot be used here ({reason:.200})")
+
+
 def load(
-    path: str | Path, device: str = "cpu", dtype: torch.dtype | DType = torch.float32
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | DType = torch.float32,
+    *,
+    verify: bool = True,
 ) -> Model:
     """Load a model folder, or a bundled model by its name, ready for use.
 
@@ -341,8 +359,15 @@ def load(
         path: a folder, or ``starter``.
         device: where torch computes.
         dtype: of the network. The image tokenizer stays in float32.
+        verify: compare the fingerprint of the files with that in config.json. It takes a second
+            for each two gigabytes.
 
     Raises:
-        ValueError: for anything that is not a model folder of this release.
+        ValueError: for anything that is not a model folder of this release, files that have
+            changed since they were written, and a device or a dtype that cannot be used.
     """
-    return Model.load(path, device, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    if isinstance(dtype, str):
+        check(dtype in get_args(DType), "dtype", dtype, " or ".join(get_args(DType)))
+        dtype = getattr(torch, dtype)
+    check_device(device)
+    return Model.load(path, device, dtype, verify)

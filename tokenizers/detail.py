@@ -11,18 +11,17 @@ QUANTIZERS.
 """
 
 import json
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from multimodal.schemas import Between, check_fields, construct
 from multimodal.tokenizers import vit, vqgan
 from multimodal.tokenizers.fsq import FSQ
 from multimodal.tokenizers.ibq import IBQ
@@ -30,9 +29,20 @@ from multimodal.tokenizers.levels import Level
 from multimodal.tokenizers.lfq import LFQ
 from multimodal.tokenizers.quantizer import Quantized, Quantizer
 from multimodal.tokenizers.vq import VQ
-from multimodal.tokenizers.weights import Fit, check_range, check_shape, digest_of
+from multimodal.tokenizers.weights import (
+    Fit,
+    check_range,
+    check_shape,
+    digest_of,
+    load_weights,
+    read_config_file,
+)
 
 QUANTIZERS: dict[str, Callable[..., Quantizer]] = {"fsq": FSQ, "ibq": IBQ, "lfq": LFQ, "vq": VQ}
+AUTOENCODERS: dict[str, Callable[..., vit.ViT | vqgan.VQGAN]] = {
+    "vit": vit.ViT,
+    "vqgan": vqgan.VQGAN,
+}
 Part = TypeVar("Part")
 
 
@@ -44,27 +54,19 @@ def make_quantizer(name: str, **options: Any) -> Quantizer:
         options: arguments of its class, such as ``levels`` or ``codebook_size``.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or options that its class does not take.
     """
-    if name not in QUANTIZERS:
-        raise ValueError(f"quantizer {name!r}: expected one of {', '.join(QUANTIZERS)}")
-    return QUANTIZERS[name](**options)
+    return _make("quantizer", QUANTIZERS, {"name": name, **options})
 
 
-def make_autoencoder(name: str, **options: Any) -> vit.ViT | vqgan.VQGAN:
-    """Make the configuration of an autoencoder.
-
-    Args:
-        name: ``vit`` or ``vqgan``.
-        options: arguments of its class, such as ``dim`` (vit) or ``channels`` (vqgan).
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    kinds: dict[str, type[vit.ViT] | type[vqgan.VQGAN]] = {"vit": vit.ViT, "vqgan": vqgan.VQGAN}
-    if name not in kinds:
-        raise ValueError(f"autoencoder {name!r}: expected one of {', '.join(kinds)}")
-    return kinds[name](**options)
+def _make(what: str, kinds: dict[str, Callable[..., Part]], options: Mapping[str, Any]) -> Part:
+    """Call the class that ``options`` names with the other options. Raises ``ValueError``."""
+    if "name" not in options:
+        raise ValueError(f"{what}: name is missing")
+    name = options["name"]
+    if not isinstance(name, str) or name not in kinds:
+        raise ValueError(f"{what} {name!r:.80}: expected one of {', '.join(kinds)}")
+    return construct(kinds[name], _without(options, ("name",)), f"{what} {name}")
 
 
 @dataclass(frozen=True)
@@ -85,26 +87,25 @@ class ImageTokenizerConfig:
         ValueError: for sizes that do not fit.
     """
 
-    image_size: int = 128
+    image_size: Annotated[int, Between(1, 8192)] = 128
     fit: Fit = "squash"
-    downsample: int = 16
+    downsample: Annotated[int, Between(2, 256)] = 16
     autoencoder: dict[str, Any] = field(default_factory=lambda: {"name": "vit"})
     quantizer: dict[str, Any] = field(
         default_factory=lambda: {"name": "fsq", "levels": [7, 5, 5, 5, 5]}
     )
-    meaning_channels: int = 0
+    meaning_channels: Annotated[int, Between(0, 2**16)] = 0
     meaning_fingerprint: str = ""
 
     def __post_init__(self) -> None:
-        if self.downsample < 2 or self.downsample & (self.downsample - 1):
+        check_fields(self)
+        if self.downsample & (self.downsample - 1):
             raise ValueError(f"downsample={self.downsample}: expected a power of two from 2 on")
         if self.image_size % self.downsample:
             raise ValueError(
                 f"image_size={self.image_size} is not a multiple of downsample={self.downsample}"
             )
-        if self.meaning_channels < 0 or bool(self.meaning_channels) != bool(
-            self.meaning_fingerprint
-        ):
+        if bool(self.meaning_channels) != bool(self.meaning_fingerprint):
             raise ValueError(
                 f"meaning_channels={self.meaning_channels}, "
                 f"meaning_fingerprint={self.meaning_fingerprint!r}: expected both or none"
@@ -129,7 +130,7 @@ class ImageTokenizerConfig:
 MEANING = ("meaning_channels", "meaning_fingerprint")
 
 
-def _without(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _without(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in names}
 
 
@@ -143,8 +144,8 @@ class VQTokenizer(nn.Module):
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.quantizer = _build(make_quantizer, config.quantizer)
-        autoencoder = _build(make_autoencoder, config.autoencoder)
+        self.quantizer = _make("quantizer", QUANTIZERS, config.quantizer)
+        autoencoder = _make("autoencoder", AUTOENCODERS, config.autoencoder)
         channels = self.quantizer.channels
         self.encoder: nn.Module = autoencoder.encoder(config.downsample, config.grid, channels)
         self.decoder: vit.Decoder | vqgan.Decoder = autoencoder.decoder(
@@ -278,35 +279,28 @@ class VQTokenizer(nn.Module):
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def _build(make: Callable[..., Part], options: dict[str, Any]) -> Part:
-    """Call ``make`` with a name and options from a config. Unknown options raise ValueError."""
-    if "name" not in options:
-        raise ValueError(f"{options}: name is missing")
-    try:
-        return make(**options)
-    except TypeError as error:
-        raise ValueError(f"{options['name']}: {error}") from error
-
-
-def load_detail(folder: str | Path) -> VQTokenizer:
+def load_detail(folder: str | Path, verify: bool = True) -> VQTokenizer:
     """Load a folder that ``VQTokenizer.save`` wrote, in eval mode.
+
+    Args:
+        verify: compare the fingerprint of what was read with that in the config.
 
     Raises:
         ValueError: if the folder is no image tokenizer, or its weights and config do not match.
     """
     folder = Path(folder)
     try:
-        stored = json.loads((folder / "config.json").read_text())
-        fingerprint = stored.pop("fingerprint")
-        tokenizer = VQTokenizer(ImageTokenizerConfig(**stored))
-        tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
-    except FileNotFoundError as error:
-        missing = error.filename or error
-        raise ValueError(f"{folder}: not an image tokenizer ({missing} is missing)") from error
-    except (KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        reason = textwrap.shorten(str(error), 300)  # torch lists every wrong weight
-        raise ValueError(f"{folder}: not an image tokenizer of this release: {reason}") from error
-    if tokenizer.fingerprint != fingerprint:
+        stored = read_config_file(folder / "config.json")
+        fingerprint = stored.pop("fingerprint", None)
+        config = construct(ImageTokenizerConfig, stored)
+        with torch.device("meta"):  # shapes alone
+            expected = VQTokenizer(config).state_dict()
+        weights = load_weights(folder / "model.safetensors", expected)
+    except ValueError as error:
+        raise ValueError(f"{folder}: not an image tokenizer of this release: {error}") from error
+    tokenizer = VQTokenizer(config)
+    tokenizer.load_state_dict(weights)
+    if verify and tokenizer.fingerprint != fingerprint:
         raise ValueError(
             f"{folder}: fingerprint is {tokenizer.fingerprint}, its config says {fingerprint}: "
             "weights and config do not belong together"

@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from multimodal.tokenizers.quantizer import Quantized, Quantizer, entropy_of, sample_codebook
+from multimodal.tokenizers.quantizer import (
+    Channels,
+    CodebookSize,
+    Quantized,
+    Quantizer,
+    entropy_of,
+    sample_codebook,
+)
 
 
 class IBQ(Quantizer):
@@ -38,8 +45,8 @@ class IBQ(Quantizer):
 
     def __init__(
         self,
-        codebook_size: int = 4096,
-        channels: int = 8,
+        codebook_size: CodebookSize = 4096,
+        channels: Channels = 8,
         temperature: float = 0.03,
         codebook_weight: float = 0.25,
         entropy_weight: float = 0.3,

@@ -10,22 +10,21 @@ groups, K codebook size of a group.
 """
 
 import json
-import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from multimodal.schemas import Between, check_fields, construct
 from multimodal.tokenizers.encoder import Encoder
 from multimodal.tokenizers.kmeans import Clusters, kmeans, nearest
 from multimodal.tokenizers.levels import Level
-from multimodal.tokenizers.weights import Fit, digest_of, resize
+from multimodal.tokenizers.weights import Fit, digest_of, load_weights, read_config_file, resize
 
 Form: TypeAlias = Literal["residual", "product"]
 
@@ -46,32 +45,35 @@ class MeaningConfig:
         form: ``residual`` or ``product``.
 
     Raises:
-        ValueError: for numbers below 1, an unknown form, or channels that do not split evenly.
+        ValueError: for a number out of its range, an unknown form, or channels that do not split
+            evenly.
     """
 
     encoder: str
-    stages: tuple[int, ...] = ()
-    image_size: int = 224
+    stages: tuple[Annotated[int, Between(-99, 99)], ...] = ()
+    image_size: Annotated[int, Between(1, 1024)] = 224
     fit: Fit = "squash"
-    grid: int = 7
-    groups: int = 2
-    codebook_size: int = 1024
-    channels: int = 128
+    grid: Annotated[int, Between(1, 256)] = 7
+    groups: Annotated[int, Between(1, 64)] = 2
+    codebook_size: Annotated[int, Between(1, 2**22)] = 1024
+    channels: Annotated[int, Between(1, 2**14)] = 128
     form: Form = "residual"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(self.stages))  # JSON has lists
-        numbers = (self.image_size, self.grid, self.groups, self.codebook_size, self.channels)
-        if min(numbers) < 1:
-            raise ValueError(f"{self}: expected numbers from 1 on")
-        if self.form not in ("residual", "product"):
-            raise ValueError(f"form={self.form!r}: expected residual or product")
+        check_fields(self)
+        object.__setattr__(self, "stages", tuple(self.stages))
         if self.form == "product" and self.channels % self.groups:
             raise ValueError(f"channels={self.channels} do not split into {self.groups} groups")
 
     @property
     def level(self) -> Level:
         return Level("meaning", self.grid, self.groups, self.codebook_size)
+
+    @property
+    def codebooks_shape(self) -> tuple[int, int, int]:
+        """Groups, codes, and the components that a group quantizes."""
+        parts = self.groups if self.form == "product" else 1
+        return self.groups, self.codebook_size, self.channels // parts
 
 
 class Meaning(nn.Module):
@@ -100,10 +102,9 @@ class Meaning(nn.Module):
             )
         if config.channels > channels:
             raise ValueError(f"channels={config.channels}: the encoder has {channels}")
-        width = config.channels // (config.groups if config.form == "product" else 1)
         self.register_buffer("center", torch.zeros(channels))
         self.register_buffer("components", torch.zeros(channels, config.channels))
-        self.register_buffer("codebooks", torch.zeros(config.groups, config.codebook_size, width))
+        self.register_buffer("codebooks", torch.zeros(config.codebooks_shape))
         self.requires_grad_(False).eval()
 
     @property
@@ -196,21 +197,26 @@ class Meaning(nn.Module):
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Meaning":
-        """Raises ``ValueError`` for a folder that ``save`` did not write."""
+    def load(cls, folder: str | Path, verify: bool = True) -> "Meaning":
+        """Raises ``ValueError`` for a folder that ``save`` did not write.
+
+        Args:
+            verify: compare the fingerprint of what was read with that in the config.
+        """
         folder = Path(folder)
         try:
-            stored = json.loads((folder / "config.json").read_text())
-            fingerprint = stored.pop("fingerprint")
-            meaning = cls(MeaningConfig(**stored))
-            meaning.load_state_dict(load_file(folder / "model.safetensors"))
-        except FileNotFoundError as error:
-            missing = error.filename or error
-            raise ValueError(f"{folder}: no level of meaning ({missing} is missing)") from error
-        except (KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-            reason = textwrap.shorten(str(error), 300)
+            stored = read_config_file(folder / "config.json")
+            fingerprint = stored.pop("fingerprint", None)
+            config = construct(MeaningConfig, stored)
+            weights = load_weights(folder / "model.safetensors")
+            if tuple(weights["codebooks"].shape) != config.codebooks_shape:
+                raise ValueError(f"codebooks: expected the shape {config.codebooks_shape}")
+            meaning = cls(config)
+            meaning.load_state_dict(weights)
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]  # torch lists every wrong weight
             raise ValueError(f"{folder}: no level of meaning of this release: {reason}") from error
-        if meaning.fingerprint != fingerprint:
+        if verify and meaning.fingerprint != fingerprint:
             raise ValueError(
                 f"{folder}: fingerprint is {meaning.fingerprint}, its config says {fingerprint}: "
                 "weights and config do not belong together"

@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from multimodal.tokenizers.quantizer import Quantized, Quantizer, distributed, sample_codebook
+from multimodal.tokenizers.quantizer import (
+    Channels,
+    CodebookSize,
+    Quantized,
+    Quantizer,
+    distributed,
+    sample_codebook,
+)
 
 
 class VQ(Quantizer):
@@ -41,8 +48,8 @@ class VQ(Quantizer):
 
     def __init__(
         self,
-        codebook_size: int = 4096,
-        channels: int = 8,
+        codebook_size: CodebookSize = 4096,
+        channels: Channels = 8,
         normalise: bool = True,
         learning: Literal["ema", "gradient"] = "ema",
         decay: float = 0.99,

@@ -12,10 +12,13 @@ Shapes: B batch, H W pixels, h w = H / downsample, C channels of a code vector.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
 
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from multimodal.schemas import Between, check_fields
 
 GROUPS = 32  # of group normalisation
 
@@ -128,13 +131,14 @@ class VQGAN:
         ValueError: for numbers that do not fit.
     """
 
-    channels: int = 128
-    multipliers: Sequence[int] = (1, 1, 2, 2, 4)
-    depth: int = 2
+    channels: Annotated[int, Between(GROUPS, 2**14)] = 128
+    multipliers: Sequence[Annotated[int, Between(1, 64)]] = (1, 1, 2, 2, 4)
+    depth: Annotated[int, Between(1, 64)] = 2
     attention: Sequence[bool] | None = None
-    latent_channels: int = 256
+    latent_channels: Annotated[int, Between(1, 2**14)] = 256
 
     def __post_init__(self) -> None:
+        check_fields(self)
         attention = self.attention
         if attention is None:
             attention = [False] * (len(self.multipliers) - 1) + [True]
@@ -143,10 +147,10 @@ class VQGAN:
             raise ValueError(
                 f"attention has {len(attention)} entries for {len(self.multipliers)} levels"
             )
-        if self.channels % GROUPS or min(self.multipliers, default=0) < 1 or self.depth < 1:
+        if self.channels % GROUPS or not self.multipliers:
             raise ValueError(
-                f"channels={self.channels}, multipliers={list(self.multipliers)}, "
-                f"depth={self.depth}: expected a multiple of {GROUPS}, and numbers from 1 on"
+                f"channels={self.channels}, multipliers={list(self.multipliers)}: expected a "
+                f"multiple of {GROUPS}, and at least one"
             )
 
     @property

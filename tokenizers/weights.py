@@ -1,14 +1,81 @@
-"""What all levels of an image tokenizer share: images of the right size, hashes of weights."""
+"""What all files of weights and all levels of an image tokenizer share.
+
+Config and weights that were read from a file, hashes of them, and images of the right size.
+"""
 
 import hashlib
 import json
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from multimodal.files import open_file, read_json
+from multimodal.memory import check_memory
+
+MAX_CONFIG = 2**22  # bytes of a config.json
 Fit: TypeAlias = Literal["squash", "crop", "letterbox"]
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The object in a ``config.json``. Raises ``ValueError`` for anything else."""
+    config = read_json(path, MAX_CONFIG)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected an object")
+    return config
+
+
+def load_weights(
+    path: Path, expected: Mapping[str, Tensor] | None = None, optional: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Names and shapes are compared with those expected before a weight is read. So it costs nothing
+    to expect the weights of a module on torch's device ``meta``, whatever sizes a config names.
+
+    Args:
+        expected: the weights that have to be there, and no others. None: any.
+        optional: names that may be there, too.
+
+    Returns:
+        The weights by name, on the CPU, in the dtype in which they are stored.
+
+    Raises:
+        ValueError: for a file that cannot be read, or other weights than those expected.
+    """
+    open_file(path).close()  # a regular file
+    try:
+        with safe_open(path, "pt") as file:
+            stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(part.get_shape()) for name, part in stored.items()}
+            if expected is not None:
+                of_config = {name: tuple(weight.shape) for name, weight in expected.items()}
+                _check_shapes(path, shapes, of_config, optional)
+            numbers = sum(math.prod(shape) for shape in shapes.values())
+            check_memory(4 * numbers, f"{path}: reading the weights")
+            return {name: file.get_tensor(name) for name in shapes}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not readable as safetensors: {error}") from error
+
+
+def _check_shapes(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Collection[str],
+) -> None:
+    if missing := [name for name in expected if name not in shapes]:
+        raise ValueError(f"{path}: {len(missing)} weights are missing, such as {missing[0]}")
+    if unknown := [name for name in shapes if name not in expected and name not in optional]:
+        raise ValueError(f"{path}: {len(unknown)} weights are unknown, such as {unknown[0]!r:.80}")
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise ValueError(f"{path}: {name} has shape {shapes[name]}, config.json says {shape}")
 
 
 def digest_of(config: dict[str, Any], weights: dict[str, Tensor]) -> str:

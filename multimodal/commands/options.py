@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from multimodal.api import Model
 
 DTYPES = ("float32", "bfloat16")
+MAX_THREADS = 1024
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -187,15 +188,20 @@ def use_device(arguments: argparse.Namespace) -> None:
     """Set the number of threads, and try the device. Raises ``ValueError`` if it cannot be used."""
     import torch
 
+    from multimodal.api import check_device
+
+    if not 0 <= arguments.threads <= MAX_THREADS:
+        raise ValueError(
+            f"--threads {arguments.threads}: expected 1 to {MAX_THREADS:,}, or 0: torch's choice"
+        )
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.device == "cuda" and "LOCAL_RANK" in os.environ:
         arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: a GPU for each process
     try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:  # CPU-only builds assert
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--device {arguments.device}: cannot be used here ({reason})") from error
+        check_device(arguments.device)
+    except ValueError as error:
+        raise ValueError(str(error).replace("device=", "--device ", 1)) from error
 
 
 def load_model(arguments: argparse.Namespace) -> "Model":
