@@ -11,12 +11,14 @@ import difflib
 import importlib
 import os
 import select
+import signal
 import sys
 import traceback
 
 from multimodal import __version__
 from multimodal.memory import keep_freed_memory
 from multimodal.terminal import print_error
+from multimodal.torchrun import end_with_launcher
 
 VERBS: dict[str, tuple[str, str]] = {
     "caption": ("multimodal.commands.caption", "describe images in words"),
@@ -87,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         _flush_stdout()  # here and not at the interpreter's exit, where a failure cannot be handled
         return status
     except KeyboardInterrupt:
+        if argv is None:  # a second one would end in a traceback
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         print_error(f"{_name(verb)}: interrupted")
         return INTERRUPTED
     except (ValueError, OSError) as error:
@@ -120,6 +124,7 @@ def _run(verb: str, rest: list[str]) -> int:
     if f"{verb} {word}" in VERBS:
         verb, rest = f"{verb} {word}", [*([value] if equals else []), *rest[1:]]
     keep_freed_memory()
+    end_with_launcher()
     module_name, _ = VERBS[verb]
     if module_name == "multimodal.train.cli":  # one Lightning CLI serves four verbs
         rest = [verb, *rest]

@@ -4,10 +4,16 @@ It sets up the run on this machine and these data, does a few steps, and keeps n
 forecast holds for any model, precision and strategy.
 """
 
+import os
+import shutil
+import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -82,6 +88,35 @@ def format_duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
+@contextmanager
+def ended_by_sigterm(folder: str) -> Iterator[None]:
+    """End this process at once on SIGTERM, with its ranks: a forecast has nothing to finish.
+
+    A handler would have to wait until the main thread, which may wait for another rank, is back in
+    Python. So a thread takes the signal.
+
+    Args:
+        folder: is deleted before.
+    """
+    ended = threading.Event()
+
+    def wait() -> None:
+        while not ended.is_set():
+            if signal.sigtimedwait({signal.SIGTERM}, 0.5) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os._exit(128 + signal.SIGTERM)
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class ForecastCLI(TrainingCLI):
     """Runs a few steps without a checkpoint, an export or a validation."""
 
@@ -103,5 +138,5 @@ def main(argv: list[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(HELP, file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ended_by_sigterm(folder):
         return run(["fit", "--config", *argv, "--output", folder], ForecastCLI)
