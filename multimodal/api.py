@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Unpack, get_args
+from typing import Annotated, Any, Literal, Unpack, get_args
 
 import torch
 from PIL import Image
@@ -25,7 +25,7 @@ from multimodal.inference.codec import (
     preview_images,
     read_images,
 )
-from multimodal.inference.drawing import draw_codes
+from multimodal.inference.drawing import DRAWINGS_AT_ONCE, draw_codes
 from multimodal.inference.embedding import EmbeddingCache, embed_codes, embed_files, embed_texts
 from multimodal.inference.json_schema import Schema
 from multimodal.inference.mixed import Output, OutputKind, Reply
@@ -47,6 +47,7 @@ from multimodal.options import (
     make_options,
     takes_options,
 )
+from multimodal.schemas import Between, check_value
 
 
 class Model(ModelParts):
@@ -221,19 +222,36 @@ class Model(ModelParts):
                 slower then.
             options: see DrawOptions.
         """
-        check(n >= 1, "n", n, "at least 1")
+        return list(self.draw_each(text, n, on_preview=on_preview, **options))
+
+    @takes_options(DrawOptions)
+    def draw_each(
+        self,
+        text: str,
+        n: int = 1,
+        *,
+        on_preview: Callable[[Sequence[int], list[Image.Image]], object] | None = None,
+        **options: Unpack[DrawArguments],
+    ) -> Iterator[Image.Image]:
+        """As ``draw``, but yields images as they are done: memory does not depend on n."""
+        check_value("n", n, Annotated[int, Between(1, 2**31)])
+        draw_options = make_options(DrawOptions, options)
 
         def on_step(numbers: Sequence[int], codes: Tensor) -> None:
             if on_preview is not None:
                 on_preview(numbers, [to_image(image) for image in preview_images(self, codes)])
 
-        codes = draw_codes(
-            self,
-            [text] * n,
-            make_options(DrawOptions, options),
-            on_step=None if on_preview is None else on_step,
-        )
-        return [to_image(image) for image in decode_images(self, codes)]
+        size = max(1, DRAWINGS_AT_ONCE // draw_options.candidates)
+        for start in range(0, n, size):
+            numbers = range(start, min(start + size, n))
+            codes = draw_codes(
+                self,
+                [text] * len(numbers),
+                draw_options,
+                numbers=numbers,
+                on_step=None if on_preview is None else on_step,
+            )
+            yield from (to_image(image) for image in decode_images(self, codes))
 
     @takes_options(EditOptions)
     def edit(

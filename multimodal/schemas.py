@@ -26,7 +26,8 @@ class Between:
     high: float
 
     def __repr__(self) -> str:  # as --help shows it
-        return f"{self.low:,g} to {self.high:,g}"
+        ends = [f"{n:,}" if isinstance(n, int) else f"{n:g}" for n in (self.low, self.high)]
+        return " to ".join(ends)
 
 
 Positive = Annotated[float, Between(5e-324, 1e300)]
