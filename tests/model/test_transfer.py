@@ -108,7 +108,7 @@ def test_another_model_is_refused(
 
 def test_weights_outside_the_folder_or_missing_are_refused(qwen: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((qwen / "config.json").read_bytes())
-    with pytest.raises(ValueError, match="model.safetensors.* missing|No such file"):
+    with pytest.raises(ValueError, match="model.safetensors: no such file"):
         read_qwen3(tmp_path)
     index = {"weight_map": {"model.norm.weight": "../other.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
