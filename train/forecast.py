@@ -93,28 +93,32 @@ def ended_by_sigterm(folder: str) -> Iterator[None]:
     """End this process at once on SIGTERM, with its ranks: a forecast has nothing to finish.
 
     A handler would have to wait until the main thread, which may wait for another rank, is back in
-    Python. So a thread takes the signal.
+    Python. So Python writes the signal to a pipe, and a thread reads it there.
 
     Args:
         folder: is deleted before.
     """
-    ended = threading.Event()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
     def wait() -> None:
-        while not ended.is_set():
-            if signal.sigtimedwait({signal.SIGTERM}, 0.5) is not None:
+        while number := os.read(reader, 1):  # nothing: the pipe was closed
+            if number[0] == signal.SIGTERM:
                 shutil.rmtree(folder, ignore_errors=True)
                 os._exit(128 + signal.SIGTERM)
 
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # Lightning adds none where one is
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        ended.set()
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGTERM, before)
+        os.close(writer)
         thread.join()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.close(reader)
 
 
 class ForecastCLI(TrainingCLI):
