@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PATIENCE = 120.0  # seconds; a busy machine takes its time, and nothing here is measured
+PATIENCE = 600.0  # seconds; a busy machine takes its time, and nothing here is measured
 
 
 def start(arguments: list[str], stderr: Path) -> subprocess.Popen[bytes]:
