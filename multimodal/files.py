@@ -1,16 +1,160 @@
-"""Write a file or a folder completely, or leave what was there.
+"""Read only what is a file. Write a file or a folder completely, or leave what was there.
 
-The data first goes to a temporary name on the same disk, and a rename puts it in place. So a crash
-or a full disk never leaves half a file under the final name.
+Reading: a path that a person or a stranger's table names can be a pipe, which blocks, a device,
+which never ends, or a sparse file of a terabyte. ``open_file`` refuses them before it reads a byte.
+
+Writing: the data first goes to a temporary name on the same disk, and a rename puts it in place. So
+a crash or a full disk never leaves half a file under the final name.
+
+Text is UTF-8, whatever the locale. Every path here is local: an address such as ``s3://...`` is
+refused by name (``local_path``).
 """
 
+import errno
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
+
+MAX_FILE = 1 << 30  # bytes of a file that is read as a whole: images, texts, JSON
+MAX_SPARSE = 1 << 30  # a longer file must have 1 of SPARSENESS bytes on the disk
+SPARSENESS = 64
+# ``Path`` makes one slash of the two in s3://, so one counts. C:/ is no address.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.:_-]+:/")
+# The machine's fault, not the file's: it may be readable later.
+_OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
+
+
+class UnreadableFile(ValueError):
+    """A path that names no file that can be read. ``reason``: why, without the path."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.reason = reason
+
+
+def is_address(path: str | Path) -> bool:
+    """Whether a path has the form of an address: ``s3://bucket/data``, ``https://...``."""
+    return _ADDRESS.match(str(path)) is not None
+
+
+def local_path(path: str | Path) -> Path:
+    """A path on this machine.
+
+    Raises:
+        ValueError: for an address. Otherwise ``Path`` would make a folder ``s3:`` of it.
+    """
+    if is_address(path):
+        raise ValueError(
+            f"{path}: an address, but this has to be a path on this machine (shard folders are "
+            "read at addresses; other inputs and all outputs are local: copy them)"
+        )
+    return Path(path)
+
+
+def open_file(path: str | Path, max_bytes: int | None = None) -> BinaryIO:
+    """Open a regular file to read its bytes.
+
+    Args:
+        path: a local path.
+        max_bytes: the longest file. None: any length.
+
+    Raises:
+        UnreadableFile: for an address, a path that does not exist, a folder, a pipe, a device, a
+            file that is too long, or one that is nearly all holes.
+        OSError: if the machine cannot read it now: no memory, too many open files.
+    """
+    if is_address(path):
+        raise UnreadableFile(path, "an address, not a file on this machine: copy it first")
+    try:
+        # A pipe without a writer would block here without O_NONBLOCK. Files do not care.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UnreadableFile(path, "no such file") from error
+    except OSError as error:
+        if error.errno in _OF_THE_MACHINE:
+            raise
+        reason = "not a regular file" if error.errno == errno.ENXIO else error.strerror or error
+        raise UnreadableFile(path, f"cannot be read ({reason})") from error
+    except ValueError as error:  # a NUL in the name, or a lone surrogate
+        raise UnreadableFile(path, f"cannot be the name of a file ({error})") from error
+    try:
+        about = os.fstat(descriptor)
+        size, blocks = about.st_size, getattr(about, "st_blocks", None)
+        if stat.S_ISDIR(about.st_mode):
+            raise UnreadableFile(path, "is a folder, not a file")
+        if not stat.S_ISREG(about.st_mode):
+            raise UnreadableFile(path, "not a regular file (a pipe or a device)")
+        if max_bytes is not None and size > max_bytes:
+            raise UnreadableFile(path, f"{size:,} bytes, over the limit of {max_bytes:,}")
+        if blocks is not None and size > max(MAX_SPARSE, blocks * 512 * SPARSENESS):
+            raise UnreadableFile(
+                path,
+                f"{size:,} bytes, of which only {blocks * 512:,} are on the disk: an unfinished "
+                "download?",
+            )
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: str | Path, max_bytes: int = MAX_FILE) -> bytes:
+    """The bytes of a regular file. Errors as in ``open_file``."""
+    with open_file(path, max_bytes) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            if error.errno in _OF_THE_MACHINE:
+                raise
+            raise UnreadableFile(path, f"cannot be read ({error.strerror or error})") from error
+
+
+def read_text(path: str | Path, max_bytes: int = MAX_FILE) -> str:
+    """The text of a regular file: UTF-8, with or without a byte order mark.
+
+    Raises:
+        UnreadableFile: as in ``open_file``, and for other encodings.
+    """
+    try:
+        return read_bytes(path, max_bytes).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnreadableFile(path, f"not UTF-8 ({error})") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Bytes are UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: without a name, for anything else. So is JSON that is nested some thousand
+            deep, for which Python raises RecursionError, and a number of thousands of digits.
+    """
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error}") from error
+
+
+def read_json(path: str | Path, max_bytes: int = MAX_FILE) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        UnreadableFile: as in ``open_file``, and for what is not JSON.
+    """
+    try:
+        return parse_json(read_bytes(path, max_bytes))
+    except UnreadableFile:
+        raise
+    except ValueError as error:
+        raise UnreadableFile(path, f"not readable as JSON ({error})") from error
 
 
 def temporary_path(path: Path, shared: bool = False) -> Path:
@@ -33,7 +177,7 @@ def atomic_file(path: Path, *, shared: bool = False, sync: bool = False) -> Iter
     Yields:
         The temporary path. On any error it is removed, and ``path`` keeps what it was.
     """
-    part = temporary_path(path, shared)
+    part = temporary_path(local_path(path), shared)
     try:
         yield part
         if sync:
@@ -44,9 +188,14 @@ def atomic_file(path: Path, *, shared: bool = False, sync: bool = False) -> Iter
 
 
 def write_json(path: Path, value: object, *, shared: bool = False) -> None:
-    """Write a JSON file (UTF-8, indented) by ``atomic_file``."""
+    """Write a JSON file (UTF-8, indented) by ``atomic_file``.
+
+    What UTF-8 cannot hold, the bytes of a file name for instance, is escaped (``\\udcff``): that is
+    JSON, and reads as it was.
+    """
     with atomic_file(path, shared=shared) as part:
-        part.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+        part.write_text(text, "utf-8", errors="backslashreplace")
 
 
 @contextmanager
@@ -68,6 +217,7 @@ def atomic_folder(folder: Path, last: str = "config.json") -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
+    folder = local_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".part"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -101,6 +251,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         ValueError: if ``folder`` is a file or is not empty.
     """
+    folder = local_path(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder}: is not empty; name a new folder")
     if folder.exists() and not folder.is_dir():

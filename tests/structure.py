@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("multimodal", "tokenizers", "eval", "train")
 
 # Modules at the top of multimodal/ that every room may use, and that use no room.
-FOUNDATION = ("distributed", "files", "memory", "options", "seeds", "terminal", "torchrun")
+FOUNDATION = (
+    "distributed", "files", "memory", "options", "schemas", "seeds", "terminal", "torchrun",
+)  # fmt: skip
 # The front doors: `import multimodal`, and the command line, which finds verbs by name.
 FRONT_DOORS = (
     "multimodal",
@@ -27,8 +29,8 @@ FRONT_DOORS = (
 )
 BELOW: dict[str, tuple[str, ...]] = {
     "foundation": (),
-    "tokenizers.quantizers": (),
-    "tokenizers": ("tokenizers.quantizers",),
+    "tokenizers.quantizers": ("foundation",),
+    "tokenizers": ("foundation", "tokenizers.quantizers"),
     "hub": ("foundation",),
     "data": ("foundation", "tokenizers"),
     "data.builder": ("foundation", "data"),

@@ -100,7 +100,7 @@ def test_the_guard_sees_a_circle_of_types_only(tmp_path: Path) -> None:
         ("eval.tasks.scene_captions", "from multimodal.scenes.scene import Scene", []),
         ("train.joint", "from multimodal.scenes import scene", ["multimodal.scenes.scene"]),
         ("tokenizers.text", "from multimodal.model.x import y", ["multimodal.model.x.y"]),
-        ("tokenizers.text", "from .. import files", ["multimodal.files"]),
+        ("tokenizers.text", "from .. import data", ["multimodal.data"]),
         ("tokenizers.text", "from .vq import x\nfrom tokenizers import Tokenizer", []),
         ("train.loop", "from multimodal import eval\nfrom ..tokenizers import vq", []),
         (

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from multimodal.files import open_file
 from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.weights import Fit
 
@@ -117,6 +118,8 @@ def read_weights(source: Path) -> dict[str, Tensor]:
     files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
     if not files:
         raise ValueError(f"{source}: no .safetensors file in this folder")
+    for file in files:
+        open_file(file).close()  # a regular file
     if files[0].suffix != ".safetensors":
         weights = _unpickle(files[0])
         prefix = _prefix(weights, source)

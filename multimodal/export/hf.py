@@ -46,7 +46,7 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> st
     with new_folder(out) as folder:
         model = ModelParts.load(source, dtype=DTYPES[dtype])
         _write(model, folder, dtype)
-        fingerprint = read_config(source)["fingerprints"]["model"]
+        fingerprint = read_config(source).fingerprints.model
         (folder / "README.md").write_text(_readme(model, fingerprint), "utf-8")
         copy_files(source, folder, "LICENSE")
     return family_of(model.config.transformer)[1].stock_class
