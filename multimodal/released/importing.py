@@ -10,12 +10,11 @@ from typing import Any, TypeAlias
 import torch
 
 from multimodal.model.checkpoint import ModelParts
-from multimodal.model.stock import read_json
 from multimodal.released import chameleon, emu3
 from multimodal.released.assemble import Released, assemble
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.tokenizers.released import import_tokenizer
-from multimodal.tokenizers.weights import Fit
+from multimodal.tokenizers.weights import Fit, read_config_file
 
 Reader: TypeAlias = Callable[[Path, dict[str, Any], int | None, Fit | None], Released]
 # By the model_type of config.json.
@@ -49,7 +48,7 @@ def import_model(
         ValueError: for another kind of model, or one that is not complete.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
+    config = read_config_file(folder / "config.json")
     kind = str(config.get("model_type"))
     if kind in REFUSED:
         raise ValueError(f"{folder}: a Janus cannot be imported: {REFUSED[kind]}")
