@@ -11,12 +11,14 @@ import difflib
 import importlib
 import os
 import select
+import signal
 import sys
 import traceback
 
 from multimodal import __version__
 from multimodal.memory import keep_freed_memory
 from multimodal.terminal import print_any_text, print_error
+from multimodal.torchrun import end_with_launcher
 
 VERBS: dict[str, tuple[str, str]] = {
     "caption": ("multimodal.commands.caption", "describe images in words"),
@@ -48,6 +50,11 @@ VERBS: dict[str, tuple[str, str]] = {
 # The exit statuses a shell expects of a program that a signal ended: 128 + SIGINT, 128 + SIGPIPE.
 INTERRUPTED = 130
 READER_GONE = 141
+# What takes memory, in the verbs that may take too much of it.
+LOWER = (
+    "--batch-size, --workers, --beams, --candidates, --max-tokens; in training "
+    "--data.global_batch_size or --model.init_args.row_length"
+)
 
 
 def help_text() -> str:
@@ -88,9 +95,13 @@ def main(argv: list[str] | None = None) -> int:
         _flush_stdout()  # here and not at the interpreter's exit, where a failure cannot be handled
         return status
     except KeyboardInterrupt:
+        if argv is None:  # a second one would end in a traceback
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         print_error(f"{_name(verb)}: interrupted")
         return INTERRUPTED
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, ValueError | OSError) and not _is_out_of_memory(error):
+            raise
         if isinstance(error, BrokenPipeError) and _stdout_reader_is_gone():  # `... | head`
             _abandon_stdout()
             return READER_GONE
@@ -121,6 +132,7 @@ def _run(verb: str, rest: list[str]) -> int:
     if f"{verb} {word}" in VERBS:
         verb, rest = f"{verb} {word}", [*([value] if equals else []), *rest[1:]]
     keep_freed_memory()
+    end_with_launcher()
     module_name, _ = VERBS[verb]
     if module_name == "multimodal.train.cli":  # one Lightning CLI serves four verbs
         rest = [verb, *rest]
@@ -141,7 +153,16 @@ def _name(verb: str) -> str:
     return f"multimodal {verb}" if verb in VERBS else "multimodal"
 
 
-def _describe(error: ValueError | OSError) -> str:
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's, that of torch on a GPU, and that of torch on a CPU, which has no class."""
+    reasons = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(reason in str(error) for reason in reasons)
+
+
+def _describe(error: Exception) -> str:
+    if not isinstance(error, ValueError | OSError):
+        reason = (str(error).splitlines() or ["MemoryError"])[0][:200]
+        return f"not enough memory: lower {LOWER} ({reason})"
     if isinstance(error, OSError) and error.strerror and error.filename2 is None:
         if isinstance(error.filename, str | bytes):
             return f"{os.fsdecode(error.filename)}: {error.strerror}"

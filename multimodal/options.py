@@ -11,8 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict, TypeVar
 
+from multimodal.schemas import check_fields
+
 Method = Literal["causal", "masked"]
 Schedule = Literal["constant", "rising"]
+MAX_BEAMS, MAX_CANDIDATES, MAX_STEPS = 1024, 10_000, 10_000
 Options = TypeVar("Options", bound="Sampling")
 MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
@@ -46,8 +49,8 @@ class Sampling:
     seed: int = option(0, "seed of all random numbers")
 
     def __post_init__(self) -> None:
-        finite = 0 <= self.temperature < float("inf")
-        check(finite, "temperature", self.temperature, "a number from 0 on")
+        check_fields(self)
+        check(self.temperature >= 0, "temperature", self.temperature, "a number from 0 on")
         check(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
         check(0 < self.top_p <= 1, "top_p", self.top_p, "a share in (0, 1]")
         check(0 <= self.min_p <= 1, "min_p", self.min_p, "a share in [0, 1]")
@@ -80,7 +83,9 @@ class TextOptions(Sampling):
         object.__setattr__(self, "stop", tuple(self.stop))
         finite = 0 < self.repetition_penalty < float("inf")
         check(finite, "repetition_penalty", self.repetition_penalty, "more than 0 (1: none)")
-        check(self.beams >= 1, "beams", self.beams, "at least 1")
+        check(1 <= self.beams <= MAX_BEAMS, "beams", self.beams, f"1 to {MAX_BEAMS:,}")
+        within = abs(self.length_penalty) <= 100
+        check(within, "length_penalty", self.length_penalty, "-100 to 100")
         if self.beams > 1 and (self.temperature or self.repetition_penalty != 1):
             raise ValueError(
                 f"beams={self.beams}: beam search looks for the most likely text, so it takes no "
@@ -101,7 +106,8 @@ class CaptionOptions(TextOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         enough = self.candidates == 1 or (self.candidates > 1 and self.temperature > 0)
-        check(enough, "candidates", self.candidates, "1, or more and a temperature above 0")
+        expected = f"1, or up to {MAX_CANDIDATES:,} and a temperature above 0"
+        check(enough and self.candidates <= MAX_CANDIDATES, "candidates", self.candidates, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +139,9 @@ class EditOptions(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.steps >= 1, "steps", self.steps, "at least 1")
+        check(1 <= self.steps <= MAX_STEPS, "steps", self.steps, f"1 to {MAX_STEPS:,}")
         finite = 0 <= self.guidance_scale < float("inf")
         check(finite, "guidance_scale", self.guidance_scale, "a number from 0 on")
-        schedules = ("constant", "rising")
-        schedule = self.guidance_schedule
-        check(schedule in schedules, "guidance_schedule", schedule, "constant or rising")
         if self.negative is not None and self.guidance_scale == 1:
             raise ValueError(
                 "a negative text works by guidance: give a guidance_scale other than 1"
@@ -161,8 +164,8 @@ class DrawOptions(EditOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.method in ("causal", "masked"), "method", self.method, "causal or masked")
-        check(self.candidates >= 1, "candidates", self.candidates, "at least 1")
+        within = 1 <= self.candidates <= MAX_CANDIDATES
+        check(within, "candidates", self.candidates, f"1 to {MAX_CANDIDATES:,}")
 
 
 # The same names and types for type checkers, as keyword arguments (tests/test_options.py).

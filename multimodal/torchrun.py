@@ -1,6 +1,11 @@
-"""What torchrun tells the processes that it starts. Torch-free."""
+"""What torchrun and Lightning tell the processes that they start. Torch-free."""
 
+import ctypes
 import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -10,3 +15,15 @@ def rank_and_world_size() -> tuple[int, int]:
 
 def is_first_rank() -> bool:
     return rank_and_world_size()[0] == 0
+
+
+def end_with_launcher() -> None:
+    """In a rank that torchrun or Lightning has started: end at once when that process ends.
+
+    Otherwise a rank whose launcher was killed waits for the others for minutes. On Linux only.
+    """
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        launcher = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:  # it ended in between
+            os._exit(1)

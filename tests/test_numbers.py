@@ -87,7 +87,7 @@ def test_the_numbers_in_the_text_are_those_of_the_reports(
 
 
 def test_the_reports_are_of_the_bundled_starter(reports: dict[str, dict[str, Any]]) -> None:
-    fingerprint = read_config(find_model("starter"))["fingerprints"]["model"]
+    fingerprint = read_config(find_model("starter")).fingerprints.model
     for split, report in reports.items():
         protocol = report["protocol"]
         assert protocol["fingerprint"] == fingerprint and protocol["split"] == split

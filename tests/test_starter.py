@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_card_and_licence_name_the_training_data() -> None:
     for text in (licence, card):
         for data in ("Flickr8k", "Noto Emoji", "easy-VQA", "scenes", "CC0", "non-commercial"):
             assert data in text
-    fingerprints = read_config(FOLDER)["fingerprints"]
+    fingerprints = asdict(read_config(FOLDER).fingerprints)
     for fact in (*fingerprints.values(), "recall", "seed 0", "1,000 scenes of val", "1,000 photos"):
         assert fact in card
 

@@ -10,15 +10,16 @@ To add a quantizer, write a subclass of ``Quantizer`` in a file of its own in qu
 it in QUANTIZERS.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal.schemas import Between, check_fields, construct
 from multimodal.tokenizers import emu3, vit, vqgan
 from multimodal.tokenizers.levels import Level
 from multimodal.tokenizers.quantizers.fsq import FSQ
@@ -36,6 +37,11 @@ from multimodal.tokenizers.weights import (
 )
 
 QUANTIZERS: dict[str, Callable[..., Quantizer]] = {"fsq": FSQ, "ibq": IBQ, "lfq": LFQ, "vq": VQ}
+AUTOENCODERS: dict[str, Callable[..., vit.ViT | vqgan.VQGAN]] = {
+    "vit": vit.ViT,
+    "vqgan": vqgan.VQGAN,
+    "emu3": emu3.Emu3,
+}
 Part = TypeVar("Part")
 
 
@@ -47,31 +53,19 @@ def make_quantizer(name: str, **options: Any) -> Quantizer:
         options: arguments of its class, such as ``levels`` or ``codebook_size``.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or options that its class does not take.
     """
-    if name not in QUANTIZERS:
-        raise ValueError(f"quantizer {name!r}: expected one of {', '.join(QUANTIZERS)}")
-    return QUANTIZERS[name](**options)
+    return _make("quantizer", QUANTIZERS, {"name": name, **options})
 
 
-def make_autoencoder(name: str, **options: Any) -> vit.ViT | vqgan.VQGAN:
-    """Make the configuration of an autoencoder.
-
-    Args:
-        name: ``vit``, ``vqgan`` or ``emu3``.
-        options: arguments of its class, such as ``dim`` (vit) or ``channels`` (vqgan).
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    kinds: dict[str, type[vit.ViT] | type[vqgan.VQGAN]] = {
-        "vit": vit.ViT,
-        "vqgan": vqgan.VQGAN,
-        "emu3": emu3.Emu3,
-    }
-    if name not in kinds:
-        raise ValueError(f"autoencoder {name!r}: expected one of {', '.join(kinds)}")
-    return kinds[name](**options)
+def _make(what: str, kinds: dict[str, Callable[..., Part]], options: Mapping[str, Any]) -> Part:
+    """Call the class that ``options`` names with the other options. Raises ``ValueError``."""
+    if "name" not in options:
+        raise ValueError(f"{what}: name is missing")
+    name = options["name"]
+    if not isinstance(name, str) or name not in kinds:
+        raise ValueError(f"{what} {name!r:.80}: expected one of {', '.join(kinds)}")
+    return construct(kinds[name], _without(options, ("name",)), f"{what} {name}")
 
 
 @dataclass(frozen=True)
@@ -92,26 +86,25 @@ class VQTokenizerConfig:
         ValueError: for sizes that do not fit.
     """
 
-    image_size: int = 128
+    image_size: Annotated[int, Between(1, 8192)] = 128
     fit: Fit = "squash"
-    downsample: int = 16
+    downsample: Annotated[int, Between(2, 256)] = 16
     autoencoder: dict[str, Any] = field(default_factory=lambda: {"name": "vit"})
     quantizer: dict[str, Any] = field(
         default_factory=lambda: {"name": "fsq", "levels": [7, 5, 5, 5, 5]}
     )
-    meaning_channels: int = 0
+    meaning_channels: Annotated[int, Between(0, 2**16)] = 0
     meaning_fingerprint: str = ""
 
     def __post_init__(self) -> None:
-        if self.downsample < 2 or self.downsample & (self.downsample - 1):
+        check_fields(self)
+        if self.downsample & (self.downsample - 1):
             raise ValueError(f"downsample={self.downsample}: expected a power of two from 2 on")
         if self.image_size % self.downsample:
             raise ValueError(
                 f"image_size={self.image_size} is not a multiple of downsample={self.downsample}"
             )
-        if self.meaning_channels < 0 or bool(self.meaning_channels) != bool(
-            self.meaning_fingerprint
-        ):
+        if bool(self.meaning_channels) != bool(self.meaning_fingerprint):
             raise ValueError(
                 f"meaning_channels={self.meaning_channels}, "
                 f"meaning_fingerprint={self.meaning_fingerprint!r}: expected both or none"
@@ -137,7 +130,7 @@ MEANING = ("meaning_channels", "meaning_fingerprint")
 DECODER = ("decoder_depth", "decodes")  # options that do not change the codes
 
 
-def _without(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _without(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in names}
 
 
@@ -151,8 +144,8 @@ class VQTokenizer(nn.Module):
     def __init__(self, config: VQTokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.quantizer = _build(make_quantizer, config.quantizer)
-        autoencoder = _build(make_autoencoder, config.autoencoder)
+        self.quantizer = _make("quantizer", QUANTIZERS, config.quantizer)
+        autoencoder = _make("autoencoder", AUTOENCODERS, config.autoencoder)
         channels = self.quantizer.channels
         self.encoder: nn.Module = autoencoder.encoder(config.downsample, config.grid, channels)
         self.decoder: vit.Decoder | vqgan.Decoder | vqgan.NoDecoder = autoencoder.decoder(
@@ -284,26 +277,24 @@ class VQTokenizer(nn.Module):
         save_folder(self, self.config.stored(), folder)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "VQTokenizer":
+    def load(cls, folder: str | Path, verify: bool = True) -> "VQTokenizer":
         """Load a folder that ``save`` wrote, in eval mode.
+
+        Args:
+            verify: compare the fingerprint of what was read with that in the config.
 
         Raises:
             ValueError: if the folder is no image tokenizer, or its weights and config do not match.
         """
-        tokenizer = load_folder(
-            lambda stored: cls(VQTokenizerConfig(**stored)), folder, "an image tokenizer"
+
+        def expected(config: VQTokenizerConfig) -> dict[str, Tensor]:
+            with torch.device("meta"):  # shapes alone
+                return cls(config).state_dict()
+
+        stored = load_folder(
+            cls, VQTokenizerConfig, expected, folder, "an image tokenizer", verify=verify
         )
-        return tokenizer.eval()
-
-
-def _build(make: Callable[..., Part], options: dict[str, Any]) -> Part:
-    """Call ``make`` with a name and options from a config. Unknown options raise ValueError."""
-    if "name" not in options:
-        raise ValueError(f"{options}: name is missing")
-    try:
-        return make(**options)
-    except TypeError as error:
-        raise ValueError(f"{options['name']}: {error}") from error
+        return stored.eval()
 
 
 def _check_images(images: Tensor, downsample: int) -> None:

@@ -7,15 +7,17 @@ by the vectors of the codes (MoVQ, Zheng et al. 2022, arXiv:2209.09002).
 Shapes: B batch, H W pixels, h w = H / downsample, C channels of a code vector, T frames.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from multimodal.schemas import Between
 from multimodal.tokenizers import vqgan
 
 
@@ -110,14 +112,14 @@ class Emu3(vqgan.VQGAN):
         frames: of a film that one grid of codes stands for, a power of two. Others: see VQGAN.
     """
 
-    channels: int = 256
-    multipliers: tuple[int, ...] = (1, 2, 2, 4)
-    latent_channels: int = 4
-    frames: int = 4
+    channels: Annotated[int, Between(vqgan.GROUPS, 2**14)] = 256
+    multipliers: Sequence[Annotated[int, Between(1, 64)]] = (1, 2, 2, 4)
+    latent_channels: Annotated[int, Between(1, 2**14)] = 4
+    frames: Annotated[int, Between(1, 64)] = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.frames < 1 or self.frames & (self.frames - 1):
+        if self.frames & (self.frames - 1):
             raise ValueError(f"frames={self.frames}: expected a power of two")
 
     @property

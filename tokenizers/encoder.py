@@ -22,9 +22,10 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from multimodal.files import open_file
+from multimodal.tokenizers.weights import load_weights
 
 KINDS = ("timm", "open_clip")
 
@@ -240,11 +241,12 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: for a file that is neither safetensors nor a checkpoint of tensors.
     """
+    if Path(file).suffix == ".safetensors":
+        return load_weights(Path(file))
+    open_file(file).close()  # a regular file
     try:
-        if Path(file).suffix == ".safetensors":
-            return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
         raise ValueError(f"{file}: not readable: {error}") from error
     except Exception as error:  # pickle's own, for what weights_only refuses
         raise ValueError(f"{file}: not a checkpoint of tensors alone: {error}") from error

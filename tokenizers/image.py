@@ -21,7 +21,16 @@ from multimodal.provenance import Provenance
 from multimodal.tokenizers.detail import VQTokenizer
 from multimodal.tokenizers.levels import Layout
 from multimodal.tokenizers.meaning import Meaning
-from multimodal.tokenizers.weights import Fit, check_range, check_shape, digest_of, resize
+from multimodal.tokenizers.weights import (
+    Fit,
+    check_range,
+    check_shape,
+    digest_of,
+    read_config_file,
+    resize,
+)
+
+LEVELS = (["meaning", "detail"], ["meaning"], ["detail"])
 
 
 class ImageTokenizer(nn.Module):
@@ -216,43 +225,36 @@ class ImageTokenizer(nn.Module):
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
 
-def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
+def load_image_tokenizer(folder: str | Path, verify: bool = True) -> ImageTokenizer:
     """Load a tokenizer folder, in eval mode.
+
+    Args:
+        verify: compare the fingerprint of what was read with that in the config.
 
     Raises:
         ValueError: if the folder is no image tokenizer, or its weights and config do not match.
     """
     folder = Path(folder)
-    config = _read(folder / "config.json")
+    try:
+        config = read_config_file(folder / "config.json")
+    except ValueError as error:
+        raise ValueError(f"{folder}: not an image tokenizer of this release: {error}") from error
     names = config.get("levels")
     if not isinstance(names, list):
         names, places = ["meaning" if "encoder" in config else "detail"], [folder]
     else:
-        places = [folder / str(name) for name in names]
+        if names not in LEVELS:
+            raise ValueError(f"{folder}: levels={names!r:.80}: expected some of {LEVELS[0]}")
+        places = [folder / name for name in names]
     found: dict[str, Any] = {}
     for name, place in zip(names, places, strict=True):
-        if name not in ("meaning", "detail"):
-            raise ValueError(f"{folder}: not an image tokenizer of this release: level {name!r}")
-        found[name] = Meaning.load(place) if name == "meaning" else VQTokenizer.load(place)
+        load = Meaning.load if name == "meaning" else VQTokenizer.load
+        found[name] = load(place, verify)
     tokenizer = ImageTokenizer(**found)
-    if len(names) > 1 and tokenizer.fingerprint != config.get("fingerprint"):
+    if verify and len(names) > 1 and tokenizer.fingerprint != config.get("fingerprint"):
         raise ValueError(
             f"{folder}: fingerprint is {tokenizer.fingerprint}, its config says "
             f"{config.get('fingerprint')}: its levels do not belong together"
         )
     tokenizer.provenance = Provenance.read(folder)
     return tokenizer.eval()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path.parent}: not an image tokenizer ({path} is missing)") from error
-    except ValueError as error:
-        raise ValueError(
-            f"{path.parent}: not an image tokenizer of this release: {error}"
-        ) from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path.parent}: not an image tokenizer of this release")
-    return config

@@ -13,9 +13,14 @@ Shapes: n codes of an image, K the sum of all codebooks, h w a grid, G groups.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Annotated
 
 import torch
 from torch import Tensor
+
+from multimodal.schemas import Between, check_fields
+
+MAX_CODES = 2**18  # of an image
 
 
 @dataclass(frozen=True)
@@ -29,17 +34,18 @@ class Level:
         codebook_size: of each group.
 
     Raises:
-        ValueError: for a number below 1.
+        ValueError: for a number out of its range.
     """
 
     name: str
-    grid: int
-    groups: int
-    codebook_size: int
+    grid: Annotated[int, Between(1, 512)]
+    groups: Annotated[int, Between(1, 64)]
+    codebook_size: Annotated[int, Between(1, 2**22)]
 
     def __post_init__(self) -> None:
-        if min(self.grid, self.groups, self.codebook_size) < 1:
-            raise ValueError(f"{self}: expected numbers from 1 on")
+        check_fields(self)
+        if self.codes > MAX_CODES:
+            raise ValueError(f"{self}: {self.codes:,} codes of an image, over {MAX_CODES:,}")
 
     @property
     def codes(self) -> int:
@@ -63,6 +69,7 @@ class Layout:
     levels: tuple[Level, ...]
 
     def __post_init__(self) -> None:
+        check_fields(self)
         names = [level.name for level in self.levels]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"levels {names}: expected at least one, each with its own name")

@@ -17,20 +17,21 @@ groups, K codebook size of a group. With colours, features have 12 more channels
 group.
 """
 
-import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from multimodal.schemas import Between, check_fields
 from multimodal.tokenizers.encoder import Encoder
 from multimodal.tokenizers.levels import Level
-from multimodal.tokenizers.quantizers.fsq import FSQ
+from multimodal.tokenizers.quantizers.fsq import FSQ, LevelCount, count_codes
 from multimodal.tokenizers.quantizers.kmeans import Clusters, kmeans, nearest
 from multimodal.tokenizers.weights import Fit, digest_of, load_folder, resize, save_folder
 
@@ -56,36 +57,32 @@ class MeaningConfig:
         fsq_levels: of ``fsq``, how many values each channel of a group has.
 
     Raises:
-        ValueError: for numbers below 1, an unknown form, or channels that do not split evenly.
+        ValueError: for a number out of its range, an unknown form, or channels that do not split
+            evenly.
     """
 
     encoder: str
-    stages: tuple[int, ...] = ()
-    image_size: int = 224
+    stages: tuple[Annotated[int, Between(-99, 99)], ...] = ()
+    image_size: Annotated[int, Between(1, 1024)] = 224
     fit: Fit = "squash"
-    grid: int = 7
-    groups: int = 2
-    codebook_size: int = 1024
-    channels: int = 128
+    grid: Annotated[int, Between(1, 256)] = 7
+    groups: Annotated[int, Between(1, 64)] = 2
+    codebook_size: Annotated[int, Between(1, 2**22)] = 1024
+    channels: Annotated[int, Between(1, 2**14)] = 128
     form: Form = "residual"
-    fsq_levels: tuple[int, ...] = ()
+    fsq_levels: tuple[LevelCount, ...] = ()
     colours: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(self.stages))  # JSON has lists
+        check_fields(self)
+        object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))
         if (self.form == "fsq") != bool(self.fsq_levels):
-            raise ValueError(
-                f"form={self.form!r}, fsq_levels={self.fsq_levels}: only fsq has levels"
-            )
+            levels = reprlib.repr(self.fsq_levels)
+            raise ValueError(f"form={self.form!r}, fsq_levels={levels}: only fsq has levels")
         if self.fsq_levels:
-            object.__setattr__(self, "codebook_size", math.prod(self.fsq_levels))
+            object.__setattr__(self, "codebook_size", count_codes(self.fsq_levels))
             object.__setattr__(self, "channels", self.groups * len(self.fsq_levels))
-        numbers = (self.image_size, self.grid, self.groups, self.codebook_size, self.channels)
-        if min(numbers) < 1:
-            raise ValueError(f"{self}: expected numbers from 1 on")
-        if self.form not in get_args(Form):
-            raise ValueError(f"form={self.form!r}: expected {' or '.join(get_args(Form))}")
         if self.form == "product" and self.channels % self.groups:
             raise ValueError(f"channels={self.channels} do not split into {self.groups} groups")
 
@@ -107,6 +104,11 @@ class MeaningConfig:
     def vector_channels(self) -> int:
         """The channels that a decoder reads."""
         return self.channels + COLOUR_CHANNELS * self.colours
+
+    @property
+    def codebooks_shape(self) -> tuple[int, ...]:
+        """Groups, codes, and the components that a group quantizes."""
+        return self.groups, self.codebook_size, self.group_channels
 
 
 class Meaning(nn.Module):
@@ -138,8 +140,7 @@ class Meaning(nn.Module):
             raise ValueError(f"channels={config.channels}: the encoder has {channels}")
         self.register_buffer("center", torch.zeros(channels))
         self.register_buffer("components", torch.zeros(channels, config.channels))
-        shape = (config.groups, config.codebook_size, config.group_channels)
-        self.register_buffer("codebooks", torch.zeros(shape))
+        self.register_buffer("codebooks", torch.zeros(config.codebooks_shape))
         if config.colours:
             self.register_buffer("palette", torch.zeros(config.codebook_size, COLOUR_CHANNELS))
         self.fsq: FSQ | None = None
@@ -242,10 +243,21 @@ class Meaning(nn.Module):
         save_folder(self, self.config.stored(), folder)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Meaning":
-        """Raises ``ValueError`` for a folder that ``save`` did not write."""
+    def load(cls, folder: str | Path, verify: bool = True) -> "Meaning":
+        """Raises ``ValueError`` for a folder that ``save`` did not write.
+
+        Args:
+            verify: compare the fingerprint of what was read with that in the config.
+        """
+
+        def expected(config: MeaningConfig) -> dict[str, Tensor]:
+            shapes = {"codebooks": config.codebooks_shape}
+            if config.colours:
+                shapes["palette"] = config.codebook_size, COLOUR_CHANNELS
+            return {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}
+
         return load_folder(
-            lambda stored: cls(MeaningConfig(**stored)), folder, "a level of meaning"
+            cls, MeaningConfig, expected, folder, "a level of meaning", verify=verify
         )
 
 

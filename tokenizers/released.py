@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from multimodal.files import open_file
 from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.weights import Fit
 
@@ -118,8 +119,7 @@ def read_weights(source: Path) -> dict[str, Tensor]:
     if not files:
         raise ValueError(f"{source}: no .safetensors file in this folder")
     for file in files:
-        if not file.is_file():  # a pipe would block, a device may never end
-            raise ValueError(f"{file}: not a regular file")
+        open_file(file).close()  # a regular file
     if files[0].suffix != ".safetensors":
         weights = _unpickle(files[0])
         prefix = _prefix(weights, source)

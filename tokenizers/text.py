@@ -5,14 +5,21 @@ restores every string. A tokenizer from elsewhere may have control tokens and a 
 of a user never becomes a control token.
 """
 
+import base64
+import binascii
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from multimodal.files import open_file, parse_json, read_text
+from multimodal.tokenizers.weights import read_config_file
+
+MAX_FILE = 2**28  # bytes of a tokenizer: that of 250,000 tokens has 2**24
+MAX_TEMPLATE = 2**20  # bytes
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 # How a text is split before BPE, where transformers reads it off a GGUF file rightly.
 GGUF_SPLITS = ("default", "gpt-2", "smollm", "qwen2")
@@ -45,6 +52,7 @@ class TextTokenizer:
         stored = json.loads(tokenizer.to_str())
         for token in stored.get("added_tokens") or []:
             token["special"] = True  # unmarked control tokens would be matched in a text
+        stored |= {"truncation": None, "padding": None}  # a text has the ids that it has
         self._tokenizer = Tokenizer.from_str(json.dumps(stored))
         self._tokenizer.encode_special_tokens = True  # encode control tokens as plain text
 
@@ -57,8 +65,21 @@ class TextTokenizer:
 
     @classmethod
     def from_json(cls, text: str, chat: ChatFormat | None = None) -> "TextTokenizer":
-        """The reverse of ``to_json``."""
-        return cls(Tokenizer.from_str(text), chat)
+        """The reverse of ``to_json``.
+
+        Raises:
+            ValueError: for anything else, and for ids that are not 0, 1, 2, ...
+        """
+        check_safe(parse_json(text))
+        try:
+            made = cls(Tokenizer.from_str(text), chat)
+            made.decode(made.encode("a b"))
+        except BaseException as error:
+            # The library raises plain Exception, and its panics are no Exception at all.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(" ".join(str(error).split())) from error
+        return made
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary_size: int) -> "TextTokenizer":
@@ -95,13 +116,14 @@ class TextTokenizer:
         """
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
-        if not path.is_file():
+        if not path.exists():
             raise ValueError(f"{path}: no such file; train one with: multimodal tokenizer text")
+        is_gguf = path.suffix == ".gguf"
+        open_file(path).close()  # a regular file
+        text, chat = ("", None) if is_gguf else (read_text(path, MAX_FILE), _chat_beside(path))
         try:
-            if path.suffix == ".gguf":
-                return cls(*_read_gguf(path))
-            return cls(Tokenizer.from_file(str(path)), _chat_beside(path))
-        except Exception as error:  # the Rust side raises plain Exception
+            return cls.from_json(*(_read_gguf(path) if is_gguf else (text, chat)))
+        except Exception as error:  # the readers of GGUF raise what comes
             raise ValueError(f"{path}: not a text tokenizer: {error}") from error
 
     def save(self, path: str | Path) -> None:
@@ -136,11 +158,13 @@ class TextTokenizer:
 
 
 def _chat_beside(path: Path) -> ChatFormat | None:
-    """The chat format in the files beside a tokenizer's."""
+    """The chat format in the files beside a tokenizer's. Raises ``ValueError`` for other files."""
     template, config = path.parent / TEMPLATE, dict[str, Any]()
-    if (path.parent / CONFIG).is_file():
-        config = json.loads((path.parent / CONFIG).read_text("utf-8"))
-    found = template.read_text("utf-8") if template.is_file() else config.get("chat_template")
+    if (path.parent / CONFIG).exists():
+        config = read_config_file(path.parent / CONFIG)
+    found = config.get("chat_template")
+    if template.exists():
+        found = read_text(template, MAX_TEMPLATE)
     end, begin = (_content(config.get(f"{name}_token")) for name in ("eos", "bos"))
     return ChatFormat(found, end, begin) if isinstance(found, str) and end else None
 
@@ -151,7 +175,7 @@ def _content(token: object) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _read_gguf(path: Path) -> tuple[Tokenizer, ChatFormat | None]:
+def _read_gguf(path: Path) -> tuple[str, ChatFormat | None]:
     """The tokenizer of a GGUF file, as transformers converts it."""
     try:
         import gguf
@@ -180,7 +204,57 @@ def _read_gguf(path: Path) -> tuple[Tokenizer, ChatFormat | None]:
     listed = reader.get_field("tokenizer.ggml.tokens")
     count = len(listed.data) if listed is not None else 0
     stored["added_tokens"] = [token for token in stored["added_tokens"] if token["id"] < count]
-    return Tokenizer.from_str(json.dumps(stored)), chat
+    return json.dumps(stored), chat
+
+
+def check_safe(stored: Any) -> None:
+    """Refuse what makes the library panic, or take memory without end, before it sees it.
+
+    Args:
+        stored: the content of a file in Hugging Face's format.
+
+    Raises:
+        ValueError: names the field.
+    """
+    if not isinstance(stored, Mapping) or not isinstance(stored.get("model"), Mapping):
+        raise ValueError("model: expected an object")
+    model, added = stored["model"], stored.get("added_tokens") or []
+    vocabulary = model.get("vocab")
+    if not isinstance(vocabulary, Mapping | list) or not isinstance(added, list):
+        raise ValueError("model.vocab, added_tokens: expected an object, and a list")
+    # The library's table reaches up to the largest id. Ours is a range of the network's ids.
+    ids = list(vocabulary.values()) if isinstance(vocabulary, Mapping) else range(len(vocabulary))
+    ids = [*ids, *(token.get("id") if isinstance(token, Mapping) else None for token in added)]
+    if not all(type(number) is int for number in ids):
+        raise ValueError("model.vocab, added_tokens: expected a whole number for each token")
+    distinct = set(ids)
+    if distinct != set(range(len(distinct))):
+        raise ValueError(
+            f"ids from {min(ids)} to {max(ids)} for {len(distinct)} tokens: expected 0, 1, 2, ... "
+            "without a gap"
+        )
+    if model.get("continuing_subword_prefix"):
+        raise ValueError("model.continuing_subword_prefix: a BPE of bytes has none")
+    _check_charsmaps(stored.get("normalizer"))
+
+
+def _check_charsmaps(normalizer: Any) -> None:
+    """The table of SentencePiece's normalizer: the length of a trie, then so many bytes of it."""
+    waiting = [normalizer]
+    while waiting:
+        part = waiting.pop()
+        if not isinstance(part, Mapping):
+            continue
+        if isinstance(part.get("normalizers"), list):
+            waiting += part["normalizers"]
+        if part.get("type") == "Precompiled":
+            try:
+                table = base64.b64decode(part.get("precompiled_charsmap") or "", validate=True)
+            except (binascii.Error, TypeError, ValueError) as error:
+                raise ValueError(f"normalizer.precompiled_charsmap: {error}") from error
+            size = int.from_bytes(table[:4], "little")
+            if len(table) < 4 or size % 4 or size > len(table) - 4:
+                raise ValueError("normalizer.precompiled_charsmap: its trie is not whole")
 
 
 def _valid(text: str) -> str:

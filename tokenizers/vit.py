@@ -11,6 +11,7 @@ Shapes: B batch, H W pixels, h w = H / downsample, D width, C channels of a code
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from einops import rearrange
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from multimodal.schemas import Between, check_fields
 
 PIXELS_PER_STEP = 2  # the last layer unfolds 2 x 2 pixels from channels
 
@@ -103,22 +106,18 @@ class ViT:
         heads: of attention.
 
     Raises:
-        ValueError: if ``dim`` is not a multiple of ``heads``, or a depth is negative.
+        ValueError: if ``dim`` is not a multiple of ``heads``, or a number is out of its range.
     """
 
-    dim: int = 256
-    encoder_depth: int = 4
-    decoder_depth: int = 4
-    heads: int = 4
+    dim: Annotated[int, Between(1, 2**14)] = 256
+    encoder_depth: Annotated[int, Between(0, 256)] = 4
+    decoder_depth: Annotated[int, Between(0, 256)] = 4
+    heads: Annotated[int, Between(1, 1024)] = 4
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.dim % self.heads:
             raise ValueError(f"dim={self.dim} is not a multiple of heads={self.heads}")
-        if min(self.encoder_depth, self.decoder_depth) < 0:
-            raise ValueError(
-                f"encoder_depth={self.encoder_depth}, decoder_depth={self.decoder_depth}: "
-                "expected 0 or more"
-            )
 
     def encoder(self, downsample: int, grid: int, channels: int) -> "Encoder":
         """Make the encoder to so many channels. Raises ValueError for a ``downsample`` below 4."""

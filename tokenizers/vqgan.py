@@ -12,12 +12,14 @@ Shapes: B batch, H W pixels, h w = H / downsample, C channels of a code vector.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from multimodal.schemas import Between, check_fields
 
 GROUPS = 32  # of group normalisation
 
@@ -142,14 +144,15 @@ class VQGAN:
         ValueError: for numbers that do not fit.
     """
 
-    channels: int = 128
-    multipliers: Sequence[int] = (1, 1, 2, 2, 4)
-    depth: int = 2
+    channels: Annotated[int, Between(GROUPS, 2**14)] = 128
+    multipliers: Sequence[Annotated[int, Between(1, 64)]] = (1, 1, 2, 2, 4)
+    depth: Annotated[int, Between(1, 64)] = 2
     attention: Sequence[bool] | None = None
-    latent_channels: int = 256
+    latent_channels: Annotated[int, Between(1, 2**14)] = 256
     decodes: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         attention = self.attention
         if attention is None:
             attention = [False] * (len(self.multipliers) - 1) + [True]
@@ -158,10 +161,10 @@ class VQGAN:
             raise ValueError(
                 f"attention has {len(attention)} entries for {len(self.multipliers)} levels"
             )
-        if self.channels % GROUPS or min(self.multipliers, default=0) < 1 or self.depth < 1:
+        if self.channels % GROUPS or not self.multipliers:
             raise ValueError(
-                f"channels={self.channels}, multipliers={list(self.multipliers)}, "
-                f"depth={self.depth}: expected a multiple of {GROUPS}, and numbers from 1 on"
+                f"channels={self.channels}, multipliers={list(self.multipliers)}: expected a "
+                f"multiple of {GROUPS}, and at least one"
             )
 
     @property

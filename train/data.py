@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from multimodal.data.parallel import worker_context
+from multimodal.data.parallel import end_with_main, worker_context
 from multimodal.data.remote import local_folder
 from multimodal.data.shards import Shards, read_manifest
 from multimodal.seeds import stable_number
@@ -41,6 +41,7 @@ class GlobalBatchLoader(DataLoader[Any]):
             num_workers=workers,
             collate_fn=dataset.collate,
             multiprocessing_context=worker_context(__name__) if workers else None,
+            worker_init_fn=end_with_main,
             persistent_workers=False,
             # An iterator draws a seed. A resumed run makes one more, which must not change the
             # random numbers of the training (dropout).

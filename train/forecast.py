@@ -4,10 +4,16 @@ It sets up the run on this machine and these data, does a few steps, and keeps n
 forecast holds for any model, precision and strategy.
 """
 
+import os
+import shutil
+import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -77,6 +83,39 @@ class Forecast(L.Callback):
         print("\n".join(f"{name + ':':<12}{value}" for name, value in rows.items()))
 
 
+@contextmanager
+def ended_by_sigterm(folder: str) -> Iterator[None]:
+    """End this process at once on SIGTERM, with its ranks: a forecast has nothing to finish.
+
+    A handler would have to wait until the main thread, which may wait for another rank, is back in
+    Python. So Python writes the signal to a pipe, and a thread reads it there.
+
+    Args:
+        folder: is deleted before.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def wait() -> None:
+        while number := os.read(reader, 1):  # nothing: the pipe was closed
+            if number[0] == signal.SIGTERM:
+                shutil.rmtree(folder, ignore_errors=True)
+                os._exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # Lightning adds none where one is
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGTERM, before)
+        os.close(writer)
+        thread.join()
+        os.close(reader)
+
+
 class ForecastCLI(TrainingCLI):
     """Runs a few steps without a checkpoint, an export or a validation."""
 
@@ -98,5 +137,5 @@ def main(argv: list[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(HELP, file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ended_by_sigterm(folder):
         return run(["fit", "--config", *argv, "--output", folder], ForecastCLI)

@@ -11,10 +11,12 @@ from __future__ import annotations  # help() shows the names of types as they ar
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Literal, Unpack, overload
+from typing import Annotated, Literal, Unpack, overload
 
 import torch
 from PIL import Image
@@ -31,7 +33,7 @@ from multimodal.inference.codec import (
     preview_images,
     read_images,
 )
-from multimodal.inference.drawing import draw_codes
+from multimodal.inference.drawing import DRAWINGS_AT_ONCE, draw_codes
 from multimodal.inference.embedding import (
     EmbeddingCache,
     embed_codes,
@@ -59,6 +61,7 @@ from multimodal.options import (
     shows_types,
     takes_options,
 )
+from multimodal.schemas import Between, check_value
 
 
 class DrawCall(DrawArguments, total=False):
@@ -123,23 +126,39 @@ class Model(TextMethods):
                 slower then.
             options: see DrawOptions.
         """
-        check(n >= 1, "n", n, "at least 1")
+        drawn = list(self.draw_each(text, n, on_preview=on_preview, **options))
+        results = [Drawings(drawn[start : start + n]) for start in range(0, len(drawn), n)]
+        return results[0] if isinstance(text, str) else results
+
+    @takes_options(DrawOptions)
+    def draw_each(
+        self,
+        text: str | Sequence[str],
+        n: int = 1,
+        *,
+        on_preview: Callable[[Sequence[int], list[Image.Image]], object] | None = None,
+        **options: Unpack[DrawArguments],
+    ) -> Iterator[Image.Image]:
+        """As ``draw``, but yields images as they are done: memory does not depend on n."""
+        check_value("n", n, Annotated[int, Between(1, 2**31)])
+        draw_options = make_options(DrawOptions, options)
         texts = [text] if isinstance(text, str) else list(text)
 
         def on_step(numbers: Sequence[int], codes: Tensor) -> None:
             if on_preview is not None:
                 on_preview(numbers, [to_image(image) for image in preview_images(self, codes)])
 
-        codes = draw_codes(
-            self,
-            [each for each in texts for _ in range(n)],
-            make_options(DrawOptions, options),
-            numbers=[number for _ in texts for number in range(n)],
-            on_step=None if on_preview is None else on_step,
-        )
-        drawn = [to_image(image) for image in decode_images(self, codes)]
-        results = [Drawings(drawn[start : start + n]) for start in range(0, len(drawn), n)]
-        return results[0] if isinstance(text, str) else results
+        wanted = ((each, number) for each in texts for number in range(n))
+        size = max(1, DRAWINGS_AT_ONCE // draw_options.candidates)
+        while batch := list(islice(wanted, size)):
+            codes = draw_codes(
+                self,
+                [each for each, _ in batch],
+                draw_options,
+                numbers=[number for _, number in batch],
+                on_step=None if on_preview is None else on_step,
+            )
+            yield from (to_image(image) for image in decode_images(self, codes))
 
     @takes_options(EditOptions)
     def edit(
@@ -313,6 +332,19 @@ class Model(TextMethods):
 DType = Literal["float32", "bfloat16"]
 
 
+def check_device(device: str | torch.device) -> None:
+    """Raises ``ValueError`` for a device that torch cannot compute on here."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of names that are out of use
+            usable = torch.ones(1, device=device).add(1).item() == 2
+        reason = "it does not compute"
+    except Exception as error:  # each kind of device has errors of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        usable = False
+    if not usable:
+        raise ValueError(f"device={str(device)!r:.80}: cannot be used here ({reason:.200})")
+
+
 @shows_types
 def load(
     path: str | Path = "starter",
@@ -320,6 +352,7 @@ def load(
     dtype: torch.dtype | DType = "float32",
     *,
     urls: bool = False,
+    verify: bool = True,
 ) -> Model:
     """Load a model, ready for use.
 
@@ -329,19 +362,17 @@ def load(
         device: where torch computes.
         dtype: of the network, float32 or bfloat16. The image tokenizer stays in float32.
         urls: images may be http and https addresses, which are fetched.
+        verify: compare the fingerprint of the files with that in config.json. It takes a second
+            for each two gigabytes.
 
     Raises:
-        ValueError: for anything that is not a model folder of this release, or a device or dtype
-            that cannot be used.
+        ValueError: for anything that is not a model folder of this release, files that have
+            changed since they were written, or a device or dtype that cannot be used.
     """
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     kind = names.get(dtype) if isinstance(dtype, str) else dtype
     check(kind in names.values(), "dtype", dtype, " or ".join(names))
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # CPU-only builds assert
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"device={str(device)!r}: cannot be used here ({reason})") from error
-    model = Model.load(path, str(device), kind or torch.float32)
+    check_device(device)
+    model = Model.load(path, str(device), kind or torch.float32, verify)
     model.urls = urls
     return model

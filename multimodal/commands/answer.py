@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.commands.options import given_options, load_model, make_parser
+from multimodal.files import read_json
 from multimodal.options import AnswerOptions
+
+MAX_SCHEMA = 2**20  # bytes
 
 EPILOG = """examples:
   multimodal answer cat.jpg "what colour is the cat?"
@@ -16,12 +19,9 @@ EPILOG = """examples:
 """
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_schema(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ``ValueError`` for anything else."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    content = read_json(path, MAX_SCHEMA)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a JSON object")
     return content
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     options = given_options(arguments, AnswerOptions)
     prompt = find_prompt(arguments.prompt, arguments.prompts)
     prompt.answer_options(**options)  # what does not fit the file is an error at once
-    schema = read_json(arguments.schema) if arguments.schema else None
+    schema = read_schema(arguments.schema) if arguments.schema else None
     answer = load_model(arguments).answer(
         arguments.image,
         arguments.question,

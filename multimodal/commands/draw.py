@@ -8,13 +8,15 @@ from multimodal.commands.options import (
     given_options,
     load_model,
     make_parser,
+    numbered,
     save_image,
-    save_images,
+    with_progress,
 )
 from multimodal.options import DrawOptions
 
 EPILOG = """With -n over 1 the files are FILE with -0, -1, ... before the suffix, and FILE itself
-shows them all in a grid. The same seed draws the same images, however many there are.
+shows them in a grid (the first 1,024). The same seed draws the same images, however many there are.
+Each is saved when it is done. Long drawings say on stderr how long they will take.
 
 examples:
   multimodal draw "a red circle above a blue square" --out drawing.png
@@ -22,6 +24,7 @@ examples:
   multimodal draw "a blue square" --out square.png --candidates 16
   multimodal draw "a dog" --out dog.png --method masked --steps 8
 """
+MAX_IN_GRID = 1024
 
 
 def main(argv: list[str]) -> int:
@@ -36,11 +39,16 @@ def main(argv: list[str]) -> int:
 
     from multimodal.data.images import grid_of
 
-    model = load_model(arguments)
-    images = model.draw(arguments.prompt, arguments.n, **options)
-    paths = save_images(images, arguments.out)
-    if len(images) > 1:
-        save_image(grid_of(images), arguments.out)
-        paths.append(arguments.out)
-    print(*paths, sep="\n")
+    out, count = arguments.out, arguments.n
+    drawn = load_model(arguments).draw_each(arguments.prompt, count, **options)
+    shown = []
+    for number, image in enumerate(with_progress(drawn, count, "multimodal draw", "images")):
+        path = out if count == 1 else numbered(out, number)
+        save_image(image, path)
+        print(path, flush=True)
+        if number < MAX_IN_GRID:
+            shown.append(image)
+    if count > 1:
+        save_image(grid_of(shown), out)
+        print(out)
     return 0

@@ -45,15 +45,15 @@ def main(argv: list[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     from multimodal.files import new_folder
-    from multimodal.model.stock import read_json
     from multimodal.released.importing import import_model
+    from multimodal.tokenizers.weights import read_config_file
 
     source = Path(arguments.folder)
     with new_folder(Path(arguments.out)) as folder:
         model, dtype = import_model(
             source, arguments.image_size, arguments.fit, arguments.image_tokenizer
         )
-        kind = read_json(source / "config.json")["model_type"]
+        kind = read_config_file(source / "config.json")["model_type"]
         model.save(folder, CARD.format(name=source.resolve().name, kind=kind), dtype)
         if (source / "LICENSE").is_file():
             shutil.copyfile(source / "LICENSE", folder / "LICENSE")

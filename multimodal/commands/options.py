@@ -1,14 +1,16 @@
 """What the verbs that use a model share: parsers made of the options, loading, output files."""
 
 import argparse
+import math
 import os
 import sys
+import time
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from multimodal.files import atomic_file, local_path, read_bytes
 from multimodal.options import CaptionOptions, Sampling
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from multimodal.api import Model
 
 DTYPES = ("float32", "bfloat16")
+MAX_THREADS = 1024
+STATUS_INTERVAL = 60.0  # seconds
+Item = TypeVar("Item")
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -127,7 +132,9 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 def add_bulk(parser: argparse.ArgumentParser) -> None:
     """Options of verbs that take a whole shard folder instead of files."""
     bulk = parser.add_argument_group(
-        "shards", "a result for each shard; what is there already stays"
+        "shards",
+        "a result for each shard; what is there already stays. Each process computes with one "
+        "thread, or --threads: more --workers are faster, and change no byte",
     )
     bulk.add_argument("--data", type=Path, metavar="DIR", help="a shard folder, not files")
     bulk.add_argument("--out-dir", type=Path, metavar="DIR", help="the folder of the results")
@@ -149,9 +156,9 @@ def run_bulk(arguments: argparse.Namespace, kind: Literal["caption", "embed"]) -
     if kind == "caption":
         options = CaptionOptions(**given_options(arguments, CaptionOptions))
     use_device(arguments)
-    threads = 0
-    if arguments.workers > 1 or arguments.engine != "processes":
-        threads = max(1, torch.get_num_threads() // arguments.workers)
+    # One thread in each process, or as many as were asked for, however many processes there are:
+    # the last bits of a sum depend on it.
+    torch.set_num_threads(arguments.threads or 1)
     job = Job(
         kind,
         arguments.model,
@@ -159,7 +166,7 @@ def run_bulk(arguments: argparse.Namespace, kind: Literal["caption", "embed"]) -
         arguments.dtype,
         arguments.batch_size,
         options,
-        threads,
+        arguments.threads or 1,
     )
     total = len(Shards(arguments.data, arguments.split))
     with tqdm(total=total, unit="image", file=sys.stderr, disable=None) as bar:
@@ -203,7 +210,7 @@ def image_paths(verb: str, names: "Sequence[str]") -> tuple[list[str], int]:
             try:
                 found = list_images(name)
             except ValueError as error:  # other paths may be good
-                print_error(f"multimodal {verb}: {error}")
+                print_error(f"multimodal {verb}: error: {error}")
                 skipped += 1
                 continue
             paths += map(str, found.images)
@@ -245,15 +252,20 @@ def use_device(arguments: argparse.Namespace) -> None:
     """Set the number of threads, and try the device. Raises ``ValueError`` if it cannot be used."""
     import torch
 
+    from multimodal.api import check_device
+
+    if not 0 <= arguments.threads <= MAX_THREADS:
+        raise ValueError(
+            f"--threads {arguments.threads}: expected 1 to {MAX_THREADS:,}, or 0: torch's choice"
+        )
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.device == "cuda" and "LOCAL_RANK" in os.environ:
         arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: a GPU for each process
     try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:  # CPU-only builds assert
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--device {arguments.device}: cannot be used here ({reason})") from error
+        check_device(arguments.device)
+    except ValueError as error:
+        raise ValueError(str(error).replace("device=", "--device ", 1)) from error
 
 
 def load_model(arguments: argparse.Namespace) -> "Model":
@@ -282,11 +294,41 @@ def save_image(image: "Image.Image", path: Path) -> None:
         image.save(part, format=IMAGE_FORMATS[path.suffix.lower()])
 
 
+def numbered(path: Path, number: int) -> Path:
+    """``NAME-NUMBER.SUFFIX``."""
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def with_progress(items: Iterable[Item], total: int, name: str, unit: str) -> Iterator[Item]:
+    """The items. Meanwhile say how far it is: a bar in a terminal, else a line every minute.
+
+    The first line comes with the first item, if the rest will take more than a minute.
+    """
+    from tqdm import tqdm
+
+    if sys.stderr is not None and sys.stderr.isatty():
+        yield from tqdm(items, total=total, unit=unit, file=sys.stderr, disable=total == 1)
+        return
+    start, said = time.monotonic(), -math.inf
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        rest = (total - done) * (now - start) / done
+        if rest > STATUS_INTERVAL and now - said > STATUS_INTERVAL:
+            said = now
+            print_error(f"{name}: {done:,} of {total:,} {unit}, about {_duration(rest)} to go")
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60:,} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
 def save_images(images: "Sequence[Image.Image]", path: Path) -> list[Path]:
     """Save one image as ``path``, or several with -0, -1, ... before the suffix."""
     paths = [path]
     if len(images) > 1:
-        paths = [path.with_name(f"{path.stem}-{n}{path.suffix}") for n in range(len(images))]
+        paths = [numbered(path, n) for n in range(len(images))]
     for image, each in zip(images, paths, strict=True):
         save_image(image, each)
     return paths

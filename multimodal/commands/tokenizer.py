@@ -3,10 +3,11 @@
 import argparse
 import sys
 from collections.abc import Iterator
+from io import TextIOWrapper
 from pathlib import Path
 
 from multimodal.commands.options import add_engine
-from multimodal.files import address_of, local_path, read_text
+from multimodal.files import address_of, local_path, open_file
 
 EXAMPLES = """examples:
   multimodal tokenizer text data/photos --out text_tokenizer.json --vocabulary-size 4096
@@ -34,7 +35,8 @@ def texts(sources: list[str], split: str) -> Iterator[str]:
             for sample in readable(samples, lambda line: tqdm.write(line, file=sys.stderr)):
                 yield from texts_of(sample.record)
         else:
-            yield from read_text(source).splitlines()
+            with open_file(source) as file:
+                yield from (line.rstrip("\r\n") for line in TextIOWrapper(file, "utf-8-sig"))
 
 
 def train_text(arguments: argparse.Namespace) -> int:

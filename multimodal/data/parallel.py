@@ -2,12 +2,18 @@
 
 Results come in the order of the units, whatever does the work. A unit whose process was killed runs
 again. So running a unit twice must give the same result, and half a result must not look complete.
+
+Worker processes end when the main process does: after its work, after an error or Ctrl-C, and when
+it is killed.
 """
 
 import fcntl
 import logging
 import multiprocessing
 import os
+import select
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -160,6 +166,44 @@ def worker_context(*preloaded: str) -> BaseContext:
     return context
 
 
+def end_with_main(worker: int = 0) -> None:
+    """In a worker process: leave Ctrl-C to the main process, and end at once when it ends.
+
+    A worker waits for work on a pipe that it holds open itself, and its parent, the fork server,
+    lives as long as its children. So neither tells that the main process was killed. Its sentinel
+    does: a pipe whose other end only the main process has.
+
+    Args:
+        worker: a number that torch's DataLoader gives, not used.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main = multiprocessing.parent_process()
+    if main is None:
+        return
+    sentinel: int = main.sentinel
+    if hasattr(os, "O_ASYNC"):
+        # The kernel ends the process (SIGIO), even if it is in the middle of a long computation.
+        signal.signal(signal.SIGIO, signal.SIG_DFL)
+        fcntl.fcntl(sentinel, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)
+    threading.Thread(target=_end_after, args=(sentinel,), daemon=True).start()
+
+
+def _end_after(sentinel: int) -> None:
+    select.select([sentinel], [], [])
+    os._exit(1)
+
+
+def _new_pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, worker_context(), initializer=end_with_main)
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """End the workers of a pool in the middle of their units."""
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+
+
 def _submit(pool: Executor, function: Callable[[In], Out], unit: In) -> Future[Out]:
     """``pool.submit``, but the error of a broken pool comes with the result."""
     try:
@@ -175,7 +219,7 @@ def _map_by_processes(
 ) -> Iterator[Out]:
     waiting, pending = iter(units), deque[tuple[In, Future[Out]]]()
     deaths = 0
-    pool: Executor = ProcessPoolExecutor(workers, worker_context())
+    pool = _new_pool(workers)
     try:
         while True:
             for unit in islice(waiting, UNITS_PER_WORKER * workers - len(pending)):
@@ -193,12 +237,15 @@ def _map_by_processes(
                         "them needs: if __name__ == '__main__')"
                     ) from error
                 pool.shutdown(cancel_futures=True)
-                pool = ProcessPoolExecutor(workers, worker_context())
+                pool = _new_pool(workers)
                 pending = deque((unit, _submit(pool, function, unit)) for unit, _ in pending)
                 continue
             pending.popleft()
             deaths = 0
             yield result
+    except BaseException:  # Ctrl-C too: what a worker does now would be lost anyway
+        _kill(pool)
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -218,9 +218,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             raise DamagedShard(f"{path}: {name!r} is repeated or not the name of a shard")
         if entry["split"] != split_of(name):
             raise DamagedShard(f"{path}: {name} cannot be of split {entry['split']!r}")
-        # Each sample has a header of 512 bytes or more, and offsets in files have 63 bits.
-        if not 0 < entry["samples"] <= entry["bytes"] // BLOCK < 1 << 54:
-            raise DamagedShard(f"{path}: {name} cannot have so many samples in its bytes")
+        # Each sample has a header of 512 bytes or more.
+        if not 0 < entry["samples"] <= entry["bytes"] // BLOCK < 1 << 51:
+            raise DamagedShard(f"{path}: {name} cannot have so many samples and bytes")
         names.add(name)
     return manifest
 

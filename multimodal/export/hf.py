@@ -46,7 +46,7 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> st
     with new_folder(out) as folder:
         model = ModelParts.load(source, dtype=DTYPES[dtype])
         _write(model, folder, dtype)
-        fingerprint = read_config(source)["fingerprints"]["model"]
+        fingerprint = read_config(source).fingerprints.model
         card = f"{_readme(model, fingerprint)}\n{model.provenance.section()}"
         (folder / "README.md").write_text(card, "utf-8")
         model.provenance.write(folder)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multimodal.memory import check_memory
 from multimodal.model.attention import KVCache, attention_mask, without_cudnn_attention
 from multimodal.model.compiled import ROOM_MULTIPLE, mark_static_addresses
 from multimodal.model.network import MultimodalLM
@@ -69,6 +70,7 @@ class DecodeBatch:
     ) -> None:
         check_length(network, prompts, new_tokens)
         self.network = network
+        self._check_memory(len(prompts), max(map(len, prompts)) + new_tokens)
         number_of = {
             prompt: number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))
         }
@@ -169,6 +171,23 @@ class DecodeBatch:
         positions = self.last_position + 1 + positions
         return forward(ids, positions, mask, cache, slice(computed))[:, :queries]
 
+    def _check_memory(self, rows: int, tokens: int) -> None:
+        """Raises ``ValueError`` if so many rows do not fit into the memory of a CPU.
+
+        A GPU says so itself. Linux would end the process.
+        """
+        if self.network.device.type != "cpu":
+            return
+        sizes, weight = self.network.config.transformer, self.network.alignment.image_projection
+        kept = 2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim
+        scores = 3 * sizes.vocab_size  # float32: logits, what is allowed of them, probabilities
+        needed = rows * (tokens * kept * weight.weight.element_size() + 4 * scores)
+        check_memory(
+            needed,
+            f"a batch of {rows:,} texts or images of {tokens:,} tokens",
+            "batch_size, beams, candidates, max_tokens, or the number of choices",
+        )
+
     def _capacity(self, tokens: int) -> int:
         """The capacity of a cache for so many tokens.
 
@@ -188,6 +207,8 @@ class DecodeBatch:
         Args:
             rows: numbers in [0, B). See ``compact_rows`` for an order that copies little.
         """
+        if len(rows) > len(self.hidden):
+            self._check_memory(len(rows), self.cache.capacity)
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.last_position.device)
         self.last_position = self.last_position[index]
         self.visible, self.hidden = self.visible[index], self.hidden[index]

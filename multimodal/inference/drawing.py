@@ -291,6 +291,8 @@ def _draw_masked(
     to_draw = (codes == UNKNOWN).sum(1)
     for step in range(options.steps):
         known = codes != UNKNOWN
+        if known.all():  # each step draws one code at least
+            break
         angle = torch.tensor((step + 1) / options.steps * torch.pi / 2)
         remaining = (to_draw * torch.cos(angle)).long()
         if step == options.steps - 1:

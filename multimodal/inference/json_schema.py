@@ -69,8 +69,10 @@ class Schema:
             self._grammar = llguidance.LLMatcher.grammar_from_json_schema(
                 json.dumps(schema), overrides={"whitespace_flexible": False}
             )
+        except RecursionError as error:
+            raise ValueError("not a JSON schema: nested too deep") from error
         except (TypeError, ValueError) as error:
-            raise ValueError(f"not a JSON schema: {error}") from error
+            raise ValueError(f"not a JSON schema: {' '.join(str(error).split())[:300]}") from error
         self.start()  # so that errors of the schema are raised here
 
     def start(self) -> "SchemaState":

@@ -6,6 +6,7 @@ are always there. A folder of one's own adds to them, and its files come before 
 name. ``NAME@VERSION`` asks for that version and no other.
 """
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 
 import yaml
 
+from multimodal.files import read_text
 from multimodal.model.templates import Templates
 from multimodal.options import AnswerOptions, Sampling, make_options
 
+MAX_PROMPT = 2**16  # bytes of a file
 LIBRARY = Path(__file__).parent.parent / "prompt_library"
 
 
@@ -47,7 +50,7 @@ class Prompt:
             if not isinstance(value, list | tuple) or not all(
                 isinstance(text, str) and text for text in value
             ):
-                raise ValueError(f"{name} is {value!r}, expected a list of texts")
+                raise ValueError(f"{name} is {reprlib.repr(value)}, expected a list of texts")
         object.__setattr__(self, "choices", tuple(self.choices))
         if self.template is not None:
             Templates(question=self.template)
@@ -97,7 +100,9 @@ class Prompt:
 
 def check_type(name: str, value: object, kind: Any) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}, expected {getattr(kind, '__name__', kind)}")
+        raise ValueError(
+            f"{name} is {reprlib.repr(value)}, expected {getattr(kind, '__name__', kind)}"
+        )
 
 
 def read_prompt(path: Path) -> Prompt:
@@ -107,20 +112,24 @@ def read_prompt(path: Path) -> Prompt:
         ValueError: names the file, and what is wrong with it.
     """
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = yaml.safe_load(read_text(path, MAX_PROMPT))
         if not isinstance(content, Mapping):
             raise ValueError("not a mapping of fields")
         own = [item.name for item in fields(Prompt) if item.name not in ("name", "options")]
         known = {*own, *(item.name for item in fields(AnswerOptions))}
         if unknown := set(content) - known:
-            raise ValueError(f"unknown {sorted(map(str, unknown))}; known are {sorted(known)}")
+            names = sorted(str(name)[:80] for name in unknown)
+            raise ValueError(f"unknown {names}; known are {sorted(known)}")
         if missing := {"version", "about"} - set(content):
             raise ValueError(f"{' and '.join(sorted(missing))} missing")
         options = {name: value for name, value in content.items() if name not in own}
         values = {name: content[name] for name in own if name in content}
         return Prompt(path.stem, **values, options=options)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: not a prompt: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: not a prompt: nested too deep") from error
+    # The reader of YAML has these for values that a tag promises, such as !!int "".
+    except (ValueError, yaml.YAMLError, ArithmeticError, LookupError, TypeError) as error:
+        raise ValueError(f"{path}: not a prompt: {' '.join(str(error).split())[:300]}") from error
 
 
 def prompt_files(folder: str | Path | None = None) -> dict[str, Path]:

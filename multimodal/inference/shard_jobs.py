@@ -39,7 +39,8 @@ class Job:
         model: a model folder, or the name of a bundled one.
         dtype: of the network: float32 or bfloat16.
         options: of captions.
-        threads: CPU threads of each process. 0: torch's choice.
+        threads: CPU threads of each process. Rows of embeddings depend on it in their last bits.
+            0: torch's choice.
     """
 
     kind: Kind
@@ -111,6 +112,7 @@ def run_job(
         "kind": job.kind,
         "model": model.fingerprint,
         "dtype": job.dtype,
+        "threads": job.threads,
         "split": split,
         "shards": [entry["sha256"] for entry in entries if split in (None, entry["split"])],
         **(asdict(job.options) if job.kind == "caption" else {}),

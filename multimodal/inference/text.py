@@ -44,7 +44,10 @@ def before_stop(text: str, stop: Sequence[str]) -> str:
 
 def partial_stop_length(text: str, stop: Sequence[str]) -> int:
     """The length of the end of a text that may be the beginning of a stop text."""
-    return max((n for one in stop for n in range(1, len(one)) if text.endswith(one[:n])), default=0)
+    ends = (
+        n for one in stop for n in range(1, min(len(one), len(text) + 1)) if text.endswith(one[:n])
+    )
+    return max(ends, default=0)
 
 
 class TextRow(Row):

@@ -9,15 +9,13 @@ Nothing in it is a pickle.
 import copy
 import hashlib
 import json
-import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Literal, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from multimodal.files import atomic_folder, local_path
@@ -30,12 +28,46 @@ from multimodal.model.templates import Templates
 from multimodal.model.transformer import TransformerConfig
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.provenance import Provenance
+from multimodal.schemas import construct
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
-from multimodal.tokenizers.levels import Layout, Level
+from multimodal.tokenizers.levels import Layout
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.tokenizers.weights import hash_weights
+from multimodal.tokenizers.weights import hash_weights, load_weights, read_config_file
 
 FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """What a model folder says it holds, 16 hex digits each."""
+
+    model: str
+    image_tokenizer: str
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """The schema of ``config.json`` of a model folder. The file may have more keys."""
+
+    format: Literal[1]
+    transformer: TransformerConfig
+    text_size: int
+    layout: Layout
+    objectives: ObjectivesConfig
+    reads: tuple[str, ...]
+    fingerprints: Fingerprints
+    templates: Templates = field(default_factory=Templates)
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig(
+            self.transformer,
+            self.text_size,
+            self.layout,
+            self.objectives,
+            self.templates,
+            self.reads,
+        )
 
 
 @dataclass(eq=False)
@@ -89,49 +121,55 @@ class ModelParts:
 
     @classmethod
     def load(
-        cls, path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path: str | Path,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        verify: bool = True,
     ) -> Self:
         """Load a model, ready for use.
 
         Args:
             path: a folder or a name: see multimodal/hub/names.py.
             dtype: of the network.
+            verify: compare the fingerprint of what was read with that in ``config.json``. A second
+                for each two gigabytes of weights.
 
         Raises:
-            ValueError: for anything that is not a model of this release.
+            ValueError: for anything that is not a model of this release, and for files that have
+                changed since they were written.
         """
         folder = find_model(path)
         stored = read_config(folder)
+        config, claimed = stored.config, stored.fingerprints
+        text_tokenizer = TextTokenizer.load(folder / "text_tokenizer.json")
+        image_tokenizer = load_image_tokenizer(folder / "image_tokenizer", verify)
+        with torch.device("meta"):  # shapes alone
+            shapes = MultimodalLM(config)
+        weights = load_weights(
+            folder / "model.safetensors",
+            shapes.transformer.stock_state_dict(),
+            optional=("lm_head.weight",) if config.transformer.tie_word_embeddings else (),
+        )
+        heads = load_weights(folder / "heads.safetensors", shapes.alignment.state_dict())
         try:
-            config = ModelConfig(
-                TransformerConfig(**stored["transformer"]),
-                stored["text_size"],
-                Layout(tuple(Level(**level) for level in stored["layout"]["levels"])),
-                ObjectivesConfig(**stored["objectives"]),
-                Templates(**stored.get("templates", {})),
-                stored["reads"],
-            )
-            parts = cls(
-                MultimodalLM(config),
-                TextTokenizer.load(folder / "text_tokenizer.json"),
-                load_image_tokenizer(folder / "image_tokenizer"),
-            )
-            network = parts.network
-            network.transformer.load_stock_state_dict(load_file(folder / "model.safetensors"))
-            network.alignment.load_state_dict(load_file(folder / "heads.safetensors"))
-            expected = stored["fingerprints"]["image_tokenizer"]
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder}: {error.filename or error} is missing") from error
-        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = textwrap.shorten(str(error), 300)  # torch names every single wrong weight
-            raise ValueError(f"{folder}: not a model of this release: {reason}") from error
-        if parts.image_tokenizer.fingerprint != expected:
+            parts = cls(MultimodalLM(config), text_tokenizer, image_tokenizer)
+            parts.network.transformer.load_stock_state_dict(weights)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{folder}: not a model of this release: {error}") from error
+        parts.network.alignment.load_state_dict(heads)
+        if verify and image_tokenizer.fingerprint != claimed.image_tokenizer:
             raise ValueError(
-                f"{folder}: the model was trained with image tokenizer {expected}, "
-                f"the folder holds {parts.image_tokenizer.fingerprint}"
+                f"{folder}: the model was trained with image tokenizer {claimed.image_tokenizer}, "
+                f"the folder holds {image_tokenizer.fingerprint}"
             )
         parts.provenance = Provenance.read(folder) + parts.provenance
-        network.to(dtype)
+        if verify and (computed := parts.fingerprint) != claimed.model:
+            raise ValueError(
+                f"{folder}: damaged: its files have the fingerprint {computed}, its config.json "
+                f"says {claimed.model}. Copy or download it again (or load it with verify=False)"
+            )
+        parts.network.to(dtype)
         return parts.to(device).eval()
 
     def save(self, folder: str | Path, card: str = "", dtype: torch.dtype = torch.float32) -> None:
@@ -243,17 +281,20 @@ def _write(model: ModelParts, folder: Path, dtype: torch.dtype) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a model folder. Raises ``ValueError`` that says what is missing."""
+def read_config(folder: Path) -> StoredModel:
+    """``config.json`` of a model folder. Raises ``ValueError`` that says what is wrong with it."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such model folder")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder}: not a model folder (config.json is missing)") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT_VERSION:
+    if not path.exists():
+        raise ValueError(f"{folder}: not a model folder (config.json is missing)")
+    content = read_config_file(path)
+    if content.get("format") != FORMAT_VERSION:
         raise ValueError(f"{path}: not the config of a model of this release")
-    return config
+    known = {item.name for item in fields(StoredModel)}
+    try:
+        stored = construct(StoredModel, {k: v for k, v in content.items() if k in known})
+        stored.config  # noqa: B018  (what does not fit together is an error now)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return stored

@@ -56,7 +56,15 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reads", tuple(self.reads) or (self.layout.levels[0].name,))
-        self.layout.indices(self.reads)  # an unknown name is an error now
+        for name in self.reads:
+            self.layout[name]  # an unknown name is an error now
+        if len(set(self.reads)) < len(self.reads):
+            raise ValueError(f"reads={self.reads}: each level once")
+        if self.transformer.vocab_size != self.vocabulary.size:
+            raise ValueError(
+                f"transformer.vocab_size={self.transformer.vocab_size}: text_size and layout need "
+                f"{self.vocabulary.size}"
+            )
 
     def stored(self) -> dict[str, Any]:
         """As in config.json of a model folder."""

@@ -8,7 +8,7 @@ Shapes: D width, V vocabulary, N positions with a target.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from multimodal.distributed import global_sum, world_size
 from multimodal.model.head_loss import head_losses
 from multimodal.model.sequences import NO_LOSS, OBJECTIVES, TokenSequence
+from multimodal.schemas import Between, check_fields
 
 TEXTS = ("caption", "answer", "text")  # objectives whose targets are those of texts
 WEIGHTS = {"caption": 1.0, "answer": 1.0, "text": 0.2, "image": 0.2, "reconstruct": 0.3}
@@ -48,13 +49,14 @@ class ObjectivesConfig:
     weights: dict[str, float] = field(default_factory=dict)
     alignment_weight: float = 0.3
     alignment_form: Literal["siglip", "clip"] = "siglip"
-    alignment_dim: int = 256
+    alignment_dim: Annotated[int, Between(1, 2**16)] = 256
     z_loss_weight: float = 1e-4
     reconstruct_share: float = 0.5
     next_token_share: float = 0.5
     drop_condition: float = 0.1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if unknown := set(self.weights) - set(OBJECTIVES):
             raise ValueError(f"weights has {sorted(unknown)}: expected some of {OBJECTIVES}")
         weights = [self.alignment_weight, *map(self.weight_of, OBJECTIVES)]
@@ -65,8 +67,6 @@ class ObjectivesConfig:
         shares = (self.reconstruct_share, self.next_token_share, self.drop_condition)
         if min(shares) < 0 or self.reconstruct_share + self.next_token_share > 1:
             raise ValueError(f"shares {shares}: must be >= 0, and the first two at most 1 together")
-        if self.alignment_form not in ("siglip", "clip"):
-            raise ValueError(f"alignment_form={self.alignment_form!r}: expected siglip or clip")
 
     def weight_of(self, name: str) -> float:
         """The weight of a token objective."""

@@ -6,10 +6,12 @@ Shapes: B batch, L tokens, H heads, d head size.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+
+from multimodal.schemas import Between, Positive, check_fields, construct
 
 
 @dataclass(frozen=True)
@@ -30,16 +32,17 @@ class RopeScaling:
     """
 
     rope_type: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    factor: Annotated[float, Between(1, 2**20)]
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_max_position_embeddings: Annotated[int, Between(1, 2**24)] = 8192
 
     def __post_init__(self) -> None:
         if self.rope_type not in ("linear", "llama3"):
-            raise ValueError(f"RoPE of type {self.rope_type!r} is not supported")
-        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
-            raise ValueError(f"{self}: expected a factor from 1 on, and 0 < low < high")
+            raise ValueError(f"RoPE of type {self.rope_type!r:.80} is not supported")
+        check_fields(self)
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(f"{self}: expected low < high")
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> "RopeScaling | None":
@@ -47,8 +50,8 @@ class RopeScaling:
         kind = stored.get("rope_type", stored.get("type", "default"))
         if kind == "default":
             return None
-        names = [f.name for f in fields(cls) if f.name in stored and f.name != "rope_type"]
-        return cls(kind, **{name: stored[name] for name in names})
+        given = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
+        return construct(cls, {**given, "rope_type": kind})
 
     def stored(self) -> dict[str, Any]:
         """As in config.json of a stock model."""

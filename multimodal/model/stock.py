@@ -4,21 +4,23 @@ A family is a stock class of transformers and what its attention has. The names 
 the same in all of them, so nothing is converted.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from multimodal.files import open_file, read_json
 from multimodal.model.attention import QKNorm
 from multimodal.model.rope import RopeScaling
 from multimodal.model.transformer import TransformerConfig
+from multimodal.schemas import Between, Positive, check_value, construct
+from multimodal.tokenizers.weights import load_weights, read_config_file
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_INDEX = 2**24  # bytes
+Size = Annotated[int, Between(1, 2**24)]
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def transformer_config(config: Mapping[str, Any], name: str) -> TransformerConfi
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"{name}: a model of type {model_type!r}, expected one of {', '.join(FAMILIES)}"
+            f"{name}: a model of type {model_type!r:.80}, expected one of {', '.join(FAMILIES)}"
         )
     family = FAMILIES[model_type]
     other = [key for key, off in UNSUPPORTED.items() if config.get(key, off[0]) not in off]
@@ -129,29 +131,43 @@ def transformer_config(config: Mapping[str, Any], name: str) -> TransformerConfi
         raise ValueError(f"{name}: its {', '.join(sorted(other))} is not supported")
     if config.get("auto_map"):
         raise ValueError(f"{name}: its auto_map names code of its own, and none is run here")
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{name}: its partial_rotary_factor is not supported")
     try:
-        numbers = {key: config[key] for key in NUMBERS}
-        heads = config["num_attention_heads"]
+        rope = _object(config, "rope_scaling") | _object(config, "rope_parameters")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("its partial_rotary_factor is not supported")
+        if missing := [key for key in NUMBERS if key not in config]:
+            raise ValueError(f"{missing[0]}: is missing")
+        sizes = {key: config[key] for key in NUMBERS}
+        for key in ("hidden_size", "num_attention_heads", "max_position_embeddings"):
+            check_value(key, sizes[key], Size)
+        heads = sizes["num_attention_heads"]
         if window := model_type == "mistral" and config.get("sliding_window"):
-            numbers["max_position_embeddings"] = min(window, numbers["max_position_embeddings"])
-        return TransformerConfig(
-            **numbers,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or numbers["hidden_size"] // heads,
-            # Absent, it is what the class of transformers assumes.
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-            qk_norm=family.qk_norm,
-            attention_bias=family.attention_bias,
-            rope_scaling=RopeScaling.of(rope),
+            check_value("sliding_window", window, Size)
+            sizes["max_position_embeddings"] = min(window, sizes["max_position_embeddings"])
+        theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+        check_value("rope_theta", theta, Positive)
+        return construct(
+            TransformerConfig,
+            {
+                **sizes,
+                "num_key_value_heads": config.get("num_key_value_heads") or heads,
+                "head_dim": config.get("head_dim") or sizes["hidden_size"] // heads,
+                # Absent, it is what the class of transformers assumes.
+                "tie_word_embeddings": config.get("tie_word_embeddings", False),
+                "rope_theta": float(theta),
+                "qk_norm": family.qk_norm,
+                "attention_bias": family.attention_bias,
+                "rope_scaling": RopeScaling.of(rope),
+            },
         )
-    except KeyError as error:
-        raise ValueError(f"{name}: config.json has no {error}") from error
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{name}: config.json: {error}") from error
+
+
+def _object(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """An object in a config, empty if there is none. Raises ``ValueError`` for anything else."""
+    check_value(key, config.get(key), dict[str, Any] | None)
+    return dict(config.get(key) or {})
 
 
 def read_stock(path: str | Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
@@ -165,23 +181,34 @@ def read_stock(path: str | Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
             safetensors.
     """
     path = Path(path)
-    return _read_gguf(path) if path.is_file() else _read_folder(path)
+    config, weights = _read_gguf(path) if path.is_file() else _read_folder(path)
+    _check_sizes(config, weights, path)
+    return config, weights
+
+
+def _check_sizes(config: TransformerConfig, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Before memory for a model of this config is taken: are its weights of these sizes?"""
+    width, first = config.hidden_size, "model.layers.0"
+    expected = {
+        "model.embed_tokens.weight": (config.vocab_size, width),
+        f"{first}.self_attn.q_proj.weight": (config.num_attention_heads * config.head_dim, width),
+        f"{first}.self_attn.k_proj.weight": (config.num_key_value_heads * config.head_dim, width),
+        f"{first}.mlp.gate_proj.weight": (config.intermediate_size, width),
+    }
+    for name, shape in expected.items():
+        found = tuple(weights[name].shape) if name in weights else "none"
+        if found != shape:
+            raise ValueError(f"{path}: by its config {name} has {shape}, its weights have {found}")
+    layers = len({name.split(".")[2] for name in weights if name.startswith("model.layers.")})
+    if layers != config.num_hidden_layers:
+        raise ValueError(
+            f"{path}: by its config it has {config.num_hidden_layers} layers, its weights {layers}"
+        )
 
 
 def _read_folder(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
-    config = read_json(folder / "config.json")
+    config = read_config_file(folder / "config.json")
     return transformer_config(config, str(folder)), read_weights(folder)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a Hugging Face folder. Raises ``ValueError`` if it is no JSON object."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path.parent}: no language model: {path.name}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.parent}: no language model: {path.name} holds no object")
-    return content
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -190,19 +217,16 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: if they are not safetensors of this folder.
     """
-    try:
-        names = [WEIGHTS]
-        if (folder / INDEX).is_file():
-            names = sorted(
-                set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values())
-            )
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{folder}: {INDEX} names {outside[0]!r}, which lies outside")
-        return {k: v for name in names for k, v in load_file(folder / name).items()}
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder}: {error.filename or error} is missing") from error
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{folder}: its weights are not readable: {error}") from error
+    names = [WEIGHTS]
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX, MAX_INDEX)
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(files, dict) or not all(isinstance(n, str) for n in files.values()):
+            raise ValueError(f"{folder / INDEX}: weight_map: expected the file of each weight")
+        names = sorted(set(files.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{folder}: {INDEX} names {outside[0]!r:.80}, which lies outside")
+    return {k: v for name in names for k, v in load_weights(folder / name).items()}
 
 
 def _read_gguf(file: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
@@ -213,6 +237,7 @@ def _read_gguf(file: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
         import transformers
     except ImportError as error:
         raise ValueError(f"{file}: GGUF needs: pip install multimodal[gguf] ({error})") from error
+    open_file(file).close()  # a regular file
     try:
         where: dict[str, Any] = {
             "pretrained_model_name_or_path": file.parent,

@@ -6,6 +6,8 @@ and answer are tokenized separately.
 
 from dataclasses import dataclass, fields
 
+from multimodal.schemas import check_fields
+
 
 @dataclass(frozen=True)
 class Templates:
@@ -20,6 +22,7 @@ class Templates:
     statement: str = "True or false? {text} Answer:"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for item in fields(self):
             if getattr(self, item.name).count("{text}") != 1:
                 raise ValueError(f"template {item.name}: expected {{text}} in it, once")

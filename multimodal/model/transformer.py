@@ -13,7 +13,7 @@ Shapes: B batch, L queries, S keys, D width, H heads, G key-value heads, d head 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from multimodal.model.attention import KVCache, Mask, QKNorm, attend, head_norm
 from multimodal.model.rope import Rope, RopeScaling, rotate
+from multimodal.schemas import Between, Positive, check_fields
 
 ALL = slice(None)
 MAX_STATIC_ROWS = 2  # rows of a static compiled step: one prompt, or a drawing and its guidance
@@ -44,25 +45,24 @@ class TransformerConfig:
         ValueError: for sizes that do not fit.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
+    vocab_size: Annotated[int, Between(1, 2**24)]
+    hidden_size: Annotated[int, Between(1, 2**17)]
+    num_hidden_layers: Annotated[int, Between(1, 256)]
+    num_attention_heads: Annotated[int, Between(1, 1024)]
+    num_key_value_heads: Annotated[int, Between(1, 1024)]
+    head_dim: Annotated[int, Between(2, 4096)]
+    intermediate_size: Annotated[int, Between(1, 2**20)]
     tie_word_embeddings: bool = True
-    max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    max_position_embeddings: Annotated[int, Between(1, 2**24)] = 4096
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Positive = 10000.0
     qk_norm: QKNorm = "rms"
     norm_after: bool = False
     attention_bias: bool = False
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.rope_scaling, dict):  # from JSON
-            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        check_fields(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -384,11 +384,7 @@ class Transformer(nn.Module):
         return stock if self.config.tie_word_embeddings else {**stock, "lm_head.weight": head}
 
     def load_stock_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The reverse of ``stock_state_dict``.
-
-        Raises:
-            RuntimeError: if names, shapes or tied embeddings do not fit.
-        """
+        """The reverse of ``stock_state_dict``. Raises ``RuntimeError`` for what does not fit."""
         state = {name.removeprefix("model."): value for name, value in state.items()}
         if self.config.tie_word_embeddings and "embed_tokens.weight" in state:
             embeddings = state["embed_tokens.weight"]

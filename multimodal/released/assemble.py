@@ -10,13 +10,14 @@ Shapes: K codebook size, V vocabulary, D width.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.network import ModelConfig, MultimodalLM
-from multimodal.model.transformer import TransformerConfig
+from multimodal.model.transformer import Transformer, TransformerConfig
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.tokenizers.image import ImageTokenizer
 from multimodal.tokenizers.text import TextTokenizer
@@ -51,14 +52,28 @@ class Released:
                 f"its vocabulary has {len(set(self.codes))} image codes, its image tokenizer {size}"
             )
         ids = [*self.codes, *self.specials.values(), *self.text_tokenizer.vocabulary().values()]
-        if max(ids) >= self.config.vocab_size:
-            raise ValueError(f"id {max(ids)} of a vocabulary of {self.config.vocab_size}")
+        if not (0 <= min(ids) and max(ids) < self.config.vocab_size):
+            raise ValueError(f"ids {min(ids)} to {max(ids)} of {self.config.vocab_size}")
+        layers = {name.split(".")[2] for name in self.weights if name.startswith("model.layers.")}
+        if len(layers) != self.config.num_hidden_layers:  # before so many are made
+            raise ValueError(
+                f"its weights have {len(layers)} layers, its config.json "
+                f"{self.config.num_hidden_layers}"
+            )
 
     @property
     def text_ids(self) -> list[int]:
         """Their ids of what is text here: all but codes and specials, in their order."""
         moved = {*self.codes, *self.specials.values()}
         return sorted(set(self.text_tokenizer.vocabulary().values()) - moved)
+
+
+def part_of_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part of config.json. Raises ``ValueError`` if it is no object."""
+    part = config.get(name)
+    if not isinstance(part, dict):
+        raise ValueError(f"its config.json has no {name}")
+    return part
 
 
 def ids_of(tokenizer: TextTokenizer, names: Mapping[str, str]) -> dict[str, int]:
@@ -87,15 +102,20 @@ def assemble(released: Released) -> ModelParts:
         len(text),
         released.image_tokenizer.layout,
     )
-    weights = dict(released.weights)
-    try:
-        for name in TABLES:
-            if name in weights:
-                weights[name] = moved_rows(weights[name], rows, vocabulary)
-        network = MultimodalLM(config)
-        network.transformer.load_stock_state_dict(weights)
-    except (RuntimeError, IndexError) as error:
-        raise ValueError(f"its weights and its config.json differ: {str(error)[:300]}") from error
+    with torch.device("meta"):  # shapes alone: what does not fit is not allocated
+        expected = Transformer(released.config).stock_state_dict()
+    for name in sorted(expected.keys() | released.weights.keys()):
+        found, wanted = (
+            tuple(weights[name].shape) if name in weights else "missing"
+            for weights in (released.weights, expected)
+        )
+        if found != wanted:
+            raise ValueError(
+                f"its weights and its config.json differ: {name} is {found}, expected {wanted}"
+            )
+    network = MultimodalLM(config)
+    moved = {n: moved_rows(w, rows, vocabulary) for n, w in released.weights.items() if n in TABLES}
+    network.transformer.load_stock_state_dict({**released.weights, **moved})
     return ModelParts(network, text, released.image_tokenizer).eval()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.model.stock import read_weights, transformer_config
-from multimodal.released.assemble import Released, ids_of
+from multimodal.released.assemble import Released, ids_of, part_of_config
 from multimodal.tokenizers.image import ImageTokenizer
 from multimodal.tokenizers.released import import_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
@@ -37,9 +37,7 @@ def read(folder: Path, config: dict[str, Any], image_size: int | None, fit: Fit 
     """
     llama = transformer_config({**config, "model_type": "llama"}, str(folder))
     sizes = replace(llama, qk_norm="layer", norm_after=bool(config.get("swin_norm")))
-    vision, tokens = config.get("vq_config"), config.get("vocabulary_map")
-    if not isinstance(vision, dict) or not isinstance(tokens, dict):
-        raise ValueError(f"{folder}: config.json has no vq_config or no vocabulary_map")
+    vision, tokens = (part_of_config(config, name) for name in ("vq_config", "vocabulary_map"))
     size = image_size or vision.get("resolution", SIZE)
     tokenizer = import_tokenizer(folder, size, fit or FIT, decoder_required=False)
     weights, text = read_weights(folder), TextTokenizer.load(folder)

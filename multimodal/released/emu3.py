@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from multimodal.model.stock import read_weights, transformer_config
-from multimodal.released.assemble import Released, ids_of
+from multimodal.released.assemble import Released, ids_of, part_of_config
 from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer
 from multimodal.tokenizers.text import TextTokenizer
@@ -63,11 +63,9 @@ def read(folder: Path, config: dict[str, Any], image_size: int | None, fit: Fit 
     Raises:
         ValueError: for anything else than an Emu3.
     """
-    names = ("text_config", "vq_config", "vocabulary_map")
-    parts: list[dict[str, Any]] = [p for n in names if isinstance(p := config.get(n), dict)]
-    if len(parts) < len(names):
-        raise ValueError(f"{folder}: config.json has no text_config, vq_config or vocabulary_map")
-    texts, vision, tokens = parts
+    texts, vision, tokens = (
+        part_of_config(config, name) for name in ("text_config", "vq_config", "vocabulary_map")
+    )
     llama = {**TEXT_DEFAULTS, **texts, "model_type": "llama"}
     weights, image_weights = sorted_weights(read_weights(folder))
     text = TextTokenizer.load(folder)

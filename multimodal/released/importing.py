@@ -10,12 +10,11 @@ from typing import Any, TypeAlias
 import torch
 
 from multimodal.model.checkpoint import ModelParts
-from multimodal.model.stock import read_json
 from multimodal.released import chameleon, emu3
 from multimodal.released.assemble import Released, assemble
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.tokenizers.released import import_tokenizer
-from multimodal.tokenizers.weights import Fit
+from multimodal.tokenizers.weights import Fit, read_config_file
 
 Reader: TypeAlias = Callable[[Path, dict[str, Any], int | None, Fit | None], Released]
 # By the model_type of config.json.
@@ -49,7 +48,7 @@ def import_model(
         ValueError: for another kind of model, or one that is not complete.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
+    config = read_config_file(folder / "config.json")
     kind = str(config.get("model_type"))
     if kind in REFUSED:
         raise ValueError(f"{folder}: a Janus cannot be imported: {REFUSED[kind]}")
@@ -64,6 +63,8 @@ def import_model(
     except ValueError as error:
         message = str(error)
         raise ValueError(message if str(folder) in message else f"{folder}: {message}") from error
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder}: its config.json does not fit: {error!r:.200}") from error
     if image_tokenizer is not None:
         model.image_tokenizer = same_codes(model.image_tokenizer, Path(image_tokenizer))
     stored = released.weights["model.embed_tokens.weight"].dtype

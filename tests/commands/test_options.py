@@ -89,7 +89,7 @@ class Recorder:
         self.given = options
         return [Reply([""], 1, 0, 0, 0.0, "end")]
 
-    def draw(self, prompt: str, n: int, **options: Any) -> list[Image.Image]:
+    def draw_each(self, prompt: str, n: int, **options: Any) -> list[Image.Image]:
         self.given = options
         return [Image.new("RGB", (8, 8))] * n
 

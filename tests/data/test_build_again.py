@@ -10,6 +10,7 @@ import pytest
 
 import multimodal.data.builder.build
 import multimodal.data.builder.image_parts
+from multimodal.data.builder import image_parts
 from multimodal.data.builder.build import build
 from multimodal.data.verify import check
 from tests.photos import by_caption, hashes, picture
@@ -107,14 +108,14 @@ def test_a_part_that_lost_data_is_made_again(photos: Path, tmp_path: Path) -> No
 def test_an_error_of_the_machine_does_not_reject_an_image(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = Path.read_bytes
+    read = image_parts.read_bytes
 
     def few_files(path: Path) -> bytes:
         if path.name == "a.jpg":
             raise OSError(24, "Too many open files")
         return read(path)
 
-    monkeypatch.setattr(Path, "read_bytes", few_files)
+    monkeypatch.setattr(image_parts, "read_bytes", few_files)
     with pytest.raises(OSError, match="Too many open files"):
         build(photos, tmp_path / "out")
     monkeypatch.undo()

@@ -23,3 +23,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     yield stand_in
     stand_in.close()
+
+
+@pytest.fixture
+def tiny(hub: StandIn, tiny_model_folder: Path) -> StandIn:
+    """The Hub with a model: me/tiny."""
+    hub.add("me/tiny", tiny_model_folder)
+    return hub

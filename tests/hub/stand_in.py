@@ -280,3 +280,12 @@ class StandIn:
         sha = repository.commit(files, branch)
         url = f"{self.address}/{name}/commit/{sha}"
         return self.json({"commitUrl": url, "commitOid": sha, "pullRequestUrl": None})
+
+
+def cached(tmp_path: Path) -> list[Path]:
+    """All files in the cache, also those that are being written."""
+    return [path for path in (tmp_path / "cache").rglob("*") if not path.is_dir()]
+
+
+def requested(hub: StandIn) -> list[str]:
+    return [path for _, path, _ in hub.requests]

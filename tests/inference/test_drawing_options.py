@@ -64,7 +64,7 @@ def test_a_rising_schedule_begins_without_guidance(model: Model, method: Any) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance_schedule": "falling"}, "expected constant or rising"),
+        ({"guidance_schedule": "falling"}, "expected 'constant' or 'rising'"),
         ({"negative": "a cat", "guidance_scale": 1}, "a negative text works by guidance"),
         ({"negative": " "}, "the text is empty"),
     ],

@@ -76,6 +76,15 @@ def test_who_does_it_changes_no_byte(
     assert hashes(out) == hashes(captions)
 
 
+@pytest.mark.parametrize("options", [ENGINES[0], pytest.param(ENGINES[1], marks=pytest.mark.slow)])
+def test_embeddings_have_the_same_bytes_from_any_number_of_workers(
+    options: tuple[str, ...], source: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    assert run("embed", tiny_model_folder, source, tmp_path / "one") == 1
+    assert run("embed", tiny_model_folder, source, tmp_path / "two", *options) == 1
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+
+
 def test_a_job_goes_on_and_is_not_mixed_with_another(
     captions: Path, source: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,8 +96,10 @@ def test_questions_follow_each_other_in_a_branch() -> None:
     sequence = describe(VOCABULARY, CODES, [], turns)
     assert table(sequence) == [*first, "9 -> 10 answer", "10 -> <eos> answer", "<eos>"]
     assert sequence.state == 5
-    for max_length, length in ((15, 15), (14, 12), (3, 12)):  # the first turn always stays
+    for max_length, length in ((15, 15), (14, 12), (12, 12)):
         assert table(describe(VOCABULARY, CODES, [], turns, max_length)) == table(sequence)[:length]
+    shorter = describe(VOCABULARY, CODES, [], [turns[0]], 11)  # its question loses its beginning
+    assert table(shorter) == [*first[:6], *first[7:]] and shorter.cut
     with pytest.raises(ValueError, match="describes nothing"):
         describe(VOCABULARY, CODES, [])
 
@@ -125,10 +127,13 @@ def test_captions_and_questions_are_branches_of_one_trunk() -> None:
         (16, [caption, questions[:4]]),
         (13, [caption, other]),
         (12, [caption]),
-        (3, [caption]),
+        (10, [caption]),
     ):
         shorter = describe(VOCABULARY, CODES, [TEXT, [14]], turns, max_length)
         assert table(shorter) == trunk + sum(parts, []), max_length
+        assert not shorter.cut
+    cut = describe(VOCABULARY, CODES, [TEXT, [14]], turns, 8)
+    assert table(cut) == [*trunk, *caption[:2], "12"] and cut.cut
 
 
 def test_draw_masked() -> None:

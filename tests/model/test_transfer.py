@@ -109,6 +109,7 @@ def test_frozen_parts_stay_and_others_have_their_rate(
         if value.shape == before[name].shape:
             assert torch.equal(value, before[name]) == frozen, name
     assert load(tmp_path / "run/model").config.transformer.rope_theta == 1e6
+    run[-1] = str(tmp_path / "another")
     assert main([*run, "--model.freeze", "[network.nowhere]"]) == 1
     assert "'network.nowhere': no part of that name; there is " in capsys.readouterr().err
     assert main([*run, "--model.freeze", "['*']"]) == 1

@@ -212,6 +212,26 @@ def test_other_folders_are_refused_in_one_line(
     ):
         changed(**others)
         refused(folder, message, capsys)
+    # A config that lies: nothing of its sizes is allocated.
+    texts = config.get("text_config", config)
+    for others, message in (
+        ({"num_hidden_layers": 10**9}, "its weights have 2 layers, its config.json 1000000000"),
+        ({"intermediate_size": 10**15}, "its weights and its config.json differ"),
+        ({"vocab_size": 10}, "of 10"),
+        ({"hidden_size": "big"}, "config.json"),
+    ):
+        changed(**others, text_config=texts | others)
+        refused(folder, message, capsys)
+    vision = config["vq_config"]
+    for others in ({"channel_multiplier": 3}, {"channel_multiplier": [1, "x", 2]}):
+        if config["model_type"] == "emu3":  # the other one infers it from the weights
+            changed(vq_config=vision | others)
+            refused(folder, "", capsys)
+    tokens = config["vocabulary_map"]
+    code = pair.code_token(3)
+    for number in ("many", -1, 10**9, tokens[pair.code_token(4)]):
+        changed(vocabulary_map=tokens | {code: number})
+        refused(folder, "", capsys)
     changed()
     begin = pair.special["<boi>"]
     (folder / "tokenizer.json").write_text(tokenizer.replace(begin, begin[::-1]))

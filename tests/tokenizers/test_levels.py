@@ -80,7 +80,7 @@ def test_flattened_codes_come_back_and_wrong_ones_are_named() -> None:
 
 
 def test_levels_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match="numbers from 1"):
+    with pytest.raises(ValueError, match="grid=0: expected a whole number from 1"):
         Level("meaning", 0, 1, 8)
     with pytest.raises(ValueError, match="each with its own name"):
         Layout((Level("detail", 1, 1, 2), Level("detail", 1, 1, 2)))

@@ -195,9 +195,9 @@ def test_images_and_codes_out_of_range_are_refused(tokenizer: VQTokenizer) -> No
         ({"autoencoder": {"name": "vit", "dim": 32, "heads": 3}}, "not a multiple of heads"),
         ({"autoencoder": {"name": "unet"}}, "expected one of vit, vqgan"),
         ({"autoencoder": {"dim": 32}}, "name is missing"),
-        ({"autoencoder": {"name": "vit", "width": 3}}, "vit: .*unexpected keyword .*width"),
+        ({"autoencoder": {"name": "vit", "width": 3}}, "vit.width: unknown"),
         ({"autoencoder": {"name": "vqgan"}}, "downsample=8 with 5 multipliers: expected 16"),
-        ({"quantizer": {"name": "fsq", "level": [3]}}, "fsq: .*unexpected keyword .*level"),
+        ({"quantizer": {"name": "fsq", "level": [3]}}, "fsq.level: unknown"),
     ],
 )
 def test_impossible_configurations_are_refused(options: dict[str, Any], message: str) -> None:

@@ -4,12 +4,31 @@ Each channel is squashed to a few integers. A code is their mixed-radix number.
 """
 
 import math
+import reprlib
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from multimodal.tokenizers.quantizers.quantizer import Quantized, Quantizer
+from multimodal.schemas import Between
+from multimodal.tokenizers.quantizers.quantizer import MAX_CODEBOOK, Quantized, Quantizer
+
+LevelCount = Annotated[int, Between(2, 2**16)]
+
+
+def count_codes(levels: Sequence[int]) -> int:
+    """The product of the levels.
+
+    Raises:
+        ValueError: for no levels, a level below 2, or more than MAX_CODEBOOK codes.
+    """
+    if not levels or min(levels) < 2:
+        raise ValueError(f"levels={list(levels)}: expected at least one level count, each >= 2")
+    # So many levels of 2 are too many codes already. The product of a long list takes minutes.
+    if len(levels) >= MAX_CODEBOOK.bit_length() or math.prod(levels) > MAX_CODEBOOK:
+        raise ValueError(f"levels={reprlib.repr(list(levels))}: codes, over {MAX_CODEBOOK:,}")
+    return math.prod(levels)
 
 
 class FSQ(Quantizer):
@@ -19,17 +38,15 @@ class FSQ(Quantizer):
         levels: number of values of each channel, at least 2. Their product is the codebook size.
 
     Raises:
-        ValueError: for no levels, or a level below 2.
+        ValueError: for no levels, a level below 2, or more than MAX_CODEBOOK codes.
     """
 
     levels: Tensor
     basis: Tensor
 
-    def __init__(self, levels: Sequence[int] = (7, 5, 5, 5, 5)) -> None:
+    def __init__(self, levels: Sequence[LevelCount] = (7, 5, 5, 5, 5)) -> None:
         super().__init__()
-        if not levels or min(levels) < 2:
-            raise ValueError(f"levels={list(levels)}: expected at least one level count, each >= 2")
-        self.codebook_size = math.prod(levels)
+        self.codebook_size = count_codes(levels)
         self.channels = len(levels)
         basis = [math.prod(levels[:i]) for i in range(len(levels))]
         self.register_buffer("levels", torch.tensor(levels), persistent=False)

@@ -15,6 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from multimodal.tokenizers.quantizers.quantizer import (
+    Channels,
+    CodebookSize,
     Quantized,
     Quantizer,
     entropy_of,
@@ -43,8 +45,8 @@ class IBQ(Quantizer):
 
     def __init__(
         self,
-        codebook_size: int = 4096,
-        channels: int = 8,
+        codebook_size: CodebookSize = 4096,
+        channels: Channels = 8,
         temperature: float = 0.03,
         codebook_weight: float = 0.25,
         entropy_weight: float = 0.3,

@@ -6,10 +6,17 @@ size.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from multimodal.schemas import Between
+
+MAX_CODEBOOK = 2**22  # codes of a quantizer, and the rows of an embedding table they take
+CodebookSize = Annotated[int, Between(2, MAX_CODEBOOK)]
+Channels = Annotated[int, Between(2, 2**14)]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from multimodal.tokenizers.quantizers.quantizer import (
+    Channels,
+    CodebookSize,
     Quantized,
     Quantizer,
     distributed,
@@ -46,8 +48,8 @@ class VQ(Quantizer):
 
     def __init__(
         self,
-        codebook_size: int = 4096,
-        channels: int = 8,
+        codebook_size: CodebookSize = 4096,
+        channels: Channels = 8,
         normalise: bool = True,
         learning: Literal["ema", "gradient"] = "ema",
         decay: float = 0.99,
