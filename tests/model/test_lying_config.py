@@ -69,7 +69,7 @@ def test_a_number_that_is_none_is_refused(
     shutil.copytree(tiny_model_folder, tmp_path / "model")
     for value in (10**400, "x", {}, None, True, float("nan"), float("inf")):
         change(tmp_path / "model/config.json", keys, value)
-        with pytest.raises(ValueError, match="expected <class 'float'>"):
+        with pytest.raises(ValueError, match="expected a"):
             load(tmp_path / "model")
 
 
@@ -104,5 +104,5 @@ def test_a_language_model_whose_config_lies_is_refused(name: str, tmp_path: Path
     assert read_stock(tmp_path)[0].num_hidden_layers == 1
     for lie in (10**9, 4):
         (tmp_path / "config.json").write_text(json.dumps({**config, name: lie}))
-        with pytest.raises(ValueError, match="by its config|num_|head"):
+        with pytest.raises(ValueError, match="expected a whole number|by its config|num_|head"):
             read_stock(tmp_path)
