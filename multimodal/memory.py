@@ -49,7 +49,8 @@ def _of_the_container() -> Iterator[int]:
     with suppress(OSError, ValueError):
         limit, used = ((group / f"memory.{name}").read_text("ascii") for name in ("max", "current"))
         if limit.strip() != "max":
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            lines = (group / "memory.stat").read_text("ascii").splitlines()
+            stat = dict(line.split() for line in lines)
             yield int(limit) - int(used) + int(stat["inactive_file"])
 
 

@@ -125,7 +125,7 @@ def download(name: HubName, *parts: str) -> Path:
         reference = storage / "refs" / name.revision
         reference.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(reference, shared=True) as part:
-            part.write_text(commit)
+            part.write_text(commit, "utf-8")
     return snapshot
 
 
@@ -134,7 +134,7 @@ def _cached(name: HubName, storage: Path, endpoint: str, error: Unreachable) -> 
     commit = name.revision
     if not COMMIT.fullmatch(commit):
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            commit = (storage / "refs" / commit).read_text().strip()
+            commit = (storage / "refs" / commit).read_text("utf-8").strip()
     snapshot = storage / "snapshots" / commit
     if not COMMIT.fullmatch(commit) or not snapshot.is_dir():
         raise ValueError(

@@ -19,6 +19,7 @@ from multimodal.data.builder.rows import read_lines, split_rows
 from multimodal.data.builder.sources import read_source
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards
+from multimodal.files import UnreadableFile
 from tests.photos import picture, tar_of
 
 COUNT = 6
@@ -197,7 +198,7 @@ def check(name: str, folder: Path, out: Path) -> bool:
         report = build(source, out, val_share=0.1)
     except ValueError as error:
         # A value of another kind would be a bug: no encoding error, no error of a library.
-        assert type(error) is ValueError and str(source) in str(error)
+        assert type(error) in (ValueError, UnreadableFile) and str(source) in str(error)
         assert "\n" not in str(error).strip()
         if "no sample could be used" in str(error):
             assert (out / "rejected.jsonl").is_file()
