@@ -16,6 +16,7 @@ from torch import Tensor
 
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.network import ModelConfig, MultimodalLM
+from multimodal.model.stock import check_weights
 from multimodal.model.transformer import TransformerConfig
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.tokenizers.image import ImageTokenizer
@@ -88,6 +89,7 @@ def assemble(released: Released) -> ModelParts:
         released.image_tokenizer.layout,
     )
     weights = dict(released.weights)
+    check_weights(released.config, weights)
     try:
         for name in TABLES:
             if name in weights:
