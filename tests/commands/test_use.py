@@ -147,11 +147,11 @@ HOSTILE: list[tuple[tuple[str, ...], int, str]] = [
     (("answer", "--choices", "yes", "no"), 2, "required: IMAGE, QUESTION"),
     (("answer", "PHOTO", "--choices", "yes", "no"), 2, "required: IMAGE, QUESTION"),
     (("draw", "a bus", "--out", "x.png", "-n", "0"), 1, "-n 0: expected at least 1"),
-    (("draw", "a bus", "--out", "x.png", "--steps", "0"), 1, "--steps 0: expected at least 1"),
+    (("draw", "a bus", "--out", "x.png", "--steps", "0"), 1, "--steps 0: expected 1 to 10,000"),
     (
         ("draw", "a bus", "--out", "x.png", "--candidates", "0"),
         1,
-        "--candidates 0: expected at least 1",
+        "--candidates 0: expected 1 to 10,000",
     ),
     (("draw", "a bus", "--out", "x.png", "--temperature", "-1"), 1, "--temperature -1"),
     (("draw", "a bus", "--out", "x.png", "--seed", "-1"), 1, "--seed -1"),
@@ -183,7 +183,7 @@ HOSTILE: list[tuple[tuple[str, ...], int, str]] = [
     (("search", "a bus", "--images", "EMPTY"), 1, "no images in it"),
     (("search", " ", "--images", "."), 1, "the text is empty"),
     (("search", "a bus", "--images", ".", "-k", "0"), 1, "-k 0: expected at least 1"),
-    (("draw", "a bus", "--out", "x.png", "--device", "cuda:99"), 1, "cuda:99: cannot be used"),
+    (("draw", "a bus", "--out", "x.png", "--device", "cuda:99"), 1, "cuda:99': cannot be used"),
 ]
 
 
