@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from torch import Tensor
 
 from multimodal.files import open_file, read_json
 from multimodal.model.attention import QKNorm
 from multimodal.model.rope import RopeScaling
-from multimodal.model.transformer import TransformerConfig
+from multimodal.model.transformer import Transformer, TransformerConfig
 from multimodal.schemas import Between, Positive, check_value, construct
 from multimodal.tokenizers.weights import load_weights, read_config_file
 
@@ -207,8 +208,36 @@ def _check_sizes(config: TransformerConfig, weights: Mapping[str, Tensor], path:
 
 
 def _read_folder(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
-    config = read_config_file(folder / "config.json")
-    return transformer_config(config, str(folder)), read_weights(folder)
+    sizes = transformer_config(read_config_file(folder / "config.json"), str(folder))
+    weights = read_weights(folder)
+    try:
+        check_weights(sizes, weights)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return sizes, weights
+
+
+def check_weights(config: TransformerConfig, weights: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes with what a config says, before a transformer is made of it.
+
+    Args:
+        weights: by their stock names. Of tied embeddings the head may be there, too.
+
+    Raises:
+        ValueError: names a weight.
+    """
+    with torch.device("meta"):  # shapes alone
+        expected = Transformer(config).stock_state_dict()
+    given = dict(weights)
+    if config.tie_word_embeddings:
+        given.pop("lm_head.weight", None)
+    for name in [*expected, *given]:
+        has, says = (tuple(w[name].shape) if name in w else None for w in (given, expected))
+        if has != says:
+            raise ValueError(
+                f"its weights and its config.json differ: {name!r:.80} has shape {has}, expected "
+                f"{says}"
+            )
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

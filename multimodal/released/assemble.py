@@ -17,7 +17,8 @@ from torch import Tensor
 
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.network import ModelConfig, MultimodalLM
-from multimodal.model.transformer import Transformer, TransformerConfig
+from multimodal.model.stock import check_weights
+from multimodal.model.transformer import TransformerConfig
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.tokenizers.image import ImageTokenizer
 from multimodal.tokenizers.text import TextTokenizer
@@ -102,20 +103,16 @@ def assemble(released: Released) -> ModelParts:
         len(text),
         released.image_tokenizer.layout,
     )
-    with torch.device("meta"):  # shapes alone: what does not fit is not allocated
-        expected = Transformer(released.config).stock_state_dict()
-    for name in sorted(expected.keys() | released.weights.keys()):
-        found, wanted = (
-            tuple(weights[name].shape) if name in weights else "missing"
-            for weights in (released.weights, expected)
-        )
-        if found != wanted:
-            raise ValueError(
-                f"its weights and its config.json differ: {name} is {found}, expected {wanted}"
-            )
-    network = MultimodalLM(config)
-    moved = {n: moved_rows(w, rows, vocabulary) for n, w in released.weights.items() if n in TABLES}
-    network.transformer.load_stock_state_dict({**released.weights, **moved})
+    weights = dict(released.weights)
+    check_weights(released.config, weights)
+    try:
+        for name in TABLES:
+            if name in weights:
+                weights[name] = moved_rows(weights[name], rows, vocabulary)
+        network = MultimodalLM(config)
+        network.transformer.load_stock_state_dict(weights)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"its weights and its config.json differ: {str(error)[:300]}") from error
     return ModelParts(network, text, released.image_tokenizer).eval()
 
 

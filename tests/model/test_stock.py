@@ -219,7 +219,7 @@ def test_every_family_is_what_its_class_is() -> None:
 
 def test_weights_outside_the_folder_or_missing_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(stored()))
-    with pytest.raises(ValueError, match=r"model.safetensors.* missing|no such file"):
+    with pytest.raises(ValueError, match="model.safetensors: no such file"):
         read_stock(tmp_path)
     index = {"weight_map": {"model.norm.weight": "../other.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
