@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PATIENCE = 600.0  # seconds; a busy machine takes its time, and nothing here is measured
+PATIENCE = 120.0  # seconds; a busy machine takes its time, and nothing here is measured
 
 
 def start(arguments: list[str], stderr: Path) -> subprocess.Popen[bytes]:
-    """Start ``python ARGUMENTS`` in a session of its own, which all its processes belong to."""
+    """Start ``python ARGUMENTS`` in a session of its own, which all its processes belong to.
+
+    A shell starts jobs in its background with Ctrl-C ignored, and children inherit that.
+    """
     with open(stderr, "wb") as errors:
         return subprocess.Popen(
             [sys.executable, *arguments],
@@ -20,6 +23,7 @@ def start(arguments: list[str], stderr: Path) -> subprocess.Popen[bytes]:
             stderr=errors,
             start_new_session=True,
             cwd=Path(__file__).parent.parent,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
 

@@ -90,7 +90,7 @@ def test_the_starter_is_used_as_shown(
         assert main(arguments) == 0, arguments
         shown[arguments[0]] = capsys.readouterr().out
     assert len(shown) == 7
-    assert shown["caption"].splitlines()[0].split("\t")[1] == scope["captions"][0]
+    assert shown["caption"].splitlines()[0].split("\t")[1] == scope["model"].caption("scene.png")
     assert (tmp_path / "drawing-3.png").exists() and (tmp_path / "rows.jsonl").exists()
 
 

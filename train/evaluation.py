@@ -50,8 +50,14 @@ class EvaluateModel(L.Callback):
         self.evaluators = {task.rpartition(":")[2]: find_evaluator(task) for task in tasks}
         self.limit, self.batch_size, self.seed = limit, batch_size, seed
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._check_folders(trainer)  # before the first step
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse folders that a task cannot use, in the check before the first step."""
+        self._check_folders(trainer)
+
+    def _check_folders(self, trainer: L.Trainer) -> None:
+        """Refuse folders that a task cannot use."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         for shards in data.shards(data.val_split):
             for task, evaluator in self.evaluators.items():

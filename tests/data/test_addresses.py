@@ -102,7 +102,8 @@ def test_what_has_to_be_local_is_refused_by_name(
 ) -> None:
     assert main(argv) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(f"multimodal {argv[0]}: error: {FAR}") and "an address" in error
+    assert error.startswith(f"multimodal {argv[0]}: error: {FAR}")
+    assert "an address" in error or "from the Hugging Face Hub" in error
     no_local_folder()
 
 

@@ -38,7 +38,7 @@ BAD: dict[str, tuple[dict[str, bytes], str]] = {
     "no-text": ({"png": png(), "json": record(captions=[])}, "no captions and no questions"),
     "blank": ({"png": png(), "json": record(captions=["  "])}, "no captions and no questions"),
     "empty-qa": ({"png": png(), "json": record(qa=[["", "yes"], ["a?", " "]])}, "no captions"),
-    "numbers": ({"png": png(), "json": record(captions=[3])}, "not a list of strings"),
+    "numbers": ({"png": png(), "json": record(captions=[3])}, "a caption is not a string"),
     "no-json": ({"png": png(), "json": b"{"}, "not readable"),
     "latin": ({"png": png(), "txt": b"caf\xe9"}, "not UTF-8"),
 }

@@ -7,7 +7,8 @@ import pytest
 
 from multimodal.api import load
 from multimodal.cli import main
-from multimodal.model.export import export_hf, export_model
+from multimodal.export.hf import export_hf
+from multimodal.export.model import export_model
 from multimodal.provenance import Provenance
 from multimodal.tokenizers.image import load_image_tokenizer
 

@@ -110,7 +110,7 @@ def test_no_log_is_lost(tmp_path: Path) -> None:
 def test_a_run_writes_to_a_local_folder(work: Path, capsys: Capture) -> None:
     for address in ("s3://bucket/run", "memory://run"):
         assert main(fit(work, Path(address))) == 1
-        assert "a run writes to a local folder" in capsys.readouterr().err
+        assert "an address, but" in capsys.readouterr().err
 
 
 # --- what is kept ---------------------------------------------------------------------------------
