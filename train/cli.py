@@ -290,7 +290,7 @@ def main(argv: list[str], cli: type[TrainingCLI] = TrainingCLI) -> int:
     """Run ``multimodal ARGV...``. argv[0] is the verb. Returns the exit status."""
     verb, *rest = argv
     if not rest or {"-h", "--help"} & set(rest):
-        sizes = {name: layer_parameters(named_config(name, 0)) for name in SIZES}
+        sizes = {name: layer_parameters(named_config(name, 1)) for name in SIZES}
         print(help_text(verb, sizes), file=sys.stdout if rest else sys.stderr)
         return 0 if rest else 2
     _silence_useless_messages()
