@@ -46,6 +46,16 @@ class Columns:
             fields["captions"] = row[self.text]
         return normalise(fields, note)
 
+    def checked(self, row: Row, options: ReadOptions) -> dict[str, Any] | RejectedSample:
+        """The record of a row, or why it has none."""
+        try:
+            record = self.record(row.fields, options.notes.of(str(row.place)))
+        except UnreadableText as error:
+            return RejectedSample.row(row.place, "unreadable text", str(error))
+        if options.need_text and not has_text(record):
+            return RejectedSample.row(row.place, "no text")
+        return record
+
 
 def _is_missing(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and value != value)
@@ -108,13 +118,9 @@ def join_rows(
             detail = f"{image} is an address; download the images first, with img2dataset for one"
             yield RejectedSample.row(row.place, "no image", detail)
             continue
-        try:
-            record = columns.record(row.fields, options.notes.of(str(row.place)))
-        except UnreadableText as error:
-            yield RejectedSample.row(row.place, "unreadable text", str(error))
-            continue
-        if options.need_text and not has_text(record):
-            yield RejectedSample.row(row.place, "no text")
+        record = columns.checked(row, options)
+        if isinstance(record, RejectedSample):
+            yield record
             continue
         path = root / _NUMBERED.sub(r"\1", image)
         relative = os.path.relpath(path, root)  # the same for a.jpg, ./a.jpg, /full/a.jpg

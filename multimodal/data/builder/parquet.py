@@ -19,8 +19,6 @@ from multimodal.data.builder.records import (
     SourceSample,
 )
 from multimodal.data.builder.rows import Row
-from multimodal.data.samples import has_text
-from multimodal.files import UnreadableText
 from multimodal.terminal import shown
 
 if TYPE_CHECKING:
@@ -158,13 +156,9 @@ def _read_files(
             continue
         path = (row.fields.get(columns.image) or {}).get("path") if has_paths else None
         hint = Path(path).stem if isinstance(path, str) else ""
-        try:
-            record = columns.record(row.fields, options.notes.of(str(row.place)))
-        except UnreadableText as error:
-            yield RejectedSample.row(row.place, "unreadable text", str(error))
-            continue
-        if options.need_text and not has_text(record):
-            yield RejectedSample.row(row.place, "no text")
+        record = columns.checked(row, options)
+        if isinstance(record, RejectedSample):
+            yield record
             continue
         yield SourceSample(
             name=str(row.place),
