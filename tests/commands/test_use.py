@@ -138,11 +138,11 @@ HOSTILE: list[tuple[tuple[str, ...], int, str]] = [
     (("draw", "", "--out", "x.png"), 1, "the text is empty"),
     (("draw", "word " * 10_000, "--out", "x.png"), 1, "the model reads at most"),
     (("draw", "a bus", "--out", "x.png", "-n", "0"), 1, "-n 0: expected at least 1"),
-    (("draw", "a bus", "--out", "x.png", "--steps", "0"), 1, "--steps 0: expected at least 1"),
+    (("draw", "a bus", "--out", "x.png", "--steps", "0"), 1, "--steps 0: expected 1 to 10,000"),
     (
         ("draw", "a bus", "--out", "x.png", "--candidates", "0"),
         1,
-        "--candidates 0: expected at least 1",
+        "--candidates 0: expected 1 to 10,000",
     ),
     (("draw", "a bus", "--out", "x.png", "--temperature", "-1"), 1, "--temperature -1"),
     (("draw", "a bus", "--out", "x.png", "--seed", "-1"), 1, "--seed -1"),
