@@ -265,7 +265,8 @@ def use_device(arguments: argparse.Namespace) -> None:
     try:
         check_device(arguments.device)
     except ValueError as error:
-        raise ValueError(str(error).replace("device=", "--device ", 1)) from error
+        reason = str(error).partition(": ")[2] or str(error)
+        raise ValueError(f"--device {arguments.device:.80}: {reason}") from error
 
 
 def load_model(arguments: argparse.Namespace) -> "Model":
