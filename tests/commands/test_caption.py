@@ -227,7 +227,7 @@ def test_paths_are_printed_with_the_bytes_they_were_given_with(
     [
         (["--model", "nowhere"], 1, "nowhere: no such model folder"),
         (["--model", "."], 1, ".: not a model folder (config.json is missing)"),
-        (["--model", "MODEL", "--device", "cuda:99"], 1, "--device 'cuda:99': cannot be used here"),
+        (["--model", "MODEL", "--device", "cuda:99"], 1, "--device cuda:99: cannot be used here"),
         (["--model", "MODEL", "--batch-size", "0"], 1, "--batch-size 0: expected at least 1"),
         (
             ["--model", "MODEL", "--max-tokens", "9999"],
