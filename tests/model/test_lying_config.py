@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from multimodal import load
-from multimodal.model.stock import read_stock
+from multimodal.model.stock import read_stock, transformer_config
+from multimodal.model.transformer import Transformer
 
 
 def change(path: Path, keys: str, value: Any) -> None:
@@ -92,17 +92,11 @@ def test_a_language_model_whose_config_lies_is_refused(name: str, tmp_path: Path
         "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "head_dim": 4,
         "tie_word_embeddings": True,
     }  # fmt: skip
-    layer = "model.layers.0"
-    weights = {
-        "model.embed_tokens.weight": torch.zeros(10, 8),
-        f"{layer}.self_attn.q_proj.weight": torch.zeros(8, 8),
-        f"{layer}.self_attn.k_proj.weight": torch.zeros(8, 8),
-        f"{layer}.mlp.gate_proj.weight": torch.zeros(16, 8),
-    }
+    weights = Transformer(transformer_config(config, "honest")).stock_state_dict()
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_stock(tmp_path)[0].num_hidden_layers == 1
     for lie in (10**9, 4):
         (tmp_path / "config.json").write_text(json.dumps({**config, name: lie}))
-        with pytest.raises(ValueError, match="expected a whole number|by its config|num_|head"):
+        with pytest.raises(ValueError, match="expected a whole|differ|num_|head|by its config"):
             read_stock(tmp_path)
