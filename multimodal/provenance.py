@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from multimodal.files import read_json, read_text
+
 RULE = "\n" + "-" * 80 + "\n\n"  # between two licences
 Source = dict[str, Any]
 
@@ -37,19 +39,18 @@ class Provenance:
         """What a folder says. An image tokenizer inside a model folder has what the model has.
 
         Raises:
-            ValueError: if ``sources.json`` is damaged.
+            ValueError: if one of the files cannot be read.
         """
         licenses: tuple[str, ...] = ()
         sources: tuple[Source, ...] = ()
         if (folder / "LICENSE").is_file():
-            texts = (folder / "LICENSE").read_text("utf-8").split(RULE)
+            texts = read_text(folder / "LICENSE").split(RULE)
             licenses = tuple(text.strip() for text in texts if text.strip())
         path = folder / "sources.json"
         if path.is_file():
             try:
-                found = json.loads(path.read_text("utf-8"))["sources"]
-                sources = tuple(dict(each) for each in found)
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                sources = tuple(dict(each) for each in read_json(path)["sources"])
+            except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}: expected an object with a list of sources") from error
         here = cls(licenses, sources)
         if folder.name == "image_tokenizer" and (folder.parent / "model.safetensors").is_file():

@@ -308,9 +308,10 @@ class Model(TextMethods):
             else [Path(path) for path in images]
         )
         results, scores = Results(), dict[Path, float]()
-        for path, found in self.embed_files(paths, cache=cache, batch_size=batch_size):
+        embedded = self.embed_files(paths, cache=cache, batch_size=batch_size)
+        for number, (path, found) in enumerate(embedded):
             if isinstance(found, ValueError):
-                results.skipped[paths.index(path)] = found
+                results.skipped[number] = found
             else:
                 scores[path] = float(found @ row)
         results += sorted(scores.items(), key=lambda pair: (-pair[1], str(pair[0])))[:k]

@@ -77,26 +77,25 @@ class _Encode(nn.Module):
     """``ImageTokenizer.encode`` without its checks, in operations that ONNX has."""
 
     first: Tensor
-    shrink: Tensor
+    shrink: Tensor | None
 
     def __init__(self, tokenizer: ImageTokenizer) -> None:
         super().__init__()
         self.meaning, self.detail = tokenizer.meaning, tokenizer.detail
         self.register_buffer("first", tokenizer.layout.first)
         # Resizing is a product with one matrix from each side. ONNX's own differs at the edges.
-        drawn = tokenizer.drawn_size if tokenizer.can_draw else tokenizer.image_size
-        square = torch.eye(tokenizer.image_size)[None, None]
-        shrunk = (drawn, tokenizer.image_size)
-        same = drawn == tokenizer.image_size
-        matrix = square if same else F.interpolate(square, shrunk, mode="bicubic", antialias=True)
-        self.register_buffer("shrink", matrix[0, 0])
+        matrix, size = None, tokenizer.image_size
+        if self.detail is not None and (side := self.detail.config.image_size) != size:
+            square = torch.eye(size)[None, None]
+            matrix = F.interpolate(square, (side, size), mode="bicubic", antialias=True)[0, 0]
+        self.register_buffer("shrink", matrix)
 
     def forward(self, images: Tensor) -> Tensor:
         codes = []
         if self.meaning is not None:
             codes.append(self.meaning.encode(images).flatten(1))
         if self.detail is not None:
-            if len(self.shrink) != self.shrink.shape[1]:
+            if self.shrink is not None:
                 images = (self.shrink @ images @ self.shrink.T).clamp(-1, 1)
             codes.append(self.detail.quantizer(self.detail.encoder(images)).codes.flatten(1))
         return torch.cat(codes, 1) + self.first

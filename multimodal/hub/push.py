@@ -1,8 +1,8 @@
 """Put a model folder on the Hugging Face Hub: one commit, with all of it or nothing."""
 
-import json
 from pathlib import Path
 
+from multimodal.files import read_json
 from multimodal.hub.address import HubName
 from multimodal.hub.card import DEFAULT_CARD, make_card, read_results
 from multimodal.hub.download import readable
@@ -47,7 +47,7 @@ def push(
         if path.is_file() and readable(path.relative_to(folder).as_posix())
     }
     try:
-        config = json.loads(files["config.json"].read_text("utf-8"))
+        config = read_json(files["config.json"])
         fingerprint = config["fingerprints"]["model"]
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{folder}: not a model folder: its config.json") from error

@@ -78,11 +78,7 @@ def open_source(source: Any, name: str | None = None, urls: bool = False) -> Ima
             )
         return open_image(_download(source), name=name)
     if isinstance(source, Tensor):
-        source = source.detach().cpu().float() if source.is_floating_point() else source.cpu()
-        array = source.numpy()
-        return _from_array(
-            np.moveaxis(array, 0, -1) if array.ndim == 3 else array, name, "[C, H, W]"
-        )
+        return _from_array(_as_numpy(source), name, "[C, H, W]")
     if isinstance(source, np.ndarray):
         return _from_array(source, name, "[H, W, C]")
     if isinstance(source, bytearray | memoryview):

@@ -183,38 +183,16 @@ def read_stock(path: str | Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
     """
     path = Path(path)
     config, weights = _read_gguf(path) if path.is_file() else _read_folder(path)
-    _check_sizes(config, weights, path)
+    try:
+        check_weights(config, weights)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return config, weights
-
-
-def _check_sizes(config: TransformerConfig, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Before memory for a model of this config is taken: are its weights of these sizes?"""
-    width, first = config.hidden_size, "model.layers.0"
-    expected = {
-        "model.embed_tokens.weight": (config.vocab_size, width),
-        f"{first}.self_attn.q_proj.weight": (config.num_attention_heads * config.head_dim, width),
-        f"{first}.self_attn.k_proj.weight": (config.num_key_value_heads * config.head_dim, width),
-        f"{first}.mlp.gate_proj.weight": (config.intermediate_size, width),
-    }
-    for name, shape in expected.items():
-        found = tuple(weights[name].shape) if name in weights else "none"
-        if found != shape:
-            raise ValueError(f"{path}: by its config {name} has {shape}, its weights have {found}")
-    layers = len({name.split(".")[2] for name in weights if name.startswith("model.layers.")})
-    if layers != config.num_hidden_layers:
-        raise ValueError(
-            f"{path}: by its config it has {config.num_hidden_layers} layers, its weights {layers}"
-        )
 
 
 def _read_folder(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
     sizes = transformer_config(read_config_file(folder / "config.json"), str(folder))
-    weights = read_weights(folder)
-    try:
-        check_weights(sizes, weights)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    return sizes, weights
+    return sizes, read_weights(folder)
 
 
 def check_weights(config: TransformerConfig, weights: Mapping[str, Tensor]) -> None:

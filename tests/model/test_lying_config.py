@@ -98,5 +98,5 @@ def test_a_language_model_whose_config_lies_is_refused(name: str, tmp_path: Path
     assert read_stock(tmp_path)[0].num_hidden_layers == 1
     for lie in (10**9, 4):
         (tmp_path / "config.json").write_text(json.dumps({**config, name: lie}))
-        with pytest.raises(ValueError, match="expected a whole|differ|num_|head|by its config"):
+        with pytest.raises(ValueError, match="expected a whole|differ|num_|head"):
             read_stock(tmp_path)

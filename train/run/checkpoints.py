@@ -1,6 +1,5 @@
 """Checkpoints that a crash cannot damage, which of them are kept, and how damage is noticed."""
 
-import json
 import shutil
 import struct
 import zipfile
@@ -14,7 +13,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from multimodal.files import atomic_file, write_json
+from multimodal.files import atomic_file, read_json, write_json
 from multimodal.terminal import print_status
 from multimodal.train.run.best import BestValidation
 from multimodal.train.run.finite import check_finite, is_last_step
@@ -236,12 +235,12 @@ def _damage_of_file(path: Path) -> str | None:
 
 
 def _damage_of_folder(path: Path) -> str | None:
-    try:
-        expected = json.loads((path / CHECKSUMS).read_text("utf-8"))
-    except FileNotFoundError:
+    if not (path / CHECKSUMS).exists():
         print_status(f"{path}: has no {CHECKSUMS}, so damage would not be noticed")
         return None
-    except ValueError:
+    try:
+        expected = dict(read_json(path / CHECKSUMS))
+    except (ValueError, TypeError):
         return f"{CHECKSUMS} is not JSON"
     found = _checksums(path)
     wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))

@@ -14,6 +14,8 @@ import lightning as L
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.utilities import rank_zero_only
 
+from multimodal.files import local_path
+
 LOCK = ".lock"
 
 
@@ -48,8 +50,7 @@ class RunFolder:
     path: Path
 
     def __post_init__(self) -> None:
-        if "://" in str(self.path) or str(self.path).partition(":/")[1]:
-            raise ValueError(f"--output {self.path}: a run writes to a local folder")
+        local_path(self.path)  # an address is an error now
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> "RunFolder":

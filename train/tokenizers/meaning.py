@@ -48,6 +48,7 @@ class MeaningModule(MuonModule):
         learning_rate, weight_decay, warmup_steps: Muon's. Linear warm-up, cosine to zero.
     """
 
+    best_by = "val/variance_lost:min"
     mean: Tensor
     scale: Tensor
 
@@ -183,18 +184,21 @@ class MeaningModule(MuonModule):
             self.projection.bias.copy_(-(source.center @ source.components))
         self.new_projection = False
 
-    def export(self, folder: str) -> None:
+    def export(self, folder: str | Path) -> None:
         """Write the tokenizer folder. Only the first rank writes."""
-        if not self.trainer.is_global_zero:
+        if not self.writes_files:
             return
         with torch.no_grad():
             weight, bias = self.projection.weight.float().cpu(), self.projection.bias.float().cpu()
             self.meaning.components.copy_(weight.T)
             # The smallest point that the projection maps to 0.
             self.meaning.center.copy_(torch.linalg.lstsq(weight, -bias[:, None]).solution[:, 0])
-        metrics = self.trainer.callback_metrics
+        metrics = {} if self._trainer is None else self._trainer.callback_metrics
+        tokenizer = ImageTokenizer(self.meaning)
+        tokenizer.provenance = self.provenance()
         with atomic_folder(Path(folder)) as part:
-            ImageTokenizer(self.meaning).save(part)
+            tokenizer.save(part)
+            (part / "README.md").write_text(self.card("A level of meaning"), "utf-8")
             write_json(part / REPORT, report_of(metrics, self.meaning.config.groups))
 
 
