@@ -20,6 +20,7 @@ from multimodal.tokenizers.weights import read_config_file
 
 MAX_FILE = 2**28  # bytes of a tokenizer: that of 250,000 tokens has 2**24
 MAX_TEMPLATE = 2**20  # bytes
+# Where Hugging Face keeps a template. Ours is in the JSON: only JSON and weights are shared.
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 # How a text is split before BPE, where transformers reads it off a GGUF file rightly.
 GGUF_SPLITS = ("default", "gpt-2", "smollm", "qwen2")
@@ -132,10 +133,10 @@ class TextTokenizer:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save(str(path))
         if self.chat is not None:
-            (path.parent / TEMPLATE).write_text(self.chat.template, "utf-8")
             tokens = {"eos_token": self.chat.end, "bos_token": self.chat.begin}
-            config = json.dumps({k: v for k, v in tokens.items() if v}, indent=1)
-            (path.parent / CONFIG).write_text(config + "\n", "utf-8")
+            config = {"chat_template": self.chat.template, **{k: v for k, v in tokens.items() if v}}
+            text = json.dumps(config, ensure_ascii=False, indent=1)
+            (path.parent / CONFIG).write_text(text + "\n", "utf-8")
 
     def to_json(self) -> str:
         """The tokenizer in Hugging Face's format."""

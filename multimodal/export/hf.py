@@ -17,7 +17,6 @@ from multimodal.hub.names import find_model
 from multimodal.model.checkpoint import ModelParts, read_config
 from multimodal.model.stock import family_of, stock_config
 from multimodal.model.vocabulary import SPECIALS, Vocabulary
-from multimodal.tokenizers.text import TEMPLATE
 
 
 def image_token(code: int) -> str:
@@ -78,7 +77,7 @@ def _write(model: ModelParts, folder: Path, dtype: str) -> None:
     }
     if (chat := model.text_tokenizer.chat) is not None:
         written["generation_config.json"]["eos_token_id"] = chat_ends(model)
-        (folder / TEMPLATE).write_text(chat.template, "utf-8")
+        written["tokenizer_config.json"]["chat_template"] = chat.template
     for name, content in written.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", "utf-8")
     weights = model.network.transformer.stock_state_dict()

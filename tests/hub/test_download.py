@@ -11,6 +11,7 @@ from multimodal import load
 from multimodal.cli import main
 from multimodal.hub.address import HubName
 from multimodal.hub.names import find_model, part_of
+from multimodal.tokenizers.text import ChatFormat
 from tests.hub.stand_in import TOKEN, Answer, StandIn, requested
 
 # --- what a name means -----------------------------------------------------------------------
@@ -79,6 +80,16 @@ def test_a_model_of_the_hub_is_the_model(tiny: StandIn, tiny_model_folder: Path)
     before = len(tiny.requests)
     load("me/tiny")
     assert len(tiny.requests) == before + 1, "only which commit it is"
+
+
+def test_how_a_model_talks_comes_along(
+    hub: StandIn, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    model = load(tiny_model_folder)
+    model.text_tokenizer.chat = ChatFormat("{{ messages[0]['content'] }} \u00e9", "a", "b")
+    model.save(tmp_path / "talks")
+    hub.add("me/talks", tmp_path / "talks")
+    assert load("me/talks").text_tokenizer.chat == model.text_tokenizer.chat
 
 
 def test_the_cache_has_the_format_of_huggingface_hub(tiny: StandIn, tmp_path: Path) -> None:
