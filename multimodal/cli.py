@@ -39,6 +39,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "predict": ("multimodal.train.cli", "run a training checkpoint over a dataset"),
     "eval": ("multimodal.eval.evaluate", "measure what a model can do, with the protocol"),
     "export": ("multimodal.commands.export", "carry a model to other engines, or make it smaller"),
+    "quantize": ("multimodal.commands.quantize", "make a model smaller: weights of 8 or 4 bits"),
     "export model": ("multimodal.train.export", "make a model folder of a training checkpoint"),
     "push": ("multimodal.commands.push", "put a model on the Hugging Face Hub"),
     "demo": ("multimodal.eval.demo", "do all of it on pictures that need no download"),

@@ -34,6 +34,12 @@ class Provenance:
             (*self.sources, *(each for each in other.sources if each not in self.sources)),
         )
 
+    def of_model(self, name: str, fingerprint: str) -> "Provenance":
+        """Of what is made of a model: all that the model was made of, and the model itself."""
+        license = " / ".join(text.split("\n\n")[0] for text in self.licenses)
+        model = {"kind": "model", "name": name, "fingerprint": fingerprint, "license": license}
+        return self + Provenance(sources=(model,))
+
     @classmethod
     def read(cls, folder: Path) -> "Provenance":
         """What a folder says. An image tokenizer inside a model folder has what the model has.

@@ -73,9 +73,7 @@ class MuonModule(L.LightningModule):
 
     def note_source(self, name: str, fingerprint: str, provenance: Provenance) -> None:
         """Note a model that the weights come from. Checkpoints keep it."""
-        license = " / ".join(text.split("\n\n")[0] for text in provenance.licenses)
-        model = {"kind": "model", "name": name, "fingerprint": fingerprint, "license": license}
-        self.started_from += provenance + Provenance(sources=(model,))
+        self.started_from += provenance.of_model(name, fingerprint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["provenance"] = asdict(self.started_from)

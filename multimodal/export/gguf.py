@@ -52,7 +52,7 @@ def export_gguf(source: str | Path, out: str | Path, dtype: str = "float16") -> 
     if out.exists():
         raise ValueError(f"{out}: exists; name a new file")
     folder = find_model(source)
-    model = ModelParts.load(folder)
+    model = ModelParts.load(folder).dequantized()
     config = model.config.transformer
     name, _ = family_of(config)
     architecture = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == name)

@@ -43,7 +43,8 @@ def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> st
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     with new_folder(out) as folder:
-        model = ModelParts.load(source, dtype=DTYPES[dtype])
+        model = ModelParts.load(source).dequantized()
+        model.network.to(DTYPES[dtype])
         _write(model, folder, dtype)
         fingerprint = read_config(source).fingerprints.model
         card = f"{_readme(model, fingerprint)}\n{model.provenance.section()}"

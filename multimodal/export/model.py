@@ -19,7 +19,7 @@ def export_model(
     dtype: str = "bfloat16",
     image_tokenizer: str | Path | None = None,
 ) -> None:
-    """Write a model folder again, with its weights rounded.
+    """Write a model folder again, with its weights rounded. Quantized ones become floats again.
 
     Args:
         source: a model: see multimodal/hub/names.py.
@@ -34,7 +34,7 @@ def export_model(
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     with new_folder(out) as folder:
-        model = ModelParts.load(source)
+        model = ModelParts.load(source).dequantized()
         if image_tokenizer is not None:
             other = load_image_tokenizer(part_of(image_tokenizer, "image_tokenizer"))
             if other.codes_fingerprint != model.image_tokenizer.codes_fingerprint:

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -28,6 +28,7 @@ from multimodal.model.templates import Templates
 from multimodal.model.transformer import TransformerConfig
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.provenance import Provenance
+from multimodal.quantization import dequantized, read_weights, stored_weights
 from multimodal.schemas import construct
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.tokenizers.levels import Layout
@@ -144,17 +145,22 @@ class ModelParts:
         config, claimed = stored.config, stored.fingerprints
         text_tokenizer = TextTokenizer.load(folder / "text_tokenizer.json")
         image_tokenizer = load_image_tokenizer(folder / "image_tokenizer", verify)
-        with torch.device("meta"):  # shapes alone
-            shapes = MultimodalLM(config)
+        bits = config.transformer.weight_bits
+        try:
+            with torch.device("meta"):  # shapes alone
+                shapes = MultimodalLM(config)
+                expected = stored_weights(shapes.transformer.stock_state_dict(), bits)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
         weights = load_weights(
             folder / "model.safetensors",
-            shapes.transformer.stock_state_dict(),
+            expected,
             optional=("lm_head.weight",) if config.transformer.tie_word_embeddings else (),
         )
         heads = load_weights(folder / "heads.safetensors", shapes.alignment.state_dict())
         try:
             parts = cls(MultimodalLM(config), text_tokenizer, image_tokenizer)
-            parts.network.transformer.load_stock_state_dict(weights)
+            parts.network.transformer.load_stock_state_dict(read_weights(weights, bits))
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{folder}: not a model of this release: {error}") from error
         parts.network.alignment.load_state_dict(heads)
@@ -188,6 +194,18 @@ class ModelParts:
             self.provenance.write(part)
             if card or not (folder / "README.md").exists():
                 (part / "README.md").write_text(card or DEFAULT_CARD, "utf-8")
+
+    def dequantized(self) -> "ModelParts":
+        """The same model with float32 weights, for what cannot read quantized ones."""
+        config = self.config
+        if config.transformer.weight_bits is None:
+            return self
+        plain = replace(config.transformer, weight_bits=None)
+        network = MultimodalLM(replace(config, transformer=plain)).eval()
+        network.load_state_dict(dequantized(self.network.state_dict()))
+        return ModelParts(
+            network, self.text_tokenizer, self.image_tokenizer, self.urls, self.provenance
+        )
 
     def to(self, device: str | torch.device) -> Self:
         """Move the network and the image tokenizer."""
@@ -258,12 +276,14 @@ def _write(model: ModelParts, folder: Path, dtype: torch.dtype) -> None:
         network = copy.deepcopy(model.network).to(dtype).float()
         # The fingerprint is of the weights as they will be loaded.
         model = ModelParts(network, model.text_tokenizer, model.image_tokenizer)
-    weights = model.network.transformer.stock_state_dict()
-    save_file({name: w.to(dtype) for name, w in weights.items()}, folder / "model.safetensors")
-    heads = model.network.alignment.state_dict()
-    save_file(
-        {name: w.contiguous().to(dtype) for name, w in heads.items()}, folder / "heads.safetensors"
-    )
+    transformer, heads = model.network.transformer, model.network.alignment.state_dict()
+    weights = stored_weights(transformer.stock_state_dict(), transformer.config.weight_bits)
+    for name, tensors in (("model.safetensors", weights), ("heads.safetensors", heads)):
+        rounded = {
+            key: (w.to(dtype) if w.is_floating_point() else w).contiguous()
+            for key, w in tensors.items()
+        }
+        save_file(rounded, folder / name)
     model.text_tokenizer.save(folder / "text_tokenizer.json")
     model.image_tokenizer.save(folder / "image_tokenizer")
     config = {

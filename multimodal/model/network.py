@@ -162,9 +162,14 @@ class MultimodalLM(nn.Module):
         """Copy the weights of a network of the same sizes, of which this one may have more levels.
 
         Raises:
-            ValueError: if the sizes differ, or its levels are not the first ones of this network.
+            ValueError: if it is quantized, the sizes differ, or its levels are not the first ones of this network.
         """
         ours, theirs = self.config, source.config
+        if bits := theirs.transformer.weight_bits:
+            raise ValueError(
+                f"its weights have {bits} bits, and training needs floats: start from the model "
+                "that it was quantized from"
+            )
         shared = replace(theirs.transformer, vocab_size=ours.transformer.vocab_size)
         if shared != ours.transformer or theirs.text_size != ours.text_size:
             raise ValueError("its sizes are not those of this run")

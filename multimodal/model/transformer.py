@@ -13,7 +13,7 @@ Shapes: B batch, L queries, S keys, D width, H heads, G key-value heads, d head 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from multimodal.model.attention import KVCache, Mask, QKNorm, attend, head_norm
 from multimodal.model.rope import Rope, RopeScaling, rotate
+from multimodal.quantization import with_quantized_layers
 from multimodal.schemas import Between, Positive, check_fields
 
 ALL = slice(None)
@@ -40,6 +41,7 @@ class TransformerConfig:
         norm_after: norm what attention and MLP add, not what they read (Swin v2, arXiv:2111.09883).
         attention_bias: biases of queries, keys and values.
         rope_scaling: for longer texts.
+        weight_bits: of quantized matrices (multimodal/quantization.py). None: they are floats.
 
     Raises:
         ValueError: for sizes that do not fit.
@@ -60,6 +62,7 @@ class TransformerConfig:
     norm_after: bool = False
     attention_bias: bool = False
     rope_scaling: RopeScaling | None = None
+    weight_bits: Literal[8, 4] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -125,8 +128,9 @@ def token_product(x: Tensor, linear: nn.Module) -> Tensor:
     Compiled for few rows on a CPU it is a sum: such a product only waits for its weights, and the
     compiler's loop reads them three times as fast (docs/decisions/decoding_speed.md).
     """
+    if not isinstance(linear, nn.Linear):  # a quantized layer has a product of its own
+        return linear(x)
     weight, bias = linear.weight, linear.bias
-    assert isinstance(weight, Tensor) and not isinstance(bias, nn.Module)
     if torch.compiler.is_compiling() and not x.is_cuda and len(x) <= MAX_STATIC_ROWS:
         product = (x[:, None].float() * weight.float()).sum(-1)
         return (product if bias is None else product + bias.float()).to(x.dtype)
@@ -274,6 +278,8 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.apply(self._initialise)
+        if config.weight_bits is not None:
+            with_quantized_layers(self)
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -357,14 +363,8 @@ class Transformer(nn.Module):
     def empty_cache(self, rows: int, capacity: int) -> KVCache:
         """A cache for so many rows and tokens."""
         config = self.config
-        return KVCache.empty(
-            config.num_hidden_layers,
-            rows,
-            config.num_key_value_heads,
-            capacity,
-            config.head_dim,
-            self.embed_tokens.weight,
-        )
+        layers, groups = config.num_hidden_layers, config.num_key_value_heads
+        return KVCache.empty(layers, rows, groups, capacity, config.head_dim, self.norm.weight)
 
     def logits(self, hidden: Tensor, ids: slice = ALL) -> Tensor:
         """Scores of ids: float[..., D] -> float32[..., V].
@@ -374,21 +374,24 @@ class Transformer(nn.Module):
         Args:
             ids: the ids whose scores are needed. A part of a large vocabulary costs a part.
         """
+        if not isinstance(self.lm_head, nn.Linear):
+            return self.lm_head(hidden, ids).float()
         return F.linear(hidden, self.lm_head.weight[ids]).float()
 
     def stock_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names of the stock classes (model/stock.py)."""
         state = {name: weight.contiguous() for name, weight in self.state_dict().items()}
-        head = state.pop("lm_head.weight")
+        head = {name: state.pop(name) for name in list(state) if name.startswith("lm_head.")}
         stock = {f"model.{name}": weight for name, weight in state.items()}
-        return stock if self.config.tie_word_embeddings else {**stock, "lm_head.weight": head}
+        return stock if self.config.tie_word_embeddings else stock | head
 
     def load_stock_state_dict(self, state: dict[str, Tensor]) -> None:
         """The reverse of ``stock_state_dict``. Raises ``RuntimeError`` for what does not fit."""
         state = {name.removeprefix("model."): value for name, value in state.items()}
-        if self.config.tie_word_embeddings and "embed_tokens.weight" in state:
-            embeddings = state["embed_tokens.weight"]
-            head = state.setdefault("lm_head.weight", embeddings)
+        tied = [name for name in state if name.startswith("embed_tokens.")]
+        for name in tied if self.config.tie_word_embeddings else ():
+            embeddings = state[name]
+            head = state.setdefault(name.replace("embed_tokens", "lm_head"), embeddings)
             if head is not embeddings and not torch.equal(head, embeddings):
                 raise RuntimeError(
                     "lm_head differs from embed_tokens: tie_word_embeddings is wrong"

@@ -1,0 +1,34 @@
+"""``multimodal quantize``: a model folder with weights of 8 or 4 bits."""
+
+import argparse
+
+EPILOG = """int8 is half the size of bfloat16, and faster on CPUs with VNNI. int4 is a quarter of it on
+disk; in memory and in speed it is like int8. The image tokenizer keeps its weights. The result is
+used like any model, on any device. Training and fine-tuning need the model it was made from.
+
+examples:
+  multimodal quantize runs/joint/model smaller
+  multimodal quantize starter starter-int4 --to int4
+  multimodal caption --model smaller cat.jpg
+"""
+BITS = ("int8", "int4")  # of multimodal.export.quantize, which would import torch
+
+
+def main(argv: list[str]) -> int:
+    """Run ``multimodal quantize ARGV...``. Prints the folder."""
+    parser = argparse.ArgumentParser(
+        prog="multimodal quantize",
+        description="Make a model smaller: weights of 8 or 4 bits.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="the model folder, or its name")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")
+    parser.add_argument("--to", choices=BITS, default="int8", help="default int8")
+    arguments = parser.parse_args(argv)
+
+    from multimodal.export.quantize import quantize_model
+
+    quantize_model(arguments.model, arguments.out, arguments.to)
+    print(arguments.out)
+    return 0

@@ -1,0 +1,207 @@
+"""Weights of 8 or 4 bits: how they are rounded, how they are stored, and layers that read them.
+
+A matrix is int8 numbers and a scale for each row. A product with it rounds each row of its input
+to int8, too, and is then a product of integers (LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339,
+has the same two scales). So a row gives the same numbers alone and among others.
+
+With 4 bits, groups of 32 numbers of a row share a step and an offset, both small integers: a weight
+is (n - offset) * step, with n from 0 to 15. These are int8 numbers exactly (QServe's progressive
+groups, Lin et al. 2024, arXiv:2405.04532). So 4 bits are a way to store 8: half the file, and in
+memory the same layers with the same speed.
+
+Shapes: B rows of an input, K its width, N width of the output, V vocabulary.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+GROUP = 32  # numbers of a row with one step and one offset
+LEVELS = 16  # of 4 bits
+MAX_INT8 = 127
+FEW_ROWS = 2  # compiled, the product of so many rows is a sum: it only waits for its weights
+# Without these instructions a product of integers is slower than one of floats, and may overflow.
+INTEGER_PRODUCTS = bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
+# A quantized matrix NAME has these tensors: integers, scale float[N], and on disk, with 4 bits,
+# a step and an offset for each group, uint8[N, K / 32].
+SCALE, GROUPS = ".scale", ".groups"
+
+
+def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round a matrix.
+
+    Args:
+        weight: float[N, K].
+        bits: 8 or 4. For 4, K is a multiple of GROUP.
+
+    Returns:
+        int8[N, K] in [-127, 127], and the scale of each row, float32[N], a number of bfloat16: it
+        stays the same in a network of bfloat16.
+    """
+    scale = (weight.float().abs().amax(1) / MAX_INT8).clamp(min=1e-30).bfloat16().float()
+    scaled = (weight.float() / scale[:, None]).clamp(-MAX_INT8, MAX_INT8)
+    if bits == 4:
+        return _unpack(*_pack(scaled)), scale
+    return scaled.round().to(torch.int8), scale
+
+
+def _pack(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows to 4 bits: the step of each group with the least squared error is taken.
+
+    Numbers that were packed before come back exactly: their own step has no error.
+
+    Args:
+        scaled: [N, K], float or int8, in [-127, 127].
+
+    Returns:
+        The numbers n, two in a byte, uint8[N, K / 2]; and of each group 16 * (step - 1) + offset,
+        uint8[N, K / 32].
+    """
+    if scaled.shape[1] % GROUP:
+        raise ValueError(
+            f"a matrix is {scaled.shape[1]} numbers wide: 4 bits need a multiple of {GROUP}"
+        )
+    groups = rearrange(scaled.float(), "n (g k) -> n g k", k=GROUP)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    best = torch.full_like(low, torch.inf)
+    numbers, about = torch.zeros_like(groups), torch.zeros_like(low)
+    for step in range(1, LEVELS + 1):
+        offset = ((LEVELS - 1) / 2 - (low + high) / (2 * step)).round().clamp(0, LEVELS - 1)
+        limit = MAX_INT8 // step  # what is unpacked has to be int8
+        n = (groups / step).round().clamp(-limit, limit).add(offset).clamp(0, LEVELS - 1)
+        error = ((n - offset) * step - groups).square().sum(-1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        numbers = torch.where(better, n, numbers)
+        about = torch.where(better, LEVELS * (step - 1) + offset, about)
+    pairs = rearrange(numbers.to(torch.uint8), "n g (k two) -> n (g k) two", two=2)
+    return pairs[..., 0] + LEVELS * pairs[..., 1], about[..., 0].to(torch.uint8)
+
+
+def _unpack(packed: Tensor, about: Tensor) -> Tensor:
+    """The reverse of ``_pack``: int8[N, K]."""
+    numbers = torch.stack([packed % LEVELS, packed // LEVELS], -1).to(torch.int16)
+    numbers = rearrange(numbers, "n (g k) two -> n g (k two)", g=about.shape[1])
+    step, offset = (about // LEVELS + 1).to(torch.int16), (about % LEVELS).to(torch.int16)
+    weights = (numbers - offset[..., None]) * step[..., None]
+    # A damaged file may hold others. Its fingerprint differs then.
+    return rearrange(weights, "n g k -> n (g k)").clamp(-MAX_INT8, MAX_INT8).to(torch.int8)
+
+
+def stored_weights(state: Mapping[str, Tensor], bits: int | None) -> dict[str, Tensor]:
+    """Weights by name as a file has them: int8 matrices are packed if there are 4 bits.
+
+    Raises:
+        ValueError: for 4 bits, if the width of a matrix is no multiple of GROUP.
+    """
+    stored = dict(state)
+    for name in _matrices(state) if bits == 4 else ():
+        stored[name], stored[name.removesuffix(".weight") + GROUPS] = _pack(state[name])
+    return stored
+
+
+def read_weights(stored: Mapping[str, Tensor], bits: int | None) -> dict[str, Tensor]:
+    """The reverse of ``stored_weights``."""
+    state = dict(stored)
+    for name in _matrices(stored) if bits == 4 else ():
+        groups = state.pop(name.removesuffix(".weight") + GROUPS)
+        state[name] = _unpack(state[name].to(torch.uint8), groups.to(torch.uint8))
+    return state
+
+
+def dequantized(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by name with float32 matrices for those of integers, and without scales."""
+    matrices = _matrices(state)
+    scales = {name: name.removesuffix(".weight") + SCALE for name in matrices}
+    floats = {n: w for n, w in state.items() if n not in scales.values()}
+    return floats | {
+        name: state[name].float() * state[scale].float()[:, None] for name, scale in scales.items()
+    }
+
+
+def _matrices(state: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in state if name.removesuffix(".weight") + SCALE in state]
+
+
+def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x times a quantized matrix, float[B, K] -> float32[B, N].
+
+    On a CPU with instructions for it (VNNI), rows of x are rounded to int8: products of integers
+    are exact, and two to three times as fast as in bfloat16. Elsewhere, and where a gradient is
+    needed, the weights become floats.
+
+    Args:
+        x: float[B, K].
+        weight: int8[N, K].
+        scale: float[N].
+    """
+    if torch.compiler.is_compiling() and not x.is_cuda and len(x) <= FEW_ROWS:
+        return (x[:, None].float() * weight.float()).sum(-1) * scale.float()
+    if not x.is_cpu or not INTEGER_PRODUCTS or (x.requires_grad and torch.is_grad_enabled()):
+        return F.linear(x, weight.to(x.dtype)).float() * scale.float()
+    rows = x.float()
+    largest = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True).clamp_(min=1e-30)
+    rounded = (rows * (MAX_INT8 / largest)).round_().to(torch.int8)
+    product = torch._int_mm(rounded, weight.t()).float()
+    return product.mul_(scale.float()).mul_(largest / MAX_INT8)
+
+
+class QuantizedLinear(nn.Module):
+    """``nn.Linear`` with int8 weights: float[..., K] -> float[..., N]."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = _frozen(torch.zeros(out_features, in_features, dtype=torch.int8))
+        self.scale = _frozen(torch.ones(out_features))
+        self.bias = _frozen(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor, ids: slice = slice(None)) -> Tensor:
+        """The outputs of some rows of the matrix, all by default."""
+        product = int8_product(x.flatten(0, -2), self.weight[ids], self.scale[ids])
+        if self.bias is not None:
+            product = product + self.bias[ids].float()
+        return product.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class QuantizedEmbedding(nn.Module):
+    """``nn.Embedding`` with int8 weights: int64[...] -> float[..., K], in the dtype of its scales.
+
+    A tied head has the same weights.
+    """
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = _frozen(torch.zeros(rows, width, dtype=torch.int8))
+        self.scale = _frozen(torch.ones(rows))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scale = self.scale[ids][..., None]
+        return self.weight[ids].to(scale.dtype) * scale
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def with_quantized_layers(module: nn.Module) -> None:
+    """Put quantized layers, all zeros, in the place of all linear layers and embeddings.
+
+    Layers that shared a weight share it again.
+    """
+    made: dict[int, QuantizedLinear | QuantizedEmbedding] = {}
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, nn.Linear | nn.Embedding):
+                continue
+            rows, width = child.weight.shape
+            new: QuantizedLinear | QuantizedEmbedding
+            if isinstance(child, nn.Linear):
+                new = QuantizedLinear(width, rows, child.bias is not None)
+            else:
+                new = QuantizedEmbedding(rows, width)
+            if (first := made.setdefault(id(child.weight), new)) is not new:
+                new.weight, new.scale = first.weight, first.scale
+            setattr(parent, name, new)
