@@ -2,17 +2,20 @@
 
 A matrix is int8 numbers and a scale for each row. A product with it rounds each row of its input
 to int8, too, and is then a product of integers (LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339,
-has the same two scales). So a row gives the same numbers alone and among others.
+has the same two scales). So a row gives the same numbers alone and among others. A table of
+embeddings, and the head, have a scale for each column, too: few columns are much larger than the
+others (as in SmoothQuant, Xiao et al. 2022, arXiv:2211.10438, but of weights). Their input is
+rounded twice.
 
 With 4 bits, groups of 32 numbers of a row share a step and an offset, both small integers: a weight
 is (n - offset) * step, with n from 0 to 15. These are int8 numbers exactly (QServe's progressive
 groups, Lin et al. 2024, arXiv:2405.04532). So 4 bits are a way to store 8: half the file, and in
-memory the same layers with the same speed.
+memory the same layers with the same speed. Tables and the projections of embeddings keep 8 bits.
 
 Shapes: B rows of an input, K its width, N width of the output, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +25,13 @@ from torch import Tensor, nn
 GROUP = 32  # numbers of a row with one step and one offset
 LEVELS = 16  # of 4 bits
 MAX_INT8 = 127
+REST = 2 * MAX_INT8  # brings what rounding leaves, -1/2 to 1/2, to int8
 FEW_ROWS = 2  # compiled, the product of so many rows is a sum: it only waits for its weights
 # Without these instructions a product of integers is slower than one of floats, and may overflow.
 INTEGER_PRODUCTS = bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
-# A quantized matrix NAME has these tensors: integers, scale float[N], and on disk, with 4 bits,
-# a step and an offset for each group, uint8[N, K / 32].
-SCALE, GROUPS = ".scale", ".groups"
+# The tensors of a quantized matrix: its integers; float[N] and, of a table, float[K]; and on disk,
+# with 4 bits, a step and an offset for each group, uint8[N, K / 32].
+WEIGHT, SCALE, COLUMNS, GROUPS = ".weight", ".scale", ".columns", ".groups"
 
 
 def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -98,35 +102,62 @@ def stored_weights(state: Mapping[str, Tensor], bits: int | None) -> dict[str, T
         ValueError: for 4 bits, if the width of a matrix is no multiple of GROUP.
     """
     stored = dict(state)
-    for name in _matrices(state) if bits == 4 else ():
-        stored[name], stored[name.removesuffix(".weight") + GROUPS] = _pack(state[name])
+    for name in _packed(state, bits):
+        stored[name + WEIGHT], stored[name + GROUPS] = _pack(state[name + WEIGHT])
     return stored
 
 
 def read_weights(stored: Mapping[str, Tensor], bits: int | None) -> dict[str, Tensor]:
     """The reverse of ``stored_weights``."""
     state = dict(stored)
-    for name in _matrices(stored) if bits == 4 else ():
-        groups = state.pop(name.removesuffix(".weight") + GROUPS)
-        state[name] = _unpack(state[name].to(torch.uint8), groups.to(torch.uint8))
+    for name in _packed(stored, bits):
+        packed, groups = (state.pop(name + part).to(torch.uint8) for part in (WEIGHT, GROUPS))
+        state[name + WEIGHT] = _unpack(packed, groups)
     return state
 
 
 def dequantized(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights by name with float32 matrices for those of integers, and without scales."""
-    matrices = _matrices(state)
-    scales = {name: name.removesuffix(".weight") + SCALE for name in matrices}
-    floats = {n: w for n, w in state.items() if n not in scales.values()}
-    return floats | {
-        name: state[name].float() * state[scale].float()[:, None] for name, scale in scales.items()
-    }
+    floats = dict(state)
+    for name in quantized_names(state):
+        weight = floats[name + WEIGHT].float() * floats.pop(name + SCALE).float()[:, None]
+        columns = floats.pop(name + COLUMNS, None)
+        floats[name + WEIGHT] = weight if columns is None else weight * columns.float()
+    return floats
 
 
-def _matrices(state: Mapping[str, Tensor]) -> list[str]:
-    return [name for name in state if name.removesuffix(".weight") + SCALE in state]
+def quantized(state: Mapping[str, Tensor], like: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """The reverse of ``dequantized``.
+
+    Args:
+        state: weights by name, floats.
+        like: those of the same module with quantized layers.
+        bits: 8 or 4.
+    """
+    smaller = dict(state)
+    packed = _packed(like, bits)
+    for name in quantized_names(like):
+        weight = state[name + WEIGHT].float()
+        if name + COLUMNS in like:
+            columns = weight.abs().amax(0).clamp(min=1e-30).bfloat16().float()
+            smaller[name + COLUMNS], weight = columns, weight / columns
+        integers, scale = quantize_rows(weight, 4 if name in packed else 8)
+        smaller[name + WEIGHT], smaller[name + SCALE] = integers, scale
+    return smaller
 
 
-def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def quantized_names(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of quantized layers."""
+    return [name.removesuffix(SCALE) for name in state if name.endswith(SCALE)]
+
+
+def _packed(state: Mapping[str, Tensor], bits: int | None) -> list[str]:
+    """The names of the layers that have 4 bits: all but tables, if there are any."""
+    names = quantized_names(state) if bits == 4 else []
+    return [name for name in names if name + COLUMNS not in state]
+
+
+def int8_product(x: Tensor, weight: Tensor, scale: Tensor, finely: bool = False) -> Tensor:
     """x times a quantized matrix, float[B, K] -> float32[B, N].
 
     On a CPU with instructions for it (VNNI), rows of x are rounded to int8: products of integers
@@ -137,30 +168,50 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         x: float[B, K].
         weight: int8[N, K].
         scale: float[N].
+        finely: round x to int8, and what is left of it again. The last states have few columns
+            much larger than the others, and rounded once they are most of the loss of int8.
     """
     if torch.compiler.is_compiling() and not x.is_cuda and len(x) <= FEW_ROWS:
         return (x[:, None].float() * weight.float()).sum(-1) * scale.float()
     if not x.is_cpu or not INTEGER_PRODUCTS or (x.requires_grad and torch.is_grad_enabled()):
         return F.linear(x, weight.to(x.dtype)).float() * scale.float()
     rows = x.float()
-    largest = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True).clamp_(min=1e-30)
-    rounded = (rows * (MAX_INT8 / largest)).round_().to(torch.int8)
-    product = torch._int_mm(rounded, weight.t()).float()
-    return product.mul_(scale.float()).mul_(largest / MAX_INT8)
+    # torch's norm over a dimension takes longer than the product.
+    steps = MAX_INT8 / rows.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
+    scaled = rows * steps
+    rounded = scaled.round()
+    if finely:
+        rounded = torch.cat([rounded, ((scaled - rounded) * REST).round_()])
+    product = torch._int_mm(rounded.to(torch.int8), weight.t())
+    if finely:
+        coarse, rest = product.float().chunk(2)
+        product = coarse.add_(rest, alpha=1 / REST)
+    return (product * scale.float()).div_(steps)
 
 
 class QuantizedLinear(nn.Module):
-    """``nn.Linear`` with int8 weights: float[..., K] -> float[..., N]."""
+    """``nn.Linear`` with int8 weights: float[..., K] -> float[..., N].
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+    Args:
+        columns: with a scale for each column, too.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, columns: bool = False
+    ) -> None:
         super().__init__()
         self.weight = _frozen(torch.zeros(out_features, in_features, dtype=torch.int8))
         self.scale = _frozen(torch.ones(out_features))
         self.bias = _frozen(torch.zeros(out_features)) if bias else None
+        self.columns = _frozen(torch.ones(in_features)) if columns else None
 
     def forward(self, x: Tensor, ids: slice = slice(None)) -> Tensor:
         """The outputs of some rows of the matrix, all by default."""
-        product = int8_product(x.flatten(0, -2), self.weight[ids], self.scale[ids])
+        rows = x.flatten(0, -2)
+        if self.columns is not None:
+            rows = rows * self.columns
+        table = self.columns is not None
+        product = int8_product(rows, self.weight[ids], self.scale[ids], finely=table)
         if self.bias is not None:
             product = product + self.bias[ids].float()
         return product.to(x.dtype).view(*x.shape[:-1], -1)
@@ -169,27 +220,31 @@ class QuantizedLinear(nn.Module):
 class QuantizedEmbedding(nn.Module):
     """``nn.Embedding`` with int8 weights: int64[...] -> float[..., K], in the dtype of its scales.
 
-    A tied head has the same weights.
+    A tied head has the same tensors.
     """
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
         self.weight = _frozen(torch.zeros(rows, width, dtype=torch.int8))
         self.scale = _frozen(torch.ones(rows))
+        self.columns = _frozen(torch.ones(width))
 
     def forward(self, ids: Tensor) -> Tensor:
         scale = self.scale[ids][..., None]
-        return self.weight[ids].to(scale.dtype) * scale
+        return self.weight[ids].to(scale.dtype) * scale * self.columns
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def with_quantized_layers(module: nn.Module) -> None:
+def with_quantized_layers(module: nn.Module, tables: Collection[str] = ()) -> None:
     """Put quantized layers, all zeros, in the place of all linear layers and embeddings.
 
     Layers that shared a weight share it again.
+
+    Args:
+        tables: names of the linear layers that have a scale for each column, too.
     """
     made: dict[int, QuantizedLinear | QuantizedEmbedding] = {}
     for parent in list(module.modules()):
@@ -199,9 +254,9 @@ def with_quantized_layers(module: nn.Module) -> None:
             rows, width = child.weight.shape
             new: QuantizedLinear | QuantizedEmbedding
             if isinstance(child, nn.Linear):
-                new = QuantizedLinear(width, rows, child.bias is not None)
+                new = QuantizedLinear(width, rows, child.bias is not None, name in tables)
             else:
                 new = QuantizedEmbedding(rows, width)
             if (first := made.setdefault(id(child.weight), new)) is not new:
-                new.weight, new.scale = first.weight, first.scale
+                new.weight, new.scale, new.columns = first.weight, first.scale, first.columns
             setattr(parent, name, new)

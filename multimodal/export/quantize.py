@@ -10,17 +10,17 @@ from multimodal.files import local_path, new_folder
 from multimodal.hub.names import find_model
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.network import MultimodalLM
-from multimodal.quantization import quantize_rows
+from multimodal.quantization import quantized
 
 Bits = Literal["int8", "int4"]
 BITS: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
 
 
 def quantize_model(source: str | Path, out: str | Path, to: Bits = "int8") -> None:
-    """Write a model folder again, with all matrices of its transformer quantized.
+    """Write a model folder again, with all matrices of its network quantized.
 
-    Norms and the projections of embeddings become bfloat16. The image tokenizer stays as it is:
-    rounded, it would give other codes than in training.
+    Norms become bfloat16. The image tokenizer stays as it is: rounded, it would give other codes
+    than in training.
 
     Args:
         source: a model: see multimodal/hub/names.py.
@@ -37,8 +37,7 @@ def quantize_model(source: str | Path, out: str | Path, to: Bits = "int8") -> No
         model = ModelParts.load(folder)
         if (bits := model.config.transformer.weight_bits) is not None:
             raise ValueError(f"{source}: is quantized already, to {bits} bits")
-        name = "starter" if str(source) == "starter" else folder.resolve().name
-        provenance = model.provenance.of_model(name, model.fingerprint)
+        provenance = model.provenance.of_model(str(source), model.fingerprint)
         smaller = ModelParts(
             quantized_network(model.network, BITS[to]),
             model.text_tokenizer,
@@ -46,22 +45,15 @@ def quantize_model(source: str | Path, out: str | Path, to: Bits = "int8") -> No
             provenance=provenance,
         )
         card = folder / "README.md"
-        text = card.read_text("utf-8") if card.is_file() else f"# {name}\n"
-        note = f"Quantized to {to} from {name} ({model.fingerprint}). It cannot be trained."
+        text = card.read_text("utf-8") if card.is_file() else "# A quantized model\n"
+        note = f"Quantized to {to} from {source} ({model.fingerprint}). It cannot be trained."
         smaller.save(written, f"{text.rstrip()}\n\n{note}\n", torch.bfloat16)
 
 
 def quantized_network(network: MultimodalLM, bits: Literal[8, 4]) -> MultimodalLM:
-    """A network with the matrices of its transformer quantized, and all else as it is."""
+    """A network with its matrices quantized, and all else as it is."""
     config = network.config
     transformer = replace(config.transformer, weight_bits=bits)
     smaller = MultimodalLM(replace(config, transformer=transformer)).eval()
-    floats, state = network.state_dict(), smaller.state_dict()
-    for name in state:
-        if name.removesuffix(".weight") + ".scale" in state:
-            state[name], scale = quantize_rows(floats[name], bits)
-            state[name.removesuffix(".weight") + ".scale"] = scale
-        elif name in floats:
-            state[name] = floats[name]
-    smaller.load_state_dict(state)
+    smaller.load_state_dict(quantized(network.state_dict(), smaller.state_dict(), bits))
     return smaller

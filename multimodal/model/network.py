@@ -27,6 +27,7 @@ from multimodal.model.stock import read_stock
 from multimodal.model.templates import Templates
 from multimodal.model.transformer import SIZES, Transformer, TransformerConfig, named_config
 from multimodal.model.vocabulary import Vocabulary
+from multimodal.quantization import with_quantized_layers
 from multimodal.tokenizers.levels import Layout
 
 UNKNOWN_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # bins of the logged reconstruction curves
@@ -93,6 +94,8 @@ class MultimodalLM(nn.Module):
         self.alignment = Alignment(
             config.transformer.hidden_size, objectives.alignment_dim, objectives.alignment_form
         )
+        if config.transformer.weight_bits is not None:
+            with_quantized_layers(self.alignment, ("image_projection", "text_projection"))
         self.attention_backend: Backend = "sdpa"
         self.label_smoothing = 0.0
         self.compiled: CompiledForward | None = None

@@ -279,7 +279,7 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.apply(self._initialise)
         if config.weight_bits is not None:
-            with_quantized_layers(self)
+            with_quantized_layers(self, ("lm_head",))
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
