@@ -8,7 +8,7 @@ others (as in SmoothQuant, Xiao et al. 2022, arXiv:2211.10438, but of weights). 
 rounded twice.
 
 With 4 bits, groups of 32 numbers of a row share a step and an offset, both small integers: a weight
-is (n - offset) * step, with n from 0 to 15. These are int8 numbers exactly (QServe's progressive
+is (n - offset) * step, with n from 0 to 15, cut to int8. So it is an int8 number exactly (QServe's progressive
 groups, Lin et al. 2024, arXiv:2405.04532). So 4 bits are a way to store 8: half the file, and in
 memory the same layers with the same speed. Tables and the projections of embeddings keep 8 bits.
 
@@ -73,10 +73,11 @@ def _pack(scaled: Tensor) -> tuple[Tensor, Tensor]:
     best = torch.full_like(low, torch.inf)
     numbers, about = torch.zeros_like(groups), torch.zeros_like(low)
     for step in range(1, LEVELS + 1):
-        offset = ((LEVELS - 1) / 2 - (low + high) / (2 * step)).round().clamp(0, LEVELS - 1)
-        limit = MAX_INT8 // step  # what is unpacked has to be int8
-        n = (groups / step).round().clamp(-limit, limit).add(offset).clamp(0, LEVELS - 1)
-        error = ((n - offset) * step - groups).square().sum(-1, keepdim=True)
+        ends = (low / step).round() + (high / step).round()
+        offset = ((LEVELS - 1 - ends) / 2).round().clamp(0, LEVELS - 1)
+        n = ((groups / step).round() + offset).clamp(0, LEVELS - 1)
+        unpacked = ((n - offset) * step).clamp(-MAX_INT8, MAX_INT8)
+        error = (unpacked - groups).square().sum(-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         numbers = torch.where(better, n, numbers)
@@ -91,7 +92,6 @@ def _unpack(packed: Tensor, about: Tensor) -> Tensor:
     numbers = rearrange(numbers, "n (g k) two -> n g (k two)", g=about.shape[1])
     step, offset = (about // LEVELS + 1).to(torch.int16), (about % LEVELS).to(torch.int16)
     weights = (numbers - offset[..., None]) * step[..., None]
-    # A damaged file may hold others. Its fingerprint differs then.
     return rearrange(weights, "n g k -> n (g k)").clamp(-MAX_INT8, MAX_INT8).to(torch.int8)
 
 
