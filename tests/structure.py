@@ -18,8 +18,8 @@ PARTS = ("multimodal", "tokenizers", "eval", "train")
 
 # Modules at the top of multimodal/ that every room may use, and that use no room.
 FOUNDATION = (
-    "distributed", "files", "memory", "options", "provenance", "schemas", "seeds", "terminal",
-    "torchrun",
+    "devices", "distributed", "files", "memory", "options", "provenance", "schemas", "seeds",
+    "terminal", "torchrun",
 )  # fmt: skip
 # The front doors: `import multimodal`, and the command line, which finds verbs by name.
 FRONT_DOORS = (

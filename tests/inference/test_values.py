@@ -193,8 +193,8 @@ def test_help_says_what_an_option_does_and_types_by_their_names() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "bf16"}, "dtype='bf16': expected float32 or bfloat16"),
-        ({"dtype": torch.int8}, "expected float32 or bfloat16"),
+        ({"dtype": "bf16"}, "dtype='bf16': expected one of auto, float32, bfloat16"),
+        ({"dtype": torch.int8}, "expected one of auto, float32, bfloat16"),
         ({"device": "banana"}, "device='banana': cannot be used here"),
     ],
 )
