@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from multimodal.data.formats.arrays import as_numpy, image_of_array
 from multimodal.data.images import grid_of, open_image
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -77,10 +77,8 @@ def open_source(source: Any, name: str | None = None, urls: bool = False) -> Ima
                 "load(..., urls=True), or --urls"
             )
         return open_image(_download(source), name=name)
-    if isinstance(source, Tensor):
-        return _from_array(_as_numpy(source), name, "[C, H, W]")
-    if isinstance(source, np.ndarray):
-        return _from_array(source, name, "[H, W, C]")
+    if isinstance(source, Tensor | np.ndarray):
+        return open_image(image_of_array(source, name), name=name)
     if isinstance(source, bytearray | memoryview):
         source = bytes(source)
     elif isinstance(source, PathLike):
@@ -96,37 +94,11 @@ def open_source(source: Any, name: str | None = None, urls: bool = False) -> Ima
 
 def open_mask(mask: Any, urls: bool = False) -> Image.Image:
     """A mask in mode RGB. Arrays that hold nothing but 0 and 1 are black and white."""
-    mask = _as_numpy(mask) if isinstance(mask, Tensor) else mask
+    mask = as_numpy(mask) if isinstance(mask, Tensor) else mask
     if isinstance(mask, np.ndarray) and mask.size and mask.dtype.kind in "biu" and mask.max() <= 1:
         mask = mask.astype(bool)
     name = name_of(mask, 0) if isinstance(mask, str | PathLike) else "the mask"
     return open_source(mask, name, urls)
-
-
-def _as_numpy(tensor: Tensor) -> Array:
-    """[C, H, W] as [H, W, C]."""
-    tensor = tensor.detach().cpu()
-    array: Array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    return rearrange(array, "c h w -> h w c") if array.ndim == 3 else array
-
-
-def _from_array(array: Array, name: str, layout: str) -> Image.Image:
-    given = f"{name}: an array of shape {list(array.shape)} and type {array.dtype}"
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise ValueError(f"{given}; expected [H, W] or {layout} with 1, 3 or 4 channels")
-    if array.dtype.kind == "f":
-        if array.size and not (np.isfinite(array).all() and 0 <= array.min() <= array.max() <= 1):
-            raise ValueError(f"{given}, with values outside [0, 1]; expected [0, 1], or uint8")
-        array = np.rint(array * 255).astype(np.uint8)
-    elif array.dtype == bool:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype != np.uint8:
-        raise ValueError(f"{given}; expected uint8, bool, or floats in [0, 1]")
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if not array.size:
-        raise ValueError(f"{given}: it has no pixels")
-    return open_image(Image.fromarray(np.ascontiguousarray(array)), name=name)
 
 
 def _download(address: str) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from multimodal.cli import main
-from multimodal.data.builder.build import build
+from multimodal.data.builder.build import build_shards
 from multimodal.data.shards import DamagedShard, Shards, file_sha256
 from multimodal.files import UnreadableFile, open_file, read_bytes, read_json, read_text
 from tests.photos import picture
@@ -30,7 +30,7 @@ def photos(folder: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    build(photos(tmp_path / "photos"), tmp_path / "shards")
+    build_shards(photos(tmp_path / "photos"), tmp_path / "shards")
     return tmp_path / "shards"
 
 
@@ -53,7 +53,7 @@ def test_json_without_end_is_refused_everywhere(folder: Path, tmp_path: Path) ->
     source = tmp_path / "photos"
     (source / "a.txt").rename(source / "a.json")
     (source / "a.json").write_text(DEEP, "utf-8")
-    report = build(source, tmp_path / "again")
+    report = build_shards(source, tmp_path / "again")
     assert report is not None and report.reasons == {"unreadable text": 1} and report.kept == 2
     for suffix in (".json", ".jsonl", ".csv"):
         (tmp_path / f"deep{suffix}").write_text(DEEP, "utf-8")
@@ -111,7 +111,7 @@ def test_pipes_and_devices_in_a_source_are_rejected_by_name(tmp_path: Path) -> N
     os.mkfifo(source / "b.txt")
     (source / "zero.png").symlink_to("/dev/zero")
     (source / "zero.txt").symlink_to("/dev/zero")
-    report = build(source, tmp_path / "out")
+    report = build_shards(source, tmp_path / "out")
     assert report is not None and (report.total, report.kept) == (4, 1)
     assert report.reasons == {"unreadable image": 1, "unreadable text": 2}
     for line in (tmp_path / "out" / "rejected.jsonl").read_text("utf-8").splitlines():
