@@ -11,11 +11,11 @@ from __future__ import annotations  # help() shows the names of types as they ar
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Unpack, overload
+from typing import Annotated, Any, Unpack, overload
 
 import torch
 from PIL import Image
@@ -38,6 +38,7 @@ from multimodal.inference.embedding import (
     EmbeddingCache,
     embed_codes,
     embed_files,
+    embed_lines,
     embed_texts,
 )
 from multimodal.inference.values import (
@@ -288,6 +289,7 @@ class Model(TextMethods):
         *,
         cache: EmbeddingCache | None = None,
         batch_size: int = 32,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> Results:
         """The k images that fit a text, or another image, best.
 
@@ -295,6 +297,7 @@ class Model(TextMethods):
             query: a ``str`` is a text, everything else an image (a path is a ``Path``).
             images: a folder, searched with its subfolders, or paths.
             cache: embeddings by the content of files. New ones are added to it.
+            progress: wraps the stream of images (``tqdm``, for instance).
 
         Returns:
             (path, score in [-1, 1]), the best first. ``skipped`` has what could not be read, by its
@@ -309,7 +312,7 @@ class Model(TextMethods):
         )
         results, scores = Results(), dict[Path, float]()
         embedded = self.embed_files(paths, cache=cache, batch_size=batch_size)
-        for number, (path, found) in enumerate(embedded):
+        for number, (path, found) in enumerate(progress(embedded)):
             if isinstance(found, ValueError):
                 results.skipped[number] = found
             else:
@@ -328,6 +331,14 @@ class Model(TextMethods):
         """
         check(batch_size >= 1, "batch_size", batch_size, "at least 1")
         return embed_files(self, paths, cache, batch_size)
+
+    @shows_types
+    def embed_lines(
+        self, texts: Sequence[str], *, batch_size: int = 32
+    ) -> Iterator[Tensor | ValueError]:
+        """float32[D] of each text, or what was wrong with it, in their order."""
+        check(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        return embed_lines(self, texts, batch_size)
 
 
 @shows_types

@@ -78,6 +78,9 @@ def test_work_that_does_not_fit_into_memory_says_what_to_lower(
     with pytest.raises(ValueError, match="the number of choices"):
         model.answer(picture, "what?", choices=[f"thing {n}" for n in range(500)])
     assert model.caption([picture], max_tokens=3)
+    with pytest.raises(ValueError, match="the pixels of 99 images at once.*lower batch_size"):
+        model.embed([picture] * 99, batch_size=1000)
+    assert len(model.embed([picture] * 99, batch_size=9)) == 99
 
 
 def test_the_free_memory_is_known_here() -> None:
