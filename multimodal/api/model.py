@@ -128,7 +128,7 @@ class Model(TextMethods):
             options: see DrawOptions.
         """
         drawn = list(self.draw_each(text, n, on_preview=on_preview, **options))
-        results = [Drawings(drawn[start : start + n]) for start in range(0, len(drawn), n)]
+        results = Results(Drawings(drawn[start : start + n]) for start in range(0, len(drawn), n))
         return results[0] if isinstance(text, str) else results
 
     @takes_options(DrawOptions)

@@ -3,10 +3,13 @@
 Shapes: H W pixels, C channels (1 grey, 3 RGB, 4 RGB and alpha), B images.
 """
 
+import base64
+import html
 import io
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from multimodal.data.formats.arrays import as_numpy, image_of_array
 from multimodal.data.images import grid_of, open_image
+from multimodal.terminal import shown
 
 Array: TypeAlias = np.ndarray[Any, Any]
 ImageSource: TypeAlias = (
@@ -28,6 +32,7 @@ EXPECTED = "a path, bytes, a file, a Pillow image, a numpy array or a torch tens
 URL_STARTS = ("http://", "https://")
 MAX_DOWNLOAD = 64 << 20  # bytes of an image behind an address
 TIMEOUT = 30  # seconds without an answer
+THUMBNAIL = 96  # pixels of the longer side of a picture in a notebook
 
 
 def name_of(image: object, number: int) -> str:
@@ -115,14 +120,14 @@ def _download(address: str) -> bytes:
 
 
 class Results(list[Any]):
-    """A list of results.
+    """A list of results. A notebook shows them: texts, images that were found, drawings.
 
     Attributes:
         skipped: what was wrong with the inputs that have no result, by their places.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, results: Iterable[Any] = ()) -> None:
+        super().__init__(results)
         self.skipped: dict[int, ValueError] = {}
 
     def add(self, result: Any, on_error: OnError) -> None:
@@ -134,13 +139,38 @@ class Results(list[Any]):
             result = None
         self.append(result)
 
+    def _repr_html_(self) -> str:
+        rows = [item for item in self if item is not None]
+        errors = [f"<li><i>{html.escape(shown(str(e)))}</i></li>" for e in self.skipped.values()]
+        return f"<ol>{''.join(f'<li>{_as_html(row)}</li>' for row in rows)}{''.join(errors)}</ol>"
+
 
 class Drawings(list[Image.Image]):
     """Drawings of one text. A notebook shows them side by side."""
 
     def _repr_png_(self) -> bytes | None:
-        if not self:
-            return None
-        buffer = io.BytesIO()
-        grid_of(self).save(buffer, "PNG")
-        return buffer.getvalue()
+        return _png(grid_of(self)) if self else None
+
+
+def _as_html(result: Any) -> str:
+    """A text, drawings, or (path, score) as ``Model.search`` gives it."""
+    if isinstance(result, Drawings):
+        return "".join(map(_picture, result))
+    if not isinstance(result, tuple):
+        return html.escape(shown(str(result)))
+    path, score = result
+    with suppress(ValueError, OSError):  # the file may be gone
+        picture = open_image(path)
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        return f"{_picture(picture)} {score:.3f} {html.escape(shown(path))}"
+    return f"{score:.3f} {html.escape(shown(path))}"
+
+
+def _picture(image: Image.Image) -> str:
+    return f"<img src='data:image/png;base64,{base64.b64encode(_png(image)).decode()}'>"
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
