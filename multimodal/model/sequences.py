@@ -19,8 +19,7 @@ M a <mask>.
 Prompts of answers carry no loss. A document that is longer than a row continues after another
 <bos>. An image is never cut.
 
-An image that opens a sequence is read: it has the levels that the model reads. Every other image
-has the levels that the model draws, one after the other.
+An image that opens a sequence has the levels that a model reads, every other one those it draws.
 
 The captions and the questions of ``describe`` are branches 1, 2, ... of one sequence. Each
 continues the trunk, branch 0, and sees no other branch. So the image is read once for all of them.
@@ -210,10 +209,9 @@ def draw(
         text: ids. None: the dropped condition.
         codes: those that are drawn, in [0, K). None: the sequence ends at <boi>.
         masked: bool[m], the codes to reconstruct. None: next-token prediction.
-        known: bool[m], those that are read. By default all others.
+        known: bool[m], those that are read. None: all others.
         level: the m codes of the level that is masked. By default all.
-        max_length: of the text so much is kept as fits before the image, and a cut end is not
-            learned.
+        max_length: the text is cut to fit before the image, and a cut end is not learned.
 
     Raises:
         ValueError: if masked or known have another length than the codes of the level.

@@ -177,9 +177,8 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(
     weights = [weight for weight in toy.transformer.parameters()]
     expected = torch.autograd.grad((chances * rewards).sum(), weights)
 
-    builder = BatchBuilder(
-        v, ObjectivesConfig(), Templates(), lambda text: [0], toy.config.layout, ["detail"], 300
-    )
+    levels = toy.config.layout, ["detail"], ["detail"]
+    builder = BatchBuilder(v, ObjectivesConfig(), Templates(), lambda text: [0], *levels, 300)
     baseline = 0.3  # any number: it changes no expectation
     advantages = (chances.detach() * (rewards - baseline)).tolist()
     sample = TrainingSample(
