@@ -161,9 +161,7 @@ def draw_codes(
     drawn = [known[:0]]
     for part in parts:
         codes, dice = known[part], generators(options, numbers[part])
-        for level in model.config.layout.levels:
-            if level.name not in model.config.draws:
-                continue
+        for level in model.config.layout.chosen(model.config.draws):
             codes = _draw_masked(
                 model, level, prompts[part], codes, options, dice, numbers[part], on_step
             )

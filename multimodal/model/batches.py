@@ -171,7 +171,7 @@ class BatchBuilder:
     @cached_property
     def drawn_levels(self) -> list[tuple[Level, slice]]:
         """Each level that is drawn, and where its codes stand among those that are drawn."""
-        levels = [level for level in self.layout.levels if level.name in self.draws]
+        levels = self.layout.chosen(self.draws)
         return [(level, self.layout.span(level.name, self.draws)) for level in levels]
 
     def build(
