@@ -18,27 +18,26 @@ PARTS = ("multimodal", "tokenizers", "eval", "train")
 
 # Modules at the top of multimodal/ that every room may use, and that use no room.
 FOUNDATION = (
-    "distributed", "files", "memory", "options", "provenance", "schemas", "seeds", "terminal",
-    "torchrun",
+    "devices", "distributed", "files", "memory", "options", "provenance", "schemas", "seeds",
+    "terminal", "torchrun",
 )  # fmt: skip
 # The front doors: `import multimodal`, and the command line, which finds verbs by name.
 FRONT_DOORS = (
     "multimodal",
     "multimodal.cli",
     "multimodal.__main__",
-    *(f"multimodal.{n}" for n in ("load", "Model", "__version__")),
+    *(f"multimodal.{n}" for n in ("load", "Model", "build_shards", "__version__")),
 )
 BELOW: dict[str, tuple[str, ...]] = {
     "foundation": (),
     "tokenizers.quantizers": ("foundation",),
     "tokenizers": ("foundation", "tokenizers.quantizers"),
     "hub": ("foundation",),
-    "quantization": ("foundation",),
     "data.formats": ("foundation",),
     "data": ("foundation", "tokenizers", "data.formats"),
-    "data.builder": ("foundation", "data", "data.formats"),
-    "model": ("foundation", "tokenizers", "hub", "quantization"),
-    "export": ("foundation", "tokenizers", "hub", "quantization", "model"),
+    "data.builder": ("foundation", "hub", "data", "data.formats"),
+    "model": ("foundation", "tokenizers", "hub"),
+    "export": ("foundation", "tokenizers", "hub", "model"),
     "released": ("foundation", "tokenizers", "model"),
     "scenes": ("foundation", "data"),
     "inference": ("foundation", "tokenizers", "data", "data.formats", "model"),
