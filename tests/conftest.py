@@ -52,8 +52,8 @@ def tiny_model() -> "Callable[..., Model]":
     import torch
 
     from multimodal.api import Model
+    from multimodal.model.layers.transformer import Transformer
     from multimodal.model.objectives import ObjectivesConfig
-    from multimodal.model.transformer import Transformer
     from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
     from multimodal.tokenizers.image import ImageTokenizer
     from multimodal.tokenizers.text import TextTokenizer

@@ -6,8 +6,8 @@ import sys
 
 import torch
 
+from multimodal.model.layers.transformer import TransformerConfig
 from multimodal.model.sequences import NO_LOSS, Packed
-from multimodal.model.transformer import TransformerConfig
 
 # Dense bf16 TFLOP/s by the name of the device in torch, from the data sheets.
 PEAKS = {

@@ -18,9 +18,9 @@ from multimodal.hub.names import part_of
 from multimodal.inference.codec import decode_images, encode_images
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.text import caption_codes, complete_prompts
-from multimodal.model.attention import Backend
 from multimodal.model.batches import TrainingBatch, TrainingSample
 from multimodal.model.checkpoint import ModelParts
+from multimodal.model.layers.attention import Backend
 from multimodal.model.lessons import check_texts, descriptions_of, exchanges_of
 from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig

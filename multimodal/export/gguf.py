@@ -15,9 +15,9 @@ from multimodal.export.hf import chat_ends, exported_tokenizer
 from multimodal.files import atomic_file, local_path
 from multimodal.hub.names import find_model
 from multimodal.model.checkpoint import ModelParts
-from multimodal.model.rope import Rope
+from multimodal.model.layers.rope import Rope
+from multimodal.model.layers.transformer import TransformerConfig
 from multimodal.model.stock import family_of
-from multimodal.model.transformer import TransformerConfig
 
 DTYPES = ("float32", "float16", "bfloat16", "q8_0")
 # How a text is split before BPE, by the name that llama.cpp has for the regular expression.

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from multimodal.distributed import global_sum, world_size
 from multimodal.hub.names import find_model
 from multimodal.model.alignment import Alignment
-from multimodal.model.attention import Backend, attention_mask, block_mask
 from multimodal.model.batches import TrainingBatch, WrittenTokens
-from multimodal.model.compiled import CompiledForward
+from multimodal.model.layers.attention import Backend, attention_mask, block_mask
+from multimodal.model.layers.compiled import CompiledForward
+from multimodal.model.layers.transformer import SIZES, Transformer, TransformerConfig, named_config
 from multimodal.model.objectives import ObjectivesConfig, policy_loss, token_losses
 from multimodal.model.sequences import NO_LOSS, OBJECTIVES, Packed
 from multimodal.model.stock import read_stock
 from multimodal.model.templates import Templates
-from multimodal.model.transformer import SIZES, Transformer, TransformerConfig, named_config
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.tokenizers.levels import Layout
 
@@ -79,7 +79,7 @@ class MultimodalLM(nn.Module):
     """A language model over text and image tokens. ``forward`` returns the joint training loss.
 
     Attributes:
-        attention_backend: how training computes attention. See model/attention.py.
+        attention_backend: how training computes attention. See model/layers/attention.py.
         label_smoothing: in training, the share of each target of a text that the loss spreads over
             the ids of texts and the specials.
         compiled: the compiled forward passes of inference, if there are any.

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from multimodal.files import open_file, read_json
-from multimodal.model.attention import QKNorm
-from multimodal.model.rope import RopeScaling
-from multimodal.model.transformer import Transformer, TransformerConfig
+from multimodal.model.layers.attention import QKNorm
+from multimodal.model.layers.rope import RopeScaling
+from multimodal.model.layers.transformer import Transformer, TransformerConfig
 from multimodal.schemas import Between, Positive, check_value, construct
 from multimodal.tokenizers.weights import load_weights, read_config_file
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd import grad
 
 from multimodal.api import Model
-from multimodal.model.attention import attention_mask
 from multimodal.model.batches import TrainingBatch, TrainingSample
+from multimodal.model.layers.attention import attention_mask
 from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig, token_losses
 from multimodal.model.sequences import OBJECTIVES, TokenSequence, describe, draw, pack

@@ -16,10 +16,10 @@ from torch import Tensor
 from multimodal.api import Model, load
 from multimodal.export.hf import export_hf
 from multimodal.inference.text import generate_ids
-from multimodal.model.attention import attention_mask
-from multimodal.model.rope import RopeScaling
+from multimodal.model.layers.attention import attention_mask
+from multimodal.model.layers.rope import RopeScaling
+from multimodal.model.layers.transformer import TransformerConfig
 from multimodal.model.stock import FAMILIES, read_stock, stock_config, transformer_config
-from multimodal.model.transformer import TransformerConfig
 from multimodal.options import TextOptions
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer

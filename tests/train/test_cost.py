@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from multimodal.api import Model
-from multimodal.model.attention import attention_mask
+from multimodal.model.layers.attention import attention_mask
 from multimodal.model.sequences import NO_LOSS, describe, draw, pack
 from multimodal.train.cost import layer_parameters, peak_memory, training_flops
 

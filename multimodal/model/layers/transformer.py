@@ -21,8 +21,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from multimodal.model.attention import KVCache, Mask, QKNorm, attend, head_norm
-from multimodal.model.rope import Rope, RopeScaling, rotate
+from multimodal.model.layers.attention import KVCache, Mask, QKNorm, attend, head_norm
+from multimodal.model.layers.rope import Rope, RopeScaling, rotate
 from multimodal.schemas import Between, Positive, check_fields
 
 ALL = slice(None)
@@ -298,8 +298,9 @@ class Transformer(nn.Module):
 
         Args:
             ids, positions: int64[B, L].
-            mask: bool[B, 1, L, S], the mask of another backend (model/attention.py), or None: every
-                token sees all. With a cache, S counts the cached tokens and the L new ones.
+            mask: bool[B, 1, L, S], the mask of another backend (model/layers/attention.py), or
+                None: every token sees all. With a cache, S counts the cached tokens and the L new
+                ones.
             cache: the L tokens are appended to it.
             query_slice: the Q of the L tokens whose states are returned. The last layer computes
                 only keys and values for the others.

@@ -1,0 +1,1 @@
+"""The decoder: RoPE, the rule of attention, the layers, and their compiled forms."""
