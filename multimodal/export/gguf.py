@@ -55,6 +55,8 @@ def export_gguf(source: str | Path, out: str | Path, dtype: str = "float16") -> 
     model = ModelParts.load(folder)
     config = model.config.transformer
     name, _ = family_of(config)
+    if config.experts is not None:
+        raise ValueError(f"{source}: experts are not written as GGUF; `export hf` writes them")
     architecture = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == name)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from multimodal.files import atomic_folder, local_path
 from multimodal.hub.card import DEFAULT_CARD
 from multimodal.hub.names import find_model
 from multimodal.model.batches import BatchBuilder
+from multimodal.model.layers.experts import ExpertsConfig
 from multimodal.model.layers.transformer import TransformerConfig
 from multimodal.model.network import ModelConfig, MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
@@ -107,6 +108,7 @@ class ModelParts:
         image_tokenizer: ImageTokenizer,
         objectives: ObjectivesConfig | None = None,
         reads: Sequence[str] = (),
+        experts: ExpertsConfig | None = None,
     ) -> Self:
         """A model to train. Arguments as for ``MultimodalLM.new``."""
         network = MultimodalLM.new(
@@ -116,6 +118,7 @@ class ModelParts:
             image_tokenizer.code_vectors(),
             objectives,
             reads,
+            experts,
         )
         return cls(network, text_tokenizer, image_tokenizer)
 
