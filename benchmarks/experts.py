@@ -6,7 +6,8 @@
 Each of the experts has the width of the dense MLP over the number of active ones. So a token goes
 through as many parameters in both, besides the router. The samples of a seed are the same in both.
 Measured on val after the last step are the losses and CIDEr, and over the training the median
-tokens in a second (at least 20 steps). Equal tokens: it is the inverse of the step time. A run that is done is not done again. The last line is JSON.
+tokens in a second: of equal tokens, the inverse of the step time. Give at least 40 steps. A run
+that is done is not done again. The last line is JSON.
 """
 
 import argparse
