@@ -12,6 +12,8 @@ from multimodal.cli import main
 from multimodal.scenes.dataset import write_scenes
 from tests.launches import logged
 
+KINDS = ("text", "image", "shared", "busiest")
+
 
 def test_a_dense_model_gets_experts_and_the_run_resumes_to_the_bit(
     tiny_model_folder: Path,
@@ -36,9 +38,9 @@ def test_a_dense_model_gets_experts_and_the_run_resumes_to_the_bit(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     run = ["fit", "--config", str(tmp_path / "run.yaml"), "--init_from", str(tiny_model_folder)]
     assert main([*run, "--output", str(tmp_path / "whole")]) == 0
-    for name in ("train/router_balance", "train/router_z", "train/experts/text", "val/total",
-                 "train/experts/image", "train/experts/shared", "train/experts/busiest"):  # fmt: skip
-        assert logged(tmp_path / "whole", name), name
+    routing = ("router_balance", "router_z", *(f"experts/{kind}" for kind in KINDS))
+    for name in routing:
+        assert logged(tmp_path / "whole", f"train/{name}"), name
     assert 1 <= float(logged(tmp_path / "whole", "train/experts/image")[0]) <= 4
 
     checkpoints = tmp_path / "whole/checkpoints"
