@@ -108,7 +108,7 @@ def named_config(size: str, vocab_size: int) -> TransformerConfig:
     if size not in SIZES:
         raise ValueError(f"size {size!r}: expected one of {', '.join(SIZES)}")
     layers, width, heads, kv_heads, head_dim, inner, *more = SIZES[size]
-    experts = ExpertsConfig(*more) if more else None
+    experts = ExpertsConfig(more[0], more[1], more[2]) if more else None
     return TransformerConfig(
         vocab_size, width, layers, heads, kv_heads, head_dim, inner, size != "7b", experts=experts
     )
