@@ -137,9 +137,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     shards = Shards(arguments.data, arguments.split)
-    described = list(
-        islice((s for s in shards if descriptions_of(s.record)), arguments.photos)
-    )
+    described = list(islice((s for s in shards if descriptions_of(s.record)), arguments.photos))
     asked = list(islice((s for s in shards if has_questions(s)), arguments.photos))
     references = {sample.key: descriptions_of(sample.record) for sample in described}
     figures: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""A model folder with weights of 8 or 4 bits (multimodal/quantization.py)."""
+"""A model folder with weights of 8 or 4 bits (multimodal/model/layers/quantization.py)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +9,8 @@ import torch
 from multimodal.files import local_path, new_folder
 from multimodal.hub.names import find_model
 from multimodal.model.checkpoint import ModelParts
+from multimodal.model.layers.quantization import quantized
 from multimodal.model.network import MultimodalLM
-from multimodal.quantization import quantized
 
 Bits = Literal["int8", "int4"]
 BITS: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}

@@ -13,10 +13,10 @@ from multimodal.export.hf import export_hf
 from multimodal.export.model import export_model
 from multimodal.export.quantize import quantize_model
 from multimodal.inference.text import generate_ids
-from multimodal.model.attention import attention_mask
 from multimodal.model.checkpoint import ModelParts
+from multimodal.model.layers.attention import attention_mask
+from multimodal.model.layers.transformer import Transformer
 from multimodal.model.stock import read_stock
-from multimodal.model.transformer import Transformer
 from multimodal.options import TextOptions
 
 
@@ -52,7 +52,9 @@ def test_a_folder_says_how_it_is_quantized_and_from_what(
     bits = {"int8": (8, 8.6), "int4": (4, 6.2)}[folder.name]  # the vocabulary keeps 8
     stored = load_file(folder / "model.safetensors")
     inner = {name: w for name, w in stored.items() if "_proj" in name}
-    numbers = sum(p.numel() for n, p in source.network.transformer.named_parameters() if "_proj" in n)
+    numbers = sum(
+        p.numel() for n, p in source.network.transformer.named_parameters() if "_proj" in n
+    )
     size = 8 * sum(w.numel() * w.element_size() for w in inner.values()) / numbers
     assert bits[0] <= size <= bits[0] + 0.6
 
@@ -133,7 +135,7 @@ def test_damage_is_found(folder: Path, tmp_path: Path) -> None:
 def test_exports_have_its_numbers_as_floats(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("multimodal.quantization.INTEGER_PRODUCTS", False)
+    monkeypatch.setattr("multimodal.model.layers.quantization.INTEGER_PRODUCTS", False)
     export_hf(folder, tmp_path / "stock")
     config, weights = read_stock(tmp_path / "stock")
     stock = Transformer(config)

@@ -8,25 +8,29 @@ others (as in SmoothQuant, Xiao et al. 2022, arXiv:2211.10438, but of weights). 
 rounded twice.
 
 With 4 bits, groups of 32 numbers of a row share a step and an offset, both small integers: a weight
-is (n - offset) * step, with n from 0 to 15, cut to int8. So it is an int8 number exactly (QServe's progressive
-groups, Lin et al. 2024, arXiv:2405.04532). So 4 bits are a way to store 8: half the file, and in
-memory the same layers with the same speed. Tables and the projections of embeddings keep 8 bits.
+is (n - offset) * step, with n from 0 to 15, cut to int8. So it is an int8 number exactly (QServe's
+progressive groups, Lin et al. 2024, arXiv:2405.04532), and 4 bits are a way to store 8: half the
+file, and in memory the same layers with the same speed. Tables and the projections of embeddings
+keep 8 bits.
 
 Shapes: B rows of an input, K its width, N width of the output, V vocabulary.
 """
 
 from collections.abc import Collection, Mapping
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from multimodal.model.layers.experts import Router
+from multimodal.model.layers.mlp import MAX_STATIC_ROWS
+
 GROUP = 32  # numbers of a row with one step and one offset
 LEVELS = 16  # of 4 bits
 MAX_INT8 = 127
 REST = 2 * MAX_INT8  # brings what rounding leaves, -1/2 to 1/2, to int8
-FEW_ROWS = 2  # compiled, the product of so many rows is a sum: it only waits for its weights
 # Without these instructions a product of integers is slower than one of floats, and may overflow.
 INTEGER_PRODUCTS = bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
 # The tensors of a quantized matrix: its integers; float[N] and, of a table, float[K]; and on disk,
@@ -53,7 +57,8 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _pack(scaled: Tensor) -> tuple[Tensor, Tensor]:
-    """Round rows to 4 bits: the step of each group with the least squared error is taken.
+    """Round rows to 4 bits: each group takes the step with the least squared error, and of the two
+    offsets that put its numbers in the middle the better one.
 
     Numbers that were packed before come back exactly: their own step has no error.
 
@@ -72,9 +77,9 @@ def _pack(scaled: Tensor) -> tuple[Tensor, Tensor]:
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     best = torch.full_like(low, torch.inf)
     numbers, about = torch.zeros_like(groups), torch.zeros_like(low)
-    for step in range(1, LEVELS + 1):
+    for step, shift in product(range(1, LEVELS + 1), (0, 1)):
         ends = (low / step).round() + (high / step).round()
-        offset = ((LEVELS - 1 - ends) / 2).round().clamp(0, LEVELS - 1)
+        offset = ((LEVELS - 1 - ends) / 2 + shift).floor().clamp(0, LEVELS - 1)
         n = ((groups / step).round() + offset).clamp(0, LEVELS - 1)
         unpacked = ((n - offset) * step).clamp(-MAX_INT8, MAX_INT8)
         error = (unpacked - groups).square().sum(-1, keepdim=True)
@@ -126,7 +131,9 @@ def dequantized(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return floats
 
 
-def quantized(state: Mapping[str, Tensor], like: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+def quantized(
+    state: Mapping[str, Tensor], like: Mapping[str, Tensor], bits: int
+) -> dict[str, Tensor]:
     """The reverse of ``dequantized``.
 
     Args:
@@ -171,7 +178,7 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor, finely: bool = False)
         finely: round x to int8, and what is left of it again. The last states have few columns
             much larger than the others, and rounded once they are most of the loss of int8.
     """
-    if torch.compiler.is_compiling() and not x.is_cuda and len(x) <= FEW_ROWS:
+    if torch.compiler.is_compiling() and not x.is_cuda and len(x) <= MAX_STATIC_ROWS:
         return (x[:, None].float() * weight.float()).sum(-1) * scale.float()
     if not x.is_cpu or not INTEGER_PRODUCTS or (x.requires_grad and torch.is_grad_enabled()):
         return F.linear(x, weight.to(x.dtype)).float() * scale.float()
@@ -182,11 +189,11 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor, finely: bool = False)
     rounded = scaled.round()
     if finely:
         rounded = torch.cat([rounded, ((scaled - rounded) * REST).round_()])
-    product = torch._int_mm(rounded.to(torch.int8), weight.t())
+    products = torch._int_mm(rounded.to(torch.int8), weight.t())
     if finely:
-        coarse, rest = product.float().chunk(2)
-        product = coarse.add_(rest, alpha=1 / REST)
-    return (product * scale.float()).div_(steps)
+        coarse, rest = products.float().chunk(2)
+        products = coarse.add_(rest, alpha=1 / REST)
+    return (products * scale.float()).div_(steps)
 
 
 class QuantizedLinear(nn.Module):
@@ -241,6 +248,8 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 def with_quantized_layers(module: nn.Module, tables: Collection[str] = ()) -> None:
     """Put quantized layers, all zeros, in the place of all linear layers and embeddings.
 
+    Routers stay: they are small, and a rounded one would choose other experts.
+
     Layers that shared a weight share it again.
 
     Args:
@@ -249,7 +258,7 @@ def with_quantized_layers(module: nn.Module, tables: Collection[str] = ()) -> No
     made: dict[int, QuantizedLinear | QuantizedEmbedding] = {}
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if not isinstance(child, nn.Linear | nn.Embedding):
+            if not isinstance(child, nn.Linear | nn.Embedding) or isinstance(child, Router):
                 continue
             rows, width = child.weight.shape
             new: QuantizedLinear | QuantizedEmbedding
