@@ -26,6 +26,7 @@ from multimodal.inference.codec import (
 )
 from multimodal.inference.decode import Row, decode
 from multimodal.inference.drawing import ImageRow
+from multimodal.inference.json_schema import SchemaState
 from multimodal.inference.text import TextRow, generate_ids, text_mask
 from multimodal.inference.values import ImageSource
 from multimodal.model.checkpoint import ModelParts
@@ -112,6 +113,7 @@ class MixedRow(Row):
         options: max_tokens bounds all texts together.
         streams: yield texts in pieces of whole characters, and not only images.
         previews: yield a ``Preview`` after each row of codes.
+        state: of the schema that the text follows. Only for the kind ``text``.
     """
 
     def __init__(
@@ -122,8 +124,9 @@ class MixedRow(Row):
         kind: OutputKind,
         options: TextOptions,
         grammar: Grammar,
-        streams: bool,
-        previews: bool,
+        streams: bool = False,
+        previews: bool = False,
+        state: SchemaState | None = None,
     ) -> None:
         vocabulary = model.vocabulary
         if kind == "image":
@@ -131,7 +134,7 @@ class MixedRow(Row):
         new_tokens = model.codes_per_image if kind == "image" else options.max_tokens
         super().__init__(number, [prompt], new_tokens)
         self.model, self.kind, self.options, self.grammar = model, kind, options, grammar
-        self.streams, self.previews = streams, previews
+        self.streams, self.previews, self.state = streams, previews, state
         self.reply = Reply(prompt_tokens=len(prompt))
         self.used = len(prompt)  # tokens read so far
         self.left = options.max_tokens  # of texts
@@ -144,8 +147,9 @@ class MixedRow(Row):
         self.part: TextRow | ImageRow | None = self._image() if kind == "image" else self._text()
 
     def _text(self) -> TextRow:
-        stop, mask = self.options.stop, self.grammar.text
-        return TextRow(self.model, self.number, [], self.left, stop, mask, streams=self.streams)
+        stop, grammar = self.options.stop, self.grammar
+        mask = grammar.text_only if self.kind == "text" else grammar.text
+        return TextRow(self.model, self.number, [], self.left, stop, mask, self.state, self.streams)
 
     def _image(self) -> ImageRow:
         mixed = self.kind == "any"
@@ -154,10 +158,8 @@ class MixedRow(Row):
     def allowed(self) -> Tensor | None:
         if self.part is None:
             return self.grammar.end_of_image
-        if isinstance(self.part, ImageRow):
+        if isinstance(self.part, ImageRow) or self.kind == "text":
             return self.part.allowed()
-        if self.kind == "text":
-            return self.grammar.text_only
         # An image begins only where all of it fits, and what is left of the text.
         codes = self.model.codes_per_image
         limit = self.model.config.transformer.max_position_embeddings
