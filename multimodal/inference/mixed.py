@@ -80,11 +80,20 @@ def prompt_ids(model: ModelParts, parts: Sequence[ImageSource]) -> list[int]:
             ids += model.text_tokenizer.encode(part)
             continue
         name = str(part) if isinstance(part, Path) else f"part {number}"
-        pixels = read_images(model, [part], [name])
-        opens = len(ids) == 1  # an image that opens a sequence is read, others are whole
-        codes = encode_to_read(model, pixels) if opens else encode_images(model, pixels)
-        ids += image_tokens(model.vocabulary, codes[0].tolist())
+        ids += image_ids(model, read_images(model, [part], [name]), opens=len(ids) == 1)
     return ids
+
+
+def image_ids(model: ModelParts, pixels: Tensor, opens: bool) -> list[int]:
+    """The ids of an image in a prompt.
+
+    Args:
+        pixels: float32[1, 3, H, W] in [-1, 1].
+        opens: it opens the prompt. Then only the levels that the model reads are there. Others are
+            whole.
+    """
+    codes = encode_to_read(model, pixels) if opens else encode_images(model, pixels)
+    return image_tokens(model.vocabulary, codes[0].tolist())
 
 
 @dataclass(frozen=True)
