@@ -25,7 +25,7 @@ from multimodal.inference.codec import (
     read_images,
 )
 from multimodal.inference.decode import Row, decode
-from multimodal.inference.drawing import ImageRow
+from multimodal.inference.drawing import ImageRow, returned
 from multimodal.inference.json_schema import SchemaState
 from multimodal.inference.text import TextRow, generate_ids, text_mask
 from multimodal.inference.values import ImageSource
@@ -311,18 +311,9 @@ def reply(
         except ValueError as error:
             results.append(error)
     stream = decode_stream(model, list(ids.values()), kind, options, list(ids), batch_size)
-    for number, one in zip(ids, _returned(stream), strict=True):
+    for number, one in zip(ids, returned(stream), strict=True):
         results[number] = one
     return results
-
-
-def _returned(stream: Generator[Output, None, list[Reply]]) -> list[Reply]:
-    """Run a generator to its end."""
-    while True:
-        try:
-            next(stream)
-        except StopIteration as end:
-            return end.value
 
 
 def stream(

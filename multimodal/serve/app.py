@@ -1,5 +1,6 @@
 """The endpoints, and what stands before all of them: keys, sizes, errors."""
 
+import asyncio
 import contextlib
 import hmac
 import time
@@ -16,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from multimodal.api import Model
 from multimodal.serve.bridge import Disconnected
 from multimodal.serve.chat import chat_completions
+from multimodal.serve.drawings import images_edits, images_generations
+from multimodal.serve.embeddings import embeddings
 from multimodal.serve.engine import Engine
 from multimodal.serve.errors import ApiError, as_api_error
 from multimodal.serve.settings import Settings
@@ -60,6 +63,9 @@ def make_app(model: Model, settings: Settings) -> ASGIApp:
             _route("/v1/models", models, "GET"),
             _route("/v1/models/{name:path}", one_model, "GET"),
             _route("/v1/chat/completions", chat_completions, "POST"),
+            _route("/v1/images/generations", images_generations, "POST"),
+            _route("/v1/images/edits", images_edits, "POST"),
+            _route("/v1/embeddings", embeddings, "POST"),
         ],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, 500: _our_error},
         lifespan=lifespan,
@@ -102,7 +108,7 @@ async def _our_error(request: Request, error: Exception) -> Response:
 
 
 class Gate:
-    """Before a request is read: its key, and how long it is.
+    """Before a request is read: its key. While it is read: how long it is, and how long it takes.
 
     Args:
         app: gets the requests that may pass.
@@ -117,14 +123,21 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        size, began = 0, False
+        size, began, complete = 0, False, False
+        deadline = time.monotonic() + self.settings.body_timeout
 
         async def counted() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, complete
+            if complete:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+            except TimeoutError as error:
+                raise ApiError(408, "the request did not arrive in time", code="timeout") from error
             if message["type"] == "http.request":
                 length = len(message.get("body", b""))
                 size, self.received = size + length, self.received + length
+                complete = not message.get("more_body", False)
                 self._check_size(size)
             return message
 

@@ -1,6 +1,5 @@
 """Bodies of requests: read within limits, and made into dataclasses."""
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -28,16 +27,14 @@ class Ignored:
     prompt_cache_key: str | None = None
 
 
-async def read_body(request: Request, settings: Settings) -> Any:
+async def read_body(request: Request) -> Any:
     """The JSON of a request.
 
     Raises:
-        ApiError: if it is none, or does not arrive in time.
+        ApiError: if it is none.
     """
     try:
-        data = await asyncio.wait_for(request.body(), settings.body_timeout)
-    except TimeoutError as error:
-        raise ApiError(408, "the request did not arrive in time", code="timeout") from error
+        data = await request.body()
     except ClientDisconnect as error:
         raise Disconnected from error
     try:

@@ -121,7 +121,7 @@ class Chat:
 async def read_chat(request: Request, engine: Engine) -> Chat:
     """Raises ``ApiError`` for what cannot be done."""
     settings, model = engine.settings, engine.model
-    chat = asked(ChatRequest, await read_body(request, settings))
+    chat = asked(ChatRequest, await read_body(request))
     check_model(chat.model, settings)
     parts = message_parts(chat.messages, chat.template, model.config.templates)
     images = sum(not isinstance(part, str) for part in parts)
@@ -133,9 +133,7 @@ async def read_chat(request: Request, engine: Engine) -> Chat:
     kind: OutputKind = "text" if wanted == {"text"} else "any" if "text" in wanted else "image"
     most = chat.max_completion_tokens or chat.max_tokens or settings.default_tokens
     if most > settings.max_tokens:
-        raise ApiError(
-            400, f"max_tokens={most}: at most {settings.max_tokens}", param="max_tokens"
-        )
+        raise ApiError(400, f"max_tokens={most}: at most {settings.max_tokens}", param="max_tokens")
     stop = (chat.stop,) if isinstance(chat.stop, str) else chat.stop or ()
     given = {
         "temperature": chat.temperature,
@@ -197,9 +195,7 @@ def chat_steps(engine: Engine, chat: Chat, streams: bool) -> Steps:
     try:
         check_prompt(model, ids, chat.kind, chat.options)
     except ValueError as error:
-        raise ApiError(
-            400, str(error), param="messages", code="context_length_exceeded"
-        ) from error
+        raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from error
     rows = [
         ChatRow(
             model,

@@ -7,11 +7,13 @@ from collections.abc import Callable, Generator, Sequence
 from functools import cached_property
 from typing import TypeVar
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from multimodal.api import Model
 from multimodal.data.images import fit_image, to_tensor
+from multimodal.inference.codec import UNKNOWN
 from multimodal.inference.json_schema import Schema, token_bytes
 from multimodal.inference.mixed import Grammar, MixedRow, image_ids
 from multimodal.serve.scheduler import Scheduler
@@ -94,3 +96,7 @@ class Engine:
             "completion_tokens": written,
             "total_tokens": read + written,
         }
+
+    def unknown_codes(self) -> Tensor:
+        """An image of which no code is drawn: int64[1, n]."""
+        return torch.full((1, self.model.codes_per_image), UNKNOWN)

@@ -57,7 +57,5 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, ValueError):
         named = _NAMED.match(str(error))
-        return ApiError(
-            400, str(error), param=named[1] if named else None, code="invalid_value"
-        )
+        return ApiError(400, str(error), param=named[1] if named else None, code="invalid_value")
     return ApiError(500, "the server failed on this request", code="internal_error")

@@ -13,6 +13,7 @@ from multimodal.serve.errors import ApiError
 from multimodal.serve.fetch import fetch
 from multimodal.serve.settings import Settings
 
+MAX_SIDE = 1 << 31
 OutputFormat = Literal["png", "jpeg", "webp"]
 _DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w=.+-]+)*;base64,", re.ASCII)
 
@@ -48,7 +49,7 @@ def read_image(data: bytes, settings: Settings, name: str = "image") -> Image.Im
     try:
         return open_image(data, max_pixels=settings.max_pixels, name=name)
     except ValueError as error:
-        raise _bad(str(error)) from error
+        raise ApiError(400, str(error), param=name, code="invalid_image") from error
 
 
 def read_transparency(data: bytes, settings: Settings, name: str = "mask") -> Image.Image | None:
@@ -70,12 +71,16 @@ def check_pixels(data: bytes, settings: Settings, name: str) -> None:
     try:
         with open_header(data) as image:
             width, height = image.size
+            size = f"{width} x {height} is"
+    except Image.DecompressionBombError:
+        width = height = MAX_SIDE
+        size = "its header says"
     except Exception:  # what it is not, ``open_image`` says
         return
     if width * height > settings.max_pixels:
         raise ApiError(
             413,
-            f"{name}: {width} x {height} is over the limit of {settings.max_pixels:,} pixels",
+            f"{name}: {size} over the limit of {settings.max_pixels:,} pixels",
             param=name,
             code="image_too_large",
         )

@@ -209,9 +209,7 @@ class Scheduler:
             if not rows or how is None:
                 continue
             try:
-                self.decoder.join(
-                    rows, how.sampling, how.repetition_penalty, how.log_probabilities
-                )
+                self.decoder.join(rows, how.sampling, how.repetition_penalty, how.log_probabilities)
             except Exception as error:
                 self._end(job, error)
             else:

@@ -22,7 +22,8 @@ class Settings:
         max_bytes: of the bodies that are being received, all together. More get status 429.
         max_pixels: of an image in a request.
         max_images: in a request.
-        max_choices: ``n`` of a request, and texts of a request for embeddings divided by 64.
+        max_choices: ``n`` of a request.
+        max_inputs: texts and images of a request for embeddings.
         max_tokens: of a text that is written, and how many there are by default.
         fetch: images may be http and https addresses.
         private: these addresses may be in private networks.
@@ -39,6 +40,7 @@ class Settings:
     max_pixels: Count = 50_000_000
     max_images: Count = 16
     max_choices: Count = 16
+    max_inputs: Count = 2048
     max_tokens: Count = 1024
     default_tokens: Count = 256
     fetch: bool = False

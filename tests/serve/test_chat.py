@@ -44,9 +44,7 @@ def test_an_answer_is_that_of_the_model_itself(server: Any, temperature: float) 
         (about(image, "where?"), model.answer(image, "where?", **options)),
         (ASK, model.generate(["Question: what is in the snow? Answer:"], **options)[0]),
     ):
-        answer = server.client().chat.completions.create(
-            model="tiny", messages=messages, **options
-        )
+        answer = server.client().chat.completions.create(model="tiny", messages=messages, **options)
         assert answer.choices[0].message.content == expected
         assert answer.usage.total_tokens > answer.usage.completion_tokens == 12
         assert answer.choices[0].finish_reason == "length"
