@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import hmac
+import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,17 +20,19 @@ from multimodal.serve.bridge import Disconnected
 from multimodal.serve.chat import chat_completions
 from multimodal.serve.drawings import images_edits, images_generations
 from multimodal.serve.embeddings import embeddings
-from multimodal.serve.engine import Engine
-from multimodal.serve.errors import ApiError, as_api_error
-from multimodal.serve.settings import Settings
+from multimodal.serve.engine.engine import Engine
+from multimodal.serve.engine.errors import ApiError, as_api_error
+from multimodal.serve.engine.metrics import Metrics
+from multimodal.serve.engine.settings import Settings
 
 Endpoint = Callable[[Request, Engine], Awaitable[Response]]
+log = logging.getLogger("multimodal.serve")
 CLIENT_LEFT = 499  # nginx's status for it; nobody reads it
 
 
 def make_app(model: Model, settings: Settings) -> ASGIApp:
     """An ASGI application. Its scheduler starts and stops with its lifespan."""
-    created = int(time.time())
+    created, counted = int(time.time()), Metrics()
 
     async def health(request: Request, engine: Engine) -> Response:
         stopping = engine.scheduler.stopping
@@ -44,6 +47,9 @@ def make_app(model: Model, settings: Settings) -> ASGIApp:
     async def models(request: Request, engine: Engine) -> Response:
         return JSONResponse({"object": "list", "data": [model_entry()]})
 
+    async def metrics(request: Request, engine: Engine) -> Response:
+        return Response(counted.text(), media_type="text/plain; version=0.0.4")
+
     async def one_model(request: Request, engine: Engine) -> Response:
         if request.path_params["name"] != settings.name:
             raise ApiError(404, "there is no such model", param="model", code="model_not_found")
@@ -51,7 +57,7 @@ def make_app(model: Model, settings: Settings) -> ASGIApp:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.engine = Engine(model, settings)
+        app.state.engine = Engine(model, settings, counted)
         try:
             yield
         finally:
@@ -60,6 +66,7 @@ def make_app(model: Model, settings: Settings) -> ASGIApp:
     app = Starlette(
         routes=[
             _route("/health", health, "GET"),
+            _route("/metrics", metrics, "GET"),
             _route("/v1/models", models, "GET"),
             _route("/v1/models/{name:path}", one_model, "GET"),
             _route("/v1/chat/completions", chat_completions, "POST"),
@@ -67,10 +74,12 @@ def make_app(model: Model, settings: Settings) -> ASGIApp:
             _route("/v1/images/edits", images_edits, "POST"),
             _route("/v1/embeddings", embeddings, "POST"),
         ],
-        exception_handlers={ApiError: _api_error, HTTPException: _http_error, 500: _our_error},
+        exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )
-    return Gate(app, settings)
+    return Gate(
+        app, settings, counted, {route.path for route in app.routes if isinstance(route, Route)}
+    )
 
 
 def _route(path: str, endpoint: Endpoint, method: str) -> Route:
@@ -80,8 +89,12 @@ def _route(path: str, endpoint: Endpoint, method: str) -> Route:
             return await endpoint(request, engine)
         except Disconnected:
             return Response(status_code=CLIENT_LEFT)
-        except ValueError as error:
-            raise as_api_error(error) from error
+        except HTTPException:
+            raise
+        except Exception as error:
+            if not isinstance(error, ApiError | ValueError):
+                log.exception("%s failed", path)
+            return error_response(as_api_error(error))
 
     return Route(path, handle, methods=[method], name=endpoint.__name__)
 
@@ -93,18 +106,10 @@ def error_response(error: ApiError) -> Response:
     return JSONResponse(error.body(), error.status, headers)
 
 
-async def _api_error(request: Request, error: Exception) -> Response:
-    return error_response(as_api_error(error))
-
-
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     words = {404: "there is no such address", 405: "not with this method"}
     return error_response(ApiError(error.status_code, words.get(error.status_code, error.detail)))
-
-
-async def _our_error(request: Request, error: Exception) -> Response:
-    return error_response(as_api_error(error))
 
 
 class Gate:
@@ -113,18 +118,24 @@ class Gate:
     Args:
         app: gets the requests that may pass.
         settings: keys and limits.
+        metrics: counts the requests.
+        paths: the addresses that are counted by name.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self.app, self.settings = app, settings
+    def __init__(
+        self, app: ASGIApp, settings: Settings, metrics: Metrics, paths: Collection[str]
+    ) -> None:
+        self.app, self.settings, self.metrics, self.paths = app, settings, metrics, paths
         self.received = 0  # bytes of all bodies that have not been worked on to the end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        size, began, complete = 0, False, False
-        deadline = time.monotonic() + self.settings.body_timeout
+        size, complete, status = 0, False, 0
+        start = time.monotonic()
+        deadline = start + self.settings.body_timeout
+        path = scope["path"] if scope["path"] in self.paths else "other"
 
         async def counted() -> Message:
             nonlocal size, complete
@@ -142,8 +153,10 @@ class Gate:
             return message
 
         async def noted(message: Message) -> None:
-            nonlocal began
-            began = True
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self.metrics.first.labels(path).observe(time.monotonic() - start)
             await send(message)
 
         try:
@@ -153,10 +166,12 @@ class Gate:
             self._check_size(int(length) if length.isdigit() else 0)
             await self.app(scope, counted, noted)
         except ApiError as error:
-            if not began:
-                await error_response(error)(scope, receive, send)
+            if not status:
+                await error_response(error)(scope, receive, noted)
         finally:
             self.received -= size
+            self.metrics.requests.labels(path, str(status)).inc()
+            self.metrics.seconds.labels(path).observe(time.monotonic() - start)
 
     def _check_key(self, path: str, header: bytes) -> None:
         """Raises ``ApiError`` 401. /health is open to all."""

@@ -9,8 +9,8 @@ from starlette.requests import ClientDisconnect, Request
 from multimodal.files import UnreadableText, parse_json
 from multimodal.schemas import construct
 from multimodal.serve.bridge import Disconnected
-from multimodal.serve.errors import ApiError, as_api_error
-from multimodal.serve.settings import Settings
+from multimodal.serve.engine.errors import ApiError, as_api_error
+from multimodal.serve.engine.settings import Settings
 
 Asked = TypeVar("Asked")
 

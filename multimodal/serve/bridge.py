@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import Request
 
 from multimodal.inference.decode import Row
-from multimodal.serve.scheduler import Job, Scheduler, Steps
+from multimodal.serve.engine.scheduler import Job, Scheduler, Steps
 
 
 class Disconnected(Exception):

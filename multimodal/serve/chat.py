@@ -18,11 +18,11 @@ from multimodal.options import TextOptions
 from multimodal.schemas import Between
 from multimodal.serve.bodies import Ignored, asked, check_model, read_body
 from multimodal.serve.bridge import Piece, Result, events, result_of
-from multimodal.serve.engine import Engine
-from multimodal.serve.errors import ApiError
-from multimodal.serve.messages import Message, Template, message_parts
-from multimodal.serve.pictures import read_image_url, to_base64
-from multimodal.serve.scheduler import Decoding, Steps
+from multimodal.serve.engine.engine import Engine
+from multimodal.serve.engine.errors import ApiError
+from multimodal.serve.engine.messages import Message, Template, message_parts
+from multimodal.serve.engine.pictures import read_image_url, to_base64
+from multimodal.serve.engine.scheduler import Decoding, Steps
 from multimodal.serve.streams import event_stream, server_sent
 
 MAX_SCHEMA = 1 << 16  # characters

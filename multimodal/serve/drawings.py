@@ -27,10 +27,10 @@ from multimodal.options import MAX_STEPS, DrawOptions, Method, Schedule
 from multimodal.schemas import Between
 from multimodal.serve.bodies import Ignored, asked, check_model, read_body
 from multimodal.serve.bridge import Disconnected, Piece, Result, events, result_of
-from multimodal.serve.engine import Engine
-from multimodal.serve.errors import ApiError
-from multimodal.serve.pictures import OutputFormat, read_image, read_transparency, to_base64
-from multimodal.serve.scheduler import Decoding, Steps
+from multimodal.serve.engine.engine import Engine
+from multimodal.serve.engine.errors import ApiError
+from multimodal.serve.engine.pictures import OutputFormat, read_image, read_transparency, to_base64
+from multimodal.serve.engine.scheduler import Decoding, Steps
 from multimodal.serve.streams import event_stream, server_sent
 
 MAX_SIDE = 4096
@@ -264,6 +264,7 @@ async def _events(
 
 def _usage(engine: Engine, read: int, images: int) -> dict[str, Any]:
     drawn = images * engine.model.codes_per_image
+    engine.metrics.count_tokens(read, drawn)
     return {
         "input_tokens": read,
         "input_tokens_details": {"text_tokens": read, "image_tokens": 0},

@@ -16,11 +16,11 @@ from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.schemas import Between
 from multimodal.serve.bodies import Ignored, asked, check_model, read_body
 from multimodal.serve.bridge import result_of
-from multimodal.serve.engine import Engine
-from multimodal.serve.errors import ApiError
-from multimodal.serve.messages import ImageUrl, Message, message_parts
-from multimodal.serve.pictures import read_image_url
-from multimodal.serve.scheduler import Steps
+from multimodal.serve.engine.engine import Engine
+from multimodal.serve.engine.errors import ApiError
+from multimodal.serve.engine.messages import ImageUrl, Message, message_parts
+from multimodal.serve.engine.pictures import read_image_url
+from multimodal.serve.engine.scheduler import Steps
 
 AT_ONCE = 32  # texts in one piece of work
 
@@ -45,6 +45,7 @@ async def embeddings(request: Request, engine: Engine) -> Response:
         raise ApiError(400, f"dimensions={wanted.dimensions}: at most {width}", param="dimensions")
     items = await _items(wanted, engine)
     rows, tokens = await result_of(request, engine.scheduler, embed_steps(engine, items))
+    engine.metrics.count_tokens(tokens, 0)
     rows = rows[:, : wanted.dimensions]
     rows = torch.nn.functional.normalize(rows, dim=-1)
     data = [

@@ -4,7 +4,7 @@ import uvicorn
 
 from multimodal.api import Model
 from multimodal.serve.app import make_app
-from multimodal.serve.settings import Settings
+from multimodal.serve.engine.settings import Settings
 
 KEEP_ALIVE = 30  # seconds that an idle connection stays
 

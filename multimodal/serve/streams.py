@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.responses import Response, StreamingResponse
 
-from multimodal.serve.errors import as_api_error
+from multimodal.serve.engine.errors import as_api_error
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 

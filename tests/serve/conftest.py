@@ -12,9 +12,9 @@ import pytest
 
 from multimodal.api import Model
 from multimodal.serve.app import Gate
-from multimodal.serve.engine import Engine
+from multimodal.serve.engine.engine import Engine
+from multimodal.serve.engine.settings import Settings
 from multimodal.serve.server import make_server
-from multimodal.serve.settings import Settings
 
 Make = Callable[..., Model]
 NAME, KEY = "tiny", "sk-test"

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from multimodal.api import Model
-from multimodal.serve.fetch import fetch, is_public
+from multimodal.serve.engine.fetch import fetch, is_public
 
 Make = Callable[..., Model]
 HEADERS = {"Authorization": "Bearer sk-test"}

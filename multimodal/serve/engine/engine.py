@@ -16,8 +16,9 @@ from multimodal.data.images import fit_image, to_tensor
 from multimodal.inference.codec import UNKNOWN
 from multimodal.inference.json_schema import Schema, token_bytes
 from multimodal.inference.mixed import Grammar, MixedRow, image_ids
-from multimodal.serve.scheduler import Scheduler
-from multimodal.serve.settings import Settings
+from multimodal.serve.engine.metrics import Metrics
+from multimodal.serve.engine.scheduler import Scheduler
+from multimodal.serve.engine.settings import Settings
 
 KEPT_IMAGES = 1024  # whose codes are kept: many questions about an image encode it once
 READERS = 4  # threads that decode files of images
@@ -28,14 +29,17 @@ class Engine:
     """What all endpoints use.
 
     Args:
-        model: computes in the scheduler's thread only.
+        model: its network computes in the scheduler's thread only.
         settings: the limits.
+        metrics: counts tokens, and looks at the scheduler.
     """
 
-    def __init__(self, model: Model, settings: Settings) -> None:
+    def __init__(self, model: Model, settings: Settings, metrics: Metrics) -> None:
         self.model, self.settings = model, settings
         self.grammar = Grammar.of(model)
         self.scheduler = Scheduler(model.network, settings.rows, settings.requests)
+        self.metrics = metrics
+        metrics.watch(self.scheduler)
         self._ids: OrderedDict[bytes, list[int]] = OrderedDict()
         self._readers = asyncio.Semaphore(READERS)
 
@@ -85,12 +89,12 @@ class Engine:
         """The bytes of each id."""
         return token_bytes(self.model)
 
-    @staticmethod
-    def count_usage(rows: Sequence[MixedRow]) -> dict[str, int]:
+    def count_usage(self, rows: Sequence[MixedRow]) -> dict[str, int]:
         """Tokens that were read and written. Choices of one request share their prompt."""
         replies = [row.reply for row in rows]
         written = sum(reply.text_tokens + reply.image_tokens for reply in replies)
         read = replies[0].prompt_tokens if replies else 0
+        self.metrics.count_tokens(read, written)
         return {
             "prompt_tokens": read,
             "completion_tokens": written,

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from PIL import Image
 
 from multimodal.data.images import open_header, open_image
-from multimodal.serve.errors import ApiError
-from multimodal.serve.fetch import fetch
-from multimodal.serve.settings import Settings
+from multimodal.serve.engine.errors import ApiError
+from multimodal.serve.engine.fetch import fetch
+from multimodal.serve.engine.settings import Settings
 
 MAX_SIDE = 1 << 31
 OutputFormat = Literal["png", "jpeg", "webp"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from multimodal.model.templates import Templates
-from multimodal.serve.errors import ApiError
+from multimodal.serve.engine.errors import ApiError
 
 Template = Literal["question", "statement", "none"]
 

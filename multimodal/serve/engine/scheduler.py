@@ -27,7 +27,7 @@ import torch
 from multimodal.inference.decode import Decoder, Row
 from multimodal.model.network import MultimodalLM
 from multimodal.options import Sampling
-from multimodal.serve.errors import ApiError
+from multimodal.serve.engine.errors import ApiError
 
 WORK_SECONDS = 0.05  # of pieces of work between two steps of the batch
 LONG_SHARE = 0.75  # of the rows that drawings may take: an answer never waits for a drawing
@@ -99,6 +99,10 @@ class Scheduler:
     @property
     def stopping(self) -> bool:
         return self._stopping
+
+    def count_running(self) -> int:
+        """Requests with rows in the batch."""
+        return sum(bool(job.running) for job in list(self.jobs))
 
     def count_waiting(self) -> int:
         """Requests of which no row is in the batch."""
