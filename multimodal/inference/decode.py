@@ -104,10 +104,11 @@ class Decoder:
 
     Args:
         network: reads and scores the tokens.
+        exact: no bit of a row depends on the others: see ``DecodeBatch``.
     """
 
-    def __init__(self, network: MultimodalLM) -> None:
-        self.network = network
+    def __init__(self, network: MultimodalLM, exact: bool = False) -> None:
+        self.network, self.exact = network, exact
         self._members: list[_Member] = []
         self._groups: list[list[_Member]] = []
         self._batch: DecodeBatch | None = None
@@ -139,7 +140,8 @@ class Decoder:
             ValueError: if they do not fit into the model or the memory. Then none of them joins.
         """
         new_tokens = max(row.max_new_tokens for row in rows)
-        joining = DecodeBatch(self.network, [p for row in rows for p in row.prompts], new_tokens)
+        prompts = [prompt for row in rows for prompt in row.prompts]
+        joining = DecodeBatch(self.network, prompts, new_tokens, self.exact)
         start = 0
         if self._batch is None or not self._members:
             self._batch = joining
@@ -190,10 +192,8 @@ class Decoder:
         """
         assert self._batch is not None
         rows, first = [member.row for member in group], group[0]
-        hidden = self._batch.hidden
-        if len(group) < len(self._members) or slots.shape[1] > 1:
-            hidden = hidden[slots.T.flatten()]
-        logits = self.network.transformer.logits(hidden, first.row.ids)
+        some = len(group) < len(self._members) or slots.shape[1] > 1
+        logits = self._batch.logits(first.row.ids, slots.T.flatten() if some else None)
         if slots.shape[1] > 1:
             conditional, unconditional = logits.chunk(2)
             scales = torch.tensor([row.guidance_scale() for row in rows], device=logits.device)

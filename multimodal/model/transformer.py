@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from multimodal.model.attention import KVCache, Mask, QKNorm, attend, head_norm
+from multimodal.model.attention import KVCache, Mask, QKNorm, attend, attend_exactly, head_norm
 from multimodal.model.rope import Rope, RopeScaling, rotate
 from multimodal.schemas import Between, Positive, check_fields
 
@@ -177,7 +177,8 @@ class Attention(nn.Module):
         mask: Tensor | None,
         keys: Tensor,
         values: Tensor,
-        slot: Tensor,
+        slots: Tensor,
+        exact: bool = False,
     ) -> Tensor:
         q, k, v = (
             token_product(x, projection).view(len(x), -1, self.head_dim)
@@ -187,11 +188,14 @@ class Attention(nn.Module):
             rotate(norm(part), *cos_sin).to(v.dtype)
             for norm, part in ((self.q_norm, q), (self.k_norm, k))
         )
-        keys.index_copy_(2, slot, k[:, :, None])
-        values.index_copy_(2, slot, v[:, :, None])
+        rows = torch.arange(len(x), device=x.device)
+        keys[rows, :, slots], values[rows, :, slots] = k, v
         # The query heads of a group stand where queries do: [B, G, H / G, d]. Nothing is repeated.
         grouped = q.reshape(len(q), keys.shape[1], -1, self.head_dim)
-        attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+        if exact and mask is not None:
+            attended = attend_exactly(grouped, keys, values, mask)
+        else:
+            attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
         return token_product(attended.flatten(1), self.o_proj)
 
 
@@ -238,17 +242,9 @@ class Layer(nn.Module):
         x = add_dropped(x[:, query_slice], attended, dropout)
         return add_dropped(x, self.normed(self.post_attention_layernorm, self.mlp, x), dropout)
 
-    def forward_token(
-        self,
-        x: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        keys: Tensor,
-        values: Tensor,
-        slot: Tensor,
-    ) -> Tensor:
-        attend = self.self_attn.forward_token
-        x = x + self.normed(self.input_layernorm, attend, x, cos_sin, mask, keys, values, slot)
+    def forward_token(self, x: Tensor, *attended: Any) -> Tensor:
+        """attended: the other arguments of ``Attention.forward_token``."""
+        x = x + self.normed(self.input_layernorm, self.self_attn.forward_token, x, *attended)
         return x + self.normed(self.post_attention_layernorm, self.mlp.forward_token, x)
 
 
@@ -333,7 +329,8 @@ class Transformer(nn.Module):
         mask: Tensor | None,
         keys: list[Tensor],
         values: list[Tensor],
-        slot: Tensor,
+        slots: Tensor,
+        exact: bool = False,
     ) -> Tensor:
         """Read one token of each row. Its keys and values are written into the cache in place.
 
@@ -342,7 +339,8 @@ class Transformer(nn.Module):
             positions: int64[B, 1].
             mask: bool[B, 1, 1, S]. None: all keys are seen.
             keys, values: for each layer float[B, G, S, d].
-            slot: int64[1], the index among the S where the token goes.
+            slots: int64[B], the index among the S where the token of each row goes.
+            exact: the attention of a row does not depend on the others in its last bits.
 
         Returns:
             float[B, D], normed.
@@ -351,7 +349,7 @@ class Transformer(nn.Module):
         x = self.embed_tokens(ids)
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
-            x = layer.forward_token(x, (cos, sin), mask, keys[number], values[number], slot)
+            x = layer.forward_token(x, (cos, sin), mask, keys[number], values[number], slots, exact)
         return self.norm(x)
 
     def empty_cache(self, rows: int, capacity: int) -> KVCache:

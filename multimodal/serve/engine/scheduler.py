@@ -88,7 +88,7 @@ class Scheduler:
     def __init__(self, network: MultimodalLM, rows: int = 32, requests: int = 256) -> None:
         self.network, self.rows, self.requests = network, rows, requests
         self.jobs: list[Job] = []
-        self.decoder = Decoder(network)
+        self.decoder = Decoder(network, exact=True)
         self._ready: deque[Job] = deque()
         self._changed = threading.Condition()
         self._stopping = self._stopped = False
@@ -226,7 +226,7 @@ class Scheduler:
             pieces = self.decoder.step()
         except Exception as error:  # all rows are in the same tensors
             log.exception("the batch failed: its requests end with an error")
-            self.decoder = Decoder(self.network)
+            self.decoder = Decoder(self.network, exact=True)
             for job in {id(job): job for job in owners.values()}.values():
                 self._end(job, RuntimeError(f"the batch failed: {error}"))
             return
