@@ -156,6 +156,7 @@ class Decoder:
             start += len(slots)
         self._regroup()
 
+    @torch.inference_mode()
     def drop(self, rows: Iterable[Row]) -> None:
         """Rows leave before they are done. Those that are not here are ignored."""
         gone = set(map(id, rows))
