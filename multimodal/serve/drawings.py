@@ -252,7 +252,7 @@ async def _events(
     async with aclosing(events(engine.scheduler, steps)) as stream:  # type: ignore[type-var]
         async for one in stream:
             if isinstance(one, Piece) and isinstance(one.piece, Tensor):
-                share = float((one.piece != UNKNOWN).float().mean())
+                share = int((one.piece != UNKNOWN).sum()) / engine.model.codes_drawn
                 if shown < wanted and (shown + 1) / (wanted + 1) <= share < 1:
                     pixels = await engine.in_thread(preview_images, engine.model, one.piece[None])
                     yield message("partial_image", to_image(pixels[0]), partial_image_index=shown)
@@ -263,7 +263,7 @@ async def _events(
 
 
 def _usage(engine: Engine, read: int, images: int) -> dict[str, Any]:
-    drawn = images * engine.model.codes_per_image
+    drawn = images * engine.model.codes_drawn
     engine.metrics.count_tokens(read, drawn)
     return {
         "input_tokens": read,
