@@ -29,7 +29,7 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    import multimodal.model.transformer
+    import multimodal.model.layers.transformer
     from multimodal.api import Model
     from multimodal.memory import keep_freed_memory
     from multimodal.model.batches import BatchBuilder, TrainingSample
@@ -47,7 +47,7 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
             return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-        multimodal.model.transformer.attend = attend
+        multimodal.model.layers.transformer.attend = attend
     torch.manual_seed(0)
     text = "A brown dog runs over the grass with a red ball in its mouth ."
     tokenizer = TextTokenizer.train([text], 320)

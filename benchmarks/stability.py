@@ -55,7 +55,7 @@ class Record(L.Callback):
 
 
 def train(arguments: argparse.Namespace, qk_norm: bool, z_loss: float) -> dict[str, list[float]]:
-    import multimodal.model.transformer as transformer
+    import multimodal.model.layers.transformer as transformer
 
     original = transformer.norm_in_fp32
 

@@ -43,7 +43,8 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> "Callable[..., Model]":
-    """A factory: ``tiny_model(seed=0, noise=0.0, tied=True, **objectives)``, in eval mode.
+    """A factory: ``tiny_model(seed=0, noise=0.0, tied=True, experts=None, **objectives)``, in eval
+    mode.
 
     It has 300 text ids, 64 codes, and 13 ids that fill its vocabulary up. An image has 32 x 32
     pixels and 16 codes. ``noise`` is the standard deviation of the noise on all weights of the
@@ -52,8 +53,8 @@ def tiny_model() -> "Callable[..., Model]":
     import torch
 
     from multimodal.api import Model
+    from multimodal.model.layers.transformer import Transformer
     from multimodal.model.objectives import ObjectivesConfig
-    from multimodal.model.transformer import Transformer
     from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
     from multimodal.tokenizers.image import ImageTokenizer
     from multimodal.tokenizers.text import TextTokenizer
@@ -63,13 +64,14 @@ def tiny_model() -> "Callable[..., Model]":
     vit = {"name": "vit", "dim": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2}
     images = VQTokenizerConfig(32, "squash", 8, vit, quantizer)
 
-    def make(seed: int = 0, noise: float = 0.0, tied: bool = True, **objectives: Any) -> Model:
+    def make(
+        seed: int = 0, noise: float = 0.0, tied: bool = True, experts: Any = None, **objectives: Any
+    ) -> Model:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             config = ObjectivesConfig(**{"alignment_dim": 32, **objectives})
-            model = Model.new(
-                "tiny", text_tokenizer, ImageTokenizer(detail=VQTokenizer(images)), config
-            )
+            image_tokenizer = ImageTokenizer(detail=VQTokenizer(images))
+            model = Model.new("tiny", text_tokenizer, image_tokenizer, config, experts=experts)
             network = model.network
             if not tied:
                 sizes = dataclasses.replace(model.config.transformer, tie_word_embeddings=False)

@@ -36,12 +36,17 @@ BELOW: dict[str, tuple[str, ...]] = {
     "data.formats": ("foundation",),
     "data": ("foundation", "tokenizers", "data.formats"),
     "data.builder": ("foundation", "hub", "data", "data.formats"),
-    "model": ("foundation", "tokenizers", "hub"),
-    "export": ("foundation", "tokenizers", "hub", "model"),
-    "released": ("foundation", "tokenizers", "model"),
+    # The decoder alone: it knows ids and tensors, and nothing of what they mean.
+    "model.layers": ("foundation",),
+    "model": ("foundation", "tokenizers", "hub", "model.layers"),
+    "export": ("foundation", "tokenizers", "hub", "model", "model.layers"),
+    "released": ("foundation", "tokenizers", "model", "model.layers"),
     "scenes": ("foundation", "data"),
-    "inference": ("foundation", "tokenizers", "data", "data.formats", "model"),
-    "api": ("foundation", "tokenizers", "hub", "data", "data.formats", "model", "inference"),
+    "inference": ("foundation", "tokenizers", "data", "data.formats", "model", "model.layers"),
+    "api": (
+        "foundation", "tokenizers", "hub", "data", "data.formats", "model", "model.layers",
+        "inference",
+    ),
     "commands": (
         "foundation", "tokenizers", "hub", "data", "data.builder", "data.formats", "model",
         "export", "released", "scenes", "inference", "api",
@@ -63,8 +68,9 @@ BELOW: dict[str, tuple[str, ...]] = {
     # What guards the folder of a run: it knows Lightning, and nothing of what is trained.
     "train.run": ("foundation",),
     "train": (
-        "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model", "inference",
-        "api", "export", "eval", "eval.evaluator", "eval.metrics", "eval.tasks", "train.run",
+        "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model", "model.layers",
+        "inference", "api", "export", "eval", "eval.evaluator", "eval.metrics", "eval.tasks",
+        "train.run",
     ),
     "train.tokenizers": (
         "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model",

@@ -141,8 +141,9 @@ def test_the_files_that_the_walks_and_the_map_name_exist() -> None:
     homes = {
         "commands": "multimodal/commands", "inference": "multimodal/inference", "train": "train",
         "model": "multimodal/model", "data": "multimodal/data", "tokenizers": "tokenizers",
+        "model/layers": "multimodal/model/layers",
     }  # fmt: skip
-    steps = re.findall(r"^\| (\w+) \| `(\w+\.py): ([^|]+)`(?:, `([\w_, `]+)`)? \|", text, re.M)
+    steps = re.findall(r"^\| ([\w/]+) \| `(\w+\.py): ([^|]+)`(?:, `([\w_, `]+)`)? \|", text, re.M)
     assert len(steps) > 15
     for room, file, names, more in steps:
         source = (ROOT / homes[room] / file).read_text("utf-8")

@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from multimodal.files import local_path
-from multimodal.model.transformer import SIZES, named_config
+from multimodal.model.layers.transformer import SIZES, named_config
 from multimodal.terminal import print_error, print_status
 from multimodal.train.callbacks import (
     MeasuredOnly,

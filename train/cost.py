@@ -6,8 +6,8 @@ import sys
 
 import torch
 
+from multimodal.model.layers.transformer import TransformerConfig
 from multimodal.model.sequences import NO_LOSS, Packed
-from multimodal.model.transformer import TransformerConfig
 
 # Dense bf16 TFLOP/s by the name of the device in torch, from the data sheets.
 PEAKS = {
@@ -23,12 +23,16 @@ PEAKS = {
 
 
 def layer_parameters(config: TransformerConfig) -> int:
-    """Number of parameters in the matrices of all layers."""
-    heads = config.num_attention_heads + config.num_key_value_heads
-    attention = 2 * config.hidden_size * heads * config.head_dim
-    return config.num_hidden_layers * (
-        attention + 3 * config.hidden_size * config.intermediate_size
-    )
+    """Number of parameters in the matrices of all layers, of experts those that a token has."""
+    heads, experts = config.num_attention_heads + config.num_key_value_heads, config.experts
+    layers, width = config.num_hidden_layers, config.hidden_size
+    attention = 2 * layers * width * heads * config.head_dim
+    if experts is None:
+        return attention + layers * 3 * width * config.intermediate_size
+    assert experts.moe_intermediate_size is not None
+    dense = len(experts.mlp_only_layers)
+    sparse = 3 * experts.num_experts_per_tok * experts.moe_intermediate_size + experts.num_experts
+    return attention + width * (dense * 3 * config.intermediate_size + (layers - dense) * sparse)
 
 
 def training_flops(config: TransformerConfig, packed: Packed) -> float:

@@ -21,6 +21,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
+from multimodal.model.layers.experts import idle_parameters
 from multimodal.train.cli import TrainingCLI
 from multimodal.train.cli import main as run
 from multimodal.train.cost import peak_memory
@@ -72,8 +73,10 @@ class Forecast(L.Callback):
         step = statistics.median(seconds[WARMUP:] or seconds)
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
+        idle = idle_parameters(pl_module)
+        active = f", {trained + frozen - idle:,} active for a token" if idle else ""
         rows = {
-            "parameters": f"{trained:,} to train, {frozen:,} frozen",
+            "parameters": f"{trained:,} to train, {frozen:,} frozen{active}",
             "memory": f"{peak_memory():.2f} GB at most, on each of {trainer.world_size} ranks",
             "step": f"{step:.3f} s",
             "run": f"{steps:,} steps in {duration(steps * step)}, without validations"

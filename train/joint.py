@@ -18,9 +18,10 @@ from multimodal.hub.names import part_of
 from multimodal.inference.codec import decode_images, encode_images
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.text import caption_codes, complete_prompts
-from multimodal.model.attention import Backend
 from multimodal.model.batches import TrainingBatch, TrainingSample
 from multimodal.model.checkpoint import ModelParts
+from multimodal.model.layers.attention import Backend
+from multimodal.model.layers.experts import ExpertsConfig
 from multimodal.model.lessons import check_texts, descriptions_of, exchanges_of
 from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
@@ -46,13 +47,17 @@ class JointModule(MuonModule):
             ``starter``, or ``user/name`` of the Hugging Face Hub).
         image_tokenizer: folder of a trained image tokenizer, or a model whose image tokenizer is
             taken.
-        size: a named size (tiny, mini, starter, base, large, 1b, 7b), or a language model to start
-            from its weights: a Qwen3, Qwen2, Llama, SmolLM2 or Mistral of Hugging Face (its folder,
-            or ``user/name``), or a GGUF file. The text tokenizer is then given the same, too.
+        size: a named size (tiny, mini, starter, base, large, 1b, 7b; with experts starter-moe,
+            base-moe), or a language model to start from its weights: a Qwen3, Qwen3-MoE, Qwen2,
+            Llama, SmolLM2 or Mistral of Hugging Face (its folder, or ``user/name``), or a GGUF
+            file. The text tokenizer is then given the same, too.
         objectives: weights and shares of the losses.
         reads: the levels of the image tokenizer that captions, answers and embeddings read. By
             default the first one.
         draws: the levels that a drawn image has. By default all. Drawing detail alone is cheaper.
+        experts: in place of the MLPs, for each token a few of many: num_experts,
+            num_experts_per_tok and more. Those of a language model, or of a model without experts
+            in ``--init_from``, start as copies of its MLPs.
         question_share: the share of the samples with a caption that bring questions, too.
         captions_per_image: at most so many captions of an image in one step: its codes are read
             once for all of them. 0: all. Those that do not fit ``row_length`` are left out.
@@ -81,6 +86,7 @@ class JointModule(MuonModule):
         objectives: ObjectivesConfig = ObjectivesConfig(),  # noqa: B008 (frozen)
         reads: list[str] | None = None,
         draws: list[str] | None = None,
+        experts: ExpertsConfig | None = None,
         question_share: float = 0.5,
         captions_per_image: int = 1,
         row_length: int = 256,
@@ -108,6 +114,7 @@ class JointModule(MuonModule):
             objectives,
             reads or (),
             draws or (),
+            experts,
         )
         self.network: MultimodalLM = self.model.network
         self.image_tokenizer = self.model.image_tokenizer

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from timm.optim.muon import Muon
 from torch import nn
 
+from multimodal.model.layers.experts import Router
 from multimodal.provenance import Provenance, run_card
 from multimodal.train.sharding import clip_gradients
 
@@ -20,11 +21,11 @@ from multimodal.train.sharding import clip_gradients
 class MuonModule(L.LightningModule):
     """A LightningModule that Muon and AdamW train.
 
-    Muon trains the matrices and kernels inside the network. AdamW trains embeddings, norms, biases,
-    the modules of ``heads``, and codebooks. Muon makes the update of a matrix orthogonal (Jordan et
-    al. 2024, kellerjordan.github.io/posts/muon). The update is scaled as in Liu et al. 2025
-    (arXiv:2502.16982), so that one learning rate fits both. AdamW alone needs twice the steps here
-    (docs/decisions/optimizer.md has the numbers).
+    Muon trains the matrices and kernels inside the network, those of each expert too. AdamW trains
+    embeddings, norms, biases, routers, the modules of ``heads``, and codebooks. Muon makes the
+    update of a matrix orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon). The
+    update is scaled as in Liu et al. 2025 (arXiv:2502.16982), so that one learning rate fits both.
+    AdamW alone needs twice the steps here (docs/decisions/optimizer.md has the numbers).
 
     Args:
         learning_rate: of Muon and AdamW, at the end of the warm-up.
@@ -176,7 +177,8 @@ def muon(
         no_weight_decay: modules without weight decay. AdamW trains them.
         rates: learning rates of single parameters.
     """
-    adamw_modules = [m for m in module.modules() if isinstance(m, nn.Embedding)] + heads
+    # A router is a classifier: an orthogonal update would give every expert a score as different.
+    adamw_modules = [m for m in module.modules() if isinstance(m, nn.Embedding | Router)] + heads
     adamw = {id(p) for part in adamw_modules for p in part.parameters()}
     undecayed = {id(p) for part in no_weight_decay for p in part.parameters()}
     parameters = [p for p in module.parameters() if p.requires_grad]

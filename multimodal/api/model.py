@@ -51,7 +51,7 @@ from multimodal.inference.values import (
     open_source,
     to_list,
 )
-from multimodal.model.compiled import CompiledForward
+from multimodal.model.layers.compiled import CompiledForward
 from multimodal.options import (
     DrawArguments,
     DrawOptions,

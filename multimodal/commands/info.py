@@ -94,6 +94,7 @@ def model_facts(folder: Path) -> dict[str, Any]:
         "transformer": stored.transformer.stored(),
         "parameters": {
             "transformer": _count(model.network.transformer),
+            "of which active for a token": model.network.transformer.active_parameters,
             "of which embedding": model.network.transformer.embed_tokens.weight.numel(),
             "heads": _count(model.network.alignment),
             "image tokenizer": _count(images),

@@ -15,9 +15,9 @@ from multimodal.export.hf import chat_ends, exported_tokenizer
 from multimodal.files import atomic_file, local_path
 from multimodal.hub.names import find_model
 from multimodal.model.checkpoint import ModelParts
-from multimodal.model.rope import Rope
+from multimodal.model.layers.rope import Rope
+from multimodal.model.layers.transformer import TransformerConfig
 from multimodal.model.stock import family_of
-from multimodal.model.transformer import TransformerConfig
 
 DTYPES = ("float32", "float16", "bfloat16", "q8_0")
 # How a text is split before BPE, by the name that llama.cpp has for the regular expression.
@@ -55,6 +55,8 @@ def export_gguf(source: str | Path, out: str | Path, dtype: str = "float16") -> 
     model = ModelParts.load(folder)
     config = model.config.transformer
     name, _ = family_of(config)
+    if config.experts is not None:
+        raise ValueError(f"{source}: experts are not written as GGUF; `export hf` writes them")
     architecture = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == name)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     out.parent.mkdir(parents=True, exist_ok=True)

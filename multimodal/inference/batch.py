@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.memory import check_memory
-from multimodal.model.attention import KVCache, attention_mask, without_cudnn_attention
-from multimodal.model.compiled import ROOM_MULTIPLE, mark_static_addresses
+from multimodal.model.layers.attention import KVCache, attention_mask, without_cudnn_attention
+from multimodal.model.layers.compiled import ROOM_MULTIPLE, mark_static_addresses
+from multimodal.model.layers.mlp import MAX_STATIC_ROWS
+from multimodal.model.layers.transformer import ALL
 from multimodal.model.network import MultimodalLM
-from multimodal.model.transformer import ALL, MAX_STATIC_ROWS
 
 MIN_SHARED = 16  # tokens of a common beginning that are worth a pass of their own
 GROWTH = 64  # tokens that a full cache grows by
@@ -64,7 +65,8 @@ class DecodeBatch:
         exact: compute each row with the same operations whatever else is in the batch, so that its
             numbers are equal in their last bits, too. Each prompt is read alone, and a step has
             shapes for which the libraries add in the same order: see ``_exact_rows`` and
-            COLUMN_MULTIPLE. In float32 on a CPU, not compiled.
+            COLUMN_MULTIPLE. In float32 on a CPU, not compiled, and not with experts: how many
+            rows an expert gets depends on all of them.
 
     Attributes:
         hidden: float[B, D], the state after the last token of each row.

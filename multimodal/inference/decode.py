@@ -24,8 +24,8 @@ from torch import Tensor
 
 from multimodal.inference.batch import DecodeBatch, compact_rows
 from multimodal.inference.sampling import choose, generators, penalise
+from multimodal.model.layers.transformer import ALL
 from multimodal.model.network import MultimodalLM
-from multimodal.model.transformer import ALL
 from multimodal.options import Sampling
 
 REFILL = 0.75  # waiting rows join when at most this share of the batch is still decoding

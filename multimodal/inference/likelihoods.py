@@ -11,8 +11,8 @@ from torch import Tensor
 
 from multimodal.inference.batch import DecodeBatch, check_length
 from multimodal.inference.codec import encode_text
-from multimodal.model.attention import without_cudnn_attention
 from multimodal.model.checkpoint import ModelParts
+from multimodal.model.layers.attention import without_cudnn_attention
 from multimodal.model.lessons import answer_text
 from multimodal.model.sequences import NO_LOSS, describe, describe_prompt, pack
 

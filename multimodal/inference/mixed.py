@@ -30,8 +30,8 @@ from multimodal.inference.json_schema import SchemaState
 from multimodal.inference.text import TextRow, generate_ids, text_mask
 from multimodal.inference.values import ImageSource
 from multimodal.model.checkpoint import ModelParts
+from multimodal.model.layers.transformer import ALL
 from multimodal.model.sequences import image_tokens
-from multimodal.model.transformer import ALL
 from multimodal.options import TextOptions, check
 
 MAX_IMAGES = 8  # in one reply

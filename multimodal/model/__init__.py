@@ -1,1 +1,1 @@
-"""The network and what it learns from: ids, attention, sequences, losses, files of weights."""
+"""The network and what it learns from: ids, sequences, losses, files of weights."""

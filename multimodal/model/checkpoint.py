@@ -22,10 +22,11 @@ from multimodal.files import atomic_folder, local_path
 from multimodal.hub.card import DEFAULT_CARD
 from multimodal.hub.names import find_model
 from multimodal.model.batches import BatchBuilder
+from multimodal.model.layers.experts import ExpertsConfig
+from multimodal.model.layers.transformer import TransformerConfig
 from multimodal.model.network import ModelConfig, MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.templates import Templates
-from multimodal.model.transformer import TransformerConfig
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.provenance import Provenance
 from multimodal.schemas import construct
@@ -116,6 +117,7 @@ class ModelParts:
         objectives: ObjectivesConfig | None = None,
         reads: Sequence[str] = (),
         draws: Sequence[str] = (),
+        experts: ExpertsConfig | None = None,
     ) -> Self:
         """A model to train. Arguments as for ``MultimodalLM.new``."""
         network = MultimodalLM.new(
@@ -126,6 +128,7 @@ class ModelParts:
             objectives,
             reads,
             draws,
+            experts,
         )
         return cls(network, text_tokenizer, image_tokenizer)
 

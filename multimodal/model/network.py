@@ -18,14 +18,22 @@ from torch import Tensor, nn
 from multimodal.distributed import global_sum, world_size
 from multimodal.hub.names import find_model
 from multimodal.model.alignment import Alignment
-from multimodal.model.attention import Backend, attention_mask, block_mask
 from multimodal.model.batches import TrainingBatch, WrittenTokens
-from multimodal.model.compiled import CompiledForward
+from multimodal.model.layers.attention import Backend, attention_mask, block_mask
+from multimodal.model.layers.compiled import CompiledForward
+from multimodal.model.layers.experts import (
+    ExpertsConfig,
+    balance_loss,
+    expert_use,
+    router_z_loss,
+    stacked,
+    upcycled,
+)
+from multimodal.model.layers.transformer import SIZES, Transformer, TransformerConfig, named_config
 from multimodal.model.objectives import ObjectivesConfig, policy_loss, token_losses
 from multimodal.model.sequences import NO_LOSS, OBJECTIVES, Packed
 from multimodal.model.stock import read_stock
 from multimodal.model.templates import Templates
-from multimodal.model.transformer import SIZES, Transformer, TransformerConfig, named_config
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.tokenizers.levels import Layout
 
@@ -90,7 +98,7 @@ class MultimodalLM(nn.Module):
     """A language model over text and image tokens. ``forward`` returns the joint training loss.
 
     Attributes:
-        attention_backend: how training computes attention. See model/attention.py.
+        attention_backend: how training computes attention. See model/layers/attention.py.
         label_smoothing: in training, the share of each target of a text that the loss spreads over
             the ids of texts and the specials.
         compiled: the compiled forward passes of inference, if there are any.
@@ -121,13 +129,15 @@ class MultimodalLM(nn.Module):
         objectives: ObjectivesConfig | None = None,
         reads: Sequence[str] = (),
         draws: Sequence[str] = (),
+        experts: ExpertsConfig | None = None,
     ) -> "MultimodalLM":
         """A network to train.
 
         Args:
             size: a named size, with random weights, or a language model with its weights: a Qwen3,
-                Qwen2, Llama, SmolLM2 or Mistral, as a folder or by its name on the Hub, or a GGUF
-                file. The embeddings of text ids are kept. All other rows start at their mean.
+                Qwen3-MoE, Qwen2, Llama, SmolLM2 or Mistral, as a folder or by its name on the Hub,
+                or a GGUF file. The embeddings of text ids are kept. All other rows start at their
+                mean.
             text_size: number of ids of the text tokenizer.
             layout: the levels of the image tokenizer.
             code_vectors: for each group of each level float[codebook_size, C], the vectors that the
@@ -135,9 +145,12 @@ class MultimodalLM(nn.Module):
                 embeddings.
             objectives: the losses and their weights.
             reads, draws: see ``ModelConfig``.
+            experts: in place of the MLPs. Those of a language model start as copies of its MLPs
+                (``upcycled``).
 
         Raises:
-            ValueError: if the language model has fewer embeddings than the text tokenizer has ids.
+            ValueError: if the language model has fewer embeddings than the text tokenizer has ids,
+                or experts that it cannot have.
         """
         vocabulary = Vocabulary(text_size, layout.codebook_size)
         weights = None
@@ -150,8 +163,15 @@ class MultimodalLM(nn.Module):
                     f"{text_size} tokens: is it that of the same folder?"
                 )
             sizes = replace(sizes, vocab_size=vocabulary.size)
+            if experts is not None:
+                if sizes.experts is not None:
+                    raise ValueError(f"{size}: has experts of its own, so experts cannot be given")
+                sizes = replace(sizes, experts=experts)
+                assert sizes.experts is not None
+                weights = upcycled(weights, sizes.experts)
         else:
             sizes = named_config(size, vocabulary.size)
+            sizes = replace(sizes, experts=experts or sizes.experts)
         config = ModelConfig(
             sizes,
             text_size,
@@ -176,19 +196,30 @@ class MultimodalLM(nn.Module):
         return network
 
     def take_weights(self, source: "MultimodalLM") -> None:
-        """Copy the weights of a network of the same sizes, of which this one may have more levels.
+        """Copy the weights of a network of the same sizes.
+
+        This one may have more levels. It may have experts where the other has none: they start as
+        copies of its MLPs (``upcycled``).
 
         Raises:
             ValueError: if the sizes differ, or its levels are not the first ones of this network.
         """
         ours, theirs = self.config, source.config
-        shared = replace(theirs.transformer, vocab_size=ours.transformer.vocab_size)
+        experts = theirs.transformer.experts
+        grows = experts is None and ours.transformer.experts is not None
+        shared = replace(
+            theirs.transformer,
+            vocab_size=ours.transformer.vocab_size,
+            experts=ours.transformer.experts if grows else experts,
+        )
         if shared != ours.transformer or theirs.text_size != ours.text_size:
             raise ValueError("its sizes are not those of this run")
         levels = theirs.layout.levels
         if levels != ours.layout.levels[: len(levels)]:
             raise ValueError(f"its levels are not those of this run: {theirs.layout}")
         weights, kept = source.state_dict(), source.vocabulary.image_end
+        if grows and ours.transformer.experts is not None:
+            weights = upcycled(weights, ours.transformer.experts)
         for name, weight in self.state_dict().items() if levels != ours.layout.levels else ():
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):
                 weights[name] = torch.cat([weights[name][:kept], weight[kept:]])
@@ -198,11 +229,15 @@ class MultimodalLM(nn.Module):
     def device(self) -> torch.device:
         return self.alignment.log_scale.device
 
-    def hidden(self, packed: Packed) -> Tensor:
-        """The last hidden states of packed rows: float[R, L, D]."""
+    def hidden(self, packed: Packed, router_logits: list[Tensor] | None = None) -> Tensor:
+        """The last hidden states of packed rows: float[R, L, D].
+
+        Args:
+            router_logits: see ``Transformer.forward``.
+        """
         make_mask = block_mask if self.attention_backend == "flex" else attention_mask
         mask = make_mask(packed.documents, packed.blocks, packed.branches)
-        return self.transformer(packed.ids, packed.positions, mask)
+        return self.transformer(packed.ids, packed.positions, mask, router_logits=router_logits)
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The joint loss of a batch.
@@ -211,7 +246,8 @@ class MultimodalLM(nn.Module):
             The weighted sum of all losses, float32[], and its parts by name.
         """
         objectives_config, packed = self.config.objectives, batch.packed
-        hidden = self.hidden(packed).flatten(0, 1)
+        router_logits: list[Tensor] = []
+        hidden = self.hidden(packed, router_logits).flatten(0, 1)
         objectives = packed.objectives.flatten()
         predicted = (objectives != NO_LOSS).nonzero()[:, 0]
         count = len(predicted)
@@ -252,10 +288,33 @@ class MultimodalLM(nn.Module):
                 squares = global_sum(torch.cat(gradients).float().square().sum())
                 parts["grad_norm/alignment"] = squares.sqrt() / world_size()
             total = total + weighted
+        if router_logits:
+            routing, of_routing = self._router_losses(stacked(router_logits), packed)
+            total, parts = total + routing, parts | of_routing
         if batch.written is not None:
             parts["policy"], parts["grad_norm/policy"] = self._policy_loss(hidden, batch.written)
             total = batch.written.joint_weight * total + parts["policy"]
         return total, {**parts, "total": total}
+
+    def _router_losses(self, logits: Tensor, packed: Packed) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted losses of the routers, and for the log these and the use of the experts.
+
+        Args:
+            logits: float32[S, R * L, E].
+        """
+        experts, vocabulary = self.config.transformer.experts, self.vocabulary
+        assert experts is not None
+        ids, tokens = packed.ids.flatten(), packed.documents.flatten() > 0
+        images = tokens & (ids >= vocabulary.image_start) & (ids < vocabulary.image_end)
+        k = experts.num_experts_per_tok
+        balance, z_loss = balance_loss(logits, k, tokens), router_z_loss(logits, tokens)
+        use = expert_use(logits, k, {"text": tokens & ~images, "image": images})
+        total = experts.router_aux_loss_coef * balance + experts.router_z_loss_coef * z_loss
+        return total, {
+            "router_balance": balance,
+            "router_z": z_loss,
+            **{f"experts/{name}": value for name, value in use.items()},
+        }
 
     def _policy_loss(self, hidden: Tensor, written: WrittenTokens) -> tuple[Tensor, Tensor]:
         """The loss of written captions, and its gradient norm; hidden: float[R * L, D].

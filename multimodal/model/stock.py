@@ -1,10 +1,10 @@
-"""Decoders of other toolkits, in and out: Qwen3, Qwen2, Llama (SmolLM2 too) and Mistral.
+"""Decoders of other toolkits, in and out: Qwen3, Qwen3-MoE, Qwen2, Llama (SmolLM2 too), Mistral.
 
 A family is a stock class of transformers and what its attention has. The names of the weights are
 the same in all of them, so nothing is converted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from multimodal.files import open_file, read_json
-from multimodal.model.attention import QKNorm
-from multimodal.model.rope import RopeScaling
-from multimodal.model.transformer import Transformer, TransformerConfig
+from multimodal.model.layers.attention import QKNorm
+from multimodal.model.layers.experts import ExpertsConfig
+from multimodal.model.layers.rope import RopeScaling
+from multimodal.model.layers.transformer import Transformer, TransformerConfig
 from multimodal.schemas import Between, Positive, check_value, construct
 from multimodal.tokenizers.weights import load_weights, read_config_file
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX = 2**24  # bytes
+MAX_LAYERS = 256
 Size = Annotated[int, Between(1, 2**24)]
 
 
@@ -31,11 +33,13 @@ class Family:
     Attributes:
         stock_class: its name in transformers.
         qk_norm, attention_bias: as in ``TransformerConfig``.
+        experts: whether it has experts.
     """
 
     stock_class: str
     qk_norm: QKNorm
     attention_bias: bool
+    experts: bool = False
 
 
 # By the model_type of config.json. An export is the first family that fits.
@@ -44,6 +48,7 @@ FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", qk_norm="none", attention_bias=True),
     "llama": Family("LlamaForCausalLM", qk_norm="none", attention_bias=False),
     "mistral": Family("MistralForCausalLM", qk_norm="none", attention_bias=False),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", qk_norm="rms", attention_bias=False, experts=True),
 }
 # What the transformer of this package does not have, with the values that turn it off.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -52,6 +57,15 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "mlp_bias": (False,),
     "partial_rotary_factor": (1.0, None),
     "quantization_config": (None,),
+}
+# Of experts, with what the class of transformers assumes where they are absent.
+EXPERTS: dict[str, Any] = {
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": False,
+    "mlp_only_layers": (),
+    "router_aux_loss_coef": 0.001,
 }
 NUMBERS = (
     "vocab_size",
@@ -71,12 +85,13 @@ def family_of(config: TransformerConfig) -> tuple[str, Family]:
         ValueError: if no stock class has this attention.
     """
     for model_type, family in FAMILIES.items():
-        has = family.qk_norm, False, family.attention_bias
-        if has == (config.qk_norm, config.norm_after, config.attention_bias):
+        has = family.qk_norm, False, family.attention_bias, family.experts
+        needs = config.qk_norm, config.norm_after, config.attention_bias
+        if has == (*needs, config.experts is not None):
             return model_type, family
     raise ValueError(
-        f"no stock class has qk_norm={config.qk_norm}, norm_after={config.norm_after} and "
-        f"attention_bias={config.attention_bias}"
+        f"no stock class has qk_norm={config.qk_norm}, norm_after={config.norm_after}, "
+        f"attention_bias={config.attention_bias} and experts={config.experts}"
     )
 
 
@@ -103,7 +118,31 @@ def stock_config(config: TransformerConfig) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "use_sliding_window": False,
         "sliding_window": None,
+        **_stock_experts(config.experts),
     }
+
+
+def _stock_experts(experts: ExpertsConfig | None) -> dict[str, Any]:
+    """What ``config.json`` of a stock class with experts has besides."""
+    if experts is None:
+        return {}
+    stock = {name: getattr(experts, name) for name in EXPERTS}
+    return {**stock, "decoder_sparse_step": 1, "output_router_logits": False}
+
+
+def _experts_config(config: Mapping[str, Any]) -> ExpertsConfig:
+    """The reverse of ``_stock_experts``. Raises ``ValueError``."""
+    stored = {name: config.get(name, default) for name, default in EXPERTS.items()}
+    # transformers 5 writes the number under another name.
+    stored["num_experts"] = config.get("num_local_experts", stored["num_experts"])
+    stored["mlp_only_layers"] = stored["mlp_only_layers"] or ()
+    step, layers = config.get("decoder_sparse_step", 1), config["num_hidden_layers"]
+    check_value("decoder_sparse_step", step, Size)
+    check_value("num_hidden_layers", layers, Size)
+    check_value("mlp_only_layers", stored["mlp_only_layers"], Sequence[int])
+    skipped = [number for number in range(min(layers, MAX_LAYERS)) if (number + 1) % step]
+    stored["mlp_only_layers"] = [*stored["mlp_only_layers"], *skipped]
+    return construct(ExpertsConfig, stored)
 
 
 def transformer_config(config: Mapping[str, Any], name: str) -> TransformerConfig:
@@ -159,6 +198,7 @@ def transformer_config(config: Mapping[str, Any], name: str) -> TransformerConfi
                 "qk_norm": family.qk_norm,
                 "attention_bias": family.attention_bias,
                 "rope_scaling": RopeScaling.of(rope),
+                "experts": _experts_config(config) if family.experts else None,
             },
         )
     except ValueError as error:
@@ -261,6 +301,8 @@ def _read_gguf(file: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
         raise ValueError(f"{file}: not a readable GGUF model: {error}") from error
     stored = {**model.config.to_dict(), "quantization_config": None}  # it is floats now
     sizes = transformer_config(stored, str(file))
+    if sizes.experts is not None:
+        raise ValueError(f"{file}: experts are not read from GGUF; take its safetensors")
     weights = dict(model.state_dict())
     if sizes.tie_word_embeddings:
         weights.pop("lm_head.weight", None)

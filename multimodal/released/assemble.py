@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from multimodal.model.checkpoint import ModelParts
+from multimodal.model.layers.transformer import TransformerConfig
 from multimodal.model.network import ModelConfig, MultimodalLM
 from multimodal.model.stock import check_weights
-from multimodal.model.transformer import TransformerConfig
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.tokenizers.image import ImageTokenizer
 from multimodal.tokenizers.text import TextTokenizer

@@ -15,7 +15,7 @@ from multimodal.api import Model, load
 from multimodal.cli import main
 from multimodal.export.gguf import SPLITS, export_gguf, split_of
 from multimodal.export.hf import export_hf, exported_tokenizer
-from multimodal.model.rope import RopeScaling
+from multimodal.model.layers.rope import RopeScaling
 from multimodal.model.stock import read_stock
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import ChatFormat, TextTokenizer

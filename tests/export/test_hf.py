@@ -15,7 +15,8 @@ from multimodal.cli import main
 from multimodal.export.hf import export_hf
 from multimodal.inference.codec import encode_images, read_images
 from multimodal.inference.text import generate_ids
-from multimodal.model.attention import attention_mask
+from multimodal.model.layers.attention import attention_mask
+from multimodal.model.layers.transformer import Transformer, TransformerConfig
 from multimodal.model.sequences import (
     TokenSequence,
     describe,
@@ -24,7 +25,6 @@ from multimodal.model.sequences import (
     draw,
     pack,
 )
-from multimodal.model.transformer import Transformer, TransformerConfig
 from multimodal.model.vocabulary import SPECIALS
 from multimodal.options import TextOptions
 

@@ -14,7 +14,7 @@ from multimodal.api import Model
 from multimodal.inference.batch import DecodeBatch
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.text import generate_ids
-from multimodal.model.compiled import (
+from multimodal.model.layers.compiled import (
     RECOMPILE_LIMIT,
     ROOM_MULTIPLE,
     CompiledForward,

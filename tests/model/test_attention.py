@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from multimodal.api import Model
-from multimodal.model.attention import attend, attention_mask, without_cudnn_attention
 from multimodal.model.batches import TrainingBatch
+from multimodal.model.layers.attention import attend, attention_mask, without_cudnn_attention
 from multimodal.model.network import MultimodalLM
 from multimodal.model.sequences import Packed, describe, draw, pack
 

@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import save_file
 
 from multimodal import load
+from multimodal.model.layers.transformer import Transformer
 from multimodal.model.stock import read_stock, transformer_config
-from multimodal.model.transformer import Transformer
 
 
 def change(path: Path, keys: str, value: Any) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd import grad
 
 from multimodal.api import Model
-from multimodal.model.attention import attention_mask
 from multimodal.model.batches import TrainingBatch, TrainingSample
+from multimodal.model.layers.attention import attention_mask
+from multimodal.model.layers.experts import ExpertsConfig
 from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig, token_losses
 from multimodal.model.sequences import OBJECTIVES, TokenSequence, describe, draw, pack
@@ -305,7 +306,7 @@ from multimodal.api import load
 def run(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
-        return [train(f"{folder}/{form}", rank) for form in ("siglip", "clip")]
+        return [train(f"{folder}/{form}", rank) for form in ("siglip", "clip", "experts")]
     finally:
         dist.destroy_process_group()
 
@@ -343,8 +344,10 @@ def test_two_ranks_are_one(
 ) -> None:
     """Loss and gradients of DistributedDataParallel are those of one process with all the pairs."""
     expected = []
-    for form in ("siglip", "clip"):
-        model = tiny_model(noise=0.05, alignment_form=form, z_loss_weight=0.01)
+    for form in ("siglip", "clip", "experts"):
+        experts = ExpertsConfig(4, router_aux_loss_coef=0.5) if form == "experts" else None
+        contrast = "siglip" if experts else form
+        model = tiny_model(noise=0.05, alignment_form=contrast, z_loss_weight=0.01, experts=experts)
         model.save(tmp_path / form)
         for rank in range(2):
             numbers = range(3 * rank, 3 * rank + 3)
@@ -368,7 +371,8 @@ def test_two_ranks_are_one(
         worker.kill()
     second = torch.load(tmp_path / "result")
     for (parts, gradients), *ranks in zip(expected, first, second, strict=True):
-        for name in (*(set(OBJECTIVES) & set(parts)), "alignment", "alignment_accuracy", "total"):
+        routing = {name for name in parts if name.startswith(("router_", "experts/"))}
+        for name in (*(set(OBJECTIVES) & set(parts)), "alignment_accuracy", "total", *routing):
             mean = (ranks[0][0][name] + ranks[1][0][name]) / 2
             assert mean == pytest.approx(parts[name].item(), rel=1e-5), name
         for _, theirs in ranks:

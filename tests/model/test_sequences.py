@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from multimodal.model.attention import attention_mask
 from multimodal.model.batches import random_mask
+from multimodal.model.layers.attention import attention_mask
 from multimodal.model.sequences import (
     NO_LOSS,
     OBJECTIVES,

@@ -16,10 +16,10 @@ from torch import Tensor
 from multimodal.api import Model, load
 from multimodal.export.hf import export_hf
 from multimodal.inference.text import generate_ids
-from multimodal.model.attention import attention_mask
-from multimodal.model.rope import RopeScaling
+from multimodal.model.layers.attention import attention_mask
+from multimodal.model.layers.rope import RopeScaling
+from multimodal.model.layers.transformer import TransformerConfig
 from multimodal.model.stock import FAMILIES, read_stock, stock_config, transformer_config
-from multimodal.model.transformer import TransformerConfig
 from multimodal.options import TextOptions
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
@@ -30,9 +30,21 @@ SIZES: dict[str, Any] = dict(
 )  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 24, "rope_theta": 1e6}),
+    "qwen3 moe": ("Qwen3Moe", {"head_dim": 24, **EXPERTS, "norm_topk_prob": True}),
+    "some layers moe": (
+        "Qwen3Moe",
+        {
+            "tie_word_embeddings": True,
+            **EXPERTS,
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+        },
+    ),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
     "llama": ("Llama", {"num_key_value_heads": 4}),
     "smollm2": ("Llama", {"tie_word_embeddings": True, "rope_theta": 1e5}),

@@ -11,7 +11,14 @@ from torch import Tensor
 from multimodal.api import Model
 from multimodal.inference.batch import DecodeBatch
 from multimodal.inference.text import generate_ids
-from multimodal.model.attention import KVCache, attention_mask
+from multimodal.model.layers.attention import KVCache, attention_mask
+from multimodal.model.layers.mlp import add_dropped
+from multimodal.model.layers.transformer import (
+    SIZES,
+    Transformer,
+    TransformerConfig,
+    named_config,
+)
 from multimodal.model.sequences import (
     NO_LOSS,
     Packed,
@@ -20,13 +27,6 @@ from multimodal.model.sequences import (
     document,
     draw,
     pack,
-)
-from multimodal.model.transformer import (
-    SIZES,
-    Transformer,
-    TransformerConfig,
-    add_dropped,
-    named_config,
 )
 from multimodal.options import TextOptions
 

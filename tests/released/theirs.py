@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from multimodal.api import Model, load
 from multimodal.cli import main
-from multimodal.model.attention import attention_mask
+from multimodal.model.layers.attention import attention_mask
 from multimodal.tokenizers.text import TextTokenizer
 
 CODES = 64

@@ -3,19 +3,22 @@
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from multimodal.api import Model
-from multimodal.model.attention import attention_mask
+from multimodal.model.layers.attention import attention_mask
+from multimodal.model.layers.experts import ExpertsConfig
 from multimodal.model.sequences import NO_LOSS, describe, draw, pack
 from multimodal.train.cost import layer_parameters, peak_memory, training_flops
 
 
+@pytest.mark.parametrize("experts", [None, ExpertsConfig(5, 3, 48, mlp_only_layers=(0,))])
 def test_flops_count_all_products_that_the_mask_allows(
-    tiny_model: Callable[..., Model],
+    tiny_model: Callable[..., Model], experts: ExpertsConfig | None
 ) -> None:
-    model = tiny_model()
+    model = tiny_model(experts=experts)
     config, codes = model.config.transformer, np.arange(16)
     masked = draw(model.vocabulary, [5, 6], codes, codes < 4, codes > 6)
     branched = describe(model.vocabulary, codes, [[7, 8, 9], [10]], [([5], [6])])

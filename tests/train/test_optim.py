@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from multimodal.model.layers.experts import ExpertsConfig, SparseMLP
 from multimodal.train.optim import muon
 
 
@@ -46,6 +47,25 @@ def test_inner_matrices_get_orthogonal_updates_and_the_rest_those_of_adamw() -> 
     assert not steps["frozen.weight"].any()
     # The scale of Liu et al.: a root mean square of 0.2 times the rate, as of AdamW in practice.
     assert float(steps["inside.weight"].square().mean().sqrt()) == pytest.approx(0.002, rel=0.25)
+
+
+def test_each_matrix_of_an_expert_gets_an_orthogonal_update_and_the_router_that_of_adamw() -> None:
+    torch.manual_seed(0)
+    network = SparseMLP(16, ExpertsConfig(3, 2, 12))
+    optimizer = muon(network, [], 0.01, 0.0)
+    before = {name: value.detach().clone() for name, value in network.named_parameters()}
+    for name, parameter in network.named_parameters():
+        idle = name.startswith("experts.2")  # no token went there
+        parameter.grad = torch.zeros_like(parameter) if idle else torch.randn_like(parameter)
+    optimizer.step()
+    for name, value in network.named_parameters():
+        step = value.detach() - before[name]
+        if name.startswith("experts.2"):
+            assert not step.any(), name
+        elif name == "gate.weight":
+            assert condition_number(step) > 1.5 and step.abs().max() < 0.025
+        else:
+            assert condition_number(step) < 1.5, name
 
 
 def test_norms_and_biases_do_not_decay() -> None:

@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from multimodal.cli import main
-from multimodal.model.transformer import SIZES
+from multimodal.model.layers.transformer import SIZES
 from multimodal.train.callbacks import MeasuredOnly
 from multimodal.train.run import progress
 from multimodal.train.run.progress import Progress, duration, number

@@ -13,8 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from multimodal.model.attention import KVCache
-from multimodal.model.transformer import Transformer
+from multimodal.model.layers.attention import KVCache
+from multimodal.model.layers.transformer import Transformer
 
 Step: TypeAlias = Callable[
     [Tensor, Tensor, Tensor | None, list[Tensor], list[Tensor], Tensor], Tensor

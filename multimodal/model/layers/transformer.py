@@ -1,8 +1,8 @@
 """The decoder, in the shape of Qwen3 (arXiv:2505.09388), name for name.
 
-Pre-RMSNorm, QK-norm per head, grouped-query attention, SwiGLU, rotate-half RoPE, no bias. Without
-QK-norm it is a Llama, with biases for queries, keys and values too a Qwen2 (model/stock.py). An
-image is only tokens here, so the weights of this file are a stock language model for any engine.
+Pre-RMSNorm, QK-norm per head, grouped-query attention, SwiGLU, rotate-half RoPE, no bias. With
+experts it is a Qwen3-MoE, without QK-norm a Llama, with biases for queries, keys and values too a
+Qwen2 (model/stock.py). An image is only tokens here, so the weights are a stock language model.
 
 ``forward`` reads many tokens. ``forward_token``, beside it in each module, reads one token of each
 row after a cache: the same numbers, with as few operations as possible.
@@ -21,12 +21,20 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from multimodal.model.attention import KVCache, Mask, QKNorm, attend, attend_exactly, head_norm
-from multimodal.model.rope import Rope, RopeScaling, rotate
+from multimodal.model.layers.attention import (
+    KVCache,
+    Mask,
+    QKNorm,
+    attend,
+    attend_exactly,
+    head_norm,
+)
+from multimodal.model.layers.experts import ExpertsConfig, SparseMLP, idle_parameters
+from multimodal.model.layers.mlp import MLP, add_dropped, token_product
+from multimodal.model.layers.rope import Rope, RopeScaling, rotate
 from multimodal.schemas import Between, Positive, check_fields
 
 ALL = slice(None)
-MAX_STATIC_ROWS = 2  # rows of a static compiled step: one prompt, or a drawing and its guidance
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class TransformerConfig:
         norm_after: norm what attention and MLP add, not what they read (Swin v2, arXiv:2111.09883).
         attention_bias: biases of queries, keys and values.
         rope_scaling: for longer texts.
+        experts: in place of MLPs.
 
     Raises:
         ValueError: for sizes that do not fit.
@@ -60,6 +69,7 @@ class TransformerConfig:
     norm_after: bool = False
     attention_bias: bool = False
     rope_scaling: RopeScaling | None = None
+    experts: ExpertsConfig | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -70,6 +80,9 @@ class TransformerConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: RoPE rotates pairs, so it must be even")
+        if self.experts is not None:
+            fitted = self.experts.fitted(self.num_hidden_layers, self.intermediate_size)
+            object.__setattr__(self, "experts", fitted)
 
     def stored(self) -> dict[str, Any]:
         """As in config.json. What only other stock classes have is there if it is used."""
@@ -81,13 +94,16 @@ class TransformerConfig:
         return Rope(self.head_dim, self.rope_theta, self.rope_scaling)
 
 
-# name: layers, width, heads, key-value heads, head size, SwiGLU width; then the parameters of the
-# layers alone, and with a vocabulary of 49,152 ids (32k of text, 16k codes)
-SIZES = {
+# name: layers, width, heads, key-value heads, head size, SwiGLU width; of a size with experts also
+# how many there are, how many a token has, and the width of each. Then the parameters that a token
+# has in the layers, and all with a vocabulary of 49,152 ids (32k of text, 16k codes)
+SIZES: dict[str, tuple[int, ...]] = {
     "tiny": (2, 64, 4, 2, 16, 128),  #             74 k    3.2 M
     "mini": (4, 256, 4, 2, 64, 768),  #           3.1 M    16 M
     "starter": (6, 384, 6, 2, 64, 1024),  #       9.4 M    28 M
+    "starter-moe": (6, 384, 6, 2, 64, 1024, 8, 2, 512),  #   9.5 M    50 M
     "base": (12, 768, 12, 4, 64, 2304),  #         83 M   120 M
+    "base-moe": (12, 768, 12, 4, 64, 2304, 8, 2, 1152),  #    83 M   312 M
     "large": (24, 1024, 16, 8, 64, 3072),  #      302 M   352 M
     "1b": (28, 1536, 16, 8, 128, 4608),  #        859 M   934 M
     "7b": (32, 4096, 32, 8, 128, 12288),  #       6.2 B   6.6 B
@@ -98,39 +114,11 @@ def named_config(size: str, vocab_size: int) -> TransformerConfig:
     """A config of the table of sizes; embeddings are tied up to ``1b``."""
     if size not in SIZES:
         raise ValueError(f"size {size!r}: expected one of {', '.join(SIZES)}")
-    layers, width, heads, kv_heads, head_dim, intermediate = SIZES[size]
+    layers, width, heads, kv_heads, head_dim, inner, *more = SIZES[size]
+    experts = ExpertsConfig(more[0], more[1], more[2]) if more else None
     return TransformerConfig(
-        vocab_size, width, layers, heads, kv_heads, head_dim, intermediate, size != "7b"
+        vocab_size, width, layers, heads, kv_heads, head_dim, inner, size != "7b", experts=experts
     )
-
-
-def add_dropped(x: Tensor, branch: Tensor, dropout: float) -> Tensor:
-    """x + branch, without a random share of the branch (dropout, Srivastava et al. 2014).
-
-    On a CPU the share is rounded to 1/256 and decided by random bytes: random floats take long.
-    """
-    if not dropout:
-        return x + branch
-    if not branch.is_cpu or torch.compiler.is_compiling():
-        return x + F.dropout(branch, dropout)
-    words = torch.empty(-(-branch.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-    dropped = min(255, round(256 * dropout))  # of 256 bytes
-    kept = words.view(torch.uint8)[: branch.numel()].view(branch.shape) >= dropped
-    return torch.addcmul(x, branch, kept.to(branch.dtype), value=256 / (256 - dropped))
-
-
-def token_product(x: Tensor, linear: nn.Module) -> Tensor:
-    """A linear layer for one token of each row: float[B, D] -> float[B, N].
-
-    Compiled for few rows on a CPU it is a sum: such a product only waits for its weights, and the
-    compiler's loop reads them three times as fast (docs/decisions/decoding_speed.md).
-    """
-    weight, bias = linear.weight, linear.bias
-    assert isinstance(weight, Tensor) and not isinstance(bias, nn.Module)
-    if torch.compiler.is_compiling() and not x.is_cuda and len(x) <= MAX_STATIC_ROWS:
-        product = (x[:, None].float() * weight.float()).sum(-1)
-        return (product if bias is None else product + bias.float()).to(x.dtype)
-    return F.linear(x, weight, bias)
 
 
 class Attention(nn.Module):
@@ -199,26 +187,17 @@ class Attention(nn.Module):
         return token_product(attended.flatten(1), self.o_proj)
 
 
-class MLP(nn.Module):
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-    def forward_token(self, x: Tensor) -> Tensor:
-        gated = F.silu(token_product(x, self.gate_proj)) * token_product(x, self.up_proj)
-        return token_product(gated, self.down_proj)
-
-
 class Layer(nn.Module):
-    def __init__(self, config: TransformerConfig) -> None:
+    """number: of the layer, from 0."""
+
+    def __init__(self, config: TransformerConfig, number: int) -> None:
         super().__init__()
         self.self_attn = Attention(config)
-        self.mlp = MLP(config)
+        self.mlp: MLP | SparseMLP
+        if config.experts is None or number in config.experts.mlp_only_layers:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        else:
+            self.mlp = SparseMLP(config.hidden_size, config.experts)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm_after = config.norm_after
@@ -235,12 +214,16 @@ class Layer(nn.Module):
         layer: int,
         query_slice: slice,
         dropout: float,
-    ) -> Tensor:
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The states, and the router logits if there are experts: none or one float[B * Q, E]."""
         attended = self.normed(
             self.input_layernorm, self.self_attn, x, cos_sin, mask, cache, layer, query_slice
         )
         x = add_dropped(x[:, query_slice], attended, dropout)
-        return add_dropped(x, self.normed(self.post_attention_layernorm, self.mlp, x), dropout)
+        router_logits: list[Tensor] = []
+        more = (router_logits,) if isinstance(self.mlp, SparseMLP) else ()
+        added = self.normed(self.post_attention_layernorm, self.mlp, x, *more)
+        return add_dropped(x, added, dropout), router_logits
 
     def forward_token(self, x: Tensor, *attended: Any) -> Tensor:
         """attended: the other arguments of ``Attention.forward_token``."""
@@ -264,7 +247,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, n) for n in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -289,16 +272,19 @@ class Transformer(nn.Module):
         mask: Mask,
         cache: KVCache | None = None,
         query_slice: slice = ALL,
+        router_logits: list[Tensor] | None = None,
     ) -> Tensor:
         """Read tokens.
 
         Args:
             ids, positions: int64[B, L].
-            mask: bool[B, 1, L, S], the mask of another backend (model/attention.py), or None: every
-                token sees all. With a cache, S counts the cached tokens and the L new ones.
+            mask: bool[B, 1, L, S], the mask of another backend (model/layers/attention.py), or
+                None: every token sees all. With a cache, S counts the cached tokens and the L new
+                ones.
             cache: the L tokens are appended to it.
             query_slice: the Q of the L tokens whose states are returned. The last layer computes
                 only keys and values for the others.
+            router_logits: those of each layer with experts are appended, float[B * L, E].
 
         Returns:
             float[B, Q, D], normed.
@@ -311,7 +297,9 @@ class Transformer(nn.Module):
         for number, layer in enumerate(self.layers):
             queries = query_slice if number == len(self.layers) - 1 else ALL
             run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
-            x = run(x, cos_sin, mask, cache, number, queries, dropout)
+            x, logits = run(x, cos_sin, mask, cache, number, queries, dropout)
+            if router_logits is not None:
+                router_logits += logits
         if cache is not None:
             cache.length += ids.shape[1]
         return self.norm(x)
@@ -351,6 +339,11 @@ class Transformer(nn.Module):
             assert isinstance(layer, Layer)
             x = layer.forward_token(x, (cos, sin), mask, keys[number], values[number], slots, exact)
         return self.norm(x)
+
+    @property
+    def active_parameters(self) -> int:
+        """Number of the parameters that a token goes through: without the experts it leaves out."""
+        return sum(p.numel() for p in self.parameters()) - idle_parameters(self)
 
     def empty_cache(self, rows: int, capacity: int) -> KVCache:
         """A cache for so many rows and tokens."""
