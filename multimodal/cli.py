@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "edit": ("multimodal.commands.edit", "draw a part of an image anew"),
     "embed": ("multimodal.commands.embed", "turn images or texts into vectors"),
     "search": ("multimodal.commands.search", "find the images that fit a text or an image"),
+    "serve": ("multimodal.serve.cli", "answer requests in the shape of OpenAI's API"),
     "prompts": ("multimodal.commands.prompts", "list the prompts that are kept as files"),
     "data": ("multimodal.commands.data", "build, index and check shards of images and text"),
     "data report": ("multimodal.eval.data_report", "what is in shard folders, as a page"),

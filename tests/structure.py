@@ -51,6 +51,9 @@ BELOW: dict[str, tuple[str, ...]] = {
         "foundation", "tokenizers", "hub", "data", "data.builder", "data.formats", "model",
         "export", "released", "scenes", "inference", "api",
     ),
+    # Requests know the model's front door and the decode loop. Nothing below knows of requests.
+    "serve.engine": ("foundation", "data", "model", "inference", "api"),
+    "serve": ("foundation", "data", "model", "inference", "api", "commands", "serve.engine"),
     "eval.metrics": ("foundation", "tokenizers", "tokenizers.quantizers"),
     # The protocol of evaluators, which the tasks implement and the commands use.
     "eval.evaluator": ("foundation", "data", "inference", "api", "eval.metrics"),

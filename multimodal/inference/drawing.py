@@ -7,10 +7,10 @@ Shapes: B images, n codes of an image, m codes of the levels that are drawn, K c
 levels, D width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from multimodal.tokenizers.levels import Layout, Level
 
 OnStep: TypeAlias = Callable[[Sequence[int], Tensor], object]
 DRAWINGS_AT_ONCE = 64
+Value = TypeVar("Value")
 
 
 class ImageRow(Row):
@@ -144,6 +145,24 @@ def draw_codes(
         if on_step is not None:
             raise ValueError("of several candidates there is nothing to see before the end")
         return _draw_best(model, texts, options, known, numbers)
+    if options.method == "causal":
+        if known is not None:
+            raise ValueError("code by code, only whole images are drawn: use the masked method")
+        prompts = guided_prompts(model, texts, options)
+        return _draw_causal(model, prompts, options, numbers, on_step)
+    if known is None:
+        known = torch.full((len(texts), model.codes_per_image), UNKNOWN)
+    return returned(masked_steps(model, texts, options, known, numbers, on_step))
+
+
+def guided_prompts(
+    model: ModelParts, texts: Sequence[str], options: EditOptions
+) -> list[list[list[int]]]:
+    """The prompts of each drawing: one, or two with guidance.
+
+    Raises:
+        ValueError: for an empty text, or one that is too long.
+    """
     prompts = [[draw_prompt(model.vocabulary, encode_text(model, text))] for text in texts]
     if options.guidance_scale != 1:
         away = None if options.negative is None else encode_text(model, options.negative)
@@ -151,22 +170,39 @@ def draw_codes(
             several.append(draw_prompt(model.vocabulary, away))
     for several in prompts:
         check_length(model.network, several, model.codes_drawn)
-    if options.method == "causal":
-        if known is not None:
-            raise ValueError("code by code, only whole images are drawn: use the masked method")
-        return _draw_causal(model, prompts, options, numbers, on_step)
-    if known is None:
-        known = torch.full((len(texts), model.codes_per_image), UNKNOWN)
+    return prompts
+
+
+@torch.inference_mode()
+def masked_steps(
+    model: ModelParts,
+    texts: Sequence[str],
+    options: EditOptions,
+    known: Tensor,
+    numbers: Sequence[int],
+    on_step: OnStep | None = None,
+) -> Generator[None, None, Tensor]:
+    """Masked drawing, a step at a time. Arguments and result as for ``draw_codes``."""
+    prompts = guided_prompts(model, texts, options)
     parts = [slice(at, at + DRAWINGS_AT_ONCE) for at in range(0, len(texts), DRAWINGS_AT_ONCE)]
     drawn = [known[:0]]
     for part in parts:
         codes, dice = known[part], generators(options, numbers[part])
         for level in model.config.layout.chosen(model.config.draws):
-            codes = _draw_masked(
+            codes = yield from _draw_masked(
                 model, level, prompts[part], codes, options, dice, numbers[part], on_step
             )
         drawn.append(codes)
     return torch.cat(drawn)
+
+
+def returned(steps: Generator[Any, None, Value]) -> Value:
+    """Run a generator to its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def _draw_best(
@@ -217,11 +253,11 @@ def _draw_masked(
     level: Level,
     prompts: list[list[list[int]]],
     image: Tensor,
-    options: DrawOptions,
+    options: EditOptions,
     dice: Sequence[torch.Generator],
     numbers: Sequence[int],
     on_step: OnStep | None,
-) -> Tensor:
+) -> Generator[None, None, Tensor]:
     """Masked drawing of one level, of MaskGIT (Chang et al. 2022, arXiv:2202.04200).
 
     Each step draws some codes. How many is given by the cosine schedule. Which ones does not depend
@@ -328,6 +364,7 @@ def _draw_masked(
                 likeliest = logits_of(undrawn, codes, progress).argmax(-1)
                 shown = codes.masked_scatter(undrawn, likeliest + numbers_of_level.start)
             on_step(numbers, whole(shown))
+        yield
     return whole(codes)
 
 
