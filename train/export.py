@@ -39,6 +39,7 @@ def export_checkpoint(checkpoint: Path, out: Path, config: Path | None = None) -
     check_checkpoint(checkpoint)
     config = config or checkpoint.resolve().parent.parent / "logs" / "config.yaml"
     module: Any = module_of(config)
+    module.configure_model()  # an adapter has weights, too
     if checkpoint.is_dir():
         from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 

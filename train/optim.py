@@ -35,9 +35,11 @@ class MuonModule(L.LightningModule):
 
     Attributes:
         best_by: which validation is the best, by a logged value: NAME:min, NAME:max, or last.
+        exports: the name of the folder that a run writes, in its own folder.
     """
 
     best_by = "val/total:min"
+    exports = "model"
 
     def __init__(
         self,

@@ -352,6 +352,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | DType = "float32",
     *,
+    adapter: str | Path | None = None,
     urls: bool = False,
     verify: bool = True,
 ) -> Model:
@@ -362,18 +363,21 @@ def load(
             branch, a tag or a commit).
         device: where torch computes.
         dtype: of the network, float32 or bfloat16. The image tokenizer stays in float32.
+        adapter: what a run with ``lora`` has written for this model: its folder, or its name on
+            the Hub. It is merged into the weights.
         urls: images may be http and https addresses, which are fetched.
         verify: compare the fingerprint of the files with that in config.json. It takes a second
             for each two gigabytes.
 
     Raises:
         ValueError: for anything that is not a model folder of this release, files that have
-            changed since they were written, or a device or dtype that cannot be used.
+            changed since they were written, an adapter of another model, or a device or dtype that
+            cannot be used.
     """
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     kind = names.get(dtype) if isinstance(dtype, str) else dtype
     check(kind in names.values(), "dtype", dtype, " or ".join(names))
     check_device(device)
-    model = Model.load(path, str(device), kind or torch.float32, verify)
+    model = Model.load(path, str(device), kind or torch.float32, verify, adapter)
     model.urls = urls
     return model

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from multimodal.adapters.folder import Adapter
 from multimodal.files import atomic_folder, local_path
 from multimodal.hub.card import DEFAULT_CARD
 from multimodal.hub.names import find_model
@@ -129,6 +130,7 @@ class ModelParts:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         verify: bool = True,
+        adapter: str | Path | None = None,
     ) -> Self:
         """Load a model, ready for use.
 
@@ -137,10 +139,11 @@ class ModelParts:
             dtype: of the network.
             verify: compare the fingerprint of what was read with that in ``config.json``. A second
                 for each two gigabytes of weights.
+            adapter: is merged into the network. See multimodal/adapters/folder.py.
 
         Raises:
-            ValueError: for anything that is not a model of this release, and for files that have
-                changed since they were written.
+            ValueError: for anything that is not a model of this release, for files that have
+                changed since they were written, and for an adapter of another model.
         """
         folder = find_model(path)
         stored = read_config(folder)
@@ -172,6 +175,11 @@ class ModelParts:
                 f"{folder}: damaged: its files have the fingerprint {computed}, its config.json "
                 f"says {claimed.model}. Copy or download it again (or load it with verify=False)"
             )
+        if adapter is not None:
+            change = Adapter.read(adapter)
+            change.check(path, claimed.model)
+            change.merge(parts.network.transformer)
+            parts.provenance += change.provenance
         parts.network.to(dtype)
         return parts.to(device).eval()
 
