@@ -84,7 +84,7 @@ class AdapterModule(MuonModule):
         weights = full_state_dict(self.network) if sharded else self.network.state_dict()
         if not self.writes_files:
             return
-        assert self.lora is not None and self.base is not None, "see on_fit_start"
+        assert self.base is not None, "see on_fit_start"
         inside = "transformer."
         of_transformer = {
             name.removeprefix(inside): weight
@@ -95,7 +95,6 @@ class AdapterModule(MuonModule):
             folder,
             self.network.transformer,
             of_transformer,
-            self.lora,
             self.base,
             self.provenance(),
             self.card(f"An adapter (LoRA) of {self.base.name} ({self.base.fingerprint})"),

@@ -16,13 +16,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from multimodal.adapters.lora import LoraConfig, adapter_weights, peft_config
+from multimodal.adapters.lora import adapter_weights, stored_config
 from multimodal.files import atomic_folder, local_path
 from multimodal.hub.names import find_model
 from multimodal.model.layers.transformer import Transformer
@@ -30,6 +30,7 @@ from multimodal.provenance import Provenance
 from multimodal.schemas import construct
 from multimodal.tokenizers.weights import digest_of, load_weights, read_config_file
 
+AdapterSource: TypeAlias = str | Path | Mapping[str, str | Path]  # one, or several by name
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 PREFIX = "base_model.model.model."  # of peft's wrapper, what it wraps, and the stock class
 # What a config of peft may say. Of all else only what is off: null, false, empty.
@@ -111,7 +112,7 @@ class Adapter:
         provenance = Provenance.read(folder)
         return cls(folder, _pairs(folder, weights, rank), scale, base, provenance)
 
-    def check(self, model: str | Path, fingerprint: str) -> None:
+    def check_base(self, model: str | Path, fingerprint: str) -> None:
         """Raises ``ValueError`` if it was trained on another model."""
         if self.base is not None and self.base.fingerprint != fingerprint:
             raise ValueError(
@@ -124,13 +125,8 @@ class Adapter:
         down, up = self.pairs[layer]
         return self.scale * (up.float() @ down.float())
 
-    @torch.no_grad()
-    def merge(self, transformer: Transformer) -> None:
-        """Add it to the weights, in place.
-
-        Raises:
-            ValueError: if the model has no such layers, of these sizes, with floats.
-        """
+    def check_layers(self, transformer: Transformer) -> None:
+        """Raises ``ValueError`` if a model has no such layers, of these sizes, with floats."""
         parameters = dict(transformer.named_parameters())
         for layer, (down, up) in self.pairs.items():
             weight = parameters.get(f"{layer}.weight")
@@ -142,16 +138,21 @@ class Adapter:
                     f"{self.folder}: is for a {layer} of {shape[0]} x {shape[1]}, that of the "
                     f"model is {expected[0]} x {expected[1]}"
                 )
+
+    @torch.no_grad()
+    def merge(self, transformer: Transformer) -> None:
+        """Add it to the weights, in place. Raises ``ValueError`` as ``check_layers``."""
+        self.check_layers(transformer)
+        parameters = dict(transformer.named_parameters())
         for layer in self.pairs:
             weight = parameters[f"{layer}.weight"]
-            weight += self.delta(layer).to(weight)
+            weight.add_(self.delta(layer))
 
 
 def write_adapter(
     folder: str | Path,
     transformer: Transformer,
     weights: Mapping[str, Tensor],
-    config: LoraConfig,
     base: AdapterBase,
     provenance: Provenance,
     card: str,
@@ -165,16 +166,15 @@ def write_adapter(
     Raises:
         OSError: if something could not be written. What was there before is left.
     """
-    stored = peft_config(transformer, config)
-    stored.inference_mode = True
+    config = stored_config(transformer)
     named = {
         f"{PREFIX}{name}": weight.detach().cpu().contiguous()
         for name, weight in adapter_weights(transformer, weights).items()
     }
     with atomic_folder(local_path(folder), last=CONFIG) as part:
-        stored.save_pretrained(str(part))
+        (part / CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
         save_file(named, part / WEIGHTS, metadata={"format": "pt"})
-        about = StoredBase(1, base, _fingerprint(read_config_file(part / CONFIG), named))
+        about = StoredBase(1, base, _fingerprint(config, named))
         (part / BASE).write_text(json.dumps(asdict(about), indent=1) + "\n", "utf-8")
         (part / "README.md").write_text(card, "utf-8")
         provenance.write(part)
@@ -189,7 +189,7 @@ def _checked(config: Mapping[str, Any]) -> tuple[int, float]:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 0 < rank <= 2**16:
         raise ValueError(f"r={rank!r:.80}: expected the rank")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ValueError(f"lora_alpha={alpha!r:.80}: expected a number")
     root = config.get("use_rslora") is True
     return rank, alpha / (math.sqrt(rank) if root else rank)

@@ -71,35 +71,35 @@ class LoraConfig:
         return list(self.target) or [*ATTENTION, *(() if experts else MLP)]
 
 
-def peft_config(transformer: Transformer, config: LoraConfig) -> Any:
-    """The same as a config of peft. Raises ``ValueError`` without peft, or for a wrong target."""
+def inject(transformer: Transformer, config: LoraConfig) -> None:
+    """Give a transformer an adapter, in place. Of its parameters only those of the adapter train.
+
+    Raises:
+        ValueError: without peft, or for a wrong target.
+    """
     try:
         import peft
     except ImportError as error:
         raise ValueError(f"lora needs: pip install multimodal[lora] ({error})") from error
-    return peft.LoraConfig(
+    wanted = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=config.names(transformer),
         task_type="CAUSAL_LM",
     )
-
-
-def inject(transformer: Transformer, config: LoraConfig) -> None:
-    """Give a transformer an adapter, in place. Of its parameters only those of the adapter train.
-
-    Raises:
-        ValueError: as ``peft_config``.
-    """
-    wanted = peft_config(transformer, config)
-    import peft
-
     peft.inject_adapter_in_model(wanted, transformer)
 
 
 def has_adapter(transformer: Transformer) -> bool:
     return hasattr(transformer, "peft_config")
+
+
+def stored_config(transformer: Transformer) -> dict[str, Any]:
+    """The content of ``adapter_config.json`` for the adapter of a transformer."""
+    config: Any = transformer.peft_config
+    stored: dict[str, Any] = config["default"].to_dict()
+    return {**stored, "inference_mode": True, "target_modules": sorted(stored["target_modules"])}
 
 
 def adapter_weights(transformer: Transformer, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

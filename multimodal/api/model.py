@@ -12,7 +12,7 @@ from __future__ import annotations  # help() shows the names of types as they ar
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -352,7 +352,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | DType = "float32",
     *,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
     urls: bool = False,
     verify: bool = True,
 ) -> Model:
@@ -364,7 +364,8 @@ def load(
         device: where torch computes.
         dtype: of the network, float32 or bfloat16. The image tokenizer stays in float32.
         adapter: what a run with ``lora`` has written for this model: its folder, or its name on
-            the Hub. It is merged into the weights.
+            the Hub. It is merged into the weights. Several: ``{name: folder}``; the first one is
+            in use until ``use_adapter`` names others.
         urls: images may be http and https addresses, which are fetched.
         verify: compare the fingerprint of the files with that in config.json. It takes a second
             for each two gigabytes.
