@@ -124,6 +124,10 @@ class JointModule(AdapterModule):
             fingerprint = self.image_tokenizer.fingerprint
             self.note_source(image_tokenizer, fingerprint, self.image_tokenizer.provenance)
         self.network.attention_backend = attention
+        if freeze and lora is not None:
+            raise ValueError(
+                "freeze: with lora only the adapter trains; lora.target names its layers"
+            )
         for name in freeze or ():
             for parameter in parameters_named(self, name):
                 parameter.requires_grad_(False)

@@ -130,6 +130,7 @@ REFUSED: dict[str, tuple[dict[str, Any], bool, str]] = {
     "nothing to adapt": ({}, False, "an adapter needs a model that it adapts: give --init_from"),
     "no such layer": ({"lora.target": "[q_proj, attn]"}, True, "'attn' is no layer to adapt"),
     "experts": ({"experts.num_experts": "4"}, True, "keeps the sizes, the levels, the experts"),
+    "frozen parts": ({"freeze": "[network.transformer.layers.0]"}, True, "lora.target names its"),
     "a rank of 0": ({"lora.r": "0"}, True, "r=0: expected a whole number from 1 to 1,024"),
 }
 
