@@ -5,8 +5,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from multimodal.adapters.folder import AdapterBase, write_adapter
-from multimodal.adapters.lora import LoraConfig, has_adapter, inject
+from multimodal.adapters.lora import LoraConfig, adapter_parts, has_adapter, inject
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.network import MultimodalLM
 from multimodal.train.optim import MuonModule
@@ -40,6 +42,11 @@ class AdapterModule(MuonModule):
         self.base: AdapterBase | None = None
         if lora is not None:
             self.exports = "adapter"
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        # AdamW learns more with them than Muon (docs/decisions/fine_tuning.md).
+        return [*super().heads, *adapter_parts(self.network.transformer)]
 
     def configure_model(self) -> None:
         if self.lora is not None and not has_adapter(self.network.transformer):

@@ -66,7 +66,7 @@ class MuonModule(L.LightningModule):
 
     @property
     def heads(self) -> list[nn.Module]:
-        """Modules that serve a loss only, and are not exported. AdamW trains them."""
+        """Modules that serve a loss only, and are not exported, and adapters. AdamW trains them."""
         return []
 
     @property

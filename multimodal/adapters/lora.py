@@ -30,7 +30,7 @@ class LoraConfig:
 
     Args:
         r: the rank. Twice the rank is twice the parameters.
-        alpha: the product is multiplied by alpha / r. So one learning rate fits every rank.
+        alpha: the product is multiplied by alpha / r.
         dropout: the share of the inputs of A that is set to 0 in training.
         target: names of linear layers, as peft's ``target_modules``: ``q_proj`` is that of every
             layer, ``layers.0.self_attn.q_proj`` that of the first one. Empty: all matrices inside
@@ -93,6 +93,15 @@ def inject(transformer: Transformer, config: LoraConfig) -> None:
 
 def has_adapter(transformer: Transformer) -> bool:
     return hasattr(transformer, "peft_config")
+
+
+def adapter_parts(transformer: Transformer) -> list[nn.Module]:
+    """The modules that hold the matrices A and B. Empty without an adapter."""
+    return [
+        module
+        for name, module in transformer.named_modules()
+        if name.endswith((".lora_A", ".lora_B"))
+    ]
 
 
 def stored_config(transformer: Transformer) -> dict[str, Any]:

@@ -92,6 +92,7 @@ def test_only_the_adapter_trains_and_the_run_resumes_to_the_bit(
         elif name.startswith("network."):
             trained.add(name)
     states = stored["optimizer_states"][0]["state"]
+    assert all("exp_avg_sq" in state for state in states.values())  # AdamW, not Muon
     assert len(states) == len(trained) == 2 * 2 * 7  # A and B, layers, matrices
 
     first = next(path for path in sorted(checkpoints.iterdir()) if "step=2." in path.name)
