@@ -66,6 +66,7 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
         tokenizer.encode,
         network.config.layout,
         network.config.reads,
+        network.config.draws,
         length,
     )
     batch = builder.build(

@@ -272,6 +272,7 @@ def train(reading: Reading, photos: Photos, steps: int, name: str) -> dict[str, 
         reading.model.text_tokenizer.encode,
         config.layout,
         config.reads,
+        config.draws,
         length + CAPTIONS_ROOM,
         captions_per_image=CAPTIONS,
     )

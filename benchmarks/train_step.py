@@ -69,6 +69,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
         tokenizer.encode,
         network.config.layout,
         network.config.reads,
+        network.config.draws,
         options.row_length,
     )
     batch = builder.build(

@@ -94,11 +94,12 @@ def _nested(value: object, kind: Any, name: str) -> Any:
     for each in kinds:
         if isinstance(each, type) and is_dataclass(each) and not _fits(value, kind):
             return construct(each, value, name)
-    items = _items(kind)
-    if items is not None and isinstance(value, list) and is_dataclass(items):
-        value = tuple(_nested(item, items, f"{name}.{n}") for n, item in enumerate(value))
+    several = [items for each in kinds if (items := _items(each)) is not None]
+    for items in several:
+        if isinstance(value, list) and is_dataclass(items):
+            value = tuple(_nested(item, items, f"{name}.{n}") for n, item in enumerate(value))
     check_value(name, value, kind)
-    return tuple(value) if items is not None and isinstance(value, list) else value
+    return tuple(value) if several and isinstance(value, list) else value
 
 
 def _hints(make: Callable[..., Any]) -> dict[str, Any]:

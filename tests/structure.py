@@ -18,15 +18,15 @@ PARTS = ("multimodal", "tokenizers", "eval", "train")
 
 # Modules at the top of multimodal/ that every room may use, and that use no room.
 FOUNDATION = (
-    "distributed", "files", "memory", "options", "provenance", "schemas", "seeds", "terminal",
-    "torchrun",
+    "devices", "distributed", "files", "memory", "options", "provenance", "schemas", "seeds",
+    "terminal", "torchrun",
 )  # fmt: skip
 # The front doors: `import multimodal`, and the command line, which finds verbs by name.
 FRONT_DOORS = (
     "multimodal",
     "multimodal.cli",
     "multimodal.__main__",
-    *(f"multimodal.{n}" for n in ("load", "Model", "__version__")),
+    *(f"multimodal.{n}" for n in ("load", "Model", "build_shards", "__version__")),
 )
 BELOW: dict[str, tuple[str, ...]] = {
     "foundation": (),
@@ -35,7 +35,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "hub": ("foundation",),
     "data.formats": ("foundation",),
     "data": ("foundation", "tokenizers", "data.formats"),
-    "data.builder": ("foundation", "data", "data.formats"),
+    "data.builder": ("foundation", "hub", "data", "data.formats"),
     # The decoder alone: it knows ids and tensors, and nothing of what they mean.
     "model.layers": ("foundation",),
     "adapters": ("foundation", "tokenizers", "hub", "model.layers"),
@@ -52,6 +52,9 @@ BELOW: dict[str, tuple[str, ...]] = {
         "foundation", "tokenizers", "hub", "data", "data.builder", "data.formats", "model",
         "export", "released", "scenes", "inference", "api",
     ),
+    # Requests know the model's front door and the decode loop. Nothing below knows of requests.
+    "serve.engine": ("foundation", "data", "model", "inference", "api"),
+    "serve": ("foundation", "data", "model", "inference", "api", "commands", "serve.engine"),
     "eval.metrics": ("foundation", "tokenizers", "tokenizers.quantizers"),
     # The protocol of evaluators, which the tasks implement and the commands use.
     "eval.evaluator": ("foundation", "data", "inference", "api", "eval.metrics"),

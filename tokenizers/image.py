@@ -120,14 +120,14 @@ class ImageTokenizer(nn.Module):
         check_range(images)
         names = [level.name for level in self.layout.levels] if levels is None else levels
         parts = []
-        for name in self.layout.ordered(names):
-            if name == "meaning":
+        for level in self.layout.chosen(names):
+            if level.name == "meaning":
                 assert self.meaning is not None, "the layout has it"
                 codes = self.meaning.encode(images)
             else:
                 assert self.detail is not None, "the layout has it"
                 codes = self.detail.encode(self.detail_images(images))[..., None]
-            parts.append(self.layout.flatten(name, codes))
+            parts.append(self.layout.flatten(level.name, codes))
         return torch.cat(parts, 1)
 
     def detail_images(self, images: Tensor) -> Tensor:

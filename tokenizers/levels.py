@@ -92,15 +92,15 @@ class Layout:
         names = ", ".join(level.name for level in self.levels)
         raise ValueError(f"level {name!r}: this image tokenizer has {names}")
 
-    def ordered(self, names: Sequence[str]) -> list[str]:
-        """The names in the order of the levels. Raises ``ValueError`` for an unknown name."""
+    def chosen(self, names: Sequence[str]) -> list[Level]:
+        """Levels by name, in the order of all. Raises ``ValueError`` for an unknown name."""
         chosen = [self[name] for name in names]
-        return [level.name for level in self.levels if level in chosen]
+        return [level for level in self.levels if level in chosen]
 
-    def span(self, name: str) -> slice:
-        """Where the codes of a level stand among the n codes of an image."""
+    def span(self, name: str, among: Sequence[str] | None = None) -> slice:
+        """Where the codes of a level stand among the codes of some levels. None: of all."""
         before = self.levels[: self.levels.index(self[name])]
-        start = sum(level.codes for level in before)
+        start = sum(level.codes for level in before if among is None or level.name in among)
         return slice(start, start + self[name].codes)
 
     def offset(self, name: str) -> int:
@@ -116,7 +116,7 @@ class Layout:
 
         Levels keep their order, whatever the order of the names is.
         """
-        spans = [self.span(name) for name in self.ordered(names)]
+        spans = [self.span(level.name) for level in self.chosen(names)]
         return torch.cat([torch.arange(span.start, span.stop) for span in spans])
 
     @cached_property

@@ -56,6 +56,7 @@ class JointModule(AdapterModule):
         objectives: weights and shares of the losses.
         reads: the levels of the image tokenizer that captions, answers and embeddings read. By
             default the first one.
+        draws: the levels that a drawn image has. By default all. Drawing detail alone is cheaper.
         experts: in place of the MLPs, for each token a few of many: num_experts,
             num_experts_per_tok and more. Those of a language model, or of a model without experts
             in ``--init_from``, start as copies of its MLPs.
@@ -88,6 +89,7 @@ class JointModule(AdapterModule):
         size: str = "starter",
         objectives: ObjectivesConfig = ObjectivesConfig(),  # noqa: B008 (frozen)
         reads: list[str] | None = None,
+        draws: list[str] | None = None,
         experts: ExpertsConfig | None = None,
         question_share: float = 0.5,
         captions_per_image: int = 1,
@@ -116,6 +118,7 @@ class JointModule(AdapterModule):
             load_image_tokenizer(part_of(image_tokenizer, "image_tokenizer")),
             objectives,
             reads or (),
+            draws or (),
             experts,
         )
         self.network: MultimodalLM = self.model.network
@@ -214,11 +217,18 @@ class JointModule(AdapterModule):
         """The samples of a batch with their codes."""
         codes = [images.cpu().numpy() for images in self.codes(batch)]
         fields = zip(
-            batch.keys, batch.records, codes, batch.seeds, batch.documents, batch.drawn, strict=True
+            batch.keys,
+            batch.records,
+            codes,
+            batch.seeds,
+            batch.documents,
+            batch.drawn,
+            batch.sources,
+            strict=True,
         )
         return [
-            TrainingSample(key, record, images, seed, document, drawn=drawn)
-            for key, record, images, seed, document, drawn in fields
+            TrainingSample(key, record, images, seed, document, drawn=drawn, source=source)
+            for key, record, images, seed, document, drawn, source in fields
         ]
 
     def build(self, batch: Examples) -> TrainingBatch:

@@ -1,7 +1,7 @@
 """Prompts of different lengths, read together into one cache, and continued token by token.
 
 Rows leave when they are done, and others take their places. A row sees its own tokens only, so its
-result does not depend on the rows beside it.
+result does not depend on the rows beside it: to the last bits of floats, or exactly.
 
 Shapes: B rows, L longest prompt, S tokens in the cache, m codes of a block, D width, V vocabulary.
 """
@@ -22,6 +22,7 @@ from multimodal.model.network import MultimodalLM
 
 MIN_SHARED = 16  # tokens of a common beginning that are worth a pass of their own
 GROWTH = 64  # tokens that a full cache grows by
+COLUMN_MULTIPLE = 16  # of exact rows: keys that are not visible then fill whole vectors of a CPU
 
 
 def check_length(network: MultimodalLM, prompts: Sequence[Sized], new_tokens: int) -> None:
@@ -53,61 +54,92 @@ def compact_rows(going: Sequence[int]) -> list[int]:
 class DecodeBatch:
     """Prompts that were read into a cache, and the state after their last token.
 
-    Equal prompts are read once, and so is a beginning that all prompts share (an image with many
-    questions, few-shot examples). The rest is padded on the left. Padding is a document of its own
-    that no token sees.
+    The token at position i of a row is in column i of the cache, so rows of any length join and
+    leave without moving the others. Equal prompts are read once, and so is a beginning that all
+    prompts share (an image with many questions, few-shot examples).
 
     Args:
         network: reads the tokens.
         prompts: B lists of ids.
         new_tokens: how many tokens there is room for. The cache grows if a row reads more.
+        exact: compute each row with the same operations whatever else is in the batch, so that its
+            numbers are equal in their last bits, too. Each prompt is read alone, and a step has
+            shapes for which the libraries add in the same order: see ``_exact_rows`` and
+            COLUMN_MULTIPLE. In float32 on a CPU, not compiled, and not with experts: how many
+            rows an expert gets depends on all of them.
 
     Attributes:
         hidden: float[B, D], the state after the last token of each row.
+        lengths: how many tokens each row has.
+        last_position: int64[B, 1], lengths - 1.
     """
 
     def __init__(
-        self, network: MultimodalLM, prompts: Sequence[list[int]], new_tokens: int
+        self,
+        network: MultimodalLM,
+        prompts: Sequence[list[int]],
+        new_tokens: int,
+        exact: bool = False,
     ) -> None:
         check_length(network, prompts, new_tokens)
-        self.network = network
-        self._check_memory(len(prompts), max(map(len, prompts)) + new_tokens)
+        self.network, self.exact = network, exact
+        longest = max(map(len, prompts))
+        self._check_memory(len(prompts), longest + new_tokens)
         number_of = {
             prompt: number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))
         }
         rows, prompts = [number_of[tuple(prompt)] for prompt in prompts], list(map(list, number_of))
-        shared = shared_length(prompts)
-        longest = max(map(len, prompts)) - shared
-        ids = torch.full((len(prompts), longest), network.vocabulary.pad)
-        documents = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            start = longest - (len(prompt) - shared)
-            ids[row, start:] = torch.tensor(prompt[shared:])
-            documents[row, start:] = 1
-        ids, documents = ids.to(network.device), documents.to(network.device)
-        positions = documents.cumsum(1).sub(1).clamp(min=0) + shared
-        capacity = self._capacity(shared + longest + new_tokens)
+        capacity = self._capacity(longest + new_tokens)
         self.cache = network.transformer.empty_cache(len(prompts), capacity)
-        mask = attention_mask(documents, torch.zeros_like(documents))
-        if shared:
-            self._read_shared(prompts[0][:shared])
-            sees_shared = documents.bool()[:, None, :, None].expand(-1, -1, -1, shared)
-            mask = torch.cat([sees_shared, mask], dim=-1)
-        self.hidden = self._read_prompt(ids, positions, mask, self.cache)
-        self.last_position = positions[:, -1:]
-        self.visible = F.pad(documents.bool(), (shared, 0), value=True)
+        if exact:
+            several = [self._read([p], self.cache.row(n)) for n, p in enumerate(prompts)]
+            self.hidden = torch.cat(several)
+        else:
+            self.hidden = self._read(prompts, self.cache)
+        self._set_lengths(list(map(len, prompts)))
         if len(rows) > len(prompts):
             self.keep(rows)
 
-    def _read_shared(self, ids: list[int]) -> None:
+    def _set_lengths(self, lengths: list[int]) -> None:
+        self.lengths, self.cache.length = lengths, max(lengths)
+        positions = [length - 1 for length in lengths]
+        self.last_position = torch.tensor(positions, device=self.network.device)[:, None]
+
+    def _read(self, prompts: Sequence[list[int]], cache: KVCache) -> Tensor:
+        """Read prompts into a cache: the states of their last tokens, float[B, D].
+
+        They are padded on the left, so that all end in one column. Padding is a document of its own
+        that no token sees. Then the rows move to the left.
+        """
+        shared = shared_length(prompts)
+        lengths = [len(prompt) - shared for prompt in prompts]
+        longest = max(lengths)
+        ids = torch.full((len(prompts), longest), self.network.vocabulary.pad)
+        documents = torch.zeros_like(ids)
+        for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+            ids[row, longest - length :] = torch.tensor(prompt[shared:])
+            documents[row, longest - length :] = 1
+        ids, documents = ids.to(self.network.device), documents.to(self.network.device)
+        positions = documents.cumsum(1).sub(1).clamp(min=0) + shared
+        mask = attention_mask(documents, torch.zeros_like(documents))
+        if shared:
+            self._read_shared(prompts[0][:shared], cache)
+            sees_shared = documents.bool()[:, None, :, None].expand(-1, -1, -1, shared)
+            mask = torch.cat([sees_shared, mask], dim=-1)
+        hidden = self._read_prompt(ids, positions, mask, cache)
+        if min(lengths) < longest:
+            cache.shift(shared, [longest - length for length in lengths])
+        return hidden
+
+    def _read_shared(self, ids: list[int], into: KVCache) -> None:
         """Read a common beginning once and copy its keys and values to all rows."""
         tokens = torch.tensor([ids], device=self.network.device)
         cache = self.network.transformer.empty_cache(1, self._capacity(len(ids)))
         causal = attention_mask(torch.ones_like(tokens), torch.zeros_like(tokens))
         positions = torch.arange(len(ids), device=tokens.device)[None]
         self._read_prompt(tokens, positions, causal, cache)
-        self.cache.put(slice(None), 0, *cache.columns(slice(len(ids))))
-        self.cache.length = len(ids)
+        into.put(slice(None), 0, *cache.columns(slice(len(ids))))
+        into.length = len(ids)
 
     @without_cudnn_attention()
     def _read_prompt(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
@@ -115,35 +147,58 @@ class DecodeBatch:
         forward = transformer.forward_prompt if compiled is None else compiled.prompt
         return forward(ids, positions, mask, cache)
 
-    def logits(self, ids: slice = ALL) -> Tensor:
-        """Scores of the next token of each row: float32[B, V], of a range of ids."""
-        return self.network.transformer.logits(self.hidden, ids)
+    def logits(self, ids: slice = ALL, rows: Tensor | None = None) -> Tensor:
+        """Scores of the next token of each row: float32[B, V], of a range of ids.
+
+        rows: int64[B], some of the rows.
+        """
+        hidden = self.hidden if rows is None else self.hidden[rows]
+        count = len(hidden)
+        if self.exact:
+            hidden = F.pad(hidden, (0, 0, 0, _exact_rows(count) - count))
+        return self.network.transformer.logits(hidden, ids)[:count]
 
     @without_cudnn_attention()
     def step(self, ids: Tensor) -> None:
         """Read one token of each row: int64[B]."""
-        if self.cache.length == self.cache.capacity:
+        end, count = self.cache.length + 1, len(ids)
+        if end > self.cache.capacity:
             self.cache.grow(self._capacity(self.cache.capacity + GROWTH) - self.cache.capacity)
-        self.last_position = self.last_position + 1
-        self.visible = torch.cat([self.visible, torch.ones_like(self.visible[:, :1])], dim=1)
-        cache, end = self.cache, self.cache.length + 1
-        slot = torch.tensor([end - 1], device=ids.device)
-        visible = self.visible[:, None, None, :]
+        cache, positions = self.cache, self.last_position + 1
         compiled, transformer = self.network.compiled, self.network.transformer
-        if compiled is not None and self._has_static_shapes():
+        if self.exact:
+            missing = _exact_rows(count) - count
+            self._make_room(count + missing, cache.capacity)
+            cache = self.cache
+            ids, positions = F.pad(ids, (0, missing)), F.pad(positions, (0, 0, 0, missing))
+            seen = -(-end // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+            mask = self._visible(positions, seen)
+            filled = cache.columns(slice(seen))
+            state = transformer.forward_token(
+                ids, positions, mask, *filled, positions[:, 0], exact=True
+            )
+            self.hidden = state[:count]
+            cache.set_rows(count)
+        elif compiled is not None and self._has_static_shapes():
             mark_static_addresses(cache)
-            mask = F.pad(visible, (0, cache.capacity - end))
-            state = compiled.step(ids, self.last_position, mask, cache.keys, cache.values, slot)
+            mask = self._visible(positions, cache.capacity)
+            state = compiled.step(ids, positions, mask, cache.keys, cache.values, positions[:, 0])
             self.hidden = state.clone()  # a CUDA graph writes to the same memory again
-        elif compiled is not None:
-            filled = cache.columns(slice(end))
-            self.hidden = compiled.step_dynamic(ids, self.last_position, visible, *filled, slot)
         else:
-            # Without padding every key is visible, and SDPA needs no mask.
-            needed = None if self.visible.all() else visible
+            # Where all rows have one length every key is visible, and SDPA needs no mask.
+            equal = compiled is None and min(self.lengths) == max(self.lengths)
+            needed = None if equal else self._visible(positions, end)
+            forward = transformer.forward_token if compiled is None else compiled.step_dynamic
             filled = cache.columns(slice(end))
-            self.hidden = transformer.forward_token(ids, self.last_position, needed, *filled, slot)
+            self.hidden = forward(ids, positions, needed, *filled, positions[:, 0])
+        self.last_position = positions[:count]
+        self.lengths = [length + 1 for length in self.lengths]
         cache.length = end
+
+    @staticmethod
+    def _visible(positions: Tensor, columns: int) -> Tensor:
+        """bool[B, 1, 1, columns]: what tokens at these positions see. positions: int64[B, 1]."""
+        return (torch.arange(columns, device=positions.device) <= positions)[:, None, None]
 
     @without_cudnn_attention()
     def forward_block(self, ids: Tensor, positions: Tensor, valid: Tensor, queries: int) -> Tensor:
@@ -165,8 +220,8 @@ class DecodeBatch:
             forward, computed = compiled.block, max(2, queries)
             missing = max(0, computed + 1 - ids.shape[1])
             ids, positions, valid = (F.pad(x, (0, missing)) for x in (ids, positions, valid))
-        visible = torch.cat([self.visible, valid], dim=1)
-        mask = visible[:, None, None].expand(-1, 1, ids.shape[1], -1)
+        mask = self._visible(self.last_position, self.cache.length)
+        mask = torch.cat([mask, valid[:, None, None]], dim=-1).expand(-1, 1, ids.shape[1], -1)
         # A copy shares the memory but has a length of its own: the codes are overwritten next time.
         cache = replace(self.cache)
         positions = self.last_position + 1 + positions
@@ -195,6 +250,8 @@ class DecodeBatch:
         Compiled steps need few sizes. Round up to ROOM_MULTIPLE. Leave at least two free slots for
         the padding of a block: a full cache has other strides and triggers a recompile.
         """
+        if self.exact:
+            return -(-tokens // GROWTH) * GROWTH
         if self.network.compiled is None:
             return tokens
         return -(-(tokens + 2) // ROOM_MULTIPLE) * ROOM_MULTIPLE
@@ -211,37 +268,46 @@ class DecodeBatch:
         if len(rows) > len(self.hidden):
             self._check_memory(len(rows), self.cache.capacity)
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.last_position.device)
-        self.last_position = self.last_position[index]
-        self.visible, self.hidden = self.visible[index], self.hidden[index]
+        self.last_position, self.hidden = self.last_position[index], self.hidden[index]
+        self.lengths = [self.lengths[row] for row in index.tolist()]
         self.cache.keep(index)
+        self.cache.length = max(self.lengths)
 
     def join(self, other: "DecodeBatch", new_tokens: int) -> None:
         """Take the rows of another batch in, after the rows of this one.
 
-        Columns of the cache that no row sees any more are dropped.
+        Nothing is copied but them, if the cache has room: rows that left have made some.
 
         Args:
-            new_tokens: how many tokens a row will read at most from now on.
+            new_tokens: how many tokens one of them will read at most from now on.
         """
-        unseen = int(self.visible.any(0).int().argmax())
-        lengths = self.cache.length - unseen, other.cache.length
-        counts = len(self.hidden), len(other.hidden)
-        length = max(lengths)
-        capacity = self._capacity(length + new_tokens)
-        cache = self.network.transformer.empty_cache(sum(counts), capacity)
-        cache.length = length
-        for rows, filled, start, source in (
-            (slice(counts[0]), lengths[0], unseen, self.cache),
-            (slice(counts[0], None), lengths[1], 0, other.cache),
-        ):
-            # All rows end in the same column, so that their next tokens share one.
-            cache.put(rows, length - filled, *source.columns(slice(start, start + filled)))
-        self.visible = torch.cat(
-            [
-                F.pad(self.visible[:, unseen:], (length - lengths[0], 0)),
-                F.pad(other.visible, (length - lengths[1], 0)),
-            ]
-        )
+        count, lengths = len(self.hidden), self.lengths + other.lengths
+        self._make_room(len(lengths), max(self.cache.length + 1, other.cache.length + new_tokens))
+        columns = other.cache.columns(slice(other.cache.length))
+        self.cache.put(slice(count, None), 0, *columns)
         self.last_position = torch.cat([self.last_position, other.last_position])
         self.hidden = torch.cat([self.hidden, other.hidden])
+        self.lengths, self.cache.length = lengths, max(lengths)
+
+    def _make_room(self, rows: int, tokens: int) -> None:
+        """Let the cache have so many rows, and room for so many tokens of each."""
+        if tokens <= self.cache.capacity and self.cache.set_rows(rows):
+            return
+        capacity = max(self.cache.capacity, self._capacity(tokens))
+        room = self.cache.most_rows if rows <= self.cache.most_rows else 2 * rows
+        self._check_memory(room, capacity)
+        cache = self.network.transformer.empty_cache(room, capacity)
+        kept = slice(min(len(self.hidden), rows))
+        cache.put(kept, 0, *self.cache.columns(slice(self.cache.length)))
+        cache.length = self.cache.length
+        cache.set_rows(rows)
         self.cache = cache
+
+
+def _exact_rows(rows: int) -> int:
+    """So many rows that each thread of a product has four or more: with fewer, it adds otherwise.
+
+    Measured for the products of MKL and oneDNN (tests/inference/test_exact.py).
+    """
+    multiple = 4 * torch.get_num_threads()
+    return -(-rows // multiple) * multiple

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from multimodal.data.images import fit_image, to_tensor
 from multimodal.inference.values import ImageSource, name_of, open_source
+from multimodal.memory import check_memory
 from multimodal.model.checkpoint import ModelParts
+from multimodal.tokenizers.weights import resize
 
 UNKNOWN = -1  # a code that is not drawn yet
 GREY = 0.0  # pixels of a preview where nothing is drawn yet
@@ -26,6 +28,12 @@ def encode_text(model: ModelParts, text: str) -> list[int]:
     if not text.strip():
         raise ValueError("the text is empty")
     return model.text_tokenizer.encode(text.strip())
+
+
+def check_pixels(model: ModelParts, count: int) -> None:
+    """Raises ``ValueError`` for so many images at once that memory would not hold their pixels."""
+    of_one = 4 * 3 * model.image_tokenizer.image_size**2
+    check_memory(2 * count * of_one, f"the pixels of {count:,} images at once", "batch_size")
 
 
 def read_images(
@@ -43,6 +51,7 @@ def read_images(
         ValueError: for an image that cannot be read.
     """
     tokenizer = model.image_tokenizer
+    check_pixels(model, len(images))
     pixels = []
     for number, image in enumerate(images):
         name = names[number] if names else name_of(image, number)
@@ -62,6 +71,22 @@ def encode_to_read(model: ModelParts, pixels: Tensor) -> Tensor:
     float32[B, 3, H, W] in [-1, 1] -> int64[B, n or fewer]
     """
     return model.image_tokenizer.encode(pixels.to(model.device), model.config.reads)
+
+
+def encode_as_drawn(model: ModelParts, pixels: Tensor) -> Tensor:
+    """The codes of the levels that the model draws: float32[B, 3, H, W] -> int64[B, m]."""
+    return model.image_tokenizer.encode(pixels.to(model.device), model.config.draws)
+
+
+def drawn_to_read(model: ModelParts, codes: Tensor) -> Tensor:
+    """Of images that were drawn the codes that are read: int64[B, n] -> int64[B, n or fewer].
+
+    What is read and was not drawn is seen in the decoded images.
+    """
+    if set(model.config.reads) <= set(model.config.draws):
+        return model.read(codes)
+    pixels = resize(decode_images(model, codes), model.image_tokenizer.image_size)
+    return encode_to_read(model, pixels.clamp(-1, 1)).cpu()
 
 
 @torch.inference_mode()

@@ -1,20 +1,22 @@
 """The one loop that decodes tokens: for texts, JSON, images, and any mix of them.
 
-A ``Row`` is one prompt and what becomes of it. In each step
+A ``Row`` is one prompt and what becomes of it. A ``Decoder`` holds the rows that are decoded
+together. Rows of any kind join it at any step, and leave when they are done. In each step
 
-1. waiting rows join the batch when enough rows have left it,
-2. the network's state gives the logits of the next token, guided where a row has two prompts,
-3. each row says which ids may come next, and one is chosen,
-4. each row takes its token, and rows that are done leave,
-5. the network reads the tokens.
+1. the network's state gives the logits of the next token, guided where a row has two prompts,
+2. each row says which ids may come next, and one is chosen,
+3. each row takes its token, and rows that are done leave,
+4. the network reads the tokens.
 
-Beam search is apart (inference/beams.py): its rows copy one another.
+``decode`` runs a list of rows to their ends. The server (multimodal/serve) lets rows join as
+requests come. Beam search is apart (inference/beams.py): its rows copy one another.
 
 Shapes: B rows, V ids that rows can choose from.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,12 +38,16 @@ class Row(ABC):
         number: with the seed, decides its random numbers.
         prompts: the prompt and, for guidance, the prompt that guidance moves away from.
         max_new_tokens: how many tokens it usually takes. The cache grows if they are more.
-        ids: the range of ids it chooses from. The same for all rows of a batch.
+        ids: the range of ids it chooses from.
         generated: ids that a repetition penalty makes less likely.
         done: whether it takes no further token.
+        alternatives: how many of the likeliest ids it wants to know at each step.
+        likeliest: these ids before each ``take``, with their log probabilities.
     """
 
     ids: slice = ALL
+    alternatives = 0
+    likeliest: Sequence[tuple[int, float]] = ()
 
     def __init__(self, number: int, prompts: list[list[int]], max_new_tokens: int) -> None:
         self.number, self.prompts, self.max_new_tokens = number, prompts, max_new_tokens
@@ -69,7 +75,173 @@ class Row(ABC):
         """
 
 
-@torch.inference_mode()
+@dataclass(eq=False)
+class _Member:
+    """A row in the batch.
+
+    Attributes:
+        sampling, penalty, scored: how its tokens are chosen, and whether they are scored.
+        dice: its random numbers.
+        slots: its rows of the batch, one for each of its prompts.
+    """
+
+    row: Row
+    sampling: Sampling
+    penalty: float
+    scored: bool
+    dice: torch.Generator
+    slots: list[int]
+
+    def group(self) -> tuple[object, ...]:
+        """Members with the same value have their tokens chosen together."""
+        how, ids = self.sampling, self.row.ids
+        drawn = (how.temperature, how.top_k, how.top_p, how.min_p)
+        return ids.start, ids.stop, len(self.slots), *drawn, self.penalty, self.scored
+
+
+class Decoder:
+    """Rows that are decoded together.
+
+    Args:
+        network: reads and scores the tokens.
+        exact: no bit of a row depends on the others: see ``DecodeBatch``.
+    """
+
+    def __init__(self, network: MultimodalLM, exact: bool = False) -> None:
+        self.network, self.exact = network, exact
+        self._members: list[_Member] = []
+        self._groups: list[list[_Member]] = []
+        self._batch: DecodeBatch | None = None
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows that are being decoded."""
+        return [member.row for member in self._members]
+
+    @torch.inference_mode()
+    def join(
+        self,
+        rows: Sequence[Row],
+        sampling: Sampling,
+        repetition_penalty: float = 1.0,
+        log_probabilities: bool = False,
+    ) -> None:
+        """Read the prompts of rows, and decode them from the next step on.
+
+        Args:
+            sampling: how their tokens are chosen.
+            repetition_penalty: see TextOptions.
+            log_probabilities: compute the log probability of each token.
+
+        Raises:
+            ValueError: if they do not fit into the model or the memory. Then none of them joins.
+        """
+        new_tokens = max(row.max_new_tokens for row in rows)
+        prompts = [prompt for row in rows for prompt in row.prompts]
+        joining = DecodeBatch(self.network, prompts, new_tokens, self.exact)
+        start = 0
+        if self._batch is None or not self._members:
+            self._batch = joining
+        else:
+            start = len(self._batch.hidden)
+            self._batch.join(joining, new_tokens)
+        dice = generators(sampling, [row.number for row in rows])
+        for row, each in zip(rows, dice, strict=True):
+            slots = list(range(start, start + len(row.prompts)))
+            member = _Member(row, sampling, repetition_penalty, log_probabilities, each, slots)
+            self._members.append(member)
+            start += len(slots)
+        self._regroup()
+
+    @torch.inference_mode()
+    def drop(self, rows: Iterable[Row]) -> None:
+        """Rows leave before they are done. Those that are not here are ignored."""
+        gone = set(map(id, rows))
+        self._keep([member for member in self._members if id(member.row) not in gone])
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Row, Any]]:
+        """Decode one token of each row.
+
+        Returns:
+            The pieces that rows have finished: (row, piece).
+
+        Raises:
+            ValueError: if the logits are not finite.
+        """
+        assert self._batch is not None, "no row has joined"
+        pieces: list[tuple[Row, Any]] = []
+        ids = self._batch.last_position.new_zeros(len(self._batch.hidden))
+        for group in self._groups:
+            slots = torch.tensor([member.slots for member in group], device=ids.device)
+            chosen, scores = self._choose(group, slots)
+            ids[slots] = chosen[:, None]
+            for member, token, score in zip(group, chosen.tolist(), scores, strict=True):
+                pieces += [(member.row, piece) for piece in member.row.take(token, score)]
+        kept = self._keep([member for member in self._members if not member.row.done])
+        if self._members:
+            self._batch.step(ids if kept is None else ids[kept])
+        return pieces
+
+    def _choose(self, group: Sequence[_Member], slots: Tensor) -> tuple[Tensor, list[float]]:
+        """The next ids of a group, int64[B], and their log probabilities (0 if not scored).
+
+        slots: int64[B, prompts of each].
+        """
+        assert self._batch is not None
+        rows, first = [member.row for member in group], group[0]
+        some = len(group) < len(self._members) or slots.shape[1] > 1
+        logits = self._batch.logits(first.row.ids, slots.T.flatten() if some else None)
+        if slots.shape[1] > 1:
+            conditional, unconditional = logits.chunk(2)
+            scales = torch.tensor([row.guidance_scale() for row in rows], device=logits.device)
+            logits = guide(conditional, unconditional, scales[:, None])
+        if (mask := _stacked([row.allowed() for row in rows])) is not None:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        logits = penalise(logits, [row.generated for row in rows], first.penalty)
+        choices = choose(logits, first.sampling, [member.dice for member in group])
+        start = first.row.ids.start or 0
+        if not first.scored:
+            return choices + start, [0.0] * len(group)
+        table = logits.log_softmax(-1)
+        for row, scores in zip(rows, table, strict=True):
+            if row.alternatives:
+                best = scores.topk(min(row.alternatives, len(scores)))
+                likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                row.likeliest = [(start + number, score) for number, score in likely]
+        return choices + start, table.gather(1, choices[:, None])[:, 0].tolist()
+
+    def _keep(self, members: list[_Member]) -> list[int] | None:
+        """Go on with these members only.
+
+        Returns:
+            The rows of the batch that are kept, in their new order. None: all, as they were.
+        """
+        if len(members) == len(self._members):
+            return None
+        assert self._batch is not None
+        kept = compact_rows([slot for member in members for slot in member.slots])
+        place = {slot: number for number, slot in enumerate(kept)}
+        for member in members:
+            member.slots = [place[slot] for slot in member.slots]
+        self._members = sorted(members, key=lambda member: member.slots)
+        if members:
+            self._batch.keep(kept)
+        else:
+            self._batch = None
+        self._regroup()
+        return kept
+
+    def _regroup(self) -> None:
+        groups: dict[object, list[_Member]] = {}
+        for member in self._members:
+            groups.setdefault(member.group(), []).append(member)
+        self._groups = list(groups.values())
+
+
 def decode(
     network: MultimodalLM,
     rows: Sequence[Row],
@@ -86,53 +258,20 @@ def decode(
         rows: what to decode. Their results are in them when the loop has ended.
         sampling: how tokens are chosen.
         batch_size: rows at once. 0: all.
-        repetition_penalty: see TextOptions.
-        log_probabilities: compute the log probability of each token.
+        repetition_penalty, log_probabilities: see ``Decoder.join``.
 
     Yields:
         After each step the pieces that rows have finished: (row, piece).
     """
-    size = batch_size or len(rows)
+    size, decoder = batch_size or len(rows), Decoder(network)
     # Rows of similar length together: less padding is read.
     waiting = sorted(rows, key=lambda row: len(row.prompts[0]))
-    random_numbers = dict(
-        zip(map(id, rows), generators(sampling, [row.number for row in rows]), strict=True)
-    )
-    active: list[Row] = []
-    batch: DecodeBatch | None = None
-    while active or waiting:
-        if waiting and len(active) <= REFILL * size:
-            fresh, waiting = waiting[: size - len(active)], waiting[size - len(active) :]
-            new_tokens = max(row.max_new_tokens for row in fresh)
-            joining = DecodeBatch(network, [p for row in fresh for p in row.prompts], new_tokens)
-            if batch is None or not active:
-                batch = joining
-            else:
-                batch.join(joining, new_tokens)
-            active += fresh
-        assert batch is not None
-        logits = _next_logits(batch, active)
-        if (mask := _stacked([row.allowed() for row in active])) is not None:
-            logits = logits.masked_fill(~mask, -torch.inf)
-        logits = penalise(logits, [row.generated for row in active], repetition_penalty)
-        choices = choose(logits, sampling, [random_numbers[id(row)] for row in active])
-        scores = [0.0] * len(active)
-        if log_probabilities:
-            scores = logits.log_softmax(-1).gather(1, choices[:, None])[:, 0].tolist()
-        ids = choices + (active[0].ids.start or 0)
-        yield [
-            (row, piece)
-            for row, token, score in zip(active, ids.tolist(), scores, strict=True)
-            for piece in row.take(token, score)
-        ]
-        prompts = len(active[0].prompts)
-        unfinished = compact_rows([index for index, row in enumerate(active) if not row.done])
-        if len(unfinished) < len(active):
-            active = [active[index] for index in unfinished]
-            batch.keep([index * prompts + n for index in unfinished for n in range(prompts)])
-            ids = ids[unfinished]
-        if active:
-            batch.step(ids.repeat_interleave(prompts) if prompts > 1 else ids)
+    while len(decoder) or waiting:
+        if waiting and len(decoder) <= REFILL * size:
+            room = size - len(decoder)
+            fresh, waiting = waiting[:room], waiting[room:]
+            decoder.join(fresh, sampling, repetition_penalty, log_probabilities)
+        yield decoder.step()
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor | float) -> Tensor:
@@ -144,19 +283,12 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor | float) -> 
     return unconditional + scale * (conditional - unconditional)
 
 
-def _next_logits(batch: DecodeBatch, rows: Sequence[Row]) -> Tensor:
-    """float32[B, V], guided where rows have two prompts."""
-    logits = batch.logits(rows[0].ids)
-    if len(rows[0].prompts) == 1:
-        return logits
-    conditional, unconditional = logits.view(len(rows), 2, -1).unbind(1)
-    scales = torch.tensor([row.guidance_scale() for row in rows], device=logits.device)
-    return guide(conditional, unconditional, scales[:, None])
-
-
 def _stacked(masks: Sequence[Tensor | None]) -> Tensor | None:
     """bool[B, V], or bool[V] where all rows have the same mask."""
     first = masks[0]
-    if first is None or all(mask is first for mask in masks):
+    if all(mask is first for mask in masks):
         return first
-    return torch.stack([mask for mask in masks if mask is not None])
+    size = next(len(mask) for mask in masks if mask is not None)
+    device = next(mask.device for mask in masks if mask is not None)
+    everything = torch.ones(size, dtype=torch.bool, device=device)
+    return torch.stack([everything if mask is None else mask for mask in masks])

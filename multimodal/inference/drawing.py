@@ -1,20 +1,22 @@
 """Images after a text: code by code, or masked, many codes at a time.
 
-With several levels the image is drawn by meaning first, then in detail.
+Of several levels the image is drawn by meaning first, then in detail, or in detail alone: a model
+says which levels it draws.
 
-Shapes: B images, n codes of an image, K code numbers of all levels, D width.
+Shapes: B images, n codes of an image, m codes of the levels that are drawn, K code numbers of all
+levels, D width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from multimodal.inference.batch import DecodeBatch, check_length
-from multimodal.inference.codec import UNKNOWN, encode_text
+from multimodal.inference.codec import UNKNOWN, drawn_to_read, encode_text
 from multimodal.inference.decode import Row, decode, guide
 from multimodal.inference.likelihoods import text_likelihoods
 from multimodal.inference.sampling import choose, generators
@@ -25,6 +27,7 @@ from multimodal.tokenizers.levels import Layout, Level
 
 OnStep: TypeAlias = Callable[[Sequence[int], Tensor], object]
 DRAWINGS_AT_ONCE = 64
+Value = TypeVar("Value")
 
 
 class ImageRow(Row):
@@ -36,7 +39,7 @@ class ImageRow(Row):
         among_texts: other rows of the batch write texts, so that it chooses among all ids.
 
     Attributes:
-        codes: the image codes so far, in [0, K).
+        codes: the m image codes so far, in [0, K).
     """
 
     def __init__(
@@ -48,15 +51,19 @@ class ImageRow(Row):
         previews: bool = False,
         among_texts: bool = False,
     ) -> None:
-        super().__init__(number, prompts, model.codes_per_image)
-        vocabulary, layout = model.vocabulary, model.config.layout
+        super().__init__(number, prompts, model.codes_drawn)
+        vocabulary, layout, draws = model.vocabulary, model.config.layout, model.config.draws
+        self.places = layout.indices(draws)  # of the m codes among the n
+        self.image_codes = layout.codes_per_image
         self.ids = slice(vocabulary.image_start, vocabulary.image_end)
         start, size = (
             (vocabulary.image_start, vocabulary.size) if among_texts else (0, layout.codebook_size)
         )
-        self.masks = code_masks(layout, start, size, str(model.device))
-        self.any_code = len({id(mask) for mask in self.masks}) == 1 and not among_texts
-        self.last, self.span = layout.levels[-1], layout.span(layout.levels[-1].name)
+        masks = code_masks(layout, start, size, str(model.device))
+        self.masks = [masks[place] for place in self.places.tolist()]
+        self.any_code = len({id(mask) for mask in masks}) == 1 and not among_texts
+        self.last = layout.levels[-1]
+        self.first_of_last = layout.span(self.last.name, draws).start
         self.options, self.previews = options, previews
         self.codes: list[int] = []
 
@@ -70,14 +77,14 @@ class ImageRow(Row):
     def take(self, token: int, log_probability: float = 0.0) -> Iterator[Tensor]:
         self.codes.append(token - self.ids.start)
         self.done = len(self.codes) == self.max_new_tokens
-        row, drawn = self.last.grid * self.last.groups, len(self.codes) - self.span.start
+        row, drawn = self.last.grid * self.last.groups, len(self.codes) - self.first_of_last
         if self.previews and drawn > 0 and drawn % row == 0:
             yield self.partial()
 
     def partial(self) -> Tensor:
-        """The codes so far: int64[n], UNKNOWN where there are none yet."""
-        codes = torch.full((self.max_new_tokens,), UNKNOWN)
-        codes[: len(self.codes)] = torch.tensor(self.codes)
+        """The codes so far: int64[n], UNKNOWN where there are none yet, and never are."""
+        codes = torch.full((self.image_codes,), UNKNOWN)
+        codes[self.places[: len(self.codes)]] = torch.tensor(self.codes, dtype=torch.int64)
         return codes
 
 
@@ -128,7 +135,7 @@ def draw_codes(
             undrawn codes are shown as their argmax, which makes a step two to three times slower.
 
     Returns:
-        codes: int64[B, n] in [0, K).
+        codes: int64[B, n] in [0, K), UNKNOWN in levels that the model does not draw.
 
     Raises:
         ValueError: for an empty text, one that is too long, or options that exclude one another.
@@ -138,29 +145,64 @@ def draw_codes(
         if on_step is not None:
             raise ValueError("of several candidates there is nothing to see before the end")
         return _draw_best(model, texts, options, known, numbers)
+    if options.method == "causal":
+        if known is not None:
+            raise ValueError("code by code, only whole images are drawn: use the masked method")
+        prompts = guided_prompts(model, texts, options)
+        return _draw_causal(model, prompts, options, numbers, on_step)
+    if known is None:
+        known = torch.full((len(texts), model.codes_per_image), UNKNOWN)
+    return returned(masked_steps(model, texts, options, known, numbers, on_step))
+
+
+def guided_prompts(
+    model: ModelParts, texts: Sequence[str], options: EditOptions
+) -> list[list[list[int]]]:
+    """The prompts of each drawing: one, or two with guidance.
+
+    Raises:
+        ValueError: for an empty text, or one that is too long.
+    """
     prompts = [[draw_prompt(model.vocabulary, encode_text(model, text))] for text in texts]
     if options.guidance_scale != 1:
         away = None if options.negative is None else encode_text(model, options.negative)
         for several in prompts:
             several.append(draw_prompt(model.vocabulary, away))
     for several in prompts:
-        check_length(model.network, several, model.codes_per_image)
-    if options.method == "causal":
-        if known is not None:
-            raise ValueError("code by code, only whole images are drawn: use the masked method")
-        return _draw_causal(model, prompts, options, numbers, on_step)
-    if known is None:
-        known = torch.full((len(texts), model.codes_per_image), UNKNOWN)
+        check_length(model.network, several, model.codes_drawn)
+    return prompts
+
+
+@torch.inference_mode()
+def masked_steps(
+    model: ModelParts,
+    texts: Sequence[str],
+    options: EditOptions,
+    known: Tensor,
+    numbers: Sequence[int],
+    on_step: OnStep | None = None,
+) -> Generator[None, None, Tensor]:
+    """Masked drawing, a step at a time. Arguments and result as for ``draw_codes``."""
+    prompts = guided_prompts(model, texts, options)
     parts = [slice(at, at + DRAWINGS_AT_ONCE) for at in range(0, len(texts), DRAWINGS_AT_ONCE)]
     drawn = [known[:0]]
     for part in parts:
         codes, dice = known[part], generators(options, numbers[part])
-        for level in model.config.layout.levels:
-            codes = _draw_masked(
+        for level in model.config.layout.chosen(model.config.draws):
+            codes = yield from _draw_masked(
                 model, level, prompts[part], codes, options, dice, numbers[part], on_step
             )
         drawn.append(codes)
     return torch.cat(drawn)
+
+
+def returned(steps: Generator[Any, None, Value]) -> Value:
+    """Run a generator to its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def _draw_best(
@@ -181,7 +223,9 @@ def _draw_best(
         numbers=[count * number + candidate for number in numbers for candidate in range(count)],
     )
     parts = [slice(at, at + DRAWINGS_AT_ONCE) for at in range(0, len(repeated), DRAWINGS_AT_ONCE)]
-    likelihoods = [text_likelihoods(model, codes[part], repeated[part]) for part in parts]
+    likelihoods = [
+        text_likelihoods(model, drawn_to_read(model, codes[part]), repeated[part]) for part in parts
+    ]
     best = torch.cat(likelihoods).view(len(texts), count).argmax(1)
     return codes[best + count * torch.arange(len(texts))]
 
@@ -200,8 +244,8 @@ def _draw_causal(
     for pieces in decode(model.network, rows, options, batch_size=DRAWINGS_AT_ONCE):
         if pieces and on_step is not None:
             on_step([row.number for row, _ in pieces], torch.stack([codes for _, codes in pieces]))
-    codes = torch.tensor([row.codes for row in rows], dtype=torch.int64)
-    return codes.view(len(rows), model.codes_per_image)
+    drawn = [row.partial() for row in rows]
+    return torch.stack(drawn) if drawn else torch.zeros(0, model.codes_per_image, dtype=torch.int64)
 
 
 def _draw_masked(
@@ -209,11 +253,11 @@ def _draw_masked(
     level: Level,
     prompts: list[list[list[int]]],
     image: Tensor,
-    options: DrawOptions,
+    options: EditOptions,
     dice: Sequence[torch.Generator],
     numbers: Sequence[int],
     on_step: OnStep | None,
-) -> Tensor:
+) -> Generator[None, None, Tensor]:
     """Masked drawing of one level, of MaskGIT (Chang et al. 2022, arXiv:2202.04200).
 
     Each step draws some codes. How many is given by the cosine schedule. Which ones does not depend
@@ -221,7 +265,8 @@ def _draw_masked(
     image (``spread_order``).
 
     Args:
-        level: what to draw. The levels before it are known and come after the prompt.
+        level: what to draw. The levels that are drawn before it are known and come after the
+            prompt.
         prompts: for each image its prompts, all conditional ones or with unconditional ones.
         image: int64[B, n], UNKNOWN where to draw.
         dice: the random numbers of each image.
@@ -238,7 +283,10 @@ def _draw_masked(
     copies, order = len(prompts[0]), spread_order(level.grid)
     order = (order[:, None] * level.groups + torch.arange(level.groups)).flatten()
     # All conditional prompts come first. They are read once, into the cache.
-    before = (image[:, : span.start] + start).tolist()
+    places = layout.indices(model.config.draws)
+    before = (
+        image[:, places[: layout.span(level.name, model.config.draws).start]] + start
+    ).tolist()
     batch = DecodeBatch(
         model.network,
         [
@@ -316,6 +364,7 @@ def _draw_masked(
                 likeliest = logits_of(undrawn, codes, progress).argmax(-1)
                 shown = codes.masked_scatter(undrawn, likeliest + numbers_of_level.start)
             on_step(numbers, whole(shown))
+        yield
     return whole(codes)
 
 

@@ -3,6 +3,8 @@
 Shapes: n codes of an image.
 """
 
+from collections.abc import Generator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,12 +12,12 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from multimodal.data.images import Fit, fit_image, to_image, to_tensor
+from multimodal.data.images import Fit, check_size, fit_image, to_image, to_tensor
 from multimodal.inference.codec import UNKNOWN, decode_images, encode_images
-from multimodal.inference.drawing import draw_codes
+from multimodal.inference.drawing import masked_steps, returned
 from multimodal.inference.text import caption_codes
 from multimodal.model.checkpoint import ModelParts
-from multimodal.options import DrawOptions, EditOptions
+from multimodal.options import EditOptions
 
 Box = tuple[int, int, int, int]
 
@@ -81,20 +83,28 @@ def _to_original(square: Image.Image, size: tuple[int, int], fit: Fit) -> Image.
     return square.resize(size, resample, box=(left, top, left + inner[0], top + inner[1]))
 
 
-def _draw_unknown(model: ModelParts, known: Tensor, text: str, options: EditOptions) -> Image.Image:
-    """Draw the codes that are UNKNOWN. known: int64[1, n]."""
-    masked = DrawOptions(**{**vars(options), "method": "masked"})
-    codes = draw_codes(model, [text], masked, known=known)
-    return to_image(decode_images(model, codes)[0])
-
-
 def edit_image(
     model: ModelParts, image: Image.Image, mask: Image.Image, text: str, options: EditOptions
 ) -> Image.Image:
-    """Draw the white part of a mask anew.
+    """As ``edit_steps``, at once."""
+    return returned(edit_steps(model, image, mask, text, options))
+
+
+def edit_steps(
+    model: ModelParts,
+    image: Image.Image,
+    mask: Image.Image,
+    text: str,
+    options: EditOptions,
+    number: int = 0,
+) -> Generator[None, None, Image.Image]:
+    """Draw the white part of a mask anew, a step at a time.
 
     Every code that a white pixel touches is drawn. Of the picture that the codes give, only the
     white part is put into the image.
+
+    Args:
+        number: with the seed, decides the random numbers.
 
     Returns:
         An image of the same size, unchanged outside the mask.
@@ -116,7 +126,9 @@ def edit_image(
     if not fresh.any():
         raise ValueError("the mask is black where the model looks: nothing to draw")
     codes = _codes_of(model, image)
-    drawn = _draw_unknown(model, codes.masked_fill(fresh, UNKNOWN), text, options)
+    known = codes.masked_fill(fresh, UNKNOWN)
+    drawn_codes = yield from masked_steps(model, [text], options, known, [number])
+    drawn = to_image(decode_images(model, drawn_codes)[0])
     if fit == "crop":  # the model sees only the middle: leave the rest as it is
         inside = _to_original(Image.new("RGB", drawn.size, "white"), image.size, fit)
         mask = Image.composite(mask, Image.new("L", mask.size), inside.convert("L"))
@@ -138,6 +150,10 @@ def outpaint_image(
     if min(margins) < 0 or not any(margins):
         raise ValueError(f"margins={margins}: expected pixels from 0 on, and one above 0")
     size = (image.width + left + right, image.height + top + bottom)
+    try:
+        check_size(size)
+    except ValueError as error:
+        raise ValueError(f"margins={margins}: {error}") from error
     if model.image_tokenizer.fit == "crop":
         raise ValueError("this model sees the middle of an image only: it cannot draw around it")
     average = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))

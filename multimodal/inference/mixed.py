@@ -19,13 +19,14 @@ from multimodal.data.images import to_image
 from multimodal.inference.batch import check_length
 from multimodal.inference.codec import (
     decode_images,
-    encode_images,
+    encode_as_drawn,
     encode_to_read,
     preview_images,
     read_images,
 )
 from multimodal.inference.decode import Row, decode
-from multimodal.inference.drawing import ImageRow
+from multimodal.inference.drawing import ImageRow, returned
+from multimodal.inference.json_schema import SchemaState
 from multimodal.inference.text import TextRow, generate_ids, text_mask
 from multimodal.inference.values import ImageSource
 from multimodal.model.checkpoint import ModelParts
@@ -79,11 +80,20 @@ def prompt_ids(model: ModelParts, parts: Sequence[ImageSource]) -> list[int]:
             ids += model.text_tokenizer.encode(part)
             continue
         name = str(part) if isinstance(part, Path) else f"part {number}"
-        pixels = read_images(model, [part], [name])
-        opens = len(ids) == 1  # an image that opens a sequence is read, others are whole
-        codes = encode_to_read(model, pixels) if opens else encode_images(model, pixels)
-        ids += image_tokens(model.vocabulary, codes[0].tolist())
+        ids += image_ids(model, read_images(model, [part], [name]), opens=len(ids) == 1)
     return ids
+
+
+def image_ids(model: ModelParts, pixels: Tensor, opens: bool) -> list[int]:
+    """The ids of an image in a prompt.
+
+    Args:
+        pixels: float32[1, 3, H, W] in [-1, 1].
+        opens: it opens the prompt. Then it has the levels that the model reads. Others have those
+            of drawn images.
+    """
+    codes = encode_to_read(model, pixels) if opens else encode_as_drawn(model, pixels)
+    return image_tokens(model.vocabulary, codes[0].tolist())
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,7 @@ class MixedRow(Row):
         options: max_tokens bounds all texts together.
         streams: yield texts in pieces of whole characters, and not only images.
         previews: yield a ``Preview`` after each row of codes.
+        state: of the schema that the text follows. Only for the kind ``text``.
     """
 
     def __init__(
@@ -122,16 +133,17 @@ class MixedRow(Row):
         kind: OutputKind,
         options: TextOptions,
         grammar: Grammar,
-        streams: bool,
-        previews: bool,
+        streams: bool = False,
+        previews: bool = False,
+        state: SchemaState | None = None,
     ) -> None:
         vocabulary = model.vocabulary
         if kind == "image":
             prompt = [*prompt, vocabulary.boi]
-        new_tokens = model.codes_per_image if kind == "image" else options.max_tokens
+        new_tokens = model.codes_drawn if kind == "image" else options.max_tokens
         super().__init__(number, [prompt], new_tokens)
         self.model, self.kind, self.options, self.grammar = model, kind, options, grammar
-        self.streams, self.previews = streams, previews
+        self.streams, self.previews, self.state = streams, previews, state
         self.reply = Reply(prompt_tokens=len(prompt))
         self.used = len(prompt)  # tokens read so far
         self.left = options.max_tokens  # of texts
@@ -144,8 +156,9 @@ class MixedRow(Row):
         self.part: TextRow | ImageRow | None = self._image() if kind == "image" else self._text()
 
     def _text(self) -> TextRow:
-        stop, mask = self.options.stop, self.grammar.text
-        return TextRow(self.model, self.number, [], self.left, stop, mask, streams=self.streams)
+        stop, grammar = self.options.stop, self.grammar
+        mask = grammar.text_only if self.kind == "text" else grammar.text
+        return TextRow(self.model, self.number, [], self.left, stop, mask, self.state, self.streams)
 
     def _image(self) -> ImageRow:
         mixed = self.kind == "any"
@@ -154,12 +167,10 @@ class MixedRow(Row):
     def allowed(self) -> Tensor | None:
         if self.part is None:
             return self.grammar.end_of_image
-        if isinstance(self.part, ImageRow):
+        if isinstance(self.part, ImageRow) or self.kind == "text":
             return self.part.allowed()
-        if self.kind == "text":
-            return self.grammar.text_only
         # An image begins only where all of it fits, and what is left of the text.
-        codes = self.model.codes_per_image
+        codes = self.model.codes_drawn
         limit = self.model.config.transformer.max_position_embeddings
         fits = self.used + codes + 2 + self.left <= limit
         fits = fits and self.reply.image_tokens < MAX_IMAGES * codes
@@ -200,7 +211,7 @@ class MixedRow(Row):
         else:
             for codes in pieces:
                 shown = to_image(preview_images(self.model, codes[None])[0])
-                yield Preview(shown, len(image.codes) / len(codes))
+                yield Preview(shown, len(image.codes) / image.max_new_tokens)
 
     def _finish_text(self, text: TextRow) -> Iterator[str]:
         yield from text.rest()
@@ -217,7 +228,7 @@ def check_output(kind: OutputKind, options: TextOptions) -> None:
 
 def check_prompt(model: ModelParts, ids: list[int], kind: OutputKind, options: TextOptions) -> None:
     """Raises ``ValueError`` if a prompt and its output are more than the model reads."""
-    new_tokens = model.codes_per_image + 1 if kind == "image" else options.max_tokens
+    new_tokens = model.codes_drawn + 1 if kind == "image" else options.max_tokens
     check_length(model.network, [ids], new_tokens)
 
 
@@ -300,18 +311,9 @@ def reply(
         except ValueError as error:
             results.append(error)
     stream = decode_stream(model, list(ids.values()), kind, options, list(ids), batch_size)
-    for number, one in zip(ids, _returned(stream), strict=True):
+    for number, one in zip(ids, returned(stream), strict=True):
         results[number] = one
     return results
-
-
-def _returned(stream: Generator[Output, None, list[Reply]]) -> list[Reply]:
-    """Run a generator to its end."""
-    while True:
-        try:
-            next(stream)
-        except StopIteration as end:
-            return end.value
 
 
 def stream(

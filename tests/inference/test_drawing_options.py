@@ -14,7 +14,7 @@ from multimodal.api import Model
 from multimodal.cli import main
 from multimodal.commands.options import given_options, make_parser
 from multimodal.inference.codec import UNKNOWN, encode_images, read_images
-from multimodal.inference.drawing import draw_codes
+from multimodal.inference.drawing import draw_codes, masked_steps
 from multimodal.inference.editing import box_mask, masked_codes
 from multimodal.options import DrawOptions, EditOptions
 
@@ -94,12 +94,13 @@ def test_a_variation_keeps_the_other_codes(
 ) -> None:
     calls: list[tuple[list[str], torch.Tensor]] = []
 
-    def spy(_: Any, texts: list[str], options: DrawOptions, *, known: torch.Tensor) -> torch.Tensor:
+    def spy(
+        _: Any, texts: list[str], options: DrawOptions, known: torch.Tensor, numbers: list[int]
+    ) -> Any:
         calls.append((texts, known))
-        assert options.method == "masked"
-        return draw_codes(model, texts, options, known=known)
+        return masked_steps(model, texts, options, known, numbers)
 
-    monkeypatch.setattr(editing, "draw_codes", spy)
+    monkeypatch.setattr(editing, "masked_steps", spy)
     image = picture()
     varied = model.vary(image, share, seed=3)
     assert varied.size == image.size

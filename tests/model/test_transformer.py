@@ -12,11 +12,11 @@ from multimodal.api import Model
 from multimodal.inference.batch import DecodeBatch
 from multimodal.inference.text import generate_ids
 from multimodal.model.layers.attention import KVCache, attention_mask
+from multimodal.model.layers.mlp import add_dropped
 from multimodal.model.layers.transformer import (
     SIZES,
     Transformer,
     TransformerConfig,
-    add_dropped,
     named_config,
 )
 from multimodal.model.sequences import (

@@ -30,7 +30,7 @@ instead of computing them.
 Shapes: B rows, L queries, S keys, H heads, G key-value heads, d head size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -163,6 +163,23 @@ def _attend_by_products(
     return rearrange(weights @ v, "b g (r l) d -> b (g r) l d", r=groups)
 
 
+def attend_exactly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one token of each row, of which no bit depends on the other rows.
+
+    torch's CPU kernel gives each thread a buffer, and where that lies decides how its products add.
+
+    Args:
+        q: float[B, G, r, d], the r query heads of each of G key-value heads.
+        k, v: float[B, G, S, d]. For equal bits S is a multiple of 16 (a vector of a CPU).
+        mask: bool[B, 1, 1, S].
+
+    Returns:
+        float[B, G, r, d].
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
 class HeadRMSNorm(nn.RMSNorm):
     """RMSNorm of each head in fp32, one weight for all: float[..., H, d] -> float32[..., H, d]."""
 
@@ -232,6 +249,9 @@ class KVCache:
     values: list[Tensor]
     length: int = 0
 
+    def __post_init__(self) -> None:
+        self._whole = self.keys, self.values  # of these, the rows in use are views
+
     @classmethod
     def empty(
         cls, layers: int, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor
@@ -254,6 +274,27 @@ class KVCache:
     def capacity(self) -> int:
         """How many tokens it can hold."""
         return self.keys[0].shape[2]
+
+    @property
+    def most_rows(self) -> int:
+        """How many rows there is memory for."""
+        return len(self._whole[0][0])
+
+    def set_rows(self, rows: int) -> bool:
+        """Use so many rows, the first ones, if there is memory for them. Those added hold anything.
+
+        Returns:
+            Whether there is.
+        """
+        if rows > self.most_rows:
+            return False
+        self.keys, self.values = ([x[:rows] for x in each] for each in self._whole)
+        return True
+
+    def row(self, number: int) -> "KVCache":
+        """One row, in the same memory, with a length of its own."""
+        keys, values = ([x[number : number + 1] for x in each] for each in (self.keys, self.values))
+        return KVCache(keys, values)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens of one layer. ``length`` stays until all layers are done.
@@ -284,7 +325,7 @@ class KVCache:
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only, in this order. A row may be given several times.
 
-        Rows that stay in place cost nothing. The memory of dropped rows is not freed.
+        Rows that stay in place cost nothing. The memory of dropped rows is kept for others.
 
         Args:
             rows: int64[B'].
@@ -292,16 +333,27 @@ class KVCache:
         count = len(rows)
         if count > len(self.keys[0]):
             self.keys, self.values = ([x[rows] for x in each] for each in (self.keys, self.values))
+            self._whole = self.keys, self.values
             return
         moved = (rows != torch.arange(count, device=rows.device)).nonzero()[:, 0]
         if len(moved):
             sources = rows[moved]
             for x in (*self.keys, *self.values):
                 x[moved, :, : self.length] = x[sources, :, : self.length]
-        self.keys, self.values = ([x[:count] for x in each] for each in (self.keys, self.values))
+        self.set_rows(count)
+
+    def shift(self, start: int, by: Sequence[int]) -> None:
+        """Move the tokens of each row to the left, from a column on, by a number for each row."""
+        columns = torch.arange(start, self.length, device=self.keys[0].device)
+        index = columns + torch.tensor(by, device=columns.device)[:, None]
+        index = index.clamp(max=self.length - 1)[:, None, :, None]
+        for x in (*self.keys, *self.values):
+            moved = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
+            x[:, :, start : self.length] = moved
 
     def grow(self, tokens: int) -> None:
         """Make room for more tokens."""
         self.keys, self.values = (
             [F.pad(x, (0, 0, 0, tokens)) for x in several] for several in (self.keys, self.values)
         )
+        self._whole = self.keys, self.values

@@ -112,13 +112,14 @@ class SparseMLP(nn.Module):
         weights, chosen = probabilities.topk(self.config.num_experts_per_tok, dim=-1)
         if self.config.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
-        outputs = self._outputs(tokens, chosen)
+        outputs: Tensor = self._outputs(tokens, chosen)
         return (outputs * weights[..., None].to(outputs.dtype)).sum(1).view_as(x)
 
     def forward_token(self, x: Tensor) -> Tensor:
         return self(x)
 
-    @torch.compiler.disable  # how many tokens an expert has is known only when it runs
+    # How many tokens an expert has is known only when it runs.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _outputs(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         """What the chosen experts say of each token. Tokens are sorted by expert, and each expert
         reads all of its tokens at once.
@@ -133,7 +134,7 @@ class SparseMLP(nn.Module):
         experts = rearrange(chosen, "n k -> (n k)")
         order = experts.argsort(stable=True)
         counts = experts.bincount(minlength=len(self.experts)).tolist()
-        parts = tokens[order // chosen.shape[1]].split(counts)
+        parts = torch.split(tokens[order // chosen.shape[1]], counts)
         # In training also those without a token: a rank that left one out would have no gradient
         # of it, and the others would wait.
         outputs = [

@@ -1,4 +1,4 @@
-"""SwiGLU (Shazeer 2020, arXiv:2002.05202), and linear layers of one token.
+"""SwiGLU (Shazeer 2020, arXiv:2002.05202), linear layers of one token, and dropout.
 
 Shapes: B batch, L tokens, D width, N outputs.
 """
@@ -23,6 +23,21 @@ def token_product(x: Tensor, linear: nn.Module) -> Tensor:
         product = (x[:, None].float() * weight.float()).sum(-1)
         return (product if bias is None else product + bias.float()).to(x.dtype)
     return F.linear(x, weight, bias)
+
+
+def add_dropped(x: Tensor, branch: Tensor, dropout: float) -> Tensor:
+    """x + branch, without a random share of the branch (dropout, Srivastava et al. 2014).
+
+    On a CPU the share is rounded to 1/256 and decided by random bytes: random floats take long.
+    """
+    if not dropout:
+        return x + branch
+    if not branch.is_cpu or torch.compiler.is_compiling():
+        return x + F.dropout(branch, dropout)
+    words = torch.empty(-(-branch.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+    dropped = min(255, round(256 * dropout))  # of 256 bytes
+    kept = words.view(torch.uint8)[: branch.numel()].view(branch.shape) >= dropped
+    return torch.addcmul(x, branch, kept.to(branch.dtype), value=256 / (256 - dropped))
 
 
 class MLP(nn.Module):

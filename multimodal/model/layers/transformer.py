@@ -21,9 +21,16 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from multimodal.model.layers.attention import KVCache, Mask, QKNorm, attend, head_norm
+from multimodal.model.layers.attention import (
+    KVCache,
+    Mask,
+    QKNorm,
+    attend,
+    attend_exactly,
+    head_norm,
+)
 from multimodal.model.layers.experts import ExpertsConfig, SparseMLP, idle_parameters
-from multimodal.model.layers.mlp import MLP, token_product
+from multimodal.model.layers.mlp import MLP, add_dropped, token_product
 from multimodal.model.layers.rope import Rope, RopeScaling, rotate
 from multimodal.schemas import Between, Positive, check_fields
 
@@ -108,25 +115,10 @@ def named_config(size: str, vocab_size: int) -> TransformerConfig:
     if size not in SIZES:
         raise ValueError(f"size {size!r}: expected one of {', '.join(SIZES)}")
     layers, width, heads, kv_heads, head_dim, inner, *more = SIZES[size]
-    experts = ExpertsConfig(*more) if more else None
+    experts = ExpertsConfig(more[0], more[1], more[2]) if more else None
     return TransformerConfig(
         vocab_size, width, layers, heads, kv_heads, head_dim, inner, size != "7b", experts=experts
     )
-
-
-def add_dropped(x: Tensor, branch: Tensor, dropout: float) -> Tensor:
-    """x + branch, without a random share of the branch (dropout, Srivastava et al. 2014).
-
-    On a CPU the share is rounded to 1/256 and decided by random bytes: random floats take long.
-    """
-    if not dropout:
-        return x + branch
-    if not branch.is_cpu or torch.compiler.is_compiling():
-        return x + F.dropout(branch, dropout)
-    words = torch.empty(-(-branch.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-    dropped = min(255, round(256 * dropout))  # of 256 bytes
-    kept = words.view(torch.uint8)[: branch.numel()].view(branch.shape) >= dropped
-    return torch.addcmul(x, branch, kept.to(branch.dtype), value=256 / (256 - dropped))
 
 
 class Attention(nn.Module):
@@ -173,7 +165,8 @@ class Attention(nn.Module):
         mask: Tensor | None,
         keys: Tensor,
         values: Tensor,
-        slot: Tensor,
+        slots: Tensor,
+        exact: bool = False,
     ) -> Tensor:
         q, k, v = (
             token_product(x, projection).view(len(x), -1, self.head_dim)
@@ -183,11 +176,14 @@ class Attention(nn.Module):
             rotate(norm(part), *cos_sin).to(v.dtype)
             for norm, part in ((self.q_norm, q), (self.k_norm, k))
         )
-        keys.index_copy_(2, slot, k[:, :, None])
-        values.index_copy_(2, slot, v[:, :, None])
+        rows = torch.arange(len(x), device=x.device)
+        keys[rows, :, slots], values[rows, :, slots] = k, v
         # The query heads of a group stand where queries do: [B, G, H / G, d]. Nothing is repeated.
         grouped = q.reshape(len(q), keys.shape[1], -1, self.head_dim)
-        attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+        if exact and mask is not None:
+            attended = attend_exactly(grouped, keys, values, mask)
+        else:
+            attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
         return token_product(attended.flatten(1), self.o_proj)
 
 
@@ -229,17 +225,9 @@ class Layer(nn.Module):
         added = self.normed(self.post_attention_layernorm, self.mlp, x, *more)
         return add_dropped(x, added, dropout), router_logits
 
-    def forward_token(
-        self,
-        x: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        keys: Tensor,
-        values: Tensor,
-        slot: Tensor,
-    ) -> Tensor:
-        attend = self.self_attn.forward_token
-        x = x + self.normed(self.input_layernorm, attend, x, cos_sin, mask, keys, values, slot)
+    def forward_token(self, x: Tensor, *attended: Any) -> Tensor:
+        """attended: the other arguments of ``Attention.forward_token``."""
+        x = x + self.normed(self.input_layernorm, self.self_attn.forward_token, x, *attended)
         return x + self.normed(self.post_attention_layernorm, self.mlp.forward_token, x)
 
 
@@ -329,7 +317,8 @@ class Transformer(nn.Module):
         mask: Tensor | None,
         keys: list[Tensor],
         values: list[Tensor],
-        slot: Tensor,
+        slots: Tensor,
+        exact: bool = False,
     ) -> Tensor:
         """Read one token of each row. Its keys and values are written into the cache in place.
 
@@ -338,7 +327,8 @@ class Transformer(nn.Module):
             positions: int64[B, 1].
             mask: bool[B, 1, 1, S]. None: all keys are seen.
             keys, values: for each layer float[B, G, S, d].
-            slot: int64[1], the index among the S where the token goes.
+            slots: int64[B], the index among the S where the token of each row goes.
+            exact: the attention of a row does not depend on the others in its last bits.
 
         Returns:
             float[B, D], normed.
@@ -347,7 +337,7 @@ class Transformer(nn.Module):
         x = self.embed_tokens(ids)
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
-            x = layer.forward_token(x, (cos, sin), mask, keys[number], values[number], slot)
+            x = layer.forward_token(x, (cos, sin), mask, keys[number], values[number], slots, exact)
         return self.norm(x)
 
     @property

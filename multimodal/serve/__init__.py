@@ -1,0 +1,1 @@
+"""A model behind HTTP, in the shape of OpenAI's API (the extra ``serve``)."""

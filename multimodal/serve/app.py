@@ -1,0 +1,196 @@
+"""The endpoints, and what stands before all of them: keys, sizes, errors."""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from multimodal.api import Model
+from multimodal.serve.bridge import Disconnected
+from multimodal.serve.chat import chat_completions
+from multimodal.serve.drawings import images_edits, images_generations
+from multimodal.serve.embeddings import embeddings
+from multimodal.serve.engine.engine import Engine
+from multimodal.serve.engine.errors import ApiError, as_api_error
+from multimodal.serve.engine.metrics import Metrics
+from multimodal.serve.engine.settings import Settings
+
+Endpoint = Callable[[Request, Engine], Awaitable[Response]]
+log = logging.getLogger("multimodal.serve")
+CLIENT_LEFT = 499  # nginx's status for it; nobody reads it
+
+
+def make_app(model: Model, settings: Settings) -> ASGIApp:
+    """An ASGI application. Its scheduler starts and stops with its lifespan."""
+    created, counted = int(time.time()), Metrics()
+
+    async def health(request: Request, engine: Engine) -> Response:
+        stopping = engine.scheduler.stopping
+        status = {"status": "stopping" if stopping else "ok", "model": settings.name}
+        return JSONResponse(status, 503 if stopping else 200)
+
+    def model_entry() -> dict[str, Any]:
+        return {
+            "id": settings.name, "object": "model", "created": created, "owned_by": "multimodal"
+        }  # fmt: skip
+
+    async def models(request: Request, engine: Engine) -> Response:
+        return JSONResponse({"object": "list", "data": [model_entry()]})
+
+    async def metrics(request: Request, engine: Engine) -> Response:
+        return Response(counted.text(), media_type="text/plain; version=0.0.4")
+
+    async def one_model(request: Request, engine: Engine) -> Response:
+        if request.path_params["name"] != settings.name:
+            raise ApiError(404, "there is no such model", param="model", code="model_not_found")
+        return JSONResponse(model_entry())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.engine = Engine(model, settings, counted)
+        try:
+            yield
+        finally:
+            app.state.engine.scheduler.stop(0)  # the HTTP server has let requests end before
+
+    app = Starlette(
+        routes=[
+            _route("/health", health, "GET"),
+            _route("/metrics", metrics, "GET"),
+            _route("/v1/models", models, "GET"),
+            _route("/v1/models/{name:path}", one_model, "GET"),
+            _route("/v1/chat/completions", chat_completions, "POST"),
+            _route("/v1/images/generations", images_generations, "POST"),
+            _route("/v1/images/edits", images_edits, "POST"),
+            _route("/v1/embeddings", embeddings, "POST"),
+        ],
+        exception_handlers={HTTPException: _http_error},
+        lifespan=lifespan,
+    )
+    return Gate(
+        app, settings, counted, {route.path for route in app.routes if isinstance(route, Route)}
+    )
+
+
+def _route(path: str, endpoint: Endpoint, method: str) -> Route:
+    async def handle(request: Request) -> Response:
+        engine: Engine = request.app.state.engine
+        try:
+            return await endpoint(request, engine)
+        except Disconnected:
+            return Response(status_code=CLIENT_LEFT)
+        except HTTPException:
+            raise
+        except Exception as error:
+            if not isinstance(error, ApiError | ValueError):
+                log.exception("%s failed", path)
+            return error_response(as_api_error(error))
+
+    return Route(path, handle, methods=[method], name=endpoint.__name__)
+
+
+def error_response(error: ApiError) -> Response:
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.status, headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    words = {404: "there is no such address", 405: "not with this method"}
+    return error_response(ApiError(error.status_code, words.get(error.status_code, error.detail)))
+
+
+class Gate:
+    """Before a request is read: its key. While it is read: how long it is, and how long it takes.
+
+    Args:
+        app: gets the requests that may pass.
+        settings: keys and limits.
+        metrics: counts the requests.
+        paths: the addresses that are counted by name.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: Settings, metrics: Metrics, paths: Collection[str]
+    ) -> None:
+        self.app, self.settings, self.metrics, self.paths = app, settings, metrics, paths
+        self.received = 0  # bytes of all bodies that have not been worked on to the end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        size, complete, status = 0, False, 0
+        start = time.monotonic()
+        deadline = start + self.settings.body_timeout
+        path = scope["path"] if scope["path"] in self.paths else "other"
+
+        async def counted() -> Message:
+            nonlocal size, complete
+            if complete:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+            except TimeoutError as error:
+                raise ApiError(408, "the request did not arrive in time", code="timeout") from error
+            if message["type"] == "http.request":
+                length = len(message.get("body", b""))
+                size, self.received = size + length, self.received + length
+                complete = not message.get("more_body", False)
+                self._check_size(size)
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self.metrics.first.labels(path).observe(time.monotonic() - start)
+            await send(message)
+
+        try:
+            headers = {name.lower(): value for name, value in scope["headers"]}
+            self._check_key(scope["path"], headers.get(b"authorization", b""))
+            length = headers.get(b"content-length", b"0")
+            self._check_size(int(length) if length.isdigit() else 0)
+            await self.app(scope, counted, noted)
+        except ApiError as error:
+            if not status:
+                await error_response(error)(scope, receive, noted)
+        finally:
+            self.received -= size
+            self.metrics.requests.labels(path, str(status)).inc()
+            self.metrics.seconds.labels(path).observe(time.monotonic() - start)
+
+    def _check_key(self, path: str, header: bytes) -> None:
+        """Raises ``ApiError`` 401. /health is open to all."""
+        if not self.settings.keys or path == "/health":
+            return
+        kind, _, given = header.partition(b" ")
+        # All keys are compared, in a time that does not depend on how far they are equal.
+        equal = [hmac.compare_digest(given.strip(), key.encode()) for key in self.settings.keys]
+        if kind.lower() != b"bearer" or not any(equal):
+            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    def _check_size(self, size: int) -> None:
+        if size > self.settings.max_body:
+            raise ApiError(
+                413,
+                f"the request has over {self.settings.max_body:,} bytes",
+                code="request_too_large",
+            )
+        if self.received > self.settings.max_bytes:
+            raise ApiError(
+                429, "too many bytes are being received", code="too_many_bytes", retry_after=2
+            )

@@ -1,0 +1,64 @@
+"""Bodies of requests: read within limits, and made into dataclasses."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from multimodal.files import UnreadableText, parse_json
+from multimodal.schemas import construct
+from multimodal.serve.bridge import Disconnected
+from multimodal.serve.engine.errors import ApiError, as_api_error
+from multimodal.serve.engine.settings import Settings
+
+Asked = TypeVar("Asked")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ignored:
+    """What clients may send, and what changes nothing here."""
+
+    user: str | None = None
+    metadata: Mapping[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+async def read_body(request: Request) -> Any:
+    """The JSON of a request.
+
+    Raises:
+        ApiError: if it is none.
+    """
+    try:
+        data = await request.body()
+    except ClientDisconnect as error:
+        raise Disconnected from error
+    try:
+        return parse_json(data)
+    except UnreadableText as error:
+        raise ApiError(400, f"the body is {error}", code="invalid_json") from error
+
+
+def asked(make: type[Asked], values: Any) -> Asked:
+    """A request as a dataclass. Raises ``ApiError`` for what is wrong with it."""
+    if not isinstance(values, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    try:
+        return construct(make, values)
+    except ValueError as error:
+        raise as_api_error(error) from error
+
+
+def check_model(name: str, settings: Settings) -> None:
+    """Raises ``ApiError`` 404 for another model."""
+    if name != settings.name:
+        raise ApiError(
+            404,
+            f"there is no model {name[:100]!r} here: the model is {settings.name!r}",
+            param="model",
+            code="model_not_found",
+        )

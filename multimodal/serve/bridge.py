@@ -1,0 +1,91 @@
+"""Between the event loop, which talks to clients, and the scheduler's thread, which computes."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from multimodal.inference.decode import Row
+from multimodal.serve.engine.scheduler import Job, Scheduler, Steps
+
+
+class Disconnected(Exception):
+    """The client has gone."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of output that a row has finished."""
+
+    row: Row
+    piece: Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the steps of a request returned. It is the last event."""
+
+    value: Any
+
+
+async def events(scheduler: Scheduler, steps: Steps) -> AsyncIterator[Piece | Result]:
+    """Run the steps of a request. If nobody listens any more, they are cancelled.
+
+    Raises:
+        ApiError: if the server takes no request now.
+        Exception: what the steps raise.
+    """
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece | Result]()
+
+    def tell(event: Piece | Result) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
+    job = Job(steps, lambda row, piece: tell(Piece(row, piece)), lambda end: tell(Result(end)))
+    scheduler.submit(job)
+    try:
+        while True:
+            event = await queue.get()
+            if isinstance(event, Result) and isinstance(event.value, Exception):
+                raise event.value
+            yield event
+            if isinstance(event, Result):
+                return
+    finally:
+        scheduler.cancel(job)
+
+
+async def result_of(request: Request, scheduler: Scheduler, steps: Steps) -> Any:
+    """What the steps of a request return.
+
+    Raises:
+        Disconnected: if the client leaves before. The steps are cancelled.
+    """
+
+    async def last() -> Any:
+        async with aclosing(events(scheduler, steps)) as stream:  # type: ignore[type-var]
+            async for event in stream:
+                if isinstance(event, Result):
+                    return event.value
+
+    working = asyncio.ensure_future(last())
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise Disconnected
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _left(request: Request) -> None:
+    """Wait until the client has gone. The body of the request has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

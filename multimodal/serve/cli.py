@@ -1,0 +1,79 @@
+"""``multimodal serve``: a model behind HTTP, in the shape of OpenAI's API."""
+
+import os
+from dataclasses import fields
+from pathlib import Path
+
+from multimodal.commands.options import load_model, make_parser
+from multimodal.serve.engine.settings import Settings
+from multimodal.terminal import print_error
+
+KEY = "MULTIMODAL_API_KEY"
+EPILOG = f"""Addresses: /v1/chat/completions, /v1/images/generations, /v1/images/edits,
+/v1/embeddings, /v1/models, /health, /metrics. Requests of all kinds are decoded together, and each
+gets what it would get alone. Without a key everyone who reaches the address may use it. A key on
+the command line can be seen by other users of the machine, {KEY} in the environment
+cannot. SIGINT and SIGTERM let running requests end.
+
+examples:
+  multimodal serve
+  multimodal serve runs/photos-joint/model --port 9000 --name photos
+  {KEY}=... multimodal serve user/name --host 0.0.0.0
+"""
+MISSING = "serving needs more packages: pip install 'multimodal[serve]'"
+SETTINGS = {
+    "rows": "texts and drawings that are decoded together",
+    "requests": "at once, running or waiting; more get status 429",
+    "max_body": "bytes of a request",
+    "max_pixels": "of an image in a request",
+    "max_tokens": "of a text that is written",
+    "stop_timeout": "seconds in which requests may end when the server stops",
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = make_parser("serve", "Answer requests in the shape of OpenAI's API.", EPILOG)
+    parser.add_argument("folder", nargs="?", metavar="MODEL", help="the same as --model")
+    parser.add_argument("--host", default="127.0.0.1", help="(default 127.0.0.1: this machine)")
+    parser.add_argument("--port", type=int, default=8000, help="(default 8000)")
+    parser.add_argument("--name", help="of the model for clients (default: that of its folder)")
+    parser.add_argument(
+        "--api-key", action="append", metavar="KEY", help="clients must send it; several: any"
+    )
+    parser.add_argument(
+        "--private-urls",
+        action="store_true",
+        help="with --urls: addresses may be in private networks",
+    )
+    defaults = {item.name: item.default for item in fields(Settings)}
+    for name, about in SETTINGS.items():
+        default = defaults[name]
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            help=f"{about} (default {default:,})",
+        )
+    arguments = parser.parse_args(argv)
+    if not 0 < arguments.port < 2**16:
+        raise ValueError(f"--port {arguments.port}: expected 1 to 65,535")
+    arguments.model = arguments.folder or arguments.model
+    keys = tuple(arguments.api_key or filter(None, [os.environ.get(KEY)]))
+    settings = Settings(
+        name=arguments.name or Path(arguments.model).name or str(arguments.model),
+        keys=keys,
+        fetch=arguments.urls,
+        private=arguments.private_urls,
+        **{name: getattr(arguments, name) for name in SETTINGS},
+    )
+    try:
+        from multimodal.serve.server import serve
+    except ImportError as error:
+        raise ValueError(MISSING) from error
+    model = load_model(arguments)
+    url = f"http://{arguments.host}:{arguments.port}/v1"
+    print(f"{settings.name} answers at {url}", flush=True)
+    if not keys and arguments.host not in ("127.0.0.1", "localhost", "::1"):
+        print_error(f"multimodal serve: no API key: everyone who reaches {url} may use it")
+    serve(model, settings, arguments.host, arguments.port)
+    return 0

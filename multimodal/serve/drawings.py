@@ -1,0 +1,273 @@
+"""``/v1/images/generations`` and ``/v1/images/edits``: images after texts, and parts of images.
+
+Beyond OpenAI's fields: ``seed``, ``temperature``, ``top_k``, ``top_p``, ``min_p``,
+``guidance_scale``, ``guidance_schedule``, ``negative_prompt``, and ``steps`` (masked drawing) or
+``method``. The image has the size of the model, and is resized where ``size`` asks for another.
+"""
+
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Generator
+from contextlib import aclosing
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+from PIL import Image
+from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from torch import Tensor
+
+from multimodal.data.images import to_image
+from multimodal.inference.codec import UNKNOWN, decode_images, preview_images
+from multimodal.inference.drawing import ImageRow, guided_prompts, masked_steps
+from multimodal.inference.editing import edit_steps
+from multimodal.options import MAX_STEPS, DrawOptions, Method, Schedule
+from multimodal.schemas import Between
+from multimodal.serve.bodies import Ignored, asked, check_model, read_body
+from multimodal.serve.bridge import Disconnected, Piece, Result, events, result_of
+from multimodal.serve.engine.engine import Engine
+from multimodal.serve.engine.errors import ApiError
+from multimodal.serve.engine.pictures import OutputFormat, read_image, read_transparency, to_base64
+from multimodal.serve.engine.scheduler import Decoding, Steps
+from multimodal.serve.streams import event_stream, server_sent
+
+MAX_SIDE = 4096
+_SIZE = re.compile(r"([1-9]\d{0,3})x([1-9]\d{0,3})", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRequest(Ignored):
+    """What both endpoints take."""
+
+    model: str
+    prompt: str
+    n: Annotated[int, Between(1, 1024)] | None = None
+    size: str | None = None
+    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    style: str | None = None
+    response_format: Literal["b64_json"] | None = None
+    output_format: OutputFormat | None = None
+    output_compression: Annotated[int, Between(0, 100)] | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Between(0, 3)] | None = None
+    seed: Annotated[int, Between(-(2**63), 2**63 - 1)] | None = None
+    temperature: Annotated[float, Between(0, 100)] | None = None
+    top_p: Annotated[float, Between(0, 1)] | None = None
+    top_k: Annotated[int, Between(0, 2**31)] | None = None
+    min_p: Annotated[float, Between(0, 1)] | None = None
+    guidance_scale: Annotated[float, Between(0, 1000)] | None = None
+    guidance_schedule: Schedule | None = None
+    negative_prompt: str | None = None
+    steps: Annotated[int, Between(1, MAX_STEPS)] | None = None
+    method: Method | None = None
+
+    def options(self) -> DrawOptions:
+        """Raises ``ValueError`` for options that exclude one another."""
+        names = ("temperature", "top_p", "top_k", "min_p", "guidance_scale", "guidance_schedule")
+        given = {name: getattr(self, name) for name in (*names, "steps", "method")}
+        given["negative"] = self.negative_prompt
+        if self.steps is not None and self.method is None:
+            given["method"] = "masked"
+        seed = secrets.randbits(31) if self.seed is None else self.seed % 2**63
+        return DrawOptions(seed=seed, **{k: v for k, v in given.items() if v is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """How images are sent. size: width and height, or None for that of the model."""
+
+    size: tuple[int, int] | None
+    kind: OutputFormat
+    quality: int
+
+    @classmethod
+    def of(cls, request: ImageRequest) -> "Look":
+        size = None
+        if request.size not in (None, "auto"):
+            found = _SIZE.fullmatch(str(request.size))
+            if found is None or max(int(found[1]), int(found[2])) > MAX_SIDE:
+                raise ApiError(
+                    400, f"size: expected auto or WxH up to {MAX_SIDE}x{MAX_SIDE}", param="size"
+                )
+            size = (int(found[1]), int(found[2]))
+        compression = 100 if request.output_compression is None else request.output_compression
+        return cls(size=size, kind=request.output_format or "png", quality=compression)
+
+    def send(self, image: Image.Image) -> str:
+        if self.size is not None and self.size != image.size:
+            image = image.resize(self.size, Image.Resampling.BICUBIC)
+        return to_base64(image, self.kind, self.quality)
+
+
+def _checked(request: ImageRequest, engine: Engine) -> tuple[DrawOptions, Look]:
+    settings, count = engine.settings, request.n or 1
+    check_model(request.model, settings)
+    if not request.prompt.strip():
+        raise ApiError(400, "prompt: is empty", param="prompt")
+    if count > settings.max_choices:
+        raise ApiError(400, f"n={count}: at most {settings.max_choices}", param="n")
+    if request.stream and count > 1:
+        raise ApiError(400, f"n={count}: a stream is of one image", param="n")
+    return request.options(), Look.of(request)
+
+
+def draw_steps(engine: Engine, request: ImageRequest, options: DrawOptions) -> Steps:
+    """The work of a drawing. Returns the images, and the tokens of the prompt."""
+    model, count = engine.model, request.n or 1
+    texts = [request.prompt]
+    (prompts,) = guided_prompts(model, texts, options)
+    images: list[Image.Image] = []
+    if options.method == "masked":
+        for number in range(count):
+            unknown = engine.unknown_codes()
+            codes = yield from masked_steps(model, texts, options, unknown, [number])
+            images.append(to_image(decode_images(model, codes)[0]))
+            yield None
+    else:
+        previews = bool(request.stream and request.partial_images)
+        rows = [ImageRow(model, number, prompts, options, previews) for number in range(count)]
+        yield Decoding(rows, options, long=True)
+        for row in rows:  # each alone: its pixels do not depend on the others
+            images.append(to_image(decode_images(model, row.partial()[None])[0]))
+            yield None
+    return images, len(prompts[0])
+
+
+async def images_generations(request: Request, engine: Engine) -> Response:
+    drawing = asked(ImageRequest, await read_body(request))
+    options, look = _checked(drawing, engine)
+    steps = draw_steps(engine, drawing, options)
+    return await _respond(request, engine, drawing, look, steps, "image_generation")
+
+
+async def images_edits(request: Request, engine: Engine) -> Response:
+    editing, image, mask = await _read_edit(request, engine)
+    options, look = _checked(editing, engine)
+    if options.method == "causal" and editing.method is not None:
+        raise ApiError(400, "method: a part of an image is drawn by masks", param="method")
+
+    def steps() -> Generator[None, None, Any]:
+        images = []
+        for number in range(editing.n or 1):
+            edited = yield from edit_steps(
+                engine.model, image, mask, editing.prompt, options, number
+            )
+            images.append(edited)
+        return images, len(engine.model.text_tokenizer.encode(editing.prompt))
+
+    return await _respond(request, engine, editing, look, steps(), "image_edit")
+
+
+async def _read_edit(
+    request: Request, engine: Engine
+) -> tuple[ImageRequest, Image.Image, Image.Image]:
+    """The fields of a form, the image, and a mask that is white where to draw."""
+    settings = engine.settings
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise ApiError(400, "expected multipart/form-data", code="invalid_form")
+    values: dict[str, Any] = {}
+    files: dict[str, bytes] = {}
+    try:
+        async with request.form(
+            max_files=4, max_fields=64, max_part_size=settings.max_body
+        ) as form:
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile):
+                    name = name.removesuffix("[]")
+                    if name in files:
+                        raise ApiError(400, f"{name}: expected one file", param=name)
+                    files[name] = await value.read()
+                else:
+                    values[name] = _typed(name, value)
+    except ClientDisconnect as error:
+        raise Disconnected from error
+    if unknown := sorted(set(files) - {"image", "mask"}):
+        raise ApiError(400, f"{unknown[0]:.50}: expected files image and mask")
+    if "image" not in files:
+        raise ApiError(400, "image: is missing", param="image")
+    image = await engine.in_thread(read_image, files["image"], settings)
+    source = "mask" if "mask" in files else "image"
+    mask = await engine.in_thread(read_transparency, files[source], settings, source)
+    if mask is None:
+        raise ApiError(
+            400,
+            f"{source}: has no transparency; it says what is to be drawn anew"
+            + ("" if source == "mask" else " (or give a mask)"),
+            param="mask",
+        )
+    return asked(ImageRequest, values), image, mask
+
+
+def _typed(name: str, text: str) -> Any:
+    """A field of a form as the type that ``ImageRequest`` has for it."""
+    kinds = {item.name: str(item.type) for item in fields(ImageRequest)}
+    kind = kinds.get(name, "")
+    try:
+        if "[int," in kind:
+            return int(text)
+        if "[float," in kind:
+            return float(text)
+    except ValueError:
+        return text
+    if "bool" in kind:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    return text
+
+
+async def _respond(
+    request: Request, engine: Engine, asked: ImageRequest, look: Look, steps: Steps, event: str
+) -> Response:
+    if asked.stream:
+        return await event_stream(_events(engine, asked, look, steps, event))
+    images, read = await result_of(request, engine.scheduler, steps)
+    data = [{"b64_json": await engine.in_thread(look.send, image)} for image in images]
+    head = {"created": int(time.time()), "output_format": look.kind}
+    usage = _usage(engine, read, len(images))
+    return JSONResponse({**head, "data": data, "usage": usage})
+
+
+async def _events(
+    engine: Engine, asked: ImageRequest, look: Look, steps: Steps, event: str
+) -> AsyncIterator[bytes]:
+    """Partial images while one is drawn code by code, and the whole one."""
+    created, shown, wanted = int(time.time()), 0, asked.partial_images or 0
+
+    def message(kind: str, image: Image.Image, **more: Any) -> bytes:
+        name = f"{event}.{kind}"
+        about = {
+            "type": name,
+            "b64_json": look.send(image),
+            "created_at": created,
+            "size": "x".join(map(str, look.size or image.size)),
+            "quality": "auto",
+            "background": "opaque",
+            "output_format": look.kind,
+        }
+        return server_sent({**about, **more}, name)
+
+    async with aclosing(events(engine.scheduler, steps)) as stream:  # type: ignore[type-var]
+        async for one in stream:
+            if isinstance(one, Piece) and isinstance(one.piece, Tensor):
+                share = int((one.piece != UNKNOWN).sum()) / engine.model.codes_drawn
+                if shown < wanted and (shown + 1) / (wanted + 1) <= share < 1:
+                    pixels = await engine.in_thread(preview_images, engine.model, one.piece[None])
+                    yield message("partial_image", to_image(pixels[0]), partial_image_index=shown)
+                    shown += 1
+            elif isinstance(one, Result):
+                (image,), read = one.value
+                yield message("completed", image, usage=_usage(engine, read, 1))
+
+
+def _usage(engine: Engine, read: int, images: int) -> dict[str, Any]:
+    drawn = images * engine.model.codes_drawn
+    engine.metrics.count_tokens(read, drawn)
+    return {
+        "input_tokens": read,
+        "input_tokens_details": {"text_tokens": read, "image_tokens": 0},
+        "output_tokens": drawn,
+        "total_tokens": read + drawn,
+    }

@@ -1,0 +1,106 @@
+"""The model of a server, its scheduler, and what requests share: the codes of images."""
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Sequence
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from multimodal.api import Model
+from multimodal.data.images import fit_image, to_tensor
+from multimodal.inference.codec import UNKNOWN
+from multimodal.inference.json_schema import Schema, token_bytes
+from multimodal.inference.mixed import Grammar, MixedRow, image_ids
+from multimodal.serve.engine.metrics import Metrics
+from multimodal.serve.engine.scheduler import Scheduler
+from multimodal.serve.engine.settings import Settings
+
+KEPT_IMAGES = 1024  # whose codes are kept: many questions about an image encode it once
+READERS = 4  # threads that decode files of images
+Value = TypeVar("Value")
+
+
+class Engine:
+    """What all endpoints use.
+
+    Args:
+        model: its network computes in the scheduler's thread only.
+        settings: the limits.
+        metrics: counts tokens, and looks at the scheduler.
+    """
+
+    def __init__(self, model: Model, settings: Settings, metrics: Metrics) -> None:
+        self.model, self.settings = model, settings
+        self.grammar = Grammar.of(model)
+        self.scheduler = Scheduler(model.network, settings.rows, settings.requests)
+        self.metrics = metrics
+        metrics.watch(self.scheduler)
+        self._ids: OrderedDict[bytes, list[int]] = OrderedDict()
+        self._readers = asyncio.Semaphore(READERS)
+
+    async def in_thread(self, function: Callable[..., Value], *arguments: object) -> Value:
+        """Call a function that takes long but does not use the network, in another thread."""
+        async with self._readers:
+            return await asyncio.to_thread(function, *arguments)
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """An image as the tokenizer takes it: float32[1, 3, H, W] in [-1, 1]."""
+        tokenizer = self.model.image_tokenizer
+        return to_tensor(fit_image(image, tokenizer.image_size, tokenizer.fit))[None]
+
+    def schema(self, schema: dict[str, object]) -> Schema:
+        return Schema(self.model, schema)
+
+    def image_ids(self, pixels: Tensor, opens: bool) -> list[int]:
+        """The ids of an image in a prompt. opens: it is the first thing in it.
+
+        An image is encoded alone, so its ids do not depend on the requests beside it.
+        """
+        key = hashlib.sha256(pixels.numpy().tobytes()).digest() + bytes([opens])
+        if key not in self._ids:
+            self._ids[key] = image_ids(self.model, pixels, opens)
+            if len(self._ids) > KEPT_IMAGES:
+                self._ids.popitem(last=False)
+        self._ids.move_to_end(key)
+        return self._ids[key]
+
+    def prompt(self, parts: Sequence[str | Tensor]) -> Generator[None, None, list[int]]:
+        """The ids of texts and images (``pixels``), in steps of one image."""
+        ids = [self.model.vocabulary.bos]
+        for part in parts:
+            if isinstance(part, str):
+                ids += self.model.text_tokenizer.encode(part)
+            else:
+                ids += self.image_ids(part, len(ids) == 1)
+                yield
+        return ids
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return self.model.fingerprint
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each id."""
+        return token_bytes(self.model)
+
+    def count_usage(self, rows: Sequence[MixedRow]) -> dict[str, int]:
+        """Tokens that were read and written. Choices of one request share their prompt."""
+        replies = [row.reply for row in rows]
+        written = sum(reply.text_tokens + reply.image_tokens for reply in replies)
+        read = replies[0].prompt_tokens if replies else 0
+        self.metrics.count_tokens(read, written)
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": written,
+            "total_tokens": read + written,
+        }
+
+    def unknown_codes(self) -> Tensor:
+        """An image of which no code is drawn: int64[1, n]."""
+        return torch.full((1, self.model.codes_per_image), UNKNOWN)

@@ -1,0 +1,87 @@
+"""Messages of a chat as the prompt of a model that was trained on images, captions and questions.
+
+Texts of the system come first, as they are. A message of the user is its images, then its texts in
+the model's template of questions. A message of the assistant follows as it is, as an answer does in
+training. Images without a text ask for a caption.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from multimodal.model.templates import Templates
+from multimodal.serve.engine.errors import ApiError
+
+Template = Literal["question", "statement", "none"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message. content: a text, or parts of type ``text`` and ``image_url``."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | tuple[Mapping[str, Any], ...] | None = None
+    name: str | None = None
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class ImageUrl:
+    """An image in a message."""
+
+    url: str
+
+
+def message_parts(
+    messages: Sequence[Message], template: Template, templates: Templates
+) -> list[str | ImageUrl]:
+    """The texts and images of a prompt, in order.
+
+    Args:
+        template: the words around texts of the user. ``none``: none.
+        templates: the model's.
+
+    Raises:
+        ApiError: for no messages, or parts of other types.
+    """
+    if not messages:
+        raise ApiError(400, "messages: expected at least one", param="messages")
+    parts: list[str | ImageUrl] = []
+    for number, message in enumerate(messages):
+        images, text = _content(message, f"messages.{number}.content")
+        if message.role != "user" and images:
+            raise _wrong(f"messages.{number}.content", "only messages of the user have images")
+        if message.role == "user":
+            parts += images
+            if text.strip():
+                ask = {"question": templates.ask, "statement": templates.judge}.get(template, str)
+                parts.append(ask(text))
+        elif text.strip():
+            parts.append(text.strip())
+    if not parts:
+        raise ApiError(400, "messages: all of them are empty", param="messages")
+    return parts
+
+
+def _content(message: Message, name: str) -> tuple[list[ImageUrl], str]:
+    """The images and the text of a message."""
+    if message.content is None or isinstance(message.content, str):
+        return [], message.content or ""
+    images, texts = [], []
+    for number, part in enumerate(message.content):
+        where, kind = f"{name}.{number}", part.get("type")
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind == "image_url":
+            url = part.get("image_url")
+            url = url.get("url") if isinstance(url, Mapping) else url
+            if not isinstance(url, str):
+                raise _wrong(where, "expected image_url with the text url")
+            images.append(ImageUrl(url))
+        else:
+            raise _wrong(where, "expected a part of type 'text' or 'image_url'")
+    return images, "\n".join(texts)
+
+
+def _wrong(where: str, reason: str) -> ApiError:
+    return ApiError(400, f"{where}: {reason}", param=where, code="invalid_value")

@@ -1,0 +1,51 @@
+"""``/metrics`` in the format of Prometheus."""
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from multimodal.serve.engine.scheduler import Scheduler
+
+SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+
+
+class Metrics:
+    """Numbers of one server."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = self._counter(
+            "requests", "requests that ended, by address and status", "path", "status"
+        )
+        self.seconds = self._histogram("request_seconds", "from a request to its end")
+        self.first = self._histogram(
+            "first_output_seconds", "from a request to the beginning of its response"
+        )
+        self._read = self._counter("prompt_tokens", "tokens of prompts")
+        self._written = self._counter("generated_tokens", "tokens of texts and images")
+
+    def _counter(self, name: str, about: str, *labels: str) -> Counter:
+        return Counter(name, about, labels, namespace="multimodal", registry=self.registry)
+
+    def _histogram(self, name: str, about: str) -> Histogram:
+        return Histogram(
+            name, about, ["path"], "multimodal", registry=self.registry, buckets=SECONDS
+        )
+
+    def count_tokens(self, read: int, written: int) -> None:
+        self._read.inc(read)
+        self._written.inc(written)
+
+    def watch(self, scheduler: "Scheduler") -> None:
+        """Count the rows and requests of a scheduler when the numbers are read."""
+        for name, about, count in (
+            ("requests_running", "requests with rows in the batch", scheduler.count_running),
+            ("requests_waiting", "requests without rows in the batch", scheduler.count_waiting),
+            ("batch_rows", "rows in the batch", lambda: len(scheduler.decoder)),
+        ):
+            gauge = Gauge(name, about, namespace="multimodal", registry=self.registry)
+            gauge.set_function(count)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

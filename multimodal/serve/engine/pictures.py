@@ -1,0 +1,98 @@
+"""Pictures in requests, from untrusted text to pixels, and pictures in responses."""
+
+import base64
+import binascii
+import io
+import re
+from typing import Any, Literal
+
+from PIL import Image
+
+from multimodal.data.images import open_header, open_image
+from multimodal.serve.engine.errors import ApiError
+from multimodal.serve.engine.fetch import fetch
+from multimodal.serve.engine.settings import Settings
+
+MAX_SIDE = 1 << 31
+OutputFormat = Literal["png", "jpeg", "webp"]
+_DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w=.+-]+)*;base64,", re.ASCII)
+
+
+def read_image_url(url: str, settings: Settings) -> Image.Image:
+    """The image of a data URI, or behind an address, in mode RGB.
+
+    Raises:
+        ApiError: says what is wrong with it.
+    """
+    if url[:5].lower() == "data:":
+        if (start := _DATA_URI.match(url)) is None:
+            raise _bad("expected data:image/...;base64,...")
+        try:
+            data = base64.b64decode(url[start.end() :], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise _bad(f"not base64 ({error})") from error
+    elif url[:8].lower().startswith(("http://", "https://")):
+        if not settings.fetch:
+            raise _bad("this server fetches no addresses: send the image as a data URI")
+        try:
+            data = fetch(url, settings.max_body, settings.private)
+        except ValueError as error:
+            raise _bad(str(error)) from error
+    else:
+        raise _bad("expected a data URI, or an http or https address")
+    return read_image(data, settings)
+
+
+def read_image(data: bytes, settings: Settings, name: str = "image") -> Image.Image:
+    """Bytes as an image in mode RGB. Raises ``ApiError``."""
+    check_pixels(data, settings, name)
+    try:
+        return open_image(data, max_pixels=settings.max_pixels, name=name)
+    except ValueError as error:
+        raise ApiError(400, str(error), param=name, code="invalid_image") from error
+
+
+def read_transparency(data: bytes, settings: Settings, name: str = "mask") -> Image.Image | None:
+    """White where an image is transparent, in mode L. None: it has no transparency at all.
+
+    Raises:
+        ApiError: if it is no image.
+    """
+    read_image(data, settings, name)  # complete and undamaged
+    with open_header(data) as image:
+        if not image.has_transparency_data:
+            return None
+        alpha = image.convert("RGBA").getchannel("A")
+    return alpha.point(lambda value: 255 if value < 128 else 0)
+
+
+def check_pixels(data: bytes, settings: Settings, name: str) -> None:
+    """Raises ``ApiError`` with status 413 if the header of an image says that it is too large."""
+    try:
+        with open_header(data) as image:
+            width, height = image.size
+            size = f"{width} x {height} is"
+    except Image.DecompressionBombError:
+        width = height = MAX_SIDE
+        size = "its header says"
+    except Exception:  # what it is not, ``open_image`` says
+        return
+    if width * height > settings.max_pixels:
+        raise ApiError(
+            413,
+            f"{name}: {size} over the limit of {settings.max_pixels:,} pixels",
+            param=name,
+            code="image_too_large",
+        )
+
+
+def to_base64(image: Image.Image, kind: OutputFormat = "png", quality: int = 100) -> str:
+    """The bytes of an image file, in base64. quality: of JPEG and WebP, 0 to 100."""
+    buffer = io.BytesIO()
+    more: dict[str, Any] = {} if kind == "png" else {"quality": quality}
+    image.save(buffer, kind.upper(), **more)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _bad(reason: str) -> ApiError:
+    return ApiError(400, f"image: {reason}", param="image", code="invalid_image")

@@ -1,0 +1,250 @@
+"""One thread computes for all requests: continuous batching over the rows of a ``Decoder``.
+
+A request is a generator, its ``Steps``. It does a piece of its own work between two yields: an
+image is encoded, some codes are drawn, texts are embedded. Where it yields a ``Decoding``, its rows
+join the batch as soon as there is room, and it goes on when they are done. In each turn
+
+1. cancelled requests end, and their rows leave the batch,
+2. requests do pieces of their own work, in turn, for a short time,
+3. waiting rows join the batch, first those of the requests that have the fewest in it,
+4. the batch decodes one token of each row.
+
+So a short answer joins at the next step, whatever else is being decoded. What a row gives depends
+on its own prompt and random numbers only (inference/sampling.py).
+"""
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+from multimodal.inference.decode import Decoder, Row
+from multimodal.model.network import MultimodalLM
+from multimodal.options import Sampling
+from multimodal.serve.engine.errors import ApiError
+
+WORK_SECONDS = 0.05  # of pieces of work between two steps of the batch
+LONG_SHARE = 0.75  # of the rows that drawings may take: an answer never waits for a drawing
+MAX_RETRY_AFTER = 60  # seconds
+log = logging.getLogger("multimodal.serve")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Rows to decode, and how. long: they are drawings."""
+
+    rows: Sequence[Row]
+    sampling: Sampling
+    repetition_penalty: float = 1.0
+    log_probabilities: bool = False
+    long: bool = False
+
+
+Steps: TypeAlias = Generator[Decoding | None, None, Any]
+
+
+class Job:
+    """A request in the scheduler. Both functions are called in the scheduler's thread.
+
+    Args:
+        steps: its work.
+        on_piece: is given a row and a piece of output.
+        on_end: is given what the steps returned, or the error.
+    """
+
+    def __init__(
+        self,
+        steps: Steps,
+        on_piece: Callable[[Row, Any], None],
+        on_end: Callable[[Any], None],
+    ) -> None:
+        self.steps, self.on_piece, self.on_end = steps, on_piece, on_end
+        self.decoding: Decoding | None = None
+        self.waiting: list[Row] = []
+        self.running: list[Row] = []
+        self.cancelled = False
+        self.began = time.monotonic()
+
+
+class Scheduler:
+    """The thread, and the requests in it.
+
+    Args:
+        network: decodes the rows.
+        rows: how many are decoded together.
+        requests: how many there may be.
+
+    Attributes:
+        jobs: requests that have not ended.
+        decoder: the rows in the batch.
+    """
+
+    def __init__(self, network: MultimodalLM, rows: int = 32, requests: int = 256) -> None:
+        self.network, self.rows, self.requests = network, rows, requests
+        self.jobs: list[Job] = []
+        self.decoder = Decoder(network, exact=True)
+        self._ready: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._stopping = self._stopped = False
+        self._seconds = 1.0  # that a request takes, a moving average
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    def count_running(self) -> int:
+        """Requests with rows in the batch."""
+        return sum(bool(job.running) for job in list(self.jobs))
+
+    def count_waiting(self) -> int:
+        """Requests of which no row is in the batch."""
+        return sum(not job.running for job in list(self.jobs))
+
+    def submit(self, job: Job) -> None:
+        """Take a request in.
+
+        Raises:
+            ApiError: 429 if there are too many, 503 if the server stops.
+        """
+        with self._changed:
+            if self._stopping:
+                raise ApiError(503, "the server stops", code="stopping", retry_after=5)
+            if len(self.jobs) >= self.requests:
+                seconds = math.ceil(self._seconds * len(self.jobs) / self.rows)
+                raise ApiError(
+                    429,
+                    f"{len(self.jobs)} requests are being worked on or wait: try again later",
+                    code="queue_full",
+                    retry_after=min(max(1, seconds), MAX_RETRY_AFTER),
+                )
+            self.jobs.append(job)
+            self._ready.append(job)
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """End a request at the next step, if it has not ended."""
+        job.cancelled = True
+
+    def stop(self, seconds: float = 0.0) -> None:
+        """Take no more requests, let those that are here end, and end the thread.
+
+        Args:
+            seconds: after which requests that have not ended get status 503.
+        """
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join(seconds)
+        self._stopped = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self.jobs and not self._stopping:
+                    self._changed.wait()
+                if self._stopping and not self.jobs:
+                    return
+            if self._stopped:
+                for job in list(self.jobs):
+                    self._end(job, ApiError(503, "the server stopped", code="stopping"))
+            self._turn()
+
+    def _turn(self) -> None:
+        for job in [job for job in list(self.jobs) if job.cancelled]:
+            self._end(job, None)
+        end = time.monotonic() + WORK_SECONDS
+        for _ in range(len(self._ready)):
+            self._advance(self._ready.popleft())
+            if time.monotonic() > end:
+                break
+        self._let_join()
+        if len(self.decoder):
+            self._decode()
+
+    def _advance(self, job: Job) -> None:
+        """Do a piece of a request's own work."""
+        if job not in self.jobs:  # it was cancelled
+            return
+        try:
+            with torch.inference_mode():
+                job.decoding = next(job.steps)
+        except StopIteration as end:
+            self._end(job, end.value)
+        except Exception as error:
+            self._end(job, error)
+        else:
+            if job.decoding is None or not job.decoding.rows:
+                self._ready.append(job)
+            else:
+                job.waiting = list(job.decoding.rows)
+
+    def _let_join(self) -> None:
+        """Let waiting rows into the batch, one of each request at a time."""
+        room = self.rows - len(self.decoder)
+        waiting = [job for job in list(self.jobs) if job.waiting]
+        if not room or not waiting:
+            return
+        long = sum(len(job.running) for job in self.jobs if job.decoding and job.decoding.long)
+        chosen: dict[Job, list[Row]] = {job: [] for job in waiting}
+        while room:
+            able = [
+                job
+                for job in waiting
+                if len(chosen[job]) < len(job.waiting)
+                and (not job.decoding.long or long < max(1, LONG_SHARE * self.rows))  # type: ignore[union-attr]
+            ]
+            if not able:
+                break
+            job = min(able, key=lambda job: len(job.running) + len(chosen[job]))
+            chosen[job].append(job.waiting[len(chosen[job])])
+            long += bool(job.decoding and job.decoding.long)
+            room -= 1
+        for job, rows in chosen.items():
+            how = job.decoding
+            if not rows or how is None:
+                continue
+            try:
+                self.decoder.join(rows, how.sampling, how.repetition_penalty, how.log_probabilities)
+            except Exception as error:
+                self._end(job, error)
+            else:
+                job.waiting = job.waiting[len(rows) :]
+                job.running += rows
+
+    def _decode(self) -> None:
+        owners = {id(row): job for job in self.jobs for row in job.running}
+        try:
+            pieces = self.decoder.step()
+        except Exception as error:  # all rows are in the same tensors
+            log.exception("the batch failed: its requests end with an error")
+            self.decoder = Decoder(self.network, exact=True)
+            for job in {id(job): job for job in owners.values()}.values():
+                self._end(job, RuntimeError(f"the batch failed: {error}"))
+            return
+        for row, piece in pieces:
+            owners[id(row)].on_piece(row, piece)
+        for job in {id(job): job for job in owners.values()}.values():
+            job.running = [row for row in job.running if not row.done]
+            if not job.running and not job.waiting:
+                job.decoding = None
+                self._ready.append(job)
+
+    def _end(self, job: Job, result: Any) -> None:
+        self.decoder.drop(job.running)
+        job.steps.close()
+        job.waiting, job.running = [], []
+        with self._changed:
+            self.jobs.remove(job)
+        if isinstance(result, Exception) and not isinstance(result, ApiError | ValueError):
+            log.error("a request failed", exc_info=result)
+        self._seconds += 0.1 * (time.monotonic() - job.began - self._seconds)
+        job.on_end(result)

@@ -1,0 +1,54 @@
+"""What an operator decides: the name of the model, keys, and limits."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from multimodal.schemas import Between, check_fields
+
+Count = Annotated[int, Between(1, 2**31)]
+Seconds = Annotated[float, Between(0.1, 86_400)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of a server.
+
+    Args:
+        name: of the model, as clients call it.
+        keys: API keys, one of which a client must send. None: everyone may.
+        rows: texts and drawings that are decoded together.
+        requests: that are worked on or wait. More get status 429.
+        max_body: bytes of a request.
+        max_bytes: of the bodies that are being received, all together. More get status 429.
+        max_pixels: of an image in a request.
+        max_images: in a request.
+        max_choices: ``n`` of a request.
+        max_inputs: texts and images of a request for embeddings.
+        max_tokens: of a text that is written, and how many there are by default.
+        fetch: images may be http and https addresses.
+        private: these addresses may be in private networks.
+        body_timeout: seconds in which a request has to arrive.
+        stop_timeout: seconds in which requests may end when the server stops.
+    """
+
+    name: str = "multimodal"
+    keys: tuple[str, ...] = ()
+    rows: Count = 32
+    requests: Count = 256
+    max_body: Count = 32 << 20
+    max_bytes: Count = 512 << 20
+    max_pixels: Count = 50_000_000
+    max_images: Count = 16
+    max_choices: Count = 16
+    max_inputs: Count = 2048
+    max_tokens: Count = 1024
+    default_tokens: Count = 256
+    fetch: bool = False
+    private: bool = False
+    body_timeout: Seconds = 60.0
+    stop_timeout: Seconds = 30.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.name.strip() or any(not key.strip() for key in self.keys):
+            raise ValueError("the name of the model and API keys must not be empty")

@@ -1,0 +1,190 @@
+"""The openai SDK talks to /v1/chat/completions."""
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ASK = [{"role": "user", "content": "what is in the snow?"}]
+
+
+def picture(seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+
+def data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def about(image: Image.Image, text: str = "") -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
+    parts.append({"type": "image_url", "image_url": {"url": data_uri(image)}})
+    return [{"role": "user", "content": parts}]
+
+
+def test_models_and_health(server: Any) -> None:
+    client = server.client()
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").object == "model"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_is_that_of_the_model_itself(server: Any, temperature: float) -> None:
+    """Captions, questions about images, questions alone."""
+    model, image = server.model, picture()
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": temperature, "seed": 5}
+    for messages, expected in (
+        (about(image), model.caption(image, **options)),
+        (about(image, "where?"), model.answer(image, "where?", **options)),
+        (ASK, model.generate(["Question: what is in the snow? Answer:"], **options)[0]),
+    ):
+        answer = server.client().chat.completions.create(model="tiny", messages=messages, **options)
+        assert answer.choices[0].message.content == expected
+        assert answer.usage.total_tokens > answer.usage.completion_tokens == 12
+        assert answer.choices[0].finish_reason == "length"
+
+
+def test_a_stream_is_the_same_text(server: Any) -> None:
+    client = server.client()
+    how: dict[str, Any] = {"model": "tiny", "messages": about(picture(), "where?"), "n": 2,
+        "temperature": 1.0, "seed": 3, "max_tokens": 20}  # fmt: skip
+    whole = client.chat.completions.create(**how)
+    texts, reasons, usage = {0: "", 1: ""}, {}, None
+    pieces = 0
+    for chunk in client.chat.completions.create(
+        **how, stream=True, stream_options={"include_usage": True}
+    ):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            pieces += bool(choice.delta.content)
+            reasons[choice.index] = choice.finish_reason
+    assert [choice.message.content for choice in whole.choices] == list(texts.values())
+    assert texts[0] != texts[1] and pieces > 4
+    assert reasons == {0: "length", 1: "length"} and usage == whole.usage
+
+
+def test_stop_texts_and_edges_of_white_space(server: Any) -> None:
+    how: dict[str, Any] = {"model": "tiny", "messages": ASK, "max_tokens": 30, "seed": 1,
+        "temperature": 1.0}  # fmt: skip
+    client = server.client()
+    text = client.chat.completions.create(**how).choices[0].message.content
+    stop = text[10:13]
+    stopped = client.chat.completions.create(**how, stop=stop).choices[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.message.content == text[: text.index(stop)].strip()
+    streamed = "".join(
+        chunk.choices[0].delta.content or ""
+        for chunk in client.chat.completions.create(**how, stop=[stop], stream=True)
+    )
+    assert streamed == stopped.message.content
+
+
+def test_log_probabilities_are_those_of_the_tokens(server: Any) -> None:
+    how: dict[str, Any] = {"model": "tiny", "messages": ASK, "max_tokens": 10, "logprobs": True}
+    client = server.client()
+    answer = client.chat.completions.create(**how, top_logprobs=3)
+    tokens = answer.choices[0].logprobs.content
+    assert len(tokens) == 10
+    assert "".join(token.token for token in tokens).strip() == answer.choices[0].message.content
+    for token in tokens:  # greedy: each is the likeliest
+        best = [each.logprob for each in token.top_logprobs]
+        assert len(best) == 3 and best == sorted(best, reverse=True)
+        assert token.logprob == best[0] and token.token == token.top_logprobs[0].token
+    reply = server.model.reply([["Question: what is in the snow? Answer:"]], max_tokens=10)[0]
+    total = sum(token.logprob for token in tokens)
+    assert total == pytest.approx(reply.log_probability, abs=1e-3)
+    streamed = [
+        token
+        for chunk in client.chat.completions.create(**how, stream=True)
+        if chunk.choices[0].logprobs
+        for token in chunk.choices[0].logprobs.content
+    ]
+    assert [token.logprob for token in streamed] == [token.logprob for token in tokens]
+
+
+def test_json_follows_its_schema(server: Any) -> None:
+    pytest.importorskip("llguidance")
+    import json
+
+    schema = {
+        "type": "object",
+        "properties": {"animal": {"enum": ["dog", "cat"]}, "count": {"enum": [1, 2]}},
+        "required": ["animal", "count"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    how: dict[str, Any] = {"model": "tiny", "messages": ASK, "response_format": form, "n": 3,
+        "temperature": 1.0, "seed": 4}  # fmt: skip
+    answer = server.client().chat.completions.create(**how)
+    for choice in answer.choices:
+        value = json.loads(choice.message.content)
+        assert value["animal"] in ("dog", "cat") and value["count"] in (1, 2)
+        assert choice.finish_reason == "stop"
+    cut = server.client().chat.completions.create(**how, max_tokens=2)
+    assert {choice.finish_reason for choice in cut.choices} == {"length"}
+
+
+def test_images_out_of_a_chat(server: Any) -> None:
+    how: dict[str, Any] = {"model": "tiny", "messages": ASK, "seed": 2, "temperature": 1.0,
+        "modalities": ["image"]}  # fmt: skip
+    prompt = "Question: what is in the snow? Answer:"
+    (expected,) = server.model.generate([prompt], output="image", seed=2, temperature=1.0)
+    found = server.client().post("/chat/completions", body=how, cast_to=object)
+    (image,) = found["choices"][0]["message"]["images"]
+    data = base64.b64decode(image["image_url"]["url"].partition(",")[2])
+    assert Image.open(io.BytesIO(data)).tobytes() == expected.tobytes()
+    assert found["usage"]["completion_tokens"] == 16
+
+
+def test_turns_of_a_conversation_become_one_prompt(server: Any) -> None:
+    """A system's text, an image, a question and its answer, another question."""
+    image, how = picture(), {"max_tokens": 9}
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "Be short."}]
+    messages += [*about(image, "who?"), {"role": "assistant", "content": "a cat"}]
+    messages += [{"role": "user", "content": "where?"}]
+    answer = server.client().chat.completions.create(model="tiny", messages=messages, **how)
+    parts = ["Be short.", image, "Question: who? Answer:", "a cat", "Question: where? Answer:"]
+    assert answer.choices[0].message.content == server.model.generate(parts, **how)[0]
+    plain = server.client().chat.completions.create(
+        model="tiny", messages=ASK, extra_body={"template": "none"}, **how
+    )
+    expected = server.model.generate([ASK[0]["content"]], **how)[0]
+    assert plain.choices[0].message.content == expected
+
+
+def test_images_behind_addresses_are_fetched_if_that_is_allowed(
+    tiny_model: Any, serving: Any
+) -> None:
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    image = picture()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            image.save(self.wfile, "PNG")
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        Thread(target=http.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{http.server_address[1]}/a.png"
+        content = [{"type": "image_url", "image_url": {"url": url}}]
+        ask: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": content}]}
+        model = tiny_model(noise=0.1, tied=False)
+        with serving(model, fetch=True, private=True) as server:
+            answer = server.client().chat.completions.create(**ask, max_tokens=5)
+            assert answer.choices[0].message.content == model.caption(image, max_tokens=5)
+        with serving(model, fetch=True) as server, pytest.raises(Exception, match="public"):
+            server.client().chat.completions.create(**ask)
+        http.shutdown()

@@ -1,0 +1,110 @@
+"""The openai SDK draws, edits and embeds."""
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def opened(data: str | None) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(data or "")))
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("asked", "options"),
+    [
+        ({"guidance_scale": 2.0}, {"guidance_scale": 2.0}),
+        ({"steps": 4}, {"method": "masked", "steps": 4}),
+        ({"negative_prompt": "two dogs", "temperature": 1.0},
+         {"negative": "two dogs", "temperature": 1.0}),
+    ],
+)  # fmt: skip
+def test_drawings_are_those_of_the_model_itself(
+    server: Any, asked: dict[str, Any], options: dict[str, Any]
+) -> None:
+    drawn = server.client().images.generate(
+        model="tiny", prompt="a red bus", n=2, extra_body={"seed": 3, **asked}
+    )
+    expected = server.model.draw("a red bus", 2, seed=3, **options)
+    assert len(drawn.data) == 2
+    for one, image in zip(drawn.data, expected, strict=True):
+        assert opened(one.b64_json).tobytes() == image.tobytes()
+    assert drawn.usage.output_tokens == 2 * 16
+
+
+def test_a_drawing_is_seen_as_it_grows(server: Any) -> None:
+    how: dict[str, Any] = {"model": "tiny", "prompt": "a red bus", "extra_body": {"seed": 3}}
+    events = list(server.client().images.generate(**how, stream=True, partial_images=2))
+    *partial, last = events
+    assert [event.type for event in partial] == ["image_generation.partial_image"] * 2
+    assert [event.partial_image_index for event in partial] == [0, 1]
+    whole = server.client().images.generate(**how)
+    assert last.type == "image_generation.completed"
+    assert last.b64_json == whole.data[0].b64_json != partial[1].b64_json
+    assert last.usage.output_tokens == 16
+
+
+def test_a_drawing_in_another_size_and_format(server: Any) -> None:
+    drawn = server.client().images.generate(
+        model="tiny", prompt="a bus", size="64x48", output_format="webp"
+    )
+    image = opened(drawn.data[0].b64_json)
+    assert image.size == (64, 48) and image.format == "WEBP" and drawn.output_format == "webp"
+
+
+def test_what_is_transparent_is_drawn_anew(server: Any) -> None:
+    rng = np.random.default_rng(1)
+    image = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, (0, 0, 20, 20))
+    mask = Image.new("RGBA", image.size)
+    mask.putalpha(alpha)
+    how: dict[str, Any] = {
+        "model": "tiny", "prompt": "a red bus", "extra_body": {"seed": 3, "steps": 4}
+    }  # fmt: skip
+    edited = server.client().images.edit(
+        image=("a.png", png(image)), mask=("m.png", png(mask)), **how
+    )
+    result = opened(edited.data[0].b64_json)
+    expected = server.model.edit(image, (0, 0, 20, 20), "a red bus", seed=3, steps=4)
+    assert result.tobytes() == expected.tobytes()
+    pixels, before = np.asarray(result), np.asarray(image)
+    assert (pixels[20:] == before[20:]).all() and (pixels[:20, :20] != before[:20, :20]).any()
+    # An image that is transparent itself needs no mask.
+    image.putalpha(alpha)
+    again = server.client().images.edit(image=("a.png", png(image)), **how)
+    assert (np.asarray(opened(again.data[0].b64_json))[20:] == before[20:]).all()
+
+
+def test_embeddings_are_those_of_the_model_itself(server: Any) -> None:
+    client, texts = server.client(), ["a red bus", "two dogs"]
+    expected = server.model.embed(texts=texts).numpy()
+    as_base64 = client.embeddings.create(model="tiny", input=texts)
+    as_floats = client.embeddings.create(model="tiny", input=texts, encoding_format="float")
+    for found in (as_base64, as_floats):
+        rows = np.array([item.embedding for item in found.data])
+        assert rows == pytest.approx(expected, abs=1e-6)
+    short = client.embeddings.create(model="tiny", input=texts[0], dimensions=8).data[0].embedding
+    cut = expected[0, :8] / np.linalg.norm(expected[0, :8])
+    assert short == pytest.approx(cut, abs=1e-6)
+    assert as_base64.usage.prompt_tokens == as_floats.usage.total_tokens > 0
+
+
+def test_an_image_and_its_text_share_a_space(server: Any) -> None:
+    rng = np.random.default_rng(1)
+    image = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    url = f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": content}]}
+    answer = server.client().post("/embeddings", body=body, cast_to=object)
+    expected = server.model.embed(image).numpy()
+    assert answer["data"][0]["embedding"] == pytest.approx(expected, abs=1e-6)

@@ -1,0 +1,245 @@
+"""Requests share a batch: each gets what it would get alone, and what happens to one is its own."""
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from multimodal.api import Model
+from multimodal.inference.decode import Row
+from multimodal.options import TextOptions
+from multimodal.serve.engine.errors import ApiError
+from multimodal.serve.engine.scheduler import Decoding, Job, Scheduler, Steps
+
+Make = Callable[..., Model]
+TEXTS = ("a red bus", "two dogs run on the beach", "the cat", "a", "blue", "a small blue circle")
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
+
+
+def test_same_seed_same_bytes_whatever_else_is_asked(server: Any) -> None:
+    """Texts, drawings, edits of many clients, and each alone before. Scores are equal, too."""
+    client = server.client()
+
+    def answer(number: int) -> str:
+        found = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": TEXTS[number % len(TEXTS)]}],
+            temperature=[0.0, 1.0, 0.7][number % 3],
+            top_p=[1.0, 0.9][number % 2],
+            max_tokens=8 + 5 * (number % 4),
+            seed=number,
+            n=1 + number % 2,
+            logprobs=True,
+        )
+        return str([(choice.message.content, choice.logprobs) for choice in found.choices])
+
+    def draw(number: int) -> str:
+        more = [{"guidance_scale": 1.0}, {}, {"steps": 3}][number % 3]
+        drawn = client.images.generate(
+            model="tiny", prompt=TEXTS[number % len(TEXTS)], extra_body={"seed": number, **more}
+        )
+        return str(drawn.data[0].b64_json)
+
+    work = [(answer, number) for number in range(10)] + [(draw, number) for number in range(6)]
+    alone = [ask(number) for ask, number in work]
+    with ThreadPoolExecutor(len(work)) as pool:
+        for order in (work, work[::-1]):
+            together = list(pool.map(lambda each: each[0](each[1]), order))
+            assert together == (alone if order is work else alone[::-1])
+    assert len(set(alone)) == len(alone)
+
+
+def test_a_client_that_leaves_makes_room(tiny_model: Make, serving: Any) -> None:
+    """In a stream, in the middle of an answer, while it waits; and half-closed sockets."""
+    with serving(tiny_model(noise=0.1, tied=False), rows=1) as server:
+        scheduler = server.engine.scheduler
+        long = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1000}
+        stream = server.client().chat.completions.create(**long, stream=True)
+        next(iter(stream))
+        waiting = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
+        body = b'{"model":"tiny","messages":[{"role":"user","content":"a"}],"max_tokens":999}'
+        for each in waiting:
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer sk-test"
+            each.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: len(scheduler.jobs) == 4)
+        assert len(scheduler.decoder) == 1
+        waiting[0].close()
+        waiting[1].shutdown(socket.SHUT_RDWR)
+        wait_for(lambda: len(scheduler.jobs) == 2)
+        stream.close()
+        wait_for(lambda: len(scheduler.jobs) == 1)
+        waiting[2].close()
+        wait_for(lambda: not scheduler.jobs and not len(scheduler.decoder))
+        answer = server.client().chat.completions.create(**{**long, "max_tokens": 3})
+        assert answer.usage.completion_tokens == 3
+
+
+def test_metrics_count(tiny_model: Make, serving: Any) -> None:
+    with serving(tiny_model(noise=0.1, tied=False)) as server:
+        ask = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 3}
+        answer = server.client().chat.completions.create(**ask)
+        with pytest.raises(Exception, match="no model"):
+            server.client().chat.completions.create(**{**ask, "model": "other"})
+        url = f"http://127.0.0.1:{server.port}/metrics"
+        text = httpx2.get(url, headers={"Authorization": "Bearer sk-test"}).text
+        path = 'path="/v1/chat/completions"'
+        for line in (
+            f'multimodal_requests_total{{{path},status="200"}} 1.0',
+            f'multimodal_requests_total{{{path},status="404"}} 1.0',
+            f"multimodal_generated_tokens_total {answer.usage.completion_tokens}.0",
+            f"multimodal_prompt_tokens_total {answer.usage.prompt_tokens}.0",
+            f"multimodal_first_output_seconds_count{{{path}}} 2.0",
+            "multimodal_requests_running 0.0",
+            "multimodal_requests_waiting 0.0",
+            "multimodal_batch_rows 0.0",
+        ):
+            assert line in text
+
+
+# --- the scheduler alone --------------------------------------------------------------------------
+
+
+class Counting(Row):
+    """A row of ``length`` tokens, which may fail."""
+
+    ids = slice(0, 300)
+
+    def __init__(self, number: int, length: int, fails: bool = False) -> None:
+        super().__init__(number, [[1, 2, 3 + number]], length)
+        self.fails = fails
+
+    def take(self, token: int, log_probability: float) -> Iterator[int]:
+        if self.fails:
+            raise RuntimeError("a row failed")
+        self.generated.append(token)
+        self.done = len(self.generated) == self.max_new_tokens
+        yield token
+
+
+class Ends:
+    """Jobs and what became of them."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler, self.results, self.order = scheduler, dict[str, Any](), list[str]()
+
+    def submit(self, name: str, steps: Steps) -> Job:
+        def ended(result: Any) -> None:
+            self.results[name] = result
+            self.order.append(name)
+
+        job = Job(steps, lambda row, piece: None, ended)
+        self.scheduler.submit(job)
+        return job
+
+
+@pytest.fixture
+def ends(tiny_model: Make) -> Iterator[Ends]:
+    scheduler = Scheduler(tiny_model(noise=0.1).network, rows=4, requests=20)
+    yield Ends(scheduler)
+    scheduler.stop(0)
+    assert not scheduler.jobs
+
+
+def decoding(rows: list[Row], long: bool = False) -> Steps:
+    yield Decoding(rows, TextOptions(), long=long)
+    return [len(row.generated) for row in rows]
+
+
+def test_short_answers_pass_long_drawings(ends: Ends) -> None:
+    """Drawings that would fill the batch leave a row to others."""
+    for number in range(5):
+        ends.submit(f"drawing {number}", decoding([Counting(n, 200) for n in range(2)], long=True))
+    ends.submit("answer", decoding([Counting(0, 3)]))
+    wait_for(lambda: "answer" in ends.results)
+    assert ends.order == ["answer"] and ends.results["answer"] == [3]
+
+
+def test_many_rows_of_one_request_do_not_keep_others_out(ends: Ends) -> None:
+    ends.submit("many", decoding([Counting(n, 10) for n in range(12)]))
+    ends.submit("one", decoding([Counting(0, 10)]))
+    wait_for(lambda: len(ends.results) == 2)
+    assert ends.order == ["one", "many"] and ends.results["many"] == [10] * 12
+
+
+def test_an_error_ends_its_own_request(ends: Ends) -> None:
+    def wrong() -> Steps:
+        yield None
+        raise ValueError("temperature=-1: expected more")
+
+    slow = ends.submit("slow", decoding([Counting(0, 4000)]))
+    ends.submit("wrong", wrong())
+    ends.submit("too long", decoding([Counting(0, 10**6)]))
+    wait_for(lambda: len(ends.results) == 2)
+    assert all(isinstance(ends.results[name], ValueError) for name in ("wrong", "too long"))
+    ends.scheduler.cancel(slow)
+    wait_for(lambda: "slow" in ends.results)
+
+
+def test_the_scheduler_outlives_a_batch_that_fails(ends: Ends) -> None:
+    ends.submit("fails", decoding([Counting(0, 5, fails=True)]))
+    wait_for(lambda: "fails" in ends.results)
+    assert isinstance(ends.results["fails"], RuntimeError)
+    ends.submit("next", decoding([Counting(0, 5)]))
+    wait_for(lambda: "next" in ends.results)
+    assert ends.results["next"] == [5]
+
+
+def test_a_stopping_scheduler_lets_requests_end(tiny_model: Make) -> None:
+    ends = Ends(Scheduler(tiny_model().network, rows=2))
+    ends.submit("running", decoding([Counting(0, 50)]))
+    wait_for(lambda: len(ends.scheduler.decoder) == 1)
+    stopping = threading.Thread(target=ends.scheduler.stop, args=(30,))
+    stopping.start()
+    wait_for(lambda: ends.scheduler.stopping)
+    with pytest.raises(ApiError) as caught:
+        ends.submit("late", decoding([Counting(0, 5)]))
+    assert caught.value.status == 503 and caught.value.retry_after
+    stopping.join()
+    assert ends.results["running"] == [50]
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_command_answers_and_ends_by_a_signal(tiny_model_folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "multimodal", "serve", str(tiny_model_folder)]
+    process = subprocess.Popen(
+        [*command, "--port", str(port), "--threads", "1"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert str(port) in process.stdout.readline()
+    url = f"http://127.0.0.1:{port}"
+
+    def up() -> bool:
+        try:
+            return httpx2.get(f"{url}/health").status_code == 200
+        except httpx2.TransportError:
+            return False
+
+    wait_for(up)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 900}
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(httpx2.post, f"{url}/v1/chat/completions", json=body, timeout=60)
+        wait_for(lambda: "running 1.0" in httpx2.get(f"{url}/metrics").text)
+        process.send_signal(signal.SIGTERM)
+        assert running.result().status_code == 200, "what was running ends"
+    assert process.wait(30) in (0, -signal.SIGTERM)
