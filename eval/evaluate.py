@@ -228,6 +228,7 @@ def protocol_of(
     tokenizer = model.image_tokenizer
     return {
         "model": arguments.model,
+        **({"adapter": arguments.adapter} if arguments.adapter else {}),
         "fingerprint": model.fingerprint,
         "split": arguments.split,
         "image_size": tokenizer.image_size,

@@ -38,7 +38,8 @@ BELOW: dict[str, tuple[str, ...]] = {
     "data.builder": ("foundation", "hub", "data", "data.formats"),
     # The decoder alone: it knows ids and tensors, and nothing of what they mean.
     "model.layers": ("foundation",),
-    "model": ("foundation", "tokenizers", "hub", "model.layers"),
+    "adapters": ("foundation", "tokenizers", "hub", "model.layers"),
+    "model": ("foundation", "tokenizers", "hub", "model.layers", "adapters"),
     "export": ("foundation", "tokenizers", "hub", "model", "model.layers"),
     "released": ("foundation", "tokenizers", "model", "model.layers"),
     "scenes": ("foundation", "data"),
@@ -69,8 +70,8 @@ BELOW: dict[str, tuple[str, ...]] = {
     "train.run": ("foundation",),
     "train": (
         "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model", "model.layers",
-        "inference", "api", "export", "eval", "eval.evaluator", "eval.metrics", "eval.tasks",
-        "train.run",
+        "adapters", "inference", "api", "export", "eval", "eval.evaluator", "eval.metrics",
+        "eval.tasks", "train.run",
     ),
     "train.tokenizers": (
         "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model",

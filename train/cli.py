@@ -191,7 +191,7 @@ class TrainingCLI(LightningCLI):
             callbacks.append(ClearFolder(self.run))
         if fit and not tried:
             best = self._best_validation(given)
-            export = ExportModel(self.run.model, best)
+            export = ExportModel(self._exported, best)
             checkpoints = None
             callbacks += [best, export]
             if config.trainer.enable_checkpointing is not False:
@@ -211,6 +211,11 @@ class TrainingCLI(LightningCLI):
             kwargs["enable_progress_bar"] = False  # Lightning's own
         kwargs["callbacks"] = [*given, *callbacks]
         return super().instantiate_trainer(**kwargs)
+
+    @property
+    def _exported(self) -> Path:
+        """The folder that this run writes."""
+        return self.run.path / getattr(self.model, "exports", "model")
 
     def _best_validation(self, given: list[L.Callback]) -> BestValidation:
         """By --best_by, else by EarlyStopping, else by what the module names."""
@@ -252,15 +257,12 @@ class TrainingCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Write the model of a run that was resumed at its end, if it has none."""
-        if (
-            not (self.run.model / "config.json").is_file()
-            and not self.config.fit.trainer.fast_dev_run
-        ):
+        if not self.run.has_export and not self.config.fit.trainer.fast_dev_run:
             checkpoint = self.run.best if self.run.best.exists() else self.run.last
             if is_first_rank() and checkpoint.is_file():
                 load_weights(self.model, checkpoint)
-                self.model.export(self.run.model)
-                print_status(f"{self.run.model}: from {checkpoint}")
+                self.model.export(self._exported)
+                print_status(f"{self._exported}: from {checkpoint}")
 
     before_validate = before_test = before_predict = before_fit
 

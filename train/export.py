@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   multimodal export model runs/joint/checkpoints/last.ckpt model
   multimodal export model runs/joint/checkpoints/step=600.ckpt model --dtype bfloat16
   multimodal export model runs/joint/model smaller --dtype bfloat16
+  multimodal export model starter mine --adapter runs/finetune/adapter
 """
 
 
@@ -39,6 +40,7 @@ def export_checkpoint(checkpoint: Path, out: Path, config: Path | None = None) -
     check_checkpoint(checkpoint)
     config = config or checkpoint.resolve().parent.parent / "logs" / "config.yaml"
     module: Any = module_of(config)
+    module.configure_model()  # an adapter has weights, too
     if checkpoint.is_dir():
         from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -69,7 +71,8 @@ def module_of(config: Path) -> L.LightningModule:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="multimodal export model",
-        description="Make a model folder of a training checkpoint, or a smaller one of a model.",
+        description="Make a model folder of a training checkpoint, or a smaller one of a model. Of "
+        "a checkpoint of a run with LoRA it makes the folder of the adapter.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -78,12 +81,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of the written weights (default: float32 of a checkpoint, bfloat16 of a model: half "
-        "the size)",
+        help="of the written weights (default: bfloat16 of a model, half the size; float32 of a "
+        "checkpoint, and with --adapter)",
     )
     parser.add_argument(
         "--image-tokenizer", metavar="DIR", help="put in this one: the same codes, another decoder"
     )
+    parser.add_argument("--adapter", metavar="DIR", help="merge this adapter (LoRA) into the model")
     parser.add_argument(
         "--config",
         type=Path,
@@ -94,7 +98,10 @@ def main(argv: list[str]) -> int:
     source, out = Path(arguments.model), Path(arguments.out)
     tokenizer = arguments.image_tokenizer
     if not (source.is_file() or (source / ".metadata").is_file()):
-        export_model(arguments.model, out, arguments.dtype or "bfloat16", tokenizer)
+        dtype = arguments.dtype or ("bfloat16" if arguments.adapter is None else "float32")
+        export_model(arguments.model, out, dtype, tokenizer, arguments.adapter)
+    elif arguments.adapter is not None:
+        raise ValueError(f"{source}: --adapter is merged into a model folder, not a checkpoint")
     elif arguments.dtype in (None, "float32") and tokenizer is None:
         export_checkpoint(source, out, arguments.config)
     else:

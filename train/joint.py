@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multimodal.adapters.lora import LoraConfig
 from multimodal.api import Model
 from multimodal.data.images import Fit, to_image
 from multimodal.distributed import gather_objects, mean_over_ranks
@@ -29,17 +30,18 @@ from multimodal.provenance import Provenance
 from multimodal.terminal import shown
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
+from multimodal.train.adapting import AdapterModule
 from multimodal.train.cost import training_flops
 from multimodal.train.examples import Examples, Note
-from multimodal.train.optim import MuonModule, can_compile, parameters_named
+from multimodal.train.optim import can_compile, parameters_named
 from multimodal.train.preflight import check_data
 from multimodal.train.run.folder import log_folder
-from multimodal.train.sharding import fsdp_modules, full_state_dict, shard, unsharded
+from multimodal.train.sharding import fsdp_modules, full_state_dict, unsharded
 
 IMAGES_AT_ONCE = 256  # a document may have any number of images
 
 
-class JointModule(MuonModule):
+class JointModule(AdapterModule):
     """Trains a network on the codes of a frozen image tokenizer.
 
     Args:
@@ -70,6 +72,8 @@ class JointModule(MuonModule):
         learning_rates: other rates for parts by name.
         freeze: names of parts that are not trained, such as ``network.transformer.layers.0`` or
             ``*.mlp.*``.
+        lora: train an adapter for the model of ``--init_from``, and nothing else: r, alpha,
+            dropout, target. The run writes ``adapter/`` in place of ``model/``.
         recompute: keep no activations inside layers, and compute them again for the gradients. It
             takes a third more time and much less memory.
         captions_in_validation, answers_in_validation, drawings_in_validation: how many to make,
@@ -97,6 +101,7 @@ class JointModule(MuonModule):
         warmup_steps: int = 100,
         learning_rates: dict[str, float] | None = None,
         freeze: list[str] | None = None,
+        lora: LoraConfig | None = None,
         recompute: bool = False,
         captions_in_validation: int = 200,
         answers_in_validation: int = 200,
@@ -104,7 +109,7 @@ class JointModule(MuonModule):
         compile: bool = False,
         attention: Backend = "sdpa",
     ) -> None:
-        super().__init__(learning_rate, weight_decay, warmup_steps, learning_rates)
+        super().__init__(learning_rate, weight_decay, warmup_steps, learning_rates, lora)
         # The model is what validation uses. Its parts are the module's own, so that Lightning moves
         # and saves them.
         self.model = Model.new(
@@ -122,6 +127,10 @@ class JointModule(MuonModule):
             fingerprint = self.image_tokenizer.fingerprint
             self.note_source(image_tokenizer, fingerprint, self.image_tokenizer.provenance)
         self.network.attention_backend = attention
+        if freeze and lora is not None:
+            raise ValueError(
+                "freeze: with lora only the adapter trains; lora.target names its layers"
+            )
         for name in freeze or ():
             for parameter in parameters_named(self, name):
                 parameter.requires_grad_(False)
@@ -151,11 +160,8 @@ class JointModule(MuonModule):
         self.image_tokenizer.eval()  # it is frozen
         return self
 
-    def configure_model(self) -> None:
-        if self.device_mesh is not None and not fsdp_modules(self.network):  # FSDP2
-            shard(self.network, self.device_mesh["data_parallel"])
-
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if self.network.attention_backend == "flex" and self.device.type != "cuda":
             raise ValueError("attention: flex needs a GPU (CUDA); sdpa runs anywhere")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -202,6 +208,7 @@ class JointModule(MuonModule):
             raise ValueError(f"{folder}: its text tokenizer is not the one of this run")
         try:
             self.network.take_weights(source.network)
+            self.note_base(folder, source)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
         self.note_source(folder, source.fingerprint, source.provenance)
@@ -358,7 +365,10 @@ class JointModule(MuonModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def export(self, folder: str | Path) -> None:
-        """Write the model folder. Every rank has to call."""
+        """Write the folder of the model, or of its adapter. Every rank has to call."""
+        if self.lora is not None:
+            self.export_adapter(folder)
+            return
         if not fsdp_modules(self.network):
             if self.writes_files:
                 self._noted(self.model).save(folder, self.card("A model of text and images"))

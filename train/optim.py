@@ -35,9 +35,11 @@ class MuonModule(L.LightningModule):
 
     Attributes:
         best_by: which validation is the best, by a logged value: NAME:min, NAME:max, or last.
+        exports: the name of the folder that a run writes, in its own folder.
     """
 
     best_by = "val/total:min"
+    exports = "model"
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class MuonModule(L.LightningModule):
 
     @property
     def heads(self) -> list[nn.Module]:
-        """Modules that serve a loss only, and are not exported. AdamW trains them."""
+        """Modules that serve a loss only, and are not exported, and adapters. AdamW trains them."""
         return []
 
     @property

@@ -11,7 +11,7 @@ from __future__ import annotations  # help() shows the names of types as they ar
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -347,6 +347,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: torch.dtype | DType = "auto",
     *,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
     urls: bool = False,
     verify: bool = True,
 ) -> Model:
@@ -358,15 +359,19 @@ def load(
         device: where torch computes. ``auto`` is CUDA, else MPS, else the CPU.
         dtype: of the network, float32 or bfloat16. ``auto`` is bfloat16 on a GPU that has it in
             hardware, else float32. The image tokenizer stays in float32.
+        adapter: what a run with ``lora`` has written for this model: its folder, or its name on
+            the Hub. It is merged into the weights. Several: ``{name: folder}``; the first one is
+            in use until ``use_adapter`` names others.
         urls: images may be http and https addresses, which are fetched.
         verify: compare the fingerprint of the files with that in config.json. It takes a second
             for each two gigabytes.
 
     Raises:
         ValueError: for anything that is not a model folder of this release, files that have
-            changed since they were written, or a device or dtype that cannot be used.
+            changed since they were written, an adapter of another model, or a device or dtype that
+            cannot be used.
     """
     place = choose_device(device)
-    model = Model.load(path, str(place), choose_dtype(dtype, place), verify)
+    model = Model.load(path, str(place), choose_dtype(dtype, place), verify, adapter)
     model.urls = urls
     return model

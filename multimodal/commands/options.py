@@ -49,6 +49,9 @@ def make_parser(
         help="a folder, a bundled model, or user/name[@revision] of the Hugging Face Hub "
         "(default starter)",
     )
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="what a run with LoRA has written for this model"
+    )
     add_device(parser)
     parser.add_argument(
         "--dtype",
@@ -178,6 +181,7 @@ def run_bulk(arguments: argparse.Namespace, kind: Literal["caption", "embed"]) -
         arguments.batch_size,
         options,
         arguments.threads or 1,
+        arguments.adapter,
     )
     total = len(Shards(arguments.data, arguments.split))
     with tqdm(total=total, unit="image", file=sys.stderr, disable=None) as bar:
@@ -290,7 +294,13 @@ def load_model(arguments: argparse.Namespace) -> "Model":
     from multimodal import load
 
     use_device(arguments)
-    return load(arguments.model, arguments.device, arguments.dtype, urls=arguments.urls)
+    return load(
+        arguments.model,
+        arguments.device,
+        arguments.dtype,
+        adapter=arguments.adapter,
+        urls=arguments.urls,
+    )
 
 
 def check_output(path: Path, suffixes: tuple[str, ...] = tuple(IMAGE_FORMATS)) -> None:

@@ -18,23 +18,28 @@ def export_model(
     out: str | Path,
     dtype: str = "bfloat16",
     image_tokenizer: str | Path | None = None,
+    adapter: str | Path | None = None,
 ) -> None:
-    """Write a model folder again, with its weights rounded. Quantized ones become floats again.
+    """Write a model folder again, with its weights rounded, or with an adapter merged in.
+
+    Quantized weights become floats again.
 
     Args:
         source: a model: see multimodal/hub/names.py.
         out: a new or empty folder.
         dtype: of the written weights, one of DTYPES.
         image_tokenizer: one with another decoder for the same codes, to put into the model.
+        adapter: of this model, see multimodal/adapters/folder.py.
 
     Raises:
-        ValueError: as ``export_hf``, and for an image tokenizer that makes other codes.
+        ValueError: as ``export_hf``, for an image tokenizer that makes other codes, and for an
+            adapter of another model.
     """
     source, out = find_model(source), local_path(out)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     with new_folder(out) as folder:
-        model = ModelParts.load(source).dequantized()
+        model = ModelParts.load(source, adapter=adapter).dequantized()
         if image_tokenizer is not None:
             other = load_image_tokenizer(part_of(image_tokenizer, "image_tokenizer"))
             if other.codes_fingerprint != model.image_tokenizer.codes_fingerprint:
@@ -47,3 +52,6 @@ def export_model(
         model.save(folder, dtype=DTYPES[dtype])
         if (source / "README.md").is_file():
             shutil.copyfile(source / "README.md", folder / "README.md")
+        if adapter is not None:
+            with open(folder / "README.md", "a", encoding="utf-8") as card:
+                card.write(f"\nThe adapter {adapter} is merged into these weights.\n")

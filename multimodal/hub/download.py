@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 # What is fetched: files at the top of a model, and an image tokenizer, which may have levels.
 TOP = (
-    r"[A-Za-z0-9_][A-Za-z0-9._-]*\.json|(model|heads)(-\d+-of-\d+)?\.safetensors|README\.md|LICENSE"
+    r"[A-Za-z0-9_][A-Za-z0-9._-]*\.json|(model|heads|adapter_model)(-\d+-of-\d+)?\.safetensors|"
+    r"README\.md|LICENSE"
 )
 TOKENIZER = r"(image_tokenizer/)?((meaning|detail)/)?(config\.json|model\.safetensors)"
 READABLE = re.compile(f"(?:{TOP})|(?:{TOKENIZER})")

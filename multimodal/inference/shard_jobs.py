@@ -41,6 +41,7 @@ class Job:
         options: of captions.
         threads: CPU threads of each process. Rows of embeddings depend on it in their last bits.
             0: torch's choice.
+        adapter: of the model, a folder or its name on the Hub.
     """
 
     kind: Kind
@@ -50,6 +51,7 @@ class Job:
     batch_size: int = 32
     options: CaptionOptions = field(default_factory=CaptionOptions)
     threads: int = 0
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def run_job(
     splits = {str(entry["split"]) for entry in entries}
     if split is not None and split not in splits:
         raise ValueError(f"{source}: no split {split!r}; it has {', '.join(sorted(splits))}")
-    model = _model(job.model, job.device, job.dtype)
+    model = _model(job.model, job.device, job.dtype, job.adapter)
     check_codes_fit(model, Shards(source, split))
     arguments = {
         "kind": job.kind,
@@ -155,7 +157,7 @@ def run_shard(shard: ShardTask) -> tuple[int, int]:
         job = shard.job
         if job.threads:
             torch.set_num_threads(job.threads)
-        lines, rows = _results(_model(job.model, job.device, job.dtype), shard)
+        lines, rows = _results(_model(job.model, job.device, job.dtype, job.adapter), shard)
         if rows is not None:
             with atomic_file(shard.rows, shared=True) as part, open(part, "wb") as file:
                 np.save(file, rows.numpy(), allow_pickle=False)
@@ -169,8 +171,8 @@ def run_shard(shard: ShardTask) -> tuple[int, int]:
 
 
 @lru_cache(1)
-def _model(folder: str, device: str, dtype: str) -> ModelParts:
-    return ModelParts.load(folder, device, getattr(torch, dtype))
+def _model(folder: str, device: str, dtype: str, adapter: str | None) -> ModelParts:
+    return ModelParts.load(folder, device, getattr(torch, dtype), adapter=adapter)
 
 
 def _results(model: ModelParts, shard: ShardTask) -> tuple[list[dict[str, Any]], Tensor | None]:

@@ -9,7 +9,7 @@ Nothing in it is a pickle.
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, Self
@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from multimodal.adapters.choice import AdapterChoice
+from multimodal.adapters.folder import Adapter, AdapterSource
 from multimodal.files import atomic_folder, local_path
 from multimodal.hub.card import DEFAULT_CARD
 from multimodal.hub.names import find_model
@@ -87,6 +89,7 @@ class ModelParts:
     image_tokenizer: ImageTokenizer
     urls: bool = False  # whether images may be web addresses
     provenance: Provenance = Provenance()
+    adapters: AdapterChoice | None = None
 
     def __post_init__(self) -> None:
         config = self.network.config
@@ -140,6 +143,7 @@ class ModelParts:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         verify: bool = True,
+        adapter: AdapterSource | None = None,
     ) -> Self:
         """Load a model, ready for use.
 
@@ -148,10 +152,12 @@ class ModelParts:
             dtype: of the network.
             verify: compare the fingerprint of what was read with that in ``config.json``. A second
                 for each two gigabytes of weights.
+            adapter: is merged into the network (multimodal/adapters/folder.py). Of several by
+                name the first is, see ``use_adapter``.
 
         Raises:
-            ValueError: for anything that is not a model of this release, and for files that have
-                changed since they were written.
+            ValueError: for anything that is not a model of this release, for files that have
+                changed since they were written, and for an adapter of another model.
         """
         folder = find_model(path)
         stored = read_config(folder)
@@ -188,8 +194,37 @@ class ModelParts:
                 f"{folder}: damaged: its files have the fingerprint {computed}, its config.json "
                 f"says {claimed.model}. Copy or download it again (or load it with verify=False)"
             )
+        if adapter is not None:
+            parts._adapt(adapter, path, claimed.model)
         parts.network.to(dtype)
         return parts.to(device).eval()
+
+    def _adapt(self, adapter: AdapterSource, name: str | Path, fingerprint: str) -> None:
+        """Merge an adapter, or the first of several.
+
+        Args:
+            name, fingerprint: of this model.
+        """
+        sources = adapter if isinstance(adapter, Mapping) else {"": adapter}
+        adapters = {key: Adapter.read(source) for key, source in sources.items()}
+        for each in adapters.values():
+            each.check_base(name, fingerprint)
+            self.provenance += each.provenance
+        if isinstance(adapter, Mapping):
+            self.adapters = AdapterChoice(self.network.transformer, adapters)
+            self.use_adapter(*list(adapters)[:1])
+        else:
+            adapters[""].merge(self.network.transformer)
+
+    def use_adapter(self, *names: str) -> None:
+        """Of the adapters that were loaded by name use these. Without a name: the base alone.
+
+        Raises:
+            ValueError: for a name that is none of them.
+        """
+        if self.adapters is None:
+            raise ValueError("use_adapter: no adapters were loaded by name (adapter={NAME: DIR})")
+        self.adapters.use(*names)
 
     def save(self, folder: str | Path, card: str = "", dtype: torch.dtype = torch.float32) -> None:
         """Write the model folder.

@@ -91,7 +91,9 @@ class _HeadLosses(torch.autograd.Function):
                 else weights.new_ones(())
             )
             of_hidden = torch.empty_like(read) if learns else None
-            of_head = torch.zeros_like(matrix, dtype=torch.float32) if learns else None
+            of_head = None  # a frozen head needs none
+            if learns and ctx.needs_input_grad[1]:
+                of_head = torch.zeros_like(matrix, dtype=torch.float32)
             nll, log_z, largest, state_grad_norm_sq = (
                 hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(4)
             )
@@ -104,7 +106,7 @@ class _HeadLosses(torch.autograd.Function):
                 largest[here] = logits.amax(-1)
                 log_z[here] = z = logits.logsumexp(-1)
                 nll[here] = z - logits[rows, targets[here]]
-                if of_hidden is None or of_head is None:
+                if of_hidden is None:
                     continue
                 slope = (weights[here] + 2 * z_weights[here] * z) / unit
                 gradient = logits.sub_(z[:, None]).exp_().mul_(slope[:, None])
@@ -112,13 +114,14 @@ class _HeadLosses(torch.autograd.Function):
                 gradient = gradient.to(kind)
                 of_hidden[here] = gradient @ matrix - (smoothed[here, None] * mean_row).to(kind)
                 state_grad_norm_sq[here] = (of_hidden[here].float() * unit).square().sum(-1)
-                of_head += gradient.T @ read[here]
+                if of_head is not None:
+                    of_head += gradient.T @ read[here]
             if of_head is not None:
                 of_head[:smoothed_ids] -= smoothed @ read.float() / smoothed_ids
             uniform = log_z - read.float() @ mean_row
             losses = nll + smoothing * (uniform - nll)
             total = (weights * losses + z_weights * log_z.square()).sum()
-        if of_hidden is not None and of_head is not None:
+        if of_hidden is not None:
             ctx.save_for_backward(of_hidden, of_head, unit)
             ctx.types = hidden.dtype, head.dtype
         ctx.mark_non_differentiable(nll, log_z, largest, state_grad_norm_sq)
@@ -131,6 +134,6 @@ class _HeadLosses(torch.autograd.Function):
         factor = of_total.float() * unit
         return (
             (factor * of_hidden.float()).to(hidden),
-            (factor * of_head).to(head),
+            None if of_head is None else (factor * of_head).to(head),
             *[None] * 7,
         )

@@ -76,3 +76,18 @@ def test_label_smoothing_is_that_of_torch(
     torch.testing.assert_close(
         losses.state_grad_norm_sq, of_hidden.square().sum(-1), rtol=1e-3, atol=1e-4
     )
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_states_get_theirs() -> None:
+    """An adapter trains the layers, so a gradient of V x D would be made for nothing."""
+    torch.manual_seed(0)
+    hidden, head = torch.randn(61, 24).requires_grad_(), torch.randn(50, 24)
+    targets, weights = torch.randint(50, (61,)), torch.rand(61)
+    losses = head_losses(hidden, head, targets, weights, weights)
+    trained = head_losses(hidden, head.clone().requires_grad_(), targets, weights, weights)
+    assert torch.equal(losses.total, trained.total)
+    kept, kept_trained = (one.total.grad_fn.saved_tensors for one in (losses, trained))
+    assert not any(tensor is not None and tensor.shape == head.shape for tensor in kept)
+    assert any(tensor.shape == head.shape for tensor in kept_trained)
+    ours, theirs = (grad(one.total, hidden)[0] for one in (losses, trained))
+    assert torch.equal(ours, theirs)

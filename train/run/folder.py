@@ -1,6 +1,7 @@
 """The folder of a run: what lies where in it, whose it is, and what may be replaced.
 
-RUN/logs/  RUN/validate/  RUN/test/  RUN/checkpoints/  RUN/model/  RUN/predictions.jsonl
+RUN/logs/  RUN/validate/  RUN/test/  RUN/checkpoints/  RUN/model/ or RUN/adapter/
+RUN/predictions.jsonl
 """
 
 import shutil
@@ -71,8 +72,15 @@ class RunFolder:
         return self.checkpoints / "best.ckpt"
 
     @property
-    def model(self) -> Path:
-        return self.path / "model"
+    def exports(self) -> tuple[Path, ...]:
+        """The folders that runs write: a model, or an adapter of one."""
+        return self.path / "model", self.path / "adapter"
+
+    @property
+    def has_export(self) -> bool:
+        """Whether one of them is there, complete."""
+        last = ("config.json", "adapter_config.json")
+        return any((folder / name).is_file() for folder in self.exports for name in last)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -111,7 +119,7 @@ class RunFolder:
         """
         if resumed and Path(resumed).parent.resolve() == self.checkpoints.resolve():
             return
-        has_model = (self.model / "config.json").is_file()
+        has_model = self.has_export
         has_checkpoint = any(self.checkpoints.glob("*.ckpt"))
         if not (has_model or has_checkpoint):
             return
@@ -126,7 +134,8 @@ class RunFolder:
         """Remove the checkpoints and the model of another run. Its logs stay."""
         for path in self.checkpoints.glob("*.ckpt"):
             remove(path)
-        shutil.rmtree(self.model, ignore_errors=True)
+        for folder in self.exports:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class ClearFolder(L.Callback):

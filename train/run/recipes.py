@@ -12,7 +12,7 @@ usage: multimodal {verb} --config RECIPE [--KEY VALUE ...]
 
 options:
   --config FILE        a YAML file, or a recipe of the package: {recipes}
-  --output DIR         the folder of the run: logs/, checkpoints/, model/
+  --output DIR         the folder of the run: logs/, checkpoints/, model/ (with LoRA adapter/)
   --overwrite          replace another run in --output
   --ckpt_path FILE     {checkpoint}; "last" and "best" are those of --output
   --init_from MODEL    start from the weights of this model folder
@@ -73,7 +73,8 @@ def help_text(verb: str, sizes: Mapping[str, int]) -> str:
     fit = verb == "fit"
     run = "runs/scenes-joint"
     more = f"""  multimodal fit --config scenes_joint.yaml --ckpt_path {run}/checkpoints/last.ckpt
-  multimodal fit --config my.yaml --init_from {run}/model"""
+  multimodal fit --config my.yaml --init_from {run}/model
+  multimodal fit --config finetune.yaml --init_from starter --model.lora.r 16"""
     return HELP.format(
         verb=verb,
         about=ABOUT[verb],

@@ -16,7 +16,7 @@ def token_product(x: Tensor, linear: nn.Module) -> Tensor:
     Compiled for few rows on a CPU it is a sum: such a product only waits for its weights, and the
     compiler's loop reads them three times as fast (docs/decisions/decoding_speed.md).
     """
-    if not isinstance(linear, nn.Linear):  # a quantized layer has a product of its own
+    if not isinstance(linear, nn.Linear):  # quantized and adapted layers have their own products
         return linear(x)
     weight, bias = linear.weight, linear.bias
     if torch.compiler.is_compiling() and not x.is_cuda and len(x) <= MAX_STATIC_ROWS:

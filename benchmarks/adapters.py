@@ -1,0 +1,92 @@
+"""An adapter (LoRA) against full fine-tuning and against the model as it is.
+
+    python benchmarks/adapters.py --data data/mine [--model starter] [--steps 80] [--r 16]
+        [--rates 5e-4 5e-3] [--seeds 0 1 2] [--out runs/adapters] [-- --KEY VALUE ...]
+
+The recipe is finetune.yaml, and what follows ``--`` goes to both runs. Each run is a process of its
+own, so its peak memory is its own. Measured is CIDEr on the split val (greedy), of the best
+validation. A run that is done is not done again. The last line is JSON.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fits import last_figures
+from safetensors import safe_open
+
+from multimodal import load
+
+KINDS = ("full", "lora")
+
+
+def multimodal(*arguments: str) -> float:
+    """Run a command in a process of its own. Returns its seconds."""
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-m", "multimodal", *arguments], check=True, stdout=sys.stderr)
+    return time.monotonic() - start
+
+
+def cider(results: Path, data: str, *model: str) -> dict[str, Any]:
+    """CIDEr with its interval, as ``multimodal eval captioning`` writes it."""
+    if not results.exists():
+        multimodal("eval", "captioning", "--data", data, *model, "--output", str(results))
+    (result,) = json.loads(results.read_text("utf-8"))["results"]
+    return {name: value for name, value in result["scores"].items() if name.startswith("CIDEr")}
+
+
+def numbers(weights: Path) -> int:
+    """How many numbers a file of weights has."""
+    with safe_open(weights, "pt") as file:
+        return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="a shard folder with captions")
+    parser.add_argument("--model", default="starter")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--rates", nargs=2, default=["5e-4", "5e-3"], help="of full, of LoRA")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/adapters"))
+    parser.add_argument("more", nargs="*", metavar="--KEY VALUE", help="after --, of fit")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, Any] = {
+        "base": cider(options.out / "base.json", options.data, "--model", options.model)
+    }
+    for seed in options.seeds:
+        for kind, rate in zip(KINDS, options.rates, strict=True):
+            folder = options.out / f"{kind}-{seed}"
+            exported = folder / ("model" if kind == "full" else "adapter")
+            fit = ["fit", "--config", "finetune.yaml", "--data.folders", f"[{options.data}]"]
+            fit += ["--init_from", options.model, "--output", str(folder), "--overwrite"]
+            fit += ["--seed_everything", str(seed), "--model.learning_rate", rate]
+            fit += ["--trainer.max_steps", str(options.steps), *options.more]
+            fit += [f"--model.{part}_tokenizer={options.model}" for part in ("text", "image")]
+            fit += ["--model.lora.r", str(options.r)] if kind == "lora" else []
+            if not exported.exists():
+                seconds = multimodal(*fit)
+                (folder / "seconds").write_text(f"{seconds:.0f}")
+            use = ["--model", str(exported)]
+            if kind == "lora":
+                use = ["--model", options.model, "--adapter", str(exported)]
+            rows[f"{kind}-{seed}"] = {
+                **cider(folder / "results.json", options.data, *use),
+                "memory_GB": last_figures(folder)["memory_GB"],
+                "seconds": float((folder / "seconds").read_text()),
+                "trained": numbers(exported / "adapter_model.safetensors")
+                if kind == "lora"
+                else sum(weight.numel() for weight in load(exported).network.parameters()),
+            }
+            print(kind, seed, json.dumps(rows[f"{kind}-{seed}"]), flush=True)
+    print(json.dumps({"data": options.data, "steps": options.steps, "r": options.r, **rows}))
+
+
+if __name__ == "__main__":
+    main()

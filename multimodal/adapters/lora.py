@@ -1,0 +1,140 @@
+"""LoRA: a linear layer stays as it is, and a product of two thin matrices is added to what it says.
+
+    y = W x + alpha / r * B A x
+
+Only A and B are trained, so only they need gradients and an optimizer (Hu et al. 2021,
+arXiv:2106.09685). B starts at zero: an untrained adapter changes nothing. The layers are those of
+the library peft (Apache-2.0).
+
+Shapes: r the rank, A [r, inputs], B [outputs, r].
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from torch import Tensor, nn
+
+from multimodal.model.layers.experts import SparseMLP
+from multimodal.model.layers.transformer import Transformer
+from multimodal.schemas import Between, check_fields
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which layers get an adapter, and its size.
+
+    Args:
+        r: the rank. Twice the rank is twice the parameters.
+        alpha: the product is multiplied by alpha / r.
+        dropout: the share of the inputs of A that is set to 0 in training.
+        target: names of linear layers, as peft's ``target_modules``: ``q_proj`` is that of every
+            layer, ``layers.0.self_attn.q_proj`` that of the first one. Empty: all matrices inside
+            the layers, but those of experts.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+
+    r: Annotated[int, Between(1, 1024)] = 16
+    alpha: Annotated[int, Between(1, 2**16)] = 32
+    dropout: Annotated[float, Between(0, 0.9)] = 0.0
+    target: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        object.__setattr__(self, "target", tuple(self.target))
+
+    def names(self, transformer: Transformer) -> list[str]:
+        """The ``target_modules`` for a transformer.
+
+        Raises:
+            ValueError: for a name of no layer that can be adapted.
+        """
+        # transformers keeps the experts of a layer in one tensor: their adapters would not load.
+        experts = tuple(n for n, m in transformer.named_modules() if isinstance(m, SparseMLP))
+        linear = [
+            f".{name}"
+            for name, module in transformer.named_modules()
+            if isinstance(module, nn.Linear)
+            and name.startswith("layers.")
+            and not name.startswith(tuple(f"{part}." for part in experts))
+        ]
+        for name in self.target:
+            if not any(each.endswith(f".{name}") for each in linear):
+                known = ", ".join(dict.fromkeys(each.rpartition(".")[2] for each in linear))
+                raise ValueError(f"lora.target: {name!r} is no layer to adapt; there is {known}")
+        return list(self.target) or [*ATTENTION, *(() if experts else MLP)]
+
+
+def inject(transformer: Transformer, config: LoraConfig) -> None:
+    """Give a transformer an adapter, in place. Of its parameters only those of the adapter train.
+
+    Raises:
+        ValueError: without peft, or for a wrong target.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(f"lora needs: pip install multimodal[lora] ({error})") from error
+    wanted = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.names(transformer),
+        task_type="CAUSAL_LM",
+    )
+    peft.inject_adapter_in_model(wanted, transformer)
+
+
+def has_adapter(transformer: Transformer) -> bool:
+    return hasattr(transformer, "peft_config")
+
+
+def adapter_parts(transformer: Transformer) -> list[nn.Module]:
+    """The modules that hold the matrices A and B. Empty without an adapter."""
+    return [
+        module
+        for name, module in transformer.named_modules()
+        if name.endswith((".lora_A", ".lora_B"))
+    ]
+
+
+def stored_config(transformer: Transformer) -> dict[str, Any]:
+    """The content of ``adapter_config.json`` for the adapter of a transformer."""
+    config: Any = transformer.peft_config
+    stored: dict[str, Any] = config["default"].to_dict()
+    return {**stored, "inference_mode": True, "target_modules": sorted(stored["target_modules"])}
+
+
+def adapter_weights(transformer: Transformer, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a transformer's weights those of its adapter, by the names that peft has for them.
+
+    Args:
+        weights: the state dict of the transformer. A sharded one is gathered before.
+    """
+    import peft
+
+    found: dict[str, Tensor] = peft.get_peft_model_state_dict(
+        transformer, dict(weights), save_embedding_layers=False
+    )
+    return found
+
+
+@contextmanager
+def without_adapter(transformer: Transformer) -> Iterator[None]:
+    """The base model inside the context. It costs no memory: the weights of the base are there."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)

@@ -1,0 +1,108 @@
+"""What of a training module concerns an adapter: where it begins, its checkpoints, its folder."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from multimodal.adapters.folder import AdapterBase, write_adapter
+from multimodal.adapters.lora import LoraConfig, adapter_parts, has_adapter, inject
+from multimodal.model.checkpoint import ModelParts
+from multimodal.model.network import MultimodalLM
+from multimodal.train.optim import MuonModule
+from multimodal.train.sharding import fsdp_modules, full_state_dict, shard
+
+
+class AdapterModule(MuonModule):
+    """Trains a network, or with ``lora`` only an adapter for it.
+
+    The layers of the adapter come in ``configure_model``: after ``init_from``, and before the
+    weights of a checkpoint. A checkpoint has the weights of the base too, so a run resumes without
+    the folder that it started from.
+
+    Args:
+        learning_rate, weight_decay, warmup_steps, learning_rates: see MuonModule.
+        lora: of the adapter.
+    """
+
+    network: MultimodalLM
+
+    def __init__(
+        self,
+        learning_rate: float,
+        weight_decay: float,
+        warmup_steps: int,
+        learning_rates: Mapping[str, float] | None = None,
+        lora: LoraConfig | None = None,
+    ) -> None:
+        super().__init__(learning_rate, weight_decay, warmup_steps, learning_rates)
+        self.lora = lora
+        self.base: AdapterBase | None = None
+        if lora is not None:
+            self.exports = "adapter"
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        # AdamW learns more with them than Muon (docs/decisions/fine_tuning.md).
+        return [*super().heads, *adapter_parts(self.network.transformer)]
+
+    def configure_model(self) -> None:
+        if self.lora is not None and not has_adapter(self.network.transformer):
+            self.network.requires_grad_(False)
+            inject(self.network.transformer, self.lora)
+        if self.device_mesh is not None and not fsdp_modules(self.network):  # FSDP2
+            shard(self.network, self.device_mesh["data_parallel"])
+
+    def note_base(self, folder: str, source: ModelParts) -> None:
+        """Note the model that an adapter is for.
+
+        Raises:
+            ValueError: if this run would change more of it than an adapter can.
+        """
+        if self.lora is None:
+            return
+        ours, theirs = self.network.config, source.config
+        if replace(ours, objectives=theirs.objectives) != theirs:
+            raise ValueError(
+                "an adapter (lora) keeps the sizes, the levels, the experts and what is read: "
+                "those of this run are others"
+            )
+        self.base = AdapterBase(folder, source.fingerprint)
+
+    def on_fit_start(self) -> None:
+        if self.lora is not None and self.base is None:
+            raise ValueError("lora: an adapter needs a model that it adapts: give --init_from")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.base is not None:
+            checkpoint["adapter_base"] = asdict(self.base)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.lora is not None and "adapter_base" in checkpoint:
+            self.base = AdapterBase(**checkpoint["adapter_base"])
+
+    def export_adapter(self, folder: str | Path) -> None:
+        """Write the folder of the adapter. Every rank has to call."""
+        sharded = bool(fsdp_modules(self.network))
+        weights = full_state_dict(self.network) if sharded else self.network.state_dict()
+        if not self.writes_files:
+            return
+        assert self.base is not None, "see on_fit_start"
+        inside = "transformer."
+        of_transformer = {
+            name.removeprefix(inside): weight
+            for name, weight in weights.items()
+            if name.startswith(inside)
+        }
+        write_adapter(
+            folder,
+            self.network.transformer,
+            of_transformer,
+            self.base,
+            self.provenance(),
+            self.card(f"An adapter (LoRA) of {self.base.name} ({self.base.fingerprint})"),
+        )
