@@ -48,9 +48,10 @@ BELOW: dict[str, tuple[str, ...]] = {
         "foundation", "tokenizers", "hub", "data", "data.formats", "model", "model.layers",
         "inference",
     ),
-    "commands": (
+    "commands": ("foundation", "data", "data.formats", "inference", "api"),
+    "commands.folders": (
         "foundation", "tokenizers", "hub", "data", "data.builder", "data.formats", "model",
-        "export", "released", "scenes", "inference", "api",
+        "export", "released", "scenes", "commands",
     ),
     # Requests know the model's front door and the decode loop. Nothing below knows of requests.
     "serve.engine": ("foundation", "data", "model", "inference", "api"),

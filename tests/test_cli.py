@@ -160,7 +160,7 @@ def test_interrupt_is_status_130(install: Install, capsys: pytest.CaptureFixture
 VERB = """
 import sys, types
 from multimodal import cli
-module = sys.modules["multimodal.commands.info"] = types.ModuleType("info")
+module = sys.modules["multimodal.commands.folders.info"] = types.ModuleType("info")
 def verb(argv):
     {body}
 module.main = verb

@@ -89,7 +89,7 @@ def test_the_guard_sees_a_circle_of_types_only(tmp_path: Path) -> None:
         ("data.shards", "from multimodal.data import builder", ["multimodal.data.builder"]),
         ("inference.text", "from multimodal.api import Model", ["multimodal.api.Model"]),
         ("api", "import multimodal.commands.draw", ["multimodal.commands.draw"]),
-        ("commands.info", "from ..train import cli", ["multimodal.train.cli"]),
+        ("commands.folders.info", "from ...train import cli", ["multimodal.train.cli"]),
         ("model.network", "def f():\n    import multimodal.eval.x", ["multimodal.eval.x"]),
         ("model.network", "import_module('multimodal.train')", ["multimodal.train"]),
         ("model.network", "from train.cli import main", ["train.cli.main"]),

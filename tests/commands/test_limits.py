@@ -103,7 +103,7 @@ def test_a_lack_of_memory_is_a_sentence(
     def fail(argv: list[str]) -> int:
         raise error
 
-    monkeypatch.setattr("multimodal.commands.info.main", fail)
+    monkeypatch.setattr("multimodal.commands.folders.info.main", fail)
     assert main(["info"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("multimodal info: error: not enough memory: lower --batch-size")

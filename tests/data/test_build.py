@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multimodal.commands.data import main
+from multimodal.commands.folders.data import main
 from multimodal.data.builder.build import build_shards
 from multimodal.data.builder.writer import is_held_out, make_key
 from multimodal.data.shards import index_shard, write_manifest

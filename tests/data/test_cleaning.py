@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from multimodal.commands.data import main
+from multimodal.commands.folders.data import main
 from multimodal.data.builder.build import Report, build_shards
 from multimodal.data.builder.cleaning import Cleaning, find_personal, mask_personal
 from multimodal.data.shards import Shards, read_manifest

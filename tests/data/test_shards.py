@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from multimodal.commands.data import main
+from multimodal.commands.folders.data import main
 from multimodal.data import shards
 from multimodal.data.builder.salvage import LostSample, salvage
 from multimodal.data.samples import Sample
