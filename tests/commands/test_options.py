@@ -25,7 +25,7 @@ from multimodal.options import (
     TextOptions,
 )
 
-SHARED = {"help", "model", "device", "dtype", "threads", "urls"}
+SHARED = {"adapter", "help", "model", "device", "dtype", "threads", "urls"}
 BULK = {"data", "out_dir", "split", "workers", "engine"}
 CLASSES: dict[str, type[Sampling]] = {
     "caption": CaptionOptions,

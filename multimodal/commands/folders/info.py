@@ -88,14 +88,18 @@ def model_facts(folder: Path) -> dict[str, Any]:
     model = ModelParts.load(folder, verify=False)  # a wrong fingerprint is shown
     vocabulary, images = model.vocabulary, model.image_tokenizer
     claimed = stored.fingerprints
+    transformer = model.network.transformer
+    active = {}
+    if stored.transformer.experts is not None:
+        active["of which active for a token"] = transformer.active_parameters
     return {
         "kind": "model",
         "format": stored.format,
         "transformer": stored.transformer.stored(),
         "parameters": {
-            "transformer": _count(model.network.transformer),
-            "of which active for a token": model.network.transformer.active_parameters,
-            "of which embedding": model.network.transformer.embed_tokens.weight.numel(),
+            "transformer": _count(transformer),
+            **active,
+            "of which embedding": transformer.embed_tokens.weight.numel(),
             "heads": _count(model.network.alignment),
             "image tokenizer": _count(images),
         },
