@@ -26,7 +26,7 @@ FRONT_DOORS = (
     "multimodal",
     "multimodal.cli",
     "multimodal.__main__",
-    *(f"multimodal.{n}" for n in ("load", "Model", "build_shards", "__version__")),
+    *(f"multimodal.{n}" for n in ("load", "Model", "Index", "build_shards", "__version__")),
 )
 BELOW: dict[str, tuple[str, ...]] = {
     "foundation": (),
@@ -42,9 +42,13 @@ BELOW: dict[str, tuple[str, ...]] = {
     "scenes": ("foundation", "data"),
     "inference": ("foundation", "tokenizers", "data", "data.formats", "model"),
     "api": ("foundation", "tokenizers", "hub", "data", "data.formats", "model", "inference"),
+    "index": ("foundation", "data", "data.formats", "model", "inference", "api"),
     "commands": (
         "foundation", "tokenizers", "hub", "data", "data.builder", "data.formats", "model",
-        "export", "released", "scenes", "inference", "api",
+        "export", "released", "scenes", "inference", "api", "index",
+    ),
+    "commands.vectors": (
+        "foundation", "data", "data.formats", "inference", "api", "index", "commands",
     ),
     "eval.metrics": ("foundation", "tokenizers", "tokenizers.quantizers"),
     # The protocol of evaluators, which the tasks implement and the commands use.
@@ -55,7 +59,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     ),
     "eval": (
         "foundation", "tokenizers", "hub", "data", "data.builder", "model", "inference", "api",
-        "commands", "eval.evaluator", "eval.metrics", "eval.tasks",
+        "commands", "commands.vectors", "eval.evaluator", "eval.metrics", "eval.tasks",
     ),
     # What guards the folder of a run: it knows Lightning, and nothing of what is trained.
     "train.run": ("foundation",),

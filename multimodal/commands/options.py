@@ -224,7 +224,7 @@ def image_paths(verb: str, names: "Sequence[str]") -> tuple[list[str], int]:
                 print_error(f"multimodal {verb}: error: {error}")
                 skipped += 1
                 continue
-            paths += map(str, found.images)
+            paths += map(str, found.files)
             skipped += len(found.skipped)
             for complaint in found.complaints():
                 print_error(f"multimodal {verb}: {complaint}")
