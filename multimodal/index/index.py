@@ -7,54 +7,50 @@ index.search("a dog in the snow", k=5)
 
 from __future__ import annotations  # help() shows the names of types as they are written
 
-import heapq
-import os
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from functools import lru_cache, partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from multimodal.api.model import Model
 from multimodal.files import local_path
 from multimodal.index.hits import Hit
-from multimodal.index.sources import Item, Source, open_source
+from multimodal.index.prompts import (
+    Answer,
+    codes_of,
+    examples_prompt,
+    image_room,
+    sources_prompt,
+)
+from multimodal.index.sources import open_source
 from multimodal.index.storage import (
     CONFIG,
-    Entry,
     IndexConfig,
-    Root,
     locked,
     read_config,
     read_files,
     write_index,
 )
-from multimodal.index.vectors import Rows, Vectors
-from multimodal.inference.codec import encode_to_read, read_images
-from multimodal.inference.embedding import embed_codes, embed_lines
-from multimodal.inference.values import ImageSource, Results
-from multimodal.options import check, shows_types
-
-SAVE_INTERVAL = 60.0  # seconds of work that an interruption may cost
-SAVE_SHARE = 0.05  # of the time, at most, is spent on saving
-
-
-@dataclass
-class Changes:
-    """What an update changed: numbers of files or samples. problems: those that are left out."""
-
-    added: int = 0
-    replaced: int = 0
-    removed: int = 0
-    unchanged: int = 0
-    problems: int = 0
+from multimodal.index.update import Changes, Update
+from multimodal.index.vectors import Vectors, as_rows
+from multimodal.inference import mixed
+from multimodal.inference.embedding import embed_codes
+from multimodal.inference.prompt_files import Prompt, find_prompt
+from multimodal.inference.text import caption_images
+from multimodal.inference.values import Images, ImageSource, Results, to_list
+from multimodal.options import (
+    AnswerOptions,
+    CaptionArguments,
+    CaptionOptions,
+    TextArguments,
+    check,
+    make_options,
+    shows_types,
+    takes_options,
+)
 
 
 class Index:
@@ -124,7 +120,7 @@ class Index:
 
     def search_rows(self, rows: Tensor, k: int) -> list[list[Hit]]:
         """As ``search``, for embeddings. rows: float32[B, D] of unit norm."""
-        found = self._vectors.search(_numpy(rows), k)
+        found = self._vectors.search(as_rows(rows), k)
         return [[self._hit(number, score) for number, score in each] for each in found]
 
     def _hit(self, number: int, score: float) -> Hit:
@@ -136,6 +132,96 @@ class Index:
             path = Path(root.path) / entry.path
             return Hit(path, score, entry.captions, text=entry.text, lines=entry.lines)
         return Hit(Path(root.path), score, entry.captions, entry.path, root.split, entry.number)
+
+    # --- texts with what was found ------------------------------------------------------------
+
+    @takes_options(CaptionOptions)
+    def caption_each(
+        self,
+        images: ImageSource | Images,
+        *,
+        retrieve: int = 4,
+        batch_size: int = 32,
+        **options: Unpack[CaptionArguments],
+    ) -> Iterator[str | ValueError]:
+        """Captions of images, each after the images that are most like it, with their captions.
+
+        Args:
+            images: one image, or several.
+            retrieve: the nearest images of the index that are examples. Those without a caption are
+                left out, and what does not fit into the prompt.
+            batch_size: images at once.
+            options: see CaptionOptions.
+
+        Yields:
+            The caption of each image in its order, or what was wrong with the image.
+        """
+        check(retrieve >= 1, "retrieve", retrieve, "at least 1")
+        check(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        caption_options = make_options(CaptionOptions, options)
+        limit = self.model.config.transformer.max_position_embeddings - caption_options.max_tokens
+        known = lru_cache(4 * batch_size)(partial(codes_of, self.model))
+
+        def begin_of(codes: Tensor) -> list[list[int]]:
+            room = limit - codes.shape[1] - 2
+            found = self.search_rows(embed_codes(self.model, codes), retrieve)
+            return [examples_prompt(self.model, hits, room, known) for hits in found]
+
+        return caption_images(
+            self.model,
+            to_list(images),
+            caption_options,
+            batch_size=batch_size,
+            begin_of=begin_of,
+        )
+
+    @takes_options(AnswerOptions)
+    def answer(
+        self,
+        question: str,
+        image: ImageSource | None = None,
+        *,
+        retrieve: int = 3,
+        prompt: str | Prompt = "question",
+        choices: Sequence[str] | None = None,
+        schema: dict[str, Any] | None = None,
+        **options: Unpack[TextArguments],
+    ) -> Answer:
+        """The answer to a question, after what the index has about it.
+
+        Args:
+            question: what is searched, except where an index of images is given an image.
+            image: that the question is about, if any.
+            retrieve: the nearest entries that go into the prompt, as far as they fit.
+            prompt, choices, schema: as for ``Model.answer``. Without an image, no choices and no
+                schema.
+            options: see AnswerOptions.
+        """
+        check(retrieve >= 1, "retrieve", retrieve, "at least 1")
+        model = self.model
+        words = prompt if isinstance(prompt, Prompt) else find_prompt(prompt)
+        words.fill(question, model.config.templates)  # an empty question is an error at once
+        if image is not None and self.config.kind == "images":
+            row = model.embed(images=image)
+        else:
+            row = model.embed(texts=question)
+        (hits,) = self.search_rows(row[None], retrieve)
+        answer_options = words.answer_options(**options)
+        limit = model.config.transformer.max_position_embeddings - answer_options.max_tokens
+        room = limit - image_room(model, image)
+        words, used = sources_prompt(model, hits, question, words, room)
+        if image is not None:
+            text = model.answer(
+                image, question, prompt=words, choices=choices, schema=schema, **options
+            )
+            return Answer(text, Results(used))
+        if choices or words.choices or schema:
+            raise ValueError("choices and a schema are for questions about an image: give one")
+        asked = words.fill(question, model.config.templates)
+        (reply,) = mixed.reply(model, [[asked]], "text", answer_options, 1)
+        if isinstance(reply, ValueError):
+            raise reply
+        return Answer("".join(map(str, reply.parts)).strip(), Results(used))
 
     # --- updating -----------------------------------------------------------------------------
 
@@ -186,7 +272,7 @@ class Index:
                     f"{self.folder}: an index of {config.kind}, and {content.root} has "
                     f"{content.kind}: make another index for them"
                 )
-            update = _Update(self.folder, self.model, config, content, batch_size)
+            update = Update(self.folder, self.model, config, content, batch_size)
             for problem in content.problems:
                 on_problem(problem)
             changes = update.run(on_problem, progress)
@@ -194,158 +280,3 @@ class Index:
             changes.problems += len(content.problems)
         self._vectors, self._entries = read_files(self.folder, self.config, verify=False)
         return changes
-
-
-class _Update:
-    """The rows and entries of an index in memory, and one source that they follow."""
-
-    def __init__(
-        self, folder: Path, model: Model, config: IndexConfig, source: Source, batch_size: int
-    ) -> None:
-        self.folder, self.model, self.source, self.batch_size = folder, model, source, batch_size
-        self.vectors, entries = read_files(folder, config, verify=True, writable=True)
-        self.entries: list[Entry | None] = [] if entries is None else list(entries)
-        self.free = [number for number, entry in enumerate(self.entries) if entry is None]
-        root = Root(os.path.abspath(source.root), source.split)
-        roots = list(config.roots)
-        if root not in roots:
-            roots.append(root)
-        self.root = roots.index(root)
-        self.config = {
-            "model": config.model,
-            "width": config.width,
-            "kind": source.kind,
-            "roots": tuple(roots),
-        }
-        self.changed = False
-        self.numbers: dict[str, list[int]] = defaultdict(list)  # of the entries of each item
-        for number, entry in enumerate(self.entries):
-            if entry is not None and entry.root == self.root:
-                self.numbers[entry.path].append(number)
-
-    def run(
-        self,
-        on_problem: Callable[[str], object],
-        progress: Callable[[Iterable[Any], int], Iterable[Any]],
-    ) -> Changes:
-        changes, seen = Changes(), set[str]()
-        saved = time.monotonic()
-        cost = 0.0  # seconds that the last save took
-        items = iter(progress(self.source.read(), len(self.source)))
-        while batch := list(islice(items, self.batch_size)):
-            new: list[Item] = []
-            for path, item in batch:
-                seen.add(path)
-                if isinstance(item, ValueError):
-                    on_problem(str(item))
-                    changes.problems += 1
-                    self._remove(path)
-                elif self._sha256(path) == item.sha256:
-                    changes.unchanged += 1
-                else:
-                    new.append(item)
-            self._embed(new, changes, on_problem)
-            now = time.monotonic()
-            if now - saved > max(SAVE_INTERVAL, cost / SAVE_SHARE):
-                self.save()
-                saved = time.monotonic()
-                cost = saved - now
-        for path in [path for path, numbers in self.numbers.items() if numbers]:
-            if path not in seen:
-                self._remove(path)
-                changes.removed += 1
-        return changes
-
-    def save(self) -> IndexConfig:
-        return write_index(self.folder, self.config, self.vectors, self.entries)
-
-    def _sha256(self, path: str) -> str | None:
-        """Of an item as it was indexed."""
-        numbers = self.numbers.get(path)
-        entry = self.entries[numbers[0]] if numbers else None
-        return None if entry is None else entry.sha256
-
-    def _remove(self, path: str) -> None:
-        numbers = self.numbers.pop(path, [])
-        self.vectors.remove(numbers)
-        self.changed = self.changed or bool(numbers)
-        for number in numbers:
-            self.entries[number] = None
-            heapq.heappush(self.free, number)
-
-    def _embed(
-        self, items: list[Item], changes: Changes, on_problem: Callable[[str], object]
-    ) -> None:
-        entries = [(item, entry) for item in items for entry in self._entries_of(item)]
-        good: dict[str, list[tuple[Entry, Tensor]]] = {item.path: [] for item in items}
-        bad = set[str]()
-        for (item, entry), row in zip(entries, self._rows(entries), strict=True):
-            if isinstance(row, ValueError):
-                where = [f"{self.source.root / item.path}: line {n}: " for n in entry.lines[:1]]
-                on_problem("".join([*where, str(row)]))  # an error of an image names it
-                bad.add(item.path)
-            else:
-                good[item.path].append((entry, row))
-        changes.problems += len(bad)
-        for item in items:
-            before = self.numbers.get(item.path)
-            self._remove(item.path)
-            for entry, row in good[item.path]:
-                self._add(entry, row)
-            if good[item.path]:
-                changes.replaced += bool(before)
-                changes.added += not before
-
-    def _entries_of(self, item: Item) -> list[Entry]:
-        if item.image is not None:
-            return [Entry(self.root, item.path, item.sha256, item.captions, item.number)]
-        return [
-            Entry(
-                self.root,
-                item.path,
-                item.sha256,
-                text=piece.text,
-                lines=(piece.first, piece.last),
-            )
-            for piece in item.pieces
-        ]
-
-    def _rows(self, entries: Sequence[tuple[Item, Entry]]) -> Iterator[Tensor | ValueError]:
-        """The embedding of each image or piece, or what is wrong with it."""
-        if self.source.kind == "texts":
-            texts = [entry.text for _, entry in entries]
-            yield from embed_lines(self.model, texts, self.batch_size)
-            return
-        results: list[ValueError | None] = []
-        codes: list[Tensor] = []
-        pixels: list[Tensor] = []
-        for item, _ in entries:
-            result = None
-            if isinstance(item.image, Tensor):  # so they are in all items of this source
-                codes.append(self.model.read(item.image))
-            else:
-                name = str(self.source.root / item.path)
-                try:
-                    pixels.append(read_images(self.model, [item.image], [name]))
-                except ValueError as error:
-                    result = error
-            results.append(result)
-        if pixels:
-            codes.append(encode_to_read(self.model, torch.cat(pixels)))
-        rows = iter(embed_codes(self.model, torch.cat(codes)) if codes else ())
-        yield from (next(rows) if result is None else result for result in results)
-
-    def _add(self, entry: Entry, row: Tensor) -> None:
-        if self.free:
-            number = heapq.heappop(self.free)
-            self.entries[number] = entry
-        else:
-            number = len(self.entries)
-            self.entries.append(entry)
-        self.vectors.add([number], _numpy(row[None]))
-        self.changed = True
-        self.numbers[entry.path].append(number)
-
-
-def _numpy(rows: Tensor) -> Rows:
-    return np.ascontiguousarray(rows.numpy(), np.float32)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 CONNECTIVITY = 16  # neighbours of a node (M of the paper); twice as many on the lowest layer
 EXPANSION_ADD = 128  # candidates when a row is added (efConstruction)
@@ -95,6 +96,10 @@ class Vectors:
     def _check_writable(self) -> None:
         if not self.writable:  # usearch would write to the file's pages, and crash
             raise ValueError("rows that are mapped from a file can only be searched")
+
+
+def as_rows(rows: Tensor) -> Rows:
+    return np.ascontiguousarray(rows.numpy(), np.float32)
 
 
 def _usearch() -> Any:

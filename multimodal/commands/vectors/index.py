@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     )
     left_out = f", {changes.problems:,} left out" if changes.problems else ""
     print(
-        f"{arguments.out}: {len(index):,} entries; {changes.added:,} added, "
+        f"{arguments.out}: {len(index):,} entries; files or samples: {changes.added:,} added, "
         f"{changes.replaced:,} replaced, {changes.removed:,} removed, "
         f"{changes.unchanged:,} as before{left_out}"
     )
