@@ -9,8 +9,9 @@ neighbours at a cosine of 0.8, and telling the nearest ten of them apart is as h
 differ in the third digit. Queries are new rows of the same clusters.
 
 Timed is what a search does after the query is embedded: the ten nearest rows of the graph, and
-their entries from the mapped file. Recall is against all products (exact). The build adds all rows
-to the graph with one thread. The last line is JSON.
+their entries from the mapped file. ``milliseconds_of_a_search`` is the time of the CPU: other work
+on the machine does not count. ``waited`` is that of the clock, with it. Recall is against all
+products (exact). The build adds all rows to the graph with one thread. The last line is JSON.
 """
 
 import argparse
@@ -50,6 +51,11 @@ def clustered(count: int, width: int, seed: int) -> tuple[Rows, Rows]:
     return around(count), around(QUERIES)
 
 
+def milliseconds(seconds: list[float]) -> dict[str, float]:
+    points = {"median": 0.5, "p99": 0.99}
+    return {name: round(1000 * float(np.quantile(seconds, q)), 2) for name, q in points.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=100_000)
@@ -63,33 +69,33 @@ def main() -> None:
     rows, queries = clustered(count, width, arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        vectors, start = Vectors(width), time.perf_counter()
+        vectors, start = Vectors(width), time.thread_time()
         for first in range(0, count, 1000):
             numbers = range(first, min(first + 1000, count))
             vectors.add(numbers, rows[first : first + 1000])
-        build = time.perf_counter() - start
+        build = time.thread_time() - start
         entries: list[Entry | None] = [
             Entry(0, f"photos/{n:06}.jpg", f"{n:064x}", (f"the caption of photo {n}",))
             for n in range(count)
         ]
         config = {"model": "0" * 16, "width": width, "kind": "images", "roots": (Root("/"),)}
-        start = time.perf_counter()
+        start = time.thread_time()
         write_index(folder, config, vectors, entries)
-        write = time.perf_counter() - start
+        write = time.thread_time() - start
         megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-        start = time.perf_counter()
+        start = time.thread_time()
         vectors, stored = read_files(folder, read_config(folder), verify=True)
-        opened = time.perf_counter() - start
-        assert stored is not None
-        start = time.perf_counter()
+        opened = time.thread_time() - start
+        start = time.thread_time()
         assert sum(entry is not None for entry in stored) == count
-        read_all = time.perf_counter() - start
-        times, found = [], []
+        read_all = time.thread_time() - start
+        times, waits, found = [], [], []
         for query in queries:
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.thread_time()
             (nearest,) = vectors.search(query[None], K)
             assert all(stored[number] is not None for number, _ in nearest)
-            times.append(time.perf_counter() - start)
+            times.append(time.thread_time() - busy)
+            waits.append(time.perf_counter() - start)
             found.append({number for number, _ in nearest})
         exact = np.argpartition(-(queries @ rows.T), K, axis=1)[:, :K]
     recall = float(
@@ -101,11 +107,9 @@ def main() -> None:
         "seed": arguments.seed,
         "queries": QUERIES,
         "recall_at_10": round(recall, 4),
-        "milliseconds_of_a_search": {
-            "median": round(1000 * float(np.median(times)), 2),
-            "p99": round(1000 * float(np.quantile(times, 0.99)), 2),
-        },
-        "seconds": {
+        "milliseconds_of_a_search": milliseconds(times),
+        "milliseconds_of_a_search_waited": milliseconds(waits),
+        "cpu_seconds": {
             "build": round(build, 1),
             "write": round(write, 2),
             "open_and_verify": round(opened, 2),

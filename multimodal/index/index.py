@@ -124,7 +124,7 @@ class Index:
         return [[self._hit(number, score) for number, score in each] for each in found]
 
     def _hit(self, number: int, score: float) -> Hit:
-        entry = self._entries[number] if self._entries is not None else None
+        entry = self._entries[number]
         if entry is None or entry.root >= len(self.config.roots):
             raise ValueError(f"{self.folder}: damaged: nothing is known of row {number}")
         root = self.config.roots[entry.root]

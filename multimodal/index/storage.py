@@ -27,7 +27,7 @@ from multimodal.files import (
     temporary_path,
 )
 from multimodal.index.vectors import Vectors
-from multimodal.schemas import Between, check_fields, construct
+from multimodal.schemas import Between, construct
 
 CONFIG = "config.json"
 FORMAT = "multimodal-index"
@@ -61,7 +61,6 @@ class Entry:
     lines: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
-        check_fields(self)
         if len(self.lines) not in (0, 2):
             raise ValueError(f"lines={self.lines}: expected the first and the last")
         path = PurePosixPath(self.path)
@@ -156,17 +155,17 @@ class IndexConfig:
         width: of the embeddings.
         kind: of what is in it. None: nothing yet.
         roots: what was indexed.
+        vectors, entries: the files.
         count: number of entries.
-        vectors, entries: None: nothing yet.
     """
 
     model: str
     width: Annotated[int, Between(1, 1 << 16)]
+    vectors: IndexFile
+    entries: IndexFile
     kind: Kind | None = None
     roots: tuple[Root, ...] = ()
     count: Count = 0
-    vectors: IndexFile | None = None
-    entries: IndexFile | None = None
 
 
 def read_config(folder: Path) -> IndexConfig:
@@ -191,7 +190,7 @@ def read_config(folder: Path) -> IndexConfig:
 
 def read_files(
     folder: Path, config: IndexConfig, *, verify: bool, writable: bool = False
-) -> tuple[Vectors, Entries | None]:
+) -> tuple[Vectors, Entries]:
     """The rows and the entries of an index.
 
     Args:
@@ -201,8 +200,6 @@ def read_files(
     Raises:
         ValueError: if a file is missing or damaged.
     """
-    if config.vectors is None or config.entries is None:
-        return Vectors(config.width, writable=writable), None
     paths = [each.check(folder, verify=verify) for each in (config.vectors, config.entries)]
     vectors, entries = Vectors(config.width, paths[0], writable=writable), Entries(paths[1])
     if len(vectors) != config.count or len(entries) < config.count:

@@ -47,8 +47,10 @@ class Update:
     ) -> None:
         self.folder, self.model, self.source, self.batch_size = folder, model, source, batch_size
         self.vectors, entries = read_files(folder, config, verify=True, writable=True)
-        self.entries: list[Entry | None] = [] if entries is None else list(entries)
+        self.entries = list(entries)
         self.free = [number for number, entry in enumerate(self.entries) if entry is None]
+        if len(self.entries) - len(self.free) != config.count:
+            raise ValueError(f"{folder}: damaged: expected {config.count:,} entries")
         root = Root(os.path.abspath(source.root), source.split)
         roots = list(config.roots)
         if root not in roots:

@@ -45,17 +45,14 @@ class Vectors:
         )
         if path is None:
             return
-        about = usearch.Index.metadata(path) or {}
-        kinds = (usearch.ScalarKind.F32, usearch.MetricKind.Cos)
-        if about.get("dimensions") != width or kinds != (
-            about.get("kind_scalar"),
-            about.get("kind_metric"),
-        ):
-            raise ValueError(f"{path}: not float32 rows of {width} for usearch")
         try:
+            about = usearch.Index.metadata(path) or {}
+            kinds = (about.get("kind_scalar"), about.get("kind_metric"), about.get("dimensions"))
+            if kinds != (usearch.ScalarKind.F32, usearch.MetricKind.Cos, width):
+                raise ValueError(f"not float32 rows of {width}")
             self._graph.load(path) if writable else self._graph.view(path)
         except (RuntimeError, ValueError, MemoryError) as error:
-            raise ValueError(f"{path}: cannot be read ({error})") from error
+            raise ValueError(f"{path}: not an index of usearch ({error})") from error
         # The file has no settings of the search.
         self._graph.expansion_add, self._graph.expansion_search = EXPANSION_ADD, EXPANSION_SEARCH
 
