@@ -1,4 +1,4 @@
-"""Search time and recall of an index of 100,000 entries, on one core.
+"""Search time and recall of an index of 100,000 entries, on one core (one thread).
 
     python benchmarks/index.py [--count 100000] [--width 256] [--out docs/index.json]
 
@@ -16,7 +16,6 @@ products (exact). The build adds all rows to the graph with one thread. The last
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -64,8 +63,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file")
     arguments = parser.parse_args()
     count, width = arguments.count, arguments.width
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     rows, queries = clustered(count, width, arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

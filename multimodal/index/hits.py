@@ -2,9 +2,11 @@
 
 import html
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards
 from multimodal.inference.values import picture_html
 from multimodal.terminal import shown
@@ -35,9 +37,18 @@ class Hit:
     @property
     def source(self) -> str:
         """``FILE``, ``FILE:FIRST-LAST`` of a piece, or ``SHARDS:KEY`` of a sample."""
+        return f"{self.path}{self._place}"
+
+    @property
+    def label(self) -> str:
+        """The source without its folder, for prompts: ``NAME:FIRST-LAST``."""
+        return shown(self.key or f"{self.path.name}{self._place}")
+
+    @property
+    def _place(self) -> str:
         if self.lines:
-            return f"{self.path}:{self.lines[0]}-{self.lines[1]}"
-        return f"{self.path}:{self.key}" if self.key else str(self.path)
+            return f":{self.lines[0]}-{self.lines[1]}"
+        return f":{self.key}" if self.key else ""
 
     @property
     def words(self) -> str:
@@ -50,17 +61,21 @@ class Hit:
         values = {name: getattr(self, name) for name in names if getattr(self, name)}
         return {"path": str(self.path), "score": round(self.score, 6), **values}
 
-    def in_shards(self) -> Shards:
-        """The shards of the sample.
+    def sample(self) -> tuple[Sample, bool]:
+        """The sample of the shards, and whether it has codes in the place of an image.
 
         Raises:
-            ValueError: if they have changed since they were indexed.
+            ValueError: if the shards have changed since they were indexed, or have gone.
         """
         assert self.number is not None
-        shards = Shards(self.path, self.split)
-        if not self.number < len(shards) or shards.key(self.number) != self.key:
+        try:
+            shards = _shards(self.path, self.split)
+            sample = shards[self.number]
+        except (OSError, IndexError) as error:
+            raise ValueError(f"{self.source}: no longer there: index it again") from error
+        if sample.key != self.key:
             raise ValueError(f"{self.source}: no longer there: index it again")
-        return shards
+        return sample, shards.encoding is not None
 
     def open(self) -> Path | bytes:
         """The image, as the methods of a model take it.
@@ -70,7 +85,7 @@ class Hit:
         """
         if self.lines:
             raise ValueError(f"{self.source}: a text, not an image")
-        return self.path if self.number is None else self.in_shards()[self.number].image
+        return self.path if self.number is None else self.sample()[0].image
 
     def _repr_html_(self) -> str:
         label = html.escape(shown(f"{self.score:.3f} {self.source} {self.words}"))
@@ -80,3 +95,8 @@ class Hit:
             return f"{picture_html(self.open())} {label}"
         except (ValueError, OSError):  # the file may be gone
             return label
+
+
+@lru_cache(8)  # the first sample of a shard is read with the whole shard, to compare its hash
+def _shards(path: Path, split: str | None) -> Shards:
+    return Shards(path, split)

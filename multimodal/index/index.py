@@ -8,7 +8,6 @@ index.search("a dog in the snow", k=5)
 from __future__ import annotations  # help() shows the names of types as they are written
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -87,13 +86,14 @@ class Index:
             width = model.config.objectives.alignment_dim
             with locked(folder):
                 write_index(folder, {"model": fingerprint, "width": width}, Vectors(width), [])
-        config = read_config(folder)
-        if config.model != fingerprint:
-            raise ValueError(
-                f"{folder}: an index of another model ({config.model}, this one is {fingerprint}): "
-                "give that model, or make a new index"
-            )
-        return cls(folder, model, config, verify)
+        while True:
+            config = read_config(folder)
+            _check_model(folder, config, fingerprint)
+            try:
+                return cls(folder, model, config, verify)
+            except ValueError:
+                if read_config(folder) == config:  # no update replaced its files in between
+                    raise
 
     def __len__(self) -> int:
         return self.config.count
@@ -160,12 +160,17 @@ class Index:
         check(batch_size >= 1, "batch_size", batch_size, "at least 1")
         caption_options = make_options(CaptionOptions, options)
         limit = self.model.config.transformer.max_position_embeddings - caption_options.max_tokens
-        known = lru_cache(4 * batch_size)(partial(codes_of, self.model))
+        known: dict[str, Tensor] = {}
+
+        def read(hit: Hit) -> Tensor:
+            if hit.source not in known:
+                known[hit.source] = codes_of(self.model, hit)
+            return known[hit.source]
 
         def begin_of(codes: Tensor) -> list[list[int]]:
             room = limit - codes.shape[1] - 2
             found = self.search_rows(embed_codes(self.model, codes), retrieve)
-            return [examples_prompt(self.model, hits, room, known) for hits in found]
+            return [examples_prompt(self.model, hits, room, read) for hits in found]
 
         return caption_images(
             self.model,
@@ -280,3 +285,11 @@ class Index:
             changes.problems += len(content.problems)
         self._vectors, self._entries = read_files(self.folder, self.config, verify=False)
         return changes
+
+
+def _check_model(folder: Path, config: IndexConfig, fingerprint: str) -> None:
+    if config.model != fingerprint:
+        raise ValueError(
+            f"{folder}: an index of another model ({config.model}, this one is {fingerprint}): "
+            "give that model, or make a new index"
+        )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
+MOST_LETTERS = 32  # of a token, about
 LINE_BREAK = re.compile("\r\n?|\n")
 # After . ! ? … and what closes a quotation, or after the full stops of Chinese and Japanese.
 SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’»)\]]*\s+|(?<=[。！？])[」』”’）]*\s*")
@@ -107,7 +108,8 @@ def _fitting(
     """A span, or its halves and theirs until they fit, cut at a space if there is one."""
     while end > start and text[end - 1].isspace():
         end -= 1
-    if end - start < 2 or length(text[start:end]) <= size:
+    may_fit = end - start <= MOST_LETTERS * size  # tokens of a very long text would take long
+    if end - start < 2 or (may_fit and length(text[start:end]) <= size):
         yield start, end
         return
     middle = (start + end) // 2

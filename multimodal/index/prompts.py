@@ -38,8 +38,10 @@ def codes_of(model: ModelParts, hit: Hit) -> Tensor:
     Raises:
         ValueError: if it has gone or cannot be read.
     """
-    if hit.number is not None and (shards := hit.in_shards()).encoding is not None:
-        return model.read(torch.from_numpy(shards[hit.number].codes[:1]).flatten(1))
+    if hit.number is not None:
+        sample, encoded = hit.sample()
+        if encoded:
+            return model.read(torch.from_numpy(sample.codes[:1]).flatten(1))
     return encode_to_read(model, read_images(model, [hit.open()], [hit.source])).cpu()
 
 
@@ -77,7 +79,7 @@ def examples_prompt(
 def sources_prompt(
     model: ModelParts, hits: Sequence[Hit], question: str, prompt: Prompt, room: int
 ) -> tuple[Prompt, list[Hit]]:
-    """The words of a prompt behind a line for each source: ``[SOURCE] WORDS``.
+    """The words of a prompt behind a line for each source: ``[NAME] WORDS``.
 
     Args:
         hits: the nearest first.
@@ -96,7 +98,7 @@ def sources_prompt(
         if not hit.words:
             continue
         # The place of the question is {text}, once.
-        line = f"[{hit.source}] {hit.words}\n".replace("{text}", "{ text }")
+        line = f"[{hit.label}] {hit.words}\n".replace("{text}", "{ text }")
         longer = replace(prompt, template=lines + line + template)
         if len(model.text_tokenizer.encode(longer.fill(question, model.config.templates))) > room:
             break

@@ -9,6 +9,8 @@ import pytest
 
 from multimodal.api import Model
 from multimodal.cli import main
+from multimodal.data.builder.build import build_shards
+from multimodal.data.encode import Encoding, encode_shards
 from multimodal.index.index import Index
 from multimodal.inference import mixed, text
 from tests.photos import picture
@@ -132,6 +134,20 @@ def test_as_many_examples_as_fit(images: Index, photos: Path, prompts: list[list
     assert 1 + 18 < len(prompts[-1]) <= 60
 
 
+def test_shards_and_codes_are_examples_like_files(
+    model: Model, photos: Path, tmp_path: Path, prompts: list[list[int]]
+) -> None:
+    build_shards(photos, tmp_path / "shards", image_size=32)
+    tokenizer = model.image_tokenizer
+    how = Encoding.for_tokenizer(tokenizer)
+    encode_shards(tmp_path / "shards", tmp_path / "codes", tokenizer, how)
+    for name in ("shards", "codes"):
+        index = Index.open(tmp_path / f"{name}.index", model, create=True)
+        assert index.add(tmp_path / name).added == 5, "one has no caption, and is in no shard"
+        list(index.caption_each(photos / "0.png", retrieve=3, max_tokens=2))
+    assert prompts[0] == prompts[1] and len(prompts[0]) > 1 + 4 * 18
+
+
 def test_an_image_that_has_gone_is_no_example(model: Model, tmp_path: Path) -> None:
     for n in range(2):
         (tmp_path / f"{n}.png").write_bytes(picture(n))
@@ -149,8 +165,9 @@ def test_answers_follow_their_sources(texts: Index, photos: Path, prompts: list[
     model, decode = texts.model, texts.model.text_tokenizer.decode
     answer = texts.answer("a red bus?", retrieve=2, max_tokens=4)
     assert answer.sources == texts.search("a red bus?", 2)
-    lines = "".join(f"[{hit.source}] {hit.text}\n" for hit in answer.sources)
+    lines = "".join(f"[{hit.label}] {hit.text}\n" for hit in answer.sources)
     lines = lines.replace("{text}", "{ text }")
+    assert {hit.label for hit in answer.sources} < {"b.txt:1-2", "ü.md:1-1", "ü.md:3-3"}
     assert decode(prompts[-1][1:]) == f"{lines}Question: a red bus? Answer:"
     assert (
         str(answer)
@@ -179,7 +196,7 @@ def test_a_question_about_an_image_finds_like_images(
         answer = images.answer("what is it?", path, retrieve=2, max_tokens=4)
         assert answer.sources == [hit for hit in images.search(photos / "3.png", 2) if hit.captions]
         words = images.model.text_tokenizer.decode(prompts[-1][19:])
-        assert all(f"[{h.source}] {'; '.join(h.captions)}\n" in words for h in answer.sources)
+        assert all(f"[{h.label}] {'; '.join(h.captions)}\n" in words for h in answer.sources)
 
 
 def test_as_many_sources_as_fit(texts: Index, prompts: list[list[int]]) -> None:
