@@ -59,7 +59,7 @@ class Source(Protocol):
 class Files:
     """The images of a folder with the captions beside them, or its text files in pieces."""
 
-    split = None
+    split: str | None = None
 
     def __init__(
         self,

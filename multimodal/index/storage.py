@@ -235,7 +235,9 @@ def write_index(
         finally:
             part.unlink(missing_ok=True)
         written[stem] = IndexFile(name, about.bytes, about.sha256)
-    new = IndexConfig(**config, count=len(vectors), **written)
+    new = IndexConfig(
+        **config, count=len(vectors), vectors=written["vectors"], entries=written["entries"]
+    )
     with atomic_file(folder / CONFIG, sync=True) as part:
         values = {"format": FORMAT, "version": VERSION, **asdict(new)}
         part.write_text(json.dumps(values, indent=1) + "\n", "utf-8")

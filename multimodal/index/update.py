@@ -168,7 +168,7 @@ class Update:
             result = None
             if isinstance(item.image, Tensor):  # so they are in all items of this source
                 codes.append(self.model.read(item.image))
-            else:
+            elif item.image is not None:
                 name = str(self.source.root / item.path)
                 try:
                     pixels.append(read_images(self.model, [item.image], [name]))
