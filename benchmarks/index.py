@@ -3,10 +3,10 @@
     python benchmarks/index.py [--count 100000] [--width 256] [--out docs/index.json]
 
 The rows are synthetic, of the width of the starter's embeddings, in clusters: 2,000 centres of unit
-norm, of which those of one tenth lie near one another (a centre and 10 % noise), and rows around
-them with gaussian noise of half the norm of a centre, in all directions. So a row has about fifty
-neighbours at a cosine of 0.8, and telling the nearest ten of them apart is as hard as it gets: they
-differ in the third digit. Queries are new rows of the same clusters.
+norm, and rows around them with gaussian noise of half that norm, in all directions. So a row has
+about fifty neighbours at a cosine of 0.8. One tenth of the centres are in ten groups of twenty
+that nearly coincide (10 % noise): there it is a thousand. Queries are new rows of the same
+clusters.
 
 Timed is what a search does after the query is embedded: the ten nearest rows of the graph, and
 their entries from the mapped file. ``milliseconds_of_a_search`` is the time of the CPU: other work
