@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multimodal.commands.options import check_output, load_model, make_parser
-from multimodal.commands.search import default_cache
+from multimodal.commands.vectors.search import default_cache
 from multimodal.data.samples import readable
 from multimodal.data.shards import Shards
 from multimodal.eval.tasks.registry import EVALUATORS, find_evaluator

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from multimodal.api import Model, load
     from multimodal.data.builder.build import build_shards
+    from multimodal.index.index import Index
 
 try:
     __version__ = version("multimodal")
 except PackageNotFoundError:  # a checkout on PYTHONPATH, not installed
     __version__ = "0+unknown"
 
-__all__ = ["Model", "__version__", "build_shards", "load"]
+__all__ = ["Index", "Model", "__version__", "build_shards", "load"]
 
 
 def __getattr__(name: str) -> object:
@@ -29,6 +30,10 @@ def __getattr__(name: str) -> object:
         from multimodal.data.builder.build import build_shards
 
         return build_shards
+    if name == "Index":
+        from multimodal.index.index import Index
+
+        return Index
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

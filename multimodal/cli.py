@@ -26,8 +26,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("multimodal.commands.generate", "go on after any mix of images and texts"),
     "draw": ("multimodal.commands.draw", "draw images after a text"),
     "edit": ("multimodal.commands.edit", "draw a part of an image anew"),
-    "embed": ("multimodal.commands.embed", "turn images or texts into vectors"),
-    "search": ("multimodal.commands.search", "find the images that fit a text or an image"),
+    "embed": ("multimodal.commands.vectors.embed", "turn images or texts into vectors"),
+    "search": ("multimodal.commands.vectors.search", "find the images that fit a text or an image"),
+    "index": ("multimodal.commands.vectors.index", "embed many images or texts, to search them"),
     "serve": ("multimodal.serve.cli", "answer requests in the shape of OpenAI's API"),
     "prompts": ("multimodal.commands.prompts", "list the prompts that are kept as files"),
     "data": (

@@ -26,7 +26,7 @@ FRONT_DOORS = (
     "multimodal",
     "multimodal.cli",
     "multimodal.__main__",
-    *(f"multimodal.{n}" for n in ("load", "Model", "build_shards", "__version__")),
+    *(f"multimodal.{n}" for n in ("load", "Model", "Index", "build_shards", "__version__")),
 )
 BELOW: dict[str, tuple[str, ...]] = {
     "foundation": (),
@@ -48,7 +48,11 @@ BELOW: dict[str, tuple[str, ...]] = {
         "foundation", "tokenizers", "hub", "data", "data.formats", "model", "model.layers",
         "inference",
     ),
-    "commands": ("foundation", "data", "data.formats", "inference", "api"),
+    "index": ("foundation", "data", "data.formats", "model", "inference", "api"),
+    "commands.vectors": (
+        "foundation", "data", "data.formats", "inference", "api", "index", "commands",
+    ),
+    "commands": ("foundation", "data", "data.formats", "inference", "api", "index"),
     "commands.folders": (
         "foundation", "tokenizers", "hub", "data", "data.builder", "data.formats", "model",
         "export", "released", "scenes", "commands",
@@ -65,7 +69,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     ),
     "eval": (
         "foundation", "tokenizers", "hub", "data", "data.builder", "model", "inference", "api",
-        "commands", "eval.evaluator", "eval.metrics", "eval.tasks",
+        "commands", "commands.vectors", "eval.evaluator", "eval.metrics", "eval.tasks",
     ),
     # What guards the folder of a run: it knows Lightning, and nothing of what is trained.
     "train.run": ("foundation",),

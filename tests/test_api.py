@@ -245,14 +245,14 @@ def test_the_cache_knows_files_by_their_content(model: Model, tmp_path: Path) ->
     for number in range(3):
         picture(number).save(tmp_path / f"{number}.png")
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    paths = list_images(tmp_path).images
+    paths = list_images(tmp_path).files
     cache = EmbeddingCache(tmp_path / "cache", "f00")
     first = dict(embed_files(model, paths, cache, batch_size=2))
     cache.save()
     assert isinstance(first[tmp_path / "broken.png"], ValueError) and cache.added == 3
     (tmp_path / "0.png").rename(tmp_path / "zero.png")
     again = EmbeddingCache(tmp_path / "cache", "f00")
-    second = dict(embed_files(model, list_images(tmp_path).images, again))
+    second = dict(embed_files(model, list_images(tmp_path).files, again))
     assert again.added == 0, "a renamed file is known"
     assert torch.equal(second[tmp_path / "zero.png"], first[tmp_path / "0.png"])  # type: ignore[arg-type]
     assert not EmbeddingCache(tmp_path / "cache", "other").rows, "each model has its own cache"

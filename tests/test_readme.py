@@ -50,6 +50,7 @@ def after(marker: str) -> str:
 
 
 QUICK, USE, OWN = after("quick path"), after("use"), after("own data")
+INDEX = after("index")
 
 
 def run_small(block: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,6 +93,13 @@ def test_the_starter_is_used_as_shown(
     assert len(shown) == 7
     assert shown["caption"].splitlines()[0].split("\t")[1] == scope["model"].caption("scene.png")
     assert (tmp_path / "drawing-3.png").exists() and (tmp_path / "rows.jsonl").exists()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "box.md").write_text("# The box\n\nThere is a key in it.\n")
+    for arguments in commands(INDEX):
+        capsys.readouterr()
+        assert main(arguments) == 0, arguments
+        shown[arguments[0]] = capsys.readouterr().out
+    assert "scenes/one.png" in shown["search"] and "box.md:1-3" in shown["answer"]
 
 
 def test_own_data_from_a_folder_to_a_tuned_starter(
@@ -122,7 +130,7 @@ def test_own_data_from_a_folder_to_a_tuned_starter(
 def test_every_other_command_of_the_readme_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    others = [block for block in blocks("sh") if block not in (QUICK, USE, OWN)]
+    others = [block for block in blocks("sh") if block not in (QUICK, USE, OWN, INDEX)]
     other_commands = [command for block in others for command in commands(block)]
     assert len(other_commands) > 5
     for command in other_commands:

@@ -140,6 +140,7 @@ def test_the_files_that_the_walks_and_the_map_name_exist() -> None:
     text = (ROOT / "docs/architecture.md").read_text("utf-8")
     homes = {
         "commands": "multimodal/commands", "inference": "multimodal/inference", "train": "train",
+        "index": "multimodal/index",
         "model": "multimodal/model", "data": "multimodal/data", "tokenizers": "tokenizers",
         "model/layers": "multimodal/model/layers",
     }  # fmt: skip

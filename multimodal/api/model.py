@@ -306,7 +306,7 @@ class Model(TextMethods):
         check(k >= 1, "k", k, "at least 1")
         row = self.embed(texts=query) if isinstance(query, str) else self.embed(images=query)
         paths = (
-            list_images(Path(images)).images
+            list_images(Path(images)).files
             if isinstance(images, str | PathLike)
             else [Path(path) for path in images]
         )

@@ -9,6 +9,7 @@ import sys
 
 from multimodal.commands.options import (
     add_bulk,
+    add_index,
     at_least_one,
     given_options,
     image_paths,
@@ -29,6 +30,7 @@ examples:
   multimodal caption photos/ > captions.tsv
   find photos -name "*.jpg" | multimodal caption -
   multimodal caption @list.txt
+  multimodal caption photos/ --index others.index
   multimodal caption --data data/photos --out-dir captions/ --workers 4
 """
 
@@ -50,10 +52,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help='{"image": ..., "caption": ...} a line')
     parser.add_argument("--batch-size", type=int, default=32, help="images at once (default 32)")
     add_bulk(parser)
+    add_index(parser, "stand before the image as examples: images with captions", retrieve=4)
     arguments = parser.parse_args(argv)
     if bool(arguments.images) == bool(arguments.data):
         parser.error("give images, or --data and --out-dir: one of the two")
-    at_least_one(arguments, "batch_size")
+    at_least_one(arguments, "batch_size", "retrieve")
+    if arguments.data and arguments.index:
+        parser.error("--index is for images, not for --data")
     if arguments.data:
         return run_bulk(arguments, "caption")
 
@@ -63,7 +68,15 @@ def main(argv: list[str]) -> int:
     paths, failed = image_paths("caption", arguments.images)
     size = arguments.batch_size
     model = load_model(arguments)
-    captions = model.caption_each(paths, batch_size=size, **options)
+    if arguments.index is None:
+        captions = model.caption_each(paths, batch_size=size, **options)
+    else:
+        from multimodal.index.index import Index
+
+        index = Index.open(arguments.index, model)
+        captions = index.caption_each(
+            paths, retrieve=arguments.retrieve, batch_size=size, **options
+        )
     # None: no bar where stderr is not a terminal.
     hidden = True if len(paths) <= size else None
     with tqdm(total=len(paths), unit="image", file=sys.stderr, disable=hidden) as bar:

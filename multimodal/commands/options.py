@@ -156,6 +156,19 @@ def add_bulk(parser: argparse.ArgumentParser) -> None:
     add_engine(parser)
 
 
+def add_index(parser: argparse.ArgumentParser, use: str, retrieve: int) -> None:
+    """Options of verbs that put what an index has into the prompt."""
+    group = parser.add_argument_group("an index", f"what was found in it will {use}")
+    group.add_argument("--index", type=Path, metavar="DIR", help="what multimodal index wrote")
+    group.add_argument(
+        "--retrieve",
+        type=int,
+        default=retrieve,
+        metavar="K",
+        help=f"the K nearest, as far as they fit into the prompt (default {retrieve})",
+    )
+
+
 def run_bulk(arguments: argparse.Namespace, kind: Literal["caption", "embed"]) -> int:
     """Run the job that ``add_bulk``'s options ask for. Returns 1 if an image failed, else 0."""
     import torch
@@ -228,7 +241,7 @@ def image_paths(verb: str, names: "Sequence[str]") -> tuple[list[str], int]:
                 print_error(f"multimodal {verb}: error: {error}")
                 skipped += 1
                 continue
-            paths += map(str, found.images)
+            paths += map(str, found.files)
             skipped += len(found.skipped)
             for complaint in found.complaints():
                 print_error(f"multimodal {verb}: {complaint}")

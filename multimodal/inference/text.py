@@ -6,7 +6,7 @@ Shapes: B prompts, V vocabulary, n codes of an image.
 """
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -196,7 +196,7 @@ def complete_prompts(
     options: TextOptions = GREEDY,
     numbers: Sequence[int] | None = None,
     schema: Schema | None = None,
-    begin: Sequence[int] = (),
+    begin: Sequence[Sequence[int]] = (),
     batch_size: int = 0,
 ) -> list[str]:
     """For each image and the text after it, write the continuation.
@@ -204,7 +204,7 @@ def complete_prompts(
     Args:
         codes: int64[B, n].
         prompts: B texts that follow the images. They may be empty.
-        begin: ids before each image, by default <bos>.
+        begin: B lists of ids, each before its image. By default <bos>.
         numbers, schema, batch_size: as for ``generate_ids``.
 
     Returns:
@@ -212,10 +212,10 @@ def complete_prompts(
     """
     if not len(codes):
         return []
-    begin = list(begin) or [model.vocabulary.bos]
+    begin = begin or [[model.vocabulary.bos]] * len(codes)
     ids = [
-        [*begin, *image_tokens(model.vocabulary, row), *model.text_tokenizer.encode(prompt)]
-        for row, prompt in zip(model.read(codes).tolist(), prompts, strict=True)
+        [*before, *image_tokens(model.vocabulary, row), *model.text_tokenizer.encode(prompt)]
+        for before, row, prompt in zip(begin, model.read(codes).tolist(), prompts, strict=True)
     ]
     texts = generate_ids(model, ids, options, numbers, schema, batch_size)
     return [before_stop(model.text_tokenizer.decode(t), options.stop).strip() for t in texts]
@@ -289,19 +289,22 @@ def caption_images(
     options: CaptionOptions,
     examples: Sequence[tuple[ImageSource, str]] = (),
     batch_size: int = 32,
+    begin_of: Callable[[Tensor], Sequence[Sequence[int]]] | None = None,
 ) -> Iterator[str | ValueError]:
     """Caption images, a batch at a time.
 
     Args:
         examples: images with captions that the prompts begin with (few-shot).
+        begin_of: int64[B, n], codes of images -> B lists of ids that their prompts begin with. It
+            takes the place of the examples.
 
     Yields:
         The caption of each image in its order, or what was wrong with the image.
     """
-    begin = [model.vocabulary.bos]
+    shared = [model.vocabulary.bos]
     if examples:
         codes = encode_to_read(model, read_images(model, [image for image, _ in examples]))
-        begin = few_shot_prompt(model, codes, [text for _, text in examples])
+        shared = few_shot_prompt(model, codes, [text for _, text in examples])
     for start in range(0, len(images), batch_size):
         results: dict[int, str | ValueError] = {}
         pixels: dict[int, Tensor] = {}
@@ -313,6 +316,7 @@ def caption_images(
                 results[number] = error
         if pixels:
             codes = encode_to_read(model, torch.cat(list(pixels.values())))
+            begin = begin_of(codes) if begin_of else [shared] * len(codes)
             captions = best_captions(model, codes, options, list(pixels), begin)
             results |= dict(zip(pixels, captions, strict=True))
         yield from (results[number] for number in sorted(results))
@@ -323,7 +327,7 @@ def best_captions(
     codes: Tensor,
     options: CaptionOptions,
     numbers: Sequence[int],
-    begin: Sequence[int] = (),
+    begin: Sequence[Sequence[int]] = (),
     batch_size: int = 0,
 ) -> list[str]:
     """Caption images, and keep the best of each image's candidates.
@@ -340,6 +344,7 @@ def best_captions(
     repeated = codes.repeat_interleave(count, 0)
     numbers = [number * count + candidate for number in numbers for candidate in range(count)]
     prompts = [""] * len(repeated)
+    begin = [before for before in begin for _ in range(count)]
     texts = complete_prompts(
         model, repeated, prompts, options, numbers, begin=begin, batch_size=batch_size
     )

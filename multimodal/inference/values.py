@@ -153,17 +153,24 @@ class Drawings(list[Image.Image]):
 
 
 def _as_html(result: Any) -> str:
-    """A text, drawings, or (path, score) as ``Model.search`` gives it."""
+    """A text, drawings, (path, score) as ``Model.search`` gives it, or what shows itself."""
     if isinstance(result, Drawings):
         return "".join(map(_picture, result))
+    if hasattr(result, "_repr_html_"):
+        return str(result._repr_html_())
     if not isinstance(result, tuple):
         return html.escape(shown(str(result)))
     path, score = result
     with suppress(ValueError, OSError):  # the file may be gone
-        picture = open_image(path)
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        return f"{_picture(picture)} {score:.3f} {html.escape(shown(path))}"
+        return f"{picture_html(path)} {score:.3f} {html.escape(shown(path))}"
     return f"{score:.3f} {html.escape(shown(path))}"
+
+
+def picture_html(image: Any) -> str:
+    """A small picture for a notebook. Raises ``ValueError`` for what ``open_image`` refuses."""
+    picture = open_image(image)
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return _picture(picture)
 
 
 def _picture(image: Image.Image) -> str:

@@ -23,7 +23,7 @@ def test_images_are_found_and_everything_else_is_named(
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "rows.safetensors").write_bytes(b"")
     found = list_images(tmp_path, outside=tmp_path / "cache")
-    assert found.images == sorted(tmp_path / name for name in images)
+    assert found.files == sorted(tmp_path / name for name in images)
     assert found.skipped == sorted(tmp_path / name for name in others)
     lines = list(found.complaints())
     assert len(lines) == len(others)

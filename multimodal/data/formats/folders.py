@@ -1,4 +1,4 @@
-"""The images in a folder, and what else is in it: nothing is left out in silence."""
+"""The images or texts in a folder, and what else is in it: nothing is left out in silence."""
 
 import os
 from collections import defaultdict
@@ -13,22 +13,25 @@ IMAGE_SUFFIXES = (
     *("jpg", "jpeg", "png", "webp", "jfif", "jpe"),
     *("gif", "bmp", "tif", "tiff", "avif", "heic", "heif"),
 )
+TEXT_SUFFIXES = ("txt", "text", "md", "markdown", "rst")
 SIDECARS = ("txt", "json")  # texts beside an image, as `data build` reads them
 MAX_NAMED = 10  # skipped files of one suffix that get a line each
 
 
 @dataclass(frozen=True)
-class ImageFolder:
+class FolderListing:
     """What is in a folder and its subfolders. Hidden files are left out.
 
     Attributes:
-        images: files with the suffix of an image, sorted by path.
+        files: those with the suffix of an image, or of a text, sorted by path.
         skipped: other files, and folders that cannot be read, sorted. A .txt or .json of an image's
             name belongs to the image.
+        kind: what the files are.
     """
 
-    images: list[Path]
+    files: list[Path]
     skipped: list[Path]
+    kind: str = "image"
 
     def complaints(self) -> Iterator[str]:
         """A line for each file that is skipped. Many of one suffix are counted."""
@@ -37,12 +40,14 @@ class ImageFolder:
             groups[path.suffix.lower()].append(path)
         for suffix, paths in sorted(groups.items()):
             kind = f"a {suffix} file" if suffix else "without a suffix"
-            yield from (f"{path}: skipped, not an image ({kind})" for path in paths[:MAX_NAMED])
+            named = paths[:MAX_NAMED]
+            article = "an" if self.kind == "image" else "a"
+            yield from (f"{path}: skipped, not {article} {self.kind} ({kind})" for path in named)
             if (more := len(paths) - MAX_NAMED) > 0:
-                yield f"{more:,} more files skipped, not images ({kind})"
+                yield f"{more:,} more files skipped, not {self.kind}s ({kind})"
 
 
-def list_images(folder: str | Path, outside: Path | None = None) -> ImageFolder:
+def list_images(folder: str | Path, outside: Path | None = None) -> FolderListing:
     """The images of a folder and its subfolders. Links are followed, each folder is read once.
 
     Args:
@@ -51,29 +56,50 @@ def list_images(folder: str | Path, outside: Path | None = None) -> ImageFolder:
     Raises:
         ValueError: if there is no such folder on this machine, or no image in it.
     """
-    folder = local_path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    images, others = list[Path](), list[Path]()
-    visited = {os.path.realpath(outside)} if outside else set[str]()
-    unreadable: list[OSError] = []
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=unreadable.append):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in visited else sorted(f for f in folders if not f.startswith("."))
-        for name in [] if real in visited else files:
-            if not name.startswith("."):
-                path = Path(parent, name)
-                is_image = path.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
-                (images if is_image else others).append(path)
-        visited.add(real)
+    files, unreadable = _walk(folder, outside)
+    images = [path for path in files if _suffix(path) in IMAGE_SUFFIXES]
+    others = [path for path in files if _suffix(path) not in IMAGE_SUFFIXES]
     if not images:
         raise ValueError(f"{folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
     stems = {path.with_suffix("") for path in images}
     skipped = [
         path
         for path in others
-        if path.suffix.lower().removeprefix(".") not in SIDECARS
-        or path.with_suffix("") not in stems
+        if _suffix(path) not in SIDECARS or path.with_suffix("") not in stems
     ]
-    skipped += [Path(str(error.filename)) for error in unreadable]
-    return ImageFolder(sorted(images), sorted(skipped))
+    return FolderListing(sorted(images), sorted(skipped + unreadable))
+
+
+def list_texts(folder: str | Path, outside: Path | None = None) -> FolderListing:
+    """The text files of a folder and its subfolders, as ``list_images``.
+
+    Raises:
+        ValueError: if there is no such folder on this machine, or no text file in it.
+    """
+    files, unreadable = _walk(folder, outside)
+    texts = [path for path in files if _suffix(path) in TEXT_SUFFIXES]
+    if not texts:
+        raise ValueError(f"{folder}: no texts in it ({', '.join(TEXT_SUFFIXES)})")
+    others = [path for path in files if _suffix(path) not in TEXT_SUFFIXES]
+    return FolderListing(sorted(texts), sorted(others + unreadable), "text")
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower().removeprefix(".")
+
+
+def _walk(folder: str | Path, outside: Path | None) -> tuple[list[Path], list[Path]]:
+    """The files that are not hidden, and the folders that cannot be read."""
+    folder = local_path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    found = list[Path]()
+    visited = {os.path.realpath(outside)} if outside else set[str]()
+    unreadable: list[OSError] = []
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=unreadable.append):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in visited else sorted(f for f in folders if not f.startswith("."))
+        if real not in visited:
+            found += (Path(parent, name) for name in files if not name.startswith("."))
+        visited.add(real)
+    return found, [Path(str(error.filename)) for error in unreadable]

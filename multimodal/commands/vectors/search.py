@@ -3,20 +3,23 @@
 import json
 import os
 import sys
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
 from multimodal.commands.options import at_least_one, load_model, make_parser
 from multimodal.terminal import print_error
 
-EPILOG = """QUERY is an image where it names a file that exists, else a text. What was embedded is
-kept by content under --cache (default: multimodal/ in the user's cache folder), so the second
-search of a folder is quick; --cache "" keeps nothing. What is not an image, or cannot be read, is
-named on stderr, and the exit status is 1.
+EPILOG = """QUERY is an image where it names a file that exists, else a text. --images embeds a
+folder. What was embedded is kept by content under --cache (default: multimodal/ in the user's cache
+folder), so the second search of a folder is quick; --cache "" keeps nothing. What is not an image,
+or cannot be read, is named on stderr, and the exit status is 1. --index searches what
+multimodal index wrote: images, or pieces of texts with their lines.
 
 examples:
   multimodal search "a dog in the snow" --images photos/ -k 5
   multimodal search cat.jpg --images photos/ --json
+  multimodal search "a dog in the snow" --index photos.index
 """
 
 
@@ -27,17 +30,35 @@ def default_cache() -> str:
 
 def main(argv: list[str]) -> int:
     parser = make_parser(
-        "search", "Find the images that fit a text, or another image, best.", EPILOG
+        "search", "Find the images or texts that fit a text, or another image, best.", EPILOG
     )
     parser.add_argument("query", metavar="QUERY", help="a text, or the path of an image")
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="where to search")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--images", type=Path, metavar="DIR", help="a folder of images")
+    where.add_argument("--index", type=Path, metavar="DIR", help="what multimodal index wrote")
     parser.add_argument("-k", type=int, default=10, metavar="K", help="how many (default 10)")
     parser.add_argument("--json", action="store_true", help='{"image": ..., "score": ...} a line')
     parser.add_argument("--batch-size", type=int, default=32, help="images at once (default 32)")
     parser.add_argument("--cache", default=None, metavar="DIR", help='embeddings; "" for none')
     arguments = parser.parse_args(argv)
     at_least_one(arguments, "k", "batch_size")
+    query = Path(arguments.query) if os.path.isfile(arguments.query) else arguments.query
+    search = _search_images if arguments.images else _search_index
+    return search(query, arguments)
 
+
+def _search_index(query: Path | str, arguments: Namespace) -> int:
+    from multimodal.index.index import Index
+
+    index = Index.open(arguments.index, load_model(arguments))
+    for hit in index.search(query, arguments.k):
+        words = " ".join(hit.words.split())
+        line = json.dumps(hit.to_json()) if arguments.json else None
+        print(line or f"{hit.score:.3f}\t{hit.source}" + (f"\t{words}" if words else ""))
+    return 0
+
+
+def _search_images(query: Path | str, arguments: Namespace) -> int:
     from tqdm import tqdm
 
     from multimodal.data.formats.folders import list_images
@@ -48,16 +69,14 @@ def main(argv: list[str]) -> int:
     for complaint in found.complaints():
         print_error(f"multimodal search: {complaint}")
     model = load_model(arguments)
-    query = Path(arguments.query) if os.path.isfile(arguments.query) else arguments.query
     cache = EmbeddingCache(Path(folder), model.fingerprint) if folder else None
-    total = len(found.images)
     results = model.search(
         query,
-        found.images,
+        found.files,
         arguments.k,
         cache=cache,
         batch_size=arguments.batch_size,
-        progress=partial(tqdm, total=total, unit="image", file=sys.stderr, disable=None),
+        progress=partial(tqdm, total=len(found.files), unit="image", file=sys.stderr, disable=None),
     )
     if cache is not None:
         cache.save()
