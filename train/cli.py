@@ -94,7 +94,7 @@ class TrainingCLI(LightningCLI):
         with ExitStack() as self.open_run:
             super().__init__(*args, **kwargs)
 
-    def subcommands(self) -> dict[str, set[str]]:
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static in Lightning
         """The given verb alone: to set up the options of all four takes four times as long."""
         return {self.verb: LightningCLI.subcommands()[self.verb]}
 

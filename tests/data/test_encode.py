@@ -160,7 +160,7 @@ def test_a_run_that_is_killed_three_times_gives_the_same_bytes(
     for shards, workers in ((1, "2"), (2, "1"), (3, "1")):
         process = start(encode(work, out, "--workers", workers))
         while process.is_alive() and len(list(out.glob("*.tar"))) < shards:
-            time.sleep(0.002)
+            time.sleep(0.005)
         if process.is_alive():
             os.killpg(process.pid or 0, signal.SIGKILL)
             killed += 1
