@@ -21,10 +21,10 @@ demo: $(STAMP)  ## caption, answer, draw, edit and search with the starter; leav
 	@$(VENV)/bin/multimodal demo
 
 test: $(STAMP)  ## run the tests, without those marked slow or gpu
-	@$(RUN) pytest -q -n 2 --dist loadfile $(ARGS)
+	@$(RUN) pytest -q -n 2 --dist worksteal $(ARGS)
 
 test-all: $(STAMP)  ## run every test that this machine can run
-	@$(RUN) pytest -q -n 2 --dist loadfile -m "" $(ARGS)
+	@$(RUN) pytest -q -n 2 --dist worksteal -m "" $(ARGS)
 
 lint: $(STAMP)  ## check style (ruff), format (ruff) and types (mypy)
 	@$(RUN) ruff check .

@@ -6,6 +6,7 @@ tests/photos.py and tests/prompts.py.
 """
 
 import dataclasses
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each wait for one another
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # nor does a compiler start more processes
+
+# Worker processes are forked from a server. It imports once what each of them would import.
+multiprocessing.set_forkserver_preload(["multimodal.train.cli"])
 
 SENTENCES = (
     "a red bus in the snow",
@@ -146,6 +151,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "row_length": 192,
         "warmup_steps": 2,
         "captions_in_validation": 2,
+        "answers_in_validation": 2,
         "drawings_in_validation": 1,
     }
     for name, class_path, arguments, more in (

@@ -101,8 +101,7 @@ def test_wheel_is_complete_and_works_on_its_own(tmp_path: Path, links: bool) -> 
     assert {name.split("/")[0].split("-")[0] for name in names} == {"multimodal"}
 
     target = tmp_path / "installed"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*pip, "--target", str(target), str(wheel)], check=True)
+    zipfile.ZipFile(wheel).extractall(target)  # all that pip does with a wheel of Python code
     modules = sorted(
         name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for name in files_of_the_package()

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from multimodal.scenes.dataset import write_scenes
 from multimodal.seeds import sample_seed
 from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
+from tests.launches import run_processes, start
 
 VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads": 2}
 
@@ -124,41 +123,52 @@ def test_a_stopped_run_can_go_on_and_gives_the_same_bytes(
         encode_shards(work / "scenes", out, tokenizer, encoding)
 
 
-@pytest.mark.parametrize(
-    "options", [("--workers", "2"), ("--workers", "2", "--engine", "ray"), "ranks", "killed"]
-)
-def test_any_workers_give_the_same_bytes(work: Path, tmp_path: Path, options: Any) -> None:
-    """Processes, Ray, two ranks of torchrun, and processes that are killed three times."""
-    command = ["tokenizer", "encode", str(work / "scenes"), "--threads", "1"]
-    command += ["--tokenizer", str(work / "tokenizer")]
+def encode(work: Path, out: Path, *options: str) -> list[str]:
+    command = ["tokenizer", "encode", str(work / "scenes"), str(out)]
+    return [*command, "--tokenizer", str(work / "tokenizer"), *options]
+
+
+@pytest.fixture(scope="module")
+def whole(work: Path) -> dict[str, bytes]:
+    """The files that one process writes."""
     threads = torch.get_num_threads()
-    assert main([*command, str(tmp_path / "whole")]) == 0
+    assert main(encode(work, work / "whole", "--threads", "1")) == 0
     torch.set_num_threads(threads)
-    out = tmp_path / "out"
-    line = [sys.executable, "-m", "multimodal.cli", *command, str(out)]
-    if options == "ranks":
-        ranks = [
-            subprocess.Popen(line, env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"})
-            for rank in "01"
-        ]
-        assert [process.wait(120) for process in ranks] == [0, 0]
-        late = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}  # when all is done
-        subprocess.run(line, env=late, check=True, timeout=120)
-    else:
-        killed = 0
-        for shards in (1, 2, 3) if options == "killed" else ():
-            process = subprocess.Popen([*line, "--workers", "2"], start_new_session=True)
-            while process.poll() is None and len(list(out.glob("*.tar"))) < shards:
-                time.sleep(0.002)
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                killed += 1
-            process.wait()
-        assert killed >= 1 or options != "killed"
-        if not (out / "manifest.json").exists():  # the last kill may have come too late
-            more = () if options == "killed" else options
-            subprocess.run([*line, *more], check=True, timeout=120)
-    assert files(out) == files(tmp_path / "whole")
+    return files(work / "whole")
+
+
+@pytest.mark.parametrize("options", [("--workers", "2"), ("--workers", "2", "--engine", "ray")])
+def test_any_workers_give_the_same_bytes(
+    work: Path, whole: dict[str, bytes], tmp_path: Path, options: tuple[str, ...], one_thread: None
+) -> None:
+    assert main(encode(work, tmp_path / "out", *options)) == 0
+    assert files(tmp_path / "out") == whole
+
+
+def test_ranks_give_the_same_bytes(work: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    ranks = [{"RANK": rank, "WORLD_SIZE": "2"} for rank in "01"]
+    for started in (ranks, ranks[1:]):  # the second rank once more, when all is done
+        ends = run_processes(encode(work, tmp_path / "out"), environments=started)
+        assert {end.status for end in ends} == {0}, ends
+    assert files(tmp_path / "out") == whole
+
+
+def test_a_run_that_is_killed_three_times_gives_the_same_bytes(
+    work: Path, whole: dict[str, bytes], tmp_path: Path, one_thread: None
+) -> None:
+    out, killed = tmp_path / "out", 0
+    for shards, workers in ((1, "2"), (2, "1"), (3, "1")):
+        process = start(encode(work, out, "--workers", workers))
+        while process.is_alive() and len(list(out.glob("*.tar"))) < shards:
+            time.sleep(0.005)
+        if process.is_alive():
+            os.killpg(process.pid or 0, signal.SIGKILL)
+            killed += 1
+        process.join()
+    assert killed >= 1
+    if not (out / "manifest.json").exists():  # the last kill may have come too late
+        assert main(encode(work, out)) == 0
+    assert files(out) == whole
 
 
 @pytest.mark.parametrize(
@@ -216,6 +226,7 @@ def joint(work: Path) -> Path:
             "row_length": 192,
             "warmup_steps": 1,
             "captions_in_validation": 2,
+            "answers_in_validation": 2,
             "drawings_in_validation": 1,
         },
     }

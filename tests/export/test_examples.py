@@ -1,13 +1,14 @@
 """The scripts of examples/ run, and do what they say."""
 
-import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from PIL import Image
 
@@ -20,13 +21,21 @@ from multimodal.scenes.dataset import write_scenes
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
-def run(script: str, *arguments: object) -> str:
-    """What a script prints."""
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """``run(script, *arguments)``: what a script prints. It runs in this process."""
+
+    def in_this_process(script: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        torch.manual_seed(0)
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return in_this_process
 
 
 @pytest.fixture(scope="module")
@@ -44,25 +53,25 @@ def losses(printed: str, name: str) -> list[float]:
     return [float(line.split(f"{name} ")[1].split(",")[0]) for line in lines]
 
 
-def test_the_joint_losses_in_a_plain_loop(work: Path, tiny_model_folder: Path) -> None:
+def test_the_joint_losses_in_a_plain_loop(run: Run, work: Path, tiny_model_folder: Path) -> None:
     printed = run("plain_torch.py", tiny_model_folder, work / "scenes", 12)
     captions = losses(printed, "caption")
     assert len(captions) == 12 and sum(captions[-3:]) < sum(captions[:3])
     assert all(name in printed for name in ("alignment ", "total ", "answer "))
 
 
-def test_the_module_in_a_trainer_of_ones_own(work: Path, tiny_model_folder: Path) -> None:
+def test_the_module_in_a_trainer_of_ones_own(run: Run, work: Path, tiny_model_folder: Path) -> None:
     run("plain_lightning.py", tiny_model_folder, work / "scenes", 2, work / "lightning")
     assert load(work / "lightning").config.transformer.num_hidden_layers == 2
 
 
-def test_a_caption_by_transformers(work: Path, tiny_model_folder: Path) -> None:
+def test_a_caption_by_transformers(run: Run, work: Path, tiny_model_folder: Path) -> None:
     printed = run("transformers_caption.py", work / "exported", work / "photo.png")
     assert printed.endswith("\n") and "Traceback" not in printed
 
 
 @pytest.mark.skipif(find_spec("peft") is None, reason="PEFT is not installed")
-def test_lora_by_peft(work: Path) -> None:
+def test_lora_by_peft(run: Run, work: Path) -> None:
     printed = run("peft_lora.py", work / "exported", work / "tuned", "a red bus", *range(16))
     learned = losses(printed, "loss")
     assert learned[-1] < 0.8 * learned[0]
@@ -71,7 +80,7 @@ def test_lora_by_peft(work: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
-def test_captions_by_llama_cpp(work: Path, tiny_model_folder: Path) -> None:
+def test_captions_by_llama_cpp(run: Run, work: Path, tiny_model_folder: Path) -> None:
     export_gguf(tiny_model_folder, work / "m.gguf", "float32")
     printed = run("llama_cpp_caption.py", tiny_model_folder, work / "m.gguf", work / "photo.png")
     model = load(tiny_model_folder)

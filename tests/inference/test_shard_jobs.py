@@ -12,7 +12,8 @@ from multimodal.cli import main
 from multimodal.data.encode import Encoding, encode_shards
 from multimodal.data.shards import Shards, index_shard, write_manifest, write_tar
 
-ENGINES = (("--workers", "2"), ("--workers", "2", "--engine", "ray"))
+RAY = pytest.param(("--workers", "2", "--engine", "ray"), marks=pytest.mark.slow)
+ENGINES = (("--workers", "2"), RAY)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_who_does_it_changes_no_byte(
     assert hashes(out) == hashes(captions)
 
 
-@pytest.mark.parametrize("options", [ENGINES[0], pytest.param(ENGINES[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", ENGINES)
 def test_embeddings_have_the_same_bytes_from_any_number_of_workers(
     options: tuple[str, ...], source: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:

@@ -1,20 +1,21 @@
 """Each objective can be learned. Its gradient, its weight, and several ranks."""
 
 import math
-import subprocess
-import sys
+import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import grad
+from torch.nn.parallel import DistributedDataParallel
 
-from multimodal.api import Model
+from multimodal.api import Model, load
 from multimodal.model.batches import TrainingBatch, TrainingSample
 from multimodal.model.layers.attention import attention_mask
 from multimodal.model.layers.experts import ExpertsConfig
@@ -24,7 +25,8 @@ from multimodal.model.sequences import OBJECTIVES, TokenSequence, describe, draw
 from tests.samples import samples_of
 
 Make = Callable[..., Model]
-ALONE = (*OBJECTIVES, "siglip", "clip")
+FORMS = ("siglip", "clip", "experts")
+ALONE = (*OBJECTIVES, *FORMS)
 HEAD = torch.eye(40)  # makes the hidden states the logits
 
 
@@ -298,26 +300,23 @@ def test_z_loss_pulls_log_z_to_zero() -> None:
 
 # --- ranks ----------------------------------------------------------------------------------------
 
-RANK = """
-import sys, torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from multimodal.api import load
 
-def run(rank, folder):
+def train_rank(rank: int, folder: Path) -> None:
+    """One of two ranks of DistributedDataParallel. Writes its losses and gradients to a file."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
-        return [train(f"{folder}/{form}", rank) for form in ("siglip", "clip", "experts")]
-    finally:
-        dist.destroy_process_group()
-
-def train(folder, rank):
-    network = load(folder).network.train()
-    replica = DistributedDataParallel(network)  # named: it has to live until the backward pass
-    total, parts = replica(torch.load(f"{folder}/batch{rank}", weights_only=False))
-    total.backward()
-    gradients = {name: w.grad for name, w in network.named_parameters() if w.grad is not None}
-    return {name: value.item() for name, value in parts.items()}, gradients
-"""
+    results = []
+    for form in FORMS:
+        network = load(folder / form).network.train()
+        replica = DistributedDataParallel(network)  # named: it has to live until backward()
+        batch = torch.load(folder / form / f"batch{rank}", weights_only=False)
+        total, parts = replica(batch)
+        total.backward()
+        gradients = {name: w.grad for name, w in network.named_parameters() if w.grad is not None}
+        results.append(({name: value.item() for name, value in parts.items()}, gradients))
+    dist.destroy_process_group()
+    torch.save(results, folder / f"result{rank}")
 
 
 def handmade_batch(model: Model, numbers: range, texts: tuple[str, ...]) -> TrainingBatch:
@@ -340,11 +339,10 @@ def test_two_ranks_are_one(
     tiny_model: Make,
     sentences: tuple[str, ...],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Loss and gradients of DistributedDataParallel are those of one process with all the pairs."""
     expected = []
-    for form in ("siglip", "clip", "experts"):
+    for form in FORMS:
         experts = ExpertsConfig(4, router_aux_loss_coef=0.5) if form == "experts" else None
         contrast = "siglip" if experts else form
         model = tiny_model(noise=0.05, alignment_form=contrast, z_loss_weight=0.01, experts=experts)
@@ -358,18 +356,15 @@ def test_two_ranks_are_one(
         expected.append(
             (parts, {n: w.grad for n, w in network.named_parameters() if w.requires_grad})
         )
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    other = "torch.save(run(1, sys.argv[1]), sys.argv[1] + '/result')"
-    worker = subprocess.Popen([sys.executable, "-c", RANK + other, str(tmp_path)])
-    try:
-        names: dict[str, Any] = {}
-        exec(RANK, names)  # this process is the first rank: half the imports
-        first = names["run"](0, str(tmp_path))
-        assert worker.wait(timeout=60) == 0
-    finally:
-        worker.kill()
-    second = torch.load(tmp_path / "result")
+    processes = multiprocessing.get_context("forkserver")
+    ranks = [processes.Process(target=train_rank, args=(rank, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
+    first, second = (torch.load(tmp_path / f"result{rank}") for rank in range(2))
     for (parts, gradients), *ranks in zip(expected, first, second, strict=True):
         routing = {name for name in parts if name.startswith(("router_", "experts/"))}
         for name in (*(set(OBJECTIVES) & set(parts)), "alignment_accuracy", "total", *routing):

@@ -45,7 +45,8 @@ def test_the_decoder_learns_to_read_meaning_and_both_levels_are_exported(
     start, run = work / "tokenizer" / "model", tmp_path / "run"
     fit = ["fit", "--config", str(work / "tokenizer.yaml"), "--init_from", str(start)]
     fit += ["--model.init_args.decoder_only", "true", "--model.init_args.meaning"]
-    assert main([*fit, str(meaning), "--output", str(run)]) == 0
+    few = ["--trainer.max_steps", "4"]
+    assert main([*fit, str(meaning), "--output", str(run), *few]) == 0
     before, after = load_image_tokenizer(start), load_image_tokenizer(run / "model")
     assert after.meaning is not None and after.detail is not None and before.detail is not None
     assert after.meaning.fingerprint == Meaning.load(meaning).fingerprint
@@ -83,7 +84,8 @@ def test_the_projection_of_a_level_of_meaning_is_trained(work: Path, tmp_path: P
         MEANING.format(weights=weights, data=work / "scenes", output=tmp_path / "run"), "utf-8"
     )
     arguments = ["fit", "--config", str(config)]
-    assert main([*arguments, "--trainer.max_steps", "40"]) == 0
+    steps = ["--trainer.max_steps", "40", "--trainer.val_check_interval", "40"]
+    assert main([*arguments, *steps]) == 0
     report = json.loads((tmp_path / "run/model/report.json").read_text("utf-8"))
     tokenizer = load_image_tokenizer(tmp_path / "run/model")
     meaning = tokenizer.meaning

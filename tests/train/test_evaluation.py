@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from multimodal.cli import main
 from multimodal.eval.metrics.clip_score import ClipScore
 from multimodal.eval.tasks.registry import find_evaluator
 from multimodal.train.evaluation import EvaluateModel
+from tests.launches import run_processes, torchrun
 
 EVALUATOR = """
 from multimodal.inference.embedding import embed_codes
@@ -183,16 +181,10 @@ def test_two_ranks_give_the_scores_of_one(
     line += ["--data", str(work / "scenes"), "--limit", "7", "--batch-size", "3"]
     one, two, page = tmp_path / "one.json", tmp_path / "two.json", tmp_path / "page.html"
     assert main([*line, "--output", str(one)]) == 0
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*ranks, "-m", "multimodal.cli", *line, "--output", str(two), "--page", str(page)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout.count("captioning:") == 1 and page.is_file()
+    more = ["--output", str(two), "--page", str(page)]
+    ends = run_processes([*line, *more], environments=torchrun(2))
+    assert [end.status for end in ends] == [0, 0], ends
+    assert sum(end.stdout.count("captioning:") for end in ends) == 1 and page.is_file()
     assert json.loads(two.read_text())["protocol"]["ranks"] == 2
     first, second = scores(one), scores(two)
     assert set(first) == {*TASKS, "Brightness"}

@@ -1,10 +1,13 @@
 """Runs that are killed, stopped, or run out of disk, on one rank and on two. All can resume."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +15,9 @@ import yaml
 from safetensors.torch import load_file
 
 from multimodal.cli import main
+from multimodal.train.joint import JointModule
 from multimodal.train.run.checkpoints import check_checkpoint
-from tests.launches import launch, logged
+from tests.launches import launch, logged, run_processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,30 +49,22 @@ def assert_same_weights(run: Path, other: Path) -> None:
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
-def run_after(code: str, arguments: list[str]) -> tuple[int, str]:
-    """Run ``code`` and then ``multimodal ARGUMENTS`` in a process: its exit status and stderr."""
-    command = f"{code}\nimport sys\nfrom multimodal.cli import main\nsys.exit(main(sys.argv[1:]))"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", command, *arguments, "--threads", "1"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return done.returncode, done.stderr
+def signal_at(name: str, hook: str, step: int, number: int) -> None:
+    """This process gets the signal at that step, in that batch of it. SIGTERM comes twice."""
+    original = getattr(JointModule, hook)
+
+    def and_signal(self: JointModule, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == step and batch_idx == number:
+            for _ in range(2 if name == "SIGTERM" else 1):
+                os.kill(os.getpid(), signal.Signals[name])
+        return original(self, batch, batch_idx)
+
+    setattr(JointModule, hook, and_signal)
 
 
-SIGNAL_AT_STEP = """
-import os, signal
-from multimodal.train.joint import JointModule
-step = JointModule.{hook}
-def and_signal(self, batch, batch_idx):
-    if self.global_step == {step} and batch_idx == {batch}:
-        for _ in range(2 if "{signal}" == "SIGTERM" else 1): os.kill(os.getpid(), signal.{signal})
-    return step(self, batch, batch_idx)
-JointModule.{hook} = and_signal
-"""
+def fill_disk() -> None:
+    """From now on no file of this process can be larger."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 10**5,) * 2)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +80,10 @@ def test_a_stopped_run_saves_and_resumes_bit_for_bit(
         fit += ["--trainer.accumulate_grad_batches", str(accumulate), "--trainer.max_steps", "6"]
         uninterrupted = tmp_path / "uninterrupted"
         assert main([*fit, "--output", str(uninterrupted)]) == 0
-    code = SIGNAL_AT_STEP.format(signal=name, hook=hook, step=step, batch=batch)
-    status, stderr = run_after(code, [*fit, "--checkpoint_every", "100"])
-    assert status == 128 + signal.Signals[name] and "Traceback" not in stderr, stderr
-    assert f"stopped at step {step + 1}; resume with --ckpt_path" in stderr
+    before = partial(signal_at, name, hook, step, batch)
+    (end,) = run_processes([*fit, "--checkpoint_every", "100"], before=before)
+    assert end.status == 128 + signal.Signals[name] and "Traceback" not in end.stderr, end.stderr
+    assert f"stopped at step {step + 1}; resume with --ckpt_path" in end.stderr
     assert (run / "model/model.safetensors").is_file(), "an interrupted run leaves a model"
     assert main([*fit, "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
     assert logged(run) == logged(uninterrupted)
@@ -107,12 +103,13 @@ def test_a_full_disk_leaves_the_files_before(
     files = [path for path in run.rglob("*") if path.is_file() and "logs" not in path.parts]
     before = {path: path.read_bytes() for path in files}
     resume = ["--ckpt_path", str(run / "checkpoints/last.ckpt")]
-    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 10**5,) * 2)"
-    status, stderr = run_after(full, [*fit, *resume, "--trainer.limit_val_batches", validation])
-    assert status == 1 and "Traceback" not in stderr and reason in stderr.splitlines()[-1], stderr
+    command = [*fit, *resume, "--trainer.limit_val_batches", validation]
+    (end,) = run_processes(command, before=fill_disk)
+    assert end.status == 1 and "Traceback" not in end.stderr, end.stderr
+    assert reason in end.stderr.splitlines()[-1], end.stderr
     assert {path: path.read_bytes() for path in files} == before
     assert not list(run.rglob("*.part*"))
-    assert main([*fit, *resume]) == 0
+    assert main([*fit, *resume, "--trainer.max_steps", "4"]) == 0
 
 
 def test_a_checkpoint_cannot_name_a_class(work: Path, tmp_path: Path) -> None:
