@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from multimodal.model.distillation import Teaching
 from multimodal.model.lessons import answer_text, descriptions_of, exchanges_of, lesson_of
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.sequences import Ids, Packed, TokenSequence, describe, document, draw, pack
@@ -98,6 +99,7 @@ class TrainingBatch:
         tokens: tokens that are not padding.
         cut: the numbers of the samples of which a text was cut, because it did not fit a row.
         written: what the network wrote itself, in reward training.
+        teaching: what a teacher says of the rows, in distillation.
     """
 
     packed: Packed
@@ -108,6 +110,7 @@ class TrainingBatch:
     tokens: int
     cut: tuple[int, ...] = ()
     written: WrittenTokens | None = None
+    teaching: Teaching | None = None
 
     def to(self, device: torch.device) -> "TrainingBatch":
         names = ["packed", "image_positions", "text_positions", "image_hashes", "text_hashes"]

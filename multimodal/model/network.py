@@ -19,6 +19,7 @@ from multimodal.distributed import global_sum, world_size
 from multimodal.hub.names import find_model
 from multimodal.model.alignment import Alignment
 from multimodal.model.batches import TrainingBatch, WrittenTokens
+from multimodal.model.distillation import teacher_losses
 from multimodal.model.layers.attention import Backend, attention_mask, block_mask
 from multimodal.model.layers.compiled import CompiledForward
 from multimodal.model.layers.experts import (
@@ -271,8 +272,11 @@ class MultimodalLM(nn.Module):
             f"reconstruct/{low:.2f}-{high:.2f}": masked & (shares > low) & (shares <= high)
             for low, high in pairwise(UNKNOWN_SHARES)
         }
+        states, teacher = hidden[predicted], None
+        if (teaching := batch.teaching) is not None:
+            teacher = teacher_losses(states, head, teaching, predicted), teaching.weight
         total, parts = token_losses(
-            hidden[predicted],
+            states,
             head,
             targets,
             objectives,
@@ -280,6 +284,7 @@ class MultimodalLM(nn.Module):
             groups,
             self.label_smoothing if self.training else 0.0,
             self.vocabulary.image_start,
+            teacher,
         )
         if objectives_config.alignment_weight:
             image_states, text_states = hidden[batch.image_positions], hidden[batch.text_positions]

@@ -113,6 +113,7 @@ def token_losses(
     groups: Mapping[str, Tensor] | None = None,
     label_smoothing: float = 0.0,
     smoothed_ids: int = 1,
+    teacher: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of all token losses, and its parts for the log.
 
@@ -125,6 +126,8 @@ def token_losses(
         groups: bool[N] by name. The mean loss over each is logged too.
         label_smoothing: the share of each target of a text that is spread over the first
             ``smoothed_ids`` ids: those that a text may have. The parts are without it.
+        teacher: float32[N], a teacher's loss at each position, and its weight from 0 to 1. The data
+            have the rest.
 
     Returns:
         The loss to minimise, float32[]. Its gradients are averaged over ranks afterwards, so the
@@ -132,7 +135,7 @@ def token_losses(
         The parts by name, float32[]. Each is a mean over its tokens on all ranks. An objective
         without a token has no part. ``log_z`` is the mean of log Z, ``largest_logit`` the largest
         logit of this rank. ``grad_norm/NAME`` is the norm of the gradient of an objective at the
-        last hidden states.
+        last hidden states. ``teacher/NAME`` is the teacher's loss.
     """
     has_target = objectives != NO_LOSS
     masks = {name: objectives == number for number, name in enumerate(OBJECTIVES)}
@@ -149,7 +152,8 @@ def token_losses(
     weights = sum((config.weight_of(name) * shares[name] for name in present), zeros)
     z_weights = config.z_loss_weight * shares.get("log_z", zeros)
     smoothing = label_smoothing * sum((masks[name] for name in TEXTS), zeros)
-    losses = head_losses(hidden, head, targets, weights, z_weights, smoothing, smoothed_ids)
+    of_data = weights if teacher is None else (1 - teacher[1]) * weights
+    losses = head_losses(hidden, head, targets, of_data, z_weights, smoothing, smoothed_ids)
     parts = {name: (losses.nll * share).sum() for name, share in shares.items()}
     parts["log_z"] = (losses.log_z * shares.get("log_z", zeros)).sum()
     if losses.total.requires_grad:
@@ -159,4 +163,9 @@ def token_losses(
         parts |= {f"grad_norm/{name}": norm for name, norm in zip(present, norms, strict=False)}
     largest = losses.largest.masked_fill(~has_target, -torch.inf)
     parts["largest_logit"] = largest.max() if len(largest) else largest.new_zeros(())
-    return losses.total, parts
+    if teacher is None:
+        return losses.total, parts
+    of_teacher, weight = teacher
+    for name in present:
+        parts[f"teacher/{name}"] = (of_teacher.detach() * shares[name]).sum()
+    return losses.total + weight * (weights * of_teacher).sum(), parts

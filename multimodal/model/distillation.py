@@ -1,0 +1,64 @@
+"""Distillation: what a larger network says of each token is learned beside what the data say.
+
+    temperature^2 * KL(softmax(teacher / temperature) || softmax(student / temperature))
+
+(Hinton et al. 2015, arXiv:1503.02531.) The factor keeps the gradient as large at any temperature.
+Both read the same rows, so ids of texts and of images are learned alike.
+
+Shapes: R rows, L tokens of a row, N positions with a target, D width of the student, T of the
+teacher, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from multimodal.model.head_loss import SLICE
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What a teacher says of the rows of a batch.
+
+    Attributes:
+        hidden: float[R * L, T], its last hidden states.
+        head: float[V, T], so that ``hidden @ head.T`` are its logits.
+        temperature: at which both distributions are compared.
+        weight: of the teacher, from 0 to 1. The data have the rest.
+    """
+
+    hidden: Tensor
+    head: Tensor
+    temperature: float
+    weight: float
+
+
+def teacher_losses(hidden: Tensor, head: Tensor, teaching: Teaching, of_teacher: Tensor) -> Tensor:
+    """The loss at each position: float32[N].
+
+    A slice of the logits is in memory at a time. Backward makes them again.
+
+    Args:
+        hidden: float[N, D]; head: float[V, D], of the student.
+        of_teacher: int64[N], which of the teacher's states belong to them.
+    """
+    size = max(1, SLICE // (2 * len(head)))
+    losses = []
+    for student, index in zip(hidden.split(size), of_teacher.split(size), strict=True):
+        states = (student, head, teaching.hidden[index], teaching.head)
+        losses.append(checkpoint(_divergences, *states, teaching.temperature, use_reentrant=False))
+    return torch.cat(losses)
+
+
+def _divergences(
+    student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, temperature: float
+) -> Tensor:
+    ours, theirs = (
+        (F.linear(states, matrix).float() / temperature).log_softmax(-1)
+        for states, matrix in ((student, head), (teacher, teacher_head))
+    )
+    divergences = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * divergences

@@ -1,0 +1,105 @@
+"""Distillation through the Lightning CLI: a student learns from the data and from a teacher."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from multimodal.model.batches import TrainingBatch
+from multimodal.model.checkpoint import ModelParts
+from multimodal.model.distillation import Teaching
+from multimodal.train.cost import training_flops
+from multimodal.train.examples import Examples
+from multimodal.train.joint import JointModule
+
+ABOUT_IDS = ("text_size", "layout", "reads", "draws", "templates")  # of the configs, to be equal
+
+
+class DistillModule(JointModule):
+    """Learns each target from a mixture of the data and of what a larger model says of it.
+
+    The teacher reads the same rows as the student, so it teaches texts and images, known and masked
+    ones. It is not trained, not kept in checkpoints, and not used in validation. Alignment is
+    learned from the data alone.
+
+    Args:
+        teacher: a model with the same text tokenizer and the same codes, of any size: a folder, or
+            its name on the Hub.
+        temperature: at which teacher and student are compared. Above 1 unlikely tokens count more.
+        teacher_weight: from 0 (the data alone) to 1.
+        joint: the arguments of JointModule.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        temperature: float = 2.0,
+        teacher_weight: float = 0.5,
+        **joint: Any,
+    ) -> None:
+        super().__init__(**joint)
+        if not 0 < temperature < float("inf") or not 0 <= teacher_weight <= 1:
+            raise ValueError(
+                f"temperature={temperature}, teacher_weight={teacher_weight}: expected more than "
+                "0, and 0 to 1"
+            )
+        self.teacher_name, self.temperature = teacher, temperature
+        self.teacher_weight = teacher_weight
+        self._teachers: list[ModelParts] = []  # in a list, so that it is no part of this module
+        self.expected_teacher: str | None = None  # the fingerprint that a checkpoint names
+
+    def on_fit_start(self) -> None:
+        self._teachers = [self._load_teacher()]
+        super().on_fit_start()
+
+    def _load_teacher(self) -> ModelParts:
+        """Raises ``ValueError`` if it cannot teach this student."""
+        name = self.teacher_name
+        teacher = ModelParts.load(name, str(self.device))
+        if self.expected_teacher not in (None, teacher.fingerprint):
+            raise ValueError(
+                f"{name}: the run that is resumed had another teacher, {self.expected_teacher}; "
+                f"this is {teacher.fingerprint}"
+            )
+        if teacher.text_tokenizer.to_json() != self.model.text_tokenizer.to_json():
+            raise ValueError(f"{name}: the teacher's text tokenizer is not that of this run")
+        if teacher.image_tokenizer.codes_fingerprint != self.image_tokenizer.codes_fingerprint:
+            raise ValueError(f"{name}: the teacher's image tokenizer is not that of this run")
+        ours, theirs = self.network.config, teacher.config
+        for field in ABOUT_IDS:
+            if getattr(ours, field) != getattr(theirs, field):
+                raise ValueError(
+                    f"{name}: {field} of the teacher is {getattr(theirs, field)}, and "
+                    f"{getattr(ours, field)} of this run: it would read other sequences"
+                )
+        limit = theirs.transformer.max_position_embeddings
+        if self.builder.row_length > limit:
+            raise ValueError(
+                f"row_length={self.builder.row_length}: the teacher reads {limit} tokens at most"
+            )
+        teacher.network.requires_grad_(False)
+        teacher.network.attention_backend = self.network.attention_backend
+        self.note_source(name, teacher.fingerprint, teacher.provenance)
+        return teacher
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        for teacher in self._teachers:
+            checkpoint["teacher"] = teacher.fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.expected_teacher = checkpoint.get("teacher")
+
+    def pack(self, batch: Examples) -> TrainingBatch:
+        packed = super().pack(batch)
+        if not self.training or not self.teacher_weight:
+            return packed
+        (teacher,) = self._teachers
+        network = teacher.network
+        with torch.no_grad():
+            hidden = network.hidden(packed.packed).flatten(0, 1)
+        self.flops += training_flops(network.config.transformer, packed.packed) / 3
+        head = network.transformer.lm_head.weight
+        teaching = Teaching(hidden, head, self.temperature, self.teacher_weight)
+        return replace(packed, teaching=teaching)
