@@ -14,11 +14,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-TIMEOUT = 60.0  # seconds for an answer of the browser, or for a condition on the page
+TIMEOUT = 20.0  # seconds for an answer of the browser, or for a condition on the page
 # The descriptors 3 and 4 are made by the shell, so that Python's threads are left alone.
 START = 'exec "$0" "$@" 3<&0 4>&1 </dev/null >/dev/null 2>&1'
 OPTIONS = (
@@ -71,12 +70,7 @@ class Browser:
     def __enter__(self) -> "Browser":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             self._session = ""
             self.call("Browser.close")
@@ -150,8 +144,8 @@ class Browser:
         deadline = time.monotonic() + TIMEOUT
         while True:
             try:
-                if value := self.evaluate(condition):
-                    return value
+                if (value := self.evaluate(condition)) not in (None, False, 0, ""):
+                    return value  # {} stands for an element
             except RuntimeError as error:  # while a page is being replaced
                 if "ontext" not in str(error):
                     raise
@@ -194,11 +188,10 @@ class Browser:
 
     def key(self, name: str) -> None:
         more = {"text": "\r"} if name == "Enter" else {"text": " "} if name == " " else {}
-        about = {"key": name, "code": name.replace(" ", "Space")}
+        code = name.replace(" ", "Space")
+        about = {"key": name, "code": code, "windowsVirtualKeyCode": KEYS[name]}
         for kind in ("keyDown", "keyUp"):
-            self.call(
-                "Input.dispatchKeyEvent", type=kind, windowsVirtualKeyCode=KEYS[name], **about, **more
-            )  # fmt: skip
+            self.call("Input.dispatchKeyEvent", type=kind, **about, **more)
 
     def look(self, width: int, height: int, dark: bool = False, scale: float = 1) -> None:
         """The size of the window, and which colours the person prefers."""

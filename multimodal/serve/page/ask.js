@@ -1,7 +1,7 @@
 // The tab "Ask": a question about a picture. The answer appears while it is written.
 
 import { code } from "./code.js";
-import { $, GrowingText, make, works } from "./dom.js";
+import { $, GrowingText, count, make, works } from "./dom.js";
 import { readPicture, receives } from "./pictures.js";
 import { options } from "./settings.js";
 import { Problem, stream } from "./server.js";
@@ -39,7 +39,7 @@ async function answer(request, question, signal) {
         growing.add(delta.content ?? "");
         ended = finish_reason ?? ended;
       }
-      if (usage) tokens = `${usage.completion_tokens} tokens, `;
+      if (usage) tokens = `${count(usage.completion_tokens, "token")}, `;
     }
     if (!text.textContent.trim()) text.append(make("i", {}, "The answer is empty."));
   } finally {

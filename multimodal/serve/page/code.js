@@ -6,11 +6,11 @@ import { API, key } from "./server.js";
 
 const NOT_OF_OPENAI = ["seed", "temperature", "guidance_scale", "steps", "negative_prompt"];
 const VARIABLE = "MULTIMODAL_API_KEY";
-const JQ = " |\n  jq -r '.data[0].b64_json' | base64 --decode > drawing.png";
+const SAVE = " | jq -r '.data[0].b64_json' | base64 --decode > drawing.png";
 
 /** A folded part of the page with both. request: see server.js. */
-export function code(request) {
-  const part = make("details", { className: "codes" }, make("summary", {}, "As code"));
+export function code(request, title = "As code") {
+  const part = make("details", { className: "codes" }, make("summary", {}, title));
   part.addEventListener("toggle", () => {
     if (part.childElementCount === 1)
       part.append(copyable("as curl", asCurl(request)), copyable("as Python", asPython(request)));
@@ -37,7 +37,7 @@ export function asCurl(request) {
       lines.push(`-F ${quoted(`${name}=@"${file.name.replace(/(["\\])/g, "\\$1")}"`)}`);
     for (const [name, value] of Object.entries(values))
       lines.push(`--form-string ${quoted(`${name}=${value}`)}`);
-    return lines.join(" \\\n  ") + JQ;
+    return lines.join(" \\\n  ") + SAVE;
   }
   let text = JSON.stringify(values, null, 1).replace(/[\\$`]/g, "\\$&"); // a here-document reads these
   for (const picture of picturesIn(values)) {
@@ -46,7 +46,7 @@ export function asCurl(request) {
   }
   if (values.stream) lines[0] = lines[0].replace("curl", "curl -N");
   lines.push("-H 'Content-Type: application/json'", "-d @- <<JSON");
-  return `${lines.join(" \\\n  ")}${draws(request.path) ? JQ : ""}\n${text}\nJSON`;
+  return `${lines.join(" \\\n  ")}${draws(request.path) ? SAVE : ""}\n${text}\nJSON`;
 }
 
 const kind = (picture) => /^data:image\/([\w.+-]+)/.exec(picture.uri)?.[1] ?? "png";

@@ -11,6 +11,8 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
+export const count = (number, what) => `${number} ${what}${number === 1 ? "" : "s"}`;
+
 /** Said by screen readers. A text that is said again is a change, too. */
 export function say(text) {
   const said = $("said");

@@ -4,11 +4,14 @@ import { $, say } from "./dom.js";
 import { key, wants } from "./server.js";
 import { loadModels } from "./settings.js";
 import "./ask.js";
+import "./draw.js";
+import "./edit.js";
+import "./search.js";
 
 const tabs = [...document.querySelectorAll('[role="tab"]')];
 const names = tabs.map((tab) => tab.getAttribute("aria-controls"));
 
-export function showTab(name) {
+function showTab(name) {
   const chosen = names.includes(name) ? name : names[0];
   document.body.dataset.tab = chosen;
   for (const tab of tabs) {

@@ -72,6 +72,12 @@ export function receives(panel, inputs, take) {
     });
 }
 
+/** Show another tab, and give it a Picture as if a person had chosen it. */
+export function give(name, { blob, name: file }) {
+  location.hash = name;
+  receivers.get(document.getElementById(name))([new File([blob], file, { type: blob.type })]);
+}
+
 const shownPanel = () => [...receivers.keys()].find((panel) => !panel.hidden);
 
 document.addEventListener("paste", (event) => {

@@ -2,8 +2,13 @@
 
 export const API = new URL("v1/", document.baseURI).href;
 
-/** What a person is told. */
-export class Problem extends Error {}
+/** What a person is told. status: of the server's answer. */
+export class Problem extends Error {
+  constructor(message, status) {
+    super(message);
+    this.status = status;
+  }
+}
 
 const WORDS = {
   401: "The server asks for an API key, or this key is wrong.",
@@ -61,7 +66,7 @@ async function problem(response) {
   const after = Number(response.headers.get("Retry-After"));
   const again = after ? ` Try again in ${after} seconds.` : "";
   const first = WORDS[status] ?? (status < 500 ? "The server cannot do this." : "The server failed.");
-  return new Problem(`${first}${again}${reason ? ` It says: ${reason}` : ""}`);
+  return new Problem(`${first}${again}${reason ? ` It says: ${reason}` : ""}`, status);
 }
 
 /** The answer as JSON. Raises Problem. */
