@@ -169,7 +169,7 @@ def test_a_drawing_grows(page: Browser, open_server: Any, tmp_path: Path) -> Non
 def test_what_is_painted_is_drawn_anew(page: Browser, open_server: Any, scenes: list[Path]) -> None:
     page.click("#edit-tab")
     page.choose_files("#edit-file", scenes[:1])
-    page.wait("!document.querySelector('#editor').hidden")
+    page.wait("!document.querySelector('#easel').hidden")
     set_option(page, seed=5, steps=3)
     fill(page, "#change", "a red bus")
     page.click("#edit .go")

@@ -39,7 +39,8 @@ export function asCurl(request) {
       lines.push(`--form-string ${quoted(`${name}=${value}`)}`);
     return lines.join(" \\\n  ") + SAVE;
   }
-  let text = JSON.stringify(values, null, 1).replace(/[\\$`]/g, "\\$&"); // a here-document reads these
+  // A here-document reads backslashes, $ and `.
+  let text = JSON.stringify(values, null, 1).replace(/[\\$`]/g, "\\$&");
   for (const picture of picturesIn(values)) {
     const read = `$(base64 < ${quoted(picture.name)} | tr -d '\\n')`;
     text = text.replace(picture.uri, () => `data:image/${kind(picture)};base64,${read}`);

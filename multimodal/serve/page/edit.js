@@ -128,7 +128,7 @@ receives(panel, [$("edit-file")], async ([file]) => {
     [brush.width, brush.height] = [image.naturalWidth, image.naturalHeight];
     [picture, at, painted] = [read, null, false];
     $("edit-drop").hidden = true;
-    $("editor").hidden = false;
+    $("easel").hidden = $("brushes").hidden = false;
     work.clear();
     brush.focus();
   } catch (error) {

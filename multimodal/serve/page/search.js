@@ -90,8 +90,9 @@ async function rank(query, request) {
     list.append(make("li", {}, make("figure", {}, image, caption)));
   }
   const best = await readPicture(scored[0].file, SMALL);
-  const title = `${Math.min(SHOWN, scored.length)} of ${count(scored.length, "picture")} for “${
-    request.body.input}”, the best first`;
+  const all = count(scored.length, "picture");
+  const some = scored.length > SHOWN ? `${SHOWN} of ${all}` : all;
+  const title = `${some} for “${request.body.input}”, the best first`;
   const codes = make("div", {}, code(request, "The text as code"),
     code(about(seenBy, [best]), "The best picture as code"));
   $("found").replaceChildren(make("h2", {}, title), list, codes);
@@ -101,7 +102,7 @@ async function rank(query, request) {
 const tell = (text) => ($("chosen").textContent = text);
 
 receives(panel, [$("search-files"), $("search-folder")], (files) => {
-  const pictures = files.filter(({ type, name }) => type.startsWith("image/") || PICTURES.test(name));
+  const pictures = files.filter((file) => PICTURES.test(file.name) || /^image/.test(file.type));
   for (const { address } of items) URL.revokeObjectURL(address);
   items = pictures.map((file) => ({ file, address: URL.createObjectURL(file), row: null }));
   $("found").replaceChildren();

@@ -17,6 +17,7 @@ const WORDS = {
   429: "The server is busy.",
   503: "The server takes no requests now.",
 };
+const FAILED = "The server failed.";
 
 /** The API key. It is kept until this tab of the browser is closed. */
 export const key = {
@@ -65,7 +66,8 @@ async function problem(response) {
   if (status === 401) wants.key();
   const after = Number(response.headers.get("Retry-After"));
   const again = after ? ` Try again in ${after} seconds.` : "";
-  const first = WORDS[status] ?? (status < 500 ? "The server cannot do this." : "The server failed.");
+  const other = status < 500 ? "The server cannot do this." : FAILED;
+  const first = WORDS[status] ?? other;
   return new Problem(`${first}${again}${reason ? ` It says: ${reason}` : ""}`, status);
 }
 
@@ -99,7 +101,7 @@ export async function* stream(request, signal) {
           continue;
         }
         const message = JSON.parse(data);
-        if (message.error) throw new Problem(`The server failed. It says: ${message.error.message}`);
+        if (message.error) throw new Problem(`${FAILED} It says: ${message.error.message}`);
         complete ||= message.type?.endsWith(".completed") ?? false;
         yield message;
       }
