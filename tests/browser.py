@@ -159,6 +159,13 @@ class Browser:
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path) for path in paths])
 
+    def drop(self, selector: str, paths: Sequence[Path]) -> None:
+        """Drop files or folders of this computer on an element."""
+        x, y = self.place(selector)
+        data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
+
     def click(self, selector: str) -> None:
         """Click into the middle of what a person sees."""
         x, y = self.place(selector)

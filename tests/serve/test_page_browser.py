@@ -166,6 +166,24 @@ def test_a_drawing_grows(page: Browser, open_server: Any, tmp_path: Path) -> Non
     assert text(page, "[aria-selected=true]") == "Edit"
 
 
+def test_pictures_are_dropped_and_pasted(page: Browser, scenes: list[Path]) -> None:
+    shown = "document.querySelector('#ask-picture').alt"
+    page.drop("#ask", scenes[1:2])
+    page.wait(f"{shown} == 'b.png'")
+    page.evaluate(
+        "const data = new DataTransfer(); const canvas = document.createElement('canvas');"
+        "canvas.toBlob(blob => { data.items.add(new File([blob], 'pasted.png', {type: blob.type}));"
+        "document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: data})); })"
+    )
+    page.wait(f"{shown} == 'pasted.png'")
+    page.click("#search-tab")
+    (scenes[0].parent / "deeper").mkdir()
+    scenes[3].rename(scenes[0].parent / "deeper/d.webp")
+    (scenes[0].parent / "notes.txt").write_text("no picture")
+    page.drop("#search", [scenes[0].parent])
+    page.wait("document.querySelector('#chosen').textContent == '4 pictures.'")
+
+
 def test_what_is_painted_is_drawn_anew(page: Browser, open_server: Any, scenes: list[Path]) -> None:
     page.click("#edit-tab")
     page.choose_files("#edit-file", scenes[:1])
