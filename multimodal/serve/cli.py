@@ -10,10 +10,10 @@ from multimodal.terminal import print_error
 
 KEY = "MULTIMODAL_API_KEY"
 EPILOG = f"""Addresses: / is a page for people. /v1/chat/completions, /v1/images/generations,
-/v1/images/edits, /v1/embeddings, /v1/models, /health, /metrics. Requests of all kinds are decoded together, and each
-gets what it would get alone. Without a key everyone who reaches the address may use it. A key on
-the command line can be seen by other users of the machine, {KEY} in the environment
-cannot. SIGINT and SIGTERM let running requests end.
+/v1/images/edits, /v1/embeddings, /v1/models, /health, /metrics. Requests of all kinds are decoded
+together, and each gets what it would get alone. Without a key everyone who reaches the address may
+use it. A key on the command line can be seen by other users of the machine, {KEY} in
+the environment cannot. SIGINT and SIGTERM let running requests end.
 
 examples:
   multimodal serve

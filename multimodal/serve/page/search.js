@@ -69,8 +69,8 @@ async function seeSome(model, some, signal) {
     const rows = await embed(about(model, pictures), signal);
     some.forEach((item, i) => (item.row = rows[i]));
   } catch (error) {
-    const refused = error instanceof Problem && (error.status ?? 400) === 400;
-    if (!refused) throw error;
+    const ofPictures = error instanceof Problem && [undefined, 400, 413].includes(error.status);
+    if (!ofPictures) throw error;
     if (some.length > 1) for (const item of some) await seeSome(model, [item], signal);
     else some[0].bad = true;
   }
