@@ -59,7 +59,7 @@ def test_constraints_pin_every_dependency_within_its_bounds() -> None:
 
 
 def files_of_the_package() -> set[str]:
-    """What a wheel must hold: all code, the type marker and the recipes, by their names in it."""
+    """What a wheel must hold: all code, the type marker, the recipes and the page of the server."""
     homes = {ROOT / "multimodal": Path("multimodal")}
     homes |= {ROOT / name: Path("multimodal", name) for name in FOLDERS}
     paths = {
@@ -68,7 +68,8 @@ def files_of_the_package() -> set[str]:
         for path in folder.rglob("*.py")  # does not follow the links
     }
     recipes = {f"multimodal/train/recipes/{p.name}" for p in ROOT.glob("train/recipes/*.yaml")}
-    return paths | recipes | {"multimodal/py.typed"}
+    page = {f"multimodal/serve/page/{p.name}" for p in ROOT.glob("multimodal/serve/page/*")}
+    return paths | recipes | page | {"multimodal/py.typed"}
 
 
 def build_wheel(folder: Path, *, links: bool) -> Path:

@@ -24,6 +24,7 @@ from multimodal.serve.engine.engine import Engine
 from multimodal.serve.engine.errors import ApiError, as_api_error
 from multimodal.serve.engine.metrics import Metrics
 from multimodal.serve.engine.settings import Settings
+from multimodal.serve.static import page_routes
 
 Endpoint = Callable[[Request, Engine], Awaitable[Response]]
 log = logging.getLogger("multimodal.serve")
@@ -32,7 +33,7 @@ CLIENT_LEFT = 499  # nginx's status for it; nobody reads it
 
 def make_app(model: Model, settings: Settings) -> ASGIApp:
     """An ASGI application. Its scheduler starts and stops with its lifespan."""
-    created, counted = int(time.time()), Metrics()
+    created, counted, page = int(time.time()), Metrics(), page_routes()
 
     async def health(request: Request, engine: Engine) -> Response:
         stopping = engine.scheduler.stopping
@@ -65,6 +66,7 @@ def make_app(model: Model, settings: Settings) -> ASGIApp:
 
     app = Starlette(
         routes=[
+            *page,
             _route("/health", health, "GET"),
             _route("/metrics", metrics, "GET"),
             _route("/v1/models", models, "GET"),
@@ -77,9 +79,8 @@ def make_app(model: Model, settings: Settings) -> ASGIApp:
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )
-    return Gate(
-        app, settings, counted, {route.path for route in app.routes if isinstance(route, Route)}
-    )
+    paths = {route.path for route in app.routes if isinstance(route, Route)}
+    return Gate(app, settings, counted, paths, {"/health", *(route.path for route in page)})
 
 
 def _route(path: str, endpoint: Endpoint, method: str) -> Route:
@@ -120,12 +121,19 @@ class Gate:
         settings: keys and limits.
         metrics: counts the requests.
         paths: the addresses that are counted by name.
+        free: the addresses that need no key.
     """
 
     def __init__(
-        self, app: ASGIApp, settings: Settings, metrics: Metrics, paths: Collection[str]
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        metrics: Metrics,
+        paths: Collection[str],
+        free: Collection[str],
     ) -> None:
-        self.app, self.settings, self.metrics, self.paths = app, settings, metrics, paths
+        self.app, self.settings, self.metrics = app, settings, metrics
+        self.paths, self.free = paths, free
         self.received = 0  # bytes of all bodies that have not been worked on to the end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -174,8 +182,8 @@ class Gate:
             self.metrics.seconds.labels(path).observe(time.monotonic() - start)
 
     def _check_key(self, path: str, header: bytes) -> None:
-        """Raises ``ApiError`` 401. /health is open to all."""
-        if not self.settings.keys or path == "/health":
+        """Raises ``ApiError`` 401."""
+        if not self.settings.keys or path in self.free:
             return
         kind, _, given = header.partition(b" ")
         # All keys are compared, in a time that does not depend on how far they are equal.

@@ -9,11 +9,11 @@ from multimodal.serve.engine.settings import Settings
 from multimodal.terminal import print_error
 
 KEY = "MULTIMODAL_API_KEY"
-EPILOG = f"""Addresses: /v1/chat/completions, /v1/images/generations, /v1/images/edits,
-/v1/embeddings, /v1/models, /health, /metrics. Requests of all kinds are decoded together, and each
-gets what it would get alone. Without a key everyone who reaches the address may use it. A key on
-the command line can be seen by other users of the machine, {KEY} in the environment
-cannot. SIGINT and SIGTERM let running requests end.
+EPILOG = f"""Addresses: / is a page for people. /v1/chat/completions, /v1/images/generations,
+/v1/images/edits, /v1/embeddings, /v1/models, /health, /metrics. Requests of all kinds are decoded
+together, and each gets what it would get alone. Without a key everyone who reaches the address may
+use it. A key on the command line can be seen by other users of the machine, {KEY} in
+the environment cannot. SIGINT and SIGTERM let running requests end.
 
 examples:
   multimodal serve
@@ -71,8 +71,8 @@ def main(argv: list[str]) -> int:
     except ImportError as error:
         raise ValueError(MISSING) from error
     model = load_model(arguments)
-    url = f"http://{arguments.host}:{arguments.port}/v1"
-    print(f"{settings.name} answers at {url}", flush=True)
+    url = f"http://{arguments.host}:{arguments.port}"
+    print(f"{settings.name} answers at {url}/v1, and to people at {url}", flush=True)
     if not keys and arguments.host not in ("127.0.0.1", "localhost", "::1"):
         print_error(f"multimodal serve: no API key: everyone who reaches {url} may use it")
     serve(model, settings, arguments.host, arguments.port)

@@ -45,7 +45,8 @@ def running(model: Model, **settings: Any) -> Iterator[Running]:
         listening.bind(("127.0.0.1", 0))
         listening.listen(128)
         port = listening.getsockname()[1]
-        server = make_server(model, Settings(name=NAME, keys=(KEY,), **settings), "127.0.0.1", port)
+        made = Settings(**{"name": NAME, "keys": (KEY,), **settings})
+        server = make_server(model, made, "127.0.0.1", port)
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
