@@ -76,6 +76,10 @@ BELOW: dict[str, tuple[str, ...]] = {
     "train.rewards": (
         "foundation", "data", "model", "inference", "eval.metrics", "eval.tasks", "train",
     ),
+    "train.preferences": (
+        "foundation", "hub", "tokenizers", "data", "model", "inference", "api", "commands",
+        "eval.metrics", "train", "train.rewards",
+    ),
 }  # fmt: skip
 # What is exact about scenes: evaluators like any other, and the page of the demo.
 KNOWS_SCENES = ("eval.metrics.scene_", "eval.tasks.scene_", "eval.demo")

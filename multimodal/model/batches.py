@@ -18,6 +18,7 @@ from torch import Tensor
 
 from multimodal.model.lessons import answer_text, descriptions_of, exchanges_of, lesson_of
 from multimodal.model.objectives import ObjectivesConfig
+from multimodal.model.preference_loss import Completions
 from multimodal.model.sequences import Ids, Packed, TokenSequence, describe, document, draw, pack
 from multimodal.model.templates import Templates
 from multimodal.model.vocabulary import Vocabulary
@@ -98,6 +99,7 @@ class TrainingBatch:
         tokens: tokens that are not padding.
         cut: the numbers of the samples of which a text was cut, because it did not fit a row.
         written: what the network wrote itself, in reward training.
+        completions: what is compared, in preference training.
     """
 
     packed: Packed
@@ -108,10 +110,11 @@ class TrainingBatch:
     tokens: int
     cut: tuple[int, ...] = ()
     written: WrittenTokens | None = None
+    completions: Completions | None = None
 
     def to(self, device: torch.device) -> "TrainingBatch":
         names = ["packed", "image_positions", "text_positions", "image_hashes", "text_hashes"]
-        names += ["written"] * (self.written is not None)
+        names += [n for n in ("written", "completions") if getattr(self, n) is not None]
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
