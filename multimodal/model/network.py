@@ -303,9 +303,7 @@ class MultimodalLM(nn.Module):
     def log_probabilities(self, completions: Completions) -> Tensor:
         """Of each token of completions: float32[M]."""
         hidden = self.hidden(completions.packed).flatten(0, 1)[completions.positions]
-        return token_log_probabilities(
-            hidden, self.transformer.lm_head.weight, completions.targets
-        )
+        return token_log_probabilities(hidden, self.transformer.lm_head.weight, completions.targets)
 
     def _router_losses(self, logits: Tensor, packed: Packed) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted losses of the routers, and for the log these and the use of the experts.

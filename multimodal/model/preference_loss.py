@@ -1,17 +1,17 @@
 """The objective of preferences: of two completions of a prompt, the better one becomes likelier.
 
 A completion is a text about an image, or an image for a text. What counts is how much likelier the
-network finds it than the reference does, the weights that the training started from. Three variants:
+network finds it than the reference does, the weights that the training started from. Of three
+variants (Rafailov et al. 2023, arXiv:2305.18290; Azar et al. 2023, arXiv:2310.12036; Ethayarajh et
+al. 2024, arXiv:2402.01306) the losses are
 
-    dpo   -log sigmoid(beta * (r_chosen - r_rejected))        Rafailov et al. 2023, arXiv:2305.18290
-    ipo   (r_chosen - r_rejected - 1 / (2 * beta))^2          Azar et al. 2023, arXiv:2310.12036
-    kto   1 - sigmoid(beta * (r_chosen - kl)), and
-          1 - sigmoid(beta * (kl - r_rejected))               Ethayarajh et al. 2024, arXiv:2402.01306
+    dpo   -log sigmoid(beta * (r_chosen - r_rejected))
+    ipo   (r_chosen - r_rejected - 1 / (2 * beta))^2
+    kto   1 - sigmoid(beta * (r_chosen - kl)), and 1 - sigmoid(beta * (kl - r_rejected))
 
 where r is the log-probability of a completion minus that of the reference. In ``ipo`` r is a mean
 over the tokens, or long completions would decide alone. ``kto`` needs no pairs. Its kl is the mean
-r of completions of other prompts, 0 at least, and has no gradient. So does TRL, whose figures these
-are (tests/train/test_preference_loss.py).
+r of completions of other prompts, 0 at least, and has no gradient. TRL has the same losses.
 
 Shapes: C completions, M tokens of all of them, D width, V vocabulary.
 """

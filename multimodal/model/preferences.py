@@ -181,9 +181,7 @@ class PreferenceBuilder:
             return None
         return preferences[int(np.random.default_rng([sample.seed, 4]).integers(len(preferences)))]
 
-    def joint_sample(
-        self, sample: TrainingSample, preference: Preference | None
-    ) -> TrainingSample:
+    def joint_sample(self, sample: TrainingSample, preference: Preference | None) -> TrainingSample:
         """What the joint losses learn of a sample."""
         if preference is None:
             return sample

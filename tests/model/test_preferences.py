@@ -189,8 +189,8 @@ def test_kto_compares_with_completions_of_the_prompt_before(
     assert completions.roles.tolist() == roles, "of drawings there is no other prompt"
     found = of_completions(model, model.network.log_probabilities(completions), completions)
     image = torch.from_numpy(CAPTIONS.codes)
-    (mismatched,) = text_likelihoods(model, image, [" a yellow chair"]).tolist()
-    assert found[5] == pytest.approx(mismatched, abs=1e-3), "the answer, after this one's prompt"
+    ((mismatched,),) = choice_likelihoods(model, image, [""], [["a yellow chair"]])
+    assert found[5] == pytest.approx(mismatched.item(), abs=1e-3), "the answer before, its image"
 
 
 def test_joint_losses_learn_what_was_chosen_where_there_is_no_other_text(

@@ -83,7 +83,9 @@ class PreferenceModule(JointModule):
         super().on_fit_start()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         first = chain(*(islice(folder, SAMPLES) for folder in data.shards(data.train_split)))
-        if not any(PREFERENCES in sample.record for sample in readable(first, lambda problem: None)):
+        if not any(
+            PREFERENCES in sample.record for sample in readable(first, lambda problem: None)
+        ):
             raise ValueError(
                 f"none of the first {SAMPLES} samples of each folder has preferences: multimodal "
                 "prefer makes them, and docs/formats.md says what they are"
