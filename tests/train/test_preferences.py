@@ -1,38 +1,16 @@
 """Preference training: runs that prefer, resume, and what they refuse."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from multimodal.cli import main
-from multimodal.data.shards import Shards, write_tar
 from tests.launches import launch, logged
+from tests.preferring import preferring, recipe, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-Records = Callable[[list[dict[str, Any]], int], dict[str, Any]]
-
-
-def preferring(work: Path, out: Path, change: Records) -> Path:
-    """The scenes with what ``change`` makes of their records, given all of them and a number."""
-    out.mkdir()
-    for split in ("train", "val"):
-        samples = list(Shards(work / "scenes", split))
-        records = [sample.record for sample in samples]
-        changed = [change(records, number) for number in range(len(samples))]
-        members = [
-            {**sample.members, "json": json.dumps(record).encode()}
-            for sample, record in zip(samples, changed, strict=True)
-        ]
-        keys = [sample.key for sample in samples]
-        write_tar(out / f"{split}-0000.tar", zip(keys, members, strict=True))
-    assert main(["data", "index", str(out)]) == 0
-    return out
 
 
 def denied_is_worse(records: list[dict[str, Any]], number: int) -> dict[str, Any]:
@@ -41,23 +19,9 @@ def denied_is_worse(records: list[dict[str, Any]], number: int) -> dict[str, Any
     return {**records[number], "preferences": [{"chosen": own, "rejected": f"no {own}"}]}
 
 
-def recipe(work: Path, folder: Path, data: Path, **arguments: Any) -> Path:
-    config = yaml.safe_load((work / "joint.yaml").read_text())
-    config["model"]["class_path"] = "multimodal.train.preferences.module.PreferenceModule"
-    config["model"]["init_args"] |= arguments
-    config["data"]["folders"] = [str(data)]
-    path = folder / "prefer.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def values(run: Path, name: str) -> list[float]:
-    return [float(value) for value in logged(run, name).values()]
-
-
 def test_what_is_chosen_becomes_likelier(work: Path, tmp_path: Path) -> None:
     data = preferring(work, tmp_path / "data", denied_is_worse)
-    config = recipe(work, tmp_path, data, learning_rate=0.003, lm_weight=0.1)
+    config = recipe(work, tmp_path, [data], learning_rate=0.003, lm_weight=0.1)
     fit = ["fit", "--config", str(config), "--trainer.max_steps", "30"]
     fit += ["--trainer.limit_val_batches", "0", "--output", str(tmp_path / "run")]
     assert main([*fit, "--init_from", str(work / "joint/model")]) == 0
@@ -74,7 +38,7 @@ def test_what_is_chosen_becomes_likelier(work: Path, tmp_path: Path) -> None:
 
 def test_a_killed_run_resumes(work: Path, tmp_path: Path) -> None:
     data = preferring(work, tmp_path / "data", denied_is_worse)
-    config, model = recipe(work, tmp_path, data, dropout=0.1), str(work / "joint/model")
+    config, model = recipe(work, tmp_path, [data], dropout=0.1), str(work / "joint/model")
     fit = ["fit", "--config", str(config), "--trainer.max_steps", "6", "--output"]
     uninterrupted, run = str(tmp_path / "whole"), str(tmp_path / "run")
     assert main([*fit, uninterrupted, "--init_from", model]) == 0

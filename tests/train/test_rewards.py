@@ -123,7 +123,9 @@ def infinite(captions, records):
     for name, message in (("few", "gave 1 rewards"), ("infinite", "expected a finite number")):
         with pytest.raises(ValueError, match=message):
             find_reward(f"{file}:{name}", model, [])(captions)
-    with pytest.raises(ValueError, match="no reward 'bleu': expected cider, alignment, or FILE"):
+    with pytest.raises(
+        ValueError, match="no reward 'bleu': expected cider, alignment, scenes, or FILE"
+    ):
         find_reward("bleu", model, [])
     with pytest.raises(ValueError, match="has no function other"):
         find_reward(f"{file}:other", model, [])
