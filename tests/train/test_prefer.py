@@ -18,6 +18,9 @@ from tests.launches import logged
 from tests.preferring import recipe, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+# A network that has learned little ends one of four captions within 120 tokens.
+MANY = ["--max-tokens", "120", "--candidates", "8"]
+LONG = TextOptions(temperature=1.0, max_tokens=120)
 JUDGE = """
 def words(captions, records):
     return [float(len(set(text.split()))) for text in captions]
@@ -34,8 +37,8 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 def test_captions_are_chosen_by_a_function(work: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "mine.py").write_text(JUDGE)
     out = tmp_path / "out"
-    prefer = ["prefer", str(work / "joint/model"), "--data", str(work / "scenes"), "--max-tokens"]
-    prefer += ["24", "--judge", f"{tmp_path}/mine.py:words", "--limit", "12", "--out", str(out)]
+    prefer = ["prefer", str(work / "joint/model"), "--data", str(work / "scenes"), "--limit"]
+    prefer += ["8", "--judge", f"{tmp_path}/mine.py:words", *MANY, "--out", str(out)]
     assert main(prefer) == 0
     said = capsys.readouterr().out
     lines = lines_of(out)
@@ -60,8 +63,9 @@ def test_a_stopped_job_goes_on_and_gives_the_same(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(candidates, "CHUNK", 4)
+    (tmp_path / "mine.py").write_text(JUDGE)
     model = load(work / "joint/model")
-    settings = PreferSettings("captions", "scenes", TextOptions(temperature=1.5, max_tokens=24))
+    settings = PreferSettings("captions", f"{tmp_path}/mine.py:words", LONG, candidates=8)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     make_preferences(model, work / "scenes", whole, settings, "train", 10)
     done = list[int]()
@@ -111,7 +115,7 @@ def test_a_run_learns_from_drawings(work: Path, tmp_path: Path, variant: str) ->
 
 def test_alignment_is_that_of_the_model(work: Path, tmp_path: Path) -> None:
     model = load(work / "joint/model")
-    settings = PreferSettings("captions", "alignment", TextOptions(temperature=1.5, max_tokens=24))
+    settings = PreferSettings("captions", "alignment", LONG, candidates=8)
     lines = make_preferences(model, work / "scenes", tmp_path / "out", settings, "val", 3)
     sample = Shards(work / "scenes", "val")[0]
     from multimodal.inference.codec import encode_images, read_images
