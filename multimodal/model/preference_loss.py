@@ -98,7 +98,8 @@ class Completions:
         assert self.reference is not None, "the module that trains computes it"
         tokens = torch.stack([log_probabilities, self.reference, torch.ones_like(self.reference)])
         sums = tokens.new_zeros(3, len(self.roles)).index_add(1, self.owners, tokens)
-        loss, parts = preference_loss(*sums, self.roles, self.config)
+        policy, reference, lengths = sums.unbind()
+        loss, parts = preference_loss(policy, reference, lengths, self.roles, self.config)
         # Where the reference wrote the completions, the mean is KL(reference || network) of a token
         # (the estimator k3 of Schulman 2020, joschu.net/blog/kl-approx.html).
         own = self.roles[self.owners] != MISMATCHED

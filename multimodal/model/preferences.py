@@ -189,8 +189,8 @@ class PreferenceBuilder:
         if preference.is_drawing:
             if not isinstance(chosen, int):
                 return replace(sample, document=(prompt,), codes=sample.codes[:0])
-            codes, record = sample.codes[chosen : chosen + 1], {"captions": [prompt]}
-            return replace(sample, document=(), codes=codes, record=record)
+            codes = sample.codes[chosen : chosen + 1]
+            return replace(sample, document=(), codes=codes, record={"captions": [prompt]})
         record = sample.record
         if descriptions_of(record) or exchanges_of(record, self.builder.templates):
             return sample
@@ -198,6 +198,10 @@ class PreferenceBuilder:
             return replace(sample, document=(None,))  # its image alone
         learned = {"qa": [[prompt, chosen]]} if prompt else {"captions": [chosen]}
         return replace(sample, record={**record, **learned})
+
+    def length(self, sample: TrainingSample, preference: Preference) -> int:
+        """Tokens of the sequence that compares."""
+        return self._compared(sample, preference).length
 
     def build(
         self, samples: Sequence[TrainingSample], preferences: Sequence[Preference | None]
@@ -220,7 +224,7 @@ class PreferenceBuilder:
         prompt, roles = preference.prompt, list(preference.roles)
         if preference.is_drawing:
             images = [
-                image_tokens(vocabulary, sample.codes[number][self.builder.drawn])
+                image_tokens(vocabulary, sample.codes[int(number)][self.builder.drawn])
                 for number in preference.completions
             ]
             trunk = [vocabulary.bos, *encode(prompt)]
@@ -248,7 +252,8 @@ class PreferenceBuilder:
     def _packed(self, compared: Sequence[_Compared]) -> Completions:
         sequences = [_branched(each) for each in compared]
         pad, length = self.builder.vocabulary.pad, self.builder.row_length
-        empty = TokenSequence(*[np.array([value]) for value in (pad, 0, NO_LOSS, 0, 0, 0)])
+        of_pad, zero, none = (np.array([value]) for value in (pad, 0, NO_LOSS))
+        empty = TokenSequence(of_pad, zero, none, zero, zero, zero)
         packed = pack(sequences or [empty], length, pad, ROW_MULTIPLE)
         positions, lengths = [np.zeros(0, np.int64)], list[int]()
         for each, start in zip(compared, packed.states.tolist(), strict=False):

@@ -48,3 +48,39 @@ def test_a_killed_run_resumes(work: Path, tmp_path: Path) -> None:
         expected = logged(Path(uninterrupted), name)
         assert len(expected) == 6 and logged(Path(run), name) == expected, name
     assert logged(Path(uninterrupted), "val/preference")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (None, "none of the first 256 samples of each folder has preferences"),
+        ({"chosen": "a"}, "no rejected answer: a preference needs a text or an image"),
+        ({"chosen": "a", "rejected": "a"}, "the chosen and the rejected answer are equal"),
+        ({"completion": "a", "label": True}, "only kto learns from one alone"),
+        ({"chosen": "a", "rejected": "a b " * 300}, "row_length=192: the preferences of 36 of the"),
+    ],
+)
+def test_what_cannot_be_preferred_is_refused_before_the_first_step(
+    work: Path, tmp_path: Path, capsys: Any, entry: Any, message: str
+) -> None:
+    entries = {} if entry is None else {"preferences": [entry]}
+    data = preferring(work, tmp_path / "data", lambda records, n: {**records[n], **entries})
+    fit = ["fit", "--config", str(recipe(work, tmp_path, [data])), "--output"]
+    assert main([*fit, str(tmp_path / "run"), "--init_from", str(work / "joint/model")]) == 1
+    assert message in capsys.readouterr().err
+    if entry is None:
+        assert main([*fit, str(tmp_path / "other")]) == 1
+        assert "give a model with --init_from" in capsys.readouterr().err
+
+
+def test_few_bad_preferences_are_left_out_and_named(work: Path, tmp_path: Path) -> None:
+    def some(records: list[dict[str, Any]], number: int) -> dict[str, Any]:
+        good = denied_is_worse(records, number)
+        return good if number else {**good, "preferences": [{"chosen": "a"}]}
+
+    data, run = preferring(work, tmp_path / "data", some), tmp_path / "run"
+    fit = ["fit", "--config", str(recipe(work, tmp_path, [data])), "--trainer.max_steps", "4"]
+    fit += ["--trainer.limit_val_batches", "0", "--output", str(run)]
+    assert main([*fit, "--init_from", str(work / "joint/model")]) == 0
+    assert "no rejected answer" in next(run.rglob("left_out.csv")).read_text()
+    assert len(values(run, "train/preference")) == 4

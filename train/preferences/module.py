@@ -4,24 +4,25 @@ The objective is in multimodal/model/preference_loss.py: DPO, IPO or KTO. The jo
 beside it, so that nothing else is forgotten.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 
-from multimodal.data.samples import readable
+from multimodal.data.documents import document_of
+from multimodal.data.shards import Shards
 from multimodal.model.batches import TrainingBatch, TrainingSample
 from multimodal.model.network import MultimodalLM
 from multimodal.model.preference_loss import PreferenceConfig, Variant
-from multimodal.model.preferences import PREFERENCES, PreferenceBuilder, check_preferences
+from multimodal.model.preferences import PreferenceBuilder, check_preferences
 from multimodal.train.cost import training_flops
 from multimodal.train.examples import Examples, Note
 from multimodal.train.joint import JointModule
-
-SAMPLES = 256  # of each folder, the first ones: one of them has to have a preference
+from multimodal.train.preflight import SAMPLES, UNUSABLE
 
 
 class PreferenceModule(JointModule):
@@ -82,13 +83,34 @@ class PreferenceModule(JointModule):
             )
         super().on_fit_start()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        first = chain(*(islice(folder, SAMPLES) for folder in data.shards(data.train_split)))
-        if not any(
-            PREFERENCES in sample.record for sample in readable(first, lambda problem: None)
-        ):
+        if not self.trainer.ckpt_path:
+            self._check_preferences(data.shards(data.train_split))
+
+    def _check_preferences(self, folders: Sequence[Shards]) -> None:
+        """Raises ``ValueError`` if the first samples have no preferences, or few that fit a row."""
+        fitting, long = 0, list[str]()
+        for sample in chain(*(islice(folder, SAMPLES) for folder in folders)):
+            try:
+                document = document_of(sample)
+                images = document.count(None) if document else 1
+                codes = np.zeros((images, self.builder.layout.codes_per_image), np.int64)
+                example = TrainingSample(sample.key, sample.record, codes, 0, document)
+                preference = self.preferences.of(example)
+            except ValueError:
+                continue  # check_data has counted it
+            if preference is not None:
+                fits = self.preferences.length(example, preference) <= self.builder.row_length
+                fitting += fits
+                long += [] if fits else [sample.key]
+        if not fitting + len(long):
             raise ValueError(
                 f"none of the first {SAMPLES} samples of each folder has preferences: multimodal "
                 "prefer makes them, and docs/formats.md says what they are"
+            )
+        if len(long) > UNUSABLE * (fitting + len(long)):
+            raise ValueError(
+                f"row_length={self.builder.row_length}: the preferences of {len(long)} of the first "
+                f"{fitting + len(long)} samples do not fit, such as that of {long[0]}: raise it"
             )
 
     @property

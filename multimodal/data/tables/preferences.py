@@ -170,7 +170,7 @@ def _answers(fields: Mapping[str, Any]) -> tuple[Any, dict[str, Any], set[str]]:
     if prompt is None and isinstance(fields.get("question"), str):
         prompt, used = fields["question"], used | {"question"}
     if prompt is None and len(names) == 2 and all(isinstance(a, list) for a in answers.values()):
-        chosen, rejected = (list(answers[name]) for name in names)
+        chosen, rejected = list(fields["chosen"]), list(fields["rejected"])
         prompt = []
         while chosen and rejected and chosen[0] == rejected[0] and len(chosen) > 1:
             prompt.append(chosen.pop(0))
