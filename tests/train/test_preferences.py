@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from multimodal.cli import main
 from tests.launches import launch, logged
@@ -57,7 +58,7 @@ def test_a_killed_run_resumes(work: Path, tmp_path: Path) -> None:
         ({"chosen": "a"}, "no rejected answer: a preference needs a text or an image"),
         ({"chosen": "a", "rejected": "a"}, "the chosen and the rejected answer are equal"),
         ({"completion": "a", "label": True}, "only kto learns from one alone"),
-        ({"chosen": "a", "rejected": "a b " * 300}, "row_length=192: the preferences of 36 of the"),
+        ({"chosen": "a", "rejected": "a b " * 300}, "row_length=192: the preferences of 50 of the"),
     ],
 )
 def test_what_cannot_be_preferred_is_refused_before_the_first_step(
@@ -82,5 +83,28 @@ def test_few_bad_preferences_are_left_out_and_named(work: Path, tmp_path: Path) 
     fit = ["fit", "--config", str(recipe(work, tmp_path, [data])), "--trainer.max_steps", "4"]
     fit += ["--trainer.limit_val_batches", "0", "--output", str(run)]
     assert main([*fit, "--init_from", str(work / "joint/model")]) == 0
-    assert "no rejected answer" in next(run.rglob("left_out.csv")).read_text()
+    assert "no rejected answer" in next(run.rglob("left_out.jsonl")).read_text()
     assert len(values(run, "train/preference")) == 4
+
+
+def test_two_ranks_learn_as_one(work: Path, tmp_path: Path) -> None:
+    """With a copy of the weights on each rank, and with a part of them (FSDP2)."""
+    data = preferring(work, tmp_path / "data", denied_is_worse)
+    config = recipe(work, tmp_path, [data])
+    more = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "0"]
+    more += ["--init_from", str(work / "joint/model"), "--output"]
+    assert main(["fit", "--config", str(config), *more, str(tmp_path / "one")]) == 0
+    sharded = yaml.safe_load(config.read_text())
+    sharded["trainer"]["strategy"] = {
+        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+        "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+    }
+    (tmp_path / "sharded.yaml").write_text(yaml.safe_dump(sharded))
+    both = ["--trainer.devices", "2"]
+    ddp = ["fit", "--config", str(config), *both, "--trainer.strategy", "ddp"]
+    fsdp = ["fit", "--config", str(tmp_path / "sharded.yaml"), *both]
+    launch([*ddp, *more, str(tmp_path / "ddp")], [*fsdp, *more, str(tmp_path / "fsdp")], ranks=2)
+    for name in ("preference", "rewards/margin", "preference_kl", "total", "gradient_norm"):
+        one, *two = (values(tmp_path / run, f"train/{name}") for run in ("one", "ddp", "fsdp"))
+        for other in two:
+            assert other == pytest.approx(one, rel=1e-3, abs=1e-5), name

@@ -109,8 +109,9 @@ class PreferenceModule(JointModule):
             )
         if len(long) > UNUSABLE * (fitting + len(long)):
             raise ValueError(
-                f"row_length={self.builder.row_length}: the preferences of {len(long)} of the first "
-                f"{fitting + len(long)} samples do not fit, such as that of {long[0]}: raise it"
+                f"row_length={self.builder.row_length}: the preferences of {len(long)} of the "
+                f"first {fitting + len(long)} samples do not fit (sample {long[0]} for one): "
+                "raise it"
             )
 
     @property
