@@ -107,4 +107,4 @@ def test_two_ranks_learn_as_one(work: Path, tmp_path: Path) -> None:
     for name in ("preference", "rewards/margin", "preference_kl", "total", "gradient_norm"):
         one, *two = (values(tmp_path / run, f"train/{name}") for run in ("one", "ddp", "fsdp"))
         for other in two:
-            assert other == pytest.approx(one, rel=1e-3, abs=1e-5), name
+            assert other == pytest.approx(one, rel=1e-2, abs=1e-5), name
