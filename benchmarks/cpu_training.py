@@ -32,8 +32,9 @@ def measure(written_out: bool, keep: bool, size: str, pairs: int, length: int, s
     import multimodal.model.layers.transformer
     from multimodal.api import Model
     from multimodal.memory import keep_freed_memory
-    from multimodal.model.batches import BatchBuilder, TrainingSample
+    from multimodal.model.batches import BatchBuilder
     from multimodal.model.objectives import ObjectivesConfig
+    from multimodal.model.training_batch import TrainingSample
     from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
     from multimodal.tokenizers.image import ImageTokenizer
     from multimodal.tokenizers.text import TextTokenizer

@@ -27,8 +27,8 @@ from multimodal.eval.tasks.scene_captions import SceneCaptions
 from multimodal.files import write_json
 from multimodal.inference.codec import decode_images
 from multimodal.inference.drawing import draw_codes
-from multimodal.model.batches import TrainingBatch
 from multimodal.model.network import MultimodalLM
+from multimodal.model.training_batch import TrainingBatch
 from multimodal.options import DrawOptions, Method
 from multimodal.seeds import stable_number
 from multimodal.train.optim import muon, warmup_cosine

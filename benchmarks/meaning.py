@@ -57,9 +57,10 @@ from multimodal.eval.tasks.retrieval import Retrieval
 from multimodal.files import atomic_file
 from multimodal.hub.names import part_of
 from multimodal.memory import keep_freed_memory
-from multimodal.model.batches import BatchBuilder, TrainingBatch, TrainingSample
+from multimodal.model.batches import BatchBuilder
 from multimodal.model.lessons import descriptions_of
 from multimodal.model.objectives import ObjectivesConfig
+from multimodal.model.training_batch import TrainingBatch, TrainingSample
 from multimodal.seeds import sample_seed
 from multimodal.tokenizers.encoder import Encoder, EncoderName
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer

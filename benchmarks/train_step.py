@@ -41,9 +41,10 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
 
     from multimodal.api import Model
     from multimodal.memory import keep_freed_memory
-    from multimodal.model.batches import BatchBuilder, TrainingSample
+    from multimodal.model.batches import BatchBuilder
     from multimodal.model.objectives import ObjectivesConfig
     from multimodal.model.sequences import NO_LOSS, OBJECTIVES
+    from multimodal.model.training_batch import TrainingSample
     from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
     from multimodal.tokenizers.image import ImageTokenizer
     from multimodal.tokenizers.text import TextTokenizer

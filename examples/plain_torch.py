@@ -10,7 +10,7 @@ import torch
 from multimodal import load
 from multimodal.data.images import fit_image, open_image, to_tensor
 from multimodal.data.shards import Shards
-from multimodal.model.batches import TrainingSample
+from multimodal.model.training_batch import TrainingSample
 
 model = load(sys.argv[1])
 shards, steps = Shards(sys.argv[2], "train"), int(sys.argv[3])

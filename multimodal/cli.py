@@ -45,6 +45,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "validate": ("multimodal.train.cli", "measure a training checkpoint on validation data"),
     "test": ("multimodal.train.cli", "measure a training checkpoint on test data"),
     "predict": ("multimodal.train.cli", "run a training checkpoint over a dataset"),
+    "prefer": ("multimodal.train.preferences.prefer", "make preferences of what a model makes"),
     "eval": ("multimodal.eval.evaluate", "measure what a model can do, with the protocol"),
     "export": (
         "multimodal.commands.folders.export",

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from multimodal.model.batches import TrainingSample
+from multimodal.model.training_batch import TrainingSample
 
 
 def samples_of(

@@ -35,7 +35,8 @@ BELOW: dict[str, tuple[str, ...]] = {
     "hub": ("foundation",),
     "data.formats": ("foundation",),
     "data": ("foundation", "tokenizers", "data.formats"),
-    "data.builder": ("foundation", "hub", "data", "data.formats"),
+    "data.tables": ("foundation", "data", "data.formats"),
+    "data.builder": ("foundation", "hub", "data", "data.formats", "data.tables"),
     # The decoder alone: it knows ids and tensors, and nothing of what they mean.
     "model.layers": ("foundation",),
     "adapters": ("foundation", "tokenizers", "hub", "model.layers"),
@@ -84,6 +85,10 @@ BELOW: dict[str, tuple[str, ...]] = {
     ),
     "train.rewards": (
         "foundation", "data", "model", "inference", "eval.metrics", "eval.tasks", "train",
+    ),
+    "train.preferences": (
+        "foundation", "hub", "tokenizers", "data", "model", "inference", "api", "commands",
+        "eval.metrics", "eval.tasks", "train", "train.rewards",
     ),
 }  # fmt: skip
 # What is exact about scenes: evaluators like any other, and the page of the demo.

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from multimodal.model.batches import TrainingBatch
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.distillation import Teaching
+from multimodal.model.training_batch import TrainingBatch
 from multimodal.train.cost import training_flops
 from multimodal.train.examples import Examples
 from multimodal.train.joint import JointModule

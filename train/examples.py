@@ -148,7 +148,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
         copy, encoding = self.copies[source], self.sources[source].encoding
         seed = sample_seed(self.seed, epoch, f"{copy}/{sample.key}" if copy else sample.key)
         document, record = document_of(sample), sample.record
-        if self.check is not None and not document:
+        # The images of a preference are alternatives, and no document to read through.
+        if self.check is not None and (not document or "preferences" in record):
             self.check(sample.key, record)
         images: list[NDArray[Any]]
         if encoding is not None:

@@ -1,6 +1,6 @@
 """Joint pretraining: language modelling, alignment and mask-and-reconstruct in one forward pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from multimodal.hub.names import part_of
 from multimodal.inference.codec import decode_images, encode_images
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.text import caption_codes, complete_prompts
-from multimodal.model.batches import TrainingBatch, TrainingSample
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.layers.attention import Backend
 from multimodal.model.layers.experts import ExpertsConfig
 from multimodal.model.lessons import check_texts, descriptions_of, exchanges_of
 from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
+from multimodal.model.training_batch import TrainingBatch, TrainingSample
 from multimodal.provenance import Provenance
 from multimodal.terminal import shown
 from multimodal.tokenizers.image import load_image_tokenizer
@@ -167,8 +167,15 @@ class JointModule(AdapterModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         shards = data.shards(data.train_split)
         limit = self.network.config.transformer.max_position_embeddings
+        resumed = bool(self.trainer.ckpt_path)
         check_data(
-            self.builder, shards, data.drawn_folders, limit, resumed=bool(self.trainer.ckpt_path)
+            self.builder,
+            shards,
+            data.drawn_folders,
+            limit,
+            self.check_sample,
+            resumed,
+            self.learned,
         )
 
     @property
@@ -231,10 +238,18 @@ class JointModule(AdapterModule):
             for key, record, images, seed, document, drawn, source in fields
         ]
 
+    def learned(self, sample: TrainingSample) -> TrainingSample:
+        """What the joint losses learn of a sample."""
+        return sample
+
     def build(self, batch: Examples) -> TrainingBatch:
         """The sequences of a batch."""
+        return self.joint_batch(self.samples(batch))
+
+    def joint_batch(self, samples: Sequence[TrainingSample]) -> TrainingBatch:
+        """The sequences that the joint losses learn from."""
         only_draws = self.training and not self.network.config.objectives.alignment_weight
-        return self.builder.build(self.samples(batch), skip_untaught=only_draws)
+        return self.builder.build(list(map(self.learned, samples)), skip_untaught=only_draws)
 
     def pack(self, batch: Examples) -> TrainingBatch:
         """The rows of a batch, on the device of the network."""

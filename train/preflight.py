@@ -1,16 +1,17 @@
 """Checks before the first step: whether the data fit, and teach what is to be learned."""
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from multimodal.data.documents import document_of
 from multimodal.data.shards import Shards
-from multimodal.model.batches import BatchBuilder, TrainingSample
-from multimodal.model.lessons import check_texts
+from multimodal.model.batches import BatchBuilder
 from multimodal.model.sequences import NO_LOSS, OBJECTIVES, TokenSequence, describe
+from multimodal.model.training_batch import TrainingSample
 
 SAMPLES = 256  # of each folder, the first ones
 UNUSABLE = 0.1  # the largest share of them that may be left out or cut
@@ -28,7 +29,9 @@ def check_data(
     shards: list[Shards],
     drawn: Container[Path],
     limit: int,
+    check: Callable[[str, dict[str, Any]], object],
     resumed: bool = False,
+    learned: Callable[[TrainingSample], TrainingSample] = lambda sample: sample,
 ) -> None:
     """Make every kind of sequence of the first samples, as training will.
 
@@ -37,7 +40,9 @@ def check_data(
         shards: the training data.
         drawn: the folders whose images are learned to be drawn.
         limit: how many tokens the model reads.
+        check: as for ``ShardDataset``.
         resumed: the configuration was checked before, and may name objectives without data.
+        learned: what this training makes of a sample. Its errors count like those of ``check``.
 
     Raises:
         ValueError: if an image does not fit a row, a text of more than a tenth of the samples does
@@ -62,12 +67,12 @@ def check_data(
                 images = document.count(None) if document else 1
                 codes = np.zeros((images, builder.layout.codes_per_image), np.int64)
                 record = sample.record
-                if not document:
-                    check_texts(builder.templates, sample.key, record)
+                if not document or "preferences" in record:
+                    check(sample.key, record)
                 example = TrainingSample(
                     sample.key, record, codes, 0, document, drawn=folder.folder in drawn
                 )
-                sequences = list(builder.possible(example))
+                sequences = list(builder.possible(learned(example)))
             except ValueError as error:
                 reasons.append(str(error))
                 continue

@@ -8,6 +8,7 @@ captions, so a caption with more claims has more weight.
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from multimodal.scenes.checking import check_caption
 from multimodal.scenes.claims import KINDS, parse_caption
@@ -97,3 +98,17 @@ def score_scene_captions(
             result[f"recall_{kind}"] = said[kind] / facts[kind]
         result[f"said_{kind}"] = claims[kind] / len(scenes)
     return result
+
+
+def claims_score(caption: str, record: Mapping[str, Any]) -> float:
+    """How right and complete a caption of a scene is, in [0, 1].
+
+    The mean of the share of its claims that are true, and of the objects that it names.
+
+    Raises:
+        ValueError: if the record has no scene.
+    """
+    if "scene" not in record:
+        raise ValueError("the claims of a caption are checked for scenes: the record has none")
+    score = check_caption(caption, Scene.from_json(record["scene"]))
+    return (score.precision + score.recall) / 2

@@ -108,3 +108,16 @@ def score_drawn_claims(
             if claim.kind in results and not counts_textured:
                 results[claim.kind].append(true)
     return {kind: (sum(each) / len(each), len(each)) for kind, each in results.items() if each}
+
+
+def drawing_score(caption: str, drawing: Image.Image) -> float:
+    """How right and complete a drawing of a scene is, in [0, 1].
+
+    The F1 of its objects: of those that are drawn and of those that are named, which are right.
+
+    Raises:
+        ValueError: if the caption names no object.
+    """
+    scores = score_scene_drawings([caption], [drawing])
+    precision, recall = 1 - scores["extra"], scores["objects"]
+    return 2 * precision * recall / (precision + recall) if recall else 0.0

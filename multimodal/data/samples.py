@@ -288,8 +288,8 @@ def plain(value: Any, depth: int = 64) -> Any:
 
 
 def has_text(record: Mapping[str, Any]) -> bool:
-    """Whether a record has a caption, a question, a label or a text of a document."""
-    texts = record.get("captions") or record.get("qa")
+    """Whether a record has a caption, a question, a preference, a label or a document's text."""
+    texts = record.get("captions") or record.get("qa") or record.get("preferences")
     labelled = record.get("label") not in (None, "")
     return bool(texts) or labelled or any("text" in part for part in parts_of(record))
 

@@ -7,20 +7,18 @@ Shapes: B samples, n codes of an image.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from multimodal.model.distillation import Teaching
 from multimodal.model.lessons import answer_text, descriptions_of, exchanges_of, lesson_of
 from multimodal.model.objectives import ObjectivesConfig
-from multimodal.model.sequences import Ids, Packed, TokenSequence, describe, document, draw, pack
+from multimodal.model.sequences import Ids, TokenSequence, describe, document, draw, pack
 from multimodal.model.templates import Templates
+from multimodal.model.training_batch import TrainingBatch, TrainingSample, WrittenTokens
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.seeds import stable_number
 from multimodal.tokenizers.levels import Layout, Level
@@ -31,91 +29,6 @@ DOCUMENT_SEQUENCES = 8
 # kernels that are compiled and stay in memory.
 ROW_MULTIPLE = 4
 CHARACTERS_PER_TOKEN = 8  # more than of any usual text
-
-
-@dataclass(frozen=True)
-class TrainingSample:
-    """One sample of a batch.
-
-    Attributes:
-        key: its name. Equal keys are the same image to the alignment loss.
-        record: what ``KEY.json`` holds.
-        codes: int64[images, n], the codes of its images.
-        seed: decides everything random about it.
-        document: the texts of a document in their order, with None in the place of each image.
-            Empty for an image with texts about it.
-        written: captions of its image that the network wrote, each with its advantage: ids up to
-            <eos>, or up to the last token that there was room for.
-        drawn: whether its image may be learned to be drawn.
-        source: the number of the folder that it is from.
-    """
-
-    key: str
-    record: Mapping[str, Any]
-    codes: Ids
-    seed: int
-    document: Sequence[str | None] = ()
-    written: Sequence[tuple[list[int], float]] = ()
-    drawn: bool = True
-    source: int = 0
-
-
-@dataclass(frozen=True)
-class WrittenTokens:
-    """The M tokens of all captions that the network wrote.
-
-    Attributes:
-        positions: int64[M], in the flattened rows, of what predicts each token.
-        targets: int64[M], the ids.
-        advantages: float32[M], of the caption.
-        joint_weight: of all other losses beside that of these tokens.
-        temperature: at which they were sampled.
-    """
-
-    positions: Tensor
-    targets: Tensor
-    advantages: Tensor
-    joint_weight: float
-    temperature: float
-
-    def to(self, device: torch.device) -> "WrittenTokens":
-        tensors = ("positions", "targets", "advantages")
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
-
-
-@dataclass(frozen=True)
-class TrainingBatch:
-    """What one forward pass reads.
-
-    A document takes part in the alignment loss as an image without a text, so that every rank has
-    the same number of pairs.
-
-    Attributes:
-        packed: the rows.
-        image_positions: int64[B], where in the flattened rows each image embedding is (<eoi>).
-        text_positions: int64[B], where each text embedding is (<boi>).
-        image_hashes: int64[B], equal for equal images.
-        text_hashes: int64[B], equal for equal texts. -1: there is no text, or it was dropped.
-        tokens: tokens that are not padding.
-        cut: the numbers of the samples of which a text was cut, because it did not fit a row.
-        written: what the network wrote itself, in reward training.
-        teaching: what a teacher says of the rows, in distillation.
-    """
-
-    packed: Packed
-    image_positions: Tensor
-    text_positions: Tensor
-    image_hashes: Tensor
-    text_hashes: Tensor
-    tokens: int
-    cut: tuple[int, ...] = ()
-    written: WrittenTokens | None = None
-    teaching: Teaching | None = None
-
-    def to(self, device: torch.device) -> "TrainingBatch":
-        names = ["packed", "image_positions", "text_positions", "image_hashes", "text_hashes"]
-        names += ["written"] * (self.written is not None)
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from multimodal.distributed import global_sum, world_size
 from multimodal.hub.names import find_model
 from multimodal.model.alignment import Alignment
-from multimodal.model.batches import TrainingBatch, WrittenTokens
 from multimodal.model.distillation import teacher_losses
 from multimodal.model.layers.attention import Backend, attention_mask, block_mask
 from multimodal.model.layers.compiled import CompiledForward
@@ -33,9 +32,11 @@ from multimodal.model.layers.experts import (
 from multimodal.model.layers.quantization import with_quantized_layers
 from multimodal.model.layers.transformer import SIZES, Transformer, TransformerConfig, named_config
 from multimodal.model.objectives import ObjectivesConfig, policy_loss, token_losses
+from multimodal.model.preference_loss import Completions, token_log_probabilities
 from multimodal.model.sequences import NO_LOSS, OBJECTIVES, Packed
 from multimodal.model.stock import read_stock
 from multimodal.model.templates import Templates
+from multimodal.model.training_batch import TrainingBatch, WrittenTokens
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.tokenizers.levels import Layout
 
@@ -308,7 +309,15 @@ class MultimodalLM(nn.Module):
         if batch.written is not None:
             parts["policy"], parts["grad_norm/policy"] = self._policy_loss(hidden, batch.written)
             total = batch.written.joint_weight * total + parts["policy"]
+        if (completions := batch.completions) is not None:
+            loss, of_preferences = completions.loss(self.log_probabilities(completions))
+            total, parts = completions.joint_weight * total + loss, parts | of_preferences
         return total, {**parts, "total": total}
+
+    def log_probabilities(self, completions: Completions) -> Tensor:
+        """Of each token of completions: float32[M]."""
+        hidden = self.hidden(completions.packed).flatten(0, 1)[completions.positions]
+        return token_log_probabilities(hidden, self.transformer.lm_head.weight, completions.targets)
 
     def _router_losses(self, logits: Tensor, packed: Packed) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted losses of the routers, and for the log these and the use of the experts.

@@ -209,7 +209,7 @@ def test_a_table_of_images_is_not_read_as_plain_text(
 def test_a_late_image_among_plain_texts_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("multimodal.data.builder.documents.SNIFFED_ROWS", 2)
+    monkeypatch.setattr("multimodal.data.tables.documents.SNIFFED_ROWS", 2)
     lines = [{"text": "one"}, {"text": "two"}, {"text": "red", "image": "a.jpg"}]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = build_shards(tmp_path / "t.jsonl", tmp_path / "out")

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from multimodal.data.builder.build import build_shards
-from multimodal.data.builder.records import ReadOptions
-from multimodal.data.builder.rows import read_lines, split_rows
 from multimodal.data.builder.sources import read_source
 from multimodal.data.formats.column_files import open_columns
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards
+from multimodal.data.tables.records import ReadOptions
+from multimodal.data.tables.rows import read_lines, split_rows
 from multimodal.files import UnreadableFile
 from tests.photos import picture, tar_of
 

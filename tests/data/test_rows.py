@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from multimodal.data.builder.build import build_shards
-from multimodal.data.builder.rows import find_layout, looks_like_image, read_rows, split_rows
+from multimodal.data.tables.rows import find_layout, looks_like_image, read_rows, split_rows
 from tests.photos import picture, samples
 
 

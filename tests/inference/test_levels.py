@@ -17,9 +17,9 @@ from multimodal.inference.drawing import draw_codes
 from multimodal.inference.editing import box_mask
 from multimodal.inference.likelihoods import text_likelihoods
 from multimodal.inference.text import caption_codes
-from multimodal.model.batches import TrainingSample
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.sequences import OBJECTIVES, document, draw, pack
+from multimodal.model.training_batch import TrainingSample
 from multimodal.options import DrawOptions, EditOptions
 from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer

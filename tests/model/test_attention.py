@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from multimodal.api import Model
-from multimodal.model.batches import TrainingBatch
 from multimodal.model.layers.attention import attend, attention_mask, without_cudnn_attention
 from multimodal.model.network import MultimodalLM
 from multimodal.model.sequences import Packed, describe, draw, pack
+from multimodal.model.training_batch import TrainingBatch
 
 CODES = np.arange(16) * 5 % 64
 TEXT = list(b"two dogs")

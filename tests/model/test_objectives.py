@@ -16,12 +16,12 @@ from torch.autograd import grad
 from torch.nn.parallel import DistributedDataParallel
 
 from multimodal.api import Model, load
-from multimodal.model.batches import TrainingBatch, TrainingSample
 from multimodal.model.layers.attention import attention_mask
 from multimodal.model.layers.experts import ExpertsConfig
 from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig, token_losses
 from multimodal.model.sequences import OBJECTIVES, TokenSequence, describe, draw, pack
+from multimodal.model.training_batch import TrainingBatch, TrainingSample
 from tests.samples import samples_of
 
 Make = Callable[..., Model]

@@ -22,7 +22,7 @@ from multimodal.eval.evaluator import Subject, evaluate
 from multimodal.eval.tasks.likelihood import Likelihood
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.text import generate_ids
-from multimodal.model.batches import TrainingSample
+from multimodal.model.training_batch import TrainingSample
 from multimodal.options import DrawOptions, TextOptions
 from tests.released.theirs import CODES, Pair, chameleon, complete_vqgan, emu3, images
 

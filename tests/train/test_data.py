@@ -12,10 +12,10 @@ import pytest
 import multimodal.train.sample_order as train_order
 from multimodal.api import Model
 from multimodal.cli import main
-from multimodal.model.batches import TrainingSample
 from multimodal.model.lessons import MAX_TURNS, Lesson, lesson_of
 from multimodal.model.sequences import NO_LOSS, OBJECTIVES
 from multimodal.model.templates import Templates
+from multimodal.model.training_batch import TrainingSample
 from multimodal.train.callbacks import Mixture
 from multimodal.train.data import GlobalBatchLoader, ShardData
 from multimodal.train.examples import ShardDataset

@@ -16,11 +16,12 @@ from torch import Tensor
 from multimodal.api import Model
 from multimodal.cli import main
 from multimodal.eval.metrics.penn_treebank import ptb_tokenize
-from multimodal.model.batches import BatchBuilder, TrainingSample
+from multimodal.model.batches import BatchBuilder
 from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.sequences import describe, pack
 from multimodal.model.templates import Templates
+from multimodal.model.training_batch import TrainingSample
 from multimodal.options import TextOptions
 from multimodal.tokenizers.levels import Layout, Level
 from multimodal.train.rewards.module import advantages_of, in_standard_deviations, write_captions
@@ -123,7 +124,9 @@ def infinite(captions, records):
     for name, message in (("few", "gave 1 rewards"), ("infinite", "expected a finite number")):
         with pytest.raises(ValueError, match=message):
             find_reward(f"{file}:{name}", model, [])(captions)
-    with pytest.raises(ValueError, match="no reward 'bleu': expected cider, alignment, or FILE"):
+    with pytest.raises(
+        ValueError, match="no reward 'bleu': expected cider, alignment, scenes, or FILE"
+    ):
         find_reward("bleu", model, [])
     with pytest.raises(ValueError, match="has no function other"):
         find_reward(f"{file}:other", model, [])

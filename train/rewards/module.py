@@ -16,10 +16,10 @@ from torch import Tensor
 
 from multimodal.distributed import global_sum, mean_over_ranks
 from multimodal.inference.text import generate_ids
-from multimodal.model.batches import TrainingBatch, TrainingSample
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.lessons import descriptions_of
 from multimodal.model.sequences import Ids, describe_prompt
+from multimodal.model.training_batch import TrainingBatch, TrainingSample
 from multimodal.options import TextOptions
 from multimodal.train.examples import Examples
 from multimodal.train.joint import JointModule
@@ -38,9 +38,10 @@ class RewardModule(JointModule):
 
     Args:
         reward: ``cider`` (CIDEr-D, with the end of the caption as a word), ``alignment`` (the
-            cosine of the model's own embeddings), or ``FILE.py:FUNCTION``, a function
+            cosine of the model's own embeddings), ``scenes`` (which claims about a synthetic scene
+            are true, and how many of its objects are named), or ``FILE.py:FUNCTION``, a function
             (captions: list[str], records: list[dict]) -> list[float]. A caption without an end is
-            an empty one for the last two.
+            an empty one for all but the first.
         captions_written: of each image in each step.
         temperature: at which they are written. Below 1 they are nearer to the greedy captions. A
             model that was trained with label smoothing writes a wrong word often at 1.

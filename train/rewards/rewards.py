@@ -1,4 +1,4 @@
-"""Rewards of captions: CIDEr, the model's own alignment, or a function in a file.
+"""Rewards of captions: CIDEr, the model's own alignment, true claims, or a function in a file.
 
 A caption that does not end within its tokens has no end for a reward to judge. CIDEr counts the end
 as a word, so such a caption misses one. To the others it is an empty text. Without this a captioner
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from multimodal.data.shards import Shards
 from multimodal.eval.metrics.cider import CaptionSpace, similarities
 from multimodal.eval.metrics.penn_treebank import ptb_tokenize
+from multimodal.eval.metrics.scene_captions import claims_score
 from multimodal.eval.tasks.registry import from_file
 from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.model.checkpoint import ModelParts
@@ -24,6 +25,7 @@ from multimodal.model.lessons import descriptions_of
 from multimodal.model.sequences import Ids
 
 END = "<eos>"  # the word for the end of a caption
+REWARDS = ("cider", "alignment", "scenes")
 MAX_PICTURES = 100_000  # of each folder, the first ones: words are counted in their captions
 
 
@@ -127,11 +129,16 @@ class FunctionReward:
         return rewards
 
 
+def scene_reward(captions: Sequence[WrittenCaption]) -> list[float]:
+    """Which claims of captions of scenes are true, and how complete they are: in [0, 1]."""
+    return [claims_score(c.text if c.ended else "", c.record) for c in captions]
+
+
 def find_reward(name: str, model: ModelParts, shards: Sequence[Shards]) -> Reward:
     """The reward of a name.
 
     Args:
-        name: ``cider``, ``alignment``, or ``FILE.py:FUNCTION``.
+        name: one of REWARDS, or ``FILE.py:FUNCTION``.
         model: whose alignment it is.
         shards: the training data, a source each, whose captions CIDEr counts.
 
@@ -140,8 +147,10 @@ def find_reward(name: str, model: ModelParts, shards: Sequence[Shards]) -> Rewar
     """
     if name == "alignment":
         return AlignmentReward(model)
+    if name == "scenes":
+        return scene_reward
     if name != "cider":
-        function = from_file(name, "reward", ("cider", "alignment"), "FUNCTION")
+        function = from_file(name, "reward", REWARDS, "FUNCTION")
         return FunctionReward(function, name)
     captions = [
         [

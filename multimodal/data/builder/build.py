@@ -29,13 +29,6 @@ from multimodal.data.builder.image_parts import (
     make_part,
     read_part,
 )
-from multimodal.data.builder.records import (
-    Notes,
-    ReadOptions,
-    RejectedSample,
-    SourceItem,
-    SourceSample,
-)
 from multimodal.data.builder.sources import AnySource, open_source, read_source
 from multimodal.data.builder.writer import ShardWriter
 from multimodal.data.images import Fit
@@ -43,6 +36,13 @@ from multimodal.data.near_duplicates import CopyIndex
 from multimodal.data.parallel import Engine, exclusive_lock, map_units
 from multimodal.data.samples import has_text
 from multimodal.data.shards import MANIFEST, write_manifest
+from multimodal.data.tables.records import (
+    Notes,
+    ReadOptions,
+    RejectedSample,
+    SourceItem,
+    SourceSample,
+)
 from multimodal.files import local_path
 from multimodal.terminal import shown
 from multimodal.torchrun import is_first_rank
@@ -118,7 +118,7 @@ def build_shards(
         quality: of a JPEG that has to be encoded again, 1 to 100. A PNG stays a PNG.
         image_column, text_column: of a table. By default guessed from its header.
         need_text: reject images without captions, questions or label.
-        whole_text, images, answers: see ``multimodal.data.builder.records.ReadOptions``.
+        whole_text, images, answers: see ``multimodal.data.tables.records.ReadOptions``.
         cleaning: what else to reject or change.
         overwrite: replace the files of an earlier build in ``out``, and nothing else.
         engine, workers: what prepares the images: processes (1: this process) or Ray tasks. Under

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from multimodal.data.builder.records import (
+from multimodal.data.samples import IMAGE_SUFFIXES, record_of
+from multimodal.data.tables.read import TABLE_SUFFIXES, read_table
+from multimodal.data.tables.records import (
     Notes,
     ReadOptions,
     RejectedSample,
@@ -19,8 +21,6 @@ from multimodal.data.builder.records import (
     held_out,
     shuffled,
 )
-from multimodal.data.builder.tables import TABLE_SUFFIXES, read_table
-from multimodal.data.samples import IMAGE_SUFFIXES, record_of
 from multimodal.files import read_bytes, read_json
 from multimodal.terminal import shown
 

@@ -19,11 +19,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from multimodal.data.builder.cleaning import Cleaning
-from multimodal.data.builder.records import Blob, Cell, ImagePlace, Slice, SourceSample
 from multimodal.data.images import Fit, fit_image, open_header, open_image, orientation
 from multimodal.data.near_duplicates import THUMBNAIL_SIZE, ImageHash, hash_image
 from multimodal.data.samples import plain
 from multimodal.data.shards import file_sha256
+from multimodal.data.tables.records import Blob, Cell, ImagePlace, Slice, SourceSample
 from multimodal.files import UnreadableFile, atomic_file, read_bytes, read_json, write_json
 
 # What training reads fastest is stored as it is. Other files without loss become PNG, and others

@@ -14,8 +14,12 @@ from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from PIL import Image
 
-from multimodal.data.builder.columns import TEXT_COLUMNS, Columns, find_columns
-from multimodal.data.builder.records import (
+from multimodal.data.formats.arrays import image_of_array
+from multimodal.data.formats.column_files import name_classes
+from multimodal.data.images import open_image
+from multimodal.data.tables.columns import TEXT_COLUMNS, Columns, find_columns
+from multimodal.data.tables.preferences import NoPreference, is_preferences, preference_of
+from multimodal.data.tables.records import (
     Blob,
     ImagePlace,
     ReadOptions,
@@ -26,10 +30,7 @@ from multimodal.data.builder.records import (
     image_in,
     shuffled,
 )
-from multimodal.data.builder.rows import IMAGE_COLUMNS
-from multimodal.data.formats.arrays import image_of_array
-from multimodal.data.formats.column_files import name_classes
-from multimodal.data.images import open_image
+from multimodal.data.tables.rows import IMAGE_COLUMNS
 from multimodal.files import MAX_FILE, UnreadableText
 from multimodal.hub.address import HubName
 from multimodal.terminal import one_line, shown
@@ -198,6 +199,8 @@ class _Reader:
 
     def read(self, number: int, item: Any) -> SourceItem:
         name = self.name(number)
+        if isinstance(item, Mapping) and is_preferences(item):
+            return self._preference(number, item)
         try:
             fields, columns = self._fields(item)
             place, hint = _image(fields.pop(columns.image, None), name, self.options)
@@ -220,6 +223,31 @@ class _Reader:
             images=(place,),
             record=record,
             split=held_out(self.split),
+        )
+
+    def _preference(self, number: int, item: Mapping[str, Any]) -> SourceItem:
+        name = self.name(number)
+
+        def place_of(value: Any) -> ImagePlace:
+            try:
+                return _image(value, name, self.options)[0]
+            except ValueError as error:
+                reason = shown(str(error).removeprefix(f"{name}: "))
+                raise NoPreference("no image", reason) from error
+
+        try:
+            fields = {str(key): _native(value) for key, value in item.items()}
+            images, record, document = preference_of(fields, place_of, self.options.notes.of(name))
+        except NoPreference as error:
+            return self.rejected(number, error.reason, error.detail)
+        return SourceSample(
+            name=name,
+            hint=shown(f"{self.split}-" * bool(self.split) + f"{number:08d}"),
+            identity=shown(f"{self.split}/{number}"),
+            images=images,
+            record={key: value for key, value in record.items() if self._keeps(key, value)},
+            split=held_out(self.split),
+            document=document,
         )
 
     def _fields(self, item: Any) -> tuple[dict[str, Any], Columns]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multimodal.data.builder.records import Slice
 from multimodal.data.documents import image_suffixes, is_plain_text
 from multimodal.data.formats.tar import only_zeros, read_members
 from multimodal.data.samples import RECORD_MEMBERS, Sample
@@ -28,6 +27,7 @@ from multimodal.data.shards import (
     read_index,
     split_name,
 )
+from multimodal.data.tables.records import Slice
 from multimodal.files import MAX_FILE, UnreadableFile, atomic_file, open_file
 
 _PACKED: dict[str, Any] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}

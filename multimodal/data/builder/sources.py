@@ -17,13 +17,6 @@ from multimodal.data.builder.items import (
     source_of_hub,
     source_of_items,
 )
-from multimodal.data.builder.records import (
-    ReadOptions,
-    RejectedSample,
-    SourceItem,
-    SourceSample,
-    held_out,
-)
 from multimodal.data.builder.salvage import (
     TAR_SUFFIXES,
     LostSample,
@@ -32,7 +25,6 @@ from multimodal.data.builder.salvage import (
     salvage,
     unpacked,
 )
-from multimodal.data.builder.tables import TABLE_SUFFIXES, read_table
 from multimodal.data.documents import check_content, image_suffixes, is_plain_text
 from multimodal.data.formats.column_files import COLUMN_SUFFIXES, open_columns
 from multimodal.data.samples import (
@@ -42,6 +34,14 @@ from multimodal.data.samples import (
     record_of,
 )
 from multimodal.data.shards import read_index
+from multimodal.data.tables.read import TABLE_SUFFIXES, read_table
+from multimodal.data.tables.records import (
+    ReadOptions,
+    RejectedSample,
+    SourceItem,
+    SourceSample,
+    held_out,
+)
 from multimodal.files import address_of, local_path, open_file
 from multimodal.terminal import shown
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from multimodal.data.builder.image_parts import ImageFile
-from multimodal.data.builder.records import RejectedSample, SourceSample
 from multimodal.data.samples import plain
 from multimodal.data.shards import index_shard
+from multimodal.data.tables.records import RejectedSample, SourceSample
 
 _SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 

@@ -9,8 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multimodal.data.builder.columns import Columns, find_columns, join_rows
-from multimodal.data.builder.records import (
+from multimodal.data.formats.column_files import (
+    ColumnFile,
+    class_names,
+    name_classes,
+    open_columns,
+)
+from multimodal.data.tables.columns import Columns, find_columns, join_rows
+from multimodal.data.tables.records import (
     Cell,
     ReadOptions,
     RejectedSample,
@@ -18,13 +24,7 @@ from multimodal.data.builder.records import (
     SourceItem,
     SourceSample,
 )
-from multimodal.data.builder.rows import Row
-from multimodal.data.formats.column_files import (
-    ColumnFile,
-    class_names,
-    name_classes,
-    open_columns,
-)
+from multimodal.data.tables.rows import Row
 from multimodal.terminal import shown
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def read_columnar(table: Path, options: ReadOptions) -> Iterator[SourceItem]:
     if not _holds_bytes(kind) or (
         _has_field(kind, "bytes") and file.is_null(columns.image, "bytes")
     ):
-        yield from join_rows(table, _rows(table, file, file.schema.names), columns, options)
+        yield from join_rows(table, column_rows(table, file, file.schema.names), columns, options)
     else:
         yield from _read_files(table, file, columns, options)
 
@@ -80,7 +80,7 @@ def _holds_bytes(kind: "pa.DataType") -> bool:
     )
 
 
-def _rows(table: Path, file: ColumnFile, names: list[str]) -> Iterator[Row]:
+def column_rows(table: Path, file: ColumnFile, names: list[str]) -> Iterator[Row]:
     """All rows, in order. A row whose group cannot be read has a problem."""
     import pyarrow as pa
 
@@ -134,7 +134,7 @@ def _read_files(
         starts.append(number)
         number += size
     group = -1
-    for row in _rows(table, file, names):
+    for row in column_rows(table, file, names):
         number = row.place.numbers[0]
         while group + 1 < len(starts) and starts[group + 1] <= number:
             group += 1

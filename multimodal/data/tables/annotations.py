@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multimodal.data.builder.records import (
+from multimodal.data.samples import normalise
+from multimodal.data.tables.records import (
     ReadOptions,
     RejectedSample,
     SourceItem,
@@ -25,8 +26,7 @@ from multimodal.data.builder.records import (
     held_out,
     shuffled,
 )
-from multimodal.data.builder.rows import MAX_TABLE, looks_like_image
-from multimodal.data.samples import normalise
+from multimodal.data.tables.rows import MAX_TABLE, looks_like_image
 from multimodal.files import UnreadableFile, UnreadableText, read_json
 from multimodal.terminal import shown
 

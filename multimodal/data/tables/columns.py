@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multimodal.data.builder.records import (
+from multimodal.data.samples import CONVERSATION_FIELDS, Note, has_text, normalise
+from multimodal.data.tables.records import (
     ReadOptions,
     RejectedSample,
     Rows,
@@ -18,8 +19,7 @@ from multimodal.data.builder.records import (
     image_in,
     shuffled,
 )
-from multimodal.data.builder.rows import IMAGE_COLUMNS, Layout, Row
-from multimodal.data.samples import CONVERSATION_FIELDS, Note, has_text, normalise
+from multimodal.data.tables.rows import IMAGE_COLUMNS, Layout, Row
 from multimodal.files import UnreadableText
 from multimodal.terminal import shown
 

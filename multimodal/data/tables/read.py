@@ -1,15 +1,16 @@
-"""Read a file that lists images and texts: a table, columns, documents, or annotations."""
+"""Read a file that lists images and texts: a table, documents, preferences, or annotations."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from multimodal.data.builder.annotations import load_json, read_annotations
-from multimodal.data.builder.columnar import read_columnar
-from multimodal.data.builder.columns import find_columns, join_rows
-from multimodal.data.builder.documents import is_documents, read_documents
-from multimodal.data.builder.records import ReadOptions, SourceItem
-from multimodal.data.builder.rows import ROW_SUFFIXES, read_rows, rows_of
-from multimodal.data.formats.column_files import COLUMN_SUFFIXES
+from multimodal.data.formats.column_files import COLUMN_SUFFIXES, open_columns
+from multimodal.data.tables.annotations import load_json, read_annotations
+from multimodal.data.tables.columnar import column_rows, read_columnar
+from multimodal.data.tables.columns import find_columns, join_rows
+from multimodal.data.tables.documents import is_documents, read_documents
+from multimodal.data.tables.preferences import is_preferences, read_preferences
+from multimodal.data.tables.records import ReadOptions, SourceItem
+from multimodal.data.tables.rows import ROW_SUFFIXES, read_rows, rows_of
 
 TABLE_SUFFIXES = (*ROW_SUFFIXES, *COLUMN_SUFFIXES, ".json")
 
@@ -22,7 +23,12 @@ def read_table(table: Path, options: ReadOptions) -> Iterator[SourceItem]:
     """
     suffix = table.suffix.lower()
     if suffix in COLUMN_SUFFIXES:
-        yield from read_columnar(table, options)
+        file = open_columns(table)
+        if is_preferences(file.schema.names):
+            rows_of_columns = column_rows(table, file, file.schema.names)
+            yield from read_preferences(table, rows_of_columns, options)
+        else:
+            yield from read_columnar(table, options)
         return
     if suffix == ".json":
         content = load_json(table)
@@ -38,4 +44,7 @@ def read_table(table: Path, options: ReadOptions) -> Iterator[SourceItem]:
         layout, lazy = read_rows(table, named)
         rows = list(lazy)
     names = layout.names if layout else tuple(dict.fromkeys(n for row in rows for n in row.fields))
+    if is_preferences(names):
+        yield from read_preferences(table, rows, options)
+        return
     yield from join_rows(table, rows, find_columns(table, names, options, layout), options)

@@ -14,15 +14,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from multimodal.data.builder.records import (
+from multimodal.data.documents import content_parts
+from multimodal.data.samples import IMAGE_SUFFIXES, normalise
+from multimodal.data.tables.records import (
     RejectedSample,
     SourceItem,
     SourceSample,
     encodable,
 )
-from multimodal.data.builder.rows import IMAGE_COLUMNS, read_rows
-from multimodal.data.documents import content_parts
-from multimodal.data.samples import IMAGE_SUFFIXES, normalise
+from multimodal.data.tables.rows import IMAGE_COLUMNS, read_rows
 from multimodal.files import UnreadableText
 from multimodal.terminal import shown
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multimodal.data.builder.records import Rows
+from multimodal.data.tables.records import Rows
 from multimodal.files import UnreadableText, decode_text, parse_json, read_bytes
 
 MAX_TABLE = 1 << 32  # bytes of a table or of annotations; those of Visual Genome have 1 GB

@@ -1,0 +1,156 @@
+"""``multimodal prefer``: what it makes, that nothing is lost, and a run that learns from it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from multimodal import load
+from multimodal.cli import main
+from multimodal.data.shards import Shards, read_manifest
+from multimodal.inference.embedding import embed_codes, embed_texts
+from multimodal.options import TextOptions
+from multimodal.train.preferences import candidates
+from multimodal.train.preferences.candidates import Candidates, PreferSettings, make_preferences
+from tests.launches import logged
+from tests.preferring import recipe, values
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+# A network that has learned little ends one of four captions within 120 tokens.
+MANY = ["--max-tokens", "120", "--candidates", "8"]
+LONG = TextOptions(temperature=1.0, max_tokens=120)
+JUDGE = """
+def words(captions, records):
+    return [float(len(set(text.split()))) for text in captions]
+def redness(texts, images, records):
+    assert all(image.size == images[0].size for image in images)
+    return [image.resize((1, 1)).getpixel((0, 0))[0] for image in images]
+"""
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "candidates.jsonl").read_text().splitlines()]
+
+
+def test_captions_are_chosen_by_a_function(work: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "mine.py").write_text(JUDGE)
+    out = tmp_path / "out"
+    prefer = ["prefer", str(work / "joint/model"), "--data", str(work / "scenes"), "--limit"]
+    prefer += ["8", "--judge", f"{tmp_path}/mine.py:words", *MANY, "--out", str(out)]
+    assert main(prefer) == 0
+    said = capsys.readouterr().out
+    lines = lines_of(out)
+    kept = [line for line in lines if "chosen" in line]
+    assert f"{len(kept)} of {len(lines)} samples have a preference" in said and kept
+    samples = {sample.key: sample for sample in Shards(out)}
+    originals = {sample.key: sample for sample in Shards(work / "scenes")}
+    assert {line["key"] for line in kept} == set(samples)
+    for line in kept:
+        sample, original = samples[line["key"]], originals[line["key"]]
+        assert sample.image == original.image and sample.record["scene"]
+        assert sample.record["captions"] == original.record["captions"]
+        (entry,) = sample.record["preferences"]
+        chosen, rejected = len(set(entry["chosen"].split())), len(set(entry["rejected"].split()))
+        scores = sorted(line["scores"])
+        assert scores[-1] >= chosen > rejected >= scores[0]
+    assert main(["data", "check", str(out)]) == 0
+    assert main(prefer) == 1 and "is complete" in capsys.readouterr().err
+
+
+def test_a_stopped_job_goes_on_and_gives_the_same(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidates, "CHUNK", 4)
+    (tmp_path / "mine.py").write_text(JUDGE)
+    model = load(work / "joint/model")
+    settings = PreferSettings("captions", f"{tmp_path}/mine.py:words", LONG, candidates=8)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    make_preferences(model, work / "scenes", whole, settings, "train", 10)
+    done = list[int]()
+
+    def stop(count: int) -> None:
+        done.append(count)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_preferences(model, work / "scenes", stopped, settings, "train", 10, stop)
+    first = stopped / "train-0000.jsonl"
+    assert first.is_file() and not (stopped / "manifest.json").exists()
+    time = first.stat().st_mtime_ns
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    make_preferences(model, work / "scenes", stopped, settings, "train", 10)
+    assert first.stat().st_mtime_ns == time, "it was not made again"
+    assert lines_of(stopped) == lines_of(whole)
+    for shard in read_manifest(whole)["shards"]:
+        assert (stopped / shard["name"]).read_bytes() == (whole / shard["name"]).read_bytes()
+    with pytest.raises(ValueError, match="complete"):
+        make_preferences(model, work / "scenes", stopped, settings, "train", 10)
+
+
+@pytest.mark.parametrize("variant", ["dpo", "kto"])
+def test_a_run_learns_from_drawings(work: Path, tmp_path: Path, variant: str) -> None:
+    (tmp_path / "mine.py").write_text(JUDGE)
+    model, out, codes = work / "joint/model", tmp_path / "out", tmp_path / "codes"
+    prefer = ["prefer", str(model), "--data", str(work / "scenes"), "--out", str(out)]
+    prefer += ["--judge", f"{tmp_path}/mine.py:redness", "--of", "drawings", "--candidates", "3"]
+    assert main(prefer) == 0
+    lines = {line["key"]: line for line in lines_of(out)}
+    for sample in Shards(out, "train"):
+        line, (entry,) = lines[sample.key], sample.record["preferences"]
+        assert entry["prompt"] == line["prompt"] == sample.record["content"][0]["text"]
+        assert max(line["scores"]) == line["scores"][line["chosen"]] > min(line["scores"])
+    encode = ["tokenizer", "encode", str(work / "scenes"), str(codes), "--tokenizer", str(model)]
+    assert main(encode) == 0
+    config = recipe(work, tmp_path, [out, codes], learning_rate=0.003, variant=variant)
+    fit = ["fit", "--config", str(config), "--trainer.max_steps", "20", "--output"]
+    assert main([*fit, str(tmp_path / "run"), "--init_from", str(model)]) == 0
+    rewards = values(tmp_path / "run", "train/rewards/margin")
+    assert sum(rewards[-5:]) > sum(rewards[:5])
+    assert len(logged(tmp_path / "run", "train/image")) == 20
+    assert ("train/kto_kl" in (tmp_path / "run/logs/metrics.csv").read_text()) == (variant == "kto")
+
+
+def test_alignment_is_that_of_the_model(work: Path, tmp_path: Path) -> None:
+    model = load(work / "joint/model")
+    settings = PreferSettings("captions", "alignment", LONG, candidates=8)
+    lines = make_preferences(model, work / "scenes", tmp_path / "out", settings, "val", 3)
+    sample = Shards(work / "scenes", "val")[0]
+    from multimodal.inference.codec import encode_images, read_images
+
+    codes = encode_images(model, read_images(model, [sample.image]))
+    ended = [n for n, score in enumerate(lines[0]["scores"]) if score > -1]
+    expected = (
+        embed_codes(model, codes) @ embed_texts(model, [lines[0]["texts"][n] for n in ended]).T
+    )
+    found = torch.tensor([lines[0]["scores"][n] for n in ended])
+    assert torch.allclose(found, expected[0], atol=1e-5)
+
+
+def test_the_best_and_the_worst_are_chosen_if_they_differ() -> None:
+    def chosen(scores: list[float], usable: list[int], margin: float = 0.0) -> Any:
+        each = Candidates("key", scores=scores)
+        return (each.chosen, each.rejected) if each.choose(usable, margin) else each.reason
+
+    assert chosen([0.1, 0.9, 0.5], [0, 1, 2]) == (1, 0)
+    assert chosen([0.1, 0.9, 0.5], [0, 2], 0.4) == (2, 0)
+    assert "as good" in chosen([0.1, 0.9, 0.5], [0, 2], 0.41)
+    assert "as good" in chosen([0.5, 0.5], [0, 1])
+    assert "fewer than two" in chosen([0.5, 0.6], [1])
+
+
+def test_what_cannot_be_compared_is_refused(work: Path, tmp_path: Path, capsys: Any) -> None:
+    prefer = ["prefer", str(work / "joint/model"), "--data", str(work / "scenes")]
+    prefer += ["--out", str(tmp_path / "out")]
+    for more, message in (
+        (["--candidates", "1"], "candidates=1"),
+        (["--temperature", "0"], "all candidates would be equal"),
+        (["--judge", "bleu"], "expected cider, alignment, scenes, or FILE.py:FUNCTION"),
+        (["--judge", "cider", "--of", "drawings"], "expected alignment, scenes, or FILE"),
+        (["--split", "x"], "no split 'x'"),
+        (["--margin", "1000", "--limit", "2"], "no sample has a preference"),
+    ):
+        assert main([*prefer, *more]) == 1
+        assert message in capsys.readouterr().err, more
