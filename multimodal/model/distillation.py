@@ -47,7 +47,9 @@ def teacher_losses(hidden: Tensor, head: Tensor, teaching: Teaching, of_teacher:
     """
     size = max(1, SLICE // (2 * len(head)))
     losses = []
-    for student, index in zip(hidden.split(size), of_teacher.split(size), strict=True):
+    for student, index in zip(
+        torch.split(hidden, size), torch.split(of_teacher, size), strict=True
+    ):
         states = (student, head, teaching.hidden[index], teaching.head)
         losses.append(checkpoint(_divergences, *states, teaching.temperature, use_reentrant=False))
     return torch.cat(losses)
