@@ -54,7 +54,7 @@ class AdapterModule(MuonModule):
             self.network.requires_grad_(False)
             with torch.random.fork_rng(devices=[]):
                 # The same A however many ranks there are: their start sets the seed anew.
-                torch.manual_seed(torch.initial_seed())
+                torch.default_generator.manual_seed(torch.initial_seed())
                 inject(self.network.transformer, self.lora)
         if self.device_mesh is not None and not fsdp_modules(self.network):  # FSDP2
             shard(self.network, self.device_mesh["data_parallel"])
