@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from multimodal.adapters.folder import AdapterBase, write_adapter
@@ -51,7 +52,10 @@ class AdapterModule(MuonModule):
     def configure_model(self) -> None:
         if self.lora is not None and not has_adapter(self.network.transformer):
             self.network.requires_grad_(False)
-            inject(self.network.transformer, self.lora)
+            with torch.random.fork_rng(devices=[]):
+                # The same A however many ranks there are: their start sets the seed anew.
+                torch.default_generator.manual_seed(torch.initial_seed())
+                inject(self.network.transformer, self.lora)
         if self.device_mesh is not None and not fsdp_modules(self.network):  # FSDP2
             shard(self.network, self.device_mesh["data_parallel"])
 
