@@ -278,12 +278,13 @@ def test_errors_are_told_in_words(page: Browser) -> None:
     set_option(page, max_tokens=5000)
     page.click("#ask .go")
     page.wait("/at most 1024/.test(document.querySelector('#ask .error').textContent)")
+    assert text(page, "#answers .note").startswith("failed")
     page.errors.clear()  # the console notes the status 400
-    set_option(page, temperature=-1)
+    set_option(page, temperature=-1, steps=-1)  # a drawing has steps, an answer has none
     page.click("#ask .go")
-    page.wait("/out of range/.test(document.querySelector('#ask .error').textContent)")
+    page.wait("/out of range: Temperature/.test(document.querySelector('#ask .error').textContent)")
     page.evaluate("window.fetch = () => Promise.reject(new TypeError('network'))")
-    set_option(page, temperature=1)
+    set_option(page, temperature=1, max_tokens=9)
     page.click("#ask .go")
     page.wait("/cannot be reached/.test(document.querySelector('#ask .error').textContent)")
 

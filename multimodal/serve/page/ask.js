@@ -30,7 +30,7 @@ async function answer(request, question, signal) {
   $("answers").prepend(entry);
   const growing = new GrowingText(text);
   const start = performance.now();
-  let ended = "stopped";
+  let ended = "failed";
   let tokens = "";
   try {
     for await (const { choices, usage } of stream(request, signal)) {
@@ -45,7 +45,8 @@ async function answer(request, question, signal) {
   } finally {
     growing.end();
     const seconds = ((performance.now() - start) / 1000).toFixed(1);
-    const why = { length: "cut at the longest length, ", stopped: "stopped, ",
+    if (signal.aborted) ended = "stopped";
+    const why = { length: "cut at the longest length, ", stopped: "stopped, ", failed: "failed, ",
       content_filter: "filtered, " }[ended] ?? "";
     note.textContent = `${tokens}${why}${seconds} s`;
   }

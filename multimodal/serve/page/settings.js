@@ -19,11 +19,11 @@ export async function loadModels() {
  * Raises Problem for a value out of range.
  */
 export function options(...names) {
-  const form = $("options");
-  if (!form.checkValidity()) {
+  const wrong = names.map($).find((field) => !field.checkValidity());
+  if (wrong) {
     $("settings").open = true;
-    form.reportValidity();
-    throw new Problem("A setting is out of range.");
+    wrong.reportValidity();
+    throw new Problem(`A setting is out of range: ${wrong.labels[0].firstChild.data.trim()}.`);
   }
   const found = { model: $("model").value };
   if (!found.model) throw new Problem("The server has not said which model it has.");
