@@ -114,10 +114,10 @@ def _completion(entry: Mapping[str, Any], name: str, images: int) -> Completion:
 
 
 def check_preferences(
-    check: Callable[[str, Mapping[str, Any]], object],
+    check: Callable[[str, dict[str, Any]], object],
     paired: bool,
     key: str,
-    record: Mapping[str, Any],
+    record: dict[str, Any],
 ) -> None:
     """Raises ``ValueError`` for a sample that preference training cannot use.
 

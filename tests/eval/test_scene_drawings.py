@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from multimodal.eval.metrics.scene_captions import claims_score
 from multimodal.eval.metrics.scene_drawings import (
+    drawing_score,
     named_objects,
     score_drawn_claims,
     score_scene_drawings,
@@ -131,3 +133,19 @@ def test_claims_are_true_of_the_right_scenes_and_not_of_others() -> None:
     assert detect_scene(nothing) is None
     empty = score_drawn_claims(texts[:8], [nothing] * 8)
     assert all(share == 0 for share, _ in empty.values())
+
+
+def test_one_drawing_and_one_caption_have_a_score() -> None:
+    """As judges of preferences use them: wrong, missing and invented objects cost."""
+    scene = scene_of(("red", "circle"), ("blue", "star"))
+    drawing, record = render(scene, 64), {"scene": scene.to_json()}
+    for text, drawn, said in (
+        ("a red circle and a blue star", 1.0, 1.0),
+        ("a red circle", 2 / 3, 0.75),  # of what is drawn a half was asked for
+        ("a red circle and a green heart", 0.5, 0.5),
+        ("a green heart", 0.0, 0.0),
+    ):
+        assert drawing_score(text, drawing) == pytest.approx(drawn), text
+        assert claims_score(text, record) == pytest.approx(said, abs=0.01), text
+    with pytest.raises(ValueError, match="the record has none"):
+        claims_score("a red circle", {})

@@ -349,7 +349,7 @@ class CandidateMaker:
         scores = self.judge(texts, codes, records)
         size = model.config.layout.codebook_size
         for (made, _, record), drawn, own in zip(
-            usable, codes.split(k), _chunks(scores, k), strict=True
+            usable, torch.split(codes, k), _chunks(scores, k), strict=True
         ):
             made.scores = own
             different = {image.numpy().tobytes(): n for n, image in enumerate(drawn)}
