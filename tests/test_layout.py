@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("tokenizers", "train", "eval")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+BACKEND = PYPROJECT["build-system"]["build-backend"]
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -86,9 +87,11 @@ def build_wheel(folder: Path, *, links: bool) -> Path:
         for name in FOLDERS:
             (tree / "multimodal" / name).unlink()
             (tree / "multimodal" / name).write_text(f"../{name}")
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps"]
-    pip += ["--no-build-isolation", "--wheel-dir", str(folder), str(tree)]
-    subprocess.run(pip, check=True)
+    # As pip does without isolation, but in one process, not in four.
+    code = f"import sys, {BACKEND}; {BACKEND}.build_wheel(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     (wheel,) = folder.glob("*.whl")
     return wheel
 
