@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "search": ("multimodal.commands.vectors.search", "find the images that fit a text or an image"),
     "index": ("multimodal.commands.vectors.index", "embed many images or texts, to search them"),
     "serve": ("multimodal.serve.cli", "answer requests in the shape of OpenAI's API"),
+    "log": ("multimodal.commands.folders.log", "check the record of a server, and read it"),
     "prompts": ("multimodal.commands.prompts", "list the prompts that are kept as files"),
     "data": (
         "multimodal.commands.folders.data",

@@ -44,6 +44,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "export": ("foundation", "tokenizers", "hub", "model", "model.layers"),
     "released": ("foundation", "tokenizers", "model", "model.layers"),
     "scenes": ("foundation", "data"),
+    "record": ("foundation",),
     "inference": ("foundation", "tokenizers", "data", "data.formats", "model", "model.layers"),
     "api": (
         "foundation", "tokenizers", "hub", "data", "data.formats", "model", "model.layers",
@@ -56,7 +57,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "commands": ("foundation", "data", "data.formats", "inference", "api", "index"),
     "commands.folders": (
         "foundation", "tokenizers", "hub", "data", "data.builder", "data.formats", "model",
-        "export", "released", "scenes", "commands",
+        "export", "released", "scenes", "commands", "record",
     ),
     # Requests know the model's front door and the decode loop. Nothing below knows of requests.
     "serve.engine": ("foundation", "data", "model", "inference", "api"),

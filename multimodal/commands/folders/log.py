@@ -1,0 +1,94 @@
+"""``multimodal log``: check the record of a server, and read what is in it."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from multimodal.record.chain import Entry, entries, parse_time, prune, redact, verify
+from multimodal.record.report import EXAMPLES, failures, summary
+
+EPILOG = """`multimodal serve --record FILE` writes the record. Each entry has the hash of the one
+before: one that was changed, removed or moved is named. Who can write the file can also make a new
+chain: note the last hash elsewhere (verify prints it), and give it to --head later.
+
+examples:
+  multimodal log verify record.jsonl
+  multimodal log verify record.jsonl --head 3f1c...
+  multimodal log report record.jsonl --json
+  multimodal log failures record.jsonl
+  multimodal log redact record.jsonl --before 2026-11-01     # texts go, their digests stay
+  multimodal log prune record.jsonl --before 2026-01-01      # entries go
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run ``multimodal log ARGV...``. The exit status is 1 if a record does not hold."""
+    parser = argparse.ArgumentParser(
+        prog="multimodal log",
+        description="Check the record of a server, and read what is in it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=("verify", "report", "failures", "redact", "prune"))
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--head", metavar="HASH", help="verify: a hash that was noted before")
+    parser.add_argument("--before", metavar="TIME", help="redact, prune: 2026-11-28, in UTC")
+    parser.add_argument("--json", action="store_true", help="report, failures: one JSON object")
+    arguments = parser.parse_args(argv)
+    if arguments.what == "verify":
+        return _verify(arguments.file, arguments.head)
+    if arguments.what in ("redact", "prune"):
+        if arguments.before is None:
+            parser.error(f"{arguments.what} needs --before TIME")
+        before = parse_time(arguments.before)
+        if arguments.what == "redact":
+            print(f"{redact(arguments.file, before):,} entries lost their texts")
+        else:
+            print(f"{prune(arguments.file, before):,} entries were removed")
+        return 0
+    found = [entry for entry in entries(arguments.file) if isinstance(entry, Entry)]
+    if arguments.what == "report":
+        facts = summary(found)
+        print(json.dumps(facts) if arguments.json else "\n".join(_lines(facts)))
+        return 0
+    groups = failures(found)
+    if arguments.json:
+        print(json.dumps({name: [dict(e.facts) for e in each] for name, each in groups.items()}))
+        return 0
+    for name, each in sorted(groups.items(), key=lambda item: -len(item[1])):
+        print(f"{name}: {len(each):,}")
+        for entry in each[-EXAMPLES:]:
+            facts = entry.facts
+            text = str(entry.texts.get("prompt", ""))[:80]
+            print(f"  entry {entry.number}, {facts.get('time')}, {facts.get('id')} {text!r}")
+    if not groups:
+        print("no failures")
+    return 0
+
+
+def _verify(file: Path, head: str | None) -> int:
+    problems = verify(file, head)
+    for problem in problems:
+        print(problem)
+    found = [entry for entry in entries(file) if isinstance(entry, Entry)]
+    if problems:
+        print(f"{file}: {len(problems):,} problems in {len(found):,} entries")
+        return 1
+    if not found:
+        print(f"{file}: holds no entry")
+        return 0
+    first, last = found[0], found[-1]
+    begun = f" from {first.number} on" if first.number else ""
+    print(f"{file}: {len(found):,} entries{begun}, nothing shows. The last hash: {last.hash}")
+    return 0
+
+
+def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
+    lines = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}:", *_lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name}: {value}")
+    return lines

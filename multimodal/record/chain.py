@@ -1,0 +1,290 @@
+"""An append-only file of entries, in which a later change shows.
+
+Each line is a JSON object:
+
+    number      0, 1, 2, ...
+    previous    the hash of the entry before; of the first, 64 zeros
+    facts       what happened, with ``time`` (UTC, ISO 8601)
+    texts       texts by name, if they are kept
+    digests     the SHA-256 of each text, kept or not
+    hash        the SHA-256 of all of the above but ``texts``
+
+So a text can be taken out later, and the chain still holds. Who can write the file can also make a
+new chain of it: note the last hash elsewhere from time to time, and give it to ``verify``.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from multimodal.files import atomic_file, local_path, open_file
+
+START = "0" * 64
+MAX_LINE = 16 << 20  # bytes of an entry
+NAMES = {"number", "previous", "facts", "texts", "digests", "hash"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a record. See the text of this module."""
+
+    number: int
+    previous: str
+    facts: Mapping[str, Any]
+    texts: Mapping[str, str]
+    digests: Mapping[str, str]
+    hash: str
+
+    @classmethod
+    def parse(cls, line: bytes) -> "Entry":
+        """Raises ``ValueError`` for a line that is no entry."""
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ValueError("is not JSON") from error
+        if not isinstance(value, dict) or set(value) != NAMES:
+            raise ValueError("is no entry of a record")
+        kinds = {"number": int, "previous": str, "hash": str}
+        if any(type(value[name]) is not kind for name, kind in kinds.items()):
+            raise ValueError("is no entry of a record")
+        for name in ("facts", "texts", "digests"):
+            if not isinstance(value[name], dict):
+                raise ValueError("is no entry of a record")
+        return cls(**value)
+
+    def line(self) -> bytes:
+        return _canonical({name: getattr(self, name) for name in sorted(NAMES)}) + b"\n"
+
+    @property
+    def computed(self) -> str:
+        """The hash that belongs to what the entry says."""
+        kept = {name: getattr(self, name) for name in NAMES - {"texts", "hash"}}
+        return hashlib.sha256(_canonical(kept)).hexdigest()
+
+    @property
+    def time(self) -> datetime:
+        """Raises ``ValueError`` for facts without a time."""
+        return parse_time(str(self.facts.get("time")))
+
+
+class Record:
+    """Writes entries. Several threads may; several processes may not.
+
+    Args:
+        path: the file. New entries follow those that are there.
+        keep_texts: write the texts, not only their digests.
+
+    Raises:
+        ValueError: if another process writes it, or if its last line is no entry.
+    """
+
+    def __init__(self, path: str | Path, keep_texts: bool = False) -> None:
+        self.path, self.keep_texts = local_path(path), keep_texts
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a+b")  # noqa: SIM115 (it stays open)
+        self._lock = threading.Lock()
+        try:
+            _lock(self._file, self.path)
+            last = _last_entry(self._file, self.path)
+        except BaseException:
+            self._file.close()
+            raise
+        self.number, self.head = (0, START) if last is None else (last.number + 1, last.hash)
+
+    def append(self, facts: Mapping[str, Any], texts: Mapping[str, str] | None = None) -> Entry:
+        """Add an entry. It is in the file when this returns.
+
+        Args:
+            facts: what can become JSON. ``time`` is added.
+            texts: what may be taken out later.
+        """
+        texts = texts or {}
+        digests = {name: digest(text) for name, text in texts.items()}
+        with self._lock:
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+            entry = Entry(
+                self.number, self.head, {"time": now, **facts},
+                dict(texts) if self.keep_texts else {}, digests, "",
+            )  # fmt: skip
+            entry = replace(entry, hash=entry.computed)
+            self._file.write(entry.line())
+            self._file.flush()
+            self.number, self.head = entry.number + 1, entry.hash
+        return entry
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._file.closed:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+
+
+def entries(path: str | Path) -> Iterator[Entry | str]:
+    """The entries of a file in its order. A line that is none: what is wrong with it."""
+    with open_file(path) as file:
+        number = 0
+        while line := file.readline(MAX_LINE + 1):
+            number += 1
+            if len(line) > MAX_LINE:
+                yield f"line {number}: is longer than {MAX_LINE:,} bytes"
+                return
+            if not line.endswith(b"\n"):
+                yield f"line {number}: is incomplete: it was not written to its end"
+                return
+            try:
+                yield Entry.parse(line)
+            except ValueError as error:
+                yield f"line {number}: {error}"
+
+
+def verify(path: str | Path, head: str | None = None) -> list[str]:
+    """What is wrong with a record, one sentence each. Empty: nothing shows.
+
+    Args:
+        head: a hash that was noted before. The record has to have its entry.
+    """
+    problems: list[str] = []
+    hashes: dict[int, str] = {}
+    followed: dict[int, str] = {}  # number: the hash that it says it follows
+    before: int | None = None
+    for entry in entries(path):
+        if isinstance(entry, str):
+            problems.append(entry)
+            continue
+        number = entry.number
+        if number in hashes:
+            problems.append(f"entry {number} is there twice")
+        elif before is not None and number < before:
+            problems.append(f"entry {number} stands after entry {before}: the order was changed")
+        if entry.computed != entry.hash:
+            problems.append(f"entry {number} was changed")
+        for name, text in entry.texts.items():
+            if entry.digests.get(name) != digest(text):
+                problems.append(f"entry {number}: its text {name!r:.80} was changed")
+        hashes[number], followed[number], before = entry.hash, entry.previous, number
+    for start, end in _gaps(sorted(hashes)):
+        which = f"entry {start} is" if start == end else f"entries {start} to {end} are"
+        problems.append(f"{which} missing")
+    for number, previous in followed.items():
+        expected = START if number == 0 else hashes.get(number - 1)
+        if expected not in (None, previous):
+            problems.append(f"entry {number} does not follow entry {number - 1}: one was replaced")
+    if head is not None and head not in hashes.values():
+        problems.append(
+            f"no entry has the hash {head:.80}: the end was cut off, or all was replaced"
+        )
+    return problems
+
+
+def redact(path: str | Path, before: datetime) -> int:
+    """Take the texts out of entries of before a time. Their digests stay, and the chain holds.
+
+    Returns:
+        How many entries lost texts.
+    """
+    count = 0
+
+    def without_texts(entry: Entry) -> Entry:
+        nonlocal count
+        if not entry.texts or entry.time >= before:
+            return entry
+        count += 1
+        return replace(entry, texts={})
+
+    _rewrite(path, without_texts)
+    return count
+
+
+def prune(path: str | Path, before: datetime) -> int:
+    """Remove the entries of before a time, but never the last one. The rest still is a chain.
+
+    Returns:
+        How many were removed.
+    """
+    last = max((e.number for e in entries(path) if isinstance(e, Entry)), default=0)
+    count = 0
+
+    def kept(entry: Entry) -> Entry | None:
+        nonlocal count
+        if entry.number == last or entry.time >= before:
+            return entry
+        count += 1
+        return None
+
+    _rewrite(path, kept)
+    return count
+
+
+def digest(text: str) -> str:
+    """The SHA-256 of a text, 64 hex digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def parse_time(text: str) -> datetime:
+    """A time of ISO 8601, or a day. Without a zone it is UTC. Raises ``ValueError``."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{text!r:.80}: expected a time like 2026-11-28 or 2026-11-28T09:30"
+        ) from error
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def _canonical(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(f"{path}: another process writes this record") from error
+
+
+def _last_entry(file: BinaryIO, path: Path) -> Entry | None:
+    """The last entry. A line that was not written to its end is cut off."""
+    size = file.seek(0, os.SEEK_END)
+    start = max(0, size - 2 * MAX_LINE)
+    file.seek(start)
+    complete, newline, cut = file.read().rpartition(b"\n")
+    if cut:
+        file.truncate(size - len(cut))
+    if not newline:
+        return None
+    try:
+        return Entry.parse(complete.rpartition(b"\n")[2])
+    except ValueError as error:
+        raise ValueError(f"{path}: its last line {error}: name another file") from error
+
+
+def _rewrite(path: str | Path, change: Any) -> None:
+    """Write a record again, each entry as ``change`` gives it, or without it for None.
+
+    Raises:
+        ValueError: for a record with lines that are no entries, and one that is being written.
+    """
+    path = local_path(path)
+    with open(path, "r+b") as held:
+        _lock(held, path)
+        with atomic_file(path, sync=True) as part, open(part, "wb") as file:
+            for entry in entries(path):
+                if isinstance(entry, str):
+                    raise ValueError(f"{path}: {entry}")
+                if (changed := change(entry)) is not None:
+                    file.write(changed.line())
+
+
+def _gaps(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """What is missing between the first and the last of sorted numbers: first and last of each."""
+    for low, high in zip(numbers, numbers[1:], strict=False):
+        if high > low + 1:
+            yield low + 1, high - 1

@@ -1,0 +1,182 @@
+"""A record: what is changed in its file shows, whatever it is."""
+
+import json
+import random
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from multimodal.cli import main
+from multimodal.record.chain import Entry, Record, entries, prune, redact, verify
+from multimodal.record.report import failures, summary
+
+
+def written(path: Path, count: int, keep_texts: bool = True) -> list[bytes]:
+    """A record of so many entries; its lines."""
+    record = Record(path, keep_texts)
+    for number in range(count):
+        texts = {"prompt": f"what is in picture {number}?", "reply": "a ünïcode dog \ud800"}
+        record.append({"id": f"chatcmpl-{number}", "status": 200, "seconds": 0.25}, texts)
+    record.close()
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def test_a_record_that_nobody_touched_holds(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    assert len(written(path, 100)) == 100
+    assert verify(path) == []
+    more = Record(path)  # another run of the server goes on
+    head = more.append({"status": 200}).hash
+    more.close()
+    assert verify(path, head) == []
+    assert [entry.number for entry in entries(path) if isinstance(entry, Entry)] == [*range(101)]
+
+
+def test_ten_thousand_entries_of_which_one_is_changed_removed_or_moved(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    lines = written(path, 10_000, keep_texts=False)
+    for number in (0, 4321, 9_998):
+        line = bytearray(lines[number])
+        line[line.index(b"chatcmpl") + 1] ^= 1
+        path.write_bytes(b"".join([*lines[:number], bytes(line), *lines[number + 1 :]]))
+        assert verify(path) == [f"entry {number} was changed"]
+        if number:
+            path.write_bytes(b"".join([*lines[:number], *lines[number + 1 :]]))
+            assert verify(path) == [f"entry {number} is missing"]
+        swapped = [*lines[:number], lines[number + 1], lines[number], *lines[number + 2 :]]
+        path.write_bytes(b"".join(swapped))
+        (problem,) = verify(path)
+        assert problem.startswith(f"entry {number} stands after entry {number + 1}")
+
+
+def test_every_byte_of_an_entry_counts(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    lines = written(path, 3)
+    rng = random.Random(0)
+    for place in range(len(lines[1]) - 1):
+        line = bytearray(lines[1])
+        line[place] ^= 1 << rng.randrange(7)
+        path.write_bytes(lines[0] + bytes(line) + lines[2])
+        assert verify(path), (place, bytes(line))
+
+
+def test_a_new_chain_shows_against_a_noted_hash(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    lines = written(path, 5)
+    head = json.loads(lines[-1])["hash"]
+    path.write_bytes(b"".join(lines[:3]))  # the end was cut off
+    assert verify(path) == []
+    assert "the end was cut off" in verify(path, head)[0]
+    changed = Entry.parse(lines[2])
+    path.unlink()
+    forged = Record(path)
+    forged.append({"status": 200})
+    forged.close()
+    path.write_bytes(path.read_bytes() + lines[1] + lines[2])
+    assert "entry 1 does not follow entry 0: one was replaced" in verify(path)
+    assert changed.number == 2
+
+
+def test_texts_can_be_taken_out_and_changed_ones_show(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    lines = written(path, 4)
+    path.write_bytes(lines[0] + lines[1].replace(b"picture 1", b"picture 7") + lines[2] + lines[3])
+    assert verify(path) == ["entry 1: its text 'prompt' was changed"]
+    path.write_bytes(b"".join(lines))
+    assert redact(path, datetime.now(UTC) - timedelta(days=1)) == 0
+    assert redact(path, datetime.now(UTC) + timedelta(days=1)) == 4
+    assert verify(path) == [] and b"picture" not in path.read_bytes()
+    assert prune(path, datetime.now(UTC) + timedelta(days=1)) == 3
+    assert verify(path) == []
+    record = Record(path)
+    assert record.append({}).number == 4
+    record.close()
+    assert verify(path) == []
+
+
+def test_a_line_that_was_not_written_to_its_end_is_named_and_then_cut(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    lines = written(path, 3)
+    path.write_bytes(b"".join(lines)[:-10])
+    assert verify(path) == ["line 3: is incomplete: it was not written to its end"]
+    record = Record(path)
+    assert record.append({"status": 200}).number == 2
+    record.close()
+    assert verify(path) == []
+
+
+@pytest.mark.parametrize(
+    "line", [b"{}\n", b"[1]\n", b"\xff\xfe\n", b"null\n", b'{"number": 1e999}\n']
+)
+def test_lines_that_are_no_entries_are_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "record.jsonl"
+    first, second = written(path, 2)
+    path.write_bytes(first + line + second)
+    (problem,) = verify(path)
+    assert problem.startswith("line 2: is ")
+    with pytest.raises(ValueError, match="line 2"):
+        redact(path, datetime.now(UTC))
+    assert path.read_bytes() == first + line + second
+    path.write_bytes(first + line)
+    with pytest.raises(ValueError, match="name another file"):
+        Record(path)
+
+
+def test_threads_share_a_record_and_processes_do_not(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    record = Record(path)
+    threads = [
+        threading.Thread(target=lambda: [record.append({"status": 200}) for _ in range(50)])
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    code = f"from multimodal.record.chain import Record; Record({str(path)!r})"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "another process writes this record" in other.stderr
+    record.close()
+    assert verify(path) == [] and len(list(entries(path))) == 400
+
+
+def test_report_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "record.jsonl"
+    record = Record(path, keep_texts=True)
+    usage = {"prompt_tokens": 10, "completion_tokens": 5}
+    chat = {"path": "/v1/chat/completions", "model": "m"}
+    for number in range(4):
+        reasons = ["length" if number == 3 else "stop"]
+        facts = {**chat, "id": f"c{number}", "status": 200, "seconds": number, "usage": usage}
+        record.append({**facts, "finish_reasons": reasons}, {"prompt": "hello"})
+    record.append({**chat, "id": "c4", "status": 400, "code": "invalid_json", "seconds": 0.1})
+    record.append({**chat, "id": "c5", "status": 200, "empty": True, "filters": ["words"]})
+    record.append({"kind": "feedback", "about": "c0", "rating": "down"})
+    record.append({"kind": "feedback", "about": "c1", "rating": "up"})
+    record.close()
+    found = [entry for entry in entries(path) if isinstance(entry, Entry)]
+    facts = summary(found)
+    assert facts["requests"] == 6 and facts["tokens"] == {"read": 40, "written": 20}
+    assert facts["by"]["status"] == {"200": 5, "400": 1}
+    assert facts["feedback"] == {"down": 1, "up": 1}
+    assert facts["seconds"]["/v1/chat/completions"] == {"p50": 1.0, "p99": 3.0}
+    groups = {name: [e.facts["id"] for e in each] for name, each in failures(found).items()}
+    assert groups == {
+        "over the limit": ["c3"], "error 400 invalid_json": ["c4"], "empty": ["c5"],
+        "filtered": ["c5"], "thumbs down": ["c0"],
+    }  # fmt: skip
+    assert main(["log", "verify", str(path)]) == 0
+    assert found[-1].hash in capsys.readouterr().out
+    assert main(["log", "report", str(path)]) == 0
+    assert "requests: 6" in capsys.readouterr().out
+    assert main(["log", "failures", str(path)]) == 0
+    assert "thumbs down: 1" in capsys.readouterr().out
+    assert main(["log", "redact", str(path), "--before", "2999-01-01"]) == 0
+    assert "6 entries" not in capsys.readouterr().err
+    path.write_bytes(path.read_bytes().replace(b"invalid_json", b"invalid_jsom"))
+    assert main(["log", "verify", str(path)]) == 1
+    assert "entry 4 was changed" in capsys.readouterr().out
