@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any
@@ -16,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from multimodal.api import Model
+from multimodal.record.chain import Record
 from multimodal.serve.bridge import Disconnected
 from multimodal.serve.chat import chat_completions
 from multimodal.serve.drawings import images_edits, images_generations
@@ -24,6 +26,8 @@ from multimodal.serve.engine.engine import Engine
 from multimodal.serve.engine.errors import ApiError, as_api_error
 from multimodal.serve.engine.metrics import Metrics
 from multimodal.serve.engine.settings import Settings
+from multimodal.serve.feedback import feedback
+from multimodal.serve.noting import Note, note_of
 from multimodal.serve.static import page_routes
 
 Endpoint = Callable[[Request, Engine], Awaitable[Response]]
@@ -34,6 +38,7 @@ CLIENT_LEFT = 499  # nginx's status for it; nobody reads it
 def make_app(model: Model, settings: Settings) -> ASGIApp:
     """An ASGI application. Its scheduler starts and stops with its lifespan."""
     created, counted, page = int(time.time()), Metrics(), page_routes()
+    record = Record(settings.record, settings.record_texts) if settings.record else None
 
     async def health(request: Request, engine: Engine) -> Response:
         stopping = engine.scheduler.stopping
@@ -63,6 +68,8 @@ def make_app(model: Model, settings: Settings) -> ASGIApp:
             yield
         finally:
             app.state.engine.scheduler.stop(0)  # the HTTP server has let requests end before
+            if record is not None:
+                record.close()
 
     app = Starlette(
         routes=[
@@ -75,12 +82,14 @@ def make_app(model: Model, settings: Settings) -> ASGIApp:
             _route("/v1/images/generations", images_generations, "POST"),
             _route("/v1/images/edits", images_edits, "POST"),
             _route("/v1/embeddings", embeddings, "POST"),
+            _route("/v1/feedback", feedback, "POST"),
         ],
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )
     paths = {route.path for route in app.routes if isinstance(route, Route)}
-    return Gate(app, settings, counted, paths, {"/health", *(route.path for route in page)})
+    free = {"/health", *(route.path for route in page)}
+    return Gate(app, settings, counted, paths, free, record)
 
 
 def _route(path: str, endpoint: Endpoint, method: str) -> Route:
@@ -95,12 +104,14 @@ def _route(path: str, endpoint: Endpoint, method: str) -> Route:
         except Exception as error:
             if not isinstance(error, ApiError | ValueError):
                 log.exception("%s failed", path)
-            return error_response(as_api_error(error))
+            return error_response(as_api_error(error), request)
 
     return Route(path, handle, methods=[method], name=endpoint.__name__)
 
 
-def error_response(error: ApiError) -> Response:
+def error_response(error: ApiError, request: Request | None = None) -> Response:
+    if request is not None:
+        note_of(request).facts["code"] = error.code
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -122,6 +133,7 @@ class Gate:
         metrics: counts the requests.
         paths: the addresses that are counted by name.
         free: the addresses that need no key.
+        record: of the requests to the API.
     """
 
     def __init__(
@@ -131,9 +143,10 @@ class Gate:
         metrics: Metrics,
         paths: Collection[str],
         free: Collection[str],
+        record: Record | None,
     ) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
-        self.paths, self.free = paths, free
+        self.paths, self.free, self.record = paths, free, record
         self.received = 0  # bytes of all bodies that have not been worked on to the end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -144,6 +157,7 @@ class Gate:
         start = time.monotonic()
         deadline = start + self.settings.body_timeout
         path = scope["path"] if scope["path"] in self.paths else "other"
+        note = scope["note"] = Note({"request": f"req_{secrets.token_hex(12)}", "path": path})
 
         async def counted() -> Message:
             nonlocal size, complete
@@ -165,6 +179,8 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 self.metrics.first.labels(path).observe(time.monotonic() - start)
+                name = (b"x-request-id", note.facts["request"].encode())
+                message = {**message, "headers": [*message.get("headers", ()), name]}
             await send(message)
 
         try:
@@ -174,12 +190,23 @@ class Gate:
             self._check_size(int(length) if length.isdigit() else 0)
             await self.app(scope, counted, noted)
         except ApiError as error:
+            note.facts["code"] = error.code
             if not status:
                 await error_response(error)(scope, receive, noted)
         finally:
             self.received -= size
             self.metrics.requests.labels(path, str(status)).inc()
             self.metrics.seconds.labels(path).observe(time.monotonic() - start)
+            if self.record is not None and path.startswith("/v1/") and scope["method"] == "POST":
+                self._write(self.record, note, status, time.monotonic() - start)
+
+    @staticmethod
+    def _write(record: Record, note: Note, status: int, seconds: float) -> None:
+        facts = {**note.facts, "status": status or CLIENT_LEFT, "seconds": round(seconds, 4)}
+        try:
+            record.append(facts, note.texts)
+        except (OSError, ValueError):
+            log.exception("the record was not written")
 
     def _check_key(self, path: str, header: bytes) -> None:
         """Raises ``ApiError`` 401."""

@@ -23,6 +23,7 @@ from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.messages import Message, Template, message_parts
 from multimodal.serve.engine.pictures import read_image_url, to_base64
 from multimodal.serve.engine.scheduler import Decoding, Steps
+from multimodal.serve.noting import Note, digest_of, note_of
 from multimodal.serve.streams import event_stream, server_sent
 
 MAX_SCHEMA = 1 << 16  # characters
@@ -219,10 +220,13 @@ def chat_steps(engine: Engine, chat: Chat, streams: bool) -> Steps:
 
 
 async def chat_completions(request: Request, engine: Engine) -> Response:
-    chat = await read_chat(request, engine)
+    chat, note = await read_chat(request, engine), note_of(request)
+    images = [digest_of(part) for part in chat.parts if not isinstance(part, str)]
+    note.asked(chat.request, engine.fingerprint, images, id=chat.id, seed=chat.options.seed)
+    note.texts["prompt"] = "\n".join(part for part in chat.parts if isinstance(part, str))
     steps = chat_steps(engine, chat, bool(chat.request.stream))
     if chat.request.stream:
-        return await event_stream(_chunks(engine, chat, steps))
+        return await event_stream(_chunks(engine, chat, steps, note), note)
     rows: list[ChatRow] = await result_of(request, engine.scheduler, steps)
     choices = [
         {
@@ -234,7 +238,20 @@ async def chat_completions(request: Request, engine: Engine) -> Response:
         for row in rows
     ]
     head = chat.head("chat.completion", engine.fingerprint)
-    return JSONResponse({**head, "choices": choices, "usage": engine.count_usage(rows)})
+    usage = _noted(note, rows, engine)
+    return JSONResponse({**head, "choices": choices, "usage": usage})
+
+
+def _noted(note: Note, rows: Sequence[ChatRow], engine: Engine) -> dict[str, int]:
+    """The usage, after the replies were noted."""
+    usage = engine.count_usage(rows)
+    parts = [part for row in rows for part in row.reply.parts]
+    reply = "\n".join(part for part in parts if isinstance(part, str))
+    drawn = [digest_of(part.tobytes()) for part in parts if not isinstance(part, str)]
+    reasons = [finish_reason(row) for row in rows]
+    empty = not reply.strip() and not drawn
+    note.answered(usage, reply, finish_reasons=reasons, drawn=drawn, empty=empty)
+    return usage
 
 
 def finish_reason(row: ChatRow) -> str:
@@ -283,7 +300,7 @@ class _Edges:
         return shown
 
 
-async def _chunks(engine: Engine, chat: Chat, steps: Steps) -> AsyncIterator[bytes]:
+async def _chunks(engine: Engine, chat: Chat, steps: Steps, note: Note) -> AsyncIterator[bytes]:
     """Server-sent events of a chat."""
     usage = bool(chat.request.stream_options and chat.request.stream_options.include_usage)
     head = chat.head("chat.completion.chunk", engine.fingerprint)
@@ -325,7 +342,7 @@ async def _chunks(engine: Engine, chat: Chat, steps: Steps) -> AsyncIterator[byt
                     for first in begin(row.number):
                         yield first
                     yield chunk(row.number, {}, finish_reason(row), new_logprobs(row))
+                counts = _noted(note, rows, engine)
                 if usage:
-                    counts = engine.count_usage(rows)
                     yield server_sent({**head, "choices": [], "usage": counts})
     yield b"data: [DONE]\n\n"

@@ -18,6 +18,7 @@ the environment cannot. SIGINT and SIGTERM let running requests end.
 examples:
   multimodal serve
   multimodal serve runs/photos-joint/model --port 9000 --name photos
+  multimodal serve --record requests.jsonl
   {KEY}=... multimodal serve user/name --host 0.0.0.0
 """
 MISSING = "serving needs more packages: pip install 'multimodal[serve]'"
@@ -45,6 +46,12 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="with --urls: addresses may be in private networks",
     )
+    parser.add_argument(
+        "--record", default="", metavar="FILE", help="note requests in it: see multimodal log"
+    )
+    parser.add_argument(
+        "--record-texts", action="store_true", help="note prompts and replies, not only digests"
+    )
     defaults = {item.name: item.default for item in fields(Settings)}
     for name, about in SETTINGS.items():
         default = defaults[name]
@@ -64,6 +71,8 @@ def main(argv: list[str]) -> int:
         keys=keys,
         fetch=arguments.urls,
         private=arguments.private_urls,
+        record=arguments.record,
+        record_texts=arguments.record_texts,
         **{name: getattr(arguments, name) for name in SETTINGS},
     )
     try:

@@ -8,7 +8,7 @@ Beyond OpenAI's fields: ``seed``, ``temperature``, ``top_k``, ``top_p``, ``min_p
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Generator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
@@ -31,6 +31,7 @@ from multimodal.serve.engine.engine import Engine
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.pictures import OutputFormat, read_image, read_transparency, to_base64
 from multimodal.serve.engine.scheduler import Decoding, Steps
+from multimodal.serve.noting import Note, digest_of, note_of
 from multimodal.serve.streams import event_stream, server_sent
 
 MAX_SIDE = 4096
@@ -141,6 +142,7 @@ async def images_generations(request: Request, engine: Engine) -> Response:
     drawing = asked(ImageRequest, await read_body(request))
     options, look = _checked(drawing, engine)
     steps = draw_steps(engine, drawing, options)
+    _note(request, drawing, engine, options.seed)
     return await _respond(request, engine, drawing, look, steps, "image_generation")
 
 
@@ -159,6 +161,8 @@ async def images_edits(request: Request, engine: Engine) -> Response:
             images.append(edited)
         return images, len(engine.model.text_tokenizer.encode(editing.prompt))
 
+    digests = [digest_of(each.tobytes()) for each in (image, mask)]
+    _note(request, editing, engine, options.seed, digests)
     return await _respond(request, engine, editing, look, steps(), "image_edit")
 
 
@@ -218,20 +222,31 @@ def _typed(name: str, text: str) -> Any:
     return text
 
 
+def _note(
+    request: Request, asked: ImageRequest, engine: Engine, seed: int, images: Sequence[str] = ()
+) -> None:
+    note = note_of(request)
+    note.asked(asked, engine.fingerprint, images, seed=seed)
+    note.texts["prompt"] = asked.prompt
+    if asked.negative_prompt:
+        note.texts["negative_prompt"] = asked.negative_prompt
+
+
 async def _respond(
     request: Request, engine: Engine, asked: ImageRequest, look: Look, steps: Steps, event: str
 ) -> Response:
     if asked.stream:
-        return await event_stream(_events(engine, asked, look, steps, event))
+        note = note_of(request)
+        return await event_stream(_events(engine, asked, look, steps, event, note), note)
     images, read = await result_of(request, engine.scheduler, steps)
     data = [{"b64_json": await engine.in_thread(look.send, image)} for image in images]
     head = {"created": int(time.time()), "output_format": look.kind}
-    usage = _usage(engine, read, len(images))
+    usage = _usage(engine, read, images, note_of(request))
     return JSONResponse({**head, "data": data, "usage": usage})
 
 
 async def _events(
-    engine: Engine, asked: ImageRequest, look: Look, steps: Steps, event: str
+    engine: Engine, asked: ImageRequest, look: Look, steps: Steps, event: str, note: Note
 ) -> AsyncIterator[bytes]:
     """Partial images while one is drawn code by code, and the whole one."""
     created, shown, wanted = int(time.time()), 0, asked.partial_images or 0
@@ -259,15 +274,18 @@ async def _events(
                     shown += 1
             elif isinstance(one, Result):
                 (image,), read = one.value
-                yield message("completed", image, usage=_usage(engine, read, 1))
+                yield message("completed", image, usage=_usage(engine, read, [image], note))
 
 
-def _usage(engine: Engine, read: int, images: int) -> dict[str, Any]:
-    drawn = images * engine.model.codes_drawn
+def _usage(engine: Engine, read: int, images: Sequence[Image.Image], note: Note) -> dict[str, Any]:
+    """The usage, noted with the digests of the images."""
+    drawn = len(images) * engine.model.codes_drawn
     engine.metrics.count_tokens(read, drawn)
-    return {
+    usage = {
         "input_tokens": read,
         "input_tokens_details": {"text_tokens": read, "image_tokens": 0},
         "output_tokens": drawn,
         "total_tokens": read + drawn,
     }
+    note.answered(usage, drawn=[digest_of(image.tobytes()) for image in images])
+    return usage

@@ -21,6 +21,7 @@ from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.messages import ImageUrl, Message, message_parts
 from multimodal.serve.engine.pictures import read_image_url
 from multimodal.serve.engine.scheduler import Steps
+from multimodal.serve.noting import digest_of, note_of
 
 AT_ONCE = 32  # texts in one piece of work
 
@@ -43,7 +44,10 @@ async def embeddings(request: Request, engine: Engine) -> Response:
     width = model.config.objectives.alignment_dim
     if (wanted.dimensions or width) > width:
         raise ApiError(400, f"dimensions={wanted.dimensions}: at most {width}", param="dimensions")
-    items = await _items(wanted, engine)
+    items, note = await _items(wanted, engine), note_of(request)
+    images = [digest_of(item) for item in items if not isinstance(item, str)]
+    note.asked(wanted, engine.fingerprint, images)
+    note.texts["prompt"] = "\n".join(item for item in items if isinstance(item, str))
     rows, tokens = await result_of(request, engine.scheduler, embed_steps(engine, items))
     engine.metrics.count_tokens(tokens, 0)
     rows = rows[:, : wanted.dimensions]
@@ -53,6 +57,7 @@ async def embeddings(request: Request, engine: Engine) -> Response:
         for number, row in enumerate(rows)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    note.answered(usage)
     return JSONResponse({"object": "list", "data": data, "model": wanted.model, "usage": usage})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from starlette.responses import Response, StreamingResponse
 
 from multimodal.serve.engine.errors import as_api_error
+from multimodal.serve.noting import Note
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -17,7 +18,7 @@ def server_sent(value: Any, event: str | None = None) -> bytes:
     return f"{name}data: {json.dumps(value, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
 
 
-async def event_stream(events: AsyncIterator[bytes]) -> Response:
+async def event_stream(events: AsyncIterator[bytes], note: Note) -> Response:
     """A response of events.
 
     The first one is awaited here, so that an error before it has a status of its own. A later error
@@ -35,6 +36,7 @@ async def event_stream(events: AsyncIterator[bytes]) -> Response:
             async for event in iterator:
                 yield event
         except Exception as error:
+            note.facts["code"] = as_api_error(error).code
             yield server_sent(as_api_error(error).body())
         finally:
             await iterator.aclose()  # type: ignore[attr-defined]

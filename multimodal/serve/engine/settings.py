@@ -27,6 +27,8 @@ class Settings:
         max_tokens: of a text that is written, and how many there are by default.
         fetch: images may be http and https addresses.
         private: these addresses may be in private networks.
+        record: a file in which requests are noted (multimodal/record). Empty: none.
+        record_texts: note prompts and replies, not only their digests.
         body_timeout: seconds in which a request has to arrive.
         stop_timeout: seconds in which requests may end when the server stops.
     """
@@ -45,6 +47,8 @@ class Settings:
     default_tokens: Count = 256
     fetch: bool = False
     private: bool = False
+    record: str = ""
+    record_texts: bool = False
     body_timeout: Seconds = 60.0
     stop_timeout: Seconds = 30.0
 

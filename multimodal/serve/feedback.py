@@ -1,0 +1,40 @@
+"""``/v1/feedback``: what people think of a reply, noted in the record."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from multimodal.serve.bodies import asked, read_body
+from multimodal.serve.engine.engine import Engine
+from multimodal.serve.engine.errors import ApiError
+from multimodal.serve.noting import note_of
+
+MAX_COMMENT = 4000  # characters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feedback:
+    """About a reply: its ``id``, or the ``x-request-id`` of its response."""
+
+    id: str
+    rating: Literal["up", "down"]
+    comment: str = ""
+
+
+async def feedback(request: Request, engine: Engine) -> Response:
+    given = asked(Feedback, await read_body(request))
+    if not engine.settings.record:
+        raise ApiError(
+            404, "this server keeps no record, so feedback has no place", code="no_record"
+        )
+    if not 0 < len(given.id) <= 200 or len(given.comment) > MAX_COMMENT:
+        raise ApiError(
+            400, f"id: 1 to 200 characters, comment: {MAX_COMMENT:,} at most", param="id"
+        )
+    note = note_of(request)
+    note.facts |= {"kind": "feedback", "about": given.id, "rating": given.rating}
+    if given.comment:
+        note.texts["comment"] = given.comment
+    return JSONResponse({"object": "feedback", "id": given.id, "rating": given.rating})
