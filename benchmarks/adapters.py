@@ -72,14 +72,14 @@ def main() -> None:
             fit += ["--model.lora.r", str(options.r)] if kind == "lora" else []
             if not exported.exists():
                 seconds = multimodal(*fit)
-                (folder / "seconds").write_text(f"{seconds:.0f}")
+                (folder / "seconds").write_text(f"{seconds:.0f}", "utf-8")
             use = ["--model", str(exported)]
             if kind == "lora":
                 use = ["--model", options.model, "--adapter", str(exported)]
             rows[f"{kind}-{seed}"] = {
                 **cider(folder / "results.json", options.data, *use),
                 "memory_GB": last_figures(folder)["memory_GB"],
-                "seconds": float((folder / "seconds").read_text()),
+                "seconds": float((folder / "seconds").read_text("utf-8")),
                 "trained": numbers(exported / "adapter_model.safetensors")
                 if kind == "lora"
                 else sum(weight.numel() for weight in load(exported).network.parameters()),

@@ -28,7 +28,14 @@ def without_encoding(source: str) -> Iterator[int]:
         name = getattr(node.func, "attr", None) or getattr(node.func, "id", None)
         owner = getattr(getattr(node.func, "value", None), "id", None)
         keywords = {keyword.arg: keyword.value for keyword in node.keywords}
-        if "encoding" in keywords or owner in ("os", "Image", "fsspec", "tarfile", "webbrowser"):
+        if "encoding" in keywords or owner in (
+            "os",
+            "Image",
+            "Index",
+            "fsspec",
+            "tarfile",
+            "webbrowser",
+        ):
             continue
         given = len(node.args)
         if name in ("read_text", "write_text"):

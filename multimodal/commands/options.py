@@ -49,9 +49,7 @@ def make_parser(
         help="a folder, a bundled model, or user/name[@revision] of the Hugging Face Hub "
         "(default starter)",
     )
-    parser.add_argument(
-        "--adapter", metavar="DIR", help="what a run with LoRA has written for this model"
-    )
+    add_adapter(parser)
     add_device(parser)
     parser.add_argument(
         "--dtype",
@@ -122,6 +120,13 @@ def given_options(arguments: argparse.Namespace, options: type[Sampling]) -> dic
             raise ValueError(f"--{name.replace('_', '-')} {rest}") from error
         raise
     return given
+
+
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """Add --adapter."""
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="what a run with LoRA has written for this model"
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

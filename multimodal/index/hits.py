@@ -77,7 +77,7 @@ class Hit:
             raise ValueError(f"{self.source}: no longer there: index it again")
         return sample, shards.encoding is not None
 
-    def open(self) -> Path | bytes:
+    def image(self) -> Path | bytes:
         """The image, as the methods of a model take it.
 
         Raises:
@@ -92,7 +92,7 @@ class Hit:
         if self.lines:
             return label
         try:
-            return f"{picture_html(self.open())} {label}"
+            return f"{picture_html(self.image())} {label}"
         except (ValueError, OSError):  # the file may be gone
             return label
 

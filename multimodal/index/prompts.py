@@ -42,7 +42,7 @@ def codes_of(model: ModelParts, hit: Hit) -> Tensor:
         sample, encoded = hit.sample()
         if encoded:
             return model.read(torch.from_numpy(sample.codes[:1]).flatten(1))
-    return encode_to_read(model, read_images(model, [hit.open()], [hit.source])).cpu()
+    return encode_to_read(model, read_images(model, [hit.image()], [hit.source])).cpu()
 
 
 def examples_prompt(

@@ -36,8 +36,18 @@ CLASSES: dict[str, type[Sampling]] = {
 }
 # What a verb has beside the fields of its options class.
 OTHERS = {
-    "caption": {"images", "json", "batch_size", *BULK},
-    "answer": {"image", "question", "json", "choices", "schema", "prompt", "prompts"},
+    "caption": {"images", "json", "batch_size", "index", "retrieve", *BULK},
+    "answer": {
+        "image",
+        "question",
+        "json",
+        "index",
+        "retrieve",
+        "choices",
+        "schema",
+        "prompt",
+        "prompts",
+    },
     "generate": {"parts", "output", "out", "json"},
     "draw": {"prompt", "out", "n"},
     "edit": {"image", "mask", "box", "margins", "vary", "prompt", "out"},

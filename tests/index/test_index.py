@@ -135,11 +135,11 @@ def test_shards(model: Model, folder: Path, tmp_path: Path) -> None:
     hits = index.search(folder / "dög ß.png", k=1000)
     (hit,) = [hit for hit in hits if hit.captions == ("ein Hund 🐕",)]
     assert hit.score == pytest.approx(1, abs=1e-3)
-    assert hit.source.startswith(f"{tmp_path / 'shards'}:") and isinstance(hit.open(), bytes)
+    assert hit.source.startswith(f"{tmp_path / 'shards'}:") and isinstance(hit.image(), bytes)
     assert index.add(tmp_path / "shards").unchanged == count
     shutil.rmtree(tmp_path / "shards")
     with pytest.raises(ValueError):
-        hit.open()
+        hit.image()
     assert "ein Hund" in hit._repr_html_()
 
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from multimodal.commands.options import add_device, at_least_one, load_model
+from multimodal.commands.options import add_adapter, add_device, at_least_one, load_model
 from multimodal.devices import DTYPES
 
 EPILOG = """The model writes several captions of each image (or draws several pictures of each
@@ -50,6 +50,7 @@ def main(argv: list[str]) -> int:
     )
     add("--batch-size", type=int, default=16, metavar="N", help="samples at once (default 16)")
     add("--seed", type=int, default=0, help="seed of all random numbers (default 0)")
+    add_adapter(parser)
     add_device(parser)
     add("--dtype", choices=DTYPES, default="auto", help="of the network (default auto)")
     add("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")

@@ -38,7 +38,8 @@ export const wants = { key: () => {} };
  * Raises Problem for anything but success.
  */
 export async function send(request, signal) {
-  const headers = key.value ? { Authorization: `Bearer ${key.value}` } : {};
+  const sent = key.value;
+  const headers = sent ? { Authorization: `Bearer ${sent}` } : {};
   const how = { method: "POST", headers, signal };
   if (request.form) {
     how.body = new FormData();
@@ -56,14 +57,14 @@ export async function send(request, signal) {
     if (signal?.aborted) throw error;
     throw new Problem("The server cannot be reached. Is it running?");
   }
-  if (!response.ok) throw await problem(response);
+  if (!response.ok) throw await problem(response, sent);
   return response;
 }
 
-async function problem(response) {
+async function problem(response, sent) {
   const { status } = response;
   const reason = await response.json().then((value) => value.error.message, () => "");
-  if (status === 401) wants.key();
+  if (status === 401 && sent === key.value) wants.key(); // not if another was given since
   const after = Number(response.headers.get("Retry-After"));
   const again = after ? ` Try again in ${after} seconds.` : "";
   const other = status < 500 ? "The server cannot do this." : FAILED;
