@@ -61,7 +61,9 @@ BELOW: dict[str, tuple[str, ...]] = {
     ),
     # Requests know the model's front door and the decode loop. Nothing below knows of requests.
     "serve.engine": ("foundation", "data", "model", "inference", "api"),
-    "serve": ("foundation", "data", "model", "inference", "api", "commands", "serve.engine"),
+    "serve": (
+        "foundation", "record", "data", "model", "inference", "api", "commands", "serve.engine",
+    ),
     "eval.metrics": ("foundation", "tokenizers", "tokenizers.quantizers"),
     # The protocol of evaluators, which the tasks implement and the commands use.
     "eval.evaluator": ("foundation", "data", "inference", "api", "eval.metrics"),

@@ -35,12 +35,13 @@ def summary(entries: Iterable[Entry]) -> dict[str, Any]:
         by["finish_reason"].update(map(str, facts.get("finish_reasons") or ()))
         if isinstance(facts.get("seconds"), int | float):
             seconds[str(facts.get("path"))].append(float(facts["seconds"]))
-        usage = facts.get("usage")
+        given = facts.get("usage")
+        usage: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
         for kind, names in (
             ("read", ("prompt_tokens", "input_tokens")),
             ("written", ("completion_tokens", "output_tokens")),
         ):
-            for name in names if isinstance(usage, Mapping) else ():
+            for name in names:
                 tokens[kind] += int(usage.get(name) or 0)
     return {
         "requests": by["path"].total(),

@@ -59,9 +59,9 @@ def main(argv: list[str]) -> int:
     for name, each in sorted(groups.items(), key=lambda item: -len(item[1])):
         print(f"{name}: {len(each):,}")
         for entry in each[-EXAMPLES:]:
-            facts = entry.facts
-            text = str(entry.texts.get("prompt", ""))[:80]
-            print(f"  entry {entry.number}, {facts.get('time')}, {facts.get('id')} {text!r}")
+            about, text = entry.facts, str(entry.texts.get("prompt", ""))[:80]
+            name = about.get("id") or about.get("request")
+            print(f"  entry {entry.number}, {about.get('time')}, {name} {text!r}")
     if not groups:
         print("no failures")
     return 0

@@ -1,0 +1,126 @@
+"""What a server notes about requests, with and without their texts."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from multimodal.record.chain import Entry, entries, verify
+from multimodal.record.report import failures
+
+Make = Callable[..., Any]
+
+
+class Log:
+    """Reads a record while it is written. An entry comes when its request is over."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.read = path, 0
+
+    def all(self) -> list[Entry]:
+        return [entry for entry in entries(self.path) if isinstance(entry, Entry)]
+
+    def next(self) -> Entry:
+        """Wait for the entry after those that were read."""
+        deadline = time.monotonic() + 20
+        while len(found := self.all()) <= self.read and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.read += 1
+        return found[self.read - 1]
+
+
+@pytest.fixture(scope="module")
+def recorded(
+    tiny_model: Make, serving: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Any, Log]]:
+    path = tmp_path_factory.mktemp("record") / "requests.jsonl"
+    with serving(tiny_model(noise=0.1), record=str(path), record_texts=True) as server:
+        yield server, Log(path)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_is_noted_with_what_was_asked_and_answered(
+    recorded: tuple[Any, Log], stream: bool
+) -> None:
+    server, log = recorded
+    messages: Any = [{"role": "user", "content": "two dogs run"}]
+    asked = {"model": "tiny", "messages": messages, "max_tokens": 5, "seed": 3, "temperature": 1}
+    made = server.client().chat.completions.create(**asked, stream=stream)
+    if stream:
+        chunks = list(made)
+        name, reply = chunks[0].id, "".join(c.choices[0].delta.content or "" for c in chunks)
+    else:
+        name, reply = made.id, made.choices[0].message.content
+    entry = log.next()
+    facts = entry.facts
+    assert facts["id"] == name and facts["path"] == "/v1/chat/completions"
+    assert facts["status"] == 200 and facts["seconds"] >= 0
+    assert facts["fingerprint"] == server.model.fingerprint
+    assert facts["seed"] == 3 and facts["settings"]["temperature"] == 1
+    assert facts["usage"]["completion_tokens"] <= 5 and facts["finish_reasons"]
+    assert "two dogs run" in entry.texts["prompt"] and entry.texts["reply"].strip() == reply.strip()
+    assert verify(log.path) == []
+
+
+def test_drawings_and_embeddings_are_noted(recorded: tuple[Any, Log]) -> None:
+    server, log = recorded
+    client = server.client()
+    client.images.generate(model="tiny", prompt="a red bus", extra_body={"seed": 1})
+    first = log.next()
+    client.images.generate(model="tiny", prompt="a red bus", extra_body={"seed": 1})
+    again = log.next()
+    assert first.facts["drawn"] == again.facts["drawn"] and len(first.facts["drawn"]) == 1
+    assert first.texts == {"prompt": "a red bus"} and first.facts["seed"] == 1
+    client.embeddings.create(model="tiny", input=["a dog", "a cat"])
+    assert log.next().texts == {"prompt": "a dog\na cat"}
+    assert verify(log.path) == []
+
+
+def test_mistakes_are_noted_by_their_code(recorded: tuple[Any, Log]) -> None:
+    server, log = recorded
+    with pytest.raises(openai.NotFoundError):
+        server.client().embeddings.create(model="other", input="a dog")
+    facts = log.next().facts
+    assert (facts["status"], facts["code"]) == (404, "model_not_found")
+    with pytest.raises(openai.AuthenticationError):
+        server.client(api_key="wrong").embeddings.create(model="tiny", input="a dog")
+    assert log.next().facts["code"] == "invalid_api_key"
+    groups = failures(log.all())
+    assert {"error 404 model_not_found", "error 401 invalid_api_key"} <= groups.keys()
+
+
+def test_feedback_names_the_reply_that_it_is_about(recorded: tuple[Any, Log]) -> None:
+    server, log = recorded
+    client = server.client()
+    messages: Any = [{"role": "user", "content": "two dogs"}]
+    raw = client.chat.completions.with_raw_response.create(model="tiny", messages=messages)
+    name = raw.headers["x-request-id"]
+    assert log.next().facts["request"] == name
+    client.post("/feedback", body={"id": name, "rating": "down", "comment": "no"}, cast_to=object)
+    facts = log.next().facts
+    assert (facts["kind"], facts["about"], facts["rating"]) == ("feedback", name, "down")
+    groups = failures(log.all())
+    assert groups["thumbs down"][-1].facts["request"] == name
+    with pytest.raises(openai.BadRequestError):
+        client.post("/feedback", body={"id": name, "rating": "sideways"}, cast_to=object)
+    assert log.next().facts["status"] == 400
+
+
+def test_without_texts_only_digests_are_kept(
+    tiny_model: Make, serving: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "requests.jsonl"
+    with serving(tiny_model(noise=0.1), record=str(path)) as server:
+        server.client().embeddings.create(model="tiny", input="a secret dog")
+    (line,) = path.read_text("utf-8").splitlines()
+    assert "secret" not in line and json.loads(line)["digests"].keys() == {"prompt"}
+    assert verify(path) == []
+
+
+def test_without_a_record_feedback_has_no_place(server: Any) -> None:
+    with pytest.raises(openai.NotFoundError, match="keeps no record"):
+        server.client().post("/feedback", body={"id": "x", "rating": "up"}, cast_to=object)
