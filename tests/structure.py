@@ -54,7 +54,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "commands.vectors": (
         "foundation", "data", "data.formats", "inference", "api", "index", "commands",
     ),
-    "commands": ("foundation", "data", "data.formats", "inference", "api", "index"),
+    "commands": ("foundation", "data", "data.formats", "inference", "api", "index", "record"),
     "commands.folders": (
         "foundation", "tokenizers", "hub", "data", "data.builder", "data.formats", "model",
         "export", "released", "scenes", "commands", "record",

@@ -29,6 +29,7 @@ from multimodal.serve.engine.settings import Settings
 from multimodal.serve.feedback import feedback
 from multimodal.serve.noting import Note, note_of
 from multimodal.serve.static import page_routes
+from multimodal.serve.watching import DriftWatch
 
 Endpoint = Callable[[Request, Engine], Awaitable[Response]]
 log = logging.getLogger("multimodal.serve")
@@ -38,6 +39,9 @@ CLIENT_LEFT = 499  # nginx's status for it; nobody reads it
 def make_app(model: Model, settings: Settings) -> ASGIApp:
     """An ASGI application. Its scheduler starts and stops with its lifespan."""
     created, counted, page = int(time.time()), Metrics(), page_routes()
+    watch = None
+    if settings.drift_reference:
+        watch = DriftWatch(settings.drift_reference, counted.drift)
     record = Record(settings.record, settings.record_texts) if settings.record else None
 
     async def health(request: Request, engine: Engine) -> Response:
@@ -89,7 +93,7 @@ def make_app(model: Model, settings: Settings) -> ASGIApp:
     )
     paths = {route.path for route in app.routes if isinstance(route, Route)}
     free = {"/health", *(route.path for route in page)}
-    return Gate(app, settings, counted, paths, free, record)
+    return Gate(app, settings, counted, paths, free, record, watch)
 
 
 def _route(path: str, endpoint: Endpoint, method: str) -> Route:
@@ -134,6 +138,7 @@ class Gate:
         paths: the addresses that are counted by name.
         free: the addresses that need no key.
         record: of the requests to the API.
+        watch: compares them with earlier ones.
     """
 
     def __init__(
@@ -144,9 +149,10 @@ class Gate:
         paths: Collection[str],
         free: Collection[str],
         record: Record | None,
+        watch: DriftWatch | None,
     ) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
-        self.paths, self.free, self.record = paths, free, record
+        self.paths, self.free, self.record, self.watch = paths, free, record, watch
         self.received = 0  # bytes of all bodies that have not been worked on to the end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -200,11 +206,12 @@ class Gate:
             if self.record is not None and path.startswith("/v1/") and scope["method"] == "POST":
                 self._write(self.record, note, status, time.monotonic() - start)
 
-    @staticmethod
-    def _write(record: Record, note: Note, status: int, seconds: float) -> None:
+    def _write(self, record: Record, note: Note, status: int, seconds: float) -> None:
         facts = {**note.facts, "status": status or CLIENT_LEFT, "seconds": round(seconds, 4)}
         try:
-            record.append(facts, note.texts)
+            entry = record.append(facts, note.texts)
+            if self.watch is not None and self.watch.add(entry):
+                asyncio.get_running_loop().run_in_executor(None, self.watch.compare)
         except (OSError, ValueError):
             log.exception("the record was not written")
 

@@ -211,7 +211,7 @@ def chat_steps(engine: Engine, chat: Chat, streams: bool) -> Steps:
         )
         for number in range(request.n or 1)
     ]
-    scored = bool(request.logprobs)
+    scored = bool(request.logprobs or engine.settings.record)
     yield Decoding(rows, chat.options, chat.options.repetition_penalty, scored, chat.kind != "text")
     for row in rows:
         if row.error is not None:
@@ -250,7 +250,10 @@ def _noted(note: Note, rows: Sequence[ChatRow], engine: Engine) -> dict[str, int
     drawn = [digest_of(part.tobytes()) for part in parts if not isinstance(part, str)]
     reasons = [finish_reason(row) for row in rows]
     empty = not reply.strip() and not drawn
-    note.answered(usage, reply, finish_reasons=reasons, drawn=drawn, empty=empty)
+    likelihood = sum(row.reply.log_probability for row in rows) / max(1, usage["completion_tokens"])
+    note.answered(
+        usage, reply, finish_reasons=reasons, drawn=drawn, empty=empty, likelihood=likelihood
+    )
     return usage
 
 

@@ -52,6 +52,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--record-texts", action="store_true", help="note prompts and replies, not only digests"
     )
+    parser.add_argument(
+        "--drift-reference",
+        default="",
+        metavar="FILE",
+        help="an earlier record: /metrics says how the last requests differ (multimodal drift)",
+    )
     defaults = {item.name: item.default for item in fields(Settings)}
     for name, about in SETTINGS.items():
         default = defaults[name]
@@ -73,6 +79,7 @@ def main(argv: list[str]) -> int:
         private=arguments.private_urls,
         record=arguments.record,
         record_texts=arguments.record_texts,
+        drift_reference=arguments.drift_reference,
         **{name: getattr(arguments, name) for name in SETTINGS},
     )
     try:

@@ -124,3 +124,27 @@ def test_without_texts_only_digests_are_kept(
 def test_without_a_record_feedback_has_no_place(server: Any) -> None:
     with pytest.raises(openai.NotFoundError, match="keeps no record"):
         server.client().post("/feedback", body={"id": "x", "rating": "up"}, cast_to=object)
+
+
+def test_the_last_requests_are_compared_with_an_earlier_record(
+    tiny_model: Make, serving: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multimodal.serve.watching.EVERY", 20)
+    model, name = tiny_model(noise=0.1), str(tmp_path / "reference")
+    for tokens, expected in ((2, None), (2, 1.0), (9, 0.01)):
+        more = {"drift_reference": name, "record": str(tmp_path / f"now{expected}")}
+        with serving(model, **({"record": name} if expected is None else more)) as server:
+            for number in range(20):
+                messages: Any = [{"role": "user", "content": f"{number} dogs"}]
+                server.client().chat.completions.create(
+                    model="tiny", messages=messages, max_tokens=tokens
+                )
+            metrics = server.client().get("/../metrics", cast_to=str)
+            deadline = time.monotonic() + 20
+            while expected and "drift_p{" not in metrics and time.monotonic() < deadline:
+                metrics = server.client().get("/../metrics", cast_to=str)
+        if expected is not None:
+            assert "drift_p{" in metrics
+            shown = 'multimodal_drift_p{signal="tokens written"} '
+            value = float(metrics.partition(shown)[2].split()[0]) if shown in metrics else 1.0
+            assert (value < 0.01) == (expected < 1), (expected, value)

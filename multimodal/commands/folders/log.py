@@ -60,8 +60,8 @@ def main(argv: list[str]) -> int:
         print(f"{name}: {len(each):,}")
         for entry in each[-EXAMPLES:]:
             about, text = entry.facts, str(entry.texts.get("prompt", ""))[:80]
-            name = about.get("id") or about.get("request")
-            print(f"  entry {entry.number}, {about.get('time')}, {name} {text!r}")
+            called = about.get("id") or about.get("request")
+            print(f"  entry {entry.number}, {about.get('time')}, {called} {text!r}")
     if not groups:
         print("no failures")
     return 0

@@ -22,6 +22,13 @@ class Metrics:
         self.first = self._histogram(
             "first_output_seconds", "from a request to the beginning of its response"
         )
+        self.drift = Gauge(
+            "drift_p",
+            "how likely the last requests are without a change since the reference",
+            ["signal"],
+            "multimodal",
+            registry=self.registry,
+        )
         self._read = self._counter("prompt_tokens", "tokens of prompts")
         self._written = self._counter("generated_tokens", "tokens of texts and images")
 

@@ -29,6 +29,7 @@ class Settings:
         private: these addresses may be in private networks.
         record: a file in which requests are noted (multimodal/record). Empty: none.
         record_texts: note prompts and replies, not only their digests.
+        drift_reference: an earlier record, with which the last requests are compared.
         body_timeout: seconds in which a request has to arrive.
         stop_timeout: seconds in which requests may end when the server stops.
     """
@@ -49,6 +50,7 @@ class Settings:
     private: bool = False
     record: str = ""
     record_texts: bool = False
+    drift_reference: str = ""
     body_timeout: Seconds = 60.0
     stop_timeout: Seconds = 30.0
 
@@ -56,3 +58,7 @@ class Settings:
         check_fields(self)
         if not self.name.strip() or any(not key.strip() for key in self.keys):
             raise ValueError("the name of the model and API keys must not be empty")
+        if self.drift_reference and not self.record:
+            raise ValueError(
+                "drift_reference: requests are compared as they are recorded: give record"
+            )
