@@ -18,8 +18,8 @@ PARTS = ("multimodal", "tokenizers", "eval", "train")
 
 # Modules at the top of multimodal/ that every room may use, and that use no room.
 FOUNDATION = (
-    "devices", "distributed", "files", "memory", "options", "provenance", "schemas", "seeds",
-    "terminal", "torchrun",
+    "devices", "distributed", "files", "memory", "options", "plugins", "provenance", "schemas",
+    "seeds", "terminal", "torchrun",
 )  # fmt: skip
 # The front doors: `import multimodal`, and the command line, which finds verbs by name.
 FRONT_DOORS = (
@@ -45,6 +45,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "released": ("foundation", "tokenizers", "model", "model.layers"),
     "scenes": ("foundation", "data"),
     "record": ("foundation",),
+    "filters": ("foundation",),
     "inference": ("foundation", "tokenizers", "data", "data.formats", "model", "model.layers"),
     "api": (
         "foundation", "tokenizers", "hub", "data", "data.formats", "model", "model.layers",
@@ -60,9 +61,10 @@ BELOW: dict[str, tuple[str, ...]] = {
         "export", "released", "scenes", "commands", "record",
     ),
     # Requests know the model's front door and the decode loop. Nothing below knows of requests.
-    "serve.engine": ("foundation", "data", "model", "inference", "api"),
+    "serve.engine": ("foundation", "filters", "data", "model", "inference", "api"),
     "serve": (
-        "foundation", "record", "data", "model", "inference", "api", "commands", "serve.engine",
+        "foundation", "record", "filters", "data", "model", "inference", "api", "commands",
+        "serve.engine",
     ),
     "eval.metrics": ("foundation", "tokenizers", "tokenizers.quantizers"),
     # The protocol of evaluators, which the tasks implement and the commands use.

@@ -17,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from multimodal.api import Model
+from multimodal.filters.rules import Filters
 from multimodal.record.chain import Record
 from multimodal.serve.bridge import Disconnected
 from multimodal.serve.chat import chat_completions
@@ -39,6 +40,7 @@ CLIENT_LEFT = 499  # nginx's status for it; nobody reads it
 def make_app(model: Model, settings: Settings) -> ASGIApp:
     """An ASGI application. Its scheduler starts and stops with its lifespan."""
     created, counted, page = int(time.time()), Metrics(), page_routes()
+    filters = Filters.read(settings.filters) if settings.filters else Filters()
     watch = None
     if settings.drift_reference:
         watch = DriftWatch(settings.drift_reference, counted.drift)
@@ -67,7 +69,7 @@ def make_app(model: Model, settings: Settings) -> ASGIApp:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.engine = Engine(model, settings, counted)
+        app.state.engine = Engine(model, settings, counted, filters)
         try:
             yield
         finally:

@@ -24,6 +24,7 @@ from multimodal.serve.engine.messages import Message, Template, message_parts
 from multimodal.serve.engine.pictures import read_image_url, to_base64
 from multimodal.serve.engine.scheduler import Decoding, Steps
 from multimodal.serve.noting import Note, digest_of, note_of
+from multimodal.serve.screening import CODE, Screening
 from multimodal.serve.streams import event_stream, server_sent
 
 MAX_SCHEMA = 1 << 16  # characters
@@ -71,6 +72,7 @@ class ChatRow(MixedRow):
     Attributes:
         tokens: (id, log probability, likeliest ids) of each token.
         error: what went wrong.
+        filtered: whether a rule refused it, or what it answers.
     """
 
     def __init__(self, *arguments: Any, alternatives: int = 0, **more: Any) -> None:
@@ -78,6 +80,12 @@ class ChatRow(MixedRow):
         self.alternatives = alternatives
         self.tokens: list[tuple[int, float, Sequence[tuple[int, float]]]] = []
         self.error: Exception | None = None
+        self.filtered = False
+
+    def refuse(self, answer: str) -> None:
+        """Put another text in the place of the reply."""
+        self.reply.parts, self.tokens = [answer] if answer else [], []
+        self.filtered = True
 
     def allowed(self) -> Tensor | None:
         try:
@@ -108,6 +116,7 @@ class Chat:
     schema: Schema | None
     id: str
     created: int
+    screen: Screening
 
     def head(self, kind: str, fingerprint: str) -> dict[str, Any]:
         return {
@@ -152,14 +161,16 @@ async def read_chat(request: Request, engine: Engine) -> Chat:
     )
     schema = await _schema(chat.response_format, kind, stop, engine)
     read: list[str | Tensor] = []
+    screen = Screening(engine.filters, note_of(request))
     for part in parts:
         if not isinstance(part, str):
             image = await engine.in_thread(read_image_url, part.url, settings)
+            await engine.in_thread(screen.image, image, "prompt")
             read.append(engine.pixels(image))
         else:
-            read.append(part)
+            read.append(screen.text(part, "prompt"))
     name = f"chatcmpl-{secrets.token_hex(12)}"
-    return Chat(chat, read, kind, options, schema, name, int(time.time()))
+    return Chat(chat, read, kind, options, schema, name, int(time.time()), screen)
 
 
 async def _schema(
@@ -192,7 +203,9 @@ async def _schema(
 def chat_steps(engine: Engine, chat: Chat, streams: bool) -> Steps:
     """The work of a chat: images to codes, then its rows. Returns the rows."""
     model, request = engine.model, chat.request
-    ids = yield from engine.prompt(chat.parts)
+    refused = chat.screen.refused
+    parts = chat.parts if refused is None else []
+    ids = yield from engine.prompt(parts)
     try:
         check_prompt(model, ids, chat.kind, chat.options)
     except ValueError as error:
@@ -211,6 +224,10 @@ def chat_steps(engine: Engine, chat: Chat, streams: bool) -> Steps:
         )
         for number in range(request.n or 1)
     ]
+    if refused is not None:
+        for row in rows:
+            row.refuse(refused.answer)
+        return rows
     scored = bool(request.logprobs or engine.settings.record)
     yield Decoding(rows, chat.options, chat.options.repetition_penalty, scored, chat.kind != "text")
     for row in rows:
@@ -228,6 +245,7 @@ async def chat_completions(request: Request, engine: Engine) -> Response:
     if chat.request.stream:
         return await event_stream(_chunks(engine, chat, steps, note), note)
     rows: list[ChatRow] = await result_of(request, engine.scheduler, steps)
+    await _screen(rows, engine, note)
     choices = [
         {
             "index": row.number,
@@ -240,6 +258,19 @@ async def chat_completions(request: Request, engine: Engine) -> Response:
     head = chat.head("chat.completion", engine.fingerprint)
     usage = _noted(note, rows, engine)
     return JSONResponse({**head, "choices": choices, "usage": usage})
+
+
+async def _screen(rows: Sequence[ChatRow], engine: Engine, note: Note) -> None:
+    """Apply the rules about replies."""
+    for row in rows if engine.filters.has("reply") else ():
+        if row.filtered:
+            continue
+        screen, before = Screening(engine.filters, note), row.reply.parts
+        shown = await engine.in_thread(screen.parts, before, "reply")
+        if screen.refused is not None:
+            row.refuse(screen.refused.answer)
+        elif any(one is not other for one, other in zip(shown, before, strict=True)):
+            row.reply.parts, row.tokens = shown, []  # its tokens would show what is masked
 
 
 def _noted(note: Note, rows: Sequence[ChatRow], engine: Engine) -> dict[str, int]:
@@ -258,6 +289,8 @@ def _noted(note: Note, rows: Sequence[ChatRow], engine: Engine) -> dict[str, int
 
 
 def finish_reason(row: ChatRow) -> str:
+    if row.filtered:
+        return CODE
     return "length" if row.reply.ended == "length" else "stop"
 
 
@@ -304,7 +337,8 @@ class _Edges:
 
 
 async def _chunks(engine: Engine, chat: Chat, steps: Steps, note: Note) -> AsyncIterator[bytes]:
-    """Server-sent events of a chat."""
+    """Server-sent events of a chat. If there are rules about replies, they come at its end."""
+    held = engine.filters.has("reply") or chat.screen.refused is not None
     usage = bool(chat.request.stream_options and chat.request.stream_options.include_usage)
     head = chat.head("chat.completion.chunk", engine.fingerprint)
     edges: dict[int, _Edges] = {}
@@ -335,15 +369,24 @@ async def _chunks(engine: Engine, chat: Chat, steps: Steps, note: Note) -> Async
                 number, piece = event.row.number, event.piece
                 for first in begin(number):
                     yield first
+                if held:
+                    continue
                 if isinstance(piece, Image.Image):
                     yield chunk(number, {"images": [_image(piece)]}, None, None)
                 elif isinstance(piece, str) and (text := edges[number](piece)):
                     yield chunk(number, {"content": text}, None, new_logprobs(event.row))
             elif isinstance(event, Result):
                 rows: list[ChatRow] = event.value
+                await _screen(rows, engine, note)
                 for row in rows:
                     for first in begin(row.number):
                         yield first
+                    if held:
+                        message = _message(row.reply.parts)
+                        whole = {
+                            key: message[key] for key in ("content", "images") if message.get(key)
+                        }
+                        yield chunk(row.number, whole, None, new_logprobs(row))
                     yield chunk(row.number, {}, finish_reason(row), new_logprobs(row))
                 counts = _noted(note, rows, engine)
                 if usage:

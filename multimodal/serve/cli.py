@@ -53,6 +53,9 @@ def main(argv: list[str]) -> int:
         "--record-texts", action="store_true", help="note prompts and replies, not only digests"
     )
     parser.add_argument(
+        "--filters", default="", metavar="DIR", help="rules for prompts and replies, YAML files"
+    )
+    parser.add_argument(
         "--drift-reference",
         default="",
         metavar="FILE",
@@ -79,6 +82,7 @@ def main(argv: list[str]) -> int:
         private=arguments.private_urls,
         record=arguments.record,
         record_texts=arguments.record_texts,
+        filters=arguments.filters,
         drift_reference=arguments.drift_reference,
         **{name: getattr(arguments, name) for name in SETTINGS},
     )

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Generator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 from PIL import Image
@@ -32,6 +32,7 @@ from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.pictures import OutputFormat, read_image, read_transparency, to_base64
 from multimodal.serve.engine.scheduler import Decoding, Steps
 from multimodal.serve.noting import Note, digest_of, note_of
+from multimodal.serve.screening import Screening
 from multimodal.serve.streams import event_stream, server_sent
 
 MAX_SIDE = 4096
@@ -141,14 +142,18 @@ def draw_steps(engine: Engine, request: ImageRequest, options: DrawOptions) -> S
 async def images_generations(request: Request, engine: Engine) -> Response:
     drawing = asked(ImageRequest, await read_body(request))
     options, look = _checked(drawing, engine)
-    steps = draw_steps(engine, drawing, options)
     _note(request, drawing, engine, options.seed)
+    drawing = await _screened(request, drawing, engine)
+    steps = draw_steps(engine, drawing, options)
     return await _respond(request, engine, drawing, look, steps, "image_generation")
 
 
 async def images_edits(request: Request, engine: Engine) -> Response:
     editing, image, mask = await _read_edit(request, engine)
     options, look = _checked(editing, engine)
+    digests = [digest_of(each.tobytes()) for each in (image, mask)]
+    _note(request, editing, engine, options.seed, digests)
+    editing = await _screened(request, editing, engine, [image])
     if options.method == "causal" and editing.method is not None:
         raise ApiError(400, "method: a part of an image is drawn by masks", param="method")
 
@@ -161,8 +166,6 @@ async def images_edits(request: Request, engine: Engine) -> Response:
             images.append(edited)
         return images, len(engine.model.text_tokenizer.encode(editing.prompt))
 
-    digests = [digest_of(each.tobytes()) for each in (image, mask)]
-    _note(request, editing, engine, options.seed, digests)
     return await _respond(request, engine, editing, look, steps(), "image_edit")
 
 
@@ -232,6 +235,26 @@ def _note(
         note.texts["negative_prompt"] = asked.negative_prompt
 
 
+async def _screened(
+    request: Request, asked: ImageRequest, engine: Engine, images: Sequence[Image.Image] = ()
+) -> ImageRequest:
+    """The request as far as the rules let it be seen. Raises ``ApiError`` if one refuses it."""
+    screen = Screening(engine.filters, note_of(request))
+    text = screen.text(asked.prompt, "prompt")
+    for image in images:
+        await engine.in_thread(screen.image, image, "prompt")
+    screen.check()
+    return replace(asked, prompt=text)
+
+
+async def _check_drawn(images: Sequence[Image.Image], engine: Engine, note: Note) -> None:
+    """Raises ``ApiError`` if a rule refuses one."""
+    screen = Screening(engine.filters, note)
+    for image in images:
+        await engine.in_thread(screen.image, image, "reply")
+    screen.check()
+
+
 async def _respond(
     request: Request, engine: Engine, asked: ImageRequest, look: Look, steps: Steps, event: str
 ) -> Response:
@@ -239,6 +262,7 @@ async def _respond(
         note = note_of(request)
         return await event_stream(_events(engine, asked, look, steps, event, note), note)
     images, read = await result_of(request, engine.scheduler, steps)
+    await _check_drawn(images, engine, note_of(request))
     data = [{"b64_json": await engine.in_thread(look.send, image)} for image in images]
     head = {"created": int(time.time()), "output_format": look.kind}
     usage = _usage(engine, read, images, note_of(request))
@@ -250,6 +274,8 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     """Partial images while one is drawn code by code, and the whole one."""
     created, shown, wanted = int(time.time()), 0, asked.partial_images or 0
+    if engine.filters.has("reply"):
+        wanted = 0  # nothing is shown before the rules have seen all of it
 
     def message(kind: str, image: Image.Image, **more: Any) -> bytes:
         name = f"{event}.{kind}"
@@ -274,6 +300,7 @@ async def _events(
                     shown += 1
             elif isinstance(one, Result):
                 (image,), read = one.value
+                await _check_drawn([image], engine, note)
                 yield message("completed", image, usage=_usage(engine, read, [image], note))
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from multimodal.data.images import to_image
 from multimodal.eval.metrics.scene_drawings import drawing_score
-from multimodal.eval.tasks.registry import from_file
 from multimodal.inference.codec import UNKNOWN, decode_images, encode_images
 from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.model.checkpoint import ModelParts
+from multimodal.plugins import from_file
 from multimodal.tokenizers.weights import resize
 
 JUDGES = ("alignment", "scenes")

@@ -18,11 +18,11 @@ from multimodal.data.shards import Shards
 from multimodal.eval.metrics.cider import CaptionSpace, similarities
 from multimodal.eval.metrics.penn_treebank import ptb_tokenize
 from multimodal.eval.metrics.scene_captions import claims_score
-from multimodal.eval.tasks.registry import from_file
 from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.lessons import descriptions_of
 from multimodal.model.sequences import Ids
+from multimodal.plugins import from_file
 
 END = "<eos>"  # the word for the end of a caption
 REWARDS = ("cider", "alignment", "scenes")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from multimodal.api import Model
 from multimodal.data.images import fit_image, to_tensor
+from multimodal.filters.rules import Filters
 from multimodal.inference.codec import UNKNOWN
 from multimodal.inference.json_schema import Schema, token_bytes
 from multimodal.inference.mixed import Grammar, MixedRow, image_ids
@@ -32,11 +33,15 @@ class Engine:
         model: its network computes in the scheduler's thread only.
         settings: the limits.
         metrics: counts tokens, and looks at the scheduler.
+        filters: rules for prompts and replies.
     """
 
-    def __init__(self, model: Model, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, model: Model, settings: Settings, metrics: Metrics, filters: Filters
+    ) -> None:
         self.model, self.settings = model, settings
         self.grammar = Grammar.of(model)
+        self.filters = filters
         self.scheduler = Scheduler(model.network, settings.rows, settings.requests)
         self.metrics = metrics
         metrics.watch(self.scheduler)

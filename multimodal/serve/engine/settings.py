@@ -29,6 +29,7 @@ class Settings:
         private: these addresses may be in private networks.
         record: a file in which requests are noted (multimodal/record). Empty: none.
         record_texts: note prompts and replies, not only their digests.
+        filters: a folder of rules (multimodal/filters). Empty: none.
         drift_reference: an earlier record, with which the last requests are compared.
         body_timeout: seconds in which a request has to arrive.
         stop_timeout: seconds in which requests may end when the server stops.
@@ -50,6 +51,7 @@ class Settings:
     private: bool = False
     record: str = ""
     record_texts: bool = False
+    filters: str = ""
     drift_reference: str = ""
     body_timeout: Seconds = 60.0
     stop_timeout: Seconds = 30.0

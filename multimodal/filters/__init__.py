@@ -1,0 +1,1 @@
+"""Rules about texts and images that go into a model and come out of it."""

@@ -1,0 +1,55 @@
+"""The rules of a server about one request: what they decide is noted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from multimodal.filters.rules import Decision, Filters, When, refusal
+from multimodal.serve.engine.errors import ApiError
+from multimodal.serve.noting import Note
+
+CODE = "content_filter"
+
+
+@dataclass
+class Screening:
+    """Attributes: refused: the decision that refuses the request or its reply. None: none does."""
+
+    filters: Filters
+    note: Note
+    refused: Decision | None = None
+
+    def text(self, text: str, when: When) -> str:
+        """The text with what is masked. Of a refused one nothing is left."""
+        shown, decisions = self.filters.text(text, when)
+        self._decided(decisions)
+        return shown if refusal(decisions) is None else ""
+
+    def image(self, image: Image.Image, when: When) -> None:
+        self._decided(self.filters.image(image, when))
+
+    def parts(self, parts: Sequence[str | Image.Image], when: When) -> list[str | Image.Image]:
+        """Texts and images, as far as they may be seen."""
+        shown: list[str | Image.Image] = []
+        for part in parts:
+            if isinstance(part, str):
+                shown.append(self.text(part, when))
+            else:
+                self.image(part, when)
+                shown.append(part)
+        return shown
+
+    def check(self) -> None:
+        """Raises ``ApiError`` 400 if something is refused: for replies that can have no text."""
+        if self.refused is not None:
+            reason = f"{self.refused.rule}: {self.refused.reason}"
+            raise ApiError(400, f"refused by the rule {reason}", code=CODE)
+
+    def _decided(self, decisions: list[Decision]) -> None:
+        if decisions:
+            facts = self.note.facts
+            facts["filters"] = [*facts.get("filters", ()), *(each.rule for each in decisions)]
+            reasons = {each.rule: each.reason for each in decisions}
+            facts["filter_reasons"] = {**facts.get("filter_reasons", {}), **reasons}
+        self.refused = self.refused or refusal(decisions)
