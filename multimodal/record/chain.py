@@ -18,13 +18,13 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from multimodal.files import atomic_file, local_path, open_file
+from multimodal.files import atomic_file, local_path, open_file, parse_json
 
 START = "0" * 64
 MAX_LINE = 16 << 20  # bytes of an entry
@@ -46,7 +46,7 @@ class Entry:
     def parse(cls, line: bytes) -> "Entry":
         """Raises ``ValueError`` for a line that is no entry."""
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             raise ValueError("is not JSON") from error
         if not isinstance(value, dict) or set(value) != NAMES:
@@ -102,11 +102,12 @@ class Record:
         """Add an entry. It is in the file when this returns.
 
         Args:
-            facts: what can become JSON. ``time`` is added.
+            facts: what can become JSON. ``time`` is added. Numbers that are not finite become null.
             texts: what may be taken out later.
         """
         texts = texts or {}
         digests = {name: digest(text) for name, text in texts.items()}
+        facts = parse_json(json.dumps(dict(facts)))  # as it will be read
         with self._lock:
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
             entry = Entry(
@@ -240,7 +241,7 @@ def parse_time(text: str) -> datetime:
 
 
 def _canonical(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
@@ -266,7 +267,7 @@ def _last_entry(file: BinaryIO, path: Path) -> Entry | None:
         raise ValueError(f"{path}: its last line {error}: name another file") from error
 
 
-def _rewrite(path: str | Path, change: Any) -> None:
+def _rewrite(path: str | Path, change: Callable[[Entry], Entry | None]) -> None:
     """Write a record again, each entry as ``change`` gives it, or without it for None.
 
     Raises:

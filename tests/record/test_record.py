@@ -126,6 +126,22 @@ def test_lines_that_are_no_entries_are_named(tmp_path: Path, line: bytes) -> Non
         Record(path)
 
 
+@pytest.mark.parametrize("value", [b"NaN", b"1e999", b"[" * 100_000, b'"\\ud800"'])
+def test_a_value_that_no_server_writes_is_named(tmp_path: Path, value: bytes) -> None:
+    path = tmp_path / "record.jsonl"
+    first, second, third = written(path, 3)
+    path.write_bytes(first + second.replace(b"0.25", value) + third)
+    (problem,) = verify(path)[:1]
+    assert problem in ("entry 1 was changed", "line 2: is not JSON"), problem
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    record = Record(tmp_path / "record.jsonl")
+    assert record.append({"likelihood": float("nan"), "seconds": 1e999}).facts["seconds"] is None
+    record.close()
+    assert verify(tmp_path / "record.jsonl") == []
+
+
 def test_threads_share_a_record_and_processes_do_not(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     record = Record(path)
