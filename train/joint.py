@@ -200,11 +200,18 @@ class JointModule(MuonModule):
         """The samples of a batch with their codes."""
         codes = [images.cpu().numpy() for images in self.codes(batch)]
         fields = zip(
-            batch.keys, batch.records, codes, batch.seeds, batch.documents, batch.drawn, strict=True
+            batch.keys,
+            batch.records,
+            codes,
+            batch.seeds,
+            batch.documents,
+            batch.drawn,
+            batch.sources,
+            strict=True,
         )
         return [
-            TrainingSample(key, record, images, seed, document, drawn=drawn)
-            for key, record, images, seed, document, drawn in fields
+            TrainingSample(key, record, images, seed, document, drawn=drawn, source=source)
+            for key, record, images, seed, document, drawn, source in fields
         ]
 
     def build(self, batch: Examples) -> TrainingBatch:

@@ -54,6 +54,7 @@ class TrainingSample:
         written: captions of its image that the network wrote, each with its advantage: ids up to
             <eos>, or up to the last token that there was room for.
         drawn: whether its image may be learned to be drawn.
+        source: the number of the folder that it is from.
     """
 
     key: str
@@ -63,6 +64,7 @@ class TrainingSample:
     document: Sequence[str | None] = ()
     written: Sequence[tuple[list[int], float]] = ()
     drawn: bool = True
+    source: int = 0
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # --- rewards --------------------------------------------------------------------------------------
 
 
-def written(text: str, record: dict[str, Any], ended: bool = True, seed: int = 0) -> WrittenCaption:
+def written(
+    text: str, record: dict[str, Any], ended: bool = True, seed: int = 0, source: int = 0
+) -> WrittenCaption:
     codes = np.random.default_rng(seed).integers(0, 64, 16)
-    return WrittenCaption(text, ended, record, codes)
+    return WrittenCaption(text, ended, record, codes, source)
 
 
 def test_cider_is_that_of_pycocoevalcap_with_the_end_as_a_word() -> None:
@@ -50,7 +52,7 @@ def test_cider_is_that_of_pycocoevalcap_with_the_end_as_a_word() -> None:
         {"captions": ["The dog's ball, in the water"]},
     ]
     texts = ["a dog runs in the", "two men on a bike", "a dog a dog", "ball in water", ""]
-    reward = CiderReward([record["captions"] for record in records])
+    reward = CiderReward([[record["captions"] for record in records]])
     for ended in (True, False):
         end = " <eos>" if ended else ""
         for row, record in enumerate(records):
@@ -69,6 +71,20 @@ def test_cider_is_that_of_pycocoevalcap_with_the_end_as_a_word() -> None:
     assert together == pytest.approx(alone)
     whole, cut = reward([written("a dog runs", records[0], e) for e in (True, False)])
     assert whole > cut > 0
+
+
+def test_words_are_counted_in_the_folder_of_an_image() -> None:
+    """However many pictures the other folders have."""
+    photos = [["a dog runs", "a brown dog"], ["a man on a bike"]]
+    products = [[f"shirt number {n}"] for n in range(100)]
+    alone, beside = CiderReward([photos]), CiderReward([products, [], photos])
+    record = {"captions": photos[0]}
+    texts = ["a dog runs", "a man", "shirt number 1", "a brown dog on a bike"]
+    captions = [written(text, record, source=2) for text in texts]
+    expected = alone([written(text, record) for text in texts])
+    mixed = [written("shirt number 7", {"captions": products[7]}), *captions]
+    assert beside(mixed)[1:] == pytest.approx(expected)
+    assert beside(mixed)[0] == pytest.approx(10.0)
 
 
 def test_alignment_is_the_cosine_of_the_models_embeddings(

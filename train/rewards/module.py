@@ -136,6 +136,7 @@ class RewardModule(JointModule):
                 ids[-1] == eos,
                 sample.record,
                 sample.codes[0],
+                sample.source,
             )
             for sample, texts in zip(samples, captions, strict=True)
             for ids in texts

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from multimodal.data.shards import Shards
 from multimodal.eval.metrics.cider import CaptionSpace, similarities
@@ -35,12 +36,14 @@ class WrittenCaption:
         ended: whether the network ended it.
         record: what ``KEY.json`` holds about the image.
         codes: int64[n], of the image.
+        source: the number of the folder that the image is from.
     """
 
     text: str
     ended: bool
     record: Mapping[str, Any]
     codes: Ids
+    source: int = 0
 
 
 Reward = Callable[[Sequence[WrittenCaption]], Sequence[float]]
@@ -49,22 +52,38 @@ Reward = Callable[[Sequence[WrittenCaption]], Sequence[float]]
 class CiderReward:
     """CIDEr-D with the captions of the image. The end is a word of all captions.
 
+    In how many images a word occurs is counted in each folder by itself, as a score on one data set
+    does. Counted in all together, "a" and "on" would be rare words among photos as soon as there
+    are as many pictures of products, and saying them would be worth more than saying what is seen.
+
     Args:
-        captions: of each training image, to count in how many images a word occurs.
+        captions: of each folder, of each training image. A folder may have none.
     """
 
-    def __init__(self, captions: Sequence[Sequence[str]]) -> None:
-        self.space = CaptionSpace([[_ended(caption) for caption in each] for each in captions])
+    def __init__(self, captions: Sequence[Sequence[Sequence[str]]]) -> None:
+        ended = [[[_ended(text) for text in each] for each in folder] for folder in captions]
+        self.spaces = [CaptionSpace(folder) for folder in ended]
 
     def __call__(self, captions: Sequence[WrittenCaption]) -> list[float]:
+        rewards = np.zeros(len(captions))
+        sources = np.array([caption.source for caption in captions])
+        for source in np.unique(sources):
+            rows = np.flatnonzero(sources == source)
+            rewards[rows] = self._of_folder(self.spaces[source], [captions[row] for row in rows])
+        values: list[float] = rewards.tolist()
+        return values
+
+    def _of_folder(
+        self, space: CaptionSpace, captions: Sequence[WrittenCaption]
+    ) -> NDArray[np.float64]:
         images = {id(caption.record): caption.record for caption in captions}
         references = {name: descriptions_of(record) for name, record in images.items()}
         texts = [_ended(text) for each in references.values() for text in each]
         owner = np.array([name for name, each in references.items() for _ in each])
         candidates = [_ended(c.text) if c.ended else ptb_tokenize(c.text) for c in captions]
-        scores = similarities(self.space.vectors(candidates), self.space.vectors(texts))
+        scores = similarities(space.vectors(candidates), space.vectors(texts))
         own = np.array([id(caption.record) for caption in captions])[:, None] == owner[None]
-        means: list[float] = ((scores * own).sum(1) / own.sum(1)).tolist()
+        means: NDArray[np.float64] = (scores * own).sum(1) / own.sum(1)
         return means
 
 
@@ -115,7 +134,7 @@ def find_reward(name: str, model: ModelParts, shards: Sequence[Shards]) -> Rewar
     Args:
         name: ``cider``, ``alignment``, or ``FILE.py:FUNCTION``.
         model: whose alignment it is.
-        shards: the training data, whose captions CIDEr counts.
+        shards: the training data, a source each, whose captions CIDEr counts.
 
     Raises:
         ValueError: if there is no such reward, or no caption to count in.
@@ -125,13 +144,14 @@ def find_reward(name: str, model: ModelParts, shards: Sequence[Shards]) -> Rewar
     if name != "cider":
         function = from_file(name, "reward", ("cider", "alignment"), "FUNCTION")
         return FunctionReward(function, name)
-    folders = {source.folder: source for source in shards}.values()
     captions = [
-        described
-        for folder in folders
-        for sample in islice(folder, MAX_PICTURES)
-        if (described := descriptions_of(sample.record))
+        [
+            described
+            for sample in islice(folder, MAX_PICTURES)
+            if (described := descriptions_of(sample.record))
+        ]
+        for folder in shards
     ]
-    if not captions:
+    if not any(captions):
         raise ValueError("reward: cider needs captions, and no training sample has one")
     return CiderReward(captions)
