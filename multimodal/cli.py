@@ -16,7 +16,7 @@ import sys
 import traceback
 
 from multimodal import __version__
-from multimodal.memory import keep_freed_memory
+from multimodal.memory import is_out_of_memory, keep_freed_memory, of_a_device
 from multimodal.terminal import print_any_text, print_error
 from multimodal.torchrun import end_with_launcher
 
@@ -51,10 +51,9 @@ VERBS: dict[str, tuple[str, str]] = {
 INTERRUPTED = 130
 READER_GONE = 141
 # What takes memory, in the verbs that may take too much of it.
-LOWER = (
-    "--batch-size, --workers, --beams, --candidates, --max-tokens; in training "
-    "--data.global_batch_size or --model.init_args.row_length"
-)
+TRAINING = ("fit", "validate", "test", "predict")
+LOWER = "--batch-size, --workers, --beams, --candidates, --max-tokens"
+LOWER_IN_TRAINING = "--data.global_batch_size or --model.init_args.row_length"
 
 
 def help_text() -> str:
@@ -100,14 +99,14 @@ def main(argv: list[str] | None = None) -> int:
         print_error(f"{_name(verb)}: interrupted")
         return INTERRUPTED
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, ValueError | OSError) and not _is_out_of_memory(error):
+        if not isinstance(error, ValueError | OSError) and not is_out_of_memory(error):
             raise
         if isinstance(error, BrokenPipeError) and _stdout_reader_is_gone():  # `... | head`
             _abandon_stdout()
             return READER_GONE
         if os.environ.get("MULTIMODAL_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exc()
-        print_error(f"{_name(verb)}: error: {_describe(error)}")
+        print_error(f"{_name(verb)}: error: {_describe(error, verb)}")
         try:
             _flush_stdout()
         except OSError:  # a full disk, say, which may be what was just reported
@@ -153,16 +152,13 @@ def _name(verb: str) -> str:
     return f"multimodal {verb}" if verb in VERBS else "multimodal"
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Python's, that of torch on a GPU, and that of torch on a CPU, which has no class."""
-    reasons = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(reason in str(error) for reason in reasons)
-
-
-def _describe(error: Exception) -> str:
+def _describe(error: Exception, verb: str) -> str:
     if not isinstance(error, ValueError | OSError):
         reason = (str(error).splitlines() or ["MemoryError"])[0][:200]
-        return f"not enough memory: lower {LOWER} ({reason})"
+        lower, other = LOWER, ", or give --dtype bfloat16 or --device cpu"
+        if verb in TRAINING:
+            lower, other = LOWER_IN_TRAINING, ", or give --trainer.precision bf16-mixed"
+        return f"not enough memory: lower {lower}{other * of_a_device(error)} ({reason})"
     if isinstance(error, OSError) and error.strerror and error.filename2 is None:
         if isinstance(error.filename, str | bytes):
             return f"{os.fsdecode(error.filename)}: {error.strerror}"

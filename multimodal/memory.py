@@ -1,13 +1,20 @@
-"""The memory of the machine: how it is allocated, and how much of it is free."""
+"""Memory: how it is allocated, how much of it is free, and what to do when there is not enough."""
 
 import ctypes
+import functools
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import GeneratorType
+from typing import Any, TypeVar
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 CHECKED_FROM = 2**28  # bytes; less is not worth a look at what is free
+# How allocators say it. Of these only torch's on CUDA has a class of its own.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+_DEVICES = ("CUDA", "HIP", "MPS", "XPU", "CUBLAS", "CUDNN")
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 def keep_freed_memory() -> None:
@@ -84,3 +91,44 @@ def check_memory(needed: float, what: str, lower: str = "") -> None:
             f"{what} needs about {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are "
             f"free{advice}"
         )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's error, that of torch on a GPU, and that of torch on a CPU, which has no class."""
+    return isinstance(error, MemoryError) or any(reason in str(error) for reason in _NO_MEMORY)
+
+
+def of_a_device(error: BaseException) -> bool:
+    """Whether it is the memory of a GPU that was not enough."""
+    return any(name in str(error) for name in _DEVICES)
+
+
+def says_what_to_lower(function: FunctionT) -> FunctionT:
+    """A function or generator function whose errors of memory say what to change, in a note."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with _noted():
+            result = function(*args, **kwargs)
+        return _noted_items(result) if isinstance(result, GeneratorType) else result
+
+    return wrapper  # type: ignore[return-value]
+
+
+def _noted_items(items: Iterator[Any]) -> Iterator[Any]:
+    with _noted():
+        yield from items
+
+
+@contextmanager
+def _noted() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error) and not hasattr(error, "__notes__"):
+            other = ', or load(..., dtype="bfloat16") or device="cpu"' * of_a_device(error)
+            error.add_note(
+                "Not enough memory: give fewer inputs at once, or lower batch_size, beams, "
+                f"candidates or max_tokens{other}."
+            )
+        raise

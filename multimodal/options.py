@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict, TypeVar
 
+from multimodal.memory import says_what_to_lower
 from multimodal.schemas import check_fields
 
 Method = Literal["causal", "masked"]
@@ -266,8 +267,12 @@ class _AsWritten:
 
 
 def shows_types(method: MethodT) -> MethodT:
-    """Let ``help()`` show annotations that are strings without quotes."""
+    """A method for people: errors of memory say what to lower, and ``help()`` shows its types.
+
+    Annotations are strings, and are shown without quotes.
+    """
     signature = inspect.signature(method)
+    method = says_what_to_lower(method)
 
     def written(annotation: Any) -> Any:
         return _AsWritten(annotation) if isinstance(annotation, str) else annotation
@@ -289,7 +294,8 @@ def takes_options(cls: type[Sampling]) -> Callable[[MethodT], MethodT]:
     """
 
     def decorate(method: MethodT) -> MethodT:
-        signature, hints = inspect.signature(shows_types(method)), typing.get_type_hints(cls)
+        method = shows_types(method)
+        signature, hints = inspect.signature(method), typing.get_type_hints(cls)
         given = [
             item
             for item in signature.parameters.values()

@@ -18,15 +18,15 @@ PARTS = ("multimodal", "tokenizers", "eval", "train")
 
 # Modules at the top of multimodal/ that every room may use, and that use no room.
 FOUNDATION = (
-    "distributed", "files", "memory", "options", "provenance", "schemas", "seeds", "terminal",
-    "torchrun",
+    "devices", "distributed", "files", "memory", "options", "provenance", "schemas", "seeds",
+    "terminal", "torchrun",
 )  # fmt: skip
 # The front doors: `import multimodal`, and the command line, which finds verbs by name.
 FRONT_DOORS = (
     "multimodal",
     "multimodal.cli",
     "multimodal.__main__",
-    *(f"multimodal.{n}" for n in ("load", "Model", "__version__")),
+    *(f"multimodal.{n}" for n in ("load", "Model", "build_shards", "__version__")),
 )
 BELOW: dict[str, tuple[str, ...]] = {
     "foundation": (),
@@ -35,7 +35,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "hub": ("foundation",),
     "data.formats": ("foundation",),
     "data": ("foundation", "tokenizers", "data.formats"),
-    "data.builder": ("foundation", "data", "data.formats"),
+    "data.builder": ("foundation", "hub", "data", "data.formats"),
     "model": ("foundation", "tokenizers", "hub"),
     "export": ("foundation", "tokenizers", "hub", "model"),
     "released": ("foundation", "tokenizers", "model"),

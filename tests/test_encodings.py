@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from multimodal.cli import main
-from multimodal.data.builder.build import build
+from multimodal.data.builder.build import build_shards
 from multimodal.files import read_json, write_json
 from multimodal.terminal import one_line, print_any_text, shown
 from tests.photos import picture
@@ -117,7 +117,7 @@ def test_folders_with_names_that_are_not_utf8_are_built_and_described(
     (source / f"{name}.txt").write_text("日", "utf-8")
     (source / os.fsdecode(b"bad\xfe.jpg")).write_bytes(b"")
     (source / os.fsdecode(b"bad\xfe.txt")).write_text("x", "utf-8")
-    report = build(source, out)
+    report = build_shards(source, out)
     assert report is not None and (report.kept, report.rejected) == (1, 1)
     assert read_json(out / "manifest.json")["source"] == str(tmp_path / r"caf\xe9")
     (line,) = (out / "rejected.jsonl").read_text("utf-8").splitlines()

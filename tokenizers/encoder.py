@@ -212,7 +212,10 @@ def _open_clip(name: EncoderName, stages: Stages, pretrained: bool) -> Made:
         raise ValueError(f"encoder {name}: which weights? {name}/TAG or {name}=FILE; tags: {tags}")
     try:
         clip: Any = open_clip.create_model(
-            model, pretrained=tag if pretrained and not name.file else None, load_weights=pretrained
+            model,
+            pretrained=tag if pretrained and not name.file else None,
+            device=torch.get_default_device(),  # meta, where shapes alone are asked for
+            load_weights=pretrained,
         )
     except Exception as error:
         raise _unavailable(name, error) from error

@@ -128,9 +128,14 @@ class Meaning(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = encoder or Encoder(config.encoder, config.stages, pretrained=False)
-        with torch.no_grad():
-            blank = torch.zeros(1, 3, config.image_size, config.image_size)
-            _, height, width, channels = self.encoder(blank).shape
+        blank = torch.zeros(1, 3, config.image_size, config.image_size)
+        try:
+            with torch.no_grad():
+                _, height, width, channels = self.encoder(blank).shape
+        except (AssertionError, RuntimeError, ValueError) as error:  # of its own code
+            raise ValueError(
+                f"image_size={config.image_size}: {config.encoder} does not read it ({error})"
+            ) from error
         if height != width or config.grid > height:
             raise ValueError(
                 f"grid={config.grid}: {config.encoder} has {height} x {width} positions at "
@@ -251,10 +256,8 @@ class Meaning(nn.Module):
         """
 
         def expected(config: MeaningConfig) -> dict[str, Tensor]:
-            shapes = {"codebooks": config.codebooks_shape}
-            if config.colours:
-                shapes["palette"] = config.codebook_size, COLOUR_CHANNELS
-            return {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}
+            with torch.device("meta"):  # shapes alone, whatever encoder the config names
+                return cls(config).state_dict()
 
         return load_folder(
             cls, MeaningConfig, expected, folder, "a level of meaning", verify=verify

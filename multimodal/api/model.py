@@ -11,12 +11,11 @@ from __future__ import annotations  # help() shows the names of types as they ar
 
 import shutil
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Literal, Unpack, overload
+from typing import Annotated, Any, Unpack, overload
 
 import torch
 from PIL import Image
@@ -25,6 +24,7 @@ from torch import Tensor
 from multimodal.api.texts import TextMethods
 from multimodal.data.formats.folders import list_images
 from multimodal.data.images import to_image
+from multimodal.devices import DType, choose_device, choose_dtype
 from multimodal.hub.push import push
 from multimodal.inference import editing
 from multimodal.inference.codec import (
@@ -38,6 +38,7 @@ from multimodal.inference.embedding import (
     EmbeddingCache,
     embed_codes,
     embed_files,
+    embed_lines,
     embed_texts,
 )
 from multimodal.inference.values import (
@@ -127,7 +128,7 @@ class Model(TextMethods):
             options: see DrawOptions.
         """
         drawn = list(self.draw_each(text, n, on_preview=on_preview, **options))
-        results = [Drawings(drawn[start : start + n]) for start in range(0, len(drawn), n)]
+        results = Results(Drawings(drawn[start : start + n]) for start in range(0, len(drawn), n))
         return results[0] if isinstance(text, str) else results
 
     @takes_options(DrawOptions)
@@ -288,6 +289,7 @@ class Model(TextMethods):
         *,
         cache: EmbeddingCache | None = None,
         batch_size: int = 32,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> Results:
         """The k images that fit a text, or another image, best.
 
@@ -295,6 +297,7 @@ class Model(TextMethods):
             query: a ``str`` is a text, everything else an image (a path is a ``Path``).
             images: a folder, searched with its subfolders, or paths.
             cache: embeddings by the content of files. New ones are added to it.
+            progress: wraps the stream of images (``tqdm``, for instance).
 
         Returns:
             (path, score in [-1, 1]), the best first. ``skipped`` has what could not be read, by its
@@ -309,7 +312,7 @@ class Model(TextMethods):
         )
         results, scores = Results(), dict[Path, float]()
         embedded = self.embed_files(paths, cache=cache, batch_size=batch_size)
-        for number, (path, found) in enumerate(embedded):
+        for number, (path, found) in enumerate(progress(embedded)):
             if isinstance(found, ValueError):
                 results.skipped[number] = found
             else:
@@ -329,28 +332,20 @@ class Model(TextMethods):
         check(batch_size >= 1, "batch_size", batch_size, "at least 1")
         return embed_files(self, paths, cache, batch_size)
 
-
-DType = Literal["float32", "bfloat16"]
-
-
-def check_device(device: str | torch.device) -> None:
-    """Raises ``ValueError`` for a device that torch cannot compute on here."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of names that are out of use
-            usable = torch.ones(1, device=device).add(1).item() == 2
-        reason = "it does not compute"
-    except Exception as error:  # each kind of device has errors of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        usable = False
-    if not usable:
-        raise ValueError(f"device={str(device)!r:.80}: cannot be used here ({reason:.200})")
+    @shows_types
+    def embed_lines(
+        self, texts: Sequence[str], *, batch_size: int = 32
+    ) -> Iterator[Tensor | ValueError]:
+        """float32[D] of each text, or what was wrong with it, in their order."""
+        check(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        return embed_lines(self, texts, batch_size)
 
 
 @shows_types
 def load(
     path: str | Path = "starter",
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | DType = "float32",
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | DType = "auto",
     *,
     urls: bool = False,
     verify: bool = True,
@@ -360,8 +355,9 @@ def load(
     Args:
         path: a folder, ``starter``, or ``user/name`` of the Hugging Face Hub (``@revision`` for a
             branch, a tag or a commit).
-        device: where torch computes.
-        dtype: of the network, float32 or bfloat16. The image tokenizer stays in float32.
+        device: where torch computes. ``auto`` is CUDA, else MPS, else the CPU.
+        dtype: of the network, float32 or bfloat16. ``auto`` is bfloat16 on a GPU that has it in
+            hardware, else float32. The image tokenizer stays in float32.
         urls: images may be http and https addresses, which are fetched.
         verify: compare the fingerprint of the files with that in config.json. It takes a second
             for each two gigabytes.
@@ -370,10 +366,7 @@ def load(
         ValueError: for anything that is not a model folder of this release, files that have
             changed since they were written, or a device or dtype that cannot be used.
     """
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    kind = names.get(dtype) if isinstance(dtype, str) else dtype
-    check(kind in names.values(), "dtype", dtype, " or ".join(names))
-    check_device(device)
-    model = Model.load(path, str(device), kind or torch.float32, verify)
+    place = choose_device(device)
+    model = Model.load(path, str(place), choose_dtype(dtype, place), verify)
     model.urls = urls
     return model

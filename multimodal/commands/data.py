@@ -26,6 +26,7 @@ EPILOG = """examples:
   multimodal data build captions_val2014.json shards/ --images val2014/
   multimodal data build v2_OpenEnded_mscoco_val2014_questions.json shards/ --images val2014/ \
       --answers v2_mscoco_val2014_annotations.json
+  multimodal data build hf://datasets/user/photos shards/ --image-size 256
   multimodal data index /data/laion             # existing tars: nothing is rewritten
   multimodal data index /read/only --out mine/  # the same, with links to the tars
   multimodal data check shards/
@@ -110,12 +111,14 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         "build",
         help="turn images and text into shards",
         description="SOURCE is a folder of images with .txt or .json beside them or with a "
-        "metadata.jsonl, .csv or .parquet; a table (.csv, .tsv, .txt, .jsonl, .parquet), with a "
-        "header or without; a folder of tables; a .json (a list of objects, LLaVA, COCO or "
-        "Karpathy captions, VQA questions); or webdataset shards (.tar, .tar.gz). "
+        "metadata.jsonl, .csv or .parquet; a table (.csv, .tsv, .txt, .jsonl, .parquet, .arrow), "
+        "with a header or without; a folder of tables, or one of Hugging Face's save_to_disk; a "
+        ".json (a list of objects, LLaVA, COCO or Karpathy captions, VQA questions); webdataset "
+        "shards (.tar, .tar.gz); or a data set of the Hub, hf://datasets/USER/NAME[/SUBSET]"
+        "[@REVISION], which is read as a stream. "
         "OUT/rejected.jsonl lists the samples that cannot be used, with file and line.",
     )
-    build.add_argument("source", metavar="SOURCE", type=Path)
+    build.add_argument("source", metavar="SOURCE")
     build.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder")
     build.add_argument(
         "--image-size", type=int, help="make images square of this size (default: keep)"
@@ -181,9 +184,9 @@ def _add_build(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from multimodal.data.builder.build import REJECTED, build
+    from multimodal.data.builder.build import REJECTED, build_shards
     from multimodal.data.builder.cleaning import Cleaning, read_blocklist
-    from multimodal.data.builder.sources import expected_samples
+    from multimodal.data.builder.sources import expected_samples, open_source
 
     cleaning = Cleaning(
         min_side=arguments.min_side,
@@ -195,9 +198,9 @@ def _build(arguments: argparse.Namespace) -> int:
         personal_data=arguments.personal_data,
         licenses=arguments.licenses,
     )
-    total = expected_samples(arguments.source)
-    report = build(
-        arguments.source,
+    source = open_source(arguments.source)
+    report = build_shards(
+        source,
         arguments.out,
         image_size=arguments.image_size,
         fit=arguments.fit,
@@ -214,7 +217,7 @@ def _build(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         engine=arguments.engine,
         workers=arguments.workers,
-        progress=_progress("sample", total),
+        progress=_progress("sample", expected_samples(source)),
     )
     if report is None:  # only the first rank reports
         return 0

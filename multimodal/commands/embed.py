@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EPILOG = """FILE.npy holds float32 rows of unit norm, FILE.jsonl one object a row in the same order:
-{"image": PATH} or {"text": LINE}. A file that cannot be read, or that is no image in a folder, is
-named on stderr, has no row, and the exit status is 1. The product of two rows says how well they
-fit, in [-1, 1].
+{"image": PATH} or {"text": LINE}. A file that cannot be read, or that is no image in a folder, and
+a line that is empty or too long, is named on stderr, has no row, and the exit status is 1. The
+product of two rows says how well they fit, in [-1, 1].
 
 examples:
   multimodal embed photos/ --out photos.npy
@@ -59,28 +60,30 @@ def main(argv: list[str]) -> int:
     rows: list[Tensor] = []
     index: list[dict[str, str]] = []
     failed = 0
+    embedded: Iterable[Tensor | ValueError]
     if arguments.text:
         lines = _lines(arguments.text)
+        keys = [{"text": line} for line in lines]
         model = load_model(arguments)
-        starts = range(0, len(lines), arguments.batch_size)
-        for start in tqdm(starts, unit="batch", file=sys.stderr, disable=None):
-            batch = lines[start : start + arguments.batch_size]
-            rows += model.embed(texts=batch, batch_size=len(batch))
-            index += [{"text": line} for line in batch]
+        embedded = model.embed_lines(lines, batch_size=arguments.batch_size)
     else:
-        names, failed = image_paths("embed", arguments.images)
-        paths = [Path(name) for name in names]
+        paths, failed = image_paths("embed", arguments.images)
+        keys = [{"image": path} for path in paths]
         model = load_model(arguments)
-        embedded = model.embed_files(paths, batch_size=arguments.batch_size)
-        for path, row in tqdm(
-            embedded, total=len(paths), unit="image", file=sys.stderr, disable=None
-        ):
-            if isinstance(row, ValueError):
-                failed += 1
-                print_error(f"multimodal embed: error: {row}")
-                continue
+        found = model.embed_files(list(map(Path, paths)), batch_size=arguments.batch_size)
+        embedded = (row for _, row in found)
+    unit = "line" if arguments.text else "image"
+    for number, row in enumerate(
+        tqdm(embedded, total=len(keys), unit=unit, file=sys.stderr, disable=None)
+    ):
+        if isinstance(row, ValueError):
+            failed += 1
+            # An error of a file names it.
+            where = f"{arguments.text}: line {number + 1}: " if arguments.text else ""
+            print_error(f"multimodal embed: error: {where}{row}")
+        else:
             rows.append(row)
-            index.append({"image": str(path)})
+            index.append(keys[number])
     if not rows:
         raise ValueError("nothing could be embedded")
     with atomic_file(arguments.out) as part, part.open("wb") as file:
@@ -95,9 +98,6 @@ def main(argv: list[str]) -> int:
 def _lines(name: str) -> list[str]:
     text = sys.stdin.read() if name == "-" else read_text(name)
     lines = text.splitlines()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            raise ValueError(f"{name}: line {number} is empty")
     if not lines:
         raise ValueError(f"{name}: no lines in it")
     return lines

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from multimodal import __version__
+from multimodal.devices import choose_device, choose_dtype
 from multimodal.files import address_of, read_json
 from multimodal.provenance import Provenance
 
@@ -176,6 +177,9 @@ def installation() -> dict[str, Any]:
         devices[f"cuda:{number}"] = f"{properties.name}, {memory:.0f} GiB"
     if torch.backends.mps.is_available():
         devices["mps"] = platform.processor()
+    best = choose_device("auto")
+    dtype = str(choose_dtype("auto", best)).removeprefix("torch.")
+    devices["auto"] = f"{best}, {dtype}"
     return {
         "multimodal": __version__,
         "python": platform.python_version(),

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from multimodal.devices import DTYPES
 from multimodal.files import atomic_file, local_path, read_bytes
 from multimodal.options import CaptionOptions, Sampling
 from multimodal.terminal import print_error
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from multimodal.api import Model
 
-DTYPES = ("float32", "bfloat16")
 MAX_THREADS = 1024
 STATUS_INTERVAL = 60.0  # seconds
 Item = TypeVar("Item")
@@ -49,9 +49,12 @@ def make_parser(
         help="a folder, a bundled model, or user/name[@revision] of the Hugging Face Hub "
         "(default starter)",
     )
-    parser.add_argument("--device", default="cpu", help="where torch computes (default cpu)")
+    add_device(parser)
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the network (default float32)"
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the network (default auto: bfloat16 on a GPU that has it, else float32)",
     )
     parser.add_argument(
         "--threads", type=int, default=0, help="CPU threads (default: torch's choice)"
@@ -116,6 +119,14 @@ def given_options(arguments: argparse.Namespace, options: type[Sampling]) -> dic
             raise ValueError(f"--{name.replace('_', '-')} {rest}") from error
         raise
     return given
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="where torch computes: cuda, cuda:1, mps, cpu (default auto: the first that works)",
+    )
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
@@ -249,10 +260,14 @@ def at_least_one(arguments: argparse.Namespace, *names: str) -> None:
 
 
 def use_device(arguments: argparse.Namespace) -> None:
-    """Set the number of threads, and try the device. Raises ``ValueError`` if it cannot be used."""
+    """Set the number of threads. Put the device and dtype that are meant in place of ``auto``.
+
+    Raises:
+        ValueError: for a device that cannot be used.
+    """
     import torch
 
-    from multimodal.api import check_device
+    from multimodal.devices import choose_device, choose_dtype
 
     if not 0 <= arguments.threads <= MAX_THREADS:
         raise ValueError(
@@ -260,13 +275,14 @@ def use_device(arguments: argparse.Namespace) -> None:
         )
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if arguments.device == "cuda" and "LOCAL_RANK" in os.environ:
-        arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: a GPU for each process
     try:
-        check_device(arguments.device)
+        device = choose_device(arguments.device)
     except ValueError as error:
         reason = str(error).partition(": ")[2] or str(error)
         raise ValueError(f"--device {arguments.device:.80}: {reason}") from error
+    arguments.device = str(device)
+    if "dtype" in arguments:
+        arguments.dtype = str(choose_dtype(arguments.dtype, device)).removeprefix("torch.")
 
 
 def load_model(arguments: argparse.Namespace) -> "Model":

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from multimodal.commands.options import at_least_one, load_model, make_parser
@@ -47,26 +48,22 @@ def main(argv: list[str]) -> int:
     for complaint in found.complaints():
         print_error(f"multimodal search: {complaint}")
     model = load_model(arguments)
-    is_image = os.path.isfile(arguments.query)
-    asked = [arguments.query]
-    query = (model.embed(images=asked) if is_image else model.embed(texts=asked))[0]
+    query = Path(arguments.query) if os.path.isfile(arguments.query) else arguments.query
     cache = EmbeddingCache(Path(folder), model.fingerprint) if folder else None
-    scores, failed = [], len(found.skipped)
-    embedded = model.embed_files(found.images, cache=cache, batch_size=arguments.batch_size)
-    for path, row in tqdm(
-        embedded, total=len(found.images), unit="image", file=sys.stderr, disable=None
-    ):
-        if isinstance(row, ValueError):
-            failed += 1
-            print_error(f"multimodal search: error: {row}")
-        else:
-            scores.append((float(row @ query), str(path)))
+    total = len(found.images)
+    results = model.search(
+        query,
+        found.images,
+        arguments.k,
+        cache=cache,
+        batch_size=arguments.batch_size,
+        progress=partial(tqdm, total=total, unit="image", file=sys.stderr, disable=None),
+    )
     if cache is not None:
         cache.save()
-    for score, name in sorted(scores, key=lambda item: (-item[0], item[1]))[: arguments.k]:
-        print(
-            json.dumps({"image": name, "score": score})
-            if arguments.json
-            else f"{score:.3f}\t{name}"
-        )
-    return int(failed > 0)
+    for error in results.skipped.values():
+        print_error(f"multimodal search: error: {error}")
+    for path, score in results:
+        line = {"image": str(path), "score": score}
+        print(json.dumps(line) if arguments.json else f"{score:.3f}\t{path}")
+    return int(bool(found.skipped or results.skipped))

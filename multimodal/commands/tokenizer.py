@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from io import TextIOWrapper
 from pathlib import Path
 
-from multimodal.commands.options import add_engine
+from multimodal.commands.options import add_device, add_engine
 from multimodal.files import address_of, local_path, open_file
 
 EXAMPLES = """examples:
@@ -362,7 +362,7 @@ def main(argv: list[str]) -> int:
         "--decoders", type=int, default=2, help="threads that decode images (default 2)"
     )
     add_engine(shards)
-    shards.add_argument("--device", default="cpu", help="device of torch (default cpu)")
+    add_device(shards)
     shards.add_argument(
         "--threads", type=int, default=0, help="CPU threads (default: torch's choice)"
     )

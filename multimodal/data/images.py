@@ -91,7 +91,7 @@ def open_image(
         if not data:
             raise ValueError("the file is empty")
         with open_header(data) as image, _no_truncated_images():
-            _check_size(image.size, max_pixels)
+            check_size(image.size, max_pixels)
             if image.format == "PNG":
                 _verify_png(data)
             check_damage(image, data)
@@ -257,7 +257,8 @@ def _no_truncated_images() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+def check_size(size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> None:
+    """Raises ``ValueError`` for a width and height that no image may have."""
     width, height = size
     if width < 1 or height < 1:
         raise ValueError(f"an image of {width}x{height} has no pixels")
@@ -346,7 +347,7 @@ def _grey16_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
-    _check_size(image.size, max_pixels)
+    check_size(image.size, max_pixels)
     image.load()
     turn = orientation(image)
     if image.mode == "F":

@@ -50,5 +50,32 @@ class HubName:
             raise ValueError(f"{name}: expected a branch, a tag or a commit after {at}")
         return cls(repository, revision) if at else cls(repository)
 
+    @classmethod
+    def parse_dataset(cls, address: str) -> "tuple[HubName, str | None] | None":
+        """A data set of the Hub and the name of its subset, if the address has one.
+
+        Args:
+            address: ``hf://datasets/user/name``, ``hf://datasets/user/name/subset@revision``, or
+                ``https://huggingface.co/datasets/user/name``. None for anything else.
+
+        Raises:
+            ValueError: for what begins like that, and is no such name.
+        """
+        rest = HUB_ADDRESS.sub("", address, count=1)
+        if rest == address or not rest.startswith("datasets/"):
+            return None
+        path, at, revision = rest.removeprefix("datasets/").rstrip("/").partition("@")
+        parts = path.split("/")
+        subset = parts.pop() if len(parts) == 3 else None
+        if subset is not None and not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,99}", subset):
+            parts = []
+        name = cls.parse("/".join(parts) + at + revision) if len(parts) == 2 else None
+        if name is None:
+            raise ValueError(
+                f"{address}: expected hf://datasets/user/name, hf://datasets/user/name/subset, "
+                "and @revision after it if need be"
+            )
+        return name, subset
+
     def __str__(self) -> str:
         return self.repository + (f"@{self.revision}" if self.revision != "main" else "")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from multimodal.data.images import fit_image, to_tensor
 from multimodal.inference.values import ImageSource, name_of, open_source
+from multimodal.memory import check_memory
 from multimodal.model.checkpoint import ModelParts
 
 UNKNOWN = -1  # a code that is not drawn yet
@@ -28,6 +29,12 @@ def encode_text(model: ModelParts, text: str) -> list[int]:
     return model.text_tokenizer.encode(text.strip())
 
 
+def check_pixels(model: ModelParts, count: int) -> None:
+    """Raises ``ValueError`` for so many images at once that memory would not hold their pixels."""
+    of_one = 4 * 3 * model.image_tokenizer.image_size**2
+    check_memory(2 * count * of_one, f"the pixels of {count:,} images at once", "batch_size")
+
+
 def read_images(
     model: ModelParts, images: Sequence[ImageSource], names: Sequence[str] | None = None
 ) -> Tensor:
@@ -43,6 +50,7 @@ def read_images(
         ValueError: for an image that cannot be read.
     """
     tokenizer = model.image_tokenizer
+    check_pixels(model, len(images))
     pixels = []
     for number, image in enumerate(images):
         name = names[number] if names else name_of(image, number)

@@ -10,7 +10,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from multimodal.data.images import Fit, fit_image, to_image, to_tensor
+from multimodal.data.images import Fit, check_size, fit_image, to_image, to_tensor
 from multimodal.inference.codec import UNKNOWN, decode_images, encode_images
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.text import caption_codes
@@ -138,6 +138,10 @@ def outpaint_image(
     if min(margins) < 0 or not any(margins):
         raise ValueError(f"margins={margins}: expected pixels from 0 on, and one above 0")
     size = (image.width + left + right, image.height + top + bottom)
+    try:
+        check_size(size)
+    except ValueError as error:
+        raise ValueError(f"margins={margins}: {error}") from error
     if model.image_tokenizer.fit == "crop":
         raise ValueError("this model sees the middle of an image only: it cannot draw around it")
     average = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))

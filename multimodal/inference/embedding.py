@@ -13,7 +13,7 @@ from torch import Tensor
 
 from multimodal.files import atomic_file, local_path, read_bytes
 from multimodal.inference.batch import DecodeBatch
-from multimodal.inference.codec import encode_text, encode_to_read, read_images
+from multimodal.inference.codec import check_pixels, encode_text, encode_to_read, read_images
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.sequences import describe_prompt, draw_prompt
 
@@ -32,6 +32,22 @@ def embed_texts(model: ModelParts, texts: Sequence[str]) -> Tensor:
     prompts = [draw_prompt(model.vocabulary, encode_text(model, text)) for text in texts]
     states = DecodeBatch(model.network, prompts, 0).hidden
     return model.network.alignment.embed_text(states).cpu()
+
+
+def embed_lines(
+    model: ModelParts, texts: Sequence[str], batch_size: int = 32
+) -> Iterator[Tensor | ValueError]:
+    """float32[D] of each text, or what was wrong with it, in their order."""
+    for start in range(0, len(texts), batch_size):
+        batch = texts[start : start + batch_size]
+        try:
+            yield from embed_texts(model, batch)
+        except ValueError:
+            for text in batch:  # one of them is empty, or too long
+                try:
+                    yield embed_texts(model, [text])[0]
+                except ValueError as error:
+                    yield error
 
 
 class EmbeddingCache:
@@ -80,6 +96,7 @@ def embed_files(
     """(path, float32[D] or what was wrong with the file), in the order of the paths."""
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
+        check_pixels(model, len(batch))
         results: dict[int, Tensor | ValueError] = {}
         pixels, missing = [], []
         for i, path in enumerate(batch):

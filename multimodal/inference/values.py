@@ -3,20 +3,24 @@
 Shapes: H W pixels, C channels (1 grey, 3 RGB, 4 RGB and alpha), B images.
 """
 
+import base64
+import html
 import io
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from multimodal.data.formats.arrays import as_numpy, image_of_array
 from multimodal.data.images import grid_of, open_image
+from multimodal.terminal import shown
 
 Array: TypeAlias = np.ndarray[Any, Any]
 ImageSource: TypeAlias = (
@@ -28,6 +32,7 @@ EXPECTED = "a path, bytes, a file, a Pillow image, a numpy array or a torch tens
 URL_STARTS = ("http://", "https://")
 MAX_DOWNLOAD = 64 << 20  # bytes of an image behind an address
 TIMEOUT = 30  # seconds without an answer
+THUMBNAIL = 96  # pixels of the longer side of a picture in a notebook
 
 
 def name_of(image: object, number: int) -> str:
@@ -77,10 +82,8 @@ def open_source(source: Any, name: str | None = None, urls: bool = False) -> Ima
                 "load(..., urls=True), or --urls"
             )
         return open_image(_download(source), name=name)
-    if isinstance(source, Tensor):
-        return _from_array(_as_numpy(source), name, "[C, H, W]")
-    if isinstance(source, np.ndarray):
-        return _from_array(source, name, "[H, W, C]")
+    if isinstance(source, Tensor | np.ndarray):
+        return open_image(image_of_array(source, name), name=name)
     if isinstance(source, bytearray | memoryview):
         source = bytes(source)
     elif isinstance(source, PathLike):
@@ -96,37 +99,11 @@ def open_source(source: Any, name: str | None = None, urls: bool = False) -> Ima
 
 def open_mask(mask: Any, urls: bool = False) -> Image.Image:
     """A mask in mode RGB. Arrays that hold nothing but 0 and 1 are black and white."""
-    mask = _as_numpy(mask) if isinstance(mask, Tensor) else mask
+    mask = as_numpy(mask) if isinstance(mask, Tensor) else mask
     if isinstance(mask, np.ndarray) and mask.size and mask.dtype.kind in "biu" and mask.max() <= 1:
         mask = mask.astype(bool)
     name = name_of(mask, 0) if isinstance(mask, str | PathLike) else "the mask"
     return open_source(mask, name, urls)
-
-
-def _as_numpy(tensor: Tensor) -> Array:
-    """[C, H, W] as [H, W, C]."""
-    tensor = tensor.detach().cpu()
-    array: Array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    return rearrange(array, "c h w -> h w c") if array.ndim == 3 else array
-
-
-def _from_array(array: Array, name: str, layout: str) -> Image.Image:
-    given = f"{name}: an array of shape {list(array.shape)} and type {array.dtype}"
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise ValueError(f"{given}; expected [H, W] or {layout} with 1, 3 or 4 channels")
-    if array.dtype.kind == "f":
-        if array.size and not (np.isfinite(array).all() and 0 <= array.min() <= array.max() <= 1):
-            raise ValueError(f"{given}, with values outside [0, 1]; expected [0, 1], or uint8")
-        array = np.rint(array * 255).astype(np.uint8)
-    elif array.dtype == bool:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype != np.uint8:
-        raise ValueError(f"{given}; expected uint8, bool, or floats in [0, 1]")
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if not array.size:
-        raise ValueError(f"{given}: it has no pixels")
-    return open_image(Image.fromarray(np.ascontiguousarray(array)), name=name)
 
 
 def _download(address: str) -> bytes:
@@ -143,14 +120,14 @@ def _download(address: str) -> bytes:
 
 
 class Results(list[Any]):
-    """A list of results.
+    """A list of results. A notebook shows them: texts, images that were found, drawings.
 
     Attributes:
         skipped: what was wrong with the inputs that have no result, by their places.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, results: Iterable[Any] = ()) -> None:
+        super().__init__(results)
         self.skipped: dict[int, ValueError] = {}
 
     def add(self, result: Any, on_error: OnError) -> None:
@@ -162,13 +139,38 @@ class Results(list[Any]):
             result = None
         self.append(result)
 
+    def _repr_html_(self) -> str:
+        rows = [item for item in self if item is not None]
+        errors = [f"<li><i>{html.escape(shown(str(e)))}</i></li>" for e in self.skipped.values()]
+        return f"<ol>{''.join(f'<li>{_as_html(row)}</li>' for row in rows)}{''.join(errors)}</ol>"
+
 
 class Drawings(list[Image.Image]):
     """Drawings of one text. A notebook shows them side by side."""
 
     def _repr_png_(self) -> bytes | None:
-        if not self:
-            return None
-        buffer = io.BytesIO()
-        grid_of(self).save(buffer, "PNG")
-        return buffer.getvalue()
+        return _png(grid_of(self)) if self else None
+
+
+def _as_html(result: Any) -> str:
+    """A text, drawings, or (path, score) as ``Model.search`` gives it."""
+    if isinstance(result, Drawings):
+        return "".join(map(_picture, result))
+    if not isinstance(result, tuple):
+        return html.escape(shown(str(result)))
+    path, score = result
+    with suppress(ValueError, OSError):  # the file may be gone
+        picture = open_image(path)
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        return f"{_picture(picture)} {score:.3f} {html.escape(shown(path))}"
+    return f"{score:.3f} {html.escape(shown(path))}"
+
+
+def _picture(image: Image.Image) -> str:
+    return f"<img src='data:image/png;base64,{base64.b64encode(_png(image)).decode()}'>"
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -345,7 +345,7 @@ def test_info_of_the_installation_and_of_nothing(
 ) -> None:
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["multimodal"] == multimodal.__version__ and "cpu" in facts["devices"]
+    assert facts["multimodal"] == multimodal.__version__ and {"cpu", "auto"} <= {*facts["devices"]}
     assert main(["info", str(tmp_path)]) == 1
     assert "neither a model folder" in capsys.readouterr().err
 

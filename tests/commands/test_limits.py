@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from multimodal import load, memory
-from multimodal.api import check_device
 from multimodal.cli import main
 from multimodal.commands import options as shared
+from multimodal.devices import choose_device
 from multimodal.inference.prompt_files import read_prompt
 from multimodal.inference.text import partial_stop_length
 from multimodal.options import DrawOptions
@@ -62,7 +62,7 @@ def test_what_cannot_be_done_is_one_line(
 )
 def test_a_device_that_cannot_compute_is_named(device: str) -> None:
     with pytest.raises(ValueError, match=r"^device='.*cannot be used here") as error:
-        check_device(device)
+        choose_device(device)
     assert len(str(error.value)) < 400
 
 
@@ -78,6 +78,9 @@ def test_work_that_does_not_fit_into_memory_says_what_to_lower(
     with pytest.raises(ValueError, match="the number of choices"):
         model.answer(picture, "what?", choices=[f"thing {n}" for n in range(500)])
     assert model.caption([picture], max_tokens=3)
+    with pytest.raises(ValueError, match="the pixels of 99 images at once.*lower batch_size"):
+        model.embed([picture] * 99, batch_size=1000)
+    assert len(model.embed([picture] * 99, batch_size=9)) == 99
 
 
 def test_the_free_memory_is_known_here() -> None:
@@ -104,6 +107,7 @@ def test_a_lack_of_memory_is_a_sentence(
     assert main(["info"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("multimodal info: error: not enough memory: lower --batch-size")
+    assert ("--device cpu" in said) == ("CUDA" in said)
     monkeypatch.setattr(error, "args", ("a bug",), raising=False)
     if type(error) is RuntimeError:
         with pytest.raises(RuntimeError, match="a bug"):

@@ -115,9 +115,15 @@ def test_embed_images_and_texts(
     assert run("embed", *lines)[0] == 0
     rows = np.load(tmp_path / "texts.npy", allow_pickle=False)
     assert np.allclose(rows, model.embed(texts=["a red bus", "two dogs"]).numpy(), atol=1e-6)
+    (tmp_path / "lines.txt").write_text("a red bus\n\n" + "long " * 10_000 + "\ntwo dogs\n")
+    status, _, errors = run("embed", *lines, "--batch-size", 10**20)
+    assert status == 1 and "lines.txt: line 2: the text is empty" in errors
+    assert "lines.txt: line 3: a prompt of" in errors
+    again = np.load(tmp_path / "texts.npy", allow_pickle=False)
+    assert np.allclose(again, rows, atol=1e-6), "the other lines have their rows"
 
 
-def test_search(run: Run, photo: Path, tmp_path: Path) -> None:
+def test_search(run: Run, photo: Path, tmp_path: Path, tiny_model_folder: Path) -> None:
     rng = np.random.default_rng(1)
     for number in range(4):
         pixels = rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)
@@ -132,10 +138,14 @@ def test_search(run: Run, photo: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 1
     again = [json.loads(line) for line in run("search", photo, *where, "--json")[1].splitlines()]
     assert {hit["image"]: hit["score"] for hit in again[:3]} == pytest.approx(scores, abs=1e-6)
-    status, out, _ = run("search", "a red bus", *where)
-    assert status == 0 and len(out.splitlines()) == 5
+    (tmp_path / "0.png").write_bytes(b"no image")
+    status, out, errors = run("search", "a red bus", *where, "-k", 10**30)
+    assert status == 1 and len(out.splitlines()) == 4 and "0.png: " in errors
+    found = load(tiny_model_folder).search("a red bus", tmp_path)
+    assert out.splitlines() == [f"{score:.3f}\t{path}" for path, score in found]
 
 
+EDIT = ("edit", "PHOTO", "--prompt", "a bus", "--out", "x.png")
 HOSTILE: list[tuple[tuple[str, ...], int, str]] = [
     (("answer", "PHOTO", " "), 1, "the question is empty"),
     (("answer", "missing.png", "what?"), 1, "missing.png"),
@@ -173,6 +183,8 @@ HOSTILE: list[tuple[tuple[str, ...], int, str]] = [
     (("edit", "PHOTO", "--mask", "no.png", "--prompt", "a", "--out", "x.png"), 1, "no.png"),
     (("edit", "PHOTO", "--mask", "SMALL", "--prompt", "a", "--out", "x.png"), 1, "of one size"),
     (("edit", "PHOTO", "--box", "0,0,9,9", "--prompt", " ", "--out", "x.png"), 1, "is empty"),
+    ((*EDIT, "--margins", "99999999,0,0,0"), 1, "margins=(99999999, 0, 0, 0): too large"),
+    ((*EDIT, "--margins", "9999,0,0,0"), 1, "over 200 times as long as wide"),
     (("generate",), 2, "the prompt is empty"),
     (("generate", "--text", "a", "--output", "image"), 2, "needs --out"),
     (("generate", "--image", "missing.png"), 1, "missing.png"),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from multimodal.cli import main
-from multimodal.data.builder.build import build
+from multimodal.data.builder.build import build_shards
 from multimodal.data.encode import encode_shards
 from multimodal.data.shards import Shards, read_manifest
 from multimodal.files import address_of, atomic_folder, local_path, new_folder, open_file
@@ -81,7 +81,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "trainer": {"max_steps": 1},
     }  # fmt: skip
     (folder / "fit.yaml").write_text(yaml.safe_dump(config), "utf-8")
-    build(folder / "photos", folder / "shards")
+    build_shards(folder / "photos", folder / "shards")
     fsspec.filesystem("memory").put(str(folder / "shards"), "/elsewhere/far", recursive=True)
     return folder
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from multimodal.commands.data import main
-from multimodal.data.builder.build import build
+from multimodal.data.builder.build import build_shards
 from multimodal.data.builder.writer import is_held_out, make_key
 from multimodal.data.shards import index_shard, write_manifest
 from tests.photos import by_caption, hashes, picture, rejected, samples
@@ -20,7 +20,7 @@ from tests.photos import by_caption, hashes, picture, rejected, samples
 
 def test_a_folder_of_images(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = build(photos, out)
+    report = build_shards(photos, out)
     assert rejected(out) == {
         "broken.jpg": "unreadable image",
         "empty.png": "unreadable image",
@@ -52,7 +52,7 @@ def test_a_folder_of_images(photos: Path, tmp_path: Path) -> None:
 
 
 def test_images_without_text_are_kept_on_demand(photos: Path, tmp_path: Path) -> None:
-    report = build(photos, tmp_path / "out", need_text=False)
+    report = build_shards(photos, tmp_path / "out", need_text=False)
     assert (report.total, report.kept) == (14, 9)
     assert samples(tmp_path / "out")["silent"].record == {"captions": []}
 
@@ -69,7 +69,7 @@ def test_images_are_resized_and_converted(tmp_path: Path) -> None:
     red.save(folder / "moving.webp", save_all=True, append_images=[Image.new("RGB", (40, 20))])
     for path in list(folder.iterdir()):
         path.with_suffix(".txt").write_text(path.name)
-    build(folder, tmp_path / "asis")
+    build_shards(folder, tmp_path / "asis")
     built = samples(tmp_path / "asis")
 
     def decoded(key: str) -> Image.Image:
@@ -83,7 +83,7 @@ def test_images_are_resized_and_converted(tmp_path: Path) -> None:
     for key in ("turned", "print", "moving"):
         assert np.abs(np.asarray(decoded(key), int) - [255, 0, 0]).max() < 4
     for fit in ("squash", "crop", "letterbox"):
-        build(folder, tmp_path / fit, image_size=16, fit=fit)
+        build_shards(folder, tmp_path / fit, image_size=16, fit=fit)
         built = samples(tmp_path / fit)
         assert {decoded(key).size for key in built} == {(16, 16)}
         corner = decoded("print").getpixel((8, 0))
@@ -115,7 +115,7 @@ def test_a_table(photos: Path, tmp_path: Path, kind: str) -> None:
             writer.writeheader()
             writer.writerows(rows)
     out = tmp_path / "out"
-    report = build(table, out)
+    report = build_shards(table, out)
     extra = 2 if kind == "jsonl" else 0
     # 3 rows have the same image. 3 images and 2 rows are bad.
     assert (report.total, report.kept) == (2 + 3 + 2 + extra, 2)
@@ -132,20 +132,20 @@ def test_columns_of_a_table(photos: Path, tmp_path: Path) -> None:
     table = photos / "t.csv"
     table.write_text("where,what\na.jpg,one\n")
     with pytest.raises(ValueError, match="which column is the image.*where, what.*--image-column"):
-        build(table, tmp_path / "out")
+        build_shards(table, tmp_path / "out")
     with pytest.raises(ValueError, match="no column 'x'"):
-        build(table, tmp_path / "out", image_column="x")
+        build_shards(table, tmp_path / "out", image_column="x")
     with pytest.raises(ValueError, match="--text-column"):
-        build(table, tmp_path / "out", image_column="where")
-    build(table, tmp_path / "out", image_column="where", text_column="what")
+        build_shards(table, tmp_path / "out", image_column="where")
+    build_shards(table, tmp_path / "out", image_column="where", text_column="what")
     assert samples(tmp_path / "out")["a"].record == {"captions": ["one"]}
     table.write_text("image,question,answer\na.jpg,Who?,Me\na.jpg,Why?,So\n")
-    build(table, tmp_path / "vqa")
+    build_shards(table, tmp_path / "vqa")
     assert samples(tmp_path / "vqa")["a"].record["qa"] == [["Who?", "Me"], ["Why?", "So"]]
     table.write_text("image,caption\na.jpg,one, two\nb.v2.png,fine\n")
-    assert build(table, tmp_path / "cells").reasons == {"unreadable row": 1}
+    assert build_shards(table, tmp_path / "cells").reasons == {"unreadable row": 1}
     table.write_bytes(b"image,caption\na.jpg,\xff\xfe\nb.v2.png,fine\n")
-    assert build(table, tmp_path / "bytes").reasons == {"unreadable text": 1}
+    assert build_shards(table, tmp_path / "bytes").reasons == {"unreadable text": 1}
 
 
 def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -176,7 +176,7 @@ def test_shards_are_salvaged(tmp_path: Path) -> None:
     data[offsets["4.png"] + 512 + 60] ^= 1  # an image
     (source / "x-0.tar").write_bytes(data)
     out = tmp_path / "out"
-    report = build(source, out)
+    report = build_shards(source, out)
     assert (report.total, report.kept, report.rejected) == (10, 6, 4)
     assert report.reasons == {"no text": 1, "no image": 1, "unreadable image": 2}
     lines = (out / "rejected.jsonl").read_text().splitlines()
@@ -187,7 +187,7 @@ def test_shards_are_salvaged(tmp_path: Path) -> None:
     assert by_caption(out)["again"].image == picture(9), "a key that another shard has is renamed"
     # Held-out samples stay in their split.
     assert samples(out, "val")["v"].record == {"captions": ["v"], "label": "4"}
-    assert build(source / "x-1.tar", tmp_path / "one").kept == 1
+    assert build_shards(source / "x-1.tar", tmp_path / "one").kept == 1
 
 
 def test_all_lost_samples_of_a_cut_shard_with_an_index_are_named(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_all_lost_samples_of_a_cut_shard_with_an_index_are_named(tmp_path: Path)
     data = shard.read_bytes()
     for position in range(2560, len(data) - 10240, 1500):
         shard.write_bytes(data[:position])
-        report = build(source, out, overwrite=True)
+        report = build_shards(source, out, overwrite=True)
         names = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
         lost = {line["sample"].rpartition(": ")[2] for line in names}
         assert report.total == 8 and lost | samples(out).keys() == set(keys)
@@ -208,14 +208,14 @@ def test_all_lost_samples_of_a_cut_shard_with_an_index_are_named(tmp_path: Path)
 
 
 def test_the_same_source_gives_the_same_bytes(photos: Path, tmp_path: Path) -> None:
-    build(photos, tmp_path / "one", shard_size=3, val_share=0.3)
+    build_shards(photos, tmp_path / "one", shard_size=3, val_share=0.3)
     for path in photos.rglob("*"):
         os.utime(path, (1, 1))
-    build(photos, tmp_path / "two", shard_size=3, val_share=0.3, workers=2)
+    build_shards(photos, tmp_path / "two", shard_size=3, val_share=0.3, workers=2)
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
     assert {"train-0000.tar", "train-0001.tar", "val-0000.tar"} < hashes(tmp_path / "one").keys()
     # A build from these shards gives the same shards.
-    build(tmp_path / "one", tmp_path / "three", shard_size=3)
+    build_shards(tmp_path / "one", tmp_path / "three", shard_size=3)
     tars = {name: h for name, h in hashes(tmp_path / "three").items() if name.endswith(".tar")}
     assert tars.items() <= hashes(tmp_path / "one").items()
 
@@ -229,7 +229,7 @@ def test_new_samples_do_not_change_the_split_of_old_ones(tmp_path: Path) -> None
             (folder / f"p{number}.png").write_bytes(picture(number, size=(2, 2)))
             (folder / f"p{number}.txt").write_text("x")
         out = tmp_path / f"out{count}"
-        report = build(folder, out, val_share=0.25, shard_size=7)
+        report = build_shards(folder, out, val_share=0.25, shard_size=7)
         val, train = samples(out, "val"), samples(out, "train")
         assert len(val) + len(train) == count and not val.keys() & train.keys()
         assert report.splits == {"train": len(train), "val": len(val)}
@@ -251,29 +251,29 @@ def test_keys_are_valid_and_unique() -> None:
 
 def test_only_files_of_a_build_are_replaced(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    build(photos, out)
+    build_shards(photos, out)
     before = hashes(out)
     with pytest.raises(ValueError, match="not empty.*--overwrite"):
-        build(photos, out)
+        build_shards(photos, out)
     assert hashes(out) == before
-    build(photos, out, overwrite=True, shard_size=2)
+    build_shards(photos, out, overwrite=True, shard_size=2)
     assert (out / "train-0003.tar").exists()
-    build(photos, out, overwrite=True)
+    build_shards(photos, out, overwrite=True)
     assert hashes(out) == before, "nothing of the earlier build is left"
     (out / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="not empty, holds thesis.txt"):
-        build(photos, out, overwrite=True)
+        build_shards(photos, out, overwrite=True)
     assert (out / "thesis.txt").exists()
     with pytest.raises(ValueError, match="lies in it"):
-        build(photos, photos, overwrite=True)
+        build_shards(photos, photos, overwrite=True)
     with pytest.raises(ValueError, match="lies in it"):
-        build(photos, tmp_path, overwrite=True)
+        build_shards(photos, tmp_path, overwrite=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
-        build(photos, tmp_path / "file")
+        build_shards(photos, tmp_path / "file")
     # OUT inside the source is not read as a part of the source.
-    assert build(photos, photos / "shards").total == 14
-    assert build(photos, photos / "shards", overwrite=True).total == 14
+    assert build_shards(photos, photos / "shards").total == 14
+    assert build_shards(photos, photos / "shards", overwrite=True).total == 14
 
 
 def test_a_build_without_usable_samples_is_an_error_with_reasons(
@@ -282,14 +282,14 @@ def test_a_build_without_usable_samples_is_an_error_with_reasons(
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     with pytest.raises(ValueError, match="nothing found"):
-        build(source, out)
+        build_shards(source, out)
     for number in range(3):
         (source / f"{number}.jpg").write_bytes(b"?")
         (source / f"{number}.txt").write_text("x")
-    build(photos, out)
+    build_shards(photos, out)
     before = {k: v for k, v in hashes(out).items() if k != "rejected.jsonl"}
     with pytest.raises(ValueError, match="no sample could be used .3 unreadable image."):
-        build(source, out, overwrite=True)
+        build_shards(source, out, overwrite=True)
     assert len(rejected(out)) == 3 and before.items() <= hashes(out).items()
     for wrong in (
         {"val_share": 1.0},
@@ -300,11 +300,11 @@ def test_a_build_without_usable_samples_is_an_error_with_reasons(
         {"workers": 0},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            build(photos, tmp_path / "new", **wrong)
+            build_shards(photos, tmp_path / "new", **wrong)
     assert not (tmp_path / "new").exists()
     for wrong_source in (tmp_path / "nowhere", photos / "notes.md"):
         with pytest.raises(ValueError, match=wrong_source.name):
-            build(wrong_source, tmp_path / "new")
+            build_shards(wrong_source, tmp_path / "new")
 
 
 def test_the_command(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,7 +346,7 @@ def test_shards_of_img2dataset(tmp_path: Path) -> None:
     )
     for name in ("00000.parquet", "00000_stats.json"):
         (source / name).write_bytes(b"not a sample")
-    report = build(source, tmp_path / "out")
+    report = build_shards(source, tmp_path / "out")
     assert report is not None and (report.kept, report.splits) == (2, {"train": 2})
     built = samples(tmp_path / "out")
     assert built["000000003"].record["captions"] == ["a  cat"]

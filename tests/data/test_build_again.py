@@ -11,7 +11,7 @@ import pytest
 import multimodal.data.builder.build
 import multimodal.data.builder.image_parts
 from multimodal.data.builder import image_parts
-from multimodal.data.builder.build import build
+from multimodal.data.builder.build import build_shards
 from multimodal.data.verify import check
 from tests.photos import by_caption, hashes, picture
 
@@ -21,7 +21,7 @@ def test_an_interrupted_build_can_go_on(
 ) -> None:
     monkeypatch.setattr(multimodal.data.builder.build, "PART_SIZE", 4)
     expected = tmp_path / "expected"
-    build(photos, expected, shard_size=2)
+    build_shards(photos, expected, shard_size=2)
 
     def interrupted(items: Any) -> Iterator[Any]:
         for number, item in enumerate(items):
@@ -31,7 +31,7 @@ def test_an_interrupted_build_can_go_on(
 
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        build(photos, out, shard_size=2, progress=interrupted)
+        build_shards(photos, out, shard_size=2, progress=interrupted)
     assert [path.name for path in out.iterdir()] == [".building"]
     assert any("no manifest.json" in problem for problem in check(out))
     parts = list((out / ".building/parts").glob("*.json"))
@@ -45,7 +45,7 @@ def test_an_interrupted_build_can_go_on(
     (photos / "later.jpg").write_bytes(
         picture(33, "JPEG")
     )  # without text, so the result does not change
-    build(photos, out, shard_size=2)
+    build_shards(photos, out, shard_size=2)
     (photos / "later.jpg").unlink()
     assert len(parts) >= 2 and 0 < opened.total() < 13, "existing parts are not made again"
     tars = {name: value for name, value in hashes(expected).items() if name.endswith(".tar")}
@@ -61,10 +61,10 @@ def test_an_interrupted_build_can_go_on(
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        build(photos, out, shard_size=2, overwrite=True)
+        build_shards(photos, out, shard_size=2, overwrite=True)
     monkeypatch.undo()
     assert any("no manifest.json" in problem for problem in check(out))
-    build(photos, out, shard_size=2)  # the same command again
+    build_shards(photos, out, shard_size=2)  # the same command again
     tars = {name for name in hashes(out) if name.endswith(".tar")}
     assert {name: hashes(out)[name] for name in tars} == {name: before[name] for name in tars}
 
@@ -74,7 +74,7 @@ def test_a_failed_build_gives_no_right_to_delete_files(photos: Path, tmp_path: P
     out = tmp_path / "out"
     (photos / "t.csv").write_text("image,caption\na.jpg,one\n")
     with pytest.raises(ValueError, match="no column 'zz'"):
-        build(photos / "t.csv", out, image_column="zz")
+        build_shards(photos / "t.csv", out, image_column="zz")
     assert list(out.iterdir()) == []
 
     def stop(items: Any) -> Iterator[Any]:
@@ -82,26 +82,26 @@ def test_a_failed_build_gives_no_right_to_delete_files(photos: Path, tmp_path: P
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(photos, out, progress=stop)
+        build_shards(photos, out, progress=stop)
     (out / "train-0000.tar").write_bytes(b"years of work")
     with pytest.raises(ValueError, match="not empty"):
-        build(photos, out)
+        build_shards(photos, out)
     assert (out / "train-0000.tar").read_bytes() == b"years of work"
 
 
 def test_a_part_that_lost_data_is_made_again(photos: Path, tmp_path: Path) -> None:
     out, expected = tmp_path / "out", tmp_path / "expected"
-    build(photos, expected)
+    build_shards(photos, expected)
 
     def stop(items: Any) -> Iterator[Any]:
         yield next(iter(items))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(photos, out, progress=stop)
+        build_shards(photos, out, progress=stop)
     (part,) = out.glob(".building/parts/*.bin")
     part.write_bytes(part.read_bytes()[:-500])
-    build(photos, out)
+    build_shards(photos, out)
     assert hashes(out) == hashes(expected)
 
 
@@ -117,9 +117,9 @@ def test_an_error_of_the_machine_does_not_reject_an_image(
 
     monkeypatch.setattr(image_parts, "read_bytes", few_files)
     with pytest.raises(OSError, match="Too many open files"):
-        build(photos, tmp_path / "out")
+        build_shards(photos, tmp_path / "out")
     monkeypatch.undo()
-    report = build(photos, tmp_path / "out")
+    report = build_shards(photos, tmp_path / "out")
     assert report is not None and report.kept == 7
 
 
@@ -130,8 +130,8 @@ def test_an_image_that_changed_is_made_again(photos: Path, tmp_path: Path) -> No
 
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        build(photos, out, progress=stop)
+        build_shards(photos, out, progress=stop)
     new = picture(55, "JPEG")
     (photos / "a.jpg").write_bytes(new)
-    build(photos, out)
+    build_shards(photos, out)
     assert by_caption(out)["caption of a.jpg"].image == new

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from multimodal.commands.data import main
-from multimodal.data.builder.build import Report, build
+from multimodal.data.builder.build import Report, build_shards
 from multimodal.data.builder.cleaning import Cleaning, find_personal, mask_personal
 from multimodal.data.shards import Shards, read_manifest
 
@@ -54,7 +54,7 @@ def rejected(out: Path) -> dict[str, str]:
 
 
 def built(source: Path, out: Path, **steps: object) -> Report:
-    report = build(source, out, cleaning=Cleaning(**steps))  # type: ignore[arg-type]
+    report = build_shards(source, out, cleaning=Cleaning(**steps))  # type: ignore[arg-type]
     assert report is not None
     return report
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from multimodal.cli import main
-from multimodal.data.builder.build import build
+from multimodal.data.builder.build import build_shards
 from multimodal.data.builder.cleaning import Cleaning
 from multimodal.data.samples import Sample, texts_of
 from multimodal.data.shards import Shards
@@ -66,7 +66,7 @@ def rejected(out: Path) -> dict[int, str]:
 
 def test_documents_are_complete_and_in_order(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = build(source, out)
+    report = build_shards(source, out)
     assert report is not None and (report.total, report.kept) == (12, 3)
     assert rejected(out) == {
         3: "no text",
@@ -94,7 +94,7 @@ def test_documents_are_complete_and_in_order(source: Path, tmp_path: Path) -> No
     assert main(["data", "check", str(out), "--decode"]) == 0
 
     # A build from shards of documents does not change them.
-    build(out, tmp_path / "again", cleaning=Cleaning(personal_data="mask", copies="exact"))
+    build_shards(out, tmp_path / "again", cleaning=Cleaning(personal_data="mask", copies="exact"))
     again = list(Shards(tmp_path / "again"))
     assert [sample.key for sample in again] == ["first", second.key, plain.key]
     assert again[0].record["content"][2] == {"text": "and green, ask [e-mail]:"}
@@ -130,7 +130,7 @@ def test_several_images_without_an_order_are_rejected(tmp_path: Path) -> None:
     ]
     (tmp_path / "in").mkdir()
     write_tar(tmp_path / "in/train-0000.tar", samples)
-    report = build(tmp_path / "in", tmp_path / "out")
+    report = build_shards(tmp_path / "in", tmp_path / "out")
     assert report is not None and (report.total, report.kept) == (4, 1)
     assert report.reasons == {"unreadable text": 1, "no image": 2}
     assert [sample.key for sample in Shards(tmp_path / "out")] == ["good"]
@@ -147,7 +147,7 @@ def test_a_lost_document_is_reported(tmp_path: Path) -> None:
     for name in (b"k2.0.jpg", b"k2.json"):
         data[data.index(name) + 150] ^= 1  # both headers
     tar.write_bytes(data)
-    report = build(tmp_path / "in", tmp_path / "out")
+    report = build_shards(tmp_path / "in", tmp_path / "out")
     assert report is not None and (report.total, report.kept) == (5, 4)
     assert report.reasons == {"damaged shard": 1}
 
@@ -162,7 +162,7 @@ def test_another_field_named_content_does_not_make_a_document(
     record = {"caption": "write to me@x.org", "content": content}
     (folder / "a.json").write_text(json.dumps(record))
     cleaning = Cleaning(blocklist=["bad"], personal_data="mask")
-    build(folder, tmp_path / "out", cleaning=cleaning)
+    build_shards(folder, tmp_path / "out", cleaning=cleaning)
     (sample,) = Shards(tmp_path / "out")
     assert sample.record == {"captions": ["write to [e-mail]"], "content": content}
     assert sample.image == picture("red")
@@ -171,12 +171,12 @@ def test_another_field_named_content_does_not_make_a_document(
 def test_plain_text_is_a_document_without_images(tmp_path: Path) -> None:
     lines = [{"text": "one", "license": "CC0"}, {"text": " "}, {"text": 3}, {"text": "two"}]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report = build(tmp_path / "texts.jsonl", tmp_path / "out")
+    report = build_shards(tmp_path / "texts.jsonl", tmp_path / "out")
     assert report is not None and report.reasons == {"no text": 1, "unreadable text": 1}
     first, second = Shards(tmp_path / "out")
     assert first.record == {"captions": [], "license": "CC0", "content": [{"text": "one"}]}
     assert main(["data", "check", str(tmp_path / "out"), "--decode"]) == 0
-    report = build(tmp_path / "out", tmp_path / "again")
+    report = build_shards(tmp_path / "out", tmp_path / "again")
     assert report is not None and report.kept == 2
     assert list(Shards(tmp_path / "again"))[1].members == second.members
 
@@ -195,13 +195,13 @@ def test_a_table_of_images_is_not_read_as_plain_text(
     table = source.with_name("table.jsonl")
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if any("image" in row for row in rows):
-        report = build(table, tmp_path / "out")
+        report = build_shards(table, tmp_path / "out")
         assert report is not None and report.kept == 1 and report.reasons == {"no image": 1}
         return
     with pytest.raises(ValueError, match="which column is the image"):
-        build(table, tmp_path / "out")
+        build_shards(table, tmp_path / "out")
     if "photo" in rows[0]:
-        report = build(table, tmp_path / "out", image_column="photo")
+        report = build_shards(table, tmp_path / "out", image_column="photo")
         assert report is not None and report.kept == 2
         assert all("jpg" in sample.members for sample in Shards(tmp_path / "out"))
 
@@ -212,7 +212,7 @@ def test_a_late_image_among_plain_texts_is_rejected(
     monkeypatch.setattr("multimodal.data.builder.documents.SNIFFED_ROWS", 2)
     lines = [{"text": "one"}, {"text": "two"}, {"text": "red", "image": "a.jpg"}]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report = build(tmp_path / "t.jsonl", tmp_path / "out")
+    report = build_shards(tmp_path / "t.jsonl", tmp_path / "out")
     assert report is not None and report.kept == 2
     assert rejected(tmp_path / "out") == {3: "unreadable text"}
 
@@ -227,13 +227,13 @@ def test_a_damaged_plain_text_is_reported(tmp_path: Path) -> None:
     data = bytearray(tar.read_bytes())
     data[data.index(b"k2.json") + 150] ^= 1
     tar.write_bytes(data)
-    report = build(tmp_path / "in", tmp_path / "out")
+    report = build_shards(tmp_path / "in", tmp_path / "out")
     assert report is not None and (report.total, report.kept) == (5, 4)
     assert report.reasons == {"damaged shard": 1}
 
 
 def test_training_reads_documents_in_order(source: Path, tmp_path: Path) -> None:
-    build(source, tmp_path / "out")
+    build_shards(source, tmp_path / "out")
     data = ShardDataset([Shards(tmp_path / "out")], 16, "squash", 0)
     batch = data.collate([data[0, n] for n in range(3)])
     assert batch.documents == [
@@ -248,7 +248,7 @@ def test_training_reads_documents_in_order(source: Path, tmp_path: Path) -> None
 
 
 def test_the_image_of_a_document_is_an_error(source: Path, tmp_path: Path) -> None:
-    build(source, tmp_path / "out")
+    build_shards(source, tmp_path / "out")
     with pytest.raises(ValueError, match="sample first is a document of 2 images"):
         Shards(tmp_path / "out")[0].image  # noqa: B018
 
@@ -271,7 +271,7 @@ def test_content_that_does_not_match_the_images_is_refused(source: Path, tmp_pat
         write_tar(shard, [(f"k{number}", members)])
     write_manifest(folder, [index_shard(tar) for tar in sorted(folder.glob("*.tar"))])
     with pytest.raises(ValueError, match="no sample could be used .3 unreadable text."):
-        build(folder, tmp_path / "out")
+        build_shards(folder, tmp_path / "out")
     sample = Sample("k", {"0.jpg": b"", "json": b"{}"})
     with pytest.raises(ValueError, match="document of 1 images"):
         _ = sample.image

@@ -1,6 +1,9 @@
 """JSON without end, numbers without sense, pipes and devices: one line that names the file."""
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import tarfile
 from collections.abc import Callable
@@ -10,10 +13,11 @@ from typing import Any
 import pytest
 
 from multimodal.cli import main
-from multimodal.data.builder.build import build
+from multimodal.data.builder import salvage
+from multimodal.data.builder.build import build_shards
 from multimodal.data.shards import DamagedShard, Shards, file_sha256
 from multimodal.files import UnreadableFile, open_file, read_bytes, read_json, read_text
-from tests.photos import picture
+from tests.photos import picture, tar_of
 
 DEEP = "[" * 20_000 + "]" * 20_000
 WIDE = '{"a":' * 20_000 + "1" + "}" * 20_000
@@ -30,7 +34,7 @@ def photos(folder: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    build(photos(tmp_path / "photos"), tmp_path / "shards")
+    build_shards(photos(tmp_path / "photos"), tmp_path / "shards")
     return tmp_path / "shards"
 
 
@@ -53,7 +57,7 @@ def test_json_without_end_is_refused_everywhere(folder: Path, tmp_path: Path) ->
     source = tmp_path / "photos"
     (source / "a.txt").rename(source / "a.json")
     (source / "a.json").write_text(DEEP, "utf-8")
-    report = build(source, tmp_path / "again")
+    report = build_shards(source, tmp_path / "again")
     assert report is not None and report.reasons == {"unreadable text": 1} and report.kept == 2
     for suffix in (".json", ".jsonl", ".csv"):
         (tmp_path / f"deep{suffix}").write_text(DEEP, "utf-8")
@@ -111,14 +115,16 @@ def test_pipes_and_devices_in_a_source_are_rejected_by_name(tmp_path: Path) -> N
     os.mkfifo(source / "b.txt")
     (source / "zero.png").symlink_to("/dev/zero")
     (source / "zero.txt").symlink_to("/dev/zero")
-    report = build(source, tmp_path / "out")
+    report = build_shards(source, tmp_path / "out")
     assert report is not None and (report.total, report.kept) == (4, 1)
     assert report.reasons == {"unreadable image": 1, "unreadable text": 2}
     for line in (tmp_path / "out" / "rejected.jsonl").read_text("utf-8").splitlines():
         assert "not a regular file" in json.loads(line)["detail"]
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".parquet", ".tar", ".txt", ".pt"])
+@pytest.mark.parametrize(
+    "suffix", [".csv", ".jsonl", ".json", ".parquet", ".arrow", ".tar", ".txt", ".pt"]
+)
 @pytest.mark.parametrize("target", ["pipe", "zero", "hole"])
 def test_a_source_that_is_no_file_is_one_line(
     tmp_path: Path, suffix: str, target: str, capsys: pytest.CaptureFixture[str]
@@ -138,6 +144,20 @@ def test_a_source_that_is_no_file_is_one_line(
     assert main(verbs.get(suffix, ["data", "build", str(path), str(tmp_path / "out")])) == 1
     error = capsys.readouterr().err
     assert str(path) in error and len(error.strip().splitlines()) <= 3
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip), ("bz2", bz2), ("xz", lzma)])
+def test_a_packed_tar_that_unpacks_without_end_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, pack: Any
+) -> None:
+    monkeypatch.setattr(salvage, "MAX_FILE", 1 << 18)
+    folder, good = tmp_path / "tars", {"a.jpg": picture(0, "JPEG"), "a.txt": b"text " * 9000}
+    tar_of(folder / f"good.tar.{suffix}", good, f"w:{suffix}")
+    (folder / f"bomb.tar.{suffix}").write_bytes(pack.compress(bytes(1 << 23)))
+    report = build_shards(folder, tmp_path / "out")
+    assert report is not None and report.kept == 1 and report.reasons == {"damaged shard": 1}
+    (line,) = (tmp_path / "out/rejected.jsonl").read_text("utf-8").splitlines()
+    assert "bomb" in line and "unpacked it has more than" in line
 
 
 def test_a_folder_with_a_pipe_for_a_shard_is_refused(

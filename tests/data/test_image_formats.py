@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multimodal.data.builder.build import build
+from multimodal.data.builder.build import build_shards
 from multimodal.data.images import open_image
 from multimodal.data.shards import Shards
 
@@ -177,7 +177,7 @@ def test_a_build_reads_every_format_and_keeps_what_is_without_loss(tmp_path: Pat
         # The gap: every sample is kept or rejected by name.
         (source / f"{suffix}_half.{suffix}").write_bytes(data[: len(data) // 2])
         (source / f"{suffix}_half.txt").write_text("half", "utf-8")
-    report = build(source, out)
+    report = build_shards(source, out)
     assert report is not None and (report.kept, report.rejected) == (len(ends), len(ends))
     for sample in Shards(out):
         assert set(sample.members) == {ends[sample.key], "json"}
@@ -221,7 +221,7 @@ def _fuzz(folder: Path, count: int, seed: int) -> None:
         suffix = rng.choice(["jpg", "png", "gif", "tif", "webp", "avif", "bmp"])  # it need not fit
         (source / f"{number:05}.{suffix}").write_bytes(data)
         (source / f"{number:05}.txt").write_text(f"number {number}", "utf-8")
-    report = build(source, out)
+    report = build_shards(source, out)
     assert report is not None and report.kept + report.rejected == report.total == count
     names = [sample.key for sample in Shards(out) if open_image(sample.image)]
     lines = (out / "rejected.jsonl").read_text("utf-8").splitlines()

@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from multimodal.cli import main
-from multimodal.data.builder.build import Report, build
+from multimodal.data.builder.build import Report, build_shards
 from multimodal.data.images import open_image
 from tests.photos import by_caption, picture, rejected, samples, tar_of
 
@@ -19,7 +19,7 @@ from tests.photos import by_caption, picture, rejected, samples, tar_of
 def built(source: Path, **options: Any) -> tuple[dict[str, Any], Report]:
     """The records by key, and the report."""
     out = source.parent / f"{source.name}-out"
-    report = build(source, out, **options)
+    report = build_shards(source, out, **options)
     assert report is not None and report.total == report.kept + report.rejected
     lines = (out / "rejected.jsonl").read_text().splitlines()
     assert len(lines) == report.rejected and report.kept == len(samples(out))
@@ -117,7 +117,7 @@ def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
     assert records == {"a": {"captions": ["a"]}} and report.ignored == {"not regular files": 2}
     assert rejected(tmp_path / "f-out") == dict.fromkeys(("b.png", "c.png"), "unreadable text")
     with pytest.raises(ValueError, match="t.csv: not a regular file"):
-        build(folder / "t.csv", tmp_path / "out")
+        build_shards(folder / "t.csv", tmp_path / "out")
 
 
 def test_a_packed_tar_that_is_cut_off_gives_what_comes_before(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import webdataset
 
 from multimodal.cli import main
-from multimodal.data.builder.build import build
+from multimodal.data.builder.build import build_shards
 from multimodal.data.indexing import index_folder
 from multimodal.data.samples import plain
 from multimodal.data.shards import Shards
@@ -51,7 +51,7 @@ def test_build_and_index_read_the_same_records(tmp_path: Path) -> None:
             members |= {f"._{key}.{suffix}": b"\0\5\x16\7", f"{key}.{suffix}": data}
     folder = tmp_path / "s"
     tar = tar_of(folder / "train-0.tar", members)
-    report = build(folder, tmp_path / "out", need_text=False)
+    report = build_shards(folder, tmp_path / "out", need_text=False)
     records = {key: sample.record for key, sample in samples(tmp_path / "out").items()}
     index_folder(folder)
     indexed: dict[str, Any] = {}
@@ -90,7 +90,7 @@ def test_member_names_that_are_not_utf8_are_indexed_and_built(tmp_path: Path) ->
         name = raw.decode(errors="surrogateescape")
         members |= {f"{name}.png": picture(number), f"{name}.txt": b"%d" % number}
     tar_of(tmp_path / "s/x-0.tar", members)
-    build(tmp_path / "s", tmp_path / "out")
+    build_shards(tmp_path / "s", tmp_path / "out")
     built = samples(tmp_path / "out").values()
     assert sorted(s.record["captions"] for s in built) == [["0"], ["1"], ["2"]]
     index_folder(tmp_path / "s")

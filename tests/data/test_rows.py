@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from multimodal.data.builder.build import build
+from multimodal.data.builder.build import build_shards
 from multimodal.data.builder.rows import find_layout, looks_like_image, read_rows, split_rows
 from tests.photos import picture, samples
 
@@ -142,7 +142,7 @@ def test_tables_that_people_have(folder: Path, name: str, content: str) -> None:
             if encoding == "utf-16"
             else content.encode()
         )
-        report = build(folder / name, folder / encoding)
+        report = build_shards(folder / name, folder / encoding)
         assert report is not None and (report.kept, report.total) == (2, 2)
         records = {
             key: sample.record["captions"] for key, sample in samples(folder / encoding).items()
@@ -153,8 +153,8 @@ def test_tables_that_people_have(folder: Path, name: str, content: str) -> None:
 def test_a_table_without_header_and_with_three_columns_asks_for_the_text(folder: Path) -> None:
     (folder / "t.csv").write_text("a.png|0|one\na.png|1|more\n")
     with pytest.raises(ValueError, match="which column is the text. It has 1, 2, 3"):
-        build(folder / "t.csv", folder / "out")
-    build(folder / "t.csv", folder / "out", text_column="3")
+        build_shards(folder / "t.csv", folder / "out")
+    build_shards(folder / "t.csv", folder / "out", text_column="3")
     assert samples(folder / "out")["a"].record["captions"] == ["one", "more"]
 
 
@@ -171,7 +171,7 @@ def test_rejected_rows_are_listed_with_file_and_line(folder: Path) -> None:
         b"c.png,\n"
         b"https://x.org/a.jpg,far\n"
     )
-    report = build(table, folder / "out")
+    report = build_shards(table, folder / "out")
     assert report is not None and (report.kept, report.rejected) == (1, 6)
     lines = [json.loads(line) for line in (folder / "out/rejected.jsonl").read_text().splitlines()]
     assert all(line["file"] == str(table) for line in lines)

@@ -1,8 +1,10 @@
 """Images in every form that people hold, one or many in, and what comes back for many."""
 
+import base64
 import functools
 import http.server
 import io
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from PIL import Image
 
 from multimodal.api import Model, load
-from multimodal.inference.values import MAX_DOWNLOAD, Drawings, open_mask, open_source
+from multimodal.inference.values import MAX_DOWNLOAD, Drawings, Results, open_mask, open_source
 from multimodal.options import DrawOptions, TextOptions, make_options
 
 Make = Callable[..., Model]
@@ -144,6 +146,28 @@ def test_drawings_of_many_texts_are_those_of_each(model: Model) -> None:
     shown = Image.open(io.BytesIO(both[0]._repr_png_() or b""))
     assert shown.size == (66, 32), "a notebook shows both, two pixels apart"
     assert Drawings()._repr_png_() is None
+    assert pictures_in(both) == [each.tobytes() for drawings in both for each in drawings]
+
+
+def pictures_in(results: Any) -> list[bytes]:
+    """The pixels of the pictures that a notebook shows of results."""
+    found = re.findall(r"data:image/png;base64,([^']+)'", results._repr_html_())
+    return [Image.open(io.BytesIO(base64.b64decode(data))).tobytes() for data in found]
+
+
+def test_a_notebook_shows_results_and_nothing_of_them_is_markup(tmp_path: Path) -> None:
+    name = tmp_path / "<b>&.png"
+    PICTURE.save(name)
+    found = Results([(name, 0.5), (tmp_path / "gone.png", 0.25)])
+    assert pictures_in(found) == [PICTURE.tobytes()]
+    assert "0.500" in found._repr_html_() and "&lt;b&gt;&amp;.png" in found._repr_html_()
+    texts = Results()
+    for result in ("a <script>", ValueError("<x>: no image")):
+        texts.add(result, "skip")
+    assert texts._repr_html_().count("<") == len(
+        re.findall(r"</?(?:ol|li|i)>", texts._repr_html_())
+    )
+    assert "a &lt;script&gt;" in texts._repr_html_() and "&lt;x&gt;: no" in texts._repr_html_()
 
 
 def test_search_ranks_a_folder(model: Model, tmp_path: Path) -> None:
@@ -193,8 +217,8 @@ def test_help_says_what_an_option_does_and_types_by_their_names() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "bf16"}, "dtype='bf16': expected float32 or bfloat16"),
-        ({"dtype": torch.int8}, "expected float32 or bfloat16"),
+        ({"dtype": "bf16"}, "dtype='bf16': expected one of auto, float32, bfloat16"),
+        ({"dtype": torch.int8}, "expected one of auto, float32, bfloat16"),
         ({"device": "banana"}, "device='banana': cannot be used here"),
     ],
 )

@@ -307,6 +307,35 @@ def test_meaning_alone_reads_and_cannot_draw(tmp_path: Path) -> None:
         tokenizer.decode(codes)
 
 
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ({"encoder": "timm:eva_giant_patch14_224", "image_size": 224}, "weights are missing"),
+        ({"encoder": "open_clip:ViT-bigG-14", "image_size": 224}, "weights are missing"),
+        ({"encoder": "timm:vit_tiny_patch16_224"}, "image_size=64: timm:vit.* does not read it"),
+        ({"stages": [-3, -1]}, "config.json says|weights are missing"),
+        ({"codebook_size": 2**22}, "codebooks has shape"),
+    ],
+)
+def test_a_config_of_another_size_is_refused_before_memory_is_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], wrong: str
+) -> None:
+    meaning(fit=False).save(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stages = {"stages": []} if "encoder" in change else {}
+    (tmp_path / "config.json").write_text(json.dumps(stored | stages | change))
+    devices, make = [], Encoder.__init__
+
+    def spy(self: Encoder, *arguments: Any, **options: Any) -> None:
+        devices.append(torch.get_default_device().type)
+        make(self, *arguments, **options)
+
+    monkeypatch.setattr(Encoder, "__init__", spy)
+    with pytest.raises(ValueError, match=wrong):
+        Meaning.load(tmp_path)
+    assert devices == ["meta"], "two billion weights would take eight gigabytes"
+
+
 VQGAN = {"name": "vqgan", "channels": 32, "multipliers": [1, 1, 1, 1], "depth": 1}
 
 

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from multimodal.cli import main
+from multimodal.train.run.checkpoints import check_checkpoint
 from tests.launches import launch, logged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -168,6 +169,7 @@ def test_a_model_over_two_ranks_resumes_and_agrees_with_one(work: Path, tmp_path
     launch([*fit, str(uninterrupted)], resume, predict, ranks=2)
     assert_same_weights(run, uninterrupted)
     assert len(list(run.glob("predictions-*.jsonl"))) == 2
+    assert_a_folder_is_a_checkpoint(run, resume, tmp_path / "exported")
     for name in ("train/text", "train/image", "train/total", "train/gradient_norm", "val/total"):
         single, double = logged(work / "joint", name), logged(uninterrupted, name)
         assert len(double) == (2 if name.startswith("val") else 8), name
@@ -175,6 +177,28 @@ def test_a_model_over_two_ranks_resumes_and_agrees_with_one(work: Path, tmp_path
             value = double[step]
             bound = 1e-5 if step == 0 else 0.2 if name.endswith("norm") else 5e-2
             assert abs(float(value) / float(single[step]) - 1) < bound, (name, step)
+
+
+def assert_a_folder_is_a_checkpoint(run: Path, resume: list[str], out: Path) -> None:
+    """It becomes a model, and a byte of it that has changed is noticed before anything is done."""
+    checkpoint, best = (
+        (run / "checkpoints" / f"{name}.ckpt").resolve() for name in ("last", "best")
+    )
+    assert main(["export", "model", str(best), str(out)]) == 0
+    exported, own = (load_file(f / "model.safetensors") for f in (out, run / "model"))
+    assert exported.keys() == own.keys()
+    assert all(torch.equal(exported[name], own[name]) for name in own)
+    before, *_ = [p for p in checkpoint.parent.glob("step=*.ckpt") if p != checkpoint]
+    part = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    for verb in (resume, ["export", "model", str(checkpoint), f"{out}-2"]):
+        with pytest.raises(ValueError, match="damaged") as error:
+            check_checkpoint(checkpoint)
+        assert part.name in str(error.value) and f"resume from {before}" in str(error.value)
+        assert main(verb) == 1
+    assert not Path(f"{out}-2").exists()
 
 
 @pytest.mark.parametrize("part", ["decoder", "all"])

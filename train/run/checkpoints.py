@@ -209,21 +209,25 @@ def check_checkpoint(path: Path) -> None:
         raise ValueError(f"{path}: no such checkpoint")
     if not (path.is_dir() or path.is_file()):
         raise ValueError(f"{path}: not a file")
-    reason = _damage_of_folder(path) if path.is_dir() else _damage_of_file(path)
+    reason = _damage(path)
     if reason is None:
         return
     others = [
         other
         for other in reversed(saved_steps(path.resolve().parent))
-        if other.resolve() != path.resolve() and not other.is_dir() and not _damage_of_file(other)
+        if other.resolve() != path.resolve() and not _damage(other)
     ]
     name = f"{path} ({path.resolve().name})" if path.is_symlink() else str(path)
     another = f"resume from {others[0]}" if others else "there is no other checkpoint beside it"
     raise ValueError(f"{name}: the checkpoint is damaged ({reason}); {another}")
 
 
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    return _damage_of_folder(path) if path.is_dir() else _damage_of_file(path)
+
+
 def _damage_of_file(path: Path) -> str | None:
-    """What is wrong with a file, or None."""
     try:
         with zipfile.ZipFile(path) as records:
             bad = records.testzip()

@@ -36,7 +36,7 @@ from multimodal.data.builder.records import (
     SourceItem,
     SourceSample,
 )
-from multimodal.data.builder.sources import read_source
+from multimodal.data.builder.sources import AnySource, open_source, read_source
 from multimodal.data.builder.writer import ShardWriter
 from multimodal.data.images import Fit
 from multimodal.data.near_duplicates import CopyIndex
@@ -79,8 +79,8 @@ class Report:
     changed: dict[str, int]
 
 
-def build(
-    source: str | Path,
+def build_shards(
+    source: AnySource,
     out: str | Path,
     *,
     image_size: int | None = None,
@@ -103,7 +103,10 @@ def build(
     """Write ``OUT/train-0000.tar`` ..., their indexes, the manifest and ``rejected.jsonl``.
 
     Args:
-        source: see ``multimodal.data.builder.sources.read_source``.
+        source: a path (see ``multimodal.data.builder.sources.read_source``), an address
+            ``hf://datasets/user/name`` of the Hugging Face Hub, or items: a torch Dataset, a
+            Dataset of Hugging Face, or another iterable of ``(image, texts)`` or of mappings (see
+            ``multimodal.data.builder.items``). A mapping gives the splits of items their names.
         out: a new or empty folder, or a folder where a build was interrupted.
         image_size: pixels of a side. Images are brought to this square size by ``fit``. With
             ``None``, a JPEG, PNG or WebP that is RGB, upright and not animated is stored byte for
@@ -129,11 +132,11 @@ def build(
         ValueError: if an argument, the source or ``out`` cannot be used, or if no sample can be
             used. In the last case ``out`` keeps what it had and gets a new ``rejected.jsonl``.
     """
-    source, out = local_path(source), local_path(out)
+    source, out = open_source(source), local_path(out)
     images = None if images is None else local_path(images)
     answers = None if answers is None else local_path(answers)
     _check_arguments(image_size, fit, shard_size, val_share, quality, workers)
-    if source.resolve().is_relative_to(out.resolve()):
+    if isinstance(source, Path) and source.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"{out}: the source {source} lies in it; choose another folder")
     staging = out / STAGING
     parts = staging / PARTS
@@ -183,7 +186,7 @@ def build(
             write_manifest(
                 staging,
                 writer.entries,
-                source=shown(source),
+                source=shown(str(source)),
                 image_size=image_size,
                 fit=fit,
                 quality=quality,
@@ -197,8 +200,9 @@ def build(
         shutil.rmtree(staging, ignore_errors=True)
     if not kept:
         why = _reasons(reasons, notes)
-        if reasons["unreadable image"] and source.is_file() and images is None:
-            why += f"; images are looked for in {source.parent}, or in the folder --images"
+        is_table = isinstance(source, Path) and source.is_file() and images is None
+        if reasons["unreadable image"] and is_table:
+            why += f"; images are looked for beside {source}, or in the folder --images"
         raise ValueError(f"{source}: no sample could be used ({why}); see {out / REJECTED}")
     return Report(
         total=kept + reasons.total(),

@@ -1,9 +1,11 @@
 """Read a folder of images with texts beside them, or with a metadata table as Hugging Face has it.
 
-A folder without images holds tables: a data set in several Parquet files, for instance.
+A folder without images holds tables: a data set in several Parquet files, for instance, or one that
+``save_to_disk`` of Hugging Face's datasets wrote.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from multimodal.data.builder.records import (
 )
 from multimodal.data.builder.tables import TABLE_SUFFIXES, read_table
 from multimodal.data.samples import IMAGE_SUFFIXES, record_of
-from multimodal.files import read_bytes
+from multimodal.files import read_bytes, read_json
 from multimodal.terminal import shown
 
 _OTHER_IMAGES = ("jxl", "jp2", "svg", "ico", "psd", "dng", "cr2", "nef", "arw")
@@ -46,19 +48,20 @@ def read_folder(folder: Path, outside: Path | None, options: ReadOptions) -> Ite
         outside: a folder in it to leave out.
         options: how to read.
     """
-    files = _find(folder, outside, options.notes)
+    saved = saved_tables(folder)
+    files = _find(folder, outside, options.notes) if saved is None else _Files(tables=saved)
     yield from files.rejected
     if not files.images and not files.metadata and files.tables:
         for texts in files.texts.values():
             options.notes.ignored.update(f"files .{suffix}" for suffix in texts)
         for table in files.tables:
-            yield from _of_table(table, options)
+            yield from _of_table(table, folder, options)
         return
     for table in files.tables:
         options.notes.ignored[f"files {table.suffix.lower()}"] += 1
     described: dict[str, SourceSample] = {}
     for table in files.metadata:
-        for item in _of_table(table, replace(options, images=None)):
+        for item in _of_table(table, folder, replace(options, images=None)):
             if isinstance(item, RejectedSample) or not isinstance(item.images[0], Path):
                 yield item
                 continue
@@ -93,14 +96,57 @@ def _image(name: str, path: Path, texts: dict[str, Path], options: ReadOptions) 
     return SourceSample(shown(path), stem, shown(name), (path,), record)
 
 
-def _of_table(table: Path, options: ReadOptions) -> Iterator[SourceItem]:
+def saved_tables(folder: Path) -> list[Path] | None:
+    """The tables of a folder that ``datasets.save_to_disk`` wrote, in order. None: it is no such.
+
+    It has a ``state.json`` that lists its files of Arrow, or a ``dataset_dict.json`` that lists its
+    splits, each a folder with a ``state.json``. Other files in it are of caches.
+
+    Raises:
+        ValueError: if one of these lists cannot be read.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = _listed(folder / "dataset_dict.json", "splits")
+        return [table for split in splits for table in saved_tables(folder / split) or ()]
+    state = folder / "state.json"
+    if not state.is_file() or not (folder / "dataset_info.json").is_file():
+        return None
+    content = read_json(state)
+    if isinstance(content, dict) and content.get("_indices_data_files"):
+        raise ValueError(
+            f"{folder}: its rows are chosen by another file (of datasets before 2.0); save it again"
+        )
+    return [folder / name for name in _listed(state, "_data_files")]
+
+
+def _listed(path: Path, field: str) -> list[str]:
+    """Names of files or folders in a list of a JSON file. They lie beside it."""
+    content = read_json(path)
+    listed = content.get(field) if isinstance(content, dict) else None
+    names = [
+        entry.get("filename") if isinstance(entry, dict) else entry
+        for entry in (listed if isinstance(listed, list) else [None])
+    ]
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+            raise ValueError(f"{path}: {field}: expected a list of names, not {name!r:.80}")
+    return [str(name) for name in names]
+
+
+def _of_table(table: Path, folder: Path, options: ReadOptions) -> Iterator[SourceItem]:
     """The samples of one of several tables. One that cannot be read does not end the others."""
-    split = held_out(table.stem) or (
-        held_out(table.parent.name) if table.name in METADATA else None
-    )
+    stem, parent = table.stem, table.parent
+    if table.suffix.lower() == ".arrow":  # NAME-SPLIT, or NAME-SPLIT-00000-of-00002, in its cache
+        stem = re.sub(r"^.*-(?=[a-z]+(-\d+-of-\d+)?$)", "", stem)
+    of_parent = table.name in METADATA or parent != folder
+    split = held_out(stem) or (held_out(parent.name) if of_parent else None)
+    above = f"{shown(parent.relative_to(folder).as_posix())}/" * (parent != folder)
     try:
         for item in read_table(table, options):
-            yield replace(item, split=split) if isinstance(item, SourceSample) else item
+            if isinstance(item, SourceSample):
+                yield replace(item, split=split, identity=above + item.identity)
+            else:
+                yield item
     except (ValueError, OSError) as error:
         yield RejectedSample(shown(table), "unreadable table", str(error))
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from multimodal.data.builder.cleaning import Cleaning
-from multimodal.data.builder.records import Cell, Slice, SourceSample
+from multimodal.data.builder.records import Blob, Cell, ImagePlace, Slice, SourceSample
 from multimodal.data.images import Fit, fit_image, open_header, open_image, orientation
 from multimodal.data.near_duplicates import THUMBNAIL_SIZE, ImageHash, hash_image
 from multimodal.data.samples import plain
@@ -92,6 +92,9 @@ def _inputs_of(sample: SourceSample) -> list[Any]:
     """Everything that the prepared images of a sample depend on, apart from the settings."""
     inputs: list[Any] = [sample.name]
     for image in sample.images:
+        if isinstance(image, Blob):
+            inputs.append(hashlib.sha256(image.data).hexdigest())
+            continue
         path = image if isinstance(image, Path) else image.path
         inputs.append(os.fsencode(path).hex())
         if isinstance(image, Slice):
@@ -164,9 +167,7 @@ def _from_entry(entry: dict[str, Any], file: BinaryIO) -> ImageFile | BadImage:
     return ImageFile(entry["suffix"], file.read(entry["size"]), image_hash)
 
 
-def make_image(
-    name: str, source: Path | Slice | Cell, settings: ImageSettings
-) -> ImageFile | BadImage:
+def make_image(name: str, source: ImagePlace, settings: ImageSettings) -> ImageFile | BadImage:
     """The image file for the shard.
 
     A JPEG, PNG or WebP that is RGB, upright and not animated is not encoded again, unless the

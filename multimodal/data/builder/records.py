@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from multimodal.data.formats.column_files import open_columns
 from multimodal.data.samples import CAPTION_LINES, Note
 from multimodal.files import MAX_FILE, read_bytes
 from multimodal.terminal import shown
@@ -32,7 +33,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Cell:
-    """An image in a cell of a Parquet table: its bytes, or its path below ``root``."""
+    """An image in a cell of Parquet or Arrow: its bytes, or its path below ``root``."""
 
     path: Path
     group: int
@@ -41,19 +42,33 @@ class Cell:
     root: Path
 
     def read(self) -> bytes:
-        image = image_in(_row_group(self.path, self.group, self.column)[self.row].as_py())
+        image = image_in(_column(self.path, self.group, self.column)[self.row].as_py())
         if isinstance(image, str):
             return read_bytes(self.root / image)
         return image
 
 
-@lru_cache(1)  # the rows of a group are read one after the other
-def _row_group(path: Path, group: int, column: str) -> Any:
-    import pyarrow.parquet as pq
+@dataclass(frozen=True)
+class Blob:
+    """The bytes of an image file that a program gave."""
 
+    data: bytes = field(repr=False)
+
+    def read(self) -> bytes:
+        return self.data
+
+
+ImagePlace: TypeAlias = Path | Slice | Cell | Blob
+
+
+@lru_cache(1)  # the rows of a group are read one after the other
+def _column(path: Path, group: int, column: str) -> Any:
     try:
-        return pq.ParquetFile(path).read_row_group(group, [column])[column]
-    except OSError as error:  # of the table, not of the machine: its footer was read
+        return open_columns(path).column(group, column)
+    except (
+        OSError,
+        MemoryError,
+    ) as error:  # of the table, not of the machine: it was opened before
         raise ValueError(f"{path}: row group {group} cannot be read ({error})") from error
 
 
@@ -123,7 +138,7 @@ class SourceSample:
     name: str
     hint: str
     identity: str
-    images: tuple[Path | Slice | Cell, ...]
+    images: tuple[ImagePlace, ...]
     record: dict[str, Any]
     split: str | None = None
     document: bool = False

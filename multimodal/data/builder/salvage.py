@@ -28,9 +28,11 @@ from multimodal.data.shards import (
     read_index,
     split_name,
 )
-from multimodal.files import UnreadableFile, atomic_file, open_file
+from multimodal.files import MAX_FILE, UnreadableFile, atomic_file, open_file
 
 _PACKED: dict[str, Any] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# A packed tar may be this many times as large unpacked, or MAX_FILE: images hardly shrink.
+MAX_RATIO = 64
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
@@ -48,7 +50,8 @@ def unpacked(tar: Path, workspace: Path | None) -> Path:
         workspace: a folder.
 
     Raises:
-        ValueError: if nothing can be unpacked, or a packed tar has no workspace.
+        ValueError: if nothing can be unpacked, if it becomes far too large, or if a packed tar has
+            no workspace.
     """
     opener = _PACKED.get(tar.suffix.lower())
     if opener is None:
@@ -68,6 +71,11 @@ def unpacked(tar: Path, workspace: Path | None) -> Path:
             try:
                 while data := source.read1(1 << 16):  # read() would lose what is before a cut
                     file.write(data)
+                    if file.tell() > max(MAX_FILE, MAX_RATIO * stat.st_size):
+                        raise ValueError(
+                            f"unpacked it has more than {file.tell():,} bytes, and packed "
+                            f"{stat.st_size:,}: unpack it yourself, if it is not a bomb"
+                        )
             except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise  # the machine's fault: a full disk, for instance

@@ -1,14 +1,22 @@
-"""Read a source as samples: a folder, a table, annotations, or webdataset shards.
+"""Read a source as samples: a folder, a table, annotations, webdataset shards, or items of Python.
 
 The readers yield every sample: a ``SourceSample``, or a ``RejectedSample`` with its name and the
 reason. So the caller can count all of them.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
-from multimodal.data.builder.folders import read_folder
+from multimodal.data.builder.folders import read_folder, saved_tables
+from multimodal.data.builder.items import (
+    Items,
+    ItemSource,
+    read_items,
+    source_of_hub,
+    source_of_items,
+)
 from multimodal.data.builder.records import (
     ReadOptions,
     RejectedSample,
@@ -26,6 +34,7 @@ from multimodal.data.builder.salvage import (
 )
 from multimodal.data.builder.tables import TABLE_SUFFIXES, read_table
 from multimodal.data.documents import check_content, image_suffixes, is_plain_text
+from multimodal.data.formats.column_files import COLUMN_SUFFIXES, open_columns
 from multimodal.data.samples import (
     IMAGE_SUFFIXES,
     RECORD_MEMBERS,
@@ -33,12 +42,30 @@ from multimodal.data.samples import (
     record_of,
 )
 from multimodal.data.shards import read_index
-from multimodal.files import open_file
+from multimodal.files import address_of, local_path, open_file
 from multimodal.terminal import shown
+
+Source: TypeAlias = Path | ItemSource
+AnySource: TypeAlias = str | Source | Items | Mapping[str, Items]
+
+
+def open_source(source: AnySource) -> Source:
+    """What a person gives as a source: a path, an address of a data set of the Hub, or items.
+
+    Raises:
+        ValueError: if it is none of these, or if the Hub does not give it.
+    """
+    if isinstance(source, ItemSource):
+        return source
+    if not isinstance(source, str | Path):
+        return source_of_items(source)
+    address = address_of(source)
+    of_hub = source_of_hub(address) if address else None
+    return local_path(source) if of_hub is None else of_hub
 
 
 def read_source(
-    source: Path,
+    source: Source,
     options: ReadOptions,
     *,
     outside: Path | None = None,
@@ -46,14 +73,14 @@ def read_source(
 ) -> Iterator[SourceItem]:
     """Read all samples of a source, in an order that depends on its content only.
 
-    Shards and Parquet tables that contain images keep their order. All other sources are shuffled
-    by a hash of the name: they tend to be sorted by kind, and training mixes the samples within a
-    shard better than samples of different shards.
+    Shards, streams, and Parquet and Arrow that contain images keep their order. All other sources
+    are shuffled by a hash of the name: they tend to be sorted by kind, and training mixes the
+    samples within a shard better than samples of different shards.
 
     Args:
         source: a folder of images with .txt or .json beside them, or with a metadata table; a
-            folder of tables; a folder of tars, packed or not, or one of them; a table; a .jsonl of
-            documents; a .json of annotations.
+            folder of tables, or one of ``datasets.save_to_disk``; a folder of tars, packed or not,
+            or one of them; a table; a .jsonl of documents; a .json of annotations; items.
         options: how to read.
         outside: a folder inside the source to leave out.
         workspace: where packed tars (.tar.gz) are unpacked.
@@ -61,26 +88,11 @@ def read_source(
     Raises:
         ValueError: if the source is none of these.
     """
-    if not source.exists():
-        raise ValueError(f"{source}: no such file or folder")
-    if not source.is_dir():
-        open_file(source).close()  # a pipe or a device is refused before it is read
-    if source.is_dir():
-        tars = sorted(path for path in source.iterdir() if is_tar(path) and path.is_file())
-        items = (
-            _read_shards(tars, options, workspace)
-            if tars
-            else read_folder(source, outside, options)
-        )
-    elif is_tar(source):
-        items = _read_shards([source], options, workspace)
-    elif source.suffix.lower() in TABLE_SUFFIXES:
-        items = read_table(source, options)
-    else:
-        raise ValueError(
-            f"{source}: not a folder, shards ({', '.join(TAR_SUFFIXES)}), "
-            f"a table or annotations ({', '.join(TABLE_SUFFIXES)})"
-        )
+    items = (
+        read_items(source, options)
+        if isinstance(source, ItemSource)
+        else _read_path(source, options, outside, workspace)
+    )
     for item in items:
         if isinstance(item, SourceSample) and options.need_text and not has_text(item.record):
             yield item.rejected("no text")
@@ -88,20 +100,46 @@ def read_source(
             yield item
 
 
-def expected_samples(source: Path) -> int | None:
+def _read_path(
+    source: Path, options: ReadOptions, outside: Path | None, workspace: Path | None
+) -> Iterator[SourceItem]:
+    if not source.exists():
+        raise ValueError(f"{source}: no such file or folder")
+    if not source.is_dir():
+        open_file(source).close()  # a pipe or a device is refused before it is read
+    if source.is_dir():
+        tars = sorted(path for path in source.iterdir() if is_tar(path) and path.is_file())
+        if tars:
+            yield from _read_shards(tars, options, workspace)
+        else:
+            yield from read_folder(source, outside, options)
+    elif is_tar(source):
+        yield from _read_shards([source], options, workspace)
+    elif source.suffix.lower() in TABLE_SUFFIXES:
+        yield from read_table(source, options)
+    else:
+        raise ValueError(
+            f"{source}: not a folder, shards ({', '.join(TAR_SUFFIXES)}), "
+            f"a table or annotations ({', '.join(TABLE_SUFFIXES)})"
+        )
+
+
+def expected_samples(source: Source) -> int | None:
     """About how many samples a source has, for a progress bar. None if counting would take long."""
+    if isinstance(source, ItemSource):
+        return source.count
     suffix = source.suffix.lower()
     try:
         if source.is_dir() and (tars := sorted(source.glob("*.tar"))):
             return sum(len(read_index(tar)) for tar in tars)
+        if source.is_dir() and (tables := saved_tables(source)):
+            return sum(sum(open_columns(table).sizes) for table in tables)
         if source.is_dir():
             names = (name for _, _, files in os.walk(source, followlinks=True) for name in files)
             return sum(name.lower().endswith(IMAGE_SUFFIXES) for name in names) or None
         open_file(source).close()
-        if suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            return int(pq.ParquetFile(source).metadata.num_rows)
+        if suffix in COLUMN_SUFFIXES:
+            return sum(open_columns(source).sizes)
         if suffix in TABLE_SUFFIXES and suffix != ".json":
             with open_file(source) as file:
                 return sum(1 for line in file if line.strip()) - (suffix != ".jsonl")

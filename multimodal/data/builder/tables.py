@@ -1,16 +1,17 @@
-"""Read a file that lists images and texts: a table, Parquet, documents, or annotations."""
+"""Read a file that lists images and texts: a table, columns, documents, or annotations."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from multimodal.data.builder.annotations import load_json, read_annotations
+from multimodal.data.builder.columnar import read_columnar
 from multimodal.data.builder.columns import find_columns, join_rows
 from multimodal.data.builder.documents import is_documents, read_documents
-from multimodal.data.builder.parquet import read_parquet
 from multimodal.data.builder.records import ReadOptions, SourceItem
 from multimodal.data.builder.rows import ROW_SUFFIXES, read_rows, rows_of
+from multimodal.data.formats.column_files import COLUMN_SUFFIXES
 
-TABLE_SUFFIXES = (*ROW_SUFFIXES, ".parquet", ".json")
+TABLE_SUFFIXES = (*ROW_SUFFIXES, *COLUMN_SUFFIXES, ".json")
 
 
 def read_table(table: Path, options: ReadOptions) -> Iterator[SourceItem]:
@@ -20,8 +21,8 @@ def read_table(table: Path, options: ReadOptions) -> Iterator[SourceItem]:
         ValueError: if the file as a whole cannot be read.
     """
     suffix = table.suffix.lower()
-    if suffix == ".parquet":
-        yield from read_parquet(table, options)
+    if suffix in COLUMN_SUFFIXES:
+        yield from read_columnar(table, options)
         return
     if suffix == ".json":
         content = load_json(table)

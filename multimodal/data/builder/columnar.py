@@ -1,4 +1,4 @@
-"""Read a Parquet table of images and texts, as Hugging Face's datasets and img2dataset write them.
+"""Read a table of columns, Parquet or Arrow, as Hugging Face's datasets and img2dataset write them.
 
 The image column holds paths, or image files. A file is a value of bytes, or ``{"bytes", "path"}``,
 where one of them is enough, or a list of one of these. Rows with paths are joined, as in other
@@ -19,13 +19,16 @@ from multimodal.data.builder.records import (
     SourceSample,
 )
 from multimodal.data.builder.rows import Row
+from multimodal.data.formats.column_files import (
+    ColumnFile,
+    class_names,
+    name_classes,
+    open_columns,
+)
 from multimodal.terminal import shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
-
-BATCH = 256  # rows that are in memory at a time
 
 
 class _Unreadable:
@@ -35,28 +38,26 @@ class _Unreadable:
         return ""
 
 
-def read_parquet(table: Path, options: ReadOptions) -> Iterator[SourceItem]:
-    """The samples of a .parquet.
+def read_columnar(table: Path, options: ReadOptions) -> Iterator[SourceItem]:
+    """The samples of a table.
 
     Raises:
-        ValueError: if its footer cannot be read. Rows that cannot be read are rejected.
+        ValueError: if the file as a whole cannot be read. Rows that cannot be read are rejected.
     """
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ValueError(f"{table}: to read it, install pyarrow: pip install pyarrow") from error
-    try:
-        file = pq.ParquetFile(table)
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())  # of several lines
-        raise ValueError(f"{table}: not readable as Parquet ({reason})") from error
-    columns = find_columns(table, file.schema_arrow.names, options)
-    field = file.schema_arrow.field(columns.image)
-    if not _holds_bytes(field.type) or _only_paths(file, columns.image):
-        yield from join_rows(table, _rows(table, file, file.schema_arrow.names), columns, options)
+    file = open_columns(table)
+    columns = find_columns(table, file.schema.names, options)
+    kind = file.schema.field(columns.image).type
+    if not _holds_bytes(kind) or (
+        _has_field(kind, "bytes") and file.is_null(columns.image, "bytes")
+    ):
+        yield from join_rows(table, _rows(table, file, file.schema.names), columns, options)
     else:
         yield from _read_files(table, file, columns, options)
+
+
+def _has_field(kind: "pa.DataType", name: str) -> bool:
+    """Whether a type is a struct with such a field."""
+    return hasattr(kind, "get_field_index") and kind.get_field_index(name) >= 0
 
 
 def _holds_bytes(kind: "pa.DataType") -> bool:
@@ -79,39 +80,26 @@ def _holds_bytes(kind: "pa.DataType") -> bool:
     )
 
 
-def _only_paths(file: "pq.ParquetFile", column: str) -> bool:
-    """Whether all values of an image column have a path and no bytes, by the table's statistics."""
-    leaves = [
-        number
-        for number in range(file.metadata.num_columns)
-        if file.metadata.schema.column(number).path == f"{column}.bytes"
-    ]
-    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-    return bool(leaves) and all(
-        group.column(leaf).statistics is not None
-        and group.column(leaf).statistics.null_count == group.num_rows
-        for group in groups
-        for leaf in leaves
-    )
-
-
-def _rows(table: Path, file: "pq.ParquetFile", names: list[str]) -> Iterator[Row]:
+def _rows(table: Path, file: ColumnFile, names: list[str]) -> Iterator[Row]:
     """All rows, in order. A row whose group cannot be read has a problem."""
     import pyarrow as pa
 
-    number = 0
-    for group in range(file.num_row_groups):
-        count, done, problem = file.metadata.row_group(group).num_rows, 0, ""
+    number, classes = 0, class_names(file.schema)
+    for group, count in enumerate(file.sizes):
+        done, problem = 0, ""
         try:
-            for batch in file.iter_batches(BATCH, [group], names) if names else ():
+            for batch in file.batches(group, names):
                 for fields in _fields(batch):
-                    yield Row(Rows(table, (number + done,), "row"), fields)
+                    place = Rows(table, (number + done,), "row")
+                    yield Row(place, name_classes(fields, classes))
                     done += 1
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             problem = f"row group {group} cannot be read ({error})"
         for rest in range(done, count):
             yield Row(Rows(table, (number + rest,), "row"), {}, problem)
         number += count
+    if file.problem:
+        yield Row(Rows(table, (number,), "row"), {}, file.problem)
 
 
 def _fields(batch: "pa.RecordBatch") -> Iterator[dict[str, Any]]:
@@ -134,18 +122,17 @@ def _value(scalar: "pa.Scalar") -> Any:
 
 
 def _read_files(
-    table: Path, file: "pq.ParquetFile", columns: Columns, options: ReadOptions
+    table: Path, file: ColumnFile, columns: Columns, options: ReadOptions
 ) -> Iterator[SourceItem]:
     """A sample a row. Only the other columns are read here, and the image when it is needed."""
     root = options.images or table.parent
-    kind = file.schema_arrow.field(columns.image).type
-    names = [name for name in file.schema_arrow.names if name != columns.image]
-    if has_paths := hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0:
+    names = [name for name in file.schema.names if name != columns.image]
+    if has_paths := _has_field(file.schema.field(columns.image).type, "path"):
         names.append(f"{columns.image}.path")
     starts, number = [], 0
-    for group in range(file.num_row_groups):
+    for size in file.sizes:
         starts.append(number)
-        number += file.metadata.row_group(group).num_rows
+        number += size
     group = -1
     for row in _rows(table, file, names):
         number = row.place.numbers[0]

@@ -1,0 +1,95 @@
+"""Where torch computes, and in which numbers. ``auto`` is the best that works here.
+
+Nothing here imports torch before it is needed, so that ``--help`` stays fast.
+"""
+
+import os
+import warnings
+from typing import TYPE_CHECKING, Literal, get_args
+
+from multimodal.terminal import print_error
+
+if TYPE_CHECKING:
+    import torch
+
+DType = Literal["auto", "float32", "bfloat16"]
+DTYPES = get_args(DType)
+
+
+def choose_device(device: "str | torch.device" = "auto") -> "torch.device":
+    """The device of a name, after it has computed something.
+
+    Args:
+        device: as torch names it, or ``auto``: CUDA, else MPS, else the CPU. A GPU that cannot be
+            used is named on stderr. Under torchrun, ``auto`` and ``cuda`` are a GPU for each rank.
+
+    Raises:
+        ValueError: for a device that torch cannot compute on here.
+    """
+    import torch
+
+    names = [str(device)]
+    if str(device) == "auto":
+        usable = (("cuda", torch.cuda.is_available), ("mps", torch.backends.mps.is_available))
+        names = [name for name, is_available in usable if is_available()] + ["cpu"]
+    for name in names[:-1]:
+        try:
+            return _tried(_of_this_rank(name))
+        except ValueError as error:
+            print_error(f"{error}; trying the next device")
+    return _tried(_of_this_rank(names[-1]))
+
+
+def choose_dtype(
+    dtype: "str | torch.dtype" = "auto", device: "str | torch.device" = "cpu"
+) -> "torch.dtype":
+    """The dtype of a name, float32 or bfloat16.
+
+    Args:
+        dtype: ``auto`` is bfloat16 where the device has it in hardware (CUDA from Ampere on), else
+            float32.
+        device: where the network will be.
+
+    Raises:
+        ValueError: for another dtype.
+    """
+    import torch
+
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype == "auto":
+        return torch.bfloat16 if _has_bfloat16(torch.device(device)) else torch.float32
+    kind = names.get(dtype) if isinstance(dtype, str) else dtype
+    if kind not in names.values():
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    assert kind is not None
+    return kind
+
+
+def _has_bfloat16(device: "torch.device") -> bool:
+    import torch
+
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def _of_this_rank(name: str) -> str:
+    if name == "cuda" and (rank := os.environ.get("LOCAL_RANK", "")).isdecimal():
+        return f"cuda:{rank}"
+    return name
+
+
+def _tried(device: str) -> "torch.device":
+    import torch
+
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of names that are out of use
+            usable = torch.ones(1, device=device).add(1).item() == 2
+        reason = "it does not compute"
+    except Exception as error:  # each kind of device has errors of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        usable = False
+    if not usable:
+        raise ValueError(f"device={device!r:.80}: cannot be used here ({reason:.200})")
+    return torch.device(device)
