@@ -97,10 +97,10 @@ class Layout:
         chosen = [self[name] for name in names]
         return [level.name for level in self.levels if level in chosen]
 
-    def span(self, name: str) -> slice:
-        """Where the codes of a level stand among the n codes of an image."""
+    def span(self, name: str, among: Sequence[str] | None = None) -> slice:
+        """Where the codes of a level stand among the codes of some levels. None: of all."""
         before = self.levels[: self.levels.index(self[name])]
-        start = sum(level.codes for level in before)
+        start = sum(level.codes for level in before if among is None or level.name in among)
         return slice(start, start + self[name].codes)
 
     def offset(self, name: str) -> int:

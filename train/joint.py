@@ -52,6 +52,7 @@ class JointModule(MuonModule):
         objectives: weights and shares of the losses.
         reads: the levels of the image tokenizer that captions, answers and embeddings read. By
             default the first one.
+        draws: the levels that a drawn image has. By default all. Drawing detail alone is cheaper.
         question_share: the share of the samples with a caption that bring questions, too.
         captions_per_image: at most so many captions of an image in one step: its codes are read
             once for all of them. 0: all. Those that do not fit ``row_length`` are left out.
@@ -79,6 +80,7 @@ class JointModule(MuonModule):
         size: str = "starter",
         objectives: ObjectivesConfig = ObjectivesConfig(),  # noqa: B008 (frozen)
         reads: list[str] | None = None,
+        draws: list[str] | None = None,
         question_share: float = 0.5,
         captions_per_image: int = 1,
         row_length: int = 256,
@@ -105,6 +107,7 @@ class JointModule(MuonModule):
             load_image_tokenizer(part_of(image_tokenizer, "image_tokenizer")),
             objectives,
             reads or (),
+            draws or (),
         )
         self.network: MultimodalLM = self.model.network
         self.image_tokenizer = self.model.image_tokenizer

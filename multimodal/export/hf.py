@@ -127,6 +127,8 @@ def _readme(model: ModelParts, fingerprint: str) -> str:
         image_tokenizer=tokenizer.fingerprint,
         last=model.vocabulary.codebook_size - 1,
         codes=model.codes_per_image,
+        drawn=model.codes_drawn,
+        draws=", ".join(model.config.draws),
         read=len(model.config.layout.indices(model.config.reads)),
         reads=", ".join(model.config.reads),
         levels_read=list(model.config.reads),
@@ -142,10 +144,10 @@ Exported from model {model} of the multimodal toolkit. Any engine that runs
 `{stock_class}` runs it, without custom code. An image is {codes} tokens,
 `<|image:0|>` to `<|image:{last}|>`, the codes of image tokenizer {image_tokenizer}
 (in `image_tokenizer/`; images of {side} x {side} pixels): {levels}.
-An image that is described has {read} of them: {reads}.
+An image that is described has {read} of them: {reads}. One that is drawn has {drawn}: {draws}.
 
     describe   <bos><boi>CODES<eoi>     the model goes on with a caption and <eos>
-    draw       <bos>a caption<boi>      the model goes on with {codes} codes and <eoi>
+    draw       <bos>a caption<boi>      the model goes on with {drawn} codes and <eoi>
     text       <bos>some text           the model goes on with text and <eos>
 
 A caption through transformers, given the codes of an image:

@@ -13,6 +13,7 @@ from multimodal.data.images import fit_image, to_tensor
 from multimodal.inference.values import ImageSource, name_of, open_source
 from multimodal.memory import check_memory
 from multimodal.model.checkpoint import ModelParts
+from multimodal.tokenizers.weights import resize
 
 UNKNOWN = -1  # a code that is not drawn yet
 GREY = 0.0  # pixels of a preview where nothing is drawn yet
@@ -70,6 +71,22 @@ def encode_to_read(model: ModelParts, pixels: Tensor) -> Tensor:
     float32[B, 3, H, W] in [-1, 1] -> int64[B, n or fewer]
     """
     return model.image_tokenizer.encode(pixels.to(model.device), model.config.reads)
+
+
+def encode_as_drawn(model: ModelParts, pixels: Tensor) -> Tensor:
+    """The codes of the levels that the model draws: float32[B, 3, H, W] -> int64[B, m]."""
+    return model.image_tokenizer.encode(pixels.to(model.device), model.config.draws)
+
+
+def drawn_to_read(model: ModelParts, codes: Tensor) -> Tensor:
+    """Of images that were drawn the codes that are read: int64[B, n] -> int64[B, n or fewer].
+
+    What is read and was not drawn is seen in the decoded images.
+    """
+    if set(model.config.reads) <= set(model.config.draws):
+        return model.read(codes)
+    pixels = resize(decode_images(model, codes), model.image_tokenizer.image_size)
+    return encode_to_read(model, pixels.clamp(-1, 1)).cpu()
 
 
 @torch.inference_mode()

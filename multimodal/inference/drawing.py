@@ -1,8 +1,10 @@
 """Images after a text: code by code, or masked, many codes at a time.
 
-With several levels the image is drawn by meaning first, then in detail.
+Of several levels the image is drawn by meaning first, then in detail, or in detail alone: a model
+says which levels it draws.
 
-Shapes: B images, n codes of an image, K code numbers of all levels, D width.
+Shapes: B images, n codes of an image, m codes of the levels that are drawn, K code numbers of all
+levels, D width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from multimodal.inference.batch import DecodeBatch, check_length
-from multimodal.inference.codec import UNKNOWN, encode_text
+from multimodal.inference.codec import UNKNOWN, drawn_to_read, encode_text
 from multimodal.inference.decode import Row, decode, guide
 from multimodal.inference.likelihoods import text_likelihoods
 from multimodal.inference.sampling import choose, generators
@@ -36,7 +38,7 @@ class ImageRow(Row):
         among_texts: other rows of the batch write texts, so that it chooses among all ids.
 
     Attributes:
-        codes: the image codes so far, in [0, K).
+        codes: the m image codes so far, in [0, K).
     """
 
     def __init__(
@@ -48,15 +50,19 @@ class ImageRow(Row):
         previews: bool = False,
         among_texts: bool = False,
     ) -> None:
-        super().__init__(number, prompts, model.codes_per_image)
-        vocabulary, layout = model.vocabulary, model.config.layout
+        super().__init__(number, prompts, model.codes_drawn)
+        vocabulary, layout, draws = model.vocabulary, model.config.layout, model.config.draws
+        self.places = layout.indices(draws)  # of the m codes among the n
+        self.image_codes = layout.codes_per_image
         self.ids = slice(vocabulary.image_start, vocabulary.image_end)
         start, size = (
             (vocabulary.image_start, vocabulary.size) if among_texts else (0, layout.codebook_size)
         )
-        self.masks = code_masks(layout, start, size, str(model.device))
-        self.any_code = len({id(mask) for mask in self.masks}) == 1 and not among_texts
-        self.last, self.span = layout.levels[-1], layout.span(layout.levels[-1].name)
+        masks = code_masks(layout, start, size, str(model.device))
+        self.masks = [masks[place] for place in self.places.tolist()]
+        self.any_code = len({id(mask) for mask in masks}) == 1 and not among_texts
+        self.last = layout.levels[-1]
+        self.first_of_last = layout.span(self.last.name, draws).start
         self.options, self.previews = options, previews
         self.codes: list[int] = []
 
@@ -70,14 +76,14 @@ class ImageRow(Row):
     def take(self, token: int, log_probability: float = 0.0) -> Iterator[Tensor]:
         self.codes.append(token - self.ids.start)
         self.done = len(self.codes) == self.max_new_tokens
-        row, drawn = self.last.grid * self.last.groups, len(self.codes) - self.span.start
+        row, drawn = self.last.grid * self.last.groups, len(self.codes) - self.first_of_last
         if self.previews and drawn > 0 and drawn % row == 0:
             yield self.partial()
 
     def partial(self) -> Tensor:
-        """The codes so far: int64[n], UNKNOWN where there are none yet."""
-        codes = torch.full((self.max_new_tokens,), UNKNOWN)
-        codes[: len(self.codes)] = torch.tensor(self.codes)
+        """The codes so far: int64[n], UNKNOWN where there are none yet, and never are."""
+        codes = torch.full((self.image_codes,), UNKNOWN)
+        codes[self.places[: len(self.codes)]] = torch.tensor(self.codes, dtype=torch.int64)
         return codes
 
 
@@ -128,7 +134,7 @@ def draw_codes(
             undrawn codes are shown as their argmax, which makes a step two to three times slower.
 
     Returns:
-        codes: int64[B, n] in [0, K).
+        codes: int64[B, n] in [0, K), UNKNOWN in levels that the model does not draw.
 
     Raises:
         ValueError: for an empty text, one that is too long, or options that exclude one another.
@@ -144,7 +150,7 @@ def draw_codes(
         for several in prompts:
             several.append(draw_prompt(model.vocabulary, away))
     for several in prompts:
-        check_length(model.network, several, model.codes_per_image)
+        check_length(model.network, several, model.codes_drawn)
     if options.method == "causal":
         if known is not None:
             raise ValueError("code by code, only whole images are drawn: use the masked method")
@@ -156,6 +162,8 @@ def draw_codes(
     for part in parts:
         codes, dice = known[part], generators(options, numbers[part])
         for level in model.config.layout.levels:
+            if level.name not in model.config.draws:
+                continue
             codes = _draw_masked(
                 model, level, prompts[part], codes, options, dice, numbers[part], on_step
             )
@@ -181,7 +189,9 @@ def _draw_best(
         numbers=[count * number + candidate for number in numbers for candidate in range(count)],
     )
     parts = [slice(at, at + DRAWINGS_AT_ONCE) for at in range(0, len(repeated), DRAWINGS_AT_ONCE)]
-    likelihoods = [text_likelihoods(model, codes[part], repeated[part]) for part in parts]
+    likelihoods = [
+        text_likelihoods(model, drawn_to_read(model, codes[part]), repeated[part]) for part in parts
+    ]
     best = torch.cat(likelihoods).view(len(texts), count).argmax(1)
     return codes[best + count * torch.arange(len(texts))]
 
@@ -200,8 +210,8 @@ def _draw_causal(
     for pieces in decode(model.network, rows, options, batch_size=DRAWINGS_AT_ONCE):
         if pieces and on_step is not None:
             on_step([row.number for row, _ in pieces], torch.stack([codes for _, codes in pieces]))
-    codes = torch.tensor([row.codes for row in rows], dtype=torch.int64)
-    return codes.view(len(rows), model.codes_per_image)
+    drawn = [row.partial() for row in rows]
+    return torch.stack(drawn) if drawn else torch.zeros(0, model.codes_per_image, dtype=torch.int64)
 
 
 def _draw_masked(
@@ -221,7 +231,8 @@ def _draw_masked(
     image (``spread_order``).
 
     Args:
-        level: what to draw. The levels before it are known and come after the prompt.
+        level: what to draw. The levels that are drawn before it are known and come after the
+            prompt.
         prompts: for each image its prompts, all conditional ones or with unconditional ones.
         image: int64[B, n], UNKNOWN where to draw.
         dice: the random numbers of each image.
@@ -238,7 +249,10 @@ def _draw_masked(
     copies, order = len(prompts[0]), spread_order(level.grid)
     order = (order[:, None] * level.groups + torch.arange(level.groups)).flatten()
     # All conditional prompts come first. They are read once, into the cache.
-    before = (image[:, : span.start] + start).tolist()
+    places = layout.indices(model.config.draws)
+    before = (
+        image[:, places[: layout.span(level.name, model.config.draws).start]] + start
+    ).tolist()
     batch = DecodeBatch(
         model.network,
         [

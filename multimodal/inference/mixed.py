@@ -19,7 +19,7 @@ from multimodal.data.images import to_image
 from multimodal.inference.batch import check_length
 from multimodal.inference.codec import (
     decode_images,
-    encode_images,
+    encode_as_drawn,
     encode_to_read,
     preview_images,
     read_images,
@@ -80,8 +80,8 @@ def prompt_ids(model: ModelParts, parts: Sequence[ImageSource]) -> list[int]:
             continue
         name = str(part) if isinstance(part, Path) else f"part {number}"
         pixels = read_images(model, [part], [name])
-        opens = len(ids) == 1  # an image that opens a sequence is read, others are whole
-        codes = encode_to_read(model, pixels) if opens else encode_images(model, pixels)
+        opens = len(ids) == 1  # an image that opens a sequence is read, others are as drawn ones
+        codes = encode_to_read(model, pixels) if opens else encode_as_drawn(model, pixels)
         ids += image_tokens(model.vocabulary, codes[0].tolist())
     return ids
 
@@ -128,7 +128,7 @@ class MixedRow(Row):
         vocabulary = model.vocabulary
         if kind == "image":
             prompt = [*prompt, vocabulary.boi]
-        new_tokens = model.codes_per_image if kind == "image" else options.max_tokens
+        new_tokens = model.codes_drawn if kind == "image" else options.max_tokens
         super().__init__(number, [prompt], new_tokens)
         self.model, self.kind, self.options, self.grammar = model, kind, options, grammar
         self.streams, self.previews = streams, previews
@@ -159,7 +159,7 @@ class MixedRow(Row):
         if self.kind == "text":
             return self.grammar.text_only
         # An image begins only where all of it fits, and what is left of the text.
-        codes = self.model.codes_per_image
+        codes = self.model.codes_drawn
         limit = self.model.config.transformer.max_position_embeddings
         fits = self.used + codes + 2 + self.left <= limit
         fits = fits and self.reply.image_tokens < MAX_IMAGES * codes
@@ -200,7 +200,7 @@ class MixedRow(Row):
         else:
             for codes in pieces:
                 shown = to_image(preview_images(self.model, codes[None])[0])
-                yield Preview(shown, len(image.codes) / len(codes))
+                yield Preview(shown, len(image.codes) / image.max_new_tokens)
 
     def _finish_text(self, text: TextRow) -> Iterator[str]:
         yield from text.rest()
@@ -217,7 +217,7 @@ def check_output(kind: OutputKind, options: TextOptions) -> None:
 
 def check_prompt(model: ModelParts, ids: list[int], kind: OutputKind, options: TextOptions) -> None:
     """Raises ``ValueError`` if a prompt and its output are more than the model reads."""
-    new_tokens = model.codes_per_image + 1 if kind == "image" else options.max_tokens
+    new_tokens = model.codes_drawn + 1 if kind == "image" else options.max_tokens
     check_length(model.network, [ids], new_tokens)
 
 

@@ -18,19 +18,11 @@ from torch import Tensor
 
 from multimodal.model.lessons import answer_text, descriptions_of, exchanges_of, lesson_of
 from multimodal.model.objectives import ObjectivesConfig
-from multimodal.model.sequences import (
-    Ids,
-    Packed,
-    TokenSequence,
-    describe,
-    document,
-    draw,
-    pack,
-)
+from multimodal.model.sequences import Ids, Packed, TokenSequence, describe, document, draw, pack
 from multimodal.model.templates import Templates
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.seeds import stable_number
-from multimodal.tokenizers.levels import Layout
+from multimodal.tokenizers.levels import Layout, Level
 
 # Sequences of one document in a batch. Without a limit, one book could fill a huge batch.
 DOCUMENT_SEQUENCES = 8
@@ -149,6 +141,7 @@ class BatchBuilder:
         encode: the text tokenizer, text -> ids.
         layout: the levels of an image's codes.
         reads: the levels of an image that is read.
+        draws: the levels of an image that is drawn.
         row_length: tokens of a packed row.
         question_share: the share of the captioned samples whose questions are also used.
         captions_per_image: at most so many captions of an image are used at once. 0: all.
@@ -160,6 +153,7 @@ class BatchBuilder:
     encode: Callable[[str], list[int]]
     layout: Layout
     reads: Sequence[str]
+    draws: Sequence[str]
     row_length: int
     question_share: float = 1.0
     captions_per_image: int = 1
@@ -168,6 +162,17 @@ class BatchBuilder:
     def read(self) -> Ids:
         """Which of the n codes are read."""
         return self.layout.indices(self.reads).numpy()
+
+    @cached_property
+    def drawn(self) -> Ids:
+        """Which of the n codes are drawn."""
+        return self.layout.indices(self.draws).numpy()
+
+    @cached_property
+    def drawn_levels(self) -> list[tuple[Level, slice]]:
+        """Each level that is drawn, and where its codes stand among those that are drawn."""
+        levels = [level for level in self.layout.levels if level.name in self.draws]
+        return [(level, self.layout.span(level.name, self.draws)) for level in levels]
 
     def build(
         self,
@@ -273,10 +278,9 @@ class BatchBuilder:
         else:
             condition = None if dropped else ids
             if form < masked_share:
-                levels = self.layout.levels
-                level = levels[int(rng.integers(len(levels))) if len(levels) > 1 else 0]
-                masks, span = random_mask(level.codes, rng), self.layout.span(level.name)
-                drawing = self._draw(condition, codes, *masks, span)
+                levels = self.drawn_levels
+                level, span = levels[int(rng.integers(len(levels))) if len(levels) > 1 else 0]
+                drawing = self._draw(condition, codes, *random_mask(level.codes, rng), span)
             else:
                 drawing = self._draw(condition, codes)
         return PairSequences(describe_image, drawing, None if dropped else text)
@@ -318,8 +322,8 @@ class BatchBuilder:
             if sample.drawn and self.objectives.next_token_share:
                 sequences.append(self._draw(texts[0] if texts else None, codes))
             if sample.drawn and self.objectives.reconstruct_share:
-                for level in self.layout.levels:
-                    masked, span = np.ones(level.codes, np.bool_), self.layout.span(level.name)
+                for level, span in self.drawn_levels:
+                    masked = np.ones(level.codes, np.bool_)
                     sequences.append(self._draw(None, codes, masked, level=span))
         for sequence in sequences:
             self._check_length(len(sequence), f"sample {sample.key}")
@@ -338,7 +342,7 @@ class BatchBuilder:
                 text = text[: at_most * self.row_length * CHARACTERS_PER_TOKEN]
             parts.append(next(images) if text is None else self.encode(text))
             length += len(parts[-1])
-        return document(self.vocabulary, parts, self.row_length, self.read)
+        return document(self.vocabulary, parts, self.row_length, self.read, self.drawn)
 
     def _describe(
         self,
@@ -358,6 +362,7 @@ class BatchBuilder:
         known: NDArray[np.bool_] | None = None,
         level: slice = slice(None),
     ) -> TokenSequence:
+        codes = None if codes is None else codes[self.drawn]
         return draw(self.vocabulary, text, codes, masked, known, level, self.row_length)
 
     def _check_length(self, length: int, name: str) -> None:

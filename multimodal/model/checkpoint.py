@@ -57,6 +57,7 @@ class StoredModel:
     reads: tuple[str, ...]
     fingerprints: Fingerprints
     templates: Templates = field(default_factory=Templates)
+    draws: tuple[str, ...] = ()
 
     @property
     def config(self) -> ModelConfig:
@@ -67,6 +68,7 @@ class StoredModel:
             self.objectives,
             self.templates,
             self.reads,
+            self.draws,
         )
 
 
@@ -96,6 +98,12 @@ class ModelParts:
                 f"the image tokenizer has {self.image_tokenizer.layout}, "
                 f"the model was made for {config.layout}"
             )
+        detail = self.image_tokenizer.detail
+        if detail is not None and detail.config.meaning_channels and "meaning" not in config.draws:
+            raise ValueError(
+                f"draws={config.draws}: the decoder of detail reads meaning beside it, so both "
+                "have to be drawn"
+            )
         self.image_tokenizer.requires_grad_(False).eval()
         self.provenance = self.provenance + self.image_tokenizer.provenance
 
@@ -107,6 +115,7 @@ class ModelParts:
         image_tokenizer: ImageTokenizer,
         objectives: ObjectivesConfig | None = None,
         reads: Sequence[str] = (),
+        draws: Sequence[str] = (),
     ) -> Self:
         """A model to train. Arguments as for ``MultimodalLM.new``."""
         network = MultimodalLM.new(
@@ -116,6 +125,7 @@ class ModelParts:
             image_tokenizer.code_vectors(),
             objectives,
             reads,
+            draws,
         )
         return cls(network, text_tokenizer, image_tokenizer)
 
@@ -212,6 +222,11 @@ class ModelParts:
     def codes_per_image(self) -> int:
         return self.image_tokenizer.codes_per_image
 
+    @property
+    def codes_drawn(self) -> int:
+        """How many codes are drawn of an image: m."""
+        return len(self.config.layout.indices(self.config.draws))
+
     def read(self, codes: Tensor) -> Tensor:
         """Of the codes of whole images those of the levels that are read.
 
@@ -232,6 +247,7 @@ class ModelParts:
             self.text_tokenizer.encode,
             self.config.layout,
             self.config.reads,
+            self.config.draws,
             row_length,
             question_share,
             captions_per_image,

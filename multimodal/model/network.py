@@ -44,7 +44,9 @@ class ModelConfig:
         objectives: the losses and their weights.
         templates: how tasks are put in words.
         reads: the levels of an image that opens a sequence, to be described, asked about or
-            embedded. Empty: the first level. An image that is drawn has all levels.
+            embedded. Empty: the first level.
+        draws: the levels of every other image: of those that are drawn. The last level, which has
+            the pixels, is one of them. Empty: all levels.
     """
 
     transformer: TransformerConfig
@@ -53,13 +55,19 @@ class ModelConfig:
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     templates: Templates = field(default_factory=Templates)
     reads: tuple[str, ...] = ()
+    draws: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "reads", tuple(self.reads) or (self.layout.levels[0].name,))
-        for name in self.reads:
-            self.layout[name]  # an unknown name is an error now
-        if len(set(self.reads)) < len(self.reads):
-            raise ValueError(f"reads={self.reads}: each level once")
+        names = tuple(level.name for level in self.layout.levels)
+        object.__setattr__(self, "reads", tuple(self.reads) or names[:1])
+        object.__setattr__(self, "draws", tuple(self.draws) or names)
+        for field_name, chosen in (("reads", self.reads), ("draws", self.draws)):
+            for name in chosen:
+                self.layout[name]  # an unknown name is an error now
+            if len(set(chosen)) < len(chosen):
+                raise ValueError(f"{field_name}={chosen}: each level once")
+        if names[-1] not in self.draws:
+            raise ValueError(f"draws={self.draws}: without {names[-1]!r} there are no pixels")
         if self.transformer.vocab_size != self.vocabulary.size:
             raise ValueError(
                 f"transformer.vocab_size={self.transformer.vocab_size}: text_size and layout need "
@@ -67,8 +75,11 @@ class ModelConfig:
             )
 
     def stored(self) -> dict[str, Any]:
-        """As in config.json of a model folder."""
-        return {**asdict(self), "transformer": self.transformer.stored()}
+        """As in config.json of a model folder. Who draws all levels does not say so."""
+        stored = {**asdict(self), "transformer": self.transformer.stored()}
+        if len(self.draws) == len(self.layout.levels):
+            del stored["draws"]
+        return stored
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -109,6 +120,7 @@ class MultimodalLM(nn.Module):
         code_vectors: Iterable[Tensor],
         objectives: ObjectivesConfig | None = None,
         reads: Sequence[str] = (),
+        draws: Sequence[str] = (),
     ) -> "MultimodalLM":
         """A network to train.
 
@@ -122,7 +134,7 @@ class MultimodalLM(nn.Module):
                 image tokenizer has for its codes. Codes with similar vectors start with similar
                 embeddings.
             objectives: the losses and their weights.
-            reads: see ``ModelConfig``.
+            reads, draws: see ``ModelConfig``.
 
         Raises:
             ValueError: if the language model has fewer embeddings than the text tokenizer has ids.
@@ -141,7 +153,12 @@ class MultimodalLM(nn.Module):
         else:
             sizes = named_config(size, vocabulary.size)
         config = ModelConfig(
-            sizes, text_size, layout, objectives or ObjectivesConfig(), reads=tuple(reads)
+            sizes,
+            text_size,
+            layout,
+            objectives or ObjectivesConfig(),
+            reads=tuple(reads),
+            draws=tuple(draws),
         )
         network = cls(config)
         features = torch.cat(

@@ -20,7 +20,7 @@ Prompts of answers carry no loss. A document that is longer than a row continues
 <bos>. An image is never cut.
 
 An image that opens a sequence is read: it has the levels that the model reads. Every other image
-has all levels, one after the other.
+has the levels that the model draws, one after the other.
 
 The captions and the questions of ``describe`` are branches 1, 2, ... of one sequence. Each
 continues the trunk, branch 0, and sees no other branch. So the image is read once for all of them.
@@ -208,10 +208,10 @@ def draw(
 
     Args:
         text: ids. None: the dropped condition.
-        codes: n image codes in [0, K). None: the sequence ends at <boi>.
+        codes: those that are drawn, in [0, K). None: the sequence ends at <boi>.
         masked: bool[m], the codes to reconstruct. None: next-token prediction.
-        known: bool[m], the codes that are read. By default all that are not masked.
-        level: the m codes of the level that is masked. By default all n.
+        known: bool[m], those that are read. By default all others.
+        level: the m codes of the level that is masked. By default all.
         max_length: of the text so much is kept as fits before the image, and a cut end is not
             learned.
 
@@ -256,13 +256,15 @@ def document(
     parts: Sequence[list[int] | Ids],
     max_length: int | None = None,
     read: Ids | slice = slice(None),
+    drawn: Ids | slice = slice(None),
 ) -> list[TokenSequence]:
     """Texts and images in their order.
 
     Args:
         parts: ids of a text (a list), or n image codes (an array).
         max_length: tokens of a sequence. What is more continues in the next sequence.
-        read: which of the n codes are kept of an image that opens a sequence. By default all.
+        read: which of the n codes an image has that opens a sequence. By default all.
+        drawn: which every other one has.
 
     Raises:
         ValueError: if an image does not fit a sequence.
@@ -289,7 +291,7 @@ def document(
                 cut()
             extend(part, objective)
             continue
-        boi, *image = image_tokens(vocabulary, part if spans else part[read])
+        boi, *image = image_tokens(vocabulary, part[drawn] if spans else part[read])
         if max_length is not None and len(ids) + 1 + len(image) > max_length:
             cut()
             boi, *image = image_tokens(vocabulary, part[read])

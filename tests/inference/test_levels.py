@@ -1,6 +1,7 @@
 """A model whose images have two levels: it reads meaning, and draws meaning, then detail."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from torch import Tensor
 
 import multimodal
 from multimodal import Model
-from multimodal.inference.codec import encode_images, encode_to_read, read_images
+from multimodal.inference.codec import decode_images, encode_images, encode_to_read, read_images
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.editing import box_mask
+from multimodal.inference.likelihoods import text_likelihoods
 from multimodal.inference.text import caption_codes
 from multimodal.model.batches import TrainingSample
 from multimodal.model.objectives import ObjectivesConfig
@@ -22,6 +24,7 @@ from multimodal.options import DrawOptions, EditOptions
 from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer
 from multimodal.tokenizers.meaning import Meaning, MeaningConfig, fit_codebooks
+from multimodal.tokenizers.weights import resize
 
 VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads": 2}
 MEANING, DETAIL = slice(0, 8), slice(8, 24)
@@ -46,11 +49,10 @@ def levels() -> tuple[Meaning, VQTokenizer]:
     return meaning, detail.eval()
 
 
-def make(image_tokenizer: ImageTokenizer, like: Model) -> Model:
+def make(image_tokenizer: ImageTokenizer, like: Model, draws: Sequence[str] = ()) -> Model:
     torch.manual_seed(0)
-    model = Model.new(
-        "tiny", like.text_tokenizer, image_tokenizer, ObjectivesConfig(alignment_dim=32)
-    )
+    objectives = ObjectivesConfig(alignment_dim=32)
+    model = Model.new("tiny", like.text_tokenizer, image_tokenizer, objectives, draws=draws)
     with torch.no_grad():
         for weight in model.network.transformer.parameters():
             weight += 0.2 * torch.randn_like(weight)
@@ -199,3 +201,129 @@ def test_a_model_that_reads_learns_to_draw_without_forgetting(
         encode_images(model, read_images(model, [image])),
     )
     assert again.caption([image]) == model.caption([image])
+
+
+# --- a model that draws detail alone --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawer(levels: tuple[Meaning, VQTokenizer], tiny_model: Callable[..., Model]) -> Model:
+    """It reads meaning and draws detail, beside each other."""
+    return make(ImageTokenizer(*levels), tiny_model(), ["detail"])
+
+
+@pytest.mark.parametrize("method", ["causal", "masked"])
+def test_a_level_that_is_not_drawn_is_in_no_drawing(drawer: Model, method: str) -> None:
+    options = DrawOptions(method=method, steps=3, temperature=4.0)  # type: ignore[arg-type]
+    steps: list[Tensor] = []
+    codes = draw_codes(
+        drawer, ["a red bus"], options, on_step=lambda numbers, some: steps.append(some)
+    )
+    assert (codes[:, MEANING] == -1).all() and in_their_ranges_of_detail(codes)
+    assert steps and all((some[:, MEANING] == -1).all() for some in steps)
+    # It is what a model of this one level would draw, whose ids are the same.
+    layout, start = drawer.config.layout, drawer.vocabulary.image_start
+    prompt = [drawer.vocabulary.bos, *drawer.text_tokenizer.encode("a red bus")]
+    ids = torch.tensor([[*prompt, drawer.vocabulary.boi, *(start + codes[0, DETAIL]).tolist()]])
+    greedy = DrawOptions(method="causal", temperature=0, guidance_scale=1)
+    ids = ids[:, : len(prompt) + 1]
+    with torch.no_grad():
+        for _ in range(16):
+            positions = torch.arange(ids.shape[1])[None]
+            mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+            logits = drawer.network.transformer.logits(
+                drawer.network.transformer(ids, positions, mask)
+            )
+            numbers = layout.numbers("detail")
+            token = logits[:, -1, start + numbers.start : start + numbers.stop].argmax(-1)
+            ids = torch.cat([ids, token[:, None] + start + numbers.start], 1)
+    expected = ids[0, len(prompt) + 1 :] - start
+    assert torch.equal(draw_codes(drawer, ["a red bus"], greedy)[0, DETAIL], expected)
+
+
+def in_their_ranges_of_detail(codes: Tensor) -> bool:
+    return bool(((codes[:, DETAIL] >= 16) & (codes[:, DETAIL] < 80)).all())
+
+
+def test_what_is_drawn_becomes_pixels_and_the_best_is_found_by_reading_them(drawer: Model) -> None:
+    few = drawer.draw("a red bus", seed=1)[0]
+    assert few.size == (32, 32)
+    options = DrawOptions(candidates=3, seed=1)
+    best = draw_codes(drawer, ["a red bus"], options)
+    each = draw_codes(drawer, ["a red bus"] * 3, DrawOptions(seed=1), numbers=[0, 1, 2])
+    pixels = resize(decode_images(drawer, each), drawer.image_tokenizer.image_size)
+    read = encode_to_read(drawer, pixels)
+    likelihoods = text_likelihoods(drawer, read, ["a red bus"] * 3)
+    assert torch.equal(best[0], each[int(likelihoods.argmax())])
+
+
+def test_it_edits_and_reads_a_document_as_it_draws(drawer: Model) -> None:
+    image = Image.fromarray(np.full((64, 64, 3), 200, np.uint8))
+    mask = box_mask(image.size, (0, 0, 32, 64))
+    edited = drawer.edit(image, mask, "two dogs", steps=2, temperature=4.0)
+    before, after = np.asarray(image), np.asarray(edited)
+    assert (before[:, 32:] == after[:, 32:]).all() and (before[:, :32] != after[:, :32]).any()
+    codes = np.arange(24)
+    builder = drawer.batch_builder(64)
+    sample = TrainingSample("k", {}, np.stack([codes, codes]), 0, (None, "a bus", None))
+    (sequence,) = builder.document(sample)
+    v = drawer.vocabulary
+    images = sequence.ids[(sequence.ids >= v.image_start) & (sequence.ids < v.image_end)]
+    assert (images - v.image_start).tolist() == [*range(8), *range(8, 24)]
+
+
+def test_training_draws_detail_right_after_the_text(drawer: Model) -> None:
+    record, codes = {"captions": ["a red bus"]}, np.arange(24)[None]
+    v = drawer.vocabulary
+    for share in ("next_token_share", "reconstruct_share"):
+        objectives = ObjectivesConfig(
+            **{"next_token_share": 0.0, "reconstruct_share": 0.0, share: 1.0}
+        )
+        builder = replace(drawer.batch_builder(64), objectives=objectives)
+        for seed in range(5):
+            ids = builder.pair(TrainingSample("k", record, codes, seed)).draw.ids
+            places = ids[(ids >= v.image_start) & (ids < v.image_end)] - v.image_start
+            assert (places >= 8).all(), "no code of meaning"
+            if share == "next_token_share":
+                assert places.tolist() == list(range(8, 24))
+
+
+def test_a_saved_model_draws_the_same_levels(drawer: Model, tmp_path: Path) -> None:
+    drawer.save(tmp_path / "model")
+    loaded = multimodal.load(tmp_path / "model")
+    assert loaded.config.draws == ("detail",)
+    codes = draw_codes(loaded, ["two dogs"], DrawOptions(seed=3))
+    assert torch.equal(codes, draw_codes(drawer, ["two dogs"], DrawOptions(seed=3)))
+
+
+@pytest.mark.parametrize(
+    ("draws", "message"),
+    [
+        (["meaning"], "without 'detail' there are no pixels"),
+        (["detail", "detail"], "each level once"),
+        (["pixels"], "level 'pixels': this image tokenizer has meaning, detail"),
+    ],
+)
+def test_levels_that_cannot_be_drawn_are_refused(
+    levels: tuple[Meaning, VQTokenizer],
+    tiny_model: Callable[..., Model],
+    draws: list[str],
+    message: str,
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(ImageTokenizer(*levels), tiny_model(), draws)
+
+
+def test_a_decoder_that_reads_meaning_needs_it_drawn(
+    levels: tuple[Meaning, VQTokenizer], tiny_model: Callable[..., Model]
+) -> None:
+    meaning, detail = levels
+    config = replace(
+        detail.config,
+        meaning_channels=meaning.config.vector_channels,
+        meaning_fingerprint=meaning.fingerprint,
+    )
+    reader = VQTokenizer(config)
+    reader.start_from(detail)
+    with pytest.raises(ValueError, match="both have to be drawn"):
+        make(ImageTokenizer(meaning, reader), tiny_model(), ["detail"])

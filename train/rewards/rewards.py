@@ -66,9 +66,8 @@ class CiderReward:
 
     def __call__(self, captions: Sequence[WrittenCaption]) -> list[float]:
         rewards = np.zeros(len(captions))
-        sources = np.array([caption.source for caption in captions])
-        for source in np.unique(sources):
-            rows = np.flatnonzero(sources == source)
+        for source in {caption.source for caption in captions}:
+            rows = [row for row, caption in enumerate(captions) if caption.source == source]
             rewards[rows] = self._of_folder(self.spaces[source], [captions[row] for row in rows])
         values: list[float] = rewards.tolist()
         return values
