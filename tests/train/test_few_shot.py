@@ -61,7 +61,10 @@ def test_a_style_is_the_same_for_all_texts_of_a_document() -> None:
     ("options", "message"),
     [
         (["--data.few_shot.share", "1.5"], "expected shares from 0 to 1"),
-        (["--data.few_shot.share", "0.5", "--model.row_length", "31"], "have 31 tokens and their"),
+        (
+            ["--data.few_shot.share", "0.5", "--data.few_shot.examples", "40"],
+            "41 images have 247 tokens and their texts",
+        ),
     ],
 )
 def test_few_shot_that_cannot_be_learned_is_refused(
