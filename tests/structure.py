@@ -77,12 +77,14 @@ BELOW: dict[str, tuple[str, ...]] = {
         "foundation", "tokenizers", "hub", "data", "data.builder", "model", "inference", "api",
         "commands", "commands.vectors", "eval.evaluator", "eval.metrics", "eval.tasks",
     ),
+    # What is held out of the data of a run, mixed into them, or made of them.
+    "train.mixing": ("foundation", "data", "model", "scenes"),
     # What guards the folder of a run: it knows Lightning, and nothing of what is trained.
     "train.run": ("foundation",),
     "train": (
         "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model", "model.layers",
         "adapters", "inference", "api", "export", "eval", "eval.evaluator", "eval.metrics",
-        "eval.tasks", "train.run",
+        "eval.tasks", "train.mixing", "train.run",
     ),
     "train.tokenizers": (
         "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model",

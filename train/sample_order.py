@@ -83,7 +83,7 @@ class Shuffled:
 
 
 class Order:
-    """The order of the samples of several sources. An epoch has as many samples as all sources.
+    """The order of the samples of several sources.
 
     Samples are numbered over all sources, in the order of the sources.
 
@@ -95,6 +95,7 @@ class Order:
             continues it in the next epoch. So no sample comes again before all others of its
             source.
         shuffle: False takes the samples in their stored order.
+        length: samples of an epoch, with weights. By default as many as all sources have.
 
     Raises:
         ValueError: for weights that are not one positive number for each source.
@@ -106,12 +107,14 @@ class Order:
         seed: int = 0,
         weights: Sequence[float] | None = None,
         shuffle: bool = True,
+        length: int | None = None,
     ) -> None:
         self.seed, self.weights, self.shuffle = seed, weights, shuffle
         self._all = Shuffled(np.concatenate([np.asarray(sizes) for sizes in sources]), seed)
         self._sources = [Shuffled(sizes, seed) for sizes in sources]
         self._starts = np.cumsum([0, *map(len, self._sources)])
         self.counts = np.array([len(source) for source in self._sources])
+        self._length = len(self._all) if weights is None or length is None else length
         if weights is not None:
             if len(weights) != len(sources) or not all(0 < w < float("inf") for w in weights):
                 raise ValueError(
@@ -124,7 +127,7 @@ class Order:
         self._counted: tuple[int, int, NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
-        return len(self._all)
+        return self._length
 
     @property
     def shares(self) -> list[float]:

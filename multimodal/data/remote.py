@@ -34,13 +34,17 @@ def local_folder(folder: str | Path) -> Path:
     return mirror
 
 
+def cache_folder() -> Path:
+    """Where this machine keeps what it can download or make again."""
+    return Path(os.environ.get("MULTIMODAL_CACHE", "~/.cache/multimodal")).expanduser()
+
+
 def is_mirror(folder: Path) -> bool:
     return folder.parent == _mirrors() and (folder / ADDRESS).is_file()
 
 
 def _mirrors() -> Path:
-    cache = Path(os.environ.get("MULTIMODAL_CACHE", "~/.cache/multimodal")).expanduser()
-    return cache / "shards"
+    return cache_folder() / "shards"
 
 
 def fetch(mirror: Path, name: str, again: bool = False) -> None:

@@ -13,7 +13,7 @@ import re
 import tarfile
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -271,6 +271,8 @@ class Shards:
         folder: a folder with ``manifest.json``, or an address (multimodal/data/remote.py).
         split: the split to read. ``None`` reads all of them.
         only: the name of a shard. The others are left out.
+        keep: whether a sample of this key is read. The others are left out. By default all are
+            read. It must be a function that can be sent to a process.
 
     Attributes:
         encoding: how the codes were made (multimodal/data/encode.py). None for images.
@@ -282,9 +284,13 @@ class Shards:
     """
 
     def __init__(
-        self, folder: str | Path, split: str | None = None, only: str | None = None
+        self,
+        folder: str | Path,
+        split: str | None = None,
+        only: str | None = None,
+        keep: Callable[[str], bool] | None = None,
     ) -> None:
-        self.folder = local_folder(folder)
+        self.folder, self._keep = local_folder(folder), keep
         self._mirror = is_mirror(self.folder)
         self._folder = str(self.folder)
         manifest = read_manifest(self.folder)
@@ -297,12 +303,14 @@ class Shards:
             for s in manifest["shards"]
             if split in (None, s["split"]) and only in (None, s["name"])
         ]
-        self.sizes: list[int] = [entry["samples"] for entry in self._entries]
-        self._ends = list(accumulate(self.sizes))
         self._verified: set[str] = set()
         self._indexes: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
         for entry in self._entries:
             self._check_size(entry)
+        self.sizes: list[int] = [entry["samples"] for entry in self._entries]
+        if keep is not None:
+            self.sizes = [len(self._index(number)) for number in range(len(self._entries))]
+        self._ends = list(accumulate(self.sizes))
 
     @property
     def fingerprint(self) -> str:
@@ -332,6 +340,8 @@ class Shards:
         index = read_index(path, entry["bytes"])
         if file_sha256(index_path(path)) != entry["index_sha256"] or len(index) != entry["samples"]:
             raise DamagedShard(f"{index_path(path)}: not the index that the manifest knows")
+        if self._keep is not None:
+            index = [sample for sample in index if self._keep(sample["key"])]
         self._indexes[number] = index
         while len(self._indexes) > 1 and sum(map(len, self._indexes.values())) > MAX_INDEXED:
             self._indexes.popitem(last=False)

@@ -7,7 +7,7 @@ Shapes: B samples, n codes of an image.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 
 from multimodal.model.lessons import answer_text, descriptions_of, exchanges_of, lesson_of
 from multimodal.model.objectives import ObjectivesConfig
-from multimodal.model.sequences import Ids, TokenSequence, describe, document, draw, pack
+from multimodal.model.sequences import (
+    NO_LOSS,
+    OBJECTIVES,
+    Ids,
+    TokenSequence,
+    describe,
+    document,
+    draw,
+    pack,
+)
 from multimodal.model.templates import Templates
 from multimodal.model.training_batch import TrainingBatch, TrainingSample, WrittenTokens
 from multimodal.model.vocabulary import Vocabulary
@@ -29,6 +38,8 @@ DOCUMENT_SEQUENCES = 8
 # kernels that are compiled and stay in memory.
 ROW_MULTIPLE = 4
 CHARACTERS_PER_TOKEN = 8  # more than of any usual text
+# In the record of a document of images with a text each: it is read as a few-shot prompt is.
+FEW_SHOT = "few_shot"
 
 
 @dataclass(frozen=True)
@@ -258,7 +269,12 @@ class BatchBuilder:
                 text = text[: at_most * self.row_length * CHARACTERS_PER_TOKEN]
             parts.append(next(images) if text is None else self.encode(text))
             length += len(parts[-1])
-        return document(self.vocabulary, parts, self.row_length, self.read, self.drawn)
+        few_shot = bool(sample.record.get(FEW_SHOT))
+        later = self.read if few_shot else self.drawn
+        sequences = document(self.vocabulary, parts, self.row_length, self.read, later)
+        if few_shot:
+            return [after_examples(self.vocabulary, sequence) for sequence in sequences]
+        return sequences
 
     def _describe(
         self,
@@ -287,6 +303,26 @@ class BatchBuilder:
                 f"{name} makes a sequence of {length} tokens without a text, more than "
                 f"row_length={self.row_length}: raise it"
             )
+
+
+def after_examples(vocabulary: Vocabulary, sequence: TokenSequence) -> TokenSequence:
+    """A document of images with a text each, as what few-shot prompts teach.
+
+    Each text but the first is learned, after the images and texts before it. At its end <eos> is
+    learned, which ends it in use, though the next image is read. The images are not learned, nor is
+    the first text: nothing before it says how it is written.
+
+    Args:
+        sequence: of ``document``, with the levels of each image that are read.
+    """
+    caption = sequence.objectives == OBJECTIVES.index("caption")
+    learned = caption & (np.cumsum(sequence.ids == vocabulary.boi) > 1)
+    at_end = sequence.targets == vocabulary.boi
+    return replace(
+        sequence,
+        objectives=np.where(learned, sequence.objectives, NO_LOSS),
+        targets=np.where(at_end, vocabulary.eos, sequence.targets),
+    )
 
 
 def mask_ratio(uniform: float) -> float:
