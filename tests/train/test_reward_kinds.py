@@ -216,7 +216,7 @@ REFUSED: dict[str, tuple[dict[str, Any], bool, str]] = {
     "no base": ({"beta": 0.1}, False, "give a model with --init_from"),
     "beta": ({"beta": -1.0}, True, "beta=-1.0: expected 0 or more"),
     "no such file": ({"reward": {"cider": 1.0, "no.py:f": 1.0}}, True, "no.py: no such Python"),
-    "a short row": ({"of": "drawings", "row_length": 18}, True, "a drawing of 4 codes needs"),
+    "a short row": ({"of": "drawings", "row_length": 6}, True, "a drawing of 4 codes needs"),
     "an unknown scale": ({"scale_rewards": "all"}, True, "scale_rewards"),
     "one alone": ({"captions_written": 1, "baseline": "group"}, True, "captions_written=1"),
 }  # fmt: skip
