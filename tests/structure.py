@@ -91,7 +91,8 @@ BELOW: dict[str, tuple[str, ...]] = {
         "eval.metrics", "train", "train.run",
     ),
     "train.rewards": (
-        "foundation", "data", "model", "inference", "eval.metrics", "eval.tasks", "train",
+        "foundation", "tokenizers", "data", "model", "inference", "eval.metrics", "eval.tasks",
+        "train",
     ),
     "train.preferences": (
         "foundation", "hub", "tokenizers", "data", "model", "inference", "api", "commands",

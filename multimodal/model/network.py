@@ -31,17 +31,16 @@ from multimodal.model.layers.experts import (
 )
 from multimodal.model.layers.quantization import with_quantized_layers
 from multimodal.model.layers.transformer import SIZES, Transformer, TransformerConfig, named_config
-from multimodal.model.objectives import ObjectivesConfig, policy_loss, token_losses
+from multimodal.model.objectives import SHAPE_MULTIPLE, ObjectivesConfig, token_losses
 from multimodal.model.preference_loss import Completions, token_log_probabilities
 from multimodal.model.sequences import NO_LOSS, OBJECTIVES, Packed
 from multimodal.model.stock import read_stock
 from multimodal.model.templates import Templates
-from multimodal.model.training_batch import TrainingBatch, WrittenTokens
+from multimodal.model.training_batch import TrainingBatch
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.tokenizers.levels import Layout
 
 UNKNOWN_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # bins of the logged reconstruction curves
-SHAPE_MULTIPLE = 256  # positions with a target are padded to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -306,9 +305,9 @@ class MultimodalLM(nn.Module):
         if router_logits:
             routing, of_routing = self._router_losses(stacked(router_logits), packed)
             total, parts = total + routing, parts | of_routing
-        if batch.written is not None:
-            parts["policy"], parts["grad_norm/policy"] = self._policy_loss(hidden, batch.written)
-            total = batch.written.joint_weight * total + parts["policy"]
+        if (policy := batch.policy) is not None:
+            loss, of_policy = policy.loss(hidden, self.transformer.lm_head.weight)
+            total, parts = policy.config.joint_weight * total + loss, parts | of_policy
         if (completions := batch.completions) is not None:
             loss, of_preferences = completions.loss(self.log_probabilities(completions))
             total, parts = completions.joint_weight * total + loss, parts | of_preferences
@@ -338,24 +337,6 @@ class MultimodalLM(nn.Module):
             "router_z": z_loss,
             **{f"experts/{name}": value for name, value in use.items()},
         }
-
-    def _policy_loss(self, hidden: Tensor, written: WrittenTokens) -> tuple[Tensor, Tensor]:
-        """The loss of written captions, and its gradient norm; hidden: float[R * L, D].
-
-        A caption is sampled from the ids of texts and <eos> only.
-        """
-        text_size, eos = self.vocabulary.text_size, self.vocabulary.eos
-        head = self.transformer.lm_head.weight
-        head = torch.cat([head[:text_size], head[eos : eos + 1]])
-        padding = (0, -len(written.targets) % SHAPE_MULTIPLE)
-        targets = written.targets.where(written.targets != eos, text_size)
-        return policy_loss(
-            hidden[F.pad(written.positions, padding)] / written.temperature,
-            head,
-            F.pad(targets, padding),
-            F.pad(written.advantages, padding),
-            len(targets),
-        )
 
 
 def random_fourier_features(vectors: Tensor, width: int) -> Tensor:

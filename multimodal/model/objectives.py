@@ -1,26 +1,39 @@
-"""The token objectives: caption, answer, text, image and reconstruct.
+"""The token objectives: caption, answer, text, image and reconstruct; and the policy's.
 
-Each is a cross-entropy over the full vocabulary. All are computed from one forward pass over the
-packed rows. Alignment, the contrastive objective, is in model/alignment.py.
+Each of the first is a cross-entropy over the full vocabulary. All are computed from one forward
+pass over the packed rows. Alignment, the contrastive objective, is in model/alignment.py.
 
-Shapes: D width, V vocabulary, N positions with a target.
+The policy's objective is of what the network wrote or drew itself, and of how much better that was
+than expected. Its loss is a mean over the M tokens of all ranks,
+
+    - advantage * log p + beta * (q / p - 1 - log (q / p))
+
+where p is the probability of a token and q that in a frozen reference. The second term is an
+unbiased estimate of KL(p || q), as in GRPO (Shao et al. 2024, arXiv:2402.03300). Each batch is used
+for one step, so GRPO's ratio to the network that wrote it is 1, and there is nothing to clip.
+
+Shapes: D width, V vocabulary, N positions with a target, M tokens that the network made.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.distributed import global_sum, world_size
 from multimodal.model.head_loss import head_losses
+from multimodal.model.preference_loss import global_mean, kl_k3, token_log_probabilities
 from multimodal.model.sequences import NO_LOSS, OBJECTIVES, TokenSequence
 from multimodal.schemas import Between, check_fields
 
 TEXTS = ("caption", "answer", "text")  # objectives whose targets are those of texts
 WEIGHTS = {"caption": 1.0, "answer": 1.0, "text": 0.2, "image": 0.2, "reconstruct": 0.3}
+SHAPE_MULTIPLE = 256  # positions with a target are padded to a multiple of this
+Alphabet = tuple[tuple[int, int], ...]  # ranges of ids [start, end) from which a token is sampled
 
 
 @dataclass(frozen=True)
@@ -78,19 +91,125 @@ class ObjectivesConfig:
         return bool(np.isin(sequence.objectives, weighted).any())
 
 
+@dataclass(frozen=True)
+class PolicyConfig:
+    """How a network learns from what it made itself.
+
+    Args:
+        temperature: at which it samples.
+        beta: how strongly it is held to the reference.
+        joint_weight: of all other losses beside.
+        drawings: it made images for texts. If not, texts about images.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+
+    temperature: float = 1.0
+    beta: float = 0.0
+    joint_weight: float = 0.2
+    drawings: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}: expected more than 0")
+        for name in ("beta", "joint_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more")
+
+
+@dataclass(frozen=True)
+class PolicyTokens:
+    """The M tokens of all texts, or of all drawings, that the network made.
+
+    Attributes:
+        positions: int64[M], in the flattened rows, of what predicts each token.
+        targets: int64[M], the ids.
+        advantages: float32[M], of the text or the drawing.
+        alphabets: what a token may be. Each id is in one of them.
+        config: what is learned of them.
+        reference: float32[M], the log-probability of each in the reference, if ``beta`` is not 0.
+    """
+
+    positions: Tensor
+    targets: Tensor
+    advantages: Tensor
+    alphabets: tuple[Alphabet, ...]
+    config: PolicyConfig
+    reference: Tensor | None = None
+
+    def to(self, device: torch.device) -> "PolicyTokens":
+        tensors = ("positions", "targets", "advantages")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+
+    def loss(self, hidden: Tensor, head: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, float32[], and its parts by name.
+
+        ``policy`` is its first term, and ``grad_norm/policy`` the norm of the gradient of that at
+        the states. ``kl`` is the second one, without beta.
+
+        Args:
+            hidden: float[positions, D], of all rows.
+            head: float[V, D].
+        """
+        losses, norms = [], []
+        for tokens, rows, targets in self._by_alphabet(head):
+            padding = (0, -len(tokens) % SHAPE_MULTIPLE)
+            loss, norm = policy_loss(
+                hidden[F.pad(self.positions[tokens], padding)] / self.config.temperature,
+                rows,
+                F.pad(targets, padding),
+                F.pad(self.advantages[tokens], padding),
+                len(self.targets),
+            )
+            losses.append(loss)
+            norms.append(norm)
+        policy = torch.stack(losses).sum()
+        parts = {"policy": policy, "grad_norm/policy": torch.stack(norms).square().sum().sqrt()}
+        if not self.config.beta:
+            return policy, parts
+        assert self.reference is not None, "the module that trains computes it"
+        kl = global_mean(kl_k3(self.reference - self.log_probabilities(hidden, head)))
+        return policy + self.config.beta * kl, {**parts, "kl": kl}
+
+    def log_probabilities(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """Of each token among those that it was sampled from, at their temperature: float32[M].
+
+        Arguments as for ``loss``.
+        """
+        found = torch.zeros_like(self.advantages)
+        for tokens, rows, targets in self._by_alphabet(head):
+            states = hidden[self.positions[tokens]] / self.config.temperature
+            likely = token_log_probabilities(states, rows, targets)
+            found = found.index_put((tokens,), likely)
+        return found
+
+    def _by_alphabet(self, head: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each alphabet its tokens, int64[m], its rows of the head, and the targets in them."""
+        for alphabet in self.alphabets:
+            targets = torch.full_like(self.targets, -1)
+            size = 0
+            for start, end in alphabet:
+                inside = (self.targets >= start) & (self.targets < end)
+                targets = torch.where(inside, self.targets - start + size, targets)
+                size += end - start
+            tokens = (targets >= 0).nonzero()[:, 0]
+            yield tokens, torch.cat([head[start:end] for start, end in alphabet]), targets[tokens]
+
+
 def policy_loss(
     hidden: Tensor, head: Tensor, targets: Tensor, advantages: Tensor, tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Make texts that were sampled more likely, as much as they were better than expected.
+    """Make what was sampled more likely, as much as it was better than expected.
 
     REINFORCE (Williams 1992): minus advantage * log-likelihood. In expectation its gradient is that
-    of the reward, times the texts over the tokens.
+    of the reward, times the samples over the tokens.
 
     Args:
-        hidden: float[M, D], the states that predict the tokens of the texts.
-        head: float[A, D], of the ids that the texts were sampled from.
+        hidden: float[M, D], the states that predict the tokens.
+        head: float[A, D], of the ids that the tokens were sampled from.
         targets: int64[M], rows of ``head``.
-        advantages: float32[M], the reward of each text minus what was expected. 0 for padding.
+        advantages: float32[M], the reward of each sample minus what was expected. 0 for padding.
         tokens: those of this rank that are no padding.
 
     Returns:

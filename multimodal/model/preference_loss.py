@@ -100,11 +100,18 @@ class Completions:
         sums = tokens.new_zeros(3, len(self.roles)).index_add(1, self.owners, tokens)
         policy, reference, lengths = sums.unbind()
         loss, parts = preference_loss(policy, reference, lengths, self.roles, self.config)
-        # Where the reference wrote the completions, the mean is KL(reference || network) of a token
-        # (the estimator k3 of Schulman 2020, joschu.net/blog/kl-approx.html).
+        # Where the reference wrote the completions, it is KL(reference || network) of a token.
         own = self.roles[self.owners] != MISMATCHED
         ratio = (log_probabilities - self.reference).detach()[own]
-        return loss, {**parts, "preference_kl": global_mean(ratio.exp() - 1 - ratio)}
+        return loss, {**parts, "preference_kl": global_mean(kl_k3(ratio))}
+
+
+def kl_k3(log_ratios: Tensor) -> Tensor:
+    """The estimator k3 of KL(p || q) at tokens that p has sampled: unbiased, and never below 0.
+
+    See Schulman 2020 (joschu.net/blog/kl-approx.html). log_ratios: log q - log p of each token.
+    """
+    return log_ratios.exp() - 1 - log_ratios
 
 
 def token_log_probabilities(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
