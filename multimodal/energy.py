@@ -92,7 +92,7 @@ class Rapl:
         OSError: if there are none, or they cannot be read.
     """
 
-    def __init__(self, folder: Path = POWERCAP) -> None:
+    def __init__(self, folder: Path) -> None:
         # A processor and each of its parts have a zone. Its cores and GPU are within the processor,
         # its memory (dram) is not.
         zones = [
@@ -172,7 +172,7 @@ class EnergyMeter:
         options: for the estimate and for CO2.
         counts_machine: whether this process counts the whole machine, if that is possible. Of
             several processes on a machine only one may.
-        powercap: the folder of RAPL counters.
+        powercap: the folder of RAPL counters. None: ``POWERCAP``.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class EnergyMeter:
         device: "torch.device | None" = None,
         options: EnergyOptions = EnergyOptions(),  # noqa: B008 (frozen)
         counts_machine: bool = True,
-        powercap: Path = POWERCAP,
+        powercap: Path | None = None,
     ) -> None:
         self.options = options
         self._counts_machine = counts_machine
@@ -191,7 +191,7 @@ class EnergyMeter:
         self._gpu_note = ""
         self._start = 0.0
         try:
-            self._rapl = Rapl(powercap)
+            self._rapl = Rapl(powercap or POWERCAP)
         except (OSError, ValueError):
             self._start = cpu_seconds()
         else:

@@ -7,7 +7,6 @@ import lightning as L
 import pytest
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from multimodal.energy import EnergyMeter
 from multimodal.train.callbacks import EnergyLog
 
 
@@ -26,7 +25,7 @@ def test_each_start_of_a_run_has_its_energy(
 ) -> None:
     seconds = iter([10.0, 10.5, 20.0, 24.0])  # at the start and at the end, twice
     monkeypatch.setattr("multimodal.energy.cpu_seconds", lambda: next(seconds))
-    monkeypatch.setattr(EnergyMeter.__init__, "__defaults__", (None, None, True, tmp_path))
+    monkeypatch.setattr("multimodal.energy.POWERCAP", tmp_path)
     fit(tmp_path)
     fit(tmp_path)
     logs = tmp_path / "logs"
