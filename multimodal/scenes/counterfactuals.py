@@ -70,7 +70,7 @@ def _with(item: SceneObject, kind: str, value: str) -> SceneObject | None:
         return replace(item, colour=value, rgb=None)
     if kind == "size":
         return None if item.size == "small" else replace(item, size=value, radius=SIZES["small"][0])
-    return replace(item, **{kind: value})
+    return replace(item, shape=value) if kind == "shape" else replace(item, texture=value)
 
 
 def common_questions(
