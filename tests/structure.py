@@ -18,8 +18,8 @@ PARTS = ("multimodal", "tokenizers", "eval", "train")
 
 # Modules at the top of multimodal/ that every room may use, and that use no room.
 FOUNDATION = (
-    "devices", "distributed", "files", "memory", "options", "plugins", "provenance", "schemas",
-    "seeds", "terminal", "torchrun",
+    "devices", "distributed", "energy", "files", "memory", "options", "plugins", "provenance",
+    "schemas", "seeds", "terminal", "torchrun",
 )  # fmt: skip
 # The front doors: `import multimodal`, and the command line, which finds verbs by name.
 FRONT_DOORS = (
@@ -73,6 +73,11 @@ BELOW: dict[str, tuple[str, ...]] = {
         "foundation", "tokenizers", "data", "model", "inference", "api", "eval.evaluator",
         "eval.metrics",
     ),
+    # What an evaluator finds wrong: it asks as the tasks do, in other words or of changed pictures.
+    "eval.trust": (
+        "foundation", "data", "model", "inference", "api", "eval.evaluator", "eval.metrics",
+        "eval.tasks",
+    ),
     "eval": (
         "foundation", "tokenizers", "hub", "data", "data.builder", "model", "inference", "api",
         "commands", "commands.vectors", "eval.evaluator", "eval.metrics", "eval.tasks",
@@ -100,7 +105,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 # What is exact about scenes: evaluators like any other, and the page of the demo.
-KNOWS_SCENES = ("eval.metrics.scene_", "eval.tasks.scene_", "eval.demo")
+KNOWS_SCENES = ("eval.metrics.scene_", "eval.tasks.scene_", "eval.trust.scene_", "eval.demo")
 MAX_FILES = 16
 MAX_LINES = 400
 MAX_MEDIAN_LINES = 250

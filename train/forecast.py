@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from multimodal.model.layers.experts import idle_parameters
+from multimodal.train.callbacks import EnergyLog
 from multimodal.train.cli import TrainingCLI
 from multimodal.train.cli import main as run
 from multimodal.train.cost import peak_memory
@@ -129,7 +130,7 @@ class ForecastCLI(TrainingCLI):
         steps = min(STEPS, config.max_steps) if config.max_steps > 0 else STEPS
         kwargs |= {"max_steps": steps, "limit_val_batches": 0}
         trainer = super().instantiate_trainer(**kwargs)
-        writers = (Checkpoint, ExportModel, GracefulStop, Progress)
+        writers = (Checkpoint, EnergyLog, ExportModel, GracefulStop, Progress)
         callbacks = [c for c in trainer.callbacks if not isinstance(c, writers)]  # type: ignore[attr-defined]
         forecast = Forecast(config.max_steps, config.max_epochs or -1)
         trainer.callbacks = [*callbacks, forecast]  # type: ignore[attr-defined]
