@@ -61,10 +61,10 @@ def new_samples(pictures: str, count: int) -> list[Sample]:
 def scores(model: str, samples: list[Sample]) -> dict[str, Any]:
     """CIDEr after each number of examples, and what the examples add: (mean, low, high)."""
     values: dict[str, Any] = dict(FewShot().measure(Subject(load(model), samples)))
-    rows = {f"{shots} shots": values[f"CIDEr_{shots}"] for shots in SHOTS}
-    none = rows["0 shots"]
-    for shots in SHOTS[1:]:
-        pairs = zip(rows[f"{shots} shots"], none, strict=True)
+    measured = [shots for shots in SHOTS if f"CIDEr_{shots}" in values]  # what the model can read
+    rows = {f"{shots} shots": values[f"CIDEr_{shots}"] for shots in measured}
+    for shots in measured[1:]:
+        pairs = zip(rows[f"{shots} shots"], rows["0 shots"], strict=True)
         rows[f"{shots} - 0"] = [after - before for after, before in pairs]
     return {name: (sum(each) / len(each), *interval(each)) for name, each in rows.items()}
 
