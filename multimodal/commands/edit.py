@@ -4,11 +4,13 @@ import argparse
 from pathlib import Path
 
 from multimodal.commands.options import (
+    add_sign,
     check_output,
     given_options,
     load_model,
     make_parser,
     save_image,
+    signer_of,
 )
 from multimodal.options import EditOptions
 
@@ -41,9 +43,11 @@ def main(argv: list[str]) -> int:
     where.add_argument("--vary", type=float, metavar="SHARE", help="draw this share of it anew")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the image shows then")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG, JPEG or WebP")
+    add_sign(parser)
     arguments = parser.parse_args(argv)
     options = given_options(arguments, EditOptions)
     check_output(arguments.out)
+    signer, drawing = signer_of(arguments.sign), None
     model = load_model(arguments)
     image, prompt = arguments.image, arguments.prompt
     if arguments.margins:
@@ -52,6 +56,10 @@ def main(argv: list[str]) -> int:
         edited = model.vary(image, arguments.vary, prompt, **options)
     else:
         edited = model.edit(image, arguments.box or arguments.mask, prompt, **options)
-    save_image(edited, arguments.out)
+    if signer is not None:
+        from multimodal.origin.credentials import PARTLY_DRAWN, Drawing
+
+        drawing = Drawing.of(model.fingerprint, prompt, PARTLY_DRAWN)
+    save_image(edited, arguments.out, signer, drawing)
     print(arguments.out)
     return 0
