@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from multimodal.commands.options import (
-    add_sign,
     at_least_one,
     check_output,
     given_options,
@@ -11,9 +10,9 @@ from multimodal.commands.options import (
     make_parser,
     numbered,
     save_image,
-    signer_of,
     with_progress,
 )
+from multimodal.commands.signing import add_sign, signer_of
 from multimodal.options import DrawOptions
 
 EPILOG = """With -n over 1 the files are FILE with -0, -1, ... before the suffix, and FILE itself

@@ -4,14 +4,13 @@ import argparse
 from pathlib import Path
 
 from multimodal.commands.options import (
-    add_sign,
     check_output,
     given_options,
     load_model,
     make_parser,
     save_image,
-    signer_of,
 )
+from multimodal.commands.signing import add_sign, signer_of
 from multimodal.options import EditOptions
 
 EPILOG = """A mask is an image of the same size: what is white in it is drawn anew. Outside the mask

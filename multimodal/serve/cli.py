@@ -4,7 +4,8 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
-from multimodal.commands.options import add_sign, load_model, make_parser, signer_of
+from multimodal.commands.options import load_model, make_parser
+from multimodal.commands.signing import add_sign, signer_of
 from multimodal.serve.engine.settings import Settings
 from multimodal.terminal import print_error
 
