@@ -44,6 +44,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "export": ("foundation", "tokenizers", "hub", "model", "model.layers"),
     "released": ("foundation", "tokenizers", "model", "model.layers"),
     "scenes": ("foundation", "data"),
+    "origin": ("foundation", "data", "model"),
     "record": ("foundation",),
     "filters": ("foundation",),
     "inference": ("foundation", "tokenizers", "data", "data.formats", "model", "model.layers"),
@@ -55,16 +56,18 @@ BELOW: dict[str, tuple[str, ...]] = {
     "commands.vectors": (
         "foundation", "data", "data.formats", "inference", "api", "index", "commands",
     ),
-    "commands": ("foundation", "data", "data.formats", "inference", "api", "index", "record"),
+    "commands": (
+        "foundation", "data", "data.formats", "inference", "api", "index", "record", "origin",
+    ),
     "commands.folders": (
         "foundation", "tokenizers", "hub", "data", "data.builder", "data.formats", "model",
-        "export", "released", "scenes", "commands", "record",
+        "export", "released", "scenes", "commands", "record", "origin",
     ),
     # Requests know the model's front door and the decode loop. Nothing below knows of requests.
-    "serve.engine": ("foundation", "filters", "data", "model", "inference", "api"),
+    "serve.engine": ("foundation", "filters", "origin", "data", "model", "inference", "api"),
     "serve": (
-        "foundation", "record", "filters", "data", "model", "inference", "api", "commands",
-        "serve.engine",
+        "foundation", "record", "filters", "origin", "data", "model", "inference", "api",
+        "commands", "serve.engine",
     ),
     "eval.metrics": ("foundation", "tokenizers", "tokenizers.quantizers"),
     # The protocol of evaluators, which the tasks implement and the commands use.

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from multimodal.api import Model
 from multimodal.filters.rules import Filters
+from multimodal.origin.credentials import Signer
 from multimodal.record.chain import Record
 from multimodal.serve.bridge import Disconnected
 from multimodal.serve.chat import chat_completions
@@ -37,8 +38,12 @@ log = logging.getLogger("multimodal.serve")
 CLIENT_LEFT = 499  # nginx's status for it; nobody reads it
 
 
-def make_app(model: Model, settings: Settings) -> ASGIApp:
-    """An ASGI application. Its scheduler starts and stops with its lifespan."""
+def make_app(model: Model, settings: Settings, signer: Signer | None = None) -> ASGIApp:
+    """An ASGI application. Its scheduler starts and stops with its lifespan.
+
+    Args:
+        signer: of images that are drawn.
+    """
     created, counted, page = int(time.time()), Metrics(), page_routes()
     filters = Filters.read(settings.filters) if settings.filters else Filters()
     watch = None
@@ -69,7 +74,7 @@ def make_app(model: Model, settings: Settings) -> ASGIApp:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.engine = Engine(model, settings, counted, filters)
+        app.state.engine = Engine(model, settings, counted, filters, signer)
         try:
             yield
         finally:

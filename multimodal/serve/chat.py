@@ -21,7 +21,7 @@ from multimodal.serve.bridge import Piece, Result, events, result_of
 from multimodal.serve.engine.engine import Engine
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.messages import Message, Template, message_parts
-from multimodal.serve.engine.pictures import read_image_url, to_base64
+from multimodal.serve.engine.pictures import Credentials, read_image_url, to_base64
 from multimodal.serve.engine.scheduler import Decoding, Steps
 from multimodal.serve.noting import Note, digest_of, note_of
 from multimodal.serve.screening import CODE, Screening
@@ -117,6 +117,7 @@ class Chat:
     id: str
     created: int
     screen: Screening
+    credentials: Credentials | None  # of images that are drawn
 
     def head(self, kind: str, fingerprint: str) -> dict[str, Any]:
         return {
@@ -170,7 +171,9 @@ async def read_chat(request: Request, engine: Engine) -> Chat:
         else:
             read.append(screen.text(part, "prompt"))
     name = f"chatcmpl-{secrets.token_hex(12)}"
-    return Chat(chat, read, kind, options, schema, name, int(time.time()), screen)
+    texts = "\n".join(part for part in read if isinstance(part, str))
+    now, credentials = int(time.time()), engine.credentials(texts)
+    return Chat(chat, read, kind, options, schema, name, now, screen, credentials)
 
 
 async def _schema(
@@ -249,7 +252,7 @@ async def chat_completions(request: Request, engine: Engine) -> Response:
     choices = [
         {
             "index": row.number,
-            "message": _message(row.reply.parts),
+            "message": _message(row.reply.parts, chat),
             "logprobs": _logprobs(engine, row.tokens) if chat.request.logprobs else None,
             "finish_reason": finish_reason(row),
         }
@@ -294,15 +297,15 @@ def finish_reason(row: ChatRow) -> str:
     return "length" if row.reply.ended == "length" else "stop"
 
 
-def _message(parts: Sequence[str | Image.Image]) -> dict[str, Any]:
+def _message(parts: Sequence[str | Image.Image], chat: Chat) -> dict[str, Any]:
     texts = [part for part in parts if isinstance(part, str)]
-    images = [_image(part) for part in parts if not isinstance(part, str)]
+    images = [_image(part, chat) for part in parts if not isinstance(part, str)]
     message = {"role": "assistant", "content": "\n".join(texts), "refusal": None}
     return {**message, "images": images} if images else message
 
 
-def _image(image: Image.Image) -> dict[str, Any]:
-    url = f"data:image/png;base64,{to_base64(image)}"
+def _image(image: Image.Image, chat: Chat) -> dict[str, Any]:
+    url = f"data:image/png;base64,{to_base64(image, credentials=chat.credentials)}"
     return {"type": "image_url", "image_url": {"url": url}}
 
 
@@ -372,7 +375,7 @@ async def _chunks(engine: Engine, chat: Chat, steps: Steps, note: Note) -> Async
                 if held:
                     continue
                 if isinstance(piece, Image.Image):
-                    yield chunk(number, {"images": [_image(piece)]}, None, None)
+                    yield chunk(number, {"images": [_image(piece, chat)]}, None, None)
                 elif isinstance(piece, str) and (text := edges[number](piece)):
                     yield chunk(number, {"content": text}, None, new_logprobs(event.row))
             elif isinstance(event, Result):
@@ -382,7 +385,7 @@ async def _chunks(engine: Engine, chat: Chat, steps: Steps, note: Note) -> Async
                     for first in begin(row.number):
                         yield first
                     if held:
-                        message = _message(row.reply.parts)
+                        message = _message(row.reply.parts, chat)
                         whole = {
                             key: message[key] for key in ("content", "images") if message.get(key)
                         }

@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from multimodal.commands.options import load_model, make_parser
+from multimodal.commands.signing import add_sign, signer_of
 from multimodal.serve.engine.settings import Settings
 from multimodal.terminal import print_error
 
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> int:
         metavar="FILE",
         help="an earlier record: /metrics says how the last requests differ (multimodal drift)",
     )
+    add_sign(parser)
     defaults = {item.name: item.default for item in fields(Settings)}
     for name, about in SETTINGS.items():
         default = defaults[name]
@@ -90,10 +92,11 @@ def main(argv: list[str]) -> int:
         from multimodal.serve.server import serve
     except ImportError as error:
         raise ValueError(MISSING) from error
+    signer = signer_of(arguments.sign)
     model = load_model(arguments)
     url = f"http://{arguments.host}:{arguments.port}"
     print(f"{settings.name} answers at {url}/v1, and to people at {url}", flush=True)
     if not keys and arguments.host not in ("127.0.0.1", "localhost", "::1"):
         print_error(f"multimodal serve: no API key: everyone who reaches {url} may use it")
-    serve(model, settings, arguments.host, arguments.port)
+    serve(model, settings, arguments.host, arguments.port, signer)
     return 0

@@ -3,16 +3,19 @@
 import uvicorn
 
 from multimodal.api import Model
+from multimodal.origin.credentials import Signer
 from multimodal.serve.app import make_app
 from multimodal.serve.engine.settings import Settings
 
 KEEP_ALIVE = 30  # seconds that an idle connection stays
 
 
-def make_server(model: Model, settings: Settings, host: str, port: int) -> uvicorn.Server:
+def make_server(
+    model: Model, settings: Settings, host: str, port: int, signer: Signer | None = None
+) -> uvicorn.Server:
     """A server that is not running yet."""
     config = uvicorn.Config(
-        make_app(model, settings),
+        make_app(model, settings, signer),
         host=host,
         port=port,
         log_level="warning",
@@ -24,10 +27,12 @@ def make_server(model: Model, settings: Settings, host: str, port: int) -> uvico
     return uvicorn.Server(config)
 
 
-def serve(model: Model, settings: Settings, host: str, port: int) -> None:
+def serve(
+    model: Model, settings: Settings, host: str, port: int, signer: Signer | None = None
+) -> None:
     """Answer requests. SIGINT and SIGTERM let running requests end, and then return.
 
     Raises:
         OSError: if the address is in use.
     """
-    make_server(model, settings, host, port).run()
+    make_server(model, settings, host, port, signer).run()

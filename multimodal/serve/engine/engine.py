@@ -17,7 +17,9 @@ from multimodal.filters.rules import Filters
 from multimodal.inference.codec import UNKNOWN
 from multimodal.inference.json_schema import Schema, token_bytes
 from multimodal.inference.mixed import Grammar, MixedRow, image_ids
+from multimodal.origin.credentials import DRAWN, Drawing, Signer
 from multimodal.serve.engine.metrics import Metrics
+from multimodal.serve.engine.pictures import Credentials
 from multimodal.serve.engine.scheduler import Scheduler
 from multimodal.serve.engine.settings import Settings
 
@@ -34,12 +36,18 @@ class Engine:
         settings: the limits.
         metrics: counts tokens, and looks at the scheduler.
         filters: rules for prompts and replies.
+        signer: of images that are drawn.
     """
 
     def __init__(
-        self, model: Model, settings: Settings, metrics: Metrics, filters: Filters
+        self,
+        model: Model,
+        settings: Settings,
+        metrics: Metrics,
+        filters: Filters,
+        signer: Signer | None = None,
     ) -> None:
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.signer = model, settings, signer
         self.grammar = Grammar.of(model)
         self.filters = filters
         self.scheduler = Scheduler(model.network, settings.rows, settings.requests)
@@ -88,6 +96,12 @@ class Engine:
     @cached_property
     def fingerprint(self) -> str:
         return self.model.fingerprint
+
+    def credentials(self, prompt: str, source_type: str = DRAWN) -> Credentials | None:
+        """Those of images that are drawn after a prompt, if they are signed at all."""
+        if self.signer is None:
+            return None
+        return Credentials(self.signer, Drawing.of(self.fingerprint, prompt, source_type))
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
