@@ -152,7 +152,7 @@ class PolicyTokens:
             hidden: float[positions, D], of all rows.
             head: float[V, D].
         """
-        losses, norms = [], []
+        losses, norms = list[Tensor](), list[Tensor]()
         for tokens, rows, targets in self._by_alphabet(head):
             padding = (0, -len(tokens) % SHAPE_MULTIPLE)
             loss, norm = policy_loss(

@@ -250,7 +250,7 @@ def write_texts(
     """
     if not len(codes):
         return []
-    behind = [()] * len(codes) if prompts is None else prompts
+    behind: Sequence[Sequence[int]] = [()] * len(codes) if prompts is None else prompts
     begun = [
         [*describe_prompt(model.vocabulary, image), *prompt]
         for image, prompt in zip(codes, behind, strict=True)
