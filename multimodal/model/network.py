@@ -29,6 +29,7 @@ from multimodal.model.layers.experts import (
     stacked,
     upcycled,
 )
+from multimodal.model.layers.graphs import StepGraphs
 from multimodal.model.layers.quantization import with_quantized_layers
 from multimodal.model.layers.transformer import SIZES, Transformer, TransformerConfig, named_config
 from multimodal.model.objectives import ObjectivesConfig, policy_loss, token_losses
@@ -105,6 +106,7 @@ class MultimodalLM(nn.Module):
         label_smoothing: in training, the share of each target of a text that the loss spreads over
             the ids of texts and the specials.
         compiled: the compiled forward passes of inference, if there are any.
+        graphs: the CUDA graphs of decode steps, if there are any.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -120,6 +122,7 @@ class MultimodalLM(nn.Module):
         self.attention_backend: Backend = "sdpa"
         self.label_smoothing = 0.0
         self.compiled: CompiledForward | None = None
+        self.graphs: StepGraphs | None = None
         if not objectives.alignment_weight:
             # Without a loss they get no gradient, and under DDP the ranks would wait for one.
             self.alignment.requires_grad_(False)

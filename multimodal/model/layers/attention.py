@@ -72,6 +72,14 @@ def attention_mask(documents: Tensor, blocks: Tensor, branches: Tensor | None = 
     return sees[:, None]
 
 
+def visible(positions: Tensor, columns: int) -> Tensor:
+    """bool[B, 1, 1, columns]: what single tokens at positions of a cache see.
+
+    positions: int64[B, 1].
+    """
+    return (torch.arange(columns, device=positions.device) <= positions)[:, None, None]
+
+
 def block_mask(documents: Tensor, blocks: Tensor, branches: Tensor) -> "BlockMask":
     """The same rule for FlexAttention. Arguments as for ``attention_mask``."""
     from torch.nn.attention.flex_attention import create_block_mask
@@ -274,6 +282,11 @@ class KVCache:
     def capacity(self) -> int:
         """How many tokens it can hold."""
         return self.keys[0].shape[2]
+
+    @property
+    def address(self) -> int:
+        """Where its memory is."""
+        return self._whole[0][0].data_ptr()
 
     @property
     def most_rows(self) -> int:
