@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -44,46 +45,51 @@ class Part:
     Args:
         measure: yields figures.
         seconds: its limit.
-        figures: the names that it yields on a card.
+        figures: their names.
     """
 
     measure: Callable[[Sizes], Iterator[Figure]]
     seconds: float
-    figures: tuple[str, ...]
+    figures: list[str]
 
 
 def gpu_tests(sizes: Sizes) -> Iterator[Figure]:
     """``pytest -m gpu``."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run([*command, *sizes.tests], cwd=ROOT, capture_output=True, text=True)
-    summary = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()[-200:]]
-    counts = dict.fromkeys(("passed", "failed", "skipped", "error", "errors"), 0)
-    words = summary[0].replace(",", "").split()
-    for number, name in zip(words, words[1:], strict=False):
-        if number.isdecimal() and name in counts:
-            counts[name] = int(number)
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    more = {"failed": counts["failed"] + counts["error"] + counts["errors"], "which": failed}
-    yield Figure("tests", counts["passed"], "passed", {**more, "skipped": counts["skipped"]})
+    yield passed(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout)
 
 
-PARTS = {
-    "floors": Part(floors, 30, ("floors/products", "floors/copies")),
-    "train_1b": Part(training.train_1b, 90, training.figures("1b")),
-    "decode": Part(decoding.decode, 90, decoding.FIGURES),
-    "train_large": Part(training.train_large, 90, training.figures("large")),
-    "draw": Part(drawing.draw, 60, drawing.DRAWING),
-    "tokenize": Part(drawing.tokenize, 45, drawing.TOKENIZING),
-    "their_decode": Part(decoding.their_decode, 60, decoding.THEIR_FIGURES),
-    "their_train": Part(training.their_train, 60, ("train/transformers",)),
-    "tests": Part(gpu_tests, 150, ("tests",)),
-}
+def passed(said: str) -> Figure:
+    """What pytest said as a figure."""
+    lines = said.strip().splitlines() or [""]
+    counts = {name: int(number) for number, name in re.findall(r"(\d+) (\w+)", lines[-1])}
+    which = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    more = {"failed": len(which), "which": which, "skipped": counts.get("skipped", 0)}
+    return Figure("tests", counts.get("passed", 0), "passed", more)
+
+
+def parts(sizes: Sizes) -> dict[str, Part]:
+    """All parts in their order, by name. The most wanted figures come first."""
+    return {
+        "floors": Part(floors, 30, ["floors/products", "floors/copies"]),
+        "train_1b": Part(training.train_1b, 90, training.figures("1b")),
+        "decode": Part(decoding.decode, 90, decoding.figures(sizes)),
+        "train_large": Part(training.train_large, 90, training.figures("large")),
+        "draw": Part(drawing.draw, 60, drawing.DRAWING),
+        "tokenize": Part(drawing.tokenize, 45, drawing.TOKENIZING),
+        "their_decode": Part(decoding.their_decode, 60, decoding.their_figures(sizes)),
+        "their_train": Part(training.their_train, 60, ["train/transformers"]),
+        "tests": Part(gpu_tests, 150, ["tests"]),
+    }
+
+
+PARTS = parts(CARD)
 
 
 def run_part(name: str, sizes: Sizes) -> int:
     """Measure one part in this process, and print its figures. Returns the exit status."""
     try:
-        for figure in PARTS[name].measure(sizes):
+        for figure in parts(sizes)[name].measure(sizes):
             print(figure.line(), flush=True)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"[:500]

@@ -193,11 +193,11 @@ class JointModule(AdapterModule):
         return self.image_tokenizer.codes_fingerprint
 
     def codes(self, batch: Examples) -> list[Tensor]:
-        """The codes of each sample: int64[its images, n]."""
+        """The codes of each sample, on the host: int64[its images, n]."""
         codes = batch.codes
         if codes is None:
             parts = torch.split(batch.pixels(), IMAGES_AT_ONCE)
-            codes = torch.cat([encode_images(self.model, pixels) for pixels in parts])
+            codes = torch.cat([encode_images(self.model, pixels) for pixels in parts]).cpu()
         return list(torch.split(codes, batch.image_counts))
 
     def init_from(self, folder: str) -> None:
@@ -222,11 +222,10 @@ class JointModule(AdapterModule):
 
     def samples(self, batch: Examples) -> list[TrainingSample]:
         """The samples of a batch with their codes."""
-        codes = [images.cpu().numpy() for images in self.codes(batch)]
         fields = zip(
             batch.keys,
             batch.records,
-            codes,
+            [images.numpy() for images in self.codes(batch)],
             batch.seeds,
             batch.documents,
             batch.drawn,
@@ -254,6 +253,7 @@ class JointModule(AdapterModule):
     def pack(self, batch: Examples) -> TrainingBatch:
         """The rows of a batch, on the device of the network."""
         packed = self.build(batch)
+        self.host_rows = packed.packed
         reason = f"a text is cut to fit row_length={self.builder.row_length}"
         batch.notes += [Note(batch.sources[n], batch.keys[n], reason) for n in packed.cut]
         self.tokens = packed.tokens
@@ -263,7 +263,7 @@ class JointModule(AdapterModule):
     def step(self, batch: Examples, stage: str) -> Tensor:
         packed = self.pack(batch)
         total, parts = self.network(packed)
-        parts["packing"] = torch.tensor(packed.packed.efficiency, device=total.device)
+        parts["packing"] = total.new_full((), packed.tokens / packed.packed.ids.numel())
         self.log_dict(
             {f"{stage}/{name}": value for name, value in mean_over_ranks(parts).items()},
             batch_size=len(batch),
@@ -295,7 +295,7 @@ class JointModule(AdapterModule):
         """The rows of samples that are no documents, and their codes: int64[rows, n]."""
         codes = self.codes(batch)
         rows = [row for row, document in enumerate(batch.documents) if not document]
-        none = torch.zeros(0, self.model.codes_per_image, dtype=torch.int64, device=self.device)
+        none = torch.zeros(0, self.model.codes_per_image, dtype=torch.int64)
         return rows, torch.cat([none, *(codes[row] for row in rows)])
 
     def _sample(self, batch: Examples) -> None:

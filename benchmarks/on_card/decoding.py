@@ -7,21 +7,25 @@ from typing import Any
 import torch
 
 from multimodal.inference.batch import DecodeBatch
-from multimodal.model.layers.graphs import StepGraphs
 from multimodal.model.network import MultimodalLM
-from on_card.sizes import CARD, Figure, Sizes, bytes_per_second, kernels, seconds_of, synchronize
+from on_card.sizes import Figure, Sizes, bytes_per_second, kernels, seconds_of, synchronize
 from on_card.training import their_config
 
 FORMS = ("eager", "graphs")
-FIGURES = tuple(
-    name for batch in CARD.batches for name in (f"decode/{form}/batch {batch}" for form in FORMS)
-) + ("decode/ready", "decode/kernels")
-THEIR_FIGURES = tuple(f"decode/transformers/batch {batch}" for batch in CARD.batches)
+
+
+def figures(sizes: Sizes) -> list[str]:
+    steps = [f"decode/{form}/batch {batch}" for batch in sizes.batches for form in FORMS]
+    return [*steps, "decode/ready", "decode/kernels"]
+
+
+def their_figures(sizes: Sizes) -> list[str]:
+    return [f"decode/transformers/batch {batch}" for batch in sizes.batches]
 
 
 def prompts_of(sizes: Sizes, count: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 1000, (count, sizes.prompt), generator=generator).tolist()
+    return torch.randint(0, 300, (count, sizes.prompt), generator=generator).tolist()
 
 
 def bytes_of_step(network: MultimodalLM, rows: int, length: int) -> int:
@@ -38,7 +42,7 @@ def decode(sizes: Sizes) -> Iterator[Figure]:
     """Greedy steps, logits and choice included, each without and with CUDA graphs."""
     network = sizes.network("1b", torch.bfloat16).eval()
     bandwidth = bytes_per_second(sizes)
-    graphs = StepGraphs(network.transformer)
+    graphs = sizes.graphs()
     for rows in sizes.batches:
         prompts = prompts_of(sizes, rows)
         for form in FORMS:

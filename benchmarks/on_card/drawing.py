@@ -7,7 +7,6 @@ import torch
 
 from multimodal.inference.drawing import draw_codes
 from multimodal.model.checkpoint import ModelParts
-from multimodal.model.layers.graphs import StepGraphs
 from multimodal.options import DrawOptions, Method
 from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer
@@ -15,8 +14,8 @@ from multimodal.tokenizers.text import TextTokenizer
 from on_card.sizes import Figure, Sizes, seconds_of
 
 TEXT = "A brown dog runs over the grass with a red ball in its mouth ."
-DRAWING = tuple(f"draw/{method}" for method in sorted(get_args(Method)))
-TOKENIZING = ("tokenize/encode", "tokenize/decode", "tokenize/encode, compiled")
+DRAWING = [f"draw/{method}" for method in sorted(get_args(Method))]
+TOKENIZING = ["tokenize/encode", "tokenize/decode", "tokenize/encode, compiled"]
 PIXELS = 16  # of a side of a code
 
 
@@ -35,7 +34,7 @@ def draw(sizes: Sizes) -> Iterator[Figure]:
     model = ModelParts.new(sizes.models["large"], text, image_tokenizer(sizes)).eval()
     model.network.to(torch.bfloat16)
     model.to(sizes.device)
-    model.network.graphs = StepGraphs(model.network.transformer)
+    model.network.graphs = sizes.graphs()
     texts = [TEXT] * sizes.drawings
     for method in sorted(get_args(Method)):
         options = DrawOptions(method=method, steps=8)

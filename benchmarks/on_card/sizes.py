@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from multimodal.devices import choose_device
+from multimodal.model.layers.graphs import StepGraphs
 from multimodal.model.layers.transformer import named_config
 from multimodal.model.network import ModelConfig, MultimodalLM
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.tokenizers.levels import Layout, Level
 
-TEXT_SIZE = 32768
+SMALL = 100e9  # bytes of a card: with less memory there are fewer rows
 # Kernels by what they do, the first pattern that fits. On a CPU the names are those of operations.
 GROUPS = (
     ("attention", r"flash|fmha|flex|attention|cudnn.*sdp|softmax"),
@@ -57,6 +58,7 @@ class Sizes:
     Args:
         device: where.
         models: the size that has the place of a named one.
+        text_size: ids of texts.
         codebook: codes of an image tokenizer.
         grid: codes of a side.
         rows: packed rows of a training step, of each model.
@@ -67,11 +69,11 @@ class Sizes:
         drawings, images: at once.
         product: rows and columns of the products that are the floor.
         compiled: whether layers and tokenizers are compiled too.
-        tests: the tests that are run. Empty: all.
     """
 
     device: str
     models: dict[str, str]
+    text_size: int
     codebook: int
     grid: int
     rows: dict[str, int]
@@ -84,7 +86,6 @@ class Sizes:
     images: int
     product: int
     compiled: bool
-    tests: tuple[str, ...] = ()
 
     @property
     def row_length(self) -> int:
@@ -96,16 +97,29 @@ class Sizes:
 
     def network(self, name: str, dtype: torch.dtype) -> MultimodalLM:
         """A network of random weights, made where it stays."""
-        vocabulary = Vocabulary(TEXT_SIZE, self.codebook)
+        vocabulary = Vocabulary(self.text_size, self.codebook)
         with torch.device(choose_device(self.device)):
             torch.manual_seed(0)
             transformer = named_config(self.models[name], vocabulary.size)
-            return MultimodalLM(ModelConfig(transformer, TEXT_SIZE, self.layout)).to(dtype)
+            config = ModelConfig(transformer, self.text_size, self.layout)
+            return MultimodalLM(config).to(dtype)
+
+    def rows_of(self, name: str) -> int:
+        """The rows of a training step: three quarters on a card with less than SMALL."""
+        whole = self.rows[name]
+        if self.device != "cuda" or torch.cuda.get_device_properties().total_memory >= SMALL:
+            return whole
+        return 3 * whole // 4
+
+    def graphs(self) -> StepGraphs:
+        """CUDA graphs. On a CPU the same steps, not recorded."""
+        return StepGraphs() if self.device == "cuda" else StepGraphs(lambda run: run)
 
 
 CARD = Sizes(
     device="cuda",
     models={"large": "large", "1b": "1b"},
+    text_size=32768,
     codebook=16384,
     grid=16,
     rows={"large": 48, "1b": 32},
@@ -122,6 +136,7 @@ CARD = Sizes(
 TINY = Sizes(
     device="cpu",
     models={"large": "tiny", "1b": "tiny"},
+    text_size=320,
     codebook=64,
     grid=4,
     rows={"large": 4, "1b": 4},
@@ -134,7 +149,6 @@ TINY = Sizes(
     images=2,
     product=64,
     compiled=False,
-    tests=("tests/test_gpu_benchmark.py",),
 )
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multimodal.devices import moved
 from multimodal.model.distillation import Teaching
+from multimodal.model.objectives import Predicted
 from multimodal.model.preference_loss import Completions
 from multimodal.model.sequences import Ids, Packed
 
@@ -62,7 +64,7 @@ class WrittenTokens:
 
     def to(self, device: torch.device) -> "WrittenTokens":
         tensors = ("positions", "targets", "advantages")
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+        return replace(self, **{name: moved(getattr(self, name), device) for name in tensors})
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class TrainingBatch:
         written: what the network wrote itself, in reward training.
         completions: what is compared, in preference training.
         teaching: what a teacher says of the rows, in distillation.
+        predicted: which positions of the rows have a target. By default they are searched for.
     """
 
     packed: Packed
@@ -95,8 +98,16 @@ class TrainingBatch:
     written: WrittenTokens | None = None
     completions: Completions | None = None
     teaching: Teaching | None = None
+    predicted: Predicted | None = None
+
+    def __post_init__(self) -> None:
+        if self.predicted is None:
+            object.__setattr__(self, "predicted", Predicted.of(self.packed))
 
     def to(self, device: torch.device) -> "TrainingBatch":
-        names = ["packed", "image_positions", "text_positions", "image_hashes", "text_hashes"]
-        names += [n for n in ("written", "completions") if getattr(self, n) is not None]
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        names = ("image_positions", "text_positions", "image_hashes", "text_hashes")
+        tensors = {name: moved(getattr(self, name), device) for name in names}
+        parts = {name: getattr(self, name) for name in ("packed", "predicted")}
+        parts |= {name: getattr(self, name) for name in ("written", "completions")}
+        there = {name: part.to(device) for name, part in parts.items() if part is not None}
+        return replace(self, **tensors, **there)

@@ -82,7 +82,6 @@ def visible(positions: Tensor, columns: int) -> Tensor:
 
 def block_mask(documents: Tensor, blocks: Tensor, branches: Tensor) -> "BlockMask":
     """The same rule for FlexAttention. Arguments as for ``attention_mask``."""
-    from torch.nn.attention.flex_attention import create_block_mask
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same_document = documents[b, query] == documents[b, key]
@@ -91,7 +90,16 @@ def block_mask(documents: Tensor, blocks: Tensor, branches: Tensor) -> "BlockMas
         return same_document & same_branch & ((key <= query) | same_block)
 
     rows, length = documents.shape
-    return create_block_mask(sees, rows, None, length, length, device=documents.device.type)
+    make = _create_block_mask(documents.is_cuda)
+    return make(sees, rows, None, length, length, device=documents.device.type)
+
+
+@lru_cache
+def _create_block_mask(compiled: bool) -> "Callable[..., BlockMask]":
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    # Not compiled it would write the whole mask to memory.
+    return torch.compile(create_block_mask) if compiled else create_block_mask
 
 
 @lru_cache
