@@ -78,7 +78,7 @@ class JointModule(AdapterModule):
             takes a third more time and much less memory.
         captions_in_validation, answers_in_validation, drawings_in_validation: how many to make,
             with the options that a person gets by default. Answers have 16 tokens at most.
-        compile: torch.compile of the transformer. On a CPU it needs a C++ compiler.
+        compile: torch.compile, on a GPU layer by layer. On a CPU it needs a C++ compiler.
         attention: ``sdpa`` anywhere. ``flex`` on a GPU skips masked blocks.
     """
 
@@ -153,7 +153,8 @@ class JointModule(AdapterModule):
         self.answers_in_validation = answers_in_validation
         self.drawings_in_validation = drawings_in_validation
         if compile and can_compile():
-            self.network.transformer.compile()
+            transformer = self.network.transformer
+            transformer.compile_layers() if torch.cuda.is_available() else transformer.compile()
 
     def train(self, mode: bool = True) -> "JointModule":
         super().train(mode)
@@ -253,10 +254,9 @@ class JointModule(AdapterModule):
     def pack(self, batch: Examples) -> TrainingBatch:
         """The rows of a batch, on the device of the network."""
         packed = self.build(batch)
-        self.host_rows = packed.packed
         reason = f"a text is cut to fit row_length={self.builder.row_length}"
         batch.notes += [Note(batch.sources[n], batch.keys[n], reason) for n in packed.cut]
-        self.tokens = packed.tokens
+        self.tokens, self.host_rows = packed.tokens, packed.packed
         self.flops = training_flops(self.network.config.transformer, packed.packed)
         return packed.to(self.device)
 

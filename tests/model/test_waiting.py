@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from multimodal.api import Model
 from multimodal.model.distillation import Teaching
 from multimodal.model.layers.attention import attention_mask, block_mask
+from multimodal.model.layers.transformer import Transformer
 from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import OBJECTIVES, Predicted
 from multimodal.model.sequences import NO_LOSS
@@ -203,3 +204,22 @@ def test_the_mask_of_blocks_is_compiled_for_few_shapes(tiny_model: Make) -> None
             block_mask(documents + 1, blocks, branches)
             assert counter.frame_count == before
     assert counter.frame_count <= 4
+
+
+def test_layers_that_are_alike_are_compiled_once(tiny_model: Make) -> None:
+    """What each layer is given beside its weights, its number for one, must not be guarded."""
+    from torch._dynamo.testing import CompileCounter
+
+    model = tiny_model(noise=0.1)
+    config = replace(model.config.transformer, num_hidden_layers=5)
+    transformer, packed = Transformer(config), batch_of(model).packed
+    mask = attention_mask(packed.documents, packed.blocks, packed.branches)
+    expected = transformer(packed.ids, packed.positions, mask)
+    counter = CompileCounter()
+    for layer in transformer.layers:
+        layer.compile(backend=counter)
+    for _ in range(2):
+        hidden = transformer(packed.ids, packed.positions, mask)
+        hidden.sum().backward()
+    assert torch.allclose(hidden, expected, atol=1e-5)
+    assert counter.frame_count == 1
