@@ -17,7 +17,7 @@ Shapes: C completions, M tokens of all of them, D width, V vocabulary.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,7 @@ class Completions:
 
     def to(self, device: torch.device) -> "Completions":
         names = ("positions", "owners", "roles")
-        tensors = {name: moved(getattr(self, name), device) for name in names}
+        tensors: dict[str, Any] = {name: moved(getattr(self, name), device) for name in names}
         return replace(self, packed=self.packed.to(device), **tensors)
 
     def loss(self, log_probabilities: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -63,8 +63,9 @@ class WrittenTokens:
     temperature: float
 
     def to(self, device: torch.device) -> "WrittenTokens":
-        tensors = ("positions", "targets", "advantages")
-        return replace(self, **{name: moved(getattr(self, name), device) for name in tensors})
+        names = ("positions", "targets", "advantages")
+        tensors: dict[str, Any] = {name: moved(getattr(self, name), device) for name in names}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class TrainingBatch:
 
     def to(self, device: torch.device) -> "TrainingBatch":
         names = ("image_positions", "text_positions", "image_hashes", "text_hashes")
-        tensors = {name: moved(getattr(self, name), device) for name in names}
+        tensors: dict[str, Any] = {name: moved(getattr(self, name), device) for name in names}
         parts = {name: getattr(self, name) for name in ("packed", "predicted")}
         parts |= {name: getattr(self, name) for name in ("written", "completions")}
         there = {name: part.to(device) for name, part in parts.items() if part is not None}

@@ -36,20 +36,21 @@ def cuda_graph(run: Run) -> Run:
     The function has run before, so that libraries have set themselves up. It must not wait for the
     card.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()  # libraries have memory of their own for each stream
         # Other threads may use the card meanwhile.
-        graph.capture_begin(capture_error_mode="thread_local")  # type: ignore[no-untyped-call]
+        graph.capture_begin(capture_error_mode="thread_local")
         try:
             output = run()
         finally:
-            graph.capture_end()  # type: ignore[no-untyped-call]
+            graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
 
     def play() -> Tensor:
-        graph.replay()  # type: ignore[no-untyped-call]
+        graph.replay()
         return output
 
     return play
