@@ -73,6 +73,9 @@ class Examples:
         return len(self.keys)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Examples":
+        """With the images on a device. Codes stay where they are: the host makes rows of them."""
+        if self.codes is not None:
+            return self
         return replace(self, images=self.images.to(device, non_blocking=non_blocking))
 
     def pixels(self) -> Tensor:

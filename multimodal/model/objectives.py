@@ -17,6 +17,7 @@ Shapes: D width, V vocabulary, N positions with a target, M tokens that the netw
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import numpy as np
@@ -24,13 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.distributed import global_sum, world_size
+from multimodal.devices import moved
+from multimodal.distributed import global_counts, global_sum, world_size
 from multimodal.model.head_loss import head_losses
 from multimodal.model.preference_loss import global_mean, kl_k3, token_log_probabilities
-from multimodal.model.sequences import NO_LOSS, OBJECTIVES, TokenSequence
+from multimodal.model.sequences import NO_LOSS, OBJECTIVES, Packed, TokenSequence
 from multimodal.schemas import Between, check_fields
 
 TEXTS = ("caption", "answer", "text")  # objectives whose targets are those of texts
+UNKNOWN_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # bins of the logged reconstruction curves
 WEIGHTS = {"caption": 1.0, "answer": 1.0, "text": 0.2, "image": 0.2, "reconstruct": 0.3}
 SHAPE_MULTIPLE = 256  # positions with a target are padded to a multiple of this
 Alphabet = tuple[tuple[int, int], ...]  # ranges of ids [start, end) from which a token is sampled
@@ -92,6 +95,55 @@ class ObjectivesConfig:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """The positions of packed rows that have a target, found where the batch is made.
+
+    A GPU knows how many there are only after all that it has to do before: the host would wait.
+
+    Attributes:
+        positions: int64[N], in the flattened rows. Every new N costs kernels that are compiled and
+            kept, so it is padded with 0 to a multiple of SHAPE_MULTIPLE.
+        counts: how many of them each mean of ``token_losses`` is over, by its name. ``log_z`` is
+            over all that are no padding.
+    """
+
+    positions: Tensor
+    counts: Mapping[str, int]
+
+    @classmethod
+    def of(cls, packed: Packed) -> "Predicted":
+        """Of rows on the host."""
+        positions = (packed.objectives.flatten() != NO_LOSS).nonzero()[:, 0]
+        objectives = packed.objectives.flatten()[positions]
+        groups = unknown_groups(objectives, packed.unknown.flatten()[positions])
+        counts = {name: int(mask.sum()) for name, mask in means_of(objectives, groups).items()}
+        return cls(F.pad(positions, (0, -len(positions) % SHAPE_MULTIPLE)), counts)
+
+    def to(self, device: torch.device) -> "Predicted":
+        return replace(self, positions=moved(self.positions, device))
+
+
+def unknown_groups(objectives: Tensor, unknown: Tensor) -> dict[str, Tensor]:
+    """Reconstructed codes by the share of their level that is unknown: bool[N] by name.
+
+    Args:
+        objectives: int64[N].
+        unknown: float32[N].
+    """
+    masked = objectives == OBJECTIVES.index("reconstruct")
+    return {
+        f"reconstruct/{low:.2f}-{high:.2f}": masked & (unknown > low) & (unknown <= high)
+        for low, high in pairwise(UNKNOWN_SHARES)
+    }
+
+
+def means_of(objectives: Tensor, groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What each mean of ``token_losses`` is over: bool[N] by name; objectives: int64[N]."""
+    masks = {name: objectives == number for number, name in enumerate(OBJECTIVES)}
+    return {**masks, **groups, "log_z": objectives != NO_LOSS}
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
     """How a network learns from what it made itself.
 
@@ -140,7 +192,7 @@ class PolicyTokens:
 
     def to(self, device: torch.device) -> "PolicyTokens":
         tensors = ("positions", "targets", "advantages")
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+        return replace(self, **{name: moved(getattr(self, name), device) for name in tensors})
 
     def loss(self, hidden: Tensor, head: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, float32[], and its parts by name.
@@ -216,7 +268,7 @@ def policy_loss(
         The loss, float32[], a mean over the tokens of all ranks; and the norm of its gradient at
         the states.
     """
-    count = global_sum(torch.tensor(tokens, device=hidden.device)).clamp(min=1)
+    count = global_sum(torch.full((), tokens, device=hidden.device)).clamp(min=1)
     weights = advantages * (world_size() / count)
     losses = head_losses(hidden, head, targets, weights, torch.zeros_like(weights))
     norm = global_sum(losses.state_grad_norm_sq.sum()).sqrt() / world_size()
@@ -233,6 +285,7 @@ def token_losses(
     label_smoothing: float = 0.0,
     smoothed_ids: int = 1,
     teacher: tuple[Tensor, float] | None = None,
+    counts: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of all token losses, and its parts for the log.
 
@@ -247,6 +300,7 @@ def token_losses(
             ``smoothed_ids`` ids: those that a text may have. The parts are without it.
         teacher: float32[N], a teacher's loss at each position, and its weight from 0 to 1. The data
             have the rest.
+        counts: those of ``Predicted``. Without them the host waits for a GPU to count.
 
     Returns:
         The loss to minimise, float32[]. Its gradients are averaged over ranks afterwards, so the
@@ -256,31 +310,36 @@ def token_losses(
         logit of this rank. ``grad_norm/NAME`` is the norm of the gradient of an objective at the
         last hidden states. ``teacher/NAME`` is the teacher's loss.
     """
-    has_target = objectives != NO_LOSS
-    masks = {name: objectives == number for number, name in enumerate(OBJECTIVES)}
-    means = {**masks, **(groups or {}), "log_z": has_target}
-    counts = global_sum(torch.stack([mask.sum() for mask in means.values()])).tolist()
+    means = means_of(objectives, groups or {})
+    if counts is None:
+        counted = torch.stack([mask.sum() for mask in means.values()]).tolist()
+        counts = dict(zip(means, counted, strict=True))
+    totals = global_counts([counts[name] for name in means], objectives.device)
     # What each position contributes to a mean.
     shares = {
-        name: mask.float() * (world_size() / count)
-        for (name, mask), count in zip(means.items(), counts, strict=True)
-        if count
+        name: mask.float() * (world_size() / total)
+        for (name, mask), total in zip(means.items(), totals, strict=True)
+        if total
     }
     present = [name for name in OBJECTIVES if name in shares]
     zeros = torch.zeros(objectives.shape, dtype=torch.float32, device=objectives.device)
     weights = sum((config.weight_of(name) * shares[name] for name in present), zeros)
     z_weights = config.z_loss_weight * shares.get("log_z", zeros)
-    smoothing = label_smoothing * sum((masks[name] for name in TEXTS), zeros)
+    smoothing = label_smoothing * sum((means[name] for name in TEXTS), zeros)
     of_data = weights if teacher is None else (1 - teacher[1]) * weights
     losses = head_losses(hidden, head, targets, of_data, z_weights, smoothing, smoothed_ids)
     parts = {name: (losses.nll * share).sum() for name, share in shares.items()}
     parts["log_z"] = (losses.log_z * shares.get("log_z", zeros)).sum()
     if losses.total.requires_grad:
-        squares = [losses.state_grad_norm_sq[masks[name]].sum() for name in present]
+        # NO_LOSS comes first, then each objective: none has to be searched for.
+        order = objectives.argsort(stable=True)[len(objectives) - counts["log_z"] :]
+        sizes = [counts[name] for name in OBJECTIVES]
+        by_name = torch.split(losses.state_grad_norm_sq[order], sizes)
+        squares = [by_name[OBJECTIVES.index(name)].sum() for name in present]
         # The gradient is a mean over ranks.
         norms = global_sum(torch.stack(squares or [zeros.sum()])).sqrt() / world_size()
         parts |= {f"grad_norm/{name}": norm for name, norm in zip(present, norms, strict=False)}
-    largest = losses.largest.masked_fill(~has_target, -torch.inf)
+    largest = losses.largest.masked_fill(objectives == NO_LOSS, -torch.inf)
     parts["largest_logit"] = largest.max() if len(largest) else largest.new_zeros(())
     if teacher is None:
         return losses.total, parts

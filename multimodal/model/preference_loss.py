@@ -17,13 +17,14 @@ Shapes: C completions, M tokens of all of them, D width, V vocabulary.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from multimodal.devices import moved
 from multimodal.distributed import global_sum, world_size
 from multimodal.model.head_loss import SLICE
 from multimodal.model.sequences import Packed
@@ -90,8 +91,9 @@ class Completions:
         return self.packed.targets.flatten()[self.positions]
 
     def to(self, device: torch.device) -> "Completions":
-        names = ("packed", "positions", "owners", "roles")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        names = ("positions", "owners", "roles")
+        tensors: dict[str, Any] = {name: moved(getattr(self, name), device) for name in names}
+        return replace(self, packed=self.packed.to(device), **tensors)
 
     def loss(self, log_probabilities: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its figures, see ``preference_loss``; log_probabilities: float32[M]."""
@@ -189,5 +191,5 @@ def global_mean(values: Tensor) -> Tensor:
 
     values: float32[any number]. 0 if no rank has any.
     """
-    count = global_sum(torch.tensor(float(len(values)), device=values.device)).clamp(min=1)
+    count = global_sum(torch.full((), float(len(values)), device=values.device)).clamp(min=1)
     return values.sum() * (world_size() / count)

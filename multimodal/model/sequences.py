@@ -49,6 +49,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from multimodal.devices import moved
 from multimodal.model.vocabulary import Vocabulary
 
 Ids = NDArray[np.int64]
@@ -113,8 +114,7 @@ def _next_token(ids: list[int], spans: Sequence[Span], state: int = 0) -> TokenS
         objectives[start:end] = OBJECTIVES.index(name)
     targets = np.where(objectives == NO_LOSS, 0, np.roll(tokens, -1))
     blocks, branches = np.zeros_like(tokens), np.zeros_like(tokens)
-    positions = np.arange(len(ids))
-    return TokenSequence(tokens, targets, objectives, blocks, branches, positions, state)
+    return TokenSequence(tokens, targets, objectives, blocks, branches, np.arange(len(ids)), state)
 
 
 def _branched(trunk: TokenSequence, branches: Sequence[TokenSequence]) -> TokenSequence:
@@ -328,7 +328,7 @@ class Packed:
     unknown: Tensor
 
     def to(self, device: torch.device) -> "Packed":
-        return Packed(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return Packed(**{f.name: moved(getattr(self, f.name), device) for f in fields(self)})
 
     @property
     def document_numbers(self) -> Tensor:

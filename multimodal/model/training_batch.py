@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multimodal.devices import moved
 from multimodal.model.distillation import Teaching
-from multimodal.model.objectives import PolicyTokens
+from multimodal.model.objectives import PolicyTokens, Predicted
 from multimodal.model.preference_loss import Completions
 from multimodal.model.sequences import Ids, Packed
 
@@ -76,6 +77,7 @@ class TrainingBatch:
         policy: what the network made itself, in reward training.
         completions: what is compared, in preference training.
         teaching: what a teacher says of the rows, in distillation.
+        predicted: which positions of the rows have a target. By default they are searched for.
     """
 
     packed: Packed
@@ -88,8 +90,16 @@ class TrainingBatch:
     policy: PolicyTokens | None = None
     completions: Completions | None = None
     teaching: Teaching | None = None
+    predicted: Predicted | None = None
+
+    def __post_init__(self) -> None:
+        if self.predicted is None:
+            object.__setattr__(self, "predicted", Predicted.of(self.packed))
 
     def to(self, device: torch.device) -> "TrainingBatch":
-        names = ["packed", "image_positions", "text_positions", "image_hashes", "text_hashes"]
-        names += [n for n in ("policy", "completions") if getattr(self, n) is not None]
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        names = ("image_positions", "text_positions", "image_hashes", "text_hashes")
+        tensors: dict[str, Any] = {name: moved(getattr(self, name), device) for name in names}
+        parts = {name: getattr(self, name) for name in ("packed", "predicted")}
+        parts |= {name: getattr(self, name) for name in ("policy", "completions")}
+        there = {name: part.to(device) for name, part in parts.items() if part is not None}
+        return replace(self, **tensors, **there)

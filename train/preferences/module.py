@@ -103,6 +103,7 @@ class PreferenceModule(ReferencedModule):
         samples = self.samples(batch)
         preferences = [self.preferences.of(sample) for sample in samples]
         completions, long = self.preferences.build(samples, preferences)
+        self.host_completions = completions.packed
         reason = f"its preference does not fit row_length={self.builder.row_length}"
         batch.notes += [Note(batch.sources[n], batch.keys[n], reason) for n in long]
         return replace(self.joint_batch(samples), completions=completions)
@@ -113,8 +114,8 @@ class PreferenceModule(ReferencedModule):
         assert completions is not None
         with self.as_reference() as network:
             reference = network.log_probabilities(completions)
-        self.tokens += int((completions.packed.documents > 0).sum())
+        self.tokens += int((self.host_completions.documents > 0).sum())
         # A third more than training: the forward pass of the reference.
-        flops = training_flops(self.network.config.transformer, completions.packed)
+        flops = training_flops(self.network.config.transformer, self.host_completions)
         self.flops += 4 / 3 * flops
         return replace(packed, completions=replace(completions, reference=reference))
