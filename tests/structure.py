@@ -34,7 +34,8 @@ BELOW: dict[str, tuple[str, ...]] = {
     "tokenizers": ("foundation", "tokenizers.quantizers"),
     "hub": ("foundation",),
     "data.formats": ("foundation",),
-    "data": ("foundation", "tokenizers", "data.formats"),
+    "data.remote": ("foundation",),
+    "data": ("foundation", "tokenizers", "data.formats", "data.remote"),
     "data.tables": ("foundation", "data", "data.formats"),
     "data.builder": ("foundation", "hub", "data", "data.formats", "data.tables"),
     # The decoder alone: it knows ids and tensors, and nothing of what they mean.
@@ -57,8 +58,8 @@ BELOW: dict[str, tuple[str, ...]] = {
     ),
     "commands": ("foundation", "data", "data.formats", "inference", "api", "index", "record"),
     "commands.folders": (
-        "foundation", "tokenizers", "hub", "data", "data.builder", "data.formats", "model",
-        "export", "released", "scenes", "commands", "record",
+        "foundation", "tokenizers", "hub", "data", "data.builder", "data.formats", "data.remote",
+        "model", "export", "released", "scenes", "commands", "record",
     ),
     # Requests know the model's front door and the decode loop. Nothing below knows of requests.
     "serve.engine": ("foundation", "filters", "data", "model", "inference", "api"),
@@ -80,9 +81,9 @@ BELOW: dict[str, tuple[str, ...]] = {
     # What guards the folder of a run: it knows Lightning, and nothing of what is trained.
     "train.run": ("foundation",),
     "train": (
-        "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model", "model.layers",
-        "adapters", "inference", "api", "export", "eval", "eval.evaluator", "eval.metrics",
-        "eval.tasks", "train.run",
+        "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "data.remote", "model",
+        "model.layers", "adapters", "inference", "api", "export", "eval", "eval.evaluator",
+        "eval.metrics", "eval.tasks", "train.run",
     ),
     "train.tokenizers": (
         "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model",
