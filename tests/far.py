@@ -84,13 +84,17 @@ class _Handler(BaseHTTPRequestHandler):
         if not file.is_file():
             self._answer(404, b"no such file")
             return
-        data, status, headers = file.read_bytes(), 200, {}
+        size, status, headers = file.stat().st_size, 200, dict[str, str]()
+        start, stop = 0, size
         if asked is not None and server.ranges:
             found = re.fullmatch(r"bytes=(\d+)-(\d*)", asked)
             assert found, asked
-            start, last = int(found[1]), int(found[2] or len(data) - 1)
-            headers["Content-Range"] = f"bytes {start}-{last}/{len(data)}"
-            data, status = data[start : last + 1], 206
+            start, stop = int(found[1]), min(size, int(found[2] or size) + 1)
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+            status = 206
+        with open(file, "rb") as opened:
+            opened.seek(start)
+            data = opened.read(stop - start)
         if fault == "other bytes":
             data = bytes(255 - byte for byte in data)
         self._answer(status, data, headers, len(data) // 2 if fault == "cut" else len(data))
