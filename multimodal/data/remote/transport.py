@@ -26,8 +26,8 @@ ATTEMPTS = 5  # at least, and until RETRY_SECONDS are over
 RETRY_SECONDS = 300.0
 DAMAGED_ATTEMPTS = 3  # for bytes with another checksum: a cache on the way may be old
 BACKOFF, MAX_BACKOFF = 0.1, 20.0  # seconds
-FIRST_PATIENCE, MIN_PATIENCE, MAX_PATIENCE = 5.0, 0.25, 120.0  # seconds
-PATIENCE = 4.0  # times the slowest of the last RECENT requests
+FIRST_PATIENCE, MIN_PATIENCE, MAX_PATIENCE = 2.0, 0.25, 120.0  # seconds
+PATIENCE = 2.0  # times the slowest of the last RECENT requests
 RECENT = 32
 TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504, 509)
 # Of S3, which answers some of these with status 200 or 400.
