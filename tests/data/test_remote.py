@@ -157,6 +157,14 @@ def test_other_bytes_than_the_manifest_says_are_refused(folder: Path, server: Fa
     assert main(["data", "check", server.address]) == 0
 
 
+def test_a_file_that_does_not_end_is_not_written_to_the_disk(folder: Path, server: Far) -> None:
+    server.ranges = False
+    with open(folder / "train-0001.tar", "ab") as file:
+        file.truncate(20 << 20)
+    with pytest.raises(DamagedShard, match="train-0001.tar.*more than [0-9,]+ bytes"):
+        Shards(server.address)[31]
+
+
 def test_a_rebuilt_folder_is_read_anew(folder: Path, server: Far) -> None:
     before = list(Shards(server.address))
     shards(folder, offset=1)

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from fsspec.callbacks import Callback
-
 from multimodal.data.remote.pieces import DamagedShard
 
 Out = TypeVar("Out")
@@ -101,7 +99,7 @@ class Transport:
 
         def attempt(_: float) -> None:
             # The file system itself notices a stall. How long a whole file takes is not known.
-            self._call("get_file", name, None, lpath=str(target), callback=_AtMost(size))
+            self._call("get_file", name, None, lpath=str(target), callback=_at_most(size))
             if sha256:
                 with open(target, "rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
@@ -184,17 +182,15 @@ class _Damage(Exception):
     """Other bytes than expected."""
 
 
-class _AtMost(Callback):
+def _at_most(most: int | None) -> Any:
     """Ends a transfer that is longer than it should be."""
+    from fsspec.callbacks import Callback
 
-    def __init__(self, size: int | None) -> None:
-        super().__init__()
-        self.most = size
+    def compare(size: int | None, value: int, **_: object) -> None:
+        if most is not None and value > most:
+            raise _Damage(f"more than {most:,} bytes")
 
-    def relative_update(self, inc: int = 1) -> None:
-        super().relative_update(inc)
-        if self.most is not None and self.value > self.most:
-            raise _Damage(f"more than {self.most:,} bytes")
+    return Callback(hooks={"length": compare})
 
 
 def _is_transient(error: BaseException) -> bool:
