@@ -34,7 +34,8 @@ BELOW: dict[str, tuple[str, ...]] = {
     "tokenizers": ("foundation", "tokenizers.quantizers"),
     "hub": ("foundation",),
     "data.formats": ("foundation",),
-    "data": ("foundation", "tokenizers", "data.formats"),
+    "data.remote": ("foundation",),
+    "data": ("foundation", "tokenizers", "data.formats", "data.remote"),
     "data.tables": ("foundation", "data", "data.formats"),
     "data.builder": ("foundation", "hub", "data", "data.formats", "data.tables"),
     # The decoder alone: it knows ids and tensors, and nothing of what they mean.
@@ -44,7 +45,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "export": ("foundation", "tokenizers", "hub", "model", "model.layers"),
     "released": ("foundation", "tokenizers", "model", "model.layers"),
     "scenes": ("foundation", "data"),
-    "origin": ("foundation", "data", "model"),
+    "origin": ("foundation", "data", "data.remote", "model"),
     "record": ("foundation",),
     "filters": ("foundation",),
     "inference": ("foundation", "tokenizers", "data", "data.formats", "model", "model.layers"),
@@ -60,8 +61,8 @@ BELOW: dict[str, tuple[str, ...]] = {
         "foundation", "data", "data.formats", "inference", "api", "index", "record", "origin",
     ),
     "commands.folders": (
-        "foundation", "tokenizers", "hub", "data", "data.builder", "data.formats", "model",
-        "export", "released", "scenes", "commands", "record", "origin",
+        "foundation", "tokenizers", "hub", "data", "data.builder", "data.formats", "data.remote",
+        "model", "export", "released", "scenes", "commands", "record", "origin",
     ),
     # Requests know the model's front door and the decode loop. Nothing below knows of requests.
     "serve.engine": ("foundation", "filters", "origin", "data", "model", "inference", "api"),
@@ -86,13 +87,13 @@ BELOW: dict[str, tuple[str, ...]] = {
         "commands", "commands.vectors", "eval.evaluator", "eval.metrics", "eval.tasks",
     ),
     # What is held out of the data of a run, mixed into them, or made of them.
-    "train.mixing": ("foundation", "data", "model", "scenes"),
+    "train.mixing": ("foundation", "data", "data.remote", "model", "scenes"),
     # What guards the folder of a run: it knows Lightning, and nothing of what is trained.
     "train.run": ("foundation",),
     "train": (
-        "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model", "model.layers",
-        "adapters", "inference", "api", "export", "eval", "eval.evaluator", "eval.metrics",
-        "eval.tasks", "train.mixing", "train.run",
+        "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "data.remote", "model",
+        "model.layers", "adapters", "inference", "api", "export", "eval", "eval.evaluator",
+        "eval.metrics", "eval.tasks", "train.mixing", "train.run",
     ),
     "train.tokenizers": (
         "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model",

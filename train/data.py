@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from multimodal.data.parallel import end_with_main, worker_context
-from multimodal.data.remote import local_folder
+from multimodal.data.remote.ahead import AHEAD
+from multimodal.data.remote.folder import local_folder
 from multimodal.data.shards import Shards, read_manifest
 from multimodal.seeds import stable_number
 from multimodal.terminal import print_status
@@ -51,6 +52,9 @@ class GlobalBatchLoader(DataLoader[Any]):
             generator=torch.Generator(),
         )
         self._done = (0, 0)
+        if any(source.is_remote for source in dataset.sources):
+            batches.announce = dataset.announce
+            batches.ahead = max(2, AHEAD * batches.world_size // batches.global_batch_size)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator over torch's
         epoch, first = self.batch_sampler.epoch, self.batch_sampler.skipped

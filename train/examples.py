@@ -131,20 +131,33 @@ class ShardDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    def announce(self, items: Sequence[Item]) -> None:
+        """Begin to bring the samples of remote folders near, and return at once."""
+        numbers: dict[int, list[int]] = {}
+        for _, number in items:
+            source, inside = self._place(number)
+            numbers.setdefault(source, []).append(inside)
+        for source, inside_it in numbers.items():
+            self.sources[source].announce(inside_it)
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """(number of the source, number of the sample in it)"""
+        source = int(np.searchsorted(self.ends, number, side="right"))
+        return source, number - (int(self.ends[source - 1]) if source else 0)
+
     def __getitem__(self, item: Item) -> dict[str, Any]:
         epoch, number = item  # with weights, the pass over the folder instead of the epoch
-        source = int(np.searchsorted(self.ends, number, side="right"))
-        start = int(self.ends[source - 1]) if source else 0
+        source, inside = self._place(number)
         shards = self.sources[source]
         notes: list[Note] = []
         for further in range(NEIGHBOURS if self.replaced else 1):
-            inside = (number - start + further) % len(shards)
-            sample = shards[inside]
+            place = (inside + further) % len(shards)
+            sample = shards[place]
             try:
                 example = self._read(sample, source, epoch)
                 if self.few_shot is not None:
                     read = partial(self._read_number, source, epoch)
-                    example = self.few_shot.document(example, inside, len(shards), read)
+                    example = self.few_shot.document(example, place, len(shards), read)
                 return {**example, "notes": notes}
             except ValueError as error:
                 notes.append(Note(source, sample.key, str(error)))

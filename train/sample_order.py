@@ -5,7 +5,8 @@ and shuffles the samples of each block. So each sample comes once a pass. Only o
 at hand at a time, and a reader opens each shard once a pass. Data of one block are fully shuffled.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -186,6 +187,10 @@ class GlobalBatches(Sampler[list[Item]]):
         limit: use the first ``limit`` samples. 0 uses all.
         same_epoch: every epoch is the first one, to overfit a few batches.
 
+    Attributes:
+        announce: is called with each batch of this rank, ``ahead`` batches before it is yielded.
+            None: nothing is.
+
     Raises:
         ValueError: if the batch size is not a multiple of the ranks, or there are too few samples.
     """
@@ -223,6 +228,8 @@ class GlobalBatches(Sampler[list[Item]]):
         self.rank, self.world_size = rank, world_size
         self.epoch, self.same_epoch = 0, same_epoch
         self.start = (0, 0)  # epoch, and batches of it before a resume
+        self.announce: Callable[[list[Item]], None] | None = None
+        self.ahead = 0
 
     @property
     def sampler(self) -> "GlobalBatches":
@@ -244,7 +251,14 @@ class GlobalBatches(Sampler[list[Item]]):
         return batches if epoch == self.epoch else 0
 
     def __iter__(self) -> Iterator[list[Item]]:
+        coming: deque[list[Item]] = deque()
         for batch in range(self.skipped, len(self)):
             start = batch * self.global_batch_size
             stop = min(self.size, start + self.global_batch_size)
-            yield self.order.items(self.epoch, start, stop)[self.rank :: self.world_size]
+            items = self.order.items(self.epoch, start, stop)[self.rank :: self.world_size]
+            if self.announce is not None:
+                self.announce(items)
+            coming.append(items)
+            if len(coming) > self.ahead:
+                yield coming.popleft()
+        yield from coming

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from multimodal.data.remote import local_folder
+from multimodal.data.remote.folder import local_folder
 from multimodal.data.shards import MANIFEST, file_sha256, read_manifest
 
 CONTEXT: dict[str, Any] = {

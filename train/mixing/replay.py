@@ -7,7 +7,7 @@ forgetting, rehearsal and pseudorehearsal"). Synthetic scenes need no folder: th
 from collections.abc import Sequence
 from pathlib import Path
 
-from multimodal.data.remote import cache_folder
+from multimodal.data.remote.folder import cache_folder
 from multimodal.files import new_folder
 from multimodal.scenes.dataset import write_scenes
 from multimodal.terminal import print_status
