@@ -1,7 +1,9 @@
 """The computed memory of a step: that of steps that were run, here and on a graphics card."""
 
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from multimodal.cli import main
 from multimodal.model.head_loss import head_losses
 from multimodal.model.layers.transformer import TransformerConfig, named_config
 from multimodal.model.network import ModelConfig, MultimodalLM
@@ -88,6 +91,25 @@ def test_it_is_within_a_tenth_of_what_a_step_allocates(
     )
     memory = step_memory(network_of(sizes, 1024), step)
     assert memory.peak == pytest.approx(allocated(sizes, step), rel=0.1)
+
+
+def test_many_ranks_are_computed_in_one_process(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)  # nothing may be started
+    command = ["info", "--config", str(work / "joint.yaml"), "--trainer.accelerator", "gpu"]
+    command += ["--model.size", "7b", "--trainer.devices", "8", "--trainer.num_nodes", "8"]
+    sharded = "lightning.pytorch.strategies.ModelParallelStrategy"
+    assert main([*command, "--trainer.strategy", sharded]) == 0
+    lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    assert "for 64 ranks on cuda (fsdp); nothing was run" in lines["computed"]
+    trained = int(lines["parameters"].split()[0].replace(",", ""))
+    assert trained > 6e9
+    # A 64th of fp32 weights; all of them are never on one rank.
+    assert f"weights {4 * trained / 64 / 1e9:.2f}" in lines["of that"]
+    assert float(lines["memory"].split()[0]) < 4 * trained / 1e9
+    assert main(["info", "--config", str(work / "tokenizer.yaml"), "--trainer.devices", "2"]) == 1
+    assert "with --trainer.devices 1 any run is measured" in capsys.readouterr().err
 
 
 def allocated(sizes: TransformerConfig, step: Step) -> int:

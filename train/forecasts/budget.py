@@ -160,7 +160,7 @@ def _activations(config: TransformerConfig, step: Step) -> tuple[int, int, int, 
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=step.bfloat16):
         layers = nn.ModuleList(Layer(config, number) for number in numbers).train()
         gradients = FLOAT * sum(p.numel() for p in layers[-1].parameters())
-        with Live() as live, card:
+        with Live(layers) as live, card:
             ids = torch.zeros(step.rows, step.row_length, dtype=torch.int64)
             packed = [torch.zeros_like(ids) for _ in range(PACKED)]
             angles = config.rope.angles(ids)
@@ -181,13 +181,13 @@ def _activations(config: TransformerConfig, step: Step) -> tuple[int, int, int, 
     return kept[0], of_layer, transient, casts
 
 
-@dataclass
+@dataclass(eq=False)
 class _Storage:
     """bytes; how: the operation that made it; source: the storage that it was cast from."""
 
     bytes: int
-    how: str
-    source: int | None
+    how: str = ""
+    source: "_Storage | None" = None
 
 
 class Live(TorchDispatchMode):
@@ -198,19 +198,22 @@ class Live(TorchDispatchMode):
         peak: the most so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
+        """module: its parameters are not counted, but their casts are."""
         super().__init__()
         self.storages: dict[int, _Storage] = {}
+        self.parameters = {_key(p): _Storage(p.nbytes) for p in module.parameters()}
         self.bytes = self.peak = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = func._schema.name
-        source = _key(args[0]) if name == "aten::_to_copy" and isinstance(args[0], Tensor) else None
+        name, source = func._schema.name, None
+        if name == "aten::_to_copy":
+            source = self._find(args[0])
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and _key(tensor) not in self.storages:
+            if isinstance(tensor, Tensor) and self._find(tensor) is None:
                 storage = tensor.untyped_storage()
                 made = _Storage(storage.nbytes(), name, source)
                 self.storages[_key(tensor)] = made
@@ -219,32 +222,29 @@ class Live(TorchDispatchMode):
         self.peak = max(self.peak, self.bytes)
         return out
 
+    def _find(self, tensor: Tensor) -> _Storage | None:
+        key = _key(tensor)
+        return self.storages.get(key) or self.parameters.get(key)
+
     def _free(self, key: int) -> None:
         self.bytes -= self.storages.pop(key).bytes
 
     def casts_of(self, module: nn.Module) -> int:
         """Bytes of the parameters of a module that are there in another dtype, too."""
-        own = {_key(parameter) for parameter in module.parameters()}
+        own = [self.parameters[_key(parameter)] for parameter in module.parameters()]
         return sum(made.bytes for made in self.storages.values() if made.source in own)
 
     def kept(self, compiled: bool) -> int:
         """Bytes that are there now, or that a compiler would keep of them.
 
-        It fuses casts and activation functions with what reads them, and computes them again in
-        the backward pass: of a tensor and its casts the smallest is kept, once.
+        It computes casts and activation functions again: of a tensor and its casts the shorter one
+        stays, once for all that read it.
         """
         if not compiled:
             return self.bytes
-        total, casts = 0, dict[int, int]()
-        for key, made in self.storages.items():
-            if made.source is not None:
-                source = self.storages.get(made.source)
-                size = min(made.bytes, casts.get(made.source, made.bytes))
-                # A wider cast is as long as its source, in half the bytes.
-                casts[made.source] = min(size, source.bytes) if source else size
-            elif made.how != "aten::silu":
-                total += made.bytes
-        return total + sum(casts.values())
+        stay = [made for made in self.storages.values() if made.how != "aten::silu"]
+        sources = {made.source: min(made.bytes, made.source.bytes) for made in stay if made.source}
+        return sum(sources.values()) + sum(made.bytes for made in stay if made.source is None)
 
 
 def _key(tensor: Tensor) -> int:

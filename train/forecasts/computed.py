@@ -11,7 +11,6 @@ from torch import nn
 
 from multimodal.adapters.lora import LoraConfig, inject
 from multimodal.data.documents import document_of
-from multimodal.data.shards import Shards
 from multimodal.hub.names import find_model, part_of
 from multimodal.model.batches import BatchBuilder
 from multimodal.model.layers.experts import ExpertsConfig
@@ -23,9 +22,9 @@ from multimodal.model.training_batch import TrainingBatch, TrainingSample
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.train.forecasts.budget import Memory, Step, step_memory
 from multimodal.train.cost import PEAKS, training_flops
 from multimodal.train.data import ShardData
+from multimodal.train.forecasts.budget import Memory, Step, step_memory
 from multimodal.train.optim import parameters_named
 
 MODULE = "multimodal.train.joint.JointModule"
@@ -106,7 +105,8 @@ def forecast_lines(
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     all_weights = sum(p.numel() for p in network.parameters())
     floor = flops / (1e12 * PEAKS[CARD])
-    compute, exchange = floor / MFU, memory.exchanged / BETWEEN_MACHINES
+    mfu = MFU * 3 / 4 if step.recompute else MFU  # a second forward pass counts as none
+    compute, exchange = floor / mfu, memory.exchanged / BETWEEN_MACHINES
     rows = {
         "computed": f"for {step.ranks} ranks on {step.device} ({step.strategy}); nothing was run",
         "parameters": f"{trained:,} to train, {all_weights - trained:,} frozen",
@@ -116,7 +116,7 @@ def forecast_lines(
     }
     if step.device == "cuda":
         rows["step"] = (
-            f"{compute:.2f} s at {MFU:.0%} MFU of an {CARD} ({floor:.2f} s at 100 %); each rank "
+            f"{compute:.2f} s at {mfu:.0%} MFU of an {CARD} ({floor:.2f} s at 100 %); each rank "
             f"sends {memory.exchanged / 1e9:.1f} GB, {exchange:.2f} s at "
             f"{BETWEEN_MACHINES / 1e9:.0f} GB/s"
         )
