@@ -122,7 +122,8 @@ def step_memory(network: MultimodalLM, step: Step) -> Memory:
     table = config.vocab_size * config.hidden_size
     logits = min(SLICE, step.rows * step.row_length * config.vocab_size)
     head = states * (2 * FLOAT + 2 * kind) + table * FLOAT
-    head += (table * HALF + 2 * logits * FLOAT) if step.bfloat16 else logits * FLOAT
+    # In bfloat16 the cast head and copies of the logits, else the product that is added to its sum.
+    head += table * HALF + 2 * logits * FLOAT if step.bfloat16 else (table + logits) * FLOAT
     return Memory(
         weights=FLOAT * sum(_part(p, parts) for p in network.parameters()),
         gradients=gradients,
