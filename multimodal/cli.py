@@ -66,7 +66,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "turn a released unified model into a model folder",
     ),
     "info": ("multimodal.commands.folders.info", "what a model folder or a shard folder holds"),
-    "info --config": ("multimodal.train.forecast", "what a training run will need"),
+    "info --config": ("multimodal.train.forecasts.forecast", "what a training run will need"),
 }
 
 # The exit statuses a shell expects of a program that a signal ended: 128 + SIGINT, 128 + SIGPIPE.

@@ -99,6 +99,10 @@ BELOW: dict[str, tuple[str, ...]] = {
         "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model",
         "eval.metrics", "train", "train.run",
     ),
+    "train.forecasts": (
+        "foundation", "tokenizers", "hub", "data", "model", "model.layers", "adapters", "train",
+        "train.run",
+    ),
     "train.rewards": (
         "foundation", "tokenizers", "data", "model", "inference", "eval.metrics", "eval.tasks",
         "train",
