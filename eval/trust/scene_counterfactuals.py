@@ -3,10 +3,12 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from multimodal.data.images import fit_image, to_tensor
 from multimodal.data.samples import Sample
@@ -14,6 +16,7 @@ from multimodal.eval.evaluator import Example, PerQuestion, Subject, Value
 from multimodal.eval.metrics.answering import same_answer
 from multimodal.eval.tasks.answers import SHORT_ANSWER
 from multimodal.inference.text import caption_codes, complete_prompts
+from multimodal.model.checkpoint import ModelParts
 from multimodal.scenes.checking import check_caption
 from multimodal.scenes.claims import ATTRIBUTES
 from multimodal.scenes.counterfactuals import CHANGES, change, common_questions, concerns
@@ -108,9 +111,7 @@ class SceneCounterfactuals:
             yield from shares(f"{kind}_stays", kind, True, same)
             yield from shares(f"{kind}_follows", kind, False, right)
         captions = [
-            subject.map_batches(
-                range(len(pairs)), lambda batch, n=n: caption_codes(model, codes[n][list(batch)])
-            )
+            subject.map_batches(range(len(pairs)), partial(_caption, model, codes[n]))
             for n in (0, 1)
         ]
         kept = [
@@ -131,6 +132,10 @@ class SceneCounterfactuals:
             )
             key = subject.samples[pair.row].key
             self.examples.append(Example(key, text, float(good), beside(*pictures[question.pair])))
+
+
+def _caption(model: ModelParts, codes: Tensor, batch: Sequence[int]) -> list[str]:
+    return caption_codes(model, codes[list(batch)])
 
 
 def make_pairs(samples: Sequence[Sample], seed: int) -> tuple[list[ScenePair], list[PairQuestion]]:
