@@ -18,7 +18,7 @@ Shapes: D width, V vocabulary, N positions with a target, M tokens that the netw
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -191,8 +191,9 @@ class PolicyTokens:
     reference: Tensor | None = None
 
     def to(self, device: torch.device) -> "PolicyTokens":
-        tensors = ("positions", "targets", "advantages")
-        return replace(self, **{name: moved(getattr(self, name), device) for name in tensors})
+        names = ("positions", "targets", "advantages")
+        tensors: dict[str, Any] = {name: moved(getattr(self, name), device) for name in names}
+        return replace(self, **tensors)
 
     def loss(self, hidden: Tensor, head: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, float32[], and its parts by name.

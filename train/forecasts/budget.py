@@ -173,7 +173,7 @@ def _activations(config: TransformerConfig, step: Step) -> tuple[int, int, int, 
                 kept.append(live.kept(step.compiled))
             casts = live.casts_of(layers[-1])
             before = live.peak = live.bytes
-            x.sum().backward()
+            x.sum().backward()  # type: ignore[no-untyped-call]
             del x, packed
     of_layer, transient = kept[-1] - kept[-2], max(0, live.peak - before - gradients)
     if step.recompute:  # a layer keeps what enters it, and one layer at a time has all of it
@@ -191,7 +191,7 @@ class _Storage:
     source: "_Storage | None" = None
 
 
-class Live(TorchDispatchMode):
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that operations made and that are still there.
 
     Attributes:
@@ -201,7 +201,7 @@ class Live(TorchDispatchMode):
 
     def __init__(self, module: nn.Module) -> None:
         """module: its parameters are not counted, but their casts are."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages: dict[int, _Storage] = {}
         self.parameters = {_key(p): _Storage(p.nbytes) for p in module.parameters()}
         self.bytes = self.peak = 0
