@@ -35,7 +35,7 @@ format: $(STAMP)  ## put the code into the project's format, and sort its import
 	@$(RUN) ruff check --select I --fix .
 	@$(RUN) ruff format .
 
-include train/recipes/starter.mk
+-include train/recipes/starter.mk
 
 clean:  ## remove caches and build outputs; .venv and runs stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

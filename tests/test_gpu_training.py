@@ -22,7 +22,8 @@ from multimodal.model.distillation import Teaching
 from multimodal.model.layers.attention import attention_mask, block_mask
 from multimodal.model.layers.experts import ExpertsConfig
 from multimodal.model.network import MultimodalLM
-from multimodal.model.training_batch import TrainingBatch, TrainingSample, WrittenTokens
+from multimodal.model.objectives import PolicyConfig, PolicyTokens
+from multimodal.model.training_batch import TrainingBatch, TrainingSample
 from multimodal.train.optim import muon
 from multimodal.train.sharding import clip_gradients, full_state_dict, shard
 from tests.launches import launch, logged
@@ -166,10 +167,14 @@ def test_a_step_with_a_teacher(
 def test_a_step_with_written_captions(models: tuple[Model, Model]) -> None:
     steps = []
     for model in models:
-        written = WrittenTokens(
-            torch.arange(5, 12), torch.arange(7), torch.linspace(-1, 1, 7), 0.5, 1.0
+        policy = PolicyTokens(
+            torch.arange(5, 12),
+            torch.arange(7),
+            torch.linspace(-1, 1, 7),
+            (((0, model.config.vocabulary.size),),),
+            PolicyConfig(joint_weight=0.5),
         )
-        steps.append(step_of(model.network, replace(batch_of(model), written=written)))
+        steps.append(step_of(model.network, replace(batch_of(model), policy=policy)))
     assert_same(*steps)
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from multimodal.data.formats.tar import BLOCK
 from multimodal.data.members import scan
 from multimodal.data.remote.ahead import AHEAD, PLANNER, READERS
-from multimodal.data.remote.folder import RemoteFolder, local_folder, remote_folder
+from multimodal.data.remote.folder import RemoteFolder, local_folder, opened, remote_folder
 from multimodal.data.remote.pieces import DamagedShard as DamagedShard
 from multimodal.data.remote.pieces import Piece, parse_pieces, pieces_of, span_of
 from multimodal.data.samples import Sample
@@ -275,7 +275,7 @@ class Shards:
             self._check_size(entry)
         self.sizes: list[int] = [entry["samples"] for entry in self._entries]
         if keep is not None:
-            self.sizes = [len(self._index(number)) for number in range(len(self._entries))]
+            self.sizes = [len(self._index(number).samples) for number in range(len(self._entries))]
         self._ends = list(accumulate(self.sizes))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -284,7 +284,7 @@ class Shards:
     @property
     def _remote(self) -> RemoteFolder | None:
         """Each process has its own, so it is not sent to other processes."""
-        return remote_folder(self.folder) if self.is_remote else None
+        return opened(self.folder) if self.is_remote else None
 
     @property
     def fingerprint(self) -> str:

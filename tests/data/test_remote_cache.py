@@ -26,7 +26,7 @@ for _ in range(count):
     n = rng.randrange(40)
     data = bytes([n]) * (1000 + 900 * n)
     sha256 = hashlib.sha256(data).hexdigest()
-    with cache.open(sha256, len(data)) as entry:
+    with cache.entry(sha256, len(data)) as entry:
         if not entry.complete:
             entry.write(data[: len(data) // 2])
             entry.write(data)
@@ -55,7 +55,7 @@ def used(folder: Path) -> int:
 
 def put(cache: Cache, data: bytes) -> str:
     sha256 = hashlib.sha256(data).hexdigest()
-    with cache.open(sha256, len(data)) as entry:
+    with cache.entry(sha256, len(data)) as entry:
         if not entry.complete:
             entry.write(data)
             cache.publish(entry)
@@ -83,7 +83,7 @@ def test_a_damaged_entry_is_written_anew(tmp_path: Path) -> None:
     for wrong in (b"", data[:-1], data[:-1] + b"\0", data + b"\0"):
         path.write_bytes(wrong)
         cache = Cache(tmp_path, 1 << 20)
-        with cache.open(sha256, len(data)) as entry:
+        with cache.entry(sha256, len(data)) as entry:
             assert not entry.complete
         assert cache.find(sha256) is None
         put(cache, data)
@@ -117,7 +117,7 @@ def test_one_of_many_writes_and_the_others_read(tmp_path: Path) -> None:
     caches = [Cache(tmp_path, 1 << 20) for _ in range(8)]
 
     def work(cache: Cache) -> None:
-        with cache.open(sha256, len(data)) as entry:
+        with cache.entry(sha256, len(data)) as entry:
             if not entry.complete:
                 wrote.append(cache)
                 time.sleep(0.05)

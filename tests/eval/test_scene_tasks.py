@@ -37,14 +37,14 @@ def subject(tiny_model_folder: Path, samples: list[Sample]) -> Subject:
     return Subject(load(tiny_model_folder), samples, batch_size=5)
 
 
-def test_only_files_of_scenes_and_the_demo_import_scenes() -> None:
+def test_only_files_of_scenes_the_demo_and_replay_import_scenes() -> None:
     importing = {
         str(path.relative_to(ROOT))
         for folder in ("eval", "train")
         for path in (ROOT / folder).rglob("*.py")
         if "multimodal.scenes" in path.read_text("utf-8") and not path.name.startswith("scene_")
     }
-    assert importing == {"eval/demo.py"}
+    assert importing == {"eval/demo.py", "train/mixing/replay.py"}
 
 
 def test_samples_without_a_scene_do_not_fit(samples: list[Sample]) -> None:

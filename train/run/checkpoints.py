@@ -231,6 +231,7 @@ def _damage_of_file(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as records:
             bad = records.testzip()
+        torch._C.PyTorchFileReader(str(path))  # it reads the directory more strictly
     except (OSError, EOFError, ValueError, RuntimeError, KeyError, struct.error) as error:
         return str(error) or type(error).__name__
     except (zipfile.BadZipFile, zlib.error) as error:

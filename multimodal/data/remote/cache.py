@@ -95,7 +95,7 @@ class Cache:
         return Entry(sha256, descriptor, path, True)
 
     @contextmanager
-    def open(self, sha256: str, size: int) -> Iterator[Entry]:
+    def entry(self, sha256: str, size: int) -> Iterator[Entry]:
         """An entry to read, or to write if it is not there. Waits for another writer of it.
 
         Args:

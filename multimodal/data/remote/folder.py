@@ -41,7 +41,7 @@ def local_folder(folder: str | Path) -> Path:
         with atomic_file(mirror / ADDRESS, shared=True) as part:
             part.write_text(address, "utf-8")
     # A wrong address has to be told at once: no long waiting for a server to return.
-    manifest = _opened(mirror, os.getpid()).transport.read(MANIFEST, retry_seconds=0)
+    manifest = opened(mirror).transport.read(MANIFEST, retry_seconds=0)
     with atomic_file(mirror / MANIFEST, shared=True) as part:
         part.write_bytes(manifest)
     return mirror
@@ -51,7 +51,7 @@ def remote_folder(folder: Path) -> "RemoteFolder | None":
     """What reads the shards of a mirror that ``local_folder`` made. None for any other folder."""
     if folder.parent != cache_folder() / "folders" or not (folder / ADDRESS).is_file():
         return None
-    return _opened(folder, os.getpid())
+    return opened(folder)
 
 
 def cache_folder() -> Path:
@@ -59,10 +59,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MULTIMODAL_CACHE", "~/.cache/multimodal")).expanduser()
 
 
+def opened(mirror: Path) -> "RemoteFolder":
+    """What reads the shards of a mirror: one for all readers of a process."""
+    return _opened(mirror, os.getpid())
+
+
 @lru_cache
 def _opened(mirror: Path, process: int) -> "RemoteFolder":
-    """One for all readers of a process: a fork must not share connections."""
-    cache = _cache(cache_folder() / "shards", os.environ.get(LIMIT, ""), process)
+    """A fork must not share connections, so each process has its own."""
+    cache = _cache(mirror.parent.parent / "shards", os.environ.get(LIMIT, ""), process)
     return RemoteFolder((mirror / ADDRESS).read_text("utf-8"), cache)
 
 
@@ -101,7 +106,7 @@ class RemoteFolder:
                 finally:
                     os.close(found.descriptor)
             data = self.transport.read(name, sha256=sha256)
-            with self.cache.open(sha256, len(data)) as entry:
+            with self.cache.entry(sha256, len(data)) as entry:
                 if not entry.complete:
                     entry.write(data)
                     self.cache.publish(entry)
@@ -119,7 +124,7 @@ class RemoteFolder:
         while True:
             piece = self._piece(shard, pieces, start, stop)
             try:
-                with self.cache.open(piece.sha256, piece.size) as entry:
+                with self.cache.entry(piece.sha256, piece.size) as entry:
                     if not entry.complete:
                         self._fill(entry, shard, piece)
                     return entry.read(start - piece.start, stop - piece.start)
@@ -140,7 +145,7 @@ class RemoteFolder:
 
     def _bring(self, shard: Mapping[str, Any], piece: Piece) -> None:
         try:
-            with self.cache.open(piece.sha256, piece.size) as entry:
+            with self.cache.entry(piece.sha256, piece.size) as entry:
                 if not entry.complete:
                     self._fill(entry, shard, piece)
         finally:
