@@ -62,9 +62,9 @@ BELOW: dict[str, tuple[str, ...]] = {
     ),
     # Requests know the model's front door and the decode loop. Nothing below knows of requests.
     "serve.engine": ("foundation", "filters", "data", "model", "inference", "api"),
+    "serve.endpoints": ("foundation", "filters", "data", "model", "inference", "serve.engine"),
     "serve": (
-        "foundation", "record", "filters", "data", "model", "inference", "api", "commands",
-        "serve.engine",
+        "foundation", "record", "filters", "api", "commands", "serve.engine", "serve.endpoints",
     ),
     "eval.metrics": ("foundation", "tokenizers", "tokenizers.quantizers"),
     # The protocol of evaluators, which the tasks implement and the commands use.

@@ -19,16 +19,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from multimodal.api import Model
 from multimodal.filters.rules import Filters
 from multimodal.record.chain import Record
-from multimodal.serve.bridge import Disconnected
-from multimodal.serve.chat import chat_completions
-from multimodal.serve.drawings import images_edits, images_generations
-from multimodal.serve.embeddings import embeddings
+from multimodal.serve.endpoints.bridge import Disconnected
+from multimodal.serve.endpoints.chat import chat_completions
+from multimodal.serve.endpoints.drawings import images_edits, images_generations
+from multimodal.serve.endpoints.embeddings import embeddings
+from multimodal.serve.endpoints.feedback import feedback
+from multimodal.serve.endpoints.noting import Note, note_of
 from multimodal.serve.engine.engine import Engine
 from multimodal.serve.engine.errors import ApiError, as_api_error
 from multimodal.serve.engine.metrics import Metrics
 from multimodal.serve.engine.settings import Settings
-from multimodal.serve.feedback import feedback
-from multimodal.serve.noting import Note, note_of
 from multimodal.serve.static import page_routes
 from multimodal.serve.watching import DriftWatch
 

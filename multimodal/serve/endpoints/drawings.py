@@ -25,15 +25,15 @@ from multimodal.inference.drawing import ImageRow, guided_prompts, masked_steps
 from multimodal.inference.editing import edit_steps
 from multimodal.options import MAX_STEPS, DrawOptions, Method, Schedule
 from multimodal.schemas import Between
-from multimodal.serve.bodies import Ignored, asked, check_model, read_body
-from multimodal.serve.bridge import Disconnected, Piece, Result, events, result_of
+from multimodal.serve.endpoints.bodies import Ignored, asked, check_model, read_body
+from multimodal.serve.endpoints.bridge import Disconnected, Piece, Result, events, result_of
+from multimodal.serve.endpoints.noting import Note, digest_of, note_of
+from multimodal.serve.endpoints.screening import Screening
+from multimodal.serve.endpoints.streams import event_stream, server_sent
 from multimodal.serve.engine.engine import Engine
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.pictures import OutputFormat, read_image, read_transparency, to_base64
 from multimodal.serve.engine.scheduler import Decoding, Steps
-from multimodal.serve.noting import Note, digest_of, note_of
-from multimodal.serve.screening import Screening
-from multimodal.serve.streams import event_stream, server_sent
 
 MAX_SIDE = 4096
 _SIZE = re.compile(r"([1-9]\d{0,3})x([1-9]\d{0,3})", re.ASCII)

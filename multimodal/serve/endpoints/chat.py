@@ -16,16 +16,16 @@ from multimodal.inference.json_schema import Schema
 from multimodal.inference.mixed import MixedRow, Output, OutputKind, check_prompt
 from multimodal.options import TextOptions
 from multimodal.schemas import Between
-from multimodal.serve.bodies import Ignored, asked, check_model, read_body
-from multimodal.serve.bridge import Piece, Result, events, result_of
+from multimodal.serve.endpoints.bodies import Ignored, asked, check_model, read_body
+from multimodal.serve.endpoints.bridge import Piece, Result, events, result_of
+from multimodal.serve.endpoints.noting import Note, digest_of, note_of
+from multimodal.serve.endpoints.screening import CODE, Screening
+from multimodal.serve.endpoints.streams import event_stream, server_sent
 from multimodal.serve.engine.engine import Engine
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.messages import Message, Template, message_parts
 from multimodal.serve.engine.pictures import read_image_url, to_base64
 from multimodal.serve.engine.scheduler import Decoding, Steps
-from multimodal.serve.noting import Note, digest_of, note_of
-from multimodal.serve.screening import CODE, Screening
-from multimodal.serve.streams import event_stream, server_sent
 
 MAX_SCHEMA = 1 << 16  # characters
 Nothing = Annotated[float, Between(0, 0)]

@@ -6,10 +6,10 @@ from typing import Literal
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from multimodal.serve.bodies import asked, read_body
+from multimodal.serve.endpoints.bodies import asked, read_body
+from multimodal.serve.endpoints.noting import note_of
 from multimodal.serve.engine.engine import Engine
 from multimodal.serve.engine.errors import ApiError
-from multimodal.serve.noting import note_of
 
 MAX_COMMENT = 4000  # characters
 

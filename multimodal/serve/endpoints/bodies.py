@@ -8,7 +8,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from multimodal.files import UnreadableText, parse_json
 from multimodal.schemas import construct
-from multimodal.serve.bridge import Disconnected
+from multimodal.serve.endpoints.bridge import Disconnected
 from multimodal.serve.engine.errors import ApiError, as_api_error
 from multimodal.serve.engine.settings import Settings
 

@@ -14,14 +14,14 @@ from multimodal.inference.batch import check_length
 from multimodal.inference.codec import encode_text, encode_to_read
 from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.schemas import Between
-from multimodal.serve.bodies import Ignored, asked, check_model, read_body
-from multimodal.serve.bridge import result_of
+from multimodal.serve.endpoints.bodies import Ignored, asked, check_model, read_body
+from multimodal.serve.endpoints.bridge import result_of
+from multimodal.serve.endpoints.noting import digest_of, note_of
 from multimodal.serve.engine.engine import Engine
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.messages import ImageUrl, Message, message_parts
 from multimodal.serve.engine.pictures import read_image_url
 from multimodal.serve.engine.scheduler import Steps
-from multimodal.serve.noting import digest_of, note_of
 
 AT_ONCE = 32  # texts in one piece of work
 
