@@ -1,6 +1,7 @@
 """``multimodal serve``: a model behind HTTP, in the shape of OpenAI's API."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,13 +12,15 @@ from multimodal.terminal import print_error
 KEY = "MULTIMODAL_API_KEY"
 EPILOG = f"""Addresses: / is a page for people. /v1/chat/completions, /v1/images/generations,
 /v1/images/edits, /v1/embeddings, /v1/models, /health, /metrics. Requests of all kinds are decoded
-together, and each gets what it would get alone. Without a key everyone who reaches the address may
-use it. A key on the command line can be seen by other users of the machine, {KEY} in
-the environment cannot. SIGINT and SIGTERM let running requests end.
+together, and each gets what it would get alone. An adapter is a model of its own: requests name
+it. It takes the memory of the layers that it changes. Without a key everyone who reaches the
+address may use it. A key on the command line can be seen by other users of the machine, {KEY}
+in the environment cannot. SIGINT and SIGTERM let running requests end.
 
 examples:
   multimodal serve
   multimodal serve runs/photos-joint/model --port 9000 --name photos
+  multimodal serve runs/photos-joint/model --adapter scenes=runs/scenes/adapter
   multimodal serve --record requests.jsonl
   {KEY}=... multimodal serve user/name --host 0.0.0.0
 """
@@ -33,7 +36,9 @@ SETTINGS = {
 
 
 def main(argv: list[str]) -> int:
-    parser = make_parser("serve", "Answer requests in the shape of OpenAI's API.", EPILOG)
+    parser = make_parser(
+        "serve", "Answer requests in the shape of OpenAI's API.", EPILOG, adapters=True
+    )
     parser.add_argument("folder", nargs="?", metavar="MODEL", help="the same as --model")
     parser.add_argument("--host", default="127.0.0.1", help="(default 127.0.0.1: this machine)")
     parser.add_argument("--port", type=int, default=8000, help="(default 8000)")
@@ -74,6 +79,7 @@ def main(argv: list[str]) -> int:
     if not 0 < arguments.port < 2**16:
         raise ValueError(f"--port {arguments.port}: expected 1 to 65,535")
     arguments.model = arguments.folder or arguments.model
+    arguments.adapter = named_adapters(arguments.adapter or ()) or None
     keys = tuple(arguments.api_key or filter(None, [os.environ.get(KEY)]))
     settings = Settings(
         name=arguments.name or Path(arguments.model).name or str(arguments.model),
@@ -97,3 +103,19 @@ def main(argv: list[str]) -> int:
         print_error(f"multimodal serve: no API key: everyone who reaches {url} may use it")
     serve(model, settings, arguments.host, arguments.port)
     return 0
+
+
+def named_adapters(given: Sequence[str]) -> dict[str, str]:
+    """NAME=DIR, or DIR by the name of the folder, as names and folders.
+
+    Raises:
+        ValueError: for a name that is empty or there twice.
+    """
+    adapters: dict[str, str] = {}
+    for each in given:
+        name, equals, folder = each.partition("=")
+        name, folder = (name, folder) if equals else (Path(each).name, each)
+        if not name.strip() or not folder or name in adapters:
+            raise ValueError(f"--adapter {each}: expected NAME=DIR, each name once")
+        adapters[name] = folder
+    return adapters

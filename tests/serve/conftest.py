@@ -12,7 +12,7 @@ import pytest
 
 from multimodal.api import Model
 from multimodal.serve.app import Gate
-from multimodal.serve.engine.engine import Engine
+from multimodal.serve.engine.engine import Engines
 from multimodal.serve.engine.settings import Settings
 from multimodal.serve.server import make_server
 
@@ -29,8 +29,8 @@ class Running:
     app: Any
 
     @property
-    def engine(self) -> Engine:
-        return self.app.app.state.engine
+    def engines(self) -> Engines:
+        return self.app.app.state.engines
 
     def client(self, **more: Any) -> Any:
         import openai

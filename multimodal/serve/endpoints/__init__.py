@@ -1,1 +1,1 @@
-"""What requests ask for, one file an endpoint, and what all of them need: bodies, notes, streams."""
+"""What requests ask for, one file an endpoint, and what they need: bodies, notes, streams."""

@@ -16,12 +16,12 @@ from multimodal.inference.json_schema import Schema
 from multimodal.inference.mixed import MixedRow, Output, OutputKind, check_prompt
 from multimodal.options import TextOptions
 from multimodal.schemas import Between
-from multimodal.serve.endpoints.bodies import Ignored, asked, check_model, read_body
+from multimodal.serve.endpoints.bodies import Ignored, asked, read_body
 from multimodal.serve.endpoints.bridge import Piece, Result, events, result_of
 from multimodal.serve.endpoints.noting import Note, digest_of, note_of
 from multimodal.serve.endpoints.screening import CODE, Screening
 from multimodal.serve.endpoints.streams import event_stream, server_sent
-from multimodal.serve.engine.engine import Engine
+from multimodal.serve.engine.engine import Engine, Engines
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.messages import Message, Template, message_parts
 from multimodal.serve.engine.pictures import read_image_url, to_base64
@@ -107,8 +107,9 @@ class ChatRow(MixedRow):
 
 @dataclass(frozen=True)
 class Chat:
-    """A request that has been checked, and its images read."""
+    """A request that has been checked, and its images read. engine: of the model it names."""
 
+    engine: Engine
     request: ChatRequest
     parts: list[str | Tensor]
     kind: OutputKind
@@ -118,21 +119,21 @@ class Chat:
     created: int
     screen: Screening
 
-    def head(self, kind: str, fingerprint: str) -> dict[str, Any]:
+    def head(self, kind: str) -> dict[str, Any]:
         return {
             "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.request.model,
-            "system_fingerprint": fingerprint,
+            "system_fingerprint": self.engine.fingerprint,
         }
 
 
-async def read_chat(request: Request, engine: Engine) -> Chat:
+async def read_chat(request: Request, engines: Engines) -> Chat:
     """Raises ``ApiError`` for what cannot be done."""
-    settings, model = engine.settings, engine.model
     chat = asked(ChatRequest, await read_body(request))
-    check_model(chat.model, settings)
+    engine = engines.named(chat.model)
+    settings, model = engine.settings, engine.model
     parts = message_parts(chat.messages, chat.template, model.config.templates)
     images = sum(not isinstance(part, str) for part in parts)
     if images > settings.max_images:
@@ -170,7 +171,7 @@ async def read_chat(request: Request, engine: Engine) -> Chat:
         else:
             read.append(screen.text(part, "prompt"))
     name = f"chatcmpl-{secrets.token_hex(12)}"
-    return Chat(chat, read, kind, options, schema, name, int(time.time()), screen)
+    return Chat(engine, chat, read, kind, options, schema, name, int(time.time()), screen)
 
 
 async def _schema(
@@ -200,9 +201,10 @@ async def _schema(
     return await engine.in_thread(engine.schema, schema)
 
 
-def chat_steps(engine: Engine, chat: Chat, streams: bool) -> Steps:
+def chat_steps(chat: Chat, streams: bool) -> Steps:
     """The work of a chat: images to codes, then its rows. Returns the rows."""
-    model, request = engine.model, chat.request
+    engine, request = chat.engine, chat.request
+    model = engine.model
     refused = chat.screen.refused
     parts = chat.parts if refused is None else []
     ids = yield from engine.prompt(parts)
@@ -229,21 +231,23 @@ def chat_steps(engine: Engine, chat: Chat, streams: bool) -> Steps:
             row.refuse(refused.answer)
         return rows
     scored = bool(request.logprobs or engine.settings.record)
-    yield Decoding(rows, chat.options, chat.options.repetition_penalty, scored, chat.kind != "text")
+    penalty, long = chat.options.repetition_penalty, chat.kind != "text"
+    yield Decoding(model.network, rows, chat.options, penalty, scored, long)
     for row in rows:
         if row.error is not None:
             raise row.error
     return rows
 
 
-async def chat_completions(request: Request, engine: Engine) -> Response:
-    chat, note = await read_chat(request, engine), note_of(request)
+async def chat_completions(request: Request, engines: Engines) -> Response:
+    chat, note = await read_chat(request, engines), note_of(request)
+    engine = chat.engine
     images = [digest_of(part) for part in chat.parts if not isinstance(part, str)]
     note.asked(chat.request, engine.fingerprint, images, id=chat.id, seed=chat.options.seed)
     note.texts["prompt"] = "\n".join(part for part in chat.parts if isinstance(part, str))
-    steps = chat_steps(engine, chat, bool(chat.request.stream))
+    steps = chat_steps(chat, bool(chat.request.stream))
     if chat.request.stream:
-        return await event_stream(_chunks(engine, chat, steps, note), note)
+        return await event_stream(_chunks(chat, steps, note), note)
     rows: list[ChatRow] = await result_of(request, engine.scheduler, steps)
     await _screen(rows, engine, note)
     choices = [
@@ -255,7 +259,7 @@ async def chat_completions(request: Request, engine: Engine) -> Response:
         }
         for row in rows
     ]
-    head = chat.head("chat.completion", engine.fingerprint)
+    head = chat.head("chat.completion")
     usage = _noted(note, rows, engine)
     return JSONResponse({**head, "choices": choices, "usage": usage})
 
@@ -336,11 +340,12 @@ class _Edges:
         return shown
 
 
-async def _chunks(engine: Engine, chat: Chat, steps: Steps, note: Note) -> AsyncIterator[bytes]:
+async def _chunks(chat: Chat, steps: Steps, note: Note) -> AsyncIterator[bytes]:
     """Server-sent events of a chat. If there are rules about replies, they come at its end."""
+    engine = chat.engine
     held = engine.filters.has("reply") or chat.screen.refused is not None
     usage = bool(chat.request.stream_options and chat.request.stream_options.include_usage)
-    head = chat.head("chat.completion.chunk", engine.fingerprint)
+    head = chat.head("chat.completion.chunk")
     edges: dict[int, _Edges] = {}
     scored: dict[int, int] = {}
 

@@ -1,9 +1,12 @@
-"""The model of a server, its scheduler, and what requests share: the codes of images."""
+"""A model of a server, and what requests to it share: the codes of images, grammars, schemas.
+
+The models of one server, a base and its adapters, share a scheduler and the limits.
+"""
 
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cached_property
 from typing import TypeVar
 
@@ -17,6 +20,7 @@ from multimodal.filters.rules import Filters
 from multimodal.inference.codec import UNKNOWN
 from multimodal.inference.json_schema import Schema, token_bytes
 from multimodal.inference.mixed import Grammar, MixedRow, image_ids
+from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.metrics import Metrics
 from multimodal.serve.engine.scheduler import Scheduler
 from multimodal.serve.engine.settings import Settings
@@ -26,31 +30,70 @@ READERS = 4  # threads that decode files of images
 Value = TypeVar("Value")
 
 
-class Engine:
-    """What all endpoints use.
+def models_of(model: Model, name: str) -> dict[str, Model]:
+    """A model by its name, then its adapters by theirs: each is a model of its own.
+
+    Raises:
+        ValueError: for an adapter with the name of the model.
+    """
+    adapters = model.adapters.adapters if model.adapters is not None else {}
+    if name in adapters or not all(each.strip() for each in adapters):
+        raise ValueError(f"adapters {list(adapters)}: expected names, other than that of the model")
+    others = {each: model.adapted(each) for each in adapters}
+    if adapters:
+        model.use_adapter()
+    return {name: model, **others}
+
+
+class Engines:
+    """The engines of a server by the names of their models. The first one is that of the base.
 
     Args:
-        model: its network computes in the scheduler's thread only.
+        models: their networks compute in the scheduler's thread only.
         settings: the limits.
         metrics: counts tokens, and looks at the scheduler.
         filters: rules for prompts and replies.
     """
 
     def __init__(
-        self, model: Model, settings: Settings, metrics: Metrics, filters: Filters
+        self, models: Mapping[str, Model], settings: Settings, metrics: Metrics, filters: Filters
     ) -> None:
-        self.model, self.settings = model, settings
-        self.grammar = Grammar.of(model)
-        self.filters = filters
-        self.scheduler = Scheduler(model.network, settings.rows, settings.requests)
-        self.metrics = metrics
+        self.settings, self.metrics, self.filters = settings, metrics, filters
+        self.scheduler = Scheduler(settings.rows, settings.requests)
+        self.readers = asyncio.Semaphore(READERS)
         metrics.watch(self.scheduler)
+        self.by_name = {name: Engine(name, model, self) for name, model in models.items()}
+
+    @property
+    def base(self) -> "Engine":
+        return next(iter(self.by_name.values()))
+
+    def named(self, name: str) -> "Engine":
+        """Raises ``ApiError`` 404 for another model."""
+        if name not in self.by_name:
+            known = ", ".join(map(repr, self.by_name))
+            raise ApiError(
+                404,
+                f"there is no model {name[:100]!r} here: there is {known}",
+                param="model",
+                code="model_not_found",
+            )
+        return self.by_name[name]
+
+
+class Engine:
+    """One model, as endpoints use it. Its other attributes are those of all engines."""
+
+    def __init__(self, name: str, model: Model, engines: Engines) -> None:
+        self.name, self.model, self.engines = name, model, engines
+        self.settings, self.metrics = engines.settings, engines.metrics
+        self.filters, self.scheduler = engines.filters, engines.scheduler
+        self.grammar = Grammar.of(model)
         self._ids: OrderedDict[bytes, list[int]] = OrderedDict()
-        self._readers = asyncio.Semaphore(READERS)
 
     async def in_thread(self, function: Callable[..., Value], *arguments: object) -> Value:
         """Call a function that takes long but does not use the network, in another thread."""
-        async with self._readers:
+        async with self.engines.readers:
             return await asyncio.to_thread(function, *arguments)
 
     def pixels(self, image: Image.Image) -> Tensor:

@@ -49,7 +49,7 @@ class Metrics:
         for name, about, count in (
             ("requests_running", "requests with rows in the batch", scheduler.count_running),
             ("requests_waiting", "requests without rows in the batch", scheduler.count_waiting),
-            ("batch_rows", "rows in the batch", lambda: len(scheduler.decoder)),
+            ("batch_rows", "rows in the batch", scheduler.count_rows),
         ):
             gauge = Gauge(name, about, namespace="multimodal", registry=self.registry)
             gauge.set_function(count)
