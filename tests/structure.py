@@ -61,7 +61,9 @@ BELOW: dict[str, tuple[str, ...]] = {
         "export", "released", "scenes", "commands", "record",
     ),
     # Requests know the model's front door and the decode loop. Nothing below knows of requests.
-    "serve.engine": ("foundation", "filters", "data", "model", "inference", "api"),
+    "serve.engine": (
+        "foundation", "filters", "data", "model", "model.layers", "inference", "api",
+    ),
     "serve.endpoints": ("foundation", "filters", "data", "model", "inference", "serve.engine"),
     "serve": (
         "foundation", "record", "filters", "api", "commands", "serve.engine", "serve.endpoints",

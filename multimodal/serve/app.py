@@ -29,6 +29,7 @@ from multimodal.serve.engine.engine import Engines, models_of
 from multimodal.serve.engine.errors import ApiError, as_api_error
 from multimodal.serve.engine.metrics import Metrics
 from multimodal.serve.engine.settings import Settings
+from multimodal.serve.peers import Peers
 from multimodal.serve.static import page_routes
 from multimodal.serve.watching import DriftWatch
 
@@ -37,11 +38,21 @@ log = logging.getLogger("multimodal.serve")
 CLIENT_LEFT = 499  # nginx's status for it; nobody reads it
 
 
-def make_app(model: Model, settings: Settings) -> ASGIApp:
-    """An ASGI application. Its scheduler starts and stops with its lifespan."""
+def make_app(
+    model: Model, settings: Settings, fallback: tuple[str, Model] | None = None
+) -> ASGIApp:
+    """An ASGI application. Its scheduler starts and stops with its lifespan.
+
+    Args:
+        model: with its adapters by name.
+        fallback: another model by its name, see ``Engines``.
+    """
+    if settings.unsure is not None and not (fallback or settings.fallback_answer):
+        raise ValueError(f"unsure={settings.unsure}: give a fallback: an answer or a model")
     created, counted, page = int(time.time()), Metrics(), page_routes()
     models = models_of(model, settings.name)
     filters = Filters.read(settings.filters) if settings.filters else Filters()
+    peers = Peers(settings.peers, settings.worker, counted.text) if settings.peers else None
     watch = None
     if settings.drift_reference:
         watch = DriftWatch(settings.drift_reference, counted.drift)
@@ -61,17 +72,21 @@ def make_app(model: Model, settings: Settings) -> ASGIApp:
         return JSONResponse({"object": "list", "data": list(map(model_entry, models))})
 
     async def metrics(request: Request, engines: Engines) -> Response:
-        return Response(counted.text(), media_type="text/plain; version=0.0.4")
+        text = counted.text() if peers is None else await peers.metrics()
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     async def one_model(request: Request, engines: Engines) -> Response:
         return JSONResponse(model_entry(engines.named(request.path_params["name"]).name))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.engines = Engines(models, settings, counted, filters)
+        app.state.engines = Engines(models, settings, counted, filters, fallback)
+        telling = None if peers is None else await peers.listen()
         try:
             yield
         finally:
+            if telling is not None:
+                telling.close()
             app.state.engines.scheduler.stop(0)  # the HTTP server has let requests end before
             if record is not None:
                 record.close()

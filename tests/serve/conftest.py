@@ -40,13 +40,13 @@ class Running:
 
 
 @contextmanager
-def running(model: Model, **settings: Any) -> Iterator[Running]:
+def running(model: Model, fallback: Any = None, **settings: Any) -> Iterator[Running]:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(128)
         port = listening.getsockname()[1]
         made = Settings(**{"name": NAME, "keys": (KEY,), **settings})
-        server = make_server(model, made, "127.0.0.1", port)
+        server = make_server(model, made, "127.0.0.1", port, fallback)
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:

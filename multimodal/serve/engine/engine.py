@@ -53,16 +53,29 @@ class Engines:
         settings: the limits.
         metrics: counts tokens, and looks at the scheduler.
         filters: rules for prompts and replies.
+        fallback: another model, which answers where one of these cannot.
     """
 
     def __init__(
-        self, models: Mapping[str, Model], settings: Settings, metrics: Metrics, filters: Filters
+        self,
+        models: Mapping[str, Model],
+        settings: Settings,
+        metrics: Metrics,
+        filters: Filters,
+        fallback: tuple[str, Model] | None = None,
     ) -> None:
         self.settings, self.metrics, self.filters = settings, metrics, filters
-        self.scheduler = Scheduler(settings.rows, settings.requests)
+        self.scheduler = Scheduler(settings.rows, settings.requests, settings.prefix_bytes)
         self.readers = asyncio.Semaphore(READERS)
         metrics.watch(self.scheduler)
         self.by_name = {name: Engine(name, model, self) for name, model in models.items()}
+        self.fallback = None if fallback is None else Engine(*fallback, self)
+
+    @property
+    def looks_at_replies(self) -> bool:
+        """Whether a reply has to be whole before any of it is sent."""
+        falls_back = self.fallback is not None or self.settings.fallback_answer
+        return bool(falls_back) or self.filters.has("reply")
 
     @property
     def base(self) -> "Engine":
@@ -117,16 +130,19 @@ class Engine:
         self._ids.move_to_end(key)
         return self._ids[key]
 
-    def prompt(self, parts: Sequence[str | Tensor]) -> Generator[None, None, list[int]]:
-        """The ids of texts and images (``pixels``), in steps of one image."""
-        ids = [self.model.vocabulary.bos]
+    def prompt(
+        self, parts: Sequence[str | Tensor]
+    ) -> Generator[None, None, tuple[list[int], list[int]]]:
+        """The ids of texts and images (``pixels``), and where each ends, in steps of one image."""
+        ids, ends = [self.model.vocabulary.bos], []
         for part in parts:
             if isinstance(part, str):
                 ids += self.model.text_tokenizer.encode(part)
             else:
                 ids += self.image_ids(part, len(ids) == 1)
                 yield
-        return ids
+            ends.append(len(ids))
+        return ids, ends
 
     @cached_property
     def fingerprint(self) -> str:

@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 import torch
 
 from multimodal.inference.decode import Decoder, Row
+from multimodal.model.layers.prefixes import PrefixCache
 from multimodal.model.network import MultimodalLM
 from multimodal.options import Sampling
 from multimodal.serve.engine.errors import ApiError
@@ -80,13 +81,16 @@ class Scheduler:
     Args:
         rows: how many are decoded together.
         requests: how many there may be.
+        prefix_bytes: see ``PrefixCache``.
 
     Attributes:
         jobs: requests that have not ended.
+        prefixes: beginnings of prompts that were read.
     """
 
-    def __init__(self, rows: int = 32, requests: int = 256) -> None:
+    def __init__(self, rows: int = 32, requests: int = 256, prefix_bytes: int = 0) -> None:
         self.rows, self.requests = rows, requests
+        self.prefixes = PrefixCache(prefix_bytes)
         self.jobs: list[Job] = []
         self._decoders: dict[MultimodalLM, Decoder] = {}  # those that have rows
         self._ready: deque[Job] = deque()
@@ -216,7 +220,8 @@ class Scheduler:
             how = job.decoding
             if not rows or how is None:
                 continue
-            decoder = self._decoders.get(how.network) or Decoder(how.network, exact=True)
+            decoder = self._decoders.get(how.network)
+            decoder = decoder or Decoder(how.network, exact=True, prefixes=self.prefixes)
             try:
                 decoder.join(rows, how.sampling, how.repetition_penalty, how.log_probabilities)
             except Exception as error:
