@@ -70,10 +70,10 @@ class Classifier:
         shape = inputs[0].shape if len(inputs) == 1 else []
         if len(shape) != 4 or shape[1] != 3 or inputs[0].type != "tensor(float)":
             raise ValueError(f"{about.file}: expected one input, float32[1, 3, H, W]")
-        sides = [side if isinstance(side, int) else about.size for side in shape[2:]]
-        if None in sides:
+        height, width = (side if isinstance(side, int) else about.size or 0 for side in shape[2:])
+        if not height or not width:
             raise ValueError(f"{about.file}: says no size: give size")
-        self._input, (self._height, self._width) = inputs[0].name, sides
+        self._input, self._size = inputs[0].name, (width, height)
         found = self.probabilities(Image.new("RGB", (8, 8)))
         if len(found) != len(about.labels):
             raise ValueError(
@@ -82,9 +82,9 @@ class Classifier:
 
     def probabilities(self, image: Image.Image) -> list[float]:
         """Those of the labels, in their order."""
-        small = image.convert("RGB").resize((self._width, self._height), Image.Resampling.BICUBIC)
-        pixels = np.asarray(small, np.float32) / 255
-        pixels = (pixels - np.float32(self.about.mean)) / np.float32(self.about.std)
+        small = image.convert("RGB").resize(self._size, Image.Resampling.BICUBIC)
+        mean, std = (np.asarray(each, np.float32) for each in (self.about.mean, self.about.std))
+        pixels = (np.asarray(small, np.float32) / 255 - mean) / std
         (scores, *_) = self._session.run(None, {self._input: pixels.transpose(2, 0, 1)[None]})
         scores = np.asarray(scores, np.float64).reshape(-1)
         if self.about.scores == "softmax":

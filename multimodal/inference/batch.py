@@ -101,7 +101,7 @@ class DecodeBatch:
         self._prefixes = PrefixCache(0) if prefixes is None else prefixes
         longest = max(map(len, prompts))
         self._check_memory(len(prompts), longest + new_tokens)
-        cut = [tuple(each) for each in ends] if ends is not None else [()] * len(prompts)
+        cut = [tuple(ends[n]) if ends is not None else () for n in range(len(prompts))]
         keys = list(zip(map(tuple, prompts), cut, strict=True))
         number_of = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         rows, prompts = [number_of[key] for key in keys], [list(prompt) for prompt, _ in number_of]

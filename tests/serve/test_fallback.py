@@ -73,6 +73,9 @@ def test_another_model_answers_where_one_failed(
 ) -> None:
     record = tmp_path / "record.jsonl"
     with serving(broken, ("spare", models[1]), record=str(record)) as server:
+        scored = server.client().chat.completions.create(
+            model="tiny", messages=ASK, max_tokens=3, logprobs=True
+        )
         found = chat(server, about(picture(), "who?"), stream, n=2, temperature=1.0, seed=3)
     expected = models[1].reply(
         [[picture(), "Question: who? Answer:"]] * 2, max_tokens=8, temperature=1.0, seed=3
@@ -80,6 +83,7 @@ def test_another_model_answers_where_one_failed(
     texts = [str(reply.parts[0]) for reply in expected if not isinstance(reply, ValueError)]
     named = {"why": "failed", "by": "spare"}
     assert found == [(text, "length", named) for text in texts]
+    assert scored.choices[0].logprobs.content == [], "its tokens are of another vocabulary"
     assert noted(record)["fallback"] == [{"choice": n, **named} for n in range(2)]
 
 

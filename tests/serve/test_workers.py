@@ -27,7 +27,7 @@ from tests.serve.workers import Says, free_port
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + 300
+    end = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.05)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from multimodal.inference.mixed import MixedRow, Output, check_prompt
 from multimodal.serve.endpoints.asking import Chat
-from multimodal.serve.endpoints.bridge import outcome
+from multimodal.serve.endpoints.bridge import finished
 from multimodal.serve.endpoints.noting import Note, digest_of
 from multimodal.serve.endpoints.screening import CODE, Screening
 from multimodal.serve.engine.engine import Engine
@@ -89,7 +89,7 @@ class Choice:
     @classmethod
     def fixed(cls, number: int, answer: str, why: Why, by: str = "") -> Self:
         """A text that no model has written. by: of a fallback."""
-        fallback = {"why": why, "by": by} if by else None
+        fallback = {"why": str(why), "by": by} if by else None
         return cls(
             number, [answer] if answer else [], (), CODE if why == "filtered" else "stop", fallback
         )
@@ -148,25 +148,29 @@ async def settle(chat: Chat, result: Sequence[ChatRow] | Exception, note: Note) 
     if isinstance(result, ApiError | ValueError):
         raise result
     settings, fallback = chat.engine.settings, chat.engine.engines.fallback
+    choices: dict[int, Choice] = {}
     left: dict[int, Why] = {}  # choices that need a fallback
+    rows: list[Sequence[ChatRow]] = []
     if isinstance(result, Exception):
-        choices, rows = {}, []
-        left = dict.fromkeys(range(chat.count), "failed")
+        for number in range(chat.count):
+            left[number] = "failed"
     else:
         choices, left = await _judge(chat, result, note)
-        rows = [result]
+        rows.append(result)
     if fallback is not None and left:
-        other = await chat.asked_of(fallback)
-        again = await outcome(fallback.scheduler, chat_steps(other, False, list(left)))
-        if isinstance(again, Exception):
-            log.warning("the fallback %s failed: %r", fallback.name, again)
+        try:
+            other = await chat.asked_of(fallback)
+            again = await finished(fallback.scheduler, chat_steps(other, False, list(left)))
+            found, unsettled = await _judge(other, again, note)
+        except Exception as error:
+            log.warning("the fallback %s failed: %r", fallback.name, error)
         else:
             rows.append(again)
-            found, unsettled = await _judge(other, again, note)
             for number, choice in found.items():
-                named = {"why": left[number], "by": fallback.name}
                 if number not in unsettled or number not in choices:
-                    choices[number] = replace(choice, fallback=named)
+                    named = {"why": str(left[number]), "by": fallback.name}
+                    # Its tokens are of another vocabulary.
+                    choices[number] = replace(choice, tokens=(), fallback=named)
             left = {number: left[number] for number in unsettled}
     for number, why in left.items() if settings.fallback_answer else ():
         choices[number] = Choice.fixed(number, settings.fallback_answer, why, ANSWER)
