@@ -35,7 +35,11 @@ def numbers(model: Model, prefixes: PrefixCache | None, together: bool) -> list[
     return [(row.generated, row.scores) for row in rows]
 
 
-def test_not_one_bit_depends_on_what_was_kept(tiny_model: Make, one_thread: None) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_not_one_bit_depends_on_what_was_kept(
+    tiny_model: Make, one_thread: None, threads: int
+) -> None:
+    torch.set_num_threads(threads)
     model = tiny_model(noise=0.3)
     expected = numbers(model, None, together=False)
     prefixes = PrefixCache(1 << 20)
