@@ -35,7 +35,7 @@ def numbers(model: Model, prefixes: PrefixCache | None, together: bool) -> list[
     return [(row.generated, row.scores) for row in rows]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_not_one_bit_depends_on_what_was_kept(
     tiny_model: Make, one_thread: None, threads: int
 ) -> None:
