@@ -1,7 +1,7 @@
 """What a worker does in tests: it says who it is, at an address that workers share.
 
-GET /       the process
-GET /slow   the same, after a second
+GET /        the process
+GET /FOLDER  the same, when FOLDER/go exists. Before, FOLDER/PROCESS says that it was asked.
 """
 
 import os
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from signal import SIGTERM, signal
 
 from multimodal.serve.workers import shared_socket
@@ -18,8 +19,11 @@ from multimodal.serve.workers import shared_socket
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        if self.path == "/slow":
-            time.sleep(1)
+        folder = Path(self.path)
+        if folder != Path("/"):
+            (folder / str(os.getpid())).touch()
+            while not (folder / "go").exists():
+                time.sleep(0.02)
         body = str(os.getpid()).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
