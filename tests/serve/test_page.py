@@ -7,7 +7,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from multimodal.serve.endpoints.chat import ChatRequest
+from multimodal.serve.endpoints.asking import ChatRequest
 from multimodal.serve.endpoints.drawings import ImageRequest
 from multimodal.serve.static import FOLDER, KINDS
 
