@@ -12,7 +12,7 @@ RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 .PHONY: help install demo test test-all lint format clean distclean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do \
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do \
 		printf 'make %-10s %s\n' "$$name" "$$text"; done
 
 install: $(STAMP)  ## make .venv and install the project in it, editable, with its tools
@@ -34,6 +34,8 @@ lint: $(STAMP)  ## check style (ruff), format (ruff) and types (mypy)
 format: $(STAMP)  ## put the code into the project's format, and sort its imports
 	@$(RUN) ruff check --select I --fix .
 	@$(RUN) ruff format .
+
+include train/recipes/starter.mk
 
 clean:  ## remove caches and build outputs; .venv and runs stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -7,7 +7,7 @@
 coca: from random weights. Its ViT reads photos of 112 x 112 pixels.
 coca-pretrained: its image tower is the network whose features --meaning quantizes, with the same
     weights, locked, as by open_clip's --lock-image. It reads photos as large as --meaning does.
-ours: a `mini` on the codes of --meaning, with the settings of starter_read.yaml, but no questions.
+ours: a `mini` on the codes of --meaning, with the settings of photos_read.yaml, but no questions.
 
 One after the other, each for --seconds of training steps. Equal for all: the photos, two crops of
 each (at least 0.4 of the area, squashed, half of them mirrored), --batch-size photos a step, the
@@ -257,7 +257,7 @@ def run_ours(arguments: argparse.Namespace, inputs: Inputs) -> dict[str, Any]:
     start = time.perf_counter()
     codes = inputs.codes()
     preparation = time.perf_counter() - start
-    recipe = files("multimodal.train.recipes").joinpath("starter_read.yaml").read_text("utf-8")
+    recipe = files("multimodal.train.recipes").joinpath("photos_read.yaml").read_text("utf-8")
     settings = yaml.safe_load(recipe)["model"]["init_args"]
     settings |= {"text_tokenizer": arguments.text, "image_tokenizer": str(arguments.meaning)}
     settings |= {"size": "mini", "question_share": 0.0}

@@ -18,6 +18,7 @@ from multimodal.commands.options import check_output, load_model, make_parser
 from multimodal.commands.vectors.search import default_cache
 from multimodal.data.samples import readable
 from multimodal.data.shards import Shards
+from multimodal.energy import GRAMS_PER_KWH, WATTS_PER_CORE, EnergyMeter, EnergyOptions
 from multimodal.eval.tasks.registry import EVALUATORS, find_evaluator
 from multimodal.files import atomic_file
 
@@ -65,6 +66,18 @@ def main(argv: list[str]) -> int:
         metavar="MODEL=FILE",
         help="an open_clip model and its weights (safetensors), to score drawings by CLIPScore",
     )
+    options.add_argument(
+        "--watts-per-core",
+        type=float,
+        default=WATTS_PER_CORE,
+        help="of the estimate of energy, where no counter can be read (default %(default)g)",
+    )
+    options.add_argument(
+        "--grams-per-kwh",
+        type=float,
+        default=GRAMS_PER_KWH,
+        help="CO2 of your electricity (default %(default)g, the world in 2023)",
+    )
     options.add_argument("--output", type=Path, help="a JSON file for the results")
     options.add_argument(
         "--page", type=Path, help="an HTML file with the best, the worst and random samples"
@@ -77,6 +90,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(
             f"--limit {arguments.limit}, --batch-size {arguments.batch_size}: expected at least 1"
         )
+    EnergyOptions(arguments.watts_per_core, arguments.grams_per_kwh)  # checks them
     for path, suffix in ((arguments.output, ".json"), (arguments.page, ".html")):
         if path:
             check_output(path, (suffix,))
@@ -168,9 +182,11 @@ def measure(
 
     from multimodal.eval.evaluator import Subject, evaluate
 
+    energy = EnergyOptions(arguments.watts_per_core, arguments.grams_per_kwh)
     with (
         tqdm(desc=title, file=sys.stderr, disable=None if is_first else True) as bar,
-        measure_cost(model.network.transformer.embed_tokens) as cost,
+        EnergyMeter(model.device, energy) as meter,
+        measure_cost(model.network.transformer.embed_tokens, meter) as cost,
     ):
         cache = default_cache() if arguments.cache is None else arguments.cache
         subject = Subject(
@@ -182,6 +198,7 @@ def measure(
             clip,
             training,
             cache=Path(cache) if cache else None,
+            energy=energy,
         )
         scores = evaluate(evaluator, subject)
     return {
@@ -237,6 +254,7 @@ def protocol_of(
         "dtype": arguments.dtype,
         "device": arguments.device,
         "threads": arguments.threads,
+        "grams_per_kwh": arguments.grams_per_kwh,
         "ranks": world_size(),
         "clip": clip.name if clip else None,
         "commit": git_commit(),
@@ -245,11 +263,12 @@ def protocol_of(
 
 
 @contextmanager
-def measure_cost(embeddings: "nn.Module") -> Iterator[dict[str, float]]:
+def measure_cost(embeddings: "nn.Module", meter: EnergyMeter) -> Iterator[dict[str, Any]]:
     """Measure the cost of a task.
 
     Args:
         embeddings: the module that embeds every token.
+        meter: of energy, just started.
 
     Yields:
         A dictionary that is filled at the end:
@@ -257,8 +276,9 @@ def measure_cost(embeddings: "nn.Module") -> Iterator[dict[str, float]]:
         - ``tokens``: read by the transformer on this rank, with padding and generated tokens.
         - ``seconds``, and ``cpu_seconds`` of all cores.
         - ``peak_megabytes``: largest memory of the process so far.
+        - ``watt_hours`` and ``co2_grams``, and ``energy``: how they were measured or estimated.
     """
-    cost: dict[str, float] = {"tokens": 0}
+    cost: dict[str, Any] = {"tokens": 0}
 
     def count(_: "nn.Module", ids: "tuple[Tensor, ...]", __: "Tensor") -> None:
         cost["tokens"] += ids[0].numel()
@@ -270,6 +290,8 @@ def measure_cost(embeddings: "nn.Module") -> Iterator[dict[str, float]]:
     finally:
         hook.remove()
     after = resource.getrusage(resource.RUSAGE_SELF)
+    energy = meter.read()
+    cost |= {"watt_hours": energy.watt_hours, "co2_grams": energy.co2_grams, "energy": energy.how}
     cost["seconds"] = time.perf_counter() - start
     cost["cpu_seconds"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     cost["peak_megabytes"] = after.ru_maxrss / (1 << 10 if sys.platform == "linux" else 1 << 20)
@@ -295,9 +317,10 @@ def format_table(report: dict[str, Any]) -> str:
     """One line for each score, with its interval if it has one."""
     lines = []
     for result in report["results"]:
-        seconds = result["cost"]["seconds"]
+        cost = result["cost"]
         lines.append(
-            f"{result['task']}: {result['data']}, {result['n']:,} samples, {seconds:.0f} s"
+            f"{result['task']}: {result['data']}, {result['n']:,} samples, "
+            f"{cost['seconds']:.0f} s, {cost['watt_hours']:.3g} Wh"
         )
         width = max(map(len, result["scores"]), default=0)
         for name, score in result["scores"].items():
@@ -307,6 +330,11 @@ def format_table(report: dict[str, Any]) -> str:
             lines.append(line)
         lines += [f"  {note}" for note in result["notes"]]
     about = report["protocol"]
+    total = [
+        sum(r["cost"][name] for r in report["results"]) for name in ("watt_hours", "co2_grams")
+    ]
+    how = report["results"][0]["cost"]["energy"]
+    lines.append(f"energy: {total[0]:.3g} Wh, {total[1]:.3g} g CO2; {how}")
     lines.append(
         f"model {about['model']} ({about['fingerprint']}), {about['image_size']} x "
         f"{about['image_size']} ({about['fit']}), split {about['split']}, seed {about['seed']}, "

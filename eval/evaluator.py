@@ -1,14 +1,14 @@
 """What an evaluator is, what it receives, and how its values become scores.
 
 A value is a number, or a list with a number for each sample or question. For a list the score is
-the mean, with a confidence interval.
+the mean, with a confidence interval. ``Estimate`` brings its own interval.
 
 Shapes: N samples, n codes of an image.
 """
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
@@ -22,6 +22,7 @@ from multimodal.data.images import fit_image, open_image, to_image, to_tensor
 from multimodal.data.samples import CODES, Sample
 from multimodal.data.shards import Shards, splits_of
 from multimodal.distributed import gather_objects, rank, world_size
+from multimodal.energy import EnergyOptions
 from multimodal.eval.metrics.clip_score import ClipScore
 from multimodal.inference.codec import decode_images, encode_images
 
@@ -40,8 +41,24 @@ class PerQuestion:
     rows: Sequence[int]
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A value with an interval of its own, such as a rate or the difference of two rates.
+
+    Args:
+        value: the estimate.
+        low, high: its 95 % interval.
+        n: number of samples behind it.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
 TRAINING_SPLIT = "train"
-Value: TypeAlias = float | Sequence[float] | PerQuestion
+Value: TypeAlias = float | Sequence[float] | PerQuestion | Estimate
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -77,6 +94,7 @@ class Subject:
         training: samples of the training split of the same folder.
         yardsticks: measure also what needs no model, if that takes more than seconds.
         cache: a folder for features of images that take minutes. None keeps nothing.
+        energy: what energy is computed with.
     """
 
     model: Model
@@ -88,6 +106,7 @@ class Subject:
     training: Shards | Sequence[Sample] = ()
     yardsticks: bool = True
     cache: Path | None = None
+    energy: EnergyOptions = EnergyOptions()
 
     @property
     def has_codes(self) -> bool:
@@ -211,11 +230,14 @@ def evaluate(evaluator: Evaluator, subject: Subject) -> dict[str, Any]:
     """Measure a task.
 
     Returns:
-        Name of a score -> {"value"}. A mean over samples also has "low", "high" (its 95 %
-        interval) and "n".
+        Name of a score -> {"value"}. A mean over samples and an ``Estimate`` also have "low",
+        "high" (the 95 % interval) and "n".
     """
     results: dict[str, Any] = {}
     for name, value in evaluator.measure(subject):
+        if isinstance(value, Estimate):
+            results[name] = asdict(value)
+            continue
         groups = value.rows if isinstance(value, PerQuestion) else None
         values = value.values if isinstance(value, PerQuestion) else value
         if isinstance(values, Sequence):

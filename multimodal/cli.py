@@ -31,6 +31,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "index": ("multimodal.commands.vectors.index", "embed many images or texts, to search them"),
     "serve": ("multimodal.serve.cli", "answer requests in the shape of OpenAI's API"),
     "log": ("multimodal.commands.folders.log", "check the record of a server, and read it"),
+    "provenance": ("multimodal.commands.provenance", "what the credentials of a picture say"),
     "drift": ("multimodal.commands.drift", "whether the requests of a server have changed"),
     "prompts": ("multimodal.commands.prompts", "list the prompts that are kept as files"),
     "data": (
@@ -65,7 +66,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "turn a released unified model into a model folder",
     ),
     "info": ("multimodal.commands.folders.info", "what a model folder or a shard folder holds"),
-    "info --config": ("multimodal.train.forecast", "what a training run will need"),
+    "info --config": ("multimodal.train.forecasts.forecast", "what a training run will need"),
 }
 
 # The exit statuses a shell expects of a program that a signal ended: 128 + SIGINT, 128 + SIGPIPE.

@@ -11,6 +11,7 @@ from multimodal.terminal import print_error
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 DType = Literal["auto", "float32", "bfloat16"]
 DTYPES = get_args(DType)
@@ -63,6 +64,16 @@ def choose_dtype(
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
     assert kind is not None
     return kind
+
+
+def moved(tensor: "Tensor", device: "torch.device") -> "Tensor":
+    """A tensor on a device. The host does not wait until a copy to a CUDA device is done.
+
+    That needs pinned memory. torch keeps it for the next copies.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _has_bfloat16(device: "torch.device") -> bool:

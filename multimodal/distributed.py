@@ -1,6 +1,6 @@
 """Collective operations of torch.distributed. Without a process group there is one rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -44,6 +44,16 @@ def global_sum(value: Tensor) -> Tensor:
         value = value.clone()
         dist.all_reduce(value)
     return value
+
+
+def global_counts(counts: Sequence[int], device: torch.device) -> list[int]:
+    """The sums over all ranks of numbers that each rank has on the host.
+
+    One rank needs no device for that. Several wait for theirs.
+    """
+    if world_size() == 1:
+        return list(counts)
+    return [int(count) for count in global_sum(torch.tensor(counts, device=device)).tolist()]
 
 
 def mean_over_ranks(parts: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    import torch
+
     from multimodal.api import Model
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each wait for one another
@@ -109,6 +111,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def device() -> "torch.device":
+    """Of the tests that are marked gpu. TEST_DEVICE=cpu runs them on a CPU, to see that they work.
+
+    Without a GPU they are skipped.
+    """
+    import torch
+
+    name = os.environ.get("TEST_DEVICE", "cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device (TEST_DEVICE=cpu runs it on a CPU)")
+    torch.backends.cudnn.allow_tf32 = False  # or codes of images would be others
+    return torch.device(name)
 
 
 TINY_TOKENIZER: dict[str, Any] = {

@@ -18,8 +18,8 @@ PARTS = ("multimodal", "tokenizers", "eval", "train")
 
 # Modules at the top of multimodal/ that every room may use, and that use no room.
 FOUNDATION = (
-    "devices", "distributed", "files", "memory", "options", "plugins", "provenance", "schemas",
-    "seeds", "terminal", "torchrun",
+    "devices", "distributed", "energy", "files", "memory", "options", "plugins", "provenance",
+    "schemas", "seeds", "terminal", "torchrun",
 )  # fmt: skip
 # The front doors: `import multimodal`, and the command line, which finds verbs by name.
 FRONT_DOORS = (
@@ -34,7 +34,8 @@ BELOW: dict[str, tuple[str, ...]] = {
     "tokenizers": ("foundation", "tokenizers.quantizers"),
     "hub": ("foundation",),
     "data.formats": ("foundation",),
-    "data": ("foundation", "tokenizers", "data.formats"),
+    "data.remote": ("foundation",),
+    "data": ("foundation", "tokenizers", "data.formats", "data.remote"),
     "data.tables": ("foundation", "data", "data.formats"),
     "data.builder": ("foundation", "hub", "data", "data.formats", "data.tables"),
     # The decoder alone: it knows ids and tensors, and nothing of what they mean.
@@ -44,6 +45,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "export": ("foundation", "tokenizers", "hub", "model", "model.layers"),
     "released": ("foundation", "tokenizers", "model", "model.layers"),
     "scenes": ("foundation", "data"),
+    "origin": ("foundation", "data", "data.remote", "model"),
     "record": ("foundation",),
     "filters": ("foundation",),
     "inference": ("foundation", "tokenizers", "data", "data.formats", "model", "model.layers"),
@@ -55,18 +57,23 @@ BELOW: dict[str, tuple[str, ...]] = {
     "commands.vectors": (
         "foundation", "data", "data.formats", "inference", "api", "index", "commands",
     ),
-    "commands": ("foundation", "data", "data.formats", "inference", "api", "index", "record"),
+    "commands": (
+        "foundation", "data", "data.formats", "inference", "api", "index", "record", "origin",
+    ),
     "commands.folders": (
-        "foundation", "tokenizers", "hub", "data", "data.builder", "data.formats", "model",
-        "export", "released", "scenes", "commands", "record",
+        "foundation", "tokenizers", "hub", "data", "data.builder", "data.formats", "data.remote",
+        "model", "export", "released", "scenes", "commands", "record", "origin",
     ),
     # Requests know the model's front door and the decode loop. Nothing below knows of requests.
     "serve.engine": (
-        "foundation", "filters", "data", "model", "model.layers", "inference", "api",
+        "foundation", "filters", "origin", "data", "model", "model.layers", "inference", "api",
     ),
-    "serve.endpoints": ("foundation", "filters", "data", "model", "inference", "serve.engine"),
+    "serve.endpoints": (
+        "foundation", "filters", "origin", "data", "model", "inference", "serve.engine",
+    ),
     "serve": (
-        "foundation", "record", "filters", "api", "commands", "serve.engine", "serve.endpoints",
+        "foundation", "record", "filters", "origin", "api", "commands", "serve.engine",
+        "serve.endpoints",
     ),
     "eval.metrics": ("foundation", "tokenizers", "tokenizers.quantizers"),
     # The protocol of evaluators, which the tasks implement and the commands use.
@@ -75,23 +82,35 @@ BELOW: dict[str, tuple[str, ...]] = {
         "foundation", "tokenizers", "data", "model", "inference", "api", "eval.evaluator",
         "eval.metrics",
     ),
+    # What an evaluator finds wrong: it asks as the tasks do, in other words or of changed pictures.
+    "eval.trust": (
+        "foundation", "data", "model", "inference", "api", "eval.evaluator", "eval.metrics",
+        "eval.tasks",
+    ),
     "eval": (
         "foundation", "tokenizers", "hub", "data", "data.builder", "model", "inference", "api",
         "commands", "commands.vectors", "eval.evaluator", "eval.metrics", "eval.tasks",
     ),
+    # What is held out of the data of a run, mixed into them, or made of them.
+    "train.mixing": ("foundation", "data", "data.remote", "model", "scenes"),
     # What guards the folder of a run: it knows Lightning, and nothing of what is trained.
     "train.run": ("foundation",),
     "train": (
-        "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model", "model.layers",
-        "adapters", "inference", "api", "export", "eval", "eval.evaluator", "eval.metrics",
-        "eval.tasks", "train.run",
+        "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "data.remote", "model",
+        "model.layers", "adapters", "inference", "api", "export", "eval", "eval.evaluator",
+        "eval.metrics", "eval.tasks", "train.mixing", "train.run",
     ),
     "train.tokenizers": (
         "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model",
         "eval.metrics", "train", "train.run",
     ),
+    "train.forecasts": (
+        "foundation", "tokenizers", "hub", "data", "model", "model.layers", "adapters", "train",
+        "train.run",
+    ),
     "train.rewards": (
-        "foundation", "data", "model", "inference", "eval.metrics", "eval.tasks", "train",
+        "foundation", "tokenizers", "data", "model", "inference", "eval.metrics", "eval.tasks",
+        "train",
     ),
     "train.preferences": (
         "foundation", "hub", "tokenizers", "data", "model", "inference", "api", "commands",
@@ -99,7 +118,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 # What is exact about scenes: evaluators like any other, and the page of the demo.
-KNOWS_SCENES = ("eval.metrics.scene_", "eval.tasks.scene_", "eval.demo")
+KNOWS_SCENES = ("eval.metrics.scene_", "eval.tasks.scene_", "eval.trust.scene_", "eval.demo")
 MAX_FILES = 16
 MAX_LINES = 400
 MAX_MEDIAN_LINES = 250

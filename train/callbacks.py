@@ -1,4 +1,4 @@
-"""Callbacks of every run: random state, speed, mixture of the data, and predictions."""
+"""Callbacks of every run: random state, speed, energy, mixture of the data, and predictions."""
 
 import json
 import random
@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from multimodal.distributed import gather_objects
+from multimodal.energy import GRAMS_PER_KWH, WATTS_PER_CORE, Energy, EnergyMeter, EnergyOptions
+from multimodal.files import atomic_file
 from multimodal.terminal import print_status
 from multimodal.train.cost import peak_flops, peak_memory
-from multimodal.train.run.folder import log_folder
+from multimodal.train.run.folder import archive, log_folder
 
 PRINTED_NOTES = 5
 
@@ -86,6 +89,68 @@ class Throughput(L.Callback):
                 if on_gpu and (peak := peak_flops()):
                     pl_module.log("MFU", flops_per_second / peak, prog_bar=True)
         pl_module.log("memory_GB", peak_memory(), prog_bar=True)
+
+
+class EnergyLog(L.Callback):
+    """Writes the energy of a training, and its CO2, to ``energy.json`` in the logs.
+
+    Written with each checkpoint, after each validation and at the end, for all ranks. The file of
+    an earlier start keeps a number: the energy of a resumed run is the sum over ``energy*.json``.
+
+    Args:
+        watts_per_core: see ``multimodal.energy.EnergyOptions``.
+        grams_per_kwh: CO2 of the electricity in use.
+    """
+
+    def __init__(
+        self, watts_per_core: float = WATTS_PER_CORE, grams_per_kwh: float = GRAMS_PER_KWH
+    ) -> None:
+        self.options = EnergyOptions(watts_per_core, grams_per_kwh)
+        self._meter: EnergyMeter | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._first_step, self._start = trainer.global_step, time.perf_counter()
+        # One rank on each machine counts the machine, and each its GPU.
+        self._meter = EnergyMeter(pl_module.device, self.options, trainer.local_rank == 0)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            archive(log_folder(trainer) / "energy.json")
+
+    def _write(self, trainer: L.Trainer) -> Energy | None:
+        if self._meter is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return None
+        joules = sum(gather_objects([self._meter.read().joules]))
+        energy = Energy(joules, self.options.grams_per_kwh, self._meter.how)
+        if trainer.is_global_zero:
+            record = {
+                "from_step": self._first_step,
+                "to_step": trainer.global_step,
+                "seconds": time.perf_counter() - self._start,
+                "watt_hours": energy.watt_hours,
+                "co2_grams": energy.co2_grams,
+                "grams_per_kwh": energy.grams_per_kwh,
+                "how": energy.how,
+                "ranks": trainer.world_size,
+            }
+            path = log_folder(trainer) / "energy.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as part:
+                part.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        return energy
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
+        self._write(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._write(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if energy := self._write(trainer):
+            print_status(f"energy of this start: {energy}")
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        if self._meter is not None:
+            self._meter.close()
+            self._meter = None
 
 
 class Mixture(L.Callback):

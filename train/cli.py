@@ -26,6 +26,7 @@ from multimodal.files import local_path
 from multimodal.model.layers.transformer import SIZES, named_config
 from multimodal.terminal import print_error, print_status
 from multimodal.train.callbacks import (
+    EnergyLog,
     MeasuredOnly,
     Mixture,
     Notes,
@@ -191,6 +192,8 @@ class TrainingCLI(LightningCLI):
                 keep_equal_weights(average)
         callbacks: list[L.Callback] = [RandomState(), Throughput(), Summary(), Mixture(), Notes()]
         best = None
+        if fit and not any(isinstance(callback, EnergyLog) for callback in given):
+            callbacks.append(EnergyLog())
         if fit:
             callbacks += [MeasuredOnly(), ResumedSettings(config.as_dict()), FiniteLoss()]
         if fit and config.overwrite and not config.ckpt_path and not tried:

@@ -99,7 +99,7 @@ class DistillModule(JointModule):
         network = teacher.network
         with torch.no_grad():
             hidden = network.hidden(packed.packed).flatten(0, 1)
-        self.flops += training_flops(network.config.transformer, packed.packed) / 3
+        self.flops += training_flops(network.config.transformer, self.host_rows) / 3
         head = network.transformer.lm_head.weight
         teaching = Teaching(hidden, head, self.temperature, self.teacher_weight)
         return replace(packed, teaching=teaching)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from multimodal.data.images import Fit, augment_image, fit_image, open_image
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards
 from multimodal.seeds import sample_seed
+from multimodal.train.mixing.few_shot import FewShot
 from multimodal.train.sample_order import Item
 
 NEIGHBOURS = 64  # an unusable sample is replaced by one of those after it
@@ -71,6 +73,9 @@ class Examples:
         return len(self.keys)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Examples":
+        """With the images on a device. Codes stay where they are: the host makes rows of them."""
+        if self.codes is not None:
+            return self
         return replace(self, images=self.images.to(device, non_blocking=non_blocking))
 
     def pixels(self) -> Tensor:
@@ -95,6 +100,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         check: raises ValueError for a sample, by key and record, that the training cannot use.
         replaced: an unusable sample is replaced by the one after it, so that each rank has as many
             samples as the others. If not, it is left out.
+        few_shot: which samples become few-shot documents. By default none.
     """
 
     def __init__(
@@ -109,8 +115,9 @@ class ShardDataset(Dataset[dict[str, Any]]):
         drawn: Sequence[bool] | None = None,
         check: Callable[[str, dict[str, Any]], None] | None = None,
         replaced: bool = True,
+        few_shot: FewShot | None = None,
     ) -> None:
-        self.sources = sources
+        self.sources, self.few_shot = sources, few_shot
         folders = [source.folder for source in sources]
         # How often each folder was named before. Each copy has its own seeds.
         self.copies = [folders[:number].count(folder) for number, folder in enumerate(folders)]
@@ -124,16 +131,34 @@ class ShardDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    def announce(self, items: Sequence[Item]) -> None:
+        """Begin to bring the samples of remote folders near, and return at once."""
+        numbers: dict[int, list[int]] = {}
+        for _, number in items:
+            source, inside = self._place(number)
+            numbers.setdefault(source, []).append(inside)
+        for source, inside_it in numbers.items():
+            self.sources[source].announce(inside_it)
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """(number of the source, number of the sample in it)"""
+        source = int(np.searchsorted(self.ends, number, side="right"))
+        return source, number - (int(self.ends[source - 1]) if source else 0)
+
     def __getitem__(self, item: Item) -> dict[str, Any]:
         epoch, number = item  # with weights, the pass over the folder instead of the epoch
-        source = int(np.searchsorted(self.ends, number, side="right"))
-        start = int(self.ends[source - 1]) if source else 0
+        source, inside = self._place(number)
         shards = self.sources[source]
         notes: list[Note] = []
         for further in range(NEIGHBOURS if self.replaced else 1):
-            sample = shards[(number - start + further) % len(shards)]
+            place = (inside + further) % len(shards)
+            sample = shards[place]
             try:
-                return {**self._read(sample, source, epoch), "notes": notes}
+                example = self._read(sample, source, epoch)
+                if self.few_shot is not None:
+                    read = partial(self._read_number, source, epoch)
+                    example = self.few_shot.document(example, place, len(shards), read)
+                return {**example, "notes": notes}
             except ValueError as error:
                 notes.append(Note(source, sample.key, str(error)))
         if self.replaced:
@@ -142,6 +167,9 @@ class ShardDataset(Dataset[dict[str, Any]]):
                 f"{notes[0].reason}"
             )
         return {"notes": notes}
+
+    def _read_number(self, source: int, epoch: int, number: int) -> dict[str, Any]:
+        return self._read(self.sources[source][number], source, epoch)
 
     def _read(self, sample: Sample, source: int, epoch: int) -> dict[str, Any]:
         """A sample as an example. Raises ``ValueError`` if it cannot be used."""

@@ -78,7 +78,7 @@ class JointModule(AdapterModule):
             takes a third more time and much less memory.
         captions_in_validation, answers_in_validation, drawings_in_validation: how many to make,
             with the options that a person gets by default. Answers have 16 tokens at most.
-        compile: torch.compile of the transformer. On a CPU it needs a C++ compiler.
+        compile: torch.compile, on a GPU layer by layer. On a CPU it needs a C++ compiler.
         attention: ``sdpa`` anywhere. ``flex`` on a GPU skips masked blocks.
     """
 
@@ -153,7 +153,8 @@ class JointModule(AdapterModule):
         self.answers_in_validation = answers_in_validation
         self.drawings_in_validation = drawings_in_validation
         if compile and can_compile():
-            self.network.transformer.compile()
+            transformer = self.network.transformer
+            transformer.compile_layers() if torch.cuda.is_available() else transformer.compile()
 
     def train(self, mode: bool = True) -> "JointModule":
         super().train(mode)
@@ -193,11 +194,11 @@ class JointModule(AdapterModule):
         return self.image_tokenizer.codes_fingerprint
 
     def codes(self, batch: Examples) -> list[Tensor]:
-        """The codes of each sample: int64[its images, n]."""
+        """The codes of each sample, on the host: int64[its images, n]."""
         codes = batch.codes
         if codes is None:
             parts = torch.split(batch.pixels(), IMAGES_AT_ONCE)
-            codes = torch.cat([encode_images(self.model, pixels) for pixels in parts])
+            codes = torch.cat([encode_images(self.model, pixels) for pixels in parts]).cpu()
         return list(torch.split(codes, batch.image_counts))
 
     def init_from(self, folder: str) -> None:
@@ -222,11 +223,10 @@ class JointModule(AdapterModule):
 
     def samples(self, batch: Examples) -> list[TrainingSample]:
         """The samples of a batch with their codes."""
-        codes = [images.cpu().numpy() for images in self.codes(batch)]
         fields = zip(
             batch.keys,
             batch.records,
-            codes,
+            [images.numpy() for images in self.codes(batch)],
             batch.seeds,
             batch.documents,
             batch.drawn,
@@ -256,14 +256,14 @@ class JointModule(AdapterModule):
         packed = self.build(batch)
         reason = f"a text is cut to fit row_length={self.builder.row_length}"
         batch.notes += [Note(batch.sources[n], batch.keys[n], reason) for n in packed.cut]
-        self.tokens = packed.tokens
+        self.tokens, self.host_rows = packed.tokens, packed.packed
         self.flops = training_flops(self.network.config.transformer, packed.packed)
         return packed.to(self.device)
 
     def step(self, batch: Examples, stage: str) -> Tensor:
         packed = self.pack(batch)
         total, parts = self.network(packed)
-        parts["packing"] = torch.tensor(packed.packed.efficiency, device=total.device)
+        parts["packing"] = total.new_full((), packed.tokens / packed.packed.ids.numel())
         self.log_dict(
             {f"{stage}/{name}": value for name, value in mean_over_ranks(parts).items()},
             batch_size=len(batch),
@@ -295,7 +295,7 @@ class JointModule(AdapterModule):
         """The rows of samples that are no documents, and their codes: int64[rows, n]."""
         codes = self.codes(batch)
         rows = [row for row, document in enumerate(batch.documents) if not document]
-        none = torch.zeros(0, self.model.codes_per_image, dtype=torch.int64, device=self.device)
+        none = torch.zeros(0, self.model.codes_per_image, dtype=torch.int64)
         return rows, torch.cat([none, *(codes[row] for row in rows)])
 
     def _sample(self, batch: Examples) -> None:

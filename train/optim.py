@@ -64,6 +64,12 @@ class MuonModule(L.LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and (self.global_step + 1) % every == 0
 
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        """As Lightning's, which would wait for a GPU with each number that is no tensor."""
+        if isinstance(value, int | float):
+            value = torch.full((), float(value), device=self.device)
+        super().log(name, value, *args, **options)
+
     @property
     def heads(self) -> list[nn.Module]:
         """Modules that serve a loss only, and are not exported, and adapters. AdamW trains them."""

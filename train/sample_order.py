@@ -5,7 +5,8 @@ and shuffles the samples of each block. So each sample comes once a pass. Only o
 at hand at a time, and a reader opens each shard once a pass. Data of one block are fully shuffled.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -83,7 +84,7 @@ class Shuffled:
 
 
 class Order:
-    """The order of the samples of several sources. An epoch has as many samples as all sources.
+    """The order of the samples of several sources.
 
     Samples are numbered over all sources, in the order of the sources.
 
@@ -95,6 +96,7 @@ class Order:
             continues it in the next epoch. So no sample comes again before all others of its
             source.
         shuffle: False takes the samples in their stored order.
+        length: samples of an epoch, with weights. By default as many as all sources have.
 
     Raises:
         ValueError: for weights that are not one positive number for each source.
@@ -106,12 +108,14 @@ class Order:
         seed: int = 0,
         weights: Sequence[float] | None = None,
         shuffle: bool = True,
+        length: int | None = None,
     ) -> None:
         self.seed, self.weights, self.shuffle = seed, weights, shuffle
         self._all = Shuffled(np.concatenate([np.asarray(sizes) for sizes in sources]), seed)
         self._sources = [Shuffled(sizes, seed) for sizes in sources]
         self._starts = np.cumsum([0, *map(len, self._sources)])
         self.counts = np.array([len(source) for source in self._sources])
+        self._length = len(self._all) if weights is None or length is None else length
         if weights is not None:
             if len(weights) != len(sources) or not all(0 < w < float("inf") for w in weights):
                 raise ValueError(
@@ -124,7 +128,7 @@ class Order:
         self._counted: tuple[int, int, NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
-        return len(self._all)
+        return self._length
 
     @property
     def shares(self) -> list[float]:
@@ -183,6 +187,10 @@ class GlobalBatches(Sampler[list[Item]]):
         limit: use the first ``limit`` samples. 0 uses all.
         same_epoch: every epoch is the first one, to overfit a few batches.
 
+    Attributes:
+        announce: is called with each batch of this rank, ``ahead`` batches before it is yielded.
+            None: nothing is.
+
     Raises:
         ValueError: if the batch size is not a multiple of the ranks, or there are too few samples.
     """
@@ -220,6 +228,8 @@ class GlobalBatches(Sampler[list[Item]]):
         self.rank, self.world_size = rank, world_size
         self.epoch, self.same_epoch = 0, same_epoch
         self.start = (0, 0)  # epoch, and batches of it before a resume
+        self.announce: Callable[[list[Item]], None] | None = None
+        self.ahead = 0
 
     @property
     def sampler(self) -> "GlobalBatches":
@@ -241,7 +251,14 @@ class GlobalBatches(Sampler[list[Item]]):
         return batches if epoch == self.epoch else 0
 
     def __iter__(self) -> Iterator[list[Item]]:
+        coming: deque[list[Item]] = deque()
         for batch in range(self.skipped, len(self)):
             start = batch * self.global_batch_size
             stop = min(self.size, start + self.global_batch_size)
-            yield self.order.items(self.epoch, start, stop)[self.rank :: self.world_size]
+            items = self.order.items(self.epoch, start, stop)[self.rank :: self.world_size]
+            if self.announce is not None:
+                self.announce(items)
+            coming.append(items)
+            if len(coming) > self.ahead:
+                yield coming.popleft()
+        yield from coming

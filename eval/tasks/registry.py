@@ -1,7 +1,7 @@
 """All evaluators by name, and evaluators in other files: ``FILE.py:CLASS``.
 
-To add one, write a file like answers.py in this folder, and a line here. Importing this file does
-not import them: the names alone must not cost the seconds that torch takes.
+To add one, write a file like answers.py in this folder or in eval/trust, and a line here. Importing
+this file does not import them: the names alone must not cost the seconds that torch takes.
 """
 
 from collections.abc import Callable
@@ -13,23 +13,26 @@ from multimodal.plugins import from_file
 if TYPE_CHECKING:
     from multimodal.eval.evaluator import Evaluator
 
-# name: file in this folder, and class
+# name: room and file, and class
 EVALUATORS = {
-    "captioning": ("captioning", "Captioning"),
-    "answers": ("answers", "Answers"),
-    "choices": ("choices", "Choices"),
-    "presence": ("presence", "Presence"),
-    "retrieval": ("retrieval", "Retrieval"),
-    "classification": ("classification", "Classification"),
-    "likelihood": ("likelihood", "Likelihood"),
-    "drawing": ("drawing", "Drawing"),
-    "reconstruction": ("reconstruction", "Reconstruction"),
-    "few_shot": ("few_shot", "FewShot"),
-    "robustness": ("robustness", "Robustness"),
-    "scene_captions": ("scene_captions", "SceneCaptions"),
-    "scene_answers": ("scene_answers", "SceneAnswers"),
-    "scene_presence": ("scene_presence", "ScenePresence"),
-    "scene_drawings": ("scene_drawings", "SceneDrawings"),
+    "captioning": ("tasks.captioning", "Captioning"),
+    "answers": ("tasks.answers", "Answers"),
+    "choices": ("tasks.choices", "Choices"),
+    "presence": ("trust.presence", "Presence"),
+    "retrieval": ("tasks.retrieval", "Retrieval"),
+    "classification": ("tasks.classification", "Classification"),
+    "likelihood": ("tasks.likelihood", "Likelihood"),
+    "drawing": ("tasks.drawing", "Drawing"),
+    "reconstruction": ("tasks.reconstruction", "Reconstruction"),
+    "few_shot": ("tasks.few_shot", "FewShot"),
+    "robustness": ("trust.robustness", "Robustness"),
+    "person_words": ("trust.person_words", "PersonWords"),
+    "scene_captions": ("tasks.scene_captions", "SceneCaptions"),
+    "scene_answers": ("tasks.scene_answers", "SceneAnswers"),
+    "scene_presence": ("trust.scene_presence", "ScenePresence"),
+    "scene_drawings": ("tasks.scene_drawings", "SceneDrawings"),
+    "scene_counterfactuals": ("trust.scene_counterfactuals", "SceneCounterfactuals"),
+    "energy": ("tasks.energy", "EnergyUse"),
 }
 
 
@@ -44,7 +47,7 @@ def find_evaluator(task: str) -> "Callable[[], Evaluator]":
     """
     if task in EVALUATORS:
         file, name = EVALUATORS[task]
-        return getattr(import_module(f"multimodal.eval.tasks.{file}"), name)
+        return getattr(import_module(f"multimodal.eval.{file}"), name)
     evaluator: Callable[[], Evaluator] = from_file(task, "task", EVALUATORS, "CLASS")
     path, _, name = task.rpartition(":")
     required = ("name", "protocol", "fits", "measure")

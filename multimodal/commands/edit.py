@@ -10,6 +10,7 @@ from multimodal.commands.options import (
     make_parser,
     save_image,
 )
+from multimodal.commands.signing import add_sign, signer_of
 from multimodal.options import EditOptions
 
 EPILOG = """A mask is an image of the same size: what is white in it is drawn anew. Outside the mask
@@ -41,9 +42,11 @@ def main(argv: list[str]) -> int:
     where.add_argument("--vary", type=float, metavar="SHARE", help="draw this share of it anew")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the image shows then")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG, JPEG or WebP")
+    add_sign(parser)
     arguments = parser.parse_args(argv)
     options = given_options(arguments, EditOptions)
     check_output(arguments.out)
+    signer, drawing = signer_of(arguments.sign), None
     model = load_model(arguments)
     image, prompt = arguments.image, arguments.prompt
     if arguments.margins:
@@ -52,6 +55,10 @@ def main(argv: list[str]) -> int:
         edited = model.vary(image, arguments.vary, prompt, **options)
     else:
         edited = model.edit(image, arguments.box or arguments.mask, prompt, **options)
-    save_image(edited, arguments.out)
+    if signer is not None:
+        from multimodal.origin.credentials import PARTLY_DRAWN, Drawing
+
+        drawing = Drawing.of(model.fingerprint, prompt, PARTLY_DRAWN)
+    save_image(edited, arguments.out, signer, drawing)
     print(arguments.out)
     return 0

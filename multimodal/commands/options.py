@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from multimodal.api import Model
+    from multimodal.origin.credentials import Drawing, Signer
 
 MAX_THREADS = 1024
 STATUS_INTERVAL = 60.0  # seconds
@@ -342,9 +343,19 @@ def check_output(path: Path, suffixes: tuple[str, ...] = tuple(IMAGE_FORMATS)) -
         raise ValueError(f"{path.parent}: cannot be written to")
 
 
-def save_image(image: "Image.Image", path: Path) -> None:
+def save_image(
+    image: "Image.Image",
+    path: Path,
+    signer: "Signer | None" = None,
+    drawing: "Drawing | None" = None,
+) -> None:
+    """Save an image; with a signer, its credentials say what ``drawing`` says."""
+    kind = IMAGE_FORMATS[path.suffix.lower()]
     with atomic_file(path) as part:
-        image.save(part, format=IMAGE_FORMATS[path.suffix.lower()])
+        if signer is None or drawing is None:
+            image.save(part, format=kind)
+        else:
+            part.write_bytes(signer.sign(image, kind, drawing))
 
 
 def numbered(path: Path, number: int) -> Path:

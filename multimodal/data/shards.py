@@ -3,9 +3,11 @@
 A tar reader skips data silently when a header is damaged. Only counts, offsets and hashes that were
 written before the damage can show it. So every folder has ``manifest.json`` (for each shard:
 samples, bytes, SHA-256), and every shard ``NAME.tar`` has ``NAME.index.json`` (for each sample: its
-key and, for each member, offset and size in the tar). See ``docs/formats.md``.
+key and, for each member, offset and size in the tar; and hashes of pieces of the tar). See
+``docs/formats.md``.
 """
 
+import copy
 import hashlib
 import io
 import os
@@ -13,28 +15,33 @@ import re
 import tarfile
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from multimodal.data.formats.tar import BLOCK, BadTar, only_zeros, read_members
-from multimodal.data.remote import fetch, is_mirror, local_folder
+from multimodal.data.formats.tar import BLOCK
+from multimodal.data.members import scan
+from multimodal.data.remote.ahead import AHEAD, PLANNER, READERS
+from multimodal.data.remote.folder import RemoteFolder, local_folder, remote_folder
+from multimodal.data.remote.pieces import DamagedShard as DamagedShard
+from multimodal.data.remote.pieces import Piece, parse_pieces, pieces_of, span_of
 from multimodal.data.samples import Sample
-from multimodal.files import UnreadableFile, open_file, read_json, write_json
+from multimodal.files import UnreadableFile, open_file, parse_json, read_json, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = "multimodal-shards"
 VERSION = 1
-# Tar writers pad to 10 KiB. A preallocated file that was never filled ends in more zeros.
-MAX_PADDING = 1 << 16
 MAX_INDEXED = 1 << 18  # samples whose index is in memory; a block of training has fewer
-OTHER_MEMBERS = "members that belong to no sample"  # hidden files, files without a suffix
 _STRINGS, _NUMBERS = ("name", "split", "sha256", "index_sha256"), ("samples", "bytes")
 
 
-class DamagedShard(ValueError):
-    """A shard differs from its manifest or index."""
+class ShardIndex(NamedTuple):
+    """What an index says: ``{"key": KEY, "members": {SUFFIX: [offset, size]}}`` of each sample."""
+
+    samples: list[dict[str, Any]]
+    pieces: list[Piece]  # empty in indexes that older releases wrote
 
 
 def split_of(name: str) -> str:
@@ -49,64 +56,6 @@ def file_sha256(path: Path) -> str:
 
 def index_path(shard: Path) -> Path:
     return shard.with_suffix(".index.json")
-
-
-def split_name(name: str) -> tuple[str, str] | None:
-    """(key, suffix) of a member: split at the first dot after the last slash, as in webdataset.
-
-    Bytes of the key that are not UTF-8 are escaped.
-
-    Returns:
-        None for a file that belongs to no sample: hidden (``._a.jpg`` of macOS), in ``__MACOSX``,
-        or without a suffix (``README``).
-    """
-    name = name.encode("utf-8", "backslashreplace").decode()
-    folder, slash, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    if not (stem and suffix) or "__MACOSX" in folder.split("/"):
-        return None
-    return folder + slash + stem, suffix.lower()
-
-
-def scan(shard: Path, ignored: Counter[str] | None = None) -> Iterator[tuple[str, str, int, int]]:
-    """Read the headers of a shard.
-
-    Args:
-        shard: a tar.
-        ignored: counts OTHER_MEMBERS.
-
-    Yields:
-        (key, suffix, offset, size) of each member, in order. Offset and size are in bytes.
-
-    Raises:
-        DamagedShard: if the tar is cut off, damaged, or has members that are not plain files.
-    """
-    try:
-        end = 0
-        for member in read_members(shard):
-            end = member.end
-            if member.folder:
-                continue
-            if not member.plain:
-                raise DamagedShard(f"{shard}: member {member.name!r} is not a plain file")
-            if (name := split_name(member.name)) is not None:
-                yield *name, member.offset, member.size
-            elif ignored is not None:
-                ignored[OTHER_MEMBERS] += 1
-    except BadTar as error:
-        raise DamagedShard(f"{shard}: {error}") from error
-    except UnreadableFile as error:
-        raise DamagedShard(str(error)) from error
-    # A block of zeros ends a tar. So the rest must be zeros, and not many.
-    size = shard.stat().st_size
-    if end > size:
-        raise DamagedShard(f"{shard}: cut off, {size} bytes where at least {end} were expected")
-    if size - end < 1024:
-        raise DamagedShard(f"{shard}: cut off, the end-of-archive blocks are missing")
-    if not only_zeros(shard, end, size):
-        raise DamagedShard(f"{shard}: unreadable data after byte {end}: a damaged header?")
-    if size - end > MAX_PADDING:
-        raise DamagedShard(f"{shard}: ends in {size - end} zeros: an unfinished download?")
 
 
 def index_shard(shard: Path, ignored: Counter[str] | None = None) -> dict[str, Any]:
@@ -130,7 +79,11 @@ def index_shard(shard: Path, ignored: Counter[str] | None = None) -> dict[str, A
         last = key
     if not samples:
         raise DamagedShard(f"{shard}: no samples")
-    index = {"shard": shard.name, "samples": [{"key": k, "members": m} for k, m in samples.items()]}
+    index = {
+        "shard": shard.name,
+        "samples": [{"key": k, "members": m} for k, m in samples.items()],
+        "pieces": pieces_of(shard, (m.values() for m in samples.values())),
+    }
     write_json(index_path(shard), index)
     return {
         "name": shard.name,
@@ -178,7 +131,7 @@ def write_manifest(folder: Path, shards: list[dict[str, Any]], **about: object) 
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Read and check the manifest of a shard folder, or of an address (data/remote.py).
+    """Read and check the manifest of a shard folder, or of an address (data/remote/).
 
     Raises:
         ValueError: if there is no manifest, or one of another version.
@@ -231,7 +184,12 @@ def splits_of(folder: str | Path) -> list[str]:
 
 
 def read_index(shard: Path, size: int | None = None) -> list[dict[str, Any]]:
-    """Read the index of a shard: ``{"key": KEY, "members": {SUFFIX: [offset, size]}}`` per sample.
+    """The samples in the index of a local shard. Arguments and errors as in ``open_index``."""
+    return open_index(shard, size).samples
+
+
+def open_index(shard: Path, size: int | None = None) -> ShardIndex:
+    """Read the index of a local shard.
 
     Args:
         size: bytes of the shard, which all members have to lie in. None: not known.
@@ -243,7 +201,15 @@ def read_index(shard: Path, size: int | None = None) -> list[dict[str, Any]]:
     if not path.exists():
         raise DamagedShard(f"{path}: missing; run: multimodal data index {shard.parent}")
     try:
-        samples: list[dict[str, Any]] = read_json(path)["samples"]
+        return parse_index(path, read_json(path), size)
+    except UnreadableFile as error:
+        raise DamagedShard(str(error)) from error
+
+
+def parse_index(path: Path | str, stored: Any, size: int | None) -> ShardIndex:
+    """The content of an index, checked. ``path`` names it in errors, which are DamagedShard."""
+    try:
+        samples: list[dict[str, Any]] = stored["samples"]
         for sample in samples:
             if not isinstance(sample["key"], str):
                 raise TypeError("a key is not a string")
@@ -252,9 +218,7 @@ def read_index(shard: Path, size: int | None = None) -> list[dict[str, Any]]:
                     raise ValueError(f"{sample['key']}: an offset or size is not valid")
                 if size is not None and offset + length > size:
                     raise ValueError(f"{sample['key']}: a member ends behind the shard's {size:,}")
-        return samples
-    except UnreadableFile as error:
-        raise DamagedShard(str(error)) from error
+        return ShardIndex(samples, parse_pieces(stored.get("pieces"), size))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedShard(f"{path}: not a readable index ({error})") from error
 
@@ -268,13 +232,16 @@ class Shards:
     number of shards, and this object can be sent to worker processes.
 
     Args:
-        folder: a folder with ``manifest.json``, or an address (multimodal/data/remote.py).
+        folder: a folder with ``manifest.json``, or an address (multimodal/data/remote/).
         split: the split to read. ``None`` reads all of them.
         only: the name of a shard. The others are left out.
+        keep: whether a sample of this key is read. The others are left out. By default all are
+            read. It must be a function that can be sent to a process.
 
     Attributes:
         encoding: how the codes were made (multimodal/data/encode.py). None for images.
         sizes: number of samples of each shard.
+        is_remote: the folder is at an address.
 
     Raises:
         ValueError: if the folder or the split does not exist.
@@ -282,10 +249,14 @@ class Shards:
     """
 
     def __init__(
-        self, folder: str | Path, split: str | None = None, only: str | None = None
+        self,
+        folder: str | Path,
+        split: str | None = None,
+        only: str | None = None,
+        keep: Callable[[str], bool] | None = None,
     ) -> None:
-        self.folder = local_folder(folder)
-        self._mirror = is_mirror(self.folder)
+        self.folder, self._keep = local_folder(folder), keep
+        self.is_remote = remote_folder(self.folder) is not None
         self._folder = str(self.folder)
         manifest = read_manifest(self.folder)
         self.encoding: dict[str, Any] | None = manifest.get("image_tokenizer")
@@ -297,12 +268,23 @@ class Shards:
             for s in manifest["shards"]
             if split in (None, s["split"]) and only in (None, s["name"])
         ]
-        self.sizes: list[int] = [entry["samples"] for entry in self._entries]
-        self._ends = list(accumulate(self.sizes))
         self._verified: set[str] = set()
-        self._indexes: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
-        for entry in self._entries:
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._planner: Shards | None = None  # a copy, for the thread that reads in advance
+        for entry in () if self.is_remote else self._entries:
             self._check_size(entry)
+        self.sizes: list[int] = [entry["samples"] for entry in self._entries]
+        if keep is not None:
+            self.sizes = [len(self._index(number)) for number in range(len(self._entries))]
+        self._ends = list(accumulate(self.sizes))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_indexes": OrderedDict(), "_planner": None}
+
+    @property
+    def _remote(self) -> RemoteFolder | None:
+        """Each process has its own, so it is not sent to other processes."""
+        return remote_folder(self.folder) if self.is_remote else None
 
     @property
     def fingerprint(self) -> str:
@@ -312,8 +294,6 @@ class Shards:
 
     def _check_size(self, entry: dict[str, Any]) -> None:
         path = self.folder / entry["name"]
-        if self._mirror:
-            return  # it is downloaded when it is read
         try:
             size = path.stat().st_size
         except FileNotFoundError as error:
@@ -321,37 +301,40 @@ class Shards:
         if size != entry["bytes"]:
             raise DamagedShard(f"{path}: {size} bytes, the manifest says {entry['bytes']}")
 
-    def _index(self, number: int) -> list[dict[str, Any]]:
-        """The samples of a shard, from its index."""
+    def _index(self, number: int) -> ShardIndex:
+        """The index of a shard."""
         if number in self._indexes:
             self._indexes.move_to_end(number)
             return self._indexes[number]
         entry = self._entries[number]
-        path = self.folder / entry["name"]
-        self._download(index_path(path), entry["index_sha256"])
-        index = read_index(path, entry["bytes"])
-        if file_sha256(index_path(path)) != entry["index_sha256"] or len(index) != entry["samples"]:
-            raise DamagedShard(f"{index_path(path)}: not the index that the manifest knows")
+        path = index_path(self.folder / entry["name"])
+        if (remote := self._remote) is not None:
+            stored = parse_json(remote.read_index(path.name, entry["index_sha256"]))
+            index = parse_index(f"{remote.address}/{path.name}", stored, entry["bytes"])
+            valid = True
+        else:
+            index = ShardIndex(read_index(self.folder / entry["name"], entry["bytes"]), [])
+            valid = file_sha256(path) == entry["index_sha256"]
+        if not valid or len(index.samples) != entry["samples"]:
+            raise DamagedShard(f"{path}: not the index that the manifest knows")
+        if self._keep is not None:
+            index = index._replace(samples=[s for s in index.samples if self._keep(s["key"])])
         self._indexes[number] = index
-        while len(self._indexes) > 1 and sum(map(len, self._indexes.values())) > MAX_INDEXED:
+        while len(self._indexes) > 1 and self._indexed() > MAX_INDEXED:
             self._indexes.popitem(last=False)
         return index
 
-    def _download(self, path: Path, sha256: str) -> None:
-        """Download a file of a remote folder, again if the mirror has an older version."""
-        if self._mirror:
-            fetch(self.folder, path.name)
-            if file_sha256(path) != sha256:
-                fetch(self.folder, path.name, again=True)
+    def _indexed(self) -> int:
+        return sum(len(index.samples) for index in self._indexes.values())
 
-    def _locate(self, i: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The entry of the shard that holds sample i, and the entry of the sample in the index."""
+    def _locate(self, i: int) -> tuple[int, dict[str, Any]]:
+        """The number of the shard that holds sample i, and the entry of the sample in its index."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         i %= len(self)
         number = bisect_right(self._ends, i)
         first = self._ends[number] - self.sizes[number]
-        return self._entries[number], self._index(number)[i - first]
+        return number, self._index(number).samples[i - first]
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -360,11 +343,16 @@ class Shards:
         return str(self._locate(i)[1]["key"])
 
     def __getitem__(self, i: int) -> Sample:
-        entry, indexed = self._locate(i)
+        number, indexed = self._locate(i)
         key, members = indexed["key"], indexed["members"]
+        if (remote := self._remote) is not None:
+            start, stop = span_of(members)
+            data = remote.read(self._entries[number], self._index(number).pieces, start, stop)
+            places = {suffix: offset - start for suffix, (offset, _) in members.items()}
+            return Sample(key, {s: data[p : p + members[s][1]] for s, p in places.items()})
+        entry = self._entries[number]
         path = f"{self._folder}/{entry['name']}"
         if entry["name"] not in self._verified:
-            self._download(Path(path), entry["sha256"])
             if file_sha256(Path(path)) != entry["sha256"]:
                 raise DamagedShard(
                     f"{path}: SHA-256 differs from the manifest; "
@@ -383,4 +371,30 @@ class Shards:
         return Sample(key, contents)
 
     def __iter__(self) -> Iterator[Sample]:
-        return (self[i] for i in range(len(self)))
+        announced = 0
+        for i in range(len(self)):
+            if announced < min(len(self), i + AHEAD // 2):
+                self.announce(range(announced, announced := min(len(self), i + AHEAD)))
+            yield self[i]
+
+    def announce(self, numbers: Sequence[int]) -> None:
+        """Begin to bring samples of a remote folder into the cache, and return at once.
+
+        For a local folder it does nothing.
+        """
+        if self.is_remote:
+            self._planner = self._planner or copy.copy(self)
+            PLANNER.submit(partial(self._planner._plan, numbers))
+
+    def _plan(self, numbers: Sequence[int]) -> None:
+        """Announce the pieces that hold these samples. Needs the indexes of their shards."""
+        remote = self._remote
+        assert remote is not None
+        for number in {bisect_right(self._ends, i) for i in numbers} - self._indexes.keys():
+            entry = self._entries[number]
+            name = index_path(Path(entry["name"])).name
+            READERS.submit(partial(remote.read_index, name, entry["index_sha256"]))
+        for i in numbers:
+            number, indexed = self._locate(i)
+            pieces = self._index(number).pieces
+            remote.announce(self._entries[number], pieces, *span_of(indexed["members"]))

@@ -1,20 +1,22 @@
 """Verify every byte of a shard folder, and name the samples that are lost."""
 
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from multimodal.data.remote import fetch, is_mirror, local_folder
+from multimodal.data.members import scan
+from multimodal.data.remote.folder import RemoteFolder, local_folder, remote_folder
+from multimodal.data.remote.pieces import sha256_at
 from multimodal.data.samples import Sample, has_text
 from multimodal.data.shards import (
     DamagedShard,
     Shards,
     file_sha256,
     index_path,
-    read_index,
+    open_index,
     read_manifest,
-    scan,
 )
 
 # We never unpickle, but webdataset's decoder does: these members can run code in other readers.
@@ -27,7 +29,7 @@ def check(folder: str | Path, on_shard: Callable[[str], object] | None = None) -
     """Compare every byte of a shard folder with its manifest and indexes.
 
     Args:
-        folder: a shard folder, or its address: then all of it is downloaded into the mirror.
+        folder: a shard folder, or its address: then all of it is downloaded, shard by shard.
         on_shard: is called with the name of each shard after it was read, to show progress.
 
     Yields:
@@ -45,14 +47,10 @@ def check(folder: str | Path, on_shard: Callable[[str], object] | None = None) -
             yield f"{path}: not in the manifest; run: multimodal data index {folder}"
     keys: dict[str, str] = {}
     for entry in manifest["shards"]:
-        if is_mirror(folder):
-            try:
-                fetch(folder, entry["name"])
-                fetch(folder, index_path(Path(entry["name"])).name)
-            except ValueError as error:
-                yield str(error)
-                continue
-        yield from _check_shard(folder / entry["name"], entry, keys)
+        if (remote := remote_folder(folder)) is not None:
+            yield from _check_remote(remote, entry, keys)
+        else:
+            yield from _check_shard(folder / entry["name"], entry, keys)
         if on_shard is not None:
             on_shard(entry["name"])
 
@@ -103,22 +101,43 @@ def check_contents(
             yield f"{folder}: {error}"
 
 
+def _check_remote(
+    remote: RemoteFolder, entry: dict[str, Any], keys: dict[str, str]
+) -> Iterator[str]:
+    """Check a copy of one shard, which is not kept."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / entry["name"]
+        try:
+            for file in (path, index_path(path)):
+                remote.transport.download(file.name, file)
+        except ValueError as error:
+            yield str(error)
+            return
+        for problem in _check_shard(path, entry, keys):
+            yield problem.replace(name, remote.address)
+
+
 def _check_shard(path: Path, entry: dict[str, Any], keys: dict[str, str]) -> Iterator[str]:
     at_risk = f"{entry['samples']} samples at stake"
     if not path.is_file():
         yield f"{path}: missing ({at_risk})"
         return
-    size = path.stat().st_size
+    size, problem = path.stat().st_size, ""
     if size != entry["bytes"]:
-        yield f"{path}: {size} bytes, the manifest says {entry['bytes']} ({at_risk})"
+        problem = f"{path}: {size} bytes, the manifest says {entry['bytes']} ({at_risk})"
     elif file_sha256(path) != entry["sha256"]:
-        yield f"{path}: SHA-256 differs from the manifest's ({at_risk})"
+        problem = f"{path}: SHA-256 differs from the manifest's ({at_risk})"
+    if problem:
+        yield problem
     expected: dict[tuple[str, str], tuple[int, int]] = {}
     try:
-        index = read_index(path)
-        if file_sha256(index_path(path)) != entry["index_sha256"] or len(index) != entry["samples"]:
+        samples, pieces = open_index(path)
+        known = file_sha256(index_path(path)) == entry["index_sha256"]
+        if not known or len(samples) != entry["samples"]:
             yield f"{index_path(path)}: not the index that the manifest knows"
-        for sample in index:
+        elif not problem and any(sha256_at(path, p.start, p.stop) != p.sha256 for p in pieces):
+            yield f"{path}: differs from the hashes of its pieces in the index ({at_risk})"
+        for sample in samples:
             key = sample["key"]
             if key in keys:
                 yield f"{path}: key {key} is also in {keys[key]}: keys must be unique in a folder"

@@ -24,6 +24,8 @@ HUB_TASKS = {
     "choices": "visual-question-answering",
     "presence": "visual-question-answering",
     "robustness": "visual-question-answering",
+    "person_words": "image-to-text",
+    "scene_counterfactuals": "visual-question-answering",
     "scene_answers": "visual-question-answering",
     "scene_presence": "visual-question-answering",
     "classification": "zero-shot-image-classification",
@@ -101,7 +103,7 @@ def evaluation(results: Mapping[str, Any]) -> "list[EvalResult]":
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """A section of Markdown: each score with its interval, and how it was measured."""
+    """A section of Markdown: each score with its interval, how it was measured, and the notes."""
     about = results["protocol"]
     lines = [
         "",
@@ -115,12 +117,19 @@ def table(results: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     protocols = {}
+    notes = [
+        f"- {result['task']} ({_cell(_data(result))}): {_cell(note)}"
+        for result in results["results"]
+        for note in result.get("notes", ())
+    ]
     for result, name, score in _scores(results):
         low_high = f"{score['low']:.4f} to {score['high']:.4f}" if "low" in score else ""
         row = (result["task"], _data(result), f"{result['n']:,}", name, f"{score['value']:.4f}")
         lines.append(f"| {' | '.join(_cell(text) for text in (*row, low_high))} |")
         protocols[result["task"]] = result["protocol"]
     lines += ["", *(f"- {task}: {_cell(words)}" for task, words in protocols.items()), ""]
+    if notes:
+        lines += ["Notes of the measurement:", "", *notes, ""]
     return "\n".join(lines)
 
 

@@ -127,8 +127,7 @@ class Samples:
         return len(self.shards)
 
     def read(self) -> Iterator[tuple[str, Item | ValueError]]:
-        for number in range(len(self.shards)):
-            sample = self.shards[number]  # a damaged shard ends the work
+        for number, sample in enumerate(self.shards):  # a damaged shard ends the work
             try:
                 image: bytes | Tensor
                 if self.shards.encoding is None:

@@ -15,8 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.memory import check_memory
-from multimodal.model.layers.attention import KVCache, attention_mask, without_cudnn_attention
-from multimodal.model.layers.compiled import ROOM_MULTIPLE, mark_static_addresses
+from multimodal.model.layers.attention import (
+    KVCache,
+    attention_mask,
+    visible,
+    without_cudnn_attention,
+)
+from multimodal.model.layers.compiled import ROOM_MULTIPLE
 from multimodal.model.layers.mlp import MAX_STATIC_ROWS
 from multimodal.model.layers.prefixes import Piece, PrefixCache, key_after
 from multimodal.model.layers.transformer import ALL
@@ -99,6 +104,9 @@ class DecodeBatch:
         check_length(network, prompts, new_tokens)
         self.network, self.exact = network, exact
         self._prefixes = PrefixCache(0) if prefixes is None else prefixes
+        # With gradients, or other dtypes than those of the weights, a step is another one.
+        special = exact or torch.is_grad_enabled() or torch.is_autocast_enabled(network.device.type)
+        self.graphs = None if special else network.graphs
         longest = max(map(len, prompts))
         self._check_memory(len(prompts), longest + new_tokens)
         cut = [tuple(ends[n]) if ends is not None else () for n in range(len(prompts))]
@@ -106,7 +114,7 @@ class DecodeBatch:
         number_of = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         rows, prompts = [number_of[key] for key in keys], [list(prompt) for prompt, _ in number_of]
         capacity = self._capacity(longest + new_tokens)
-        self.cache = network.transformer.empty_cache(len(prompts), capacity)
+        self.cache = self._empty_cache(len(prompts), capacity)
         if exact:
             several = [
                 self._read_pieces(pieces_of(list(prompt), ends), self.cache.row(number))
@@ -202,7 +210,9 @@ class DecodeBatch:
     def step(self, ids: Tensor) -> None:
         """Read one token of each row: int64[B]."""
         end, count = self.cache.length + 1, len(ids)
-        if end > self.cache.capacity:
+        if self.graphs is not None:
+            self._make_room(count, end)
+        elif end > self.cache.capacity:
             self.cache.grow(self._capacity(self.cache.capacity + GROWTH) - self.cache.capacity)
         cache, positions = self.cache, self.last_position + 1
         compiled, transformer = self.network.compiled, self.network.transformer
@@ -212,33 +222,29 @@ class DecodeBatch:
             cache = self.cache
             ids, positions = F.pad(ids, (0, missing)), F.pad(positions, (0, 0, 0, missing))
             seen = -(-end // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-            mask = self._visible(positions, seen)
+            mask = visible(positions, seen)
             filled = cache.columns(slice(seen))
             state = transformer.forward_token(
                 ids, positions, mask, *filled, positions[:, 0], exact=True
             )
             self.hidden = state[:count]
             cache.set_rows(count)
+        elif self.graphs is not None:
+            self.hidden = self.graphs.step(transformer, ids, positions, cache, end)
         elif compiled is not None and self._has_static_shapes():
-            mark_static_addresses(cache)
-            mask = self._visible(positions, cache.capacity)
-            state = compiled.step(ids, positions, mask, cache.keys, cache.values, positions[:, 0])
-            self.hidden = state.clone()  # a CUDA graph writes to the same memory again
+            mask = visible(positions, cache.capacity)
+            slots = positions[:, 0]
+            self.hidden = compiled.step(ids, positions, mask, cache.keys, cache.values, slots)
         else:
             # Where all rows have one length every key is visible, and SDPA needs no mask.
             equal = compiled is None and min(self.lengths) == max(self.lengths)
-            needed = None if equal else self._visible(positions, end)
+            needed = None if equal else visible(positions, end)
             forward = transformer.forward_token if compiled is None else compiled.step_dynamic
             filled = cache.columns(slice(end))
             self.hidden = forward(ids, positions, needed, *filled, positions[:, 0])
         self.last_position = positions[:count]
         self.lengths = [length + 1 for length in self.lengths]
         cache.length = end
-
-    @staticmethod
-    def _visible(positions: Tensor, columns: int) -> Tensor:
-        """bool[B, 1, 1, columns]: what tokens at these positions see. positions: int64[B, 1]."""
-        return (torch.arange(columns, device=positions.device) <= positions)[:, None, None]
 
     @without_cudnn_attention()
     def forward_block(self, ids: Tensor, positions: Tensor, valid: Tensor, queries: int) -> Tensor:
@@ -260,7 +266,7 @@ class DecodeBatch:
             forward, computed = compiled.block, max(2, queries)
             missing = max(0, computed + 1 - ids.shape[1])
             ids, positions, valid = (F.pad(x, (0, missing)) for x in (ids, positions, valid))
-        mask = self._visible(self.last_position, self.cache.length)
+        mask = visible(self.last_position, self.cache.length)
         mask = torch.cat([mask, valid[:, None, None]], dim=-1).expand(-1, 1, ids.shape[1], -1)
         # A copy shares the memory but has a length of its own: the codes are overwritten next time.
         cache = replace(self.cache)
@@ -296,6 +302,14 @@ class DecodeBatch:
             return tokens
         return -(-(tokens + 2) // ROOM_MULTIPLE) * ROOM_MULTIPLE
 
+    def _empty_cache(self, rows: int, capacity: int) -> KVCache:
+        transformer = self.network.transformer
+        if self.graphs is None:
+            return transformer.empty_cache(rows, capacity)
+        cache = self.graphs.cache(transformer, rows, capacity)
+        cache.set_rows(rows)
+        return cache
+
     def _has_static_shapes(self) -> bool:
         return len(self.hidden) <= MAX_STATIC_ROWS and self.cache.capacity % ROOM_MULTIPLE == 0
 
@@ -307,6 +321,8 @@ class DecodeBatch:
         """
         if len(rows) > len(self.hidden):
             self._check_memory(len(rows), self.cache.capacity)
+            if self.graphs is not None:
+                self._make_room(len(rows), self.cache.capacity)
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.last_position.device)
         self.last_position, self.hidden = self.last_position[index], self.hidden[index]
         self.lengths = [self.lengths[row] for row in index.tolist()]
@@ -336,7 +352,7 @@ class DecodeBatch:
         capacity = max(self.cache.capacity, self._capacity(tokens))
         room = self.cache.most_rows if rows <= self.cache.most_rows else 2 * rows
         self._check_memory(room, capacity)
-        cache = self.network.transformer.empty_cache(room, capacity)
+        cache = self._empty_cache(room, capacity)
         kept = slice(min(len(self.hidden), rows))
         cache.put(kept, 0, *self.cache.columns(slice(self.cache.length)))
         cache.length = self.cache.length

@@ -270,7 +270,8 @@ def answer_codes(
 def few_shot_prompt(model: ModelParts, codes: Tensor, texts: Sequence[str]) -> list[int]:
     """What few-shot prompts begin with: <bos>, then each image with its text.
 
-    All images are read. Documents of the training hold the later ones as a whole, which would make
+    All images are read. The training has the same documents with ``data.few_shot``
+    (train/mixing/few_shot.py). Other documents hold the later images as a whole, which would make
     the prompt longer by all codes of detail.
 
     Args:

@@ -7,7 +7,7 @@ Shapes: B samples, n codes of an image.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,10 +15,19 @@ import torch
 from numpy.typing import NDArray
 
 from multimodal.model.lessons import answer_text, descriptions_of, exchanges_of, lesson_of
-from multimodal.model.objectives import ObjectivesConfig
-from multimodal.model.sequences import Ids, TokenSequence, describe, document, draw, pack
+from multimodal.model.objectives import Alphabet, ObjectivesConfig, PolicyConfig, PolicyTokens
+from multimodal.model.sequences import (
+    NO_LOSS,
+    OBJECTIVES,
+    Ids,
+    TokenSequence,
+    describe,
+    document,
+    draw,
+    pack,
+)
 from multimodal.model.templates import Templates
-from multimodal.model.training_batch import TrainingBatch, TrainingSample, WrittenTokens
+from multimodal.model.training_batch import TrainingBatch, TrainingSample, Written
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.seeds import stable_number
 from multimodal.tokenizers.levels import Layout, Level
@@ -29,6 +38,8 @@ DOCUMENT_SEQUENCES = 8
 # kernels that are compiled and stay in memory.
 ROW_MULTIPLE = 4
 CHARACTERS_PER_TOKEN = 8  # more than of any usual text
+# In the record of a document of images with a text each: it is read as a few-shot prompt is.
+FEW_SHOT = "few_shot"
 
 
 @dataclass(frozen=True)
@@ -94,23 +105,22 @@ class BatchBuilder:
         self,
         samples: Sequence[TrainingSample],
         skip_untaught: bool = False,
-        joint_weight: float | None = None,
-        temperature: float = 1.0,
+        policy: PolicyConfig | None = None,
     ) -> TrainingBatch:
         """The batch of these samples.
 
         Args:
             skip_untaught: leave out sequences that no loss reads. This halves the cost of a run
                 that only draws. An alignment loss needs all sequences.
-            joint_weight: of all losses beside that of the captions that the network wrote. None:
-                it wrote none.
-            temperature: at which it wrote them.
+            policy: how it learns from what the network made itself. None: there is nothing.
 
         Raises:
             ValueError: for a sample without text, or an image that is longer than a row.
         """
+        draws = policy is not None and policy.drawings
+        drawings = [written for sample in samples for written in sample.written] if draws else []
         pairs = {
-            number: self.pair(sample)
+            number: self.pair(replace(sample, written=()) if draws else sample)
             for number, sample in enumerate(samples)
             if not sample.document
         }
@@ -122,7 +132,8 @@ class BatchBuilder:
         for sample in samples:
             if sample.document:
                 sequences += self.document(sample)
-        numbers = list(pairs)
+        numbers, before = list(pairs), len(sequences)
+        sequences += [self._drawing(written) for written in drawings]
         if skip_untaught:
             taught = [sequence for sequence in sequences if self.objectives.teaches(sequence)]
             sequences, numbers = taught or sequences[:1], []
@@ -142,34 +153,58 @@ class BatchBuilder:
             text_hashes=text_hashes,
             tokens=int((packed.documents > 0).sum()),
             cut=tuple(n for n, pair in pairs.items() if pair.describe.cut or pair.draw.cut),
-            written=None
-            if joint_weight is None
-            else self._written(samples, pairs, packed.states.tolist(), joint_weight, temperature),
+            policy=None
+            if policy is None
+            else self._policy(samples, pairs, packed.states.tolist(), before, policy),
         )
 
-    def _written(
+    def _policy(
         self,
         samples: Sequence[TrainingSample],
         pairs: Mapping[int, PairSequences],
         states: Sequence[int],
-        joint_weight: float,
-        temperature: float,
-    ) -> WrittenTokens:
-        """Where the tokens of written captions are predicted; states: of the pairs, first."""
-        positions, targets, advantages = [np.zeros(0, np.int64)], list[int](), list[float]()
-        for state, (number, pair) in zip(states, pairs.items(), strict=False):
-            for branch, (ids, advantage) in enumerate(samples[number].written, start=1):
-                first = np.searchsorted(pair.describe.branches, branch)  # the <eoi> of the branch
-                positions.append(state - pair.describe.state + first + np.arange(len(ids)))
-                targets += ids
-                advantages += [advantage] * len(ids)
-        return WrittenTokens(
-            torch.from_numpy(np.concatenate(positions)),
-            torch.tensor(targets, dtype=torch.int64),
-            torch.tensor(advantages, dtype=torch.float32),
-            joint_weight,
-            temperature,
+        before: int,
+        config: PolicyConfig,
+    ) -> PolicyTokens:
+        """Where the tokens that the network made are predicted.
+
+        Args:
+            states: of all sequences: of the pairs first, of drawings after ``before`` others.
+        """
+        starts: list[int] = []
+        if config.drawings:
+            made = [written for sample in samples for written in sample.written]
+            starts += states[before:]
+        else:
+            made = [written for number in pairs for written in samples[number].written]
+            for state, (number, pair) in zip(states, pairs.items(), strict=False):
+                for branch, written in enumerate(samples[number].written, start=1):
+                    first = int(np.searchsorted(pair.describe.branches, branch))  # its <eoi>
+                    starts.append(state - pair.describe.state + first + len(written.prompt))
+        ranges = zip(starts, made, strict=True)
+        positions = [start + np.arange(len(written.ids)) for start, written in ranges]
+        return PolicyTokens(
+            torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *positions])),
+            torch.tensor([token for each in made for token in each.ids], dtype=torch.int64),
+            torch.tensor([w.advantage for w in made for _ in w.ids], dtype=torch.float32),
+            self.alphabets(config.drawings),
+            config,
         )
+
+    def alphabets(self, drawings: bool) -> tuple[Alphabet, ...]:
+        """From which ids a token of a drawing is sampled, at each place; or a token of a text."""
+        vocabulary, start = self.vocabulary, self.vocabulary.image_start
+        if not drawings:
+            return (((0, vocabulary.text_size), (vocabulary.eos, vocabulary.eos + 1)),)
+        bounds = (self.layout.first[self.drawn].tolist(), self.layout.last[self.drawn].tolist())
+        ranges = dict.fromkeys(zip(*bounds, strict=True))
+        return tuple(((start + first, start + last + 1),) for first, last in ranges)
+
+    def _drawing(self, written: Written) -> TokenSequence:
+        """A drawing that the network made, without a loss."""
+        codes = np.array(written.ids, np.int64) - self.vocabulary.image_start
+        sequence = draw(self.vocabulary, list(written.prompt), codes)
+        return replace(sequence, objectives=np.full(len(sequence), NO_LOSS))
 
     def pair(self, sample: TrainingSample) -> PairSequences:
         """The sequences of a sample of one image, chosen by its seed."""
@@ -183,8 +218,7 @@ class BatchBuilder:
         )
         (codes,) = sample.codes
         texts = [self.encode(caption) for caption in lesson.captions]
-        written = [ids for ids, _ in sample.written]
-        describe_image = self._describe(codes, texts, lesson.exchanges, written)
+        describe_image = self._describe(codes, texts, lesson.exchanges, sample.written)
         rng = np.random.default_rng([sample.seed, 1])
         form, dropped = rng.random(), rng.random() < self.objectives.drop_condition
         ids, text = (texts[0], lesson.captions[0]) if texts else (None, None)
@@ -258,17 +292,23 @@ class BatchBuilder:
                 text = text[: at_most * self.row_length * CHARACTERS_PER_TOKEN]
             parts.append(next(images) if text is None else self.encode(text))
             length += len(parts[-1])
-        return document(self.vocabulary, parts, self.row_length, self.read, self.drawn)
+        few_shot = bool(sample.record.get(FEW_SHOT))
+        later = self.read if few_shot else self.drawn
+        sequences = document(self.vocabulary, parts, self.row_length, self.read, later)
+        if few_shot:
+            return [after_examples(self.vocabulary, sequence) for sequence in sequences]
+        return sequences
 
     def _describe(
         self,
         codes: Ids,
         texts: list[list[int]],
         exchanges: Sequence[tuple[str, str]] = (),
-        written: Sequence[list[int]] = (),
+        written: Sequence[Written] = (),
     ) -> TokenSequence:
         turns = [(self.encode(prompt), self.encode(reply)) for prompt, reply in exchanges]
-        return describe(self.vocabulary, codes[self.read], texts, turns, self.row_length, written)
+        made = [(list(each.prompt), list(each.ids)) for each in written]
+        return describe(self.vocabulary, codes[self.read], texts, turns, self.row_length, made)
 
     def _draw(
         self,
@@ -287,6 +327,26 @@ class BatchBuilder:
                 f"{name} makes a sequence of {length} tokens without a text, more than "
                 f"row_length={self.row_length}: raise it"
             )
+
+
+def after_examples(vocabulary: Vocabulary, sequence: TokenSequence) -> TokenSequence:
+    """A document of images with a text each, as what few-shot prompts teach.
+
+    Each text but the first is learned, after the images and texts before it. At its end <eos> is
+    learned, which ends it in use, though the next image is read. The images are not learned, nor is
+    the first text: nothing before it says how it is written.
+
+    Args:
+        sequence: of ``document``, with the levels of each image that are read.
+    """
+    caption = sequence.objectives == OBJECTIVES.index("caption")
+    learned = caption & (np.cumsum(sequence.ids == vocabulary.boi) > 1)
+    at_end = sequence.targets == vocabulary.boi
+    return replace(
+        sequence,
+        objectives=np.where(learned, sequence.objectives, NO_LOSS),
+        targets=np.where(at_end, vocabulary.eos, sequence.targets),
+    )
 
 
 def mask_ratio(uniform: float) -> float:

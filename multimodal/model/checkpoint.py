@@ -25,6 +25,7 @@ from multimodal.hub.card import DEFAULT_CARD
 from multimodal.hub.names import find_model
 from multimodal.model.batches import BatchBuilder
 from multimodal.model.layers.experts import ExpertsConfig
+from multimodal.model.layers.graphs import StepGraphs
 from multimodal.model.layers.quantization import dequantized, read_weights, stored_weights
 from multimodal.model.layers.transformer import TransformerConfig
 from multimodal.model.network import ModelConfig, MultimodalLM
@@ -268,8 +269,12 @@ class ModelParts:
         )
 
     def to(self, device: str | torch.device) -> Self:
-        """Move the network and the image tokenizer."""
+        """Move the network and the image tokenizer. On a CUDA device its steps become graphs."""
         self.network.to(device)
+        network, experts = self.network, self.config.transformer.experts
+        # How many tokens an expert has is known only when it runs: no graph can hold that.
+        graphed = network.device.type == "cuda" and experts is None
+        network.graphs = StepGraphs() if graphed else None
         self.image_tokenizer.to(device)
         return self
 

@@ -8,11 +8,9 @@ Shapes: R rows, L tokens of a row, B image-text pairs, D width, V vocabulary, K 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.distributed import global_sum, world_size
@@ -29,19 +27,21 @@ from multimodal.model.layers.experts import (
     stacked,
     upcycled,
 )
+from multimodal.model.layers.graphs import StepGraphs
 from multimodal.model.layers.quantization import with_quantized_layers
 from multimodal.model.layers.transformer import SIZES, Transformer, TransformerConfig, named_config
-from multimodal.model.objectives import ObjectivesConfig, policy_loss, token_losses
+from multimodal.model.objectives import (
+    ObjectivesConfig,
+    token_losses,
+    unknown_groups,
+)
 from multimodal.model.preference_loss import Completions, token_log_probabilities
-from multimodal.model.sequences import NO_LOSS, OBJECTIVES, Packed
+from multimodal.model.sequences import NO_LOSS, Packed
 from multimodal.model.stock import read_stock
 from multimodal.model.templates import Templates
-from multimodal.model.training_batch import TrainingBatch, WrittenTokens
+from multimodal.model.training_batch import TrainingBatch
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.tokenizers.levels import Layout
-
-UNKNOWN_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # bins of the logged reconstruction curves
-SHAPE_MULTIPLE = 256  # positions with a target are padded to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ class MultimodalLM(nn.Module):
         label_smoothing: in training, the share of each target of a text that the loss spreads over
             the ids of texts and the specials.
         compiled: the compiled forward passes of inference, if there are any.
+        graphs: the CUDA graphs of decode steps, if there are any.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -120,6 +121,7 @@ class MultimodalLM(nn.Module):
         self.attention_backend: Backend = "sdpa"
         self.label_smoothing = 0.0
         self.compiled: CompiledForward | None = None
+        self.graphs: StepGraphs | None = None
         if not objectives.alignment_weight:
             # Without a loss they get no gradient, and under DDP the ranks would wait for one.
             self.alignment.requires_grad_(False)
@@ -259,20 +261,12 @@ class MultimodalLM(nn.Module):
         objectives_config, packed = self.config.objectives, batch.packed
         router_logits: list[Tensor] = []
         hidden = self.hidden(packed, router_logits).flatten(0, 1)
-        objectives = packed.objectives.flatten()
-        predicted = (objectives != NO_LOSS).nonzero()[:, 0]
-        count = len(predicted)
-        # Every new matrix shape costs a kernel that is compiled and kept: pad to few shapes.
-        predicted = F.pad(predicted, (0, -count % SHAPE_MULTIPLE))
-        objectives = objectives[predicted]
-        objectives[count:] = NO_LOSS
+        assert batch.predicted is not None, "found when the batch was made"
+        predicted, counts = batch.predicted.positions, batch.predicted.counts
+        objectives = packed.objectives.flatten()[predicted]
+        objectives[counts["log_z"] :] = NO_LOSS  # padding
         head, targets = self.transformer.lm_head.weight, packed.targets.flatten()[predicted]
-        shares = packed.unknown.flatten()[predicted]
-        masked = objectives == OBJECTIVES.index("reconstruct")
-        groups = {
-            f"reconstruct/{low:.2f}-{high:.2f}": masked & (shares > low) & (shares <= high)
-            for low, high in pairwise(UNKNOWN_SHARES)
-        }
+        groups = unknown_groups(objectives, packed.unknown.flatten()[predicted])
         states, teacher = hidden[predicted], None
         if (teaching := batch.teaching) is not None:
             teacher = teacher_losses(states, head, teaching, predicted), teaching.weight
@@ -286,6 +280,7 @@ class MultimodalLM(nn.Module):
             self.label_smoothing if self.training else 0.0,
             self.vocabulary.image_start,
             teacher,
+            counts,
         )
         if objectives_config.alignment_weight:
             image_states, text_states = hidden[batch.image_positions], hidden[batch.text_positions]
@@ -306,9 +301,9 @@ class MultimodalLM(nn.Module):
         if router_logits:
             routing, of_routing = self._router_losses(stacked(router_logits), packed)
             total, parts = total + routing, parts | of_routing
-        if batch.written is not None:
-            parts["policy"], parts["grad_norm/policy"] = self._policy_loss(hidden, batch.written)
-            total = batch.written.joint_weight * total + parts["policy"]
+        if (policy := batch.policy) is not None:
+            loss, of_policy = policy.loss(hidden, self.transformer.lm_head.weight)
+            total, parts = policy.config.joint_weight * total + loss, parts | of_policy
         if (completions := batch.completions) is not None:
             loss, of_preferences = completions.loss(self.log_probabilities(completions))
             total, parts = completions.joint_weight * total + loss, parts | of_preferences
@@ -338,24 +333,6 @@ class MultimodalLM(nn.Module):
             "router_z": z_loss,
             **{f"experts/{name}": value for name, value in use.items()},
         }
-
-    def _policy_loss(self, hidden: Tensor, written: WrittenTokens) -> tuple[Tensor, Tensor]:
-        """The loss of written captions, and its gradient norm; hidden: float[R * L, D].
-
-        A caption is sampled from the ids of texts and <eos> only.
-        """
-        text_size, eos = self.vocabulary.text_size, self.vocabulary.eos
-        head = self.transformer.lm_head.weight
-        head = torch.cat([head[:text_size], head[eos : eos + 1]])
-        padding = (0, -len(written.targets) % SHAPE_MULTIPLE)
-        targets = written.targets.where(written.targets != eos, text_size)
-        return policy_loss(
-            hidden[F.pad(written.positions, padding)] / written.temperature,
-            head,
-            F.pad(targets, padding),
-            F.pad(written.advantages, padding),
-            len(targets),
-        )
 
 
 def random_fourier_features(vectors: Tensor, width: int) -> Tensor:

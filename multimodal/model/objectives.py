@@ -1,26 +1,42 @@
-"""The token objectives: caption, answer, text, image and reconstruct.
+"""The token objectives: caption, answer, text, image and reconstruct; and the policy's.
 
-Each is a cross-entropy over the full vocabulary. All are computed from one forward pass over the
-packed rows. Alignment, the contrastive objective, is in model/alignment.py.
+Each of the first is a cross-entropy over the full vocabulary. All are computed from one forward
+pass over the packed rows. Alignment, the contrastive objective, is in model/alignment.py.
 
-Shapes: D width, V vocabulary, N positions with a target.
+The policy's objective is of what the network wrote or drew itself, and of how much better that was
+than expected. Its loss is a mean over the M tokens of all ranks,
+
+    - advantage * log p + beta * (q / p - 1 - log (q / p))
+
+where p is the probability of a token and q that in a frozen reference. The second term is an
+unbiased estimate of KL(p || q), as in GRPO (Shao et al. 2024, arXiv:2402.03300). Each batch is used
+for one step, so GRPO's ratio to the network that wrote it is 1, and there is nothing to clip.
+
+Shapes: D width, V vocabulary, N positions with a target, M tokens that the network made.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.distributed import global_sum, world_size
+from multimodal.devices import moved
+from multimodal.distributed import global_counts, global_sum, world_size
 from multimodal.model.head_loss import head_losses
-from multimodal.model.sequences import NO_LOSS, OBJECTIVES, TokenSequence
+from multimodal.model.preference_loss import global_mean, kl_k3, token_log_probabilities
+from multimodal.model.sequences import NO_LOSS, OBJECTIVES, Packed, TokenSequence
 from multimodal.schemas import Between, check_fields
 
 TEXTS = ("caption", "answer", "text")  # objectives whose targets are those of texts
+UNKNOWN_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # bins of the logged reconstruction curves
 WEIGHTS = {"caption": 1.0, "answer": 1.0, "text": 0.2, "image": 0.2, "reconstruct": 0.3}
+SHAPE_MULTIPLE = 256  # positions with a target are padded to a multiple of this
+Alphabet = tuple[tuple[int, int], ...]  # ranges of ids [start, end) from which a token is sampled
 
 
 @dataclass(frozen=True)
@@ -78,26 +94,182 @@ class ObjectivesConfig:
         return bool(np.isin(sequence.objectives, weighted).any())
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """The positions of packed rows that have a target, found where the batch is made.
+
+    A GPU knows how many there are only after all that it has to do before: the host would wait.
+
+    Attributes:
+        positions: int64[N], in the flattened rows. Every new N costs kernels that are compiled and
+            kept, so it is padded with 0 to a multiple of SHAPE_MULTIPLE.
+        counts: how many of them each mean of ``token_losses`` is over, by its name. ``log_z`` is
+            over all that are no padding.
+    """
+
+    positions: Tensor
+    counts: Mapping[str, int]
+
+    @classmethod
+    def of(cls, packed: Packed) -> "Predicted":
+        """Of rows on the host."""
+        positions = (packed.objectives.flatten() != NO_LOSS).nonzero()[:, 0]
+        objectives = packed.objectives.flatten()[positions]
+        groups = unknown_groups(objectives, packed.unknown.flatten()[positions])
+        counts = {name: int(mask.sum()) for name, mask in means_of(objectives, groups).items()}
+        return cls(F.pad(positions, (0, -len(positions) % SHAPE_MULTIPLE)), counts)
+
+    def to(self, device: torch.device) -> "Predicted":
+        return replace(self, positions=moved(self.positions, device))
+
+
+def unknown_groups(objectives: Tensor, unknown: Tensor) -> dict[str, Tensor]:
+    """Reconstructed codes by the share of their level that is unknown: bool[N] by name.
+
+    Args:
+        objectives: int64[N].
+        unknown: float32[N].
+    """
+    masked = objectives == OBJECTIVES.index("reconstruct")
+    return {
+        f"reconstruct/{low:.2f}-{high:.2f}": masked & (unknown > low) & (unknown <= high)
+        for low, high in pairwise(UNKNOWN_SHARES)
+    }
+
+
+def means_of(objectives: Tensor, groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What each mean of ``token_losses`` is over: bool[N] by name; objectives: int64[N]."""
+    masks = {name: objectives == number for number, name in enumerate(OBJECTIVES)}
+    return {**masks, **groups, "log_z": objectives != NO_LOSS}
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """How a network learns from what it made itself.
+
+    Args:
+        temperature: at which it samples.
+        beta: how strongly it is held to the reference.
+        joint_weight: of all other losses beside.
+        drawings: it made images for texts. If not, texts about images.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+
+    temperature: float = 1.0
+    beta: float = 0.0
+    joint_weight: float = 0.2
+    drawings: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}: expected more than 0")
+        for name in ("beta", "joint_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more")
+
+
+@dataclass(frozen=True)
+class PolicyTokens:
+    """The M tokens of all texts, or of all drawings, that the network made.
+
+    Attributes:
+        positions: int64[M], in the flattened rows, of what predicts each token.
+        targets: int64[M], the ids.
+        advantages: float32[M], of the text or the drawing.
+        alphabets: what a token may be. Each id is in one of them.
+        config: what is learned of them.
+        reference: float32[M], the log-probability of each in the reference, if ``beta`` is not 0.
+    """
+
+    positions: Tensor
+    targets: Tensor
+    advantages: Tensor
+    alphabets: tuple[Alphabet, ...]
+    config: PolicyConfig
+    reference: Tensor | None = None
+
+    def to(self, device: torch.device) -> "PolicyTokens":
+        names = ("positions", "targets", "advantages")
+        tensors: dict[str, Any] = {name: moved(getattr(self, name), device) for name in names}
+        return replace(self, **tensors)
+
+    def loss(self, hidden: Tensor, head: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, float32[], and its parts by name.
+
+        ``policy`` is its first term, and ``grad_norm/policy`` the norm of the gradient of that at
+        the states. ``kl`` is the second one, without beta.
+
+        Args:
+            hidden: float[positions, D], of all rows.
+            head: float[V, D].
+        """
+        losses, norms = list[Tensor](), list[Tensor]()
+        for tokens, rows, targets in self._by_alphabet(head):
+            padding = (0, -len(tokens) % SHAPE_MULTIPLE)
+            loss, norm = policy_loss(
+                hidden[F.pad(self.positions[tokens], padding)] / self.config.temperature,
+                rows,
+                F.pad(targets, padding),
+                F.pad(self.advantages[tokens], padding),
+                len(self.targets),
+            )
+            losses.append(loss)
+            norms.append(norm)
+        policy = torch.stack(losses).sum()
+        parts = {"policy": policy, "grad_norm/policy": torch.stack(norms).square().sum().sqrt()}
+        if not self.config.beta:
+            return policy, parts
+        assert self.reference is not None, "the module that trains computes it"
+        kl = global_mean(kl_k3(self.reference - self.log_probabilities(hidden, head)))
+        return policy + self.config.beta * kl, {**parts, "kl": kl}
+
+    def log_probabilities(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """Of each token among those that it was sampled from, at their temperature: float32[M].
+
+        Arguments as for ``loss``.
+        """
+        found = torch.zeros_like(self.advantages)
+        for tokens, rows, targets in self._by_alphabet(head):
+            states = hidden[self.positions[tokens]] / self.config.temperature
+            likely = token_log_probabilities(states, rows, targets)
+            found = found.index_put((tokens,), likely)
+        return found
+
+    def _by_alphabet(self, head: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each alphabet its tokens, int64[m], its rows of the head, and the targets in them."""
+        for alphabet in self.alphabets:
+            targets = torch.full_like(self.targets, -1)
+            size = 0
+            for start, end in alphabet:
+                inside = (self.targets >= start) & (self.targets < end)
+                targets = torch.where(inside, self.targets - start + size, targets)
+                size += end - start
+            tokens = (targets >= 0).nonzero()[:, 0]
+            yield tokens, torch.cat([head[start:end] for start, end in alphabet]), targets[tokens]
+
+
 def policy_loss(
     hidden: Tensor, head: Tensor, targets: Tensor, advantages: Tensor, tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Make texts that were sampled more likely, as much as they were better than expected.
+    """Make what was sampled more likely, as much as it was better than expected.
 
     REINFORCE (Williams 1992): minus advantage * log-likelihood. In expectation its gradient is that
-    of the reward, times the texts over the tokens.
+    of the reward, times the samples over the tokens.
 
     Args:
-        hidden: float[M, D], the states that predict the tokens of the texts.
-        head: float[A, D], of the ids that the texts were sampled from.
+        hidden: float[M, D], the states that predict the tokens.
+        head: float[A, D], of the ids that the tokens were sampled from.
         targets: int64[M], rows of ``head``.
-        advantages: float32[M], the reward of each text minus what was expected. 0 for padding.
+        advantages: float32[M], the reward of each sample minus what was expected. 0 for padding.
         tokens: those of this rank that are no padding.
 
     Returns:
         The loss, float32[], a mean over the tokens of all ranks; and the norm of its gradient at
         the states.
     """
-    count = global_sum(torch.tensor(tokens, device=hidden.device)).clamp(min=1)
+    count = global_sum(torch.full((), tokens, device=hidden.device)).clamp(min=1)
     weights = advantages * (world_size() / count)
     losses = head_losses(hidden, head, targets, weights, torch.zeros_like(weights))
     norm = global_sum(losses.state_grad_norm_sq.sum()).sqrt() / world_size()
@@ -114,6 +286,7 @@ def token_losses(
     label_smoothing: float = 0.0,
     smoothed_ids: int = 1,
     teacher: tuple[Tensor, float] | None = None,
+    counts: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of all token losses, and its parts for the log.
 
@@ -128,6 +301,7 @@ def token_losses(
             ``smoothed_ids`` ids: those that a text may have. The parts are without it.
         teacher: float32[N], a teacher's loss at each position, and its weight from 0 to 1. The data
             have the rest.
+        counts: those of ``Predicted``. Without them the host waits for a GPU to count.
 
     Returns:
         The loss to minimise, float32[]. Its gradients are averaged over ranks afterwards, so the
@@ -137,31 +311,36 @@ def token_losses(
         logit of this rank. ``grad_norm/NAME`` is the norm of the gradient of an objective at the
         last hidden states. ``teacher/NAME`` is the teacher's loss.
     """
-    has_target = objectives != NO_LOSS
-    masks = {name: objectives == number for number, name in enumerate(OBJECTIVES)}
-    means = {**masks, **(groups or {}), "log_z": has_target}
-    counts = global_sum(torch.stack([mask.sum() for mask in means.values()])).tolist()
+    means = means_of(objectives, groups or {})
+    if counts is None:
+        counted = torch.stack([mask.sum() for mask in means.values()]).tolist()
+        counts = dict(zip(means, counted, strict=True))
+    totals = global_counts([counts[name] for name in means], objectives.device)
     # What each position contributes to a mean.
     shares = {
-        name: mask.float() * (world_size() / count)
-        for (name, mask), count in zip(means.items(), counts, strict=True)
-        if count
+        name: mask.float() * (world_size() / total)
+        for (name, mask), total in zip(means.items(), totals, strict=True)
+        if total
     }
     present = [name for name in OBJECTIVES if name in shares]
     zeros = torch.zeros(objectives.shape, dtype=torch.float32, device=objectives.device)
     weights = sum((config.weight_of(name) * shares[name] for name in present), zeros)
     z_weights = config.z_loss_weight * shares.get("log_z", zeros)
-    smoothing = label_smoothing * sum((masks[name] for name in TEXTS), zeros)
+    smoothing = label_smoothing * sum((means[name] for name in TEXTS), zeros)
     of_data = weights if teacher is None else (1 - teacher[1]) * weights
     losses = head_losses(hidden, head, targets, of_data, z_weights, smoothing, smoothed_ids)
     parts = {name: (losses.nll * share).sum() for name, share in shares.items()}
     parts["log_z"] = (losses.log_z * shares.get("log_z", zeros)).sum()
     if losses.total.requires_grad:
-        squares = [losses.state_grad_norm_sq[masks[name]].sum() for name in present]
+        # NO_LOSS comes first, then each objective: none has to be searched for.
+        order = objectives.argsort(stable=True)[len(objectives) - counts["log_z"] :]
+        sizes = [counts[name] for name in OBJECTIVES]
+        by_name = torch.split(losses.state_grad_norm_sq[order], sizes)
+        squares = [by_name[OBJECTIVES.index(name)].sum() for name in present]
         # The gradient is a mean over ranks.
         norms = global_sum(torch.stack(squares or [zeros.sum()])).sqrt() / world_size()
         parts |= {f"grad_norm/{name}": norm for name, norm in zip(present, norms, strict=False)}
-    largest = losses.largest.masked_fill(~has_target, -torch.inf)
+    largest = losses.largest.masked_fill(objectives == NO_LOSS, -torch.inf)
     parts["largest_logit"] = largest.max() if len(largest) else largest.new_zeros(())
     if teacher is None:
         return losses.total, parts

@@ -17,13 +17,14 @@ Shapes: C completions, M tokens of all of them, D width, V vocabulary.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from multimodal.devices import moved
 from multimodal.distributed import global_sum, world_size
 from multimodal.model.head_loss import SLICE
 from multimodal.model.sequences import Packed
@@ -90,8 +91,9 @@ class Completions:
         return self.packed.targets.flatten()[self.positions]
 
     def to(self, device: torch.device) -> "Completions":
-        names = ("packed", "positions", "owners", "roles")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        names = ("positions", "owners", "roles")
+        tensors: dict[str, Any] = {name: moved(getattr(self, name), device) for name in names}
+        return replace(self, packed=self.packed.to(device), **tensors)
 
     def loss(self, log_probabilities: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its figures, see ``preference_loss``; log_probabilities: float32[M]."""
@@ -100,11 +102,18 @@ class Completions:
         sums = tokens.new_zeros(3, len(self.roles)).index_add(1, self.owners, tokens)
         policy, reference, lengths = sums.unbind()
         loss, parts = preference_loss(policy, reference, lengths, self.roles, self.config)
-        # Where the reference wrote the completions, the mean is KL(reference || network) of a token
-        # (the estimator k3 of Schulman 2020, joschu.net/blog/kl-approx.html).
+        # Where the reference wrote the completions, it is KL(reference || network) of a token.
         own = self.roles[self.owners] != MISMATCHED
         ratio = (log_probabilities - self.reference).detach()[own]
-        return loss, {**parts, "preference_kl": global_mean(ratio.exp() - 1 - ratio)}
+        return loss, {**parts, "preference_kl": global_mean(kl_k3(ratio))}
+
+
+def kl_k3(log_ratios: Tensor) -> Tensor:
+    """The estimator k3 of KL(p || q) at tokens that p has sampled: unbiased, and never below 0.
+
+    See Schulman 2020 (joschu.net/blog/kl-approx.html). log_ratios: log q - log p of each token.
+    """
+    return log_ratios.exp() - 1 - log_ratios
 
 
 def token_log_probabilities(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -182,5 +191,5 @@ def global_mean(values: Tensor) -> Tensor:
 
     values: float32[any number]. 0 if no rank has any.
     """
-    count = global_sum(torch.tensor(float(len(values)), device=values.device)).clamp(min=1)
+    count = global_sum(torch.full((), float(len(values)), device=values.device)).clamp(min=1)
     return values.sum() * (world_size() / count)

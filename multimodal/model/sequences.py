@@ -49,6 +49,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from multimodal.devices import moved
 from multimodal.model.vocabulary import Vocabulary
 
 Ids = NDArray[np.int64]
@@ -113,8 +114,7 @@ def _next_token(ids: list[int], spans: Sequence[Span], state: int = 0) -> TokenS
         objectives[start:end] = OBJECTIVES.index(name)
     targets = np.where(objectives == NO_LOSS, 0, np.roll(tokens, -1))
     blocks, branches = np.zeros_like(tokens), np.zeros_like(tokens)
-    positions = np.arange(len(ids))
-    return TokenSequence(tokens, targets, objectives, blocks, branches, positions, state)
+    return TokenSequence(tokens, targets, objectives, blocks, branches, np.arange(len(ids)), state)
 
 
 def _branched(trunk: TokenSequence, branches: Sequence[TokenSequence]) -> TokenSequence:
@@ -137,7 +137,7 @@ def describe(
     texts: Sequence[list[int]],
     turns: Sequence[Turn] = (),
     max_length: int = sys.maxsize,
-    written: Sequence[list[int]] = (),
+    written: Sequence[Turn] = (),
 ) -> TokenSequence:
     """An image with its captions, and with questions about it in turn.
 
@@ -148,8 +148,8 @@ def describe(
         max_length: captions and turns that would make the sequence longer are left out. Turns come
             before the second caption. A first caption that is too long is cut, and its end is not
             learned. Without a caption a first question that is too long loses its beginning.
-        written: ids of captions by a model, up to their last token: branches 1, 2, ... without a
-            loss. The last token is not read.
+        written: texts by a model up to their last token, each behind its question or none:
+            branches 1, 2, ... without a loss. The last token is not read.
 
     Raises:
         ValueError: if there is nothing but the image.
@@ -157,7 +157,7 @@ def describe(
     if not (texts or turns or written):
         raise ValueError("an image without a caption and a question describes nothing")
     *trunk, eoi = describe_prompt(vocabulary, codes)
-    branches = [_next_token([eoi, *text[:-1]], []) for text in written]
+    branches = [_next_token([eoi, *prompt, *text[:-1]], []) for prompt, text in written]
     room = max_length - len(trunk) - sum(len(branch) for branch in branches)
     cut = False
 
@@ -328,7 +328,7 @@ class Packed:
     unknown: Tensor
 
     def to(self, device: torch.device) -> "Packed":
-        return Packed(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return Packed(**{f.name: moved(getattr(self, f.name), device) for f in fields(self)})
 
     @property
     def document_numbers(self) -> Tensor:

@@ -230,9 +230,13 @@ def read_stock(path: str | Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
     return config, weights
 
 
+def read_sizes(folder: Path) -> TransformerConfig:
+    """The sizes of a Hugging Face folder, without its weights. Raises ``ValueError``."""
+    return transformer_config(read_config_file(folder / "config.json"), str(folder))
+
+
 def _read_folder(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
-    sizes = transformer_config(read_config_file(folder / "config.json"), str(folder))
-    return sizes, read_weights(folder)
+    return read_sizes(folder), read_weights(folder)
 
 
 def check_weights(config: TransformerConfig, weights: Mapping[str, Tensor]) -> None:

@@ -10,9 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multimodal.devices import moved
 from multimodal.model.distillation import Teaching
+from multimodal.model.objectives import PolicyTokens, Predicted
 from multimodal.model.preference_loss import Completions
 from multimodal.model.sequences import Ids, Packed
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text about an image, or a drawing, that the network made itself.
+
+    Attributes:
+        ids: of a text up to <eos>, or up to the last token that there was room for. Of a drawing
+            those of its codes, of the levels that are drawn.
+        advantage: how much better it was than expected.
+        prompt: what is before it: behind an image nothing or a question, before a drawing its text.
+    """
+
+    ids: Sequence[int]
+    advantage: float
+    prompt: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -26,8 +44,7 @@ class TrainingSample:
         seed: decides everything random about it.
         document: the texts of a document in their order, with None in the place of each image.
             Empty for an image with texts about it.
-        written: captions of its image that the network wrote, each with its advantage: ids up to
-            <eos>, or up to the last token that there was room for.
+        written: texts about its image, or drawings, that the network made itself.
         drawn: whether its image may be learned to be drawn.
         source: the number of the folder that it is from.
     """
@@ -37,32 +54,9 @@ class TrainingSample:
     codes: Ids
     seed: int
     document: Sequence[str | None] = ()
-    written: Sequence[tuple[list[int], float]] = ()
+    written: Sequence[Written] = ()
     drawn: bool = True
     source: int = 0
-
-
-@dataclass(frozen=True)
-class WrittenTokens:
-    """The M tokens of all captions that the network wrote.
-
-    Attributes:
-        positions: int64[M], in the flattened rows, of what predicts each token.
-        targets: int64[M], the ids.
-        advantages: float32[M], of the caption.
-        joint_weight: of all other losses beside that of these tokens.
-        temperature: at which they were sampled.
-    """
-
-    positions: Tensor
-    targets: Tensor
-    advantages: Tensor
-    joint_weight: float
-    temperature: float
-
-    def to(self, device: torch.device) -> "WrittenTokens":
-        tensors = ("positions", "targets", "advantages")
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
 @dataclass(frozen=True)
@@ -80,9 +74,10 @@ class TrainingBatch:
         text_hashes: int64[B], equal for equal texts. -1: there is no text, or it was dropped.
         tokens: tokens that are not padding.
         cut: the numbers of the samples of which a text was cut, because it did not fit a row.
-        written: what the network wrote itself, in reward training.
+        policy: what the network made itself, in reward training.
         completions: what is compared, in preference training.
         teaching: what a teacher says of the rows, in distillation.
+        predicted: which positions of the rows have a target. By default they are searched for.
     """
 
     packed: Packed
@@ -92,11 +87,19 @@ class TrainingBatch:
     text_hashes: Tensor
     tokens: int
     cut: tuple[int, ...] = ()
-    written: WrittenTokens | None = None
+    policy: PolicyTokens | None = None
     completions: Completions | None = None
     teaching: Teaching | None = None
+    predicted: Predicted | None = None
+
+    def __post_init__(self) -> None:
+        if self.predicted is None:
+            object.__setattr__(self, "predicted", Predicted.of(self.packed))
 
     def to(self, device: torch.device) -> "TrainingBatch":
-        names = ["packed", "image_positions", "text_positions", "image_hashes", "text_hashes"]
-        names += [n for n in ("written", "completions") if getattr(self, n) is not None]
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        names = ("image_positions", "text_positions", "image_hashes", "text_hashes")
+        tensors: dict[str, Any] = {name: moved(getattr(self, name), device) for name in names}
+        parts = {name: getattr(self, name) for name in ("packed", "predicted")}
+        parts |= {name: getattr(self, name) for name in ("policy", "completions")}
+        there = {name: part.to(device) for name, part in parts.items() if part is not None}
+        return replace(self, **tensors, **there)

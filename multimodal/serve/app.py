@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from multimodal.api import Model
 from multimodal.filters.rules import Filters
+from multimodal.origin.credentials import Signer
 from multimodal.record.chain import Record
 from multimodal.serve.endpoints.bridge import Disconnected
 from multimodal.serve.endpoints.chat import chat_completions
@@ -39,13 +40,17 @@ CLIENT_LEFT = 499  # nginx's status for it; nobody reads it
 
 
 def make_app(
-    model: Model, settings: Settings, fallback: tuple[str, Model] | None = None
+    model: Model,
+    settings: Settings,
+    fallback: tuple[str, Model] | None = None,
+    signer: Signer | None = None,
 ) -> ASGIApp:
     """An ASGI application. Its scheduler starts and stops with its lifespan.
 
     Args:
         model: with its adapters by name.
         fallback: another model by its name, see ``Engines``.
+        signer: of images that are drawn.
     """
     if settings.unsure is not None and not (fallback or settings.fallback_answer):
         raise ValueError(f"unsure={settings.unsure}: give a fallback: an answer or a model")
@@ -80,7 +85,7 @@ def make_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.engines = Engines(models, settings, counted, filters, fallback)
+        app.state.engines = Engines(models, settings, counted, filters, fallback, signer)
         telling = None if peers is None else await peers.listen()
         try:
             yield

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from multimodal.commands.options import load_model, make_parser
+from multimodal.commands.signing import add_sign, signer_of
 from multimodal.serve.engine.settings import Settings
 from multimodal.terminal import print_error
 
@@ -100,6 +101,7 @@ def main(argv: list[str]) -> int:
         metavar="FILE",
         help="an earlier record: /metrics says how the last requests differ (multimodal drift)",
     )
+    add_sign(parser)
     defaults = {item.name: item.default for item in fields(Settings)}
     for name, about in SETTINGS.items():
         default = defaults[name]
@@ -143,8 +145,9 @@ def main(argv: list[str]) -> int:
 
     if arguments.workers > 1 and not arguments.threads:
         arguments.threads = max(1, (os.cpu_count() or 1) // arguments.workers)
-    load = partial(_load, arguments)
-    return serve(load, settings, arguments.host, arguments.port, arguments.workers, ready)
+    load, signer = partial(_load, arguments), signer_of(arguments.sign)
+    host, port = arguments.host, arguments.port
+    return serve(load, settings, host, port, arguments.workers, ready, signer)
 
 
 def _load(arguments: argparse.Namespace) -> "tuple[Model, Fallback]":

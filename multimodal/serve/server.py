@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import uvicorn
 
 from multimodal.api import Model
+from multimodal.origin.credentials import Signer
 from multimodal.serve.app import make_app
 from multimodal.serve.engine.settings import Settings
 from multimodal.serve.workers import Supervisor, check_free, shared_socket
@@ -27,16 +28,17 @@ def make_server(
     host: str,
     port: int,
     fallback: Fallback = None,
+    signer: Signer | None = None,
     on_start: Callable[[], None] = lambda: None,
 ) -> uvicorn.Server:
     """A server that is not running yet.
 
     Args:
-        model, settings, fallback: see ``make_app``.
+        model, settings, fallback, signer: see ``make_app``.
         on_start: is called when it listens.
     """
     config = uvicorn.Config(
-        make_app(model, settings, fallback),
+        make_app(model, settings, fallback, signer),
         host=host,
         port=port,
         log_level="warning",
@@ -59,7 +61,13 @@ class _Server(uvicorn.Server):
 
 
 def serve(
-    load: Load, settings: Settings, host: str, port: int, workers: int, on_ready: Callable[[], Any]
+    load: Load,
+    settings: Settings,
+    host: str,
+    port: int,
+    workers: int,
+    on_ready: Callable[[], Any],
+    signer: Signer | None = None,
 ) -> int:
     """Answer requests. SIGINT and SIGTERM let running requests end, and then return.
 
@@ -67,6 +75,7 @@ def serve(
         load: the model, and the fallback. Each worker calls it: it can be pickled.
         workers: how many processes there are. 1: this one.
         on_ready: is called before the first request is answered.
+        signer: of images that are drawn, in all workers.
 
     Returns:
         The exit status.
@@ -77,13 +86,13 @@ def serve(
     """
     if workers == 1:
         model, fallback = load()
-        server = make_server(model, settings, host, port, fallback)
+        server = make_server(model, settings, host, port, fallback, signer)
         on_ready()
         server.run()
         return 0
     check_free(host, port)
     with tempfile.TemporaryDirectory(prefix="multimodal-serve-") as folder:
-        work = _Work(load, replace(settings, peers=folder), host, port)
+        work = _Work(load, replace(settings, peers=folder), host, port, signer)
         return Supervisor(work, workers, settings.stop_timeout, on_ready).run()
 
 
@@ -95,6 +104,7 @@ class _Work:
     settings: Settings
     host: str
     port: int
+    signer: Signer | None
 
     def __call__(self, number: int, answers: Callable[[], None]) -> None:
         settings = replace(self.settings, worker=number)
@@ -102,7 +112,9 @@ class _Work:
             settings = replace(settings, record=str(record_of(settings.record, number)))
         try:
             model, fallback = self.load()
-            server = make_server(model, settings, self.host, self.port, fallback, answers)
+            server = make_server(
+                model, settings, self.host, self.port, fallback, self.signer, answers
+            )
         except (ValueError, OSError) as error:
             print_error(f"multimodal serve: worker {number}: {error}")
             sys.exit(1)

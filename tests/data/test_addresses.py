@@ -144,6 +144,6 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     def fails(*_: object, **__: object) -> object:
         raise ImportError("Install s3fs to access S3")
 
-    monkeypatch.setattr(fsspec, "open", fails)
+    monkeypatch.setattr("fsspec.core.url_to_fs", fails)
     with pytest.raises(ValueError, match=r"s3://b/x/manifest.json: .*s3fs.*multimodal\[s3\]"):
         Shards("s3://b/x")

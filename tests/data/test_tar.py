@@ -10,8 +10,9 @@ import pytest
 
 from multimodal.data.builder.salvage import LostSample, salvage
 from multimodal.data.formats.tar import BadTar, only_zeros, read_members
+from multimodal.data.members import scan
 from multimodal.data.samples import Sample
-from multimodal.data.shards import DamagedShard, index_shard, scan
+from multimodal.data.shards import DamagedShard, index_shard
 
 LONG = "x" * 150 + "/" + "y" * 200
 NAMES = ("a.jpg", "folder/b.png", "dög ß.jpg", f"{LONG}.jpg", "n" * 100 + ".json", "\udcff.txt")

@@ -18,7 +18,7 @@ from multimodal.eval.tasks import scene_answers, scene_captions, scene_drawings
 from multimodal.eval.tasks.scene_answers import SceneAnswers
 from multimodal.eval.tasks.scene_captions import SceneCaptions
 from multimodal.eval.tasks.scene_drawings import SceneDrawings
-from multimodal.eval.tasks.scene_presence import ScenePresence
+from multimodal.eval.trust.scene_presence import ScenePresence
 from multimodal.scenes.scene import Scene, SceneObject
 from multimodal.scenes.wordings import UNSEEN_WORDINGS
 

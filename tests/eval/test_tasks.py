@@ -16,14 +16,15 @@ from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards
 from multimodal.eval.evaluator import Subject, evaluate
 from multimodal.eval.tasks import choices as choices_task
-from multimodal.eval.tasks import classification, few_shot, presence
+from multimodal.eval.tasks import classification, few_shot
 from multimodal.eval.tasks.answers import Answers
 from multimodal.eval.tasks.choices import Choices
 from multimodal.eval.tasks.classification import Classification, zero_shot_classifier
 from multimodal.eval.tasks.few_shot import FewShot
-from multimodal.eval.tasks.presence import Presence, absent_objects
-from multimodal.eval.tasks.robustness import DEGRADATIONS, Robustness
-from multimodal.eval.tasks.scene_presence import ScenePresence
+from multimodal.eval.trust import presence
+from multimodal.eval.trust.presence import Presence, absent_objects
+from multimodal.eval.trust.robustness import DEGRADATIONS, Robustness
+from multimodal.eval.trust.scene_presence import ScenePresence
 from multimodal.inference.batch import DecodeBatch
 from multimodal.inference.embedding import embed_texts
 from multimodal.inference.likelihoods import choice_likelihoods

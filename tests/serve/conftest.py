@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from multimodal.api import Model
+from multimodal.origin.credentials import Signer
 from multimodal.serve.app import Gate
 from multimodal.serve.engine.engine import Engines
 from multimodal.serve.engine.settings import Settings
@@ -40,13 +41,15 @@ class Running:
 
 
 @contextmanager
-def running(model: Model, fallback: Any = None, **settings: Any) -> Iterator[Running]:
+def running(
+    model: Model, fallback: Any = None, signer: Signer | None = None, **settings: Any
+) -> Iterator[Running]:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(128)
         port = listening.getsockname()[1]
         made = Settings(**{"name": NAME, "keys": (KEY,), **settings})
-        server = make_server(model, made, "127.0.0.1", port, fallback)
+        server = make_server(model, made, "127.0.0.1", port, fallback, signer)
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:

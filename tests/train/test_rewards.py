@@ -18,19 +18,20 @@ from multimodal.cli import main
 from multimodal.eval.metrics.penn_treebank import ptb_tokenize
 from multimodal.model.batches import BatchBuilder
 from multimodal.model.network import MultimodalLM
-from multimodal.model.objectives import ObjectivesConfig
+from multimodal.model.objectives import ObjectivesConfig, PolicyConfig
 from multimodal.model.sequences import describe, pack
 from multimodal.model.templates import Templates
-from multimodal.model.training_batch import TrainingSample
+from multimodal.model.training_batch import TrainingSample, Written
 from multimodal.options import TextOptions
 from multimodal.tokenizers.levels import Layout, Level
-from multimodal.train.rewards.module import advantages_of, in_standard_deviations, write_captions
+from multimodal.train.rewards.advantages import advantages_of, in_standard_deviations, scaled
 from multimodal.train.rewards.rewards import (
     AlignmentReward,
     CiderReward,
-    WrittenCaption,
+    WrittenText,
     find_reward,
 )
+from multimodal.train.rewards.tasks import write_texts
 from tests.launches import launch, logged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,9 +42,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def written(
     text: str, record: dict[str, Any], ended: bool = True, seed: int = 0, source: int = 0
-) -> WrittenCaption:
+) -> WrittenText:
     codes = np.random.default_rng(seed).integers(0, 64, 16)
-    return WrittenCaption(text, ended, record, codes, source)
+    return WrittenText(text, ended, record, codes, source)
 
 
 def test_cider_is_that_of_pycocoevalcap_with_the_end_as_a_word() -> None:
@@ -125,7 +126,7 @@ def infinite(captions, records):
         with pytest.raises(ValueError, match=message):
             find_reward(f"{file}:{name}", model, [])(captions)
     with pytest.raises(
-        ValueError, match="no reward 'bleu': expected cider, alignment, scenes, or FILE"
+        ValueError, match="no reward of captions 'bleu': expected cider, alignment, scenes, or FILE"
     ):
         find_reward("bleu", model, [])
     with pytest.raises(ValueError, match="has no function other"):
@@ -189,20 +190,21 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(
         {"captions": ["a"]},
         CODES[None],
         0,
-        written=list(zip(captions, advantages, strict=True)),
+        written=list(map(Written, captions, advantages)),
     )
-    batch = builder.build([sample], joint_weight=0.0, temperature=temperature)
-    assert batch.written is not None
+    batch = builder.build([sample], policy=PolicyConfig(temperature, joint_weight=0.0))
+    assert batch.policy is not None
     total, parts = toy(batch)
     assert total == parts["policy"]
-    ours = torch.autograd.grad(-len(batch.written.targets) * total, weights)
+    ours = torch.autograd.grad(-len(batch.policy.targets) * total, weights)
     for a, b in zip(ours, expected, strict=True):
         assert (a - b).abs().max() < 1e-4 * b.abs().max().clamp(min=1e-2)
 
-    joint, _ = toy(builder.build([sample], joint_weight=0.5, temperature=temperature))
+    joint, _ = toy(builder.build([sample], policy=PolicyConfig(temperature, joint_weight=0.5)))
     alone, _ = toy(builder.build([sample]))
     assert joint.item() == pytest.approx(0.5 * alone.item() + total.item(), rel=1e-5)
-    none = builder.build([TrainingSample("a", {"captions": ["a"]}, CODES[None], 0)], joint_weight=1)
+    nothing = TrainingSample("a", {"captions": ["a"]}, CODES[None], 0)
+    none = builder.build([nothing], policy=PolicyConfig())
     assert toy(none)[1]["policy"] == 0, "a rank may have no written caption"
 
 
@@ -217,7 +219,7 @@ def test_captions_are_written_as_often_as_they_are_likely(
         network=toy, vocabulary=toy.vocabulary, device=toy.device, text_tokenizer=None
     )
     options, count = TextOptions(temperature=temperature, max_tokens=MAX_TOKENS), 4000
-    (texts,) = write_captions(model, [CODES], [5], count, options)
+    (texts,) = write_texts(model, [CODES], [5], count, options)
     counts = np.array([texts.count(ids) for ids in captions])
     assert counts.sum() == count, "nothing else is written"
     means = count * chances.numpy()
@@ -225,18 +227,20 @@ def test_captions_are_written_as_often_as_they_are_likely(
     chi_squared = ((counts - means) ** 2 / means)[often].sum()
     assert abs(chi_squared - often.sum()) < 4 * np.sqrt(2 * often.sum())
     # The numbers of a caption depend on the seed of its image alone.
-    several = write_captions(model, [CODES[::-1], CODES], [9, 5], 20, options)
-    assert several[1] == write_captions(model, [CODES], [5], 20, options)[0] != several[0]
+    several = write_texts(model, [CODES[::-1], CODES], [9, 5], 20, options)
+    assert several[1] == write_texts(model, [CODES], [5], 20, options)[0] != several[0]
 
 
 def test_a_caption_is_compared_with_the_others_or_with_the_greedy_one() -> None:
     rewards = torch.tensor([[1.0, 2.0, 6.0], [0.5, 0.5, 0.5]])
-    assert advantages_of(rewards, None).tolist() == [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]
+    others = advantages_of(rewards, "others")
+    assert others.tolist() == [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]
     greedy = torch.tensor([[2.0], [1.0]])
-    assert advantages_of(rewards, greedy).tolist() == [[-1.0, 0.0, 4.0], [-0.5, -0.5, -0.5]]
-    scaled = in_standard_deviations(advantages_of(100 * rewards, None))
-    assert scaled.square().mean().item() == pytest.approx(1)
-    assert torch.allclose(scaled, in_standard_deviations(advantages_of(rewards, None)))
+    expected = [[-1.0, 0.0, 4.0], [-0.5, -0.5, -0.5]]
+    assert advantages_of(rewards, "greedy", greedy).tolist() == expected
+    ours = scaled(advantages_of(100 * rewards, "others"), rewards, "batch")
+    assert ours.square().mean().item() == pytest.approx(1)
+    assert torch.allclose(ours, in_standard_deviations(others))
     for nothing in (torch.zeros(2, 3), torch.zeros(0, 3)):
         assert torch.equal(in_standard_deviations(nothing), nothing)
 

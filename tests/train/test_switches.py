@@ -110,7 +110,7 @@ def test_overfitting_sees_the_same_batches_in_every_epoch(work: Path, tmp_path: 
 def test_data_without_a_validation_split_train(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And say that nothing is held out. The model is that of the last step."""
+    """And with hold_out 0 say that nothing is held out. The model is that of the last step."""
     data, run = tmp_path / "data", tmp_path / "run"
     data.mkdir()
     for name in ("train-0000.tar", "LICENSE"):
@@ -118,7 +118,7 @@ def test_data_without_a_validation_split_train(
             shutil.copy(work / "scenes" / name, data)
     assert main(["data", "index", str(data)]) == 0
     fit = ["fit", "--config", str(work / "joint.yaml"), "--output", str(run)]
-    fit += ["--trainer.max_steps", "2"]
+    fit += ["--trainer.max_steps", "2", "--data.hold_out", "0"]
     assert main([*fit, "--data.folders", f"[{data}]"]) == 0
     error = capsys.readouterr().err
     assert "nothing is held out" in error and f"{run / 'model'}: step 2, the last" in error

@@ -373,4 +373,5 @@ def test_a_run_prints_nothing_useless(work: Path, tmp_path: Path) -> None:
     assert (run.returncode, run.stdout) == (0, ""), run.stderr
     useful = ("Seed set to", "GPU available", "parameters to train", "`Trainer.fit` stopped")
     useful += ("step 1 of 1", "validation at step 1 (the best", "run/model: step 1, the best of 1 ")
+    useful += ("energy of this start",)
     assert [line for line in run.stderr.splitlines() if not any(u in line for u in useful)] == []

@@ -29,7 +29,6 @@ from multimodal.data.shards import (
     write_manifest,
     write_tar,
 )
-from multimodal.eval.metrics.scene_drawings import complete_caption
 from multimodal.files import atomic_file, local_path
 from multimodal.inference.codec import encode_images, read_images
 from multimodal.inference.drawing import draw_codes
@@ -37,9 +36,9 @@ from multimodal.model.checkpoint import ModelParts
 from multimodal.model.lessons import descriptions_of
 from multimodal.options import DrawOptions, TextOptions
 from multimodal.seeds import sample_seed
-from multimodal.train.preferences.judges import Judge, completed, find_judge
-from multimodal.train.rewards.module import write_captions
-from multimodal.train.rewards.rewards import Reward, WrittenCaption, find_reward
+from multimodal.train.rewards.judges import Judge, completed, find_judge, text_to_draw
+from multimodal.train.rewards.rewards import Reward, WrittenText, find_reward
+from multimodal.train.rewards.tasks import write_texts
 
 SETTINGS = "job.json"
 CANDIDATES = "candidates.jsonl"
@@ -272,18 +271,14 @@ class CandidateMaker:
         except ValueError:
             made.reason = "an unreadable record"
             return None
-        texts = descriptions_of(record)
         if self.settings.judge == "scenes" and "scene" not in record:
             made.reason = "no scene to judge by"
         elif self.settings.kind == "drawings":
-            dice = torch.Generator().manual_seed(self._seed(made.key))
-            if self.settings.judge == "scenes":
-                texts = [text for text in [complete_caption(record)] if text]
-            if texts:
-                made.prompt = texts[int(torch.randint(len(texts), (), generator=dice))]
-            else:
+            of_scene = self.settings.judge == "scenes"
+            made.prompt = text_to_draw(record, of_scene, self._seed(made.key)) or ""
+            if not made.prompt:
                 made.reason = "no caption to draw after"
-        elif self.settings.judge == "cider" and not texts:
+        elif self.settings.judge == "cider" and not descriptions_of(record):
             made.reason = "no captions to compare with"
         return None if made.reason else record
 
@@ -311,10 +306,10 @@ class CandidateMaker:
             return
         seen = [model.read(codes[None])[0].numpy() for *_, codes in read]
         seeds = [self._seed(made.key) for made, *_ in read]
-        written = write_captions(model, seen, seeds, settings.candidates, settings.options)
+        written = write_texts(model, seen, seeds, settings.candidates, settings.options)
         eos, decode = model.vocabulary.eos, model.text_tokenizer.decode
         captions = [
-            WrittenCaption(
+            WrittenText(
                 decode([token for token in ids if token != eos]).strip(),
                 ids[-1] == eos,
                 record,

@@ -11,26 +11,24 @@ from itertools import chain, islice
 from typing import Any
 
 import numpy as np
-import torch
 
 from multimodal.data.documents import document_of
 from multimodal.data.shards import Shards
-from multimodal.model.network import MultimodalLM
 from multimodal.model.preference_loss import PreferenceConfig, Variant
 from multimodal.model.preferences import PreferenceBuilder, check_preferences
 from multimodal.model.training_batch import TrainingBatch, TrainingSample
 from multimodal.train.cost import training_flops
 from multimodal.train.examples import Examples, Note
-from multimodal.train.joint import JointModule
 from multimodal.train.preflight import SAMPLES, UNUSABLE
+from multimodal.train.reference import ReferencedModule
 
 
-class PreferenceModule(JointModule):
+class PreferenceModule(ReferencedModule):
     """Learns from pairs of answers about images, or of drawings, which of the two is better.
 
     Start it from the model that is to become better (``--init_from``): its weights are the
-    reference, too, which is frozen, kept in the checkpoints, and never exported. Data without
-    preferences may be mixed in: the joint losses learn from them.
+    reference, too (ReferencedModule). Data without preferences may be mixed in: the joint losses
+    learn from them.
 
     Args:
         variant: ``dpo``, ``ipo``, or ``kto``, which also learns from single answers that are
@@ -57,30 +55,9 @@ class PreferenceModule(JointModule):
         if lm_weight < 0:
             raise ValueError(f"lm_weight={lm_weight}: expected 0 or more")
         self.preferences = PreferenceBuilder(self.builder, config, lm_weight)
-        self.reference = MultimodalLM(self.network.config).requires_grad_(False)
-        self.reference.attention_backend = self.network.attention_backend
-        self.has_reference = False
-
-    def train(self, mode: bool = True) -> "PreferenceModule":
-        super().train(mode)
-        self.reference.eval()
-        return self
-
-    def init_from(self, folder: str) -> None:
-        super().init_from(folder)
-        self.reference.load_state_dict(self.network.state_dict())
-        self.has_reference = True
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.has_reference = True
+        self.keep_reference()
 
     def on_fit_start(self) -> None:
-        if not self.has_reference and not self.trainer.ckpt_path:
-            raise ValueError(
-                "preferences are learned against the weights that a run starts from: give a model "
-                "with --init_from"
-            )
         super().on_fit_start()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not self.trainer.ckpt_path:
@@ -126,6 +103,7 @@ class PreferenceModule(JointModule):
         samples = self.samples(batch)
         preferences = [self.preferences.of(sample) for sample in samples]
         completions, long = self.preferences.build(samples, preferences)
+        self.host_completions = completions.packed
         reason = f"its preference does not fit row_length={self.builder.row_length}"
         batch.notes += [Note(batch.sources[n], batch.keys[n], reason) for n in long]
         return replace(self.joint_batch(samples), completions=completions)
@@ -134,10 +112,10 @@ class PreferenceModule(JointModule):
         packed = super().pack(batch)
         completions = packed.completions
         assert completions is not None
-        with torch.no_grad():
-            reference = self.reference.log_probabilities(completions)
-        self.tokens += int((completions.packed.documents > 0).sum())
+        with self.as_reference() as network:
+            reference = network.log_probabilities(completions)
+        self.tokens += int((self.host_completions.documents > 0).sum())
         # A third more than training: the forward pass of the reference.
-        flops = training_flops(self.network.config.transformer, completions.packed)
+        flops = training_flops(self.network.config.transformer, self.host_completions)
         self.flops += 4 / 3 * flops
         return replace(packed, completions=replace(completions, reference=reference))

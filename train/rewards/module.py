@@ -1,201 +1,200 @@
-"""Reward training: the network writes captions, and those become likelier that were rewarded more.
+"""Reward training: the network writes or draws, and what was rewarded more becomes likelier.
 
-Self-critical sequence training (Rennie et al. 2017, arXiv:1612.00563). A caption is compared with
-the mean of the others of its image, or with the greedy caption. The joint loss goes on beside it,
-so that answers, search and drawings are not forgotten.
+Self-critical sequence training (Rennie et al. 2017, arXiv:1612.00563), and with the settings that
+are named so GRPO (Shao et al. 2024, arXiv:2402.03300). What the network makes of one sample is a
+group. The joint loss goes on beside it, so that nothing else is forgotten.
 
-Shapes: S images, k captions of each, n codes of an image.
+Shapes: S samples, k completions of each.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from itertools import chain, islice
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from multimodal.distributed import global_sum, mean_over_ranks
-from multimodal.inference.text import generate_ids
-from multimodal.model.checkpoint import ModelParts
-from multimodal.model.lessons import descriptions_of
-from multimodal.model.sequences import Ids, describe_prompt
-from multimodal.model.training_batch import TrainingBatch, TrainingSample
-from multimodal.options import TextOptions
+from multimodal.data.documents import document_of
+from multimodal.data.shards import Shards
+from multimodal.distributed import mean_over_ranks
+from multimodal.model.objectives import PolicyConfig
+from multimodal.model.training_batch import TrainingBatch, TrainingSample, Written
 from multimodal.train.examples import Examples
-from multimodal.train.joint import JointModule
-from multimodal.train.rewards.rewards import Reward, WrittenCaption, find_reward
+from multimodal.train.preflight import SAMPLES
+from multimodal.train.reference import ReferencedModule
+from multimodal.train.rewards.advantages import Baseline, ScaleRewards, advantages_of, scaled
+from multimodal.train.rewards.tasks import TASKS, Kind, Made, Prompt, reward_weights, short_name
 from multimodal.train.sharding import unsharded
 
-Captions = list[list[list[int]]]  # of each image, of each caption: ids
+# What a validation measures of a reward. The joint loss may rise while rewards do.
+BEST_BY = {"cider": "val/CIDEr:max", "exact": "val/answer_accuracy:max"}
 
 
-class RewardModule(JointModule):
-    """Rewards the captions that the network writes about images with captions.
+class RewardModule(ReferencedModule):
+    """Rewards what the network writes about images, or draws of texts.
 
-    Start it from a model that captions already (``--init_from``). In each step it writes captions,
-    without dropout. Their tokens are branches beside the captions of the data, so an image is read
-    once for all. Advantages count in standard deviations, so that rewards may have any scale.
+    Start it from a model that can do so already (``--init_from``). In each step it makes some of
+    each sample, without dropout. Their tokens are learned beside those of the data: texts are
+    branches beside the captions of the data, so an image is read once for all.
 
     Args:
-        reward: ``cider`` (CIDEr-D, with the end of the caption as a word), ``alignment`` (the
-            cosine of the model's own embeddings), ``scenes`` (which claims about a synthetic scene
-            are true, and how many of its objects are named), or ``FILE.py:FUNCTION``, a function
-            (captions: list[str], records: list[dict]) -> list[float]. A caption without an end is
-            an empty one for all but the first.
-        captions_written: of each image in each step.
-        temperature: at which they are written. Below 1 they are nearer to the greedy captions. A
-            model that was trained with label smoothing writes a wrong word often at 1.
-        baseline: what a caption is compared with, the ``others`` of its image or the ``greedy``
-            one.
+        reward: a name, or several with their weights, {cider: 1, alignment: 0.2}.
+            Of captions ``cider`` (CIDEr-D, with the end of the caption as a word), ``alignment``
+            (the cosine of the model's own embeddings), ``scenes`` (which claims about a synthetic
+            scene are true, and how many of its objects are named). Of answers ``exact`` (whether it
+            is that of the data). Of drawings ``alignment``, ``scenes`` (which named objects of a
+            synthetic scene are drawn). Of all ``FILE.py:FUNCTION``, a function
+            (texts: list[str], records: list[dict]) -> list[float], of drawings (texts, images:
+            list[PIL.Image.Image], records). A text without an end is an empty one for all but
+            ``cider``.
+        of: what is made and rewarded: ``captions``, ``answers`` or ``drawings``.
+        captions_written: how many captions, answers or drawings of each sample in each step.
+        temperature: at which they are made. Below 1 they are nearer to the greedy ones. A model
+            that was trained with label smoothing writes a wrong word often at 1.
+        baseline: what each is compared with, the mean of the ``others`` of its sample, that of the
+            whole ``group``, or the ``greedy`` one.
+        scale_rewards: what advantages are divided by: their root mean square in the ``batch``, the
+            standard deviation of the rewards in each ``group`` as in GRPO, or nothing (``none``).
+            With the first two rewards may have any scale.
+        beta: of the KL divergence to the reference, the weights that the run starts from.
         lm_weight: of the joint loss, that of JointModule.
-        max_tokens: of a written caption, with its end.
+        max_tokens: of a written text, with its end.
         joint: the arguments of JointModule.
     """
 
     def __init__(
         self,
-        reward: str = "cider",
+        reward: dict[str, float] | str = "cider",
+        of: Kind = "captions",
         captions_written: int = 5,
         temperature: float = 1.0,
-        baseline: Literal["others", "greedy"] = "others",
+        baseline: Baseline = "others",
+        scale_rewards: ScaleRewards = "batch",
+        beta: float = 0.0,
         lm_weight: float = 0.2,
         max_tokens: int = 24,
         **joint: Any,
     ) -> None:
         super().__init__(**joint)
-        least = 2 if baseline == "others" else 1
+        least = 1 if baseline == "greedy" and scale_rewards != "group" else 2
         if captions_written < least or temperature <= 0 or lm_weight < 0 or max_tokens < 2:
             raise ValueError(
                 f"captions_written={captions_written}, temperature={temperature}, lm_weight="
                 f"{lm_weight}, max_tokens={max_tokens}: expected at least {least}, more than 0, at "
                 "least 0 and 2"
             )
-        needed = 2 + len(self.builder.read) + captions_written * max_tokens
-        if self.builder.row_length < needed:
-            raise ValueError(
-                f"row_length={self.builder.row_length}: an image of {len(self.builder.read)} codes "
-                f"and {captions_written} captions of {max_tokens} tokens need {needed}, and a "
-                "caption of the data some more"
-            )
-        self.reward_name, self.captions_written = reward, captions_written
-        self.baseline, self.lm_weight = baseline, lm_weight
-        self.sampling = TextOptions(temperature=temperature, max_tokens=max_tokens)
-        self.greedy = TextOptions(max_tokens=max_tokens)
-        self.reward: Reward | None = None
-        # The joint loss may rise while rewards do. Of other rewards no validation knows.
-        self.best_by = "val/CIDEr:max" if reward == "cider" else "last"
+        self.policy = PolicyConfig(temperature, beta, lm_weight, of == "drawings")
+        self.weights = reward_weights(reward)
+        self.baseline, self.scale_rewards = baseline, scale_rewards
+        self.task = TASKS[of](
+            self.model, self.builder, list(self.weights), captions_written, max_tokens, temperature
+        )
+        needed, length = self.task.length(), self.builder.row_length
+        if length < needed:
+            what = f"a drawing of {len(self.builder.drawn)} codes needs {needed}, and its text"
+            if of != "drawings":
+                what = (
+                    f"an image of {len(self.builder.read)} codes and {captions_written} {of} of "
+                    f"{max_tokens} tokens need {needed}, and a text of the data"
+                )
+            raise ValueError(f"row_length={length}: {what} some more")
+        if beta:
+            self.keep_reference()
+        self.best_by = next((BEST_BY[name] for name in self.weights if name in BEST_BY), "last")
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.reward = find_reward(self.reward_name, self.model, data.shards(data.train_split))
+        shards = data.shards(data.train_split)
+        self.task.find_rewards(shards)
+        if not self.trainer.ckpt_path:
+            self._check_prompts(shards)
+
+    def _check_prompts(self, folders: Sequence[Shards]) -> None:
+        """Raises ``ValueError`` if nothing can be made of the first samples."""
+        for sample in chain(*(islice(folder, SAMPLES) for folder in folders)):
+            try:
+                document, record = document_of(sample), sample.record
+            except ValueError:
+                continue  # check_data has counted it
+            codes = np.zeros((1, self.builder.layout.codes_per_image), np.int64)
+            example = TrainingSample(sample.key, record, codes, 0, document)
+            if self.task.prompt(example) is not None:
+                return
+        raise ValueError(
+            f"none of the first {SAMPLES} samples of each folder has {self.task.needs} that fits "
+            f"row_length={self.builder.row_length}, so nothing could be rewarded by "
+            f"{', '.join(self.weights)}"
+        )
 
     def build(self, batch: Examples) -> TrainingBatch:
         if not self.training:
             return super().build(batch)
-        samples = self.write(self.samples(batch))
-        return self.builder.build(
-            samples, joint_weight=self.lm_weight, temperature=self.sampling.temperature
-        )
+        return self.builder.build(self.write(self.samples(batch)), policy=self.policy)
+
+    def pack(self, batch: Examples) -> TrainingBatch:
+        packed = super().pack(batch)
+        if packed.policy is None or not self.policy.beta:
+            return packed
+        with self.as_reference() as network:
+            hidden = network.hidden(packed.packed).flatten(0, 1)
+            head = network.transformer.lm_head.weight
+            reference = packed.policy.log_probabilities(hidden, head)
+        self.flops *= 4 / 3  # the forward pass of the reference
+        return replace(packed, policy=replace(packed.policy, reference=reference))
 
     def write(self, samples: Sequence[TrainingSample]) -> list[TrainingSample]:
-        """The samples with captions that the network wrote, and their advantages."""
-        described = [s for s in samples if not s.document and descriptions_of(s.record)]
-        seeds = [sample.seed for sample in described]
-        codes = [sample.codes[0][self.builder.read] for sample in described]
+        """The samples with what the network made of them, and its advantages."""
+        found = [self.task.prompt(sample) for sample in samples]
+        prompts = [prompt for prompt in found if prompt is not None]
         greedy = None
         self.network.eval()
         try:
             with unsharded(self.network):
-                captions = write_captions(
-                    self.model, codes, seeds, self.captions_written, self.sampling
-                )
-                rewards = self.judge(described, captions)
+                made = self.task.make(prompts)
+                rewards = self.judge(prompts, made)
                 if self.baseline == "greedy" or self.is_logged:
-                    single = write_captions(self.model, codes, seeds, 1, self.greedy)
-                    greedy = self.judge(described, single)
+                    greedy = self.judge(prompts, self.task.make(prompts, greedy=True))["reward"]
         finally:
             self.network.train()
-        self._log_written(captions, rewards, greedy)
-        advantages = advantages_of(rewards, greedy if self.baseline == "greedy" else None)
-        scaled: list[list[float]] = in_standard_deviations(advantages).tolist()
+        self._log_written(made, rewards, greedy)
+        total = rewards["reward"]
+        advantages = advantages_of(total, self.baseline, greedy)
+        values = scaled(advantages, total, self.scale_rewards).tolist()
         written = {
-            id(sample): list(zip(texts, values, strict=True))
-            for sample, texts, values in zip(described, captions, scaled, strict=True)
+            id(prompt.sample): [
+                Written(ids, advantage, prompt.ids)
+                for ids, advantage in zip(group, of_group, strict=True)
+            ]
+            for prompt, group, of_group in zip(prompts, made, values, strict=True)
         }
         return [replace(sample, written=written.get(id(sample), ())) for sample in samples]
 
-    def judge(self, samples: Sequence[TrainingSample], captions: Captions) -> Tensor:
-        """float32[S, k]: the rewards of captions."""
-        assert self.reward is not None, "on_fit_start finds it"
-        if not samples:
-            return torch.zeros(0, self.captions_written, device=self.device)
-        decode, eos = self.model.text_tokenizer.decode, self.network.vocabulary.eos
-        written = [
-            WrittenCaption(
-                decode([token for token in ids if token != eos]).strip(),
-                ids[-1] == eos,
-                sample.record,
-                sample.codes[0],
-                sample.source,
-            )
-            for sample, texts in zip(samples, captions, strict=True)
-            for ids in texts
-        ]
-        rewards = torch.tensor(list(self.reward(written)), dtype=torch.float32, device=self.device)
-        return rewards.view(len(samples), -1)
+    def judge(self, prompts: Sequence[Prompt], made: Made) -> dict[str, Tensor]:
+        """Their weighted sum as ``reward``, and if there are several each: float32[S, k]."""
+        shape = (len(prompts), len(made[0]) if made else self.task.count)
 
-    def _log_written(self, captions: Captions, rewards: Tensor, greedy: Tensor | None) -> None:
-        texts = [tuple(ids) for each in captions for ids in each]
-        count, eos = max(1, len(texts)), self.network.vocabulary.eos
-        values = {
-            "reward": float(rewards.sum()) / count,
-            "written_tokens": sum(map(len, texts)) / count,
-            "written_distinct": len(set(texts)) / count,
-            "written_unended": sum(text[-1] != eos for text in texts) / count,
-        }
+        def tensor(values: Sequence[float]) -> Tensor:
+            return torch.tensor(list(values), dtype=torch.float32, device=self.device).view(shape)
+
+        judged = self.task.judge(prompts, made) if prompts else {}
+        rewards = {name: tensor(judged.get(name, ())) for name in self.weights}
+        total = torch.stack([w * rewards[name] for name, w in self.weights.items()]).sum(0)
+        named = {f"reward/{short_name(name)}": each for name, each in rewards.items()}
+        return {"reward": total, **(named if len(named) > 1 else {})}
+
+    def _log_written(self, made: Made, rewards: dict[str, Tensor], greedy: Tensor | None) -> None:
+        all_ids = [tuple(ids) for group in made for ids in group]
+        count, eos = max(1, len(all_ids)), self.network.vocabulary.eos
+        values = {name: float(each.sum()) / count for name, each in rewards.items()}
+        values["written_distinct"] = len(set(all_ids)) / count
+        if not self.policy.drawings:
+            values["written_tokens"] = sum(map(len, all_ids)) / count
+            values["written_unended"] = sum(ids[-1] != eos for ids in all_ids) / count
         if greedy is not None:
             values["reward_greedy"] = float(greedy.sum()) / max(1, len(greedy))
         parts = {name: torch.tensor(value, device=self.device) for name, value in values.items()}
         means = mean_over_ranks(parts)
         self.log_dict({f"train/{name}": value for name, value in means.items()})
-
-
-def write_captions(
-    model: ModelParts, codes: Sequence[Ids], seeds: Sequence[int], count: int, options: TextOptions
-) -> Captions:
-    """Write captions of each image: ids with <eos>, if it came within ``max_tokens`` tokens.
-
-    Args:
-        codes: of S images those that are read, int64[n] each.
-        seeds: S numbers. The random numbers of an image's captions depend on its seed.
-        count: k.
-    """
-    if not len(codes):
-        return []
-    prompts = [describe_prompt(model.vocabulary, image) for image in codes for _ in range(count)]
-    numbers = [seed * count + number for seed in seeds for number in range(count)]
-    texts = generate_ids(model, prompts, options, numbers)
-    end = [model.vocabulary.eos]
-    texts = [ids + end if len(ids) < options.max_tokens else ids for ids in texts]
-    return [texts[start : start + count] for start in range(0, len(texts), count)]
-
-
-def advantages_of(rewards: Tensor, greedy: Tensor | None) -> Tensor:
-    """How much better each caption is than expected: float32[S, k] -> float32[S, k].
-
-    Args:
-        greedy: float32[S, 1], the reward of the greedy captions. None: the mean of the k - 1 others
-            of the image. Both are independent of the caption, so neither biases the gradient.
-    """
-    if greedy is not None:
-        return rewards - greedy
-    others = rewards.sum(1, keepdim=True) - rewards
-    return rewards - others / (rewards.shape[1] - 1)
-
-
-def in_standard_deviations(advantages: Tensor) -> Tensor:
-    """Advantages over their root mean square on all ranks, which may be 0: float32[S, k]."""
-    count = torch.tensor(float(advantages.numel()), device=advantages.device)
-    squares, total = global_sum(torch.stack([advantages.square().sum(), count]))
-    return advantages / (squares / total.clamp(min=1)).sqrt().clamp(min=1e-6)

@@ -1,20 +1,22 @@
-"""Rewards of captions: CIDEr, the model's own alignment, true claims, or a function in a file.
+"""Rewards of texts about images: of captions CIDEr, the model's own alignment and true claims, of
+answers whether they are right, and of both a function in a file.
 
-A caption that does not end within its tokens has no end for a reward to judge. CIDEr counts the end
-as a word, so such a caption misses one. To the others it is an empty text. Without this a captioner
+A text that does not end within its tokens has no end for a reward to judge. CIDEr counts the end as
+a word, so such a caption misses one. To the others it is an empty text. Without this a captioner
 learns to stop in the middle: "a man riding a" (Hu et al. 2023, arXiv:2305.12254).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from multimodal.data.shards import Shards
+from multimodal.eval.metrics.answering import same_answer
 from multimodal.eval.metrics.cider import CaptionSpace, similarities
 from multimodal.eval.metrics.penn_treebank import ptb_tokenize
 from multimodal.eval.metrics.scene_captions import claims_score
@@ -25,20 +27,22 @@ from multimodal.model.sequences import Ids
 from multimodal.plugins import from_file
 
 END = "<eos>"  # the word for the end of a caption
-REWARDS = ("cider", "alignment", "scenes")
+REWARDS = {"captions": ("cider", "alignment", "scenes"), "answers": ("exact",)}
 MAX_PICTURES = 100_000  # of each folder, the first ones: words are counted in their captions
 
 
 @dataclass(frozen=True)
-class WrittenCaption:
-    """A caption that the network wrote.
+class WrittenText:
+    """A caption, or an answer to a question, that the network wrote.
 
     Args:
-        text: the caption.
+        text: the caption or the answer.
         ended: whether the network ended it.
         record: what ``KEY.json`` holds about the image.
         codes: int64[n], of the image.
         source: the number of the folder that the image is from.
+        question: that it answers. Empty for a caption.
+        answer: that is expected.
     """
 
     text: str
@@ -46,9 +50,17 @@ class WrittenCaption:
     record: Mapping[str, Any]
     codes: Ids
     source: int = 0
+    question: str = ""
+    answer: str = ""
+
+    @property
+    def judged(self) -> str:
+        """The text, or an empty one if it has no end."""
+        return self.text if self.ended else ""
 
 
-Reward = Callable[[Sequence[WrittenCaption]], Sequence[float]]
+Reward = Callable[[Sequence[WrittenText]], Sequence[float]]
+TextKind = Literal["captions", "answers"]
 
 
 class CiderReward:
@@ -66,7 +78,7 @@ class CiderReward:
         ended = [[[_ended(text) for text in each] for each in folder] for folder in captions]
         self.spaces = [CaptionSpace(folder) for folder in ended]
 
-    def __call__(self, captions: Sequence[WrittenCaption]) -> list[float]:
+    def __call__(self, captions: Sequence[WrittenText]) -> list[float]:
         rewards = np.zeros(len(captions))
         for source in {caption.source for caption in captions}:
             rows = [row for row, caption in enumerate(captions) if caption.source == source]
@@ -75,7 +87,7 @@ class CiderReward:
         return values
 
     def _of_folder(
-        self, space: CaptionSpace, captions: Sequence[WrittenCaption]
+        self, space: CaptionSpace, captions: Sequence[WrittenText]
     ) -> NDArray[np.float64]:
         images = {id(caption.record): caption.record for caption in captions}
         references = {name: descriptions_of(record) for name, record in images.items()}
@@ -98,11 +110,11 @@ class AlignmentReward:
     def __init__(self, model: ModelParts) -> None:
         self.model = model
 
-    def __call__(self, captions: Sequence[WrittenCaption]) -> list[float]:
+    def __call__(self, captions: Sequence[WrittenText]) -> list[float]:
         codes = {id(caption.record): caption.codes for caption in captions}
         rows = {name: row for row, name in enumerate(codes)}
         images = embed_codes(self.model, torch.from_numpy(np.stack(list(codes.values()))))
-        judged = [caption.text if caption.ended else "" for caption in captions]
+        judged = [caption.judged for caption in captions]
         texts = embed_texts(self.model, [text or "?" for text in judged])
         own = images[[rows[id(caption.record)] for caption in captions]]
         cosines = (own * texts).sum(-1).tolist()
@@ -110,48 +122,63 @@ class AlignmentReward:
 
 
 class FunctionReward:
-    """A function of a user: (captions: list[str], records: list[dict]) -> a number for each."""
+    """A function of a user: (texts: list[str], records: list[dict]) -> a number for each.
+
+    The record of an answer has its ``question`` and the expected ``answer``, too.
+    """
 
     def __init__(
         self, function: Callable[[list[str], list[dict[str, Any]]], Sequence[float]], name: str
     ) -> None:
         self.function, self.name = function, name
 
-    def __call__(self, captions: Sequence[WrittenCaption]) -> list[float]:
-        texts = [caption.text if caption.ended else "" for caption in captions]
-        values = self.function(texts, [dict(caption.record) for caption in captions])
+    def __call__(self, written: Sequence[WrittenText]) -> list[float]:
+        records = [dict(each.record) for each in written]
+        for record, each in zip(records, written, strict=True):
+            if each.question:
+                record |= {"question": each.question, "answer": each.answer}
+        values = self.function([each.judged for each in written], records)
         rewards = [float(value) for value in values]
-        if len(rewards) != len(texts) or not np.isfinite(rewards).all():
+        if len(rewards) != len(written) or not np.isfinite(rewards).all():
             raise ValueError(
-                f"{self.name}: gave {len(rewards)} rewards ({rewards[:5]} ...) for {len(texts)} "
-                "captions: expected a finite number for each"
+                f"{self.name}: gave {len(rewards)} rewards ({rewards[:5]} ...) for {len(written)} "
+                "texts: expected a finite number for each"
             )
         return rewards
 
 
-def scene_reward(captions: Sequence[WrittenCaption]) -> list[float]:
+def scene_reward(captions: Sequence[WrittenText]) -> list[float]:
     """Which claims of captions of scenes are true, and how complete they are: in [0, 1]."""
-    return [claims_score(c.text if c.ended else "", c.record) for c in captions]
+    return [claims_score(caption.judged, caption.record) for caption in captions]
 
 
-def find_reward(name: str, model: ModelParts, shards: Sequence[Shards]) -> Reward:
+def exact_reward(answers: Sequence[WrittenText]) -> list[float]:
+    """1 for an answer that is the expected one, as VQA compares them, and 0 for any other."""
+    return [float(same_answer(answer.answer, answer.judged)) for answer in answers]
+
+
+def find_reward(
+    name: str, model: ModelParts, shards: Sequence[Shards], of: TextKind = "captions"
+) -> Reward:
     """The reward of a name.
 
     Args:
         name: one of REWARDS, or ``FILE.py:FUNCTION``.
         model: whose alignment it is.
         shards: the training data, a source each, whose captions CIDEr counts.
+        of: what it judges.
 
     Raises:
         ValueError: if there is no such reward, or no caption to count in.
     """
+    if name not in REWARDS[of]:
+        return FunctionReward(from_file(name, f"reward of {of}", REWARDS[of], "FUNCTION"), name)
+    if name == "exact":
+        return exact_reward
     if name == "alignment":
         return AlignmentReward(model)
     if name == "scenes":
         return scene_reward
-    if name != "cider":
-        function = from_file(name, "reward", REWARDS, "FUNCTION")
-        return FunctionReward(function, name)
     captions = [
         [
             described

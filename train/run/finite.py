@@ -37,7 +37,7 @@ class FiniteLoss(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any
     ) -> None:
         loss = outputs["loss"].detach()
-        step = torch.tensor(trainer.global_step, device=loss.device)
+        step = torch.full((), trainer.global_step, device=loss.device)
         before = torch.full_like(step, -1) if self._bad_since is None else self._bad_since
         first = torch.where(before < 0, step, before)
         self._bad_since = torch.where(loss.isfinite(), torch.full_like(step, -1), first)

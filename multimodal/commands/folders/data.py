@@ -15,6 +15,7 @@ from multimodal.commands.options import add_engine
 from multimodal.data.indexing import index_folder
 from multimodal.data.shards import Shards, read_manifest
 from multimodal.data.verify import check, check_contents, check_text
+from multimodal.files import write_json
 from multimodal.terminal import one_line
 
 FIRST_SAMPLES = 256  # whose texts `data index` reads
@@ -30,6 +31,7 @@ EPILOG = """examples:
   multimodal data index /data/laion             # existing tars: nothing is rewritten
   multimodal data index /read/only --out mine/  # the same, with links to the tars
   multimodal data check shards/
+  multimodal data card shards/ --out croissant.json
   multimodal data duplicates shards/            # copies, also those between train and val
   multimodal data questions shards/ asked/      # is there a dog? from the captions
   multimodal data scenes scenes/ --count 2000 --seed 0
@@ -58,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(
-        metavar="build|index|check|duplicates|questions|scenes", required=True
+        metavar="build|index|check|card|duplicates|questions|scenes", required=True
     )
 
     _add_build(verbs.add_parser)
@@ -71,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("folder", metavar="DIR", type=Path)
     check.add_argument("--decode", action="store_true", help="also decode every image and text")
     check.set_defaults(run=_check)
+
+    card = verbs.add_parser(
+        "card", help="what a shard folder holds as Croissant JSON-LD: source, licence, counts"
+    )
+    card.add_argument("folder", metavar="DIR", type=Path)
+    card.add_argument("--name", default="", help="of the data (default: that of the folder)")
+    card.add_argument("--out", type=Path, metavar="FILE", help="by default it is printed")
+    card.set_defaults(run=_card)
 
     duplicates = verbs.add_parser(
         "duplicates",
@@ -289,6 +299,18 @@ def _check(arguments: argparse.Namespace) -> int:
     manifest = read_manifest(folder)
     count = sum(entry["samples"] for entry in manifest["shards"])
     print(f"{folder}: all is well, {len(manifest['shards'])} shards, {count:,} samples")
+    return 0
+
+
+def _card(arguments: argparse.Namespace) -> int:
+    from multimodal.origin.data_card import data_card
+
+    card = data_card(arguments.folder, arguments.name)
+    if arguments.out is None:
+        print(json.dumps(card, ensure_ascii=False, indent=1))
+        return 0
+    write_json(arguments.out, card)
+    print(arguments.out)
     return 0
 
 

@@ -1,12 +1,14 @@
 """``multimodal export``: a model folder for other engines, or as a smaller one."""
 
 import argparse
+from pathlib import Path
 
 EXAMPLES = """examples:
   multimodal export hf runs/joint/model exported
   multimodal export hf runs/joint/model exported --dtype bfloat16
   multimodal export gguf runs/joint/model model.gguf --dtype q8_0
   multimodal export onnx runs/joint/model image-tokenizer
+  multimodal export bom runs/joint/model bom.json
   multimodal export model runs/joint/model smaller --dtype bfloat16
   multimodal export model runs/joint/checkpoints/last.ckpt model
 """
@@ -39,6 +41,19 @@ def export_onnx(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def export_bom(arguments: argparse.Namespace) -> int:
+    from multimodal.files import write_json
+    from multimodal.hub.names import find_model
+    from multimodal.origin.bom import bill_of_materials
+
+    bill = bill_of_materials(find_model(arguments.model))
+    if arguments.out.exists():
+        raise ValueError(f"{arguments.out}: exists; choose another name")
+    write_json(arguments.out, bill)
+    print(arguments.out)
+    return 0
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="multimodal export",
@@ -46,7 +61,7 @@ def main(argv: list[str]) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = parser.add_subparsers(required=True, metavar="hf|gguf|onnx|model")
+    kinds = parser.add_subparsers(required=True, metavar="hf|gguf|onnx|bom|model")
     hf = kinds.add_parser(
         "hf",
         help="a stock folder (Qwen3, Qwen2, Llama) for transformers, vLLM, SGLang and the like",
@@ -68,6 +83,12 @@ def main(argv: list[str]) -> int:
     onnx.add_argument("model", metavar="MODEL", help="an image tokenizer, or a model that has one")
     onnx.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")
     onnx.set_defaults(run=export_onnx)
+    bom = kinds.add_parser(
+        "bom", help="a bill of materials (CycloneDX 1.6): files, data, models, licences"
+    )
+    bom.add_argument("model", metavar="MODEL", help="the model folder")
+    bom.add_argument("out", metavar="OUT", type=Path, help="the JSON file to write; new")
+    bom.set_defaults(run=export_bom)
     kinds.add_parser(  # multimodal.train.export answers it
         "model", help="a model folder of a training checkpoint, or a smaller one of a model folder"
     )

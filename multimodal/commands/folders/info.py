@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
 
 def describe(folder: Path) -> dict[str, Any]:
     """The facts about a folder of a model, an image tokenizer or shards. Raises ``ValueError``."""
-    from multimodal.data.remote import local_folder
+    from multimodal.data.remote.folder import local_folder
     from multimodal.hub.address import HUB_ADDRESS
     from multimodal.hub.names import find_model
 

@@ -19,14 +19,9 @@ from typing import Any
 
 from multimodal.data.documents import image_suffixes, is_plain_text
 from multimodal.data.formats.tar import only_zeros, read_members
+from multimodal.data.members import MAX_PADDING, OTHER_MEMBERS, split_name
 from multimodal.data.samples import RECORD_MEMBERS, Sample
-from multimodal.data.shards import (
-    MAX_PADDING,
-    OTHER_MEMBERS,
-    DamagedShard,
-    read_index,
-    split_name,
-)
+from multimodal.data.shards import DamagedShard, read_index
 from multimodal.data.tables.records import Slice
 from multimodal.files import MAX_FILE, UnreadableFile, atomic_file, open_file
 

@@ -72,9 +72,16 @@ def attention_mask(documents: Tensor, blocks: Tensor, branches: Tensor | None = 
     return sees[:, None]
 
 
+def visible(positions: Tensor, columns: int) -> Tensor:
+    """bool[B, 1, 1, columns]: what single tokens at positions of a cache see.
+
+    positions: int64[B, 1].
+    """
+    return (torch.arange(columns, device=positions.device) <= positions)[:, None, None]
+
+
 def block_mask(documents: Tensor, blocks: Tensor, branches: Tensor) -> "BlockMask":
     """The same rule for FlexAttention. Arguments as for ``attention_mask``."""
-    from torch.nn.attention.flex_attention import create_block_mask
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same_document = documents[b, query] == documents[b, key]
@@ -83,7 +90,16 @@ def block_mask(documents: Tensor, blocks: Tensor, branches: Tensor) -> "BlockMas
         return same_document & same_branch & ((key <= query) | same_block)
 
     rows, length = documents.shape
-    return create_block_mask(sees, rows, None, length, length, device=documents.device.type)
+    make = _create_block_mask(documents.is_cuda)
+    return make(sees, rows, None, length, length, device=documents.device.type)
+
+
+@lru_cache
+def _create_block_mask(compiled: bool) -> "Callable[..., BlockMask]":
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    # Not compiled it would write the whole mask to memory.
+    return torch.compile(create_block_mask) if compiled else create_block_mask
 
 
 @lru_cache
@@ -274,6 +290,11 @@ class KVCache:
     def capacity(self) -> int:
         """How many tokens it can hold."""
         return self.keys[0].shape[2]
+
+    @property
+    def address(self) -> int:
+        """Where its memory is."""
+        return self._whole[0][0].data_ptr()
 
     @property
     def most_rows(self) -> int:

@@ -1,9 +1,9 @@
 """The transformer's forward passes of inference, compiled by torch.
 
 A compiled step is a handful of kernels. For few rows it has static shapes: the whole cache, with a
-mask over the slots that are not filled. On a GPU it is then a CUDA graph. For many rows, for
-prompts and for the codes of a drawing it serves any shape. Each form takes ten to thirty seconds to
-compile when it is first called.
+mask over the slots that are not filled. For many rows, for prompts and for the codes of a drawing
+it serves any shape. Each form takes ten to thirty seconds to compile when it is first called. On a
+CUDA device steps are graphs instead (model/layers/graphs.py).
 """
 
 from collections.abc import Callable
@@ -43,21 +43,9 @@ class CompiledForward:
     def of(cls, transformer: Transformer) -> "CompiledForward":
         config = torch._dynamo.config
         config.recompile_limit = max(RECOMPILE_LIMIT, config.recompile_limit)
-        mode = "reduce-overhead" if transformer.embed_tokens.weight.is_cuda else "default"
         return cls(
-            step=torch.compile(transformer.forward_token, dynamic=False, mode=mode),
+            step=torch.compile(transformer.forward_token, dynamic=False),
             step_dynamic=torch.compile(transformer.forward_token, dynamic=True),
             prompt=torch.compile(transformer.forward_prompt, dynamic=True),
             block=torch.compile(transformer.forward, dynamic=True),
         )
-
-
-def mark_static_addresses(cache: KVCache) -> None:
-    """Tell torch that a cache on a GPU stays where it is.
-
-    Only then can a function that writes to it become a CUDA graph. A cache at another address is
-    recorded as a new graph. Nothing is done on a CPU.
-    """
-    if cache.keys[0].is_cuda:
-        for tensor in (*cache.keys, *cache.values):
-            torch._dynamo.mark_static_address(tensor, guard=False)

@@ -345,6 +345,11 @@ class Transformer(nn.Module):
             x = layer.forward_token(x, (cos, sin), mask, keys[number], values[number], slots, exact)
         return self.norm(x)
 
+    def compile_layers(self) -> None:
+        """torch.compile of each layer. They are alike, so it compiles one of them."""
+        for layer in self.layers:
+            layer.compile()
+
     @property
     def active_parameters(self) -> int:
         """Number of the parameters that a token goes through: without the experts it leaves out."""

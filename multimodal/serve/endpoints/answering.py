@@ -22,6 +22,7 @@ from multimodal.serve.endpoints.noting import Note, digest_of
 from multimodal.serve.endpoints.screening import CODE, Screening
 from multimodal.serve.engine.engine import Engine
 from multimodal.serve.engine.errors import ApiError
+from multimodal.serve.engine.pictures import Credentials
 from multimodal.serve.engine.scheduler import Decoding, Steps
 
 Scored: TypeAlias = tuple[int, float, Sequence[tuple[int, float]]]
@@ -73,6 +74,7 @@ class Choice:
         tokens: those that may be shown.
         reason: why it ended, as OpenAI says it.
         fallback: ``why`` it is not from the model that was asked, and ``by`` whom it is.
+        credentials: of its images, if they are signed.
     """
 
     number: int
@@ -80,11 +82,13 @@ class Choice:
     tokens: Sequence[Scored] = ()
     reason: str = "stop"
     fallback: dict[str, str] | None = None
+    credentials: Credentials | None = None
 
     @classmethod
-    def of(cls, row: ChatRow) -> Self:
+    def of(cls, row: ChatRow, chat: Chat) -> Self:
         reason = "length" if row.reply.ended == "length" else "stop"
-        return cls(row.number, row.reply.parts, row.tokens, reason)
+        parts, credentials = row.reply.parts, chat.credentials
+        return cls(row.number, parts, row.tokens, reason, credentials=credentials)
 
     @classmethod
     def fixed(cls, number: int, answer: str, why: Why, by: str = "") -> Self:
@@ -202,7 +206,7 @@ async def _judge(
     """What may be sent of rows by their numbers, and which of them need a fallback."""
     engine, choices, left = chat.engine, dict[int, Choice](), dict[int, Why]()
     for row in rows:
-        choice = Choice.of(row)
+        choice = Choice.of(row, chat)
         if chat.kind == "text" and _is_unsure(row, engine.settings.unsure):
             left[row.number] = "unsure"
         if engine.filters.has("reply"):

@@ -20,7 +20,7 @@ from multimodal.serve.endpoints.screening import Screening
 from multimodal.serve.engine.engine import Engine, Engines
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.messages import ImageUrl, Message, Template, message_parts
-from multimodal.serve.engine.pictures import read_image_url
+from multimodal.serve.engine.pictures import Credentials, read_image_url
 
 MAX_SCHEMA = 1 << 16  # characters
 Nothing = Annotated[float, Between(0, 0)]
@@ -91,6 +91,11 @@ class Chat:
     def count(self) -> int:
         """How many replies are asked for."""
         return self.request.n or 1
+
+    @property
+    def credentials(self) -> Credentials | None:
+        """Those of images that its model draws."""
+        return self.engine.credentials("\n".join(x for x in self.parts if isinstance(x, str)))
 
     async def asked_of(self, engine: Engine) -> Self:
         """The same for another model, which has other templates and sizes of images."""

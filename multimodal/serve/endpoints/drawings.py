@@ -24,6 +24,7 @@ from multimodal.inference.codec import UNKNOWN, decode_images, preview_images
 from multimodal.inference.drawing import ImageRow, guided_prompts, masked_steps
 from multimodal.inference.editing import edit_steps
 from multimodal.options import MAX_STEPS, DrawOptions, Method, Schedule
+from multimodal.origin.credentials import PARTLY_DRAWN
 from multimodal.schemas import Between
 from multimodal.serve.endpoints.bodies import Ignored, asked, read_body
 from multimodal.serve.endpoints.bridge import Disconnected, Piece, Result, events, result_of
@@ -32,7 +33,13 @@ from multimodal.serve.endpoints.screening import Screening
 from multimodal.serve.endpoints.streams import event_stream, server_sent
 from multimodal.serve.engine.engine import Engine, Engines
 from multimodal.serve.engine.errors import ApiError
-from multimodal.serve.engine.pictures import OutputFormat, read_image, read_transparency, to_base64
+from multimodal.serve.engine.pictures import (
+    Credentials,
+    OutputFormat,
+    read_image,
+    read_transparency,
+    to_base64,
+)
 from multimodal.serve.engine.scheduler import Decoding, Steps
 
 MAX_SIDE = 4096
@@ -85,6 +92,7 @@ class Look:
     size: tuple[int, int] | None
     kind: OutputFormat
     quality: int
+    credentials: Credentials | None = None
 
     @classmethod
     def of(cls, request: ImageRequest) -> "Look":
@@ -102,7 +110,7 @@ class Look:
     def send(self, image: Image.Image) -> str:
         if self.size is not None and self.size != image.size:
             image = image.resize(self.size, Image.Resampling.BICUBIC)
-        return to_base64(image, self.kind, self.quality)
+        return to_base64(image, self.kind, self.quality, self.credentials)
 
 
 def _checked(request: ImageRequest, engine: Engine) -> tuple[DrawOptions, Look]:
@@ -144,6 +152,7 @@ async def images_generations(request: Request, engines: Engines) -> Response:
     options, look = _checked(drawing, engine)
     _note(request, drawing, engine, options.seed)
     drawing = await _screened(request, drawing, engine)
+    look = replace(look, credentials=engine.credentials(drawing.prompt))
     steps = draw_steps(engine, drawing, options)
     return await _respond(request, engine, drawing, look, steps, "image_generation")
 
@@ -155,6 +164,7 @@ async def images_edits(request: Request, engines: Engines) -> Response:
     digests = [digest_of(each.tobytes()) for each in (image, mask)]
     _note(request, editing, engine, options.seed, digests)
     editing = await _screened(request, editing, engine, [image])
+    look = replace(look, credentials=engine.credentials(editing.prompt, PARTLY_DRAWN))
     if options.method == "causal" and editing.method is not None:
         raise ApiError(400, "method: a part of an image is drawn by masks", param="method")
 

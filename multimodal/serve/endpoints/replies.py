@@ -20,29 +20,30 @@ from multimodal.serve.endpoints.bridge import Result, events
 from multimodal.serve.endpoints.noting import Note
 from multimodal.serve.endpoints.streams import server_sent
 from multimodal.serve.engine.engine import Engine
-from multimodal.serve.engine.pictures import to_base64
+from multimodal.serve.engine.pictures import Credentials, to_base64
 
 
 def choice_of(choice: Choice, engine: Engine, scored: bool) -> dict[str, Any]:
     """A choice of a whole reply. scored: with the log probabilities of its tokens."""
     whole = {
         "index": choice.number,
-        "message": _message(choice.parts),
+        "message": _message(choice),
         "logprobs": logprobs(choice.tokens, engine) if scored else None,
         "finish_reason": choice.reason,
     }
     return whole if choice.fallback is None else {**whole, "fallback": choice.fallback}
 
 
-def _message(parts: Sequence[str | Image.Image]) -> dict[str, Any]:
-    texts = [part for part in parts if isinstance(part, str)]
-    images = [_image(part) for part in parts if not isinstance(part, str)]
+def _message(choice: Choice) -> dict[str, Any]:
+    texts = [part for part in choice.parts if isinstance(part, str)]
+    drawn = [part for part in choice.parts if not isinstance(part, str)]
+    images = [_image(image, choice.credentials) for image in drawn]
     message = {"role": "assistant", "content": "\n".join(texts), "refusal": None}
     return {**message, "images": images} if images else message
 
 
-def _image(image: Image.Image) -> dict[str, Any]:
-    url = f"data:image/png;base64,{to_base64(image)}"
+def _image(image: Image.Image, credentials: Credentials | None) -> dict[str, Any]:
+    url = f"data:image/png;base64,{to_base64(image, credentials=credentials)}"
     return {"type": "image_url", "image_url": {"url": url}}
 
 
@@ -124,14 +125,14 @@ class ChatStream:
         if self.held:
             return
         if isinstance(piece, Image.Image):
-            yield self._chunk(row.number, {"images": [_image(piece)]})
+            yield self._chunk(row.number, {"images": [_image(piece, self.chat.credentials)]})
         elif isinstance(piece, str) and (text := self.edges[row.number](piece)):
             yield self._chunk(row.number, {"content": text}, row.tokens)
 
     def _end(self, choice: Choice) -> Iterator[bytes]:
         yield from self._begin(choice.number)
         if self.held:
-            message = _message(choice.parts)
+            message = _message(choice)
             whole = {key: message[key] for key in ("content", "images") if message.get(key)}
             yield self._chunk(choice.number, whole, choice.tokens)
         yield self._chunk(choice.number, {}, choice.tokens, choice)

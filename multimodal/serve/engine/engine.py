@@ -20,8 +20,10 @@ from multimodal.filters.rules import Filters
 from multimodal.inference.codec import UNKNOWN
 from multimodal.inference.json_schema import Schema, token_bytes
 from multimodal.inference.mixed import Grammar, MixedRow, image_ids
+from multimodal.origin.credentials import DRAWN, Drawing, Signer
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.metrics import Metrics
+from multimodal.serve.engine.pictures import Credentials
 from multimodal.serve.engine.scheduler import Scheduler
 from multimodal.serve.engine.settings import Settings
 
@@ -54,6 +56,7 @@ class Engines:
         metrics: counts tokens, and looks at the scheduler.
         filters: rules for prompts and replies.
         fallback: another model, which answers where one of these cannot.
+        signer: of images that are drawn.
     """
 
     def __init__(
@@ -63,8 +66,10 @@ class Engines:
         metrics: Metrics,
         filters: Filters,
         fallback: tuple[str, Model] | None = None,
+        signer: Signer | None = None,
     ) -> None:
         self.settings, self.metrics, self.filters = settings, metrics, filters
+        self.signer = signer
         self.scheduler = Scheduler(settings.rows, settings.requests, settings.prefix_bytes)
         self.readers = asyncio.Semaphore(READERS)
         metrics.watch(self.scheduler)
@@ -147,6 +152,13 @@ class Engine:
     @cached_property
     def fingerprint(self) -> str:
         return self.model.fingerprint
+
+    def credentials(self, prompt: str, source_type: str = DRAWN) -> Credentials | None:
+        """Those of images that are drawn after a prompt, if they are signed at all."""
+        signer = self.engines.signer
+        if signer is None:
+            return None
+        return Credentials(signer, Drawing.of(self.fingerprint, prompt, source_type))
 
     @cached_property
     def token_bytes(self) -> list[bytes]:

@@ -4,11 +4,13 @@ import base64
 import binascii
 import io
 import re
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from PIL import Image
 
 from multimodal.data.images import open_header, open_image
+from multimodal.origin.credentials import Drawing, Signer
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.fetch import fetch
 from multimodal.serve.engine.settings import Settings
@@ -86,12 +88,29 @@ def check_pixels(data: bytes, settings: Settings, name: str) -> None:
         )
 
 
-def to_base64(image: Image.Image, kind: OutputFormat = "png", quality: int = 100) -> str:
+@dataclass(frozen=True)
+class Credentials:
+    """What signs images, and what is said of them."""
+
+    signer: Signer
+    drawing: Drawing
+
+
+def to_base64(
+    image: Image.Image,
+    kind: OutputFormat = "png",
+    quality: int = 100,
+    credentials: Credentials | None = None,
+) -> str:
     """The bytes of an image file, in base64. quality: of JPEG and WebP, 0 to 100."""
-    buffer = io.BytesIO()
     more: dict[str, Any] = {} if kind == "png" else {"quality": quality}
-    image.save(buffer, kind.upper(), **more)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    if credentials is None:
+        buffer = io.BytesIO()
+        image.save(buffer, kind.upper(), **more)
+        data = buffer.getvalue()
+    else:
+        data = credentials.signer.sign(image, kind.upper(), credentials.drawing, **more)
+    return base64.b64encode(data).decode("ascii")
 
 
 def _bad(reason: str) -> ApiError:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from multimodal.data.samples import Sample
-from multimodal.eval.tasks.presence import MAX_PRESENT, Presence
+from multimodal.eval.trust.presence import MAX_PRESENT, Presence
 from multimodal.scenes.scene import Scene
 
 

@@ -1,7 +1,8 @@
-"""``multimodal info --config RECIPE``: measures what a run will need.
+"""``multimodal info --config RECIPE``: measures or computes what a run will need.
 
-It sets up the run on this machine and these data, does a few steps, and keeps nothing. So the
-forecast holds for any model, precision and strategy.
+A run of one rank is set up on this machine and these data, does a few steps, and keeps nothing. So
+the forecast holds for any model and precision. A run of several ranks, or on a graphics card that
+is not here, is computed: no other process is started, and no weight is made.
 """
 
 import os
@@ -22,9 +23,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from multimodal.model.layers.experts import idle_parameters
+from multimodal.train.callbacks import EnergyLog
 from multimodal.train.cli import TrainingCLI
 from multimodal.train.cli import main as run
 from multimodal.train.cost import peak_memory
+from multimodal.train.forecasts.computed import computed, is_computed
 from multimodal.train.run.best import ExportModel
 from multimodal.train.run.progress import Progress, duration
 from multimodal.train.run.stopping import GracefulStop
@@ -34,12 +37,14 @@ WARMUP = 4  # of these, not timed
 HELP = f"""\
 usage: multimodal info --config RECIPE [--KEY VALUE ...]
 
-Measure what a training run will need: parameters, memory and time. Runs {STEPS} steps of it on this
-machine and keeps nothing. Takes the options of `multimodal fit`.
+What a training run will need: parameters, memory and time. Runs {STEPS} steps of it on this machine
+and keeps nothing. For several ranks, or a graphics card that is not here, all is computed. Takes
+the options of `multimodal fit`.
 
 examples:
   multimodal info --config scenes_joint.yaml
   multimodal info --config scenes_joint.yaml --model.size base --data.global_batch_size 256
+  multimodal info --config my.yaml --trainer.accelerator gpu --trainer.devices 8
 """
 
 
@@ -120,7 +125,18 @@ def ended_by_sigterm(folder: str) -> Iterator[None]:
 
 
 class ForecastCLI(TrainingCLI):
-    """Runs a few steps without a checkpoint, an export or a validation."""
+    """Runs a few steps without a checkpoint, an export or a validation. Or it runs nothing."""
+
+    def instantiate_classes(self) -> None:
+        self.computes = is_computed(self.config[self.subcommand].trainer)
+        if not self.computes:
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self.computes:
+            print("\n".join(computed(self.config[subcommand])))
+        else:
+            super()._run_subcommand(subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand].trainer
@@ -129,7 +145,7 @@ class ForecastCLI(TrainingCLI):
         steps = min(STEPS, config.max_steps) if config.max_steps > 0 else STEPS
         kwargs |= {"max_steps": steps, "limit_val_batches": 0}
         trainer = super().instantiate_trainer(**kwargs)
-        writers = (Checkpoint, ExportModel, GracefulStop, Progress)
+        writers = (Checkpoint, EnergyLog, ExportModel, GracefulStop, Progress)
         callbacks = [c for c in trainer.callbacks if not isinstance(c, writers)]  # type: ignore[attr-defined]
         forecast = Forecast(config.max_steps, config.max_epochs or -1)
         trainer.callbacks = [*callbacks, forecast]  # type: ignore[attr-defined]

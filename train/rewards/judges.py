@@ -1,6 +1,6 @@
 """Judges of drawings: the model's own alignment, what is read off the pixels of scenes, or a file.
 
-Captions are judged by the rewards of reward training (train/rewards/rewards.py).
+They are the rewards of drawings. Those of texts are in rewards.py.
 
 Shapes: B drawings, n codes of each.
 """
@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from multimodal.data.images import to_image
-from multimodal.eval.metrics.scene_drawings import drawing_score
+from multimodal.eval.metrics.scene_drawings import complete_caption, drawing_score
 from multimodal.inference.codec import UNKNOWN, decode_images, encode_images
 from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.model.checkpoint import ModelParts
+from multimodal.model.lessons import descriptions_of
 from multimodal.plugins import from_file
 from multimodal.tokenizers.weights import resize
 
@@ -63,6 +64,20 @@ def find_judge(name: str, model: ModelParts) -> Judge:
         return scores
 
     return of_file
+
+
+def text_to_draw(record: Mapping[str, Any], of_scene: bool, seed: int) -> str | None:
+    """One of the descriptions of an image, by the seed. None: it has none.
+
+    Args:
+        of_scene: the one that names all objects of a scene.
+    """
+    texts = descriptions_of(record)
+    if of_scene:
+        complete = complete_caption(record) if "scene" in record else None
+        texts = [complete] if complete else []
+    dice = torch.Generator().manual_seed(seed)
+    return texts[int(torch.randint(len(texts), (), generator=dice))] if texts else None
 
 
 def pictures(model: ModelParts, codes: Tensor) -> list[Image.Image]:

@@ -1,0 +1,1 @@
+"""What says where a thing comes from: pictures, shard folders, model folders."""

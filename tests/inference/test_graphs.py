@@ -1,0 +1,190 @@
+"""Steps over memory that stays where it is write and draw the same as plain ones.
+
+A CUDA graph is played on a card only (tests/test_gpu_inference.py). Here the recorded function is
+the function itself, so everything but the recording is what a card does.
+"""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from multimodal.api import Model
+from multimodal.inference.batch import DecodeBatch
+from multimodal.inference.drawing import draw_codes
+from multimodal.inference.text import generate_ids
+from multimodal.model.layers.compiled import ROOM_MULTIPLE
+from multimodal.model.layers.graphs import MAX_FREE, Run, StepGraphs, power_of_two
+from multimodal.options import DrawOptions, TextOptions
+from tests.prompts import prompts_of
+
+Make = Callable[..., Model]
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def itself(run: Run) -> Run:
+    return run
+
+
+@pytest.fixture
+def graphed(tiny_model: Make) -> Model:
+    model = tiny_model(noise=0.1)
+    model.network.graphs = StepGraphs(itself)
+    return model
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 0], ids=["one by one", "others join", "all at once"])
+def test_texts_are_those_of_plain_steps(graphed: Model, tiny_model: Make, batch_size: int) -> None:
+    plain, prompts = tiny_model(noise=0.1), prompts_of(graphed)
+    for options in (
+        TextOptions(max_tokens=16),
+        TextOptions(max_tokens=16, temperature=1.0, seed=3),
+        TextOptions(max_tokens=6, beams=3),
+    ):
+        expected = generate_ids(plain, prompts, options, batch_size=batch_size)
+        assert generate_ids(graphed, prompts, options, batch_size=batch_size) == expected
+
+
+@pytest.mark.parametrize("method", ["causal", "masked"])
+def test_drawings_are_those_of_plain_steps(graphed: Model, tiny_model: Make, method: str) -> None:
+    options = DrawOptions(method=method, steps=3)  # type: ignore[arg-type]
+    texts = ["a red bus", "two dogs", "a cat"]
+    expected = draw_codes(tiny_model(noise=0.1), texts, options)
+    assert torch.equal(draw_codes(graphed, texts, options), expected)
+
+
+def test_states_are_those_of_plain_steps_when_rows_leave_join_and_outgrow_the_cache(
+    graphed: Model, tiny_model: Make
+) -> None:
+    plain, prompts = tiny_model(noise=0.1), prompts_of(graphed)
+    batches = [DecodeBatch(model.network, prompts[:3], 4) for model in (graphed, plain)]
+
+    def step(count: int) -> None:
+        for number in range(count):
+            for batch in batches:
+                batch.step(torch.arange(len(batch.hidden)) + number)
+            ours, theirs = (batch.hidden for batch in batches)
+            assert torch.allclose(ours, theirs, atol=1e-5)
+
+    step(3)
+    for batch in batches:
+        batch.keep([0, 2])
+    step(3)
+    for model, batch in zip((graphed, plain), batches, strict=True):
+        batch.join(DecodeBatch(model.network, prompts[3:], 4), 4)
+    step(2)
+    for batch in batches:
+        batch.keep([0, 1, 1, 4, 4, 4, 2, 3, 0])  # as beams do
+    step(2 * ROOM_MULTIPLE)
+    assert batches[0].cache.capacity >= 2 * ROOM_MULTIPLE
+
+
+def test_a_shape_is_run_once_recorded_once_and_played_from_then_on(tiny_model: Make) -> None:
+    model, recorded, played = tiny_model(noise=0.1), list[Run](), list[int]()
+
+    def record(run: Run) -> Run:
+        recorded.append(run)
+
+        def play() -> Tensor:
+            played.append(len(recorded))
+            return run()
+
+        return play
+
+    model.network.graphs = StepGraphs(record)
+    prompts = prompts_of(model)
+    for _ in range(3):  # three batches, one after the other
+        batch = DecodeBatch(model.network, prompts[:3], 20)
+        for _ in range(10):
+            batch.step(torch.tensor([7, 8, 9]))
+        del batch
+    assert len(recorded) == 1 and len(played) == 29
+    batch = DecodeBatch(model.network, prompts[:4], 20)  # padded rows: the same shape
+    batch.step(torch.tensor([7, 8, 9, 10]))
+    assert len(recorded) == 1 and len(played) == 30
+    beside = DecodeBatch(model.network, prompts[:4], 20)  # while the other one is in use
+    before = batch.hidden.clone()
+    for _ in range(2):
+        beside.step(torch.tensor([1, 2, 3, 4]))
+    assert len(recorded) == 2 and torch.equal(batch.hidden, before)
+
+
+def test_what_cannot_be_recorded_is_run(
+    tiny_model: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(run: Run) -> Run:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    model, prompts = tiny_model(noise=0.1), prompts_of(tiny_model())
+    expected = generate_ids(model, prompts, TextOptions(max_tokens=8))
+    model.network.graphs = StepGraphs(fails)
+    assert generate_ids(model, prompts, TextOptions(max_tokens=8)) == expected
+    said = capsys.readouterr().err
+    assert "no CUDA graph" in said and "capturing" in said and "and more" not in said
+
+
+def test_memory_is_lent_to_one_at_a_time_and_little_of_it_is_kept(graphed: Model) -> None:
+    graphs, transformer = graphed.network.graphs, graphed.network.transformer
+    assert graphs is not None
+    one = graphs.cache(transformer, 3, 100)
+    other = graphs.cache(transformer, 3, 100)
+    assert one.address != other.address
+    assert (one.most_rows, one.capacity) == (4, ROOM_MULTIPLE)
+    address = one.address
+    one.keys[0].fill_(torch.nan)
+    del one
+    again = graphs.cache(transformer, 4, 90)
+    assert again.address == address and not again.keys[0].any()
+    larger = graphs.cache(transformer, 4, ROOM_MULTIPLE + 1)
+    assert larger.capacity == 2 * ROOM_MULTIPLE and len(graphs._memories) == 3
+    del again, other, larger
+    graphs.cache(transformer, 8, 8 * ROOM_MULTIPLE)
+    assert len(graphs._memories) == 1, "it has room for what the others had"
+    for rows in (16, 32, 64, 128, 256):  # less room in each row, so none replaces another
+        graphs.cache(transformer, rows, 512 * 8 * ROOM_MULTIPLE // rows**2)
+    assert len(graphs._memories) <= MAX_FREE + 1
+
+
+def test_weights_that_moved_are_not_read_where_they_were(graphed: Model, tiny_model: Make) -> None:
+    prompts, options = prompts_of(graphed), TextOptions(max_tokens=8)
+    before = generate_ids(graphed, prompts, options)
+    other = tiny_model(seed=1, noise=0.1)
+    graphed.network.transformer.load_state_dict(other.network.transformer.state_dict())
+    expected = generate_ids(other, prompts, options)
+    assert generate_ids(graphed, prompts, options) == expected != before, "in place"
+    graphed.network.double().float()
+    assert generate_ids(graphed, prompts, options) == expected
+
+
+def test_a_copy_has_graphs_of_its_own(graphed: Model) -> None:
+    prompts, options = prompts_of(graphed), TextOptions(max_tokens=8)
+    expected = generate_ids(graphed, prompts, options)
+    assert graphed.network.graphs is not None and graphed.network.graphs._memories
+    for network in (copy.deepcopy(graphed.network), pickle.loads(pickle.dumps(graphed.network))):
+        assert network.graphs is not None and not network.graphs._memories
+        assert network.graphs._record is itself
+        twin = Model(network, graphed.text_tokenizer, graphed.image_tokenizer)
+        assert generate_ids(twin, prompts, options) == expected
+
+
+@pytest.mark.parametrize(("number", "expected"), [(1, 1), (2, 2), (3, 4), (4, 4), (129, 256)])
+def test_powers_of_two(number: int, expected: int) -> None:
+    assert power_of_two(number) == expected
+
+
+def test_graphs_are_not_used_with_gradients_nor_under_autocast(graphed: Model) -> None:
+    prompts = prompts_of(graphed)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert DecodeBatch(graphed.network, prompts, 4).graphs is None
+    with torch.enable_grad():
+        assert DecodeBatch(graphed.network, prompts, 4).graphs is None
+    assert DecodeBatch(graphed.network, prompts, 4, exact=True).graphs is None
+    assert DecodeBatch(graphed.network, prompts, 4).graphs is graphed.network.graphs

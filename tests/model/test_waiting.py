@@ -1,0 +1,225 @@
+"""A training step never waits for a GPU: no tensor is read by the host, and none is searched.
+
+On a GPU each of these operations stops the host until the card has done all that it was given.
+Then the card waits for the host. Here they are counted on a CPU. ``-m gpu`` lets torch itself
+refuse them (tests/test_gpu_training.py).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from multimodal.api import Model
+from multimodal.model.distillation import Teaching
+from multimodal.model.layers.attention import attention_mask, block_mask
+from multimodal.model.layers.transformer import Transformer
+from multimodal.model.network import MultimodalLM
+from multimodal.model.objectives import OBJECTIVES, Predicted
+from multimodal.model.sequences import NO_LOSS
+from multimodal.model.training_batch import TrainingBatch, TrainingSample
+from multimodal.train.sharding import clip_gradients
+from tests.samples import samples_of
+
+Make = Callable[..., Model]
+READS = ("_local_scalar_dense", "item", "is_nonzero", "equal")
+SEARCHES = ("nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "bincount")
+BY_INDEX = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
+FROM_HOST = ("lift_fresh",)  # torch.tensor(1.0, device=...)
+HANDED_OVER = ("tolist", "numpy", "cpu", "item", "__array__", "__bool__", "__int__", "__float__")
+
+
+class Operations(TorchDispatchMode):
+    """Notes operations that read, search, or bring numbers from the host, by name."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if name in BY_INDEX:
+            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            self.names += [f"{name} by a mask"] * bool(masks)
+        elif name in (*READS, *SEARCHES, *FROM_HOST) or (
+            name == "repeat_interleave" and func._overloadname == "Tensor"
+        ):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Methods(TorchFunctionMode):
+    """Notes methods that hand the memory of a tensor over. On a CPU they are no operation."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in HANDED_OVER:
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def waits() -> Iterator[list[str]]:
+    """The names of what is called inside, and would make the host wait for a GPU."""
+    names: list[str] = []
+    with Methods(names), Operations(names):
+        yield names
+
+
+def batch_of(model: Model) -> TrainingBatch:
+    """Captions, questions, drawings of both kinds, documents."""
+    turns = [("what?", "a cat"), ("where?", "there")]
+    samples = samples_of(
+        [{"captions": ["a cat", "two dogs"], "questions": turns}, {"captions": ["a red bus"]}] * 4
+    )
+    document = ["see", None, "and this"]
+    samples.append(TrainingSample("d", {}, np.arange(16)[None], 5, document))
+    return model.batch_builder(96).build(samples)
+
+
+def step_of(network: MultimodalLM, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    total, parts = network.train()(batch)
+    total.backward()
+    clip_gradients(list(network.parameters()), 1.0)
+    return total, parts
+
+
+def test_the_counter_sees_what_waits() -> None:
+    x, mask = torch.arange(4.0), torch.tensor([True, False, True, True])
+    for number, wait in enumerate(
+        (
+            lambda: x.sum().item(),
+            lambda: bool(mask.any()),
+            lambda: x.tolist(),
+            lambda: mask.nonzero(),
+            lambda: x[mask],
+            lambda: x.masked_select(mask),
+            lambda: x.clone().__setitem__(mask, torch.ones(3)),
+            lambda: torch.tensor(3.0),
+            lambda: x.repeat_interleave(torch.arange(4)),
+        )
+    ):
+        with waits() as names:
+            wait()
+        assert names, number
+    with waits() as names:
+        x[torch.arange(2)].sum() + torch.full((), 3.0)
+        x.clone().masked_fill(mask, 0.0)[1:] = 2
+    assert names == []
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_step_waits_for_nothing(tiny_model: Make, smoothing: float) -> None:
+    model = tiny_model(noise=0.1)
+    network, batch = model.network, batch_of(model)
+    network.label_smoothing = smoothing
+    network.transformer.dropout = 0.1
+    assert batch.predicted is not None
+    present = {name for name, count in batch.predicted.counts.items() if count}
+    assert {"caption", "text", "image", "reconstruct", "log_z"} <= present
+    with waits() as names:
+        step_of(network, batch)
+    assert names == []
+
+
+def test_a_step_with_a_teacher_waits_for_nothing(tiny_model: Make) -> None:
+    model, teacher = tiny_model(noise=0.1), tiny_model(seed=1, noise=0.1).network
+    batch = batch_of(model)
+    with waits() as names:
+        with torch.no_grad():
+            hidden = teacher.hidden(batch.packed).flatten(0, 1)
+        teaching = Teaching(hidden, teacher.transformer.lm_head.weight, 2.0, 0.5)
+        step_of(model.network, replace(batch, teaching=teaching))
+    assert names == []
+
+
+def test_the_move_to_a_device_keeps_what_was_found_on_the_host(tiny_model: Make) -> None:
+    batch = batch_of(tiny_model())
+    with waits() as names:
+        there = replace(batch.to(torch.device("meta")), cut=())
+    assert names == []
+    assert there.predicted is not None and batch.predicted is not None
+    assert there.predicted.counts is batch.predicted.counts
+    assert there.predicted.positions.device.type == there.packed.ids.device.type == "meta"
+
+
+def test_what_is_found_is_what_the_rows_say(tiny_model: Make) -> None:
+    """Against a plain loop over the positions."""
+    packed = batch_of(tiny_model()).packed
+    found, positions = Predicted.of(packed), []
+    counts = dict.fromkeys(found.counts, 0)
+    flat = zip(packed.objectives.flatten().tolist(), packed.unknown.flatten().tolist(), strict=True)
+    for position, (objective, unknown) in enumerate(flat):
+        if objective == NO_LOSS:
+            continue
+        positions.append(position)
+        counts[OBJECTIVES[objective]] += 1
+        counts["log_z"] += 1
+        if OBJECTIVES[objective] == "reconstruct":
+            (name,) = (
+                f"reconstruct/{low:.2f}-{low + 0.25:.2f}"
+                for low in (0.0, 0.25, 0.5, 0.75)
+                if low < unknown <= low + 0.25
+            )
+            counts[name] += 1
+    assert found.counts == counts and counts["reconstruct"]
+    assert found.positions[: len(positions)].tolist() == positions
+    assert len(found.positions) % 256 == 0 and not found.positions[len(positions) :].any()
+
+
+def test_the_mask_of_blocks_is_compiled_for_few_shapes(tiny_model: Make) -> None:
+    """As far as torch's guards: every batch brings other tensors, and rows in multiples of four."""
+    from torch._dynamo.testing import CompileCounter
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    import multimodal.model.layers.attention as attention
+
+    counter = CompileCounter()
+    made = torch.compile(create_block_mask, backend=counter)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_create_block_mask", lambda compiled: made)
+        for rows in (4, 8, 12, 8, 16, 4):
+            documents = torch.randint(1, 4, (rows, 256)).sort(-1).values
+            blocks = (torch.rand(rows, 256) < 0.3).long()
+            branches = torch.randint(0, 2, (rows, 256))
+            blocked = block_mask(documents, blocks, branches)
+            expected = attention_mask(documents, blocks, branches)
+            tiles = expected.view(rows, 1, 2, 128, 2, 128).any(-1).any(-2)
+            assert torch.equal(blocked.to_dense().bool(), tiles)
+            before = counter.frame_count
+            block_mask(documents + 1, blocks, branches)
+            assert counter.frame_count == before
+    assert counter.frame_count <= 4
+
+
+def test_layers_that_are_alike_are_compiled_once(tiny_model: Make) -> None:
+    """What each layer is given beside its weights, its number for one, must not be guarded."""
+    from torch._dynamo.testing import CompileCounter
+
+    model = tiny_model(noise=0.1)
+    config = replace(model.config.transformer, num_hidden_layers=5)
+    transformer, packed = Transformer(config), batch_of(model).packed
+    mask = attention_mask(packed.documents, packed.blocks, packed.branches)
+    expected = transformer(packed.ids, packed.positions, mask)
+    counter = CompileCounter()
+    for layer in transformer.layers:
+        layer.compile(backend=counter)
+    for _ in range(2):
+        hidden = transformer(packed.ids, packed.positions, mask)
+        hidden.sum().backward()
+    assert torch.allclose(hidden, expected, atol=1e-5)
+    assert counter.frame_count == 1
