@@ -8,6 +8,7 @@ import torch
 from multimodal.api import Model
 from multimodal.inference.batch import MIN_SHARED, DecodeBatch, pieces_of
 from multimodal.inference.decode import Decoder
+from multimodal.model.layers.graphs import StepGraphs
 from multimodal.model.layers.prefixes import PrefixCache
 from tests.inference.test_exact import HOT, Scored, finish, texts
 
@@ -54,6 +55,25 @@ def test_not_one_bit_depends_on_what_was_kept(
     decoder.join(plain, HOT, log_probabilities=True)
     finish(decoder)
     for row, found in zip(plain, expected, strict=True):
+        assert (row.generated, pytest.approx(row.scores, abs=1e-3)) == found
+
+
+def test_a_network_with_graphs_keeps_them_too(tiny_model: Make, one_thread: None) -> None:
+    """Exact rows have caches of their own, and other rows of the network have lent ones."""
+    plain, graphed = tiny_model(noise=0.3), tiny_model(noise=0.3)
+    graphed.network.graphs = StepGraphs(lambda run: run)
+    expected, prefixes = numbers(plain, None, together=False), PrefixCache(1 << 20)
+    exact, rows = Decoder(graphed.network, exact=True, prefixes=prefixes), rows_of(graphed)
+    other, others = Decoder(graphed.network), texts(graphed, PROMPTS, HOT)
+    for row, beside in zip(rows, others, strict=True):  # all join, and are decoded in turn
+        exact.join([row], HOT, log_probabilities=True)
+        other.join([beside], HOT, log_probabilities=True)
+        exact.step()
+        other.step()
+    finish(exact)
+    finish(other)
+    assert [(row.generated, row.scores) for row in rows] == expected and prefixes.hits == 4
+    for row, found in zip(others, expected, strict=True):
         assert (row.generated, pytest.approx(row.scores, abs=1e-3)) == found
 
 

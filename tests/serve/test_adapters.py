@@ -1,5 +1,6 @@
 """Adapters of a server: each is a model of its own, and shares the server with the others."""
 
+import base64
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from multimodal.adapters.folder import AdapterBase, write_adapter
 from multimodal.adapters.lora import LoraConfig
 from multimodal.api import Model, load
+from multimodal.origin.credentials import find_credentials, make_signer
 from multimodal.provenance import Provenance
 from multimodal.serve.cli import named_adapters
 from multimodal.serve.engine.engine import models_of
@@ -75,6 +77,20 @@ def test_the_models_field_picks_an_adapter_and_results_are_those_of_it_alone(
         assert drawn.data[0].b64_json != other.data[0].b64_json
         row = client.embeddings.create(model=name, input="two dogs").data[0].embedding
         assert row == pytest.approx(model.embed(texts=["two dogs"])[0].tolist(), abs=1e-5)
+
+
+def test_drawings_are_signed_as_those_of_the_adapter(
+    tiny_model_folder: Path, folders: dict[str, Path], serving: Callable[..., Any], tmp_path: Path
+) -> None:
+    signer = make_signer(tmp_path / "keys")
+    with serving(load(tiny_model_folder, adapter=folders), signer=signer) as server:
+        client = server.client()
+        for name in NAMES:
+            adapter = folders.get(name)
+            (drawn,) = client.images.generate(model=name, prompt="a bus").data
+            found = find_credentials(base64.b64decode(drawn.b64_json), "image/png")
+            assert found.state == "valid" and found.drawing is not None
+            assert found.drawing["model"] == load(tiny_model_folder, adapter=adapter).fingerprint
 
 
 def test_another_model_is_not_found(adapting: Any) -> None:

@@ -1,5 +1,6 @@
 """Workers: one that dies takes its own connections with it, and is started again."""
 
+import base64
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from multimodal.commands.folders.log import main as log_main
+from multimodal.origin.credentials import find_credentials
 from multimodal.record.chain import verify
 from multimodal.serve.engine.metrics import Metrics
 from multimodal.serve.peers import merged
@@ -132,6 +134,7 @@ def test_the_command_with_workers(
     port, record = free_port(), tmp_path / "record.jsonl"
     command = [sys.executable, "-m", "multimodal", "serve", str(tiny_model_folder)]
     command += ["--port", str(port), "--threads", "1", "--workers", "2", "--record", str(record)]
+    command += ["--sign", str(tmp_path / "keys")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}"
     body = {"model": "tiny", "messages": [{"role": "user", "content": "a red bus"}],
@@ -144,6 +147,11 @@ def test_the_command_with_workers(
         except httpx2.TransportError:
             return ""
 
+    def drawn() -> bytes:
+        asked = {"model": "tiny", "prompt": "a red bus", "seed": 1}
+        answer = httpx2.post(f"{url}/v1/images/generations", json=asked, timeout=60)
+        return base64.b64decode(answer.json()["data"][0]["b64_json"])
+
     def numbers() -> set[str]:
         try:
             text = httpx2.get(f"{url}/metrics", timeout=60).text
@@ -155,6 +163,8 @@ def test_the_command_with_workers(
         assert process.stdout is not None and str(port) in process.stdout.readline()
         wait_for(lambda: numbers() == {"0", "1"})
         assert len({chat() for _ in range(8)}) == 1, "the same bytes, whichever answers"
+        signed = [find_credentials(drawn(), "image/png") for _ in range(8)]
+        assert {each.state for each in signed} == {"valid"}
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         workers = [
             pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
