@@ -56,7 +56,7 @@ class Part:
 def gpu_tests(sizes: Sizes) -> Iterator[Figure]:
     """``pytest -m gpu``."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-    yield passed(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout)
+    yield passed(subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8").stdout)
 
 
 def passed(said: str) -> Figure:

@@ -109,7 +109,7 @@ def main() -> None:
             for way, failing in (("remote", 0.0), ("remote, failing", arguments.failing)):
                 command = [sys.executable, str(ROOT / "tests/far.py"), str(folder)]
                 command += ["--latency", str(arguments.latency), "--failing", str(failing)]
-                servers.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+                servers.append(subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8"))
                 port = int(servers[-1].stdout.readline())  # type: ignore[union-attr]
                 addresses[way] = f"http://127.0.0.1:{port}"
             for number in range(arguments.rounds):

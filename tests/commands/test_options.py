@@ -49,8 +49,8 @@ OTHERS = {
         "prompts",
     },
     "generate": {"parts", "output", "out", "json"},
-    "draw": {"prompt", "out", "n"},
-    "edit": {"image", "mask", "box", "margins", "vary", "prompt", "out"},
+    "draw": {"prompt", "out", "n", "sign"},
+    "edit": {"image", "mask", "box", "margins", "vary", "prompt", "out", "sign"},
 }
 POSITIONAL = {
     "caption": ["a.png"],
