@@ -65,10 +65,15 @@ BELOW: dict[str, tuple[str, ...]] = {
         "model", "export", "released", "scenes", "commands", "record", "origin",
     ),
     # Requests know the model's front door and the decode loop. Nothing below knows of requests.
-    "serve.engine": ("foundation", "filters", "origin", "data", "model", "inference", "api"),
+    "serve.engine": (
+        "foundation", "filters", "origin", "data", "model", "model.layers", "inference", "api",
+    ),
+    "serve.endpoints": (
+        "foundation", "filters", "origin", "data", "model", "inference", "serve.engine",
+    ),
     "serve": (
-        "foundation", "record", "filters", "origin", "data", "model", "inference", "api",
-        "commands", "serve.engine",
+        "foundation", "record", "filters", "origin", "api", "commands", "serve.engine",
+        "serve.endpoints",
     ),
     "eval.metrics": ("foundation", "tokenizers", "tokenizers.quantizers"),
     # The protocol of evaluators, which the tasks implement and the commands use.

@@ -30,12 +30,17 @@ IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"
 
 
 def make_parser(
-    verb: str, about: str, epilog: str, options: type[Sampling] | None = None
+    verb: str,
+    about: str,
+    epilog: str,
+    options: type[Sampling] | None = None,
+    adapters: bool = False,
 ) -> argparse.ArgumentParser:
     """A parser with what every verb that uses a model has: the model, the device, the seed.
 
     Args:
         options: add every field of this options class.
+        adapters: --adapter may be given several times, with names.
     """
     parser = argparse.ArgumentParser(
         prog=f"multimodal {verb}",
@@ -50,7 +55,7 @@ def make_parser(
         help="a folder, a bundled model, or user/name[@revision] of the Hugging Face Hub "
         "(default starter)",
     )
-    add_adapter(parser)
+    add_adapter(parser, adapters)
     add_device(parser)
     parser.add_argument(
         "--dtype",
@@ -123,11 +128,14 @@ def given_options(arguments: argparse.Namespace, options: type[Sampling]) -> dic
     return given
 
 
-def add_adapter(parser: argparse.ArgumentParser) -> None:
-    """Add --adapter."""
-    parser.add_argument(
-        "--adapter", metavar="DIR", help="what a run with LoRA has written for this model"
-    )
+def add_adapter(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Add --adapter. several: it may be given several times, with names."""
+    about = "what a run with LoRA has written for this model"
+    if several:
+        about += ", as a model of its own; several times for several (default name: the folder's)"
+        parser.add_argument("--adapter", metavar="NAME=DIR", action="append", help=about)
+    else:
+        parser.add_argument("--adapter", metavar="DIR", help=about)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -2,15 +2,17 @@
 
     # insults.yaml
     when: [prompt, reply]          # what it looks at; by default both
-    words: [idiot, fool]           # one of: words, pattern, personal, characters, scripts, image
+    words: [idiot, fool]           # one of: words, pattern, personal, characters, scripts,
+                                   # languages, image, onnx
     action: refuse                 # or mask: what was found becomes [insults]
     reason: insults are not answered
     answer: I would rather not.    # of a refused chat; by default nothing
 
 ``words``: whole words, in any case. ``pattern``: a regular expression. ``personal``: some of email,
 phone, card, iban, ip. ``characters``: [least, most]. ``scripts``: those that letters may be of, as
-LATIN. ``image``: ``FILE.py:FUNCTION``, FILE in this folder, which takes a PIL image and returns a
-reason to refuse it, or nothing.
+LATIN. ``languages``: those of texts that are long enough to tell, as en (filters/languages.py).
+``onnx``: a classifier of images (filters/classifier.py). ``image``: ``FILE.py:FUNCTION``, FILE in
+this folder, which takes a PIL image and returns a reason to refuse it, or nothing.
 """
 
 import re
@@ -25,6 +27,8 @@ import yaml
 from PIL import Image
 
 from multimodal.files import read_text
+from multimodal.filters.classifier import Classifier, ClassifierFile
+from multimodal.filters.languages import check_languages, is_another
 from multimodal.filters.personal import KINDS, find_personal
 from multimodal.plugins import from_file
 from multimodal.schemas import construct
@@ -46,7 +50,9 @@ class RuleFile:
     personal: tuple[str, ...] | None = None
     characters: tuple[int, ...] | None = None
     scripts: tuple[str, ...] | None = None
+    languages: tuple[str, ...] | None = None
     image: str | None = None
+    onnx: ClassifierFile | None = None
 
 
 @dataclass(frozen=True)
@@ -72,18 +78,21 @@ class Rule:
     look: Callable[[Image.Image], str | None] | None = None
 
     def __post_init__(self) -> None:
-        kinds = ("words", "pattern", "personal", "characters", "scripts", "image")
+        maskable = ("words", "pattern", "personal")
+        kinds = (*maskable, "characters", "scripts", "languages", "image", "onnx")
         given = [kind for kind in kinds if getattr(self.file, kind) is not None]
         if len(given) != 1:
             raise ValueError(
                 f"gives {', '.join(given) or 'nothing'}: expected one of {', '.join(kinds)}"
             )
-        if self.file.action == "mask" and given[0] in ("characters", "scripts", "image"):
+        if self.file.action == "mask" and given[0] not in maskable:
             raise ValueError(f"action mask: {given[0]} has nothing to mask, only refuse")
         if unknown := set(self.file.personal or ()) - set(KINDS):
             raise ValueError(
                 f"personal: {sorted(unknown)} unknown, expected some of {', '.join(KINDS)}"
             )
+        if self.file.languages is not None:
+            check_languages(self.file.languages)
         limits = self.file.characters
         if limits is not None and (len(limits) != 2 or not 0 <= limits[0] <= limits[1]):
             raise ValueError(f"characters: {list(limits)}, expected [least, most]")
@@ -115,6 +124,8 @@ class Rule:
             wrong = not file.characters[0] <= len(text.strip()) <= file.characters[1]
         if file.scripts is not None:
             wrong = not scripts_of(text) <= {script.upper() for script in file.scripts}
+        if file.languages is not None:
+            wrong = is_another(text, file.languages)
         return [(0, len(text))] if wrong else []
 
 
@@ -140,8 +151,10 @@ class Filters:
                 if not isinstance(values, dict):
                     raise ValueError("expected the fields of a rule")
                 file = construct(RuleFile, values)
-                look = None
-                if file.image:
+                look: Callable[[Image.Image], str | None] | None = None
+                if file.onnx:
+                    look = Classifier(file.onnx, folder)
+                elif file.image:
                     look = from_file(str(folder / file.image), "rule", (), "FUNCTION")
                 rules.append(Rule(path.stem, file, look))
             except (ValueError, yaml.YAMLError) as error:

@@ -8,6 +8,7 @@ Shapes: B rows, L longest prompt, S tokens in the cache, m codes of a block, D w
 
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from multimodal.model.layers.attention import (
 )
 from multimodal.model.layers.compiled import ROOM_MULTIPLE
 from multimodal.model.layers.mlp import MAX_STATIC_ROWS
+from multimodal.model.layers.prefixes import Piece, PrefixCache, key_after
 from multimodal.model.layers.transformer import ALL
 from multimodal.model.network import MultimodalLM
 
@@ -49,6 +51,15 @@ def shared_length(prompts: Sequence[list[int]]) -> int:
     return shared if shared >= MIN_SHARED else 0
 
 
+def pieces_of(prompt: list[int], ends: Sequence[int]) -> list[list[int]]:
+    """A prompt cut at these places, without pieces that are not worth a pass of their own."""
+    cuts = [0]
+    for end in sorted(ends):
+        if cuts[-1] + MIN_SHARED <= end < len(prompt):
+            cuts.append(end)
+    return [prompt[start:end] for start, end in pairwise([*cuts, len(prompt)])]
+
+
 def compact_rows(going: Sequence[int]) -> list[int]:
     """The rows that go on, in an order in which few move: the last ones fill the holes."""
     count, staying = len(going), set(going)
@@ -72,6 +83,8 @@ class DecodeBatch:
             shapes for which the libraries add in the same order: see ``_exact_rows`` and
             COLUMN_MULTIPLE. In float32 on a CPU, not compiled, and not with experts: how many
             rows an expert gets depends on all of them.
+        ends: with ``exact``, for each prompt where pieces of it end that others may begin with.
+        prefixes: with ``exact``, keeps these pieces. The numbers are the same without it.
 
     Attributes:
         hidden: float[B, D], the state after the last token of each row.
@@ -85,22 +98,28 @@ class DecodeBatch:
         prompts: Sequence[list[int]],
         new_tokens: int,
         exact: bool = False,
+        ends: Sequence[Sequence[int]] | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         check_length(network, prompts, new_tokens)
         self.network, self.exact = network, exact
+        self._prefixes = PrefixCache(0) if prefixes is None else prefixes
         # With gradients, or other dtypes than those of the weights, a step is another one.
         special = exact or torch.is_grad_enabled() or torch.is_autocast_enabled(network.device.type)
         self.graphs = None if special else network.graphs
         longest = max(map(len, prompts))
         self._check_memory(len(prompts), longest + new_tokens)
-        number_of = {
-            prompt: number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))
-        }
-        rows, prompts = [number_of[tuple(prompt)] for prompt in prompts], list(map(list, number_of))
+        cut = [tuple(ends[n]) if ends is not None else () for n in range(len(prompts))]
+        keys = list(zip(map(tuple, prompts), cut, strict=True))
+        number_of = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        rows, prompts = [number_of[key] for key in keys], [list(prompt) for prompt, _ in number_of]
         capacity = self._capacity(longest + new_tokens)
         self.cache = self._empty_cache(len(prompts), capacity)
         if exact:
-            several = [self._read([p], self.cache.row(n)) for n, p in enumerate(prompts)]
+            several = [
+                self._read_pieces(pieces_of(list(prompt), ends), self.cache.row(number))
+                for (prompt, ends), number in number_of.items()
+            ]
             self.hidden = torch.cat(several)
         else:
             self.hidden = self._read(prompts, self.cache)
@@ -141,13 +160,34 @@ class DecodeBatch:
 
     def _read_shared(self, ids: list[int], into: KVCache) -> None:
         """Read a common beginning once and copy its keys and values to all rows."""
-        tokens = torch.tensor([ids], device=self.network.device)
         cache = self.network.transformer.empty_cache(1, self._capacity(len(ids)))
-        causal = attention_mask(torch.ones_like(tokens), torch.zeros_like(tokens))
-        positions = torch.arange(len(ids), device=tokens.device)[None]
-        self._read_prompt(tokens, positions, causal, cache)
+        self._read_on(ids, cache)
         into.put(slice(None), 0, *cache.columns(slice(len(ids))))
         into.length = len(ids)
+
+    def _read_pieces(self, pieces: Sequence[list[int]], cache: KVCache) -> Tensor:
+        """Read a prompt into a cache of one row, but for pieces that are kept: float[1, D]."""
+        key = b""
+        for ids in pieces:
+            key = key_after(key, ids)
+            worth = len(ids) >= MIN_SHARED
+            kept = self._prefixes.find((self.network, key), len(ids)) if worth else None
+            if kept is not None:
+                kept.put_into(cache)
+                hidden = kept.hidden
+                continue
+            hidden = self._read_on(ids, cache)
+            if worth:
+                self._prefixes.add((self.network, key), Piece.last_of(cache, len(ids), hidden))
+        return hidden
+
+    def _read_on(self, ids: list[int], cache: KVCache) -> Tensor:
+        """Read tokens after those in a cache of one row: the state of the last one, float[1, D]."""
+        start, end, device = cache.length, cache.length + len(ids), self.network.device
+        sees = torch.ones(len(ids), end, dtype=torch.bool, device=device).tril(start)
+        positions = torch.arange(start, end, device=device)[None]
+        tokens = torch.tensor([ids], device=device)
+        return self._read_prompt(tokens, positions, sees[None, None], cache)
 
     @without_cudnn_attention()
     def _read_prompt(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:

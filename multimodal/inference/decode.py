@@ -24,6 +24,7 @@ from torch import Tensor
 
 from multimodal.inference.batch import DecodeBatch, compact_rows
 from multimodal.inference.sampling import choose, generators, penalise
+from multimodal.model.layers.prefixes import PrefixCache
 from multimodal.model.layers.transformer import ALL
 from multimodal.model.network import MultimodalLM
 from multimodal.options import Sampling
@@ -37,6 +38,7 @@ class Row(ABC):
     Attributes:
         number: with the seed, decides its random numbers.
         prompts: the prompt and, for guidance, the prompt that guidance moves away from.
+        ends: where pieces of the prompt end that other prompts may begin with.
         max_new_tokens: how many tokens it usually takes. The cache grows if they are more.
         ids: the range of ids it chooses from.
         generated: ids that a repetition penalty makes less likely.
@@ -46,6 +48,7 @@ class Row(ABC):
     """
 
     ids: slice = ALL
+    ends: Sequence[int] = ()
     alternatives = 0
     likeliest: Sequence[tuple[int, float]] = ()
 
@@ -105,10 +108,13 @@ class Decoder:
     Args:
         network: reads and scores the tokens.
         exact: no bit of a row depends on the others: see ``DecodeBatch``.
+        prefixes: with ``exact``, keeps pieces of prompts.
     """
 
-    def __init__(self, network: MultimodalLM, exact: bool = False) -> None:
-        self.network, self.exact = network, exact
+    def __init__(
+        self, network: MultimodalLM, exact: bool = False, prefixes: PrefixCache | None = None
+    ) -> None:
+        self.network, self.exact, self.prefixes = network, exact, prefixes
         self._members: list[_Member] = []
         self._groups: list[list[_Member]] = []
         self._batch: DecodeBatch | None = None
@@ -140,8 +146,11 @@ class Decoder:
             ValueError: if they do not fit into the model or the memory. Then none of them joins.
         """
         new_tokens = max(row.max_new_tokens for row in rows)
-        prompts = [prompt for row in rows for prompt in row.prompts]
-        joining = DecodeBatch(self.network, prompts, new_tokens, self.exact)
+        prompts, ends = list[list[int]](), list[Sequence[int]]()
+        for row in rows:
+            prompts += row.prompts
+            ends += [row.ends, *[()] * (len(row.prompts) - 1)]
+        joining = DecodeBatch(self.network, prompts, new_tokens, self.exact, ends, self.prefixes)
         start = 0
         if self._batch is None or not self._members:
             self._batch = joining

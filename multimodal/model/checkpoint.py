@@ -227,6 +227,18 @@ class ModelParts:
             raise ValueError("use_adapter: no adapters were loaded by name (adapter={NAME: DIR})")
         self.adapters.use(*names)
 
+    def adapted(self, *names: str) -> Self:
+        """Another model, with these adapters. It shares all weights that no adapter changes.
+
+        Raises:
+            ValueError: for a name that is none of those that were loaded.
+        """
+        if self.adapters is None:
+            raise ValueError("adapted: no adapters were loaded by name (adapter={NAME: DIR})")
+        other = copy.copy(self)
+        other.network, other.adapters = self.adapters.beside(self.network, *names), None
+        return other
+
     def save(self, folder: str | Path, card: str = "", dtype: torch.dtype = torch.float32) -> None:
         """Write the model folder.
 

@@ -58,7 +58,8 @@ def failures(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
     """The requests that went wrong, by how. One may be in several groups.
 
     Groups: ``error STATUS CODE``; ``filtered``; ``empty`` (nothing was written); ``over the limit``
-    (a text ended at its limit of tokens); ``thumbs down`` (by feedback); ``client left``.
+    (a text ended at its limit of tokens); ``fallback: WHY`` (something else than the model has
+    answered); ``thumbs down`` (by feedback); ``client left``.
     """
     groups: dict[str, list[Entry]] = defaultdict(list)
     by_id: dict[str, Entry] = {}
@@ -80,6 +81,10 @@ def failures(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
             groups["filtered"].append(entry)
         if "length" in reasons:
             groups["over the limit"].append(entry)
+        fallback = facts.get("fallback") if isinstance(facts.get("fallback"), list) else None
+        named = [each for each in fallback if isinstance(each, dict)] if fallback else []
+        for why in sorted({str(each.get("why"))[:20] for each in named}):
+            groups[f"fallback: {why}"].append(entry)
         if facts.get("empty"):
             groups["empty"].append(entry)
     return dict(groups)

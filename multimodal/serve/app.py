@@ -20,65 +20,79 @@ from multimodal.api import Model
 from multimodal.filters.rules import Filters
 from multimodal.origin.credentials import Signer
 from multimodal.record.chain import Record
-from multimodal.serve.bridge import Disconnected
-from multimodal.serve.chat import chat_completions
-from multimodal.serve.drawings import images_edits, images_generations
-from multimodal.serve.embeddings import embeddings
-from multimodal.serve.engine.engine import Engine
+from multimodal.serve.endpoints.bridge import Disconnected
+from multimodal.serve.endpoints.chat import chat_completions
+from multimodal.serve.endpoints.drawings import images_edits, images_generations
+from multimodal.serve.endpoints.embeddings import embeddings
+from multimodal.serve.endpoints.feedback import feedback
+from multimodal.serve.endpoints.noting import Note, note_of
+from multimodal.serve.engine.engine import Engines, models_of
 from multimodal.serve.engine.errors import ApiError, as_api_error
 from multimodal.serve.engine.metrics import Metrics
 from multimodal.serve.engine.settings import Settings
-from multimodal.serve.feedback import feedback
-from multimodal.serve.noting import Note, note_of
+from multimodal.serve.peers import Peers
 from multimodal.serve.static import page_routes
 from multimodal.serve.watching import DriftWatch
 
-Endpoint = Callable[[Request, Engine], Awaitable[Response]]
+Endpoint = Callable[[Request, Engines], Awaitable[Response]]
 log = logging.getLogger("multimodal.serve")
 CLIENT_LEFT = 499  # nginx's status for it; nobody reads it
 
 
-def make_app(model: Model, settings: Settings, signer: Signer | None = None) -> ASGIApp:
+def make_app(
+    model: Model,
+    settings: Settings,
+    fallback: tuple[str, Model] | None = None,
+    signer: Signer | None = None,
+) -> ASGIApp:
     """An ASGI application. Its scheduler starts and stops with its lifespan.
 
     Args:
+        model: with its adapters by name.
+        fallback: another model by its name, see ``Engines``.
         signer: of images that are drawn.
     """
+    if settings.unsure is not None and not (fallback or settings.fallback_answer):
+        raise ValueError(f"unsure={settings.unsure}: give a fallback: an answer or a model")
     created, counted, page = int(time.time()), Metrics(), page_routes()
+    models = models_of(model, settings.name)
     filters = Filters.read(settings.filters) if settings.filters else Filters()
+    peers = Peers(settings.peers, settings.worker, counted.text) if settings.peers else None
     watch = None
     if settings.drift_reference:
         watch = DriftWatch(settings.drift_reference, counted.drift)
     record = Record(settings.record, settings.record_texts) if settings.record else None
 
-    async def health(request: Request, engine: Engine) -> Response:
-        stopping = engine.scheduler.stopping
+    async def health(request: Request, engines: Engines) -> Response:
+        stopping = engines.scheduler.stopping
         status = {"status": "stopping" if stopping else "ok", "model": settings.name}
         return JSONResponse(status, 503 if stopping else 200)
 
-    def model_entry() -> dict[str, Any]:
-        return {
-            "id": settings.name, "object": "model", "created": created, "owned_by": "multimodal"
-        }  # fmt: skip
+    def model_entry(name: str) -> dict[str, Any]:
+        parent = {} if name == settings.name else {"parent": settings.name}
+        entry = {"id": name, "object": "model", "created": created, "owned_by": "multimodal"}
+        return {**entry, **parent}
 
-    async def models(request: Request, engine: Engine) -> Response:
-        return JSONResponse({"object": "list", "data": [model_entry()]})
+    async def all_models(request: Request, engines: Engines) -> Response:
+        return JSONResponse({"object": "list", "data": list(map(model_entry, models))})
 
-    async def metrics(request: Request, engine: Engine) -> Response:
-        return Response(counted.text(), media_type="text/plain; version=0.0.4")
+    async def metrics(request: Request, engines: Engines) -> Response:
+        text = counted.text() if peers is None else await peers.metrics()
+        return Response(text, media_type="text/plain; version=0.0.4")
 
-    async def one_model(request: Request, engine: Engine) -> Response:
-        if request.path_params["name"] != settings.name:
-            raise ApiError(404, "there is no such model", param="model", code="model_not_found")
-        return JSONResponse(model_entry())
+    async def one_model(request: Request, engines: Engines) -> Response:
+        return JSONResponse(model_entry(engines.named(request.path_params["name"]).name))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.engine = Engine(model, settings, counted, filters, signer)
+        app.state.engines = Engines(models, settings, counted, filters, fallback, signer)
+        telling = None if peers is None else await peers.listen()
         try:
             yield
         finally:
-            app.state.engine.scheduler.stop(0)  # the HTTP server has let requests end before
+            if telling is not None:
+                telling.close()
+            app.state.engines.scheduler.stop(0)  # the HTTP server has let requests end before
             if record is not None:
                 record.close()
 
@@ -87,7 +101,7 @@ def make_app(model: Model, settings: Settings, signer: Signer | None = None) -> 
             *page,
             _route("/health", health, "GET"),
             _route("/metrics", metrics, "GET"),
-            _route("/v1/models", models, "GET"),
+            _route("/v1/models", all_models, "GET"),
             _route("/v1/models/{name:path}", one_model, "GET"),
             _route("/v1/chat/completions", chat_completions, "POST"),
             _route("/v1/images/generations", images_generations, "POST"),
@@ -105,9 +119,9 @@ def make_app(model: Model, settings: Settings, signer: Signer | None = None) -> 
 
 def _route(path: str, endpoint: Endpoint, method: str) -> Route:
     async def handle(request: Request) -> Response:
-        engine: Engine = request.app.state.engine
+        engines: Engines = request.app.state.engines
         try:
-            return await endpoint(request, engine)
+            return await endpoint(request, engines)
         except Disconnected:
             return Response(status_code=CLIENT_LEFT)
         except HTTPException:

@@ -1,4 +1,12 @@
-"""Run the application with uvicorn, until a signal ends it."""
+"""Run the application with uvicorn, until a signal ends it, in this process or in several."""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from socket import socket
+from typing import Any, TypeAlias
 
 import uvicorn
 
@@ -6,16 +14,31 @@ from multimodal.api import Model
 from multimodal.origin.credentials import Signer
 from multimodal.serve.app import make_app
 from multimodal.serve.engine.settings import Settings
+from multimodal.serve.workers import Supervisor, check_free, shared_socket
+from multimodal.terminal import print_error
 
 KEEP_ALIVE = 30  # seconds that an idle connection stays
+Fallback: TypeAlias = tuple[str, Model] | None
+Load: TypeAlias = Callable[[], tuple[Model, Fallback]]
 
 
 def make_server(
-    model: Model, settings: Settings, host: str, port: int, signer: Signer | None = None
+    model: Model,
+    settings: Settings,
+    host: str,
+    port: int,
+    fallback: Fallback = None,
+    signer: Signer | None = None,
+    on_start: Callable[[], None] = lambda: None,
 ) -> uvicorn.Server:
-    """A server that is not running yet."""
+    """A server that is not running yet.
+
+    Args:
+        model, settings, fallback, signer: see ``make_app``.
+        on_start: is called when it listens.
+    """
     config = uvicorn.Config(
-        make_app(model, settings, signer),
+        make_app(model, settings, fallback, signer),
         host=host,
         port=port,
         log_level="warning",
@@ -24,15 +47,82 @@ def make_server(
         timeout_graceful_shutdown=round(settings.stop_timeout),
         server_header=False,
     )
-    return uvicorn.Server(config)
+    return _Server(config, on_start)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.on_start = on_start
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.on_start()
 
 
 def serve(
-    model: Model, settings: Settings, host: str, port: int, signer: Signer | None = None
-) -> None:
+    load: Load,
+    settings: Settings,
+    host: str,
+    port: int,
+    workers: int,
+    on_ready: Callable[[], Any],
+    signer: Signer | None = None,
+) -> int:
     """Answer requests. SIGINT and SIGTERM let running requests end, and then return.
+
+    Args:
+        load: the model, and the fallback. Each worker calls it: it can be pickled.
+        workers: how many processes there are. 1: this one.
+        on_ready: is called before the first request is answered.
+        signer: of images that are drawn, in all workers.
+
+    Returns:
+        The exit status.
 
     Raises:
         OSError: if the address is in use.
+        ValueError: what ``load`` raises. Of several workers the first one says it itself.
     """
-    make_server(model, settings, host, port, signer).run()
+    if workers == 1:
+        model, fallback = load()
+        server = make_server(model, settings, host, port, fallback, signer)
+        on_ready()
+        server.run()
+        return 0
+    check_free(host, port)
+    with tempfile.TemporaryDirectory(prefix="multimodal-serve-") as folder:
+        work = _Work(load, replace(settings, peers=folder), host, port, signer)
+        return Supervisor(work, workers, settings.stop_timeout, on_ready).run()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a worker does."""
+
+    load: Load
+    settings: Settings
+    host: str
+    port: int
+    signer: Signer | None
+
+    def __call__(self, number: int, answers: Callable[[], None]) -> None:
+        settings = replace(self.settings, worker=number)
+        if settings.record:
+            settings = replace(settings, record=str(record_of(settings.record, number)))
+        try:
+            model, fallback = self.load()
+            server = make_server(
+                model, settings, self.host, self.port, fallback, self.signer, answers
+            )
+        except (ValueError, OSError) as error:
+            print_error(f"multimodal serve: worker {number}: {error}")
+            sys.exit(1)
+        with shared_socket(self.host, self.port) as listening:
+            server.run([listening])
+
+
+def record_of(path: str | Path, number: int) -> Path:
+    """The record of a worker: NAME.3.jsonl. Each has a chain of its own."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.{number}{path.suffix}")

@@ -153,6 +153,10 @@ def test_adapters_are_chosen_by_name_and_leave_no_trace(
     for names, expected in ((("scenes",), other), ((), nothing), (("photos",), one)):
         model.use_adapter(*names)
         assert same(weights_of(model), expected), names
+        beside = model.adapted(*names).network
+        assert same(beside.state_dict(), weights_of(model)), "a model of its own is the same"
+        kept = {id(weight) for weight in model.network.parameters()}
+        assert any(id(weight) in kept for weight in beside.parameters()), "it shares the others"
     model.use_adapter("photos", "scenes")
     for name, weight in weights_of(model).items():
         summed = one[name] + other[name] - nothing[name]

@@ -170,7 +170,9 @@ def test_report_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         facts = {**chat, "id": f"c{number}", "status": 200, "seconds": number, "usage": usage}
         record.append({**facts, "finish_reasons": reasons}, {"prompt": "hello"})
     record.append({**chat, "id": "c4", "status": 400, "code": "invalid_json", "seconds": 0.1})
-    record.append({**chat, "id": "c5", "status": 200, "empty": True, "filters": ["words"]})
+    fallback = [{"choice": n, "why": "unsure", "by": "answer"} for n in range(2)]
+    more = {"filters": ["words"], "fallback": fallback}
+    record.append({**chat, "id": "c5", "status": 200, "empty": True, **more})
     record.append({"kind": "feedback", "about": "c0", "rating": "down"})
     record.append({"kind": "feedback", "about": "c1", "rating": "up"})
     record.close()
@@ -183,7 +185,7 @@ def test_report_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     groups = {name: [e.facts["id"] for e in each] for name, each in failures(found).items()}
     assert groups == {
         "over the limit": ["c3"], "error 400 invalid_json": ["c4"], "empty": ["c5"],
-        "filtered": ["c5"], "thumbs down": ["c0"],
+        "filtered": ["c5"], "thumbs down": ["c0"], "fallback: unsure": ["c5"],
     }  # fmt: skip
     assert main(["log", "verify", str(path)]) == 0
     assert found[-1].hash in capsys.readouterr().out
@@ -191,6 +193,11 @@ def test_report_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "requests: 6" in capsys.readouterr().out
     assert main(["log", "failures", str(path)]) == 0
     assert "thumbs down: 1" in capsys.readouterr().out
+    other = Record(tmp_path / "other.jsonl")
+    other.append({"kind": "feedback", "about": "c2", "rating": "down"})
+    other.close()
+    assert main(["log", "failures", str(other.path), str(path)]) == 0
+    assert "thumbs down: 2" in capsys.readouterr().out, "feedback is in another worker's file"
     assert main(["log", "redact", str(path), "--before", "2999-01-01"]) == 0
     assert "6 entries" not in capsys.readouterr().err
     path.write_bytes(path.read_bytes().replace(b"invalid_json", b"invalid_jsom"))

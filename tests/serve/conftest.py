@@ -13,7 +13,7 @@ import pytest
 from multimodal.api import Model
 from multimodal.origin.credentials import Signer
 from multimodal.serve.app import Gate
-from multimodal.serve.engine.engine import Engine
+from multimodal.serve.engine.engine import Engines
 from multimodal.serve.engine.settings import Settings
 from multimodal.serve.server import make_server
 
@@ -30,8 +30,8 @@ class Running:
     app: Any
 
     @property
-    def engine(self) -> Engine:
-        return self.app.app.state.engine
+    def engines(self) -> Engines:
+        return self.app.app.state.engines
 
     def client(self, **more: Any) -> Any:
         import openai
@@ -41,13 +41,15 @@ class Running:
 
 
 @contextmanager
-def running(model: Model, signer: Signer | None = None, **settings: Any) -> Iterator[Running]:
+def running(
+    model: Model, fallback: Any = None, signer: Signer | None = None, **settings: Any
+) -> Iterator[Running]:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(128)
         port = listening.getsockname()[1]
         made = Settings(**{"name": NAME, "keys": (KEY,), **settings})
-        server = make_server(model, made, "127.0.0.1", port, signer)
+        server = make_server(model, made, "127.0.0.1", port, fallback, signer)
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:

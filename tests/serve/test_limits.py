@@ -190,7 +190,7 @@ def test_a_full_queue_says_when_to_come_again(tiny_model: Make, serving: Any) ->
             target=lambda: server.client().chat.completions.create(**ASK, max_tokens=1)
         )
         waiting.start()
-        while len(server.engine.scheduler.jobs) < 2:
+        while len(server.engines.scheduler.jobs) < 2:
             time.sleep(0.01)
         with pytest.raises(openai.RateLimitError) as caught:
             server.client().chat.completions.create(**how)

@@ -7,8 +7,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from multimodal.serve.chat import ChatRequest
-from multimodal.serve.drawings import ImageRequest
+from multimodal.serve.endpoints.asking import ChatRequest
+from multimodal.serve.endpoints.drawings import ImageRequest
 from multimodal.serve.static import FOLDER, KINDS
 
 FILES = {path.name: path.read_text("utf-8") for path in sorted(FOLDER.iterdir())}

@@ -265,7 +265,7 @@ def test_a_request_is_stopped(page: Browser, open_server: Any) -> None:
     assert "stopped" in text(page, "#answers .note")
     assert text(page, "#ask .error") == ""
     deadline = time.monotonic() + 20
-    while open_server.engine.scheduler.jobs:  # its row leaves the batch
+    while open_server.engines.scheduler.jobs:  # its row leaves the batch
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

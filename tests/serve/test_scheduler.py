@@ -67,7 +67,7 @@ def test_same_seed_same_bytes_whatever_else_is_asked(server: Any) -> None:
 def test_a_client_that_leaves_makes_room(tiny_model: Make, serving: Any) -> None:
     """In a stream, in the middle of an answer, while it waits; and half-closed sockets."""
     with serving(tiny_model(noise=0.1, tied=False), rows=1) as server:
-        scheduler = server.engine.scheduler
+        scheduler = server.engines.scheduler
         long = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1000}
         stream = server.client().chat.completions.create(**long, stream=True)
         next(iter(stream))
@@ -77,14 +77,14 @@ def test_a_client_that_leaves_makes_room(tiny_model: Make, serving: Any) -> None
             head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer sk-test"
             each.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
         wait_for(lambda: len(scheduler.jobs) == 4)
-        assert len(scheduler.decoder) == 1
+        assert scheduler.count_rows() == 1
         waiting[0].close()
         waiting[1].shutdown(socket.SHUT_RDWR)
         wait_for(lambda: len(scheduler.jobs) == 2)
         stream.close()
         wait_for(lambda: len(scheduler.jobs) == 1)
         waiting[2].close()
-        wait_for(lambda: not scheduler.jobs and not len(scheduler.decoder))
+        wait_for(lambda: not scheduler.jobs and not scheduler.count_rows())
         answer = server.client().chat.completions.create(**{**long, "max_tokens": 3})
         assert answer.usage.completion_tokens == 3
 
@@ -134,8 +134,9 @@ class Counting(Row):
 class Ends:
     """Jobs and what became of them."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler, self.results, self.order = scheduler, dict[str, Any](), list[str]()
+    def __init__(self, model: Model, **limits: int) -> None:
+        self.network, self.scheduler = model.network, Scheduler(**limits)
+        self.results, self.order = dict[str, Any](), list[str]()
 
     def submit(self, name: str, steps: Steps) -> Job:
         def ended(result: Any) -> None:
@@ -146,32 +147,33 @@ class Ends:
         self.scheduler.submit(job)
         return job
 
+    def decoding(self, rows: list[Row], long: bool = False) -> Steps:
+        yield Decoding(self.network, rows, TextOptions(), long=long)
+        return [len(row.generated) for row in rows]
+
 
 @pytest.fixture
 def ends(tiny_model: Make) -> Iterator[Ends]:
-    scheduler = Scheduler(tiny_model(noise=0.1).network, rows=4, requests=20)
-    yield Ends(scheduler)
-    scheduler.stop(0)
-    assert not scheduler.jobs
-
-
-def decoding(rows: list[Row], long: bool = False) -> Steps:
-    yield Decoding(rows, TextOptions(), long=long)
-    return [len(row.generated) for row in rows]
+    ends = Ends(tiny_model(noise=0.1), rows=4, requests=20)
+    yield ends
+    ends.scheduler.stop(0)
+    assert not ends.scheduler.jobs
 
 
 def test_short_answers_pass_long_drawings(ends: Ends) -> None:
     """Drawings that would fill the batch leave a row to others."""
     for number in range(5):
-        ends.submit(f"drawing {number}", decoding([Counting(n, 200) for n in range(2)], long=True))
-    ends.submit("answer", decoding([Counting(0, 3)]))
+        ends.submit(
+            f"drawing {number}", ends.decoding([Counting(n, 200) for n in range(2)], long=True)
+        )
+    ends.submit("answer", ends.decoding([Counting(0, 3)]))
     wait_for(lambda: "answer" in ends.results)
     assert ends.order == ["answer"] and ends.results["answer"] == [3]
 
 
 def test_many_rows_of_one_request_do_not_keep_others_out(ends: Ends) -> None:
-    ends.submit("many", decoding([Counting(n, 10) for n in range(12)]))
-    ends.submit("one", decoding([Counting(0, 10)]))
+    ends.submit("many", ends.decoding([Counting(n, 10) for n in range(12)]))
+    ends.submit("one", ends.decoding([Counting(0, 10)]))
     wait_for(lambda: len(ends.results) == 2)
     assert ends.order == ["one", "many"] and ends.results["many"] == [10] * 12
 
@@ -181,9 +183,9 @@ def test_an_error_ends_its_own_request(ends: Ends) -> None:
         yield None
         raise ValueError("temperature=-1: expected more")
 
-    slow = ends.submit("slow", decoding([Counting(0, 4000)]))
+    slow = ends.submit("slow", ends.decoding([Counting(0, 4000)]))
     ends.submit("wrong", wrong())
-    ends.submit("too long", decoding([Counting(0, 10**6)]))
+    ends.submit("too long", ends.decoding([Counting(0, 10**6)]))
     wait_for(lambda: len(ends.results) == 2)
     assert all(isinstance(ends.results[name], ValueError) for name in ("wrong", "too long"))
     ends.scheduler.cancel(slow)
@@ -191,23 +193,23 @@ def test_an_error_ends_its_own_request(ends: Ends) -> None:
 
 
 def test_the_scheduler_outlives_a_batch_that_fails(ends: Ends) -> None:
-    ends.submit("fails", decoding([Counting(0, 5, fails=True)]))
+    ends.submit("fails", ends.decoding([Counting(0, 5, fails=True)]))
     wait_for(lambda: "fails" in ends.results)
     assert isinstance(ends.results["fails"], RuntimeError)
-    ends.submit("next", decoding([Counting(0, 5)]))
+    ends.submit("next", ends.decoding([Counting(0, 5)]))
     wait_for(lambda: "next" in ends.results)
     assert ends.results["next"] == [5]
 
 
 def test_a_stopping_scheduler_lets_requests_end(tiny_model: Make) -> None:
-    ends = Ends(Scheduler(tiny_model().network, rows=2))
-    ends.submit("running", decoding([Counting(0, 50)]))
-    wait_for(lambda: len(ends.scheduler.decoder) == 1)
+    ends = Ends(tiny_model(), rows=2)
+    ends.submit("running", ends.decoding([Counting(0, 50)]))
+    wait_for(lambda: ends.scheduler.count_rows() == 1)
     stopping = threading.Thread(target=ends.scheduler.stop, args=(30,))
     stopping.start()
     wait_for(lambda: ends.scheduler.stopping)
     with pytest.raises(ApiError) as caught:
-        ends.submit("late", decoding([Counting(0, 5)]))
+        ends.submit("late", ends.decoding([Counting(0, 5)]))
     assert caught.value.status == 503 and caught.value.retry_after
     stopping.join()
     assert ends.results["running"] == [50]

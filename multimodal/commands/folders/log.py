@@ -16,6 +16,7 @@ examples:
   multimodal log verify record.jsonl
   multimodal log verify record.jsonl --head 3f1c...
   multimodal log report record.jsonl --json
+  multimodal log report record.0.jsonl record.1.jsonl    # of several workers
   multimodal log failures record.jsonl
   multimodal log redact record.jsonl --before 2026-11-01     # texts go, their digests stay
   multimodal log prune record.jsonl --before 2026-01-01      # entries go
@@ -31,23 +32,27 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", choices=("verify", "report", "failures", "redact", "prune"))
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--head", metavar="HASH", help="verify: a hash that was noted before")
     parser.add_argument("--before", metavar="TIME", help="redact, prune: 2026-11-28, in UTC")
     parser.add_argument("--json", action="store_true", help="report, failures: one JSON object")
     arguments = parser.parse_args(argv)
     if arguments.what == "verify":
-        return _verify(arguments.file, arguments.head)
+        if arguments.head and len(arguments.files) > 1:
+            parser.error("--head is of one FILE")
+        return max(_verify(file, arguments.head) for file in arguments.files)
     if arguments.what in ("redact", "prune"):
         if arguments.before is None:
             parser.error(f"{arguments.what} needs --before TIME")
         before = parse_time(arguments.before)
-        if arguments.what == "redact":
-            print(f"{redact(arguments.file, before):,} entries lost their texts")
-        else:
-            print(f"{prune(arguments.file, before):,} entries were removed")
+        change = redact if arguments.what == "redact" else prune
+        count = sum(change(file, before) for file in arguments.files)
+        print(f"{count:,} entries " + ("lost their texts" if change is redact else "were removed"))
         return 0
-    found = [entry for entry in entries(arguments.file) if isinstance(entry, Entry)]
+    all_of = (entry for file in arguments.files for entry in entries(file))
+    found = [entry for entry in all_of if isinstance(entry, Entry)]
+    if len(arguments.files) > 1:  # feedback may be in another file than what it is about
+        found.sort(key=lambda entry: str(entry.facts.get("time")))
     if arguments.what == "report":
         facts = summary(found)
         print(json.dumps(facts) if arguments.json else "\n".join(_lines(facts)))

@@ -1,9 +1,12 @@
-"""The model of a server, its scheduler, and what requests share: the codes of images."""
+"""A model of a server, and what requests to it share: the codes of images, grammars, schemas.
+
+The models of one server, a base and its adapters, share a scheduler and the limits.
+"""
 
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cached_property
 from typing import TypeVar
 
@@ -18,6 +21,7 @@ from multimodal.inference.codec import UNKNOWN
 from multimodal.inference.json_schema import Schema, token_bytes
 from multimodal.inference.mixed import Grammar, MixedRow, image_ids
 from multimodal.origin.credentials import DRAWN, Drawing, Signer
+from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.metrics import Metrics
 from multimodal.serve.engine.pictures import Credentials
 from multimodal.serve.engine.scheduler import Scheduler
@@ -28,37 +32,86 @@ READERS = 4  # threads that decode files of images
 Value = TypeVar("Value")
 
 
-class Engine:
-    """What all endpoints use.
+def models_of(model: Model, name: str) -> dict[str, Model]:
+    """A model by its name, then its adapters by theirs: each is a model of its own.
+
+    Raises:
+        ValueError: for an adapter with the name of the model.
+    """
+    adapters = model.adapters.adapters if model.adapters is not None else {}
+    if name in adapters or not all(each.strip() for each in adapters):
+        raise ValueError(f"adapters {list(adapters)}: expected names, other than that of the model")
+    others = {each: model.adapted(each) for each in adapters}
+    if adapters:
+        model.use_adapter()
+    return {name: model, **others}
+
+
+class Engines:
+    """The engines of a server by the names of their models. The first one is that of the base.
 
     Args:
-        model: its network computes in the scheduler's thread only.
+        models: their networks compute in the scheduler's thread only.
         settings: the limits.
         metrics: counts tokens, and looks at the scheduler.
         filters: rules for prompts and replies.
+        fallback: another model, which answers where one of these cannot.
         signer: of images that are drawn.
     """
 
     def __init__(
         self,
-        model: Model,
+        models: Mapping[str, Model],
         settings: Settings,
         metrics: Metrics,
         filters: Filters,
+        fallback: tuple[str, Model] | None = None,
         signer: Signer | None = None,
     ) -> None:
-        self.model, self.settings, self.signer = model, settings, signer
-        self.grammar = Grammar.of(model)
-        self.filters = filters
-        self.scheduler = Scheduler(model.network, settings.rows, settings.requests)
-        self.metrics = metrics
+        self.settings, self.metrics, self.filters = settings, metrics, filters
+        self.signer = signer
+        self.scheduler = Scheduler(settings.rows, settings.requests, settings.prefix_bytes)
+        self.readers = asyncio.Semaphore(READERS)
         metrics.watch(self.scheduler)
+        self.by_name = {name: Engine(name, model, self) for name, model in models.items()}
+        self.fallback = None if fallback is None else Engine(*fallback, self)
+
+    @property
+    def looks_at_replies(self) -> bool:
+        """Whether a reply has to be whole before any of it is sent."""
+        falls_back = self.fallback is not None or self.settings.fallback_answer
+        return bool(falls_back) or self.filters.has("reply")
+
+    @property
+    def base(self) -> "Engine":
+        return next(iter(self.by_name.values()))
+
+    def named(self, name: str) -> "Engine":
+        """Raises ``ApiError`` 404 for another model."""
+        if name not in self.by_name:
+            known = ", ".join(map(repr, self.by_name))
+            raise ApiError(
+                404,
+                f"there is no model {name[:100]!r} here: there is {known}",
+                param="model",
+                code="model_not_found",
+            )
+        return self.by_name[name]
+
+
+class Engine:
+    """One model, as endpoints use it. Its other attributes are those of all engines."""
+
+    def __init__(self, name: str, model: Model, engines: Engines) -> None:
+        self.name, self.model, self.engines = name, model, engines
+        self.settings, self.metrics = engines.settings, engines.metrics
+        self.filters, self.scheduler = engines.filters, engines.scheduler
+        self.grammar = Grammar.of(model)
         self._ids: OrderedDict[bytes, list[int]] = OrderedDict()
-        self._readers = asyncio.Semaphore(READERS)
 
     async def in_thread(self, function: Callable[..., Value], *arguments: object) -> Value:
         """Call a function that takes long but does not use the network, in another thread."""
-        async with self._readers:
+        async with self.engines.readers:
             return await asyncio.to_thread(function, *arguments)
 
     def pixels(self, image: Image.Image) -> Tensor:
@@ -82,16 +135,19 @@ class Engine:
         self._ids.move_to_end(key)
         return self._ids[key]
 
-    def prompt(self, parts: Sequence[str | Tensor]) -> Generator[None, None, list[int]]:
-        """The ids of texts and images (``pixels``), in steps of one image."""
-        ids = [self.model.vocabulary.bos]
+    def prompt(
+        self, parts: Sequence[str | Tensor]
+    ) -> Generator[None, None, tuple[list[int], list[int]]]:
+        """The ids of texts and images (``pixels``), and where each ends, in steps of one image."""
+        ids, ends = [self.model.vocabulary.bos], []
         for part in parts:
             if isinstance(part, str):
                 ids += self.model.text_tokenizer.encode(part)
             else:
                 ids += self.image_ids(part, len(ids) == 1)
                 yield
-        return ids
+            ends.append(len(ids))
+        return ids, ends
 
     @cached_property
     def fingerprint(self) -> str:
@@ -99,9 +155,10 @@ class Engine:
 
     def credentials(self, prompt: str, source_type: str = DRAWN) -> Credentials | None:
         """Those of images that are drawn after a prompt, if they are signed at all."""
-        if self.signer is None:
+        signer = self.engines.signer
+        if signer is None:
             return None
-        return Credentials(self.signer, Drawing.of(self.fingerprint, prompt, source_type))
+        return Credentials(signer, Drawing.of(self.fingerprint, prompt, source_type))
 
     @cached_property
     def token_bytes(self) -> list[bytes]:

@@ -5,7 +5,7 @@ the model's template of questions. A message of the assistant follows as it is, 
 training. Images without a text ask for a caption.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,13 +33,17 @@ class ImageUrl:
 
 
 def message_parts(
-    messages: Sequence[Message], template: Template, templates: Templates
+    messages: Sequence[Message],
+    template: Template,
+    templates: Templates,
+    shown: Callable[[str], str] = str,
 ) -> list[str | ImageUrl]:
     """The texts and images of a prompt, in order.
 
     Args:
         template: the words around texts of the user. ``none``: none.
         templates: the model's.
+        shown: what the model may see of a text. A text of which nothing is left is left out.
 
     Raises:
         ApiError: for no messages, or parts of other types.
@@ -47,10 +51,13 @@ def message_parts(
     if not messages:
         raise ApiError(400, "messages: expected at least one", param="messages")
     parts: list[str | ImageUrl] = []
+    empty = True
     for number, message in enumerate(messages):
         images, text = _content(message, f"messages.{number}.content")
         if message.role != "user" and images:
             raise _wrong(f"messages.{number}.content", "only messages of the user have images")
+        empty = empty and not images and not text.strip()
+        text = shown(text) if text.strip() else ""
         if message.role == "user":
             parts += images
             if text.strip():
@@ -58,7 +65,7 @@ def message_parts(
                 parts.append(ask(text))
         elif text.strip():
             parts.append(text.strip())
-    if not parts:
+    if empty:
         raise ApiError(400, "messages: all of them are empty", param="messages")
     return parts
 

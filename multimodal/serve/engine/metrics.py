@@ -1,8 +1,13 @@
 """``/metrics`` in the format of Prometheus."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from multimodal.model.layers.prefixes import PrefixCache
 
 if TYPE_CHECKING:
     from multimodal.serve.engine.scheduler import Scheduler
@@ -49,10 +54,30 @@ class Metrics:
         for name, about, count in (
             ("requests_running", "requests with rows in the batch", scheduler.count_running),
             ("requests_waiting", "requests without rows in the batch", scheduler.count_waiting),
-            ("batch_rows", "rows in the batch", lambda: len(scheduler.decoder)),
+            ("batch_rows", "rows in the batch", scheduler.count_rows),
+            ("prefix_bytes", "of kept prefixes", lambda: scheduler.prefixes.bytes),
         ):
             gauge = Gauge(name, about, namespace="multimodal", registry=self.registry)
             gauge.set_function(count)
+        self.registry.register(_Prefixes(scheduler.prefixes))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class _Prefixes(Collector):
+    """Counters of a cache of prefixes."""
+
+    def __init__(self, prefixes: PrefixCache) -> None:
+        self.prefixes = prefixes
+
+    def collect(self) -> Iterator[Metric]:
+        kept, all_of = self.prefixes, "pieces that prompts begin with, which were kept or read"
+        for name, about, hits, misses in (
+            ("prefixes", all_of, kept.hits, kept.misses),
+            ("prefix_tokens", f"tokens of {all_of}", kept.tokens_kept, kept.tokens_read),
+        ):
+            family = CounterMetricFamily(f"multimodal_{name}", about, labels=["source"])
+            family.add_metric(["kept"], hits)
+            family.add_metric(["read"], misses)
+            yield family

@@ -10,7 +10,8 @@ join the batch as soon as there is room, and it goes on when they are done. In e
 4. the batch decodes one token of each row.
 
 So a short answer joins at the next step, whatever else is being decoded. What a row gives depends
-on its own prompt and random numbers only (inference/sampling.py).
+on its own prompt and random numbers only (inference/sampling.py). Rows of different models, a base
+and its adapters, are batches of their own, which take their steps in turn.
 """
 
 import logging
@@ -25,6 +26,7 @@ from typing import Any, TypeAlias
 import torch
 
 from multimodal.inference.decode import Decoder, Row
+from multimodal.model.layers.prefixes import PrefixCache
 from multimodal.model.network import MultimodalLM
 from multimodal.options import Sampling
 from multimodal.serve.engine.errors import ApiError
@@ -37,8 +39,9 @@ log = logging.getLogger("multimodal.serve")
 
 @dataclass(frozen=True)
 class Decoding:
-    """Rows to decode, and how. long: they are drawings."""
+    """Rows to decode, with which network, and how. long: they are drawings."""
 
+    network: MultimodalLM
     rows: Sequence[Row]
     sampling: Sampling
     repetition_penalty: float = 1.0
@@ -76,19 +79,20 @@ class Scheduler:
     """The thread, and the requests in it.
 
     Args:
-        network: decodes the rows.
         rows: how many are decoded together.
         requests: how many there may be.
+        prefix_bytes: see ``PrefixCache``.
 
     Attributes:
         jobs: requests that have not ended.
-        decoder: the rows in the batch.
+        prefixes: beginnings of prompts that were read.
     """
 
-    def __init__(self, network: MultimodalLM, rows: int = 32, requests: int = 256) -> None:
-        self.network, self.rows, self.requests = network, rows, requests
+    def __init__(self, rows: int = 32, requests: int = 256, prefix_bytes: int = 0) -> None:
+        self.rows, self.requests = rows, requests
+        self.prefixes = PrefixCache(prefix_bytes)
         self.jobs: list[Job] = []
-        self.decoder = Decoder(network, exact=True)
+        self._decoders: dict[MultimodalLM, Decoder] = {}  # those that have rows
         self._ready: deque[Job] = deque()
         self._changed = threading.Condition()
         self._stopping = self._stopped = False
@@ -99,6 +103,10 @@ class Scheduler:
     @property
     def stopping(self) -> bool:
         return self._stopping
+
+    def count_rows(self) -> int:
+        """Rows in the batches of all models."""
+        return sum(map(len, list(self._decoders.values())))
 
     def count_running(self) -> int:
         """Requests with rows in the batch."""
@@ -167,8 +175,8 @@ class Scheduler:
             if time.monotonic() > end:
                 break
         self._let_join()
-        if len(self.decoder):
-            self._decode()
+        for network in list(self._decoders):
+            self._decode(network)
 
     def _advance(self, job: Job) -> None:
         """Do a piece of a request's own work."""
@@ -189,7 +197,7 @@ class Scheduler:
 
     def _let_join(self) -> None:
         """Let waiting rows into the batch, one of each request at a time."""
-        room = self.rows - len(self.decoder)
+        room = self.rows - self.count_rows()
         waiting = [job for job in list(self.jobs) if job.waiting]
         if not room or not waiting:
             return
@@ -212,21 +220,30 @@ class Scheduler:
             how = job.decoding
             if not rows or how is None:
                 continue
+            decoder = self._decoders.get(how.network)
+            decoder = decoder or Decoder(how.network, exact=True, prefixes=self.prefixes)
             try:
-                self.decoder.join(rows, how.sampling, how.repetition_penalty, how.log_probabilities)
+                decoder.join(rows, how.sampling, how.repetition_penalty, how.log_probabilities)
             except Exception as error:
                 self._end(job, error)
             else:
+                self._decoders[how.network] = decoder
                 job.waiting = job.waiting[len(rows) :]
                 job.running += rows
 
-    def _decode(self) -> None:
-        owners = {id(row): job for job in self.jobs for row in job.running}
+    def _decode(self, network: MultimodalLM) -> None:
+        """Decode one token of each row of a network. Without rows, it needs no decoder."""
+        decoder = self._decoders[network]
+        if not len(decoder):
+            del self._decoders[network]
+            return
+        here = set(map(id, decoder.rows))
+        owners = {id(row): job for job in self.jobs for row in job.running if id(row) in here}
         try:
-            pieces = self.decoder.step()
+            pieces = decoder.step()
         except Exception as error:  # all rows are in the same tensors
             log.exception("the batch failed: its requests end with an error")
-            self.decoder = Decoder(self.network, exact=True)
+            del self._decoders[network]
             for job in {id(job): job for job in owners.values()}.values():
                 self._end(job, RuntimeError(f"the batch failed: {error}"))
             return
@@ -239,7 +256,8 @@ class Scheduler:
                 self._ready.append(job)
 
     def _end(self, job: Job, result: Any) -> None:
-        self.decoder.drop(job.running)
+        if job.decoding is not None and job.decoding.network in self._decoders:
+            self._decoders[job.decoding.network].drop(job.running)
         job.steps.close()
         job.waiting, job.running = [], []
         with self._changed:

@@ -6,6 +6,7 @@ from typing import Annotated
 from multimodal.schemas import Between, check_fields
 
 Count = Annotated[int, Between(1, 2**31)]
+Bytes = Annotated[int, Between(0, 2**50)]
 Seconds = Annotated[float, Between(0.1, 86_400)]
 
 
@@ -18,6 +19,7 @@ class Settings:
         keys: API keys, one of which a client must send. None: everyone may.
         rows: texts and drawings that are decoded together.
         requests: that are worked on or wait. More get status 429.
+        prefix_bytes: in which beginnings of prompts are kept, as images. 0: none.
         max_body: bytes of a request.
         max_bytes: of the bodies that are being received, all together. More get status 429.
         max_pixels: of an image in a request.
@@ -30,7 +32,12 @@ class Settings:
         record: a file in which requests are noted (multimodal/record). Empty: none.
         record_texts: note prompts and replies, not only their digests.
         filters: a folder of rules (multimodal/filters). Empty: none.
+        fallback_answer: what is answered where a model failed, is unsure, or is filtered. Empty:
+            nothing.
+        unsure: a model is unsure if its tokens have a lower log probability on average, in nats.
         drift_reference: an earlier record, with which the last requests are compared.
+        peers: a folder in which workers tell one another their metrics. Empty: one process.
+        worker: the number of this one.
         body_timeout: seconds in which a request has to arrive.
         stop_timeout: seconds in which requests may end when the server stops.
     """
@@ -39,6 +46,7 @@ class Settings:
     keys: tuple[str, ...] = ()
     rows: Count = 32
     requests: Count = 256
+    prefix_bytes: Bytes = 256 << 20
     max_body: Count = 32 << 20
     max_bytes: Count = 512 << 20
     max_pixels: Count = 50_000_000
@@ -52,7 +60,11 @@ class Settings:
     record: str = ""
     record_texts: bool = False
     filters: str = ""
+    fallback_answer: str = ""
+    unsure: float | None = None
     drift_reference: str = ""
+    peers: str = ""
+    worker: Annotated[int, Between(0, 1023)] = 0
     body_timeout: Seconds = 60.0
     stop_timeout: Seconds = 30.0
 

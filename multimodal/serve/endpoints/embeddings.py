@@ -14,14 +14,14 @@ from multimodal.inference.batch import check_length
 from multimodal.inference.codec import encode_text, encode_to_read
 from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.schemas import Between
-from multimodal.serve.bodies import Ignored, asked, check_model, read_body
-from multimodal.serve.bridge import result_of
-from multimodal.serve.engine.engine import Engine
+from multimodal.serve.endpoints.bodies import Ignored, asked, read_body
+from multimodal.serve.endpoints.bridge import result_of
+from multimodal.serve.endpoints.noting import digest_of, note_of
+from multimodal.serve.engine.engine import Engine, Engines
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.messages import ImageUrl, Message, message_parts
 from multimodal.serve.engine.pictures import read_image_url
 from multimodal.serve.engine.scheduler import Steps
-from multimodal.serve.noting import digest_of, note_of
 
 AT_ONCE = 32  # texts in one piece of work
 
@@ -37,11 +37,10 @@ class EmbeddingRequest(Ignored):
     encoding_format: Literal["float", "base64"] | None = None
 
 
-async def embeddings(request: Request, engine: Engine) -> Response:
-    settings, model = engine.settings, engine.model
+async def embeddings(request: Request, engines: Engines) -> Response:
     wanted = asked(EmbeddingRequest, await read_body(request))
-    check_model(wanted.model, settings)
-    width = model.config.objectives.alignment_dim
+    engine = engines.named(wanted.model)
+    width = engine.model.config.objectives.alignment_dim
     if (wanted.dimensions or width) > width:
         raise ApiError(400, f"dimensions={wanted.dimensions}: at most {width}", param="dimensions")
     items, note = await _items(wanted, engine), note_of(request)

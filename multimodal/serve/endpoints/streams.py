@@ -6,8 +6,8 @@ from typing import Any
 
 from starlette.responses import Response, StreamingResponse
 
+from multimodal.serve.endpoints.noting import Note
 from multimodal.serve.engine.errors import as_api_error
-from multimodal.serve.noting import Note
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 

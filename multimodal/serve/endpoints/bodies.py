@@ -8,9 +8,8 @@ from starlette.requests import ClientDisconnect, Request
 
 from multimodal.files import UnreadableText, parse_json
 from multimodal.schemas import construct
-from multimodal.serve.bridge import Disconnected
+from multimodal.serve.endpoints.bridge import Disconnected
 from multimodal.serve.engine.errors import ApiError, as_api_error
-from multimodal.serve.engine.settings import Settings
 
 Asked = TypeVar("Asked")
 
@@ -51,14 +50,3 @@ def asked(make: type[Asked], values: Any) -> Asked:
         return construct(make, values)
     except ValueError as error:
         raise as_api_error(error) from error
-
-
-def check_model(name: str, settings: Settings) -> None:
-    """Raises ``ApiError`` 404 for another model."""
-    if name != settings.name:
-        raise ApiError(
-            404,
-            f"there is no model {name[:100]!r} here: the model is {settings.name!r}",
-            param="model",
-            code="model_not_found",
-        )

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from multimodal.filters.rules import Decision, Filters, When, refusal
+from multimodal.serve.endpoints.noting import Note
 from multimodal.serve.engine.errors import ApiError
-from multimodal.serve.noting import Note
 
 CODE = "content_filter"
 

@@ -26,9 +26,12 @@ from multimodal.inference.editing import edit_steps
 from multimodal.options import MAX_STEPS, DrawOptions, Method, Schedule
 from multimodal.origin.credentials import PARTLY_DRAWN
 from multimodal.schemas import Between
-from multimodal.serve.bodies import Ignored, asked, check_model, read_body
-from multimodal.serve.bridge import Disconnected, Piece, Result, events, result_of
-from multimodal.serve.engine.engine import Engine
+from multimodal.serve.endpoints.bodies import Ignored, asked, read_body
+from multimodal.serve.endpoints.bridge import Disconnected, Piece, Result, events, result_of
+from multimodal.serve.endpoints.noting import Note, digest_of, note_of
+from multimodal.serve.endpoints.screening import Screening
+from multimodal.serve.endpoints.streams import event_stream, server_sent
+from multimodal.serve.engine.engine import Engine, Engines
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.pictures import (
     Credentials,
@@ -38,9 +41,6 @@ from multimodal.serve.engine.pictures import (
     to_base64,
 )
 from multimodal.serve.engine.scheduler import Decoding, Steps
-from multimodal.serve.noting import Note, digest_of, note_of
-from multimodal.serve.screening import Screening
-from multimodal.serve.streams import event_stream, server_sent
 
 MAX_SIDE = 4096
 _SIZE = re.compile(r"([1-9]\d{0,3})x([1-9]\d{0,3})", re.ASCII)
@@ -115,7 +115,6 @@ class Look:
 
 def _checked(request: ImageRequest, engine: Engine) -> tuple[DrawOptions, Look]:
     settings, count = engine.settings, request.n or 1
-    check_model(request.model, settings)
     if not request.prompt.strip():
         raise ApiError(400, "prompt: is empty", param="prompt")
     if count > settings.max_choices:
@@ -140,15 +139,16 @@ def draw_steps(engine: Engine, request: ImageRequest, options: DrawOptions) -> S
     else:
         previews = bool(request.stream and request.partial_images)
         rows = [ImageRow(model, number, prompts, options, previews) for number in range(count)]
-        yield Decoding(rows, options, long=True)
+        yield Decoding(model.network, rows, options, long=True)
         for row in rows:  # each alone: its pixels do not depend on the others
             images.append(to_image(decode_images(model, row.partial()[None])[0]))
             yield None
     return images, len(prompts[0])
 
 
-async def images_generations(request: Request, engine: Engine) -> Response:
+async def images_generations(request: Request, engines: Engines) -> Response:
     drawing = asked(ImageRequest, await read_body(request))
+    engine = engines.named(drawing.model)
     options, look = _checked(drawing, engine)
     _note(request, drawing, engine, options.seed)
     drawing = await _screened(request, drawing, engine)
@@ -157,8 +157,9 @@ async def images_generations(request: Request, engine: Engine) -> Response:
     return await _respond(request, engine, drawing, look, steps, "image_generation")
 
 
-async def images_edits(request: Request, engine: Engine) -> Response:
-    editing, image, mask = await _read_edit(request, engine)
+async def images_edits(request: Request, engines: Engines) -> Response:
+    editing, image, mask = await _read_edit(request, engines.base)
+    engine = engines.named(editing.model)
     options, look = _checked(editing, engine)
     digests = [digest_of(each.tobytes()) for each in (image, mask)]
     _note(request, editing, engine, options.seed, digests)

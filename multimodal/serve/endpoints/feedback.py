@@ -6,10 +6,10 @@ from typing import Literal
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from multimodal.serve.bodies import asked, read_body
-from multimodal.serve.engine.engine import Engine
+from multimodal.serve.endpoints.bodies import asked, read_body
+from multimodal.serve.endpoints.noting import note_of
+from multimodal.serve.engine.engine import Engines
 from multimodal.serve.engine.errors import ApiError
-from multimodal.serve.noting import note_of
 
 MAX_COMMENT = 4000  # characters
 
@@ -23,9 +23,9 @@ class Feedback:
     comment: str = ""
 
 
-async def feedback(request: Request, engine: Engine) -> Response:
+async def feedback(request: Request, engines: Engines) -> Response:
     given = asked(Feedback, await read_body(request))
-    if not engine.settings.record:
+    if not engines.settings.record:
         raise ApiError(
             404, "this server keeps no record, so feedback has no place", code="no_record"
         )

@@ -1,15 +1,17 @@
 """Between the event loop, which talks to clients, and the scheduler's thread, which computes."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from multimodal.inference.decode import Row
 from multimodal.serve.engine.scheduler import Job, Scheduler, Steps
+
+Value = TypeVar("Value")
 
 
 class Disconnected(Exception):
@@ -58,20 +60,38 @@ async def events(scheduler: Scheduler, steps: Steps) -> AsyncIterator[Piece | Re
         scheduler.cancel(job)
 
 
+async def finished(scheduler: Scheduler, steps: Steps) -> Any:
+    """What the steps of a request return. Raises what they raise."""
+    async with aclosing(events(scheduler, steps)) as stream:  # type: ignore[type-var]
+        async for event in stream:
+            if isinstance(event, Result):
+                return event.value
+
+
+async def outcome(scheduler: Scheduler, steps: Steps) -> Any:
+    """The same, or the error."""
+    try:
+        return await finished(scheduler, steps)
+    except Exception as error:
+        return error
+
+
 async def result_of(request: Request, scheduler: Scheduler, steps: Steps) -> Any:
     """What the steps of a request return.
 
     Raises:
         Disconnected: if the client leaves before. The steps are cancelled.
     """
+    return await unless_left(request, finished(scheduler, steps))
 
-    async def last() -> Any:
-        async with aclosing(events(scheduler, steps)) as stream:  # type: ignore[type-var]
-            async for event in stream:
-                if isinstance(event, Result):
-                    return event.value
 
-    working = asyncio.ensure_future(last())
+async def unless_left(request: Request, work: Coroutine[Any, Any, Value]) -> Value:
+    """What a coroutine returns.
+
+    Raises:
+        Disconnected: if the client leaves before. The coroutine is cancelled.
+    """
+    working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)

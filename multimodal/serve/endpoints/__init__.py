@@ -1,0 +1,1 @@
+"""What requests ask for, one file an endpoint, and what they need: bodies, notes, streams."""

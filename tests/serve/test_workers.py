@@ -1,0 +1,183 @@
+"""Workers: one that dies takes its own connections with it, and is started again."""
+
+import base64
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from multimodal.commands.folders.log import main as log_main
+from multimodal.origin.credentials import find_credentials
+from multimodal.record.chain import verify
+from multimodal.serve.engine.metrics import Metrics
+from multimodal.serve.peers import merged
+from multimodal.serve.server import record_of
+from multimodal.serve.workers import Supervisor, check_free
+from tests.serve.workers import Says, free_port
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + 600
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.05)
+
+
+def ask(port: int, path: str = "/") -> str:
+    """What one worker says, on a connection of its own. Empty: the connection broke."""
+    try:
+        return httpx2.get(f"http://127.0.0.1:{port}{path}", timeout=60).text
+    except httpx2.TransportError:
+        return ""
+
+
+def asked(port: int, times: int = 20) -> set[str]:
+    return {ask(port) for _ in range(times)} - {""}
+
+
+@contextmanager
+def supervised(target: Any, count: int) -> Iterator[Supervisor]:
+    supervisor = Supervisor(target, count, stop_timeout=10, on_ready=lambda: None)
+    # Signals are of the main thread: here its event stands for them.
+    thread = threading.Thread(target=supervisor.watch)
+    thread.start()
+    try:
+        yield supervisor
+    finally:
+        supervisor.stopping.set()
+        thread.join()
+
+
+def test_a_worker_that_dies_takes_only_its_own_with_it(tmp_path: Path) -> None:
+    port = free_port()
+    with supervised(Says(port), 3) as supervisor:
+        wait_for(lambda: all(worker.answers for worker in supervisor.workers))
+        before = asked(port, 60)
+        assert len(before) == 3, "the kernel deals connections out"
+        victim = str(supervisor.workers[1].process.pid)  # type: ignore[union-attr]
+        with ThreadPoolExecutor(30) as pool:
+            running = [pool.submit(ask, port, str(tmp_path)) for _ in range(30)]
+            wait_for(lambda: before <= {path.name for path in tmp_path.iterdir()})
+            os.kill(int(victim), signal.SIGKILL)
+            (tmp_path / "go").touch()
+            answers = {each.result() for each in running}
+        assert "" in answers and victim not in answers, "the victim's get an error"
+        assert before - {victim} <= answers, "and the others answers"
+        assert asked(port), "new connections go to those that live"
+        wait_for(lambda: len(asked(port)) == 3)
+        assert victim not in asked(port)
+        processes = [worker.process.pid for worker in supervisor.workers if worker.process]
+        supervisor.stopping.set()
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in processes))
+    assert ask(port) == ""
+
+
+def test_a_worker_that_never_answers_ends_the_start() -> None:
+    supervisor = Supervisor(Says(free_port(), fails=True), 3, 5, on_ready=lambda: None)
+    assert supervisor.watch() == 1
+    assert all(worker.process is None for worker in supervisor.workers)
+
+
+def test_an_address_that_is_in_use_is_not_shared() -> None:
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as other:
+        with pytest.raises(OSError, match="in use"):
+            check_free("127.0.0.1", other.getsockname()[1])
+    check_free("127.0.0.1", free_port())
+
+
+def test_metrics_of_workers_are_told_apart() -> None:
+    texts = {}
+    for worker, count in (("0", 3), ("1", 4)):
+        counted = Metrics()
+        counted.requests.labels("/v1/embeddings", "200").inc(count)
+        counted.seconds.labels("/v1/embeddings").observe(0.2 * count)
+        texts[worker] = counted.text().decode()
+    found = merged(texts).decode()
+    assert found.count("# TYPE multimodal_requests_total counter") == 1
+    one, other = ({} for _ in range(2))
+    for family in text_string_to_metric_families(found):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            worker = labels.pop("worker")
+            key = sample.name, *sorted(labels.items())
+            (one if worker == "0" else other)[key] = sample.value
+    for worker, values in (("0", one), ("1", other)):
+        expected = {
+            (sample.name, *sorted(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(texts[worker])
+            for sample in family.samples
+        }
+        assert values == expected
+
+
+def test_each_worker_has_a_record(tmp_path: Path) -> None:
+    assert record_of(tmp_path / "a.b.jsonl", 3) == tmp_path / "a.b.3.jsonl"
+
+
+@pytest.mark.slow
+def test_the_command_with_workers(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two models answer; one is killed and comes again; records hold; a signal ends all."""
+    port, record = free_port(), tmp_path / "record.jsonl"
+    command = [sys.executable, "-m", "multimodal", "serve", str(tiny_model_folder)]
+    command += ["--port", str(port), "--threads", "1", "--workers", "2", "--record", str(record)]
+    command += ["--sign", str(tmp_path / "keys")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{port}"
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "a red bus"}],
+        "max_tokens": 5, "temperature": 1.0, "seed": 1}  # fmt: skip
+
+    def chat() -> str:
+        try:
+            answer = httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+            return str(answer.json()["choices"][0]["message"]["content"])
+        except httpx2.TransportError:
+            return ""
+
+    def drawn() -> bytes:
+        asked = {"model": "tiny", "prompt": "a red bus", "seed": 1}
+        answer = httpx2.post(f"{url}/v1/images/generations", json=asked, timeout=60)
+        return base64.b64decode(answer.json()["data"][0]["b64_json"])
+
+    def numbers() -> set[str]:
+        try:
+            text = httpx2.get(f"{url}/metrics", timeout=60).text
+        except httpx2.TransportError:  # it was the victim's
+            return set()
+        return {part[:1] for part in text.split('worker="')[1:]}
+
+    try:
+        assert process.stdout is not None and str(port) in process.stdout.readline()
+        wait_for(lambda: numbers() == {"0", "1"})
+        assert len({chat() for _ in range(8)}) == 1, "the same bytes, whichever answers"
+        signed = [find_credentials(drawn(), "image/png") for _ in range(8)]
+        assert {each.state for each in signed} == {"valid"}
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = [
+            pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+        ]
+        os.kill(int(workers[0]), signal.SIGKILL)
+        wait_for(lambda: chat())
+        wait_for(lambda: numbers() == {"0", "1"})
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+    finally:
+        process.kill()
+    records = [record_of(record, number) for number in range(2)]
+    assert not any(verify(path) for path in records)
+    assert log_main(["verify", *map(str, records)]) == 0
+    assert log_main(["report", *map(str, records)]) == 0
+    assert "requests" in capsys.readouterr().out
