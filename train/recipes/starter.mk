@@ -18,7 +18,7 @@ define fit
 endef
 
 .PHONY: starter
-starter: runs/starter/config.json  ## make the bundled starter again, from its data: about seven hours of two cores
+starter: runs/starter/config.json  ## make the bundled starter again, from its data: about three hours of two cores
 
 data/%/manifest.json:
 	@echo "data/$* is missing: docs/starter.md says what must lie there" >&2; exit 1
