@@ -86,20 +86,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     tokens = packed.documents > 0
     step: Callable[[], torch.Tensor]
     if whose == "theirs":
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+        from on_card.training import their_config
+        from transformers import Qwen3ForCausalLM
 
-        c = network.config.transformer
-        config = Qwen3Config(
-            vocab_size=c.vocab_size,
-            hidden_size=c.hidden_size,
-            head_dim=c.head_dim,
-            num_hidden_layers=c.num_hidden_layers,
-            num_attention_heads=c.num_attention_heads,
-            num_key_value_heads=c.num_key_value_heads,
-            intermediate_size=c.intermediate_size,
-            tie_word_embeddings=c.tie_word_embeddings,
-            use_cache=False,
-        )
+        config = their_config(network)
+        config.use_cache = False
         trained: Any = Qwen3ForCausalLM(config).to(device).train()
         call = torch.compile(trained) if "compiled" in name else trained
         rows = packed.ids.to(device)
