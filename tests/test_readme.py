@@ -153,3 +153,13 @@ def test_links_of_the_readme_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert links
     assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_the_tests_that_prove_a_row_of_the_comparison_exist() -> None:
+    links = re.findall(
+        r'\]\(\.\./(\S+)(?: "(\w+)")?\)', (ROOT / "docs/peers.md").read_text("utf-8")
+    )
+    assert links
+    for path, test in links:
+        assert (ROOT / path).exists(), path
+        assert not test or f"def {test}(" in (ROOT / path).read_text("utf-8"), test
