@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from multimodal.adapters.folder import AdapterBase, write_adapter
-from multimodal.adapters.lora import LoraConfig, adapter_parts, has_adapter, inject
+from multimodal.adapters.lora import (
+    LoraConfig,
+    adapter_parts,
+    has_adapter,
+    inject,
+    merged_weights,
+    train_rows_from,
+)
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.network import MultimodalLM
 from multimodal.train.optim import MuonModule
@@ -41,13 +48,23 @@ class AdapterModule(MuonModule):
         super().__init__(learning_rate, weight_decay, warmup_steps, learning_rates)
         self.lora = lora
         self.base: AdapterBase | None = None
-        if lora is not None:
+        if lora is not None and not lora.new_rows:
             self.exports = "adapter"
 
     @property
     def heads(self) -> list[nn.Module]:
         # AdamW learns more with them than Muon (docs/decisions/fine_tuning.md).
         return [*super().heads, *adapter_parts(self.network.transformer)]
+
+    @property
+    def no_weight_decay(self) -> list[nn.Module]:
+        # Decay would shrink the rows of texts, which stay as they are.
+        tables = [*self._tables()] if self.lora is not None and self.lora.new_rows else []
+        return [*super().no_weight_decay, *tables]
+
+    def _tables(self) -> tuple[nn.Module, nn.Module]:
+        """The embeddings, and the output layer, which may share them."""
+        return self.network.transformer.embed_tokens, self.network.transformer.lm_head
 
     def configure_model(self) -> None:
         if self.lora is not None and not has_adapter(self.network.transformer):
@@ -56,8 +73,19 @@ class AdapterModule(MuonModule):
                 # The same A however many ranks there are: their start sets the seed anew.
                 torch.default_generator.manual_seed(torch.initial_seed())
                 inject(self.network.transformer, self.lora)
+            if self.lora.new_rows:
+                self._train_new_rows()
         if self.device_mesh is not None and not fsdp_modules(self.network):  # FSDP2
             shard(self.network, self.device_mesh["data_parallel"])
+
+    def _train_new_rows(self) -> None:
+        if self.device_mesh is not None:
+            raise ValueError("lora.new_rows: needs whole tables, and FSDP2 divides them: use ddp")
+        for weight in dict.fromkeys(table.weight for table in self._tables()):
+            train_rows_from(weight, self.network.config.text_size)
+        self.network.alignment.requires_grad_(
+            bool(self.network.config.objectives.alignment_weight)
+        )
 
     def note_base(self, folder: str, source: ModelParts) -> None:
         """Note the model that an adapter is for.
@@ -65,7 +93,7 @@ class AdapterModule(MuonModule):
         Raises:
             ValueError: if this run would change more of it than an adapter can.
         """
-        if self.lora is None:
+        if self.lora is None or self.lora.new_rows:
             return
         ours, theirs = self.network.config, source.config
         if replace(ours, objectives=theirs.objectives) != theirs:
@@ -76,8 +104,11 @@ class AdapterModule(MuonModule):
         self.base = AdapterBase(folder, source.fingerprint)
 
     def on_fit_start(self) -> None:
-        if self.lora is not None and self.base is None:
-            raise ValueError("lora: an adapter needs a model that it adapts: give --init_from")
+        if self.lora is not None and self.base is None and not self.lora.new_rows:
+            raise ValueError(
+                "lora: an adapter needs a model that it adapts: give --init_from, or a language "
+                "model as size, and lora.new_rows"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -88,6 +119,26 @@ class AdapterModule(MuonModule):
         super().on_load_checkpoint(checkpoint)
         if self.lora is not None and "adapter_base" in checkpoint:
             self.base = AdapterBase(**checkpoint["adapter_base"])
+
+    def written_network(self) -> MultimodalLM | None:
+        """The network that a model folder has: whole, with the adapter merged into it.
+
+        Every rank has to call. None: another rank has it.
+        """
+        sharded = bool(fsdp_modules(self.network))
+        if not sharded and self.lora is None:
+            return self.network if self.writes_files else None
+        weights = full_state_dict(self.network) if sharded else self.network.state_dict()
+        if not self.writes_files:
+            return None
+        network = MultimodalLM(self.network.config)
+        if self.lora is not None:
+            inside = "transformer."
+            weights = {name: w for name, w in weights.items() if not name.startswith(inside)}
+            merged = merged_weights(self.network.transformer)
+            weights |= {f"{inside}{name}": weight for name, weight in merged.items()}
+        network.load_state_dict(weights)
+        return network
 
     def export_adapter(self, folder: str | Path) -> None:
         """Write the folder of the adapter. Every rank has to call."""

@@ -36,7 +36,7 @@ from multimodal.train.examples import Examples, Note
 from multimodal.train.optim import can_compile, parameters_named
 from multimodal.train.preflight import check_data
 from multimodal.train.run.folder import log_folder
-from multimodal.train.sharding import fsdp_modules, full_state_dict, unsharded
+from multimodal.train.sharding import unsharded
 
 IMAGES_AT_ONCE = 256  # a document may have any number of images
 
@@ -73,7 +73,8 @@ class JointModule(AdapterModule):
         freeze: names of parts that are not trained, such as ``network.transformer.layers.0`` or
             ``*.mlp.*``.
         lora: train an adapter for the model of ``--init_from``, and nothing else: r, alpha,
-            dropout, target. The run writes ``adapter/`` in place of ``model/``.
+            dropout, target. The run writes ``adapter/`` in place of ``model/``. With ``new_rows``
+            the embeddings of codes and specials train too: for a language model in ``size``.
         recompute: keep no activations inside layers, and compute them again for the gradients. It
             takes a third more time and much less memory.
         captions_in_validation, answers_in_validation, drawings_in_validation: how many to make,
@@ -381,20 +382,11 @@ class JointModule(AdapterModule):
 
     def export(self, folder: str | Path) -> None:
         """Write the folder of the model, or of its adapter. Every rank has to call."""
-        if self.lora is not None:
+        if self.exports == "adapter":
             self.export_adapter(folder)
             return
-        if not fsdp_modules(self.network):
-            if self.writes_files:
-                self._noted(self.model).save(folder, self.card("A model of text and images"))
-            return
-        weights = full_state_dict(self.network)
-        if self.writes_files:
-            network = MultimodalLM(self.network.config)
-            network.load_state_dict(weights)
+        network = self.written_network()
+        if network is not None:
             model = ModelParts(network, self.model.text_tokenizer, self.image_tokenizer)
-            self._noted(model).save(folder, self.card("A model of text and images"))
-
-    def _noted(self, model: ModelParts) -> ModelParts:
-        model.provenance = self.provenance()
-        return model
+            model.provenance = self.provenance()
+            model.save(folder, self.card("A model of text and images"))

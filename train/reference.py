@@ -16,7 +16,7 @@ class ReferencedModule(JointModule):
     """Can keep what ``--init_from`` gave as a frozen reference, as long as the run lasts.
 
     With ``lora`` the network without its adapter is the reference, so it costs no memory. Otherwise
-    it is a copy, which is kept in the checkpoints and never exported.
+    (and with ``new_rows``) it is a copy, which is kept in the checkpoints and never exported.
 
     Args:
         joint: the arguments of JointModule.
@@ -30,7 +30,7 @@ class ReferencedModule(JointModule):
     def keep_reference(self) -> None:
         """Have a reference. To be called by ``__init__``."""
         self.needs_reference = True
-        if self.lora is None:
+        if self.lora is None or self.lora.new_rows:
             self.reference = MultimodalLM(self.network.config).requires_grad_(False)
             self.reference.attention_backend = self.network.attention_backend
 

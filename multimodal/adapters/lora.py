@@ -35,6 +35,9 @@ class LoraConfig:
         target: names of linear layers, as peft's ``target_modules``: ``q_proj`` is that of every
             layer, ``layers.0.self_attn.q_proj`` that of the first one. Empty: all matrices inside
             the layers, but those of experts.
+        new_rows: train the embeddings of codes and specials too, and write a model into which the
+            adapter is merged: so a language model learns to see, and its texts keep their
+            embeddings.
 
     Raises:
         ValueError: for numbers out of range.
@@ -44,6 +47,7 @@ class LoraConfig:
     alpha: Annotated[int, Between(1, 2**16)] = 32
     dropout: Annotated[float, Between(0, 0.9)] = 0.0
     target: tuple[str, ...] = ()
+    new_rows: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -123,6 +127,34 @@ def adapter_weights(transformer: Transformer, weights: Mapping[str, Tensor]) -> 
         transformer, dict(weights), save_embedding_layers=False
     )
     return found
+
+
+def merged_weights(transformer: Transformer) -> dict[str, Tensor]:
+    """The state dict of a transformer without adapters that computes the same."""
+    from peft.tuners.lora import LoraLayer
+
+    weights = {
+        name.replace(".base_layer.", "."): weight.detach()
+        for name, weight in transformer.state_dict().items()
+        if ".lora_" not in name
+    }
+    for name, module in transformer.named_modules():
+        if isinstance(module, LoraLayer):
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + module.get_delta_weight(
+                "default"
+            )
+    return weights
+
+
+def train_rows_from(table: nn.Parameter, first: int) -> None:
+    """Train the rows of a table from this one on. The others get gradients of zero."""
+
+    def without_first(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        gradient[:first] = 0
+        return gradient
+
+    table.requires_grad_(True).register_hook(without_first)
 
 
 @contextmanager

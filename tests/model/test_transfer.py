@@ -114,3 +114,49 @@ def test_frozen_parts_stay_and_others_have_their_rate(
     assert "'network.nowhere': no part of that name; there is " in capsys.readouterr().err
     assert main([*run, "--model.freeze", "['*']"]) == 1
     assert "nothing is left to train" in capsys.readouterr().err
+
+
+def test_with_an_adapter_and_new_rows_the_text_rows_stay(
+    qwen: Path, images: str, tmp_path: Path, one_thread: None
+) -> None:
+    pytest.importorskip("peft")
+    write_scenes(tmp_path / "scenes", 24, 0, 32)
+    module = {
+        "text_tokenizer": str(qwen), "image_tokenizer": images, "size": str(qwen),
+        "row_length": 192, "warmup_steps": 0, "captions_in_validation": 0,
+        "drawings_in_validation": 0, "learning_rate": 0.02,
+        "lora": {"r": 4, "target": ["q_proj", "layers.0.mlp.down_proj"], "new_rows": True},
+    }  # fmt: skip
+    config = {
+        "model": {"class_path": "multimodal.train.joint.JointModule", "init_args": module},
+        "data": {"folders": [str(tmp_path / "scenes")], "global_batch_size": 8, "workers": 0},
+        "trainer": {"max_steps": 3, "accelerator": "cpu", "enable_progress_bar": False,
+                    "limit_val_batches": 0},
+        "checkpoint_every": 2,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    run = ["fit", "--config", str(tmp_path / "run.yaml"), "--output"]
+    assert main([*run, str(tmp_path / "run")]) == 0
+    _, before = read_stock(qwen)
+    after = load_file(tmp_path / "run/model/model.safetensors")
+    for name, value in after.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            assert torch.equal(value[:302], before[name][:302]), name
+        elif name in before:
+            adapted = "q_proj" in name or "layers.0.mlp.down_proj" in name
+            assert torch.equal(value, before[name]) != adapted, name
+            if adapted:
+                assert torch.linalg.matrix_rank(value - before[name], rtol=1e-4) == 4, name
+    start = Model.new(str(qwen), TextTokenizer.load(qwen), load_image_tokenizer(images))
+    model = load(tmp_path / "run/model")
+    changed = model.network.transformer.embed_tokens.weight[302:]
+    same = changed == start.network.transformer.embed_tokens.weight[302:]
+    assert not same[model.vocabulary.boi - 302].all()
+    # What is written computes what the checkpoint does, and a resumed run writes the same bytes.
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    assert main(["export", "model", str(last), str(tmp_path / "exported")]) == 0
+    second = next(path for path in last.parent.iterdir() if "step=2." in path.name)
+    assert main([*run, str(tmp_path / "again"), "--ckpt_path", str(second)]) == 0
+    for folder in ("exported", "again/model"):
+        again = load_file(tmp_path / folder / "model.safetensors")
+        assert all(torch.equal(again[name], value) for name, value in after.items()), folder

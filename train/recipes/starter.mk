@@ -32,10 +32,15 @@ data/flickr8k-asked/manifest.json:
 runs/starter-text.json: | $(MANIFESTS)
 	$(M) tokenizer text $(patsubst %,data/%,$(FOLDERS)) --out $@ --vocabulary-size 4096
 
-runs/meaning/config.json: | $(MANIFESTS)
-	$(M) tokenizer meaning $(patsubst %,data/%,$(FOLDERS)) --out runs/meaning --half --colours \
-		--encoder timm:tf_efficientnet_lite0=$(ENCODER) --groups 2 --codes 1024 --channels 256 \
-		--images 900 --positions 200000 --rounds 12
+data/scenes-fit/manifest.json:
+	$(M) data scenes data/scenes-fit --count 1200 --seed 1 --size 128
+
+# Mostly photos: codes of shapes would be taken from them (docs/decisions/captions.md).
+FITTED := flickr8k-asked $(NAMES) fashion_products grocery_store nlvr scenes-fit
+runs/meaning/config.json: $(patsubst %,data/%/manifest.json,$(FITTED))
+	$(M) tokenizer meaning $(patsubst %,data/%,$(FITTED)) --out runs/meaning --half --colours \
+		--encoder timm:tf_efficientnet_lite0=$(ENCODER) --groups 2 --codes 2048 --channels 256 \
+		--positions 200000 --rounds 12
 
 runs/starter-detail.done: | $(MANIFESTS)
 	$(call fit,starter_detail.yaml,runs/starter-detail)
@@ -44,7 +49,7 @@ runs/image-tokenizer/config.json: runs/meaning/config.json runs/starter-detail.d
 	$(M) tokenizer join runs/meaning runs/starter-detail/model --out runs/image-tokenizer
 
 # Photos are cropped and mirrored. Captions of shapes say left and right.
-data/flickr8k-asked-codes/manifest.json: CROPS := --encodings 3 --crop-scale 0.4 --mirror
+data/flickr8k-asked-codes/manifest.json: CROPS := --encodings 4 --crop-scale 0.4 --mirror
 $(patsubst %,data/%-codes/manifest.json,$(NAMES)): CROPS := --encodings 2 --crop-scale 0.5 --mirror
 data/%-codes/manifest.json: runs/image-tokenizer/config.json | data/%/manifest.json
 	$(M) tokenizer encode data/$* data/$*-codes --tokenizer runs/image-tokenizer \
@@ -56,9 +61,12 @@ runs/starter-joint.done: runs/starter-text.json $(CODES)
 runs/starter-reward.done: runs/starter-joint.done
 	$(call fit,starter_reward.yaml,runs/starter-reward,--init_from runs/starter-joint/model)
 
-runs/starter-decoder.done: runs/image-tokenizer/config.json
+runs/starter-decoder.done: runs/starter-detail.done
 	$(call fit,starter_decoder.yaml,runs/starter-decoder,--init_from runs/starter-detail/model)
 
-runs/starter/config.json: runs/starter-reward.done runs/starter-decoder.done
+runs/image-tokenizer-sharp/config.json: runs/meaning/config.json runs/starter-decoder.done
+	$(M) tokenizer join runs/meaning runs/starter-decoder/model --out runs/image-tokenizer-sharp
+
+runs/starter/config.json: runs/starter-reward.done runs/image-tokenizer-sharp/config.json
 	$(M) export model runs/starter-reward/model runs/starter --dtype bfloat16 \
-		--image-tokenizer runs/starter-decoder/model
+		--image-tokenizer runs/image-tokenizer-sharp

@@ -1,0 +1,136 @@
+"""Whether a language model that learned to see has kept its words.
+
+    python benchmarks/language_model.py BEFORE AFTER --text wikitext2_valid.txt \
+        [--tokens 100000] [--out docs/language_model.json] [--page docs/language_model.md]
+
+BEFORE is what the model was: a folder of Hugging Face or a GGUF file. AFTER is the model folder of
+a run of smollm2_photos.yaml. Both are read by transformers, AFTER from its export, so that nothing
+of this package computes what is compared.
+
+Measured is the perplexity of a text (pieces of 512 tokens, each by itself; the rows that AFTER has
+more are part of its softmax), and the answers to ten prompts: greedy, at most 80 tokens.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from multimodal.export.hf import export_hf
+
+PIECE, LONGEST = 512, 80
+PROMPTS = {
+    "summarise": "Summarise in one sentence: The town built a new bridge because the old one was "
+    "too narrow for buses. It took three years, cost more than planned, and opened in May.",
+    "translate": "Translate to French: The cat sleeps on the chair.",
+    "limerick": "Write a limerick about a dog.",
+    "code": "Complete this Python function:\n\ndef is_even(number):\n",
+    "sentiment": "Review: I loved it. Sentiment: positive\nReview: A waste of time. Sentiment: "
+    "negative\nReview: The best film of the year. Sentiment:",
+    "fact": "What is the capital of Italy?",
+    "list": "Name three fruits.",
+    "sum": "Tom has 3 apples and buys 4 more. How many apples does he have?",
+    "rewrite": "Rewrite politely: Give me the report now.",
+    "explain": "Explain to a child why the sky is blue.",
+}
+
+
+def opened(source: str) -> tuple[Any, Any]:
+    """The tokenizer and the model of transformers, in float32."""
+    path = Path(source)
+    where = {"pretrained_model_name_or_path": source}
+    if path.suffix == ".gguf":
+        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    return tokenizer, model.eval()
+
+
+@torch.inference_mode()
+def perplexity(model: Any, ids: torch.Tensor) -> float:
+    """Of a text: exp of the mean cross-entropy of its tokens, without the first of each piece."""
+    total, count = 0.0, 0
+    for piece in ids.split(PIECE):
+        if len(piece) > 1:
+            logits = model(piece[None]).logits[0, :-1].double()
+            loss = torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum")
+            total, count = total + float(loss), count + len(piece) - 1
+    return math.exp(total / count)
+
+
+@torch.inference_mode()
+def reply(tokenizer: Any, model: Any, prompt: str) -> str:
+    """What the model answers in a chat."""
+    chat = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    ends = [i for i in (tokenizer.convert_tokens_to_ids("<|im_end|>"),) if i is not None]
+    output = model.generate(
+        **inputs, max_new_tokens=LONGEST, do_sample=False, eos_token_id=ends or None
+    )
+    new = output[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+
+def measured(source: str, text: str, tokens: int) -> dict[str, Any]:
+    tokenizer, model = opened(source)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0][:tokens]
+    return {
+        "tokens": len(ids),
+        "perplexity": perplexity(model, ids),
+        "replies": {name: reply(tokenizer, model, prompt) for name, prompt in PROMPTS.items()},
+    }
+
+
+def page(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The replies side by side."""
+    lines = ["# Ten prompts, before and after", ""]
+    for name, prompt in PROMPTS.items():
+        lines += [f"## {name.capitalize()}", "", *quoted(prompt), "", "Before:", ""]
+        lines += [*quoted(before["replies"][name]), "", "After:", ""]
+        lines += [*quoted(after["replies"][name]), ""]
+    return "\n".join(lines)
+
+
+def quoted(text: str) -> list[str]:
+    return ["```text", *text.replace("```", "'''").splitlines(), "```"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("before", help="a folder of Hugging Face, or a GGUF file")
+    parser.add_argument("after", help="a model folder")
+    parser.add_argument("--text", type=Path, required=True, help="of which the perplexity is")
+    parser.add_argument("--tokens", type=int, default=100_000, help="of the text, at most")
+    parser.add_argument("--out", type=Path, help="write the JSON here, too")
+    parser.add_argument("--page", type=Path, help="write the replies as Markdown")
+    options = parser.parse_args()
+    text = options.text.read_text("utf-8")
+    before = measured(options.before, text, options.tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        export_hf(Path(options.after), Path(folder) / "stock")
+        after = measured(str(Path(folder) / "stock"), text, options.tokens)
+    worse = after["perplexity"] / before["perplexity"] - 1
+    found = {
+        "text": options.text.name,
+        "piece": PIECE,
+        "before": before,
+        "after": after,
+        "perplexity_worse_by": worse,
+        "same_replies": sum(before["replies"][name] == after["replies"][name] for name in PROMPTS),
+    }
+    if options.out is not None:
+        options.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    if options.page is not None:
+        options.page.write_text(page(before, after), "utf-8")
+    print(json.dumps(found, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
