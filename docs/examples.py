@@ -18,6 +18,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -68,8 +69,11 @@ def prepare(folder: Path) -> None:
         scene = sample_scene(rng)
         render(scene).save(folder / "photos" / f"{number:02}.png")
         (folder / "photos" / f"{number:02}.txt").write_text(captions(scene, rng, 1)[0] + "\n")
-    for name in ("scene", "other"):
-        render(sample_scene(rng)).save(folder / f"{name}.png")
+    for name, shape in (("scene", "circle"), ("other", "star")):
+        scene = sample_scene(rng)
+        while shape not in [item.shape for item in scene.objects]:
+            scene = sample_scene(rng)
+        render(scene).save(folder / f"{name}.png")
     (folder / "notes").mkdir()
     (folder / "notes" / "box.md").write_text("# The box\n\nThere is a key in it.\n")
 
@@ -92,7 +96,8 @@ def run_shell(block: str) -> str:
     """Commands after ``$``, with lines that end in a backslash going on, and what they print."""
     shown = ""
     for command in re.findall(r"^\$ ((?:.*\\\n)*.*)\n", block, re.MULTILINE):
-        shown += f"$ {command}\n{shell(command.replace(chr(92) + chr(10), ' '))}"
+        printed = shell(command.replace("\\\n", " "))
+        shown += f"$ {command}\n{printed}" + "\n" * (bool(printed) and printed[-1] != "\n")
     return shown
 
 
@@ -115,7 +120,12 @@ def shell(command: str) -> str:
 
 def _bash(command: str, given: str) -> str:
     done = subprocess.run(
-        ["bash", "-c", command], input=given, text=True, stdout=subprocess.PIPE, stderr=-2, timeout=60
+        ["bash", "-c", command],
+        input=given,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=-2,
+        timeout=60,
     )
     return done.stdout
 
@@ -167,6 +177,9 @@ def main(argv: list[str] | None = None) -> int:
         text = page.read_text("utf-8")
         with workplace() as folder:
             results = run_page(text, folder)
+            if page.resolve() == DOCS / "index.md" and not arguments.check:
+                for name in ("scene.png", "drawing.png"):  # the page shows them
+                    shutil.copyfile(folder / name, DOCS / "images" / name)
         wrong = [result for result in results if not result.agrees]
         print(f"{page}: {len(results)} examples, {len(wrong)} differ", flush=True)
         if arguments.check:

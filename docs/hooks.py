@@ -70,7 +70,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     card = (ROOT / "multimodal/starter/README.md").read_text("utf-8")
-    for path, text in {"reference/command_line.md": command_line(), "models/starter.md": card}.items():
+    for path, text in {
+        "reference/command_line.md": command_line(),
+        "models/starter.md": card,
+    }.items():
         files.append(File.generated(config, path, content=text))
     return files
 
