@@ -9,7 +9,7 @@ CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3)
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format dist clean distclean
+.PHONY: help install demo test test-all lint format docs dist clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do \
@@ -39,10 +39,14 @@ dist: $(STAMP)  ## build the wheel and the sdist in dist/, and check them
 	@$(RUN) build --no-isolation --outdir dist .
 	@$(RUN) twine check --strict dist/*
 
+docs: $(STAMP)  ## build the documentation into site/, offline, warnings are errors
+	@$(RUN) mkdocs --quiet build --strict
+	@echo "site/index.html opens in a browser, without a server"
+
 -include train/recipes/starter.mk
 
 clean:  ## remove caches and build outputs; .venv and runs stay
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	@find . \( -path ./$(VENV) -o -path ./runs -o -path ./.git \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean  ## remove .venv too

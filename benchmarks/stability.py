@@ -2,7 +2,7 @@
 
     python benchmarks/stability.py --data data/scenes --text-tokenizer runs/scenes-text.json \
         --image-tokenizer runs/scenes-tokenizer/model [--steps 3000] [--rate 1.2e-2]
-        [--picture docs/stability.png] [--out runs/stability]
+        [--picture docs/training/stability.png] [--out runs/stability]
 
 Four runs of a `tiny` with the same seed and batches. Prints for each the largest loss after the
 warm-up, the number of spikes (a loss above twice its running median), the largest logit, and the
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rate", type=float, default=1.2e-2, help="three times the tuned 4e-3")
     parser.add_argument("--out", type=Path, default=Path("runs/stability"))
-    parser.add_argument("--picture", type=Path, default=Path("docs/stability.png"))
+    parser.add_argument("--picture", type=Path, default=Path("docs/training/stability.png"))
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP + 50:
         parser.error(f"--steps {arguments.steps}: expected more than {WARM_UP + 50}")

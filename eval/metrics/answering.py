@@ -79,12 +79,11 @@ def score_answers(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
     Returns:
         - ``accuracy``: share in [0, 1] over all answers.
         - ``closed``: over those where yes, no, true or false is expected.
-        - ``closed_in_form``: the share of those that are answered by one of the two words that fit,
-          be it the right one. Yes does not fit where true or false is expected.
+        - ``closed_in_form``: those answered by one of the two words that fit, right or wrong.
         - ``open``: over the others.
         - ``n``: number of answers.
 
-        A share over no answers is left out.
+        Yes does not fit where true or false is expected. A share over no answers is left out.
     """
     names = ("accuracy", "closed", "closed_in_form", "open")
     right: dict[str, list[bool]] = {name: [] for name in names}

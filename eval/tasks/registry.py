@@ -54,7 +54,7 @@ def find_evaluator(task: str) -> "Callable[[], Evaluator]":
     missing = [attribute for attribute in required if not hasattr(evaluator, attribute)]
     if missing:
         raise ValueError(
-            f"{path}: {name} has no {', '.join(missing)}; see docs/evaluation.md, or Evaluator in "
-            "multimodal/eval/evaluator.py"
+            f"{path}: {name} has no {', '.join(missing)}; "
+            "see docs/guides/evaluation.md, or Evaluator in multimodal/eval/evaluator.py"
         )
     return evaluator

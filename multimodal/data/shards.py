@@ -4,7 +4,7 @@ A tar reader skips data silently when a header is damaged. Only counts, offsets 
 written before the damage can show it. So every folder has ``manifest.json`` (for each shard:
 samples, bytes, SHA-256), and every shard ``NAME.tar`` has ``NAME.index.json`` (for each sample: its
 key and, for each member, offset and size in the tar; and hashes of pieces of the tar). See
-``docs/formats.md``.
+``docs/formats/shards.md``.
 """
 
 import copy

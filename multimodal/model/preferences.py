@@ -1,7 +1,7 @@
 """What a sample prefers: of two texts about its image, or of two images for a text, the better one.
 
-A record has ``preferences``, see docs/formats.md. Training takes one of them a step, by the seed of
-the sample. Its completions are branches of one sequence, so the prompt is read once:
+A record has ``preferences``, see docs/formats/samples.md. Training takes one of them a step, by the
+seed of the sample. Its completions are branches of one sequence, so the prompt is read once:
 
     texts       <bos> <boi> i i i, the trunk; then for each text   <eoi> p p t t <eos>
     drawings    <bos> p p, the trunk;         then for each image  <boi> i i i <eoi>

@@ -200,7 +200,7 @@ def test_two_ranks_give_the_scores_of_one(
 def test_the_evaluator_in_the_docs_runs(
     work: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
-    guide = (Path(__file__).parent.parent.parent / "docs/evaluation.md").read_text("utf-8")
+    guide = (Path(__file__).parent.parent.parent / "docs/guides/evaluation.md").read_text("utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     (tmp_path / "mine.py").write_text(code)
     line = ["eval", f"{tmp_path / 'mine.py'}:Colours", "--model", str(tiny_model_folder)]

@@ -29,7 +29,7 @@ from multimodal.train.optim import parameters_named
 
 MODULE = "multimodal.train.joint.JointModule"
 SAMPLES = 256  # of the data, the first ones, of which rows are made
-CARD, MFU = "H100", 0.35  # of the expected time; what was measured is in docs/training.md
+CARD, MFU = "H100", 0.35  # of the expected time; what was measured is in docs/training/gpus.md
 BETWEEN_MACHINES = 50e9  # bytes/s of a rank: one link of 400 Gbit/s for each card
 
 

@@ -82,7 +82,7 @@ class PreferenceModule(ReferencedModule):
         if not fitting + len(long):
             raise ValueError(
                 f"none of the first {SAMPLES} samples of each folder has preferences: multimodal "
-                "prefer makes them, and docs/formats.md says what they are"
+                "prefer makes them, and docs/formats/samples.md says what they are"
             )
         if len(long) > UNUSABLE * (fitting + len(long)):
             raise ValueError(

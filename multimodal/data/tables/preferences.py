@@ -6,7 +6,7 @@
 (``"image"``). Without a prompt, ``question`` is it, or the messages that both answers begin with.
 
 Of texts about an image the sample is that image. Of images for a text it is a document of them.
-docs/formats.md says what is written.
+docs/formats/samples.md says what is written.
 """
 
 import os

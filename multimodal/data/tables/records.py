@@ -129,7 +129,7 @@ class SourceSample:
         hint: the key it should get.
         identity: differs from every other sample of the source.
         images: where the image files are.
-        record: captions, questions and other fields, see ``docs/formats.md``.
+        record: captions, questions and other fields, see ``docs/formats/samples.md``.
         split: the split that it is held out for in the source. None: not held out.
         document: whether the record has a ``content`` that orders the images.
         rows: where its record is, if that is a table.
