@@ -167,6 +167,8 @@ def _described(kind: Any) -> str:
     if (items := _items(kind)) is not None:
         return f"a list, each of it {_described(items)}"
     if origin in (dict, Mapping):
+        if arguments[1] is Any:
+            return "an object"
         return f"an object, each value of it {_described(arguments[1])}"
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
     if kind in (None, type(None)):

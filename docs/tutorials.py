@@ -1,0 +1,415 @@
+"""Run the commands of the tutorials, and write what they print below them.
+
+    python -m docs.tutorials [PAGE ...]        by default all of docs/tutorials/
+    python -m docs.tutorials --full PAGE       no command is made smaller: trains as the page says
+    python -m docs.tutorials --given FOLDER --full docs/tutorials/my_domain_aerial.md
+
+The blocks of a page run one after the other in one folder: ``sh`` (a command a line) and ``python``
+(one program). A comment above a block says more: ``<!-- fails -->`` (an error is what is shown),
+``<!-- file: NAME -->`` (the block is the content of a file). Below a block, ``<!-- output -->`` is
+the place of what it prints. Pictures in the folder with the name of the page are files that the
+commands have made.
+
+``PAGES`` has what makes long commands small. Outputs and pictures that come after such a command
+would be those of a small run: without ``--full`` they stay as they are.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import random
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "docs/tutorials"
+PART = re.compile(
+    r"^<!-- output -->\n(?:```text\n.*?^```\n)?"
+    r"|^(?:<!-- (?P<mark>fails|file: \S+) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```\n",
+    re.MULTILINE | re.DOTALL,
+)
+PICTURE = re.compile(r"!\[[^\]]*\]\((?P<folder>\w+)/(?P<name>[\w.-]+)\)")
+PORT = "8000"  # of the servers of the pages; a free one is taken
+PATIENCE = 300  # seconds until a server answers
+MAX_LINES, ENDS = 16, 7  # of a longer output the first and the last lines are shown
+
+# Options that make a training small. Nothing else about it is changed.
+FEW = "--trainer.max_steps 2 --trainer.val_check_interval 2 --trainer.enable_progress_bar false \
+--data.global_batch_size 4 --data.val_limit 4 --data.workers 0 --trainer.accelerator cpu \
+--trainer.precision 32-true"
+JOINT = f"{FEW} --model.init_args.captions_in_validation 2 \
+--model.init_args.drawings_in_validation 1 --model.init_args.answers_in_validation 2"
+# Commands that are not run, by their beginning, and why. Of those that are ours, --help or
+# --print_config is.
+NOT_RUN = {
+    "pip ": "changes what is installed",
+    "hf ": "downloads",
+    "aws ": "needs a bucket",
+    "torchrun ": "starts a process for each GPU; tests/launches.py does so for CPUs",
+    "tensorboard ": "runs until it is stopped",
+    "multimodal fit --config photos_8_gpus.yaml": "needs 8 GPUs",
+    "multimodal fit --config smollm2_photos.yaml": "needs weights that are downloaded",
+    "multimodal data check s3://": "needs a bucket; tests/data reads one",
+    "multimodal demo": "takes a minute; tests/eval runs it",
+}
+HARMLESS = ("pip ", "tensorboard ", "multimodal demo")  # of these: nothing after them needs them
+
+
+class Failed(Exception):
+    """A command of a page ended otherwise than the page says."""
+
+
+@dataclass
+class Page:
+    """What a page needs to be run, beside its text.
+
+    Attributes:
+        given: makes in a folder what a reader has before the first command.
+        smaller: what is added to the commands with this beginning, so that they take seconds.
+        stands_in: what is given stands for other data. The outputs on the page are of these.
+    """
+
+    given: Callable[[Path], None] = lambda folder: None
+    smaller: dict[str, str] = field(default_factory=dict)
+    stands_in: bool = False
+
+
+def blocks(language: str, text: str) -> list[str]:
+    """The blocks of a language in a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def lines_of(block: str) -> list[str]:
+    """The commands of a block of ``sh``; lines that end in a backslash go on."""
+    joined = re.sub(r"\\\n\s*", "", block).splitlines()
+    return [line for line in joined if line.strip() and not line.startswith("#")]
+
+
+def commands(block: str) -> list[list[str]]:
+    """The arguments of each ``multimodal ...`` line."""
+    lines = [line for line in lines_of(block) if line.startswith("multimodal ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+def scenes(folder: Path, count: int, table: str = "") -> None:
+    """Pictures of shapes and their captions, which stand for the photos of a reader.
+
+    Args:
+        table: the name of a table of the captions; by default each is in a .txt beside its picture.
+    """
+    from multimodal.scenes.captions import captions
+    from multimodal.scenes.rendering import render
+    from multimodal.scenes.scene import sample_scene
+
+    rng = random.Random(0)
+    folder.mkdir(parents=True)
+    rows = ["image,caption"]
+    for number in range(1, count + 1):
+        scene = sample_scene(rng)
+        (caption,) = captions(scene, rng, 1)
+        render(scene).save(folder / f"{number:02}.png")
+        rows.append(f'{number:02}.png,"{caption}"')
+        if not table:
+            (folder / f"{number:02}.txt").write_text(f"{caption}\n")
+    if table:
+        (folder / table).write_text("\n".join(rows) + "\n")
+
+
+def photos(folder: Path) -> None:
+    """The five photos that the demo captions, and a file that is no photo."""
+    from multimodal.eval.demo import PHOTOS, photo
+
+    (folder / "photos").mkdir()
+    for name in PHOTOS:
+        photo(name).save(folder / "photos" / f"{name}.jpg", quality=90)
+
+
+def notes(folder: Path) -> None:
+    scenes(folder / "photos", 24)
+    (folder / "notes").mkdir()
+    (folder / "notes/kitchen.md").write_text(
+        "# The kitchen\n\nThe key of the cellar hangs behind the door.\n\n"
+        "The oven needs ten minutes to get hot. Its light goes out when it is ready.\n"
+    )
+    (folder / "notes/garden.txt").write_text(
+        "The roses are cut in March.\nThe hose is in the shed, on the left.\n"
+    )
+
+
+def tiny_llama(folder: Path) -> None:
+    """A Llama with random weights, in the folder of a real one, and shards of pictures."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from multimodal.tokenizers.text import TextTokenizer
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+        config = LlamaConfig(vocab_size=320, tie_word_embeddings=True, **sizes, **heads)
+        LlamaForCausalLM(config).save_pretrained(folder / "smollm2")
+    TextTokenizer.train(["a red bus in the snow"] * 9, 300).save(folder / "smollm2/tokenizer.json")
+    photo_shards(folder)
+
+
+def photo_shards(folder: Path) -> None:
+    from multimodal.scenes.dataset import write_scenes
+
+    write_scenes(folder / "data/photos", 400, 0, size=32)
+
+
+PAGES = {
+    "captions_for_my_photos": Page(photos),
+    "my_domain_aerial": Page(
+        lambda folder: scenes(folder / "aerial", 60, "captions.csv"),
+        {
+            "multimodal fit --config finetune.yaml": JOINT,
+            "multimodal info --config": FEW,
+            "multimodal eval": "--limit 2",
+        },
+        stands_in=True,
+    ),
+    "image_tokenizer": Page(
+        smaller={
+            "multimodal data scenes data/scenes": "--count 40 --size 32",
+            "multimodal tokenizer text": "--vocabulary-size 400",
+            "multimodal fit --config scenes_tokenizer.yaml": f"{FEW} "
+            "--model.init_args.tokenizer.autoencoder.dim 32",
+            "multimodal fit --config scenes_joint.yaml": f"{JOINT} --model.init_args.size tiny "
+            "--model.init_args.row_length 256",
+            "multimodal tokenizer encode": "--encodings 1",
+        },
+    ),
+    "language_model_that_sees": Page(
+        tiny_llama,
+        {"multimodal tokenizer encode": "--encodings 1", "multimodal fit --config see.yaml": JOINT},
+    ),
+    "lora_and_preferences": Page(
+        lambda folder: scenes(folder / "photos", 60),
+        {
+            "multimodal fit --config finetune.yaml": JOINT,
+            "multimodal fit --config prefer.yaml": JOINT,
+            "multimodal prefer": "--limit 6 --max-tokens 16",
+        },
+    ),
+    "index_and_answer": Page(notes),
+    "eight_gpus": Page(photo_shards),
+}
+
+
+class Run:
+    """The blocks of a page, one after the other, in the working folder.
+
+    Args:
+        name: of the page.
+        full: no command is made smaller.
+        given: the folder has the data that the page is about.
+
+    Attributes:
+        as_written: whether every command until now was run as the page has it.
+    """
+
+    def __init__(self, name: str, full: bool, given: bool) -> None:
+        self.page = PAGES.get(name, Page())
+        self.full, self.as_written = full, given or not self.page.stands_in
+        self.names: dict[str, Any] = {"__name__": "__main__"}
+        self.server: subprocess.Popen[str] | None = None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = str(free.getsockname()[1])
+
+    def block(self, mark: str | None, kind: str, text: str) -> str:
+        """What the block prints.
+
+        Raises:
+            Failed: a command failed, or did not, and the page says otherwise.
+        """
+        text = text.replace(f":{PORT}", f":{self.port}")
+        if mark and mark.startswith("file: "):
+            path = Path(mark.removeprefix("file: "))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, "utf-8")
+            return ""
+        if kind == "python":
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile(text, "<tutorial>", "exec"), self.names)  # code of our pages
+            printed = out.getvalue()
+        elif kind == "sh":
+            printed = "".join(self.command(line, mark == "fails") for line in lines_of(text))
+        else:
+            return ""
+        return printed.replace(f"{Path.cwd()}/", "").replace(f":{self.port}", f":{PORT}")
+
+    def command(self, line: str, fails: bool) -> str:
+        if any(line.startswith(start) for start in NOT_RUN):
+            self.as_written &= line.startswith(HARMLESS)
+            return self.only_checked(line)
+        more = next((x for start, x in self.page.smaller.items() if line.startswith(start)), "")
+        if more and not self.full:
+            self.as_written = False
+            line = f"{line} {more}"
+        if line.startswith("multimodal serve"):
+            return self.serve(shlex.split(line, comments=True)[1:])
+        status, printed, errors = run_command(line)
+        if (status != 0) != fails:
+            raise Failed(f"{line}\nexit status {status}\n{printed}{errors}")
+        return printed + errors * fails
+
+    def only_checked(self, line: str) -> str:
+        """That the verb and the options of a command of ours exist."""
+        words = shlex.split(line, comments=True)
+        if "fit" in words:
+            ours = [*words[words.index("fit") :], "--print_config"]
+        elif words[0] == "multimodal":
+            ours = [*words[1:3], "--help"] if words[1] == "data" else [words[1], "--help"]
+        else:
+            return ""
+        status, _, errors = run_command(shlex.join(["multimodal", *ours]))
+        if status:
+            raise Failed(f"{line}\n{errors}")
+        return ""
+
+    def serve(self, arguments: list[str]) -> str:
+        """Start a server in place of the one that runs, and wait until it answers."""
+        self.stop()
+        command = [sys.executable, "-m", "multimodal", *arguments, "--port", self.port]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        self.server, started = server, time.monotonic()
+        while time.monotonic() - started < PATIENCE:
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", int(self.port))).close()
+                assert server.stdout is not None
+                return server.stdout.readline()
+            if server.poll() is not None:
+                raise Failed(f"{shlex.join(command)}\nexit status {server.returncode}")
+            time.sleep(0.1)
+        raise Failed(f"{shlex.join(command)}\ndoes not answer")
+
+    def stop(self) -> None:
+        if self.server is not None:
+            self.server.terminate()  # running requests end first
+            self.server.communicate()
+            self.server = None
+
+
+def run_command(line: str) -> tuple[int, str, str]:
+    """The exit status, what is printed, and the messages: ours in this process, others by bash."""
+    if not line.startswith("multimodal "):
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+    from multimodal.cli import main
+
+    ours, sign, rest = (*re.split(r" ([|>]) ", line, maxsplit=1), "", "")[:3]
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            status = main(shlex.split(ours, comments=True)[1:])
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    printed = out.getvalue()
+    if sign:
+        command = ["bash", "-c", f"cat {sign} {rest}"]
+        done = subprocess.run(command, input=printed, capture_output=True, text=True)
+        status, printed = status or done.returncode, done.stdout
+    return status, printed, errors.getvalue()
+
+
+def shortened(printed: str) -> str:
+    lines = [line.rstrip() for line in printed.rstrip("\n").split("\n")]
+    if len(lines) > MAX_LINES:
+        lines = [*lines[:ENDS], "...", *lines[-ENDS:]]
+    return "\n".join(lines)
+
+
+def run_page(
+    page: Path, folder: Path, full: bool = False, given: bool = False
+) -> tuple[str, dict[str, bytes]]:
+    """Run a page in a folder from ``workplace``; full, given: see ``Run``.
+
+    Returns:
+        Its text with the outputs that were seen, and the content of its pictures by name.
+
+    Raises:
+        Failed: a command failed.
+    """
+    text, run = page.read_text("utf-8"), Run(page.stem, full, given)
+    wanted = [m["name"] for m in PICTURE.finditer(text) if m["folder"] == page.stem]
+    pictures: dict[str, bytes] = {}
+    printed = ""
+
+    def replaced(part: re.Match[str]) -> str:
+        nonlocal printed
+        if part["kind"] is None:  # the place of an output
+            return f"<!-- output -->\n```text\n{shortened(printed)}\n```\n" * (
+                run.as_written and bool(printed)
+            ) or part[0]
+        printed = run.block(part["mark"], part["kind"], part["text"])
+        if run.as_written:
+            made = {name: folder / name for name in wanted if (folder / name).is_file()}
+            pictures.update({name: path.read_bytes() for name, path in made.items()})
+        return part[0]
+
+    environment = {"COLUMNS": "92", "MULTIMODAL_CACHE": str(folder / ".cache")}
+    with contextlib.chdir(folder), mock.patch.dict(os.environ, environment):
+        try:
+            return PART.sub(replaced, text), pictures
+        finally:
+            run.stop()
+
+
+@contextlib.contextmanager
+def workplace(page: Path, given: Path | None = None) -> Iterator[Path]:
+    """A folder with what a reader of the page has before the first command."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        folder = Path(name).resolve()
+        if given is not None:
+            shutil.copytree(given, folder, dirs_exist_ok=True)
+        elif page.stem in PAGES:
+            PAGES[page.stem].given(folder)
+        yield folder
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE")
+    parser.add_argument("--full", action="store_true", help="make no command smaller")
+    parser.add_argument("--given", type=Path, help="a folder: what a reader has before")
+    arguments = parser.parse_args(argv)
+    status = 0
+    for page in arguments.pages or sorted(FOLDER.glob("*.md")):
+        before = page.read_text("utf-8")
+        with workplace(page, arguments.given) as folder:
+            try:
+                text, pictures = run_page(
+                    page, folder, arguments.full, arguments.given is not None
+                )
+            except Failed as error:
+                print(f"{page}: {error}", file=sys.stderr)
+                status = 1
+                continue
+        page.write_text(text, "utf-8")
+        for name, content in pictures.items():
+            path = page.with_suffix("") / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+        print(f"{page}: {'as it was' if text == before else 'changed'}", flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
