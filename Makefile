@@ -9,7 +9,7 @@ CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3)
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format clean distclean
+.PHONY: help install demo test test-all lint format report clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do \
@@ -34,6 +34,9 @@ lint: $(STAMP)  ## check style (ruff), format (ruff) and types (mypy)
 format: $(STAMP)  ## put the code into the project's format, and sort its imports
 	@$(RUN) ruff check --select I --fix .
 	@$(RUN) ruff format .
+
+report: $(STAMP)  ## fill docs/report.md with its numbers, draw its figures, and write build/report.pdf
+	@$(RUN) docs.reporting --pdf build/report.pdf
 
 -include train/recipes/starter.mk
 

@@ -136,9 +136,7 @@ class Attention(nn.Module):
         self.q_norm = head_norm(config.qk_norm, config.num_attention_heads, d, config.rms_norm_eps)
         self.k_norm = head_norm(config.qk_norm, config.num_key_value_heads, d, config.rms_norm_eps)
 
-    def heads(
-        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], query_slice: slice
-    ) -> list[Tensor]:
+    def heads(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], query_slice: slice) -> list[Tensor]:
         """Queries float[B, H, Q, d], keys and values float[B, G, L, d], as they meet."""
         heads = "b l (h d) -> b l h d"
         q = rearrange(self.q_proj(x[:, query_slice]), heads, d=self.head_dim)
