@@ -14,7 +14,7 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "examples/notebooks"
 # What makes a notebook small. Nothing else about it is changed.
 SMALLER = {
     "own_data.py": {
-        "PICTURES, STEPS, BATCH = 240, 60, 16": "PICTURES, STEPS, BATCH = 24, 4, 4",
+        "PICTURES, STEPS, BATCH = 240, 120, 16": "PICTURES, STEPS, BATCH = 24, 4, 4",
         "flags(60, seed=1)": "flags(4, seed=1)",
         '"--trainer.log_every_n_steps", "5"]': '"--trainer.log_every_n_steps", "1"]\n'
         'arguments += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]',

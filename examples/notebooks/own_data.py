@@ -12,7 +12,7 @@ import random
 
 from PIL import Image, ImageDraw
 
-PICTURES, STEPS, BATCH = 240, 60, 16  # minutes on two CPU cores
+PICTURES, STEPS, BATCH = 240, 120, 16  # minutes on two CPU cores
 COLOURS = {
     "red": (205, 30, 45), "white": (250, 250, 250), "blue": (20, 60, 170),
     "green": (10, 135, 70), "yellow": (250, 205, 20), "black": (20, 20, 20),
@@ -51,9 +51,13 @@ model = multimodal.load("starter")
 
 
 def right(model: multimodal.Model) -> float:
-    """The share of test pictures whose caption is right word for word."""
+    """The share of stripes of test pictures whose colour is named in its place."""
     said = model.caption([image for image, _ in TEST])
-    return sum(text == texts[0] for text, (_, texts) in zip(said, TEST, strict=True)) / len(TEST)
+    right = 0
+    for text, (_, (truth,)) in zip(said, TEST, strict=True):
+        named, true = (each.replace(",", "").split()[-3:] for each in (text, truth))
+        right += sum(a == b for a, b in zip(named, true, strict=False))
+    return right / (3 * len(TEST))
 
 
 before = right(model)
@@ -71,6 +75,6 @@ assert main(arguments) == 0
 # %% What the model of the best validation says
 tuned = multimodal.load("runs/flags/model")
 after = right(tuned)
-print(f"right word for word: {before:.0%} before, {after:.0%} after")
+print(f"stripes named rightly: {before:.0%} before, {after:.0%} after")
 for image, (text,) in TEST[:3]:
     print(f"{text!r}: {tuned.caption(image)!r}")

@@ -94,8 +94,10 @@ class InsideMethods(ModelParts):
         Raises:
             ValueError: for codes out of their range, or an image tokenizer that cannot draw.
         """
-        pictures = [to_image(image) for image in decode_images(self, torch.atleast_2d(codes))]
-        return pictures[0] if codes.ndim == 1 else pictures
+        alone = codes.ndim == 1
+        pixels = decode_images(self, codes[None] if alone else codes)
+        pictures = [to_image(image) for image in pixels]
+        return pictures[0] if alone else pictures
 
     @shows_types
     def attention(self, image: ImageSource, text: str | None = None) -> AttentionMaps:
