@@ -9,7 +9,7 @@ CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3)
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format docs dist clean distclean
+.PHONY: help install demo test test-all lint format docs report dist clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do \
@@ -42,6 +42,9 @@ dist: $(STAMP)  ## build the wheel and the sdist in dist/, and check them
 docs: $(STAMP)  ## build the documentation into site/, offline, warnings are errors
 	@$(RUN) mkdocs --quiet build --strict
 	@echo "site/index.html opens in a browser, without a server"
+
+report: $(STAMP)  ## fill docs/report.md with its numbers, draw its figures, and write build/report.pdf
+	@$(RUN) docs.reporting --pdf build/report.pdf
 
 -include train/recipes/starter.mk
 

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from multimodal.api.inside import InsideMethods
 from multimodal.api.texts import TextMethods
 from multimodal.data.formats.folders import list_images
 from multimodal.data.images import to_image
@@ -69,7 +70,7 @@ class DrawCall(DrawArguments, total=False):
     on_preview: Callable[[Sequence[int], list[Image.Image]], object] | None
 
 
-class Model(TextMethods):
+class Model(TextMethods, InsideMethods):
     """A network, its text tokenizer and its image tokenizer, and what they can do together."""
 
     def __repr__(self) -> str:

@@ -148,8 +148,12 @@ class Results(list[Any]):
 class Drawings(list[Image.Image]):
     """Drawings of one text. A notebook shows them side by side."""
 
+    def grid(self) -> Image.Image:
+        """All of them in one picture."""
+        return grid_of(self)
+
     def _repr_png_(self) -> bytes | None:
-        return _png(grid_of(self)) if self else None
+        return _png(self.grid()) if self else None
 
 
 def _as_html(result: Any) -> str:

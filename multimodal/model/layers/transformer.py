@@ -136,15 +136,8 @@ class Attention(nn.Module):
         self.q_norm = head_norm(config.qk_norm, config.num_attention_heads, d, config.rms_norm_eps)
         self.k_norm = head_norm(config.qk_norm, config.num_key_value_heads, d, config.rms_norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
-        mask: Mask,
-        cache: KVCache | None,
-        layer: int,
-        query_slice: slice,
-    ) -> Tensor:
+    def heads(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], query_slice: slice) -> list[Tensor]:
+        """Queries float[B, H, Q, d], keys and values float[B, G, L, d], as they meet."""
         heads = "b l (h d) -> b l h d"
         q = rearrange(self.q_proj(x[:, query_slice]), heads, d=self.head_dim)
         k = rearrange(self.k_proj(x), heads, d=self.head_dim)
@@ -154,7 +147,18 @@ class Attention(nn.Module):
         query_cos_sin = [angles[:, query_slice] for angles in cos_sin]
         q = rotate(self.q_norm(q), *query_cos_sin).to(v.dtype)
         k = rotate(self.k_norm(k), *cos_sin).to(v.dtype)
-        q, k, v = (rearrange(x, "b l h d -> b h l d") for x in (q, k, v))
+        return [rearrange(x, "b l h d -> b h l d") for x in (q, k, v)]
+
+    def forward(
+        self,
+        x: Tensor,
+        cos_sin: tuple[Tensor, Tensor],
+        mask: Mask,
+        cache: KVCache | None,
+        layer: int,
+        query_slice: slice,
+    ) -> Tensor:
+        q, k, v = self.heads(x, cos_sin, query_slice)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         if isinstance(mask, Tensor):
