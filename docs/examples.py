@@ -1,6 +1,6 @@
 """Run the examples of the documentation, and write what they print below them.
 
-    python -m docs.examples [PAGE ...]           by default all pages of docs/ with such examples
+    python -m docs.examples [PAGE ...]           by default README, and pages of docs/
     python -m docs.examples --check [PAGE ...]   write nothing, and name what differs
 
 An example is a block of ``console``, with commands after ``$``, or of ``pycon``, with statements
@@ -53,8 +53,9 @@ class Result:
 
 
 def pages() -> list[Path]:
-    """The pages that have examples to run."""
-    return [page for page in sorted(DOCS.rglob("*.md")) if BLOCK.search(page.read_text("utf-8"))]
+    """The pages that have examples to run, and README."""
+    found = [*sorted(DOCS.rglob("*.md")), DOCS.parent / "README.md"]
+    return [page for page in found if BLOCK.search(page.read_text("utf-8"))]
 
 
 def prepare(folder: Path) -> None:

@@ -48,7 +48,7 @@ def sources() -> list[Path]:
 
 
 def name_of(page: Path) -> str:
-    return page.relative_to(DOCS).as_posix()
+    return page.relative_to(DOCS if DOCS in page.parents else ROOT).as_posix()
 
 
 @pytest.fixture(scope="module")
