@@ -30,7 +30,7 @@ from multimodal.data.shards import (
     write_tar,
 )
 from multimodal.files import atomic_file, local_path
-from multimodal.inference.codec import encode_images, read_images
+from multimodal.inference.codec import encode_images, read_images, text_fits
 from multimodal.inference.drawing import draw_codes
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.lessons import descriptions_of
@@ -278,6 +278,8 @@ class CandidateMaker:
             made.prompt = text_to_draw(record, of_scene, self._seed(made.key)) or ""
             if not made.prompt:
                 made.reason = "no caption to draw after"
+            elif not text_fits(self.model, made.prompt):
+                made.reason = "a caption longer than what the model reads"
         elif self.settings.judge == "cider" and not descriptions_of(record):
             made.reason = "no captions to compare with"
         return None if made.reason else record

@@ -177,7 +177,7 @@ def encode(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from multimodal.commands.options import use_device
-    from multimodal.data.encode import Encoding, encode_shards
+    from multimodal.data.encode import REJECTED, UNREADABLE, Encoding, encode_shards
     from multimodal.data.shards import read_manifest
     from multimodal.hub.names import part_of
     from multimodal.tokenizers.image import load_image_tokenizer
@@ -210,7 +210,11 @@ def encode(arguments: argparse.Namespace) -> int:
         )
     if manifest is None:  # only the first rank reports
         return 0
-    print(f"{arguments.out}: {total} samples, codes {encoding.fingerprint}")
+    left_out = (manifest.get("rejected") or {}).get(UNREADABLE, 0)
+    if left_out:
+        where = f"{arguments.out}/{REJECTED}"
+        print(f"rejected {left_out:,}: {UNREADABLE}; see {where}", file=sys.stderr)
+    print(f"{arguments.out}: {total - left_out} samples, codes {encoding.fingerprint}")
     return 0
 
 
