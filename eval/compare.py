@@ -89,6 +89,7 @@ def compare(arguments: argparse.Namespace) -> int:
     from multimodal.eval.tasks.reconstruction import score_tokenizer
     from multimodal.files import atomic_file
     from multimodal.hub.names import part_of
+    from multimodal.memory import check_memory
     from multimodal.tokenizers.image import load_image_tokenizer
     from multimodal.tokenizers.weights import resize
 
@@ -107,9 +108,12 @@ def compare(arguments: argparse.Namespace) -> int:
     loaded = max(side, *(t.image_size for t in tokenizers.values()))  # meaning may read more pixels
     features = Features(arguments.features)
     shards = Shards(arguments.data, arguments.split)
+    count = min(arguments.limit, len(shards))
+    needed = 2 * 4 * 3 * count * loaded**2  # the list of them and the tensor
+    check_memory(needed, f"{count:,} images of {loaded} x {loaded}", "--limit or --image-size")
     samples = islice(
         usable_samples(shards, lambda problem: print_error(f"multimodal tokenizer: {problem}")),
-        arguments.limit,
+        count,
     )
     pixels = [
         to_tensor(fit_image(open_image(sample.image), loaded, arguments.fit))

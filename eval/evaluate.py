@@ -144,7 +144,8 @@ def run(
     sections: list[Section] = []
     for folder, of_folder in shards.items():
         warn = _warn if is_first else lambda line: None
-        folder_samples = list(islice(usable_samples(of_folder, warn, model), arguments.limit))
+        limit = min(arguments.limit, len(of_folder))
+        folder_samples = list(islice(usable_samples(of_folder, warn, model), limit))
         training = training_samples(folder, arguments.split)
         for task, make_evaluator in evaluators.items():
             evaluator = make_evaluator()

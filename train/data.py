@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from multimodal.data.parallel import end_with_main, worker_context
+from multimodal.data.parallel import MAX_WORKERS, end_with_main, worker_context
 from multimodal.data.remote.ahead import AHEAD
 from multimodal.data.remote.folder import local_folder
 from multimodal.data.shards import Shards, read_manifest
@@ -192,6 +192,8 @@ class ShardData(L.LightningDataModule):
         self.weights = weights
         self.crop_scale, self.mirror = crop_scale, mirror
         self.global_batch_size, self.val_limit = global_batch_size, val_limit
+        if not 0 <= workers <= MAX_WORKERS:
+            raise ValueError(f"workers={workers}: expected 0 to {MAX_WORKERS:,}")
         self.workers, self.seed = workers, seed
         self._sources: list[dict[str, Any]] | None = None
         self._hash_below: dict[Path, int] = {}

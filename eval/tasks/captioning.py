@@ -181,16 +181,19 @@ def encoder_features(
         return cache.rows["features"]
 
     @torch.inference_mode()
-    def encode(batch: Sequence[int]) -> list[Tensor]:
+    def encode(batch: Sequence[int]) -> list[Tensor | None]:
         usable = {n: samples[row] for n, row in enumerate(batch) if not problem_of(samples[row])}
-        means = torch.full((len(batch), encoder.channels), torch.nan)
-        if usable:
-            pixels = Subject(model, list(usable.values())).pixels.to(model.device)
-            read = reduce(encoder(pixels), "b h w d -> b d", "mean").float().cpu()
-            means[list(usable)] = read
-        return list(means)
+        if not usable:
+            return [None] * len(batch)
+        pixels = Subject(model, list(usable.values())).pixels.to(model.device)
+        read = reduce(encoder(pixels), "b h w d -> b d", "mean").float().cpu()
+        means = dict(zip(usable, read, strict=True))
+        return [means.get(n) for n in range(len(batch))]
 
-    features = torch.stack(subject.map_batches(rows, encode))
+    found = subject.map_batches(rows, encode)
+    width = next((len(mean) for mean in found if mean is not None), 1)
+    nothing = torch.full((width,), torch.nan)
+    features = torch.stack([nothing if mean is None else mean for mean in found])
     if cache is not None:
         cache.rows["features"], cache.added = features, len(features)
         cache.save()

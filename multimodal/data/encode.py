@@ -51,6 +51,7 @@ from multimodal.torchrun import is_first_rank, rank_and_world_size
 SETTINGS = "encoding.json"  # the arguments, in a folder that is not finished
 TOKENIZER = ".tokenizer-"  # start of the name of a tokenizer folder for worker processes
 MAX_BATCH = 512  # pictures
+MAX_ENCODINGS = 1000  # of an image: its crops are in memory together
 REJECTED, UNREADABLE = "rejected.jsonl", "unreadable image or text"
 Precision = Literal["float32", "bfloat16"]
 
@@ -87,8 +88,8 @@ class Encoding:
     train_split: str = "train"
 
     def __post_init__(self) -> None:
-        if self.encodings < 1:
-            raise ValueError(f"encodings={self.encodings}: expected at least 1")
+        if not 1 <= self.encodings <= MAX_ENCODINGS:
+            raise ValueError(f"encodings={self.encodings}: expected 1 to {MAX_ENCODINGS:,}")
         if not 0 < self.crop_scale <= 1:
             raise ValueError(
                 f"crop_scale={self.crop_scale}: expected a share of the area in (0, 1]"

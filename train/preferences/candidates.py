@@ -34,7 +34,7 @@ from multimodal.inference.codec import encode_images, read_images, text_fits
 from multimodal.inference.drawing import draw_codes
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.lessons import descriptions_of
-from multimodal.options import DrawOptions, TextOptions
+from multimodal.options import MAX_CANDIDATES, DrawOptions, TextOptions
 from multimodal.seeds import sample_seed
 from multimodal.train.rewards.judges import Judge, completed, find_judge, text_to_draw
 from multimodal.train.rewards.rewards import Reward, WrittenText, find_reward
@@ -68,8 +68,8 @@ class PreferSettings:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        if self.candidates < 2:
-            raise ValueError(f"candidates={self.candidates}: expected 2 or more")
+        if not 2 <= self.candidates <= MAX_CANDIDATES:
+            raise ValueError(f"candidates={self.candidates}: expected 2 to {MAX_CANDIDATES:,}")
         if not 0 <= self.margin < float("inf"):
             raise ValueError(f"margin={self.margin}: expected 0 or more")
         if not self.options.temperature:
