@@ -29,6 +29,7 @@ from multimodal.data.shards import (
     write_manifest,
     write_tar,
 )
+from multimodal.eval.metrics.scene_captions import has_scene
 from multimodal.files import atomic_file, local_path
 from multimodal.inference.codec import encode_images, read_images, text_fits
 from multimodal.inference.drawing import draw_codes
@@ -148,9 +149,10 @@ def make_preferences(
         check_encoding(model, each)
     if (out / MANIFEST).is_file():
         raise ValueError(f"{out}: not empty (it is complete); give a new folder")
+    manifest = read_manifest(source)
     arguments = {
         "model": model.fingerprint,
-        "shards": [entry["sha256"] for entry in read_manifest(source)["shards"]],
+        "shards": [entry["sha256"] for entry in manifest["shards"]],
         "counts": counts,
         **asdict(settings),
     }
@@ -172,7 +174,8 @@ def make_preferences(
         encoding = shards[splits[0]].encoding
         if settings.kind == "drawings":
             encoding = asdict(Encoding.for_tokenizer(model.image_tokenizer))
-        about = {"image_tokenizer": encoding} if encoding is not None else {}
+        about = {name: manifest[name] for name in ("source", "license") if name in manifest}
+        about |= {"image_tokenizer": encoding} if encoding is not None else {}
         with atomic_file(out / CANDIDATES) as part:
             part.write_text("".join(_json_line(line) for line in lines), "utf-8")
         entries = [index_shard(tar) for tar in tars]
@@ -271,7 +274,7 @@ class CandidateMaker:
         except ValueError:
             made.reason = "an unreadable record"
             return None
-        if self.settings.judge == "scenes" and "scene" not in record:
+        if self.settings.judge == "scenes" and not has_scene(record):
             made.reason = "no scene to judge by"
         elif self.settings.kind == "drawings":
             of_scene = self.settings.judge == "scenes"
