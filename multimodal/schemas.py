@@ -50,7 +50,8 @@ def check_value(name: str, value: object, kind: Any) -> None:
 
 def check_fields(record: Any) -> None:
     """Check all fields of a dataclass, for its ``__post_init__``. Raises ``ValueError``."""
-    hints = _hints(type(record))
+    kind: Any = type(record)
+    hints = _hints(kind)
     for item in fields(record):
         check_value(item.name, getattr(record, item.name), hints[item.name])
 

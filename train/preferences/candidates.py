@@ -174,8 +174,8 @@ def make_preferences(
         encoding = shards[splits[0]].encoding
         if settings.kind == "drawings":
             encoding = asdict(Encoding.for_tokenizer(model.image_tokenizer))
-        about = {name: manifest[name] for name in ("source", "license") if name in manifest}
-        about |= {"image_tokenizer": encoding} if encoding is not None else {}
+        about: dict[str, Any] = {"image_tokenizer": encoding} if encoding is not None else {}
+        about |= {name: manifest[name] for name in ("source", "license") if name in manifest}
         with atomic_file(out / CANDIDATES) as part:
             part.write_text("".join(_json_line(line) for line in lines), "utf-8")
         entries = [index_shard(tar) for tar in tars]
