@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from multimodal.terminal import print_error
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -81,11 +83,13 @@ def compare(arguments: argparse.Namespace) -> int:
     from multimodal.commands.options import check_output
     from multimodal.data.images import fit_image, open_image, to_image, to_tensor
     from multimodal.data.shards import Shards
+    from multimodal.eval.evaluator import usable_samples
     from multimodal.eval.metrics.features import Features
     from multimodal.eval.metrics.reconstruction import ms_ssim_scales
     from multimodal.eval.tasks.reconstruction import score_tokenizer
     from multimodal.files import atomic_file
     from multimodal.hub.names import part_of
+    from multimodal.memory import check_memory
     from multimodal.tokenizers.image import load_image_tokenizer
     from multimodal.tokenizers.weights import resize
 
@@ -103,13 +107,21 @@ def compare(arguments: argparse.Namespace) -> int:
     side = arguments.image_size or max(t.drawn_size for t in tokenizers.values())
     loaded = max(side, *(t.image_size for t in tokenizers.values()))  # meaning may read more pixels
     features = Features(arguments.features)
-    samples = islice(Shards(arguments.data, arguments.split), arguments.limit)
-    images = torch.stack(
-        [
-            to_tensor(fit_image(open_image(sample.image), loaded, arguments.fit))
-            for sample in tqdm(samples, desc="images", disable=None)
-        ]
+    shards = Shards(arguments.data, arguments.split)
+    count = min(arguments.limit, len(shards))
+    needed = 2 * 4 * 3 * count * loaded**2  # the list of them and the tensor
+    check_memory(needed, f"{count:,} images of {loaded} x {loaded}", "--limit or --image-size")
+    samples = islice(
+        usable_samples(shards, lambda problem: print_error(f"multimodal tokenizer: {problem}")),
+        count,
     )
+    pixels = [
+        to_tensor(fit_image(open_image(sample.image), loaded, arguments.fit))
+        for sample in tqdm(samples, desc="images", disable=None)
+    ]
+    if not pixels:
+        raise ValueError(f"{arguments.data}: no image can be read")
+    images = torch.stack(pixels)
     rows, pictures = list[dict[str, Any]](), [resize(images[:SHOWN], side)]
     total = len(images) * len(tokenizers)
     with tqdm(total=total, desc="reconstructions", unit="image", disable=None) as progress:

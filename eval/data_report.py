@@ -24,6 +24,7 @@ from multimodal.data.samples import Sample, has_text, texts_of
 from multimodal.data.shards import Shards, read_manifest, splits_of
 from multimodal.eval.page import Bars, Figure, Section, page
 from multimodal.files import atomic_file, write_json
+from multimodal.terminal import print_error
 
 EPILOG = """The page needs no network and no other file. --weights are data.weights of a recipe. The
 page then shows how often a sample of each folder is read per epoch.
@@ -34,6 +35,7 @@ examples:
   multimodal data report data/photos --duplicates near --json report.json
 """
 SHOWN = 24  # samples of each folder
+NAMED = 5  # of what cannot be read, in the terminal
 FREQUENT_WORDS = 25
 STOP_WORDS = frozenset(
     "a an the of in on at to and or is are was were be with by for from as it its his her their "
@@ -76,6 +78,11 @@ def main(argv: list[str]) -> int:
     if arguments.weights and not min(arguments.weights) > 0:
         raise ValueError(f"--weights {arguments.weights}: expected positive numbers")
     folders = [read_folder(folder, arguments.seed) for folder in arguments.folders]
+    for folder in folders:
+        for problem in folder.unreadable[:NAMED]:
+            print_error(f"{folder.path}: cannot be read: {problem}")
+        if len(folder.unreadable) > NAMED:
+            print_error(f"{folder.path}: {len(folder.unreadable):,} in all, see --json")
     sections = [mixture(folders, arguments.weights)]
     for folder in folders:
         sections += folder.sections()
@@ -147,14 +154,17 @@ class FolderStats:
         self.sources[str(record.get("source", "not given"))] += 1
 
     def measure(self, sample: Sample) -> None:
-        """Count the sizes of a sample's images. Reads only their headers."""
+        """Count the sizes of a sample's images. Reads only their headers.
+
+        Raises:
+            ValueError: for the first one that is no image.
+        """
         for data in images_in(sample):
             try:
                 with open_header(data) as image:
                     width, height = image.size
             except Exception as error:  # Pillow's plugins raise any type of error
-                self.unreadable.append(f"{sample.key}: {error}")
-                continue
+                raise ValueError(f"not an image that can be read ({error})") from error
             self.sides[bin_name(min(width, height), SIDES)] += 1
             self.aspects[bin_name(width / height, ASPECTS)] += 1
 
@@ -187,7 +197,7 @@ class FolderStats:
         if changed:
             bars.append(Bars("changed when it was built", changed))
         if self.unreadable:
-            bars.append(Bars("unreadable images", {"images": len(self.unreadable)}))
+            bars.append(Bars("unreadable", {"images or samples": len(self.unreadable)}))
         if cleaning:
             steps = ", ".join(f"{name} {value}" for name, value in cleaning.items())
             about += f"; cleaning: {steps}"

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from multimodal.commands.options import check_output, load_model, make_parser
 from multimodal.commands.vectors.search import default_cache
-from multimodal.data.samples import readable
 from multimodal.data.shards import Shards
 from multimodal.energy import GRAMS_PER_KWH, WATTS_PER_CORE, EnergyMeter, EnergyOptions
 from multimodal.eval.tasks.registry import EVALUATORS, find_evaluator
-from multimodal.files import atomic_file
+from multimodal.files import address_of, atomic_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -94,16 +93,13 @@ def main(argv: list[str]) -> int:
     for path, suffix in ((arguments.output, ".json"), (arguments.page, ".html")):
         if path:
             check_output(path, (suffix,))
-    samples = {
-        folder: list(islice(readable(Shards(folder, arguments.split), _warn), arguments.limit))
-        for folder in arguments.data
-    }
+    shards = {folder: Shards(folder, arguments.split) for folder in arguments.data}
     from multimodal.distributed import process_group  # imports torch
 
     names = [TASKS if task == "all" else (task,) for task in arguments.tasks]
     tasks = tuple(dict.fromkeys(chain.from_iterable(names)))
     with process_group() as rank:
-        report = run(arguments, tasks, samples, is_first=rank == 0)
+        report = run(arguments, tasks, shards, is_first=rank == 0)
     if rank:
         return 0
     print(format_table(report))
@@ -120,7 +116,7 @@ def _warn(line: str) -> None:
 def run(
     arguments: argparse.Namespace,
     tasks: tuple[str, ...],
-    samples: "dict[Path, list[Sample]]",
+    shards: dict[Path, Shards],
     is_first: bool,
 ) -> dict[str, Any]:
     """Measure all tasks on all folders.
@@ -128,7 +124,7 @@ def run(
     Args:
         arguments: of the command line.
         tasks: names or FILE.py:CLASS.
-        samples: of each folder.
+        shards: of each folder.
         is_first: True on the first rank. It shows progress and writes the page.
 
     Returns:
@@ -137,7 +133,7 @@ def run(
     Raises:
         ValueError: if no sample fits any task.
     """
-    from multimodal.eval.evaluator import training_samples
+    from multimodal.eval.evaluator import training_samples, usable_samples
     from multimodal.eval.metrics.clip_score import ClipScore
     from multimodal.eval.page import page
 
@@ -146,20 +142,24 @@ def run(
     model = load_model(arguments)
     results: list[dict[str, Any]] = []
     sections: list[Section] = []
-    for folder, folder_samples in samples.items():
+    for folder, of_folder in shards.items():
+        warn = _warn if is_first else lambda line: None
+        limit = min(arguments.limit, len(of_folder))
+        folder_samples = list(islice(usable_samples(of_folder, warn, model), limit))
         training = training_samples(folder, arguments.split)
         for task, make_evaluator in evaluators.items():
             evaluator = make_evaluator()
             usable = [sample for sample in folder_samples if evaluator.fits(sample)]
             if usable:
-                title = f"{task}: {folder}"
+                name = address_of(folder) or str(folder)
+                title = f"{task}: {name}"
                 result = measure(
                     evaluator, model, usable, training, arguments, clip, title, is_first
                 )
-                results.append({"task": task, "data": str(folder), **result})
+                results.append({"task": task, "data": name, **result})
                 sections.append(section_of(title, result, evaluator, arguments.seed))
     if not results:
-        raise ValueError(f"no sample of {', '.join(map(str, samples))} fits {', '.join(tasks)}")
+        raise ValueError(f"no sample of {', '.join(map(str, shards))} fits {', '.join(tasks)}")
     if arguments.page and is_first:
         title = f"{arguments.model} ({model.fingerprint})"
         with atomic_file(arguments.page) as file:

@@ -7,7 +7,7 @@ Shapes: N samples, n codes of an image.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 from multimodal.api import Model
+from multimodal.data.documents import codes_in, images_in
 from multimodal.data.images import fit_image, open_image, to_image, to_tensor
-from multimodal.data.samples import CODES, Sample
+from multimodal.data.samples import CODES, Sample, readable, texts_of
 from multimodal.data.shards import Shards, splits_of
 from multimodal.distributed import gather_objects, rank, world_size
 from multimodal.energy import EnergyOptions
 from multimodal.eval.metrics.clip_score import ClipScore
-from multimodal.inference.codec import decode_images, encode_images
+from multimodal.inference.codec import decode_images, encode_images, text_fits
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,12 @@ class Subject:
             return torch.stack([torch.from_numpy(s.codes[0].ravel()) for s in self.samples])
         return self.encode(self.pixels)
 
+    def training_records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Number and record of each training sample whose record can be read."""
+        for number, sample in enumerate(self.training):
+            for usable in readable([sample], lambda problem: None):
+                yield number, usable.record
+
     def encode(self, pixels: Tensor) -> Tensor:
         """float32[N, 3, H, W] in [-1, 1] -> int64[N, n]."""
         return self.map_rows(lambda batch: encode_images(self.model, batch), pixels)
@@ -171,6 +178,44 @@ class Subject:
             range(len(rows)), lambda batch: list(function(rows[list(batch)]).cpu())
         )
         return torch.stack(results)
+
+
+def problem_of(sample: Sample, model: Model | None = None) -> str | None:
+    """Why the record, an image or the codes of a sample cannot be read. None: they can.
+
+    Args:
+        model: has to have room for each text of the record beside an image.
+    """
+    try:
+        record = sample.read_record()
+        if any(name.endswith(CODES) for name in sample.members):
+            codes_in(sample)
+        else:
+            for image in images_in(sample):
+                open_image(image, name=f"sample {sample.key}")
+    except ValueError as error:
+        return str(error)
+    if model is not None and not all(text_fits(model, text) for text in texts_of(record)):
+        return f"sample {sample.key}: a text is longer than what the model reads"
+    return None
+
+
+def usable_samples(
+    samples: Iterable[Sample],
+    on_problem: Callable[[str], object],
+    model: Model | None = None,
+) -> Iterator[Sample]:
+    """The samples that can be read. A bad one ends no evaluation.
+
+    Args:
+        on_problem: is told of each of the others, one line.
+        model: see ``problem_of``.
+    """
+    for sample in samples:
+        if (problem := problem_of(sample, model)) is None:
+            yield sample
+        else:
+            on_problem(f"left out: {problem}")
 
 
 def training_samples(folder: Path, split: str) -> Shards | Sequence[Sample]:

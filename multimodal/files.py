@@ -192,6 +192,25 @@ def read_json(path: str | Path, max_bytes: int = MAX_FILE) -> Any:
         raise UnreadableFile(path, str(error)) from error
 
 
+def read_yaml(path: str | Path, max_bytes: int = MAX_FILE) -> Any:
+    """The value in a YAML file.
+
+    Raises:
+        UnreadableFile: as in ``open_file``, and for what is not YAML.
+    """
+    import yaml
+
+    text = read_text(path, max_bytes)
+    try:
+        return yaml.safe_load(text)
+    except RecursionError as error:
+        raise UnreadableFile(path, "not readable as YAML (nested too deep)") from error
+    # Its reader has these for values that a tag promises, such as !!int "".
+    except (ValueError, yaml.YAMLError, ArithmeticError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UnreadableFile(path, f"not readable as YAML ({reason})") from error
+
+
 def temporary_path(path: Path, shared: bool = False) -> Path:
     """``.NAME.part`` beside ``path``, or ``.NAME.PID.part`` for a file that processes share."""
     return path.with_name(f".{path.name}.{os.getpid()}.part" if shared else f".{path.name}.part")

@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar
 
 Made = TypeVar("Made")
@@ -49,7 +50,8 @@ def check_value(name: str, value: object, kind: Any) -> None:
 
 def check_fields(record: Any) -> None:
     """Check all fields of a dataclass, for its ``__post_init__``. Raises ``ValueError``."""
-    hints = _hints(type(record))
+    kind: Any = type(record)
+    hints = _hints(kind)
     for item in fields(record):
         check_value(item.name, getattr(record, item.name), hints[item.name])
 
@@ -70,7 +72,7 @@ def construct(make: Callable[..., Made], values: object, name: str = "") -> Made
     if not isinstance(values, Mapping):
         raise ValueError(f"{name or 'the content'}={_short(values)}: expected an object")
     start = f"{name}." if name else ""
-    parameters, hints = inspect.signature(make).parameters, _hints(make)
+    parameters, hints = _parameters(make), _hints(make)
     unknown = [key for key in values if key not in parameters]
     if unknown:
         known = ", ".join(parameters)
@@ -102,6 +104,12 @@ def _nested(value: object, kind: Any, name: str) -> Any:
     return tuple(value) if several and isinstance(value, list) else value
 
 
+@lru_cache(256)  # a file may have a million lines, each of which is made into an object
+def _parameters(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(make).parameters
+
+
+@lru_cache(256)
 def _hints(make: Callable[..., Any]) -> dict[str, Any]:
     function = make.__init__ if isinstance(make, type) else make  # type: ignore[misc]
     return typing.get_type_hints(function, include_extras=True)

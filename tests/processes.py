@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+End = Callable[[int], object]  # how a program is ended, by the id of its main process
 PATIENCE = 120.0  # seconds; a busy machine takes its time, and nothing here is measured
 
 
@@ -47,6 +48,27 @@ def wait_until(happened: Callable[[], bool]) -> bool:
     while not happened() and time.monotonic() < end:
         time.sleep(0.05)
     return happened()
+
+
+def kill_main(main: int) -> None:
+    os.kill(main, signal.SIGKILL)
+
+
+def terminate_main(main: int) -> None:
+    os.kill(main, signal.SIGTERM)
+
+
+def terminate_group(main: int) -> None:
+    os.killpg(main, signal.SIGTERM)
+
+
+def press_ctrl_c(main: int) -> None:
+    os.killpg(main, signal.SIGINT)
+
+
+def press_ctrl_c_twice(main: int) -> None:
+    os.killpg(main, signal.SIGINT)
+    os.killpg(main, signal.SIGINT)
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:

@@ -72,7 +72,7 @@ BELOW: dict[str, tuple[str, ...]] = {
         "foundation", "filters", "origin", "data", "model", "inference", "serve.engine",
     ),
     "serve": (
-        "foundation", "record", "filters", "origin", "api", "commands", "serve.engine",
+        "foundation", "data", "record", "filters", "origin", "api", "commands", "serve.engine",
         "serve.endpoints",
     ),
     "eval.metrics": ("foundation", "tokenizers", "tokenizers.quantizers"),

@@ -139,3 +139,23 @@ def test_folders_with_names_that_are_not_utf8_are_built_and_described(
     capsys.readouterr()
     assert main(["data", "check", str(out)]) == 1
     assert r"o\xff/train-0000.tar: missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "count", "named"),
+    [
+        ("a dog\r\ncaf\u00e9\n\n".encode(), 3, ""),
+        (b"\xef\xbb\xbfa dog\rtwo cats\n\xff", 2, "line 2: not UTF-8"),
+        (b"caf\xe9\n" * 3 + b"a dog", 1, "3 lines that are not UTF-8"),
+        ("a dog\n\u72ac\n".encode("utf-16"), 2, ""),
+    ],
+)
+def test_lines_that_are_not_utf8_do_not_end_the_training_of_a_tokenizer(
+    data: bytes, count: int, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts.txt").write_bytes(data)
+    texts = ["tokenizer", "text", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "t.json")]
+    assert main([*texts, "--vocabulary-size", "256"]) == 0
+    output = capsys.readouterr()
+    assert f"from {count} texts" in output.out
+    assert ("texts.txt" in output.err) == bool(named) and named in output.err

@@ -12,9 +12,10 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from multimodal.data.parallel import end_with_main, worker_context
+from multimodal.data.parallel import MAX_WORKERS, end_with_main, worker_context
 from multimodal.data.remote.ahead import AHEAD
 from multimodal.data.remote.folder import local_folder
+from multimodal.data.samples import readable
 from multimodal.data.shards import Shards, read_manifest
 from multimodal.seeds import stable_number
 from multimodal.terminal import print_status
@@ -192,6 +193,8 @@ class ShardData(L.LightningDataModule):
         self.weights = weights
         self.crop_scale, self.mirror = crop_scale, mirror
         self.global_batch_size, self.val_limit = global_batch_size, val_limit
+        if not 0 <= workers <= MAX_WORKERS:
+            raise ValueError(f"workers={workers}: expected 0 to {MAX_WORKERS:,}")
         self.workers, self.seed = workers, seed
         self._sources: list[dict[str, Any]] | None = None
         self._hash_below: dict[Path, int] = {}
@@ -244,14 +247,15 @@ class ShardData(L.LightningDataModule):
             self._sources = []
             for folder, shards in zip(self.folders, self.shards(self.train_split), strict=True):
                 made = read_manifest(shards.folder)
-                first = range(min(len(shards), LICENSES_OF))
-                named = {shards[n].record.get("license") for n in first} | {made.get("license")}
+                first = (shards[n] for n in range(min(len(shards), LICENSES_OF)))
+                records = (each.record for each in readable(first, lambda problem: None))
+                named = {str(each["license"]) for each in (made, *records) if each.get("license")}
                 self._sources.append(
                     {
                         "kind": "data",
                         "name": Path(folder.rstrip("/")).name,
                         "samples": len(shards),
-                        "license": ", ".join(sorted(str(each) for each in named if each)),
+                        "license": ", ".join(sorted(named)),
                     }
                 )
         return self._sources

@@ -8,9 +8,10 @@ from typing import Any
 import lightning as L
 
 from multimodal.data.shards import Shards
-from multimodal.eval.evaluator import Subject, evaluate, training_samples
+from multimodal.eval.evaluator import Subject, evaluate, training_samples, usable_samples
 from multimodal.eval.tasks.registry import find_evaluator
-from multimodal.train.run.folder import log_folder
+from multimodal.terminal import print_error
+from multimodal.train.run.folder import is_first_rank, log_folder
 from multimodal.train.sharding import unsharded
 
 
@@ -49,6 +50,7 @@ class EvaluateModel(L.Callback):
             )
         self.evaluators = {task.rpartition(":")[2]: find_evaluator(task) for task in tasks}
         self.limit, self.batch_size, self.seed = limit, batch_size, seed
+        self._said: set[str] = set()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check_folders(trainer)  # before the first step
@@ -66,6 +68,12 @@ class EvaluateModel(L.Callback):
                         f"{shards.folder}: the folder holds codes, and the task {task} needs images"
                     )
 
+    def _note(self, problem: str) -> None:
+        """Say once which sample is left out. Each validation leaves it out."""
+        if problem not in self._said and is_first_rank():
+            self._said.add(problem)
+            print_error(f"evaluation: {problem}")
+
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
@@ -74,7 +82,7 @@ class EvaluateModel(L.Callback):
         results: dict[str, dict[str, Any]] = {}
         folders: list[Shards] = data.shards(data.val_split)
         for shards in folders:
-            samples = list(islice(shards, self.limit))
+            samples = list(islice(usable_samples(shards, self._note, model), self.limit))
             for task, make_evaluator in self.evaluators.items():
                 evaluator = make_evaluator()
                 usable = [sample for sample in samples if evaluator.fits(sample)]

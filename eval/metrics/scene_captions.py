@@ -13,7 +13,7 @@ from typing import Any
 from multimodal.scenes.checking import check_caption
 from multimodal.scenes.claims import KINDS, parse_caption
 from multimodal.scenes.facts import facts_of, facts_said
-from multimodal.scenes.scene import Scene
+from multimodal.scenes.scene import Scene, scene_of
 
 CHECKED_KINDS = tuple(kind for kind in KINDS if kind != "unparsed")
 
@@ -100,6 +100,11 @@ def score_scene_captions(
     return result
 
 
+def has_scene(record: Mapping[str, Any]) -> bool:
+    """Whether a record has a scene to check claims by."""
+    return scene_of(record) is not None
+
+
 def claims_score(caption: str, record: Mapping[str, Any]) -> float:
     """How right and complete a caption of a scene is, in [0, 1].
 
@@ -108,7 +113,7 @@ def claims_score(caption: str, record: Mapping[str, Any]) -> float:
     Raises:
         ValueError: if the record has no scene.
     """
-    if "scene" not in record:
+    if (scene := scene_of(record)) is None:
         raise ValueError("the claims of a caption are checked for scenes: the record has none")
-    score = check_caption(caption, Scene.from_json(record["scene"]))
+    score = check_caption(caption, scene)
     return (score.precision + score.recall) / 2

@@ -12,6 +12,7 @@ from PIL import Image
 from multimodal.eval.metrics.scene_pixels import detect_objects, detect_scene
 from multimodal.scenes.checking import check_caption
 from multimodal.scenes.claims import parse_caption
+from multimodal.scenes.scene import scene_of
 
 CLAIM_KINDS = ("count", "position", "relation", "size", "background")
 
@@ -26,8 +27,13 @@ def named_objects(caption: str) -> Counter[tuple[str, str]]:
 
 
 def complete_caption(record: Mapping[str, Any]) -> str | None:
-    """The first caption of a scene's record that names every object with colour and shape."""
-    objects = len(record["scene"]["objects"])
+    """The first caption of a record that names every object of its scene with colour and shape.
+
+    None: there is no such caption, or no scene.
+    """
+    if (scene := scene_of(record)) is None:
+        return None
+    objects = len(scene.objects)
     complete = (
         text for text in record.get("captions", ()) if named_objects(text).total() == objects
     )

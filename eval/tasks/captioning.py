@@ -17,11 +17,12 @@ from einops import reduce
 from torch import Tensor, nn
 
 from multimodal.api import Model
+from multimodal.data.documents import image_suffixes
 from multimodal.data.objects import named_objects
 from multimodal.data.samples import CODES, Sample
 from multimodal.data.shards import Shards
 from multimodal.distributed import gather_objects
-from multimodal.eval.evaluator import Example, Subject, Value
+from multimodal.eval.evaluator import Example, Subject, Value, problem_of
 from multimodal.eval.metrics.captioning import score_captions
 from multimodal.eval.metrics.penn_treebank import ptb_tokenize
 from multimodal.eval.metrics.yardsticks import NEIGHBOURS, Lookup, best_constant, shuffled
@@ -111,8 +112,8 @@ class Captioning:
             return
         training = {
             row: [ptb_tokenize(caption) for caption in descriptions]
-            for row, sample in enumerate(islice(subject.training, MAX_TRAINING))
-            if (descriptions := descriptions_of(sample.record))
+            for row, record in islice(subject.training_records(), MAX_TRAINING)
+            if (descriptions := descriptions_of(record))
         }
         if not training:
             self.notes.append("no training split with captions: best constants, lookup left out")
@@ -130,8 +131,14 @@ class Captioning:
         elif subject.has_codes or CODES in subject.training[0].members:
             self.notes.append("the shards hold codes in the place of images: lookup left out")
         else:
-            known = encoder_features(subject, encoder, subject.training, list(training))
-            lookup = Lookup(known.numpy(), captions)
+            rows = [row for row in training if image_suffixes(subject.training[row].members)]
+            known = encoder_features(subject, encoder, subject.training, rows)
+            seen = known.isfinite().all(1)  # what cannot be read has no features
+            described = [training[row] for row, is_seen in zip(rows, seen, strict=True) if is_seen]
+            if not described:
+                self.notes.append("no training picture can be read: lookup left out")
+                return
+            lookup = Lookup(known[seen].numpy(), described)
             features = encoder_features(subject, encoder, subject.samples, range(count))
             found = subject.map_batches(
                 range(count), lambda batch: lookup(features[list(batch)].numpy())
@@ -160,7 +167,7 @@ def encoder_features(
         rows: M numbers of samples.
 
     Returns:
-        float32[M, D].
+        float32[M, D]. NaN for an image that cannot be read.
     """
     model, tokenizer = subject.model, subject.model.image_tokenizer
     digest = hashlib.sha256(f"{tokenizer.image_size} {tokenizer.fit}".encode())
@@ -174,11 +181,19 @@ def encoder_features(
         return cache.rows["features"]
 
     @torch.inference_mode()
-    def encode(batch: Sequence[int]) -> list[Tensor]:
-        pixels = Subject(model, [samples[row] for row in batch]).pixels.to(model.device)
-        return list(reduce(encoder(pixels), "b h w d -> b d", "mean").float().cpu())
+    def encode(batch: Sequence[int]) -> list[Tensor | None]:
+        usable = {n: samples[row] for n, row in enumerate(batch) if not problem_of(samples[row])}
+        if not usable:
+            return [None] * len(batch)
+        pixels = Subject(model, list(usable.values())).pixels.to(model.device)
+        read = reduce(encoder(pixels), "b h w d -> b d", "mean").float().cpu()
+        means = dict(zip(usable, read, strict=True))
+        return [means.get(n) for n in range(len(batch))]
 
-    features = torch.stack(subject.map_batches(rows, encode))
+    found = subject.map_batches(rows, encode)
+    width = next((len(mean) for mean in found if mean is not None), 1)
+    nothing = torch.full((width,), torch.nan)
+    features = torch.stack([nothing if mean is None else mean for mean in found])
     if cache is not None:
         cache.rows["features"], cache.added = features, len(features)
         cache.save()

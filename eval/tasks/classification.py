@@ -70,7 +70,7 @@ class Classification:
 
         classes = [class_of(sample.record) or "" for sample in subject.samples]
         # Few samples may show few of the classes, and fewer classes are easier to tell apart.
-        others = (class_of(sample.record) for sample in subject.training)
+        others = (class_of(record) for _, record in subject.training_records())
         names = sorted({*classes, *(name for name in others if name is not None)})
         classifier = zero_shot_classifier(subject.model, names, OPENAI_IMAGENET_TEMPLATES)
         images = subject.map_rows(lambda codes: embed_codes(subject.model, codes), subject.codes)

@@ -12,7 +12,7 @@ from multimodal.eval.metrics.answering import same_answer
 from multimodal.eval.tasks.answers import SHORT_ANSWER
 from multimodal.inference.text import complete_prompts
 from multimodal.scenes.questions import draw_questions
-from multimodal.scenes.scene import Scene
+from multimodal.scenes.scene import Scene, scene_of
 from multimodal.scenes.wordings import UNSEEN_WORDINGS
 
 QUESTIONS_EACH = 3
@@ -44,7 +44,7 @@ class SceneAnswers:
     examples: list[Example] = field(default_factory=list)
 
     def fits(self, sample: Sample) -> bool:
-        return "scene" in sample.record
+        return scene_of(sample.record) is not None
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         model, codes, templates = subject.model, subject.codes, subject.model.config.templates

@@ -11,7 +11,7 @@ from multimodal.inference.text import caption_codes
 from multimodal.model.lessons import descriptions_of
 from multimodal.options import TextOptions
 from multimodal.scenes.checking import check_caption
-from multimodal.scenes.scene import Scene
+from multimodal.scenes.scene import Scene, scene_of
 
 
 @dataclass
@@ -30,7 +30,7 @@ class SceneCaptions:
     examples: list[Example] = field(default_factory=list)
 
     def fits(self, sample: Sample) -> bool:
-        return "scene" in sample.record
+        return scene_of(sample.record) is not None
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         model, codes = subject.model, subject.codes

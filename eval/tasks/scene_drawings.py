@@ -33,7 +33,7 @@ class SceneDrawings:
     examples: list[Example] = field(default_factory=list)
 
     def fits(self, sample: Sample) -> bool:
-        return "scene" in sample.record and complete_caption(sample.record) is not None
+        return complete_caption(sample.record) is not None
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         texts = [complete_caption(sample.record) or "" for sample in subject.samples]

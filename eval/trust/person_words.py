@@ -64,7 +64,9 @@ class PersonWords:
     notes: list[str] = field(default_factory=list)
 
     def fits(self, sample: Sample) -> bool:
-        return bool(descriptions_of(sample.record)) and "scene" not in sample.record
+        return bool(descriptions_of(sample.record)) and not isinstance(
+            sample.record.get("scene"), dict
+        )
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         model, codes = subject.model, subject.codes

@@ -22,7 +22,7 @@ from multimodal.scenes.claims import ATTRIBUTES
 from multimodal.scenes.counterfactuals import CHANGES, change, common_questions, concerns
 from multimodal.scenes.facts import Fact
 from multimodal.scenes.rendering import render
-from multimodal.scenes.scene import Scene
+from multimodal.scenes.scene import Scene, scene_of
 
 SAME_EACH, OTHER_EACH = 3, 1  # questions a pair whose answer stays, and whose answer changes
 
@@ -65,7 +65,7 @@ class SceneCounterfactuals:
     examples: list[Example] = field(default_factory=list)
 
     def fits(self, sample: Sample) -> bool:
-        return "scene" in sample.record
+        return scene_of(sample.record) is not None
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         model, templates = subject.model, subject.model.config.templates

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from multimodal.data.samples import Sample
 from multimodal.eval.trust.presence import MAX_PRESENT, Presence
-from multimodal.scenes.scene import Scene
+from multimodal.scenes.scene import scene_of
 
 
 @dataclass
@@ -21,7 +21,5 @@ class ScenePresence(Presence):
     )
 
     def objects_of(self, sample: Sample) -> set[str]:
-        scene = sample.record.get("scene")
-        if scene is None:
-            return set()
-        return {item.shape for item in Scene.from_json(scene).objects}
+        scene = scene_of(sample.record)
+        return set() if scene is None else {item.shape for item in scene.objects}

@@ -27,7 +27,7 @@ from multimodal.files import atomic_folder, local_path
 from multimodal.hub.names import find_model
 from multimodal.model.layers.transformer import Transformer
 from multimodal.provenance import Provenance
-from multimodal.schemas import construct
+from multimodal.schemas import check_value, construct
 from multimodal.tokenizers.weights import digest_of, load_weights, read_config_file
 
 AdapterSource: TypeAlias = str | Path | Mapping[str, str | Path]  # one, or several by name
@@ -194,8 +194,8 @@ def _checked(config: Mapping[str, Any]) -> tuple[int, float]:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 0 < rank <= 2**16:
         raise ValueError(f"r={rank!r:.80}: expected the rank")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ValueError(f"lora_alpha={alpha!r:.80}: expected a number")
+    check_value("lora_alpha", alpha, float)
+    assert isinstance(alpha, int | float)
     root = config.get("use_rslora") is True
     return rank, alpha / (math.sqrt(rank) if root else rank)
 

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 from multimodal.commands.options import load_model, make_parser
-from multimodal.record.chain import Entry, entries
+from multimodal.record.chain import Entry
 from multimodal.record.drift import EMBEDDINGS, WINDOW, Rows, drift, requests_of
+from multimodal.record.report import countable_entries
+from multimodal.terminal import print_error
 
 EPILOG = f"""Both are records of `multimodal serve --record`. The last requests of LOG are compared
 with REFERENCE: lengths, likelihoods, seconds, errors, empty replies, and with --embed what prompts
@@ -37,7 +39,9 @@ def main(argv: list[str]) -> int:
     sides = []
     path = arguments.path
     for file in (arguments.reference, arguments.log):
-        found = [entry for entry in entries(file) if isinstance(entry, Entry)]
+        found = countable_entries(
+            file, lambda what: print_error(f"multimodal drift: left out: {what}")
+        )
         sides.append(requests_of(found, path))
         path = path or (str(sides[0][0].facts.get("path")) if sides[0] else None)
     reference, window = sides[0], sides[1][-arguments.window :]

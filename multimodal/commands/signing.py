@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from multimodal.files import local_path
 from multimodal.terminal import print_error
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def signer_of(folder: Path | None) -> "Signer | None":
         return None
     from multimodal.origin.credentials import Signer, make_signer
 
-    if folder.exists():
+    if local_path(folder).exists():
         return Signer.read(folder)
     signer = make_signer(folder)
     print_error(

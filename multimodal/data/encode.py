@@ -5,11 +5,14 @@ image, of which training draws one. The images of a document are in ``KEY.0.code
 ``KEY.1.codes.npy`` and so on. The record does not change. The manifest holds the fingerprint of the
 image tokenizer: codes of one tokenizer mean nothing to another.
 
+A sample that cannot be read is left out, and named in ``rejected.jsonl``.
+
 The unit of work is a shard. A run that was stopped goes on with the shards that are missing. The
 same input gives the same bytes.
 """
 
 import io
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -35,6 +38,7 @@ from multimodal.data.shards import (
     MANIFEST,
     Shards,
     index_shard,
+    read_index,
     read_manifest,
     write_manifest,
     write_tar,
@@ -47,6 +51,8 @@ from multimodal.torchrun import is_first_rank, rank_and_world_size
 SETTINGS = "encoding.json"  # the arguments, in a folder that is not finished
 TOKENIZER = ".tokenizer-"  # start of the name of a tokenizer folder for worker processes
 MAX_BATCH = 512  # pictures
+MAX_ENCODINGS = 1000  # of an image: its crops are in memory together
+REJECTED, UNREADABLE = "rejected.jsonl", "unreadable image or text"
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -82,8 +88,8 @@ class Encoding:
     train_split: str = "train"
 
     def __post_init__(self) -> None:
-        if self.encodings < 1:
-            raise ValueError(f"encodings={self.encodings}: expected at least 1")
+        if not 1 <= self.encodings <= MAX_ENCODINGS:
+            raise ValueError(f"encodings={self.encodings}: expected 1 to {MAX_ENCODINGS:,}")
         if not 0 < self.crop_scale <= 1:
             raise ValueError(
                 f"crop_scale={self.crop_scale}: expected a share of the area in (0, 1]"
@@ -177,10 +183,11 @@ def encode_shards(
         workers: number of processes or Ray tasks. 1 process works in this process.
 
     Returns:
-        The manifest, or None on all ranks but the first.
+        The manifest, or None on all ranks but the first. Its ``rejected`` counts the samples that
+        could not be read as UNREADABLE.
 
     Raises:
-        ValueError: if ``out`` holds anything else, or if an image cannot be read.
+        ValueError: if ``out`` holds anything else, or if no sample of a shard can be read.
     """
     source, out = Path(source), local_path(out)
     manifest = read_manifest(source)
@@ -222,10 +229,21 @@ def encode_shards(
         if not first:
             return None
         entries = [index_shard(out / shard.name) for shard in shards]
+        rejected = [
+            line
+            for shard, before, now in zip(shards, manifest["shards"], entries, strict=True)
+            if now["samples"] < before["samples"]
+            for line in _rejected(shard)
+        ]
         replaced = ("format", "version", "shards", "made_by")
         about = {k: v for k, v in manifest.items() if k not in replaced}
         about["made_by"] = "multimodal.data.encode.encode_shards"
         about["image_tokenizer"] = asdict(encoding)
+        if rejected:
+            about["rejected"] = {**(about.get("rejected") or {}), UNREADABLE: len(rejected)}
+            with atomic_file(out / REJECTED) as part:
+                lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in rejected]
+                part.write_text("".join(lines), "utf-8", errors="backslashreplace")
         write_manifest(out, entries, **about)
         for folder in out.glob(f"{TOKENIZER}*"):
             shutil.rmtree(folder)
@@ -273,23 +291,20 @@ def _encoded(
     """(key, members) of each sample of a shard, encoded in batches."""
     encoding = shard.encoding
 
-    def prepare(sample: Sample) -> tuple[Sample, list[NDArray[np.uint8]]]:
+    def prepare(sample: Sample) -> tuple[Sample, list[NDArray[np.uint8]] | None]:
         try:
-            document_of(sample)  # raises if the content does not match the images
-            images = images_in(sample)
-            keys = [sample.key, *(f"{n}/{sample.key}" for n in range(1, len(images)))]
-            return sample, [
-                encoding.prepare(key, data, shard.split)
-                for key, data in zip(keys, images, strict=False)
-            ]
-        except ValueError as error:
-            raise ValueError(f"{shards.folder}: sample {sample.key}: {error}") from error
+            return sample, _pictures(sample, encoding, shard.split)
+        except ValueError:
+            return sample, None  # left out, see _rejected
 
     samples, pictures = list[Sample](), list[list[NDArray[np.uint8]]]()
     prepared = map_ordered(prepare, shards, shard.decoders)
     for number, (sample, sample_pictures) in enumerate(prepared, start=1):
-        samples.append(sample)
-        pictures.append(sample_pictures)
+        if sample_pictures is None:
+            on_sample(1)
+        else:
+            samples.append(sample)
+            pictures.append(sample_pictures)
         images = list(chain.from_iterable(pictures))
         if sum(map(len, images)) >= shard.batch_size or number == len(shards):
             encoded = iter(encode_images(tokenizer, images, encoding.precision))
@@ -304,6 +319,33 @@ def _encoded(
                 yield encoded_sample.key, {**codes, **texts}
             on_sample(len(samples))
             samples, pictures = [], []
+
+
+def _pictures(sample: Sample, encoding: Encoding, split: str) -> list[NDArray[np.uint8]]:
+    """The pictures of each image of a sample: uint8[A, H, W, 3].
+
+    Raises:
+        ValueError: if an image or the record cannot be read, or they do not match.
+    """
+    sample.read_record()
+    document_of(sample)  # raises if the content does not match the images
+    images = images_in(sample)
+    keys = [sample.key, *(f"{n}/{sample.key}" for n in range(1, len(images)))]
+    return [encoding.prepare(key, data, split) for key, data in zip(keys, images, strict=False)]
+
+
+def _rejected(shard: EncodedShard) -> Iterator[dict[str, str]]:
+    """A line for each sample that is not in the codes of a shard, with the reason."""
+    kept = {sample["key"] for sample in read_index(shard.out / shard.name)}
+    for sample in Shards(shard.source, only=shard.name):
+        if sample.key not in kept:
+            try:
+                _pictures(sample, shard.encoding, shard.split)
+                reason = ""
+            except ValueError as error:
+                reason = str(error)
+            name = f"{shard.source / shard.name}: {sample.key}"
+            yield {"sample": name, "reason": UNREADABLE, "detail": reason}
 
 
 def encode_images(

@@ -30,6 +30,7 @@ from multimodal.torchrun import rank_and_world_size
 In = TypeVar("In")
 Out = TypeVar("Out")
 Engine: TypeAlias = Literal["processes", "ray"]
+MAX_WORKERS = 1024  # processes or threads: more would take all memory before they do anything
 MAX_DEATHS = 3  # processes killed in a row at one unit, before the map fails
 UNITS_PER_WORKER = 2  # units submitted ahead of the caller
 RANK_TIMEOUT = 600.0  # seconds to wait for the unit of another rank
@@ -72,7 +73,12 @@ def map_ordered(function: Callable[[In], Out], items: Iterable[In], workers: int
 
     Yields:
         The results in the order of the items.
+
+    Raises:
+        ValueError: for more than MAX_WORKERS.
     """
+    if workers > MAX_WORKERS:
+        raise ValueError(f"{workers:,} threads: expected at most {MAX_WORKERS:,}")
     if workers == 0:
         yield from map(function, items)
         return
@@ -114,14 +120,14 @@ def map_units(
         The results in the order of the units.
 
     Raises:
-        ValueError: for an unknown engine, or for less than one worker.
+        ValueError: for an unknown engine, less than one worker, or more than MAX_WORKERS.
         ChildProcessError: if worker processes are killed MAX_DEATHS times in a row.
         Exception: any error of ``function``.
     """
     if engine not in get_args(Engine):
         raise ValueError(f"engine {engine!r}: expected one of {', '.join(get_args(Engine))}")
-    if workers < 1:
-        raise ValueError(f"workers={workers}: expected at least 1")
+    if not 1 <= workers <= MAX_WORKERS:
+        raise ValueError(f"workers={workers}: expected 1 to {MAX_WORKERS:,}")
     rank, world_size = rank_and_world_size()
     if world_size > 1 and done is not None:
         numbered = enumerate(units)

@@ -175,6 +175,7 @@ def normalise(fields: Mapping[str, Any], note: Note = lambda what: None) -> dict
     captions: Any = next(
         (rest.pop(name) for name in CAPTION_FIELDS if rest.get(name) is not None), []
     )
+    rest.pop("captions", None)  # null
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list):
         raise UnreadableText("captions are not a string or a list of strings")

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from multimodal.files import local_path, new_folder
+from multimodal.files import local_path, new_folder, read_text
 from multimodal.hub.names import find_model
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.layers.quantization import quantized
@@ -45,7 +45,7 @@ def quantize_model(source: str | Path, out: str | Path, to: Bits = "int8") -> No
             provenance=provenance,
         )
         card = folder / "README.md"
-        text = card.read_text("utf-8") if card.is_file() else "# A quantized model\n"
+        text = read_text(card) if card.is_file() else "# A quantized model\n"
         note = f"Quantized to {to} from {source} ({model.fingerprint}). It cannot be trained."
         smaller.save(written, f"{text.rstrip()}\n\n{note}\n", torch.bfloat16)
 

@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 import numpy as np
 from PIL import Image
 
+from multimodal.files import open_file
 from multimodal.schemas import Between
 
 
@@ -60,6 +61,7 @@ class Classifier:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # the others are the model's
         options.log_severity_level = 3
+        open_file(folder / about.file).close()  # a regular file
         try:
             self._session = onnxruntime.InferenceSession(
                 folder / about.file, options, providers=["CPUExecutionProvider"]

@@ -23,10 +23,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from PIL import Image
 
-from multimodal.files import read_text
+from multimodal.files import UnreadableFile, local_path, read_yaml
 from multimodal.filters.classifier import Classifier, ClassifierFile
 from multimodal.filters.languages import check_languages, is_another
 from multimodal.filters.personal import KINDS, find_personal
@@ -142,12 +141,12 @@ class Filters:
         Raises:
             ValueError: for a file that is no rule, by its name.
         """
-        folder, rules = Path(folder), []
+        folder, rules = local_path(folder), []
         if not folder.is_dir():
             raise ValueError(f"{folder}: no folder of rules")
         for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
             try:
-                values = yaml.safe_load(read_text(path))
+                values = read_yaml(path)
                 if not isinstance(values, dict):
                     raise ValueError("expected the fields of a rule")
                 file = construct(RuleFile, values)
@@ -157,7 +156,9 @@ class Filters:
                 elif file.image:
                     look = from_file(str(folder / file.image), "rule", (), "FUNCTION")
                 rules.append(Rule(path.stem, file, look))
-            except (ValueError, yaml.YAMLError) as error:
+            except UnreadableFile:
+                raise
+            except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
         if not rules:
             raise ValueError(f"{folder}: holds no rule (NAME.yaml)")

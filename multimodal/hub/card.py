@@ -5,11 +5,12 @@ Results are those of ``multimodal eval``. They become a table, and the metadata 
 Format: https://huggingface.co/docs/hub/model-cards
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from multimodal.files import UnreadableFile, read_json
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -58,12 +59,12 @@ def read_results(path: str | Path, fingerprint: str) -> dict[str, Any]:
         ValueError: for another kind of file, or results of another model.
     """
     try:
-        results = json.loads(Path(path).read_text("utf-8"))
+        results = read_json(path)
         measured = results["protocol"]["fingerprint"]
         list(_scores(results))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except UnreadableFile:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: not the results of multimodal eval ({error!r})") from error
     if measured != fingerprint:
         raise ValueError(f"{path}: the results of model {measured}, and this is {fingerprint}")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from multimodal.files import read_json
+from multimodal.files import read_json, read_text
 from multimodal.hub.address import HubName
 from multimodal.hub.card import DEFAULT_CARD, make_card, read_results
 from multimodal.hub.download import readable
@@ -52,7 +52,7 @@ def push(
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{folder}: not a model folder: its config.json") from error
     about = None if results is None else read_results(results, fingerprint)
-    text = files["README.md"].read_text("utf-8") if "README.md" in files else DEFAULT_CARD
+    text = read_text(files["README.md"]) if "README.md" in files else DEFAULT_CARD
     try:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     except ImportError as error:

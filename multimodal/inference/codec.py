@@ -15,6 +15,7 @@ from multimodal.memory import check_memory
 from multimodal.model.checkpoint import ModelParts
 from multimodal.tokenizers.weights import resize
 
+ROOM_AROUND = 64  # tokens around a text: specials, the words of a template, an answer
 UNKNOWN = -1  # a code that is not drawn yet
 GREY = 0.0  # pixels of a preview where nothing is drawn yet
 
@@ -58,6 +59,15 @@ def read_images(
         opened = open_source(image, name, model.urls)
         pixels.append(to_tensor(fit_image(opened, tokenizer.image_size, tokenizer.fit)))
     return torch.stack(pixels)
+
+
+def text_fits(model: ModelParts, text: str) -> bool:
+    """Whether a text fits into the context beside an image, with ROOM_AROUND tokens."""
+    codes, limit = model.image_tokenizer.codes_per_image, model.config.transformer
+    room = limit.max_position_embeddings - codes - ROOM_AROUND
+    # A token has a byte at least, so most texts need not be encoded.
+    longest = len(text.encode("utf-8", "surrogatepass"))
+    return longest <= room or len(model.text_tokenizer.encode(text)) <= room
 
 
 def encode_images(model: ModelParts, pixels: Tensor) -> Tensor:

@@ -12,9 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from multimodal.files import read_text
+from multimodal.files import UnreadableFile, read_yaml
 from multimodal.model.templates import Templates
 from multimodal.options import AnswerOptions, Sampling, make_options
 
@@ -112,7 +110,7 @@ def read_prompt(path: Path) -> Prompt:
         ValueError: names the file, and what is wrong with it.
     """
     try:
-        content = yaml.safe_load(read_text(path, MAX_PROMPT))
+        content = read_yaml(path, MAX_PROMPT)
         if not isinstance(content, Mapping):
             raise ValueError("not a mapping of fields")
         own = [item.name for item in fields(Prompt) if item.name not in ("name", "options")]
@@ -125,10 +123,9 @@ def read_prompt(path: Path) -> Prompt:
         options = {name: value for name, value in content.items() if name not in own}
         values = {name: content[name] for name in own if name in content}
         return Prompt(path.stem, **values, options=options)
-    except RecursionError as error:
-        raise ValueError(f"{path}: not a prompt: nested too deep") from error
-    # The reader of YAML has these for values that a tag promises, such as !!int "".
-    except (ValueError, yaml.YAMLError, ArithmeticError, LookupError, TypeError) as error:
+    except UnreadableFile as error:
+        raise ValueError(f"{path}: not a prompt: {error.reason}") from error
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a prompt: {' '.join(str(error).split())[:300]}") from error
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from PIL import Image
 
-from multimodal.files import read_bytes
+from multimodal.files import local_path, read_bytes
 
 MISSING = "content credentials need: pip install 'multimodal[provenance]'"
 KEY, CERTIFICATES = "key.pem", "certificates.pem"
@@ -55,7 +55,8 @@ class Drawing:
 
     @classmethod
     def of(cls, model: str, prompt: str, source_type: str = DRAWN) -> "Drawing":
-        return cls(model, hashlib.sha256(prompt.encode()).hexdigest(), source_type)
+        sha256 = hashlib.sha256(prompt.encode("utf-8", "surrogatepass"))  # bytes of a shell
+        return cls(model, sha256.hexdigest(), source_type)
 
     def manifest(self) -> dict[str, Any]:
         """The manifest as c2pa-python takes it."""
@@ -91,7 +92,7 @@ class Signer:
         Raises:
             ValueError: if they are not there, or cannot sign.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         signer = cls(read_bytes(folder / KEY), read_bytes(folder / CERTIFICATES))
         try:  # now, and not after a drawing
             signer.sign(Image.new("RGB", (8, 8)), "PNG", Drawing.of("", ""))
@@ -229,7 +230,7 @@ def make_signer(folder: str | Path) -> Signer:
     private = key.private_bytes(
         pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    folder = Path(folder)
+    folder = local_path(folder)
     folder.mkdir(mode=0o700)  # the key is for its owner alone
     (folder / KEY).touch(mode=0o600)
     (folder / KEY).write_bytes(private)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from multimodal.files import atomic_file, local_path, open_file, parse_json
+from multimodal.schemas import construct
 
 START = "0" * 64
 MAX_LINE = 16 << 20  # bytes of an entry
@@ -49,15 +50,10 @@ class Entry:
             value = parse_json(line)
         except ValueError as error:
             raise ValueError("is not JSON") from error
-        if not isinstance(value, dict) or set(value) != NAMES:
-            raise ValueError("is no entry of a record")
-        kinds = {"number": int, "previous": str, "hash": str}
-        if any(type(value[name]) is not kind for name, kind in kinds.items()):
-            raise ValueError("is no entry of a record")
-        for name in ("facts", "texts", "digests"):
-            if not isinstance(value[name], dict):
-                raise ValueError("is no entry of a record")
-        return cls(**value)
+        try:
+            return construct(cls, value)
+        except ValueError as error:
+            raise ValueError(f"is no entry of a record ({error})") from error
 
     def line(self) -> bytes:
         return _canonical({name: getattr(self, name) for name in sorted(NAMES)}) + b"\n"
@@ -82,12 +78,14 @@ class Record:
         keep_texts: write the texts, not only their digests.
 
     Raises:
-        ValueError: if another process writes it, or if its last line is no entry.
+        ValueError: if another process writes it, if it is no file, or if its last line is no entry.
     """
 
     def __init__(self, path: str | Path, keep_texts: bool = False) -> None:
         self.path, self.keep_texts = local_path(path), keep_texts
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            open_file(self.path).close()  # a device has no end
         self._file = open(self.path, "a+b")  # noqa: SIM115 (it stays open)
         self._lock = threading.Lock()
         try:
@@ -271,16 +269,22 @@ def _rewrite(path: str | Path, change: Callable[[Entry], Entry | None]) -> None:
     """Write a record again, each entry as ``change`` gives it, or without it for None.
 
     Raises:
-        ValueError: for a record with lines that are no entries, and one that is being written.
+        ValueError: for a record with lines that are no entries or that ``change`` refuses, and for
+            one that is being written.
     """
     path = local_path(path)
+    open_file(path).close()  # a regular file
     with open(path, "r+b") as held:
         _lock(held, path)
         with atomic_file(path, sync=True) as part, open(part, "wb") as file:
             for entry in entries(path):
                 if isinstance(entry, str):
                     raise ValueError(f"{path}: {entry}")
-                if (changed := change(entry)) is not None:
+                try:
+                    changed = change(entry)
+                except ValueError as error:  # it has no time
+                    raise ValueError(f"{path}: entry {entry.number}: {error}") from error
+                if changed is not None:
                     file.write(changed.line())
 
 

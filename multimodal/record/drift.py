@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from multimodal.record.chain import Entry
+from multimodal.record.report import READ, WRITTEN
 
 Rows = NDArray[np.float32]
 WINDOW = 200
@@ -27,21 +28,25 @@ MOST_EMBEDDED = 400  # rows of each side
 
 
 def _usage(*names: str) -> Callable[[Mapping[str, Any]], Any]:
-    return lambda facts: next(
-        (facts["usage"][name] for name in names if name in (facts.get("usage") or {})), None
-    )
+    def number(facts: Mapping[str, Any]) -> Any:
+        usage = facts.get("usage") or {}
+        return next((usage[name] for name in names if usage.get(name) is not None), None)
+
+    return number
 
 
 # A number of a request, or None where it has none.
 NUMBERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "tokens of prompts": _usage("prompt_tokens", "input_tokens"),
-    "tokens written": _usage("completion_tokens", "output_tokens"),
-    "images in prompts": lambda facts: len(facts["images"]) if "images" in facts else None,
+    "tokens of prompts": _usage(*READ),
+    "tokens written": _usage(*WRITTEN),
+    "images in prompts": lambda facts: (
+        None if facts.get("images") is None else len(facts["images"])
+    ),
     "log-likelihood of a token": lambda facts: facts.get("likelihood"),
     "seconds": lambda facts: facts.get("seconds"),
 }
 RATES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-    "errors": lambda facts: int(facts.get("status") or 0) >= 400,
+    "errors": lambda facts: (facts.get("status") or 0) >= 400,
     "empty replies": lambda facts: bool(facts.get("empty")),
     "replies over the limit": lambda facts: "length" in (facts.get("finish_reasons") or ()),
     "filtered": lambda facts: bool(facts.get("filters")),
@@ -91,7 +96,7 @@ def drift(
     """Compare a window of requests with a reference.
 
     Args:
-        reference, window: requests of one address.
+        reference, window: requests of one address, that can be counted (``countable_entries``).
         alpha: the probability of an alarm without a cause, of all tests together.
         embedded: float32[R, D] and float32[W, D], of their prompts.
 

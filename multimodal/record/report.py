@@ -2,16 +2,59 @@
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from multimodal.record.chain import Entry
+from multimodal.record.chain import Entry, entries
+from multimodal.schemas import check_value
 
 EXAMPLES = 5  # of each group of failures
+READ, WRITTEN = ("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens")
+# The facts that are counted and compared. Each may be missing or null; others may be anything.
+FACTS: dict[str, Any] = {
+    "time": str, "kind": str, "path": str, "status": int, "seconds": float, "likelihood": float,
+    "usage": Mapping[str, Any], "images": list[Any], "filters": list[Any],
+    "finish_reasons": list[Any],
+}  # fmt: skip
+
+
+def countable_entries(path: str | Path, on_problem: Callable[[str], object]) -> list[Entry]:
+    """The entries of a record that can be counted.
+
+    Args:
+        on_problem: is told of each other line what is wrong with it, in one line.
+
+    Raises:
+        UnreadableFile: if there is no such file.
+    """
+    found = []
+    for entry in entries(path):
+        if isinstance(entry, str):
+            on_problem(f"{path}: {entry}")
+            continue
+        try:
+            _check_facts(entry.facts)
+        except ValueError as error:
+            on_problem(f"{path}: entry {entry.number}: {error}")
+        else:
+            found.append(entry)
+    return found
+
+
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` for a fact of another type than a server writes."""
+    for name, kind in FACTS.items():
+        check_value(name, facts.get(name), kind | None)
+    for name in (*READ, *WRITTEN):
+        check_value(f"usage.{name}", (facts.get("usage") or {}).get(name), int | None)
 
 
 def summary(entries: Iterable[Entry]) -> dict[str, Any]:
     """Counts, tokens and seconds of the requests.
+
+    Args:
+        entries: that can be counted, see ``countable_entries``.
 
     Returns:
         ``requests``, ``from`` and ``to`` (times), ``by`` path, status, model and filter (counts),
@@ -33,16 +76,11 @@ def summary(entries: Iterable[Entry]) -> dict[str, Any]:
             by[name][str(facts.get(name))] += 1
         by["filter"].update(map(str, facts.get("filters") or ()))
         by["finish_reason"].update(map(str, facts.get("finish_reasons") or ()))
-        if isinstance(facts.get("seconds"), int | float):
+        if facts.get("seconds") is not None:
             seconds[str(facts.get("path"))].append(float(facts["seconds"]))
-        given = facts.get("usage")
-        usage: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
-        for kind, names in (
-            ("read", ("prompt_tokens", "input_tokens")),
-            ("written", ("completion_tokens", "output_tokens")),
-        ):
-            for name in names:
-                tokens[kind] += int(usage.get(name) or 0)
+        usage = facts.get("usage") or {}
+        for kind, names in (("read", READ), ("written", WRITTEN)):
+            tokens[kind] += sum(usage.get(name) or 0 for name in names)
     return {
         "requests": by["path"].total(),
         "from": min(times, default=None),
@@ -75,7 +113,7 @@ def failures(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
         status, reasons = facts.get("status"), facts.get("finish_reasons") or ()
         if status == 499:
             groups["client left"].append(entry)
-        elif isinstance(status, int) and status >= 400:
+        elif status is not None and status >= 400:
             groups[f"error {status} {facts.get('code') or ''}".strip()].append(entry)
         if facts.get("filters"):
             groups["filtered"].append(entry)

@@ -11,6 +11,7 @@ from PIL import Image, ImageChops, ImageDraw
 from multimodal.scenes.scene import BACKGROUNDS, COLOURS, RGB, SHAPES, Scene
 
 OVERSAMPLING = 4
+MAX_SIZE = 2048  # pixels per side
 RING_HOLE = 0.5  # of the radius
 RIM = 0.16  # of the radius
 
@@ -107,16 +108,16 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
 
     Args:
         scene: what to render.
-        size: pixels per side, at least 8.
+        size: pixels per side, 8 to MAX_SIZE.
 
     Returns:
         RGB, size x size.
 
     Raises:
-        ValueError: if ``size`` is below 8.
+        ValueError: for another size.
     """
-    if size < 8:
-        raise ValueError(f"size is {size} pixels, expected at least 8")
+    if not 8 <= size <= MAX_SIZE:
+        raise ValueError(f"size is {size} pixels, expected 8 to {MAX_SIZE:,}")
     unit = size * OVERSAMPLING
     high, low = (np.array(rgb, np.float64) for rgb in BACKGROUNDS[scene.background])
     # One colour per output row: the gradient looks smooth, and few colours compress well.

@@ -10,6 +10,7 @@ Coordinates are scene units in [0, 1]: x to the right, y downwards. A radius has
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -154,6 +155,14 @@ class Scene:
             return cls(tuple(objects), record["background"])
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"not a scene: {error}") from error
+
+
+def scene_of(record: Mapping[str, Any]) -> Scene | None:
+    """The scene of a record. None: it has none, or another field of that name."""
+    try:
+        return Scene.from_json(record["scene"])
+    except (KeyError, ValueError):
+        return None
 
 
 def sample_scene(rng: random.Random, held_out: bool = False) -> Scene:

@@ -23,7 +23,7 @@ EPILOG = f"""Addresses: / is a page for people. /v1/chat/completions, /v1/images
 together, and each gets what it would get alone. An adapter is a model of its own: requests name
 it. It takes the memory of the layers that it changes. Without a key everyone who reaches the
 address may use it. A key on the command line can be seen by other users of the machine, {KEY}
-in the environment cannot. SIGINT and SIGTERM let running requests end.
+in the environment cannot. SIGINT and SIGTERM let running requests end, a second one does not.
 
 Of several workers each has a record of its own (NAME.0.jsonl, NAME.1.jsonl: multimodal log takes
 several), and /metrics has the numbers of all, by the label worker. One that dies takes its

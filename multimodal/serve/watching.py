@@ -6,8 +6,9 @@ from pathlib import Path
 
 from prometheus_client import Gauge
 
-from multimodal.record.chain import Entry, entries
+from multimodal.record.chain import Entry
 from multimodal.record.drift import LEAST, WINDOW, drift, requests_of
+from multimodal.record.report import countable_entries
 
 EVERY = 50  # requests
 log = logging.getLogger("multimodal.serve")
@@ -25,8 +26,7 @@ class DriftWatch:
     """
 
     def __init__(self, reference: str | Path, gauge: Gauge) -> None:
-        found = [entry for entry in entries(reference) if isinstance(entry, Entry)]
-        self.reference = requests_of(found)
+        self.reference = requests_of(countable_entries(reference, log.warning))
         if len(self.reference) < LEAST:
             raise ValueError(f"{reference}: has {len(self.reference)} requests, {LEAST} are needed")
         self.path, self.gauge = self.reference[0].facts.get("path"), gauge

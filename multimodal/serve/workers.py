@@ -19,6 +19,8 @@ from multiprocessing.context import SpawnProcess
 from types import FrameType
 from typing import Any, TypeAlias
 
+from multimodal.data.parallel import end_with_main
+
 # Called in a process of its own, with the number of the worker and what it calls when it answers.
 Target: TypeAlias = Callable[[int, Callable[[], None]], None]
 PAUSE = 5.0  # seconds before a worker that never answered is started again
@@ -56,7 +58,11 @@ class Supervisor:
         self.stopping = threading.Event()
 
     def run(self) -> int:
-        """Watch workers until SIGINT or SIGTERM. Returns the exit status, as ``watch``."""
+        """Watch workers until SIGINT or SIGTERM. A second one ends them in the midst of requests.
+
+        Returns:
+            The exit status, as ``watch``.
+        """
         before = {each: signal.signal(each, self._told) for each in (signal.SIGINT, signal.SIGTERM)}
         try:
             return self.watch()
@@ -90,6 +96,11 @@ class Supervisor:
             self._stop()
 
     def _told(self, number: int, frame: FrameType | None) -> None:
+        if self.stopping.is_set():
+            for worker in self.workers:
+                if worker.process is not None:
+                    with suppress(ValueError):  # it has ended, and was closed
+                        worker.process.kill()
         self.stopping.set()
 
     def _look_at(self, worker: _Worker) -> None:
@@ -137,18 +148,9 @@ class Supervisor:
 
 
 def _run(target: Target, number: int, ready: Connection) -> None:
-    """In a worker. A key that ends the supervisor must not end it: it is told by SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    """In a worker: Ctrl-C is the supervisor's, and if that is killed the worker ends at once."""
+    end_with_main()
     target(number, lambda: ready.send(True))
-
-
-def _end_with_parent() -> None:
-    """If the supervisor is killed, nobody else tells its workers to stop."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    signal.raise_signal(signal.SIGTERM)
 
 
 def shared_socket(host: str, port: int) -> socket.socket:

@@ -298,6 +298,10 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: rewrite(f, "adapter_config.json", lambda c: c.update(r=0)),
         "r=0: expected the rank",
     ),
+    "a scale beyond all numbers": (
+        lambda f: rewrite(f, "adapter_config.json", lambda c: c.update(lora_alpha=10**400)),
+        "lora_alpha=1000.*: expected a number",
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """Options that would take hours or all memory are refused, or say what they cost."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from PIL import Image
 from multimodal import load, memory
 from multimodal.cli import main
 from multimodal.commands import options as shared
+from multimodal.data.builder.build import build_shards
 from multimodal.devices import choose_device
 from multimodal.inference.prompt_files import read_prompt
 from multimodal.inference.text import partial_stop_length
 from multimodal.options import DrawOptions
+from tests.photos import picture as photo
 
 DEEP = "[" * 20_000 + "]" * 20_000
 
@@ -197,3 +200,40 @@ def test_files_that_are_none_do_not_hang(
         assert main(line) == 1, line
         said = capsys.readouterr().err
         assert str(path) in said and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["data", "build", "photos", "out", "--workers", "9" * 9], "workers must be 1 to 1,024"),
+        (["data", "build", "photos", "out", "--image-size", "9" * 9], "must be 1 to 10,000"),
+        (["data", "scenes", "out", "--count", "1", "--size", "9" * 9], "expected 8 to 2,048"),
+        (["caption", "--data", "shards", "--out-dir", "out", "--workers", "9" * 9], "1 to 1,024"),
+        (["prefer", "starter", "--candidates", "9" * 9], "expected 2 to 10,000"),
+        (["tokenizer", "encode", "shards", "out", "--decoders", "9" * 9], "at most 1,024"),
+        (["tokenizer", "encode", "shards", "out", "--encodings", "9" * 9], "1 to 1,000"),
+        (
+            ["tokenizer", "compare", "starter", "--image-size", "9" * 9],
+            "GB of memory.*--image-size",
+        ),
+    ],
+)
+def test_numbers_beyond_memory_are_refused_before_the_work(
+    argv: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(2):
+        (tmp_path / f"photos/{number}.png").write_bytes(photo(number))
+        (tmp_path / f"photos/{number}.txt").write_text("a dog", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    build_shards("photos", "shards")
+    more = {"prefer": ["--data", "shards", "--out", "out"], "encode": ["--tokenizer", "starter"]}
+    more["compare"] = ["--data", "shards", "--split", "train"]
+    crops = ["--crop-scale", "0.5"] * ("--encodings" in argv)
+    assert main([*argv, *more.get(argv[0], more.get(argv[1], [])), *crops]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert re.search(message, said[-1]) and "error: " in said[-1], said

@@ -175,7 +175,7 @@ def test_a_run_that_is_killed_three_times_gives_the_same_bytes(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"encodings": 0}, "expected at least 1"),
+        ({"encodings": 0}, "expected 1 to 1,000"),
         ({"crop_scale": 0.0}, r"share of the area in \(0, 1\]"),
         ({"encodings": 2}, "are for crops: give a crop_scale below 1"),
         ({"mirror": True}, "are for crops: give a crop_scale below 1"),

@@ -1,5 +1,6 @@
 """``data build`` and ``data index`` read the same records from shards."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import webdataset
 from multimodal.cli import main
 from multimodal.data.builder.build import build_shards
 from multimodal.data.indexing import index_folder
-from multimodal.data.samples import plain
+from multimodal.data.samples import has_text, plain, record_of, texts_of
 from multimodal.data.shards import Shards
+from multimodal.files import UnreadableText
 from tests.photos import picture, samples, tar_of
 
 RECORDS: dict[str, dict[str, bytes]] = {
@@ -19,6 +21,8 @@ RECORDS: dict[str, dict[str, bytes]] = {
     "img2dataset": {"txt": b"a dog", "json": b'{"caption": "a dog", "url": "u", "width": 3}'},
     "no caption": {"txt": b"a dog", "json": b'{"caption": null, "url": "u"}'},
     "captions": {"json": b'{"captions": ["a dog", " ", "a cat "]}'},
+    "null": {"json": b'{"captions": null, "qa": [["so?", "no"]]}'},
+    "nulls": {"json": b'{"captions": null, "caption": null, "text": "a dog", "qa": null}'},
     "list": {"json": b'["a dog", "a cat"]'},
     "bom": {"json": b'\xef\xbb\xbf{"text": "a dog"}'},
     "bom txt": {"txt": b"\xef\xbb\xbfa dog"},
@@ -112,6 +116,31 @@ def test_index_and_check_say_when_no_sample_has_a_text(
     assert "of the first 4 samples, 1: .txt of several lines: each line is a caption" in error
     assert main(["data", "check", str(tmp_path / "s"), "--decode"]) == 0
     assert "3: samples have no caption, question or label" in capsys.readouterr().err
+
+
+FIELDS = (
+    *("captions", "caption", "text", "qa", "question", "answer", "label", "conversations"),
+    *("messages", "texts", "content", "preferences", "license", "scene"),
+)
+VALUES: list[Any] = [
+    *(None, 3, -1.5, True, "", " ", "x", [], {}, [None], ["x"], [["x"]], [["x", None]]),
+    *({"a": 1}, [{"a": 1}], [{"question": "x", "answer": None}], 10**30),
+]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_record_has_texts_or_is_refused_whatever_stands_in_a_field(field: str) -> None:
+    """Who reads a record need not check the types of its texts again."""
+    for value in VALUES:
+        fields = {"captions": ["a dog"], "qa": [["so?", "no"]], field: value}
+        for given in (fields, {field: value}):
+            try:
+                record = record_of({"json": json.dumps(given).encode()})
+            except UnreadableText:
+                continue
+            assert all(isinstance(text, str) and text.strip() for text in record["captions"])
+            assert all(isinstance(text, str) for text in texts_of(record)), record
+            assert has_text(record) in (True, False)
 
 
 def test_one_unreadable_record_ends_no_job(

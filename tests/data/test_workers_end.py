@@ -1,16 +1,25 @@
 """However a job is ended, no process of it lives on, and a rerun gives the same result."""
 
-import os
-import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from multimodal.cli import main
 from multimodal.data.shards import Shards, index_shard, write_manifest, write_tar
-from tests.processes import PATIENCE, finish, living, start, wait_until
+from tests.processes import (
+    PATIENCE,
+    End,
+    finish,
+    kill_main,
+    living,
+    press_ctrl_c,
+    press_ctrl_c_twice,
+    start,
+    terminate_group,
+    terminate_main,
+    wait_until,
+)
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 
@@ -36,28 +45,6 @@ if __name__ == "__main__":
     sys.argv.insert(1, sys.argv[1])
     sys.exit(cli.main())
 """
-End = Callable[[int], object]
-
-
-def kill_main(main: int) -> None:
-    os.kill(main, signal.SIGKILL)
-
-
-def terminate_main(main: int) -> None:
-    os.kill(main, signal.SIGTERM)
-
-
-def terminate_group(main: int) -> None:
-    os.killpg(main, signal.SIGTERM)
-
-
-def press_ctrl_c(main: int) -> None:
-    os.killpg(main, signal.SIGINT)
-
-
-def press_ctrl_c_twice(main: int) -> None:
-    os.killpg(main, signal.SIGINT)
-    os.killpg(main, signal.SIGINT)
 
 
 @pytest.mark.parametrize(

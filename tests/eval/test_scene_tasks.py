@@ -18,6 +18,7 @@ from multimodal.eval.tasks import scene_answers, scene_captions, scene_drawings
 from multimodal.eval.tasks.scene_answers import SceneAnswers
 from multimodal.eval.tasks.scene_captions import SceneCaptions
 from multimodal.eval.tasks.scene_drawings import SceneDrawings
+from multimodal.eval.trust.scene_counterfactuals import SceneCounterfactuals
 from multimodal.eval.trust.scene_presence import ScenePresence
 from multimodal.scenes.scene import Scene, SceneObject
 from multimodal.scenes.wordings import UNSEEN_WORDINGS
@@ -49,8 +50,17 @@ def test_only_files_of_scenes_the_demo_and_replay_import_scenes() -> None:
 
 def test_samples_without_a_scene_do_not_fit(samples: list[Sample]) -> None:
     photo = Sample("a", {**samples[0].members, "json": b'{"captions": ["a red circle"]}'})
-    for evaluator in (SceneCaptions(), SceneAnswers(), SceneDrawings(), ScenePresence()):
-        assert evaluator.fits(samples[0]) and not evaluator.fits(photo)
+    # Fields of that name that others use.
+    photos = [photo]
+    for scene in ("beach", 3, None, [], ["objects"], {}, {"objects": 3}, {"objects": [{}]}):
+        record = {"captions": ["a red circle"], "scene": scene}
+        photos.append(Sample("b", {**samples[0].members, "json": json.dumps(record).encode()}))
+    for evaluator in (
+        *(SceneCaptions(), SceneAnswers(), SceneDrawings(), ScenePresence()),
+        SceneCounterfactuals(),
+    ):
+        assert evaluator.fits(samples[0])
+        assert not any(evaluator.fits(photo) for photo in photos)
 
 
 def test_true_captions_have_the_best_scores(

@@ -1,5 +1,6 @@
 """Rules: what they find, what they leave, and files that are no rules."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,9 @@ def test_images_are_judged_by_a_function_and_its_errors_refuse(tmp_path: Path) -
         ("reason: x\nwords: [a]\nsay: b", "say"),
         ("- a", "expected the fields of a rule"),
         ("a: [", "rule.yaml"),
+        ("a: " + "[" * 20_000, "nested too deep"),
+        ('a: !!int ""', "not readable as YAML"),
+        ("reason: x\n1: 2", "1: unknown"),
         ("reason: x\nimage: none.py:look", "no such Python file"),
     ],
 )
@@ -129,3 +133,8 @@ def test_a_folder_without_rules_is_an_error(tmp_path: Path) -> None:
         Filters.read(tmp_path)
     with pytest.raises(ValueError, match="no folder of rules"):
         Filters.read(tmp_path / "none")
+    with pytest.raises(ValueError, match="^s3://rules: an address"):
+        Filters.read("s3://rules")
+    os.mkfifo(tmp_path / "rule.yaml")
+    with pytest.raises(ValueError, match=r"rule.yaml: not a regular file"):
+        Filters.read(tmp_path)

@@ -187,6 +187,8 @@ def test_drawings_of_the_command_line_are_signed(tmp_path: Path) -> None:
     config = json.loads(Path("multimodal/starter/config.json").read_text("utf-8"))
     assert found.drawing["model"] == config["fingerprints"]["model"]
     assert found.drawing["prompt_sha256"] == hashlib.sha256(b"a red circle").hexdigest()
+    # A shell can give bytes that are not UTF-8. It must not fail after the work.
+    assert Drawing.of("", "a red \udcff").prompt_sha256 != Drawing.of("", "a red ?").prompt_sha256
     edit = ["edit", str(out), "--box", "0,0,32,32", "--prompt", "a dog", "--steps", "1"]
     edited = tmp_path / "edited.jpg"
     assert main([*edit, "--out", str(edited), "--sign", str(keys)]) == 0

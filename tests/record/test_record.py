@@ -1,6 +1,7 @@
 """A record: what is changed in its file shows, whatever it is."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -133,6 +134,63 @@ def test_a_value_that_no_server_writes_is_named(tmp_path: Path, value: bytes) ->
     path.write_bytes(first + second.replace(b"0.25", value) + third)
     (problem,) = verify(path)[:1]
     assert problem in ("entry 1 was changed", "line 2: is not JSON"), problem
+
+
+FACTS = ("time", "status", "seconds", "likelihood", "usage", "images", "filters", "finish_reasons")
+VALUES = (3, -1, 2.5, "", "x", [], {}, [None], ["x"], True, [[]], 10**400, {"prompt_tokens": "x"})
+
+
+@pytest.mark.parametrize("name", [*FACTS, "kind", "path", "model", "id", "fallback", "code"])
+def test_facts_that_no_server_writes_are_left_out_and_named(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever stands in a line: it is counted, or named on stderr and in the exit status."""
+    path, good = tmp_path / "record.jsonl", tmp_path / "good.jsonl"
+    lines = written(good, 30)
+    for value in VALUES:
+        content = json.loads(lines[7])
+        content["facts"][name] = value
+        content["hash"] = Entry(**content).computed
+        changed = (json.dumps(content) + "\n").encode()
+        path.write_bytes(b"".join([*lines[:7], changed, *lines[8:]]))
+        for verb in (["report"], ["failures", "--json"]):
+            status = main(["log", verb[0], str(path), *verb[1:]])
+            error = capsys.readouterr().err
+            assert status == bool(error), error
+            assert not error or f"{path}: entry 7: {name}" in error
+        main(["drift", str(good), str(path)])
+        main(["drift", str(path), str(good)])
+        output = capsys.readouterr()
+        assert output.err.count("left out") == 2 * bool(error), output.err
+
+
+def test_lines_that_are_no_entries_are_named_by_whoever_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, good = tmp_path / "record.jsonl", tmp_path / "good.jsonl"
+    lines = written(good, 30)
+    bad = [b"{\n", b"[" * 20_000 + b"\n", lines[2].replace(b'"what is', b'3, "x": "what is')]
+    path.write_bytes(b"".join([*lines[:20], *bad, *lines[20:]])[:-20])
+    for argv in (["log", "report", str(path)], ["drift", str(good), str(path)]):
+        main(argv)
+        error = capsys.readouterr().err
+        assert [f"line {n}: " in error for n in (20, 21, 22, 23, 33, 34)] == [
+            False, True, True, True, True, False,
+        ], error  # fmt: skip
+    assert main(["log", "report", str(path)]) == 1 and main(["log", "report", str(good)]) == 0
+
+
+def test_a_record_is_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero", "."):
+        for use in (Record, lambda path: redact(path, datetime.now(UTC)), lambda p: [*entries(p)]):
+            with pytest.raises(ValueError, match=f"{tmp_path / name}: .*(regular file|a folder)"):
+                use(tmp_path / name)
+    lines = written(tmp_path / "record.jsonl", 2)
+    (tmp_path / "record.jsonl").write_bytes(lines[0].replace(b'"time":"2', b'"time":"x'))
+    with pytest.raises(ValueError, match=r"record.jsonl: entry 0: 'x.*expected a time"):
+        redact(tmp_path / "record.jsonl", datetime.now(UTC))
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:

@@ -25,6 +25,18 @@ from multimodal.serve.engine.metrics import Metrics
 from multimodal.serve.peers import merged
 from multimodal.serve.server import record_of
 from multimodal.serve.workers import Supervisor, check_free
+from tests.processes import (
+    PATIENCE,
+    End,
+    finish,
+    kill_main,
+    living,
+    press_ctrl_c,
+    start,
+    terminate_group,
+    terminate_main,
+    wait_until,
+)
 from tests.serve.workers import Says, free_port
 
 
@@ -88,6 +100,42 @@ def test_a_worker_that_never_answers_ends_the_start() -> None:
     supervisor = Supervisor(Says(free_port(), fails=True), 3, 5, on_ready=lambda: None)
     assert supervisor.watch() == 1
     assert all(worker.process is None for worker in supervisor.workers)
+
+
+SUPERVISOR = """
+import sys
+from multimodal.serve.workers import Supervisor
+from tests.serve.workers import Says
+
+if __name__ == "__main__":
+    sys.exit(Supervisor(Says(int(sys.argv[1])), 2, 3600, lambda: None).run())
+"""
+
+
+@pytest.mark.parametrize("end", [kill_main, terminate_main, terminate_group, press_ctrl_c])
+def test_workers_end_with_their_supervisor(end: End, tmp_path: Path) -> None:
+    """Killed, or told twice, while requests run that never end."""
+    port, stderr = free_port(), tmp_path / "stderr"
+    (tmp_path / "asked").mkdir()
+    process = start(["-c", SUPERVISOR, str(port)], stderr)
+    try:
+        assert wait_until(lambda: len(asked(port, 10)) == 2), stderr.read_text()
+        threads = [
+            threading.Thread(target=ask, args=(port, str(tmp_path / "asked")), daemon=True)
+            for _ in range(10)
+        ]
+        for thread in threads:
+            thread.start()
+        assert wait_until(lambda: len(list((tmp_path / "asked").iterdir())) == 2)
+        end(process.pid)
+        if end is not kill_main:
+            assert living(process.pid), "the first signal lets requests end"
+            end(process.pid)
+        process.wait(PATIENCE)
+        assert wait_until(lambda: not living(process.pid)), living(process.pid)
+        assert "Traceback" not in stderr.read_text(), stderr.read_text()
+    finally:
+        finish(process)
 
 
 def test_an_address_that_is_in_use_is_not_shared() -> None:

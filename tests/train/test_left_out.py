@@ -83,8 +83,13 @@ def test_a_bad_sample_is_replaced_by_the_one_after_it(tmp_path: Path) -> None:
 def test_a_run_does_not_end_for_a_late_bad_sample(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The check before the first step reads 256 samples. These come later."""
+    """The check before the first step reads 256 samples. These come later, but for one.
+
+    Nor does it end where its card names the licences of the first samples.
+    """
     samples = {f"{n:04}": GOOD for n in range(270)}
+    samples["0001"] = BAD["no-json"][0]
+    samples["0002"] = {**GOOD, "json": record(captions=["a red square"], license=["CC0", 1])}
     for n, (bad, _) in enumerate(BAD.values()):
         samples[f"{260 + n:04}"] = bad
     samples["0269"] = LONG
@@ -96,7 +101,8 @@ def test_a_run_does_not_end_for_a_late_bad_sample(
     assert len(logged(run)) == 6, "two epochs"
     lines = (run / "logs/left_out.jsonl").read_text("utf-8").splitlines()
     named = {line["key"]: line["reason"] for line in map(json.loads, lines)}
-    assert sorted(named) == [f"{260 + n:04}" for n in range(len(BAD))] + ["0269"]
+    assert sorted(named) == ["0001", *(f"{260 + n:04}" for n in range(len(BAD))), "0269"]
+    assert "license: ['CC0', 1]" in (run / "model/README.md").read_text("utf-8")
     assert "is cut to fit row_length=192" in named["0269"] and len(lines) == len(named)
     error = capsys.readouterr().err
     assert f"{len(named)} samples were left out or cut" in error and f"{folder}: 0" in error

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from multimodal.api import Model
 from multimodal.cli import main
+from multimodal.data.shards import Shards, index_shard, write_manifest, write_tar
 from multimodal.eval.metrics.penn_treebank import ptb_tokenize
 from multimodal.model.batches import BatchBuilder
 from multimodal.model.network import MultimodalLM
@@ -87,6 +88,15 @@ def test_words_are_counted_in_the_folder_of_an_image() -> None:
     mixed = [written("shirt number 7", {"captions": products[7]}), *captions]
     assert beside(mixed)[1:] == pytest.approx(expected)
     assert beside(mixed)[0] == pytest.approx(10.0)
+
+
+def test_words_are_counted_without_the_samples_that_cannot_be_read(tmp_path: Path) -> None:
+    good = {"png": b"", "json": b'{"captions": ["a dog runs", "a brown dog"]}'}
+    write_tar(tmp_path / "train-0.tar", [("a", {"png": b"", "json": b"{"}), ("b", good)])
+    write_manifest(tmp_path, [index_shard(tmp_path / "train-0.tar")])
+    reward = find_reward("cider", None, [Shards(tmp_path)])  # type: ignore[arg-type]
+    captions = [written("a dog", {"captions": ["a dog runs", "a brown dog"]})]
+    assert reward(captions) == CiderReward([[["a dog runs", "a brown dog"]]])(captions)
 
 
 def test_alignment_is_the_cosine_of_the_models_embeddings(

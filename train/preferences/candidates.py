@@ -29,12 +29,13 @@ from multimodal.data.shards import (
     write_manifest,
     write_tar,
 )
+from multimodal.eval.metrics.scene_captions import has_scene
 from multimodal.files import atomic_file, local_path
-from multimodal.inference.codec import encode_images, read_images
+from multimodal.inference.codec import encode_images, read_images, text_fits
 from multimodal.inference.drawing import draw_codes
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.lessons import descriptions_of
-from multimodal.options import DrawOptions, TextOptions
+from multimodal.options import MAX_CANDIDATES, DrawOptions, TextOptions
 from multimodal.seeds import sample_seed
 from multimodal.train.rewards.judges import Judge, completed, find_judge, text_to_draw
 from multimodal.train.rewards.rewards import Reward, WrittenText, find_reward
@@ -68,8 +69,8 @@ class PreferSettings:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        if self.candidates < 2:
-            raise ValueError(f"candidates={self.candidates}: expected 2 or more")
+        if not 2 <= self.candidates <= MAX_CANDIDATES:
+            raise ValueError(f"candidates={self.candidates}: expected 2 to {MAX_CANDIDATES:,}")
         if not 0 <= self.margin < float("inf"):
             raise ValueError(f"margin={self.margin}: expected 0 or more")
         if not self.options.temperature:
@@ -148,9 +149,10 @@ def make_preferences(
         check_encoding(model, each)
     if (out / MANIFEST).is_file():
         raise ValueError(f"{out}: not empty (it is complete); give a new folder")
+    manifest = read_manifest(source)
     arguments = {
         "model": model.fingerprint,
-        "shards": [entry["sha256"] for entry in read_manifest(source)["shards"]],
+        "shards": [entry["sha256"] for entry in manifest["shards"]],
         "counts": counts,
         **asdict(settings),
     }
@@ -172,7 +174,8 @@ def make_preferences(
         encoding = shards[splits[0]].encoding
         if settings.kind == "drawings":
             encoding = asdict(Encoding.for_tokenizer(model.image_tokenizer))
-        about = {"image_tokenizer": encoding} if encoding is not None else {}
+        about: dict[str, Any] = {"image_tokenizer": encoding} if encoding is not None else {}
+        about |= {name: manifest[name] for name in ("source", "license") if name in manifest}
         with atomic_file(out / CANDIDATES) as part:
             part.write_text("".join(_json_line(line) for line in lines), "utf-8")
         entries = [index_shard(tar) for tar in tars]
@@ -271,13 +274,15 @@ class CandidateMaker:
         except ValueError:
             made.reason = "an unreadable record"
             return None
-        if self.settings.judge == "scenes" and "scene" not in record:
+        if self.settings.judge == "scenes" and not has_scene(record):
             made.reason = "no scene to judge by"
         elif self.settings.kind == "drawings":
             of_scene = self.settings.judge == "scenes"
             made.prompt = text_to_draw(record, of_scene, self._seed(made.key)) or ""
             if not made.prompt:
                 made.reason = "no caption to draw after"
+            elif not text_fits(self.model, made.prompt):
+                made.reason = "a caption longer than what the model reads"
         elif self.settings.judge == "cider" and not descriptions_of(record):
             made.reason = "no captions to compare with"
         return None if made.reason else record

@@ -74,7 +74,7 @@ def text_to_draw(record: Mapping[str, Any], of_scene: bool, seed: int) -> str | 
     """
     texts = descriptions_of(record)
     if of_scene:
-        complete = complete_caption(record) if "scene" in record else None
+        complete = complete_caption(record)
         texts = [complete] if complete else []
     dice = torch.Generator().manual_seed(seed)
     return texts[int(torch.randint(len(texts), (), generator=dice))] if texts else None

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from multimodal.data.samples import readable
 from multimodal.data.shards import Shards
 from multimodal.eval.metrics.answering import same_answer
 from multimodal.eval.metrics.cider import CaptionSpace, similarities
@@ -182,7 +183,7 @@ def find_reward(
     captions = [
         [
             described
-            for sample in islice(folder, MAX_PICTURES)
+            for sample in islice(readable(folder, lambda problem: None), MAX_PICTURES)
             if (described := descriptions_of(sample.record))
         ]
         for folder in shards

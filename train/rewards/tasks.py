@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from multimodal.data.shards import Shards
+from multimodal.eval.metrics.scene_captions import has_scene
 from multimodal.inference.codec import UNKNOWN
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.text import generate_ids
@@ -81,7 +82,7 @@ class Task(ABC):
 
     def prompt(self, sample: TrainingSample) -> Prompt | None:
         """What of a sample is completed, by its seed. None: it has nothing, or it is too long."""
-        if sample.document or ("scenes" in self.names and "scene" not in sample.record):
+        if sample.document or ("scenes" in self.names and not has_scene(sample.record)):
             return None
         prompt = self._prompt(sample)
         fits = prompt is not None and self.length(prompt.ids) <= self.builder.row_length

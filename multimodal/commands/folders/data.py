@@ -15,7 +15,7 @@ from multimodal.commands.options import add_engine
 from multimodal.data.indexing import index_folder
 from multimodal.data.shards import Shards, read_manifest
 from multimodal.data.verify import check, check_contents, check_text
-from multimodal.files import write_json
+from multimodal.files import atomic_file, write_json
 from multimodal.terminal import one_line
 
 FIRST_SAMPLES = 256  # whose texts `data index` reads
@@ -343,7 +343,8 @@ def _duplicates(arguments: argparse.Namespace) -> int:
         )
     if arguments.output:
         lines = [json.dumps(pair.to_json(), ensure_ascii=False) + "\n" for pair in pairs]
-        arguments.output.write_text("".join(lines), "utf-8")
+        with atomic_file(arguments.output) as part:
+            part.write_text("".join(lines), "utf-8", errors="backslashreplace")
     exact = sum(pair.kind == "exact" for pair in pairs)
     leaks = sum(pair.is_leak for pair in pairs)
     skipped = f"; {images.unreadable} could not be read" if images.unreadable else ""

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.record.chain import Entry, entries, parse_time, prune, redact, verify
-from multimodal.record.report import EXAMPLES, failures, summary
+from multimodal.record.report import EXAMPLES, countable_entries, failures, summary
+from multimodal.terminal import print_error
 
 EPILOG = """`multimodal serve --record FILE` writes the record. Each entry has the hash of the one
 before: one that was changed, removed or moved is named. Who can write the file can also make a new
-chain: note the last hash elsewhere (verify prints it), and give it to --head later.
+chain: note the last hash elsewhere (verify prints it), and give it to --head later. report and
+failures name on stderr each line that cannot be counted, and the exit status is then 1.
 
 examples:
   multimodal log verify record.jsonl
@@ -24,7 +26,10 @@ examples:
 
 
 def main(argv: list[str]) -> int:
-    """Run ``multimodal log ARGV...``. The exit status is 1 if a record does not hold."""
+    """Run ``multimodal log ARGV...``.
+
+    The exit status is 1 if a record does not hold, or has lines that cannot be counted.
+    """
     parser = argparse.ArgumentParser(
         prog="multimodal log",
         description="Check the record of a server, and read what is in it.",
@@ -49,18 +54,22 @@ def main(argv: list[str]) -> int:
         count = sum(change(file, before) for file in arguments.files)
         print(f"{count:,} entries " + ("lost their texts" if change is redact else "were removed"))
         return 0
-    all_of = (entry for file in arguments.files for entry in entries(file))
-    found = [entry for entry in all_of if isinstance(entry, Entry)]
+    problems: list[str] = []
+    found = [
+        entry for file in arguments.files for entry in countable_entries(file, problems.append)
+    ]
+    for problem in problems:
+        print_error(f"multimodal log: left out: {problem}")
     if len(arguments.files) > 1:  # feedback may be in another file than what it is about
         found.sort(key=lambda entry: str(entry.facts.get("time")))
     if arguments.what == "report":
         facts = summary(found)
         print(json.dumps(facts) if arguments.json else "\n".join(_lines(facts)))
-        return 0
+        return int(bool(problems))
     groups = failures(found)
     if arguments.json:
         print(json.dumps({name: [dict(e.facts) for e in each] for name, each in groups.items()}))
-        return 0
+        return int(bool(problems))
     for name, each in sorted(groups.items(), key=lambda item: -len(item[1])):
         print(f"{name}: {len(each):,}")
         for entry in each[-EXAMPLES:]:
@@ -69,7 +78,7 @@ def main(argv: list[str]) -> int:
             print(f"  entry {entry.number}, {about.get('time')}, {called} {text!r}")
     if not groups:
         print("no failures")
-    return 0
+    return int(bool(problems))
 
 
 def _verify(file: Path, head: str | None) -> int:

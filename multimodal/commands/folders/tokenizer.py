@@ -1,13 +1,14 @@
 """``multimodal tokenizer text|meaning|import|encode``: train, import and apply tokenizers."""
 
 import argparse
+import codecs
 import sys
 from collections.abc import Iterator
-from io import TextIOWrapper
 from pathlib import Path
 
 from multimodal.commands.options import add_device, add_engine
-from multimodal.files import address_of, local_path, open_file
+from multimodal.files import address_of, local_path, open_file, read_text
+from multimodal.terminal import print_error
 
 EXAMPLES = """examples:
   multimodal tokenizer text data/photos --out text_tokenizer.json --vocabulary-size 4096
@@ -35,8 +36,27 @@ def texts(sources: list[str], split: str) -> Iterator[str]:
             for sample in readable(samples, lambda line: tqdm.write(line, file=sys.stderr)):
                 yield from texts_of(sample.record)
         else:
-            with open_file(source) as file:
-                yield from (line.rstrip("\r\n") for line in TextIOWrapper(file, "utf-8-sig"))
+            yield from lines_of(source)
+
+
+def lines_of(path: str) -> Iterator[str]:
+    """The lines of a text file. Those that are not UTF-8 are left out; the first one is named."""
+    wrong = 0
+    with open_file(path) as file:
+        if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            yield from read_text(path).splitlines()
+            return
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+            except UnicodeDecodeError as error:
+                wrong += 1
+                if wrong == 1:
+                    print_error(f"left out: {path}: line {number}: not UTF-8 ({error})")
+            else:
+                yield from text.split("\r")
+    if wrong > 1:
+        print_error(f"left out: {path}: {wrong:,} lines that are not UTF-8")
 
 
 def train_text(arguments: argparse.Namespace) -> int:
@@ -177,7 +197,7 @@ def encode(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from multimodal.commands.options import use_device
-    from multimodal.data.encode import Encoding, encode_shards
+    from multimodal.data.encode import REJECTED, UNREADABLE, Encoding, encode_shards
     from multimodal.data.shards import read_manifest
     from multimodal.hub.names import part_of
     from multimodal.tokenizers.image import load_image_tokenizer
@@ -210,7 +230,11 @@ def encode(arguments: argparse.Namespace) -> int:
         )
     if manifest is None:  # only the first rank reports
         return 0
-    print(f"{arguments.out}: {total} samples, codes {encoding.fingerprint}")
+    left_out = (manifest.get("rejected") or {}).get(UNREADABLE, 0)
+    if left_out:
+        where = f"{arguments.out}/{REJECTED}"
+        print(f"rejected {left_out:,}: {UNREADABLE}; see {where}", file=sys.stderr)
+    print(f"{arguments.out}: {total - left_out} samples, codes {encoding.fingerprint}")
     return 0
 
 

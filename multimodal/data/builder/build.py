@@ -11,6 +11,7 @@ that cannot be used, with the reason.
 """
 
 import json
+import math
 import re
 import shutil
 from collections import Counter, deque
@@ -31,9 +32,9 @@ from multimodal.data.builder.image_parts import (
 )
 from multimodal.data.builder.sources import AnySource, open_source, read_source
 from multimodal.data.builder.writer import ShardWriter
-from multimodal.data.images import Fit
+from multimodal.data.images import MAX_PIXELS, Fit
 from multimodal.data.near_duplicates import CopyIndex
-from multimodal.data.parallel import Engine, exclusive_lock, map_units
+from multimodal.data.parallel import MAX_WORKERS, Engine, exclusive_lock, map_units
 from multimodal.data.samples import has_text
 from multimodal.data.shards import MANIFEST, write_manifest
 from multimodal.data.tables.records import (
@@ -48,6 +49,7 @@ from multimodal.terminal import shown
 from multimodal.torchrun import is_first_rank
 
 REJECTED = "rejected.jsonl"
+MAX_SIDE = math.isqrt(MAX_PIXELS)  # of images that are resized
 STAGING = ".building"
 PARTS, LOCK, UNPACKED = "parts", "lock", "unpacked"
 MOVING = "moving"  # exists when this build has begun to replace files in OUT
@@ -323,12 +325,14 @@ def _rejection(item: SourceItem, images: Prepared | None) -> RejectedSample | No
 def _check_arguments(
     image_size: int | None, fit: str, shard_size: int, val_share: float, quality: int, workers: int
 ) -> None:
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be at least 1, not {image_size}")
+    if image_size is not None and not 1 <= image_size <= MAX_SIDE:
+        raise ValueError(f"image_size must be 1 to {MAX_SIDE:,}, not {image_size}")
     if fit not in get_args(Fit):
         raise ValueError(f"fit must be one of {', '.join(get_args(Fit))}, not {fit!r}")
-    if shard_size < 1 or workers < 1:
-        raise ValueError(f"shard_size and workers must be at least 1: {shard_size}, {workers}")
+    if shard_size < 1:
+        raise ValueError(f"shard_size must be at least 1, not {shard_size}")
+    if not 1 <= workers <= MAX_WORKERS:
+        raise ValueError(f"workers must be 1 to {MAX_WORKERS:,}, not {workers}")
     if not 0 <= val_share < 1:
         raise ValueError(f"val_share must be in [0, 1), not {val_share}")
     if not 1 <= quality <= 100:

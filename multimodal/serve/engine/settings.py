@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+from multimodal.files import local_path
 from multimodal.schemas import Between, check_fields
 
 Count = Annotated[int, Between(1, 2**31)]
@@ -70,6 +71,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for path in (self.record, self.filters, self.drift_reference):
+            local_path(path)
         if not self.name.strip() or any(not key.strip() for key in self.keys):
             raise ValueError("the name of the model and API keys must not be empty")
         if self.drift_reference and not self.record:
