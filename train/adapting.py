@@ -49,6 +49,12 @@ class AdapterModule(MuonModule):
         # AdamW learns more with them than Muon (docs/decisions/fine_tuning.md).
         return [*super().heads, *adapter_parts(self.network.transformer)]
 
+    def base_network(self, network: MultimodalLM) -> MultimodalLM:
+        """The network to train: the given one, or a quantized one in its place (``lora.bits``)."""
+        if self.lora is None or self.lora.bits is None:
+            return network
+        return MultimodalLM(network.config.with_bits(self.lora.bits))
+
     def configure_model(self) -> None:
         if self.lora is not None and not has_adapter(self.network.transformer):
             self.network.requires_grad_(False)
@@ -56,6 +62,8 @@ class AdapterModule(MuonModule):
                 # The same A however many ranks there are: their start sets the seed anew.
                 torch.default_generator.manual_seed(torch.initial_seed())
                 inject(self.network.transformer, self.lora)
+        if self.device_mesh is not None and self.lora is not None and self.lora.bits is not None:
+            raise ValueError("lora.bits: quantized weights are not sharded; use the strategy ddp")
         if self.device_mesh is not None and not fsdp_modules(self.network):  # FSDP2
             shard(self.network, self.device_mesh["data_parallel"])
 
@@ -68,6 +76,7 @@ class AdapterModule(MuonModule):
         if self.lora is None:
             return
         ours, theirs = self.network.config, source.config
+        ours = ours.with_bits(theirs.transformer.weight_bits)
         if replace(ours, objectives=theirs.objectives) != theirs:
             raise ValueError(
                 "an adapter (lora) keeps the sizes, the levels, the experts and what is read: "
@@ -102,11 +111,14 @@ class AdapterModule(MuonModule):
             for name, weight in weights.items()
             if name.startswith(inside)
         }
+        title = f"An adapter (LoRA) of {self.base.name} ({self.base.fingerprint})"
+        if self.lora is not None and self.lora.bits is not None:
+            title += f", trained over weights of {self.lora.bits} bits"
         write_adapter(
             folder,
             self.network.transformer,
             of_transformer,
             self.base,
             self.provenance(),
-            self.card(f"An adapter (LoRA) of {self.base.name} ({self.base.fingerprint})"),
+            self.card(title),
         )

@@ -131,10 +131,7 @@ class Adapter:
         for layer, (down, up) in self.pairs.items():
             weight = parameters.get(f"{layer}.weight")
             if weight is not None and not weight.is_floating_point():
-                raise ValueError(
-                    f"{self.folder}: the model is quantized: merge the adapter into the model that "
-                    "it was made from (multimodal export model --adapter), and quantize that"
-                )
+                raise ValueError(f"{self.folder}: is merged into floats, and {layer} is quantized")
             if weight is None or weight.ndim != 2:
                 raise ValueError(f"{self.folder}: the model has no layer {layer!r:.80} to adapt")
             expected, shape = tuple(weight.shape), (len(up), down.shape[1])

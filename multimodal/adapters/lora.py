@@ -9,14 +9,16 @@ the library peft (Apache-2.0).
 Shapes: r the rank, A [r, inputs], B [outputs, r].
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
 from multimodal.model.layers.experts import SparseMLP
+from multimodal.model.layers.quantization import QuantizedLinear, round_no_inputs
 from multimodal.model.layers.transformer import Transformer
 from multimodal.schemas import Between, check_fields
 
@@ -35,6 +37,8 @@ class LoraConfig:
         target: names of linear layers, as peft's ``target_modules``: ``q_proj`` is that of every
             layer, ``layers.0.self_attn.q_proj`` that of the first one. Empty: all matrices inside
             the layers, but those of experts.
+        bits: of the weights of the base in training, 8 or 4 (model/layers/quantization.py): less
+            memory (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). None: floats.
 
     Raises:
         ValueError: for numbers out of range.
@@ -44,6 +48,7 @@ class LoraConfig:
     alpha: Annotated[int, Between(1, 2**16)] = 32
     dropout: Annotated[float, Between(0, 0.9)] = 0.0
     target: tuple[str, ...] = ()
+    bits: Literal[8, 4] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -60,7 +65,7 @@ class LoraConfig:
         linear = [
             f".{name}"
             for name, module in transformer.named_modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, nn.Linear | QuantizedLinear)
             and name.startswith("layers.")
             and not name.startswith(tuple(f"{part}." for part in experts))
         ]
@@ -79,6 +84,7 @@ def inject(transformer: Transformer, config: LoraConfig) -> None:
     """
     try:
         import peft
+        from peft.tuners.lora import Linear
     except ImportError as error:
         raise ValueError(f"lora needs: pip install multimodal[lora] ({error})") from error
     wanted = peft.LoraConfig(
@@ -88,7 +94,11 @@ def inject(transformer: Transformer, config: LoraConfig) -> None:
         target_modules=config.names(transformer),
         task_type="CAUSAL_LM",
     )
-    peft.inject_adapter_in_model(wanted, transformer)
+    wanted._register_custom_module({QuantizedLinear: Linear})
+    round_no_inputs(transformer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type")  # it asks for sizes, and finds
+        peft.inject_adapter_in_model(wanted, transformer)
 
 
 def has_adapter(transformer: Transformer) -> bool:

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, Self
 
@@ -154,7 +154,7 @@ class ModelParts:
             verify: compare the fingerprint of what was read with that in ``config.json``. A second
                 for each two gigabytes of weights.
             adapter: is merged into the network (multimodal/adapters/folder.py). Of several by
-                name the first is, see ``use_adapter``.
+                name the first is, see ``use_adapter``. Quantized weights become floats.
 
         Raises:
             ValueError: for anything that is not a model of this release, for files that have
@@ -196,6 +196,7 @@ class ModelParts:
                 f"says {claimed.model}. Copy or download it again (or load it with verify=False)"
             )
         if adapter is not None:
+            parts = parts.dequantized()
             parts._adapt(adapter, path, claimed.model)
         parts.network.to(dtype)
         return parts.to(device).eval()
@@ -256,17 +257,14 @@ class ModelParts:
             if card or not (folder / "README.md").exists():
                 (part / "README.md").write_text(card or DEFAULT_CARD, "utf-8")
 
-    def dequantized(self) -> "ModelParts":
+    def dequantized(self) -> Self:
         """The same model with float32 weights, for what cannot read quantized ones."""
-        config = self.config
-        if config.transformer.weight_bits is None:
+        if self.config.transformer.weight_bits is None:
             return self
-        plain = replace(config.transformer, weight_bits=None)
-        network = MultimodalLM(replace(config, transformer=plain)).eval()
-        network.load_state_dict(dequantized(self.network.state_dict()))
-        return ModelParts(
-            network, self.text_tokenizer, self.image_tokenizer, self.urls, self.provenance
-        )
+        plain = copy.copy(self)
+        plain.network = MultimodalLM(self.config.with_bits(None)).eval()
+        plain.network.load_state_dict(dequantized(self.network.state_dict()))
+        return plain
 
     def to(self, device: str | torch.device) -> Self:
         """Move the network and the image tokenizer. On a CUDA device its steps become graphs."""
