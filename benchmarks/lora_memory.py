@@ -1,7 +1,7 @@
 """What a step of training takes: a full one, and adapters (LoRA) over weights of 32, 16 and 8 bits.
 
     python benchmarks/lora_memory.py [--size base] [--pairs 4] [--row-length 256] [--r 16]
-        [--steps 3] [--recompute] [--out FILE]
+        [--steps 3] [--recompute] [--kinds int8 bfloat16 ...] [--out FILE]
 
 Each row is a process of its own. Weights are random: they decide neither memory nor time. 4 bits
 are a way to store weights; in memory they are 8 (multimodal/model/layers/quantization.py).
@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-KINDS = {"full": "float32", "float32": "float32", "bfloat16": "bfloat16", "int8": "float32"}
+KINDS = {"int8": "float32", "bfloat16": "bfloat16", "float32": "float32", "full": "float32"}
 TEXT = "A brown dog runs over the grass with a red ball in its mouth ."
 
 
@@ -105,13 +105,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--recompute", action="store_true", help="as model.recompute")
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)  # of a process
     options = parser.parse_args()
     if options.kind is not None:
         print(json.dumps(measure(options.kind, options)))
         return
     rows = {}
-    for kind in KINDS:
+    for kind in options.kinds:
         command = [sys.executable, __file__, *sys.argv[1:], "--kind", kind]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         rows[kind] = json.loads(done.stdout.splitlines()[-1])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from multimodal.adapters.choice import AdapterChoice
 from multimodal.adapters.folder import Adapter, AdapterSource
+from multimodal.adapters.images import adapt_decoder
 from multimodal.files import atomic_folder, local_path
 from multimodal.hub.card import DEFAULT_CARD
 from multimodal.hub.names import find_model
@@ -153,8 +154,9 @@ class ModelParts:
             dtype: of the network.
             verify: compare the fingerprint of what was read with that in ``config.json``. A second
                 for each two gigabytes of weights.
-            adapter: is merged into the network (multimodal/adapters/folder.py). Of several by
-                name the first is, see ``use_adapter``. Quantized weights become floats.
+            adapter: is merged into the network, whose quantized weights become floats, or into the
+                decoder of images (multimodal/adapters/folder.py). Of several by name, which are for
+                the network, the first is: see ``use_adapter``.
 
         Raises:
             ValueError: for anything that is not a model of this release, for files that have
@@ -196,7 +198,6 @@ class ModelParts:
                 f"says {claimed.model}. Copy or download it again (or load it with verify=False)"
             )
         if adapter is not None:
-            parts = parts.dequantized()
             parts._adapt(adapter, path, claimed.model)
         parts.network.to(dtype)
         return parts.to(device).eval()
@@ -209,6 +210,11 @@ class ModelParts:
         """
         sources = adapter if isinstance(adapter, Mapping) else {"": adapter}
         adapters = {key: Adapter.read(source) for key, source in sources.items()}
+        if not isinstance(adapter, Mapping) and adapters[""].is_of_images:
+            adapt_decoder(self.image_tokenizer, adapters[""], name)
+            self.provenance += adapters[""].provenance
+            return
+        self.network = self.dequantized().network
         for each in adapters.values():
             each.check_base(name, fingerprint)
             self.provenance += each.provenance
