@@ -5,7 +5,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
 from multimodal.adapters.folder import AdapterBase, write_adapter
@@ -113,6 +115,13 @@ class AdapterModule(LoraModule):
         if self.lora is not None and self.lora.bits is not None:
             raise ValueError("lora.bits: quantized weights are not sharded; use the strategy ddp")
         shard(self.network, self.device_mesh["data_parallel"])  # FSDP2
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        averages = any(isinstance(callback, WeightAveraging) for callback in callbacks)
+        if averages and self.lora is not None and self.lora.bits is not None:
+            raise ValueError("lora.bits: integers have no average; leave out WeightAveraging")
 
     def note_base(self, folder: str, source: ModelParts) -> None:
         """Note the model that an adapter is for.

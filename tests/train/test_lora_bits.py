@@ -174,6 +174,18 @@ REFUSED = {
 }
 
 
+def test_integers_are_not_averaged(
+    trained: Path, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An average of equal integers may be one less, at each step."""
+    config = yaml.safe_load((trained / "run.yaml").read_text())
+    average = "lightning.pytorch.callbacks.EMAWeightAveraging"
+    config["trainer"]["callbacks"] = [{"class_path": average}]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    assert main(fit(tmp_path, tmp_path / "run", "--init_from", str(tiny_model_folder))) != 0
+    assert "lora.bits: integers have no average" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_does_not_fit_is_refused_before_a_step(
     trained: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
