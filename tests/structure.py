@@ -42,7 +42,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "model.layers": ("foundation",),
     "adapters": ("foundation", "tokenizers", "hub", "model.layers"),
     "model": ("foundation", "tokenizers", "hub", "model.layers", "adapters"),
-    "export": ("foundation", "tokenizers", "hub", "model", "model.layers"),
+    "export": ("foundation", "tokenizers", "hub", "model", "model.layers", "adapters"),
     "released": ("foundation", "tokenizers", "model", "model.layers"),
     "scenes": ("foundation", "data"),
     "origin": ("foundation", "data", "data.remote", "model"),
@@ -101,7 +101,7 @@ BELOW: dict[str, tuple[str, ...]] = {
         "eval.metrics", "eval.tasks", "train.mixing", "train.run",
     ),
     "train.tokenizers": (
-        "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model",
+        "foundation", "tokenizers", "tokenizers.quantizers", "hub", "data", "model", "adapters",
         "eval.metrics", "train", "train.run",
     ),
     "train.forecasts": (

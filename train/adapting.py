@@ -5,8 +5,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
-from torch import nn
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor, nn
 
 from multimodal.adapters.folder import AdapterBase, write_adapter
 from multimodal.adapters.lora import (
@@ -23,8 +25,8 @@ from multimodal.train.optim import MuonModule
 from multimodal.train.sharding import fsdp_modules, full_state_dict, shard
 
 
-class AdapterModule(MuonModule):
-    """Trains a network, or with ``lora`` only an adapter for it.
+class LoraModule(MuonModule):
+    """Trains a module, or with ``lora`` only an adapter for it.
 
     The layers of the adapter come in ``configure_model``: after ``init_from``, and before the
     weights of a checkpoint. A checkpoint has the weights of the base too, so a run resumes without
@@ -34,8 +36,6 @@ class AdapterModule(MuonModule):
         learning_rate, weight_decay, warmup_steps, learning_rates: see MuonModule.
         lora: of the adapter.
     """
-
-    network: MultimodalLM
 
     def __init__(
         self,
@@ -52,9 +52,63 @@ class AdapterModule(MuonModule):
             self.exports = "adapter"
 
     @property
+    def adapted(self) -> nn.Module:
+        """What gets the adapter."""
+        raise NotImplementedError
+
+    @property
     def heads(self) -> list[nn.Module]:
         # AdamW learns more with them than Muon (docs/decisions/fine_tuning.md).
-        return [*super().heads, *adapter_parts(self.network.transformer)]
+        return [*super().heads, *adapter_parts(self.adapted)]
+
+    def configure_model(self) -> None:
+        if self.lora is None or has_adapter(self.adapted):
+            return
+        self.adapted.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            # The same A however many ranks there are: their start sets the seed anew.
+            torch.default_generator.manual_seed(torch.initial_seed())
+            inject(self.adapted, self.lora)
+
+    def on_fit_start(self) -> None:
+        if self.exports == "adapter" and self.base is None:
+            raise ValueError(
+                "lora: an adapter needs a model that it adapts: give --init_from, or a language "
+                "model as size, and lora.new_rows"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.lora is not None and self.base is not None:
+            checkpoint["adapter_base"] = asdict(self.base)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.lora is not None and "adapter_base" in checkpoint:
+            self.base = AdapterBase(**checkpoint["adapter_base"])
+
+    def write_adapter(self, folder: str | Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the folder of the adapter.
+
+        Args:
+            weights: of ``adapted``.
+        """
+        assert self.base is not None, "see on_fit_start"
+        title = f"An adapter (LoRA) of {self.base.name} ({self.base.fingerprint})"
+        if self.lora is not None and self.lora.bits is not None:
+            title += f", trained over weights of {self.lora.bits} bits"
+        card, provenance = self.card(title), self.provenance()
+        write_adapter(folder, self.adapted, weights, self.base, provenance, card)
+
+
+class AdapterModule(LoraModule):
+    """Trains a network, or with ``lora`` only an adapter for it."""
+
+    network: MultimodalLM
+
+    @property
+    def adapted(self) -> nn.Module:
+        return self.network.transformer
 
     @property
     def no_weight_decay(self) -> list[nn.Module]:
@@ -66,17 +120,31 @@ class AdapterModule(MuonModule):
         """The embeddings, and the output layer, which may share them."""
         return self.network.transformer.embed_tokens, self.network.transformer.lm_head
 
+    def base_network(self, network: MultimodalLM) -> MultimodalLM:
+        """The network to train: the given one, or a quantized one in its place (``lora.bits``)."""
+        if self.lora is None or self.lora.bits is None:
+            return network
+        return MultimodalLM(network.config.with_bits(self.lora.bits))
+
     def configure_model(self) -> None:
-        if self.lora is not None and not has_adapter(self.network.transformer):
+        starts = self.lora is not None and not has_adapter(self.adapted)
+        if starts:
             self.network.requires_grad_(False)
-            with torch.random.fork_rng(devices=[]):
-                # The same A however many ranks there are: their start sets the seed anew.
-                torch.default_generator.manual_seed(torch.initial_seed())
-                inject(self.network.transformer, self.lora)
-            if self.lora.new_rows:
-                self._train_new_rows()
-        if self.device_mesh is not None and not fsdp_modules(self.network):  # FSDP2
-            shard(self.network, self.device_mesh["data_parallel"])
+        super().configure_model()
+        if starts and self.lora is not None and self.lora.new_rows:
+            self._train_new_rows()
+        if self.device_mesh is None or fsdp_modules(self.network):
+            return
+        if self.lora is not None and self.lora.bits is not None:
+            raise ValueError("lora.bits: quantized weights are not sharded; use the strategy ddp")
+        shard(self.network, self.device_mesh["data_parallel"])  # FSDP2
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        averages = any(isinstance(callback, WeightAveraging) for callback in callbacks)
+        if averages and self.lora is not None and self.lora.bits is not None:
+            raise ValueError("lora.bits: integers have no average; leave out WeightAveraging")
 
     def _train_new_rows(self) -> None:
         if self.device_mesh is not None:
@@ -96,29 +164,13 @@ class AdapterModule(MuonModule):
         if self.lora is None or self.lora.new_rows:
             return
         ours, theirs = self.network.config, source.config
+        ours = ours.with_bits(theirs.transformer.weight_bits)
         if replace(ours, objectives=theirs.objectives) != theirs:
             raise ValueError(
                 "an adapter (lora) keeps the sizes, the levels, the experts and what is read: "
                 "those of this run are others"
             )
         self.base = AdapterBase(folder, source.fingerprint)
-
-    def on_fit_start(self) -> None:
-        if self.lora is not None and self.base is None and not self.lora.new_rows:
-            raise ValueError(
-                "lora: an adapter needs a model that it adapts: give --init_from, or a language "
-                "model as size, and lora.new_rows"
-            )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if self.base is not None:
-            checkpoint["adapter_base"] = asdict(self.base)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if self.lora is not None and "adapter_base" in checkpoint:
-            self.base = AdapterBase(**checkpoint["adapter_base"])
 
     def written_network(self) -> MultimodalLM | None:
         """The network that a model folder has: whole, with the adapter merged into it.
@@ -146,18 +198,10 @@ class AdapterModule(MuonModule):
         weights = full_state_dict(self.network) if sharded else self.network.state_dict()
         if not self.writes_files:
             return
-        assert self.base is not None, "see on_fit_start"
         inside = "transformer."
         of_transformer = {
             name.removeprefix(inside): weight
             for name, weight in weights.items()
             if name.startswith(inside)
         }
-        write_adapter(
-            folder,
-            self.network.transformer,
-            of_transformer,
-            self.base,
-            self.provenance(),
-            self.card(f"An adapter (LoRA) of {self.base.name} ({self.base.fingerprint})"),
-        )
+        self.write_adapter(folder, of_transformer)

@@ -100,6 +100,6 @@ class DistillModule(JointModule):
         with torch.no_grad():
             hidden = network.hidden(packed.packed).flatten(0, 1)
         self.flops += training_flops(network.config.transformer, self.host_rows) / 3
-        head = network.transformer.lm_head.weight
+        head = network.transformer.head
         teaching = Teaching(hidden, head, self.temperature, self.teacher_weight)
         return replace(packed, teaching=teaching)

@@ -73,8 +73,8 @@ class JointModule(AdapterModule):
         freeze: names of parts that are not trained, such as ``network.transformer.layers.0`` or
             ``*.mlp.*``.
         lora: train an adapter for the model of ``--init_from``, and nothing else: r, alpha,
-            dropout, target. The run writes ``adapter/`` in place of ``model/``. With ``new_rows``
-            the embeddings of codes and specials train too: for a language model in ``size``.
+            dropout, target, bits. The run writes ``adapter/`` in place of ``model/``. With
+            ``new_rows`` the embeddings of codes and specials train too: for a language model in ``size``.
         recompute: keep no activations inside layers, and compute them again for the gradients. It
             takes a third more time and much less memory.
         captions_in_validation, answers_in_validation, drawings_in_validation: how many to make,
@@ -122,7 +122,7 @@ class JointModule(AdapterModule):
             draws or (),
             experts,
         )
-        self.network: MultimodalLM = self.model.network
+        self.network = self.model.network = self.base_network(self.model.network)
         self.image_tokenizer = self.model.image_tokenizer
         if self.image_tokenizer.provenance != Provenance():
             fingerprint = self.image_tokenizer.fingerprint

@@ -3,12 +3,13 @@
     adapter_config.json, adapter_model.safetensors, base.json, README.md, LICENSE, sources.json
 
 ``PeftModel.from_pretrained`` loads the folder on top of the stock folder of the model
-(``multimodal export hf``). ``base.json`` is ours. It names the model that the adapter was trained
-on, by its fingerprint. An adapter that peft trained has no such file: then only names and shapes
-are compared.
+(``multimodal export hf``), or on top of a ``VQTokenizer``. ``base.json`` is ours. It names what the
+adapter was trained on, by the fingerprint of the model, or of the level of detail. An adapter that
+peft trained has no such file: then only names and shapes are compared.
 
 Reading and merging need no peft, and nothing here is a pickle. Merged weights are W + scale * B A,
-so inference costs what it costs without an adapter.
+so inference costs what it costs without an adapter. Of a convolution B A is one, too: A has its
+kernel, and B is 1 x 1.
 """
 
 import json
@@ -20,7 +21,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from multimodal.adapters.lora import adapter_weights, stored_config
 from multimodal.files import atomic_folder, local_path
@@ -32,7 +33,9 @@ from multimodal.tokenizers.weights import digest_of, load_weights, read_config_f
 
 AdapterSource: TypeAlias = str | Path | Mapping[str, str | Path]  # one, or several by name
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
-PREFIX = "base_model.model.model."  # of peft's wrapper, what it wraps, and the stock class
+WRAPPER = "base_model.model."  # of peft, and what it wraps
+PREFIX = f"{WRAPPER}model."  # the stock class has the transformer inside
+OF_IMAGES = ("encoder.", "decoder.")  # of a VQTokenizer
 # What a config of peft may say. Of all else only what is off: null, false, empty.
 READ = ("r", "lora_alpha", "use_rslora")
 WITHOUT_EFFECT = (
@@ -74,7 +77,7 @@ class Adapter:
     """What a folder holds.
 
     Attributes:
-        pairs: by the name of a layer in the transformer, A and B.
+        pairs: by the name of a layer in what it adapts, A and B.
         scale: of their product.
         base: None: the folder does not say.
     """
@@ -120,35 +123,37 @@ class Adapter:
                 f"({self.base.name}), and {model} is {fingerprint}"
             )
 
-    def delta(self, layer: str) -> Tensor:
-        """What it adds to the weight of a layer: float32[outputs, inputs]."""
-        down, up = self.pairs[layer]
-        return self.scale * (up.float() @ down.float())
+    @property
+    def is_of_images(self) -> bool:
+        """Whether it is for an image tokenizer, not for a network."""
+        return all(layer.startswith(OF_IMAGES) for layer in self.pairs)
 
-    def check_layers(self, transformer: Transformer) -> None:
+    def delta(self, layer: str) -> Tensor:
+        """What it adds to the weight of a layer: float32[outputs, inputs, its kernel]."""
+        down, up = self.pairs[layer]
+        return self.scale * torch.einsum("or,r...->o...", up.float().flatten(1), down.float())
+
+    def check_layers(self, module: nn.Module) -> None:
         """Raises ``ValueError`` if a model has no such layers, of these sizes, with floats."""
-        parameters = dict(transformer.named_parameters())
+        parameters = dict(module.named_parameters())
         for layer, (down, up) in self.pairs.items():
             weight = parameters.get(f"{layer}.weight")
             if weight is not None and not weight.is_floating_point():
-                raise ValueError(
-                    f"{self.folder}: the model is quantized: merge the adapter into the model that "
-                    "it was made from (multimodal export model --adapter), and quantize that"
-                )
-            if weight is None or weight.ndim != 2:
+                raise ValueError(f"{self.folder}: is merged into floats, and {layer} is quantized")
+            if weight is None or weight.ndim not in (2, 4):
                 raise ValueError(f"{self.folder}: the model has no layer {layer!r:.80} to adapt")
-            expected, shape = tuple(weight.shape), (len(up), down.shape[1])
-            if shape != expected:
+            expected, shape = weight.shape, (len(up), *down.shape[1:])
+            if shape != tuple(expected):
+                theirs, ours = (" x ".join(map(str, sizes)) for sizes in (shape, expected))
                 raise ValueError(
-                    f"{self.folder}: is for a {layer} of {shape[0]} x {shape[1]}, that of the "
-                    f"model is {expected[0]} x {expected[1]}"
+                    f"{self.folder}: is for a {layer} of {theirs}, that of the model is {ours}"
                 )
 
     @torch.no_grad()
-    def merge(self, transformer: Transformer) -> None:
+    def merge(self, module: nn.Module) -> None:
         """Add it to the weights, in place. Raises ``ValueError`` as ``check_layers``."""
-        self.check_layers(transformer)
-        parameters = dict(transformer.named_parameters())
+        self.check_layers(module)
+        parameters = dict(module.named_parameters())
         for layer in self.pairs:
             weight = parameters[f"{layer}.weight"]
             weight.add_(self.delta(layer))
@@ -156,7 +161,7 @@ class Adapter:
 
 def write_adapter(
     folder: str | Path,
-    transformer: Transformer,
+    module: nn.Module,
     weights: Mapping[str, Tensor],
     base: AdapterBase,
     provenance: Provenance,
@@ -165,16 +170,17 @@ def write_adapter(
     """Write the folder of an adapter. It appears complete or not at all.
 
     Args:
-        transformer: with the adapter.
+        module: a transformer or a ``VQTokenizer``, with the adapter.
         weights: its state dict.
 
     Raises:
         OSError: if something could not be written. What was there before is left.
     """
-    config = stored_config(transformer)
+    config = stored_config(module)
+    prefix = PREFIX if isinstance(module, Transformer) else WRAPPER
     named = {
-        f"{PREFIX}{name}": weight.detach().cpu().contiguous()
-        for name, weight in adapter_weights(transformer, weights).items()
+        f"{prefix}{name}": weight.detach().cpu().contiguous()
+        for name, weight in adapter_weights(module, weights).items()
     }
     with atomic_folder(local_path(folder), last=CONFIG) as part:
         (part / CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
@@ -206,10 +212,13 @@ def _pairs(
     """A and B by layer. Raises ``ValueError`` for weights of other names, shapes or values."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, weight in weights.items():
-        layer, _, kind = name.removeprefix(PREFIX).rpartition(".lora_")
-        if not name.startswith(PREFIX) or kind not in ("A.weight", "B.weight"):
+        layer, _, kind = name.removeprefix(WRAPPER).rpartition(".lora_")
+        known = name.startswith((PREFIX, *(f"{WRAPPER}{part}" for part in OF_IMAGES)))
+        if not known or kind not in ("A.weight", "B.weight"):
             raise ValueError(f"{folder / WEIGHTS}: {name!r:.120} is not a weight of a plain LoRA")
-        if weight.ndim != 2 or weight.shape["AB".index(kind[0])] != rank:
+        layer, kernel = layer.removeprefix("model."), weight.shape[2:] if kind[0] == "B" else ()
+        flat = weight.ndim in (2, 4) and set(kernel) <= {1}  # B of a convolution is 1 x 1
+        if not flat or weight.shape["AB".index(kind[0])] != rank:
             raise ValueError(
                 f"{folder / WEIGHTS}: {name!r:.120} has shape {tuple(weight.shape)}, and the rank "
                 f"is {rank}"

@@ -9,16 +9,19 @@ the library peft (Apache-2.0).
 Shapes: r the rank, A [r, inputs], B [outputs, r].
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
 from multimodal.model.layers.experts import SparseMLP
+from multimodal.model.layers.quantization import QuantizedLinear, round_no_inputs
 from multimodal.model.layers.transformer import Transformer
 from multimodal.schemas import Between, check_fields
+from multimodal.tokenizers.detail import VQTokenizer
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -33,8 +36,11 @@ class LoraConfig:
         alpha: the product is multiplied by alpha / r.
         dropout: the share of the inputs of A that is set to 0 in training.
         target: names of linear layers, as peft's ``target_modules``: ``q_proj`` is that of every
-            layer, ``layers.0.self_attn.q_proj`` that of the first one. Empty: all matrices inside
-            the layers, but those of experts.
+            layer, ``layers.0.self_attn.q_proj`` that of the first one. Of an image tokenizer also
+            parts, such as ``decoder``. Empty: all matrices inside the layers, but those of experts;
+            all linear layers and convolutions of an image tokenizer.
+        bits: of the weights of the base in training, 8 or 4 (model/layers/quantization.py): less
+            memory (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). None: floats.
         new_rows: train the embeddings of codes and specials too, and write a model into which the
             adapter is merged: so a language model learns to see, and its texts keep their
             embeddings.
@@ -47,24 +53,45 @@ class LoraConfig:
     alpha: Annotated[int, Between(1, 2**16)] = 32
     dropout: Annotated[float, Between(0, 0.9)] = 0.0
     target: tuple[str, ...] = ()
+    bits: Literal[8, 4] | None = None
     new_rows: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.new_rows and self.bits is not None:
+            raise ValueError("lora.new_rows: the embeddings train, so they need floats, not bits")
         object.__setattr__(self, "target", tuple(self.target))
 
-    def names(self, transformer: Transformer) -> list[str]:
-        """The ``target_modules`` for a transformer.
+    def names(self, module: nn.Module) -> list[str]:
+        """The ``target_modules`` for a transformer, or for the level of detail of images.
 
         Raises:
             ValueError: for a name of no layer that can be adapted.
         """
+        return self._of_images(module) if isinstance(module, VQTokenizer) else self._of(module)
+
+    def _of_images(self, tokenizer: VQTokenizer) -> list[str]:
+        # A subclass of a convolution resizes what it reads first, and A would read another size.
+        layers = [
+            name
+            for name, part in tokenizer.named_modules()
+            if type(part) in (nn.Linear, nn.Conv2d) and name.startswith(("encoder.", "decoder."))
+        ]
+        for target in self.target:
+            if not any(f".{target}." in f".{layer}." for layer in layers):
+                raise ValueError(
+                    f"lora.target: {target!r} is no layer to adapt; there is encoder, decoder"
+                )
+        chosen = self.target or ("encoder", "decoder")
+        return [x for x in layers if any(f".{target}." in f".{x}." for target in chosen)]
+
+    def _of(self, transformer: nn.Module) -> list[str]:
         # transformers keeps the experts of a layer in one tensor: their adapters would not load.
         experts = tuple(n for n, m in transformer.named_modules() if isinstance(m, SparseMLP))
         linear = [
             f".{name}"
             for name, module in transformer.named_modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, nn.Linear | QuantizedLinear)
             and name.startswith("layers.")
             and not name.startswith(tuple(f"{part}." for part in experts))
         ]
@@ -75,56 +102,60 @@ class LoraConfig:
         return list(self.target) or [*ATTENTION, *(() if experts else MLP)]
 
 
-def inject(transformer: Transformer, config: LoraConfig) -> None:
-    """Give a transformer an adapter, in place. Of its parameters only those of the adapter train.
+def inject(module: nn.Module, config: LoraConfig) -> None:
+    """Give a module an adapter, in place. Of its parameters only those of the adapter train.
+
+    Args:
+        module: a transformer, or the level of detail of an image tokenizer.
 
     Raises:
         ValueError: without peft, or for a wrong target.
     """
     try:
         import peft
+        from peft.tuners.lora import Linear
     except ImportError as error:
         raise ValueError(f"lora needs: pip install multimodal[lora] ({error})") from error
     wanted = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=config.names(transformer),
-        task_type="CAUSAL_LM",
+        target_modules=config.names(module),
+        task_type="CAUSAL_LM" if isinstance(module, Transformer) else None,
     )
-    peft.inject_adapter_in_model(wanted, transformer)
+    wanted._register_custom_module({QuantizedLinear: Linear})
+    round_no_inputs(module)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type")  # it asks for sizes, and finds
+        peft.inject_adapter_in_model(wanted, module)
 
 
-def has_adapter(transformer: Transformer) -> bool:
-    return hasattr(transformer, "peft_config")
+def has_adapter(module: nn.Module) -> bool:
+    return hasattr(module, "peft_config")
 
 
-def adapter_parts(transformer: Transformer) -> list[nn.Module]:
+def adapter_parts(module: nn.Module) -> list[nn.Module]:
     """The modules that hold the matrices A and B. Empty without an adapter."""
-    return [
-        module
-        for name, module in transformer.named_modules()
-        if name.endswith((".lora_A", ".lora_B"))
-    ]
+    return [part for name, part in module.named_modules() if name.endswith((".lora_A", ".lora_B"))]
 
 
-def stored_config(transformer: Transformer) -> dict[str, Any]:
-    """The content of ``adapter_config.json`` for the adapter of a transformer."""
-    config: Any = transformer.peft_config
+def stored_config(module: nn.Module) -> dict[str, Any]:
+    """The content of ``adapter_config.json`` for the adapter of a module."""
+    config: Any = module.peft_config
     stored: dict[str, Any] = config["default"].to_dict()
     return {**stored, "inference_mode": True, "target_modules": sorted(stored["target_modules"])}
 
 
-def adapter_weights(transformer: Transformer, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a transformer's weights those of its adapter, by the names that peft has for them.
+def adapter_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a module's weights those of its adapter, by the names that peft has for them.
 
     Args:
-        weights: the state dict of the transformer. A sharded one is gathered before.
+        weights: the state dict of the module. A sharded one is gathered before.
     """
     import peft
 
     found: dict[str, Tensor] = peft.get_peft_model_state_dict(
-        transformer, dict(weights), save_embedding_layers=False
+        module, dict(weights), save_embedding_layers=False
     )
     return found
 

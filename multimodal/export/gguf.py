@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from multimodal.export.hf import chat_ends, exported_tokenizer
+from multimodal.export.q4_k import BLOCK, quantize_q4_k
 from multimodal.files import atomic_file, local_path
 from multimodal.hub.names import find_model
 from multimodal.model.checkpoint import ModelParts
@@ -19,7 +20,8 @@ from multimodal.model.layers.rope import Rope
 from multimodal.model.layers.transformer import TransformerConfig
 from multimodal.model.stock import family_of
 
-DTYPES = ("float32", "float16", "bfloat16", "q8_0")
+DTYPES = ("float32", "float16", "bfloat16", "q8_0", "q4_k")
+TABLES = ("token_embd", "output.")  # in q4_k they keep 8 bits
 # How a text is split before BPE, by the name that llama.cpp has for the regular expression.
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,7 +38,9 @@ def export_gguf(source: str | Path, out: str | Path, dtype: str = "float16") -> 
         source: a model folder, or the name of a bundled model.
         out: a new file.
         dtype: of the matrices, one of DTYPES. ``q8_0`` has 8 bits a weight and a scale for each 32.
-            Rows that are no multiple of 32 stay in float16. Norms are float32.
+            Rows that are no multiple of 32 stay in float16. ``q4_k`` has 4.5 bits, and 8 for the
+            embeddings and the head. Rows that are no multiple of 256 have 5.5 bits (``q5_0``), as
+            llama.cpp does it. Norms are float32.
 
     Raises:
         ValueError: for another dtype, a file that exists, a tokenizer that llama.cpp does not have,
@@ -66,9 +70,10 @@ def export_gguf(source: str | Path, out: str | Path, dtype: str = "float16") -> 
         _add_sizes(writer, config)
         _add_tokenizer(writer, model)
         for stock_name, weight in model.network.transformer.stock_state_dict().items():
-            data, kind = _stored(_arranged(stock_name, weight, config, name), dtype)
             short = names.get_name(stock_name, try_suffixes=(".weight", ".bias"))
             assert short is not None, stock_name
+            bits = "q8_0" if dtype == "q4_k" and short.startswith(TABLES) else dtype
+            data, kind = _stored(_arranged(stock_name, weight, config, name), bits)
             writer.add_tensor(short, data, raw_dtype=kind)
         if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
             writer.add_tensor("rope_freqs.weight", _slower_by(config))
@@ -172,10 +177,12 @@ def _stored(data: NDArray[np.float32], dtype: str) -> tuple[NDArray[Any], Any]:
     types = gguf.GGMLQuantizationType
     if data.ndim < 2 or dtype == "float32":
         return data, types.F32
-    if dtype == "q8_0" and data.shape[-1] % 32:
+    if dtype in ("q8_0", "q4_k") and data.shape[-1] % 32:
         dtype = "float16"
-    kind = {"float16": types.F16, "bfloat16": types.BF16, "q8_0": types.Q8_0}[dtype]
-    return gguf.quants.quantize(data, kind), kind
+    if dtype == "q4_k" and data.shape[-1] % BLOCK == 0:
+        return quantize_q4_k(data), types.Q4_K
+    kinds = {"float16": types.F16, "bfloat16": types.BF16, "q8_0": types.Q8_0, "q4_k": types.Q5_0}
+    return gguf.quants.quantize(data, kinds[dtype]), kinds[dtype]
 
 
 def _slower_by(config: TransformerConfig) -> NDArray[np.float32]:

@@ -1,10 +1,12 @@
-"""A model folder written again: its weights rounded, another image decoder."""
+"""A model folder, or an image tokenizer, written again: rounded, another decoder, an adapter."""
 
 import shutil
 from pathlib import Path
 
 import torch
 
+from multimodal.adapters.folder import Adapter
+from multimodal.adapters.images import adapt_images
 from multimodal.files import local_path, new_folder
 from multimodal.hub.names import find_model, part_of
 from multimodal.model.checkpoint import ModelParts
@@ -25,11 +27,12 @@ def export_model(
     Quantized weights become floats again.
 
     Args:
-        source: a model: see multimodal/hub/names.py.
+        source: a model: see multimodal/hub/names.py. With an adapter also the folder of an image
+            tokenizer, which stays in float32.
         out: a new or empty folder.
         dtype: of the written weights, one of DTYPES.
         image_tokenizer: one with another decoder for the same codes, to put into the model.
-        adapter: of this model, see multimodal/adapters/folder.py.
+        adapter: of this model, or of its images' decoder; see multimodal/adapters/folder.py.
 
     Raises:
         ValueError: as ``export_hf``, for an image tokenizer that makes other codes, and for an
@@ -38,6 +41,9 @@ def export_model(
     source, out = find_model(source), local_path(out)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if adapter is not None and not (source / "text_tokenizer.json").exists():
+        _export_images(source, out, adapter)
+        return
     with new_folder(out) as folder:
         model = ModelParts.load(source, adapter=adapter).dequantized()
         if image_tokenizer is not None:
@@ -53,5 +59,20 @@ def export_model(
         if (source / "README.md").is_file():
             shutil.copyfile(source / "README.md", folder / "README.md")
         if adapter is not None:
-            with open(folder / "README.md", "a", encoding="utf-8") as card:
-                card.write(f"\nThe adapter {adapter} is merged into these weights.\n")
+            _note_adapter(folder, adapter)
+
+
+def _export_images(source: Path, out: Path, adapter: str | Path) -> None:
+    """Write an image tokenizer with an adapter merged in."""
+    with new_folder(out) as folder:
+        tokenizer = load_image_tokenizer(source)
+        adapt_images(tokenizer, Adapter.read(adapter), source)
+        tokenizer.save(folder)
+        if (source / "README.md").is_file():
+            shutil.copyfile(source / "README.md", folder / "README.md")
+        _note_adapter(folder, adapter)
+
+
+def _note_adapter(folder: Path, adapter: str | Path) -> None:
+    with open(folder / "README.md", "a", encoding="utf-8") as card:
+        card.write(f"\nThe adapter {adapter} is merged into these weights.\n")

@@ -1,6 +1,5 @@
 """A model folder with weights of 8 or 4 bits (multimodal/model/layers/quantization.py)."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +8,6 @@ import torch
 from multimodal.files import local_path, new_folder, read_text
 from multimodal.hub.names import find_model
 from multimodal.model.checkpoint import ModelParts
-from multimodal.model.layers.quantization import quantized
 from multimodal.model.network import MultimodalLM
 
 Bits = Literal["int8", "int4"]
@@ -46,14 +44,12 @@ def quantize_model(source: str | Path, out: str | Path, to: Bits = "int8") -> No
         )
         card = folder / "README.md"
         text = read_text(card) if card.is_file() else "# A quantized model\n"
-        note = f"Quantized to {to} from {source} ({model.fingerprint}). It cannot be trained."
+        note = f"Quantized to {to} from {source} ({model.fingerprint}). It trains adapters only."
         smaller.save(written, f"{text.rstrip()}\n\n{note}\n", torch.bfloat16)
 
 
 def quantized_network(network: MultimodalLM, bits: Literal[8, 4]) -> MultimodalLM:
     """A network with its matrices quantized, and all else as it is."""
-    config = network.config
-    transformer = replace(config.transformer, weight_bits=bits)
-    smaller = MultimodalLM(replace(config, transformer=transformer)).eval()
-    smaller.load_state_dict(quantized(network.state_dict(), smaller.state_dict(), bits))
+    smaller = MultimodalLM(network.config.with_bits(bits)).eval()
+    smaller.take_weights(network)
     return smaller

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, Self
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from multimodal.adapters.choice import AdapterChoice
 from multimodal.adapters.folder import Adapter, AdapterSource
+from multimodal.adapters.images import adapt_decoder
 from multimodal.files import atomic_folder, local_path
 from multimodal.hub.card import DEFAULT_CARD
 from multimodal.hub.names import find_model
@@ -153,8 +154,9 @@ class ModelParts:
             dtype: of the network.
             verify: compare the fingerprint of what was read with that in ``config.json``. A second
                 for each two gigabytes of weights.
-            adapter: is merged into the network (multimodal/adapters/folder.py). Of several by
-                name the first is, see ``use_adapter``.
+            adapter: is merged into the network, whose quantized weights become floats, or into the
+                decoder of images (multimodal/adapters/folder.py). Of several by name, which are for
+                the network, the first is: see ``use_adapter``.
 
         Raises:
             ValueError: for anything that is not a model of this release, for files that have
@@ -208,6 +210,11 @@ class ModelParts:
         """
         sources = adapter if isinstance(adapter, Mapping) else {"": adapter}
         adapters = {key: Adapter.read(source) for key, source in sources.items()}
+        if not isinstance(adapter, Mapping) and adapters[""].is_of_images:
+            adapt_decoder(self.image_tokenizer, adapters[""], name)
+            self.provenance += adapters[""].provenance
+            return
+        self.network = self.dequantized().network
         for each in adapters.values():
             each.check_base(name, fingerprint)
             self.provenance += each.provenance
@@ -256,17 +263,14 @@ class ModelParts:
             if card or not (folder / "README.md").exists():
                 (part / "README.md").write_text(card or DEFAULT_CARD, "utf-8")
 
-    def dequantized(self) -> "ModelParts":
+    def dequantized(self) -> Self:
         """The same model with float32 weights, for what cannot read quantized ones."""
-        config = self.config
-        if config.transformer.weight_bits is None:
+        if self.config.transformer.weight_bits is None:
             return self
-        plain = replace(config.transformer, weight_bits=None)
-        network = MultimodalLM(replace(config, transformer=plain)).eval()
-        network.load_state_dict(dequantized(self.network.state_dict()))
-        return ModelParts(
-            network, self.text_tokenizer, self.image_tokenizer, self.urls, self.provenance
-        )
+        plain = copy.copy(self)
+        plain.network = MultimodalLM(self.config.with_bits(None)).eval()
+        plain.network.load_state_dict(dequantized(self.network.state_dict()))
+        return plain
 
     def to(self, device: str | torch.device) -> Self:
         """Move the network and the image tokenizer. On a CUDA device its steps become graphs."""

@@ -8,7 +8,7 @@ Shapes: R rows, L tokens of a row, B image-text pairs, D width, V vocabulary, K 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from multimodal.model.layers.experts import (
     upcycled,
 )
 from multimodal.model.layers.graphs import StepGraphs
-from multimodal.model.layers.quantization import with_quantized_layers
+from multimodal.model.layers.quantization import quantized, with_quantized_layers
 from multimodal.model.layers.transformer import SIZES, Transformer, TransformerConfig, named_config
 from multimodal.model.objectives import (
     ObjectivesConfig,
@@ -95,6 +95,10 @@ class ModelConfig:
     @property
     def vocabulary(self) -> Vocabulary:
         return Vocabulary(self.text_size, self.layout.codebook_size)
+
+    def with_bits(self, bits: Literal[8, 4] | None) -> "ModelConfig":
+        """The same model with quantized matrices, or with floats (None)."""
+        return replace(self, transformer=replace(self.transformer, weight_bits=bits))
 
 
 class MultimodalLM(nn.Module):
@@ -206,17 +210,18 @@ class MultimodalLM(nn.Module):
         """Copy the weights of a network of the same sizes.
 
         This one may have more levels. It may have experts where the other has none: they start as
-        copies of its MLPs (``upcycled``).
+        copies of its MLPs (``upcycled``). If this one is quantized, floats are rounded.
 
         Raises:
-            ValueError: if it is quantized, the sizes differ, or its levels are not the first ones
+            ValueError: if it has other bits, the sizes differ, or its levels are not the first ones
                 of this network.
         """
         ours, theirs = self.config, source.config
-        if bits := theirs.transformer.weight_bits:
+        bits, given = (config.transformer.weight_bits for config in (ours, theirs))
+        if given is not None and given != bits:
             raise ValueError(
-                f"its weights have {bits} bits, and training needs floats: start from the model "
-                "that it was quantized from"
+                f"its weights have {given} bits: an adapter can be trained over them (lora.bits="
+                f"{given}), all else needs floats: start from the model that it was quantized from"
             )
         experts = theirs.transformer.experts
         grows = experts is None and ours.transformer.experts is not None
@@ -224,6 +229,7 @@ class MultimodalLM(nn.Module):
             theirs.transformer,
             vocab_size=ours.transformer.vocab_size,
             experts=ours.transformer.experts if grows else experts,
+            weight_bits=bits,
         )
         if shared != ours.transformer or theirs.text_size != ours.text_size:
             raise ValueError("its sizes are not those of this run")
@@ -236,6 +242,8 @@ class MultimodalLM(nn.Module):
         for name, weight in self.state_dict().items() if levels != ours.layout.levels else ():
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):
                 weights[name] = torch.cat([weights[name][:kept], weight[kept:]])
+        if bits is not None and given is None:
+            weights = quantized(weights, self.state_dict(), bits)
         self.load_state_dict(weights)
 
     @property
@@ -265,7 +273,7 @@ class MultimodalLM(nn.Module):
         predicted, counts = batch.predicted.positions, batch.predicted.counts
         objectives = packed.objectives.flatten()[predicted]
         objectives[counts["log_z"] :] = NO_LOSS  # padding
-        head, targets = self.transformer.lm_head.weight, packed.targets.flatten()[predicted]
+        head, targets = self.transformer.head, packed.targets.flatten()[predicted]
         groups = unknown_groups(objectives, packed.unknown.flatten()[predicted])
         states, teacher = hidden[predicted], None
         if (teaching := batch.teaching) is not None:
@@ -302,7 +310,7 @@ class MultimodalLM(nn.Module):
             routing, of_routing = self._router_losses(stacked(router_logits), packed)
             total, parts = total + routing, parts | of_routing
         if (policy := batch.policy) is not None:
-            loss, of_policy = policy.loss(hidden, self.transformer.lm_head.weight)
+            loss, of_policy = policy.loss(hidden, self.transformer.head)
             total, parts = policy.config.joint_weight * total + loss, parts | of_policy
         if (completions := batch.completions) is not None:
             loss, of_preferences = completions.loss(self.log_probabilities(completions))
@@ -312,7 +320,7 @@ class MultimodalLM(nn.Module):
     def log_probabilities(self, completions: Completions) -> Tensor:
         """Of each token of completions: float32[M]."""
         hidden = self.hidden(completions.packed).flatten(0, 1)[completions.positions]
-        return token_log_probabilities(hidden, self.transformer.lm_head.weight, completions.targets)
+        return token_log_probabilities(hidden, self.transformer.head, completions.targets)
 
     def _router_losses(self, logits: Tensor, packed: Packed) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted losses of the routers, and for the log these and the use of the experts.

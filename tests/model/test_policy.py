@@ -155,7 +155,7 @@ def test_the_kl_is_exact_in_expectation(drawn: bool) -> None:
     logs = []
     for each in (network, reference):
         hidden = each.hidden(batch.packed).flatten(0, 1)
-        logs.append(batch.policy.log_probabilities(hidden, each.transformer.lm_head.weight))
+        logs.append(batch.policy.log_probabilities(hidden, each.transformer.head))
     owners = torch.repeat_interleave(torch.tensor([len(ids) for ids in made]))
     sums = torch.zeros(len(made)).index_add(0, owners, logs[0])
     assert torch.allclose(sums, p, atol=1e-4)

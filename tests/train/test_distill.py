@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from multimodal.api import Model
+from multimodal.api import Model, load
 from multimodal.cli import main
 from multimodal.scenes.dataset import write_scenes
 from multimodal.tokenizers.text import TextTokenizer
@@ -122,3 +122,14 @@ def test_what_cannot_teach_is_refused_before_a_step(
     assert main(arguments) != 0
     assert reason in capsys.readouterr().err
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_an_adapter_learns_from_a_teacher(
+    taught: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    more = ["--model.lora.r", "4", "--init_from", str(tiny_model_folder)]
+    assert main(fit(taught, tmp_path / "run", *more, "--model.learning_rate", "0.05")) == 0
+    losses = list(map(float, logged(tmp_path / "run", "train/teacher/caption").values()))
+    assert losses[-1] < losses[0]
+    kinds = load(tiny_model_folder, adapter=tmp_path / "run/adapter").provenance.sources
+    assert sum(source["kind"] == "model" for source in kinds) >= 2, "the base and the teacher"

@@ -48,7 +48,33 @@ def test_a_killed_run_resumes(work: Path, tmp_path: Path) -> None:
     for name in ("train/preference", "train/rewards/margin", "train/total", "train/preference_kl"):
         expected = logged(Path(uninterrupted), name)
         assert len(expected) == 6 and logged(Path(run), name) == expected, name
+    one, other = (Path(each) / "model/model.safetensors" for each in (uninterrupted, run))
+    assert one.read_bytes() == other.read_bytes()
     assert logged(Path(uninterrupted), "val/preference")
+
+
+@pytest.mark.parametrize(("variant", "adapter"), [("kto", None), ("ipo", {"r": 4})])
+def test_each_variant_resumes_to_the_bit(
+    work: Path, tmp_path: Path, variant: str, adapter: dict[str, int] | None
+) -> None:
+    """A copy of the weights is the reference, or the base of an adapter."""
+    data, model = preferring(work, tmp_path / "data", denied_is_worse), str(work / "joint/model")
+    config = recipe(work, tmp_path, [data], variant=variant, lora=adapter, learning_rate=0.01)
+    fit = [
+        "fit",
+        "--config",
+        str(config),
+        "--trainer.max_steps",
+        "4",
+        "--trainer.val_check_interval",
+    ]
+    fit += ["3", "--output"]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert main([*fit, str(whole), "--init_from", model]) == 0
+    assert main([*fit, str(again), "--ckpt_path", str(whole / "checkpoints/step=3.ckpt")]) == 0
+    name = "model/model.safetensors" if adapter is None else "adapter/adapter_model.safetensors"
+    assert (whole / name).read_bytes() == (again / name).read_bytes()
+    assert len(values(whole, "train/preference_kl")) == 4
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,8 @@ def test_a_killed_run_with_several_rewards_and_a_reference_resumes(
     for name in (*parts, "train/reward_greedy", "train/policy", "train/kl", "train/total"):
         expected = logged(whole, name)
         assert len(expected) == 4 and logged(run, name) == expected, name
+    one, other = (each / "model/model.safetensors" for each in (whole, run))
+    assert one.read_bytes() == other.read_bytes()
     total, one, two = (np.array(values(whole, name)) for name in parts)
     assert total == pytest.approx(one + 0.5 * two, abs=1e-5)
     kl = values(whole, "train/kl")

@@ -125,7 +125,7 @@ def step_memory(network: MultimodalLM, step: Step) -> Memory:
     # In bfloat16 the cast head and copies of the logits, else the product that is added to its sum.
     head += table * HALF + 2 * logits * FLOAT if step.bfloat16 else (table + logits) * FLOAT
     return Memory(
-        weights=FLOAT * sum(_part(p, parts) for p in network.parameters()),
+        weights=sum(p.element_size() * _part(p, parts) for p in network.parameters()),
         gradients=gradients,
         optimizer=FLOAT * sum(_part(p, parts) for p in by_muon + 2 * by_adamw),
         images=step.images,

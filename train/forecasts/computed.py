@@ -146,6 +146,8 @@ def network_without_weights(options: Any, text: TextTokenizer, images: Any) -> M
         reads=tuple(options.reads or ()),
         draws=tuple(options.draws or ()),
     )
+    if options.lora is not None:
+        config = config.with_bits(options.lora.bits)
     with torch.device("meta"):
         network = MultimodalLM(config)
         module = nn.ModuleDict({"network": network})  # as JointModule names it

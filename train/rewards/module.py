@@ -140,7 +140,7 @@ class RewardModule(ReferencedModule):
             return packed
         with self.as_reference() as network:
             hidden = network.hidden(packed.packed).flatten(0, 1)
-            head = network.transformer.lm_head.weight
+            head = network.transformer.head
             reference = packed.policy.log_probabilities(hidden, head)
         self.flops *= 4 / 3  # the forward pass of the reference
         return replace(packed, policy=replace(packed.policy, reference=reference))

@@ -68,6 +68,17 @@ def adversarial_losses(
     }
 
 
+def adaptive_weight(pixels: Tensor, fool: Tensor, last: Tensor) -> Tensor:
+    """The ratio of the gradients of the pixel losses and ``fool`` at the last layer (VQGAN)."""
+    if not torch.is_grad_enabled():
+        return torch.ones(()).to(fool)
+    of_pixels, of_fool = (
+        torch.linalg.vector_norm(torch.autograd.grad(loss, last, retain_graph=True)[0])
+        for loss in (pixels, fool)
+    )
+    return (of_pixels / (of_fool + 1e-6)).clamp(max=1e4).detach()
+
+
 class Distillation(nn.Module):
     """Predicts the features of a frozen teacher from the codes, by their cosine.
 
@@ -105,3 +116,8 @@ class Distillation(nn.Module):
             target = F.interpolate(features, vectors.shape[1:3], mode="bilinear", antialias=True)
         predicted = rearrange(self.head(vectors).float(), "b h w d -> b d h w")
         return 1 - F.cosine_similarity(predicted, target, dim=1).mean()
+
+
+def psnr(mse: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of a mean squared error on pixels in [-1, 1]."""
+    return -10 * torch.log10(mse / 4)

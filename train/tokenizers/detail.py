@@ -12,8 +12,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from multimodal.adapters.folder import AdapterBase
+from multimodal.adapters.lora import LoraConfig
 from multimodal.data.images import Fit, to_image
-from multimodal.data.samples import Sample
 from multimodal.eval.metrics.features import RANDOM, Features
 from multimodal.files import atomic_folder
 from multimodal.hub.names import part_of
@@ -23,21 +24,30 @@ from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.tokenizers.meaning import Meaning
 from multimodal.tokenizers.quantizers.quantizer import CodebookUsage
 from multimodal.tokenizers.text import TextTokenizer
+from multimodal.train.adapting import LoraModule
 from multimodal.train.examples import Examples
-from multimodal.train.optim import MuonModule, can_compile
+from multimodal.train.optim import can_compile
 from multimodal.train.run.folder import log_folder
 from multimodal.train.tokenizers.auxiliary_losses import (
     Distillation,
     PatchDiscriminator,
+    adaptive_weight,
     adversarial_losses,
+    psnr,
 )
-from multimodal.train.tokenizers.semantic import CaptionTargets, SemanticLoss, texts_about
+from multimodal.train.tokenizers.semantic import (
+    CaptionTargets,
+    SemanticLoss,
+    known_texts,
+    texts_about,
+)
 
 PIXELS = ("mse", "l1", "perceptual")
+BatchNorm = nn.modules.batchnorm._BatchNorm
 USAGE_EVERY = 100  # training steps between two logs of the codebook usage, at least
 
 
-class DetailModule(MuonModule):
+class DetailModule(LoraModule):
     """Trains an autoencoder of pixels: codes and decoder, or a decoder that reads meaning too.
 
     Args:
@@ -68,9 +78,12 @@ class DetailModule(MuonModule):
         weight_decay: of Muon.
         warmup_steps: steps of the linear warm-up. A cosine to zero follows.
         compile: use torch.compile. On a CPU it needs a C++ compiler.
+        lora: train an adapter for the tokenizer of ``--init_from``, of its decoder alone with
+            decoder_only. The codebook stays.
 
     Raises:
-        ValueError: for weights below 0, or a loss without its text tokenizer or teacher.
+        ValueError: for weights below 0, a loss without its text tokenizer or teacher, or an adapter
+            with a discriminator, which is balanced at the last layer's own weights.
     """
 
     def __init__(
@@ -92,8 +105,13 @@ class DetailModule(MuonModule):
         weight_decay: float = 0.05,
         warmup_steps: int = 100,
         compile: bool = False,
+        lora: LoraConfig | None = None,
     ) -> None:
-        super().__init__(learning_rate, weight_decay, warmup_steps)
+        if lora is not None and (discriminator_weight or lora.bits or lora.new_rows):
+            raise ValueError("lora of an image tokenizer: no discriminator_weight, bits, new_rows")
+        if lora is not None and decoder_only:
+            lora = replace(lora, target=lora.target or ("decoder",))
+        super().__init__(learning_rate, weight_decay, warmup_steps, lora=lora)
         self.semantic_weight = semantic_weight
         self.meaning = _load_meaning(meaning) if meaning else None
         if meaning and self.meaning is not None:
@@ -110,9 +128,15 @@ class DetailModule(MuonModule):
         # In a tuple: as a submodule, all weights would be in every checkpoint twice.
         self._levels = (ImageTokenizer(self.meaning, self.tokenizer),)
         tokenizer_parts = (self.tokenizer.encoder, self.tokenizer.quantizer)
-        self.frozen = tokenizer_parts if decoder_only else ()
+        self.frozen: tuple[nn.Module, ...] = tokenizer_parts if decoder_only else ()
         for part in self.frozen:
             part.requires_grad_(False).eval()
+        if lora is not None:  # no adapter has the statistics of batches, and the codebook stays
+            norms = (m for m in self.tokenizer.modules() if isinstance(m, BatchNorm))
+            self.frozen += (self.tokenizer.quantizer, *norms)
+            names = lora.names(self.tokenizer)
+            if decoder_only and any(name.startswith("encoder.") for name in names):
+                raise ValueError(f"lora.target={lora.target}: decoder_only keeps the encoder")
         self.mse_weight = mse_weight
         self.perceptual_weight = perceptual_weight
         self.features: Features | None = None
@@ -152,6 +176,10 @@ class DetailModule(MuonModule):
         return self
 
     @property
+    def adapted(self) -> nn.Module:
+        return self.tokenizer
+
+    @property
     def levels(self) -> ImageTokenizer:
         """The image tokenizer that is exported. It shares the weights of this module."""
         return self._levels[0]
@@ -176,14 +204,15 @@ class DetailModule(MuonModule):
     @property
     def heads(self) -> list[nn.Module]:
         heads = (self.semantic, self.distillation, self.discriminator)
-        return [head for head in heads if head is not None]
+        return [*super().heads, *(head for head in heads if head is not None)]
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if self.semantic is None or self.trainer.ckpt_path:
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         samples = chain.from_iterable(data.shards(data.train_split))
-        self.semantic.count(text for sample in samples for text in _texts(sample))
+        self.semantic.count(text for sample in samples for text in known_texts(sample))
 
     def losses(
         self,
@@ -234,23 +263,13 @@ class DetailModule(MuonModule):
                 total = total + weight * loss
         if "fool" in parts:
             pixels = sum(parts[n] * weights.get(n, 1.0) for n in PIXELS if n in parts)
-            adaptive = self._adaptive_weight(torch.as_tensor(pixels), parts["fool"])
+            last = self.tokenizer.decoder.last_layer
+            adaptive = adaptive_weight(torch.as_tensor(pixels), parts["fool"], last)
             total = total + self.discriminator_weight * adaptive * parts["fool"]
         elif self.discriminator is not None:
             # Before discriminator_start. With several ranks each weight needs a gradient.
             total = total + sum(0 * weight.sum() for weight in self.discriminator.parameters())
         return total
-
-    def _adaptive_weight(self, pixels: Tensor, fool: Tensor) -> Tensor:
-        """The ratio of the gradients of the pixel losses and ``fool`` at the last layer (VQGAN)."""
-        if not torch.is_grad_enabled():
-            return torch.ones(()).to(fool)
-        last = self.tokenizer.decoder.last_layer
-        of_pixels, of_fool = (
-            torch.linalg.vector_norm(torch.autograd.grad(loss, last, retain_graph=True)[0])
-            for loss in (pixels, fool)
-        )
-        return (of_pixels / (of_fool + 1e-6)).clamp(max=1e4).detach()
 
     def step(self, batch: Examples) -> tuple[Tensor, dict[str, Tensor]]:
         """The total loss, and all losses and the codes by name."""
@@ -352,16 +371,21 @@ class DetailModule(MuonModule):
             raise ValueError(f"{folder}: has no level of detail to start from")
         try:
             self.tokenizer.start_from(source)
+            if self.lora is not None and self.tokenizer.fingerprint != source.fingerprint:
+                raise ValueError("an adapter (lora) cannot make a decoder read meaning")
         except ValueError as error:
             raise ValueError(
                 f"{folder}: its configuration is not that of this run: give the same "
                 f"model.init_args.tokenizer: {error}"
             ) from error
+        self.base = AdapterBase(folder, source.fingerprint)
         self.note_source(folder, started_from.fingerprint, started_from.provenance)
 
     def export(self, folder: str | Path) -> None:
-        """Write the tokenizer folder, without the heads of losses. Only the first rank writes."""
-        if self.writes_files:
+        """Write the folder of the tokenizer, without the heads of losses, or of its adapter."""
+        if self.writes_files and self.lora is not None:
+            self.write_adapter(folder, self.tokenizer.state_dict())
+        elif self.writes_files:
             with atomic_folder(Path(folder)) as part:
                 levels = self.levels
                 levels.provenance = self.provenance()
@@ -369,21 +393,8 @@ class DetailModule(MuonModule):
                 (part / "README.md").write_text(self.card("An image tokenizer"), "utf-8")
 
 
-def _texts(sample: Sample) -> list[str]:
-    """The texts about an image. One without any is left out later, and named then."""
-    try:
-        return texts_about(sample.key, sample.record)
-    except ValueError:
-        return []
-
-
 def _load_meaning(folder: str) -> Meaning:
     meaning = load_image_tokenizer(part_of(folder, "image_tokenizer")).meaning
     if meaning is None:
         raise ValueError(f"{folder}: has no level of meaning")
     return meaning
-
-
-def psnr(mse: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of a mean squared error on pixels in [-1, 1]."""
-    return -10 * torch.log10(mse / 4)

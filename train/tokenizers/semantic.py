@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from multimodal.data.samples import parts_of
+from multimodal.data.samples import Sample, parts_of
 from multimodal.model.lessons import no_text_error
 from multimodal.tokenizers.text import TextTokenizer
 
@@ -164,3 +164,11 @@ def texts_about(key: str, record: Mapping[str, Any]) -> list[str]:
     if not texts:
         raise no_text_error(key)
     return texts
+
+
+def known_texts(sample: Sample) -> list[str]:
+    """The texts about an image. One without any is left out later, and named then."""
+    try:
+        return texts_about(sample.key, sample.record)
+    except ValueError:
+        return []

@@ -14,7 +14,7 @@ EXAMPLES = """examples:
 """
 DTYPES = ("float32", "bfloat16", "float16")  # of multimodal.export.model, which would import torch
 
-GGUF_DTYPES = ("float32", "float16", "bfloat16", "q8_0")
+GGUF_DTYPES = ("float32", "float16", "bfloat16", "q8_0", "q4_k")
 
 
 def export_hf(arguments: argparse.Namespace) -> int:

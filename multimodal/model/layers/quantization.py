@@ -18,6 +18,7 @@ Shapes: B rows of an input, K its width, N width of the output, V vocabulary.
 
 from collections.abc import Collection, Mapping
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,10 +126,15 @@ def dequantized(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights by name with float32 matrices for those of integers, and without scales."""
     floats = dict(state)
     for name in quantized_names(state):
-        weight = floats[name + WEIGHT].float() * floats.pop(name + SCALE).float()[:, None]
-        columns = floats.pop(name + COLUMNS, None)
-        floats[name + WEIGHT] = weight if columns is None else weight * columns.float()
+        scale, columns = floats.pop(name + SCALE), floats.pop(name + COLUMNS, None)
+        floats[name + WEIGHT] = _matrix(floats[name + WEIGHT], scale, columns)
     return floats
+
+
+def _matrix(weight: Tensor, scale: Tensor, columns: Tensor | None) -> Tensor:
+    """The matrix that integers and scales stand for: float32[N, K]."""
+    matrix = weight.float().mul_(scale.float()[:, None])
+    return matrix if columns is None else matrix.mul_(columns.float())
 
 
 def quantized(
@@ -164,7 +170,26 @@ def _packed(state: Mapping[str, Tensor], bits: int | None) -> list[str]:
     return [name for name in names if name + COLUMNS not in state]
 
 
-def int8_product(x: Tensor, weight: Tensor, scale: Tensor, finely: bool = False) -> Tensor:
+class _FloatProduct(torch.autograd.Function):
+    """x W^T, float[B, K] -> float[B, N], of integers that are floats only while it computes.
+
+    Autograd would keep the floats of all layers until the backward pass, four times the integers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return gradient @ weight.to(gradient.dtype), None
+
+
+def int8_product(
+    x: Tensor, weight: Tensor, scale: Tensor, finely: bool = False, rounds: bool = True
+) -> Tensor:
     """x times a quantized matrix, float[B, K] -> float32[B, N].
 
     On a CPU with instructions for it (VNNI), rows of x are rounded to int8: products of integers
@@ -177,11 +202,14 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor, finely: bool = False)
         scale: float[N].
         finely: round x to int8, and what is left of it again. The last states have few columns
             much larger than the others, and rounded once they are most of the loss of int8.
+        rounds: False: x is never rounded.
     """
     if torch.compiler.is_compiling() and not x.is_cuda and len(x) <= MAX_STATIC_ROWS:
         return (x[:, None].float() * weight.float()).sum(-1) * scale.float()
-    if not x.is_cpu or not INTEGER_PRODUCTS or (x.requires_grad and torch.is_grad_enabled()):
-        return F.linear(x, weight.to(x.dtype)).float() * scale.float()
+    learns = x.requires_grad and torch.is_grad_enabled()
+    if learns or not rounds or not x.is_cpu or not INTEGER_PRODUCTS:
+        product: Tensor = _FloatProduct.apply(x, weight)
+        return product.float() * scale.float()
     rows = x.float()
     # torch's norm over a dimension takes longer than the product.
     steps = MAX_INT8 / rows.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
@@ -201,12 +229,18 @@ class QuantizedLinear(nn.Module):
 
     Args:
         columns: with a scale for each column, too.
+
+    Attributes:
+        rounds: whether its input may be rounded. In training it is not, see ``round_no_inputs``.
     """
+
+    rounds = True
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, columns: bool = False
     ) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = _frozen(torch.zeros(out_features, in_features, dtype=torch.int8))
         self.scale = _frozen(torch.ones(out_features))
         self.bias = _frozen(torch.zeros(out_features)) if bias else None
@@ -218,10 +252,14 @@ class QuantizedLinear(nn.Module):
         if self.columns is not None:
             rows = rows * self.columns
         table = self.columns is not None
-        product = int8_product(rows, self.weight[ids], self.scale[ids], finely=table)
+        product = int8_product(rows, self.weight[ids], self.scale[ids], table, self.rounds)
         if self.bias is not None:
             product = product + self.bias[ids].float()
         return product.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def matrix(self) -> Tensor:
+        """The weights as floats, made anew: float[N, K], in the dtype of the scales."""
+        return _matrix(self.weight, self.scale, self.columns).to(self.scale.dtype)
 
 
 class QuantizedEmbedding(nn.Module):
@@ -243,6 +281,16 @@ class QuantizedEmbedding(nn.Module):
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def round_no_inputs(module: nn.Module) -> None:
+    """Have the quantized layers of a module compute the same with and without gradients.
+
+    An adapter is trained on what they compute, and its reference is computed without gradients.
+    """
+    for layer in module.modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.rounds = False
 
 
 def with_quantized_layers(module: nn.Module, tables: Collection[str] = ()) -> None:

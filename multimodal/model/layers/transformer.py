@@ -31,7 +31,7 @@ from multimodal.model.layers.attention import (
 )
 from multimodal.model.layers.experts import ExpertsConfig, SparseMLP, idle_parameters
 from multimodal.model.layers.mlp import MLP, add_dropped, token_product
-from multimodal.model.layers.quantization import with_quantized_layers
+from multimodal.model.layers.quantization import QuantizedLinear, with_quantized_layers
 from multimodal.model.layers.rope import Rope, RopeScaling, rotate
 from multimodal.schemas import Between, Positive, check_fields
 
@@ -364,6 +364,12 @@ class Transformer(nn.Module):
         config = self.config
         layers, groups = config.num_hidden_layers, config.num_key_value_heads
         return KVCache.empty(layers, rows, groups, capacity, config.head_dim, self.norm.weight)
+
+    @property
+    def head(self) -> Tensor:
+        """The matrix of ``logits``: float[V, D]. A quantized one is made anew each time."""
+        head = self.lm_head
+        return head.matrix() if isinstance(head, QuantizedLinear) else head.weight
 
     def logits(self, hidden: Tensor, ids: slice = ALL) -> Tensor:
         """Scores of ids: float[..., D] -> float32[..., V].
