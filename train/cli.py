@@ -39,12 +39,8 @@ from multimodal.train.cost import layer_parameters
 from multimodal.train.data import ShardData
 from multimodal.train.run.annotate import annotate
 from multimodal.train.run.best import LAST, BestValidation, ExportModel, keep_equal_weights
-from multimodal.train.run.checkpoints import (
-    AtomicCheckpointIO,
-    RunCheckpoints,
-    check_checkpoint,
-    load_weights,
-)
+from multimodal.train.run.checkpoints import AtomicCheckpointIO, RunCheckpoints, load_weights
+from multimodal.train.run.copies import CheckpointCopies
 from multimodal.train.run.finite import FiniteLoss
 from multimodal.train.run.folder import (
     ClearFolder,
@@ -54,6 +50,7 @@ from multimodal.train.run.folder import (
 )
 from multimodal.train.run.progress import Progress
 from multimodal.train.run.recipes import find_recipes, help_text
+from multimodal.train.run.resuming import find_checkpoint
 from multimodal.train.run.settings import ResumedSettings, SaveConfig
 from multimodal.train.run.stopping import GracefulStop
 from multimodal.train.run.switches import check_switches
@@ -128,6 +125,18 @@ class TrainingCLI(LightningCLI):
             help="how many of the newest checkpoints stay, beside the best one; 0: all",
         )
         parser.add_argument(
+            "--checkpoint_in_background",
+            type=bool,
+            default=False,
+            help="train on while a checkpoint is written; takes memory for one more copy of it",
+        )
+        parser.add_argument(
+            "--checkpoint_copy",
+            type=str | None,
+            default=None,
+            help="an address for a copy of every checkpoint, such as s3://bucket/run",
+        )
+        parser.add_argument(
             "--best_by",
             type=str | None,
             default=None,
@@ -146,22 +155,7 @@ class TrainingCLI(LightningCLI):
             import torch
 
             torch.set_num_threads(config.threads)
-        if config.init_from and config.ckpt_path:
-            raise ValueError(
-                "--init_from starts a run, --ckpt_path resumes a run: give one of them"
-            )
-        names = {"last": self.run.last, "best": self.run.best}
-        if config.ckpt_path in names:
-            config.ckpt_path = str(names[config.ckpt_path])
-        if self.subcommand != "fit" and not (config.init_from or config.ckpt_path):
-            if not self.run.last.exists():  # a file, or a folder of a sharded run
-                raise ValueError(
-                    f"no weights to use: {self.run.last} does not exist; give --ckpt_path or "
-                    "--init_from"
-                )
-            config.ckpt_path = str(self.run.last)
-        if config.ckpt_path and "://" not in config.ckpt_path:
-            check_checkpoint(Path(config.ckpt_path))
+        find_checkpoint(config, self.run, fit=self.subcommand == "fit")
         check_switches(config.trainer, str(self.subcommand))
         if self.subcommand == "fit" and is_first_rank() and not config.trainer.fast_dev_run:
             self.open_run.enter_context(self.run.locked())
@@ -204,7 +198,15 @@ class TrainingCLI(LightningCLI):
             checkpoints = None
             callbacks += [best, export]
             if config.trainer.enable_checkpointing is not False:
-                checkpoints = RunCheckpoints(self.run, config.checkpoint_every, config.keep, best)
+                address = config.checkpoint_copy
+                checkpoints = RunCheckpoints(
+                    self.run,
+                    config.checkpoint_every,
+                    config.keep,
+                    best,
+                    background=config.checkpoint_in_background,
+                    copies=CheckpointCopies(address) if address else None,
+                )
                 callbacks.append(checkpoints)
             callbacks.append(GracefulStop(checkpoints, export))
             plugins = self._get(self.config_init, "trainer", default={}).get("plugins") or []
