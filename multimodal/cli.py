@@ -18,7 +18,7 @@ import traceback
 from multimodal import __version__
 from multimodal.memory import is_out_of_memory, keep_freed_memory, of_a_device
 from multimodal.terminal import print_any_text, print_error
-from multimodal.torchrun import end_with_launcher
+from multimodal.torchrun import end_with_launcher, rank_and_world_size
 
 VERBS: dict[str, tuple[str, str]] = {
     "caption": ("multimodal.commands.caption", "describe images in words"),
@@ -171,7 +171,9 @@ def _wrong_verb(verb: str) -> str:
 
 
 def _name(verb: str) -> str:
-    return f"multimodal {verb}" if verb in VERBS else "multimodal"
+    name = f"multimodal {verb}" if verb in VERBS else "multimodal"
+    rank, ranks = rank_and_world_size()
+    return f"{name} (rank {rank} of {ranks})" if ranks > 1 else name
 
 
 def _describe(error: Exception, verb: str) -> str:

@@ -22,6 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from multimodal.distributed import leave_store_of_last_attempt
 from multimodal.files import local_path
 from multimodal.model.layers.transformer import SIZES, named_config
 from multimodal.terminal import print_error, print_status
@@ -155,6 +156,7 @@ class TrainingCLI(LightningCLI):
             import torch
 
             torch.set_num_threads(config.threads)
+        leave_store_of_last_attempt()
         find_checkpoint(config, self.run, fit=self.subcommand == "fit")
         check_switches(config.trainer, str(self.subcommand))
         if self.subcommand == "fit" and is_first_rank() and not config.trainer.fast_dev_run:
