@@ -49,6 +49,7 @@ from multimodal.train.run.folder import (
     archive,
     is_first_rank,
 )
+from multimodal.train.run.lost import is_lost_rank, lost_rank, set_rank_timeout
 from multimodal.train.run.progress import Progress
 from multimodal.train.run.recipes import find_recipes, help_text
 from multimodal.train.run.resuming import find_checkpoint
@@ -144,6 +145,12 @@ class TrainingCLI(LightningCLI):
             help="which validation is the best, and makes model/: NAME:min, NAME:max, or last (the "
             "newest). By default that of EarlyStopping, else what the module names",
         )
+        parser.add_argument(
+            "--rank_timeout",
+            type=int,
+            default=0,
+            help="seconds after which a rank that does not answer ends the run; 0: 30 minutes",
+        )
         parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
 
     def before_instantiate_classes(self) -> None:
@@ -223,7 +230,9 @@ class TrainingCLI(LightningCLI):
             callbacks.append(Progress(shown, best))
             kwargs["enable_progress_bar"] = False  # Lightning's own
         kwargs["callbacks"] = [*given, *callbacks]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        set_rank_timeout(trainer, config.rank_timeout)
+        return trainer
 
     @property
     def _exported(self) -> Path:
@@ -255,6 +264,8 @@ class TrainingCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            if is_lost_rank(error):
+                raise lost_rank(self.trainer, error) from error
             if "conditioned on metric" in str(error):  # early stopping by a name not logged
                 raise ValueError(str(error)) from error
             connector = self.trainer._checkpoint_connector

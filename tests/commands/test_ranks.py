@@ -30,7 +30,7 @@ def test_captions_are_those_of_one_process_in_order(
     command += ["--max-tokens", "6", "--temperature", "1.0", "--seed", "4"]
     assert main([*command, "--threads", "1"]) == 1
     alone = capsys.readouterr()
-    assert len(alone.out.splitlines()) == 7
+    assert len(set(alone.out.splitlines())) > 6, "three batches or more"
     first, *others = on_ranks(command, 3)
     assert first.stdout == alone.out and first.status == 1
     assert without_ranks(first.stderr) == alone.err

@@ -23,6 +23,7 @@ options:
   --checkpoint_copy ADDRESS
                        copy every checkpoint there, such as s3://bucket/run
   --best_by NAME:max   which validation makes model/, such as val/CIDEr:max; last: the newest
+  --rank_timeout S     seconds after which a rank that does not answer ends the run
   --threads N          CPU threads
   --model.KEY, --data.KEY, --trainer.KEY
                        override a value of the recipe
