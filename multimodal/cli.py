@@ -106,6 +106,7 @@ MULTIMODAL_TRACEBACK=1 in the environment shows where an error was raised."""
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return its exit status."""
     verb, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    name = _name(verb)  # Lightning forgets the rank at its end
     print_any_text()
     try:
         try:
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         if argv is None:  # a second one would end in a traceback
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print_error(f"{_name(verb)}: interrupted")
+        print_error(f"{name}: interrupted")
         return INTERRUPTED
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if not isinstance(error, ValueError | OSError) and not is_out_of_memory(error):
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
             return READER_GONE
         if os.environ.get("MULTIMODAL_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exc()
-        print_error(f"{_name(verb)}: error: {_describe(error, verb)}")
+        print_error(f"{name}: error: {_describe(error, verb)}")
         try:
             _flush_stdout()
         except OSError:  # a full disk, say, which may be what was just reported
