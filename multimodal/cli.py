@@ -18,7 +18,7 @@ import traceback
 from multimodal import __version__
 from multimodal.memory import is_out_of_memory, keep_freed_memory, of_a_device
 from multimodal.terminal import print_any_text, print_error
-from multimodal.torchrun import end_with_launcher
+from multimodal.torchrun import end_with_launcher, rank_and_world_size
 
 VERBS: dict[str, tuple[str, str]] = {
     "caption": ("multimodal.commands.caption", "describe images in words"),
@@ -106,6 +106,7 @@ MULTIMODAL_TRACEBACK=1 in the environment shows where an error was raised."""
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return its exit status."""
     verb, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    name = _name(verb)  # Lightning forgets the rank at its end
     print_any_text()
     try:
         try:
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         if argv is None:  # a second one would end in a traceback
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print_error(f"{_name(verb)}: interrupted")
+        print_error(f"{name}: interrupted")
         return INTERRUPTED
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if not isinstance(error, ValueError | OSError) and not is_out_of_memory(error):
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
             return READER_GONE
         if os.environ.get("MULTIMODAL_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exc()
-        print_error(f"{_name(verb)}: error: {_describe(error, verb)}")
+        print_error(f"{name}: error: {_describe(error, verb)}")
         try:
             _flush_stdout()
         except OSError:  # a full disk, say, which may be what was just reported
@@ -171,7 +172,9 @@ def _wrong_verb(verb: str) -> str:
 
 
 def _name(verb: str) -> str:
-    return f"multimodal {verb}" if verb in VERBS else "multimodal"
+    name = f"multimodal {verb}" if verb in VERBS else "multimodal"
+    rank, ranks = rank_and_world_size()
+    return f"{name} (rank {rank} of {ranks})" if ranks > 1 else name
 
 
 def _describe(error: Exception, verb: str) -> str:

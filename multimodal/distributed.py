@@ -1,16 +1,45 @@
 """Collective operations of torch.distributed. Without a process group there is one rank."""
 
-from collections.abc import Iterator, Sequence
+import os
+import pickle
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from multimodal.torchrun import rank_and_world_size
+from multimodal.torchrun import is_restart, rank_and_world_size
 
+In = TypeVar("In")
+Out = TypeVar("Out")
+RESULT_TIMEOUT = timedelta(minutes=30)  # for a batch of another rank
+POLL_INTERVAL = 0.02  # seconds
 Objects = TypeVar("Objects", dict[str, Any], list[Any])
+
+
+def leave_store_of_last_attempt() -> None:
+    """In ranks that torchrun has started again: meet at a port that no attempt before has used.
+
+    torchrun keeps one store for all attempts (torch 2.15). It still has the addresses of the ranks
+    that are gone, and a rank that is early would wait for those. Call before the ranks connect.
+    """
+    if not is_restart() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    own_rank, ranks = rank_and_world_size()
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, ranks, is_master=False)
+    key = f"multimodal/port/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    if own_rank == 0:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            store.set(key, str(free.getsockname()[1]))
+    os.environ["MASTER_PORT"] = store.get(key).decode()
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # the first rank has the new one
 
 
 @contextmanager
@@ -23,11 +52,112 @@ def process_group() -> Iterator[int]:
     if rank_and_world_size()[1] == 1:
         yield 0
         return
+    leave_store_of_last_attempt()
     dist.init_process_group("gloo")
     try:
         yield dist.get_rank()
     finally:
         dist.destroy_process_group()
+
+
+class SharedWork:
+    """The batches of one command, shared by the ranks of torchrun. Without it one process does all.
+
+    Results travel through the store of torch.distributed, so that the first rank has them in order.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.ranks = rank_and_world_size()
+        self._store: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def __enter__(self) -> "SharedWork":
+        if self.ranks > 1:
+            leave_store_of_last_attempt()
+            has_server = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            self._store = dist.PrefixStore(
+                "multimodal/shared",
+                dist.TCPStore(
+                    os.environ["MASTER_ADDR"],
+                    int(os.environ["MASTER_PORT"]),
+                    self.ranks,
+                    is_master=self.is_first and not has_server,
+                    timeout=RESULT_TIMEOUT,
+                    wait_for_workers=False,
+                ),
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, _: Any) -> None:
+        if self._store is None:
+            return
+        if error is not None or not self.is_first:
+            reason = None if error is None else str(error) or type(error).__name__
+            self._put(f"end/{self.rank}", reason)
+        else:  # the store lives here: the others have to be able to say that they are done
+            for other in range(1, self.ranks):
+                self._get(f"end/{other}", other)
+
+    def from_first(self, make: Callable[[], Out]) -> Out:
+        """What ``make`` returns on the first rank, on all ranks."""
+        if self.ranks == 1:
+            return make()
+        if self.is_first:
+            value = make()
+            self._put("first", value)
+            return value
+        made: Out = self._get("first", 0)
+        return made
+
+    def map_batches(
+        self, items: Sequence[In], size: int, work: Callable[[Sequence[In], int], Iterable[Out]]
+    ) -> Iterator[Out]:
+        """The results of all items in order on the first rank, and none on the others.
+
+        Args:
+            size: items of a batch. A rank does whole batches, so no result depends on the ranks.
+            work: takes items and the number of the first one, and gives a result for each.
+
+        Raises:
+            ValueError: on the first rank if another has failed: which, and why.
+        """
+        if self.ranks == 1:
+            yield from work(items, 0)
+            return
+        for number, start in enumerate(range(0, len(items), size)):
+            owner = number % self.ranks
+            if owner == self.rank:
+                results = list(work(items[start : start + size], start))
+                if self.is_first:
+                    yield from results
+                else:
+                    self._put(str(number), results)
+            elif self.is_first:
+                yield from self._get(str(number), owner)
+
+    def _put(self, key: str, value: object) -> None:
+        self._store.set(key, pickle.dumps(value))
+
+    def _get(self, key: str, owner: int) -> Any:
+        """What another rank has put. It may have ended with an error instead."""
+        end = time.monotonic() + RESULT_TIMEOUT.total_seconds()
+        while not self._store.check([key]):
+            if self._store.check([f"end/{owner}"]):
+                reason = pickle.loads(self._store.get(f"end/{owner}"))
+                raise ValueError(f"rank {owner} of {self.ranks} has failed: {reason}")
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"rank {owner} of {self.ranks} has given no result for "
+                    f"{RESULT_TIMEOUT.total_seconds():.0f} seconds"
+                )
+            time.sleep(POLL_INTERVAL)
+        value = pickle.loads(self._store.get(key))
+        if owner:
+            self._store.delete_key(key)
+        return value
 
 
 def rank() -> int:

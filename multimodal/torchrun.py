@@ -17,6 +17,16 @@ def is_first_rank() -> bool:
     return rank_and_world_size()[0] == 0
 
 
+def is_restart() -> bool:
+    """Whether torchrun has started this process in place of one that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def may_restart() -> bool:
+    """Whether torchrun would start these processes again (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
 def end_with_launcher() -> None:
     """In a rank that torchrun or Lightning has started: end at once when that process ends.
 

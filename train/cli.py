@@ -22,6 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from multimodal.distributed import leave_store_of_last_attempt
 from multimodal.files import local_path
 from multimodal.model.layers.transformer import SIZES, named_config
 from multimodal.terminal import print_error, print_status
@@ -39,12 +40,8 @@ from multimodal.train.cost import layer_parameters
 from multimodal.train.data import ShardData
 from multimodal.train.run.annotate import annotate
 from multimodal.train.run.best import LAST, BestValidation, ExportModel, keep_equal_weights
-from multimodal.train.run.checkpoints import (
-    AtomicCheckpointIO,
-    RunCheckpoints,
-    check_checkpoint,
-    load_weights,
-)
+from multimodal.train.run.checkpoints import AtomicCheckpointIO, RunCheckpoints, load_weights
+from multimodal.train.run.copies import CheckpointCopies
 from multimodal.train.run.finite import FiniteLoss
 from multimodal.train.run.folder import (
     ClearFolder,
@@ -52,8 +49,10 @@ from multimodal.train.run.folder import (
     archive,
     is_first_rank,
 )
+from multimodal.train.run.lost import is_lost_rank, lost_rank, set_rank_timeout
 from multimodal.train.run.progress import Progress
 from multimodal.train.run.recipes import find_recipes, help_text
+from multimodal.train.run.resuming import find_checkpoint
 from multimodal.train.run.settings import ResumedSettings, SaveConfig
 from multimodal.train.run.stopping import GracefulStop
 from multimodal.train.run.switches import check_switches
@@ -128,11 +127,29 @@ class TrainingCLI(LightningCLI):
             help="how many of the newest checkpoints stay, beside the best one; 0: all",
         )
         parser.add_argument(
+            "--checkpoint_in_background",
+            type=bool,
+            default=False,
+            help="train on while a checkpoint is written; takes memory for one more copy of it",
+        )
+        parser.add_argument(
+            "--checkpoint_copy",
+            type=str | None,
+            default=None,
+            help="an address for a copy of every checkpoint, such as s3://bucket/run",
+        )
+        parser.add_argument(
             "--best_by",
             type=str | None,
             default=None,
             help="which validation is the best, and makes model/: NAME:min, NAME:max, or last (the "
             "newest). By default that of EarlyStopping, else what the module names",
+        )
+        parser.add_argument(
+            "--rank_timeout",
+            type=int,
+            default=0,
+            help="seconds after which a rank that does not answer ends the run; 0: 30 minutes",
         )
         parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
 
@@ -146,22 +163,8 @@ class TrainingCLI(LightningCLI):
             import torch
 
             torch.set_num_threads(config.threads)
-        if config.init_from and config.ckpt_path:
-            raise ValueError(
-                "--init_from starts a run, --ckpt_path resumes a run: give one of them"
-            )
-        names = {"last": self.run.last, "best": self.run.best}
-        if config.ckpt_path in names:
-            config.ckpt_path = str(names[config.ckpt_path])
-        if self.subcommand != "fit" and not (config.init_from or config.ckpt_path):
-            if not self.run.last.exists():  # a file, or a folder of a sharded run
-                raise ValueError(
-                    f"no weights to use: {self.run.last} does not exist; give --ckpt_path or "
-                    "--init_from"
-                )
-            config.ckpt_path = str(self.run.last)
-        if config.ckpt_path and "://" not in config.ckpt_path:
-            check_checkpoint(Path(config.ckpt_path))
+        leave_store_of_last_attempt()
+        find_checkpoint(config, self.run, fit=self.subcommand == "fit")
         check_switches(config.trainer, str(self.subcommand))
         if self.subcommand == "fit" and is_first_rank() and not config.trainer.fast_dev_run:
             self.open_run.enter_context(self.run.locked())
@@ -204,7 +207,15 @@ class TrainingCLI(LightningCLI):
             checkpoints = None
             callbacks += [best, export]
             if config.trainer.enable_checkpointing is not False:
-                checkpoints = RunCheckpoints(self.run, config.checkpoint_every, config.keep, best)
+                address = config.checkpoint_copy
+                checkpoints = RunCheckpoints(
+                    self.run,
+                    config.checkpoint_every,
+                    config.keep,
+                    best,
+                    background=config.checkpoint_in_background,
+                    copies=CheckpointCopies(address) if address else None,
+                )
                 callbacks.append(checkpoints)
             callbacks.append(GracefulStop(checkpoints, export))
             plugins = self._get(self.config_init, "trainer", default={}).get("plugins") or []
@@ -219,7 +230,9 @@ class TrainingCLI(LightningCLI):
             callbacks.append(Progress(shown, best))
             kwargs["enable_progress_bar"] = False  # Lightning's own
         kwargs["callbacks"] = [*given, *callbacks]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        set_rank_timeout(trainer, config.rank_timeout)
+        return trainer
 
     @property
     def _exported(self) -> Path:
@@ -251,6 +264,8 @@ class TrainingCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            if is_lost_rank(error):
+                raise lost_rank(self.trainer, error) from error
             if "conditioned on metric" in str(error):  # early stopping by a name not logged
                 raise ValueError(str(error)) from error
             connector = self.trainer._checkpoint_connector

@@ -16,7 +16,8 @@ from jsonargparse import ArgumentParser
 
 from multimodal.export.model import export_model
 from multimodal.files import new_folder
-from multimodal.train.run.checkpoints import check_checkpoint, load_weights
+from multimodal.train.run.checkpoints import load_weights
+from multimodal.train.run.damage import check_checkpoint
 
 EXAMPLES = """examples:
   multimodal export model runs/joint/checkpoints/last.ckpt model

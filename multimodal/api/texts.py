@@ -84,12 +84,18 @@ class TextMethods(ModelParts):
         *,
         examples: Sequence[tuple[ImageSource, str]] = (),
         batch_size: int = 32,
+        first: int = 0,
         **options: Unpack[CaptionArguments],
     ) -> Iterator[str | ValueError]:
-        """As ``caption``, but batch by batch, and an image that cannot be read gives its error."""
+        """As ``caption``, but batch by batch, and an image that cannot be read gives its error.
+
+        first: the number of the first image, where a list is done in parts.
+        """
         check(batch_size >= 1, "batch_size", batch_size, "at least 1")
         caption_options = make_options(CaptionOptions, options)
-        return caption_images(self, to_list(images), caption_options, examples, batch_size)
+        return caption_images(
+            self, to_list(images), caption_options, examples, batch_size, first=first
+        )
 
     @overload
     def answer(  # type: ignore[overload-overlap]

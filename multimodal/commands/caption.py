@@ -6,6 +6,9 @@ depends on how many images there are.
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
 
 from multimodal.commands.options import (
     add_bulk,
@@ -32,6 +35,7 @@ examples:
   multimodal caption @list.txt
   multimodal caption photos/ --index others.index
   multimodal caption --data data/photos --out-dir captions/ --workers 4
+  torchrun --nproc-per-node 8 -m multimodal.cli caption photos/ > captions.tsv
 """
 
 
@@ -64,31 +68,39 @@ def main(argv: list[str]) -> int:
 
     from tqdm import tqdm
 
-    options = given_options(arguments, CaptionOptions)
-    paths, failed = image_paths("caption", arguments.images)
-    size = arguments.batch_size
-    model = load_model(arguments)
-    if arguments.index is None:
-        captions = model.caption_each(paths, batch_size=size, **options)
-    else:
-        from multimodal.index.index import Index
+    from multimodal.distributed import SharedWork
 
-        index = Index.open(arguments.index, model)
-        captions = index.caption_each(
-            paths, retrieve=arguments.retrieve, batch_size=size, **options
-        )
-    # None: no bar where stderr is not a terminal.
-    hidden = True if len(paths) <= size else None
-    with tqdm(total=len(paths), unit="image", file=sys.stderr, disable=hidden) as bar:
-        for path, caption in zip(paths, captions, strict=True):
-            bar.clear()  # or the line would run into it
-            if isinstance(caption, ValueError):
-                failed += 1
-                print_error(f"multimodal caption: error: {caption}")
-            else:
-                print(line(path, caption, as_json=arguments.json), flush=True)
-            bar.update()
-    return int(failed > 0)
+    options = given_options(arguments, CaptionOptions)
+    size = arguments.batch_size
+    with SharedWork() as shared:
+        paths, failed = shared.from_first(lambda: image_paths("caption", arguments.images))
+        model = load_model(arguments)
+        each: Any = model.caption_each
+        if arguments.index is not None:
+            from multimodal.index.index import Index
+
+            index = Index.open(arguments.index, model)
+            each = partial(index.caption_each, retrieve=arguments.retrieve)
+
+        def work(batch: Sequence[str], first: int) -> Iterable[str | ValueError]:
+            results: Iterable[str | ValueError] = each(
+                batch, batch_size=size, first=first, **options
+            )
+            return results
+
+        captions = shared.map_batches(paths, size, work)
+        # None: no bar where stderr is not a terminal.
+        hidden = True if len(paths) <= size or not shared.is_first else None
+        with tqdm(total=len(paths), unit="image", file=sys.stderr, disable=hidden) as bar:
+            for path, caption in zip(paths, captions, strict=shared.is_first):
+                bar.clear()  # or the line would run into it
+                if isinstance(caption, ValueError):
+                    failed += 1
+                    print_error(f"multimodal caption: error: {caption}")
+                else:
+                    print(line(path, caption, as_json=arguments.json), flush=True)
+                bar.update()
+    return int(failed > 0 and shared.is_first)
 
 
 def line(path: str, caption: str, *, as_json: bool) -> str:

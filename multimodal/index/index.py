@@ -142,6 +142,7 @@ class Index:
         *,
         retrieve: int = 4,
         batch_size: int = 32,
+        first: int = 0,
         **options: Unpack[CaptionArguments],
     ) -> Iterator[str | ValueError]:
         """Captions of images, each after the images that are most like it, with their captions.
@@ -151,6 +152,7 @@ class Index:
             retrieve: the nearest images of the index that are examples. Those without a caption are
                 left out, and what does not fit into the prompt.
             batch_size: images at once.
+            first: the number of the first image, where a list is done in parts.
             options: see CaptionOptions.
 
         Yields:
@@ -177,6 +179,7 @@ class Index:
             to_list(images),
             caption_options,
             batch_size=batch_size,
+            first=first,
             begin_of=begin_of,
         )
 

@@ -291,6 +291,7 @@ def caption_images(
     examples: Sequence[tuple[ImageSource, str]] = (),
     batch_size: int = 32,
     begin_of: Callable[[Tensor], Sequence[Sequence[int]]] | None = None,
+    first: int = 0,
 ) -> Iterator[str | ValueError]:
     """Caption images, a batch at a time.
 
@@ -298,6 +299,7 @@ def caption_images(
         examples: images with captions that the prompts begin with (few-shot).
         begin_of: int64[B, n], codes of images -> B lists of ids that their prompts begin with. It
             takes the place of the examples.
+        first: the number of the first image. What is drawn at random depends on the number.
 
     Yields:
         The caption of each image in its order, or what was wrong with the image.
@@ -312,13 +314,14 @@ def caption_images(
         for number in range(start, min(start + batch_size, len(images))):
             image = images[number]
             try:
-                pixels[number] = read_images(model, [image], [name_of(image, number)])
+                pixels[number] = read_images(model, [image], [name_of(image, first + number)])
             except ValueError as error:
                 results[number] = error
         if pixels:
             codes = encode_to_read(model, torch.cat(list(pixels.values())))
             begin = begin_of(codes) if begin_of else [shared] * len(codes)
-            captions = best_captions(model, codes, options, list(pixels), begin)
+            numbers = [first + number for number in pixels]
+            captions = best_captions(model, codes, options, numbers, begin)
             results |= dict(zip(pixels, captions, strict=True))
         yield from (results[number] for number in sorted(results))
 

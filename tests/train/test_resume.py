@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from multimodal.cli import main
 from multimodal.train.joint import JointModule
-from multimodal.train.run.checkpoints import check_checkpoint
+from multimodal.train.run.damage import check_checkpoint
 from tests.launches import launch, logged, run_processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from multimodal.cli import main
 from multimodal.train.joint import JointModule
 from multimodal.train.run.best import BestValidation, parse_best_by
-from multimodal.train.run.checkpoints import check_checkpoint, saved_steps, write_checksums
+from multimodal.train.run.damage import check_checkpoint, saved_steps, write_checksums
 from multimodal.train.run.folder import RunFolder, archive
 from multimodal.train.run.settings import changes, flatten
 from tests.launches import logged

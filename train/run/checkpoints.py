@@ -1,9 +1,5 @@
-"""Checkpoints that a crash cannot damage, which of them are kept, and how damage is noticed."""
+"""Checkpoints that a crash cannot damage, and which of them are kept."""
 
-import shutil
-import struct
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +7,15 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 
-from multimodal.files import atomic_file, read_json, write_json
-from multimodal.terminal import print_status
+from multimodal.files import atomic_file
 from multimodal.train.run.best import BestValidation
+from multimodal.train.run.copies import CheckpointCopies
+from multimodal.train.run.damage import saved_steps, step_of
 from multimodal.train.run.finite import check_finite, is_last_step
-from multimodal.train.run.folder import RunFolder, remove
+from multimodal.train.run.folder import RunFolder, link, remove
+from multimodal.train.run.writing import CheckpointWriter, is_sharded
 
-CHECKSUMS = "checksums.json"  # of the files of a sharded checkpoint, which is a folder
 PARTS = {"state_dict": dict, "loops": dict, "callbacks": dict, "global_step": int}
 
 
@@ -88,25 +84,40 @@ class RunCheckpoints(Checkpoint):
             validation that is the best so far.
         keep: the newest ones that are kept. 0 keeps all.
         best: knows the best validation.
+        background: the training goes on while a checkpoint is written.
+        copies: at an address, which get every checkpoint when it is complete.
     """
 
-    def __init__(self, run: RunFolder, every: int, keep: int, best: BestValidation) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        every: int,
+        keep: int,
+        best: BestValidation,
+        background: bool = False,
+        copies: CheckpointCopies | None = None,
+    ) -> None:
         if every < 1 or keep < 0:
             raise ValueError(
                 f"checkpoint_every={every}, keep={keep}: expected at least 1 and at least 0 (all)"
             )
         self.run, self.every, self.keep, self.best = run, every, keep, best
+        self.writer, self.copies = CheckpointWriter(background), copies
         self._saved = -1  # the step
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
+        if trainer.is_global_zero:
+            for left in self.run.checkpoints.glob(".step=*.ckpt.*"):  # by a run that was killed
+                remove(left)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         step = trainer.global_step
         if step == self._step:
             return  # gradients are being accumulated
         self._step = step
+        self.writer.check()
         if self._saved != step:
             if step % self.every == 0 or is_last_step(trainer) or trainer.should_stop:
                 self.save(trainer)
@@ -118,6 +129,15 @@ class RunCheckpoints(Checkpoint):
         if self.best.improved or again or trainer.should_stop:
             self.save(trainer)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.writer.wait()
+
+    def on_exception(self, *_: Any) -> None:
+        self.writer.close()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self.writer.close()
+
     def save(self, trainer: L.Trainer) -> None:
         """Save this step. All ranks have to call.
 
@@ -127,19 +147,24 @@ class RunCheckpoints(Checkpoint):
         check_finite(trainer, trainer.lightning_module)
         step = trainer.global_step
         path = self.run.checkpoints / f"step={step}.ckpt"
-        # A sharded checkpoint is a folder, written in place: one of this step stays as it is.
-        sharded = isinstance(trainer.strategy, ModelParallelStrategy)
-        if not (sharded and self._saved == step):
-            trainer.save_checkpoint(path, weights_only=False)
-        self._saved = step
-        if trainer.is_global_zero:
-            if path.is_dir():
-                write_checksums(path)
+        best = self.best.step == step
+
+        def publish() -> None:
             link(self.run.last, path)
-            if self.best.step == step:
+            if best:
                 link(self.run.best, path)
             self._remove_older(path)
-        trainer.strategy.barrier()
+            if self.copies is not None:
+                self.copies.put(path, best)
+
+        if is_sharded(trainer.strategy) and self._saved == step:  # not all of it twice
+            self.writer.wait()
+            if trainer.is_global_zero:
+                publish()
+            trainer.strategy.barrier()
+        else:
+            self.writer.write(trainer, path, publish)
+        self._saved = step
 
     def _remove_older(self, newest: Path) -> None:
         """Remove all but the newest ones and the best. A run that went back keeps later ones."""
@@ -169,101 +194,3 @@ def load_weights(module: L.LightningModule, checkpoint: Path, complete: bool = T
         module.on_load_checkpoint(stored)  # where the weights come from
     except RuntimeError as error:
         raise ValueError(f"{checkpoint}: its weights do not fit the configuration") from error
-
-
-def step_of(path: Path) -> int:
-    return int(path.stem.removeprefix("step="))
-
-
-def saved_steps(folder: Path) -> list[Path]:
-    """The checkpoints ``step=N.ckpt`` of a folder, by N."""
-    paths = [p for p in folder.glob("step=*.ckpt") if p.stem.removeprefix("step=").isdecimal()]
-    return sorted(paths, key=step_of)
-
-
-def link(name: Path, target: Path) -> None:
-    """Make ``name`` a link to a file or folder beside it. It is never missing in between."""
-    if name.is_dir() and not name.is_symlink():
-        shutil.rmtree(name)
-    with atomic_file(name) as part:
-        part.unlink(missing_ok=True)
-        try:
-            part.symlink_to(target.name)
-        except OSError:  # Windows needs a privilege for links
-            shutil.copy(target, part)
-
-
-# --- damage ---------------------------------------------------------------------------------------
-
-
-def check_checkpoint(path: Path) -> None:
-    """Compare every byte of a checkpoint with its checksums, before it is used.
-
-    A checkpoint is a zip file of records, and torch writes the CRC-32 of each record. A sharded one
-    is a folder of such files, with ``checksums.json`` beside them.
-
-    Raises:
-        ValueError: if it does not exist or is damaged. It names another checkpoint of the folder.
-    """
-    if not path.exists():
-        raise ValueError(f"{path}: no such checkpoint")
-    if not (path.is_dir() or path.is_file()):
-        raise ValueError(f"{path}: not a file")
-    reason = _damage(path)
-    if reason is None:
-        return
-    others = [
-        other
-        for other in reversed(saved_steps(path.resolve().parent))
-        if other.resolve() != path.resolve() and not _damage(other)
-    ]
-    name = f"{path} ({path.resolve().name})" if path.is_symlink() else str(path)
-    another = f"resume from {others[0]}" if others else "there is no other checkpoint beside it"
-    raise ValueError(f"{name}: the checkpoint is damaged ({reason}); {another}")
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    return _damage_of_folder(path) if path.is_dir() else _damage_of_file(path)
-
-
-def _damage_of_file(path: Path) -> str | None:
-    try:
-        with zipfile.ZipFile(path) as records:
-            bad = records.testzip()
-        torch._C.PyTorchFileReader(str(path))  # it reads the directory more strictly
-    except (OSError, EOFError, ValueError, RuntimeError, KeyError, struct.error) as error:
-        return str(error) or type(error).__name__
-    except (zipfile.BadZipFile, zlib.error) as error:
-        return str(error).lower()
-    return None if bad is None else f"the checksum of {bad} is wrong"
-
-
-def _damage_of_folder(path: Path) -> str | None:
-    if not (path / CHECKSUMS).exists():
-        print_status(f"{path}: has no {CHECKSUMS}, so damage would not be noticed")
-        return None
-    try:
-        expected = dict(read_json(path / CHECKSUMS))
-    except (ValueError, TypeError):
-        return f"{CHECKSUMS} is not JSON"
-    found = _checksums(path)
-    wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-    return f"{', '.join(wrong)}: missing or changed" if wrong else None
-
-
-def write_checksums(folder: Path) -> None:
-    """Write the CRC-32 of every file of a sharded checkpoint."""
-    write_json(folder / CHECKSUMS, _checksums(folder))
-
-
-def _checksums(folder: Path) -> dict[str, int]:
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != CHECKSUMS:
-            crc = 0
-            with open(path, "rb") as file:
-                while block := file.read(1 << 22):
-                    crc = zlib.crc32(block, crc)
-            found[path.relative_to(folder).as_posix()] = crc
-    return found

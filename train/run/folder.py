@@ -15,7 +15,7 @@ import lightning as L
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.utilities import rank_zero_only
 
-from multimodal.files import local_path
+from multimodal.files import atomic_file, local_path
 
 LOCK = ".lock"
 
@@ -155,3 +155,15 @@ def remove(checkpoint: Path) -> None:
         shutil.rmtree(checkpoint)
     else:
         checkpoint.unlink(missing_ok=True)
+
+
+def link(name: Path, target: Path) -> None:
+    """Make ``name`` a link to a file or folder beside it. It is never missing in between."""
+    if name.is_dir() and not name.is_symlink():
+        shutil.rmtree(name)
+    with atomic_file(name) as part:
+        part.unlink(missing_ok=True)
+        try:
+            part.symlink_to(target.name)
+        except OSError:  # Windows needs a privilege for links
+            shutil.copy(target, part)

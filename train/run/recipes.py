@@ -18,7 +18,12 @@ options:
   --init_from MODEL    start from the weights of this model folder
   --checkpoint_every N training steps between checkpoints
   --keep N             how many of the newest checkpoints stay, beside the best (default 1; 0: all)
+  --checkpoint_in_background true
+                       train on while a checkpoint is written
+  --checkpoint_copy ADDRESS
+                       copy every checkpoint there, such as s3://bucket/run
   --best_by NAME:max   which validation makes model/, such as val/CIDEr:max; last: the newest
+  --rank_timeout S     seconds after which a rank that does not answer ends the run
   --threads N          CPU threads
   --model.KEY, --data.KEY, --trainer.KEY
                        override a value of the recipe
@@ -72,6 +77,7 @@ def help_text(verb: str, sizes: Mapping[str, int]) -> str:
     """The text of ``multimodal VERB --help``; sizes: names and numbers of parameters."""
     fit = verb == "fit"
     run = "runs/scenes-joint"
+    resume = "resume this run, exactly (auto: if there is something to resume)"
     more = f"""  multimodal fit --config scenes_joint.yaml --ckpt_path {run}/checkpoints/last.ckpt
   multimodal fit --config my.yaml --init_from {run}/model
   multimodal fit --config finetune.yaml --init_from starter --model.lora.r 16"""
@@ -80,7 +86,7 @@ def help_text(verb: str, sizes: Mapping[str, int]) -> str:
         about=ABOUT[verb],
         sizes=", ".join(f"{name} {rounded(count)}" for name, count in sizes.items()),
         recipes=", ".join(recipe_names()),
-        checkpoint="resume this run, exactly" if fit else "weights (default: the last of --output)",
+        checkpoint=resume if fit else "weights (default: the last of --output)",
         example=" --trainer.max_steps 100" if fit else "",
         more=more if fit else "",
     ).rstrip()

@@ -61,6 +61,7 @@ class GracefulStop(L.Callback):
         stopped = f"stopped at step {trainer.global_step:,}"
         if self.checkpoints is not None:
             self.checkpoints.save(trainer)
+            self.checkpoints.writer.wait()
             stopped += f"; resume with --ckpt_path {self.checkpoints.run.last}"
         if self.export is not None:
             if not self.export.best.count:

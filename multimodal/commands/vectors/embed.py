@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ examples:
   multimodal embed a.jpg b.jpg --out two.npy
   multimodal embed --text lines.txt --out lines.npy
   multimodal embed --data data/photos --out-dir rows/ --workers 4
+  torchrun --nproc-per-node 8 -m multimodal.cli embed photos/ --out photos.npy
 """
 
 
@@ -57,33 +58,39 @@ def main(argv: list[str]) -> int:
     import torch
     from tqdm import tqdm
 
+    from multimodal.distributed import SharedWork
+
     rows: list[Tensor] = []
     index: list[dict[str, str]] = []
-    failed = 0
-    embedded: Iterable[Tensor | ValueError]
-    if arguments.text:
-        lines = _lines(arguments.text)
-        keys = [{"text": line} for line in lines]
-        model = load_model(arguments)
-        embedded = model.embed_lines(lines, batch_size=arguments.batch_size)
-    else:
-        paths, failed = image_paths("embed", arguments.images)
-        keys = [{"image": path} for path in paths]
-        model = load_model(arguments)
-        found = model.embed_files(list(map(Path, paths)), batch_size=arguments.batch_size)
-        embedded = (row for _, row in found)
-    unit = "line" if arguments.text else "image"
-    for number, row in enumerate(
-        tqdm(embedded, total=len(keys), unit=unit, file=sys.stderr, disable=None)
-    ):
-        if isinstance(row, ValueError):
-            failed += 1
-            # An error of a file names it.
-            where = f"{arguments.text}: line {number + 1}: " if arguments.text else ""
-            print_error(f"multimodal embed: error: {where}{row}")
+    size = arguments.batch_size
+    with SharedWork() as shared:
+        if arguments.text:
+            items, failed = shared.from_first(lambda: (_lines(arguments.text), 0))
         else:
-            rows.append(row)
-            index.append(keys[number])
+            items, failed = shared.from_first(lambda: image_paths("embed", arguments.images))
+        model = load_model(arguments)
+
+        def work(batch: Sequence[str], first: int) -> "Iterable[Tensor | ValueError]":
+            if arguments.text:
+                return model.embed_lines(batch, batch_size=size)
+            return (row for _, row in model.embed_files(list(map(Path, batch)), batch_size=size))
+
+        kind, unit = ("text", "line") if arguments.text else ("image", "image")
+        embedded = shared.map_batches(items, size, work)
+        hidden = None if shared.is_first else True
+        for number, row in enumerate(
+            tqdm(embedded, total=len(items), unit=unit, file=sys.stderr, disable=hidden)
+        ):
+            if isinstance(row, ValueError):
+                failed += 1
+                # An error of a file names it.
+                where = f"{arguments.text}: line {number + 1}: " if arguments.text else ""
+                print_error(f"multimodal embed: error: {where}{row}")
+            else:
+                rows.append(row)
+                index.append({kind: items[number]})
+    if not shared.is_first:
+        return 0
     if not rows:
         raise ValueError("nothing could be embedded")
     with atomic_file(arguments.out) as part, part.open("wb") as file:

@@ -1,0 +1,197 @@
+"""Copies of checkpoints at an address: a run goes on where its machine does not come back.
+
+Below the address, ``step=N.ckpt`` is a checkpoint as in the folder of the run. ``step=N.json`` has
+the size and CRC-32 of its files, and is written after them: without it, there is no checkpoint.
+``last.json`` and ``best.json`` name one.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from multimodal.files import atomic_file, temporary_path
+from multimodal.terminal import print_status
+from multimodal.train.run.damage import checksum, saved_steps
+from multimodal.train.run.folder import link, remove
+
+EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}  # of pyproject.toml
+Files = dict[str, dict[str, int]]  # path below the address -> bytes and crc32
+
+
+class CheckpointCopies:
+    """The checkpoints of one run at an address.
+
+    Args:
+        address: of a folder, as fsspec takes it: ``s3://bucket/run``, ``file:///mnt/run``.
+
+    Raises:
+        ValueError: for an address that cannot be used.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address.rstrip("/")
+        try:
+            from fsspec.core import url_to_fs
+
+            # Other processes write here too, so listings must not be remembered.
+            self.files, self.root = url_to_fs(self.address, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            extra = EXTRAS.get(self.address.partition(":")[0])
+            hint = f"; pip install 'multimodal[{extra}]'" if extra else ""
+            raise ValueError(f"{self.address}: cannot be used ({error}{hint})") from error
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    def put(self, path: Path, best: bool) -> None:
+        """Copy a complete checkpoint, and remove those that its folder does not keep any more.
+
+        A copy that fails is a line on stderr: the training goes on, and the next one is tried.
+
+        Args:
+            path: ``step=N.ckpt`` in the folder of the run.
+            best: it is that of the best validation.
+        """
+        try:
+            self._put(path, best)
+        except Exception as error:  # each file system of fsspec has its own errors
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print_status(f"{path}: could not be copied to {self.address} ({reason})")
+
+    def _put(self, path: Path, best: bool) -> None:
+        paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        names = {p: p.relative_to(path.parent).as_posix() for p in paths}
+        manifest = path.with_suffix(".json").name
+        if self.files.exists(f"{self.root}/{manifest}"):  # it would be true of other bytes
+            self.files.rm_file(f"{self.root}/{manifest}")
+        for local, name in names.items():
+            target = f"{self.root}/{name}"
+            self.files.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self.files.put_file(str(local), target)
+        facts = {n: {"bytes": p.stat().st_size, "crc32": checksum(p)} for p, n in names.items()}
+        self._write_json(manifest, {"checkpoint": path.name, "files": facts})
+        for name in ("last", *(["best"] if best else [])):
+            self._write_json(f"{name}.json", {"checkpoint": path.name})
+        kept = {p.name for p in saved_steps(path.parent)} | {self._named("best")}
+        for name in self._names() - kept:
+            for unwanted in (Path(name).with_suffix(".json").name, name):  # a manifest first
+                if self.files.exists(f"{self.root}/{unwanted}"):
+                    self.files.rm(f"{self.root}/{unwanted}", recursive=True)
+
+    def _write_json(self, name: str, value: object) -> None:
+        self.files.pipe_file(f"{self.root}/{name}", json.dumps(value).encode())
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def _names(self) -> set[str]:
+        """The checkpoints that have a manifest."""
+        found = self.files.glob(f"{self.root}/step=*.json")
+        return {Path(str(name)).with_suffix(".ckpt").name for name in found}
+
+    def _named(self, name: str) -> str | None:
+        """The checkpoint that ``last`` or ``best`` names."""
+        record = self._read_json(f"{name}.json")
+        return str(record["checkpoint"]) if record else None
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        """None: there is no such file, or half of it."""
+        try:
+            record = json.loads(self.files.cat_file(f"{self.root}/{name}"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return record if isinstance(record, dict) else None
+
+    def _resolve(self, name: str) -> str | None:
+        """The name ``step=N.ckpt`` of a checkpoint that is complete; name: last, best, step=N."""
+        names = self._names()
+        found = self._named(name) if name in ("last", "best") else f"{name}.ckpt"
+        if found not in names and name == "last" and names:  # that one is being written again
+            found = max(names, key=lambda n: int(Path(n).stem.removeprefix("step=")))
+        return found if found in names else None
+
+    @property
+    def has_any(self) -> bool:
+        """Whether there is a checkpoint to go on with."""
+        return bool(self._names())
+
+    def fetch(self, name: str, folder: Path) -> Path:
+        """Bring a checkpoint into the folder of a run. The processes of a machine may all call.
+
+        Args:
+            name: ``last``, which brings the best one too, ``best``, or ``step=N``.
+            folder: ``checkpoints`` of the run.
+
+        Returns:
+            The checkpoint there. All of its bytes are those of the manifest.
+
+        Raises:
+            ValueError: if there is none, if it is damaged, or if the folder has other ones.
+        """
+        with alone(folder):
+            if (found := self._resolve(name)) is None:
+                raise ValueError(f"{self.address}/{name}.ckpt: no complete checkpoint there")
+            others = {p.name for p in saved_steps(folder)} - self._names()
+            if others:
+                raise ValueError(
+                    f"{folder}: has {', '.join(sorted(others))}, which {self.address} has not: "
+                    "resume with --ckpt_path last, or give another --output"
+                )
+            path = self._fetch(found, folder)
+            if name in ("last", "best"):
+                link(folder / f"{name}.ckpt", path)
+            if name == "last" and (best := self._resolve("best")) is not None:
+                link(folder / "best.ckpt", self._fetch(best, folder))
+        return path
+
+    def _fetch(self, name: str, folder: Path) -> Path:
+        path = folder / name
+        manifest = self._read_json(path.with_suffix(".json").name) or {}
+        files: Files = manifest.get("files", {})
+        if path.exists() and all(_is_same(folder / file, facts) for file, facts in files.items()):
+            return path
+        print_status(f"{self.address}/{name}: copying it to {folder}")
+        if set(files) == {name}:
+            with atomic_file(path, sync=True) as part:
+                self._download(name, part, files[name])
+            return path
+        part = temporary_path(path)
+        shutil.rmtree(part, ignore_errors=True)
+        for file, facts in files.items():
+            inside = Path(file).relative_to(name)  # ValueError for a path that leads elsewhere
+            if ".." in inside.parts:
+                raise ValueError(f"{self.address}/{file}: a path that leads out of its folder")
+            (part / inside).parent.mkdir(parents=True, exist_ok=True)
+            self._download(file, part / inside, facts)
+        if path.exists():
+            remove(path)
+        part.rename(path)
+        return path
+
+    def _download(self, name: str, target: Path, facts: dict[str, int]) -> None:
+        self.files.get_file(f"{self.root}/{name}", str(target))
+        if not _is_same(target, facts):
+            raise ValueError(f"{self.address}/{name}: the checkpoint is damaged (its CRC-32)")
+
+
+def _is_same(path: Path, facts: dict[str, int]) -> bool:
+    return (
+        path.is_file()
+        and path.stat().st_size == facts["bytes"]
+        and checksum(path) == facts["crc32"]
+    )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process of a machine after the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".fetching", "w", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            pass
+        yield
