@@ -20,7 +20,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "build/docs"  # mkdocs.yml names it
-HELP_WIDTH = 92  # characters; wider lines scroll on a laptop
+HELP_WIDTH = 84  # characters of a line on a laptop
 MERMAID = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Pages of the navigation that a checkout may lack.
 OPTIONAL = ("tutorials/", "report.md")
@@ -69,17 +69,16 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    card = (ROOT / "multimodal/starter/README.md").read_text("utf-8")
-    for path, text in {
-        "reference/command_line.md": command_line(),
-        "models/starter.md": card,
-    }.items():
+    made = {"reference/command_line.md": command_line(), "models/starter.md": starter_card()}
+    for path, text in made.items():
         files.append(File.generated(config, path, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     page.meta["diagrams"] = MERMAID.findall(markdown)
+    if page.meta["diagrams"]:
+        page.meta["hide"] = ["toc"]  # room for a wide picture
     return MERMAID.sub('<div class="diagram"></div>', markdown)
 
 
@@ -115,12 +114,23 @@ def command_line() -> str:
     return page
 
 
+def starter_card() -> str:
+    """Its card, and what ``multimodal info`` says of its folder."""
+    card = (ROOT / "multimodal/starter/README.md").read_text("utf-8")
+    command = "$ multimodal info starter"
+    return f"{card}\n## The folder\n\n```console\n{command}\n{_printed('info', 'starter')}\n```\n"
+
+
 def _help(*verb: str) -> str:
+    return _printed(*verb, "--help")
+
+
+def _printed(*arguments: str) -> str:
     from multimodal.cli import main
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        main([*verb, "--help"])
+        main([*arguments])
     return out.getvalue().rstrip()
 
 

@@ -34,9 +34,9 @@ TASKS = tuple(EVALUATORS)
 EPILOG = f"""TASK is one of
 {textwrap.fill(", ".join(TASKS), 78, initial_indent="  ", subsequent_indent="  ")},
 or all, or FILE.py:CLASS, an evaluator of yours (docs/guides/evaluation.md). A task is skipped for a
-folder if no sample has what it needs (captions, questions, classes, a scene). Intervals are 95 %, by the
-bootstrap over samples. Under torchrun, ranks share the samples. Nothing is downloaded. Captions are
-compared with what the split "train" of the same folder gives without a model.
+folder if no sample has what it needs (captions, questions, classes, a scene). Intervals are 95 %,
+by the bootstrap over samples. Under torchrun, ranks share the samples. Nothing is downloaded.
+Captions are compared with what the split "train" of the same folder gives without a model.
 
 examples:
   multimodal eval all --data data/scenes --limit 200 --output results.json --page results.html

@@ -19,9 +19,11 @@ from multimodal.cli import VERBS, main
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INPUT = re.compile(r"^\$ (?:.*\\\n)*.*\n|^(?:>>>|\.\.\.).*\n", re.MULTILINE)
 # Entries of decisions are a log: dated, with the numbers that were measured. Commands of then need
 # not exist now, so they have tables in place of examples. A report has tables and figures, too.
 WITHOUT_EXAMPLES = ("decisions/", "report.md")
+OF_TUTORIALS = re.compile(r"^```(console|pycon|python|text)\n", re.MULTILINE)
 
 
 class Page(html.parser.HTMLParser):
@@ -78,6 +80,10 @@ def test_the_site_has_every_page_and_its_links_lead_somewhere(site: Path) -> Non
             if not target.exists() or unquote(parts.fragment) not in anchors:
                 wrong.append(f"{path.relative_to(site)}: {link}")
     assert wrong == []
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for file, anchor in re.findall(r"\]\(docs/([\w/]+)\.md#?([^)]*)\)", readme):
+        target = site / f"{file.removesuffix('README')}{'index' * file.endswith('README')}.html"
+        assert anchor in built[target].anchors, f"README.md: {file}#{anchor}"
 
 
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
@@ -95,9 +101,11 @@ def test_every_page_has_an_example_with_output(page: Path) -> None:
     if name_of(page).startswith(WITHOUT_EXAMPLES):
         assert re.search(r"^\|.*\|$", text, re.MULTILINE) or len(text.split()) < 1000
         return
+    if page.parent.name == "tutorials":  # their own tests run them
+        assert OF_TUTORIALS.search(text)
+        return
     examples = [block["text"] for block in BLOCK.finditer(text)]
-    assert examples
-    assert any(re.search(r"^(?!\$ |>>> |\.\.\. |  )\S", each, re.MULTILINE) for each in examples)
+    assert any(INPUT.sub("", example).strip() for example in examples)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +126,7 @@ def test_the_examples_print_what_stands_below_them(page: Path, one_thread: None)
 def test_the_options_of_all_other_commands_exist() -> None:
     """Commands in blocks of ``sh`` take hours, GPUs or files: their options are looked up."""
     sections = re.split(r"^## multimodal ", command_line(), flags=re.MULTILINE)
-    help_of = {section.partition("\n")[0].strip(): section for section in sections[2:]}
+    help_of = {section.partition("\n")[0].strip(): section for section in sections[1:]}
     seen = 0
     for page in sources():
         for language, block in FENCE.findall(page.read_text("utf-8")):
