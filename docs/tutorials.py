@@ -11,7 +11,7 @@ the place of what it prints. Pictures in the folder with the name of the page ar
 commands have made.
 
 ``PAGES`` has what makes long commands small. Outputs and pictures that come after such a command
-would be those of a small run: without ``--full`` they stay as they are.
+would be those of a small run: without ``--full`` they stay as they are. Errors are always written.
 """
 
 import argparse
@@ -64,7 +64,7 @@ NOT_RUN = {
     "multimodal data check s3://": "needs a bucket; tests/data reads one",
     "multimodal demo": "takes a minute; tests/eval runs it",
 }
-HARMLESS = ("pip ", "tensorboard ", "multimodal demo")  # of these: nothing after them needs them
+NEEDED = ("hf ",)  # of these: what comes after them on a page is of what they bring
 
 
 class Failed(Exception):
@@ -163,6 +163,7 @@ def tiny_llama(folder: Path) -> None:
         LlamaForCausalLM(config).save_pretrained(folder / "smollm2")
     TextTokenizer.train(["a red bus in the snow"] * 9, 300).save(folder / "smollm2/tokenizer.json")
     photo_shards(folder)
+    scenes(folder / "pictures", 2)
 
 
 def photo_shards(folder: Path) -> None:
@@ -256,7 +257,7 @@ class Run:
 
     def command(self, line: str, fails: bool) -> str:
         if any(line.startswith(start) for start in NOT_RUN):
-            self.as_written &= line.startswith(HARMLESS)
+            self.as_written &= not line.startswith(NEEDED)
             return self.only_checked(line)
         more = next((x for start, x in self.page.smaller.items() if line.startswith(start)), "")
         if more and not self.full:
@@ -350,15 +351,15 @@ def run_page(
     text, run = page.read_text("utf-8"), Run(page.stem, full, given)
     wanted = [m["name"] for m in PICTURE.finditer(text) if m["folder"] == page.stem]
     pictures: dict[str, bytes] = {}
-    printed = ""
+    printed, known = "", True
 
     def replaced(part: re.Match[str]) -> str:
-        nonlocal printed
+        nonlocal printed, known
         if part["kind"] is None:  # the place of an output
-            return f"<!-- output -->\n```text\n{shortened(printed)}\n```\n" * (
-                run.as_written and bool(printed)
-            ) or part[0]
+            output = f"<!-- output -->\n```text\n{shortened(printed)}\n```\n"
+            return output if known and printed else part[0]
         printed = run.block(part["mark"], part["kind"], part["text"])
+        known = run.as_written or part["mark"] == "fails"
         if run.as_written:
             made = {name: folder / name for name in wanted if (folder / name).is_file()}
             pictures.update({name: path.read_bytes() for name, path in made.items()})
