@@ -11,6 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
+from docs.tutorial_pages import FEW
+from docs.tutorials import blocks, commands
 from multimodal.api import load
 from multimodal.cli import VERBS, main
 from multimodal.scenes.captions import captions
@@ -19,10 +21,6 @@ from multimodal.scenes.scene import sample_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-# Options that make a command of the quick path small. Nothing else about it is changed.
-FEW = "--trainer.max_steps 2 --trainer.val_check_interval 2 --trainer.enable_progress_bar false \
---data.global_batch_size 4 --data.val_limit 4 --data.workers 0 --trainer.accelerator cpu \
---trainer.precision 32-true"
 SMALLER = {
     "data scenes": "--count 20 --size 32",
     "tokenizer text": "--vocabulary-size 400",
@@ -32,16 +30,6 @@ SMALLER = {
     "predict": f"{FEW} --model.init_args.size tiny",
     "fit --config finetune.yaml": f"{FEW} --model.init_args.drawings_in_validation 1",
 }
-
-
-def blocks(language: str, text: str = README) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-
-
-def commands(text: str) -> list[list[str]]:
-    """The arguments of each `multimodal ...` line."""
-    lines = text.replace("\\\n", " ").splitlines()
-    return [shlex.split(x, comments=True)[1:] for x in lines if x.startswith("multimodal ")]
 
 
 def after(marker: str) -> str:
@@ -82,7 +70,7 @@ def test_the_starter_is_used_as_shown(
     for name in ("scene.png", "other.png", "scenes/one.png"):
         render(sample_scene(rng)).save(tmp_path / name)
     scope: dict[str, Any] = {}
-    (python, *_) = blocks("python")
+    (python, *_) = blocks("python", README)
     exec(python, scope)  # code of our README
     assert Image.open(tmp_path / "drawing.png").size == (64, 64)
     shown = {}
@@ -130,7 +118,7 @@ def test_own_data_from_a_folder_to_a_tuned_starter(
 def test_every_other_command_of_the_readme_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    others = [block for block in blocks("sh") if block not in (QUICK, USE, OWN, INDEX)]
+    others = [block for block in blocks("sh", README) if block not in (QUICK, USE, OWN, INDEX)]
     other_commands = [command for block in others for command in commands(block)]
     assert len(other_commands) > 5
     for command in other_commands:
