@@ -10,15 +10,15 @@ The blocks of a page run one after the other in one folder: ``sh`` (a command a 
 the place of what it prints. Pictures in the folder with the name of the page are files that the
 commands have made.
 
-``PAGES`` has what makes long commands small. Outputs and pictures that come after such a command
-would be those of a small run: without ``--full`` they stay as they are.
+``docs/tutorial_pages.py`` has what makes long commands small. Outputs and pictures that come after
+such a command would be those of a small run: without ``--full`` they stay as they are. Errors are
+always written.
 """
 
 import argparse
 import contextlib
 import io
 import os
-import random
 import re
 import shlex
 import shutil
@@ -27,11 +27,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from PIL import Image
+
+from docs.tutorial_pages import NEEDED, NOT_RUN, PAGES, Page
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs/tutorials"
@@ -43,47 +46,12 @@ PART = re.compile(
 PICTURE = re.compile(r"!\[[^\]]*\]\((?P<folder>\w+)/(?P<name>[\w.-]+)\)")
 PORT = "8000"  # of the servers of the pages; a free one is taken
 PATIENCE = 300  # seconds until a server answers
+MIN_SIDE = 192  # pixels; a smaller picture is enlarged
 MAX_LINES, ENDS = 16, 7  # of a longer output the first and the last lines are shown
-
-# Options that make a training small. Nothing else about it is changed.
-FEW = "--trainer.max_steps 2 --trainer.val_check_interval 2 --trainer.enable_progress_bar false \
---data.global_batch_size 4 --data.val_limit 4 --data.workers 0 --trainer.accelerator cpu \
---trainer.precision 32-true"
-JOINT = f"{FEW} --model.init_args.captions_in_validation 2 \
---model.init_args.drawings_in_validation 1 --model.init_args.answers_in_validation 2"
-# Commands that are not run, by their beginning, and why. Of those that are ours, --help or
-# --print_config is.
-NOT_RUN = {
-    "pip ": "changes what is installed",
-    "hf ": "downloads",
-    "aws ": "needs a bucket",
-    "torchrun ": "starts a process for each GPU; tests/launches.py does so for CPUs",
-    "tensorboard ": "runs until it is stopped",
-    "multimodal fit --config photos_8_gpus.yaml": "needs 8 GPUs",
-    "multimodal fit --config smollm2_photos.yaml": "needs weights that are downloaded",
-    "multimodal data check s3://": "needs a bucket; tests/data reads one",
-    "multimodal demo": "takes a minute; tests/eval runs it",
-}
-HARMLESS = ("pip ", "tensorboard ", "multimodal demo")  # of these: nothing after them needs them
 
 
 class Failed(Exception):
     """A command of a page ended otherwise than the page says."""
-
-
-@dataclass
-class Page:
-    """What a page needs to be run, beside its text.
-
-    Attributes:
-        given: makes in a folder what a reader has before the first command.
-        smaller: what is added to the commands with this beginning, so that they take seconds.
-        stands_in: what is given stands for other data. The outputs on the page are of these.
-    """
-
-    given: Callable[[Path], None] = lambda folder: None
-    smaller: dict[str, str] = field(default_factory=dict)
-    stands_in: bool = False
 
 
 def blocks(language: str, text: str) -> list[str]:
@@ -101,113 +69,6 @@ def commands(block: str) -> list[list[str]]:
     """The arguments of each ``multimodal ...`` line."""
     lines = [line for line in lines_of(block) if line.startswith("multimodal ")]
     return [shlex.split(line, comments=True)[1:] for line in lines]
-
-
-def scenes(folder: Path, count: int, table: str = "") -> None:
-    """Pictures of shapes and their captions, which stand for the photos of a reader.
-
-    Args:
-        table: the name of a table of the captions; by default each is in a .txt beside its picture.
-    """
-    from multimodal.scenes.captions import captions
-    from multimodal.scenes.rendering import render
-    from multimodal.scenes.scene import sample_scene
-
-    rng = random.Random(0)
-    folder.mkdir(parents=True)
-    rows = ["image,caption"]
-    for number in range(1, count + 1):
-        scene = sample_scene(rng)
-        (caption,) = captions(scene, rng, 1)
-        render(scene).save(folder / f"{number:02}.png")
-        rows.append(f'{number:02}.png,"{caption}"')
-        if not table:
-            (folder / f"{number:02}.txt").write_text(f"{caption}\n")
-    if table:
-        (folder / table).write_text("\n".join(rows) + "\n")
-
-
-def photos(folder: Path) -> None:
-    """The five photos that the demo captions, and a file that is no photo."""
-    from multimodal.eval.demo import PHOTOS, photo
-
-    (folder / "photos").mkdir()
-    for name in PHOTOS:
-        photo(name).save(folder / "photos" / f"{name}.jpg", quality=90)
-
-
-def notes(folder: Path) -> None:
-    scenes(folder / "photos", 24)
-    (folder / "notes").mkdir()
-    (folder / "notes/kitchen.md").write_text(
-        "# The kitchen\n\nThe key of the cellar hangs behind the door.\n\n"
-        "The oven needs ten minutes to get hot. Its light goes out when it is ready.\n"
-    )
-    (folder / "notes/garden.txt").write_text(
-        "The roses are cut in March.\nThe hose is in the shed, on the left.\n"
-    )
-
-
-def tiny_llama(folder: Path) -> None:
-    """A Llama with random weights, in the folder of a real one, and shards of pictures."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from multimodal.tokenizers.text import TextTokenizer
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-        config = LlamaConfig(vocab_size=320, tie_word_embeddings=True, **sizes, **heads)
-        LlamaForCausalLM(config).save_pretrained(folder / "smollm2")
-    TextTokenizer.train(["a red bus in the snow"] * 9, 300).save(folder / "smollm2/tokenizer.json")
-    photo_shards(folder)
-
-
-def photo_shards(folder: Path) -> None:
-    from multimodal.scenes.dataset import write_scenes
-
-    write_scenes(folder / "data/photos", 400, 0, size=32)
-
-
-PAGES = {
-    "captions_for_my_photos": Page(photos),
-    "my_domain_aerial": Page(
-        lambda folder: scenes(folder / "aerial", 60, "captions.csv"),
-        {
-            "multimodal fit --config finetune.yaml": JOINT,
-            "multimodal info --config": FEW,
-            "multimodal eval": "--limit 2",
-        },
-        stands_in=True,
-    ),
-    "image_tokenizer": Page(
-        smaller={
-            "multimodal data scenes data/scenes": "--count 40 --size 32",
-            "multimodal tokenizer text": "--vocabulary-size 400",
-            "multimodal fit --config scenes_tokenizer.yaml": f"{FEW} "
-            "--model.init_args.tokenizer.autoencoder.dim 32",
-            "multimodal fit --config scenes_joint.yaml": f"{JOINT} --model.init_args.size tiny "
-            "--model.init_args.row_length 256",
-            "multimodal tokenizer encode": "--encodings 1",
-        },
-    ),
-    "language_model_that_sees": Page(
-        tiny_llama,
-        {"multimodal tokenizer encode": "--encodings 1", "multimodal fit --config see.yaml": JOINT},
-    ),
-    "lora_and_preferences": Page(
-        lambda folder: scenes(folder / "photos", 60),
-        {
-            "multimodal fit --config finetune.yaml": JOINT,
-            "multimodal fit --config prefer.yaml": JOINT,
-            "multimodal prefer": "--limit 6 --max-tokens 16",
-        },
-    ),
-    "index_and_answer": Page(notes),
-    "eight_gpus": Page(photo_shards),
-}
 
 
 class Run:
@@ -256,7 +117,7 @@ class Run:
 
     def command(self, line: str, fails: bool) -> str:
         if any(line.startswith(start) for start in NOT_RUN):
-            self.as_written &= line.startswith(HARMLESS)
+            self.as_written &= not line.startswith(NEEDED)
             return self.only_checked(line)
         more = next((x for start, x in self.page.smaller.items() if line.startswith(start)), "")
         if more and not self.full:
@@ -336,6 +197,17 @@ def shortened(printed: str) -> str:
     return "\n".join(lines)
 
 
+def enlarged(path: Path) -> bytes:
+    """A picture that is large enough to be looked at, as a PNG."""
+    image = Image.open(path)
+    factor = max(1, MIN_SIDE // min(image.size))
+    out = io.BytesIO()
+    image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST).save(
+        out, "PNG", optimize=True
+    )
+    return out.getvalue()
+
+
 def run_page(
     page: Path, folder: Path, full: bool = False, given: bool = False
 ) -> tuple[str, dict[str, bytes]]:
@@ -350,18 +222,18 @@ def run_page(
     text, run = page.read_text("utf-8"), Run(page.stem, full, given)
     wanted = [m["name"] for m in PICTURE.finditer(text) if m["folder"] == page.stem]
     pictures: dict[str, bytes] = {}
-    printed = ""
+    printed, known = "", True
 
     def replaced(part: re.Match[str]) -> str:
-        nonlocal printed
+        nonlocal printed, known
         if part["kind"] is None:  # the place of an output
-            return f"<!-- output -->\n```text\n{shortened(printed)}\n```\n" * (
-                run.as_written and bool(printed)
-            ) or part[0]
+            output = f"<!-- output -->\n```text\n{shortened(printed)}\n```\n"
+            return output if known and printed else part[0]
         printed = run.block(part["mark"], part["kind"], part["text"])
+        known = run.as_written or part["mark"] == "fails"
         if run.as_written:
             made = {name: folder / name for name in wanted if (folder / name).is_file()}
-            pictures.update({name: path.read_bytes() for name, path in made.items()})
+            pictures.update({name: enlarged(path) for name, path in made.items()})
         return part[0]
 
     environment = {"COLUMNS": "92", "MULTIMODAL_CACHE": str(folder / ".cache")}
@@ -395,9 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         before = page.read_text("utf-8")
         with workplace(page, arguments.given) as folder:
             try:
-                text, pictures = run_page(
-                    page, folder, arguments.full, arguments.given is not None
-                )
+                text, pictures = run_page(page, folder, arguments.full, arguments.given is not None)
             except Failed as error:
                 print(f"{page}: {error}", file=sys.stderr)
                 status = 1

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from docs.tutorial_pages import FEW
+from docs.tutorials import blocks, commands
 from multimodal.api import load
 from multimodal.cli import main
 from multimodal.scenes.captions import captions
@@ -16,10 +18,6 @@ from multimodal.scenes.scene import sample_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-# Options that make a command of the quick path small. Nothing else about it is changed.
-FEW = "--trainer.max_steps 2 --trainer.val_check_interval 2 --trainer.enable_progress_bar false \
---data.global_batch_size 4 --data.val_limit 4 --data.workers 0 --trainer.accelerator cpu \
---trainer.precision 32-true"
 SMALLER = {
     "data scenes": "--count 20 --size 32",
     "tokenizer text": "--vocabulary-size 400",
@@ -29,16 +27,6 @@ SMALLER = {
     "predict": f"{FEW} --model.init_args.size tiny",
     "fit --config finetune.yaml": f"{FEW} --model.init_args.drawings_in_validation 1",
 }
-
-
-def blocks(language: str, text: str = README) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-
-
-def commands(text: str) -> list[list[str]]:
-    """The arguments of each `multimodal ...` line."""
-    lines = text.replace("\\\n", " ").splitlines()
-    return [shlex.split(x, comments=True)[1:] for x in lines if x.startswith("multimodal ")]
 
 
 def after(marker: str) -> str:

@@ -1,11 +1,22 @@
 """The tutorials run as they are written, smaller where a command would take minutes."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from docs.tutorials import FOLDER, NOT_RUN, PAGES, PART, lines_of, run_page, workplace
+from docs.tutorial_pages import NOT_RUN, PAGES, Page
+from docs.tutorials import (
+    FOLDER,
+    MAX_LINES,
+    PART,
+    Failed,
+    lines_of,
+    run_page,
+    shortened,
+    workplace,
+)
 from multimodal.cli import VERBS
 
 PAGE_NAMES = sorted(page.stem for page in FOLDER.glob("*.md"))
@@ -26,6 +37,8 @@ def text_of(name: str) -> str:
 def test_a_tutorial_runs(name: str, one_thread: None) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
+    if "\ncurl " in text_of(name) and shutil.which("curl") is None:
+        pytest.skip("needs curl")
     page = FOLDER / f"{name}.md"
     with workplace(page) as folder:
         text, pictures = run_page(page, folder)
@@ -68,23 +81,20 @@ def test_a_tutorial_has_what_a_reader_looks_for(name: str) -> None:
 
 
 def test_long_outputs_keep_their_ends() -> None:
-    from docs.tutorials import MAX_LINES, shortened
-
     lines = [str(number) for number in range(MAX_LINES + 1)]
     assert shortened("\n".join(lines[1:]) + "\n") == "\n".join(lines[1:])
     kept = shortened("\n".join(lines) + "\n").split("\n")
     assert kept[0] == "0" and kept[-1] == lines[-1] and "..." in kept and len(kept) < len(lines)
 
 
-def test_outputs_after_a_small_run_stay_as_they_are(tmp_path: Path, monkeypatch: object) -> None:
-    from docs.tutorials import Page
-
+def test_outputs_after_a_small_run_stay_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         "```sh\necho one\n```\n<!-- output -->\n```text\nold\n```\n"
         "```sh\nmultimodal --version\n```\n<!-- output -->\n```text\nkept\n```\n"
     )
-    assert isinstance(monkeypatch, pytest.MonkeyPatch)
     monkeypatch.setitem(PAGES, "page", Page(smaller={"multimodal --version": "--help"}))
     small, _ = run_page(page, tmp_path)
     assert "one\n" in small and "old" not in small and "kept" in small
@@ -93,8 +103,6 @@ def test_outputs_after_a_small_run_stay_as_they_are(tmp_path: Path, monkeypatch:
 
 
 def test_a_command_that_fails_or_does_not_is_noticed(tmp_path: Path) -> None:
-    from docs.tutorials import Failed
-
     page = tmp_path / "page.md"
     for mark, command in (("", "multimodal draw --no-such-option"), ("<!-- fails -->\n", "true")):
         page.write_text(f"{mark}```sh\n{command}\n```\n")

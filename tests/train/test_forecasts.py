@@ -108,6 +108,9 @@ def test_many_ranks_are_computed_in_one_process(
     # A 64th of fp32 weights; all of them are never on one rank.
     assert f"weights {4 * trained / 64 / 1e9:.2f}" in lines["of that"]
     assert float(lines["memory"].split()[0]) < 4 * trained / 1e9
+    command += ["--trainer.strategy", sharded, "--trainer.strategy.data_parallel_size", "32"]
+    assert main(command) == 1  # the run would be refused, too
+    assert "data_parallel_size=32: expected 64" in capsys.readouterr().err
     assert main(["info", "--config", str(work / "tokenizer.yaml"), "--trainer.devices", "2"]) == 1
     assert "with --trainer.devices 1 any run is measured" in capsys.readouterr().err
 

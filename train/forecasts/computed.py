@@ -210,4 +210,12 @@ def _strategy(strategy: Any, ranks: int) -> Any:
     if ranks == 1:
         return "one"
     name = strategy if isinstance(strategy, str) else strategy.class_path
-    return "fsdp" if "ModelParallel" in name or "fsdp" in name else "ddp"
+    if "ModelParallel" not in name and "fsdp" not in name:
+        return "ddp"
+    size = getattr(getattr(strategy, "init_args", None), "data_parallel_size", "auto")
+    if size not in ("auto", ranks):
+        raise ValueError(
+            f"data_parallel_size={size}: expected {ranks}, all ranks of this run (trainer.num_nodes "
+            "times trainer.devices)"
+        )
+    return "fsdp"
