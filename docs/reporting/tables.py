@@ -13,7 +13,6 @@ from docs.reporting.results import (
     result,
     shown,
     sources,
-    written,
 )
 from multimodal.energy import GRAMS_PER_KWH, WATTS_PER_CORE
 
@@ -130,12 +129,12 @@ def looking() -> str:
                 for score in (part or "accuracy", f"blind_{part or 'accuracy'}")
             )
             rows.append((f"answers about {name}: {words}", shown(seen, "%"), shown(grey, "%")))
-    stage, report = list(STAGES.items())[-1]
-    for score, words in (("CIDEr", "greedy"), ("CIDEr_beams", "5 beams")):
-        own, other = (
-            find(report, "flickr8k", "captioning", name) for name in (score, f"{score}_shuffled")
-        )
-        rows.append((f"CIDEr of photos, {words} ({stage})", shown(own), shown(other)))
+    for stage, report in STAGES.items():
+        for score, words in (("CIDEr", "greedy"), ("CIDEr_beams", "5 beams")):
+            names = (score, f"{score}_shuffled")
+            own, other = (find(report, "flickr8k", "captioning", name) for name in names)
+            if other is not None:
+                rows.append((f"CIDEr of photos, {words} ({stage})", shown(own), shown(other)))
     return table(("", "with its picture", "grey, or another picture"), rows)
 
 
@@ -227,23 +226,8 @@ def cost() -> str:
     return table(("step", "minutes", "watt hours", ""), rows)
 
 
-def index() -> str:
-    """Search in an index of random rows."""
-    found = read("index")
-    search = found["milliseconds_of_a_search"]
-    rows: Rows = [
-        ("entries; width", f"{found['entries']:,}; {found['width']}"),
-        ("recall of the ten nearest", written(found["recall_at_10"], "%")),
-        ("a search, CPU milliseconds: median; 99th of a hundred",
-         f"{search['median']:.1f}; {search['p99']:.1f}"),
-        ("to build, CPU seconds", f"{found['cpu_seconds']['build']:.0f}"),
-        ("on disk, MB", f"{found['megabytes']:.0f}"),
-    ]  # fmt: skip
-    return table(("index", ""), rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (model, data, abilities, stages, looking, unseen, drawing, robust, examples,
-                 retrieved, cost, index)
+                 retrieved, cost)
 }  # fmt: skip
