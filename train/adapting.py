@@ -151,9 +151,7 @@ class AdapterModule(LoraModule):
             raise ValueError("lora.new_rows: needs whole tables, and FSDP2 divides them: use ddp")
         for weight in dict.fromkeys(table.weight for table in self._tables()):
             train_rows_from(weight, self.network.config.text_size)
-        self.network.alignment.requires_grad_(
-            bool(self.network.config.objectives.alignment_weight)
-        )
+        self.network.alignment.requires_grad_(bool(self.network.config.objectives.alignment_weight))
 
     def note_base(self, folder: str, source: ModelParts) -> None:
         """Note the model that an adapter is for.

@@ -23,7 +23,6 @@ from multimodal.model.checkpoint import ModelParts
 from multimodal.model.layers.attention import Backend
 from multimodal.model.layers.experts import ExpertsConfig
 from multimodal.model.lessons import check_texts, descriptions_of, exchanges_of
-from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.training_batch import TrainingBatch, TrainingSample
 from multimodal.provenance import Provenance
@@ -74,7 +73,7 @@ class JointModule(AdapterModule):
             ``*.mlp.*``.
         lora: train an adapter for the model of ``--init_from``, and nothing else: r, alpha,
             dropout, target, bits. The run writes ``adapter/`` in place of ``model/``. With
-            ``new_rows`` the embeddings of codes and specials train too: for a language model in ``size``.
+            ``new_rows`` codes and specials train too: for a language model in ``size``.
         recompute: keep no activations inside layers, and compute them again for the gradients. It
             takes a third more time and much less memory.
         captions_in_validation, answers_in_validation, drawings_in_validation: how many to make,

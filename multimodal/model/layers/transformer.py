@@ -138,10 +138,8 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], query_slice: slice) -> list[Tensor]:
         """Queries float[B, H, Q, d], keys and values float[B, G, L, d], as they meet."""
-        heads = "b l (h d) -> b l h d"
-        q = rearrange(self.q_proj(x[:, query_slice]), heads, d=self.head_dim)
-        k = rearrange(self.k_proj(x), heads, d=self.head_dim)
-        v = rearrange(self.v_proj(x), heads, d=self.head_dim)
+        parts = self.q_proj(x[:, query_slice]), self.k_proj(x), self.v_proj(x)
+        q, k, v = (rearrange(part, "b l (h d) -> b l h d", d=self.head_dim) for part in parts)
         # Norm and rotation in fp32, as the angles are. The products in the dtype of the weights.
         # Keep [B, L, H, d] until after RoPE: memory stays contiguous.
         query_cos_sin = [angles[:, query_slice] for angles in cos_sin]
@@ -372,9 +370,7 @@ class Transformer(nn.Module):
         return head.matrix() if isinstance(head, QuantizedLinear) else head.weight
 
     def logits(self, hidden: Tensor, ids: slice = ALL) -> Tensor:
-        """Scores of ids: float[..., D] -> float32[..., V].
-
-        In bf16 the differences between tokens would be rounded away.
+        """Scores of ids: float[..., D] -> float32[..., V]: bf16 would round differences away.
 
         Args:
             ids: the ids whose scores are needed. A part of a large vocabulary costs a part.
