@@ -116,7 +116,7 @@ class AdapterModule(LoraModule):
         tables = [*self._tables()] if self.lora is not None and self.lora.new_rows else []
         return [*super().no_weight_decay, *tables]
 
-    def _tables(self) -> tuple[nn.Module, nn.Module]:
+    def _tables(self) -> tuple[Any, Any]:
         """The embeddings, and the output layer, which may share them."""
         return self.network.transformer.embed_tokens, self.network.transformer.lm_head
 

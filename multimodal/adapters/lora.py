@@ -169,11 +169,10 @@ def merged_weights(transformer: Transformer) -> dict[str, Tensor]:
         for name, weight in transformer.state_dict().items()
         if ".lora_" not in name
     }
-    for name, module in transformer.named_modules():
-        if isinstance(module, LoraLayer):
-            weights[f"{name}.weight"] = weights[f"{name}.weight"] + module.get_delta_weight(
-                "default"
-            )
+    adapted = {n: m for n, m in transformer.named_modules() if isinstance(m, LoraLayer)}
+    layer: Any
+    for name, layer in adapted.items():
+        weights[f"{name}.weight"] = weights[f"{name}.weight"] + layer.get_delta_weight("default")
     return weights
 
 
@@ -185,7 +184,7 @@ def train_rows_from(table: nn.Parameter, first: int) -> None:
         gradient[:first] = 0
         return gradient
 
-    table.requires_grad_(True).register_hook(without_first)
+    table.requires_grad_(True).register_hook(without_first)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
