@@ -32,7 +32,7 @@ def leave_store_of_last_attempt() -> None:
         return
     own_rank, ranks = rank_and_world_size()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, ranks, is_master=False)
+    store = dist.TCPStore(host, port, ranks, is_master=False)  # type: ignore[attr-defined]
     key = f"multimodal/port/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
     if own_rank == 0:
         with socket.socket() as free:
@@ -78,9 +78,9 @@ class SharedWork:
         if self.ranks > 1:
             leave_store_of_last_attempt()
             has_server = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            self._store = dist.PrefixStore(
+            self._store = dist.PrefixStore(  # type: ignore[attr-defined]
                 "multimodal/shared",
-                dist.TCPStore(
+                dist.TCPStore(  # type: ignore[attr-defined]
                     os.environ["MASTER_ADDR"],
                     int(os.environ["MASTER_PORT"]),
                     self.ranks,
