@@ -79,7 +79,11 @@ def _scores(
     Of each task these are the scores with an interval, or the first one if none has an interval.
     """
     for result in results["results"]:
-        finite = [(k, v) for k, v in result["scores"].items() if math.isfinite(v["value"])]
+        finite = [
+            (name, score)
+            for name, score in result["scores"].items()
+            if score["value"] is not None and math.isfinite(score["value"])  # null was NaN
+        ]
         shown = [(name, score) for name, score in finite if "low" in score] or finite[:1]
         for name, score in shown:
             yield result, name, score

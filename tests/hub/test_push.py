@@ -157,10 +157,11 @@ def test_a_branch_is_pushed_beside_main(
     ("content", "reason"),
     [
         ("{}", "not the results of multimodal eval"),
-        ("[", "not the results of multimodal eval"),
+        ("[", "not readable as JSON"),
+        ("[" * 20_000, "nested too deep"),
         (json.dumps(results_of("0123456789abcdef")), "the results of model 0123456789abcdef"),
         (json.dumps({**results_of("x"), "results": [{"task": 1}]}), "not the results"),
-        (None, "No such file"),
+        (None, "no such file"),
     ],
 )
 def test_results_of_another_model_are_refused_before_anything_is_sent(
