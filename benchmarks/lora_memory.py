@@ -1,7 +1,7 @@
 """What a step of training takes: a full one, and adapters (LoRA) over weights of 32, 16 and 8 bits.
 
     python benchmarks/lora_memory.py [--size base] [--pairs 4] [--row-length 256] [--r 16]
-        [--steps 3] [--recompute] [--kinds int8 bfloat16 ...] [--out FILE]
+        [--steps 3] [--recompute] [--kinds int8 float32 ...] [--out FILE]
 
 Each row is a process of its own. Weights are random: they decide neither memory nor time. 4 bits
 are a way to store weights; in memory they are 8 (multimodal/model/layers/quantization.py).
@@ -25,7 +25,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-KINDS = {"int8": "float32", "bfloat16": "bfloat16", "float32": "float32", "full": "float32"}
+KINDS = {  # of the frozen weights, and the dtype of all else
+    "int8": "float32",
+    "int8 in bfloat16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "float32": "float32",
+    "full": "float32",
+}
 TEXT = "A brown dog runs over the grass with a red ball in its mouth ."
 
 
@@ -66,7 +72,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     before = resident("VmRSS")
     network = Model.new(options.size, text, images).network
-    if kind == "int8":
+    if kind.startswith("int8"):
         network = quantized_network(network, 8)
     network.to(getattr(torch, KINDS[kind]))
     if kind != "full":
