@@ -75,6 +75,9 @@ class CheckpointWriter:
             return
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         if sharded:
+            if self._group is None:  # it waits for a rank as long as the training does
+                timeout = getattr(trainer.strategy, "_timeout", None)
+                self._group = dist.new_group(timeout=timeout, backend="gloo")
             written = self._write_parts(state, part)
             self._pending = written
             if first:
@@ -101,8 +104,6 @@ class CheckpointWriter:
 
         The names are those of Lightning, which loads them.
         """
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")
         parts = {"state_dict": state.pop("state_dict")}
         for number, optimizer in enumerate(state.pop("optimizer_states", [])):
             parts[f"optimizer_{number}"] = optimizer
