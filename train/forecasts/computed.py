@@ -213,7 +213,7 @@ def _strategy(strategy: Any, ranks: int) -> Any:
     size = getattr(getattr(strategy, "init_args", None), "data_parallel_size", "auto")
     if size not in ("auto", ranks):
         raise ValueError(
-            f"data_parallel_size={size}: expected {ranks}, all ranks of this run (trainer.num_nodes "
-            "times trainer.devices)"
+            f"data_parallel_size={size}: expected {ranks}, all ranks of this run "
+            "(trainer.num_nodes times trainer.devices)"
         )
     return "fsdp"
