@@ -102,7 +102,7 @@ def test_looking_inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scope = run("inside.py")
     on_image = scope["on_image"]
     assert "".join(scope["maps"].tokens) and len(on_image) == len(scope["maps"].tokens)
-    assert 0 < float(on_image.sum((-2, -1)).amax()) <= 1 + 1e-5
+    assert 0 < float(on_image.sum((-2, -1)).max()) <= 1 + 1e-5
     assert set(scope["agreement"]) == {"all dimensions", "PCA", "t-SNE"}
     for name in ("codes", "attention", "heads", "embeddings"):
         assert is_drawn(folder / f"{name}.png"), name

@@ -35,7 +35,7 @@ codes = model.encode_images(picture)
 tables = model.image_tokenizer.code_vectors()  # of each group of each level
 panels = [("the picture", picture)]
 for level in layout.levels:
-    grid = layout.unflatten(level.name, codes[None])[0]
+    grid = layout.unflatten(level.name, codes[None])[0].numpy()
     for group in range(level.groups):
         colours = PCA(3, whiten=True).fit_transform(next(tables).numpy())
         rgb = (0.5 + colours[grid[:, :, group]] / 4).clip(0, 1)
@@ -60,7 +60,7 @@ plt.show()
 
 # %%
 maps = model.attention(picture)
-on_image = maps.on_image().mean((0, 1))  # [T, h, w]
+on_image = maps.on_image().mean((0, 1)).numpy()  # [T, h, w]
 shown = range(min(len(maps.tokens), 8))
 figure, axes = plt.subplots(2, 4, figsize=(9, 5))
 for axis in axes.flat:
@@ -75,7 +75,7 @@ figure.savefig("attention.png", dpi=120, bbox_inches="tight")
 plt.show()
 
 # %% Which heads look at the image at all: a row for each layer
-share = maps.on_image().sum((-2, -1)).mean(2)
+share = maps.on_image().sum((-2, -1)).mean(2).numpy()
 figure, axis = plt.subplots(figsize=(4, 3))
 bar = axis.imshow(share, vmin=0, vmax=1, cmap="viridis")
 axis.set(xlabel="head", ylabel="layer", title="weight on the image")
