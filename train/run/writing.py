@@ -17,10 +17,11 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.fabric.strategies.fsdp import _METADATA_FILENAME
+from lightning.fabric.strategies.fsdp import _METADATA_FILENAME  # type: ignore[attr-defined]
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, async_save
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from multimodal.files import temporary_path
 from multimodal.train.run.damage import write_checksums
