@@ -124,7 +124,7 @@ def main() -> None:
     rows = {}
     for kind in options.kinds:
         command = [sys.executable, __file__, *sys.argv[1:], "--kind", kind]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8")
         rows[kind] = json.loads(done.stdout.splitlines()[-1])
         print(f"{kind}: {json.dumps(rows[kind])}", flush=True)
     about = {"size": options.size, "r": options.r, "recompute": options.recompute}

@@ -21,6 +21,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "build/docs"  # mkdocs.yml names it
 HELP_WIDTH = 84  # characters of a line on a laptop
+# A link to a file of the repository that is not part of the site: its path is shown.
+OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./((?:tests|benchmarks|examples)[^)\s]*)(?: \"[^\"]*\")?\)")
 MERMAID = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Pages of the navigation that a checkout may lack.
 OPTIONAL = ("tutorials/", "report.md")
@@ -76,6 +78,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    markdown = OUTSIDE.sub(r'<abbr title="\2">\1</abbr>', markdown)
     page.meta["diagrams"] = MERMAID.findall(markdown)
     if page.meta["diagrams"]:
         page.meta["hide"] = ["toc"]  # room for a wide picture

@@ -21,8 +21,8 @@ DOCS = ROOT / "docs"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INPUT = re.compile(r"^\$ (?:.*\\\n)*.*\n|^(?:>>>|\.\.\.).*\n", re.MULTILINE)
 # Entries of decisions are a log: dated, with the numbers that were measured. Commands of then need
-# not exist now, so they have tables in place of examples. A report has tables and figures, too.
-WITHOUT_EXAMPLES = ("decisions/", "report.md")
+# not exist now, so they have tables in place of examples. A report and a comparison have them, too.
+WITHOUT_EXAMPLES = ("decisions/", "report.md", "peers.md")
 OF_TUTORIALS = re.compile(r"^```(console|pycon|python|text)\n", re.MULTILINE)
 
 
@@ -143,8 +143,8 @@ def test_the_options_of_all_other_commands_exist() -> None:
                 known = help_of[verb]
                 for word in words:
                     option = word.partition("=")[0]
-                    lightning = option.startswith(("--data.", "--model.", "--trainer."))
-                    if option.startswith("--") and not (lightning and verb in VERBS):
+                    lightning = option.startswith(("--data.", "--model.", "--trainer.", "--init_"))
+                    if option.startswith("--") and not (lightning and verb.split()[0] in VERBS):
                         assert re.search(rf"{option}\b", known), f"{name_of(page)}: {line}"
                 seen += 1
     assert seen > 50

@@ -92,14 +92,12 @@ def test_a_compiled_step_of_few_rows_meets_few_shapes(tiny_model: Make) -> None:
     assert batch.cache.capacity == 2 * ROOM_MULTIPLE
 
 
-def test_passes_for_any_shape_are_compiled_for_few(
-    tiny_model: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+# At its limit torch stops to compile in silence. (A setting that monkeypatch undoes is deleted.)
+@torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, error_on_recompile=False)
+def test_passes_for_any_shape_are_compiled_for_few(tiny_model: Make) -> None:
     """Compiled as far as torch's guards. That is quick."""
     model = tiny_model(noise=0.1)
     transformer = model.network.transformer
-    # At its limit torch stops to compile in silence.
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", RECOMPILE_LIMIT)
     any_shape = partial(torch.compile, dynamic=True, backend="eager")
     model.network.compiled = CompiledForward(
         step=transformer.forward_token,
@@ -115,7 +113,7 @@ def test_passes_for_any_shape_are_compiled_for_few(
     draw_codes(model, [short], unguided)
     draw_codes(model, [short, long], masked)
     draw_codes(model, [long] * 2, unguided)  # a beginning in common
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    torch._dynamo.config.error_on_recompile = True
     generate_ids(model, prompts_of(model), greedy, batch_size=4)
     for texts in ([short], [long], [long] * 3, [short] * 5):
         for steps in (1, 2, 3, 8):

@@ -120,8 +120,8 @@ REFUSED: dict[str, tuple[dict[str, Any], bool, str]] = {
     "a frozen encoder": (
         {"lora.target": "[encoder]", "decoder_only": "true"}, True, "decoder_only keeps the encoder"
     ),
-    "a discriminator": ({"discriminator_weight": "0.1"}, True, "without discriminator_weight"),
-    "bits": ({"lora.bits": "8"}, True, "without discriminator_weight and bits"),
+    "a discriminator": ({"discriminator_weight": "0.1"}, True, "no discriminator_weight"),
+    "bits": ({"lora.bits": "8"}, True, "no discriminator_weight, bits"),
 }  # fmt: skip
 
 
