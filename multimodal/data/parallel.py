@@ -21,7 +21,9 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
+from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
@@ -169,6 +171,14 @@ def worker_context(*preloaded: str) -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     if preloaded:
         context.set_forkserver_preload(list(preloaded))
+    # The server, and so all workers, never see a Ctrl-C. It would be a traceback while they import.
+    # What tracks resources is started before: that would let the signal through again.
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return context
 
 
