@@ -1,5 +1,6 @@
 """What of a training module concerns an adapter: where it begins, its checkpoints, its folder."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -52,9 +53,9 @@ class LoraModule(MuonModule):
             self.exports = "adapter"
 
     @property
+    @abstractmethod
     def adapted(self) -> nn.Module:
         """What gets the adapter."""
-        raise NotImplementedError
 
     @property
     def heads(self) -> list[nn.Module]:
