@@ -145,7 +145,8 @@ class SharedWork:
         """What another rank has put. It may have ended with an error instead."""
         end = time.monotonic() + RESULT_TIMEOUT.total_seconds()
         while not self._store.check([key]):
-            if self._store.check([f"end/{owner}"]):
+            # in this order: it may put a result and end between the two looks
+            if self._store.check([f"end/{owner}"]) and not self._store.check([key]):
                 reason = pickle.loads(self._store.get(f"end/{owner}"))
                 raise ValueError(f"rank {owner} of {self.ranks} has failed: {reason}")
             if time.monotonic() > end:

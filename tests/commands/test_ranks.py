@@ -1,12 +1,15 @@
 """`multimodal caption` and `embed` under torchrun: what one process writes, shared by the ranks."""
 
 import os
+import pickle
 import re
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from multimodal.cli import main
+from multimodal.distributed import SharedWork
 from tests.launches import Ended, run_processes, torchrun
 from tests.photos import photo_folder
 
@@ -75,3 +78,20 @@ def test_a_rank_that_fails_is_named(tiny_model_folder: Path, tmp_path: Path) -> 
     said = "multimodal caption (rank 0 of 2): error: rank 1 of 2 has failed: no more disk"
     assert first.stderr.splitlines()[-1] == said
     assert second.stderr == "multimodal caption (rank 1 of 2): error: no more disk\n"
+
+
+class EndsBetweenLooks(dist.HashStore):  # type: ignore[misc,name-defined]
+    """The other rank puts its last result and ends right after a look for that result."""
+
+    def check(self, keys: list[str]) -> bool:
+        found: bool = super().check(keys)
+        if keys == ["1"] and not found:
+            self.set("1", pickle.dumps(["c", "d"]))
+            self.set("end/1", pickle.dumps(None))
+        return found
+
+
+def test_a_rank_that_ends_while_the_first_looks_has_not_failed() -> None:
+    shared = SharedWork()
+    shared.rank, shared.ranks, shared._store = 0, 2, EndsBetweenLooks()
+    assert list(shared.map_batches("abcd", 2, lambda batch, _: batch)) == list("abcd")
