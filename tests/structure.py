@@ -19,7 +19,7 @@ PARTS = ("multimodal", "tokenizers", "eval", "train")
 # Modules at the top of multimodal/ that every room may use, and that use no room.
 FOUNDATION = (
     "devices", "distributed", "energy", "files", "memory", "options", "plugins", "provenance",
-    "schemas", "seeds", "terminal", "torchrun",
+    "schemas", "seeds", "terminal", "torchrun", "worker_server",
 )  # fmt: skip
 # The front doors: `import multimodal`, and the command line, which finds verbs by name.
 FRONT_DOORS = (

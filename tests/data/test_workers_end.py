@@ -69,6 +69,47 @@ def test_workers_end_with_their_main_process(end: End, tmp_path: Path) -> None:
         finish(process)
 
 
+# The main process ends while a worker is being started: a second later its semaphore is gone.
+START = """
+import os, sys, time
+from multimodal.data.parallel import worker_context
+
+class Slow:
+    def __reduce__(self):
+        return time.sleep, (1.0,)
+
+class Broken:
+    def __reduce__(self):
+        return int, ("no number",)
+
+if __name__ == "__main__":
+    context = worker_context()
+    lock = context.Lock()
+    last = lock if sys.argv[1] == "gone" else Broken()
+    worker = context.Process(target=print, args=(Slow(), last))
+    worker.start()
+    if sys.argv[1] == "gone":
+        del lock, last  # the last references: the semaphore is removed
+        os._exit(1)
+    worker.join()
+"""
+
+
+@pytest.mark.parametrize("ending", ["gone", "broken"])
+def test_a_worker_that_starts_when_its_main_ends_says_nothing(ending: str, tmp_path: Path) -> None:
+    script, stderr = tmp_path / "job.py", tmp_path / "stderr"
+    script.write_text(START, "utf-8")
+    process = start([str(script), ending], stderr)
+    try:
+        process.wait(PATIENCE)
+        assert wait_until(lambda: not living(process.pid)), living(process.pid)
+        said = stderr.read_text()
+        # What is wrong with a worker of a main process that lives is said.
+        assert ("no number" in said) if ending == "broken" else not said, said
+    finally:
+        finish(process)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [kill_main, terminate_group, press_ctrl_c_twice])
 def test_a_killed_job_is_finished_by_its_rerun(

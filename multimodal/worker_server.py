@@ -1,0 +1,35 @@
+"""What the server that worker processes are forked from imports: it says when not to complain.
+
+A worker that is just being started when its main process ends finds its queues half written and
+their semaphores gone. Nobody is left who could use that error.
+"""
+
+import os
+import select
+import sys
+import time
+import traceback
+from types import TracebackType
+
+ENDING_TIME = 5.0  # seconds in which a main process ends that has begun to clear up
+
+
+def _ends(pipe: int) -> bool:
+    """Whether the other end of a pipe, which only the main process has, is closed soon."""
+    os.set_blocking(pipe, False)
+    latest = time.monotonic() + ENDING_TIME
+    while (left := latest - time.monotonic()) > 0:
+        if select.select([pipe], [], [], left)[0] and not os.read(pipe, 1 << 16):
+            return True
+    return False
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    # multiprocessing.spawn._main and its caller have the pipe as a variable; nothing else does.
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(trace)]
+    pipe = next((f["parent_sentinel"] for f in frames if "parent_sentinel" in f), None)
+    if pipe is None or not _ends(pipe):
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _report
