@@ -34,7 +34,8 @@ def vqa_normalise(answer: str) -> str:
 
     In lower case, without articles, numbers up to ten as digits, "dont" as "don't". A sign becomes
     a space ("top-left"), but goes where a space is beside one of its kind. All signs go, without a
-    space, where a comma stands between digits ("1,000"). Stops go, except before a digit.
+    space, where a comma stands between digits ("1,000"). Stops go, except before a digit: the first
+    32 of them, since that evaluation gives the flag ``re.UNICODE`` where a number is expected.
     """
     answer = answer.replace("\n", " ").replace("\t", " ").strip()
     grouped = re.search(r"\d,\d", answer)
@@ -42,7 +43,8 @@ def vqa_normalise(answer: str) -> str:
     for sign in SIGNS:
         goes = grouped or f"{sign} " in answer or f" {sign}" in answer
         cleaned = cleaned.replace(sign, "" if goes else " ")
-    words = [DIGITS.get(word, word) for word in re.sub(r"\.(?!\d)", "", cleaned).lower().split()]
+    cleaned = re.sub(r"\.(?!\d)", "", cleaned, count=32)
+    words = [DIGITS.get(word, word) for word in cleaned.lower().split()]
     full = _full_forms()
     return " ".join(full.get(word, word) for word in words if word not in ARTICLES)
 

@@ -61,7 +61,9 @@ def read_results(path: str | Path, fingerprint: str) -> dict[str, Any]:
     try:
         results = read_json(path)
         measured = results["protocol"]["fingerprint"]
-        list(_scores(results))
+        table(results)
+        for result in results["results"]:
+            HUB_TASKS.get(result["task"], _data(result))
     except UnreadableFile:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:

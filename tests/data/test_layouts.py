@@ -298,6 +298,29 @@ def test_columns_that_nobody_needs_do_not_decide(tmp_path: Path) -> None:
     assert records["a"]["captions"] == ["a dog"] and records["a"]["similarity"] is None
 
 
+def test_columns_of_one_name_lose_nothing_in_silence(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    table = tmp_path / "a.csv"
+    table.write_text("image,caption,caption,x,x\n0.png,a,b,1,2\n1.png,,only\n2.png,c\n")
+    records, _ = built(table)
+    texts = {key: record["captions"] for key, record in records.items()}
+    assert texts == {"0": ["a", "b"], "1": ["only"], "2": ["c"]}
+    table = tmp_path / "b.csv"
+    table.write_text("image,image,caption\n0.png,1.png,b\n2.png,,c\n")
+    records, report = built(table)
+    assert list(records) == ["2"] and report.reasons == {"no image": 1}
+    image, text = pa.array([picture(0)]), pa.array(["a"])
+    columns = pa.Table.from_arrays([image, text, text, text], names=["image", "text", "x", "x"])
+    pq.write_table(columns, tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match=r"c.parquet: two columns are called 'x'"):
+        built(tmp_path / "c.parquet", text_column="x")
+    assert built(tmp_path / "c.parquet")[1].kept == 1
+
+
 def test_damaged_row_groups_are_rejected_row_by_row(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 

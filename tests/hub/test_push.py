@@ -45,6 +45,12 @@ def results_of(fingerprint: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def results_with(**wrong: Any) -> str:
+    results = results_of("x")
+    results["results"][0] |= wrong
+    return json.dumps(results)
+
+
 def metadata(card: bytes | str) -> dict[str, Any]:
     text = card.decode() if isinstance(card, bytes) else card
     return dict(yaml.safe_load(text.split("---\n")[1]))
@@ -161,6 +167,8 @@ def test_a_branch_is_pushed_beside_main(
         ("[" * 20_000, "nested too deep"),
         (json.dumps(results_of("0123456789abcdef")), "the results of model 0123456789abcdef"),
         (json.dumps({**results_of("x"), "results": [{"task": 1}]}), "not the results"),
+        (results_with(task={}), "not the results"),
+        (results_with(data=[1]), "not the results"),
         (None, "no such file"),
     ],
 )

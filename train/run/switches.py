@@ -34,5 +34,13 @@ def check_switches(trainer: Any, verb: str) -> None:
             if clock
             else "the run has no end: give --trainer.max_steps or max_epochs"
         )
+    for name in ("max_steps", "max_epochs", "limit_train_batches"):
+        if getattr(trainer, name) == 0:
+            raise ValueError(f"trainer.{name}=0: nothing would be trained")
+    for name in ("val_check_interval", "accumulate_grad_batches"):
+        if getattr(trainer, name) == 0:
+            raise ValueError(f"trainer.{name}=0: expected more than 0")
+    if (largest := trainer.gradient_clip_val) is not None and largest < 0:
+        raise ValueError(f"trainer.gradient_clip_val={largest}: expected 0 (none) or more")
     if trainer.check_val_every_n_epoch is None and isinstance(trainer.val_check_interval, float):
         trainer.check_val_every_n_epoch = 1

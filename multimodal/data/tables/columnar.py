@@ -46,6 +46,9 @@ def read_columnar(table: Path, options: ReadOptions) -> Iterator[SourceItem]:
     """
     file = open_columns(table)
     columns = find_columns(table, file.schema.names, options)
+    for name in (columns.image, columns.text):
+        if file.schema.names.count(name) > 1:
+            raise ValueError(f"{table}: two columns are called {name!r}; rename one")
     kind = file.schema.field(columns.image).type
     if not _holds_bytes(kind) or (
         _has_field(kind, "bytes") and file.is_null(columns.image, "bytes")

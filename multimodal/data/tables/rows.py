@@ -110,7 +110,17 @@ def _delimited_rows(table: Path, lines: Sequence[str], layout: Layout) -> Iterat
             expected = f"{len(cells)} cells, and the table has {len(layout.names)} columns"
             yield Row(place, {}, f"more cells than columns: {expected}")
         else:
-            yield Row(place, dict(zip(layout.names, cells, strict=False)))
+            yield Row(place, _fields(layout.names, cells))
+
+
+def _fields(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
+    """The cells by their columns. Columns of one name are one field: a list, like two captions."""
+    fields: dict[str, Any] = dict(zip(names, cells, strict=False))
+    if len(set(names)) < len(names):
+        for twice in {name for name in names if names.count(name) > 1}:
+            same = [c for name, c in zip(names, cells, strict=False) if name == twice and c.strip()]
+            fields[twice] = same if len(same) > 1 else "".join(same)
+    return fields
 
 
 def looks_like_image(cell: str) -> bool:
