@@ -160,8 +160,8 @@ def _wait_until_done(done: Callable[[In], bool], unit: In) -> In:
     return unit
 
 
-def worker_context() -> BaseContext:
-    """How worker processes start: forked from a server process.
+def worker_context(*preloaded: str) -> BaseContext:
+    """How worker processes start: forked from a server process that imported ``preloaded``.
 
     A fork of a process with threads can dead-lock. A spawned process would import everything
     again, which takes seconds with torch.
@@ -169,7 +169,7 @@ def worker_context() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "multimodal.worker_server"])
+    context.set_forkserver_preload([*(preloaded or ["__main__"]), "multimodal.worker_server"])
     # The server, and so all workers, never see a Ctrl-C. It would be a traceback while they import.
     # What tracks resources is started before: that would let the signal through again.
     resource_tracker.ensure_running()
