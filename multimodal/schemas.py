@@ -146,7 +146,11 @@ def _fits(value: object, kind: Any) -> bool:
             _fits(key, of_key) and _fits(each, of_value) for key, each in value.items()
         )
     if (items := _items(kind)) is not None:
-        return isinstance(value, list | tuple) and all(_fits(item, items) for item in value)
+        return (
+            isinstance(value, list | tuple)
+            and _length(kind) in (None, len(value))
+            and all(_fits(item, items) for item in value)
+        )
     if kind is float:
         return _is_number(value) and math.isfinite(typing.cast(float, value))
     if kind is int:
@@ -154,6 +158,13 @@ def _fits(value: object, kind: Any) -> bool:
     if kind is None:
         return value is None
     return isinstance(value, kind)
+
+
+def _length(kind: Any) -> int | None:
+    """Of a tuple with so many places. None: any."""
+    places = typing.get_args(kind)
+    is_tuple = typing.get_origin(kind) is tuple and ... not in places
+    return len(places) if is_tuple else None
 
 
 def _is_number(value: object) -> bool:
@@ -173,7 +184,8 @@ def _described(kind: Any) -> str:
     if _is_union(kind):
         return " or ".join(_described(each) for each in arguments)
     if (items := _items(kind)) is not None:
-        return f"a list, each of it {_described(items)}"
+        several = "a list" if (length := _length(kind)) is None else f"a list of {length}"
+        return f"{several}, each of it {_described(items)}"
     if origin in (dict, Mapping):
         if arguments[1] is Any:
             return "an object"
@@ -186,7 +198,8 @@ def _described(kind: Any) -> str:
 
 def _short(value: object) -> str:
     """A value in an error: a long or a deep one is cut."""
-    return reprlib.repr(value)
+    text = reprlib.repr(value)
+    return text if len(text) < 120 else f"{text[:100]}..."
 
 
 def _plain(key: object) -> str:

@@ -51,6 +51,7 @@ from multimodal.inference.values import (
     open_mask,
     open_source,
     to_list,
+    to_texts,
 )
 from multimodal.model.layers.compiled import CompiledForward
 from multimodal.options import (
@@ -147,7 +148,7 @@ class Model(TextMethods, InsideMethods):
         """As ``draw``, but yields images as they are done: memory does not depend on n."""
         check_value("n", n, Annotated[int, Between(1, 2**31)])
         draw_options = make_options(DrawOptions, options)
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = to_texts(text)
 
         def on_step(numbers: Sequence[int], codes: Tensor) -> None:
             if on_preview is not None:
@@ -278,7 +279,7 @@ class Model(TextMethods, InsideMethods):
         for start in range(0, len(pictures), batch_size):
             pixels = read_images(self, pictures[start : start + batch_size])
             rows.append(embed_codes(self, encode_to_read(self, pixels)))
-        lines = [texts] if isinstance(texts, str) else list(texts or ())
+        lines = [] if texts is None else to_texts(texts)
         for start in range(0, len(lines), batch_size):
             rows.append(embed_texts(self, lines[start : start + batch_size]))
         alone = isinstance(texts, str) if images is None else is_one(images)

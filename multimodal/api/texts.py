@@ -13,7 +13,15 @@ from multimodal.inference.json_schema import Schema
 from multimodal.inference.mixed import Output, OutputKind, Reply
 from multimodal.inference.prompt_files import Prompt, find_prompt
 from multimodal.inference.text import answer_codes, caption_images
-from multimodal.inference.values import Images, ImageSource, OnError, Results, is_one, to_list
+from multimodal.inference.values import (
+    Images,
+    ImageSource,
+    OnError,
+    Results,
+    is_one,
+    to_list,
+    to_texts,
+)
 from multimodal.model.checkpoint import ModelParts
 from multimodal.options import (
     AnswerOptions,
@@ -137,7 +145,7 @@ class TextMethods(ModelParts):
         if schema is not None and "stop" not in options:
             options = {**options, "stop": ()}
         answer_options = words.answer_options(**options)
-        images, questions = to_list(image), [question] if isinstance(question, str) else [*question]
+        images, questions = to_list(image), to_texts(question, "questions")
         for each in questions:
             words.fill(each, self.config.templates)  # an empty question is an error at once
         if choices is None and schema is None:

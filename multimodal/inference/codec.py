@@ -13,6 +13,7 @@ from multimodal.data.images import fit_image, to_tensor
 from multimodal.inference.values import ImageSource, name_of, open_source
 from multimodal.memory import check_memory
 from multimodal.model.checkpoint import ModelParts
+from multimodal.schemas import check_value
 from multimodal.tokenizers.weights import resize
 
 ROOM_AROUND = 64  # tokens around a text: specials, the words of a template, an answer
@@ -26,6 +27,7 @@ def encode_text(model: ModelParts, text: str) -> list[int]:
     Raises:
         ValueError: for an empty text.
     """
+    check_value("text", text, str)
     if not text.strip():
         raise ValueError("the text is empty")
     return model.text_tokenizer.encode(text.strip())

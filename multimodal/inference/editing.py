@@ -18,6 +18,7 @@ from multimodal.inference.drawing import masked_steps, returned
 from multimodal.inference.text import caption_codes
 from multimodal.model.checkpoint import ModelParts
 from multimodal.options import EditOptions
+from multimodal.schemas import check_value
 
 Box = tuple[int, int, int, int]
 
@@ -32,6 +33,7 @@ def box_mask(size: tuple[int, int], box: Box) -> Image.Image:
     Raises:
         ValueError: if the box is empty or not inside the image.
     """
+    check_value("box", box, Box)
     left, top, right, bottom = box
     if not (0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]):
         raise ValueError(
@@ -146,6 +148,7 @@ def outpaint_image(
     Returns:
         A larger image that has the given one unchanged inside.
     """
+    check_value("margins", margins, Box)
     left, top, right, bottom = margins
     if min(margins) < 0 or not any(margins):
         raise ValueError(f"margins={margins}: expected pixels from 0 on, and one above 0")
@@ -177,6 +180,7 @@ def vary_image(
         share: of the places, in (0, 1].
         text: what the image shows. None: the model's caption of it.
     """
+    check_value("share", share, float)
     if not 0 < share <= 1:
         raise ValueError(f"share={share}: expected a share of the codes in (0, 1]")
     if text is None and not (text := caption_codes(model, _codes_of(model, image))[0]):

@@ -23,6 +23,7 @@ from multimodal.inference.values import ImageSource, name_of
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.sequences import image_tokens
 from multimodal.options import AnswerOptions, CaptionOptions, TextOptions
+from multimodal.schemas import check_value
 
 GREEDY = TextOptions()
 PARTIAL_TEXT = 200  # characters of an unfinished text that an error shows
@@ -262,7 +263,10 @@ def answer_codes(
     if choices is None:
         return complete_prompts(model, codes, prompts, options, schema=schema)
     if schema is not None or isinstance(choices, str) or len(set(choices)) < 2:
-        raise ValueError(f"choices={list(choices)}: expected two or more, without a schema")
+        raise ValueError(f"choices={choices!r}: expected a list of two or more, without a schema")
+    check_value("choices", choices, Sequence[str])
+    if not all(map(str.strip, choices)):
+        raise ValueError(f"choices={choices!r}: one of them is empty")
     likelihoods = choice_likelihoods(model, codes, prompts, [choices] * len(prompts))
     return [choices[int(scores.argmax())].strip() for scores in likelihoods]
 

@@ -8,7 +8,7 @@ import html
 import io
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
@@ -54,11 +54,27 @@ def to_list(images: ImageSource | Images, what: str = "images") -> list[Any]:
     if is_one(images):
         return [images]
     try:
+        if isinstance(images, Mapping):
+            raise TypeError("its keys are no images")
         return list(images)  # type: ignore[arg-type]
     except TypeError as error:
         raise ValueError(
             f"{what}: {type(images).__name__} is no image; expected {EXPECTED}, or a list of them"
         ) from error
+
+
+def to_texts(texts: str | Sequence[str], what: str = "texts") -> list[str]:
+    """One text as a list of one, several as a list.
+
+    Raises:
+        ValueError: for what is no text.
+    """
+    several = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+    for text in several:
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise ValueError(f"{what}: {kind} is no text; expected a text, or a list of texts")
+    return several
 
 
 def open_source(source: Any, name: str | None = None, urls: bool = False) -> Image.Image:

@@ -137,6 +137,35 @@ def test_answers_to_many_are_those_to_each(model: Model) -> None:
         ask([PICTURE, other], questions)
 
 
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda m: m.caption({"image": PICTURE}), "images: dict is no image"),
+        (lambda m: m.caption(torch.zeros(3, 4, 4, device="meta")), "a tensor without pixels"),
+        (lambda m: m.caption(torch.zeros(3, 4, 4).to_sparse()), "a tensor without pixels"),
+        (lambda m: m.answer(PICTURE, None), "questions: NoneType is no text"),
+        (lambda m: m.answer(PICTURE, ["a", 3]), "questions: int is no text"),
+        (lambda m: m.answer(PICTURE, "a", choices="yes"), "choices='yes': expected a list"),
+        (lambda m: m.answer(PICTURE, "a", choices=["a", " "]), "one of them is empty"),
+        (lambda m: m.answer(PICTURE, "a", choices=[1, 2]), r"choices=\[1, 2\]: expected a list"),
+        (lambda m: m.draw(None), "texts: NoneType is no text"),
+        (lambda m: m.embed(texts=3), "texts: int is no text"),
+        (lambda m: m.edit(PICTURE, (0, 0, 2), "a"), r"box=\(0, 0, 2\): expected a list of 4, each"),
+        (lambda m: m.edit(PICTURE, (0, 0, 2, 2.5), "a"), "each of it a whole number"),
+        (lambda m: m.edit(PICTURE, [[True] * 5] * 6, "a"), "box=.{0,110}: expected a list of 4"),
+        (lambda m: m.edit(PICTURE, (0, 0, 5, 6), None), "text=None: expected a text"),
+        (lambda m: m.outpaint(PICTURE, (1, 2), "a"), r"margins=\(1, 2\): expected a list of 4"),
+        (lambda m: m.vary(PICTURE, "x"), "share='x': expected a number"),
+    ],
+)
+def test_what_cannot_be_meant_is_named(
+    ask: Callable[[Any], object], message: str, model: Model
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        ask(model)
+    assert "\n" not in str(caught.value)
+
+
 def test_drawings_of_many_texts_are_those_of_each(model: Model) -> None:
     texts = ["a red bus", "two dogs"]
     both = model.draw(texts, 2, seed=3, steps=2, method="masked")

@@ -27,7 +27,10 @@ def image_of_array(given: "Array | Tensor", name: str) -> Image.Image:
         ValueError: for other shapes, types and values.
     """
     layout = "[H, W, C]" if isinstance(given, np.ndarray) else "[C, H, W]"
-    array = given if isinstance(given, np.ndarray) else as_numpy(given)
+    try:
+        array = given if isinstance(given, np.ndarray) else as_numpy(given)
+    except (NotImplementedError, TypeError) as error:  # sparse, or without values
+        raise ValueError(f"{name}: a tensor without pixels ({error})") from error
     what = f"{name}: an array of shape {list(array.shape)} and type {array.dtype}"
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise ValueError(f"{what}; expected [H, W] or {layout} with 1, 3 or 4 channels")
