@@ -116,6 +116,12 @@ def test_a_run_writes_to_a_local_folder(work: Path, capsys: Capture) -> None:
 # --- what is kept ---------------------------------------------------------------------------------
 
 
+def test_the_name_of_a_run_that_is_not_utf8_is_shown(work: Path, capsys: Capture) -> None:
+    assert main(["fit", "--config", str(work / "joint.yaml"), "--output", "b\udcff"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == r"multimodal fit: error: b\xff: the name of a run has to be UTF-8"
+
+
 def test_the_best_and_the_newest_checkpoint_are_kept_and_the_model_is_the_best(
     finished: Path,
 ) -> None:

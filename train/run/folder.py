@@ -52,6 +52,10 @@ class RunFolder:
 
     def __post_init__(self) -> None:
         local_path(self.path)  # an address is an error now
+        try:
+            str(self.path).encode()  # its config.yaml names it
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{self.path}: the name of a run has to be UTF-8") from error
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> "RunFolder":
