@@ -138,7 +138,13 @@ def whole(work: Path) -> dict[str, bytes]:
     return files(work / "whole")
 
 
-@pytest.mark.parametrize("options", [("--workers", "2"), ("--workers", "2", "--engine", "ray")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--workers", "2"),
+        pytest.param(("--workers", "2", "--engine", "ray"), marks=pytest.mark.slow),
+    ],
+)
 def test_any_workers_give_the_same_bytes(
     work: Path, whole: dict[str, bytes], tmp_path: Path, options: tuple[str, ...], one_thread: None
 ) -> None:

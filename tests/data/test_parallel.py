@@ -39,7 +39,7 @@ def fail(unit: int) -> int:
     return unit
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["processes", pytest.param("ray", marks=pytest.mark.slow)])
 def test_no_result_is_lost_with_a_killed_worker(engine: Engine, tmp_path: Path) -> None:
     function = partial(square, tmp_path)
     assert list(map_units(function, range(9), engine, workers=2)) == [n * n for n in range(9)]
@@ -131,7 +131,13 @@ def expected(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return hashes(out)
 
 
-@pytest.mark.parametrize("options", [("--workers", "2"), ("--workers", "2", "--engine", "ray")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--workers", "2"),
+        pytest.param(("--workers", "2", "--engine", "ray"), marks=pytest.mark.slow),
+    ],
+)
 def test_a_build_gives_the_same_bytes_with_any_workers(
     options: tuple[str, ...], photos: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:

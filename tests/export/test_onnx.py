@@ -33,7 +33,9 @@ def tokenizer_of(kind: str) -> ImageTokenizer:
     return ImageTokenizer(meaning, detail if kind == "both" else None).eval()
 
 
-@pytest.mark.parametrize("kind", ["both", "detail", "meaning"])
+@pytest.mark.parametrize(
+    "kind", ["both", *(pytest.param(k, marks=pytest.mark.slow) for k in ("detail", "meaning"))]
+)
 def test_codes_and_images_are_ours(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

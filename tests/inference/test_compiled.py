@@ -92,6 +92,7 @@ def test_a_compiled_step_of_few_rows_meets_few_shapes(tiny_model: Make) -> None:
     assert batch.cache.capacity == 2 * ROOM_MULTIPLE
 
 
+@pytest.mark.slow
 # At its limit torch stops to compile in silence. (A setting that monkeypatch undoes is deleted.)
 @torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, error_on_recompile=False)
 def test_passes_for_any_shape_are_compiled_for_few(tiny_model: Make) -> None:

@@ -258,7 +258,16 @@ def test_bf16_gives_nearly_the_same_codes(tokenizer: VQTokenizer) -> None:
     assert (exact == rounded).float().mean() >= 0.9
 
 
-@pytest.mark.parametrize("name", KINDS)
+SLOW_TO_LEARN = ("vit lfq", "vit ibq", "vqgan vq")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_TO_LEARN else [])
+        for name in KINDS
+    ],
+)
 def test_a_tokenizer_overfits_one_batch_of_scenes(name: str) -> None:
     from multimodal.data.images import to_tensor
     from multimodal.scenes.rendering import render

@@ -110,6 +110,7 @@ def stripes() -> torch.Tensor:
     return torch.stack([torch.stack([wave, -wave, 0 * wave]) for wave in waves])
 
 
+@pytest.mark.slow
 def test_codes_learn_the_features_of_a_teacher_that_stays_frozen() -> None:
     images = stripes()
     learned: dict[float, tuple[float, float]] = {}

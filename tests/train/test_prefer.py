@@ -90,7 +90,7 @@ def test_a_stopped_job_goes_on_and_gives_the_same(
         make_preferences(model, work / "scenes", stopped, settings, "train", 10)
 
 
-@pytest.mark.parametrize("variant", ["dpo", "kto"])
+@pytest.mark.parametrize("variant", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
 def test_a_run_learns_from_drawings(work: Path, tmp_path: Path, variant: str) -> None:
     (tmp_path / "mine.py").write_text(JUDGE)
     model, out, codes = work / "joint/model", tmp_path / "out", tmp_path / "codes"

@@ -139,6 +139,7 @@ def test_two_ranks_resume_bit_for_bit_and_agree_with_one(work: Path, tmp_path: P
             assert abs(float(loss) / float(single[step]) - 1) < bound, (name, step)
 
 
+@pytest.mark.slow
 def test_lightning_can_start_the_ranks(work: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "multimodal.cli", "fit", "--config", str(work / "joint.yaml")]
     command += ["--trainer.devices", "2", "--trainer.max_steps", "1", "--data.val_limit", "4"]

@@ -142,7 +142,9 @@ def test_rewards_have_weights() -> None:
 # --- runs -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("of", ["captions", "answers", "drawings"])
+@pytest.mark.parametrize(
+    "of", ["captions", "answers", pytest.param("drawings", marks=pytest.mark.slow)]
+)
 def test_a_killed_run_with_several_rewards_and_a_reference_resumes(
     work: Path, tmp_path: Path, of: str
 ) -> None:
