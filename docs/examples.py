@@ -17,9 +17,7 @@ import io
 import os
 import random
 import re
-import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from docs.commands import run_command
 
 DOCS = Path(__file__).resolve().parent
 BLOCK = re.compile(
@@ -99,38 +99,10 @@ def run_shell(block: str) -> str:
     """Commands after ``$``, with lines that end in a backslash going on, and what they print."""
     shown = ""
     for command in re.findall(r"^\$ ((?:.*\\\n)*.*)\n", block, re.MULTILINE):
-        printed = shell(command.replace("\\\n", " "))
+        status, printed, errors = run_command(command.replace("\\\n", " "))
+        printed += errors if status else ""
         shown += f"$ {command}\n{printed}" + "\n" * (bool(printed) and printed[-1] != "\n")
     return shown
-
-
-def shell(command: str) -> str:
-    """What a command prints: ``multimodal ...`` in this process, all else by bash."""
-    if not command.startswith("multimodal "):
-        return _bash(command, "")
-    first, _, rest = command.partition(" | ")
-    from multimodal.cli import main
-
-    out, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        try:
-            status: Any = main(shlex.split(first, comments=True)[1:])
-        except SystemExit as ended:
-            status = ended.code
-    printed = out.getvalue() + (errors.getvalue() if status else "")
-    return _bash(rest, printed) if rest else printed
-
-
-def _bash(command: str, given: str) -> str:
-    done = subprocess.run(
-        ["bash", "-c", command],
-        input=given,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=-2,
-        timeout=60,
-    )
-    return done.stdout
 
 
 def run_python(block: str, names: dict[str, Any]) -> str:

@@ -24,8 +24,6 @@ HELP_WIDTH = 84  # characters of a line on a laptop
 # A link to a file of the repository that is not part of the site: its path is shown.
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./((?:tests|benchmarks|examples)[^)\s]*)(?: \"[^\"]*\")?\)")
 MERMAID = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# Pages of the navigation that a checkout may lack.
-OPTIONAL = ("tutorials/", "report.md")
 
 COMMAND_LINE = """# The command line
 
@@ -63,11 +61,6 @@ def on_startup(command: Literal["build", "gh-deploy", "serve"], dirty: bool) -> 
             (copy / "__init__.py").touch()
             for name in modules:
                 shutil.copyfile(Path(folder, name), copy / name)
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    config.nav = _existing(config.nav or [], Path(config.docs_dir))
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -147,13 +140,3 @@ def _columns(width: int) -> Any:
         os.environ.pop("COLUMNS")
         if before is not None:
             os.environ["COLUMNS"] = before
-
-
-def _existing(nav: Any, docs: Path) -> Any:
-    """The navigation without optional pages that are not there, and without empty sections."""
-    if isinstance(nav, str):
-        return nav if not nav.startswith(OPTIONAL) or (docs / nav).exists() else None
-    if isinstance(nav, dict):
-        kept = {title: _existing(inside, docs) for title, inside in nav.items()}
-        return {title: inside for title, inside in kept.items() if inside} or None
-    return [each for each in (_existing(each, docs) for each in nav) if each]
