@@ -14,6 +14,7 @@ from multimodal.commands.options import (
     add_bulk,
     add_index,
     at_least_one,
+    check_bulk,
     given_options,
     image_paths,
     load_model,
@@ -60,6 +61,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if bool(arguments.images) == bool(arguments.data):
         parser.error("give images, or --data and --out-dir: one of the two")
+    check_bulk(parser, arguments)
     at_least_one(arguments, "batch_size", "retrieve")
     if arguments.data and arguments.index:
         parser.error("--index is for images, not for --data")

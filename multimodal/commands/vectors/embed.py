@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from multimodal.commands.options import (
     add_bulk,
     at_least_one,
+    check_bulk,
     check_output,
     image_paths,
     load_model,
@@ -47,6 +48,9 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if sum(map(bool, (arguments.images, arguments.text, arguments.data))) != 1:
         parser.error("give images, or --text FILE, or --data DIR: one of them")
+    check_bulk(parser, arguments)
+    if arguments.data and arguments.out:
+        parser.error("--out is for images or --text; with --data the results go to --out-dir")
     at_least_one(arguments, "batch_size")
     if arguments.data:
         return run_bulk(arguments, "embed")
