@@ -14,7 +14,6 @@ from multimodal.commands.options import (
     add_bulk,
     add_index,
     at_least_one,
-    check_bulk,
     given_options,
     image_paths,
     load_model,
@@ -61,7 +60,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if bool(arguments.images) == bool(arguments.data):
         parser.error("give images, or --data and --out-dir: one of the two")
-    check_bulk(parser, arguments)
+    if not arguments.data and (arguments.out_dir or arguments.split):
+        parser.error("--out-dir and --split go with --data")
     at_least_one(arguments, "batch_size", "retrieve")
     if arguments.data and arguments.index:
         parser.error("--index is for images, not for --data")

@@ -170,13 +170,6 @@ def add_bulk(parser: argparse.ArgumentParser) -> None:
     add_engine(parser)
 
 
-def check_bulk(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Refuse options of a shard folder without one: the results would not be where they say."""
-    for name in ("out_dir", "split"):
-        if getattr(arguments, name) is not None and arguments.data is None:
-            parser.error(f"--{name.replace('_', '-')} goes with --data")
-
-
 def add_index(parser: argparse.ArgumentParser, use: str, retrieve: int) -> None:
     """Options of verbs that put what an index has into the prompt."""
     group = parser.add_argument_group("an index", f"what was found in it will {use}")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from multimodal.commands.options import (
     add_bulk,
     at_least_one,
-    check_bulk,
     check_output,
     image_paths,
     load_model,
@@ -48,7 +47,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if sum(map(bool, (arguments.images, arguments.text, arguments.data))) != 1:
         parser.error("give images, or --text FILE, or --data DIR: one of them")
-    check_bulk(parser, arguments)
+    if not arguments.data and (arguments.out_dir or arguments.split):
+        parser.error("--out-dir and --split go with --data")
     if arguments.data and arguments.out:
         parser.error("--out is for images or --text; with --data the results go to --out-dir")
     at_least_one(arguments, "batch_size")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from multimodal.commands.options import at_least_one, load_model, make_parser
-from multimodal.data.tables.rows import looks_like_image
+from multimodal.data.formats.folders import IMAGE_SUFFIXES
 from multimodal.files import address_of
 from multimodal.terminal import print_error
 
@@ -65,7 +65,7 @@ def read_query(query: str, urls: bool) -> "str | Image.Image":
         ValueError: for the path or address of an image that cannot be read. As a text it would
             find images that have nothing to do with it.
     """
-    is_image = looks_like_image(query) and "\n" not in query
+    is_image = os.path.splitext(query)[1].lower().removeprefix(".") in IMAGE_SUFFIXES
     if not (is_image or os.path.isfile(query) or address_of(query)):
         return query
     from multimodal.inference.values import open_source
