@@ -1,11 +1,13 @@
 """Folders of tars as other tools leave them, and tables of what such tars held."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from multimodal.cli import main
 from multimodal.data.builder.build import Report, build_shards
 from tests.photos import picture, samples, tar_of
 
@@ -51,6 +53,19 @@ def test_what_lies_beside_tars_is_named(tmp_path: Path, suffix: str) -> None:
     (source / "t.csv").unlink()
     captions, report = built(source, tmp_path / "images")
     assert list(captions.values()) == [["two"]] and report.ignored == {f"files {suffix}": 1}
+
+
+def test_annotations_inside_a_folder_of_images_are_named_as_a_source(tmp_path: Path) -> None:
+    (tmp_path / "coco/images").mkdir(parents=True)
+    (tmp_path / "coco/images/a.jpg").write_bytes(picture(1))
+    content = {"images": [{"id": 1, "file_name": "a.jpg"}],
+               "annotations": [{"image_id": 1, "caption": "one"}]}  # fmt: skip
+    (tmp_path / "coco/captions.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="no sample could be used"):
+        built(tmp_path / "coco", tmp_path / "out")
+    assert "is a SOURCE itself, and has --images" in (tmp_path / "out/rejected.jsonl").read_text()
+    line = ["data", "build", str(tmp_path / "coco/captions.json"), str(tmp_path / "out2")]
+    assert main([*line, "--images", str(tmp_path / "coco/images")]) == 0
 
 
 def test_shards_as_a_table_have_the_names_of_members_as_columns(tmp_path: Path) -> None:

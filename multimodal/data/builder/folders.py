@@ -92,8 +92,11 @@ def read_folder(folder: Path, files: FolderFiles, options: ReadOptions) -> Itera
                 described[name] = item
     stems = {name.rpartition(".")[0] for name in files.images}
     for stem in sorted(files.texts.keys() - stems):
-        for path in files.texts[stem].values():
-            yield RejectedSample(shown(path), "no image", "a text without an image beside it")
+        for suffix, path in files.texts[stem].items():
+            detail = "a text without an image beside it"
+            if suffix == "json":
+                detail += " (a file of annotations is a SOURCE itself, and has --images)"
+            yield RejectedSample(shown(path), "no image", detail)
     for name in shuffled([*{**files.images, **described}]):
         if name in described:
             hint = shown(os.path.splitext(name)[0])
