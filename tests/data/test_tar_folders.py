@@ -55,6 +55,24 @@ def test_what_lies_beside_tars_is_named(tmp_path: Path, suffix: str) -> None:
     assert list(captions.values()) == [["two"]] and report.ignored == {f"files {suffix}": 1}
 
 
+def test_images_in_a_folder_of_a_split_stay_in_it(tmp_path: Path) -> None:
+    source = tmp_path / "photos"
+    for name in ("train/a", "test/dogs/b", "val2014/c", "latest/d"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / f"{name}.jpg").write_bytes(picture(len(name)))
+        (source / f"{name}.txt").write_text(name)
+    splits = {"train": 2, "test": 1, "val": 1}
+    assert built(source, tmp_path / "texts")[1].splits == splits
+    (tmp_path / "test").mkdir()
+    shutil.move(source, tmp_path / "test")
+    assert built(tmp_path / "test/photos", tmp_path / "above")[1].splits == splits
+    rows = [f"{p.relative_to(tmp_path / 'test/photos')},a text"
+            for p in (tmp_path / "test/photos").rglob("*.jpg")]  # fmt: skip
+    (tmp_path / "test/photos/metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+    captions, report = built(tmp_path / "test/photos", tmp_path / "table")
+    assert report.splits == splits and [*captions.values()] == [["a text"]] * 4
+
+
 def test_annotations_inside_a_folder_of_images_are_named_as_a_source(tmp_path: Path) -> None:
     (tmp_path / "coco/images").mkdir(parents=True)
     (tmp_path / "coco/images/a.jpg").write_bytes(picture(1))

@@ -100,7 +100,8 @@ def read_folder(folder: Path, files: FolderFiles, options: ReadOptions) -> Itera
     for name in shuffled([*{**files.images, **described}]):
         if name in described:
             hint = shown(os.path.splitext(name)[0])
-            yield replace(described[name], hint=hint, identity=shown(name))
+            split = described[name].split or _split_of(name)
+            yield replace(described[name], hint=hint, identity=shown(name), split=split)
         else:
             texts = files.texts.get(name.rpartition(".")[0], {})
             yield _image(name, files.images[name], texts, options)
@@ -116,7 +117,12 @@ def _image(name: str, path: Path, texts: dict[str, Path], options: ReadOptions) 
     except (OSError, ValueError) as error:
         return RejectedSample(shown(path), "unreadable text", shown(str(error)))
     stem = shown(name.rpartition(".")[0])
-    return SourceSample(shown(path), stem, shown(name), (path,), record)
+    return SourceSample(shown(path), stem, shown(name), (path,), record, _split_of(name))
+
+
+def _split_of(name: str) -> str | None:
+    """The split that the folders of an image were held out for, such as test/dogs/1.jpg."""
+    return next(filter(None, map(held_out, name.split("/")[:-1])), None)
 
 
 def saved_tables(folder: Path) -> list[Path] | None:
