@@ -34,11 +34,15 @@ class Provenance:
             (*self.sources, *(each for each in other.sources if each not in self.sources)),
         )
 
+    @property
+    def license_name(self) -> str:
+        """The first paragraph of each licence, in one line."""
+        return " / ".join(" ".join(text.split("\n\n")[0].split()) for text in self.licenses)
+
     def of_model(self, name: str, fingerprint: str) -> "Provenance":
         """Of what is made of a model: all that the model was made of, and the model itself."""
-        license = " / ".join(text.split("\n\n")[0] for text in self.licenses)
-        model = {"kind": "model", "name": name, "fingerprint": fingerprint, "license": license}
-        return self + Provenance(sources=(model,))
+        about = {"name": name, "fingerprint": fingerprint, "license": self.license_name}
+        return self + Provenance(sources=({"kind": "model", **about},))
 
     @classmethod
     def read(cls, folder: Path) -> "Provenance":
@@ -63,13 +67,20 @@ class Provenance:
             return cls.read(folder.parent) + here
         return here
 
+    def texts(self) -> dict[str, str]:
+        """The texts of LICENSE and of sources.json, each if there is something in it."""
+        texts = {}
+        if self.licenses:
+            texts["LICENSE"] = RULE.join(f"{text}\n" for text in self.licenses)
+        if self.sources:
+            sources = json.dumps({"sources": self.sources}, ensure_ascii=False, indent=1)
+            texts["sources.json"] = sources + "\n"
+        return texts
+
     def write(self, folder: Path) -> None:
         """Write LICENSE and sources.json, each if there is something in it."""
-        if self.licenses:
-            (folder / "LICENSE").write_text(RULE.join(f"{t}\n" for t in self.licenses), "utf-8")
-        if self.sources:
-            text = json.dumps({"sources": self.sources}, ensure_ascii=False, indent=1)
-            (folder / "sources.json").write_text(text + "\n", "utf-8")
+        for name, text in self.texts().items():
+            (folder / name).write_text(text, "utf-8")
 
     def lines(self) -> list[str]:
         """One line a source: its kind, its name, and what else is known."""

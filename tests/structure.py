@@ -62,7 +62,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     ),
     "commands.folders": (
         "foundation", "tokenizers", "hub", "data", "data.builder", "data.formats", "data.remote",
-        "model", "export", "released", "scenes", "commands", "record", "origin",
+        "model", "adapters", "export", "released", "scenes", "commands", "record", "origin",
     ),
     # Requests know the model's front door and the decode loop. Nothing below knows of requests.
     "serve.engine": (

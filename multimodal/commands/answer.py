@@ -71,6 +71,7 @@ def main(argv: list[str]) -> int:
     if arguments.question is None or (arguments.image is None and arguments.index is None):
         parser.error("the following arguments are required: IMAGE, QUESTION")
 
+    from multimodal.inference.json_schema import BadSchema
     from multimodal.inference.prompt_files import find_prompt
 
     options = given_options(arguments, AnswerOptions)
@@ -81,18 +82,21 @@ def main(argv: list[str]) -> int:
     how = {"prompt": prompt, "choices": arguments.choices, "schema": schema, **options}
     facts: dict[str, Any] = {"image": arguments.image, "question": arguments.question}
     sources: list[Hit] = []
-    if arguments.index is None:
-        answer = model.answer(arguments.image, arguments.question, **how)
-        facts["answer"] = answer
-    else:
-        from multimodal.index.index import Index
+    try:
+        if arguments.index is None:
+            answer = model.answer(arguments.image, arguments.question, **how)
+            facts["answer"] = answer
+        else:
+            from multimodal.index.index import Index
 
-        index = Index.open(arguments.index, model)
-        result = index.answer(
-            arguments.question, arguments.image, retrieve=arguments.retrieve, **how
-        )
-        answer, sources = result.text, result.sources
-        facts |= {"answer": answer, "sources": [hit.to_json() for hit in sources]}
+            index = Index.open(arguments.index, model)
+            result = index.answer(
+                arguments.question, arguments.image, retrieve=arguments.retrieve, **how
+            )
+            answer, sources = result.text, result.sources
+            facts |= {"answer": answer, "sources": [hit.to_json() for hit in sources]}
+    except BadSchema as error:
+        raise ValueError(f"{arguments.schema}: {error}") from error
     if arguments.json:
         print(json.dumps(facts))
     else:

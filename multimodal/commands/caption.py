@@ -60,6 +60,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if bool(arguments.images) == bool(arguments.data):
         parser.error("give images, or --data and --out-dir: one of the two")
+    if not arguments.data and (arguments.out_dir or arguments.split):
+        parser.error("--out-dir and --split go with --data")
     at_least_one(arguments, "batch_size", "retrieve")
     if arguments.data and arguments.index:
         parser.error("--index is for images, not for --data")

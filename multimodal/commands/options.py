@@ -277,6 +277,8 @@ def _lines_of(name: str) -> list[str]:
         )
     else:
         data = read_bytes(name[1:])
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, as PowerShell writes lists
+        data = data.decode("utf-16", "replace").encode()
     # Paths are bytes: what is not UTF-8 comes through as it is.
     lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
     return [os.fsdecode(line) for line in lines if line.strip()]

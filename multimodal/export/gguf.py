@@ -34,6 +34,8 @@ SPLITS = {
 def export_gguf(source: str | Path, out: str | Path, dtype: str = "float16") -> None:
     """Write a model folder as a GGUF file. It appears complete or not at all.
 
+    Its metadata have the texts of the folder's LICENSE and sources.json (``multimodal.LICENSE``).
+
     Args:
         source: a model folder, or the name of a bundled model.
         out: a new file.
@@ -69,6 +71,10 @@ def export_gguf(source: str | Path, out: str | Path, dtype: str = "float16") -> 
         writer.add_name(folder.resolve().name)
         _add_sizes(writer, config)
         _add_tokenizer(writer, model)
+        if model.provenance.licenses:
+            writer.add_license_name(model.provenance.license_name)
+        for file, text in model.provenance.texts().items():
+            writer.add_string(f"multimodal.{file}", text)
         for stock_name, weight in model.network.transformer.stock_state_dict().items():
             short = names.get_name(stock_name, try_suffixes=(".weight", ".bias"))
             assert short is not None, stock_name

@@ -19,6 +19,8 @@ ENCODE, DECODE, ABOUT = "encode.onnx", "decode.onnx", "image_tokenizer.json"
 def export_onnx(source: str | Path, out: str | Path) -> list[str]:
     """Write ``encode.onnx``, ``decode.onnx`` if it can draw, and what to feed them.
 
+    LICENSE and sources.json of the weights are beside them.
+
     ``encode.onnx`` reads images: float32[B, 3, S, S] in [-1, 1], and gives codes: int64[B, n].
     ``decode.onnx`` reads codes: int64[B, n], and gives images: float32[B, 3, H, W] in [-1, 1].
 
@@ -56,6 +58,7 @@ def export_onnx(source: str | Path, out: str | Path) -> list[str]:
             "fingerprint": tokenizer.fingerprint,
         }
         write_json(folder / ABOUT, about)
+        tokenizer.provenance.write(folder)
         return sorted(path.name for path in folder.iterdir())
 
 

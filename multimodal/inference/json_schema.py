@@ -48,11 +48,16 @@ class _TokenizerForLlguidance:
         return self._encode(text)
 
 
+class BadSchema(ValueError):
+    """A schema that is not valid, or that cannot be followed. Names no file."""
+
+
 class Schema:
     """A JSON schema for the texts of a model.
 
     Raises:
-        ValueError: if llguidance is missing, or the schema is not valid or cannot be followed.
+        BadSchema: if the schema is not valid, or cannot be followed.
+        ValueError: if llguidance is missing.
     """
 
     def __init__(self, model: ModelParts, schema: dict[str, Any]) -> None:
@@ -70,16 +75,16 @@ class Schema:
                 json.dumps(schema), overrides={"whitespace_flexible": False}
             )
         except RecursionError as error:
-            raise ValueError("not a JSON schema: nested too deep") from error
+            raise BadSchema("not a JSON schema: nested too deep") from error
         except (TypeError, ValueError) as error:
-            raise ValueError(f"not a JSON schema: {' '.join(str(error).split())[:300]}") from error
+            raise BadSchema(f"not a JSON schema: {' '.join(str(error).split())[:300]}") from error
         self.start()  # so that errors of the schema are raised here
 
     def start(self) -> "SchemaState":
         """The state of a text that has not begun."""
         matcher = self._llguidance.LLMatcher(self._tokenizer, self._grammar)
         if matcher.is_error():
-            raise ValueError(f"the JSON schema cannot be followed: {matcher.get_error()}")
+            raise BadSchema(f"the JSON schema cannot be followed: {matcher.get_error()}")
         return SchemaState(matcher)
 
 

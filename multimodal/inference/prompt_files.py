@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from multimodal.files import UnreadableFile, read_yaml
+from multimodal.files import UnreadableFile, local_path, read_yaml
 from multimodal.model.templates import Templates
 from multimodal.options import AnswerOptions, Sampling, make_options
 
@@ -131,7 +131,7 @@ def read_prompt(path: Path) -> Prompt:
 
 def prompt_files(folder: str | Path | None = None) -> dict[str, Path]:
     """The file of each name: those of the library, replaced by those of a folder."""
-    if folder is not None and not Path(folder).is_dir():
+    if folder is not None and not local_path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder of prompts")
     folders: Sequence[Path] = [LIBRARY, *([] if folder is None else [Path(folder)])]
     return {path.stem: path for each in folders for path in sorted(each.glob("*.yaml"))}

@@ -195,6 +195,22 @@ def test_commands_take_an_adapter(tiny_model_folder: Path, folders: Path, tmp_pa
     assert (rows - base).abs().max() > 0.01
 
 
+def test_info_shows_what_an_adapter_is_for_and_its_licence(
+    folders: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = Adapter.read(folders / "a")
+    assert main(["info", str(folders / "a"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kind"] == "adapter of a model" and facts["license"] == LICENCE
+    assert adapter.base is not None and facts["base"] == f"tiny ({adapter.base.fingerprint})"
+    assert facts["sources"] == {"1": "data a (license: none is given)"}
+    stored = load_file(folders / "a" / "adapter_model.safetensors")
+    assert facts["parameters"] == sum(weight.numel() for weight in stored.values())
+    (copied / "base.json").write_text("{}", "utf-8")
+    assert main(["info", str(copied)]) == 1
+    assert "base.json" in capsys.readouterr().err
+
+
 # --- refused --------------------------------------------------------------------------------------
 
 

@@ -185,12 +185,13 @@ def test_folders_and_lists_stand_for_their_images(
     text = "\n".join(paths) + "\n\n"
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     line = ["caption", "--model", str(tiny_model_folder), "--max-tokens", "2"]
-    shown, listed = [], f"@{tmp_path / 'list.txt'}"
-    for names in ([str(tmp_path / "a")], [listed], ["-"], paths):
+    (tmp_path / "wide.txt").write_text(text, "utf-16")
+    shown, listed, wide = [], f"@{tmp_path / 'list.txt'}", f"@{tmp_path / 'wide.txt'}"
+    for names in ([str(tmp_path / "a")], [listed], [wide], ["-"], paths):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
         assert main([*line, *names]) == 0
         shown.append(sorted(capsys.readouterr().out.splitlines()))
-    assert len(shown[0]) == len(paths) and shown == [shown[0]] * 4
+    assert len(shown[0]) == len(paths) and shown == [shown[0]] * 5
     assert main([*line, f"{listed}.no"]) == 1
     assert "list.txt.no: no such file" in capsys.readouterr().err
 

@@ -68,6 +68,10 @@ REFUSED = [
     ["serve", "starter", "--record", "r.jsonl", "--drift-reference", FAR],
     ["fit", "--config", "fit.yaml", "--output", FAR],
     ["fit", "--config", "fit.yaml", "--init_from", FAR],
+    ["fit", "--config", FAR],
+    ["info", "--config", FAR],
+    ["search", FAR, "--images", "photos", *MODEL],
+    ["prompts", "--prompts", FAR],
 ]
 # What works at an address as on this machine.
 READ = [
@@ -138,6 +142,16 @@ def test_shard_folders_are_read_at_addresses(
     assert main([f"x{a}" if a in ("asked", "codes", "captions") else a for a in wrong]) == 1
     assert f"{NOWHERE}/manifest.json: cannot be read" in "".join(capsys.readouterr())
     no_local_folder()
+
+
+def test_file_addresses_are_read_like_others(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = f"file://{work}/shards"
+    assert main(["data", "check", address]) == 0
+    assert main(["data", "check", f"{address}x"]) == 1
+    assert "shardsx/manifest.json: cannot be read" in capsys.readouterr().err
+    assert list(Shards(address)) == list(Shards(work / "shards"))
 
 
 def test_a_path_object_of_an_address_is_the_address(work: Path) -> None:

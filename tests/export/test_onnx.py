@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from multimodal.cli import main
+from multimodal.provenance import Provenance
 from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.encoder import Encoder
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
@@ -39,9 +40,12 @@ def tokenizer_of(kind: str) -> ImageTokenizer:
 def test_codes_and_images_are_ours(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizer_of(kind).save(tmp_path / "ours")
+    made = tokenizer_of(kind)
+    made.provenance = Provenance(("Only on Sundays.",), ({"kind": "data", "name": "photos"},))
+    made.save(tmp_path / "ours")
     ours, out = load_image_tokenizer(tmp_path / "ours"), tmp_path / "onnx"
     assert main(["export", "onnx", str(tmp_path / "ours"), str(out)]) == 0
+    assert Provenance.read(out) == made.provenance
     about = json.loads((out / "image_tokenizer.json").read_text("utf-8"))
     assert about["codes_per_image"] == ours.codes_per_image
     assert about["fingerprint"] == ours.fingerprint

@@ -257,9 +257,16 @@ def test_the_verbs(run: Run, texts: Index, images: Index, photos: Path, tmp_path
         ("search", "x"),
         ("search", "x", "--images", photos, "--index", out),
         ("caption", "--data", "d", "--out-dir", "o", "--index", out),
+        ("caption", query, "--out-dir", "o"),
+        ("embed", query, "--out", "o.npy", "--split", "val"),
+        ("embed", "--data", "d", "--out-dir", "o", "--out", "o.npy"),
         ("answer", "only a question"),
     ):
         assert run(*wrong)[0] == 2, wrong
+    for missing in (photos / "nosuch.png", "a lost dog.JPG", "s3://b/dog.png", "https://b/dog"):
+        status, printed, errors = run("search", missing, "--images", photos)
+        assert (status, printed) == (1, "") and errors.count("\n") == 1
+        assert str(missing) in errors, "it is no text to search for"
     status, _, errors = run("search", "x", "--index", photos)
     assert status == 1 and "no index; run: multimodal index" in errors and errors.count("\n") == 1
 

@@ -97,7 +97,7 @@ def test_the_choice_is_the_most_likely(model: Model) -> None:
     reverse = answer_codes(model, codes[:1], questions[:1], options, choices=choices[::-1])
     assert reverse == answers[:1]
     for wrong in ([], ["yes"], ["yes", "yes"]):
-        with pytest.raises(ValueError, match="expected two or more"):
+        with pytest.raises(ValueError, match="two or more"):
             answer_codes(model, codes, questions, options, choices=wrong)
 
 
@@ -115,5 +115,8 @@ def test_the_command_takes_choices_and_a_schema(
     assert json.loads(capsys.readouterr().out).keys() == SCHEMA["properties"].keys()
     assert main([*line, "--schema", str(tmp_path / "broken.json")]) == 1
     assert "not readable as JSON" in capsys.readouterr().err
+    (tmp_path / "odd.json").write_text('{"type": "integer", "minimum": 5, "maximum": 3}')
+    assert main([*line, "--schema", str(tmp_path / "odd.json")]) == 1
+    assert "odd.json: the JSON schema cannot be followed" in capsys.readouterr().err
     assert main([*line, "--choices", "one"]) == 1
-    assert "expected two or more" in capsys.readouterr().err
+    assert "two or more" in capsys.readouterr().err

@@ -3,10 +3,12 @@
 import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 
 from multimodal.api import load
 from multimodal.cli import main
+from multimodal.export.gguf import export_gguf
 from multimodal.export.hf import export_hf
 from multimodal.export.model import export_model
 from multimodal.provenance import Provenance
@@ -41,6 +43,11 @@ def test_exports_carry_the_licence(
     export_model(source, tmp_path / "half")
     export_hf(source, tmp_path / "stock")
     load(source).image_tokenizer.save(tmp_path / "tokenizer")
+    export_gguf(source, tmp_path / "weights.gguf")
+    stored = gguf.GGUFReader(tmp_path / "weights.gguf").fields
+    assert stored["general.license.name"].contents() == "Only on Sundays."
+    for name in ("LICENSE", "sources.json"):
+        assert stored[f"multimodal.{name}"].contents() == (source / name).read_text("utf-8")
     for folder in ("half", "stock", "half/image_tokenizer", "tokenizer"):
         assert Provenance.read(tmp_path / folder) == Provenance((TERMS,), (PHOTOS,)), folder
     assert "data photos" in (tmp_path / "stock" / "README.md").read_text("utf-8")

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from importlib.resources import files
-from pathlib import Path
+
+from multimodal.files import local_path
 
 VERBS = ("fit", "validate", "test", "predict")
 HELP = """\
@@ -62,7 +63,7 @@ def find_recipes(argv: list[str]) -> list[str]:
             position = i
         else:
             continue
-        if Path(value).exists():
+        if local_path(value).exists():
             continue
         if not (recipe := recipes / value).is_file():
             raise ValueError(

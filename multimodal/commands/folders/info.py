@@ -1,4 +1,4 @@
-"""``multimodal info``: what a folder (model, image tokenizer, shards) holds, or this installation.
+"""``multimodal info``: what a folder (model, adapter, image tokenizer, shards) holds, or versions.
 
 Fingerprints are verified: every weight is read and hashed.
 """
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     """Run ``multimodal info ARGV...``. The exit status is 1 if a fingerprint is wrong."""
     parser = argparse.ArgumentParser(
         prog="multimodal info",
-        description="What a model folder, an image tokenizer folder or a shard folder holds. "
+        description="What a folder of a model, an adapter, an image tokenizer or shards holds. "
         "Without a folder: the versions of what is installed, and the devices.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """The facts about a folder of a model, an image tokenizer or shards. Raises ``ValueError``."""
+    """The facts about a folder of one of these kinds. Raises ``ValueError`` for others."""
     from multimodal.data.remote.folder import local_folder
     from multimodal.hub.address import HUB_ADDRESS
     from multimodal.hub.names import find_model
@@ -71,9 +71,12 @@ def describe(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: no such folder")
     if (folder / "manifest.json").is_file():
         return shard_facts(folder)
+    if (folder / "adapter_config.json").is_file():
+        return adapter_facts(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"{folder}: neither a model folder (config.json) nor a shard folder (manifest.json)"
+            f"{folder}: neither a model folder (config.json) nor an adapter "
+            "(adapter_config.json) nor a shard folder (manifest.json)"
         )
     config = read_json(folder / "config.json")
     if isinstance(config, dict) and {"quantizer", "encoder", "levels"} & set(config):
@@ -122,8 +125,7 @@ def model_facts(folder: Path) -> dict[str, Any]:
 
 def _licence(provenance: Provenance) -> dict[str, Any]:
     """The first paragraph of each licence, and the sources."""
-    first = [" ".join(text.split("\n\n")[0].split()) for text in provenance.licenses]
-    license = " / ".join(first) or "none is given: weights follow the licences of their data"
+    license = provenance.license_name or "none is given: weights follow the licences of their data"
     lines = {str(number): line for number, line in enumerate(provenance.lines(), start=1)}
     return {"license": license, **({"sources": lines} if lines else {})}
 
@@ -145,6 +147,22 @@ def tokenizer_facts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             "image tokenizer": _verified(str(config.get("fingerprint")), tokenizer.fingerprint)
         },
         **_licence(tokenizer.provenance),
+        **_files(folder),
+    }
+
+
+def adapter_facts(folder: Path) -> dict[str, Any]:
+    from multimodal.adapters.folder import Adapter
+
+    adapter = Adapter.read(folder)
+    base = adapter.base and f"{adapter.base.name} ({adapter.base.fingerprint})"
+    return {
+        "kind": "adapter of an image tokenizer" if adapter.is_of_images else "adapter of a model",
+        "base": base or "not said",
+        "layers": len(adapter.pairs),
+        "parameters": sum(a.numel() + b.numel() for a, b in adapter.pairs.values()),
+        "scale": adapter.scale,
+        **_licence(adapter.provenance),
         **_files(folder),
     }
 

@@ -47,6 +47,10 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if sum(map(bool, (arguments.images, arguments.text, arguments.data))) != 1:
         parser.error("give images, or --text FILE, or --data DIR: one of them")
+    if not arguments.data and (arguments.out_dir or arguments.split):
+        parser.error("--out-dir and --split go with --data")
+    if arguments.data and arguments.out:
+        parser.error("--out is for images or --text; with --data the results go to --out-dir")
     at_least_one(arguments, "batch_size")
     if arguments.data:
         return run_bulk(arguments, "embed")

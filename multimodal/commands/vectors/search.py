@@ -6,15 +6,22 @@ import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from multimodal.commands.options import at_least_one, load_model, make_parser
+from multimodal.data.formats.folders import IMAGE_SUFFIXES
+from multimodal.files import address_of
 from multimodal.terminal import print_error
 
-EPILOG = """QUERY is an image where it names a file that exists, else a text. --images embeds a
-folder. What was embedded is kept by content under --cache (default: multimodal/ in the user's cache
-folder), so the second search of a folder is quick; --cache "" keeps nothing. What is not an image,
-or cannot be read, is named on stderr, and the exit status is 1. --index searches what
-multimodal index wrote: images, or pieces of texts with their lines.
+if TYPE_CHECKING:
+    from PIL import Image
+
+EPILOG = """QUERY is an image where it is an address (see --urls), a file that exists, or ends in
+.jpg, .png and the like; else a text. --images embeds a folder. What was embedded is kept by content
+under --cache (default: multimodal/ in the user's cache folder), so the second search of a folder is
+quick; --cache "" keeps nothing. What is not an image, or cannot be read, is named on stderr, and
+the exit status is 1. --index searches what multimodal index wrote: images, or pieces of texts with
+their lines.
 
 examples:
   multimodal search "a dog in the snow" --images photos/ -k 5
@@ -42,12 +49,31 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cache", default=None, metavar="DIR", help='embeddings; "" for none')
     arguments = parser.parse_args(argv)
     at_least_one(arguments, "k", "batch_size")
-    query = Path(arguments.query) if os.path.isfile(arguments.query) else arguments.query
+    query = read_query(arguments.query, arguments.urls)
     search = _search_images if arguments.images else _search_index
     return search(query, arguments)
 
 
-def _search_index(query: Path | str, arguments: Namespace) -> int:
+def read_query(query: str, urls: bool) -> "str | Image.Image":
+    """The text or the image to search for.
+
+    Args:
+        query: as the user wrote it.
+        urls: whether web addresses are fetched.
+
+    Raises:
+        ValueError: for the path or address of an image that cannot be read. As a text it would
+            find images that have nothing to do with it.
+    """
+    is_image = os.path.splitext(query)[1].lower().removeprefix(".") in IMAGE_SUFFIXES
+    if not (is_image or os.path.isfile(query) or address_of(query)):
+        return query
+    from multimodal.inference.values import open_source
+
+    return open_source(query, urls=urls)
+
+
+def _search_index(query: "str | Image.Image", arguments: Namespace) -> int:
     from multimodal.index.index import Index
 
     index = Index.open(arguments.index, load_model(arguments))
@@ -58,7 +84,7 @@ def _search_index(query: Path | str, arguments: Namespace) -> int:
     return 0
 
 
-def _search_images(query: Path | str, arguments: Namespace) -> int:
+def _search_images(query: "str | Image.Image", arguments: Namespace) -> int:
     from tqdm import tqdm
 
     from multimodal.data.formats.folders import list_images

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from multimodal.data.builder.salvage import TAR_SUFFIXES, is_tar
 from multimodal.data.samples import IMAGE_SUFFIXES, record_of
 from multimodal.data.tables.read import TABLE_SUFFIXES, read_table
 from multimodal.data.tables.records import (
@@ -26,31 +27,50 @@ from multimodal.terminal import shown
 
 _OTHER_IMAGES = ("jxl", "jp2", "svg", "ico", "psd", "dng", "cr2", "nef", "arw")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # with a column file_name
+_OF_SHARDS = ("manifest.json", ".index.json", "rejected.jsonl")  # beside the tars that we write
 _TABLES = tuple(suffix for suffix in TABLE_SUFFIXES if suffix not in (".txt", ".json"))
 
 
 @dataclass
-class _Files:
-    """The files of a folder. Names are relative to it, with slashes."""
+class FolderFiles:
+    """The files of a folder and its sub-folders. Names are relative to it, with slashes."""
 
     images: dict[str, Path] = field(default_factory=dict)
     texts: dict[str, dict[str, Path]] = field(default_factory=dict)
     metadata: list[Path] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
+    tars: list[Path] = field(default_factory=list)
     rejected: list[RejectedSample] = field(default_factory=list)
 
+    def shards(self, folder: Path, notes: Notes) -> list[Path]:
+        """The tars, if they are what the folder is made of. Then all else is noted as left out.
 
-def read_folder(folder: Path, outside: Path | None, options: ReadOptions) -> Iterator[SourceItem]:
-    """The samples of a folder and its sub-folders. Hidden files are left out.
+        They are, if one lies in the folder itself, or if there is nothing else in it to read.
+        """
+        in_folder = any(tar.parent == folder for tar in self.tars)
+        if not in_folder and (self.images or self.metadata or self.tables):
+            notes.ignored.update(f"files {_tar_suffix(tar)}" for tar in self.tars)
+            return []
+        if self.tars:
+            texts = [path for each in self.texts.values() for path in each.values()]
+            for path in (*self.images.values(), *texts, *self.metadata, *self.tables):
+                if not path.name.endswith(_OF_SHARDS):
+                    notes.ignored[f"files {path.suffix.lower()}"] += 1
+        return self.tars
+
+
+def _tar_suffix(tar: Path) -> str:
+    return next(suffix for suffix in TAR_SUFFIXES if tar.name.lower().endswith(suffix))
+
+
+def read_folder(folder: Path, files: FolderFiles, options: ReadOptions) -> Iterator[SourceItem]:
+    """The samples of a folder and its sub-folders that are in no tar.
 
     Args:
         folder: images with .txt or .json beside them, or with a metadata table, or tables only.
-        outside: a folder in it to leave out.
+        files: what is in it.
         options: how to read.
     """
-    saved = saved_tables(folder)
-    files = _find(folder, outside, options.notes) if saved is None else _Files(tables=saved)
-    yield from files.rejected
     if not files.images and not files.metadata and files.tables:
         for texts in files.texts.values():
             options.notes.ignored.update(f"files .{suffix}" for suffix in texts)
@@ -72,12 +92,16 @@ def read_folder(folder: Path, outside: Path | None, options: ReadOptions) -> Ite
                 described[name] = item
     stems = {name.rpartition(".")[0] for name in files.images}
     for stem in sorted(files.texts.keys() - stems):
-        for path in files.texts[stem].values():
-            yield RejectedSample(shown(path), "no image", "a text without an image beside it")
+        for suffix, path in files.texts[stem].items():
+            detail = "a text without an image beside it"
+            if suffix == "json":
+                detail += " (a file of annotations is a SOURCE itself, and has --images)"
+            yield RejectedSample(shown(path), "no image", detail)
     for name in shuffled([*{**files.images, **described}]):
         if name in described:
             hint = shown(os.path.splitext(name)[0])
-            yield replace(described[name], hint=hint, identity=shown(name))
+            split = described[name].split or _split_of(name)
+            yield replace(described[name], hint=hint, identity=shown(name), split=split)
         else:
             texts = files.texts.get(name.rpartition(".")[0], {})
             yield _image(name, files.images[name], texts, options)
@@ -93,7 +117,12 @@ def _image(name: str, path: Path, texts: dict[str, Path], options: ReadOptions) 
     except (OSError, ValueError) as error:
         return RejectedSample(shown(path), "unreadable text", shown(str(error)))
     stem = shown(name.rpartition(".")[0])
-    return SourceSample(shown(path), stem, shown(name), (path,), record)
+    return SourceSample(shown(path), stem, shown(name), (path,), record, _split_of(name))
+
+
+def _split_of(name: str) -> str | None:
+    """The split that the folders of an image were held out for, such as test/dogs/1.jpg."""
+    return next(filter(None, map(held_out, name.split("/")[:-1])), None)
 
 
 def saved_tables(folder: Path) -> list[Path] | None:
@@ -151,8 +180,15 @@ def _of_table(table: Path, folder: Path, options: ReadOptions) -> Iterator[Sourc
         yield RejectedSample(shown(table), "unreadable table", str(error))
 
 
-def _find(folder: Path, outside: Path | None, notes: Notes) -> _Files:
-    files = _Files()
+def find_files(folder: Path, outside: Path | None, notes: Notes) -> FolderFiles:
+    """The files of a folder and its sub-folders. Hidden ones, and what is of no use, are noted.
+
+    Args:
+        outside: a folder in it to leave out.
+    """
+    if (saved := saved_tables(folder)) is not None:
+        return FolderFiles(tables=saved)
+    files = FolderFiles()
     visited: set[str] = set()
     unreadable: list[OSError] = []
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=unreadable.append):
@@ -176,6 +212,8 @@ def _find(folder: Path, outside: Path | None, notes: Notes) -> _Files:
                 files.texts.setdefault(relative[: -len(suffix) - 1], {})[suffix] = path
             elif not path.is_file():  # a pipe or a device would block, or never end
                 notes.ignored["not regular files"] += 1
+            elif is_tar(path):
+                files.tars.append(path)
             elif name.lower() in METADATA:
                 files.metadata.append(path)
             elif f".{suffix}" in _TABLES:
@@ -185,4 +223,5 @@ def _find(folder: Path, outside: Path | None, notes: Notes) -> _Files:
     for error in unreadable:
         detail = error.strerror or str(error)
         files.rejected.append(RejectedSample(shown(error.filename), "unreadable folder", detail))
+    files.tars.sort()
     return files

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from multimodal.data.builder.folders import read_folder, saved_tables
+from multimodal.data.builder.folders import find_files, read_folder, saved_tables
 from multimodal.data.builder.items import (
     Items,
     ItemSource,
@@ -79,8 +79,9 @@ def read_source(
 
     Args:
         source: a folder of images with .txt or .json beside them, or with a metadata table; a
-            folder of tables, or one of ``datasets.save_to_disk``; a folder of tars, packed or not,
-            or one of them; a table; a .jsonl of documents; a .json of annotations; items.
+            folder of tables, or one of ``datasets.save_to_disk``; a folder of tars, packed or not
+            (with its sub-folders), or one of them; a table; a .jsonl of documents; a .json of
+            annotations; items.
         options: how to read.
         outside: a folder inside the source to leave out.
         workspace: where packed tars (.tar.gz) are unpacked.
@@ -108,13 +109,14 @@ def _read_path(
     if not source.is_dir():
         open_file(source).close()  # a pipe or a device is refused before it is read
     if source.is_dir():
-        tars = sorted(path for path in source.iterdir() if is_tar(path) and path.is_file())
-        if tars:
-            yield from _read_shards(tars, options, workspace)
+        files = find_files(source, outside, options.notes)
+        yield from files.rejected
+        if tars := files.shards(source, options.notes):
+            yield from _read_shards(tars, source, options, workspace)
         else:
-            yield from read_folder(source, outside, options)
+            yield from read_folder(source, files, options)
     elif is_tar(source):
-        yield from _read_shards([source], options, workspace)
+        yield from _read_shards([source], source.parent, options, workspace)
     elif source.suffix.lower() in TABLE_SUFFIXES:
         yield from read_table(source, options)
     else:
@@ -149,10 +151,11 @@ def expected_samples(source: Source) -> int | None:
 
 
 def _read_shards(
-    tars: list[Path], options: ReadOptions, workspace: Path | None
+    tars: list[Path], folder: Path, options: ReadOptions, workspace: Path | None
 ) -> Iterator[SourceItem]:
     for tar in tars:
-        split = held_out(tar.name.partition(".")[0])
+        relative = tar.relative_to(folder)
+        split = held_out(tar.name.partition(".")[0]) or held_out(relative.parent.name)
         try:
             path = unpacked(tar, workspace)
         except ValueError as error:
@@ -185,7 +188,7 @@ def _read_shards(
             yield SourceSample(
                 name=name,
                 hint=item.key,
-                identity=f"{shown(tar.name)}/{item.key}",
+                identity=f"{shown(relative.as_posix())}/{item.key}",
                 images=slices,
                 record=record,
                 split=split,

@@ -99,7 +99,8 @@ class Transport:
 
         def attempt(_: float) -> None:
             # The file system itself notices a stall. How long a whole file takes is not known.
-            self._call("get_file", name, None, lpath=str(target), callback=_at_most(size))
+            # The parameters have other names in other file systems: the target is the second.
+            self._call("get_file", name, None, str(target), callback=_at_most(size))
             if sha256:
                 with open(target, "rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
@@ -139,7 +140,9 @@ class Transport:
         usual = max(MIN_PATIENCE, PATIENCE * max(recent)) if recent else FIRST_PATIENCE
         return min(MAX_PATIENCE, usual * 2 ** min(number, 10))
 
-    def _call(self, method: str, name: str, patience: float | None, **arguments: Any) -> Any:
+    def _call(
+        self, method: str, name: str, patience: float | None, *more: str, **options: Any
+    ) -> Any:
         """Call a method of the file system. Only an asynchronous one can be interrupted."""
         system, root = self._open()
         path = f"{root}/{quote(name) if root.startswith(('http:', 'https:')) else name}"
@@ -147,9 +150,9 @@ class Transport:
             from fsspec.asyn import sync
 
             return sync(
-                system.loop, getattr(system, f"_{method}"), path, timeout=patience, **arguments
+                system.loop, getattr(system, f"_{method}"), path, *more, timeout=patience, **options
             )
-        return getattr(system, method)(path, **arguments)
+        return getattr(system, method)(path, *more, **options)
 
     def _open(self) -> tuple[Any, str]:
         """(file system, the folder's path in it)"""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from multimodal.data.formats.folders import IMAGE_SUFFIXES
 from multimodal.data.samples import CONVERSATION_FIELDS, Note, has_text, normalise
 from multimodal.data.tables.records import (
     ReadOptions,
@@ -25,8 +26,10 @@ from multimodal.terminal import shown
 
 TEXT_COLUMNS = (
     *("captions", "caption", "text", "title", "description", "prompt", "alt"),
-    *("comment", "sentence"),
+    *("comment", "sentence", "txt"),
 )
+# Shards as a table, of img2dataset or of a conversion, have columns named as members: jpg, txt.
+_IMAGE_COLUMNS = (*IMAGE_COLUMNS, *IMAGE_SUFFIXES)
 _OTHER_TEXTS = {"qa", "question", "label", *CONVERSATION_FIELDS}
 _NUMBERED = re.compile(r"(\.\w+)#\d+$")  # a.jpg#0: the first caption of a.jpg, in Flickr8k
 
@@ -70,7 +73,7 @@ def find_columns(
         ValueError: if there is no such column.
     """
     guess = (layout.image, layout.text) if layout is not None else (None, None)
-    image = _choose(table, names, options.image_column, IMAGE_COLUMNS) or guess[0]
+    image = _choose(table, names, options.image_column, _IMAGE_COLUMNS) or guess[0]
     text = _choose(table, names, options.text_column, TEXT_COLUMNS) or guess[1]
     has_texts = text or _OTHER_TEXTS & {*names}
     needs_text = options.need_text and not has_texts
