@@ -14,6 +14,7 @@ import select
 import signal
 import sys
 import traceback
+from types import FrameType
 
 from multimodal import __version__
 from multimodal.memory import is_out_of_memory, keep_freed_memory, of_a_device
@@ -108,6 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     verb, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     name = _name(verb)  # Lightning forgets the rank at its end
     print_any_text()
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         try:
             status = _run(verb, rest)
@@ -135,6 +138,20 @@ def main(argv: list[str] | None = None) -> int:
         except OSError:  # a full disk, say, which may be what was just reported
             _abandon_stdout()
         return 1
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C. In the middle of an import the process ends at once, where nothing is half done.
+
+    Libraries swallow the exception there, in a bare ``except`` or in a callback from C, and the job
+    would go on to its end.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os.write(2, f"{_name(sys.argv[1])}: interrupted\n".encode())
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _run(verb: str, rest: list[str]) -> int:

@@ -69,6 +69,31 @@ def test_workers_end_with_their_main_process(end: End, tmp_path: Path) -> None:
         finish(process)
 
 
+IMPORT = """
+import os, signal, sys, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+except:
+    pass
+"""
+
+
+def test_ctrl_c_in_an_import_that_swallows_it_ends_the_program(tmp_path: Path) -> None:
+    (tmp_path / "greedy.py").write_text(IMPORT, "utf-8")
+    script, stderr = tmp_path / "job.py", tmp_path / "stderr"
+    body = (
+        "import sys\nfrom multimodal import cli\ncli._run = lambda *_: bool(__import__('greedy'))\n"
+    )
+    script.write_text(f"{body}sys.exit(cli.main())\n", "utf-8")
+    process = start([str(script), "caption"], stderr)
+    try:
+        assert process.wait(PATIENCE) == 130
+        assert stderr.read_text() == "multimodal caption: interrupted\n"
+    finally:
+        finish(process)
+
+
 # The main process ends while a worker is being started: a second later its semaphore is gone.
 START = """
 import os, sys, time
