@@ -1,9 +1,11 @@
 """What the server that worker processes are forked from imports: it says when not to complain.
 
-A worker that is just being started when its main process ends finds its queues half written and
-their semaphores gone. Nobody is left who could use that error.
+A worker that is just being started when its main process ends, or that hands over a result, finds
+its queues half written and their semaphores gone. Nobody is left who could use that error.
 """
 
+import atexit
+import multiprocessing
 import os
 import select
 import sys
@@ -25,11 +27,16 @@ def _ends(pipe: int) -> bool:
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    # multiprocessing.spawn._main and its caller have the pipe as a variable; nothing else does.
-    frames = [frame.f_locals for frame, _ in traceback.walk_tb(trace)]
-    pipe = next((f["parent_sentinel"] for f in frames if "parent_sentinel" in f), None)
+    main = multiprocessing.parent_process()
+    if main is not None:  # in a thread that hands results over, say
+        pipe: int | None = main.sentinel
+    else:  # multiprocessing.spawn._main and its caller have the pipe as a variable
+        frames = [frame.f_locals for frame, _ in traceback.walk_tb(trace)]
+        pipe = next((f["parent_sentinel"] for f in frames if "parent_sentinel" in f), None)
     if pipe is None or not _ends(pipe):
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = _report
+if any("multiprocessing.forkserver" in word for word in sys.orig_argv):  # in no other process
+    sys.excepthook = _report
+    atexit.register(os._exit, 0)  # a second earlier than by taking torch apart
