@@ -75,8 +75,7 @@ def _pack(scaled: Tensor) -> tuple[Tensor, Tensor]:
             f"a matrix is {scaled.shape[1]} numbers wide: 4 bits need a multiple of {GROUP}"
         )
     if scaled.is_meta:  # shapes alone; the search below takes seconds to find them
-        halves, words = scaled[:, ::2].to(torch.uint8), scaled[:, ::GROUP].to(torch.uint8)
-        return halves, words
+        return scaled[:, ::2].to(torch.uint8), scaled[:, ::GROUP].to(torch.uint8)
     groups = rearrange(scaled.float(), "n (g k) -> n g k", k=GROUP)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     best = torch.full_like(low, torch.inf)
