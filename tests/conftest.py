@@ -16,6 +16,7 @@ import pytest
 
 if TYPE_CHECKING:
     import torch
+    from s3fs import S3FileSystem
 
     from multimodal.api import Model
 
@@ -111,6 +112,31 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> "Iterator[S3FileSystem]":
+    """An empty bucket ``s3://bucket`` of a local server (moto), which s3 addresses mean now."""
+    moto, s3fs = pytest.importorskip("moto.server"), pytest.importorskip("s3fs")
+    from moto.moto_api._internal.models import moto_api_backend
+
+    moto_api_backend.reset()  # its buckets belong to the process, not to a server
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "someone",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    try:
+        files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+        files.mkdir("bucket")
+        yield files
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="session")

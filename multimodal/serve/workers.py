@@ -91,6 +91,7 @@ class Supervisor:
                 processes = [each.process for each in self.workers if each.process is not None]
                 readers = [each.ready for each in self.workers if each.ready is not None]
                 wait([*(process.sentinel for process in processes), *readers], TICK)
+            log.warning("stopping when requests are answered; a second signal ends them at once")
             return 0
         finally:
             self._stop()

@@ -5,7 +5,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import pytest
@@ -19,6 +19,9 @@ from multimodal.train.run.checkpoints import AtomicCheckpointIO
 from multimodal.train.run.damage import check_checkpoint
 from multimodal.train.run.writing import copied
 from tests.launches import launch, run_processes, torchrun
+
+if TYPE_CHECKING:
+    from s3fs import S3FileSystem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAST_STEP = 8
@@ -204,44 +207,32 @@ def test_parts_of_two_ranks_are_written_late_and_copied(work: Path, tmp_path: Pa
 
 
 def test_a_run_goes_on_from_a_bucket_and_not_from_half_a_copy(
-    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    work: Path, tmp_path: Path, s3: "S3FileSystem", capsys: pytest.CaptureFixture[str]
 ) -> None:
-    moto, s3fs = pytest.importorskip("moto.server"), pytest.importorskip("s3fs")
-    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "someone")
-    try:
-        files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
-        files.mkdir("bucket")
-        at, config = "s3://bucket/run", work / "joint.yaml"
-        copy = ["--checkpoint_copy", at, "--trainer.val_check_interval", "4"]
-        by = ["--best_by", "val/total:max"]  # the first one
-        assert main(fit(config, tmp_path / "one", *copy, *by, *BACKGROUND[:2])) == 0
-        one = tmp_path / "one/checkpoints"
-        assert {p.name for p in one.iterdir()} == {p.name for p in one.glob("*.ckpt")}
-        best = (one / "best.ckpt").resolve().name
-        kept = {name for name in (best, "step=8.ckpt") for name in (name, name[:-4] + "json")}
-        listed = {Path(name).name for name in files.ls("bucket/run")}
-        assert best != "step=8.ckpt" and listed == kept | {"last.json", "best.json"}
-        # On another machine: what is there comes with --ckpt_path auto, the best one too.
-        again = fit(config, tmp_path / "two", *copy, *by, "--ckpt_path", "auto")
-        assert main([*again, "--trainer.max_steps", "9"]) == 0
-        assert (tmp_path / "two/checkpoints/best.ckpt").resolve().name == best
-        files.rm_file("bucket/run/step=9.json")  # as if the copy had been cut off
-        first = fit(config, tmp_path / "three", "--ckpt_path")
-        assert main([*first, f"{at}/step=9.ckpt"]) == 1
-        assert "no complete checkpoint there" in capsys.readouterr().err
-        data = bytearray(files.cat_file(f"bucket/run/{best}"))
-        data[len(data) // 2] ^= 1
-        files.pipe_file(f"bucket/run/{best}", bytes(data))
-        assert main([*first, f"{at}/best.ckpt"]) == 1
-        assert "the checkpoint is damaged" in capsys.readouterr().err
-        assert not list((tmp_path / "three").rglob("*.ckpt"))
-    finally:
-        server.stop()
+    at, config = "s3://bucket/run", work / "joint.yaml"
+    copy = ["--checkpoint_copy", at, "--trainer.val_check_interval", "4"]
+    by = ["--best_by", "val/total:max"]  # the first one
+    assert main(fit(config, tmp_path / "one", *copy, *by, *BACKGROUND[:2])) == 0
+    one = tmp_path / "one/checkpoints"
+    assert {p.name for p in one.iterdir()} == {p.name for p in one.glob("*.ckpt")}
+    best = (one / "best.ckpt").resolve().name
+    kept = {name for name in (best, "step=8.ckpt") for name in (name, name[:-4] + "json")}
+    listed = {Path(name).name for name in s3.ls("bucket/run")}
+    assert best != "step=8.ckpt" and listed == kept | {"last.json", "best.json"}
+    # On another machine: what is there comes with --ckpt_path auto, the best one too.
+    again = fit(config, tmp_path / "two", *copy, *by, "--ckpt_path", "auto")
+    assert main([*again, "--trainer.max_steps", "9"]) == 0
+    assert (tmp_path / "two/checkpoints/best.ckpt").resolve().name == best
+    s3.rm_file("bucket/run/step=9.json")  # as if the copy had been cut off
+    first = fit(config, tmp_path / "three", "--ckpt_path")
+    assert main([*first, f"{at}/step=9.ckpt"]) == 1
+    assert "no complete checkpoint there" in capsys.readouterr().err
+    data = bytearray(s3.cat_file(f"bucket/run/{best}"))
+    data[len(data) // 2] ^= 1
+    s3.pipe_file(f"bucket/run/{best}", bytes(data))
+    assert main([*first, f"{at}/best.ckpt"]) == 1
+    assert "the checkpoint is damaged" in capsys.readouterr().err
+    assert not list((tmp_path / "three").rglob("*.ckpt"))
 
 
 def test_a_copy_that_fails_does_not_end_the_training(
