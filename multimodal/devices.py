@@ -66,6 +66,25 @@ def choose_dtype(
     return kind
 
 
+def has_slow_bfloat16(device: "str | torch.device") -> bool:
+    """Whether bfloat16 is only emulated there: a CPU of x86 without AVX-512.
+
+    Products are then five times slower than in float32 (docs/decisions/training_speed.md).
+    """
+    import torch
+
+    return torch.device(device).type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def warn_of_slow_bfloat16(device: "str | torch.device", instead: str) -> None:
+    """Say so on stderr if bfloat16 is slow there, and which option chooses float32 instead."""
+    if has_slow_bfloat16(device):
+        print_error(
+            "this processor has no instructions for bfloat16, which is slower than float32 here: "
+            f"give {instead}"
+        )
+
+
 def moved(tensor: "Tensor", device: "torch.device") -> "Tensor":
     """A tensor on a device. The host does not wait until a copy to a CUDA device is done.
 

@@ -9,7 +9,12 @@ from PIL import Image
 
 from multimodal import devices, load
 from multimodal.cli import main
-from multimodal.devices import choose_device, choose_dtype
+from multimodal.devices import (
+    choose_device,
+    choose_dtype,
+    has_slow_bfloat16,
+    warn_of_slow_bfloat16,
+)
 
 HERE = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 BEST_HERE = next((name for name, there in HERE.items() if there), "cpu")
@@ -114,3 +119,13 @@ def test_a_full_memory_says_what_to_lower(
     monkeypatch.setattr("multimodal.train.cli.main", fail)
     assert main(["fit"]) == 1
     assert "not enough memory: lower --data.global_batch_size" in capsys.readouterr().err
+
+
+def test_a_processor_without_instructions_for_bfloat16_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for capability, slow in (("AVX2", True), ("AVX512", False), ("DEFAULT", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        assert has_slow_bfloat16("cpu") is slow and not has_slow_bfloat16("meta")
+        warn_of_slow_bfloat16("cpu", "--precision float32")
+        assert ("give --precision float32" in capsys.readouterr().err) is slow

@@ -22,6 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from multimodal.devices import warn_of_slow_bfloat16
 from multimodal.distributed import leave_store_of_last_attempt
 from multimodal.files import local_path
 from multimodal.model.layers.transformer import SIZES, named_config
@@ -232,6 +233,8 @@ class TrainingCLI(LightningCLI):
         kwargs["callbacks"] = [*given, *callbacks]
         trainer = super().instantiate_trainer(**kwargs)
         set_rank_timeout(trainer, config.rank_timeout)
+        if str(trainer.precision).startswith("bf16") and is_first_rank():
+            warn_of_slow_bfloat16(trainer.strategy.root_device, "--trainer.precision 32-true")
         return trainer
 
     @property

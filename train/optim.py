@@ -10,9 +10,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from timm.optim import muon as timm_muon
 from timm.optim.muon import Muon
-from torch import nn
+from torch import Tensor, nn
 
+from multimodal.devices import has_slow_bfloat16
 from multimodal.model.layers.experts import Router
 from multimodal.provenance import Provenance, run_card
 from multimodal.train.sharding import clip_gradients
@@ -163,6 +165,18 @@ def can_compile() -> bool:
         return True
     rank_zero_warn("compile: true needs a C++ compiler (g++, clang++), found none: not compiling")
     return False
+
+
+_of_timm = timm_muon.zeropower_via_newtonschulz
+
+
+def _orthogonal(update: Tensor, *args: Any, **options: Any) -> Tensor:
+    """timm's iteration, in float32 where bfloat16 is slow: Muon has no option for it."""
+    options["dtype"] = torch.float32 if has_slow_bfloat16(update.device) else torch.bfloat16
+    return _of_timm(update, *args, **options)
+
+
+timm_muon.zeropower_via_newtonschulz = _orthogonal  # type: ignore[assignment]
 
 
 def muon(

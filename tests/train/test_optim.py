@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from timm.optim import muon as muon_of_timm
 from torch import Tensor, nn
 
 from multimodal.model.layers.experts import ExpertsConfig, SparseMLP
 from multimodal.train.optim import muon
+
+COEFFICIENTS = muon_of_timm.resolve_ns_coefficients("polar_express", muon_of_timm._COEFFICIENTS)
 
 
 class Network(nn.Module):
@@ -81,3 +84,17 @@ def test_norms_and_biases_do_not_decay() -> None:
             assert not decayed.any(), name
         else:
             torch.testing.assert_close(decayed, -0.01 * 0.5 * value, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_the_iteration_is_in_float32_where_bfloat16_is_slow(
+    slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multimodal.train.optim.has_slow_bfloat16", lambda device: slow)
+    step = steps_of(Network(), 0.0)["inside.weight"]
+    assert condition_number(step) < 1.5
+    torch.manual_seed(0)
+    update = torch.randn(16, 8)
+    found = muon_of_timm.zeropower_via_newtonschulz(update, 5, COEFFICIENTS)
+    assert found.dtype == (torch.float32 if slow else torch.bfloat16)
+    assert condition_number(found.float()) < 1.5

@@ -199,12 +199,15 @@ def encode(arguments: argparse.Namespace) -> int:
     from multimodal.commands.options import use_device
     from multimodal.data.encode import REJECTED, UNREADABLE, Encoding, encode_shards
     from multimodal.data.shards import read_manifest
+    from multimodal.devices import warn_of_slow_bfloat16
     from multimodal.hub.names import part_of
     from multimodal.tokenizers.image import load_image_tokenizer
 
     if arguments.batch_size < 1 or arguments.decoders < 0:
         raise ValueError("--batch-size, --decoders: expected at least 1, and at least 0")
     use_device(arguments)
+    if arguments.precision == "bfloat16":
+        warn_of_slow_bfloat16(arguments.device, "--precision float32")
     tokenizer = load_image_tokenizer(part_of(arguments.tokenizer, "image_tokenizer"))
     encoding = Encoding.for_tokenizer(
         tokenizer,
