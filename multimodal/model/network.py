@@ -213,8 +213,8 @@ class MultimodalLM(nn.Module):
         copies of its MLPs (``upcycled``). If this one is quantized, floats are rounded.
 
         Raises:
-            ValueError: if it has other bits, the sizes differ, or its levels are not the first ones
-                of this network.
+            ValueError: if it has other bits, the sizes differ, or one of its levels is not one of
+                this network.
         """
         ours, theirs = self.config, source.config
         bits, given = (config.transformer.weight_bits for config in (ours, theirs))
@@ -233,18 +233,26 @@ class MultimodalLM(nn.Module):
         )
         if shared != ours.transformer or theirs.text_size != ours.text_size:
             raise ValueError("its sizes are not those of this run")
-        levels = theirs.layout.levels
-        if levels != ours.layout.levels[: len(levels)]:
+        if not set(theirs.layout.levels) <= set(ours.layout.levels):
             raise ValueError(f"its levels are not those of this run: {theirs.layout}")
-        weights, kept = source.state_dict(), source.vocabulary.image_end
+        weights = source.state_dict()
         if grows and ours.transformer.experts is not None:
             weights = upcycled(weights, ours.transformer.experts)
-        for name, weight in self.state_dict().items() if levels != ours.layout.levels else ():
+        for name, weight in self.state_dict().items() if theirs.layout != ours.layout else ():
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                weights[name] = torch.cat([weights[name][:kept], weight[kept:]])
+                weights[name] = self._with_rows_of(source, weights[name], weight.clone())
         if bits is not None and given is None:
             weights = quantized(weights, self.state_dict(), bits)
         self.load_state_dict(weights)
+
+    def _with_rows_of(self, source: "MultimodalLM", theirs: Tensor, ours: Tensor) -> Tensor:
+        """A table of ids with the rows of texts, specials, and levels that another network has."""
+        texts, start = self.vocabulary.image_start, source.vocabulary.image_start
+        ours[:texts] = theirs[:start]
+        for level in source.config.layout.levels:
+            place, found = (n.config.layout.numbers(level.name) for n in (self, source))
+            ours[texts:][place] = theirs[start:][found]
+        return ours
 
     @property
     def device(self) -> torch.device:

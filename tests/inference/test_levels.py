@@ -203,6 +203,23 @@ def test_a_model_that_reads_learns_to_draw_without_forgetting(
     assert again.caption([image]) == model.caption([image])
 
 
+def test_a_model_that_draws_learns_to_read_without_forgetting(
+    model: Model, levels: tuple[Meaning, VQTokenizer]
+) -> None:
+    """The level that comes in goes before the one that was there, whose ids move."""
+    before = make(ImageTokenizer(detail=levels[1]), model)
+    grown = make(ImageTokenizer(*levels), model, ["detail"])
+    own = grown.network.transformer.state_dict()["embed_tokens.weight"].clone()
+    grown.network.take_weights(before.network)
+    options = DrawOptions(method="causal", temperature=0, guidance_scale=1)
+    drawn, expected = (draw_codes(each, ["a red bus"], options) for each in (grown, before))
+    assert torch.equal(drawn[:, DETAIL] - 16, expected)
+    table = grown.network.transformer.state_dict()["embed_tokens.weight"]
+    start = grown.vocabulary.image_start
+    assert torch.equal(table[start : start + 16], own[start : start + 16])
+    assert not torch.equal(table[:start], own[:start])
+
+
 # --- a model that draws detail alone --------------------------------------------------------------
 
 
