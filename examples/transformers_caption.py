@@ -15,10 +15,10 @@ from multimodal.tokenizers.image import load_image_tokenizer
 folder, photo = sys.argv[1:]
 images = load_image_tokenizer(f"{folder}/image_tokenizer")
 pixels = to_tensor(fit_image(open_image(photo), images.image_size, images.fit))[None]
-codes = images.encode(pixels, [images.layout.levels[0].name])[0].tolist()
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
+codes = images.encode(pixels, model.config.image_levels["reads"])[0].tolist()
 prompt = "<bos><boi>" + "".join(f"<|image:{code}|>" for code in codes) + "<eoi>"
 inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
 output = model.generate(**inputs, max_new_tokens=64)

@@ -62,8 +62,10 @@ def _write(model: ModelParts, folder: Path, dtype: str) -> None:
     }
     padding = list(range(vocabulary.image_end, vocabulary.size))
     generation = {**ends, "do_sample": False, **({"suppress_tokens": padding} if padding else {})}
+    levels = {"reads": list(model.config.reads), "draws": list(model.config.draws)}
+    config = {**stock_config(model.config.transformer), **ends, "torch_dtype": dtype}
     written: dict[str, dict[str, Any]] = {
-        "config.json": {**stock_config(model.config.transformer), **ends, "torch_dtype": dtype},
+        "config.json": {**config, "image_levels": levels},
         "generation_config.json": generation,
         "tokenizer.json": exported_tokenizer(model),
         "tokenizer_config.json": {
@@ -145,7 +147,8 @@ Exported from model {model} of the multimodal toolkit. Any engine that runs
 `{stock_class}` runs it, without custom code. An image is {codes} tokens,
 `<|image:0|>` to `<|image:{last}|>`, the codes of image tokenizer {image_tokenizer}
 (in `image_tokenizer/`; images of {side} x {side} pixels): {levels}.
-An image that is described has {read} of them: {reads}. One that is drawn has {drawn}: {draws}.
+An image that is described has {read} of them: {reads}. One that is drawn has {drawn}: {draws}
+(`image_levels` of `config.json`).
 
     describe   <bos><boi>CODES<eoi>     the model goes on with a caption and <eos>
     draw       <bos>a caption<boi>      the model goes on with {drawn} codes and <eoi>
