@@ -1,13 +1,16 @@
 """Captions a second of ``multimodal serve``: many clients at once against the same work one by one.
 
-    python benchmarks/serving.py [--model starter] [--clients 32] [--requests 128] [--threads 2]
+    python -m benchmarks.serving [--model starter] [--clients 32] [--requests 128] [--threads 2]
 
 Each request is an image of noise and shapes (64 x 64, PNG in a data URI) and asks for a greedy
 caption of up to 32 tokens, streamed. All are sent to a server one after the other, and to another,
 which has not seen the images either, by --clients at once. The texts must be equal.
 
-The last line is JSON: captions a second of both and their ratio, and the medians and 99th
-percentiles of the seconds to the first token and to the end.
+The same weights exported, behind benchmarks/peers/transformers_server.py, then answer the same
+clients.
+
+The last line is JSON: captions a second of all three and ratios, and the medians and 99th
+percentiles of the seconds to the first token and to the end. --out writes it to a file.
 """
 
 import argparse
@@ -20,14 +23,19 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from multimodal.export.hf import export_hf
+from multimodal.files import write_json
 
 TOKENS = 32
 
@@ -67,7 +75,18 @@ def ask(port: int, body: bytes) -> tuple[str, float, float]:
     return text, first or end, end
 
 
-def measure(port: int, bodies: list[bytes], clients: int) -> tuple[list[str], dict[str, Any]]:
+Pass = tuple[list[str], dict[str, Any]]  # the texts, and the numbers
+
+
+def ratio(one: dict[str, Any], other: dict[str, Any]) -> float:
+    return round(one["captions_per_second"] / other["captions_per_second"], 2)
+
+
+def equal(one: Sequence[str], other: Sequence[str]) -> int:
+    return sum(a.strip() == b.strip() for a, b in zip(one, other, strict=True))
+
+
+def measure(port: int, bodies: list[bytes], clients: int) -> Pass:
     start = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
         results = list(pool.map(lambda body: ask(port, body), bodies))
@@ -83,14 +102,16 @@ def measure(port: int, bodies: list[bytes], clients: int) -> tuple[list[str], di
     return [text for text, _, _ in results], numbers
 
 
-@contextmanager
-def server(model: str, threads: int) -> Iterator[int]:
-    """Yields its port when it answers."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "multimodal", "serve", model, "--name", "bench"]
-    command += ["--port", str(port), "--threads", str(threads)]
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def server(port: int, module: str, *arguments: object) -> Iterator[int]:
+    """``python -m MODULE ARGUMENTS``. Yields its port when it answers."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     environment = {**os.environ, "MULTIMODAL_API_KEY": ""}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     try:
@@ -114,15 +135,26 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     bodies = [request_of(number) for number in range(arguments.requests)]
-    passes = []
-    for clients in (1, arguments.clients):
-        with server(arguments.model, arguments.threads) as port:  # a new one has kept no codes
+
+    def measured(clients: int, module: str, port: int, *options: object) -> Pass:
+        with server(port, module, *options):  # a new one has kept no codes
             measure(port, [request_of(2**31 + number) for number in range(4)], 4)  # warm up
-            passes.append(measure(port, bodies, clients))
-    (alone, one_by_one), (together, at_once) = passes
-    ratio = at_once["captions_per_second"] / one_by_one["captions_per_second"]
+            return measure(port, bodies, clients)
+
+    def ours(clients: int) -> Pass:
+        port = free_port()
+        options = ["--name", "bench", "--port", port, "--threads", arguments.threads]
+        return measured(clients, "multimodal", port, "serve", arguments.model, *options)
+
+    alone, one_by_one = ours(1)
+    together, at_once = ours(arguments.clients)
+    with tempfile.TemporaryDirectory() as folder:
+        export_hf(arguments.model, exported := Path(folder) / "exported")
+        port, module = free_port(), "benchmarks.peers.transformers_server"
+        theirs, peer = measured(arguments.clients, module, port, exported, port, arguments.threads)
     result = {
         "benchmark": "serving",
         "model": arguments.model,
@@ -131,10 +163,15 @@ def main() -> None:
         "threads": arguments.threads,
         "one_by_one": one_by_one,
         "at_once": at_once,
-        "ratio": round(ratio, 2),
-        "equal_texts": sum(a == b for a, b in zip(alone, together, strict=True)),
+        "transformers": peer,
+        "ratio": ratio(at_once, one_by_one),
+        "ratio_to_transformers": ratio(at_once, peer),
+        "equal_texts": equal(alone, together),
+        "equal_texts_of_transformers": equal(theirs, together),
     }
     print(json.dumps(result))
+    if arguments.out is not None:
+        write_json(arguments.out, result)
 
 
 if __name__ == "__main__":
