@@ -5,6 +5,7 @@ import io
 import re
 import shlex
 import subprocess
+from unittest import mock
 
 
 def run_command(line: str) -> tuple[int, str, str]:
@@ -16,7 +17,9 @@ def run_command(line: str) -> tuple[int, str, str]:
 
     ours, sign, rest = (*re.split(r" ([|>]) ", line, maxsplit=1), "", "")[:3]
     out, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+    # What is printed is not to depend on the processor.
+    fast = mock.patch("multimodal.devices.has_slow_bfloat16", lambda device: False)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), fast:
         try:
             status = main(shlex.split(ours, comments=True)[1:])
         except SystemExit as ended:

@@ -21,7 +21,7 @@ class Likelihood:
 
     name: ClassVar[str] = "likelihood"
     protocol: ClassVar[str] = (
-        "the first caption given its image; the codes one by one given the caption"
+        "the first caption given its image; the codes that are drawn, one by one, given the caption"
     )
     examples: list[Example] = field(default_factory=list)
 
@@ -31,6 +31,7 @@ class Likelihood:
     @torch.inference_mode()
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         model, network, all_codes = subject.model, subject.model.network, subject.codes
+        drawn = model.config.layout.indices(model.config.draws)
 
         def likelihoods(rows: Sequence[int]) -> list[tuple[float, float]]:
             """Of each sample: bits per byte of its caption, nats per code."""
@@ -38,7 +39,8 @@ class Likelihood:
             captions = [descriptions_of(subject.samples[row].record)[0] for row in rows]
             caption_nats = (-text_likelihoods(model, codes, captions)).tolist()
             results = []
-            for row, caption, nats in zip(codes.numpy(), captions, caption_nats, strict=True):
+            drawings = codes[:, drawn].numpy()
+            for row, caption, nats in zip(drawings, captions, caption_nats, strict=True):
                 ids = model.text_tokenizer.encode(caption)
                 sequence = draw(model.vocabulary, ids, row)
                 packed = pack([sequence], len(sequence), model.vocabulary.pad).to(model.device)

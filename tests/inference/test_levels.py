@@ -12,6 +12,9 @@ from torch import Tensor
 
 import multimodal
 from multimodal import Model
+from multimodal.data.shards import Shards
+from multimodal.eval.evaluator import Subject, evaluate
+from multimodal.eval.tasks.likelihood import Likelihood
 from multimodal.inference.codec import decode_images, encode_images, encode_to_read, read_images
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.editing import box_mask
@@ -21,6 +24,7 @@ from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.sequences import OBJECTIVES, document, draw, pack
 from multimodal.model.training_batch import TrainingSample
 from multimodal.options import DrawOptions, EditOptions
+from multimodal.scenes.dataset import write_scenes
 from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer
 from multimodal.tokenizers.meaning import Meaning, MeaningConfig, fit_codebooks
@@ -344,3 +348,15 @@ def test_a_decoder_that_reads_meaning_needs_it_drawn(
     reader.start_from(detail)
     with pytest.raises(ValueError, match="both have to be drawn"):
         make(ImageTokenizer(meaning, reader), tiny_model(), ["detail"])
+
+
+def test_the_likelihood_of_a_drawing_is_of_what_is_drawn(drawer: Model, tmp_path: Path) -> None:
+    write_scenes(tmp_path, 20, 0, 32)
+    subject = Subject(drawer, list(Shards(tmp_path, "train"))[:6])
+    before = evaluate(Likelihood(), subject)
+    changed = subject.codes.clone()
+    changed[:, MEANING] = 15 - changed[:, MEANING]
+    subject.__dict__["codes"] = changed
+    after = evaluate(Likelihood(), subject)
+    assert before["image_nats_per_code"] == after["image_nats_per_code"]
+    assert before["caption_bits_per_byte"] != after["caption_bits_per_byte"]
