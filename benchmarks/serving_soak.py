@@ -149,7 +149,9 @@ class Soak:
 
     def used(self) -> dict[str, float]:
         process = Path(f"/proc/{self.pid}")
-        status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+        status = dict(
+            line.split(":", 1) for line in (process / "status").read_text("utf-8").splitlines()
+        )
         return {
             "megabytes": round(int(status["VmRSS"].split()[0]) / 1024, 1),
             "files": len(list((process / "fd").iterdir())),

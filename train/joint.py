@@ -15,7 +15,7 @@ from multimodal.distributed import gather_objects, mean_over_ranks
 from multimodal.eval.metrics.answering import score_answers
 from multimodal.eval.metrics.captioning import score_captions, sentence_health
 from multimodal.eval.tasks.answers import SHORT_ANSWER
-from multimodal.hub.names import part_of
+from multimodal.hub.names import levels_of, part_of
 from multimodal.inference.codec import decode_images, encode_images
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.text import caption_codes, complete_prompts
@@ -54,8 +54,9 @@ class JointModule(AdapterModule):
             file. The text tokenizer is then given the same, too.
         objectives: weights and shares of the losses.
         reads: the levels of the image tokenizer that captions, answers and embeddings read. By
-            default the first one.
-        draws: the levels that a drawn image has. By default all. Drawing detail alone is cheaper.
+            default those of the model that ``image_tokenizer`` names, else the first one.
+        draws: the levels that a drawn image has. By default those of that model, else all. Drawing
+            detail alone is cheaper.
         experts: in place of the MLPs, for each token a few of many: num_experts,
             num_experts_per_tok and more. Those of a language model, or of a model without experts
             in ``--init_from``, start as copies of its MLPs.
@@ -112,13 +113,14 @@ class JointModule(AdapterModule):
         super().__init__(learning_rate, weight_decay, warmup_steps, learning_rates, lora)
         # The model is what validation uses. Its parts are the module's own, so that Lightning moves
         # and saves them.
+        read, drawn = levels_of(image_tokenizer)
         self.model = Model.new(
             size,
             TextTokenizer.load(part_of(text_tokenizer, "text_tokenizer.json")),
             load_image_tokenizer(part_of(image_tokenizer, "image_tokenizer")),
             objectives,
-            reads or (),
-            draws or (),
+            reads or read,
+            draws or drawn,
             experts,
         )
         self.network = self.model.network = self.base_network(self.model.network)

@@ -12,6 +12,7 @@ A folder or a file that exists comes first, whatever else its name may mean.
 from importlib.resources import files
 from pathlib import Path
 
+from multimodal.files import read_json
 from multimodal.hub.address import HubName
 from multimodal.hub.download import download
 
@@ -36,6 +37,19 @@ def part_of(name: str | Path, part: str) -> Path:
     others = ("tokenizer.json",) if part == "text_tokenizer.json" else ()
     folder = _find(name, part, *others)
     return folder / part if (folder / part).exists() else folder
+
+
+def levels_of(image_tokenizer: str | Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The levels that a model reads and draws, if its name stands for its image tokenizer.
+
+    Of an image tokenizer that belongs to no model both are empty.
+    """
+    folder = part_of(image_tokenizer, "image_tokenizer")
+    config = folder.parent / "config.json"
+    if folder.name != "image_tokenizer" or not config.is_file():
+        return (), ()
+    stored = read_json(config)
+    return tuple(stored.get("reads") or ()), tuple(stored.get("draws") or ())
 
 
 def _find(name: str | Path, *parts: str) -> Path:

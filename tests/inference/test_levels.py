@@ -29,6 +29,7 @@ from multimodal.tokenizers.detail import VQTokenizer, VQTokenizerConfig
 from multimodal.tokenizers.image import ImageTokenizer
 from multimodal.tokenizers.meaning import Meaning, MeaningConfig, fit_codebooks
 from multimodal.tokenizers.weights import resize
+from multimodal.train.joint import JointModule
 
 VIT = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 1, "heads": 2}
 MEANING, DETAIL = slice(0, 8), slice(8, 24)
@@ -360,3 +361,18 @@ def test_the_likelihood_of_a_drawing_is_of_what_is_drawn(drawer: Model, tmp_path
     after = evaluate(Likelihood(), subject)
     assert before["image_nats_per_code"] == after["image_nats_per_code"]
     assert before["caption_bits_per_byte"] != after["caption_bits_per_byte"]
+
+
+def test_a_run_with_the_image_tokenizer_of_a_model_reads_and_draws_what_that_does(
+    drawer: Model, tmp_path: Path
+) -> None:
+    drawer.save(tmp_path / "model")
+    text = str(tmp_path / "model")
+    for image_tokenizer in (text, f"{text}/image_tokenizer"):
+        module = JointModule(text, image_tokenizer, "tiny")
+        assert (module.model.config.reads, module.model.config.draws) == (("meaning",), ("detail",))
+    both = JointModule(text, text, "tiny", reads=["meaning", "detail"], draws=["meaning", "detail"])
+    assert both.model.config.reads == both.model.config.draws == ("meaning", "detail")
+    drawer.image_tokenizer.save(tmp_path / "alone")
+    alone = JointModule(text, str(tmp_path / "alone"), "tiny")
+    assert alone.model.config.draws == ("meaning", "detail")

@@ -11,7 +11,7 @@ from torch import nn
 
 from multimodal.adapters.lora import LoraConfig, inject
 from multimodal.data.documents import document_of
-from multimodal.hub.names import find_model, part_of
+from multimodal.hub.names import find_model, levels_of, part_of
 from multimodal.model.batches import BatchBuilder
 from multimodal.model.layers.experts import ExpertsConfig
 from multimodal.model.layers.transformer import SIZES, named_config
@@ -138,13 +138,14 @@ def network_without_weights(options: Any, text: TextTokenizer, images: Any) -> M
     else:
         sizes = read_sizes(find_model(options.size))
     sizes = replace(sizes, vocab_size=vocabulary.size, experts=experts or sizes.experts)
+    reads, draws = levels_of(options.image_tokenizer)
     config = ModelConfig(
         sizes,
         len(text),
         images.layout,
         ObjectivesConfig(**vars(options.objectives)),
-        reads=tuple(options.reads or ()),
-        draws=tuple(options.draws or ()),
+        reads=tuple(options.reads or reads),
+        draws=tuple(options.draws or draws),
     )
     if options.lora is not None:
         config = config.with_bits(options.lora.bits)
