@@ -13,6 +13,7 @@ DOCS, STARTER = ROOT / "docs", ROOT / "multimodal/starter"
 # What is compared as steps on the way, in this order. The bundled starter comes first.
 STAGES = {
     "bundled starter": "starter_val",
+    "the starter before": "starter_before_val",
     "codes of meaning, then a reward": "starter_reward_val",
 }
 
