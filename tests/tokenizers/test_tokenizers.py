@@ -136,7 +136,7 @@ def test_shapes_and_ranges_of_codes_and_images(tokenizer: VQTokenizer) -> None:
     with torch.no_grad():
         reconstruction, quantized = tokenizer(pictures(3, 32))
     assert torch.equal(quantized.codes, codes)
-    torch.testing.assert_close(images, reconstruction.clamp(-1, 1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(images, reconstruction.clamp(-1, 1), atol=1e-4, rtol=1e-5)
 
 
 def test_codes_do_not_depend_on_the_batch(tokenizer: VQTokenizer) -> None:
