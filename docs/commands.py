@@ -17,9 +17,9 @@ def run_command(line: str) -> tuple[int, str, str]:
 
     ours, sign, rest = (*re.split(r" ([|>]) ", line, maxsplit=1), "", "")[:3]
     out, errors = io.StringIO(), io.StringIO()
-    # What is printed is not to depend on the processor.
-    fast = mock.patch("multimodal.devices.has_slow_bfloat16", lambda device: False)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), fast:
+    # What is printed is not to depend on the processor or its devices.
+    quiet = mock.patch("multimodal.devices.print_error")
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), quiet:
         try:
             status = main(shlex.split(ours, comments=True)[1:])
         except SystemExit as ended:
