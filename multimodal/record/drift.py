@@ -118,9 +118,8 @@ def drift(
         before, now = ([float(v) for f in side if (v := number(f)) is not None] for side in sides)
         if min(len(before), len(now)) >= LEAST and len(set(before + now)) > 1:
             with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
-                p = float(
-                    stats.ks_2samp(before, now).pvalue
-                )  # exact, or if that fails by its limit
+                # It warns where it takes the limit, since the exact way has failed.
+                p = float(stats.ks_2samp(before, now).pvalue)
             found.append((name, float(np.median(before)), float(np.median(now)), p))
     for name, happened in RATES.items():
         counts = [sum(map(happened, side)) for side in sides]
