@@ -92,7 +92,7 @@ def make_app(
         finally:
             if telling is not None:
                 telling.close()
-            app.state.engines.scheduler.stop(0)  # the HTTP server has let requests end before
+            app.state.engines.stop()  # the HTTP server has let requests end before
             if record is not None:
                 record.close()
 

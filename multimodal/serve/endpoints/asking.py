@@ -100,7 +100,7 @@ class Chat:
     async def asked_of(self, engine: Engine) -> Self:
         """The same for another model, which has other templates and sizes of images."""
         screen = Screening(engine.filters, Note())  # it has been noted
-        pixels = [engine.pixels(image) for image in self.images]
+        pixels = [await engine.in_thread(engine.pixels, image) for image in self.images]
         parts = _prompt(self.request, pixels, engine, screen)
         schema = await _schema(self.request, self.kind, engine)
         return replace(self, engine=engine, parts=parts, schema=schema)
@@ -153,7 +153,7 @@ async def read_chat(request: Request, engines: Engines) -> Chat:
     for url in urls:
         image = await engine.in_thread(read_image_url, url.url, settings)
         await engine.in_thread(screen.image, image, "prompt")
-        pixels.append(engine.pixels(image))
+        pixels.append(await engine.in_thread(engine.pixels, image))
         if engines.fallback is not None:
             images.append(image)
     parts = _prompt(chat, pixels, engine, screen)

@@ -85,7 +85,7 @@ async def _items(wanted: EmbeddingRequest, engine: Engine) -> list[str | Tensor]
             items.append(part)
         else:
             image = await engine.in_thread(read_image_url, part.url, settings)
-            items.append(engine.pixels(image))
+            items.append(await engine.in_thread(engine.pixels, image))
     return items
 
 
@@ -105,7 +105,7 @@ def embed_steps(engine: Engine, items: list[str | Tensor]) -> Steps:
             if isinstance(item, str):
                 rows.append(next(embedded))
                 continue
-            codes = encode_to_read(model, item)
+            codes = yield from engine.computed(encode_to_read, model, item)
             rows.append(embed_codes(model, codes)[0])
             tokens += codes.shape[1] + 3
             yield None

@@ -7,8 +7,9 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from PIL import Image
@@ -21,6 +22,7 @@ from multimodal.inference.codec import UNKNOWN
 from multimodal.inference.json_schema import Schema, token_bytes
 from multimodal.inference.mixed import Grammar, MixedRow, image_ids
 from multimodal.origin.credentials import DRAWN, Drawing, Signer
+from multimodal.serve.engine.encoders import Encoders
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.metrics import Metrics
 from multimodal.serve.engine.pictures import Credentials
@@ -29,7 +31,9 @@ from multimodal.serve.engine.settings import Settings
 
 KEPT_IMAGES = 1024  # whose codes are kept: many questions about an image encode it once
 READERS = 4  # threads that decode files of images
+Given = ParamSpec("Given")
 Value = TypeVar("Value")
+Waiting: TypeAlias = Generator[Future[Any], None, Value]  # for what other threads compute
 
 
 def models_of(model: Model, name: str) -> dict[str, Model]:
@@ -71,10 +75,15 @@ class Engines:
         self.settings, self.metrics, self.filters = settings, metrics, filters
         self.signer = signer
         self.scheduler = Scheduler(settings.rows, settings.requests, settings.prefix_bytes)
-        self.readers = asyncio.Semaphore(READERS)
+        self.readers, self.encoders = asyncio.Semaphore(READERS), Encoders()
         metrics.watch(self.scheduler)
         self.by_name = {name: Engine(name, model, self) for name, model in models.items()}
         self.fallback = None if fallback is None else Engine(*fallback, self)
+
+    def stop(self) -> None:
+        """Requests that have not ended get status 503."""
+        self.scheduler.stop(0)
+        self.encoders.stop()
 
     @property
     def looks_at_replies(self) -> bool:
@@ -107,7 +116,7 @@ class Engine:
         self.settings, self.metrics = engines.settings, engines.metrics
         self.filters, self.scheduler = engines.filters, engines.scheduler
         self.grammar = Grammar.of(model)
-        self._ids: OrderedDict[bytes, list[int]] = OrderedDict()
+        self._ids: OrderedDict[bytes, Future[list[int]]] = OrderedDict()
 
     async def in_thread(self, function: Callable[..., Value], *arguments: object) -> Value:
         """Call a function that takes long but does not use the network, in another thread."""
@@ -122,30 +131,46 @@ class Engine:
     def schema(self, schema: dict[str, object]) -> Schema:
         return Schema(self.model, schema)
 
-    def image_ids(self, pixels: Tensor, opens: bool) -> list[int]:
+    def computed(
+        self, function: Callable[Given, Value], *arguments: Given.args, **more: Given.kwargs
+    ) -> Waiting[Value]:
+        """What a function gives that encodes an image: another thread calls it."""
+        future = self.engines.encoders.submit(function, *arguments, **more)
+        yield future
+        return future.result()
+
+    def _image_ids(self, pixels: Tensor, opens: bool) -> Future[list[int]]:
         """The ids of an image in a prompt. opens: it is the first thing in it.
 
         An image is encoded alone, so its ids do not depend on the requests beside it.
         """
         key = hashlib.sha256(pixels.numpy().tobytes()).digest() + bytes([opens])
-        if key not in self._ids:
-            self._ids[key] = image_ids(self.model, pixels, opens)
+        kept = self._ids.get(key)
+        if kept is None or (kept.done() and kept.exception() is not None):
+            kept = self.engines.encoders.submit(image_ids, self.model, pixels, opens)
+            self._ids[key] = kept
             if len(self._ids) > KEPT_IMAGES:
                 self._ids.popitem(last=False)
         self._ids.move_to_end(key)
-        return self._ids[key]
+        return kept
 
-    def prompt(
-        self, parts: Sequence[str | Tensor]
-    ) -> Generator[None, None, tuple[list[int], list[int]]]:
-        """The ids of texts and images (``pixels``), and where each ends, in steps of one image."""
+    def prompt(self, parts: Sequence[str | Tensor]) -> Waiting[tuple[list[int], list[int]]]:
+        """The ids of texts and images (``pixels``), and where each ends."""
+        first = next(
+            (number for number, part in enumerate(parts) if not isinstance(part, str) or part), 0
+        )
+        encoding = {
+            number: self._image_ids(part, number == first)
+            for number, part in enumerate(parts)
+            if isinstance(part, Tensor)
+        }
         ids, ends = [self.model.vocabulary.bos], []
-        for part in parts:
+        for number, part in enumerate(parts):
             if isinstance(part, str):
                 ids += self.model.text_tokenizer.encode(part)
             else:
-                ids += self.image_ids(part, len(ids) == 1)
-                yield
+                yield encoding[number]
+                ids += encoding[number].result()
             ends.append(len(ids))
         return ids, ends
 

@@ -1,8 +1,9 @@
 """One thread computes for all requests: continuous batching over the rows of a ``Decoder``.
 
-A request is a generator, its ``Steps``. It does a piece of its own work between two yields: an
-image is encoded, some codes are drawn, texts are embedded. Where it yields a ``Decoding``, its rows
-join the batch as soon as there is room, and it goes on when they are done. In each turn
+A request is a generator, its ``Steps``. It does a piece of its own work between two yields: some
+codes are drawn, texts are embedded. Where it yields a ``Decoding``, its rows join the batch as soon
+as there is room, and it goes on when they are done. Where it yields a ``Future``, such as an image
+that another thread encodes, it goes on when that is done. In each turn
 
 1. cancelled requests end, and their rows leave the batch,
 2. requests do pieces of their own work, in turn, for a short time,
@@ -20,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -49,7 +51,7 @@ class Decoding:
     long: bool = False
 
 
-Steps: TypeAlias = Generator[Decoding | None, None, Any]
+Steps: TypeAlias = Generator[Decoding | Future[Any] | None, None, Any]
 
 
 class Job:
@@ -139,7 +141,9 @@ class Scheduler:
 
     def cancel(self, job: Job) -> None:
         """End a request at the next step, if it has not ended."""
-        job.cancelled = True
+        with self._changed:
+            job.cancelled = True
+            self._changed.notify()
 
     def stop(self, seconds: float = 0.0) -> None:
         """Take no more requests, let those that are here end, and end the thread.
@@ -151,20 +155,28 @@ class Scheduler:
             self._stopping = True
             self._changed.notify()
         self._thread.join(seconds)
-        self._stopped = True
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
         self._thread.join()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self.jobs and not self._stopping:
+                while not self._has_work():
+                    if self._stopping and not self.jobs:
+                        return
                     self._changed.wait()
-                if self._stopping and not self.jobs:
-                    return
             if self._stopped:
                 for job in list(self.jobs):
                     self._end(job, ApiError(503, "the server stopped", code="stopping"))
             self._turn()
+
+    def _has_work(self) -> bool:
+        """Whether there is more to do than to wait for what other threads compute."""
+        if self._ready or self._decoders or (self._stopped and self.jobs):
+            return True
+        return any(job.cancelled or job.waiting for job in self.jobs)
 
     def _turn(self) -> None:
         for job in [job for job in list(self.jobs) if job.cancelled]:
@@ -184,16 +196,24 @@ class Scheduler:
             return
         try:
             with torch.inference_mode():
-                job.decoding = next(job.steps)
+                wanted = next(job.steps)
         except StopIteration as end:
             self._end(job, end.value)
         except Exception as error:
             self._end(job, error)
         else:
-            if job.decoding is None or not job.decoding.rows:
+            if isinstance(wanted, Future):
+                wanted.add_done_callback(lambda _: self._go_on(job))
+            elif wanted is None or not wanted.rows:
                 self._ready.append(job)
             else:
-                job.waiting = list(job.decoding.rows)
+                job.decoding, job.waiting = wanted, list(wanted.rows)
+
+    def _go_on(self, job: Job) -> None:
+        """What a request has waited for is done. In any thread."""
+        with self._changed:
+            self._ready.append(job)
+            self._changed.notify()
 
     def _let_join(self) -> None:
         """Let waiting rows into the batch, one of each request at a time."""
