@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,47 @@ def test_an_error_ends_its_own_request(ends: Ends) -> None:
     assert all(isinstance(ends.results[name], ValueError) for name in ("wrong", "too long"))
     ends.scheduler.cancel(slow)
     wait_for(lambda: "slow" in ends.results)
+
+
+def test_what_other_threads_compute_keeps_nobody_waiting(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request goes on, or ends, when its future does. Meanwhile others run, or nothing does."""
+    turns = []
+    turn = Scheduler._turn
+    monkeypatch.setattr(Scheduler, "_turn", lambda self: (turns.append(1), turn(self)))
+    encoded = {name: Future[int]() for name in ("right", "wrong", "left")}
+
+    def waits(name: str) -> Steps:
+        yield encoded[name]
+        yield Decoding(ends.network, [row := Counting(0, encoded[name].result())], TextOptions())
+        return len(row.generated)
+
+    jobs = {name: ends.submit(name, waits(name)) for name in encoded}
+    ends.submit("other", ends.decoding([Counting(0, 5)]))
+    wait_for(lambda: "other" in ends.results)
+    assert ends.order == ["other"] and len(ends.scheduler.jobs) == 3
+    before = len(turns)
+    time.sleep(0.1)
+    assert len(turns) <= before + 1, "a scheduler whose requests all wait sleeps"
+    ends.scheduler.cancel(jobs["left"])
+    wait_for(lambda: "left" in ends.results)
+    encoded["wrong"].set_exception(ValueError("no image"))
+    wait_for(lambda: "wrong" in ends.results)
+    assert isinstance(ends.results["wrong"], ValueError)
+    encoded["right"].set_result(7)
+    encoded["left"].set_result(7)
+    wait_for(lambda: "right" in ends.results)
+    assert ends.results["right"] == 7 and ends.results["left"] is None
+
+
+def test_a_request_that_waits_for_ever_ends_when_the_scheduler_stops(ends: Ends) -> None:
+    def waits() -> Steps:
+        yield Future[int]()
+
+    ends.submit("waits", waits())
+    ends.scheduler.stop(0.05)
+    assert ends.results["waits"].status == 503
 
 
 def test_the_scheduler_outlives_a_batch_that_fails(ends: Ends) -> None:
