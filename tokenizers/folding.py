@@ -24,7 +24,7 @@ def fold_batch_norms(network: nn.Module, images: Tensor) -> nn.Module:
         images: float[B, 3, H, W], a sample of what it reads.
 
     Returns:
-        The copy, or the network itself if nothing can be folded, or if the copy gave something else.
+        The copy, or the network itself if nothing can be folded or the copy gave something else.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network

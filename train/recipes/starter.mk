@@ -19,7 +19,7 @@ define fit
 endef
 
 .PHONY: starter
-starter: runs/starter/config.json  ## make the bundled starter again, from its data: about two hours of two cores
+starter: runs/starter/config.json  ## make the bundled starter again, from its data: about three hours of two cores
 
 data/%/manifest.json:
 	@echo "data/$* is missing: docs/starter.md says what must lie there" >&2; exit 1
@@ -58,5 +58,11 @@ data/%-codes/manifest.json: runs/image-tokenizer/config.json | data/%/manifest.j
 runs/starter-joint.done: $(CODES)
 	$(call fit,starter_joint.yaml,runs/starter-joint,--init_from runs/starter-before)
 
-runs/starter/config.json: runs/starter-joint.done
-	$(M) export model runs/starter-joint/model runs/starter --dtype bfloat16
+runs/starter-photos.done: runs/starter-joint.done
+	$(call fit,starter_photos.yaml,runs/starter-photos,--init_from runs/starter-joint/model)
+
+runs/starter-reward.done: runs/starter-photos.done
+	$(call fit,starter_reward.yaml,runs/starter-reward,--init_from runs/starter-photos/model)
+
+runs/starter/config.json: runs/starter-reward.done
+	$(M) export model runs/starter-reward/model runs/starter --dtype bfloat16
