@@ -21,7 +21,8 @@ from multimodal.model.layers.transformer import TransformerConfig
 from multimodal.model.stock import family_of
 
 DTYPES = ("float32", "float16", "bfloat16", "q8_0", "q4_k")
-TABLES = ("token_embd", "output.")  # in q4_k they keep 8 bits
+TABLES = ("token_embd", "output.")
+FINER = {"q8_0": "float16", "q4_k": "q8_0"}  # what tables have: the head decides between near words
 # How a text is split before BPE, by the name that llama.cpp has for the regular expression.
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -39,10 +40,11 @@ def export_gguf(source: str | Path, out: str | Path, dtype: str = "float16") -> 
     Args:
         source: a model folder, or the name of a bundled model.
         out: a new file.
-        dtype: of the matrices, one of DTYPES. ``q8_0`` has 8 bits a weight and a scale for each 32.
-            Rows that are no multiple of 32 stay in float16. ``q4_k`` has 4.5 bits, and 8 for the
-            embeddings and the head. Rows that are no multiple of 256 have 5.5 bits (``q5_0``), as
-            llama.cpp does it. Norms are float32.
+        dtype: of the matrices, one of DTYPES. ``q8_0`` has 8 bits a weight and a scale for each 32,
+            and float16 for the embeddings and the head. Rows that are no multiple of 32 stay in
+            float16. ``q4_k`` has 4.5 bits, and ``q8_0`` for the embeddings and the head. Rows that
+            are no multiple of 256 have 5.5 bits (``q5_0``), as llama.cpp does it. Norms are
+            float32.
 
     Raises:
         ValueError: for another dtype, a file that exists, a tokenizer that llama.cpp does not have,
@@ -78,7 +80,7 @@ def export_gguf(source: str | Path, out: str | Path, dtype: str = "float16") -> 
         for stock_name, weight in model.network.transformer.stock_state_dict().items():
             short = names.get_name(stock_name, try_suffixes=(".weight", ".bias"))
             assert short is not None, stock_name
-            bits = "q8_0" if dtype == "q4_k" and short.startswith(TABLES) else dtype
+            bits = FINER.get(dtype, dtype) if short.startswith(TABLES) else dtype
             data, kind = _stored(_arranged(stock_name, weight, config, name), bits)
             writer.add_tensor(short, data, raw_dtype=kind)
         if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":

@@ -122,6 +122,9 @@ def test_rounded_weights_are_those_of_the_format(folder: Path, tmp_path: Path) -
     assert (
         (stored - weight).unflatten(1, (-1, 32)).abs() <= 0.57 * steps
     ).all()  # the scale is rounded, too
+    table = load(folder).network.transformer.embed_tokens.weight.detach()
+    stored = tensor_of(tmp_path / "q8.gguf", "token_embd.weight")
+    assert torch.equal(stored, table.half().float()), "the head decides between near words"
     norm = load(folder).network.transformer.norm.weight
     assert torch.equal(tensor_of(tmp_path / "q8.gguf", "output_norm.weight"), norm)
 
