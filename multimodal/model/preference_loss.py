@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from multimodal.devices import moved
-from multimodal.distributed import global_sum, world_size
+from multimodal.distributed import global_counts, global_sum, world_size
 from multimodal.model.head_loss import SLICE
 from multimodal.model.sequences import Packed
 
@@ -96,7 +96,10 @@ class Completions:
         return replace(self, packed=self.packed.to(device), **tensors)
 
     def loss(self, log_probabilities: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its figures, see ``preference_loss``; log_probabilities: float32[M]."""
+        """The loss and its figures, see ``preference_loss``; log_probabilities: float32[M].
+
+        Without a completion on any rank there are no figures: zeros would count in a mean.
+        """
         assert self.reference is not None, "the module that trains computes it"
         tokens = torch.stack([log_probabilities, self.reference, torch.ones_like(self.reference)])
         sums = tokens.new_zeros(3, len(self.roles)).index_add(1, self.owners, tokens)
@@ -105,7 +108,8 @@ class Completions:
         # Where the reference wrote the completions, it is KL(reference || network) of a token.
         own = self.roles[self.owners] != MISMATCHED
         ratio = (log_probabilities - self.reference).detach()[own]
-        return loss, {**parts, "preference_kl": global_mean(kl_k3(ratio))}
+        parts["preference_kl"] = global_mean(kl_k3(ratio))
+        return loss, parts if any(global_counts([len(self.roles)], policy.device)) else {}
 
 
 def kl_k3(log_ratios: Tensor) -> Tensor:

@@ -113,6 +113,25 @@ def test_few_bad_preferences_are_left_out_and_named(work: Path, tmp_path: Path) 
     assert len(values(run, "train/preference")) == 4
 
 
+def test_data_without_preferences_do_not_thin_the_figures(work: Path, tmp_path: Path) -> None:
+    """With a learning rate of nothing, each figure is what it is at the start: log 2 for dpo."""
+    data = preferring(work, tmp_path / "data", denied_is_worse)
+    config = recipe(work, tmp_path, [data, work / "scenes"], learning_rate=1e-12)
+    fit = ["fit", "--config", str(config), "--trainer.max_steps", "2", "--output"]
+    fit += [
+        str(tmp_path / "run"),
+        "--data.weights",
+        "[1, 1]",
+        "--data.val_limit",
+        "0",
+        "--data.global_batch_size",
+        "4",
+    ]
+    assert main([*fit, "--init_from", str(work / "joint/model")]) == 0
+    validated = values(tmp_path / "run", "val/preference")
+    assert validated and validated == pytest.approx([np.log(2)] * len(validated), abs=1e-4)
+
+
 def test_two_ranks_learn_as_one(work: Path, tmp_path: Path) -> None:
     """With a copy of the weights on each rank, and with a part of them (FSDP2)."""
     data = preferring(work, tmp_path / "data", denied_is_worse)
