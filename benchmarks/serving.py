@@ -1,16 +1,17 @@
 """Captions a second of ``multimodal serve``: many clients at once against the same work one by one.
 
-    python -m benchmarks.serving [--model starter] [--clients 32] [--requests 128] [--threads 2]
+    python -m benchmarks.serving [--model starter] [--clients 32] [--requests 320] [--rounds 5]
+        [--threads 2]
 
 Each request is an image of noise and shapes (64 x 64, PNG in a data URI) and asks for a greedy
 caption of up to 32 tokens, streamed. All are sent to a server one after the other, and to another,
-which has not seen the images either, by --clients at once. The texts must be equal.
+which has not seen the images either, by --clients at once. The texts must be equal. The same
+weights exported, behind benchmarks/peers/transformers_server.py, answer the same clients.
 
-The same weights exported, behind benchmarks/peers/transformers_server.py, then answer the same
-clients.
-
-The last line is JSON: captions a second of all three and ratios, and the medians and 99th
-percentiles of the seconds to the first token and to the end. --out writes it to a file.
+The three take turns: a part of the requests each, --rounds times, so that a machine that is slower
+for a while is slower for all. The last line is JSON: captions a second of all three, the medians
+and 99th percentiles of the seconds to the first token and to the end, and ratios: the median of
+those of the rounds, and all of them. --out writes it to a file.
 """
 
 import argparse
@@ -27,9 +28,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -75,31 +76,43 @@ def ask(port: int, body: bytes) -> tuple[str, float, float]:
     return text, first or end, end
 
 
-Pass = tuple[list[str], dict[str, Any]]  # the texts, and the numbers
+@dataclass
+class Side:
+    """What clients got of one server."""
 
+    port: int
+    clients: int
+    texts: list[str] = field(default_factory=list)
+    firsts: list[float] = field(default_factory=list)
+    wholes: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)  # captions a second of each round
 
-def ratio(one: dict[str, Any], other: dict[str, Any]) -> float:
-    return round(one["captions_per_second"] / other["captions_per_second"], 2)
+    def measure(self, bodies: Sequence[bytes]) -> None:
+        start = time.perf_counter()
+        with ThreadPoolExecutor(self.clients) as pool:
+            results = list(pool.map(lambda body: ask(self.port, body), bodies))
+        self.rates.append(len(bodies) / (time.perf_counter() - start))
+        self.texts += [text for text, _, _ in results]
+        self.firsts += [first for _, first, _ in results]
+        self.wholes += [whole for _, _, whole in results]
 
+    def numbers(self) -> dict[str, float]:
+        seconds = sum(len(self.texts) / len(self.rates) / rate for rate in self.rates)
+        numbers = {"captions_per_second": round(len(self.texts) / seconds, 2)}
+        for name, values in (("first_token", self.firsts), ("whole", self.wholes)):
+            ordered = sorted(values)
+            last = ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)]
+            numbers[f"{name}_p50"] = round(statistics.median(ordered), 4)
+            numbers[f"{name}_p99"] = round(last, 4)
+        return numbers
 
-def equal(one: Sequence[str], other: Sequence[str]) -> int:
-    return sum(a.strip() == b.strip() for a, b in zip(one, other, strict=True))
+    def ratios(self, other: "Side") -> list[float]:
+        """How many times its captions a second each round has."""
+        return [round(a / b, 2) for a, b in zip(self.rates, other.rates, strict=True)]
 
-
-def measure(port: int, bodies: list[bytes], clients: int) -> Pass:
-    start = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        results = list(pool.map(lambda body: ask(port, body), bodies))
-    seconds = time.perf_counter() - start
-    numbers: dict[str, Any] = {"captions_per_second": round(len(bodies) / seconds, 2)}
-    for name, values in (
-        ("first_token", [first for _, first, _ in results]),
-        ("whole", [end for _, _, end in results]),
-    ):
-        ordered = sorted(values)
-        numbers[f"{name}_p50"] = round(statistics.median(ordered), 4)
-        numbers[f"{name}_p99"] = round(ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)], 4)
-    return [text for text, _, _ in results], numbers
+    def equal(self, other: "Side") -> int:
+        pairs = zip(self.texts, other.texts, strict=True)
+        return sum(one.strip() == two.strip() for one, two in pairs)
 
 
 def free_port() -> int:
@@ -133,41 +146,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="starter")
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--requests", type=int, default=320)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    bodies = [request_of(number) for number in range(arguments.requests)]
+    each = arguments.requests // arguments.rounds
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
 
-    def measured(clients: int, module: str, port: int, *options: object) -> Pass:
-        with server(port, module, *options):  # a new one has kept no codes
-            measure(port, [request_of(2**31 + number) for number in range(4)], 4)  # warm up
-            return measure(port, bodies, clients)
+        def start(clients: int, module: str, port: int, *options: object) -> Side:
+            servers.enter_context(server(port, module, *options))
+            side = Side(port, clients)
+            Side(port, 4).measure([request_of(2**31 + number) for number in range(4)])  # warm up
+            return side
 
-    def ours(clients: int) -> Pass:
-        port = free_port()
-        options = ["--name", "bench", "--port", port, "--threads", arguments.threads]
-        return measured(clients, "multimodal", port, "serve", arguments.model, *options)
+        def ours(clients: int) -> Side:
+            port = free_port()
+            options = ["--name", "bench", "--port", port, "--threads", arguments.threads]
+            return start(clients, "multimodal", port, "serve", arguments.model, *options)
 
-    alone, one_by_one = ours(1)
-    together, at_once = ours(arguments.clients)
-    with tempfile.TemporaryDirectory() as folder:
+        alone, together = ours(1), ours(arguments.clients)
         export_hf(arguments.model, exported := Path(folder) / "exported")
         port, module = free_port(), "benchmarks.peers.transformers_server"
-        theirs, peer = measured(arguments.clients, module, port, exported, port, arguments.threads)
+        theirs = start(arguments.clients, module, port, exported, port, arguments.threads)
+        for number in range(arguments.rounds):
+            bodies = [request_of(number * each + n) for n in range(each)]
+            for side in (alone, together, theirs):
+                side.measure(bodies)
+            rates = ", ".join(f"{side.rates[-1]:.1f}" for side in (alone, together, theirs))
+            print(f"round {number + 1} of {arguments.rounds}: {rates} captions/s", flush=True)
+    ratios, to_theirs = together.ratios(alone), together.ratios(theirs)
     result = {
         "benchmark": "serving",
         "model": arguments.model,
         "clients": arguments.clients,
-        "requests": arguments.requests,
+        "requests": len(together.texts),
+        "rounds": arguments.rounds,
         "threads": arguments.threads,
-        "one_by_one": one_by_one,
-        "at_once": at_once,
-        "transformers": peer,
-        "ratio": ratio(at_once, one_by_one),
-        "ratio_to_transformers": ratio(at_once, peer),
-        "equal_texts": equal(alone, together),
-        "equal_texts_of_transformers": equal(theirs, together),
+        "one_by_one": alone.numbers(),
+        "at_once": together.numbers(),
+        "transformers": theirs.numbers(),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "ratio_to_transformers": statistics.median(to_theirs),
+        "ratios_to_transformers": to_theirs,
+        "equal_texts": together.equal(alone),
+        "equal_texts_of_transformers": together.equal(theirs),
     }
     print(json.dumps(result))
     if arguments.out is not None:

@@ -82,11 +82,11 @@ def test_a_merged_adapter_computes_what_the_layers_of_peft_compute(
     separate = adapted(load(tiny_model_folder), LoraConfig(4), seed=0)
     merged = load(tiny_model_folder, adapter=folders / "a").network.transformer
     base = load(tiny_model_folder).network.transformer
-    torch.testing.assert_close(states(merged, IDS), states(separate, IDS), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(states(merged, IDS), states(separate, IDS), atol=5e-5, rtol=1e-5)
     assert (states(merged, IDS) - states(base, IDS)).abs().max() > 0.1
     with without_adapter(separate):
         assert torch.equal(states(separate, IDS), states(base, IDS))
-    torch.testing.assert_close(states(merged, IDS), states(separate, IDS), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(states(merged, IDS), states(separate, IDS), atol=5e-5, rtol=1e-5)
 
 
 def test_one_token_at_a_time_goes_through_the_adapter(tiny_model_folder: Path) -> None:
@@ -99,7 +99,7 @@ def test_one_token_at_a_time_goes_through_the_adapter(tiny_model_folder: Path) -
             found = transformer.forward_token(
                 IDS[:, n], torch.full((2, 1), n), mask, cache.keys, cache.values, torch.tensor([n])
             )
-            torch.testing.assert_close(found, expected[:, n], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found, expected[:, n], atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_adapters_are_chosen_by_name_and_leave_no_trace(
     model.use_adapter("photos", "scenes")
     for name, weight in weights_of(model).items():
         summed = one[name] + other[name] - nothing[name]
-        torch.testing.assert_close(weight, summed, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(weight, summed, atol=5e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="'drawings': there is no such one; there is photos, sc"):
         model.use_adapter("drawings")
     with pytest.raises(ValueError, match="no adapters were loaded by name"):
