@@ -113,3 +113,12 @@ def test_the_reports_are_of_the_bundled_starter(reports: dict[str, dict[str, Any
     results = reports["val"]["results"]
     sizes = {(Path(r["data"]).name, r["task"]): r["n"] for r in results}
     assert sizes["flickr8k", "captioning"] == 1000 and sizes["scenes", "scene_captions"] == 600
+
+
+def test_the_hours_in_the_text_are_those_of_the_steps() -> None:
+    cost = json.loads((ROOT / "docs/starter_cost.json").read_text("utf-8"))
+    hours = round(sum(step["minutes"] for step in cost["steps"]) / 60)
+    word = "nought one two three four five six seven eight nine ten".split()[hours]
+    for page in ("README.md", CARD):
+        text = " ".join((ROOT / page).read_text("utf-8").split())
+        assert f"{word} hours of two cpu cores" in text.lower(), page
