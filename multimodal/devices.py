@@ -85,6 +85,16 @@ def warn_of_slow_bfloat16(device: "str | torch.device", instead: str) -> None:
         )
 
 
+def add_in_one_order() -> None:
+    """Let products of MKL add in the same order wherever their numbers lie in memory.
+
+    Otherwise bits of a result depend on addresses on CPUs with AVX-512
+    (docs/decisions/decoding_speed.md). For this process and those that it starts, before the first
+    product. What the user has set stays.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
 def moved(tensor: "Tensor", device: "torch.device") -> "Tensor":
     """A tensor on a device. The host does not wait until a copy to a CUDA device is done.
 

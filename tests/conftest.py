@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from multimodal.devices import add_in_one_order
+
 if TYPE_CHECKING:
     import torch
     from s3fs import S3FileSystem
 
     from multimodal.api import Model
 
+add_in_one_order()  # as servers do
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each wait for one another
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # nor does a compiler start more processes

@@ -17,6 +17,7 @@ from torch import Tensor
 CONNECTIVITY = 16  # neighbours of a node (M of the paper); twice as many on the lowest layer
 EXPANSION_ADD = 128  # candidates when a row is added (efConstruction)
 EXPANSION_SEARCH = 256  # candidates when one is searched (ef): benchmarks/index.py has the recall
+FEW = 4096  # rows that are compared one by one: a graph may have no way to one of them
 Rows = NDArray[np.float32]
 
 
@@ -73,11 +74,15 @@ class Vectors:
             self._graph.remove(np.array(numbers, np.uint64), threads=1)
 
     def search(self, rows: Rows, k: int) -> list[list[tuple[int, float]]]:
-        """The k nearest of each row, the best first: (number, cosine). rows: float32[N, D]."""
+        """The k nearest of each row, the best first: (number, cosine). rows: float32[N, D].
+
+        Up to FEW rows in the index, they are exactly those.
+        """
         k = min(k, len(self))
         if not k:
             return [[] for _ in rows]
-        found = [self._graph.search(row, k, threads=1) for row in rows]
+        few = len(self) <= FEW
+        found = [self._graph.search(row, k, threads=1, exact=few) for row in rows]
         return [
             [(int(n), 1 - float(d)) for n, d in zip(each.keys, each.distances, strict=True)]
             for each in found

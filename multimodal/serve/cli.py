@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from multimodal.commands.options import load_model, make_parser
 from multimodal.commands.signing import add_sign, signer_of
+from multimodal.devices import add_in_one_order
 from multimodal.serve.engine.settings import Settings
 from multimodal.terminal import print_error
 
@@ -132,6 +133,7 @@ def main(argv: list[str]) -> int:
         drift_reference=arguments.drift_reference,
         **{name: getattr(arguments, name) for name in SETTINGS},
     )
+    add_in_one_order()
     try:
         from multimodal.serve.server import serve
     except ImportError as error:
