@@ -81,8 +81,8 @@ class DecodeBatch:
         exact: compute each row with the same operations whatever else is in the batch, so that its
             numbers are equal in their last bits, too. Each prompt is read alone, and a step has
             shapes for which the libraries add in the same order: see ``_exact_rows`` and
-            COLUMN_MULTIPLE. In float32 on a CPU, not compiled, and not with experts: how many
-            rows an expert gets depends on all of them.
+            COLUMN_MULTIPLE. In float32 on a CPU (one of Intel needs ``add_in_one_order`` before),
+            not compiled, and not with experts: how many rows an expert gets depends on all of them.
         ends: with ``exact``, for each prompt where pieces of it end that others may begin with.
         prefixes: with ``exact``, keeps these pieces. The numbers are the same without it.
 
