@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from multimodal.adapters.lora import LoraConfig
+from multimodal.adapters.word_rows import start_rows
 from multimodal.api import Model
 from multimodal.data.images import Fit, to_image
 from multimodal.distributed import gather_objects, mean_over_ranks
@@ -180,6 +181,8 @@ class JointModule(AdapterModule):
             resumed,
             self.learned,
         )
+        if self.lora is not None and self.lora.new_rows and not resumed:
+            start_rows(self.model, shards)
 
     @property
     def preprocessing(self) -> tuple[int, Fit]:

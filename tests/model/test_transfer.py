@@ -16,6 +16,7 @@ from multimodal.model.stock import read_stock
 from multimodal.scenes.dataset import write_scenes
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
+from tests.photos import picture
 
 TEXT = "two dogs run <think> on the <|im_end|> beach"
 
@@ -160,3 +161,33 @@ def test_with_an_adapter_and_new_rows_the_text_rows_stay(
     for folder in ("exported", "again/model"):
         again = load_file(tmp_path / folder / "model.safetensors")
         assert all(torch.equal(again[name], value) for name, value in after.items()), folder
+
+
+def test_the_recipe_that_learns_to_see_runs_on_captions_alone(
+    qwen: Path, images: str, tmp_path: Path, sentences: tuple[str, ...]
+) -> None:
+    """``smollm2_photos.yaml`` as it is, but small, for data as its comment names them."""
+    pytest.importorskip("peft")
+    (tmp_path / "photos").mkdir()
+    for number in range(24):
+        (tmp_path / f"photos/{number}.png").write_bytes(picture(number, size=(32, 32)))
+        caption = sentences[number % len(sentences)]
+        (tmp_path / f"photos/{number}.txt").write_text(caption, "utf-8")
+    shards, codes = str(tmp_path / "shards"), str(tmp_path / "codes")
+    assert main(["data", "build", str(tmp_path / "photos"), shards, "--val-share", "0.2"]) == 0
+    assert main(["tokenizer", "encode", shards, codes, "--tokenizer", images]) == 0
+    model = {"text_tokenizer": qwen, "size": qwen, "image_tokenizer": images, "reads": "null"}
+    options = {f"--model.init_args.{name}": str(value) for name, value in model.items()} | {
+        "--data.folders": f"[{codes}]", "--data.global_batch_size": "4",
+        "--trainer.max_steps": "2", "--trainer.val_check_interval": "2",
+        "--trainer.accelerator": "cpu", "--trainer.precision": "32-true",
+        "--trainer.enable_progress_bar": "false",
+    }  # fmt: skip
+    options["--output"] = str(tmp_path / "run")
+    words = [word for option in options.items() for word in option]
+    assert main(["fit", "--config", "smollm2_photos.yaml", *words]) == 0
+    _, before = read_stock(qwen)
+    after = load_file(tmp_path / "run/model/model.safetensors")
+    table = next(name for name in after if name.endswith("embed_tokens.weight"))
+    assert torch.equal(after[table][:302], before[table][:302])
+    assert isinstance(load(tmp_path / "run/model").caption(tmp_path / "photos/0.png"), str)

@@ -1,0 +1,129 @@
+"""Codes start near the words that they occur with, and are not output."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from multimodal.adapters.word_rows import silent_offset, special_rows, start_rows, word_rows
+from multimodal.api import Model
+from multimodal.cli import main
+from multimodal.data.shards import Shards
+from multimodal.scenes.dataset import write_scenes
+from multimodal.tokenizers.image import load_image_tokenizer
+from multimodal.tokenizers.text import TextTokenizer
+from tests.model.test_transfer import images, qwen  # noqa: F401 (fixtures)
+
+TEXTS, CODES, WIDTH = 40, 6, 8
+
+
+def counted(seed: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Images of four codes. Code k goes with word 10 + k, but 4 with any, and 5 is in none."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(count):
+        codes = rng.choice(5, size=2, replace=False)
+        words = [1, 2, *(10 + k for k in codes if k < 4), *rng.integers(20, TEXTS, 2)]
+        pairs.append((torch.tensor([*codes, *codes]), torch.tensor(words)))
+    return pairs
+
+
+def by_hand(
+    table: np.ndarray, texts: int, codes: int, pairs: list[tuple[torch.Tensor, torch.Tensor]]
+) -> np.ndarray:
+    """The formula of the module, one code and one word at a time."""
+    offsets = table[:texts] - table[:texts].mean(0)
+    rows, known = np.zeros((codes, table.shape[1])), np.zeros(codes)
+    for code in range(codes):
+        with_code = [set(ids.tolist()) for image, ids in pairs if code in image]
+        weights = {}
+        for word in range(texts):
+            both = sum(word in words for words in with_code)
+            everywhere = sum(word in ids for _, ids in pairs)
+            if both > 1:
+                share = (both - both**0.5) / len(with_code)
+                weights[word] = share * max(0.0, np.log(share * len(pairs) / everywhere))
+        if sum(weights.values()) > 0:
+            known[code] = len(with_code)
+            rows[code] = sum(w * offsets[n] for n, w in weights.items()) / sum(weights.values())
+    rows[known > 0] -= known @ rows / known.sum()
+    lengths = np.linalg.norm(rows[known > 0], axis=1).mean()
+    return rows * np.linalg.norm(offsets, axis=1).mean() / lengths
+
+
+def test_a_code_starts_near_its_word() -> None:
+    table = torch.randn(TEXTS + 12, WIDTH, generator=torch.Generator().manual_seed(1))
+    pairs = counted(0, 1_500)
+    rows = word_rows(table, TEXTS, CODES, pairs)
+    expected = by_hand(table.double().numpy(), TEXTS, CODES, pairs)
+    assert np.allclose(rows.numpy(), expected, atol=1e-5)
+    offsets = table[:TEXTS] - table[:TEXTS].mean(0)
+    offsets -= offsets[10:14].mean(0)  # what the words of all codes have in common
+    nearest = torch.cosine_similarity(rows[:4, None], offsets[None, 10:14], dim=-1).argmax(1)
+    assert nearest.tolist() == [0, 1, 2, 3]
+    assert not rows[5].any()
+
+
+@pytest.mark.parametrize("pairs", [[], [(torch.tensor([0, 1]), torch.tensor([3]))]])
+def test_nothing_is_known_of_codes_seen_never_or_once(
+    pairs: list[tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    assert not word_rows(torch.randn(TEXTS, WIDTH), TEXTS, CODES, pairs).any()
+
+
+def test_an_offset_lowers_the_logits_of_all_states_by_one() -> None:
+    states = torch.randn(500, WIDTH, generator=torch.Generator().manual_seed(0)) + 5
+    lowered = states @ silent_offset(states)
+    assert lowered.mean() == pytest.approx(-1, abs=0.05) and lowered.std() < 0.2
+
+
+def test_a_language_model_starts_with_words_for_codes(
+    qwen: Path,  # noqa: F811
+    images: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    write_scenes(tmp_path / "scenes", 60, 0, 32)
+    encode = ["tokenizer", "encode", str(tmp_path / "scenes"), str(tmp_path / "codes")]
+    assert main([*encode, "--tokenizer", images]) == 0
+    text = TextTokenizer.load(qwen)
+    model = Model.new(str(qwen), text, load_image_tokenizer(images)).eval()
+    transformer, vocabulary = model.network.transformer, model.vocabulary
+    tied = transformer.head is transformer.embed_tokens.weight
+    before = transformer.embed_tokens.weight.detach().clone()
+    start_rows(model, [Shards(tmp_path / "scenes", "train")])
+    assert torch.equal(transformer.embed_tokens.weight, before)  # images without codes say nothing
+    shards = Shards(tmp_path / "codes", "train")
+    start_rows(model, [shards])
+    after = transformer.embed_tokens.weight.detach()
+    codes = slice(vocabulary.image_start, vocabulary.image_end)
+    assert torch.equal(after[: vocabulary.text_size], before[: vocabulary.text_size])
+    assert torch.equal(after[vocabulary.image_end :], before[vocabulary.image_end :])
+    assert torch.equal(after[vocabulary.eos], before[text.vocabulary()["<|im_end|>"]])
+    # Codes that are often there differ from those that are not.
+    counts = torch.bincount(torch.cat([torch.from_numpy(s.codes).flatten() for s in shards]))
+    moved, often = (after - before)[codes], counts.argmax()
+    never = (counts == 0).nonzero().flatten()
+    assert len(never) and (moved[often] - moved[never]).norm(dim=1).min() > 0.1
+    # As outputs they are less likely than before, where the table is both.
+    ids = torch.tensor([text.encode("two dogs run on the beach")])
+    states = hidden(model, ids)
+    change = (states @ moved.T).mean()
+    assert change < -1 if tied else torch.equal(moved[never], torch.zeros_like(moved[never]))
+
+
+def hidden(model: Model, ids: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(ids.shape[1])[None]
+    causal = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    with torch.no_grad():
+        return model.network.transformer(ids, positions, causal)[0]
+
+
+def test_specials_start_like_what_the_language_model_has(qwen: Path) -> None:  # noqa: F811
+    text = TextTokenizer.load(qwen)
+    table = torch.randn(len(text) + 10, WIDTH)
+    rows = special_rows(table, text)
+    known = text.vocabulary()
+    assert torch.equal(rows["<eos>"], table[known["<|im_end|>"]])
+    assert torch.equal(rows["<eoi>"], table[text.encode(":")[0]])
+    assert "<bos>" not in rows and "<mask>" not in rows  # it has nothing that these are like
