@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from multimodal.adapters.lora import LoraConfig
-from multimodal.adapters.word_rows import start_rows
 from multimodal.api import Model
 from multimodal.data.images import Fit, to_image
 from multimodal.distributed import gather_objects, mean_over_ranks
@@ -37,6 +36,7 @@ from multimodal.train.optim import can_compile, parameters_named
 from multimodal.train.preflight import check_data
 from multimodal.train.run.folder import log_folder
 from multimodal.train.sharding import unsharded
+from multimodal.train.word_rows import start_rows
 
 IMAGES_AT_ONCE = 256  # a document may have any number of images
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from multimodal.adapters.word_rows import silent_offset, special_rows, start_rows, word_rows
 from multimodal.api import Model
 from multimodal.cli import main
 from multimodal.data.shards import Shards
 from multimodal.scenes.dataset import write_scenes
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
+from multimodal.train.word_rows import silent_offset, special_rows, start_rows, word_rows
 from tests.model.test_transfer import images, qwen  # noqa: F401 (fixtures)
 
 TEXTS, CODES, WIDTH = 40, 6, 8
