@@ -11,7 +11,7 @@ and the embedding of the code is the mean of the words' embeddings, weighted by 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def start_rows(parts: ModelParts, shards: Iterable[Shards]) -> None:
         parts: a language model whose table has grown, and its tokenizers.
         shards: the training data. Without stored codes and captions the codes stay as they are.
     """
-    samples = list(captioned(shards))
+    samples = list(captioned(shards, parts.codes_per_image))
     if not samples:
         return
     vocabulary, transformer = parts.vocabulary, parts.network.transformer
@@ -149,16 +149,22 @@ def silent_offset(states: Tensor) -> Tensor:
     return -torch.linalg.solve(products + ridge, states.sum(0))
 
 
-def captioned(shards: Iterable[Shards]) -> Iterator[Sample]:
-    """The first samples that have stored codes and captions."""
+def captioned(shards: Iterable[Shards], codes_per_image: int) -> Iterator[Sample]:
+    """The first samples that have stored codes and captions. Unusable ones are left out."""
 
-    def each() -> Iterator[Sample]:
-        for folder in shards:
-            for sample in folder if folder.encoding is not None else ():
-                if CODES in sample.members and descriptions_of(sample.record):
-                    yield sample
+    def usable(sample: Sample) -> bool:
+        try:
+            codes = sample.codes if CODES in sample.members else None  # a document has none
+            return (
+                codes is not None
+                and codes.shape[1:] == (codes_per_image,)
+                and bool(descriptions_of(sample.record))
+            )
+        except ValueError:
+            return False  # training counts and names it
 
-    return islice(each(), SAMPLES)
+    coded = (folder for folder in shards if folder.encoding is not None)
+    return islice(filter(usable, chain.from_iterable(coded)), SAMPLES)
 
 
 def captioned_codes(

@@ -1,6 +1,8 @@
 """Codes start near the words that they occur with, and are not output."""
 
+import io
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -8,14 +10,15 @@ import torch
 
 from multimodal.api import Model
 from multimodal.cli import main
+from multimodal.data.samples import CODES, Sample
 from multimodal.data.shards import Shards
 from multimodal.scenes.dataset import write_scenes
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.train.word_rows import silent_offset, special_rows, start_rows, word_rows
+from multimodal.train.word_rows import captioned, silent_offset, special_rows, start_rows, word_rows
 from tests.model.test_transfer import images, qwen  # noqa: F401 (fixtures)
 
-TEXTS, CODES, WIDTH = 40, 6, 8
+TEXTS, KINDS, WIDTH = 40, 6, 8
 
 
 def counted(seed: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -55,8 +58,8 @@ def by_hand(
 def test_a_code_starts_near_its_word() -> None:
     table = torch.randn(TEXTS + 12, WIDTH, generator=torch.Generator().manual_seed(1))
     pairs = counted(0, 1_500)
-    rows = word_rows(table, TEXTS, CODES, pairs)
-    expected = by_hand(table.double().numpy(), TEXTS, CODES, pairs)
+    rows = word_rows(table, TEXTS, KINDS, pairs)
+    expected = by_hand(table.double().numpy(), TEXTS, KINDS, pairs)
     assert np.allclose(rows.numpy(), expected, atol=1e-5)
     offsets = table[:TEXTS] - table[:TEXTS].mean(0)
     offsets -= offsets[10:14].mean(0)  # what the words of all codes have in common
@@ -69,7 +72,7 @@ def test_a_code_starts_near_its_word() -> None:
 def test_nothing_is_known_of_codes_seen_never_or_once(
     pairs: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> None:
-    assert not word_rows(torch.randn(TEXTS, WIDTH), TEXTS, CODES, pairs).any()
+    assert not word_rows(torch.randn(TEXTS, WIDTH), TEXTS, KINDS, pairs).any()
 
 
 def test_an_offset_lowers_the_logits_of_all_states_by_one() -> None:
@@ -128,3 +131,26 @@ def test_specials_start_like_what_the_language_model_has(qwen: Path) -> None:  #
     assert torch.equal(rows["<eos>"], table[known["<|im_end|>"]])
     assert torch.equal(rows["<eoi>"], table[text.encode(":")[0]])
     assert "<bos>" not in rows and "<mask>" not in rows  # it has nothing that these are like
+
+
+def test_unusable_samples_are_left_out() -> None:
+    def sample(codes: np.ndarray, record: bytes) -> Sample:
+        buffer = io.BytesIO()
+        np.save(buffer, codes)
+        return Sample("key", {CODES: buffer.getvalue(), "json": record})
+
+    codes = np.zeros((2, 4), np.uint16)
+    good = sample(codes, b'{"captions": ["a dog"]}')
+    bad = [
+        sample(codes, b'{"captions": '),
+        sample(codes, b'{"captions": []}'),
+        sample(codes[:, :3], b'{"captions": ["a dog"]}'),
+        sample(codes[0], b'{"captions": ["a dog"]}'),
+        Sample("key", {"json": b'{"captions": ["a dog"]}'}),
+        Sample("key", {CODES: b"no array", "json": b'{"captions": ["a dog"]}'}),
+    ]
+
+    class Folder(list[Sample]):
+        encoding: ClassVar = {}
+
+    assert list(captioned([Folder([*bad, good])], 4)) == [good]  # type: ignore[list-item]
