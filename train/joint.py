@@ -125,6 +125,7 @@ class JointModule(AdapterModule):
             experts,
         )
         self.network = self.model.network = self.base_network(self.model.network)
+        self.rows_are_new = True  # of codes and specials
         self.image_tokenizer = self.model.image_tokenizer
         if self.image_tokenizer.provenance != Provenance():
             fingerprint = self.image_tokenizer.fingerprint
@@ -181,7 +182,7 @@ class JointModule(AdapterModule):
             resumed,
             self.learned,
         )
-        if self.lora is not None and self.lora.new_rows and not resumed:
+        if self.lora is not None and self.lora.new_rows and self.rows_are_new and not resumed:
             start_rows(self.model, shards)
 
     @property
@@ -221,6 +222,7 @@ class JointModule(AdapterModule):
             raise ValueError(f"{folder}: its text tokenizer is not the one of this run")
         try:
             self.network.take_weights(source.network)
+            self.rows_are_new = False
             self.note_base(folder, source)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
