@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from multimodal.data.documents import codes_in, document_of, images_in
+from multimodal.data.documents import codes_in, document_of, images_in, is_plain_text
 from multimodal.data.images import Fit, augment_image, fit_image, open_image
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards
@@ -124,6 +124,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         self.augmented = [crop_scale < 1] * len(sources) if augmented is None else augmented
         self.drawn = [True] * len(sources) if drawn is None else drawn
         self.ends = np.cumsum([len(source) for source in sources])
+        self.holds_codes = any(source.encoding is not None for source in sources)
         self.image_size, self.fit, self.seed = image_size, fit, seed
         self.crop_scale, self.mirror = crop_scale, mirror
         self.check, self.replaced = check, replaced
@@ -186,9 +187,12 @@ class ShardDataset(Dataset[dict[str, Any]]):
                 for position, codes in enumerate(codes_in(sample))
             ]
         else:
+            found = images_in(sample)
+            if found and self.holds_codes:
+                raise ValueError("it has images, among plain texts, and other folders have codes")
             images = [
                 self._image(data, self.augmented[source], seed + position)
-                for position, data in enumerate(images_in(sample))
+                for position, data in enumerate(found)
             ]
         return {
             "key": sample.key,
@@ -257,6 +261,11 @@ def select_encoding(
     return selected
 
 
+def has_texts(source: Shards) -> bool:
+    """Whether a folder holds plain texts, as its first sample says."""
+    return len(source) > 0 and is_plain_text(source[0].record)
+
+
 def check_codes(shards: list[Shards], expected_codes: str | None, crops: bool) -> None:
     """Check that training can use shards that hold codes.
 
@@ -274,8 +283,7 @@ def check_codes(shards: list[Shards], expected_codes: str | None, crops: bool) -
     folder = encoded[0].folder
     if expected_codes is None:
         raise ValueError(f"{folder}: holds codes, and an image tokenizer is trained on images")
-    if len(encoded) < len(shards):
-        others = {source.folder for source in shards} - {source.folder for source in encoded}
+    if others := [source.folder for source in shards if not (source.encoding or has_texts(source))]:
         raise ValueError(
             f"{folder}: holds codes, and {min(others)} images: encode all folders or none"
         )

@@ -217,6 +217,16 @@ def test_a_late_image_among_plain_texts_is_rejected(
     assert rejected(tmp_path / "out") == {3: "unreadable text"}
 
 
+def test_a_text_that_ends_like_a_file_does_not_make_a_table_of_plain_texts(tmp_path: Path) -> None:
+    texts = ["one", "two", "of a page:\n\n20170531.jpg", "see photo.png", "five"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "t.jsonl").write_text(lines)
+    report = build_shards(tmp_path / "t.jsonl", tmp_path / "out")
+    # The fourth may be a path, and is named.
+    assert report is not None and report.kept == 4
+    assert rejected(tmp_path / "out") == {4: "unreadable text"}
+
+
 def test_a_damaged_plain_text_is_reported(tmp_path: Path) -> None:
     from multimodal.data.shards import write_tar
 

@@ -32,7 +32,8 @@ SNIFFED_ROWS = 1000  # rows that decide what a file holds
 def is_documents(source: Path) -> bool:
     """Whether a .jsonl holds documents, and not a table of images.
 
-    The first SNIFFED_ROWS rows decide. Plain text has a ``text`` in each of them, and no image.
+    The first SNIFFED_ROWS rows decide. Plain text has a ``text`` in each of them, and in most of
+    them no image: one text may end with the name of a file.
     """
     if source.suffix.lower() != ".jsonl":
         return False
@@ -41,15 +42,16 @@ def is_documents(source: Path) -> bool:
     listed = isinstance(first.get("images"), list) and isinstance(first.get("texts"), list)
     if listed or isinstance(first.get("content"), list):
         return True
-    return bool(rows) and all("text" in row and not names_image(row) for row in rows)
+    images = sum(map(names_image, rows))
+    return bool(rows) and all("text" in row for row in rows) and images < len(rows) / 2
 
 
 def names_image(row: Mapping[str, Any]) -> bool:
     """Whether a row has a column of images, or the path of an image in any column."""
     if {column.lower() for column in row} & {*IMAGE_COLUMNS}:
         return True
-    texts = (value.lower() for value in row.values() if isinstance(value, str))
-    return any(text.endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)) for text in texts)
+    paths = (v.lower() for v in row.values() if isinstance(v, str) and "\n" not in v)
+    return any(path.endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)) for path in paths)
 
 
 def read_documents(source: Path, root: Path) -> Iterator[SourceItem]:
