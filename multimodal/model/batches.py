@@ -224,7 +224,7 @@ class BatchBuilder:
         ids, text = (texts[0], lesson.captions[0]) if texts else (None, None)
         masked_share = self.objectives.reconstruct_share
         if not sample.drawn or form >= masked_share + self.objectives.next_token_share:
-            drawing, dropped = self._draw(ids), False
+            drawing, dropped = self._text_alone(ids), False
         else:
             condition = None if dropped else ids
             if form < masked_share:
@@ -264,7 +264,7 @@ class BatchBuilder:
             texts = [self.encode(caption) for caption in descriptions]
             for ids in texts:
                 sequences.append(self._describe(codes, [ids]))
-                sequences.append(self._draw(ids))
+                sequences.append(self._text_alone(ids))
             if self.question_share or not descriptions:
                 for prompt, reply in exchanges_of(sample.record, self.templates):
                     exchange = (prompt, answer_text(reply))
@@ -309,6 +309,12 @@ class BatchBuilder:
         turns = [(self.encode(prompt), self.encode(reply)) for prompt, reply in exchanges]
         made = [(list(each.prompt), list(each.ids)) for each in written]
         return describe(self.vocabulary, codes[self.read], texts, turns, self.row_length, made)
+
+    def _text_alone(self, text: list[int] | None) -> TokenSequence:
+        sequence = self._draw(text)
+        if self.objectives.reads_texts_first:
+            return sequence
+        return replace(sequence, objectives=np.full(len(sequence), NO_LOSS))
 
     def _draw(
         self,

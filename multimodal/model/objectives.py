@@ -54,7 +54,8 @@ class ObjectivesConfig:
             arXiv:2204.02311).
         reconstruct_share: share of the draw sequences whose image is masked.
         next_token_share: share of the draw sequences whose image is learned token by token. The
-            rest ends at <boi>: its text still trains text and alignment.
+            rest ends at <boi>: its text still trains text and alignment. In a run that neither
+            draws nor aligns captions train ``caption`` only, and ``text`` is of documents.
         drop_condition: share of the drawn images whose text is <null>, for guidance.
 
     Raises:
@@ -87,6 +88,11 @@ class ObjectivesConfig:
     def weight_of(self, name: str) -> float:
         """The weight of a token objective."""
         return self.weights.get(name, WEIGHTS[name])
+
+    @property
+    def reads_texts_first(self) -> bool:
+        """Whether anything is learned of a text that comes before its image."""
+        return bool(self.reconstruct_share + self.next_token_share + self.alignment_weight)
 
     def teaches(self, sequence: TokenSequence) -> bool:
         """Whether the sequence has a target of a token objective whose weight is not 0."""

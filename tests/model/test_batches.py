@@ -77,6 +77,28 @@ def test_the_questions_of_an_image_are_a_branch_beside_its_captions(tiny_model: 
         builder.pair(*samples_of([{}]))
 
 
+@pytest.mark.parametrize("used", ["alignment_weight", "next_token_share", "reconstruct_share", ""])
+def test_captions_are_texts_only_where_images_are_drawn_or_aligned(
+    tiny_model: Make, used: str
+) -> None:
+    """Otherwise texts are those of documents, and a caption is learned behind its image."""
+    names = ("alignment_weight", "next_token_share", "reconstruct_share")
+    model = tiny_model(**{name: 0.3 * (name == used) for name in names}, drop_condition=0.0)
+    pair, book = samples_of([{"captions": ["a cat"]}, {}])
+    book = replace(book, document=["a page"])
+    batch = model.batch_builder(160).build([pair, book], skip_untaught=not used)
+    is_text = batch.packed.objectives == OBJECTIVES.index("text")
+    learned = batch.packed.targets[is_text].tolist()
+    page, cat = (model.text_tokenizer.encode(text) for text in ("a page", "a cat"))
+    assert learned[-len(page) - 1 :] == [*page, model.vocabulary.eos] or used
+    assert len(learned) == len(page) + 1 + (len(cat) + 1 if used else 0)
+    assert (batch.packed.objectives == OBJECTIVES.index("caption")).sum() == len(cat) + 1
+    sequences = [set(row[row > 0].tolist()) for row in batch.packed.documents]
+    assert sum(map(len, sequences)) == (3 if used else 2)
+    kinds = [each.objectives.tolist() for each in model.batch_builder(160).possible(pair)]
+    assert any(OBJECTIVES.index("text") in kind for kind in kinds) == bool(used)
+
+
 def test_captions_of_one_image_are_branches_as_long_as_they_fit(tiny_model: Make) -> None:
     """And the image is drawn from the first of them."""
     model = tiny_model(drop_condition=0.0)
