@@ -1,5 +1,6 @@
 """The scripts of examples/ run, and do what they say."""
 
+import json
 import runpy
 import sys
 from collections.abc import Callable
@@ -11,8 +12,10 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from multimodal.api import load
+from multimodal.data.builder.build import build_shards
 from multimodal.export.gguf import export_gguf
 from multimodal.export.hf import export_hf
 from multimodal.inference.codec import encode_to_read, read_images
@@ -86,6 +89,34 @@ def test_captions_by_llama_cpp(run: Run, work: Path, tiny_model_folder: Path) ->
     model = load(tiny_model_folder)
     assert encode_to_read(model, read_images(model, [work / "photo.png"])).shape[0] == 1
     assert printed.strip() == model.caption([work / "photo.png"])[0]
+
+
+def test_a_language_model_writes_texts(run: Run, tmp_path: Path) -> None:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    specials, letters = ["<|endoftext|>", "<|turn|>"], pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        ["A dog. A cat!"],
+        trainers.BpeTrainer(special_tokens=specials, initial_alphabet=letters, show_progress=False),
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token=specials[1], pad_token=specials[0]
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|turn|>{{ m.role }}. {{ m.content }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "llama")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes, **heads)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    assert "130 of 130 texts" in run("own_texts.py", tmp_path / "llama", tmp_path / "t.jsonl", 130)
+    texts = [json.loads(line)["text"] for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    chats = [text for text in texts if text.startswith("user.")]
+    assert len(chats) >= 128 and "<|turn|>" not in "".join(texts)
+    report = build_shards(tmp_path / "t.jsonl", tmp_path / "texts")
+    assert report is not None and report.kept == len(texts)
 
 
 @pytest.mark.parametrize("script", ["vllm_caption.py", "sglang_caption.py"])

@@ -1,6 +1,7 @@
 """Start from a Qwen3, freeze parts, and give parts other learning rates."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -163,7 +164,7 @@ def test_with_an_adapter_and_new_rows_the_text_rows_stay(
         assert all(torch.equal(again[name], value) for name, value in after.items()), folder
 
 
-def test_the_recipe_that_learns_to_see_runs_on_captions_alone(
+def test_the_recipe_that_learns_to_see_runs(
     qwen: Path, images: str, tmp_path: Path, sentences: tuple[str, ...]
 ) -> None:
     """``smollm2_photos.yaml`` as it is, but small, for data as its comment names them."""
@@ -176,9 +177,13 @@ def test_the_recipe_that_learns_to_see_runs_on_captions_alone(
     shards, codes = str(tmp_path / "shards"), str(tmp_path / "codes")
     assert main(["data", "build", str(tmp_path / "photos"), shards, "--val-share", "0.2"]) == 0
     assert main(["tokenizer", "encode", shards, codes, "--tokenizer", images]) == 0
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in sentences)
+    (tmp_path / "texts.jsonl").write_text(rows, "utf-8")
+    texts = str(tmp_path / "texts")
+    assert main(["data", "build", str(tmp_path / "texts.jsonl"), texts]) == 0
     model = {"text_tokenizer": qwen, "size": qwen, "image_tokenizer": images, "reads": "null"}
     options = {f"--model.init_args.{name}": str(value) for name, value in model.items()} | {
-        "--data.folders": f"[{codes}]", "--data.global_batch_size": "4",
+        "--data.folders": f"[{codes}, {texts}]", "--data.global_batch_size": "8",
         "--trainer.max_steps": "2", "--trainer.val_check_interval": "2",
         "--trainer.accelerator": "cpu", "--trainer.precision": "32-true",
         "--trainer.enable_progress_bar": "false",
