@@ -7,13 +7,13 @@ BEFORE is what the model was: a folder of Hugging Face or a GGUF file. AFTER is 
 a run of smollm2_photos.yaml. Both are read by transformers, AFTER from its export, so that nothing
 of this package computes what is compared.
 
-Measured is the perplexity of a text (pieces of 512 tokens, each by itself; the rows that AFTER has
-more are part of its softmax), and the answers to ten prompts: greedy, at most 80 tokens.
+Measured is the perplexity of a text (pieces of 512 tokens, each by itself), once with the rows that
+AFTER has more in its softmax and once without, and the answers to ten prompts: greedy, at most 80
+tokens.
 """
 
 import argparse
 import json
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,24 @@ def opened(source: str) -> tuple[Any, Any]:
 
 
 @torch.inference_mode()
-def perplexity(model: Any, ids: torch.Tensor) -> float:
-    """Of a text: exp of the mean cross-entropy of its tokens, without the first of each piece."""
-    total, count = 0.0, 0
+def perplexities(model: Any, ids: torch.Tensor, text_size: int) -> tuple[float, float]:
+    """Of a text: exp of the mean cross-entropy of its tokens, without the first of each piece.
+
+    Returns:
+        Among all ids, and among the first text_size.
+    """
+    totals, count = torch.zeros(2, dtype=torch.float64), 0
     for piece in ids.split(PIECE):
         if len(piece) > 1:
             logits = model(piece[None]).logits[0, :-1].double()
-            loss = torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum")
-            total, count = total + float(loss), count + len(piece) - 1
-    return math.exp(total / count)
+            for number, size in enumerate((None, text_size)):
+                loss = torch.nn.functional.cross_entropy(
+                    logits[:, :size], piece[1:], reduction="sum"
+                )
+                totals[number] += loss
+            count += len(piece) - 1
+    among_all, among_texts = (totals / count).exp().tolist()
+    return among_all, among_texts
 
 
 @torch.inference_mode()
@@ -78,19 +87,41 @@ def reply(tokenizer: Any, model: Any, prompt: str) -> str:
     return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
-def measured(source: str, text: str, tokens: int) -> dict[str, Any]:
+def measured(source: str, text: str, tokens: int, text_size: int | None = None) -> dict[str, Any]:
     tokenizer, model = opened(source)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0][:tokens]
+    text_size = model.config.vocab_size if text_size is None else text_size
+    among_all, among_texts = perplexities(model, ids, text_size)
     return {
         "tokens": len(ids),
-        "perplexity": perplexity(model, ids),
+        "text_size": text_size,
+        "perplexity": among_all,
+        "perplexity_among_texts": among_texts,
         "replies": {name: reply(tokenizer, model, prompt) for name, prompt in PROMPTS.items()},
     }
 
 
-def page(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """The replies side by side."""
-    lines = ["# Ten prompts, before and after", ""]
+def page(found: dict[str, Any]) -> str:
+    """The replies side by side, below the perplexities."""
+    before, after = found["before"], found["after"]
+    lines = [
+        "# Ten prompts, before and after",
+        "",
+        "What a language model answers before it learned to see, and after it, by its export in",
+        "transformers: greedy, at most 80 tokens, chosen by nobody. `benchmarks/language_model.py`",
+        "wrote this page ([how it was trained](training/language_models.md)).",
+        "",
+        f"| perplexity of `{found['text']}`, {before['tokens']:,} tokens | before | after |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {before[key]:.2f} | {after[key]:.2f} |"
+            for name, key in (
+                ("among all ids, new ones too", "perplexity"),
+                ("among the ids of texts", "perplexity_among_texts"),
+            )
+        ),
+        "",
+    ]
     for name, prompt in PROMPTS.items():
         lines += [f"## {name.capitalize()}", "", *quoted(prompt), "", "Before:", ""]
         lines += [*quoted(before["replies"][name]), "", "After:", ""]
@@ -115,7 +146,8 @@ def main() -> None:
     before = measured(options.before, text, options.tokens)
     with tempfile.TemporaryDirectory() as folder:
         export_hf(Path(options.after), Path(folder) / "stock")
-        after = measured(str(Path(folder) / "stock"), text, options.tokens)
+        stock = str(Path(folder) / "stock")
+        after = measured(stock, text, options.tokens, before["text_size"])
     worse = after["perplexity"] / before["perplexity"] - 1
     found = {
         "text": options.text.name,
@@ -128,7 +160,7 @@ def main() -> None:
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
     if options.page is not None:
-        options.page.write_text(page(before, after), "utf-8")
+        options.page.write_text(page(found), "utf-8")
     print(json.dumps(found, ensure_ascii=False))
 
 
