@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TOKENS, AT_ONCE = 144, 128
+ROLE = re.compile(r"^(system|user|assistant)\n")
 END = "<|endoftext|>"  # between documents, as SmolLM2 and Qwen have it
 
 source, out = map(Path, sys.argv[1:3])
@@ -25,6 +26,7 @@ if source.suffix == ".gguf":
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
 tokenizer = AutoTokenizer.from_pretrained(**where)
 model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).to(torch.bfloat16)
+CONTROL = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
 chat = tokenizer.apply_chat_template([{"role": "user", "content": "@"}], tokenize=False)
 
 torch.manual_seed(0)
@@ -41,7 +43,10 @@ with out.open("w", encoding="utf-8") as file:
             min_p=0.02,
             eos_token_id=tokenizer.convert_tokens_to_ids(END),  # a chat goes on after a turn
         )
-        for text in tokenizer.batch_decode(written, skip_special_tokens=True):
+        for text in tokenizer.batch_decode(written):
+            # A text has no control tokens, and without them the names of roles would be words.
+            turns = CONTROL.split(text.removeprefix(start))
+            text = "\n".join(ROLE.sub("", turn).strip() for turn in turns if turn.strip())
             whole = re.match(r".*[.!?\n]", text, re.DOTALL)  # a text ends where a sentence does
             if whole and whole[0].strip():
                 file.write(json.dumps({"text": whole[0].strip()}) + "\n")

@@ -22,7 +22,7 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INPUT = re.compile(r"^\$ (?:.*\\\n)*.*\n|^(?:>>>|\.\.\.).*\n", re.MULTILINE)
 # Entries of decisions are a log: dated, with the numbers that were measured. Commands of then need
 # not exist now, so they have tables in place of examples. A report and a comparison have them, too.
-WITHOUT_EXAMPLES = ("decisions/", "report.md", "peers.md")
+WITHOUT_EXAMPLES = ("decisions/", "report.md", "peers.md", "language_model.md")
 OF_TUTORIALS = re.compile(r"^```(console|pycon|python|text)\n", re.MULTILINE)
 
 

@@ -26,6 +26,7 @@ from multimodal.tokenizers.text import TextTokenizer
 SAMPLES = 10_000  # that are counted at most
 STATES_OF = 16  # samples whose hidden states say what is likely to be output
 AT_ONCE = 1_000  # encodings in one product of matrices
+LONGEST = 2  # lengths of a word: what a longer row outputs is not lowered enough
 # By how much logits are lowered, in units of the largest logit of a text.
 LOWERED, SPECIALS_LOWERED = 3.0, 0.15
 # What a new special starts as: the first of these that the language model has.
@@ -82,7 +83,8 @@ def word_rows(
 
     Returns:
         float[K, D], offsets from the mean of the texts' embeddings, as long as those of words are
-        in the mean. 0 for a code that goes with no word more than any other code does.
+        in the mean, and LONGEST times as long at most: a code that was seen twice is as sure of its
+        word as one can be. 0 for a code that goes with no word more than any other code does.
     """
     pairs = list(examples)
     words = torch.unique(torch.cat([torch.zeros(0, dtype=torch.long), *(ids for _, ids in pairs)]))
@@ -111,7 +113,9 @@ def word_rows(
     known = (share.sum(1) > 0) * with_code
     rows = torch.where(known[:, None] > 0, rows - known @ rows / known.sum().clamp_min(1), 0.0)
     length = rows.norm(dim=1).sum() / (known > 0).sum().clamp_min(1)
-    return rows * (offsets.norm(dim=1).mean() / length.clamp_min(1e-12))
+    usual = offsets.norm(dim=1).mean()
+    rows = rows * (usual / length.clamp_min(1e-12))
+    return rows * (LONGEST * usual / rows.norm(dim=1, keepdim=True).clamp_min(LONGEST * usual))
 
 
 def special_rows(table: Tensor, tokenizer: TextTokenizer) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ def test_a_language_model_writes_texts(run: Run, tmp_path: Path) -> None:
         tokenizer_object=made, eos_token=specials[1], pad_token=specials[0]
     )
     tokenizer.chat_template = (
-        "{% for m in messages %}<|turn|>{{ m.role }}. {{ m.content }}{% endfor %}"
+        "{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}{% endfor %}"
     )
     tokenizer.save_pretrained(tmp_path / "llama")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -113,8 +113,8 @@ def test_a_language_model_writes_texts(run: Run, tmp_path: Path) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     assert "130 of 130 texts" in run("own_texts.py", tmp_path / "llama", tmp_path / "t.jsonl", 130)
     texts = [json.loads(line)["text"] for line in (tmp_path / "t.jsonl").read_text().splitlines()]
-    chats = [text for text in texts if text.startswith("user.")]
-    assert len(chats) >= 128 and "<|turn|>" not in "".join(texts)
+    assert len(texts) > 50
+    assert not any(word in text for text in texts for word in ("<|", "user"))
     report = build_shards(tmp_path / "t.jsonl", tmp_path / "texts")
     assert report is not None and report.kept == len(texts)
 

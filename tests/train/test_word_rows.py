@@ -15,7 +15,14 @@ from multimodal.data.shards import Shards
 from multimodal.scenes.dataset import write_scenes
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.train.word_rows import captioned, silent_offset, special_rows, start_rows, word_rows
+from multimodal.train.word_rows import (
+    LONGEST,
+    captioned,
+    silent_offset,
+    special_rows,
+    start_rows,
+    word_rows,
+)
 from tests.model.test_transfer import images, qwen  # noqa: F401 (fixtures)
 
 TEXTS, KINDS, WIDTH = 40, 6, 8
@@ -52,7 +59,9 @@ def by_hand(
             rows[code] = sum(w * offsets[n] for n, w in weights.items()) / sum(weights.values())
     rows[known > 0] -= known @ rows / known.sum()
     lengths = np.linalg.norm(rows[known > 0], axis=1).mean()
-    return rows * np.linalg.norm(offsets, axis=1).mean() / lengths
+    usual = np.linalg.norm(offsets, axis=1).mean()
+    rows *= usual / lengths
+    return np.array([row / max(1, np.linalg.norm(row) / (LONGEST * usual)) for row in rows])
 
 
 def test_a_code_starts_near_its_word() -> None:
@@ -66,6 +75,21 @@ def test_a_code_starts_near_its_word() -> None:
     nearest = torch.cosine_similarity(rows[:4, None], offsets[None, 10:14], dim=-1).argmax(1)
     assert nearest.tolist() == [0, 1, 2, 3]
     assert not rows[5].any()
+
+
+def test_a_code_that_was_seen_twice_is_no_longer_than_others() -> None:
+    """It goes with one word for certain, where others go with many: it would be output itself."""
+    texts, rng = 400, np.random.default_rng(0)
+    table = torch.randn(texts, WIDTH, generator=torch.Generator().manual_seed(1))
+    often = [  # each of five codes with many words
+        (torch.tensor([code]), torch.from_numpy(rng.choice(np.arange(20, texts), 200, False)))
+        for code in rng.integers(0, 5, 600).tolist()
+    ]
+    rows = word_rows(table, texts, KINDS, [*often, *[(torch.tensor([5]), torch.tensor([11]))] * 2])
+    words = table - table.mean(0)
+    lengths = rows.norm(dim=1) / words.norm(dim=1).mean()
+    assert lengths[5] == pytest.approx(LONGEST) and (lengths[:5] < 1).all()
+    assert torch.cosine_similarity(rows[5], words[11], dim=0) > 0.9
 
 
 @pytest.mark.parametrize("pairs", [[], [(torch.tensor([0, 1]), torch.tensor([3]))]])
