@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multimodal.terminal import print_error
+from multimodal.terminal import Parser, print_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,11 +45,10 @@ FORMATS = {
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="multimodal tokenizer compare",
         description="Measure how well image tokenizers preserve the images of a shard folder.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("tokenizers", nargs="+", help="tokenizer or model folders, or starter")
     parser.add_argument("--data", required=True, help="a shard folder")

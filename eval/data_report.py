@@ -4,7 +4,6 @@ It reads every sample. The page has counts, image sizes, texts, licences and sou
 out when the folder was built, the share of each folder in a training mixture, and random samples.
 """
 
-import argparse
 import random
 import re
 import sys
@@ -24,7 +23,7 @@ from multimodal.data.samples import Sample, has_text, texts_of
 from multimodal.data.shards import Shards, read_manifest, splits_of
 from multimodal.eval.page import Bars, Figure, Section, page
 from multimodal.files import atomic_file, write_json
-from multimodal.terminal import print_error
+from multimodal.terminal import Parser, print_error
 
 EPILOG = """The page needs no network and no other file. --weights are data.weights of a recipe. The
 page then shows how often a sample of each folder is read per epoch.
@@ -48,11 +47,10 @@ LENGTHS = (0, 3, 6, 9, 12, 16, 24, 32, 64)
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="multimodal data report",
         description="Write a page about shard folders: counts, histograms, licences, samples.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folders", metavar="DIR", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="default report.html")

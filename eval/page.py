@@ -56,7 +56,7 @@ h1 { margin-bottom: 0; } h2 { margin: 2.5rem 0 0; border-top: 1px solid var(--li
 h2 small, p.about, figcaption { color: GrayText; } h2 small { font-weight: normal; float: right; }
 p { margin: .2rem 0; } h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
 .row { display: flex; flex-wrap: wrap; gap: .8rem; }
-figure { margin: 0; width: 8.4rem; } figcaption { font-size: .8rem; line-height: 1.3;
+figure { margin: 0; width: 8rem; } figcaption { font-size: .8rem; line-height: 1.3;
   overflow-wrap: anywhere; }
 img { width: 100%; aspect-ratio: 1; border-radius: 4px; border: 1px solid var(--line);
   box-sizing: border-box; }

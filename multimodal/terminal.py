@@ -1,9 +1,39 @@
-"""What goes to a person's terminal, in the encoding that it has."""
+"""What goes to a person's terminal, in the encoding that it has, and what is understood there."""
 
+import argparse
 import codecs
 import contextlib
+import difflib
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a verb. Its help stands as it is written, and an option is given whole or not at all."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        usual: dict[str, Any] = {
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+            "allow_abbrev": False,
+        }
+        super().__init__(*arguments, **usual | options)
+
+    def error(self, message: str) -> NoReturn:
+        """Names the option that an unknown one is close to, too."""
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        for option in (each.partition("=")[0] for each in unknown if each.startswith("--")):
+            if close := difflib.get_close_matches(option, self._flags(), n=1):
+                message += f"; did you mean {close[0]}?"
+        super().error(message)
+
+    def _flags(self) -> list[str]:
+        """Its options, and those of its subcommands."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                flags += [flag for each in action.choices.values() for flag in each._flags()]
+        return flags
 
 
 def shown(text: str | Path) -> str:

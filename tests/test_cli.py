@@ -71,6 +71,32 @@ def test_python_m_is_the_command() -> None:
     assert done.stdout.startswith("multimodal ")
 
 
+def test_a_folder_of_that_name_does_not_hide_the_package(tmp_path: Path) -> None:
+    """Such as that of a clone, where Python is started beside it."""
+    (tmp_path / "multimodal").mkdir()
+    code = "import multimodal, tokenizers; print(multimodal.load.__name__, tokenizers.Tokenizer)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.startswith("load <class")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["caption", "cat.jpg", "--sede", "1"], "arguments: --sede 1; did you mean --seed?"),
+        (["caption", "cat.jpg", "--beam=5"], "arguments: --beam=5; did you mean --beams?"),
+        (["data", "scenes", "out", "--count", "3", "--sede=1"], "did you mean --seed?"),
+        (["info", "starter", "--zzzzz"], "unrecognized arguments: --zzzzz\n"),
+    ],
+)
+def test_an_option_is_given_whole_and_a_wrong_one_brings_the_closest(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert message in capsys.readouterr().err
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"multimodal {multimodal.__version__}\n"

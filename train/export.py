@@ -4,7 +4,6 @@ A checkpoint holds weights. What they belong to is in the configuration of its r
 beside it (``logs/config.yaml``).
 """
 
-import argparse
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from jsonargparse import ArgumentParser
 
 from multimodal.export.model import export_model
 from multimodal.files import new_folder
+from multimodal.terminal import Parser
 from multimodal.train.run.checkpoints import load_weights
 from multimodal.train.run.damage import check_checkpoint
 
@@ -70,12 +70,11 @@ def module_of(config: Path) -> L.LightningModule:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="multimodal export model",
         description="Make a model folder of a training checkpoint, or a smaller one of a model. Of "
         "a checkpoint of a run with LoRA it makes the folder of the adapter.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="a checkpoint, or a model folder")
     parser.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")

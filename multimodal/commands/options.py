@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from multimodal.devices import DTYPES
 from multimodal.files import atomic_file, local_path, read_bytes
 from multimodal.options import CaptionOptions, Sampling
-from multimodal.terminal import print_error
+from multimodal.terminal import Parser, print_error
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,11 +42,10 @@ def make_parser(
         options: add every field of this options class.
         adapters: --adapter may be given several times, with names.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"multimodal {verb}",
         description=about,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--model",

@@ -1,9 +1,9 @@
 """``multimodal prompts``: the prompts that are kept as files."""
 
-import argparse
 import json
 
 from multimodal.inference.prompt_files import prompt_files, read_prompt
+from multimodal.terminal import Parser
 
 EPILOG = """A prompt of your own is a file NAME.yaml in a folder of yours:
 
@@ -22,11 +22,10 @@ examples:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="multimodal prompts",
         description="List the prompts that answer --prompt takes.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--prompts", metavar="DIR", help="a folder of your own, before the library")
     parser.add_argument("--json", action="store_true", help="all fields, a prompt a line")

@@ -1,12 +1,11 @@
 """``multimodal provenance``: what the content credentials of pictures say."""
 
-import argparse
 import json
 from pathlib import Path
 
 from multimodal.files import read_bytes
 from multimodal.origin.credentials import read_credentials
-from multimodal.terminal import print_error
+from multimodal.terminal import Parser, print_error
 
 EPILOG = """`multimodal draw --sign KEYS`, edit and serve write credentials: that a model drew this,
 which model, the SHA-256 of the prompt. Those of others are read, too. Nothing is fetched. Without
@@ -21,11 +20,10 @@ examples:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="multimodal provenance",
         description="What the content credentials (C2PA) of pictures say, and whether they hold.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="PNG, JPEG or WebP")
     parser.add_argument(

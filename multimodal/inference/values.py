@@ -102,8 +102,13 @@ def open_source(source: Any, name: str | None = None, urls: bool = False) -> Ima
         return open_image(image_of_array(source, name), name=name)
     if isinstance(source, bytearray | memoryview):
         source = bytes(source)
-    elif isinstance(source, PathLike):
+    elif isinstance(source, str | PathLike):
         source = Path(source)
+        if source.is_dir():
+            raise ValueError(
+                f"{name}: is a folder: give a list of its images, as in "
+                f"sorted(Path({str(source)!r}).glob('*.jpg'))"
+            )
     elif hasattr(source, "read"):
         source = source.read()
         if not isinstance(source, bytes):

@@ -295,24 +295,19 @@ def test_documents_and_texts_train_beside_pairs_also_as_codes(joint: Path, tmp_p
     assert totals[0] == totals[1] and len(totals[0]) == 3
 
 
-def test_plain_texts_go_with_codes_and_images_among_them_do_not(
-    joint: Path, tmp_path: Path
-) -> None:
-    image = next(iter(Shards(joint / "scenes", "train"))).image
-    (tmp_path / "a.png").write_bytes(image)
-    parts: list[Any] = [{"text": "a red bus"}, {"text": "two cats"}, {"text": "a field"}]
-    rows = [{"content": [part]} for part in parts] + [{"content": [*parts, {"image": "a.png"}]}]
+def test_plain_texts_go_with_codes_but_no_images_among_them(joint: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(next(iter(Shards(joint / "scenes", "train"))).image)
+    parts: list[Any] = [{"text": "a red bus"}, {"text": "two cats"}, {"image": "a.png"}]
+    rows = [{"content": content} for content in (parts[:1], parts[1:2], parts)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["data", "build", str(tmp_path / "t.jsonl"), str(tmp_path / "texts")]) == 0
-    folders = f"[{joint / 'codes'}, {tmp_path / 'texts'}]"
-    out = tmp_path / "run"
+    out, folders = tmp_path / "run", f"[{joint / 'codes'}, {tmp_path / 'texts'}]"
     fit = ["fit", "--config", str(joint / "joint.yaml"), "--output", str(out)]
     run = [*fit, "--data.folders", folders, "--data.weights", "[1, 1]"]
     assert main([*run, "--trainer.limit_val_batches", "0"]) == 0
-    rows = list(csv.DictReader((out / "logs/metrics.csv").read_text().splitlines()))
-    assert all(float(row["train/text"]) > 0 and float(row["train/caption"]) > 0 for row in rows)
-    (left_out,) = {line for line in (out / "logs/left_out.jsonl").read_text().splitlines()}
-    assert "other folders have codes" in left_out
+    losses = list(csv.DictReader((out / "logs/metrics.csv").read_text().splitlines()))
+    assert all(float(row["train/text"]) > 0 and float(row["train/caption"]) > 0 for row in losses)
+    assert "other folders have codes" in (out / "logs/left_out.jsonl").read_text()
 
 
 def test_codes_that_do_not_fit_are_refused(

@@ -65,6 +65,8 @@ def test_every_form_of_an_image_is_the_same_image(tmp_path: Path) -> None:
         (PIXELS.transpose(2, 0, 1), r"expected \[H, W\] or \[H, W, C\] with 1, 3 or 4"),
         (torch.from_numpy(PIXELS.copy()), r"expected \[H, W\] or \[C, H, W\]"),
         (np.zeros((0, 4), np.uint8), "no pixels"),
+        (str(Path(__file__).parent), r"is a folder: give a list of its images, as in sorted\(Path"),
+        (Path(__file__).parent, "is a folder: give a list"),
         ("http://localhost/a.png", "not fetched unless that is asked for"),
     ],
 )

@@ -364,14 +364,16 @@ def test_a_forecast_prints_what_a_run_needs_and_keeps_nothing(
 
 
 def test_a_run_prints_nothing_useless(work: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "multimodal.cli", "fit", "--config", str(work / "joint.yaml")]
-    command += ["--output", str(tmp_path / "run"), "--trainer.max_steps", "1"]
-    command += ["--data.workers", "1"]
-    run = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert (run.returncode, run.stdout) == (0, ""), run.stderr
+    recipe = ["--config", str(work / "joint.yaml"), "--trainer.max_steps", "1"]
+    run = ["fit", *recipe, "--output", str(tmp_path / "run"), "--data.workers", "1"]
     useful = ("Seed set to", "GPU available", "parameters to train", "`Trainer.fit` stopped")
     useful += ("step 1 of 1", "validation at step 1 (the best", "run/model: step 1, the best of 1 ")
     useful += ("energy of this start",)
-    assert [line for line in run.stderr.splitlines() if not any(u in line for u in useful)] == []
+    # A forecast is no training that stops.
+    for command, expected in ((run, useful), (["info", *recipe], useful[:2])):
+        words = [sys.executable, "-m", "multimodal.cli", *command]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stdout == "") == (0, command == run), done.stderr
+        lines = done.stderr.splitlines()
+        assert [line for line in lines if not any(u in line for u in expected)] == []

@@ -5,6 +5,7 @@ the forecast holds for any model and precision. A run of several ranks, or on a 
 is not here, is computed: no other process is started, and no weight is made.
 """
 
+import logging
 import os
 import shutil
 import signal
@@ -152,9 +153,15 @@ class ForecastCLI(TrainingCLI):
         return trainer
 
 
+def _is_no_stop(record: logging.LogRecord) -> bool:
+    return "` stopped: " not in record.getMessage()
+
+
 def main(argv: list[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(HELP, file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
+    # Lightning says that its training stopped, and no one has asked for a training.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_stop)
     with tempfile.TemporaryDirectory() as folder, ended_by_sigterm(folder):
         return run(["fit", "--config", *argv, "--output", folder], ForecastCLI)

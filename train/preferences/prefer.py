@@ -1,11 +1,11 @@
 """``multimodal prefer``: preferences of what a model makes, as shards for preference training."""
 
-import argparse
 import sys
 from pathlib import Path
 
 from multimodal.commands.options import add_adapter, add_device, at_least_one, load_model
 from multimodal.devices import DTYPES
+from multimodal.terminal import Parser
 
 EPILOG = """The model writes several captions of each image (or draws several pictures of each
 caption). A judge scores them. The best one is chosen, the worst one rejected, where they differ by
@@ -26,11 +26,10 @@ examples:
 
 def main(argv: list[str]) -> int:
     """Run ``multimodal prefer ARGV...``. Returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="multimodal prefer",
         description="Make preferences: of what a model writes or draws, the best and the worst.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="a folder, a bundled model, or user/name of the Hub")

@@ -16,7 +16,7 @@ from multimodal.data.indexing import index_folder
 from multimodal.data.shards import Shards, read_manifest
 from multimodal.data.verify import check, check_contents, check_text
 from multimodal.files import atomic_file, write_json
-from multimodal.terminal import one_line
+from multimodal.terminal import Parser, one_line
 
 FIRST_SAMPLES = 256  # whose texts `data index` reads
 
@@ -53,11 +53,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="multimodal data",
         description=__doc__,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(
         metavar="build|index|check|card|duplicates|questions|scenes", required=True

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from multimodal.terminal import Parser
+
 EXAMPLES = """examples:
   multimodal export hf runs/joint/model exported
   multimodal export hf runs/joint/model exported --dtype bfloat16
@@ -55,18 +57,16 @@ def export_bom(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="multimodal export",
         description="Carry a model to other engines, or make it smaller.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = parser.add_subparsers(required=True, metavar="hf|gguf|onnx|bom|model")
     hf = kinds.add_parser(
         "hf",
         help="a stock folder (Qwen3, Qwen2, Llama) for transformers, vLLM, SGLang and the like",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     hf.add_argument("model", metavar="MODEL", help="the model folder to export")
     hf.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")

@@ -1,8 +1,9 @@
 """``multimodal import``: a released unified model, as a model folder."""
 
-import argparse
 import shutil
 from pathlib import Path
+
+from multimodal.terminal import Parser
 
 EXAMPLES = """examples:
   multimodal import chameleon-7b runs/chameleon
@@ -19,13 +20,12 @@ The embeddings of images and texts (`multimodal embed`, `search`) are not traine
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="multimodal import",
         description="Turn a released unified model, a folder as transformers saves it, into a "
         "model folder: Chameleon, Anole, Emu3. The weights stay what they are. No code of the "
         "folder is run.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", metavar="FOLDER", help="config.json, tokenizer.json, safetensors")
     parser.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")

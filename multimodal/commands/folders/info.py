@@ -3,7 +3,6 @@
 Fingerprints are verified: every weight is read and hashed.
 """
 
-import argparse
 import json
 import platform
 from collections import Counter
@@ -16,6 +15,7 @@ from multimodal import __version__
 from multimodal.devices import choose_device, choose_dtype
 from multimodal.files import address_of, read_json
 from multimodal.provenance import Provenance
+from multimodal.terminal import Parser
 
 PACKAGES = (
     "torch",
@@ -44,12 +44,14 @@ EPILOG = """examples:
 
 def main(argv: list[str]) -> int:
     """Run ``multimodal info ARGV...``. The exit status is 1 if a fingerprint is wrong."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="multimodal info",
+        usage="multimodal info [-h] [--json] [MODEL]\n"
+        "       multimodal info --config RECIPE [--KEY VALUE ...]",
         description="What a folder of a model, an adapter, an image tokenizer or shards holds. "
-        "Without a folder: the versions of what is installed, and the devices.",
+        "Without a folder: the versions of what is installed, and the devices. With --config: how "
+        "long a training run will take, and how much memory.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", nargs="?", type=Path, metavar="MODEL")
     parser.add_argument("--json", action="store_true", help="one JSON object")

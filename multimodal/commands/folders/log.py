@@ -1,13 +1,12 @@
 """``multimodal log``: check the record of a server, and read what is in it."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from multimodal.record.chain import Entry, entries, parse_time, prune, redact, verify
 from multimodal.record.report import EXAMPLES, countable_entries, failures, summary
-from multimodal.terminal import print_error
+from multimodal.terminal import Parser, print_error
 
 EPILOG = """`multimodal serve --record FILE` writes the record. Each entry has the hash of the one
 before: one that was changed, removed or moved is named. Who can write the file can also make a new
@@ -30,11 +29,10 @@ def main(argv: list[str]) -> int:
 
     The exit status is 1 if a record does not hold, or has lines that cannot be counted.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="multimodal log",
         description="Check the record of a server, and read what is in it.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", choices=("verify", "report", "failures", "redact", "prune"))
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")

@@ -1,6 +1,6 @@
 """``multimodal push``: put a model folder on the Hugging Face Hub."""
 
-import argparse
+from multimodal.terminal import Parser
 
 EPILOG = """The model is loaded first. Its safetensors, JSON, README.md and LICENSE are pushed, in
 one commit. A token that may write is needed: hf auth login, or HF_TOKEN.
@@ -15,12 +15,11 @@ examples:
 
 def main(argv: list[str]) -> int:
     """Run ``multimodal push ARGV...``. Prints the address of the commit."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="multimodal push",
         description="Put a model on the Hugging Face Hub, with a card. Everybody can then use it "
         "by its name.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="the model folder")
     parser.add_argument("name", metavar="USER/NAME[@BRANCH]", help="where it will be on the Hub")

@@ -1,6 +1,6 @@
 """``multimodal quantize``: a model folder with weights of 8 or 4 bits."""
 
-import argparse
+from multimodal.terminal import Parser
 
 EPILOG = """int8 is half the size of bfloat16, and faster on CPUs with VNNI. int4 is a quarter of it
 on disk; in memory and in speed it is like int8. The image tokenizer keeps its weights. The result
@@ -17,11 +17,10 @@ BITS = ("int8", "int4")  # of multimodal.export.quantize, which would import tor
 
 def main(argv: list[str]) -> int:
     """Run ``multimodal quantize ARGV...``. Prints the folder."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="multimodal quantize",
         description="Make a model smaller: weights of 8 or 4 bits.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="the model folder, or its name")
     parser.add_argument("out", metavar="OUT", help="the folder to write; new, or empty")

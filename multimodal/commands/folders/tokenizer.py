@@ -8,7 +8,7 @@ from pathlib import Path
 
 from multimodal.commands.options import add_device, add_engine
 from multimodal.files import address_of, local_path, open_file, read_text
-from multimodal.terminal import print_error
+from multimodal.terminal import Parser, print_error
 
 EXAMPLES = """examples:
   multimodal tokenizer text data/photos --out text_tokenizer.json --vocabulary-size 4096
@@ -242,20 +242,18 @@ def encode(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="multimodal tokenizer",
         description="Train a text tokenizer, import the weights of a released image tokenizer, or "
         "encode shards. To train an image tokenizer: multimodal fit. To measure image tokenizers: "
         "multimodal tokenizer compare",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = parser.add_subparsers(required=True, metavar="text|meaning|join|import|encode")
     text = kinds.add_parser(
         "text",
         help="train a byte-level BPE",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     text.add_argument("sources", nargs="+", help="shard folders, and files with a text a line")
     text.add_argument("--out", required=True, help="the file to write, JSON")
@@ -271,7 +269,6 @@ def main(argv: list[str]) -> int:
         "Rotate onto the principal components, k-means. Minutes of a CPU. A stopped run continues "
         "where it stopped.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     meaning.add_argument("sources", nargs="+", help="shard folders with images")
     meaning.add_argument("--out", required=True, help="the folder to write")
@@ -327,7 +324,6 @@ def main(argv: list[str]) -> int:
         "join",
         help="make one tokenizer of a level of meaning and a level of detail",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     join.add_argument("meaning", help="folder of a level of meaning, or a model")
     join.add_argument("detail", help="folder of a tokenizer of pixels, or a model")
@@ -339,7 +335,6 @@ def main(argv: list[str]) -> int:
         description="Convert the weights of a released VQ image tokenizer to a tokenizer folder. "
         "Sizes are inferred from the weights. No code of a checkpoint is run.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     released.add_argument("source", help="a checkpoint, or a folder of safetensors")
     released.add_argument("out", help="the folder to write")
@@ -357,7 +352,6 @@ def main(argv: list[str]) -> int:
         description="Encode the images of a shard folder once, before training. A stopped run "
         "continues where it stopped. Only models with this image tokenizer can use the codes.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     shards.add_argument("source", help="a shard folder")
     shards.add_argument("out", help="the folder to write")
