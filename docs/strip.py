@@ -43,10 +43,11 @@ def main() -> None:
     picture = render(scene, 128)
     mask = Image.new("L", picture.size)
     mask.paste(255, (64, 0, 128, 64))
+    answer = f"{question.usual}? {model.answer(picture, question.usual)}"
     photos = [photo("chelsea"), photo("rocket")]
     panels = [
         *(panel(p, "a photo, its caption", model.caption(p)) for p in photos),
-        panel(picture, question.usual, model.answer(picture, question.usual)),
+        panel(picture, "a question, its answer", answer),
         panel(model.draw(DRAWN, seed=0)[0], "a text, its drawing", DRAWN),
         panel(picture, "before an edit", "the upper right is to be a green star"),
         panel(model.edit(picture, mask, "a green star", seed=0), "after it", "the rest is kept"),

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageChops
 
+from docs.examples import workplace
 from docs.tutorial_pages import FEW
 from docs.tutorials import blocks, commands
 from multimodal.api import load
@@ -82,6 +84,18 @@ def test_own_data_from_a_folder_to_a_tuned_starter(
         if not torch.equal(weight, after.network.transformer.state_dict()[name])
     ]
     assert changed, "it learned nothing"
+
+
+def test_the_pictures_of_its_python_are_in_the_repository() -> None:
+    """A visitor can repeat it: what the examples run on is what lies in docs/images/."""
+    named = {*re.findall(r'"([\w/]+\.png)"', README.partition("## Use")[2].partition("## How")[0])}
+    assert {"scene.png", "other.png"} <= named and "In `docs/images/`" in README
+    with workplace() as folder:
+        made = [*folder.glob("photos/*.png"), folder / "scene.png", folder / "other.png"]
+        for path in made:
+            kept = ROOT / "docs/images" / path.relative_to(folder)
+            assert ImageChops.difference(Image.open(path), Image.open(kept)).getbbox() is None, path
+    assert len(made) == 14
 
 
 def test_it_is_read_in_minutes() -> None:
