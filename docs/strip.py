@@ -43,7 +43,7 @@ def main() -> None:
     picture = render(scene, 128)
     mask = Image.new("L", picture.size)
     mask.paste(255, (64, 0, 128, 64))
-    answer = f"{question.usual}? {model.answer(picture, question.usual)}"
+    answer = f"{question.usual} {model.answer(picture, question.usual)}"
     photos = [photo("chelsea"), photo("rocket")]
     panels = [
         *(panel(p, "a photo, its caption", model.caption(p)) for p in photos),
