@@ -55,7 +55,7 @@ class ObjectivesConfig:
         reconstruct_share: share of the draw sequences whose image is masked.
         next_token_share: share of the draw sequences whose image is learned token by token. The
             rest ends at <boi>: its text still trains text and alignment. In a run that neither
-            draws nor aligns captions train ``caption`` only, and ``text`` is of documents.
+            draws nor aligns, captions that train ``caption`` do not train ``text``, too.
         drop_condition: share of the drawn images whose text is <null>, for guidance.
 
     Raises:
@@ -92,7 +92,8 @@ class ObjectivesConfig:
     @property
     def reads_texts_first(self) -> bool:
         """Whether anything is learned of a text that comes before its image."""
-        return bool(self.reconstruct_share + self.next_token_share + self.alignment_weight)
+        used = self.reconstruct_share + self.next_token_share + self.alignment_weight
+        return bool(used) or not self.weight_of("caption")
 
     def teaches(self, sequence: TokenSequence) -> bool:
         """Whether the sequence has a target of a token objective whose weight is not 0."""

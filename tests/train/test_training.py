@@ -370,7 +370,7 @@ def test_a_run_prints_nothing_useless(work: Path, tmp_path: Path) -> None:
     useful += ("step 1 of 1", "validation at step 1 (the best", "run/model: step 1, the best of 1 ")
     useful += ("energy of this start",)
     # A forecast is no training that stops.
-    for command, expected in ((run, useful), (["info", *recipe], useful[:2])):
+    for command, expected in ((run, useful), (["info", *recipe], useful[:3])):
         words = [sys.executable, "-m", "multimodal.cli", *command]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(words, capture_output=True, text=True, env=environment)
