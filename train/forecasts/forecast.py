@@ -153,15 +153,24 @@ class ForecastCLI(TrainingCLI):
         return trainer
 
 
-def _is_no_stop(record: logging.LogRecord) -> bool:
-    return "` stopped: " not in record.getMessage()
+@contextmanager
+def _no_word_of_a_stop() -> Iterator[None]:
+    """Lightning says that its training stopped, and no one has asked for a training."""
+
+    def is_another(record: logging.LogRecord) -> bool:
+        return "` stopped: " not in record.getMessage()
+
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.addFilter(is_another)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_another)
 
 
 def main(argv: list[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(HELP, file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
-    # Lightning says that its training stopped, and no one has asked for a training.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_stop)
-    with tempfile.TemporaryDirectory() as folder, ended_by_sigterm(folder):
+    with _no_word_of_a_stop(), tempfile.TemporaryDirectory() as folder, ended_by_sigterm(folder):
         return run(["fit", "--config", *argv, "--output", folder], ForecastCLI)
