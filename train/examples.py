@@ -261,7 +261,7 @@ def select_encoding(
     return selected
 
 
-def has_texts(source: Shards) -> bool:
+def holds_plain_texts(source: Shards) -> bool:
     """Whether a folder holds plain texts, as its first sample says."""
     return len(source) > 0 and is_plain_text(source[0].record)
 
@@ -283,9 +283,10 @@ def check_codes(shards: list[Shards], expected_codes: str | None, crops: bool) -
     folder = encoded[0].folder
     if expected_codes is None:
         raise ValueError(f"{folder}: holds codes, and an image tokenizer is trained on images")
-    if others := [source.folder for source in shards if not (source.encoding or has_texts(source))]:
+    images = [s.folder for s in shards if s.encoding is None and not holds_plain_texts(s)]
+    if images:
         raise ValueError(
-            f"{folder}: holds codes, and {min(others)} images: encode all folders or none"
+            f"{folder}: holds codes, and {min(images)} images: encode all folders or none"
         )
     for source in encoded:
         assert source.encoding is not None

@@ -311,8 +311,9 @@ class BatchBuilder:
         return describe(self.vocabulary, codes[self.read], texts, turns, self.row_length, made)
 
     def _text_alone(self, text: list[int] | None) -> TokenSequence:
+        """``draw`` that ends at <boi>, without a loss where captions do not train ``text``."""
         sequence = self._draw(text)
-        if self.objectives.reads_texts_first:
+        if self.objectives.captions_train_text:
             return sequence
         return replace(sequence, objectives=np.full(len(sequence), NO_LOSS))
 

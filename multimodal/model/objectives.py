@@ -90,8 +90,8 @@ class ObjectivesConfig:
         return self.weights.get(name, WEIGHTS[name])
 
     @property
-    def reads_texts_first(self) -> bool:
-        """Whether anything is learned of a text that comes before its image."""
+    def captions_train_text(self) -> bool:
+        """Whether a caption that is read without its image trains ``text``."""
         used = self.reconstruct_share + self.next_token_share + self.alignment_weight
         return bool(used) or not self.weight_of("caption")
 
