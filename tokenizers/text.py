@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from multimodal.files import open_file, parse_json, read_text
+from multimodal.tokenizers.gguf import gguf_alone
 from multimodal.tokenizers.weights import read_config_file
 
 MAX_FILE = 2**28  # bytes of a tokenizer: that of 250,000 tokens has 2**24
@@ -178,22 +179,19 @@ def _content(token: object) -> str:
 
 def _read_gguf(path: Path) -> tuple[str, ChatFormat | None]:
     """The tokenizer of a GGUF file, as transformers converts it."""
-    try:
+    with gguf_alone(path) as alone:
         import gguf
         import transformers
-    except ImportError as error:
-        raise ValueError(f"GGUF needs: pip install multimodal[gguf] ({error})") from error
-    reader = gguf.GGUFReader(path)
-    field = reader.get_field("tokenizer.ggml.pre")
-    splits = field.contents() if field else "default"
-    if splits not in GGUF_SPLITS:
-        raise ValueError(
-            f"it splits texts as {splits!r} does, which GGUF does not describe; give the "
-            "tokenizer.json of the model that it was made of"
-        )
-    found = transformers.AutoTokenizer.from_pretrained(
-        path.parent, gguf_file=path.name, local_files_only=True
-    )
+
+        reader = gguf.GGUFReader(path)
+        field = reader.get_field("tokenizer.ggml.pre")
+        splits = field.contents() if field else "default"
+        if splits not in GGUF_SPLITS:
+            raise ValueError(
+                f"it splits texts as {splits!r} does, which GGUF does not describe; give the "
+                "tokenizer.json of the model that it was made of"
+            )
+        found = transformers.AutoTokenizer.from_pretrained(**alone)
     end = found.eos_token
     if (turn := reader.get_field("tokenizer.ggml.eot_token_id")) is not None:
         end = found.convert_ids_to_tokens(int(turn.contents()))

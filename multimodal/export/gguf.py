@@ -120,18 +120,25 @@ def split_of(tokenizer: dict[str, Any]) -> str:
     Raises:
         ValueError: if there is none.
     """
+    normal = (tokenizer.get("normalizer") or {}).get("type")
+    if normal not in (None, "NFC"):  # llama.cpp reads texts as they are; most are in NFC
+        raise ValueError(f"llama.cpp does not normalize texts as this tokenizer does ({normal})")
     found = tokenizer.get("pre_tokenizer") or {}
     steps = found["pretokenizers"] if found.get("type") == "Sequence" else [found]
     kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[1].get("use_regex", True):
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"]:
-        expression = steps[0].get("pattern", {}).get("Regex")
-        for name, known in SPLITS.items():
-            if expression == known:
-                return name
+    *before, last = steps
+    if kinds[-1:] == ["ByteLevel"] and not last.get("add_prefix_space", True):
+        words = last.get("use_regex", True)
+        if not before and words:
+            return "gpt-2"
+        if kinds[:-1] == ["Digits"] and before[0].get("individual_digits") and words:
+            return "smollm"
+        if kinds[:-1] == ["Split"] and not words:
+            how = (before[0].get("behavior"), before[0].get("invert", False))
+            expression = before[0].get("pattern", {}).get("Regex")
+            for name, known in SPLITS.items():
+                if expression == known and how == ("Isolated", False):
+                    return name
     raise ValueError(f"llama.cpp has no name for how this tokenizer splits texts ({kinds})")
 
 

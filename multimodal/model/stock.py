@@ -5,24 +5,27 @@ the same in all of them, so nothing is converted.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from multimodal.files import open_file, read_json
+from multimodal.files import read_json
+from multimodal.memory import check_memory
 from multimodal.model.layers.attention import QKNorm
 from multimodal.model.layers.experts import ExpertsConfig
-from multimodal.model.layers.rope import RopeScaling
+from multimodal.model.layers.rope import Rope, RopeScaling
 from multimodal.model.layers.transformer import Transformer, TransformerConfig
 from multimodal.schemas import Between, Positive, check_value, construct
+from multimodal.tokenizers.gguf import gguf_alone
 from multimodal.tokenizers.weights import load_weights, read_config_file
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX = 2**24  # bytes
 MAX_LAYERS = 256
+COMPUTED = ".rotary_emb.inv_freq"  # older Llamas store it; it follows from the config
 Size = Annotated[int, Between(1, 2**24)]
 
 
@@ -277,37 +280,80 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         names = sorted(set(files.values()))
     if outside := [name for name in names if Path(name).name != name]:
         raise ValueError(f"{folder}: {INDEX} names {outside[0]!r:.80}, which lies outside")
-    return {k: v for name in names for k, v in load_weights(folder / name).items()}
+    stored = {k: v for name in names for k, v in load_weights(folder / name).items()}
+    return {name: weight for name, weight in stored.items() if not name.endswith(COMPUTED)}
 
 
 def _read_gguf(file: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
-    """Read by transformers, which turns quantized weights into floats."""
     try:
-        import accelerate  # noqa: F401  # transformers needs it for GGUF
+        return _of_gguf(file)
+    except Exception as error:  # the readers of others raise what comes
+        raise ValueError(f"{file}: not a readable GGUF model: {error}") from error
+
+
+def _of_gguf(file: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
+    """Read by transformers, which turns quantized weights into floats."""
+    with gguf_alone(file) as alone:
         import gguf
         import transformers
-    except ImportError as error:
-        raise ValueError(f"{file}: GGUF needs: pip install multimodal[gguf] ({error})") from error
-    open_file(file).close()  # a regular file
-    try:
-        where: dict[str, Any] = {
-            "pretrained_model_name_or_path": file.parent,
-            "gguf_file": file.name,
-            "local_files_only": True,
-        }
-        config = transformers.AutoConfig.from_pretrained(**where)
+
         reader = gguf.GGUFReader(file)
-        size = reader.get_field(f"{config.model_type}.attention.key_length")
-        if size is not None:
-            config.head_dim = int(size.contents())  # transformers does not read it for all
-        model = transformers.AutoModelForCausalLM.from_pretrained(**where, config=config)
-    except Exception as error:  # its readers raise what comes
-        raise ValueError(f"{file}: not a readable GGUF model: {error}") from error
-    stored = {**model.config.to_dict(), "quantization_config": None}  # it is floats now
-    sizes = transformer_config(stored, str(file))
-    if sizes.experts is not None:
-        raise ValueError(f"{file}: experts are not read from GGUF; take its safetensors")
+        config = transformers.AutoConfig.from_pretrained(**alone)
+        family = f"{reader.fields['general.architecture'].contents()}."
+        fields = {
+            name.removeprefix(family): field.contents()
+            for name, field in reader.fields.items()
+            if name.startswith(family)
+        }
+        if "attention.key_length" in fields:  # transformers does not read it for all
+            config.head_dim = int(fields["attention.key_length"])
+        stored = {**config.to_dict(), "quantization_config": None}  # it becomes floats
+        sizes = transformer_config(stored, "its header")
+        if sizes.experts is not None:
+            raise ValueError("experts are not read from GGUF; take its safetensors")
+        sizes = replace(sizes, rope_scaling=_gguf_scaling(reader, fields, sizes))
+        _check_gguf_sizes(reader, sizes)
+        model = transformers.AutoModelForCausalLM.from_pretrained(**alone, config=config)
     weights = dict(model.state_dict())
     if sizes.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     return sizes, weights
+
+
+def _gguf_scaling(
+    reader: Any, fields: Mapping[str, Any], sizes: TransformerConfig
+) -> RopeScaling | None:
+    """How a GGUF file stretches positions, which transformers does not read.
+
+    Args:
+        fields: of its header, without the name of the family.
+
+    Raises:
+        ValueError: if it does so in another way than we do.
+    """
+    if fields.get("rope.dimension_count", sizes.head_dim) != sizes.head_dim:
+        raise ValueError("it rotates a part of each head, which is not supported")
+    kind = fields.get("rope.scaling.type", "none")
+    factor = float(fields.get("rope.scaling.factor", fields.get("rope.scale_linear", 1.0)))
+    slower = [t.data for t in reader.tensors if t.name == "rope_freqs.weight"]
+    if slower and kind == "none":
+        plain = Rope(sizes.head_dim, sizes.rope_theta).frequencies()
+        factors = torch.from_numpy(slower[0].copy())
+        if factors.shape != plain.shape or factors.dtype != torch.float32:
+            raise ValueError("its factors of RoPE are not one for each rotation")
+        return RopeScaling.of_factors(factors, plain)
+    if kind == "none" and factor == 1:
+        return None
+    if slower or kind not in ("none", "linear"):
+        raise ValueError(f"RoPE of type {kind!r:.80} is not supported")
+    return RopeScaling("linear", factor)
+
+
+def _check_gguf_sizes(reader: Any, sizes: TransformerConfig) -> None:
+    """Refuse sizes that are not those of the weights, before a model of these sizes is made."""
+    with torch.device("meta"):
+        expected = sum(w.numel() for w in Transformer(sizes).stock_state_dict().values())
+    stored = sum(int(t.n_elements) for t in reader.tensors if t.name != "rope_freqs.weight")
+    if stored != expected:
+        raise ValueError(f"its sizes make {expected:,} numbers, and its weights are {stored:,}")
+    check_memory(8 * stored, "reading it as floats")

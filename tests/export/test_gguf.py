@@ -16,7 +16,6 @@ from multimodal.cli import main
 from multimodal.export.gguf import SPLITS, _stored, export_gguf, split_of
 from multimodal.export.hf import export_hf, exported_tokenizer
 from multimodal.export.q4_k import quantize_q4_k
-from multimodal.model.layers.rope import RopeScaling
 from multimodal.model.stock import read_stock
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import ChatFormat, TextTokenizer
@@ -27,7 +26,9 @@ SIZES: dict[str, Any] = dict(
 )  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
-KINDS = {"Qwen3": {}, "Qwen2": {}, "Llama": {}, "Llama 3.1": {"rope_parameters": LLAMA3}}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+KINDS = {"Qwen3": {}, "Qwen2": {}, "Llama": {}, "Llama 3.1": {"rope_parameters": LLAMA3},
+         "Llama linear": {"rope_parameters": LINEAR}}  # fmt: skip
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 
 
@@ -70,9 +71,8 @@ def test_what_is_written_is_read_back_to_the_bit(folder: Path, tmp_path: Path) -
     ours = load(folder)
     config, weights = read_stock(tmp_path / "m.gguf")
     expected = ours.config.transformer
-    if expected.rope_scaling is not None:  # transformers does not read these factors
+    if expected.rope_scaling is not None and expected.rope_scaling.rope_type == "llama3":
         slower = tensor_of(tmp_path / "m.gguf", "rope_freqs.weight")
-        assert isinstance(expected.rope_scaling, RopeScaling)
         half = expected.head_dim // 2
         wavelengths = 2 * torch.pi * 500000 ** (torch.arange(half) / half)
         assert (slower[wavelengths < 4] == 1).all()
@@ -80,7 +80,6 @@ def test_what_is_written_is_read_back_to_the_bit(folder: Path, tmp_path: Path) -
             slower[wavelengths > 16], torch.full_like(slower[wavelengths > 16], 8.0)
         )
         assert ((slower > 1) & (slower < 8))[(wavelengths > 4.1) & (wavelengths < 15.9)].all()
-        config = type(config)(**{**vars(config), "rope_scaling": expected.rope_scaling})
     assert config.rms_norm_eps == pytest.approx(expected.rms_norm_eps)
     names = [name for name in vars(expected) if name != "rms_norm_eps"]
     assert {n: getattr(config, n) for n in names} == {n: getattr(expected, n) for n in names}
@@ -189,10 +188,27 @@ def test_the_command_writes_one_new_file(
 def test_a_tokenizer_that_splits_otherwise_is_refused(tiny_model_folder: Path) -> None:
     stored = exported_tokenizer(load(tiny_model_folder))
     assert split_of(stored) == "gpt-2"
-    byte_level = {"type": "ByteLevel", "use_regex": False}
+    byte_level = {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}
+
+    def name_of(*steps: dict[str, Any], **more: Any) -> str:
+        sequence = {"type": "Sequence", "pretokenizers": [*steps]}
+        return split_of({**stored, "pre_tokenizer": sequence, **more})
+
     for name, expression in SPLITS.items():
-        split = {"type": "Split", "pattern": {"Regex": expression}}
-        steps = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-        assert split_of({**stored, "pre_tokenizer": steps}) == name
-    with pytest.raises(ValueError, match="has no name for how this tokenizer splits"):
-        split_of({**stored, "pre_tokenizer": {"type": "Metaspace"}})
+        split = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated"}
+        assert name_of(split, byte_level) == name
+        assert name_of(split, byte_level, normalizer={"type": "NFC"}) == name
+    words, digits = {**byte_level, "use_regex": True}, {"type": "Digits", "individual_digits": True}
+    assert name_of(digits, words) == "smollm"
+    for other in (
+        ({"type": "Metaspace"},),
+        (words | {"add_prefix_space": True},),
+        (digits | {"individual_digits": False}, words),
+        (split | {"behavior": "MergedWithNext"}, byte_level),
+        (split | {"invert": True}, byte_level),
+        (split, words),
+    ):
+        with pytest.raises(ValueError, match="has no name for how this tokenizer splits"):
+            name_of(*other)
+    with pytest.raises(ValueError, match=r"does not normalize texts .* \(Lowercase\)"):
+        name_of(words, normalizer={"type": "Lowercase"})

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,18 @@ def test_every_family_is_what_its_class_is() -> None:
     config = TransformerConfig(320, 64, 2, 4, 2, 16, 96, qk_norm="none", rope_scaling=scaling)
     again = transformer_config(json.loads(json.dumps(stock_config(config))), "again")
     assert again == config
+
+
+def test_what_older_llamas_store_beside_their_weights_is_not_read(
+    pair: Pair, tmp_path: Path
+) -> None:
+    shutil.copytree(pair.out, tmp_path / "old")
+    weights = load_file(tmp_path / "old/model.safetensors")
+    computed = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file(weights | computed, tmp_path / "old/model.safetensors")
+    config, read = read_stock(tmp_path / "old")
+    expected, same = read_stock(pair.out)
+    assert config == expected and read.keys() == same.keys()
 
 
 def test_weights_outside_the_folder_or_missing_are_refused(tmp_path: Path) -> None:

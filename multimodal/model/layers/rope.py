@@ -53,6 +53,33 @@ class RopeScaling:
         given = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
         return construct(cls, {**given, "rope_type": kind})
 
+    @classmethod
+    def of_factors(cls, factors: Tensor, frequencies: Tensor) -> "RopeScaling":
+        """The llama3 scaling that makes rotations slower by these factors, which GGUF stores.
+
+        Args:
+            factors: float[d / 2].
+            frequencies: those without scaling, float[d / 2].
+
+        Raises:
+            ValueError: if there is none.
+        """
+        factors, frequencies = factors.double(), frequencies.double()
+        factor = round(float(factors.max()), 3)
+        kept = (1 / factors - 1 / factor) / (1 - 1 / factor)
+        between = (kept > 1e-4) & (kept < 1 - 1e-4)
+        # There it is a line: (length * frequency / 2 pi - low) / (high - low), with a low of 1.
+        line = torch.stack([frequencies, torch.ones_like(frequencies)], -1)[between]
+        if factor > 1 and len(line) >= 2:
+            slope, start = torch.linalg.lstsq(line, kept[between, None]).solution.flatten().tolist()
+            high = round(1 - 1 / start, 3)
+            length = round(slope * (high - 1) * 2 * math.pi)
+            if high > 1 and length > 0:
+                found = cls("llama3", factor, 1.0, high, length)
+                if torch.allclose(found.scale(frequencies) * factors, frequencies, 1e-5, 0):
+                    return found
+        raise ValueError("its factors of RoPE are not those of a known scaling")
+
     def stored(self) -> dict[str, Any]:
         """As in config.json of a stock model."""
         if self.rope_type == "linear":
