@@ -35,6 +35,7 @@ HUB_TASKS = {
     "scene_drawings": "text-to-image",
     "reconstruction": "image-to-image",
 }
+TAGS = ("multimodal", "image-captioning", "text-to-image")
 USE = """
 ## Use
 
@@ -167,11 +168,8 @@ def make_card(
     if text.lstrip().startswith("---"):
         card = ModelCard(text)
         kept, text = card.data.to_dict(), card.text  # type: ignore[no-untyped-call]
-    ours: dict[str, Any] = {
-        "library_name": "multimodal",
-        "pipeline_tag": "any-to-any",
-        "tags": ["multimodal", "image-captioning", "text-to-image"],
-    }
+    ours: dict[str, Any] = {"library_name": "multimodal", "pipeline_tag": "any-to-any"}
+    tags = list(dict.fromkeys([*(kept.get("tags") or ()), *TAGS]))
     if license:
         ours["license"] = license
         kept.pop("license", None)
@@ -180,7 +178,7 @@ def make_card(
     if results is not None:
         ours |= {"model_name": name.rpartition("/")[2], "eval_results": evaluation(results)}
         kept.pop("model-index", None)  # of an earlier evaluation
-    data = ModelCardData(**{**ours, **kept})
+    data = ModelCardData(**{**kept, **ours, "tags": tags})
     body = text.strip("\n") + "\n"
     if "multimodal.load(" not in body:
         body += USE.format(name=name)

@@ -108,10 +108,15 @@ def download(name: HubName, *parts: str) -> Path:
     try:
         commit, files = _list(name)
     except Unreachable as error:
-        return _cached(name, storage, constants.ENDPOINT, error)
+        return _cached(name, storage, parts, constants.ENDPOINT, error)
     wanted = _wanted(name, files, parts)
     snapshot = storage / "snapshots" / commit
     (storage / "blobs").mkdir(parents=True, exist_ok=True)
+    missing = sum(f.size for f in wanted if not _complete(snapshot / f.path, f))
+    if missing > (free := shutil.disk_usage(storage).free):
+        raise ValueError(
+            f"{name}: needs {missing / 1e9:,.1f} GB, and {storage} has {free / 1e9:,.1f} GB free"
+        )
     for file in wanted:
         blob = storage / "blobs" / file.digest
         if not _complete(snapshot / file.path, file) and not _complete(blob, file):
@@ -130,17 +135,26 @@ def download(name: HubName, *parts: str) -> Path:
     return snapshot
 
 
-def _cached(name: HubName, storage: Path, endpoint: str, error: Unreachable) -> Path:
-    """What the cache has of a revision, when the Hub cannot be asked."""
+def _cached(
+    name: HubName, storage: Path, parts: tuple[str, ...], endpoint: str, error: Unreachable
+) -> Path:
+    """What the cache has of a revision, when the Hub cannot be asked.
+
+    Args:
+        parts: see ``download``. A snapshot may have others only.
+    """
     commit = name.revision
     if not COMMIT.fullmatch(commit):
         with contextlib.suppress(OSError, UnicodeDecodeError):
             commit = (storage / "refs" / commit).read_text("utf-8").strip()
     snapshot = storage / "snapshots" / commit
-    if not COMMIT.fullmatch(commit) or not snapshot.is_dir():
+    whole = (snapshot / "config.json").exists() and any(snapshot.glob("*.safetensors"))
+    has = whole or any((snapshot / part).exists() for part in parts)
+    if not COMMIT.fullmatch(commit) or not has:
+        which = "Only a part of it is" if snapshot.is_dir() else "It is not"
         raise ValueError(
             f"{name}: no such folder; and the Hub ({endpoint}) cannot be asked for a model of this "
-            f"name: {error}. It is not in the cache ({storage.parent}). Give a folder, or download "
+            f"name: {error}. {which} in the cache ({storage.parent}). Give a folder, or download "
             "it where there is a network"
         ) from error
     if not _offline():

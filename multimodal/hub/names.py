@@ -49,7 +49,8 @@ def levels_of(image_tokenizer: str | Path) -> tuple[tuple[str, ...], tuple[str, 
     if folder.name != "image_tokenizer" or not config.is_file():
         return (), ()
     stored = read_json(config)
-    return tuple(stored.get("reads") or ()), tuple(stored.get("draws") or ())
+    reads, draws = (stored.get(k) if isinstance(stored, dict) else None for k in ("reads", "draws"))
+    return tuple(reads or ()), tuple(draws or ())
 
 
 def _find(name: str | Path, *parts: str) -> Path:

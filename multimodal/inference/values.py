@@ -5,8 +5,9 @@ Shapes: H W pixels, C channels (1 grey, 3 RGB, 4 RGB and alpha), B images.
 
 import base64
 import html
+import http.client
 import io
-import urllib.error
+import time
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -31,7 +32,16 @@ OnError = Literal["raise", "skip"]
 EXPECTED = "a path, bytes, a file, a Pillow image, a numpy array or a torch tensor"
 URL_STARTS = ("http://", "https://")
 MAX_DOWNLOAD = 64 << 20  # bytes of an image behind an address
-TIMEOUT = 30  # seconds without an answer
+TIMEOUT, LONGEST_DOWNLOAD = 30, 300  # seconds without an answer, and in all
+WEB_HANDLERS = (  # without those for files and FTP
+    urllib.request.ProxyHandler,
+    urllib.request.HTTPHandler,
+    urllib.request.HTTPSHandler,
+    urllib.request.HTTPRedirectHandler,
+    urllib.request.HTTPDefaultErrorHandler,
+    urllib.request.HTTPErrorProcessor,
+    urllib.request.UnknownHandler,
+)
 THUMBNAIL = 96  # pixels of the longer side of a picture in a notebook
 
 
@@ -128,16 +138,29 @@ def open_mask(mask: Any, urls: bool = False) -> Image.Image:
 
 
 def _download(address: str) -> bytes:
+    """What is behind a web address. Redirects may lead to others, and to no other kind.
+
+    Raises:
+        ValueError: for anything that is not had in time.
+    """
+    opener, end = urllib.request.OpenerDirector(), time.monotonic() + LONGEST_DOWNLOAD
+    for handler in WEB_HANDLERS:
+        opener.add_handler(handler())
+    data = bytearray()
     try:
-        with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
-            if not answer.url.lower().startswith(URL_STARTS):
-                raise ValueError(f"{address}: leads to {answer.url}")
-            data: bytes = answer.read(MAX_DOWNLOAD + 1)
-    except (urllib.error.URLError, OSError) as error:
-        raise ValueError(f"{address}: could not be fetched ({error})") from error
+        with opener.open(address, timeout=TIMEOUT) as answer:
+            while len(data) <= MAX_DOWNLOAD and (chunk := answer.read1()):
+                data += chunk
+                if time.monotonic() > end:
+                    raise TimeoutError(f"it took more than {LONGEST_DOWNLOAD} seconds")
+            if len(data) <= MAX_DOWNLOAD and answer.length:
+                raise http.client.IncompleteRead(b"", answer.length)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{address}: could not be fetched ({reason})") from error
     if len(data) > MAX_DOWNLOAD:
         raise ValueError(f"{address}: more than {MAX_DOWNLOAD >> 20} MiB")
-    return data
+    return bytes(data)
 
 
 class Results(list[Any]):

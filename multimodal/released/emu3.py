@@ -7,7 +7,6 @@ worse captions and drawings until it is fine-tuned (docs/decisions/released_mode
 """
 
 import re
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -123,41 +122,45 @@ def image_tokenizer(
     multipliers, codes = list(config["channel_multiplier"]), weights["quantize.embedding.weight"]
     if config["num_attention_heads"] != 1:
         raise ValueError("attention of several heads in the image tokenizer is not supported")
-    tokenizer = VQTokenizer(
-        VQTokenizerConfig(
-            image_size,
-            fit,
-            2 ** (len(multipliers) - 1),
-            {
-                "name": "emu3",
-                "channels": config["base_channels"],
-                "multipliers": multipliers,
-                "depth": config["num_res_blocks"],
-                "attention": [n in config["attn_resolutions"] for n in range(len(multipliers))],
-                "latent_channels": config["latent_channels"],
-                "frames": config["temporal_downsample_factor"],
-            },
-            {
-                "name": "vq",
-                "codebook_size": config["codebook_size"],
-                "channels": config["embed_dim"],
-                "normalise": False,
-                "learning": "gradient",
-            },
-        )
+    sizes = VQTokenizerConfig(
+        image_size,
+        fit,
+        2 ** (len(multipliers) - 1),
+        {
+            "name": "emu3",
+            "channels": config["base_channels"],
+            "multipliers": multipliers,
+            "depth": config["num_res_blocks"],
+            "attention": [n in config["attn_resolutions"] for n in range(len(multipliers))],
+            "latent_channels": config["latent_channels"],
+            "frames": config["temporal_downsample_factor"],
+        },
+        {
+            "name": "vq",
+            "codebook_size": config["codebook_size"],
+            "channels": config["embed_dim"],
+            "normalise": False,
+            "learning": "gradient",
+        },
     )
+    with torch.device("meta"):  # shapes alone: these sizes may be a lie
+        shapes = VQTokenizer(sizes).state_dict()
     translated = {our_name(name, len(multipliers) - 1): w for name, w in weights.items()}
-    for name, expected in tokenizer.state_dict().items():
+    for name, expected in shapes.items():
         # Their attention is of linear layers, ours of 1 x 1 convolutions.
         if name in translated and expected.ndim == 4 and translated[name].ndim == 2:
             translated[name] = translated[name][:, :, None, None]
     translated["quantizer.counts"] = torch.ones(len(codes))
     translated["quantizer.initialised"] = torch.tensor(True)
-    try:
-        tokenizer.load_state_dict(translated)
-    except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 300)  # torch lists every wrong weight
-        raise ValueError(f"its image tokenizer and its config.json differ: {reason}") from error
+    for name in sorted(shapes.keys() | translated.keys()):
+        has, says = (tuple(w[name].shape) if name in w else None for w in (translated, shapes))
+        if has != says:
+            raise ValueError(
+                f"its image tokenizer and its config.json differ: {name} has shape {has}, "
+                f"expected {says}"
+            )
+    tokenizer = VQTokenizer(sizes)
+    tokenizer.load_state_dict(translated)
     return tokenizer.eval()
 
 

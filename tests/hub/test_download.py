@@ -1,7 +1,9 @@
 """Models by their names on the Hub: what arrives is used, and what is wrong is refused."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -168,6 +170,28 @@ def test_without_a_network_and_a_cache_the_words_say_so(
     assert "me/tiny: no such folder" in error and "not in the cache" in error
     assert "Give a folder, or download it where there is a network" in error
     assert ("HF_HUB_OFFLINE is set" in error) == (how == "offline")
+
+
+def test_without_a_network_a_part_is_not_taken_for_the_whole(
+    tiny: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    images = part_of("me/tiny", "image_tokenizer")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert part_of("me/tiny", "image_tokenizer") == images
+    for wanted in (lambda: load("me/tiny"), lambda: part_of("me/tiny", "text_tokenizer.json")):
+        with pytest.raises(ValueError, match="Only a part of it is in the cache"):
+            wanted()
+
+
+def test_what_does_not_fit_on_the_disk_is_not_begun(
+    tiny: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    with pytest.raises(ValueError, match="me/tiny: needs 0.0 GB, and .* has 0.0 GB free"):
+        load("me/tiny")
+    assert not any("/resolve/" in path for path in requested(tiny))
 
 
 def test_what_is_not_there_or_not_open_is_said(hub: StandIn) -> None:

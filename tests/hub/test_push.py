@@ -84,7 +84,8 @@ def test_the_verb_pushes_a_folder_with_its_card_and_results(
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_folder, folder)
     (folder / "README.md").write_text(
-        "---\nlicense: mit\nlanguage: en\n---\n# Mine\n\nMade by me.\n"
+        "---\nlicense: mit\nlanguage: en\npipeline_tag: text-generation\nlibrary_name: other\n"
+        "tags: [mine, text-to-image]\n---\n# Mine\n\nMade by me.\n"
     )
     (folder / "LICENSE").write_text("MIT\n")
     for name in ("optimizer.pt", "notes.txt", "code.py", ".hidden.json"):
@@ -101,6 +102,8 @@ def test_the_verb_pushes_a_folder_with_its_card_and_results(
     card = files["README.md"].decode()
     about = metadata(card)
     assert (about["license"], about["language"]) == ("mit", "en")
+    assert (about["pipeline_tag"], about["library_name"]) == ("any-to-any", "multimodal")
+    assert sorted(about["tags"]) == ["image-captioning", "mine", "multimodal", "text-to-image"]
     assert "Made by me." in card and "secret" not in card
     assert "| captioning | flickr8k | 1,000 | CIDEr | 0.2135 | 0.2000 to 0.2300 |" in card
     assert "Bleu_1" not in card and "broken" not in card and "greedy \\| PTB" in card

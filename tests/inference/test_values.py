@@ -6,6 +6,7 @@ import http.server
 import io
 import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,52 @@ def test_web_addresses_are_fetched_when_asked_for(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="more than 64 MiB"):
             open_source(f"{address}/large.png", urls=True)
         server.shutdown()
+
+
+class Strange(http.server.BaseHTTPRequestHandler):
+    """Answers that no image comes of."""
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/to/"))
+            self.end_headers()
+        elif self.path == "/short":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(png())
+        elif self.path == "/slow":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(3):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                time.sleep(0.05)
+        else:
+            self.wfile.write(b"HI\r\n\r\n")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_what_a_web_address_may_do_wrong_is_one_line(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multimodal.inference.values.LONGEST_DOWNLOAD", 0.01)
+    monkeypatch.setattr(model, "urls", True)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Strange) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        start = f"http://127.0.0.1:{server.server_port}"
+        wrong = [f"{start}/{end}" for end in (
+            "to/ftp://127.0.0.1/a.png", "to/file:///etc/hostname", "short", "slow", "strange", "a b"
+        )]  # fmt: skip
+        wrong += ["http://127.0.0.1:99999999/a.png", "http://[::1/a.png", "http:///a.png"]
+        results = model.caption([*wrong, PICTURE], max_tokens=2, on_error="skip")
+        server.shutdown()
+    assert [result is None for result in results] == [True] * len(wrong) + [False]
+    for number, address in enumerate(wrong):
+        assert str(results.skipped[number]).startswith(f"{address}: could not be fetched (")
 
 
 def test_one_in_is_one_out(model: Model) -> None:

@@ -223,15 +223,24 @@ def test_other_folders_are_refused_in_one_line(
         changed(**others, text_config=texts | others)
         refused(folder, message, capsys)
     vision = config["vq_config"]
-    for others in ({"channel_multiplier": 3}, {"channel_multiplier": [1, "x", 2]}):
+    for others, message in (
+        ({"channel_multiplier": 3}, "its config.json does not fit"),
+        ({"channel_multiplier": [1, "x", 2]}, "expected a list, each of it a whole number"),
+        ({"base_channels": 2**12}, "its image tokenizer and its config.json differ: decoder"),
+    ):
         if config["model_type"] == "emu3":  # the other one infers it from the weights
             changed(vq_config=vision | others)
-            refused(folder, "", capsys)
+            refused(folder, message, capsys)
     tokens = config["vocabulary_map"]
     code = pair.code_token(3)
-    for number in ("many", -1, 10**9, tokens[pair.code_token(4)]):
+    for number, message in (
+        ("many", "its config.json does not fit"),
+        (-1, "ids -1 to"),
+        (10**9, "ids 0 to 1000000000 of"),
+        (tokens[pair.code_token(4)], "its vocabulary has 63 image codes, its image tokenizer 64"),
+    ):
         changed(vocabulary_map=tokens | {code: number})
-        refused(folder, "", capsys)
+        refused(folder, message, capsys)
     changed()
     begin = pair.special["<boi>"]
     (folder / "tokenizer.json").write_text(tokenizer.replace(begin, begin[::-1]))
@@ -244,7 +253,7 @@ def test_other_folders_are_refused_in_one_line(
     save_file({k: v for k, v in stored.items() if "layers.1.self_attn.q_proj" not in k}, weights)
     refused(folder, "its weights and its config.json differ", capsys)
     weights.rename(folder / "pytorch_model.bin")
-    refused(folder, "", capsys)
+    refused(folder, "safetensors", capsys)  # never pytorch_model.bin
 
 
 def test_shards_of_half_precision_and_the_names_of_transformers_4(
