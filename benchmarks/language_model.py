@@ -9,11 +9,14 @@ of this package computes what is compared.
 
 Measured is the perplexity of a text (pieces of 512 tokens, each by itself), once with the rows that
 AFTER has more in its softmax and once without, and the answers to ten prompts: greedy, at most 80
-tokens.
+tokens. Also by how much the logits of this package differ from those of transformers, in float32,
+and how long the training took, from the logs beside AFTER.
 """
 
 import argparse
+import html
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,9 @@ import torch
 import transformers
 
 from multimodal.export.hf import export_hf
+from multimodal.model.layers.attention import attention_mask
+from multimodal.model.layers.transformer import Transformer
+from multimodal.model.stock import read_stock
 
 PIECE, LONGEST = 512, 80
 PROMPTS = {
@@ -79,12 +85,33 @@ def reply(tokenizer: Any, model: Any, prompt: str) -> str:
     inputs = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    ends = [i for i in (tokenizer.convert_tokens_to_ids("<|im_end|>"),) if i is not None]
-    output = model.generate(
-        **inputs, max_new_tokens=LONGEST, do_sample=False, eos_token_id=ends or None
-    )
+    output = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)
     new = output[0, inputs["input_ids"].shape[1] :]
     return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+
+@torch.inference_mode()
+def logits_differ_by(source: str, model: Any, ids: torch.Tensor) -> float:
+    """The largest difference between our logits and those of transformers."""
+    sizes, weights = read_stock(source)
+    ours = Transformer(sizes)
+    ours.load_stock_state_dict({name: weight.float() for name, weight in weights.items()})
+    documents = torch.ones_like(ids[None])
+    mask = attention_mask(documents, torch.zeros_like(documents))
+    logits = ours.logits(ours(ids[None], documents.cumsum(1) - 1, mask))
+    return float((logits - model(ids[None]).logits).abs().max())
+
+
+def training_of(model: Path) -> dict[str, Any] | None:
+    """How long the run took that wrote a model folder. None: its logs are not there."""
+    starts = [
+        json.loads(file.read_text("utf-8")) for file in model.parent.glob("logs/energy*.json")
+    ]
+    if not starts:
+        return None
+    hours = sum(start["seconds"] for start in starts) / 3600
+    steps = max(start["to_step"] for start in starts)
+    return {"steps": steps, "hours": round(hours, 2), "cores": os.cpu_count()}
 
 
 def measured(source: str, text: str, tokens: int, text_size: int | None = None) -> dict[str, Any]:
@@ -97,6 +124,7 @@ def measured(source: str, text: str, tokens: int, text_size: int | None = None) 
         "text_size": text_size,
         "perplexity": among_all,
         "perplexity_among_texts": among_texts,
+        "logits_differ_by": logits_differ_by(source, model, ids[:PIECE]),
         "replies": {name: reply(tokenizer, model, prompt) for name, prompt in PROMPTS.items()},
     }
 
@@ -121,16 +149,22 @@ def page(found: dict[str, Any]) -> str:
             )
         ),
         "",
+        f"The logits of this package differ from those of transformers by at most "
+        f"{max(found[when]['logits_differ_by'] for when in ('before', 'after')):.0e}.",
+        "",
     ]
+    lines += ["| prompt | before | after |", "|---|---|---|"]
     for name, prompt in PROMPTS.items():
-        lines += [f"## {name.capitalize()}", "", *quoted(prompt), "", "Before:", ""]
-        lines += [*quoted(before["replies"][name]), "", "After:", ""]
-        lines += [*quoted(after["replies"][name]), ""]
-    return "\n".join(lines)
+        cells = [prompt, before["replies"][name], after["replies"][name]]
+        lines.append(f"| {' | '.join(map(cell, cells))} |")
+    return "\n".join([*lines, ""])
 
 
-def quoted(text: str) -> list[str]:
-    return ["```text", *text.replace("```", "'''").splitlines(), "```"]
+def cell(text: str) -> str:
+    """A text in a table of Markdown, as it is."""
+    for character in "\\`*_[]|#":
+        text = text.replace(character, f"\\{character}")
+    return html.escape(text, quote=False).replace("\n", "<br>")
 
 
 def main() -> None:
@@ -152,6 +186,7 @@ def main() -> None:
     found = {
         "text": options.text.name,
         "piece": PIECE,
+        "training": training_of(Path(options.after)),
         "before": before,
         "after": after,
         "perplexity_worse_by": worse,
