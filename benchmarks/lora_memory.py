@@ -74,10 +74,10 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     network = Model.new(options.size, text, images).network
     if kind.startswith("int8"):
         network = quantized_network(network, 8)
-    network.to(getattr(torch, KINDS[kind]))
     if kind != "full":
         network.requires_grad_(False)
         inject(network.transformer, LoraConfig(options.r))
+    network.to(getattr(torch, KINDS[kind]))
     trained = [weight for weight in network.parameters() if weight.requires_grad]
     optimizer = muon(network, adapter_parts(network.transformer), 1e-3, 0.1)
     network.train()

@@ -60,6 +60,7 @@ from multimodal.train.run.switches import check_switches
 
 MODULES = (
     "multimodal.train.joint.JointModule",
+    "multimodal.train.distill.DistillModule",
     "multimodal.train.rewards.module.RewardModule",
     "multimodal.train.preferences.module.PreferenceModule",
     "multimodal.train.tokenizers.detail.DetailModule",

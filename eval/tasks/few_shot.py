@@ -32,7 +32,7 @@ class FewShot:
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         model, count = subject.model, len(subject.samples)
-        codes = subject.codes
+        codes = model.read(subject.codes)
         first_captions = [descriptions_of(sample.record)[0] for sample in subject.samples]
         references = {sample.key: descriptions_of(sample.record) for sample in subject.samples}
         limit = model.config.transformer.max_position_embeddings

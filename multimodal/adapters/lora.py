@@ -37,8 +37,8 @@ class LoraConfig:
         dropout: the share of the inputs of A that is set to 0 in training.
         target: names of linear layers, as peft's ``target_modules``: ``q_proj`` is that of every
             layer, ``layers.0.self_attn.q_proj`` that of the first one. Of an image tokenizer also
-            parts, such as ``decoder``. Empty: all matrices inside the layers, but those of experts;
-            all linear layers and convolutions of an image tokenizer.
+            parts, such as ``decoder``. Empty: all matrices inside the layers; all linear layers and
+            convolutions of an image tokenizer. With experts only those of attention can be named.
         bits: of the weights of the base in training, 8 or 4 (model/layers/quantization.py): less
             memory (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). None: floats.
         new_rows: train the embeddings of codes and specials too, and write a model into which the
@@ -86,14 +86,15 @@ class LoraConfig:
         return [x for x in layers if any(f".{target}." in f".{x}." for target in chosen)]
 
     def _of(self, transformer: nn.Module) -> list[str]:
-        # transformers keeps the experts of a layer in one tensor: their adapters would not load.
-        experts = tuple(n for n, m in transformer.named_modules() if isinstance(m, SparseMLP))
+        # transformers keeps the experts of a layer in one tensor, and peft takes the name of any
+        # MLP beside them (mlp_only_layers) for theirs: such an adapter would not load.
+        experts = any(isinstance(module, SparseMLP) for module in transformer.modules())
         linear = [
             f".{name}"
             for name, module in transformer.named_modules()
             if isinstance(module, nn.Linear | QuantizedLinear)
             and name.startswith("layers.")
-            and not name.startswith(tuple(f"{part}." for part in experts))
+            and not (experts and ".mlp." in name)
         ]
         for name in self.target:
             if not any(each.endswith(f".{name}") for each in linear):
@@ -113,7 +114,7 @@ def inject(module: nn.Module, config: LoraConfig) -> None:
     """
     try:
         import peft
-        from peft.tuners.lora import Linear
+        from peft.tuners.lora import Linear, LoraLayer
     except ImportError as error:
         raise ValueError(f"lora needs: pip install multimodal[lora] ({error})") from error
     wanted = peft.LoraConfig(
@@ -128,6 +129,11 @@ def inject(module: nn.Module, config: LoraConfig) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Unsupported layer type")  # it asks for sizes, and finds
         peft.inject_adapter_in_model(wanted, module)
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            # Or under autocast peft would make a float32 copy of each input, and autocast another
+            # one of that. Without autocast A has the dtype of the input.
+            layer.cast_input_dtype_enabled = False
 
 
 def has_adapter(module: nn.Module) -> bool:

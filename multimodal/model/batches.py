@@ -129,9 +129,12 @@ class BatchBuilder:
             self._check_length(longest, f"sample {samples[number].key}")
         sequences = [pair.describe for pair in pairs.values()]
         sequences += [pair.draw for pair in pairs.values()]
-        for sample in samples:
+        cut = {n for n, pair in pairs.items() if pair.describe.cut or pair.draw.cut}
+        for number, sample in enumerate(samples):
             if sample.document:
-                sequences += self.document(sample)
+                of_document = self.document(sample)
+                sequences += of_document
+                cut |= {number for sequence in of_document if sequence.cut}
         numbers, before = list(pairs), len(sequences)
         sequences += [self._drawing(written) for written in drawings]
         if skip_untaught:
@@ -152,7 +155,7 @@ class BatchBuilder:
             image_hashes=image_hashes,
             text_hashes=text_hashes,
             tokens=int((packed.documents > 0).sum()),
-            cut=tuple(n for n, pair in pairs.items() if pair.describe.cut or pair.draw.cut),
+            cut=tuple(sorted(cut)),
             policy=None
             if policy is None
             else self._policy(samples, pairs, packed.states.tolist(), before, policy),
@@ -295,9 +298,14 @@ class BatchBuilder:
         few_shot = bool(sample.record.get(FEW_SHOT))
         later = self.read if few_shot else self.drawn
         sequences = document(self.vocabulary, parts, self.row_length, self.read, later)
-        if few_shot:
-            return [after_examples(self.vocabulary, sequence) for sequence in sequences]
-        return sequences
+        if not few_shot:
+            return sequences
+        # What does not fit a row would begin anew, without examples: rather have fewer of them.
+        while len(sequences) > 1 and len(parts) > 4:
+            parts = parts[2:]
+            sequences = document(self.vocabulary, parts, self.row_length, self.read, later)
+        sequence = after_examples(self.vocabulary, sequences[0])
+        return [replace(sequence, cut=len(sequences) > 1)]
 
     def _describe(
         self,

@@ -11,7 +11,8 @@ al. 2024, arXiv:2402.01306) the losses are
 
 where r is the log-probability of a completion minus that of the reference. In ``ipo`` r is a mean
 over the tokens, or long completions would decide alone. ``kto`` needs no pairs. Its kl is the mean
-r of completions of other prompts, 0 at least, and has no gradient. TRL has the same losses.
+r of completions of other prompts, 0 at least, and has no gradient. TRL has the same losses. Texts
+and drawings have a kl each: a drawing has many more tokens, and its r would move the texts' kl.
 
 Shapes: C completions, M tokens of all of them, D width, V vocabulary.
 """
@@ -31,6 +32,7 @@ from multimodal.model.sequences import Packed
 
 Variant = Literal["dpo", "ipo", "kto"]
 CHOSEN, REJECTED, MISMATCHED = 0, 1, 2  # the roles of completions
+KINDS = ("texts", "drawings")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Completions:
         positions: int64[M], in the flattened rows, of what predicts each token.
         owners: int64[M], the completion that each token is of.
         roles: int64[C]: CHOSEN, REJECTED, or MISMATCHED, one of another prompt.
+        kinds: int64[C], their indices in KINDS.
         config: what is learned of them.
         joint_weight: of all other losses beside.
         reference: float32[M], the log-probability of each token in the reference.
@@ -81,6 +84,7 @@ class Completions:
     positions: Tensor
     owners: Tensor
     roles: Tensor
+    kinds: Tensor
     config: PreferenceConfig
     joint_weight: float
     reference: Tensor | None = None
@@ -91,7 +95,7 @@ class Completions:
         return self.packed.targets.flatten()[self.positions]
 
     def to(self, device: torch.device) -> "Completions":
-        names = ("positions", "owners", "roles")
+        names = ("positions", "owners", "roles", "kinds")
         tensors: dict[str, Any] = {name: moved(getattr(self, name), device) for name in names}
         return replace(self, packed=self.packed.to(device), **tensors)
 
@@ -104,7 +108,9 @@ class Completions:
         tokens = torch.stack([log_probabilities, self.reference, torch.ones_like(self.reference)])
         sums = tokens.new_zeros(3, len(self.roles)).index_add(1, self.owners, tokens)
         policy, reference, lengths = sums.unbind()
-        loss, parts = preference_loss(policy, reference, lengths, self.roles, self.config)
+        loss, parts = preference_loss(
+            policy, reference, lengths, self.roles, self.kinds, self.config
+        )
         # Where the reference wrote the completions, it is KL(reference || network) of a token.
         own = self.roles[self.owners] != MISMATCHED
         ratio = (log_probabilities - self.reference).detach()[own]
@@ -141,7 +147,12 @@ def token_log_probabilities(hidden: Tensor, head: Tensor, targets: Tensor) -> Te
 
 
 def preference_loss(
-    policy: Tensor, reference: Tensor, lengths: Tensor, roles: Tensor, config: PreferenceConfig
+    policy: Tensor,
+    reference: Tensor,
+    lengths: Tensor,
+    roles: Tensor,
+    kinds: Tensor,
+    config: PreferenceConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of completions, a mean over the pairs (``kto``: the completions) of all ranks.
 
@@ -149,7 +160,7 @@ def preference_loss(
         policy, reference: float32[C], log-probabilities of the completions in the network, and in
             what it started from.
         lengths: float32[C], their numbers of tokens.
-        roles: int64[C], see ``Completions``.
+        roles, kinds: int64[C], see ``Completions``.
 
     Returns:
         The loss, float32[]. Its gradients are averaged over ranks afterwards, so the local sum is
@@ -165,16 +176,20 @@ def preference_loss(
         "rewards/rejected": global_mean(config.beta * rejected.detach()),
     }
     if config.variant == "kto":
-        mismatched = ratios[roles == MISMATCHED].detach()
-        kl = global_sum(global_mean(mismatched) / world_size()).clamp(min=0)
+        mismatched = roles == MISMATCHED
+        values = torch.stack([ratios.detach(), torch.ones_like(ratios)])[:, mismatched]
+        sums = values.new_zeros(2, len(KINDS)).index_add(1, kinds[mismatched], values)
+        total, count = global_sum(sums)
+        kl = (total / count.clamp(min=1)).clamp(min=0)[kinds]
+        over, under = chosen - kl[roles == CHOSEN], kl[roles == REJECTED] - rejected
         losses = torch.cat(
             [
-                config.desirable_weight * (1 - torch.sigmoid(config.beta * (chosen - kl))),
-                config.undesirable_weight * (1 - torch.sigmoid(config.beta * (kl - rejected))),
+                config.desirable_weight * (1 - torch.sigmoid(config.beta * over)),
+                config.undesirable_weight * (1 - torch.sigmoid(config.beta * under)),
             ]
         )
-        right = torch.cat([chosen > kl, rejected < kl])
-        rewards["kto_kl"] = kl
+        right = torch.cat([over > 0, under > 0])
+        rewards["kto_kl"] = global_mean(kl[~mismatched])
         margin = rewards["rewards/chosen"] - rewards["rewards/rejected"]
     else:
         if config.variant == "dpo":

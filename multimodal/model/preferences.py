@@ -10,6 +10,7 @@ What is compared are the log-probabilities of t t <eos>, and of i i i <eoi>. The
 learn the sample's own texts. If it has none, they learn its chosen completion.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -21,6 +22,7 @@ from multimodal.model.batches import ROW_MULTIPLE, BatchBuilder
 from multimodal.model.lessons import answer_text, descriptions_of, exchanges_of
 from multimodal.model.preference_loss import (
     CHOSEN,
+    KINDS,
     MISMATCHED,
     REJECTED,
     Completions,
@@ -241,14 +243,25 @@ class PreferenceBuilder:
 
     def _mismatched(self, compared: Sequence[_Compared]) -> list[_Compared]:
         """For each prompt the completions of the one before it of its kind, if they fit a row."""
-        found = []
-        for kind in (False, True):
+        found: list[_Compared] = []
+        for kind, name in enumerate(KINDS):
             own = [each for each in compared if each.is_drawing == kind]
-            for before, each in zip(own[-1:] + own[:-1], own, strict=True):
-                roles = [MISMATCHED] * len(before.completions)
-                if before is not each:
-                    found.append(replace(each, completions=before.completions, roles=roles))
-        return [each for each in found if each.length <= self.builder.row_length]
+            pairs = zip(own[-1:] + own[:-1], own, strict=True)
+            others = [
+                replace(each, completions=other.completions, roles=[MISMATCHED] * len(other.roles))
+                for other, each in pairs
+                if other is not each
+            ]
+            others = [each for each in others if each.length <= self.builder.row_length]
+            if own and not others:
+                warnings.warn(
+                    f"kto: the {name} of a batch have no completion of another prompt to compare "
+                    "with, and their kl is taken as 0: give each rank more samples at once "
+                    "(data.global_batch_size)",
+                    stacklevel=2,
+                )
+            found += others
+        return found
 
     def _packed(self, compared: Sequence[_Compared]) -> Completions:
         sequences = [_branched(each) for each in compared]
@@ -264,11 +277,13 @@ class PreferenceBuilder:
                 lengths.append(len(ids))
                 start += len(ids)
         roles = [role for each in compared for role in each.roles]
+        kinds = [int(each.is_drawing) for each in compared for _ in each.roles]
         return Completions(
             packed,
             torch.from_numpy(np.concatenate(positions)),
             torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
             torch.tensor(roles, dtype=torch.int64),
+            torch.tensor(kinds, dtype=torch.int64),
             self.config,
             self.joint_weight,
         )

@@ -15,6 +15,7 @@ from multimodal.export.quantize import quantize_model
 from multimodal.inference.text import generate_ids
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.layers.attention import attention_mask
+from multimodal.model.layers.quantization import dequantized
 from multimodal.model.layers.transformer import Transformer
 from multimodal.model.stock import read_stock
 from multimodal.options import TextOptions
@@ -66,6 +67,15 @@ def test_it_is_near_the_model_it_was_made_of(folder: Path, tiny_model_folder: Pa
     ours = logits(smaller.network.transformer, ids)
     error = (ours - theirs).norm() / (theirs - theirs.mean()).norm()
     assert error < (0.05 if folder.name == "int8" else 0.3)
+    # Noise of the size of the rounding moves the logits as far. int8 rounds inputs as much, too.
+    rounded, noisy = dequantized(smaller.network.transformer.state_dict()), load(tiny_model_folder)
+    dice = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in noisy.network.transformer.named_parameters():
+            noise = torch.randn(weight.shape, generator=dice)
+            weight.add_(noise * (rounded[name] - weight).norm() / noise.norm())
+    moved = (logits(noisy.network.transformer, ids) - theirs).norm()
+    assert (ours - theirs).norm() < (1.6 if folder.name == "int8" else 1.2) * moved
     half = logits(load(folder, dtype="bfloat16").network.transformer, ids)
     assert (half - ours).norm() / ours.norm() < 0.05
 

@@ -14,6 +14,7 @@ import multimodal
 from multimodal import Model
 from multimodal.data.shards import Shards
 from multimodal.eval.evaluator import Subject, evaluate
+from multimodal.eval.tasks import few_shot
 from multimodal.eval.tasks.likelihood import Likelihood
 from multimodal.inference.codec import decode_images, encode_images, encode_to_read, read_images
 from multimodal.inference.drawing import draw_codes
@@ -361,6 +362,26 @@ def test_the_likelihood_of_a_drawing_is_of_what_is_drawn(drawer: Model, tmp_path
     after = evaluate(Likelihood(), subject)
     assert before["image_nats_per_code"] == after["image_nats_per_code"]
     assert before["caption_bits_per_byte"] != after["caption_bits_per_byte"]
+
+
+def test_few_shot_prompts_read_meaning_alone(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_scenes(tmp_path, 20, 0, 32)
+    subject = Subject(model, list(Shards(tmp_path, "train"))[:2])
+    v, prompts = model.vocabulary, list[list[int]]()
+
+    def record(_: Model, batch: list[list[int]]) -> list[list[int]]:
+        prompts.extend(batch)
+        return [model.text_tokenizer.encode("two dogs") for _ in batch]
+
+    monkeypatch.setattr(few_shot, "generate_ids", record)
+    evaluate(few_shot.FewShot(), subject)
+    images = [
+        [v.boi, *codes, v.eoi] for codes in (subject.codes[:, MEANING] + v.image_start).tolist()
+    ]
+    assert prompts[:2] == [[v.bos, *image] for image in images], "without an example"
+    assert [prompt[-10:] for prompt in prompts[2:]] == images, "after one"
 
 
 def test_a_run_with_the_image_tokenizer_of_a_model_reads_and_draws_what_that_does(

@@ -39,19 +39,33 @@ def test_a_document_begins_with_every_prompt_that_its_examples_make(
     assert (sequence.objectives[~learned] == NO_LOSS).all(), "no image, and not the first text"
 
 
-def test_what_does_not_fit_a_row_continues_as_another_document(
+def document_of(count: int, text: str) -> TrainingSample:
+    codes = np.arange(count * 16).reshape(count, 16) % 64
+    return TrainingSample("a", {FEW_SHOT: True}, codes, 0, [None, text] * count)
+
+
+def test_a_document_that_does_not_fit_a_row_has_fewer_examples(
     tiny_model: Callable[..., Model],
 ) -> None:
-    """There, too, nothing is learned of a text without an example before it."""
-    model = tiny_model()
-    codes = np.arange(6 * 16).reshape(6, 16) % 64
-    parts = [part for _ in range(6) for part in (None, "a cat")]
-    sample = TrainingSample("a", {FEW_SHOT: True}, codes, 0, parts)
+    """Its end stays. In a second sequence its last text would have no example before it."""
+    model, sample = tiny_model(), document_of(6, "a cat")
     image, text = 18, len(model.text_tokenizer.encode("a cat"))
-    sequences = model.batch_builder(2 + 3 * (image + text)).document(sample)
-    boi = model.vocabulary.boi
-    assert [int((sequence.ids == boi).sum()) for sequence in sequences] == [3, 3]
-    learned = [np.flatnonzero(sequence.objectives != NO_LOSS) for sequence in sequences]
-    # Where a row ends, whether the text ends is not learned.
-    assert [len(positions) for positions in learned] == [2 * (text + 1) - 1, 2 * (text + 1)]
-    assert all(positions[0] > 2 * image for positions in learned)
+    for fitting in (2, 3, 5):
+        builder = model.batch_builder(2 + fitting * (image + text))
+        (sequence,) = builder.document(sample)
+        ids = sequence.ids - model.vocabulary.image_start
+        codes = ids[(ids >= 0) & (ids < 64)].reshape(-1, 16)
+        assert np.array_equal(codes, sample.codes[-fitting:])
+        learned = np.flatnonzero(sequence.objectives != NO_LOSS)
+        assert len(learned) == (fitting - 1) * (text + 1) and learned[0] > 2 * image
+        assert learned[-1] == len(sequence) - 2, "the last text, with its end"
+        assert builder.build([sample]).cut == ()
+
+
+def test_a_document_whose_texts_no_row_has_room_for_is_counted_as_cut(
+    tiny_model: Callable[..., Model],
+) -> None:
+    builder = tiny_model().batch_builder(80)
+    samples = [document_of(2, "a cat"), document_of(3, "two dogs run " * 30)]
+    assert len(builder.document(samples[1])) == 1
+    assert builder.build(samples).cut == (1,)

@@ -73,7 +73,9 @@ def test_losses_are_those_of_the_papers(variant: Any, seed: int) -> None:
     policy, reference, lengths = torch.tensor([c for c, _ in listed]).T
     roles = torch.tensor([role for _, role in listed])
     config = PreferenceConfig(variant, beta, *weights)
-    loss, parts = preference_loss(policy, reference, lengths, roles, config)
+    loss, parts = preference_loss(
+        policy, reference, lengths, roles, torch.zeros_like(roles), config
+    )
     expected = by_the_papers(variant, beta, pairs, mismatched, weights)
     assert loss.item() == pytest.approx(expected, abs=1e-5, rel=1e-5)
     rewards = {n: beta * (policy - reference)[roles == n].mean() for n in (CHOSEN, REJECTED)}
@@ -87,11 +89,31 @@ def test_losses_are_those_of_the_papers(variant: Any, seed: int) -> None:
 
 def test_kto_learns_from_one_kind_alone_and_without_a_mismatched_one() -> None:
     policy, reference = torch.tensor([-3.0, -5.0]), torch.tensor([-4.0, -4.0])
+    kinds, config = torch.zeros(2, dtype=torch.int64), PreferenceConfig("kto")
     for role, sign in ((CHOSEN, 1), (REJECTED, -1)):
         roles = torch.full((2,), role)
-        loss, _ = preference_loss(policy, reference, torch.ones(2), roles, PreferenceConfig("kto"))
+        loss, _ = preference_loss(policy, reference, torch.ones(2), roles, kinds, config)
         expected = np.mean([1 - sigmoid(sign * 0.1 * ratio) for ratio in (1.0, -1.0)])
         assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_kto_of_texts_and_drawings_together_is_that_of_each_alone() -> None:
+    """The drawings of other prompts, which are long, do not move what is asked of a text."""
+    roles, kinds = torch.arange(3).repeat(4), torch.arange(2).repeat_interleave(6)
+    reference = -30 * torch.rand(12, generator=torch.Generator().manual_seed(0))
+    ratios = torch.tensor([1.0, -2, 3, 4, 0.5, 1, -9, 30, 80, 70, 20, 60])
+    config = PreferenceConfig("kto", 0.05)
+
+    def loss_of(some: Tensor) -> tuple[float, float]:
+        policy = (reference + ratios)[some]
+        lengths = torch.ones_like(policy)
+        found = preference_loss(policy, reference[some], lengths, roles[some], kinds[some], config)
+        return found[0].item(), found[1]["kto_kl"].item()
+
+    apart = [loss_of(kinds == kind) for kind in range(2)]
+    assert [kl for _, kl in apart] == pytest.approx([2, 70], abs=1e-4)
+    together = loss_of(kinds >= 0)
+    assert together == pytest.approx(tuple(np.mean(apart, axis=0)), abs=1e-4)
 
 
 def test_log_probabilities_in_slices_have_the_gradient_of_the_whole(
@@ -184,7 +206,9 @@ def test_kto_compares_with_completions_of_the_prompt_before(
     single = {"prompt": "What is it?", "completion": "a yellow chair", "label": False}
     third = sample({"preferences": [single]}, seed=4)
     samples = [CAPTIONS, third, DRAWINGS]
-    completions, _ = builder.build(samples, [builder.of(each) for each in samples])
+    with pytest.warns(UserWarning, match="kto: the drawings of a batch have no completion of ano"):
+        completions, _ = builder.build(samples, [builder.of(each) for each in samples])
+    assert completions.kinds.tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
     roles = [CHOSEN, REJECTED, REJECTED, CHOSEN, REJECTED, *[MISMATCHED] * 3]
     assert completions.roles.tolist() == roles, "of drawings there is no other prompt"
     found = of_completions(model, model.network.log_probabilities(completions), completions)

@@ -87,9 +87,9 @@ def test_pairs(variant: Any, seed: int) -> None:
     inputs = inputs_of(mask) | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
     expected = trl.DPOTrainer._compute_loss(theirs, answers(log_p), inputs, False)
     roles = torch.tensor([CHOSEN, REJECTED]).repeat_interleave(COUNT // 2)
-    found, parts = preference_loss(
-        log_p.sum(1), reference, mask.sum(1).float(), roles, PreferenceConfig(variant, 0.3)
-    )
+    lengths, kinds = mask.sum(1).float(), torch.zeros_like(roles)
+    config = PreferenceConfig(variant, 0.3)
+    found, parts = preference_loss(log_p.sum(1), reference, lengths, roles, kinds, config)
     compared(found, expected, log_p)
     for name, key in (("margin", "margins"), ("chosen", "chosen"), ("accuracy", "accuracies")):
         (value,) = theirs._metrics["train"][f"rewards/{key}"]
@@ -115,6 +115,7 @@ def test_single_answers_with_a_label(seed: int) -> None:
         torch.cat([reference, of_other]),
         torch.ones(2 * COUNT),
         torch.cat([roles, torch.full((COUNT,), MISMATCHED)]),
+        torch.zeros(2 * COUNT, dtype=torch.int64),
         PreferenceConfig("kto", 0.3, 1.0, 1.5),
     )
     compared(found, expected, log_p)

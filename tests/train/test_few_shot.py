@@ -2,14 +2,16 @@
 
 from collections import Counter
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from multimodal.api import Model
+from multimodal.api import Model, load
 from multimodal.cli import main
 from multimodal.model.batches import FEW_SHOT, BatchBuilder
 from multimodal.model.lessons import descriptions_of
@@ -65,6 +67,10 @@ def test_a_style_is_the_same_for_all_texts_of_a_document() -> None:
             ["--data.few_shot.share", "0.5", "--data.few_shot.examples", "40"],
             "41 images have 247 tokens and their texts",
         ),
+        (
+            ["--data.few_shot.share", "0.5", "--data.few_shot.examples", "9"],
+            "61 tokens and their texts: raise it to 381 or more",
+        ),
     ],
 )
 def test_few_shot_that_cannot_be_learned_is_refused(
@@ -73,6 +79,21 @@ def test_few_shot_that_cannot_be_learned_is_refused(
     fit = ["fit", "--config", str(work / "joint.yaml"), "--output", str(tmp_path / "run")]
     assert main([*fit, *options]) != 0
     assert message in capsys.readouterr().err
+
+
+def test_the_recipe_has_room_for_its_examples() -> None:
+    """And for their captions in capitals, which are three times as many tokens."""
+    text = (files("multimodal.train") / "recipes/few_shot.yaml").read_text("utf-8")
+    recipe, model = yaml.safe_load(text), load("starter")
+    few_shot = FewShot(**recipe["data"]["few_shot"])
+    builder = model.batch_builder(recipe["model"]["init_args"]["row_length"])
+    few_shot.check(builder)
+    images = few_shot.examples + 1
+    codes = np.zeros((images, model.codes_per_image), np.int64)
+    caption = "A BROWN DOG RUNS OVER THE GRASS WITH A RED BALL IN ITS MOUTH ."
+    sample = TrainingSample("a", {FEW_SHOT: True}, codes, 0, [None, caption] * images)
+    (sequence,) = builder.document(sample)
+    assert (sequence.ids == model.vocabulary.boi).sum() == images and not sequence.cut
 
 
 def toy_pairs(rng: np.random.Generator, count: int) -> list[dict[str, Any]]:
@@ -102,10 +123,10 @@ def toy_documents(rng: np.random.Generator, few_shot: FewShot) -> list[TrainingS
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_examples_of_a_new_style_help_after_such_training(tiny_model: Callable[..., Model]) -> None:
-    """The captions of new styles, with invented words that no training text had, after examples in
-    the same style and after examples as they are. Images and captions are the same."""
-    model, few_shot = tiny_model(), FewShot(share=1.0, examples=3, restyled=1.0)
-    network, builder = model.network.train(), model.batch_builder(160)
+    """The captions of new styles, with invented words that no training text had, after four
+    examples in the same style, after four as they are, and after none."""
+    model, few_shot = tiny_model(), FewShot(share=1.0, examples=4, restyled=1.0)
+    network, builder = model.network.train(), model.batch_builder(256)
     optimizer, rng = torch.optim.AdamW(network.parameters(), 3e-3), np.random.default_rng(0)
     for _ in range(200):
         total, _ = network(builder.build(toy_documents(rng, few_shot), skip_untaught=True))
@@ -114,16 +135,17 @@ def test_examples_of_a_new_style_help_after_such_training(tiny_model: Callable[.
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
     network.eval()
-    rng, losses = np.random.default_rng(1), list[tuple[float, float]]()
+    rng, losses = np.random.default_rng(1), list[tuple[float, float, float]]()
     for _ in range(40):
-        style, shots = Style.random(rng), toy_pairs(rng, 3)
+        style, shots = Style.random(rng), toy_pairs(rng, 5)
         plain = [pair["record"]["captions"][0] for pair in shots]
         codes = np.stack([pair["images"][0] for pair in shots])
         last = style(plain[-1])
         same = last_loss(model, builder, codes, [*map(style, plain[:-1]), last])
-        losses.append((same, last_loss(model, builder, codes, [*plain[:-1], last])))
-    same, other = np.mean(losses, axis=0)
-    assert same < 0.7 * other, (same, other)
+        other = last_loss(model, builder, codes, [*plain[:-1], last])
+        losses.append((same, other, last_loss(model, builder, codes[-1:], [last])))
+    same, other, none = np.mean(losses, axis=0)
+    assert same < 0.7 * other and same < 0.7 * none, (same, other, none)
 
 
 @torch.no_grad()

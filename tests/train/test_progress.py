@@ -73,6 +73,7 @@ def test_help_names_the_sizes_and_the_options_of_the_model_and_the_data(
         ("--data.crop_scale", "the smallest share of the image that a random training crop covers"),
         ("--model.row_length", "tokens in a packed row"),
         ("--model.captions_written", "of each sample in each step"),
+        ("--model.teacher_weight", "from 0 (the data alone) to 1"),
         ("--model.discriminator_start", "first step with a discriminator"),
     ):
         assert option in out and document in out, option

@@ -18,6 +18,7 @@ from multimodal.model.batches import FEW_SHOT, BatchBuilder
 from multimodal.model.lessons import descriptions_of
 
 STREAM = 4  # of the random numbers of a sample: others decide its captions, masks and questions
+TEXT_TOKENS = 32  # that a row has at least for each text: a caption of two dozen words
 NEARBY = 1000  # examples are from so many samples after the last one: most are in the same shard
 CASES: tuple[Callable[[str], str], ...] = (str, str.upper, str.lower, str.title)
 BETWEEN_WORDS = (" ", " ", "-", "_", " / ", ", ")
@@ -56,10 +57,12 @@ class FewShot:
             raise ValueError("data.few_shot teaches a network to read texts: leave it out here")
         images = self.examples + 1
         needed = 1 + images * (len(builder.read) + 2)
-        if builder.row_length <= needed:
+        whole = needed + images * TEXT_TOKENS
+        if builder.row_length < whole:
             raise ValueError(
                 f"row_length={builder.row_length}: few-shot documents of {images} images have "
-                f"{needed} tokens and their texts: raise it, or lower data.few_shot.examples"
+                f"{needed} tokens and their texts: raise it to {whole} or more, or lower "
+                "data.few_shot.examples"
             )
 
     def document(
