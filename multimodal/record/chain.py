@@ -9,26 +9,37 @@ Each line is a JSON object:
     digests     the SHA-256 of each text, kept or not
     hash        the SHA-256 of all of the above but ``texts``
 
-So a text can be taken out later, and the chain still holds. Who can write the file can also make a
-new chain of it: note the last hash elsewhere from time to time, and give it to ``verify``.
+So a text can be taken out later, and the chain still holds. What a client sends cannot make an
+entry too long to be read: of a text that is too long only the digest is kept, and long facts are
+cut.
+
+What does not show in the file alone: that its first entries were removed (``prune`` does it, and a
+record then begins later), that its last ones were, or that all of it was written anew. Note the
+last hash elsewhere from time to time, and give it to ``verify``.
 """
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from multimodal.files import atomic_file, local_path, open_file, parse_json
 from multimodal.schemas import construct
 
 START = "0" * 64
 MAX_LINE = 16 << 20  # bytes of an entry
+MAX_TEXTS = 8 << 20  # bytes of JSON of the texts of an entry that are kept
+MAX_FACTS = 1 << 20  # bytes of JSON of the values of its facts
+MAX_LENGTH = 2048  # of a string, a list or an object in them: a request has that many inputs
+MAX_DEPTH = 16  # of objects in objects in them
 NAMES = {"number", "previous", "facts", "texts", "digests", "hash"}
 
 
@@ -86,7 +97,8 @@ class Record:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             open_file(self.path).close()  # a device has no end
-        self._file = open(self.path, "a+b")  # noqa: SIM115 (it stays open)
+        # Unbuffered: what could not be written is not written later, after another entry.
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (it stays open)
         self._lock = threading.Lock()
         try:
             _lock(self._file, self.path)
@@ -101,27 +113,45 @@ class Record:
 
         Args:
             facts: what can become JSON. ``time`` is added. Numbers that are not finite become null.
-            texts: what may be taken out later.
+                Strings, lists and objects over MAX_LENGTH are cut. The longest facts become null if
+                all of them have over MAX_FACTS bytes.
+            texts: what may be taken out later. The longest ones are not kept if all of them have
+                over MAX_TEXTS bytes. Their digests are.
+
+        Raises:
+            OSError: if it cannot be written. The file is then as it was before.
+            ValueError: if it is still too long to be read.
         """
         texts = texts or {}
         digests = {name: digest(text) for name, text in texts.items()}
-        facts = parse_json(json.dumps(dict(facts)))  # as it will be read
+        facts = _cut_facts(facts)
         with self._lock:
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
             entry = Entry(
                 self.number, self.head, {"time": now, **facts},
-                dict(texts) if self.keep_texts else {}, digests, "",
+                _short_texts(texts) if self.keep_texts else {}, digests, "",
             )  # fmt: skip
             entry = replace(entry, hash=entry.computed)
-            self._file.write(entry.line())
-            self._file.flush()
+            line = entry.line()
+            if len(line) > MAX_LINE:
+                raise ValueError(f"an entry of {len(line):,} bytes: at most {MAX_LINE:,} are read")
+            self._write(line)
             self.number, self.head = entry.number + 1, entry.hash
         return entry
+
+    def _write(self, line: bytes) -> None:
+        """Write all of a line or, if the disk is full for instance, nothing of it."""
+        size, left = self._file.seek(0, os.SEEK_END), memoryview(line)
+        try:
+            while left:  # a call may write a part, and the next one then says why
+                left = left[self._file.write(left) :]
+        except BaseException:
+            self._file.truncate(size)
+            raise
 
     def close(self) -> None:
         with self._lock:
             if not self._file.closed:
-                self._file.flush()
                 os.fsync(self._file.fileno())
                 self._file.close()
 
@@ -134,7 +164,9 @@ def entries(path: str | Path) -> Iterator[Entry | str]:
             number += 1
             if len(line) > MAX_LINE:
                 yield f"line {number}: is longer than {MAX_LINE:,} bytes"
-                return
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(MAX_LINE)
+                continue
             if not line.endswith(b"\n"):
                 yield f"line {number}: is incomplete: it was not written to its end"
                 return
@@ -146,6 +178,9 @@ def entries(path: str | Path) -> Iterator[Entry | str]:
 
 def verify(path: str | Path, head: str | None = None) -> list[str]:
     """What is wrong with a record, one sentence each. Empty: nothing shows.
+
+    A record may begin later than with entry 0, as after ``prune``. That its end was cut off shows
+    only against a hash that was noted.
 
     Args:
         head: a hash that was noted before. The record has to have its entry.
@@ -242,19 +277,58 @@ def _canonical(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _lock(file: BinaryIO, path: Path) -> None:
+def _cut_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts as they will be read, cut to the limits."""
+    cut = {name: _cut(value) for name, value in facts.items()}
+    sizes = {name: len(json.dumps(value)) for name, value in cut.items()}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        if sum(sizes.values()) <= MAX_FACTS:
+            break
+        cut[name], sizes[name] = None, len("null")
+    kept: dict[str, Any] = parse_json(json.dumps(cut))
+    return kept
+
+
+def _cut(value: Any, depth: int = 0) -> Any:
+    """A value of JSON without what is too long in it. Of a long string the digest stays."""
+    if isinstance(value, str) and len(value) > MAX_LENGTH:
+        return f"{value[:MAX_LENGTH]}... ({len(value):,} characters, SHA-256 {digest(value)})"
+    if not isinstance(value, list | tuple | Mapping):
+        return value
+    if depth == MAX_DEPTH:
+        return "..."
+    if isinstance(value, Mapping):
+        items = islice(value.items(), MAX_LENGTH)
+        return {_cut(name): _cut(item, depth + 1) for name, item in items}
+    return [_cut(item, depth + 1) for item in value[:MAX_LENGTH]]
+
+
+def _short_texts(texts: Mapping[str, str]) -> dict[str, str]:
+    """The texts that are short enough to be kept, the shortest first."""
+    kept, left = dict[str, str](), MAX_TEXTS
+    for name, text in sorted(texts.items(), key=lambda item: len(item[1])):
+        left -= len(json.dumps(text))
+        if left < 0:
+            break
+        kept[name] = text
+    return kept
+
+
+def _lock(file: io.IOBase, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise ValueError(f"{path}: another process writes this record") from error
 
 
-def _last_entry(file: BinaryIO, path: Path) -> Entry | None:
+def _last_entry(file: io.FileIO, path: Path) -> Entry | None:
     """The last entry. A line that was not written to its end is cut off."""
     size = file.seek(0, os.SEEK_END)
     start = max(0, size - 2 * MAX_LINE)
     file.seek(start)
     complete, newline, cut = file.read().rpartition(b"\n")
+    if start and not newline:
+        raise ValueError(f"{path}: its last line is too long: name another file")
     if cut:
         file.truncate(size - len(cut))
     if not newline:

@@ -3,9 +3,10 @@
 Numbers (lengths, seconds, likelihoods) are compared by the two-sample Kolmogorov-Smirnov test,
 rates (errors, empty replies) by Fisher's exact test, and embeddings of prompts by the energy
 distance (Szekely and Rizzo 2013) with 999 permutations. The p-values are corrected together (Holm
-1979), so that all tests of a window raise an alarm without cause with a probability of ``alpha`` at
-most, if requests are independent. Requests of one client that come in bursts are not: then there
-are more alarms.
+1979), so that all tests of one window raise an alarm without cause with a probability of ``alpha``
+at most, if requests are independent. Requests of one client that come in bursts are not: then there
+are more alarms. Who compares many windows gets more alarms, too: of N windows up to ``alpha`` N on
+average, whether they overlap or not. If they do, the alarms come in groups.
 
 Shapes: R requests of the reference, W of the window, D width of embeddings.
 """
@@ -98,7 +99,7 @@ def drift(
 
     Args:
         reference, window: requests of one address, that can be counted (``countable_entries``).
-        alpha: the probability of an alarm without a cause, of all tests together.
+        alpha: the probability of an alarm without a cause, of all tests of this window together.
         embedded: float32[R, D] and float32[W, D], of their prompts.
 
     Returns:

@@ -37,7 +37,7 @@ def test_a_record_that_nobody_touched_holds(tmp_path: Path) -> None:
     assert [entry.number for entry in entries(path) if isinstance(entry, Entry)] == [*range(101)]
 
 
-def test_ten_thousand_entries_of_which_one_is_changed_removed_or_moved(tmp_path: Path) -> None:
+def test_ten_thousand_entries_of_which_one_is_changed_or_moved(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     lines = written(path, 10_000, keep_texts=False)
     for number in (0, 4321, 9_998):
@@ -45,13 +45,31 @@ def test_ten_thousand_entries_of_which_one_is_changed_removed_or_moved(tmp_path:
         line[line.index(b"chatcmpl") + 1] ^= 1
         path.write_bytes(b"".join([*lines[:number], bytes(line), *lines[number + 1 :]]))
         assert verify(path) == [f"entry {number} was changed"]
-        if number:
-            path.write_bytes(b"".join([*lines[:number], *lines[number + 1 :]]))
-            assert verify(path) == [f"entry {number} is missing"]
         swapped = [*lines[:number], lines[number + 1], lines[number], *lines[number + 2 :]]
         path.write_bytes(b"".join(swapped))
         (problem,) = verify(path)
         assert problem.startswith(f"entry {number} stands after entry {number + 1}")
+
+
+def test_an_entry_that_was_removed_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle always; at the end against a noted hash; the first in where a record begins."""
+    path = tmp_path / "record.jsonl"
+    lines = written(path, 1000, keep_texts=False)
+    head = json.loads(lines[-1])["hash"]
+    for number in range(0, 1000, 41):
+        path.write_bytes(b"".join([*lines[:number], *lines[number + 1 :]]))
+        assert verify(path, head) == ([f"entry {number} is missing"] if number else [])
+    path.write_bytes(b"".join(lines[:-1]))
+    assert verify(path) == []
+    assert verify(path, head) == [
+        f"no entry has the hash {head}: the end was cut off, or all was replaced"
+    ]
+    for first, said in ((0, "1,000 entries, nothing"), (1, "999 entries from 1 on, nothing")):
+        path.write_bytes(b"".join(lines[first:]))  # as after prune
+        assert main(["log", "verify", str(path)]) == 0
+        assert said in capsys.readouterr().out
 
 
 def test_every_byte_of_an_entry_counts(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_metrics_count(tiny_model: Make, serving: Any) -> None:
             f'multimodal_requests_total{{{path},status="404"}} 1.0',
             f"multimodal_generated_tokens_total {answer.usage.completion_tokens}.0",
             f"multimodal_prompt_tokens_total {answer.usage.prompt_tokens}.0",
-            f"multimodal_first_output_seconds_count{{{path}}} 2.0",
+            f'multimodal_first_output_seconds_count{{{path},stream="false"}} 2.0',
             "multimodal_requests_running 0.0",
             "multimodal_requests_waiting 0.0",
             "multimodal_batch_rows 0.0",
@@ -240,6 +240,54 @@ def test_the_scheduler_outlives_a_batch_that_fails(ends: Ends) -> None:
     ends.submit("next", ends.decoding([Counting(0, 5)]))
     wait_for(lambda: "next" in ends.results)
     assert ends.results["next"] == [5]
+
+
+@pytest.mark.parametrize("where", ["piece", "end", "stop"])
+def test_an_error_of_no_request_ends_all_and_the_scheduler_goes_on(
+    ends: Ends, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is raised by what a request is told, or while its work is ended."""
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("nobody caught it")
+
+    def work() -> Steps:
+        try:
+            yield from ends.decoding([Counting(0, 4000 if where == "stop" else 5)])
+        finally:
+            if where == "stop":
+                fails()
+
+    ends.submit("other", ends.decoding([Counting(0, 4000)]))
+    on_piece, on_end = ((fails if where == each else print) for each in ("piece", "end"))
+    broken = Job(work(), on_piece, on_end)
+    ends.scheduler.submit(broken)
+    if where == "stop":
+        wait_for(lambda: bool(broken.running))
+        ends.scheduler.cancel(broken)
+    wait_for(lambda: "other" in ends.results)
+    assert isinstance(ends.results["other"], RuntimeError)
+    assert "the scheduler failed" in caplog.text and "nobody caught it" in caplog.text
+    ends.submit("next", ends.decoding([Counting(0, 5)]))
+    wait_for(lambda: "next" in ends.results)
+    assert ends.results["next"] == [5] and not ends.scheduler.stopping
+    assert not ends.scheduler.jobs and not ends.scheduler.count_rows()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_server_whose_scheduler_is_dead_says_so(tiny_model: Make, serving: Any) -> None:
+    def dies() -> Steps:
+        yield None
+        raise SystemExit
+
+    with serving(tiny_model()) as server:
+        url = f"http://127.0.0.1:{server.port}/health"
+        assert httpx2.get(url).status_code == 200
+        scheduler = server.engines.scheduler
+        scheduler.submit(Job(dies(), print, print))
+        wait_for(lambda: httpx2.get(url).status_code == 503)
+        with pytest.raises(ApiError, match="the server stops"):
+            scheduler.submit(Job(dies(), print, print))
 
 
 def test_a_stopping_scheduler_lets_requests_end(tiny_model: Make) -> None:

@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -104,7 +105,8 @@ class Scheduler:
 
     @property
     def stopping(self) -> bool:
-        return self._stopping
+        """Whether no more requests are taken: it was told so, or its thread is dead."""
+        return self._stopping or not self._thread.is_alive()
 
     def count_rows(self) -> int:
         """Rows in the batches of all models."""
@@ -125,7 +127,7 @@ class Scheduler:
             ApiError: 429 if there are too many, 503 if the server stops.
         """
         with self._changed:
-            if self._stopping:
+            if self.stopping:
                 raise ApiError(503, "the server stops", code="stopping", retry_after=5)
             if len(self.jobs) >= self.requests:
                 seconds = math.ceil(self._seconds * len(self.jobs) / self.rows)
@@ -161,16 +163,35 @@ class Scheduler:
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._has_work():
-                    if self._stopping and not self.jobs:
-                        return
-                    self._changed.wait()
-            if self._stopped:
-                for job in list(self.jobs):
-                    self._end(job, ApiError(503, "the server stopped", code="stopping"))
-            self._turn()
+        while self._wait_for_work():
+            try:
+                self._turn()
+            except Exception as error:  # of no request: what is left of the batches is unknown
+                log.exception("the scheduler failed: all requests end with an error")
+                self._fail_all(RuntimeError(f"the scheduler failed: {error}"))
+
+    def _wait_for_work(self) -> bool:
+        """Returns whether there is any. Otherwise the scheduler has been stopped."""
+        with self._changed:
+            while not self._has_work():
+                if self._stopping and not self.jobs:
+                    return False
+                self._changed.wait()
+        return True
+
+    def _fail_all(self, error: Exception) -> None:
+        """End all requests. What one of them does at its end cannot keep the others from theirs."""
+        with self._changed:
+            jobs = list(self.jobs)
+            self.jobs.clear()
+            self._ready.clear()
+            self._decoders.clear()
+        for job in jobs:
+            for end in (job.steps.close, partial(job.on_end, error)):
+                try:
+                    end()
+                except Exception:
+                    log.exception("a request did not end as it should")
 
     def _has_work(self) -> bool:
         """Whether there is more to do than to wait for what other threads compute."""
@@ -179,6 +200,9 @@ class Scheduler:
         return any(job.cancelled or job.waiting for job in self.jobs)
 
     def _turn(self) -> None:
+        if self._stopped:
+            for job in list(self.jobs):
+                self._end(job, ApiError(503, "the server stopped", code="stopping"))
         for job in [job for job in list(self.jobs) if job.cancelled]:
             self._end(job, None)
         end = time.monotonic() + WORK_SECONDS
