@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
@@ -37,6 +38,7 @@ from multimodal.serve.watching import DriftWatch
 Endpoint = Callable[[Request, Engines], Awaitable[Response]]
 log = logging.getLogger("multimodal.serve")
 CLIENT_LEFT = 499  # nginx's status for it; nobody reads it
+_LOCAL = re.compile(rb"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
 def make_app(
@@ -150,7 +152,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 class Gate:
-    """Before a request is read: its key. While it is read: how long it is, and how long it takes.
+    """Before a request is read: its key, and whether a page of another site sends it. While it is
+    read: how long it is, and how long it takes. While it is answered: whether the client reads.
 
     Args:
         app: gets the requests that may pass.
@@ -185,6 +188,7 @@ class Gate:
         deadline = start + self.settings.body_timeout
         path = scope["path"] if scope["path"] in self.paths else "other"
         note = scope["note"] = Note({"request": f"req_{secrets.token_hex(12)}", "path": path})
+        at_end = scope["at_end"] = contextlib.ExitStack()  # of calls when the response is sent
 
         async def counted() -> Message:
             nonlocal size, complete
@@ -205,23 +209,35 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self.metrics.first.labels(path).observe(time.monotonic() - start)
+                given = list(message.get("headers", ()))
+                streams = dict(given).get(b"content-type", b"").startswith(b"text/event-stream")
+                first = self.metrics.first.labels(path, str(streams).lower())
+                first.observe(time.monotonic() - start)
                 name = (b"x-request-id", note.facts["request"].encode())
-                message = {**message, "headers": [*message.get("headers", ()), name]}
-            await send(message)
+                message = {**message, "headers": [*given, name]}
+            try:
+                async with asyncio.timeout(self.settings.write_timeout):
+                    await send(message)
+            except TimeoutError as error:
+                raise ApiError(408, "the client reads nothing", code="timeout") from error
 
         try:
             headers = {name.lower(): value for name, value in scope["headers"]}
             self._check_key(scope["path"], headers.get(b"authorization", b""))
+            self._check_site(scope["path"], scope["method"], headers)
             length = headers.get(b"content-length", b"0")
             self._check_size(int(length) if length.isdigit() else 0)
             await self.app(scope, counted, noted)
         except ApiError as error:
-            note.facts["code"] = error.code
-            if not status:
+            if status:
+                note.failed(error)
+            else:
+                note.facts["code"] = error.code
                 await error_response(error)(scope, receive, noted)
         finally:
+            at_end.close()
             self.received -= size
+            status = note.status or status
             self.metrics.requests.labels(path, str(status)).inc()
             self.metrics.seconds.labels(path).observe(time.monotonic() - start)
             if self.record is not None and path.startswith("/v1/") and scope["method"] == "POST":
@@ -245,6 +261,26 @@ class Gate:
         equal = [hmac.compare_digest(given.strip(), key.encode()) for key in self.settings.keys]
         if kind.lower() != b"bearer" or not any(equal):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    def _check_site(self, path: str, method: str, headers: Mapping[bytes, bytes]) -> None:
+        """Keep pages of other sites from a server that needs no key, but is for this machine only.
+
+        A name of theirs may lead here (DNS rebinding): then it is the Host of the request. They may
+        send forms: then browsers say that the request is of another site.
+
+        Raises:
+            ApiError: 403
+        """
+        if self.settings.keys or not self.settings.local or path == "/health":
+            return
+        if not _LOCAL.fullmatch(headers.get(b"host", b"localhost")):  # browsers always send it
+            raise ApiError(
+                403,
+                "Host: is not this machine. Open http://127.0.0.1, or start the server with a key",
+                code="wrong_host",
+            )
+        if method == "POST" and headers.get(b"sec-fetch-site") == b"cross-site":
+            raise ApiError(403, "pages of other sites may not use this server", code="cross_site")
 
     def _check_size(self, size: int) -> None:
         if size > self.settings.max_body:

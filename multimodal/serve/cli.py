@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from multimodal.commands.options import load_model, make_parser
 from multimodal.commands.signing import add_sign, signer_of
 from multimodal.devices import add_in_one_order
-from multimodal.serve.engine.settings import Settings
+from multimodal.serve.engine.settings import LOCAL_HOSTS, Settings
 from multimodal.terminal import print_error
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def main(argv: list[str]) -> int:
 
     def ready() -> None:
         print(f"{settings.name} answers at {url}/v1, and to people at {url}", flush=True)
-        if not keys and arguments.host not in ("127.0.0.1", "localhost", "::1"):
+        if not keys and arguments.host not in LOCAL_HOSTS:
             print_error(f"multimodal serve: no API key: everyone who reaches {url} may use it")
 
     if arguments.workers > 1 and not arguments.threads:

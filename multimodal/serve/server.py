@@ -1,11 +1,11 @@
 """Run the application with uvicorn, until a signal ends it, in this process or in several."""
 
+import socket
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from socket import socket
 from typing import Any, TypeAlias
 
 import uvicorn
@@ -13,7 +13,7 @@ import uvicorn
 from multimodal.api import Model
 from multimodal.origin.credentials import Signer
 from multimodal.serve.app import make_app
-from multimodal.serve.engine.settings import Settings
+from multimodal.serve.engine.settings import LOCAL_HOSTS, Settings
 from multimodal.serve.workers import Supervisor, check_free, shared_socket
 from multimodal.terminal import print_error
 
@@ -37,6 +37,7 @@ def make_server(
         model, settings, fallback, signer: see ``make_app``.
         on_start: is called when it listens.
     """
+    settings = replace(settings, local=host in LOCAL_HOSTS)
     config = uvicorn.Config(
         make_app(model, settings, fallback, signer),
         host=host,
@@ -47,16 +48,27 @@ def make_server(
         timeout_graceful_shutdown=round(settings.stop_timeout),
         server_header=False,
     )
-    return _Server(config, on_start)
+    return _Server(config, settings.write_timeout, on_start)
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]) -> None:
-        super().__init__(config)
-        self.on_start = on_start
+    """write_timeout: seconds after which a connection ends whose client reads nothing. What it has
+    not read is in the buffers of the connection, so the kernel has to end it (Linux).
+    """
 
-    async def startup(self, sockets: list[socket] | None = None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, write_timeout: float, on_start: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self.write_timeout, self.on_start = write_timeout, on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self.started and hasattr(socket, "TCP_USER_TIMEOUT"):
+            for listening in (each for server in self.servers for each in server.sockets):
+                listening.setsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * self.write_timeout)
+                )
         self.on_start()
 
 

@@ -28,6 +28,7 @@ class Running:
     model: Model
     port: int
     app: Any
+    listening: socket.socket
 
     @property
     def engines(self) -> Engines:
@@ -58,7 +59,7 @@ def running(
                 time.sleep(0.01)
             app = server.config.app
             assert isinstance(app, Gate)
-            yield Running(model, port, app)
+            yield Running(model, port, app, listening)
         finally:
             server.should_exit = True
             thread.join()

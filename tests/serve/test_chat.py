@@ -5,8 +5,11 @@ import io
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 from PIL import Image
+
+from tests.processes import wait_until
 
 ASK = [{"role": "user", "content": "what is in the snow?"}]
 
@@ -68,6 +71,30 @@ def test_a_stream_is_the_same_text(server: Any) -> None:
     assert [choice.message.content for choice in whole.choices] == list(texts.values())
     assert texts[0] != texts[1] and pieces > 4
     assert reasons == {0: "length", 1: "length"} and usage == whole.usage
+
+
+def test_metrics_know_streams_and_errors_in_them(
+    tiny_model: Any, serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any) -> None:
+        raise RuntimeError("in the midst of it")
+
+    path = 'path="/v1/chat/completions"'
+    with serving(tiny_model(noise=0.1, tied=False)) as server:
+        create, metrics = server.client().chat.completions.create, server.engines.metrics
+
+        def counted(line: str) -> bool:
+            return f"multimodal_{line}" in metrics.text().decode()
+
+        create(model="tiny", messages=ASK, max_tokens=3)
+        list(create(model="tiny", messages=ASK, max_tokens=3, stream=True))
+        monkeypatch.setattr("multimodal.serve.endpoints.replies.noted", fails)
+        with pytest.raises(openai.APIError):
+            list(create(model="tiny", messages=ASK, max_tokens=3, stream=True))
+        assert wait_until(lambda: counted(f'requests_total{{{path},status="500"}} 1.0'))
+        assert counted(f'requests_total{{{path},status="200"}} 2.0')
+        assert counted(f'first_output_seconds_count{{{path},stream="false"}} 1.0')
+        assert counted(f'first_output_seconds_count{{{path},stream="true"}} 2.0')
 
 
 def test_stop_texts_and_edges_of_white_space(server: Any) -> None:

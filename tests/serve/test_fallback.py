@@ -10,6 +10,7 @@ import pytest
 from multimodal.api import Model
 from multimodal.record.chain import Entry, entries
 from multimodal.serve.app import make_app
+from multimodal.serve.endpoints import answering
 from multimodal.serve.engine.settings import Settings
 from tests.serve.test_chat import ASK, about, picture
 
@@ -85,6 +86,23 @@ def test_another_model_answers_where_one_failed(
     assert found == [(text, "length", named) for text in texts]
     assert scored.choices[0].logprobs.content == [], "its tokens are of another vocabulary"
     assert noted(record)["fallback"] == [{"choice": n, **named} for n in range(2)]
+
+
+def test_what_waits_for_a_fallback_has_the_size_that_it_reads(
+    models: tuple[Model, Model], serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, steps = list[Any](), answering.chat_steps
+
+    def noted(given: Any, *arguments: Any) -> Any:
+        asked.append(given)
+        return steps(given, *arguments)
+
+    monkeypatch.setattr("multimodal.serve.endpoints.chat.chat_steps", noted)
+    with serving(models[0], ("spare", models[1])) as server:
+        chat(server, about(picture().resize((500, 400)), "who?"))
+    kept = [each for each in vars(asked[0]).values() if isinstance(each, list | tuple)]
+    held = [part for several in kept for part in several if not isinstance(part, str)]
+    assert len(held) == 2 and all(tuple(part.shape) == (1, 3, 32, 32) for part in held)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,5 +1,6 @@
 """Rules of a server: what is refused or masked, before and after, streamed or not."""
 
+import asyncio
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import openai
 import pytest
 from PIL import Image
 
+from multimodal.filters.rules import Filters
 from multimodal.record.chain import Entry, entries
 from multimodal.serve.app import make_app
 from multimodal.serve.engine.settings import Settings
@@ -109,6 +111,73 @@ def test_drawings_after_refused_texts_are_errors_and_all_is_noted(
     assert {"insults", "mail"} <= {rule for facts in noted for rule in facts.get("filters", ())}
     refused = next(facts for facts in noted if facts.get("code") == "content_filter")
     assert refused["filter_reasons"] == {"insults": "not nice"}
+
+
+def test_what_is_recorded_is_what_the_model_may_read(
+    filtered: tuple[Any, Path], serving: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Of drawings, of what they should not show, and of texts that are embedded."""
+    others, record = filtered[1], tmp_path / "record.jsonl"
+    settings = {"filters": str(others.parent / "rules"), "record": str(record)}
+    with serving(filtered[0].model, **settings, record_texts=True) as server:
+        ask_with_personal_data(server.client())
+    texts = [entry.texts for entry in entries(record) if isinstance(entry, Entry)]
+    assert texts[:2] == [{"prompt": "for [mail]", "negative_prompt": "[mail]"}] * 2
+    assert texts[2:4] == [{"prompt": "for [mail]\na dog"}] * 2
+    assert texts[4:] == [{"prompt": "a dog\n"}, {"prompt": "a dog"}]
+    assert "@" not in record.read_text("utf-8")
+
+
+def ask_with_personal_data(client: Any) -> None:
+    """Six requests, of which the last two are refused."""
+    how = {"seed": 2, "negative_prompt": "c@d.org"}
+    drawn = client.images.generate(model="tiny", prompt="for a@b.org", extra_body=how)
+    how["negative_prompt"] = "[mail]"
+    same = client.images.generate(model="tiny", prompt="for [mail]", extra_body=how)
+    assert drawn.data[0].b64_json == same.data[0].b64_json
+    asked: list[list[str]] = [["for a@b.org", "a dog"], ["for [mail]", "a dog"]]
+    rows = [client.embeddings.create(model="tiny", input=texts).data for texts in asked]
+    assert rows[0][0].embedding == rows[1][0].embedding
+    with pytest.raises(openai.BadRequestError, match="rule insults"):
+        client.embeddings.create(model="tiny", input=["a dog", "an idiot"])
+    with pytest.raises(openai.BadRequestError, match="rule insults"):
+        how["negative_prompt"] = "an idiot"
+        client.images.generate(model="tiny", prompt="a dog", extra_body=how)
+
+
+def test_images_are_looked_at_before_they_are_embedded(filtered: tuple[Any, Path]) -> None:
+    server, _ = filtered
+    for colour, refused in (("red", True), ("blue", False)):
+        body = {"model": "tiny", "messages": about(Image.new("RGB", (32, 32), colour))}
+        try:
+            server.client().post("/embeddings", body=body, cast_to=object)
+        except openai.BadRequestError as error:
+            assert refused and error.code == "content_filter"
+        else:
+            assert not refused
+
+
+def test_rules_about_texts_keep_no_other_request_waiting(
+    filtered: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are asked in threads without an event loop."""
+    server, _ = filtered
+    looked, text = list[bool](), Filters.text
+
+    def noted(*arguments: Any) -> Any:
+        try:
+            looked.append(bool(asyncio.get_running_loop()))
+        except RuntimeError:
+            looked.append(False)
+        return text(*arguments)
+
+    monkeypatch.setattr(Filters, "text", noted)
+    chat(server, user("a dog"))
+    server.client().images.generate(
+        model="tiny", prompt="a dog", extra_body={"negative_prompt": "a cat"}
+    )
+    server.client().embeddings.create(model="tiny", input=["a dog"])
+    assert len(looked) >= 4 and not any(looked)
 
 
 def test_a_folder_that_is_no_rules_ends_the_start(tiny_model: Make, tmp_path: Path) -> None:

@@ -1,12 +1,17 @@
 """The openai SDK draws, edits and embeds."""
 
+import asyncio
 import base64
 import io
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from multimodal.serve.endpoints import drawings, replies
+from tests.serve.test_chat import about, picture
 
 
 def opened(data: str | None) -> Image.Image:
@@ -51,6 +56,82 @@ def test_a_drawing_is_seen_as_it_grows(server: Any) -> None:
     assert last.type == "image_generation.completed"
     assert last.b64_json == whole.data[0].b64_json != partial[1].b64_json
     assert last.usage.output_tokens == 16
+
+
+def test_pictures_are_sent_and_noted_in_threads(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a stream, too: what takes long keeps no other request waiting."""
+    called = dict[str, list[bool]]()
+
+    def watch(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def noted(*arguments: Any, **more: Any) -> Any:
+            try:
+                found = bool(asyncio.get_running_loop())
+            except RuntimeError:
+                found = False
+            called.setdefault(name, []).append(found)
+            return function(*arguments, **more)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    watch(drawings.Look, "send")
+    watch(drawings, "digests_of")
+    watch(replies, "to_base64")
+    how: dict[str, Any] = {"model": "tiny", "prompt": "a red bus", "extra_body": {"seed": 3}}
+    events = list(server.client().images.generate(**how, stream=True, partial_images=2))
+    edited(server, 0)
+    assert len(called["send"]) == len(events) + 1 == 4
+    for stream in (False, True):
+        asked = {"model": "tiny", "messages": about(picture()), "modalities": ["image"]}
+        server.client().post("/chat/completions", body={**asked, "stream": stream}, cast_to=object)
+    assert len(called["to_base64"]) == 2
+    assert not any(called["send"] + called["digests_of"] + called["to_base64"])
+
+
+def edited(server: Any, number: int) -> str:
+    """A part of a picture drawn anew, in base64."""
+    rng = np.random.default_rng(number)
+    image = Image.fromarray(rng.integers(0, 256, (40, 40 + number, 3), dtype=np.uint8))
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, (0, 0, 20, 20))
+    image.putalpha(alpha)
+    how = {"seed": number, "steps": 4}
+    made = server.client().images.edit(
+        image=("a.png", png(image)), model="tiny", prompt="a red bus", extra_body=how
+    )
+    return str(made.data[0].b64_json)
+
+
+def answered(server: Any, number: int) -> str:
+    """A question about a picture, asked as a stream where the number is odd."""
+    made = server.client().chat.completions.create(
+        model="tiny", messages=about(picture(number), "where?"), temperature=1.0, seed=number,
+        max_tokens=12, stream=bool(number % 2),
+    )  # fmt: skip
+    if not number % 2:
+        return str(made.choices[0].message.content)
+    return "".join(chunk.choices[0].delta.content or "" for chunk in made)
+
+
+def streamed(server: Any, number: int) -> str:
+    """A drawing and its previews, in base64."""
+    events = server.client().images.generate(
+        model="tiny", prompt="two dogs", stream=True, partial_images=number % 3,
+        extra_body={"seed": number},
+    )  # fmt: skip
+    return "\n".join(event.b64_json for event in events)
+
+
+def test_same_seed_same_bytes_of_edits_picture_prompts_and_streams(server: Any) -> None:
+    """Whatever else is asked at the same time (texts and drawings: test_scheduler.py)."""
+    work = [(ask, number) for number in range(4) for ask in (edited, answered, streamed)]
+    alone = [ask(server, number) for ask, number in work]
+    with ThreadPoolExecutor(len(work)) as pool:
+        together = list(pool.map(lambda each: each[0](server, each[1]), work))
+    assert together == alone and len(set(alone)) == len(alone)
 
 
 def test_a_drawing_in_another_size_and_format(server: Any) -> None:

@@ -1,5 +1,6 @@
 """Requests that are wrong, too large, or hostile: each gets its status, and the server goes on."""
 
+import asyncio
 import base64
 import io
 import json
@@ -9,6 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx2
@@ -17,6 +19,8 @@ from PIL import Image
 
 from multimodal.api import Model
 from multimodal.serve.engine.fetch import fetch, is_public
+from multimodal.tokenizers.text import TextTokenizer
+from tests.processes import wait_until
 
 Make = Callable[..., Model]
 HEADERS = {"Authorization": "Bearer sk-test"}
@@ -41,10 +45,11 @@ def bomb() -> str:
     return base64.b64encode(data + chunk(b"IEND", b"")).decode()
 
 
-def small() -> str:
+def png(mode: str, width: int, height: int) -> bytes:
+    """A picture of nothing. In mode RGBA it is transparent."""
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    Image.new(mode, (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 URI = "data:image/png;base64,"
@@ -76,6 +81,8 @@ CHAT: list[tuple[Any, int, str | None]] = [
     ({**ASK, "top_p": 0}, 400, "invalid_value"),
     ({**ASK, "frequency_penalty": 1}, 400, "invalid_value"),
     ({**ASK, "stop": [""]}, 400, "invalid_value"),
+    ({**ASK, "stop": ["a"] * 17}, 400, None),
+    ({**ASK, "stop": "a" * 257}, 400, None),
     ({**ASK, "seed": 2**70}, 400, "invalid_value"),
     ({**ASK, "response_format": {"type": "json_schema"}}, 400, None),
     ({**ASK, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
@@ -114,6 +121,7 @@ def test_wrong_requests_are_named(server: Any, number: int) -> None:
         ("/v1/images/generations", {"prompt": "a", "size": "99999x9"}, 400),
         ("/v1/images/generations", {"prompt": "a", "response_format": "url"}, 400),
         ("/v1/images/generations", {"prompt": "a", "n": 2, "stream": True}, 400),
+        ("/v1/images/generations", {"prompt": "a", "n": 5, "size": "4096x4096"}, 400),
         ("/v1/images/generations", {"prompt": "a " * 5000}, 400),
         ("/v1/images/generations", {"prompt": "a", "steps": 10**9}, 400),
         ("/v1/images/edits", {"prompt": "a"}, 400),
@@ -135,7 +143,7 @@ def test_wrong_requests_to_other_endpoints(server: Any, path: str, body: Any, st
 
 def test_forms_that_are_wrong(server: Any) -> None:
     url = f"http://127.0.0.1:{server.port}/v1/images/edits"
-    image = {"image": ("a.png", base64.b64decode(small()), "image/png")}
+    image = {"image": ("a.png", png("RGB", 8, 8), "image/png")}
     fields = {"model": "tiny", "prompt": "a"}
     for files, data in (
         ({}, fields),
@@ -200,6 +208,103 @@ def test_a_full_queue_says_when_to_come_again(tiny_model: Make, serving: Any) ->
         waiting.join()
 
 
+def test_decoded_images_that_wait_are_within_a_budget(server: Any) -> None:
+    """An edit keeps 3 bytes of a pixel for the image, 3 for each result, and 1 for the mask."""
+    url, budget = f"http://127.0.0.1:{server.port}/v1/images/edits", server.engines.decoded
+
+    def edit(width: int, height: int, count: int) -> Any:
+        files = {"image": ("a.png", png("RGBA", width, height), "image/png")}
+        data = {"model": "tiny", "prompt": "a", "steps": "1", "n": str(count)}
+        return httpx2.post(url, data=data, files=files, headers=HEADERS)
+
+    others = budget.most - 7 * 800
+    budget.take(others)
+    assert edit(40, 20, 1).status_code == 200
+    assert wait_until(lambda: budget.used == others)
+    for width, count in ((41, 1), (40, 2)):
+        answer = edit(width, 20, count)
+        assert answer.status_code == 429 and answer.json()["error"]["code"] == "too_many_pixels"
+    budget.give_back(others)
+    answer = edit(2200, 2000, 16)
+    assert answer.status_code == 400 and "together" in answer.json()["error"]["message"]
+    assert wait_until(lambda: budget.used == 0)
+
+
+def test_texts_that_cannot_fit_are_refused_before_they_are_tokenized(
+    server: Any, monkeypatch: pytest.MonkeyPatch, sentences: tuple[str, ...]
+) -> None:
+    tokenizer, limit = server.model.text_tokenizer, server.engines.base.max_characters
+    context = server.model.config.transformer.max_position_embeddings
+    for text in (*sentences, "a  \n\n b", "\N{PILE OF POO} 狗" * 9, tokenizer.decode(range(300))):
+        assert len(text) / len(tokenizer.encode(text)) <= limit / context
+    lengths, encode = [0], TextTokenizer.encode
+
+    def noted(self: TextTokenizer, text: str) -> list[int]:
+        lengths.append(len(text))
+        return encode(self, text)
+
+    monkeypatch.setattr(TextTokenizer, "encode", noted)
+    long = "a " * limit
+    for path, body in (
+        ("chat/completions", {"messages": [{"role": "user", "content": long}]}),
+        ("images/generations", {"prompt": long}),
+        ("images/generations", {"prompt": "a", "negative_prompt": long}),
+        ("embeddings", {"input": ["a", long]}),
+    ):
+        url = f"http://127.0.0.1:{server.port}/v1/{path}"
+        answer = httpx2.post(url, json={"model": "tiny", **body}, headers=HEADERS)
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["code"] == "context_length_exceeded"
+        assert "model reads at most" in error["message"]
+    assert max(lengths) < limit
+
+
+def test_a_stream_that_waits_ends_when_its_client_leaves(tiny_model: Make, serving: Any) -> None:
+    with serving(tiny_model(noise=0.1, tied=False), rows=1) as server:
+        jobs, long = server.engines.scheduler.jobs, {**ASK, "max_tokens": 1000, "stream": True}
+        running = server.client().chat.completions.create(**long)
+        next(iter(running))
+        first = jobs[0]
+        with socket.create_connection(("127.0.0.1", server.port)) as waiting:
+            body = json.dumps(long).encode()
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer sk-test"
+            waiting.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            assert wait_until(lambda: len(jobs) == 2)
+        assert wait_until(lambda: len(jobs) == 1)
+        assert jobs == [first]
+        running.close()
+
+
+def test_a_client_that_reads_nothing_is_left(tiny_model: Make, serving: Any) -> None:
+    with serving(tiny_model(noise=0.1, tied=False), write_timeout=0.2) as server:
+        body = json.dumps({**ASK, "max_tokens": 1000, "stream": True}).encode()
+        messages, sent = [{"type": "http.request", "body": body}], list[Any]()
+
+        async def receive() -> Any:
+            return messages.pop() if messages else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            if len(sent) == 3:
+                await asyncio.Event().wait()
+
+        scope = {
+            "type": "http", "asgi": {"spec_version": "2.3"}, "http_version": "1.1",
+            "method": "POST", "scheme": "http", "path": "/v1/chat/completions", "root_path": "",
+            "query_string": b"", "headers": [(b"authorization", b"Bearer sk-test")],
+        }  # fmt: skip
+        asyncio.run(asyncio.wait_for(server.app(scope, receive, send), 60))
+        assert len(sent) == 3
+        assert wait_until(lambda: not server.engines.scheduler.jobs)
+        # What it has not read stays in the connection, which the kernel ends.
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            option = socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT
+            assert server.listening.getsockopt(*option) == 200
+        path = 'path="/v1/chat/completions"'
+        counted = server.engines.metrics.text().decode()
+        assert f'multimodal_requests_total{{{path},status="408"}} 1.0' in counted
+
+
 def test_addresses_of_private_networks_are_not_fetched() -> None:
     for address in (
         "127.0.0.1", "10.0.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "::1",
@@ -240,3 +345,29 @@ def test_redirects_and_long_answers_end(tiny_model: Make) -> None:
             with pytest.raises(ValueError, match=reason):
                 fetch(base + path, size, private=True)
         http.shutdown()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.1 200 OK\r\nX: ",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n",
+    ],
+)
+def test_an_answer_a_byte_at_a_time_ends(monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
+    """In its head, in the length of a piece, and in the body."""
+    monkeypatch.setattr("multimodal.serve.engine.fetch.TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip() -> None:
+            connection, _ = listening.accept()
+            with connection, suppress(OSError):
+                connection.sendall(head)
+                for _ in range(200):
+                    time.sleep(0.05)
+                    connection.sendall(b"0")
+
+        threading.Thread(target=drip, daemon=True).start()
+        with pytest.raises(ValueError, match="took more than"):
+            fetch(f"http://127.0.0.1:{listening.getsockname()[1]}/", 10_000, private=True)

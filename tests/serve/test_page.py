@@ -1,6 +1,8 @@
 """The files of the page at ``/``, read without a browser."""
 
+import json
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -31,6 +33,38 @@ def test_the_page_is_served_without_a_key_and_the_api_is_not(server: Any) -> Non
             assert "unsafe" not in policy and "*" not in policy and ":/" not in policy
         for path in ("/page/", "/page/none.js", "/page/..%2fapp.py", "/page/../app.py"):
             assert client.get(path).status_code in (401, 404)
+
+
+def test_pages_of_other_sites_cannot_use_a_server_without_a_key(
+    tiny_model: Callable[..., Any], serving: Any, server: Any
+) -> None:
+    """By a name of theirs that leads here, by what a form may send, or by a form."""
+    kind = {"Content-Type": "application/json"}
+    body = json.dumps({"model": "tiny", "input": "a dog"}).encode()
+    with serving(tiny_model(), keys=()) as open_server:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{open_server.port}") as client:
+
+            def post(**headers: str) -> tuple[int, str | None]:
+                answer = client.post("/v1/embeddings", content=body, headers=headers)
+                return answer.status_code, answer.json().get("error", {}).get("code")
+
+            for host in ("localhost:8000", "LOCALHOST", "127.0.0.1", "[::1]:80"):
+                assert post(**kind, Host=host) == (200, None)
+            for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "", "::1"):
+                assert post(**kind, Host=host) == (403, "wrong_host")
+                assert client.get("/", headers={"Host": host}).status_code == 403
+                assert client.get("/metrics", headers={"Host": host}).status_code == 403
+                assert client.get("/health", headers={"Host": host}).status_code == 200
+            assert client.get("/metrics").status_code == 200
+            for one in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "application/jsonx"}):
+                assert post(**one) == (415, "unsupported_media_type")
+            assert post(**{"Content-Type": "Application/JSON; charset=utf-8"}) == (200, None)
+            assert post(**kind, **{"Sec-Fetch-Site": "cross-site"}) == (403, "cross_site")
+            assert post(**kind, **{"Sec-Fetch-Site": "same-origin"}) == (200, None)
+    # With a key they can do nothing: a name of the operator's is right, too.
+    headers = {"Authorization": "Bearer sk-test", "Host": "models.example"}
+    url = f"http://127.0.0.1:{server.port}/v1/embeddings"
+    assert httpx2.post(url, content=body, headers=headers).status_code == 200
 
 
 def test_nothing_is_inline_and_nothing_comes_from_elsewhere() -> None:

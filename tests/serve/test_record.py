@@ -9,8 +9,10 @@ from typing import Any
 import openai
 import pytest
 
-from multimodal.record.chain import Entry, entries, verify
+from multimodal.record.chain import Entry, Record, entries, verify
 from multimodal.record.report import failures
+from multimodal.serve.engine.metrics import Metrics
+from multimodal.serve.watching import DriftWatch
 
 Make = Callable[..., Any]
 
@@ -64,6 +66,19 @@ def test_a_chat_is_noted_with_what_was_asked_and_answered(
     assert facts["usage"]["completion_tokens"] <= 5 and facts["finish_reasons"]
     assert "two dogs run" in entry.texts["prompt"] and entry.texts["reply"].strip() == reply.strip()
     assert verify(log.path) == []
+
+
+def test_what_a_client_writes_into_settings_is_text(recorded: tuple[Any, Log]) -> None:
+    server, log = recorded
+    messages: Any = [{"role": "user", "content": "a"}]
+    ask = {"model": "tiny", "messages": messages, "max_tokens": 2}
+    server.client().chat.completions.create(**ask, stop=["Mrs Smith"])
+    entry = log.next()
+    assert entry.texts["stop"] == '["Mrs Smith"]' and "Smith" not in json.dumps(entry.facts)
+    server.client().chat.completions.create(**ask, response_format={"type": "json_object"})
+    entry = log.next()
+    assert json.loads(entry.texts["response_format"]) == {"type": "json_object"}
+    assert "response_format" not in entry.facts["settings"]
 
 
 def test_drawings_and_embeddings_are_noted(recorded: tuple[Any, Log]) -> None:
@@ -148,3 +163,19 @@ def test_the_last_requests_are_compared_with_an_earlier_record(
             shown = 'multimodal_drift_p{signal="tokens written"} '
             value = float(metrics.partition(shown)[2].split()[0]) if shown in metrics else 1.0
             assert (value < 0.01) == (expected < 1), (expected, value)
+
+
+def test_a_comparison_that_fails_is_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no comparison")
+
+    record = Record(tmp_path / "reference")
+    for _ in range(20):
+        record.append({"path": "/v1/embeddings", "status": 200})
+    record.close()
+    watch = DriftWatch(record.path, Metrics().drift)
+    monkeypatch.setattr("multimodal.serve.watching.drift", fails)
+    watch.compare()
+    assert "were not compared" in caplog.text and "no comparison" in caplog.text

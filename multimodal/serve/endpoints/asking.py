@@ -4,9 +4,9 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
-from PIL import Image
 from starlette.requests import Request
 from torch import Tensor
 
@@ -16,13 +16,15 @@ from multimodal.options import TextOptions
 from multimodal.schemas import Between
 from multimodal.serve.endpoints.bodies import Ignored, asked, read_body
 from multimodal.serve.endpoints.noting import Note, note_of
-from multimodal.serve.endpoints.screening import Screening
+from multimodal.serve.endpoints.screening import Screening, screened, screened_pixels
 from multimodal.serve.engine.engine import Engine, Engines
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.messages import ImageUrl, Message, Template, message_parts
-from multimodal.serve.engine.pictures import Credentials, read_image_url
+from multimodal.serve.engine.pictures import Credentials
 
 MAX_SCHEMA = 1 << 16  # characters
+MAX_STOPS = 16
+MAX_STOP = 256  # characters: each token of a reply is compared with all of them
 Nothing = Annotated[float, Between(0, 0)]
 
 
@@ -71,14 +73,14 @@ class Chat:
 
     Attributes:
         engine: of the model that answers.
-        images: those of the messages, in their order, if there is another model to ask.
+        images: those of the messages in their order, as the fallback reads them, if there is one.
         parts: of the prompt, as this model reads them.
         screen: what the rules said about the prompt.
     """
 
     engine: Engine
     request: ChatRequest
-    images: Sequence[Image.Image]
+    images: Sequence[Tensor]
     parts: Sequence[str | Tensor]
     kind: OutputKind
     options: TextOptions
@@ -100,8 +102,7 @@ class Chat:
     async def asked_of(self, engine: Engine) -> Self:
         """The same for another model, which has other templates and sizes of images."""
         screen = Screening(engine.filters, Note())  # it has been noted
-        pixels = [await engine.in_thread(engine.pixels, image) for image in self.images]
-        parts = _prompt(self.request, pixels, engine, screen)
+        parts = await _prompt(self.request, self.images, engine, screen)
         schema = await _schema(self.request, self.kind, engine)
         return replace(self, engine=engine, parts=parts, schema=schema)
 
@@ -122,6 +123,10 @@ async def read_chat(request: Request, engines: Engines) -> Chat:
     engine = engines.named(chat.model)
     settings = engine.settings
     urls = [part for part in _parts(chat, engine) if isinstance(part, ImageUrl)]
+    if len(chat.stops) > MAX_STOPS or any(len(stop) > MAX_STOP for stop in chat.stops):
+        raise ApiError(
+            400, f"stop: at most {MAX_STOPS} texts of {MAX_STOP} characters each", param="stop"
+        )
     if len(urls) > settings.max_images:
         raise ApiError(
             400, f"messages: {len(urls)} images, over the limit of {settings.max_images}"
@@ -148,15 +153,11 @@ async def read_chat(request: Request, engines: Engines) -> Chat:
         **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
     schema = await _schema(chat, kind, engine)
-    images, pixels = list[Image.Image](), list[Tensor]()
     screen = Screening(engine.filters, note_of(request))
-    for url in urls:
-        image = await engine.in_thread(read_image_url, url.url, settings)
-        await engine.in_thread(screen.image, image, "prompt")
-        pixels.append(await engine.in_thread(engine.pixels, image))
-        if engines.fallback is not None:
-            images.append(image)
-    parts = _prompt(chat, pixels, engine, screen)
+    models = [engine] if engines.fallback is None else [engine, engines.fallback]
+    read = [await screened_pixels(url.url, screen, models) for url in urls]
+    parts = await _prompt(chat, [each[0] for each in read], engine, screen)
+    images = [each[1] for each in read if engines.fallback is not None]
     name, now = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
     return Chat(engine, chat, images, parts, kind, options, schema, name, now, screen)
 
@@ -168,12 +169,19 @@ def _parts(
     return message_parts(request.messages, request.template, templates, shown)
 
 
-def _prompt(
+async def _prompt(
     request: ChatRequest, pixels: Sequence[Tensor], engine: Engine, screen: Screening
 ) -> list[str | Tensor]:
-    """The texts in a model's templates, as far as they may be read, and the images."""
+    """The texts in a model's templates, as far as they may be read, and the images.
+
+    Raises:
+        ApiError: if the texts are too long in any case.
+    """
+    texts = [part for part in _parts(request, engine) if isinstance(part, str)]
+    engine.check_characters(sum(map(len, texts)), "messages")
     left = iter(pixels)
-    parts = _parts(request, engine, lambda text: screen.text(text, "prompt"))
+    shown = partial(screen.text, when="prompt")
+    parts = await screened(engine, _parts, request, engine, shown)
     return [part if isinstance(part, str) else next(left) for part in parts]
 
 

@@ -29,9 +29,16 @@ class Ignored:
 async def read_body(request: Request) -> Any:
     """The JSON of a request.
 
+    A page of another site may send any text without asking, but nothing that is called JSON. (With
+    a key it can send nothing at all.)
+
     Raises:
-        ApiError: if it is none.
+        ApiError: if it is none, or if a server without a key is not told that it is JSON.
     """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not request.app.state.engines.settings.keys:
+        message = f"Content-Type: expected application/json, not {kind[:100]!r}"
+        raise ApiError(415, message, code="unsupported_media_type")
     try:
         data = await request.body()
     except ClientDisconnect as error:

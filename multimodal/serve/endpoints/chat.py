@@ -8,7 +8,7 @@ from multimodal.serve.endpoints.answering import Answer, chat_steps, noted, refu
 from multimodal.serve.endpoints.asking import Chat, read_chat
 from multimodal.serve.endpoints.bridge import outcome, unless_left
 from multimodal.serve.endpoints.noting import Note, digest_of, note_of
-from multimodal.serve.endpoints.replies import ChatStream, choice_of
+from multimodal.serve.endpoints.replies import ChatStream, choice_of, made
 from multimodal.serve.endpoints.streams import event_stream
 from multimodal.serve.engine.engine import Engines
 
@@ -20,10 +20,12 @@ async def chat_completions(request: Request, engines: Engines) -> Response:
     note.asked(chat.request, engine.fingerprint, images, id=chat.id, seed=chat.options.seed)
     note.texts["prompt"] = "\n".join(part for part in chat.parts if isinstance(part, str))
     if chat.request.stream:
-        return await event_stream(ChatStream(chat).events(note), note)
+        return await event_stream(request, ChatStream(chat).events(note))
     answer = await unless_left(request, _answer(chat, note))
     scored = bool(chat.request.logprobs)
-    choices = [choice_of(choice, engine, scored) for choice in answer.choices]
+    parts = [part for choice in answer.choices for part in choice.parts]
+    objects = (choice_of(choice, engine, scored) for choice in answer.choices)
+    choices = await made(objects, parts, engine)
     usage = noted(answer, engine, note)
     return JSONResponse({**chat.head("chat.completion"), "choices": choices, "usage": usage})
 

@@ -8,7 +8,7 @@ Beyond OpenAI's fields: ``seed``, ``temperature``, ``top_k``, ``top_p``, ``min_p
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
@@ -28,14 +28,15 @@ from multimodal.origin.credentials import PARTLY_DRAWN
 from multimodal.schemas import Between
 from multimodal.serve.endpoints.bodies import Ignored, asked, read_body
 from multimodal.serve.endpoints.bridge import Disconnected, Piece, Result, events, result_of
-from multimodal.serve.endpoints.noting import Note, digest_of, note_of
-from multimodal.serve.endpoints.screening import Screening
+from multimodal.serve.endpoints.noting import Note, digests_of, note_of
+from multimodal.serve.endpoints.screening import Screening, screened
 from multimodal.serve.endpoints.streams import event_stream, server_sent
 from multimodal.serve.engine.engine import Engine, Engines
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.pictures import (
     Credentials,
     OutputFormat,
+    check_pixels,
     read_image,
     read_transparency,
     to_base64,
@@ -43,6 +44,7 @@ from multimodal.serve.engine.pictures import (
 from multimodal.serve.engine.scheduler import Decoding, Steps
 
 MAX_SIDE = 4096
+MAX_PIXELS = 1 << 26  # of all images of a response: four of MAX_SIDE
 _SIZE = re.compile(r"([1-9]\d{0,3})x([1-9]\d{0,3})", re.ASCII)
 
 
@@ -121,7 +123,19 @@ def _checked(request: ImageRequest, engine: Engine) -> tuple[DrawOptions, Look]:
         raise ApiError(400, f"n={count}: at most {settings.max_choices}", param="n")
     if request.stream and count > 1:
         raise ApiError(400, f"n={count}: a stream is of one image", param="n")
-    return request.options(), Look.of(request)
+    for text in (request.prompt, request.negative_prompt or ""):
+        engine.check_characters(len(text.strip()), "prompt")
+    look = Look.of(request)
+    if look.size is not None:
+        _check_pixels(count, look.size[0] * look.size[1])
+    return request.options(), look
+
+
+def _check_pixels(count: int, pixels: int) -> None:
+    """Raises ``ApiError`` if several images are too many for one response."""
+    if count > 1 and count * pixels > MAX_PIXELS:
+        given = f"n={count}, {pixels:,} pixels each"
+        raise ApiError(400, f"{given}: at most {MAX_PIXELS:,} pixels together", param="n")
 
 
 def draw_steps(engine: Engine, request: ImageRequest, options: DrawOptions) -> Steps:
@@ -150,23 +164,23 @@ async def images_generations(request: Request, engines: Engines) -> Response:
     drawing = asked(ImageRequest, await read_body(request))
     engine = engines.named(drawing.model)
     options, look = _checked(drawing, engine)
-    _note(request, drawing, engine, options.seed)
-    drawing = await _screened(request, drawing, engine)
+    drawing = await _screened(request, drawing, engine, options.seed)
+    options = replace(options, negative=drawing.negative_prompt)
     look = replace(look, credentials=engine.credentials(drawing.prompt))
     steps = draw_steps(engine, drawing, options)
     return await _respond(request, engine, drawing, look, steps, "image_generation")
 
 
 async def images_edits(request: Request, engines: Engines) -> Response:
-    editing, image, mask = await _read_edit(request, engines.base)
+    editing, files = await _read_form(request, engines.settings.max_body)
     engine = engines.named(editing.model)
     options, look = _checked(editing, engine)
-    digests = [digest_of(each.tobytes()) for each in (image, mask)]
-    _note(request, editing, engine, options.seed, digests)
-    editing = await _screened(request, editing, engine, [image])
-    look = replace(look, credentials=engine.credentials(editing.prompt, PARTLY_DRAWN))
     if options.method == "causal" and editing.method is not None:
         raise ApiError(400, "method: a part of an image is drawn by masks", param="method")
+    image, mask = await _decoded(request, engine, files, editing.n or 1)
+    editing = await _screened(request, editing, engine, options.seed, [image, mask])
+    options = replace(options, negative=editing.negative_prompt)
+    look = replace(look, credentials=engine.credentials(editing.prompt, PARTLY_DRAWN))
 
     def steps() -> Generator[None, None, Any]:
         images = []
@@ -180,19 +194,14 @@ async def images_edits(request: Request, engines: Engines) -> Response:
     return await _respond(request, engine, editing, look, steps(), "image_edit")
 
 
-async def _read_edit(
-    request: Request, engine: Engine
-) -> tuple[ImageRequest, Image.Image, Image.Image]:
-    """The fields of a form, the image, and a mask that is white where to draw."""
-    settings = engine.settings
+async def _read_form(request: Request, max_size: int) -> tuple[ImageRequest, dict[str, bytes]]:
+    """The fields of a form, and its files ``image`` and ``mask``. max_size: bytes of a field."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(400, "expected multipart/form-data", code="invalid_form")
     values: dict[str, Any] = {}
     files: dict[str, bytes] = {}
     try:
-        async with request.form(
-            max_files=4, max_fields=64, max_part_size=settings.max_body
-        ) as form:
+        async with request.form(max_files=4, max_fields=64, max_part_size=max_size) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
                     name = name.removesuffix("[]")
@@ -207,8 +216,26 @@ async def _read_edit(
         raise ApiError(400, f"{unknown[0]:.50}: expected files image and mask")
     if "image" not in files:
         raise ApiError(400, "image: is missing", param="image")
-    image = await engine.in_thread(read_image, files["image"], settings)
+    return asked(ImageRequest, values), files
+
+
+async def _decoded(
+    request: Request, engine: Engine, files: Mapping[str, bytes], count: int
+) -> tuple[Image.Image, Image.Image]:
+    """The image, and a mask that is white where to draw.
+
+    The edited image has the size of this one, so all of it waits with the request. Its bytes, those
+    of the mask and of ``count`` results are taken from the budget until the response is sent.
+    """
+    settings, budget = engine.settings, engine.engines.decoded
     source = "mask" if "mask" in files else "image"
+    pixels = await engine.in_thread(check_pixels, files["image"], settings, "image")
+    masked = await engine.in_thread(check_pixels, files[source], settings, source)
+    _check_pixels(count, pixels)
+    size = 3 * pixels * (1 + count) + masked
+    budget.take(size)
+    request.scope["at_end"].callback(budget.give_back, size)
+    image = await engine.in_thread(read_image, files["image"], settings)
     mask = await engine.in_thread(read_transparency, files[source], settings, source)
     if mask is None:
         raise ApiError(
@@ -217,7 +244,7 @@ async def _read_edit(
             + ("" if source == "mask" else " (or give a mask)"),
             param="mask",
         )
-    return asked(ImageRequest, values), image, mask
+    return image, mask
 
 
 def _typed(name: str, text: str) -> Any:
@@ -236,26 +263,40 @@ def _typed(name: str, text: str) -> Any:
     return text
 
 
-def _note(
-    request: Request, asked: ImageRequest, engine: Engine, seed: int, images: Sequence[str] = ()
-) -> None:
+async def _screened(
+    request: Request,
+    asked: ImageRequest,
+    engine: Engine,
+    seed: int,
+    images: Sequence[Image.Image] = (),
+) -> ImageRequest:
+    """The request as far as the rules let it be seen, after that was noted.
+
+    Args:
+        images: the image that is edited, and its mask.
+
+    Raises:
+        ApiError: if a rule refuses it.
+    """
     note = note_of(request)
-    note.asked(asked, engine.fingerprint, images, seed=seed)
+    screen = Screening(engine.filters, note)
+
+    def shown() -> ImageRequest:
+        text, negative = screen.text(asked.prompt, "prompt"), asked.negative_prompt
+        if negative:
+            negative = screen.text(negative, "prompt")
+        for image in images[:1]:
+            screen.image(image, "prompt")
+        return replace(asked, prompt=text, negative_prompt=negative)
+
+    asked = await screened(engine, shown)
+    digests = await engine.in_thread(digests_of, images) if images else []
+    note.asked(asked, engine.fingerprint, digests, seed=seed)
     note.texts["prompt"] = asked.prompt
     if asked.negative_prompt:
         note.texts["negative_prompt"] = asked.negative_prompt
-
-
-async def _screened(
-    request: Request, asked: ImageRequest, engine: Engine, images: Sequence[Image.Image] = ()
-) -> ImageRequest:
-    """The request as far as the rules let it be seen. Raises ``ApiError`` if one refuses it."""
-    screen = Screening(engine.filters, note_of(request))
-    text = screen.text(asked.prompt, "prompt")
-    for image in images:
-        await engine.in_thread(screen.image, image, "prompt")
     screen.check()
-    return replace(asked, prompt=text)
+    return asked
 
 
 async def _check_drawn(images: Sequence[Image.Image], engine: Engine, note: Note) -> None:
@@ -270,29 +311,29 @@ async def _respond(
     request: Request, engine: Engine, asked: ImageRequest, look: Look, steps: Steps, event: str
 ) -> Response:
     if asked.stream:
-        note = note_of(request)
-        return await event_stream(_events(engine, asked, look, steps, event, note), note)
+        shown = _events(engine, asked, look, steps, event, note_of(request))
+        return await event_stream(request, shown)
     images, read = await result_of(request, engine.scheduler, steps)
     await _check_drawn(images, engine, note_of(request))
     data = [{"b64_json": await engine.in_thread(look.send, image)} for image in images]
     head = {"created": int(time.time()), "output_format": look.kind}
-    usage = _usage(engine, read, images, note_of(request))
+    usage = await _usage(engine, read, images, note_of(request))
     return JSONResponse({**head, "data": data, "usage": usage})
 
 
 async def _events(
     engine: Engine, asked: ImageRequest, look: Look, steps: Steps, event: str, note: Note
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """Partial images while one is drawn code by code, and the whole one."""
     created, shown, wanted = int(time.time()), 0, asked.partial_images or 0
     if engine.filters.has("reply"):
         wanted = 0  # nothing is shown before the rules have seen all of it
 
-    def message(kind: str, image: Image.Image, **more: Any) -> bytes:
+    async def message(kind: str, image: Image.Image, **more: Any) -> bytes:
         name = f"{event}.{kind}"
         about = {
             "type": name,
-            "b64_json": look.send(image),
+            "b64_json": await engine.in_thread(look.send, image),
             "created_at": created,
             "size": "x".join(map(str, look.size or image.size)),
             "quality": "auto",
@@ -307,15 +348,19 @@ async def _events(
                 share = int((one.piece != UNKNOWN).sum()) / engine.model.codes_drawn
                 if shown < wanted and (shown + 1) / (wanted + 1) <= share < 1:
                     pixels = await engine.in_thread(preview_images, engine.model, one.piece[None])
-                    yield message("partial_image", to_image(pixels[0]), partial_image_index=shown)
+                    image = to_image(pixels[0])
+                    yield await message("partial_image", image, partial_image_index=shown)
                     shown += 1
             elif isinstance(one, Result):
                 (image,), read = one.value
                 await _check_drawn([image], engine, note)
-                yield message("completed", image, usage=_usage(engine, read, [image], note))
+                usage = await _usage(engine, read, [image], note)
+                yield await message("completed", image, usage=usage)
 
 
-def _usage(engine: Engine, read: int, images: Sequence[Image.Image], note: Note) -> dict[str, Any]:
+async def _usage(
+    engine: Engine, read: int, images: Sequence[Image.Image], note: Note
+) -> dict[str, Any]:
     """The usage, noted with the digests of the images."""
     drawn = len(images) * engine.model.codes_drawn
     engine.metrics.count_tokens(read, drawn)
@@ -325,5 +370,5 @@ def _usage(engine: Engine, read: int, images: Sequence[Image.Image], note: Note)
         "output_tokens": drawn,
         "total_tokens": read + drawn,
     }
-    note.answered(usage, drawn=[digest_of(image.tobytes()) for image in images])
+    note.answered(usage, drawn=await engine.in_thread(digests_of, images))
     return usage

@@ -17,13 +17,14 @@ from multimodal.schemas import Between
 from multimodal.serve.endpoints.bodies import Ignored, asked, read_body
 from multimodal.serve.endpoints.bridge import result_of
 from multimodal.serve.endpoints.noting import digest_of, note_of
+from multimodal.serve.endpoints.screening import Screening, screened, screened_pixels
 from multimodal.serve.engine.engine import Engine, Engines
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.messages import ImageUrl, Message, message_parts
-from multimodal.serve.engine.pictures import read_image_url
 from multimodal.serve.engine.scheduler import Steps
 
 AT_ONCE = 32  # texts in one piece of work
+LONG = 10_000  # characters of a text whose tokens are a piece of work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +44,13 @@ async def embeddings(request: Request, engines: Engines) -> Response:
     width = engine.model.config.objectives.alignment_dim
     if (wanted.dimensions or width) > width:
         raise ApiError(400, f"dimensions={wanted.dimensions}: at most {width}", param="dimensions")
-    items, note = await _items(wanted, engine), note_of(request)
+    note = note_of(request)
+    screen = Screening(engine.filters, note)
+    items = await _items(wanted, engine, screen)
     images = [digest_of(item) for item in items if not isinstance(item, str)]
     note.asked(wanted, engine.fingerprint, images)
     note.texts["prompt"] = "\n".join(item for item in items if isinstance(item, str))
+    screen.check()
     rows, tokens = await result_of(request, engine.scheduler, embed_steps(engine, items))
     engine.metrics.count_tokens(tokens, 0)
     rows = rows[:, : wanted.dimensions]
@@ -60,8 +64,8 @@ async def embeddings(request: Request, engines: Engines) -> Response:
     return JSONResponse({"object": "list", "data": data, "model": wanted.model, "usage": usage})
 
 
-async def _items(wanted: EmbeddingRequest, engine: Engine) -> list[str | Tensor]:
-    """The texts, and the images as pixels. Raises ``ApiError``."""
+async def _items(wanted: EmbeddingRequest, engine: Engine, screen: Screening) -> list[str | Tensor]:
+    """The texts as far as they may be read, and the images as pixels. Raises ``ApiError``."""
     settings = engine.settings
     if (wanted.input is None) == (wanted.messages is None):
         raise ApiError(400, "input: give input or messages, one of the two", param="input")
@@ -82,10 +86,10 @@ async def _items(wanted: EmbeddingRequest, engine: Engine) -> list[str | Tensor]
         if isinstance(part, str):
             if not part.strip():
                 raise ApiError(400, "input: a text is empty", param="input")
-            items.append(part)
+            engine.check_characters(len(part.strip()), "input")
+            items.append(await screened(engine, screen.text, part, "prompt"))
         else:
-            image = await engine.in_thread(read_image_url, part.url, settings)
-            items.append(await engine.in_thread(engine.pixels, image))
+            items += await screened_pixels(part.url, screen, [engine])
     return items
 
 
@@ -96,9 +100,12 @@ def embed_steps(engine: Engine, items: list[str | Tensor]) -> Steps:
         part = items[start : start + AT_ONCE]
         texts = [item for item in part if isinstance(item, str)]
         if texts:
-            ids = [encode_text(model, text) for text in texts]
-            check_length(model.network, ids, 2)
-            tokens += sum(len(each) + 2 for each in ids)
+            for text in texts:
+                ids = encode_text(model, text)
+                check_length(model.network, [ids], 2)
+                tokens += len(ids) + 2
+                if len(text) > LONG:
+                    yield None
             embedded = iter(embed_texts(model, texts))
             yield None
         for item in part:

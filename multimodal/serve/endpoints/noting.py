@@ -1,18 +1,23 @@
 """What is noted about a request, for the record that the server keeps (multimodal/record)."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from PIL import Image
 from starlette.requests import Request
 from torch import Tensor
+
+from multimodal.serve.engine.errors import ApiError
 
 # Fields of requests that are texts or images, which are noted as such, and that change nothing.
 NOT_SETTINGS = {
     "model", "messages", "prompt", "input", "negative_prompt", "user", "metadata", "stream_options",
-    "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "store", "service_tier", "safety_identifier", "prompt_cache_key", "style",
 }  # fmt: skip
+SETTINGS_OF_TEXT = ("stop", "response_format")  # they change something, and a client writes them
 
 
 @dataclass
@@ -22,10 +27,12 @@ class Note:
     Attributes:
         facts: what stays in the record.
         texts: what may be taken out of it, or is not kept at all.
+        status: of an error after the response had begun, which has another one.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    status: int | None = None
 
     def asked(
         self, request: Any, fingerprint: str, images: Sequence[str] = (), **facts: Any
@@ -43,6 +50,9 @@ class Note:
             for name, value in asdict(request).items()
             if value is not None and name not in NOT_SETTINGS
         }
+        for name in SETTINGS_OF_TEXT:
+            if (value := settings.pop(name, None)) is not None:
+                self.texts[name] = json.dumps(value, ensure_ascii=False)
         self.facts |= {"model": request.model, "fingerprint": fingerprint, "settings": settings}
         self.facts |= {"images": list(images), **facts}
 
@@ -51,6 +61,10 @@ class Note:
         self.facts |= {"usage": dict(usage), **facts}
         if reply is not None:
             self.texts["reply"] = reply
+
+    def failed(self, error: ApiError) -> None:
+        """The response has begun, and goes no further."""
+        self.facts["code"], self.status = error.code, error.status
 
 
 def note_of(request: Request) -> Note:
@@ -64,3 +78,8 @@ def digest_of(data: bytes | Tensor) -> str:
     """The SHA-256 of bytes, or of the numbers of a tensor."""
     data = data if isinstance(data, bytes) else data.numpy().tobytes()
     return hashlib.sha256(data).hexdigest()
+
+
+def digests_of(images: Iterable[Image.Image]) -> list[str]:
+    """Those of the pixels of each."""
+    return [digest_of(image.tobytes()) for image in images]

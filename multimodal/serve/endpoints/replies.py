@@ -1,8 +1,8 @@
 """Replies of a chat in OpenAI's shape: whole, and as a stream of events."""
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -21,6 +21,15 @@ from multimodal.serve.endpoints.noting import Note
 from multimodal.serve.endpoints.streams import server_sent
 from multimodal.serve.engine.engine import Engine
 from multimodal.serve.engine.pictures import Credentials, to_base64
+
+Value = TypeVar("Value")
+
+
+async def made(objects: Iterable[Value], parts: Sequence[Any], engine: Engine) -> list[Value]:
+    """What is made of parts of a reply: with images among them it takes long, so in a thread."""
+    if not any(isinstance(part, Image.Image) for part in parts):
+        return list(objects)
+    return await engine.in_thread(list, objects)
 
 
 def choice_of(choice: Choice, engine: Engine, scored: bool) -> dict[str, Any]:
@@ -93,7 +102,7 @@ class ChatStream:
         self.edges: dict[int, _Edges] = {}
         self.scored: dict[int, int] = {}
 
-    async def events(self, note: Note) -> AsyncIterator[bytes]:
+    async def events(self, note: Note) -> AsyncGenerator[bytes, None]:
         chat, engine = self.chat, self.engine
         result: Sequence[ChatRow] | Exception = []
         if chat.screen.refused is None:
@@ -104,7 +113,8 @@ class ChatStream:
                         if isinstance(event, Result):
                             result = event.value
                         elif isinstance(event.row, ChatRow):
-                            for one in self._piece(event.row, event.piece):
+                            pieces = self._piece(event.row, event.piece)
+                            for one in await made(pieces, [event.piece], engine):
                                 yield one
             except Exception as error:
                 result = error
@@ -112,7 +122,7 @@ class ChatStream:
         else:
             answer = refuse(chat, note)
         for choice in answer.choices:
-            for one in self._end(choice):
+            for one in await made(self._end(choice), choice.parts, engine):
                 yield one
         counts = noted(answer, engine, note)
         if self.usage:

@@ -1,15 +1,20 @@
 """The rules of a server about one request: what they decide is noted."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from PIL import Image
+from torch import Tensor
 
 from multimodal.filters.rules import Decision, Filters, When, refusal
 from multimodal.serve.endpoints.noting import Note
+from multimodal.serve.engine.engine import Engine
 from multimodal.serve.engine.errors import ApiError
+from multimodal.serve.engine.pictures import read_image_url
 
 CODE = "content_filter"
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -53,3 +58,24 @@ class Screening:
             reasons = {each.rule: each.reason for each in decisions}
             facts["filter_reasons"] = {**facts.get("filter_reasons", {}), **reasons}
         self.refused = self.refused or refusal(decisions)
+
+
+async def screened(engine: Engine, function: Callable[..., Value], *arguments: object) -> Value:
+    """Call a function that asks the rules about a prompt. They may take long: in another thread."""
+    if not engine.filters.has("prompt"):
+        return function(*arguments)
+    return await engine.in_thread(function, *arguments)
+
+
+async def screened_pixels(url: str, screen: Screening, engines: Sequence[Engine]) -> list[Tensor]:
+    """An image of a prompt, as each of these models takes it.
+
+    All of it is done in one call: the image itself may be large, and is not kept while others wait.
+    """
+
+    def read() -> list[Tensor]:
+        image = read_image_url(url, engines[0].settings)
+        screen.image(image, "prompt")
+        return [engine.pixels(image) for engine in engines]
+
+    return await engines[0].in_thread(read)

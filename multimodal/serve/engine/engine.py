@@ -25,7 +25,7 @@ from multimodal.origin.credentials import DRAWN, Drawing, Signer
 from multimodal.serve.engine.encoders import Encoders
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.metrics import Metrics
-from multimodal.serve.engine.pictures import Credentials
+from multimodal.serve.engine.pictures import Budget, Credentials
 from multimodal.serve.engine.scheduler import Scheduler
 from multimodal.serve.engine.settings import Settings
 
@@ -76,6 +76,7 @@ class Engines:
         self.signer = signer
         self.scheduler = Scheduler(settings.rows, settings.requests, settings.prefix_bytes)
         self.readers, self.encoders = asyncio.Semaphore(READERS), Encoders()
+        self.decoded = Budget(settings.max_decoded)
         metrics.watch(self.scheduler)
         self.by_name = {name: Engine(name, model, self) for name, model in models.items()}
         self.fallback = None if fallback is None else Engine(*fallback, self)
@@ -127,6 +128,31 @@ class Engine:
         """An image as the tokenizer takes it: float32[1, 3, H, W] in [-1, 1]."""
         tokenizer = self.model.image_tokenizer
         return to_tensor(fit_image(image, tokenizer.image_size, tokenizer.fit))[None]
+
+    @cached_property
+    def max_characters(self) -> int:
+        """A text with more characters has more tokens than the model reads.
+
+        A token stands for as many characters as its name in the vocabulary has, or fewer. (If a
+        normalizer removes characters, such a text might fit. It is refused all the same.)
+        """
+        longest = max(map(len, self.model.text_tokenizer.vocabulary()))
+        return longest * self.model.config.transformer.max_position_embeddings
+
+    def check_characters(self, count: int, param: str) -> None:
+        """Refuse a text before time is spent on its tokens. param: where it is in the request.
+
+        Raises:
+            ApiError: 400, as for a prompt of too many tokens.
+        """
+        if count > self.max_characters:
+            limit = self.model.config.transformer.max_position_embeddings
+            raise ApiError(
+                400,
+                f"a prompt of {count:,} characters: the model reads at most {limit} tokens",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     def schema(self, schema: dict[str, object]) -> Schema:
         return Schema(self.model, schema)

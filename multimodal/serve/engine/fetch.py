@@ -4,19 +4,25 @@ A client could otherwise read what only this machine may: services without a pas
 of a cloud (server-side request forgery). The name is resolved once, all of its addresses must be
 public, and the connection goes to one of these very addresses, so the name cannot change in
 between. Each redirect is checked in the same way.
+
+The timeout of a socket is for each receive, and a server that sends a byte a second keeps to it.
+So a timer ends the connection when the time for all of it is over.
 """
 
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
+from contextlib import suppress
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 MAX_REDIRECTS = 3
 TIMEOUT = 10.0  # seconds for the whole of it
 CHUNK = 1 << 16
 PORTS = {"http": 80, "https": 443}
+TOO_LATE = f"it took more than {TIMEOUT:g} seconds"
 
 
 def fetch(address: str, max_bytes: int, private: bool = False) -> bytes:
@@ -33,7 +39,8 @@ def fetch(address: str, max_bytes: int, private: bool = False) -> bytes:
         try:
             found = _get(urlsplit(address), max_bytes, private, deadline)
         except (OSError, http.client.HTTPException) as error:
-            raise ValueError(f"{address:.200}: could not be fetched ({error})") from error
+            reason = TOO_LATE if time.monotonic() >= deadline else error
+            raise ValueError(f"{address:.200}: could not be fetched ({reason})") from error
         if isinstance(found, bytes):
             return found
         address = urljoin(address, found)
@@ -51,12 +58,23 @@ def _get(url: SplitResult, max_bytes: int, private: bool, deadline: float) -> by
         raise ValueError(f"{name}: {error}") from error
     ip = _public_address(url.hostname, port, private)
     connection = http.client.HTTPConnection(url.hostname, port)
-    plain = socket.create_connection((ip, port), _left(deadline))
+    opened = socket.create_connection((ip, port), _left(deadline))
+
+    def end() -> None:
+        with suppress(OSError):
+            # Not the method of the TLS socket, which another thread is reading from.
+            socket.socket.shutdown(opened, socket.SHUT_RDWR)
+
+    timer = threading.Timer(deadline - time.monotonic(), end)
+    timer.start()
     try:
         if url.scheme == "https":
             context = ssl.create_default_context()
-            plain = context.wrap_socket(plain, server_hostname=url.hostname)
-        connection.sock = plain
+            opened = context.wrap_socket(
+                opened, do_handshake_on_connect=False, server_hostname=url.hostname
+            )
+            opened.do_handshake()
+        connection.sock = opened
         target = (url.path or "/") + (f"?{url.query}" if url.query else "")
         connection.request("GET", target, headers={"User-Agent": "multimodal"})
         answer = connection.getresponse()
@@ -70,16 +88,17 @@ def _get(url: SplitResult, max_bytes: int, private: bool, deadline: float) -> by
             if size > max_bytes:
                 raise ValueError(f"{name}: more than {max_bytes:,} bytes")
             parts.append(chunk)
-            plain.settimeout(_left(deadline))
+        _left(deadline)  # otherwise the timer may have ended it
         return b"".join(parts)
     finally:
-        plain.close()
+        timer.cancel()
+        opened.close()
 
 
 def _left(deadline: float) -> float:
     seconds = deadline - time.monotonic()
     if seconds <= 0:
-        raise TimeoutError(f"took more than {TIMEOUT:g} seconds")
+        raise TimeoutError(TOO_LATE)
     return seconds
 
 

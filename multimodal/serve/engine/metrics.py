@@ -21,11 +21,17 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = self._counter(
-            "requests", "requests that ended, by address and status", "path", "status"
+            "requests",
+            "requests that ended, by address and status: of a stream, that of an error in it",
+            "path",
+            "status",
         )
-        self.seconds = self._histogram("request_seconds", "from a request to its end")
+        self.seconds = self._histogram("request_seconds", "from a request to its end", "path")
         self.first = self._histogram(
-            "first_output_seconds", "from a request to the beginning of its response"
+            "first_output_seconds",
+            "from a request to the beginning of its response: of a stream, its first output",
+            "path",
+            "stream",
         )
         self.drift = Gauge(
             "drift_p",
@@ -40,10 +46,8 @@ class Metrics:
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
         return Counter(name, about, labels, namespace="multimodal", registry=self.registry)
 
-    def _histogram(self, name: str, about: str) -> Histogram:
-        return Histogram(
-            name, about, ["path"], "multimodal", registry=self.registry, buckets=SECONDS
-        )
+    def _histogram(self, name: str, about: str, *labels: str) -> Histogram:
+        return Histogram(name, about, labels, "multimodal", registry=self.registry, buckets=SECONDS)
 
     def count_tokens(self, read: int, written: int) -> None:
         self._read.inc(read)

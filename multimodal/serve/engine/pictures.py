@@ -20,6 +20,27 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 _DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w=.+-]+)*;base64,", re.ASCII)
 
 
+class Budget:
+    """Bytes that decoded images may take, of all requests together.
+
+    An image of a few kilobytes may be decoded to hundreds of megabytes, and a request keeps them
+    while it waits.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.used = most, 0
+
+    def take(self, size: int) -> None:
+        """Raises ``ApiError`` 429 if there is not enough left."""
+        if self.used + size > self.most:
+            message = "too many pixels are being worked on: try again later"
+            raise ApiError(429, message, code="too_many_pixels", retry_after=2)
+        self.used += size
+
+    def give_back(self, size: int) -> None:
+        self.used -= size
+
+
 def read_image_url(url: str, settings: Settings) -> Image.Image:
     """The image of a data URI, or behind an address, in mode RGB.
 
@@ -68,8 +89,12 @@ def read_transparency(data: bytes, settings: Settings, name: str = "mask") -> Im
     return alpha.point(lambda value: 255 if value < 128 else 0)
 
 
-def check_pixels(data: bytes, settings: Settings, name: str) -> None:
-    """Raises ``ApiError`` with status 413 if the header of an image says that it is too large."""
+def check_pixels(data: bytes, settings: Settings, name: str) -> int:
+    """How many pixels the header of an image says. 0 if there is none.
+
+    Raises:
+        ApiError: with status 413 for too many.
+    """
     try:
         with open_header(data) as image:
             width, height = image.size
@@ -78,7 +103,7 @@ def check_pixels(data: bytes, settings: Settings, name: str) -> None:
         width = height = MAX_SIDE
         size = "its header says"
     except Exception:  # what it is not, ``open_image`` says
-        return
+        return 0
     if width * height > settings.max_pixels:
         raise ApiError(
             413,
@@ -86,6 +111,7 @@ def check_pixels(data: bytes, settings: Settings, name: str) -> None:
             param=name,
             code="image_too_large",
         )
+    return width * height
 
 
 @dataclass(frozen=True)

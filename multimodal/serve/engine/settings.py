@@ -9,6 +9,7 @@ from multimodal.schemas import Between, check_fields
 Count = Annotated[int, Between(1, 2**31)]
 Bytes = Annotated[int, Between(0, 2**50)]
 Seconds = Annotated[float, Between(0.1, 86_400)]
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,8 @@ class Settings:
         max_body: bytes of a request.
         max_bytes: of the bodies that are being received, all together. More get status 429.
         max_pixels: of an image in a request.
+        max_decoded: bytes of images that are edited and of what they become, of all requests. More
+            get status 429.
         max_images: in a request.
         max_choices: ``n`` of a request.
         max_inputs: texts and images of a request for embeddings.
@@ -39,7 +42,9 @@ class Settings:
         drift_reference: an earlier record, with which the last requests are compared.
         peers: a folder in which workers tell one another their metrics. Empty: one process.
         worker: the number of this one.
+        local: the server listens at one of LOCAL_HOSTS. Without a key, requests have to name it so.
         body_timeout: seconds in which a request has to arrive.
+        write_timeout: seconds after which a client that reads nothing is left.
         stop_timeout: seconds in which requests may end when the server stops.
     """
 
@@ -51,6 +56,7 @@ class Settings:
     max_body: Count = 32 << 20
     max_bytes: Count = 512 << 20
     max_pixels: Count = 50_000_000
+    max_decoded: Bytes = 2 << 30
     max_images: Count = 16
     max_choices: Count = 16
     max_inputs: Count = 2048
@@ -66,7 +72,9 @@ class Settings:
     drift_reference: str = ""
     peers: str = ""
     worker: Annotated[int, Between(0, 1023)] = 0
+    local: bool = False
     body_timeout: Seconds = 60.0
+    write_timeout: Seconds = 60.0
     stop_timeout: Seconds = 30.0
 
     def __post_init__(self) -> None:
