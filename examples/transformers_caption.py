@@ -1,4 +1,6 @@
-"""A caption by transformers and onnxruntime alone, of ``multimodal export hf`` and ``export onnx``.
+"""A caption by transformers and onnxruntime alone.
+
+The folders are from ``multimodal export hf`` and ``multimodal export onnx``.
 
     python examples/transformers_caption.py EXPORTED ONNX PHOTO
 """
