@@ -1,6 +1,6 @@
 """Captions a second of ``multimodal serve``: many clients at once against the same work one by one.
 
-    python -m benchmarks.serving [--model starter] [--clients 32] [--requests 320] [--rounds 5]
+    python -m benchmarks.serving [--model starter] [--clients 32] [--requests 960] [--rounds 3]
         [--threads 2]
 
 Each request is an image of noise and shapes (64 x 64, PNG in a data URI) and asks for a greedy
@@ -9,7 +9,8 @@ which has not seen the images either, by --clients at once. The texts must be eq
 weights exported, behind benchmarks/peers/transformers_server.py, answer the same clients.
 
 The three take turns: a part of the requests each, --rounds times, so that a machine that is slower
-for a while is slower for all. The last line is JSON: captions a second of all three, the medians
+for a while is slower for all. A round is ten requests of each client: the batch fills at its start
+and drains at its end, and neither is what a server under load does. The last line is JSON: captions a second of all three, the medians
 and 99th percentiles of the seconds to the first token and to the end, and ratios: the median of
 those of the rounds, and all of them. --out writes it to a file.
 """
@@ -146,8 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="starter")
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=320)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=960)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
