@@ -10,9 +10,9 @@ weights exported, behind benchmarks/peers/transformers_server.py, answer the sam
 
 The three take turns: a part of the requests each, --rounds times, so that a machine that is slower
 for a while is slower for all. A round is ten requests of each client: the batch fills at its start
-and drains at its end, and neither is what a server under load does. The last line is JSON: captions a second of all three, the medians
-and 99th percentiles of the seconds to the first token and to the end, and ratios: the median of
-those of the rounds, and all of them. --out writes it to a file.
+and drains at its end, and neither is what a server under load does. The last line is JSON: captions
+a second of all three, the medians and 99th percentiles of the seconds to the first token and to the
+end, and ratios: the median of those of the rounds, and all of them. --out writes it to a file.
 """
 
 import argparse

@@ -119,11 +119,17 @@ def score_drawn_claims(
 def drawing_score(caption: str, drawing: Image.Image) -> float:
     """How right and complete a drawing of a scene is, in [0, 1].
 
-    The F1 of its objects: of those that are drawn and of those that are named, which are right.
+    The F1 of its objects: of those that are drawn and of those that are named, which are right. If
+    the caption also says how many, where, how large, or on what, the mean of it and of the share of
+    these claims that is true. Objects alone would reward right ones in wrong places.
 
     Raises:
         ValueError: if the caption names no object.
     """
     scores = score_scene_drawings([caption], [drawing])
     precision, recall = 1 - scores["extra"], scores["objects"]
-    return 2 * precision * recall / (precision + recall) if recall else 0.0
+    objects = 2 * precision * recall / (precision + recall) if recall else 0.0
+    claims = score_drawn_claims([caption], [drawing]).values()
+    if not (count := sum(number for _, number in claims)):
+        return objects
+    return (objects + sum(share * number for share, number in claims) / count) / 2

@@ -147,5 +147,11 @@ def test_one_drawing_and_one_caption_have_a_score() -> None:
     ):
         assert drawing_score(text, drawing) == pytest.approx(drawn), text
         assert claims_score(text, record) == pytest.approx(said, abs=0.01), text
+    for text, drawn in (
+        ("a red circle to the left of a blue star", 1.0),
+        ("a blue star to the left of a red circle", 0.5),
+        ("a large red circle and a small blue star on a white background", 1 / 2 + 2 / 3 / 2),
+    ):
+        assert drawing_score(text, drawing) == pytest.approx(drawn), text
     with pytest.raises(ValueError, match="the record has none"):
         claims_score("a red circle", {})

@@ -147,7 +147,7 @@ def test_what_cannot_be_compared_is_refused(work: Path, tmp_path: Path, capsys: 
     for more, message in (
         (["--candidates", "1"], "candidates=1"),
         (["--temperature", "0"], "all candidates would be equal"),
-        (["--judge", "bleu"], "expected cider, alignment, scenes, or FILE.py:FUNCTION"),
+        (["--judge", "bleu"], "expected cider, alignment, objects, scenes, or FILE.py:FUNCTION"),
         (["--judge", "cider", "--of", "drawings"], "expected alignment, scenes, or FILE"),
         (["--split", "x"], "no split 'x'"),
         (["--margin", "1000", "--limit", "2"], "no sample has a preference"),

@@ -31,6 +31,7 @@ from multimodal.train.rewards.rewards import (
     CiderReward,
     WrittenText,
     find_reward,
+    objects_reward,
 )
 from multimodal.train.rewards.tasks import write_texts
 from tests.launches import launch, logged
@@ -118,6 +119,20 @@ def test_alignment_is_the_cosine_of_the_models_embeddings(
     assert AlignmentReward(model)(captions) == pytest.approx(expected, abs=1e-5)
 
 
+def test_objects_that_are_invented_or_not_said_cost() -> None:
+    record = {"captions": ["A man and his puppy by a tree.", "a guy walks two dogs"]}
+    captions = [
+        written(text, record)
+        for text in ("a dog and a person near trees", "a dog", "a dog and a cat", "blue sky", "")
+    ]
+    nothing = {"captions": ["blue sky"]}
+    captions += [written(text, nothing) for text in ("green grass", "a bus", "")]
+    captions.append(written("a dog and a man", record, ended=False))
+    expected = [1, 2 / 4, 2 / 5, 0, 0, 1, 0, 0, 0]
+    assert objects_reward(captions) == pytest.approx(expected)
+    assert find_reward("objects", None, []) is objects_reward  # type: ignore[arg-type]
+
+
 def test_a_function_in_a_file_is_a_reward(tmp_path: Path, tiny_model: Callable[..., Model]) -> None:
     file = tmp_path / "mine.py"
     file.write_text("""
@@ -136,7 +151,8 @@ def infinite(captions, records):
         with pytest.raises(ValueError, match=message):
             find_reward(f"{file}:{name}", model, [])(captions)
     with pytest.raises(
-        ValueError, match="no reward of captions 'bleu': expected cider, alignment, scenes, or FILE"
+        ValueError,
+        match="no reward of captions 'bleu': expected cider, alignment, objects, scenes, or FILE",
     ):
         find_reward("bleu", model, [])
     with pytest.raises(ValueError, match="has no function other"):

@@ -13,8 +13,9 @@ the margin. OUT is a shard folder for PreferenceModule, and OUT/candidates.jsonl
 with their scores. The same command goes on where it was stopped.
 
 A judge is alignment (the model's own embeddings), scenes (what is true of synthetic scenes), cider
-(captions only), or FILE.py:FUNCTION, a function of yours: (captions, records) -> scores, or for
-drawings (texts, images, records) -> scores.
+or objects (captions only: by the words or the objects of the references), or FILE.py:FUNCTION, a
+function of yours: (captions, records) -> scores, or for drawings (texts, images, records) ->
+scores.
 
 examples:
   multimodal prefer runs/scenes-joint/model --data data/scenes --out data/better --judge scenes

@@ -1,5 +1,5 @@
-"""Rewards of texts about images: of captions CIDEr, the model's own alignment and true claims, of
-answers whether they are right, and of both a function in a file.
+"""Rewards of texts about images: of captions CIDEr, the model's own alignment, right objects and
+true claims, of answers whether they are right, and of both a function in a file.
 
 A text that does not end within its tokens has no end for a reward to judge. CIDEr counts the end as
 a word, so such a caption misses one. To the others it is an empty text. Without this a captioner
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from multimodal.data.objects import named_objects
 from multimodal.data.samples import readable
 from multimodal.data.shards import Shards
 from multimodal.eval.metrics.answering import same_answer
@@ -28,7 +29,7 @@ from multimodal.model.sequences import Ids
 from multimodal.plugins import from_file
 
 END = "<eos>"  # the word for the end of a caption
-REWARDS = {"captions": ("cider", "alignment", "scenes"), "answers": ("exact",)}
+REWARDS = {"captions": ("cider", "alignment", "objects", "scenes"), "answers": ("exact",)}
 MAX_PICTURES = 100_000  # of each folder, the first ones: words are counted in their captions
 
 
@@ -148,6 +149,21 @@ class FunctionReward:
         return rewards
 
 
+def objects_reward(captions: Sequence[WrittenText]) -> list[float]:
+    """The F1 of the objects that captions name, by those that their references name: in [0, 1].
+
+    So an invented object costs (CHAIR, Rohrbach et al. 2018, arXiv:1809.02156), and one that is not
+    said as well: else the best caption would name nothing.
+    """
+    rewards = []
+    for caption in captions:
+        named = named_objects(caption.judged)
+        true = named_objects(" ".join(descriptions_of(caption.record)))
+        both = len(named) + len(true)
+        rewards.append(2 * len(named & true) / both if both else float(bool(caption.judged)))
+    return rewards
+
+
 def scene_reward(captions: Sequence[WrittenText]) -> list[float]:
     """Which claims of captions of scenes are true, and how complete they are: in [0, 1]."""
     return [claims_score(caption.judged, caption.record) for caption in captions]
@@ -178,6 +194,8 @@ def find_reward(
         return exact_reward
     if name == "alignment":
         return AlignmentReward(model)
+    if name == "objects":
+        return objects_reward
     if name == "scenes":
         return scene_reward
     captions = [
