@@ -51,8 +51,8 @@ class JointModule(AdapterModule):
             taken.
         size: a named size (tiny, mini, starter, base, large, 1b, 7b; with experts starter-moe,
             base-moe), or a language model to start from its weights: a Qwen3, Qwen3-MoE, Qwen2,
-            Llama, SmolLM2 or Mistral of Hugging Face (its folder, or ``user/name``), or a GGUF
-            file. The text tokenizer is then given the same, too.
+            Llama, SmolLM2 or Mistral of Hugging Face (its folder, or ``user/name``), a GGUF file,
+            or a model folder of this package. The text tokenizer is then given the same, too.
         objectives: weights and shares of the losses.
         reads: the levels of the image tokenizer that captions, answers and embeddings read. By
             default those of the model that ``image_tokenizer`` names, else the first one.

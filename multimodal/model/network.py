@@ -147,8 +147,8 @@ class MultimodalLM(nn.Module):
         Args:
             size: a named size, with random weights, or a language model with its weights: a Qwen3,
                 Qwen3-MoE, Qwen2, Llama, SmolLM2 or Mistral, as a folder or by its name on the Hub,
-                or a GGUF file. The embeddings of text ids are kept. All other rows start at their
-                mean.
+                a GGUF file, or the transformer of a model folder of ours. The embeddings of text
+                ids are kept. All other rows start at their mean.
             text_size: number of ids of the text tokenizer.
             layout: the levels of the image tokenizer.
             code_vectors: for each group of each level float[codebook_size, C], the vectors that the

@@ -215,7 +215,7 @@ def _object(config: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def read_stock(path: str | Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
-    """Read a Hugging Face folder, or a GGUF file.
+    """Read a Hugging Face folder, our own model folder, or a GGUF file.
 
     Returns:
         The config, and the weights by their stock names in the dtype in which they are stored.
@@ -234,8 +234,21 @@ def read_stock(path: str | Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
 
 
 def read_sizes(folder: Path) -> TransformerConfig:
-    """The sizes of a Hugging Face folder, without its weights. Raises ``ValueError``."""
-    return transformer_config(read_config_file(folder / "config.json"), str(folder))
+    """The sizes of a Hugging Face folder or of our own model folder, without its weights.
+
+    Raises:
+        ValueError: for other folders.
+    """
+    stored = read_config_file(folder / "config.json")
+    if "model_type" in stored or "transformer" not in stored:
+        return transformer_config(stored, str(folder))
+    try:
+        sizes = construct(TransformerConfig, stored["transformer"])
+        if sizes.weight_bits is not None:
+            raise ValueError("its weights are integers: take the model that it was made of")
+    except ValueError as error:
+        raise ValueError(f"{folder}: config.json: {error}") from error
+    return sizes
 
 
 def _read_folder(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:

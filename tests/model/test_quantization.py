@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from multimodal.model.layers import quantization
 from multimodal.model.layers.quantization import (
-    GROUP,
+    GROUP_SIZES,
     QuantizedLinear,
     dequantized,
     int8_product,
@@ -58,11 +58,13 @@ def test_eight_bits_are_within_half_a_step_of_each_row() -> None:
     assert torch.equal(scale, scale.bfloat16().float())
 
 
-def test_four_bits_have_the_least_error_of_all_steps_and_offsets() -> None:
+@pytest.mark.parametrize("size", GROUP_SIZES)
+def test_four_bits_have_the_least_error_of_all_steps_and_offsets(size: int) -> None:
     """Compared with a search by brute force."""
-    scaled = matrix(30, GROUP)
+    scaled = matrix(30, size)
     scaled *= 127 / scaled.abs().amax(1, keepdim=True).clamp(min=1)  # -127 or 127 in each group
     packed, about = quantization._pack(scaled)
+    assert about.shape == (30, 1)
     found = quantization._unpack(packed, about).float()
     best = torch.full((len(scaled),), torch.inf)
     for step, offset in product(range(1, 17), range(16)):
@@ -73,10 +75,11 @@ def test_four_bits_have_the_least_error_of_all_steps_and_offsets() -> None:
     assert (error <= 1.001 * best + 1e-6).all()
 
 
-def test_four_bits_come_back_exactly_however_often_they_are_stored() -> None:
+@pytest.mark.parametrize("size", GROUP_SIZES)
+def test_four_bits_come_back_exactly_however_often_they_are_stored(size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):  # grids that a file may have, those with large steps cut to int8
-        numbers = torch.randint(0, 256, (8, 3 * GROUP // 2), generator=generator).to(torch.uint8)
+        numbers = torch.randint(0, 256, (8, 3 * size // 2), generator=generator).to(torch.uint8)
         about = torch.randint(0, 256, (8, 3), generator=generator).to(torch.uint8)
         kept = quantization._unpack(*quantization._pack(quantization._unpack(numbers, about)))
         again = quantization._unpack(*quantization._pack(kept))

@@ -126,7 +126,7 @@ def test_objects_that_are_invented_or_not_said_cost() -> None:
         for text in ("a dog and a person near trees", "a dog", "a dog and a cat", "blue sky", "")
     ]
     nothing = {"captions": ["blue sky"]}
-    captions += [written(text, nothing) for text in ("green grass", "a bus", "")]
+    captions += [written(text, nothing) for text in ("so very blue", "a bus", "")]
     captions.append(written("a dog and a man", record, ended=False))
     expected = [1, 2 / 4, 2 / 5, 0, 0, 1, 0, 0, 0]
     assert objects_reward(captions) == pytest.approx(expected)

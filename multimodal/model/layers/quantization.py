@@ -7,11 +7,11 @@ embeddings, and the head, have a scale for each column, too: few columns are muc
 others (as in SmoothQuant, Xiao et al. 2022, arXiv:2211.10438, but of weights). Their input is
 rounded twice.
 
-With 4 bits, groups of 32 numbers of a row share a step and an offset, both small integers: a weight
-is (n - offset) * step, with n from 0 to 15, cut to int8. So it is an int8 number exactly (QServe's
-progressive groups, Lin et al. 2024, arXiv:2405.04532), and 4 bits are a way to store 8: half the
-file, and in memory the same layers with the same speed. Tables and the projections of embeddings
-keep 8 bits.
+With 4 bits, groups of 64 numbers of a row (of 32 where 64 does not divide it) share a step and an
+offset, both small integers: a weight is (n - offset) * step, with n from 0 to 15, cut to int8. So
+it is an int8 number exactly (QServe's progressive groups, Lin et al. 2024, arXiv:2405.04532), and 4
+bits are a way to store 8: half the file, and in memory the same layers with the same speed. Tables
+and the projections of embeddings keep 8 bits.
 
 Shapes: B rows of an input, K its width, N width of the output, V vocabulary.
 """
@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from multimodal.model.layers.experts import Router
 from multimodal.model.layers.mlp import MAX_STATIC_ROWS
 
-GROUP = 32  # numbers of a row with one step and one offset
+GROUP_SIZES = (64, 32)  # numbers of a row with one step and one offset: the first that fits
 LEVELS = 16  # of 4 bits
 MAX_INT8 = 127
 REST = 2 * MAX_INT8  # brings what rounding leaves, -1/2 to 1/2, to int8
 # Without these instructions a product of integers is slower than one of floats, and may overflow.
 INTEGER_PRODUCTS = bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
 # The tensors of a quantized matrix: its integers; float[N] and, of a table, float[K]; and on disk,
-# with 4 bits, a step and an offset for each group, uint8[N, K / 32].
+# with 4 bits, a step and an offset for each group, uint8[N, groups].
 WEIGHT, SCALE, COLUMNS, GROUPS = ".weight", ".scale", ".columns", ".groups"
 
 
@@ -44,7 +44,7 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: float[N, K].
-        bits: 8 or 4. For 4, K is a multiple of GROUP.
+        bits: 8 or 4. For 4, K is a multiple of 32.
 
     Returns:
         int8[N, K] in [-127, 127], and the scale of each row, float32[N], a number of bfloat16: it
@@ -68,15 +68,17 @@ def _pack(scaled: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The numbers n, two in a byte, uint8[N, K / 2]; and of each group 16 * (step - 1) + offset,
-        uint8[N, K / 32].
+        uint8[N, groups].
     """
-    if scaled.shape[1] % GROUP:
+    width = scaled.shape[1]
+    size = next((size for size in GROUP_SIZES if width % size == 0), None)
+    if size is None:
         raise ValueError(
-            f"a matrix is {scaled.shape[1]} numbers wide: 4 bits need a multiple of {GROUP}"
+            f"a matrix is {width} numbers wide: 4 bits need a multiple of {GROUP_SIZES[-1]}"
         )
     if scaled.is_meta:  # shapes alone; the search below takes seconds to find them
-        return scaled[:, ::2].to(torch.uint8), scaled[:, ::GROUP].to(torch.uint8)
-    groups = rearrange(scaled.float(), "n (g k) -> n g k", k=GROUP)
+        return scaled[:, ::2].to(torch.uint8), scaled[:, ::size].to(torch.uint8)
+    groups = rearrange(scaled.float(), "n (g k) -> n g k", k=size)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     best = torch.full_like(low, torch.inf)
     numbers, about = torch.zeros_like(groups), torch.zeros_like(low)
@@ -107,7 +109,7 @@ def stored_weights(state: Mapping[str, Tensor], bits: int | None) -> dict[str, T
     """Weights by name as a file has them: int8 matrices are packed if there are 4 bits.
 
     Raises:
-        ValueError: for 4 bits, if the width of a matrix is no multiple of GROUP.
+        ValueError: for 4 bits, if the width of a matrix is no multiple of 32.
     """
     stored = dict(state)
     for name in _packed(state, bits):
