@@ -16,7 +16,6 @@ and how long the training took, from the logs beside AFTER.
 import argparse
 import html
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from multimodal.model.layers.transformer import Transformer
 from multimodal.model.stock import read_stock
 
 PIECE, LONGEST = 512, 80
+WATTS, ESTIMATE = 5, "CPU seconds x 5 W"  # as multimodal/energy.py estimates where it cannot read
 PROMPTS = {
     "summarise": "Summarise in one sentence: The town built a new bridge because the old one was "
     "too narrow for buses. It took three years, cost more than planned, and opened in May.",
@@ -103,15 +103,15 @@ def logits_differ_by(source: str, model: Any, ids: torch.Tensor) -> float:
 
 
 def training_of(model: Path) -> dict[str, Any] | None:
-    """How long the run took that wrote a model folder. None: its logs are not there."""
-    starts = [
-        json.loads(file.read_text("utf-8")) for file in model.parent.glob("logs/energy*.json")
-    ]
-    if not starts:
+    """The steps of the run that wrote a model folder, and the hours for which its cores computed:
+    a run that was halted for a while is not charged for it. None: its logs do not say.
+    """
+    logs = [json.loads(file.read_text("utf-8")) for file in model.parent.glob("logs/energy*.json")]
+    if not logs or not all(ESTIMATE in log["how"] for log in logs):
         return None
-    hours = sum(start["seconds"] for start in starts) / 3600
-    steps = max(start["to_step"] for start in starts)
-    return {"steps": steps, "hours": round(hours, 2), "cores": os.cpu_count()}
+    processor_hours = sum(log["watt_hours"] for log in logs) / WATTS
+    steps = max(log["to_step"] for log in logs)
+    return {"steps": steps, "processor_hours": round(processor_hours, 2)}
 
 
 def measured(source: str, text: str, tokens: int, text_size: int | None = None) -> dict[str, Any]:

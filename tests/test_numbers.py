@@ -34,6 +34,11 @@ ROWS = {
         "true pictures after encoding and decoding "
         "{val scenes scene_drawings objects_of_reconstructions:%}",
     ),
+    "docs/guides/evaluation.md": (
+        "for men alone for {val flickr8k person_words women_said_men:%} of 195 photos of women",
+        "women alone for {val flickr8k person_words men_said_women:%} of 359 photos of men",
+        "adults for {val flickr8k person_words children_said_adults:%} of 222 photos of children",
+    ),
     CARD: (
         "greedy: CIDEr {val flickr8k captioning CIDEr:.3f}, BLEU-4 "
         "{val flickr8k captioning Bleu_4:.3f}; 5 beams, length penalty 0.5: CIDEr "

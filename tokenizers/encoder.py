@@ -246,9 +246,41 @@ def _open_clip(name: EncoderName, stages: Stages, pretrained: bool) -> Made:
             start = "visual."
             weights = {k.removeprefix(start): w for k, w in weights.items() if k.startswith(start)}
         visual.load_state_dict(fit_weights(weights, visual.state_dict(), name.file))
+    mean, std = list(visual.image_mean), list(visual.image_std)
+    if pretrained and name.file:
+        mean, std = _normalisation(model, tag) or (mean, std)
     size = visual.image_size
     side = size[0] if isinstance(size, tuple) else size
-    return _ClipTower(visual, stages), list(visual.image_mean), list(visual.image_std), int(side)
+    return _ClipTower(visual, stages), mean, std, int(side)
+
+
+def _normalisation(model: str, tag: str) -> tuple[list[float], list[float]] | None:
+    """Mean and deviation of the pixels that weights of a file were trained on: open_clip knows them
+    by the tag, and a file does not say.
+
+    Args:
+        tag: of the weights. Empty: any of this model.
+
+    Returns:
+        None if open_clip has no weights of this model.
+
+    Raises:
+        ValueError: if it depends on the tag, or if there is no such tag.
+    """
+    from open_clip import list_pretrained_tags_by_model
+    from open_clip.pretrained import get_pretrained_cfg
+
+    tags = list_pretrained_tags_by_model(model)
+    if tag and tag not in tags:
+        raise ValueError(f"encoder open_clip:{model}/{tag}: no such tag; tags: {', '.join(tags)}")
+    configs = [get_pretrained_cfg(model, each) for each in ([tag] if tag else tags)]
+    found = {(tuple(each["mean"]), tuple(each["std"])) for each in configs}
+    if len(found) > 1:
+        raise ValueError(
+            f"encoder open_clip:{model}: what pixels have to be divided by depends on the weights: "
+            f"name those of the file, as open_clip:{model}/TAG=FILE; tags: {', '.join(tags)}"
+        )
+    return next(((list(mean), list(std)) for mean, std in found), None)
 
 
 def _unavailable(name: EncoderName, error: Exception) -> ValueError:

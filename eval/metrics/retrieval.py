@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+KS = (1, 5, 10)  # the values of k that are usual
+
 
 def count_ahead(
     images: Tensor, texts: Tensor, image_of_text: Sequence[int]
@@ -40,7 +42,7 @@ def count_ahead(
 
 
 def score_retrieval(
-    images: Tensor, texts: Tensor, image_of_text: Sequence[int], ks: Sequence[int] = (1, 5, 10)
+    images: Tensor, texts: Tensor, image_of_text: Sequence[int], ks: Sequence[int] = KS
 ) -> dict[str, float]:
     """Recall at k in both directions.
 

@@ -23,14 +23,15 @@ from multimodal.data.samples import CODES, Sample
 from multimodal.data.shards import Shards
 from multimodal.distributed import gather_objects
 from multimodal.eval.evaluator import Example, Subject, Value, problem_of
-from multimodal.eval.metrics.captioning import score_captions
+from multimodal.eval.metrics.captioning import score_captions, sentence_health
 from multimodal.eval.metrics.penn_treebank import ptb_tokenize
 from multimodal.eval.metrics.yardsticks import NEIGHBOURS, Lookup, best_constant, shuffled
 from multimodal.inference.embedding import EmbeddingCache
 from multimodal.inference.text import caption_codes
 from multimodal.model.lessons import descriptions_of
 from multimodal.options import TextOptions
-from multimodal.tokenizers.weights import hash_weights
+from multimodal.tokenizers.meaning import Meaning
+from multimodal.tokenizers.weights import hash_weights, resize
 
 BEAMS = 5
 MAX_TRAINING = 30_000  # training pictures that the yardsticks use, the first ones
@@ -48,7 +49,9 @@ class Captioning:
         "hallucinated: captions that name an object that no reference names (CHAIR, by a list of "
         "words), if references name objects of the list; CIDEr_shuffled: the same captions, each "
         "for another picture; CIDEr_constant: one training caption for all pictures, the best one "
-        "for the training pictures; CIDEr_constant_of_set: the best one for these pictures; "
+        "for the training pictures; CIDEr_constant_of_set: the best one for these pictures, of "
+        "their own captions and those of training; bad_endings: captions that end in a word like "
+        "'a' or 'with'; repetitions: those with a word twice in a row; "
         f"CIDEr_lookup: of the captions of the {NEIGHBOURS} training pictures with the nearest "
         "features (cosine of the mean over the grid of the image tokenizer's frozen encoder) the "
         f"one most similar to the others; at most {MAX_TRAINING:,} training pictures"
@@ -85,6 +88,10 @@ class Captioning:
         for name, each in self._yardsticks(subject, texts, beam_texts, references):
             yield name, cider(each)
         yield "words", [float(len(text.split())) for text in texts]
+        for suffix, each in (("", texts), ("_beams", beam_texts)):
+            health = sentence_health(each)
+            yield f"bad_endings{suffix}", health["bad_endings"]
+            yield f"repetitions{suffix}", health["repetitions"]
         yield "distinct_captions", float(len(set(texts)))
         yield "distinct_captions_beams", float(len(set(beam_texts)))
         for n in (1, 2):
@@ -121,8 +128,12 @@ class Captioning:
         captions = list(training.values())
         candidates = [caption for each in captions for caption in each]
         of_set = [[ptb_tokenize(caption) for caption in each] for each in references.values()]
-        for name, documents in (("constant", captions), ("constant_of_set", of_set)):
-            constant = best_constant(candidates, documents)
+        own = [caption for each in of_set for caption in each]
+        for name, some, documents in (
+            ("constant", candidates, captions),
+            ("constant_of_set", candidates + own, of_set),
+        ):
+            constant = best_constant(some, documents)
             self.notes.append(f"CIDEr_{name}: {constant}")
             yield f"CIDEr_{name}", [constant] * count
         encoder = meaning_encoder(subject.model)
@@ -152,7 +163,20 @@ def meaning_encoder(model: Model) -> nn.Module | None:
     float32[B, 3, H, W] in [-1, 1] -> float32[B, h, w, D].
     """
     meaning = model.image_tokenizer.meaning
-    return None if meaning is None else meaning.encoder
+    return None if meaning is None else _AtItsSize(meaning)
+
+
+class _AtItsSize(nn.Module):
+    """The encoder of a level of meaning, of images of any size: another level may want more."""
+
+    def __init__(self, meaning: Meaning) -> None:
+        super().__init__()
+        self.encoder, self.image_size = meaning.encoder, meaning.config.image_size
+        self.register_buffer("size", torch.tensor(self.image_size))  # kept features depend on it
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.encoder(resize(images, self.image_size))
+        return features
 
 
 def encoder_features(

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 
 from multimodal.data.samples import Sample
-from multimodal.eval.evaluator import Example, Subject, Value
-from multimodal.eval.metrics.retrieval import score_retrieval
+from multimodal.eval.evaluator import Example, PerQuestion, Subject, Value
+from multimodal.eval.metrics.retrieval import KS, count_ahead
 from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.model.lessons import descriptions_of
 
@@ -35,9 +35,11 @@ class Retrieval:
         text_rows = torch.stack(
             subject.map_batches(texts, lambda batch: list(embed_texts(model, batch)))
         )
-        yield from score_retrieval(images, text_rows, image_of_text).items()
-        scores = text_rows @ images.T
-        target_scores = scores.gather(1, torch.tensor(image_of_text)[:, None])
-        ranks = (scores >= target_scores).sum(1).float()
-        yield "text_to_image_median_rank", float(ranks.median())
+        ahead_of_image, ahead_of_text = count_ahead(images, text_rows, image_of_text)
+        for k in KS:
+            found = (ahead_of_image < k).float().tolist()
+            yield f"text_to_image@{k}", PerQuestion(found, image_of_text)
+            yield f"image_to_text@{k}", (ahead_of_text < k).float().tolist()
+        ranks = ahead_of_image + 1
+        yield "text_to_image_median_rank", float(ranks.float().median())
         yield "images", float(len(images))

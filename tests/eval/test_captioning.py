@@ -4,6 +4,8 @@ import random
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,9 @@ from multimodal.eval.metrics.penn_treebank import ptb_tokenize
 from multimodal.eval.metrics.yardsticks import Lookup, best_constant, shuffled
 from multimodal.eval.tasks import captioning
 from multimodal.eval.tasks.captioning import Captioning
+from multimodal.tokenizers.encoder import Encoder
+from multimodal.tokenizers.meaning import Meaning, MeaningConfig
+from multimodal.tokenizers.weights import resize
 
 
 def random_captions(count: int, seed: int) -> list[str]:
@@ -104,6 +109,20 @@ def test_shuffled_items_are_all_in_another_place() -> None:
     assert shuffled(["a"], 0) == ["a"]
 
 
+def test_the_lookup_sees_pixels_as_the_level_of_meaning_does() -> None:
+    """Another level, which draws, may have larger images."""
+    encoder = Encoder("timm:test_efficientnet", pretrained=False)
+    sizes = MeaningConfig(encoder.name, (), 64, grid=2, groups=2, codebook_size=16, channels=8)
+    meaning = Meaning(sizes, encoder)
+    model: Any = SimpleNamespace(image_tokenizer=SimpleNamespace(meaning=meaning))
+    images = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    seen = captioning.meaning_encoder(model)
+    assert seen is not None
+    with torch.no_grad():
+        found, expected = seen(images), encoder(resize(images, 64))
+        assert torch.equal(found, expected) and found.shape != encoder(images).shape
+
+
 class MeanColours(nn.Module):
     """An encoder with the API of pretrained ones: [B, 3, H, W] -> [B, h, w, D]."""
 
@@ -149,11 +168,16 @@ def test_yardsticks_are_measured_beside_the_model(
     assert scores["CIDEr"]["value"] > 5 * scores["CIDEr_shuffled"]["value"]
     assert scores["CIDEr_constant_of_set"]["value"] >= scores["CIDEr_constant"]["value"]
     assert 2 < scores["distinct_captions"]["value"] <= 12
-    training = [sample.record["captions"] for sample in subject.training]
-    assert len(evaluator.notes) == 2, "the best constants themselves"
-    assert {note.partition(": ")[2] for note in evaluator.notes} <= {
-        ptb_tokenize(caption) for captions in training for caption in captions
-    }
+    named = dict(note.split(": ", 1) for note in evaluator.notes)
+    assert len(named) == 2, "the best constants themselves"
+    training, own = (
+        [[ptb_tokenize(text) for text in sample.record["captions"]] for sample in samples]
+        for samples in (subject.training, subject.samples)
+    )
+    assert named["CIDEr_constant"] in sum(training, [])
+    every = {*sum(training, []), *sum(own, [])}
+    best = max(float(np.mean(cider([text] * 12, own))) for text in every)
+    assert scores["CIDEr_constant_of_set"]["value"] == pytest.approx(best, abs=1e-6)
 
     # The features of the same pictures are read from the cache, those of others are not.
     calls = encoder.calls
