@@ -20,11 +20,13 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -56,14 +58,25 @@ class Part:
 def gpu_tests(sizes: Sizes) -> Iterator[Figure]:
     """``pytest -m gpu``."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-    yield passed(subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8").stdout)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+    yield passed(done.stdout, done.returncode)
 
 
-def passed(said: str) -> Figure:
-    """What pytest said as a figure."""
+def passed(said: str, status: int) -> Figure:
+    """What pytest said as a figure.
+
+    Args:
+        said: its output.
+        status: its exit status.
+
+    Raises:
+        RuntimeError: if the tests did not run: a test file cannot be imported, or none has a test.
+    """
     lines = said.strip().splitlines() or [""]
     counts = {name: int(number) for number, name in re.findall(r"(\d+) (\w+)", lines[-1])}
     which = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    if status not in (0, 1):  # 1: some tests failed
+        raise RuntimeError("; ".join([f"pytest ended with status {status}", *which, lines[-1]]))
     more = {"failed": len(which), "which": which, "skipped": counts.get("skipped", 0)}
     return Figure("tests", counts.get("passed", 0), "passed", more)
 
@@ -106,13 +119,15 @@ def run_process(command: list[str], name: str, seconds: float) -> Iterator[dict[
         name: of the part.
         seconds: after these it is ended.
     """
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True
+    )
     assert process.stdout is not None
     ended = threading.Event()
 
     def end() -> None:
         ended.set()
-        process.kill()
+        kill_group(process.pid)
 
     timer = threading.Timer(seconds, end)
     timer.start()
@@ -121,13 +136,21 @@ def run_process(command: list[str], name: str, seconds: float) -> Iterator[dict[
         for line in _json_lines(process.stdout):
             named = named or "failed" in line
             yield line
-    finally:
-        status = process.wait()
+        process.wait()
+    finally:  # also after Ctrl-C, which does not reach another session
         timer.cancel()
+        kill_group(process.pid)
+        status = process.wait()
     if ended.is_set():
         yield {"failed": name, "reason": f"not done after {seconds:.0f} seconds"}
     elif status and not named:
         yield {"failed": name, "reason": f"the process ended with status {status}"}
+
+
+def kill_group(leader: int) -> None:
+    """End a process and those that it has started, which would keep the card."""
+    with suppress(ProcessLookupError, PermissionError):  # none is left; macOS: they have ended
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _json_lines(stream: IO[str]) -> Iterator[dict[str, Any]]:
@@ -232,4 +255,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # A part has a session of its own, so it has to be ended with this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

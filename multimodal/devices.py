@@ -116,7 +116,10 @@ def _has_bfloat16(device: "torch.device") -> bool:
 
 def _of_this_rank(name: str) -> str:
     if name == "cuda" and (rank := os.environ.get("LOCAL_RANK", "")).isdecimal():
-        return f"cuda:{rank}"
+        import torch
+
+        # A launcher can show each rank its own GPU alone, which then is the first one.
+        return "cuda:0" if torch.cuda.device_count() == 1 else f"cuda:{rank}"
     return name
 
 

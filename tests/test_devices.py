@@ -48,9 +48,17 @@ def test_auto_is_cuda_then_mps_then_the_cpu(
 def test_under_torchrun_each_rank_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "cuda")
     monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert [str(choose_device(name)) for name in ("auto", "cuda", "cuda:0", "cpu")] == [
         *("cuda:3", "cuda:3", "cuda:0", "cpu")
     ]
+
+
+def test_a_rank_that_sees_one_gpu_alone_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert [str(choose_device(name)) for name in ("auto", "cuda")] == ["cuda:0", "cuda:0"]
 
 
 def test_a_gpu_that_does_not_compute_is_named_and_left_out(

@@ -2,12 +2,16 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.processes import living, wait_until
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PARTS = ("floors", "train_1b", "decode", "train_large", "draw", "tokenize", "their_decode",
@@ -87,6 +91,28 @@ def test_parts_hang_end_or_fail_and_the_others_go_on(
     assert [line["reason"] for line in late] == ["no time was left of 1 seconds"]
 
 
+def test_what_a_part_has_started_ends_with_it(gpu: ModuleType, tmp_path: Path) -> None:
+    """In time, too late, and when nobody reads on (Ctrl-C)."""
+    child = [sys.executable, "-c", "import time; time.sleep(600)"]
+    for number, (wait, limit) in enumerate(((0, 60), (600, 6), (600, 60))):
+        path = tmp_path / str(number)
+        program = f"""if True:
+            import os, subprocess, time
+            subprocess.Popen({child!r}, stdout=subprocess.DEVNULL)
+            open({str(path)!r}, "w").write(str(os.getsid(0)))
+            print('{{"figure": "a"}}', flush=True)
+            time.sleep({wait})
+        """
+        lines = gpu.run_process([sys.executable, "-c", program], "tests", limit)
+        assert next(lines) == {"figure": "a"}
+        session = int(path.read_text())
+        if limit == 60 and wait:
+            lines.close()
+        else:
+            assert [line["failed"] for line in lines] == ["tests"] * bool(wait)
+        assert session != os.getsid(0) and wait_until(lambda s=session: not living(s))
+
+
 def test_the_file_keeps_what_was_not_measured_again(gpu: ModuleType) -> None:
     about = {"card": "H200", "date": "2026-02-01"}
     before = {
@@ -112,9 +138,36 @@ def test_the_file_keeps_what_was_not_measured_again(gpu: ModuleType) -> None:
 
 def test_what_pytest_says_becomes_a_figure(gpu: ModuleType) -> None:
     said = "..F\nFAILED tests/a.py::test_b - assert 1\n1 failed, 31 passed, 2 skipped in 3.1s\n"
-    figure = gpu.passed(said)
+    figure = gpu.passed(said, 1)
     assert figure.value == 31 and figure.more["failed"] == 1 and figure.more["skipped"] == 2
-    assert gpu.passed("").value == 0
+
+
+def test_tests_that_cannot_run_are_an_error(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "ERROR tests/a.py - ImportError: no b\n1 skipped, 1 error in 3.1s\n"
+    done = subprocess.CompletedProcess([], 2, said, "")
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: done)
+    assert gpu.run_part("tests", gpu.TINY) == 1
+    (line,) = lines_of(capsys.readouterr().out)
+    assert line["failed"] == "tests"
+    assert "pytest ended with status 2; ERROR tests/a.py - ImportError: no b" in line["reason"]
+
+
+def test_a_span_that_a_program_names_is_no_kernel(gpu: ModuleType) -> None:
+    """It lasts as long as the kernels in it, which are counted themselves."""
+    import torch
+    from on_card.sizes import kernels
+
+    a = torch.ones(64, 64, device="cuda" if torch.cuda.is_available() else "cpu")
+
+    def work() -> None:
+        with torch.profiler.record_function("Optimizer.step#AdamW.step"):
+            a @ a
+
+    found = kernels(work)
+    assert "products" in found["groups"] and "optimizer" not in found["groups"]
+    assert not any("AdamW" in name for name in found["top"])
 
 
 def test_without_a_card_nothing_is_written(

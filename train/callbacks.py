@@ -56,7 +56,8 @@ class RandomState(L.Callback):
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
         if "cuda" in state and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda"])
+            # A run may go on with fewer GPUs than it had.
+            torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
         self._restored = None
 
 

@@ -271,6 +271,7 @@ class ShardData(L.LightningDataModule):
         if few_shot is not None:
             few_shot.check(getattr(module, "builder", None))
         augmented = {self._local(folder) for folder in self.augmented}
+        drawn = self.drawn_folders
         dataset = ShardDataset(
             shards,
             image_size,
@@ -279,7 +280,7 @@ class ShardData(L.LightningDataModule):
             self.crop_scale,
             self.mirror,
             [crops and source.folder in augmented for source in shards],
-            [source.folder in self.drawn_folders for source in shards],
+            [source.folder in drawn for source in shards],
             getattr(module, "check_sample", None),
             replaced,
             few_shot,

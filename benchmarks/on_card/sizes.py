@@ -218,6 +218,8 @@ def kernels(work: Callable[[], object], times: int = 2) -> dict[str, Any]:
         on_card = torch.cuda.is_available()
         if on_card and event.device_type != torch.autograd.DeviceType.CUDA:
             continue
+        if event.is_user_annotation:  # it lasts as long as the kernels in it
+            continue
         taken = event.self_device_time_total if on_card else event.self_cpu_time_total
         if taken:
             found[event.key] = (taken / 1e3 / times, event.count // times)

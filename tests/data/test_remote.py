@@ -143,6 +143,14 @@ def test_what_stays_away_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch)
         Shards(server.address)
 
 
+def test_a_whole_file_in_place_of_a_range_is_not_read(folder: Path) -> None:
+    """The connection is cut in the middle of the file, where nobody reads any more."""
+    with far(Far(folder, lambda path: "cut", ranges=False)) as server:
+        with pytest.raises(transport.NoRanges, match="train-0001.tar: the server sends whole"):
+            transport.Transport(server.address).read("train-0001.tar", 0, 1000, retry_seconds=0)
+        assert len(server.asked) == 1
+
+
 def test_other_bytes_than_the_manifest_says_are_refused(folder: Path, server: Far) -> None:
     for name in ("train-0001.index.json", "train-0001.tar"):
         server.fault = lambda path: "other bytes" if path.endswith(name) else None  # noqa: B023

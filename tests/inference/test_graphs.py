@@ -7,6 +7,7 @@ the function itself, so everything but the recording is what a card does.
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -115,6 +116,37 @@ def test_a_shape_is_run_once_recorded_once_and_played_from_then_on(tiny_model: M
     for _ in range(2):
         beside.step(torch.tensor([1, 2, 3, 4]))
     assert len(recorded) == 2 and torch.equal(batch.hidden, before)
+
+
+def test_a_step_is_recorded_and_played_on_the_device_of_its_memory(
+    tiny_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step launches on another device than the current one is not in the graph."""
+    current, found = list[torch.device](), list[tuple[str, list[torch.device]]]()
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    def record(run: Run) -> Run:
+        found.append(("recorded", current.copy()))
+
+        def play() -> Tensor:
+            found.append(("played", current.copy()))
+            return run()
+
+        return play
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    model = tiny_model(noise=0.1)
+    model.network.graphs = StepGraphs(record)
+    batch = DecodeBatch(model.network, prompts_of(model)[:3], 20)
+    for _ in range(2):
+        batch.step(torch.tensor([7, 8, 9]))
+    here = [model.device]
+    assert found == [("recorded", here), ("played", here)] and not current
 
 
 def test_what_cannot_be_recorded_is_run(

@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -15,8 +16,10 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from multimodal.cli import main
 from multimodal.train.run import writing
-from multimodal.train.run.checkpoints import AtomicCheckpointIO
+from multimodal.train.run.best import BestValidation
+from multimodal.train.run.checkpoints import AtomicCheckpointIO, RunCheckpoints
 from multimodal.train.run.damage import check_checkpoint
+from multimodal.train.run.folder import RunFolder
 from multimodal.train.run.writing import copied
 from tests.launches import launch, run_processes, torchrun
 
@@ -201,6 +204,38 @@ def test_parts_of_two_ranks_are_written_late_and_copied(work: Path, tmp_path: Pa
     for name in ("last", "step=8"):
         check_checkpoint(other / f"checkpoints/{name}.ckpt")
     assert (tmp_path / "copies/step=8.ckpt/.metadata").is_file()
+
+
+def test_a_folder_that_was_being_replaced_gets_its_name_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run was killed between two renames: step=8.ckpt had been moved away."""
+    run = RunFolder(tmp_path)
+    names = ("step=4.ckpt", "step=8.ckpt", ".step=8.ckpt.part")
+    other, path, part = (run.checkpoints / name for name in names)
+    for folder in (other, path, part):
+        folder.mkdir(parents=True)
+        (folder / "name").write_text(folder.name)
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self == part:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", killed)
+        writing.complete(part, path)
+    assert not path.exists() and part.exists()
+    checkpoints = RunCheckpoints(run, 1, 2, BestValidation("last"))
+    trainer: Any = SimpleNamespace(global_step=4, is_global_zero=True)
+    checkpoints.on_train_start(trainer, L.LightningModule())
+    assert (path / "name").read_text() == "step=8.ckpt"
+    assert sorted(run.checkpoints.iterdir()) == [other, path]
+    for left in (other, path):
+        left.rename(run.checkpoints / f".{left.name}.old")
+    checkpoints.on_train_start(trainer, L.LightningModule())
+    assert not list(run.checkpoints.iterdir()), "they are of a run that was removed"
 
 
 # --- copies -------------------------------------------------------------------------------------

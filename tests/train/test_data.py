@@ -93,6 +93,32 @@ def test_a_folder_named_twice_is_seen_twice_and_measured_once(tmp_path: Path) ->
         assert (first["images"][0] != again["images"][0]).any()
 
 
+def test_the_manifest_of_a_folder_is_fetched_as_often_with_more_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def local_folder(folder: str) -> Path:
+        asked.append(folder)
+        return Path(folder)
+
+    monkeypatch.setattr("multimodal.train.data.local_folder", local_folder)
+    folders = [str(tmp_path / name) for name in "abc"]
+    for folder in folders:
+        assert main(["data", "scenes", folder, "--count", "8", "--size", "16"]) == 0
+    counts = []
+    for some in (folders[:1], folders):
+        data = ShardData(some, hold_out=0.0, global_batch_size=4)
+        module = SimpleNamespace(preprocessing=(16, "squash"), expected_codes=None)
+        data.trainer = SimpleNamespace(  # type: ignore[assignment]
+            lightning_module=module, global_rank=0, world_size=1, overfit_batches=0
+        )
+        data.train_dataloader()
+        counts.append(len(asked))
+        asked.clear()
+    assert counts[1] == 3 * counts[0] > 0
+
+
 # --- the order of the samples ---------------------------------------------------------------------
 
 

@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from multimodal.cli import main
+from multimodal.train.callbacks import RandomState
 from multimodal.train.joint import JointModule
 from multimodal.train.run.damage import check_checkpoint
 from tests.launches import launch, logged, run_processes
@@ -42,6 +44,26 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert_same_weights(run, work / name)
     samples = sorted(p.name for p in (run / "logs").rglob("step-*"))
     assert samples == sorted(p.name for p in (work / name / "logs").rglob("step-*"))
+
+
+def test_random_state_of_more_gpus_than_there_are_is_restored_for_those(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    callback, restored = RandomState(), list[int]()
+
+    def set_rng_state_all(states: list[int]) -> None:
+        if len(states) > 2:
+            raise IndexError("tuple index out of range")
+        restored.extend(states)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    callback.load_state_dict({**callback.state_dict(), "cuda": [0, 1, 2, 3]})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", set_rng_state_all)
+    trainer: Any = None
+    callback.on_train_start(trainer, L.LightningModule())
+    assert restored == [0, 1]
 
 
 def assert_same_weights(run: Path, other: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from multimodal.cli import main
 from multimodal.train.joint import JointModule
 from multimodal.train.run.best import BestValidation, parse_best_by
+from multimodal.train.run.checkpoints import AtomicCheckpointIO, load_weights
 from multimodal.train.run.damage import check_checkpoint, saved_steps, write_checksums
 from multimodal.train.run.folder import RunFolder, archive
 from multimodal.train.run.settings import changes, flatten
@@ -314,6 +316,26 @@ def test_the_files_of_a_sharded_checkpoint_have_checksums(tmp_path: Path, capsys
         with pytest.raises(ValueError, match="damaged .__1_0.distcp: missing or changed."):
             check_checkpoint(folder)
     assert saved_steps(tmp_path) == [folder]
+
+
+def test_a_checkpoint_is_loaded_into_memory_of_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not onto the GPU that saved it."""
+    load, places = torch.load, list[Any]()
+
+    def note(file: Any, map_location: Any = None, **more: Any) -> Any:
+        places.append(map_location)
+        return load(file, map_location=map_location, **more)
+
+    loops = {"fit_loop": {"epoch_progress": {}}}
+    checkpoint = {"state_dict": {}, "loops": loops, "callbacks": {}, "global_step": 1}
+    torch.save(checkpoint, path := tmp_path / "step=1.ckpt")
+    monkeypatch.setattr(torch, "load", note)
+    assert AtomicCheckpointIO().load_checkpoint(path)["global_step"] == 1
+    load_weights(L.LightningModule(), path)
+    load_weights(L.LightningModule(), path, complete=False)
+    assert places == ["cpu"] * 3
 
 
 # --- settings -------------------------------------------------------------------------------------

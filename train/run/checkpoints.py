@@ -14,7 +14,7 @@ from multimodal.train.run.copies import CheckpointCopies
 from multimodal.train.run.damage import saved_steps, step_of
 from multimodal.train.run.finite import check_finite, is_last_step
 from multimodal.train.run.folder import RunFolder, link, remove
-from multimodal.train.run.writing import CheckpointWriter, is_sharded
+from multimodal.train.run.writing import CheckpointWriter, clear_unfinished, is_sharded
 
 PARTS = {"state_dict": dict, "loops": dict, "callbacks": dict, "global_step": int}
 
@@ -46,9 +46,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load tensors and plain values only. No code of a pickle is run.
+        """Load tensors and plain values only, into memory of the host. No code of a pickle is run.
+
+        The GPU that saved them may be missing here, or in use by another rank.
 
         Raises:
             ValueError: for a file that is no checkpoint of a training.
@@ -109,8 +111,7 @@ class RunCheckpoints(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
         if trainer.is_global_zero:
-            for left in self.run.checkpoints.glob(".step=*.ckpt.*"):  # by a run that was killed
-                remove(left)
+            clear_unfinished(self.run.checkpoints)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         step = trainer.global_step
@@ -188,7 +189,7 @@ def load_weights(module: L.LightningModule, checkpoint: Path, complete: bool = T
     if complete:
         stored = AtomicCheckpointIO().load_checkpoint(checkpoint)
     else:
-        stored = torch.load(checkpoint, weights_only=True)
+        stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
     try:
         module.load_state_dict(stored["state_dict"])
         module.on_load_checkpoint(stored)  # where the weights come from

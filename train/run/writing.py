@@ -24,10 +24,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from multimodal.files import temporary_path
-from multimodal.train.run.damage import write_checksums
+from multimodal.train.run.damage import saved_steps, write_checksums
 from multimodal.train.run.folder import remove
 
 GIVE_UP = 60.0  # seconds that a run which has failed waits for its last checkpoint
+OLD = ".old"  # ends the name of a checkpoint while another one takes its place
 
 
 def is_sharded(strategy: Strategy) -> bool:
@@ -169,11 +170,26 @@ def one_line_errors() -> Iterator[None]:
 def complete(part: Path, path: Path) -> None:
     """Give a folder that is written its checksums and its name."""
     write_checksums(part)
-    old = path.with_name(f".{path.name}.old")
+    old = path.with_name(f".{path.name}{OLD}")
     if path.exists():  # of a run that went back to an earlier step
         path.rename(old)
     part.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a run that was killed has left between its checkpoints.
+
+    A checkpoint that it was replacing gets its name back. In a folder without checkpoints it is of
+    another run, which has been removed.
+    """
+    goes_on = bool(saved_steps(folder))
+    for left in list(folder.glob(".step=*.ckpt.*")):
+        path = left.with_name(left.stem.removeprefix("."))
+        if left.suffix == OLD and goes_on and not path.exists():
+            left.rename(path)
+        else:
+            remove(left)
 
 
 def copied(value: Any, copies: dict[Any, Tensor] | None = None) -> Any:

@@ -48,6 +48,7 @@ class Transport:
         self._opened: tuple[Any, str] | None = None
         self._opening = threading.Lock()
         self._seconds: deque[float] = deque(maxlen=RECENT)
+        self._is_http = address.startswith(("http:", "https:"))
 
     def read(
         self,
@@ -70,12 +71,13 @@ class Transport:
             DamagedShard: if the bytes have another SHA-256.
             ValueError: if they cannot be read.
         """
+        no_ranges = f"{self.address}/{name}: the server sends whole files only"
 
         def attempt(patience: float) -> bytes:
             started = time.monotonic()
-            data: bytes = self._call("cat_file", name, patience, start=start, end=stop)
+            data: bytes = self._call("cat_file", name, patience, start=start, end=stop, **checked)
             if start is not None and stop is not None and len(data) > stop - start:
-                raise NoRanges(f"{self.address}/{name}: the server sends whole files only")
+                raise NoRanges(no_ranges)
             if start is not None and stop is not None and len(data) < stop - start:
                 raise _Damage(f"{len(data):,} bytes of {stop - start:,}")
             if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
@@ -83,6 +85,15 @@ class Transport:
             self._seconds.append(time.monotonic() - started)
             return data
 
+        async def refuse_whole_file(response: Any) -> None:
+            if response.status == 200:  # 206 is a part of a file
+                response.close()
+                raise NoRanges(no_ranges)
+
+        checked: dict[str, Any] = {}
+        if start is not None and self._is_http:
+            # aiohttp calls it when it has the headers. The body could fill the memory.
+            checked = {"raise_for_status": refuse_whole_file}
         part = "" if start is None else f", bytes {start:,} to {stop:,}"
         return self._retry(f"{self.address}/{name}{part}", attempt, retry_seconds)
 
@@ -161,7 +172,7 @@ class Transport:
                 from fsspec.core import url_to_fs
 
                 options: dict[str, Any] = {}
-                if self.address.startswith(("http:", "https:")):
+                if self._is_http:
                     import aiohttp
 
                     # By default the whole of a request may take 5 minutes, whatever arrives.

@@ -31,10 +31,10 @@ Run: TypeAlias = Callable[[], Tensor]
 
 
 def cuda_graph(run: Run) -> Run:
-    """Record what a function launches. The result is the same tensor each time.
+    """Record what a function launches on the current device.
 
-    The function has run before, so that libraries have set themselves up. It must not wait for the
-    card.
+    The result is the same tensor each time. The function has run before, so that libraries have
+    set themselves up. It must not wait for the card.
     """
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -85,6 +85,11 @@ class _Step:
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
         """int64[B], int64[B, 1] -> float[B, D]"""
+        # A graph records the current device, which need not be that of the memory.
+        with torch.cuda.device_of(self.ids):  # type: ignore[no-untyped-call]
+            return self._read(ids, positions)
+
+    def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
         rows = len(ids)
         if rows != self._rows:  # padding reads id 0 at position 0
             self._rows = rows
