@@ -36,6 +36,7 @@ def without_encoding(source: str) -> Iterator[int]:
             "fsspec",
             "tarfile",
             "webbrowser",
+            "web",  # an OpenerDirector of urllib: bytes
             "cache",  # multimodal/data/remote/cache.py: bytes
         ):
             continue

@@ -143,12 +143,12 @@ def _download(address: str) -> bytes:
     Raises:
         ValueError: for anything that is not had in time.
     """
-    opener, end = urllib.request.OpenerDirector(), time.monotonic() + LONGEST_DOWNLOAD
+    web, end = urllib.request.OpenerDirector(), time.monotonic() + LONGEST_DOWNLOAD
     for handler in WEB_HANDLERS:
-        opener.add_handler(handler())
+        web.add_handler(handler())
     data = bytearray()
     try:
-        with opener.open(address, timeout=TIMEOUT) as answer:
+        with web.open(address, timeout=TIMEOUT) as answer:
             while len(data) <= MAX_DOWNLOAD and (chunk := answer.read1()):
                 data += chunk
                 if time.monotonic() > end:
