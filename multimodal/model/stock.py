@@ -346,20 +346,19 @@ def _gguf_scaling(
     """
     if fields.get("rope.dimension_count", sizes.head_dim) != sizes.head_dim:
         raise ValueError("it rotates a part of each head, which is not supported")
-    kind = fields.get("rope.scaling.type", "none")
+    kind = fields.get("rope.scaling.type", "linear")  # of llama.cpp, where none is named
     factor = float(fields.get("rope.scaling.factor", fields.get("rope.scale_linear", 1.0)))
     slower = [t.data for t in reader.tensors if t.name == "rope_freqs.weight"]
-    if slower and kind == "none":
+    stretched = kind == "linear" and factor not in (0, 1)
+    if kind not in ("none", "linear") or (slower and stretched):
+        raise ValueError(f"RoPE of type {kind!r:.80} is not supported")
+    if slower:
         plain = Rope(sizes.head_dim, sizes.rope_theta).frequencies()
         factors = torch.from_numpy(slower[0].copy())
         if factors.shape != plain.shape or factors.dtype != torch.float32:
             raise ValueError("its factors of RoPE are not one for each rotation")
         return RopeScaling.of_factors(factors, plain)
-    if kind == "none" and factor == 1:
-        return None
-    if slower or kind not in ("none", "linear"):
-        raise ValueError(f"RoPE of type {kind!r:.80} is not supported")
-    return RopeScaling("linear", factor)
+    return RopeScaling("linear", factor) if stretched else None
 
 
 def _check_gguf_sizes(reader: Any, sizes: TransformerConfig) -> None:
