@@ -61,6 +61,7 @@ from multimodal.train.run.switches import check_switches
 MODULES = (
     "multimodal.train.joint.JointModule",
     "multimodal.train.distill.DistillModule",
+    "multimodal.train.distill.KeepWordsModule",
     "multimodal.train.rewards.module.RewardModule",
     "multimodal.train.preferences.module.PreferenceModule",
     "multimodal.train.tokenizers.detail.DetailModule",

@@ -1,16 +1,21 @@
-"""Distillation through the Lightning CLI: a student learns from the data and from a teacher."""
+"""Distillation through the Lightning CLI: a student learns from the data and from a teacher, or a
+language model that learns to see is held to what it said of texts before.
+"""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
+from multimodal.adapters.lora import without_adapter
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.distillation import Teaching
+from multimodal.model.sequences import OBJECTIVES, Packed
 from multimodal.model.training_batch import TrainingBatch
 from multimodal.train.cost import training_flops
 from multimodal.train.examples import Examples
 from multimodal.train.joint import JointModule
+from multimodal.train.sharding import unsharded
 
 ABOUT_IDS = ("text_size", "layout", "reads", "draws", "templates")  # of the configs, to be equal
 
@@ -100,6 +105,46 @@ class DistillModule(JointModule):
         with torch.no_grad():
             hidden = network.hidden(packed.packed).flatten(0, 1)
         self.flops += training_flops(network.config.transformer, self.host_rows) / 3
-        head = network.transformer.head
-        teaching = Teaching(hidden, head, self.temperature, self.teacher_weight)
+        head, weights = network.transformer.head, dict.fromkeys(OBJECTIVES, self.teacher_weight)
+        teaching = Teaching(hidden, head, self.temperature, weights)
         return replace(packed, teaching=teaching)
+
+
+class KeepWordsModule(JointModule):
+    """Keeps the words of a language model, while new rows and an adapter learn to see.
+
+    Of plain texts (the objective ``text``) it learns what the language model says without its
+    adapter, not the data: the loss at each token is the KL divergence from that. New ids have no
+    place in texts, so they lose theirs. This is learning without forgetting (Li and Hoiem 2016,
+    arXiv:1606.09282). Any texts will do, best those that it wrote itself.
+
+    Args:
+        joint: the arguments of JointModule, with ``lora`` and its ``new_rows``. The weight of the
+            objective ``text`` says how firmly the words are held.
+    """
+
+    def __init__(self, **joint: Any) -> None:
+        super().__init__(**joint)
+        if self.lora is None or not self.lora.new_rows:
+            raise ValueError("KeepWordsModule: give lora with new_rows; it is left out to compare")
+
+    def pack(self, batch: Examples) -> TrainingBatch:
+        packed = super().pack(batch)
+        return (
+            packed if not self.training else replace(packed, teaching=self._taught(packed.packed))
+        )
+
+    def _taught(self, rows: Packed) -> Teaching:
+        """What the language model says of the rows that have plain texts."""
+        network, text = self.network, OBJECTIVES.index("text")
+        numbers = (rows.objectives == text).any(1).nonzero()[:, 0]
+        tables = [field.name for field in fields(rows) if field.name != "states"]
+        some = replace(rows, **{name: getattr(rows, name)[numbers] for name in tables})
+        with torch.no_grad(), unsharded(network), without_adapter(network.transformer):
+            states = network.hidden(some)
+        share = len(numbers) / len(rows.ids)
+        self.flops += share * training_flops(network.config.transformer, self.host_rows) / 3
+        hidden = states.new_zeros(*rows.ids.shape, states.shape[-1])
+        hidden = hidden.index_copy(0, numbers, states).flatten(0, 1)
+        words = network.transformer.head[: network.vocabulary.text_size].detach()
+        return Teaching(hidden, words, 1.0, {"text": 1.0})

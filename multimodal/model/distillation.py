@@ -9,6 +9,7 @@ Shapes: R rows, L tokens of a row, N positions with a target, D width of the stu
 teacher, V vocabulary.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from multimodal.model.head_loss import SLICE
+from multimodal.model.sequences import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -25,15 +27,42 @@ class Teaching:
 
     Attributes:
         hidden: float[R * L, T], its last hidden states.
-        head: float[V, T], so that ``hidden @ head.T`` are its logits.
+        head: float[V', T], so that ``hidden @ head.T`` are its logits. Ids from V' on
+            it never says.
         temperature: at which both distributions are compared.
-        weight: of the teacher, from 0 to 1. The data have the rest.
+        weights: of the teacher in each objective, from 0 to 1. The data have the rest.
     """
 
     hidden: Tensor
     head: Tensor
     temperature: float
-    weight: float
+    weights: Mapping[str, float]
+
+
+def losses_of_taught(
+    hidden: Tensor,
+    head: Tensor,
+    teaching: Teaching,
+    positions: Tensor,
+    objectives: Tensor,
+    counts: Mapping[str, int],
+) -> Tensor:
+    """The losses of ``teacher_losses`` where the teacher has a weight, and 0 elsewhere: float32[N].
+
+    Args:
+        hidden, head: see ``teacher_losses``.
+        positions: int64[N], of the states in the rows.
+        objectives: int64[N], positions in OBJECTIVES.
+        counts: how many there are of each.
+    """
+    names = [name for name in OBJECTIVES if teaching.weights.get(name)]
+    if len(names) == len(OBJECTIVES):
+        return teacher_losses(hidden, head, teaching, positions)
+    numbers = torch.tensor([OBJECTIVES.index(name) for name in names], device=hidden.device)
+    is_taught = torch.isin(objectives, numbers)
+    taught = torch.nonzero_static(is_taught, size=sum(counts[name] for name in names))[:, 0]
+    losses = teacher_losses(hidden[taught], head, teaching, positions[taught])
+    return losses.new_zeros(len(hidden)).index_copy(0, taught, losses)
 
 
 def teacher_losses(hidden: Tensor, head: Tensor, teaching: Teaching, of_teacher: Tensor) -> Tensor:
@@ -62,5 +91,6 @@ def _divergences(
         (F.linear(states, matrix).float() / temperature).log_softmax(-1)
         for states, matrix in ((student, head), (teacher, teacher_head))
     )
+    ours = ours[:, : theirs.shape[1]]
     divergences = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
     return temperature**2 * divergences

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from multimodal.distributed import global_sum, world_size
 from multimodal.hub.names import find_model
 from multimodal.model.alignment import Alignment
-from multimodal.model.distillation import teacher_losses
+from multimodal.model.distillation import losses_of_taught
 from multimodal.model.layers.attention import Backend, attention_mask, block_mask
 from multimodal.model.layers.compiled import CompiledForward
 from multimodal.model.layers.experts import (
@@ -285,7 +285,8 @@ class MultimodalLM(nn.Module):
         groups = unknown_groups(objectives, packed.unknown.flatten()[predicted])
         states, teacher = hidden[predicted], None
         if (teaching := batch.teaching) is not None:
-            teacher = teacher_losses(states, head, teaching, predicted), teaching.weight
+            about = teaching, predicted, objectives, counts
+            teacher = losses_of_taught(states, head, *about), teaching.weights
         total, parts = token_losses(
             states,
             head,

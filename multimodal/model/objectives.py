@@ -292,7 +292,7 @@ def token_losses(
     groups: Mapping[str, Tensor] | None = None,
     label_smoothing: float = 0.0,
     smoothed_ids: int = 1,
-    teacher: tuple[Tensor, float] | None = None,
+    teacher: tuple[Tensor, Mapping[str, float]] | None = None,
     counts: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of all token losses, and its parts for the log.
@@ -306,8 +306,8 @@ def token_losses(
         groups: bool[N] by name. The mean loss over each is logged too.
         label_smoothing: the share of each target of a text that is spread over the first
             ``smoothed_ids`` ids: those that a text may have. The parts are without it.
-        teacher: float32[N], a teacher's loss at each position, and its weight from 0 to 1. The data
-            have the rest.
+        teacher: float32[N], a teacher's loss at each position, and its weight in each objective,
+            from 0 to 1. The data have the rest.
         counts: those of ``Predicted``. Without them the host waits for a GPU to count.
 
     Returns:
@@ -334,7 +334,12 @@ def token_losses(
     weights = sum((config.weight_of(name) * shares[name] for name in present), zeros)
     z_weights = config.z_loss_weight * shares.get("log_z", zeros)
     smoothing = label_smoothing * sum((means[name] for name in TEXTS), zeros)
-    of_data = weights if teacher is None else (1 - teacher[1]) * weights
+    of_teacher = zeros
+    if teacher is not None:
+        taught = [name for name in present if teacher[1].get(name)]
+        for name in taught:
+            of_teacher = of_teacher + teacher[1][name] * config.weight_of(name) * shares[name]
+    of_data = weights - of_teacher
     losses = head_losses(hidden, head, targets, of_data, z_weights, smoothing, smoothed_ids)
     parts = {name: (losses.nll * share).sum() for name, share in shares.items()}
     parts["log_z"] = (losses.log_z * shares.get("log_z", zeros)).sum()
@@ -351,7 +356,6 @@ def token_losses(
     parts["largest_logit"] = largest.max() if len(largest) else largest.new_zeros(())
     if teacher is None:
         return losses.total, parts
-    of_teacher, weight = teacher
-    for name in present:
-        parts[f"teacher/{name}"] = (of_teacher.detach() * shares[name]).sum()
-    return losses.total + weight * (weights * of_teacher).sum(), parts
+    for name in taught:
+        parts[f"teacher/{name}"] = (teacher[0].detach() * shares[name]).sum()
+    return losses.total + (of_teacher * teacher[0]).sum(), parts

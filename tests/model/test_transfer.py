@@ -17,6 +17,7 @@ from multimodal.model.stock import read_stock
 from multimodal.scenes.dataset import write_scenes
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
+from tests.launches import logged
 from tests.photos import picture
 
 TEXT = "two dogs run <think> on the <|im_end|> beach"
@@ -162,6 +163,56 @@ def test_with_an_adapter_and_new_rows_the_text_rows_stay(
     for folder in ("exported", "again/model"):
         again = load_file(tmp_path / folder / "model.safetensors")
         assert all(torch.equal(again[name], value) for name, value in after.items()), folder
+
+
+def test_a_language_model_that_learns_to_see_keeps_its_words(
+    qwen: Path, images: str, tmp_path: Path, sentences: tuple[str, ...], one_thread: None
+) -> None:
+    """Beside scenes it reads texts: it learns them, or is held to what it said of texts before."""
+    pytest.importorskip("peft")
+    write_scenes(tmp_path / "scenes", 24, 0, 32)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in sentences[1::2])
+    (tmp_path / "texts.jsonl").write_text(rows, "utf-8")
+    texts = str(tmp_path / "texts")
+    assert main(["data", "build", str(tmp_path / "texts.jsonl"), texts]) == 0
+    before = Model.new(str(qwen), TextTokenizer.load(qwen), load_image_tokenizer(images))
+    module = {
+        "text_tokenizer": str(qwen), "image_tokenizer": images, "size": str(qwen),
+        "row_length": 192, "warmup_steps": 0, "captions_in_validation": 0,
+        "drawings_in_validation": 0, "learning_rate": 0.005,
+        "objectives": {"weights": {"text": 3.0}, "alignment_weight": 0.0},
+        "lora": {"r": 4, "target": ["q_proj", "v_proj"], "new_rows": True},
+    }  # fmt: skip
+    moved = {}
+    for name in ("joint.JointModule", "distill.KeepWordsModule"):
+        config = {
+            "model": {"class_path": f"multimodal.train.{name}", "init_args": module},
+            "data": {"folders": [str(tmp_path / "scenes"), texts], "weights": [1, 1],
+                     "global_batch_size": 8, "workers": 0},
+            "trainer": {"max_steps": 20, "accelerator": "cpu", "enable_progress_bar": False,
+                        "limit_val_batches": 0, "log_every_n_steps": 1},
+        }  # fmt: skip
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+        output = tmp_path / name
+        assert main(["fit", "--config", str(tmp_path / "run.yaml"), "--output", str(output)]) == 0
+        after = load(output / "model")
+        divergences = []
+        for text in sentences[::2]:
+            ids = torch.tensor([after.text_tokenizer.encode(text)])
+            places = torch.arange(ids.shape[1])[None]
+            mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()[None, None]
+            q, p = (
+                m.network.transformer.logits(m.network.transformer(ids, places, mask))[0]
+                for m in (after, before)
+            )
+            p = p[:, : after.vocabulary.text_size].log_softmax(-1)
+            q = q.log_softmax(-1)[:, : p.shape[1]]
+            divergences.append(float((p.exp() * (p - q)).sum(-1).mean()))
+        moved[name] = sum(divergences) / len(divergences)
+        if "Keep" in name:
+            assert len(logged(output, "train/teacher/text")) == 20
+            assert not logged(output, "train/teacher/caption")
+    assert moved["distill.KeepWordsModule"] < 0.4 * moved["joint.JointModule"], moved
 
 
 def test_the_recipe_that_learns_to_see_runs(
