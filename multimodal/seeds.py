@@ -12,3 +12,8 @@ def stable_number(text: str) -> int:
 def sample_seed(seed: int, epoch: int, key: str) -> int:
     """A seed in [0, 2**63) for a sample in an epoch."""
     return stable_number(f"{seed}/{epoch}/{key}")
+
+
+def rank_seed(seed: int, step: int, rank: int) -> int:
+    """A seed in [0, 2**63) for what a rank draws from a step of a training on."""
+    return stable_number(f"rank {rank}/{seed}/{step}")

@@ -15,50 +15,83 @@ from lightning.pytorch.utilities import rank_zero_only
 from multimodal.distributed import gather_objects
 from multimodal.energy import GRAMS_PER_KWH, WATTS_PER_CORE, Energy, EnergyMeter, EnergyOptions
 from multimodal.files import atomic_file
+from multimodal.seeds import rank_seed
 from multimodal.terminal import print_status
 from multimodal.train.cost import peak_flops, peak_memory
 from multimodal.train.run.folder import archive, log_folder
+from multimodal.train.run.progress import in_bar
 
 PRINTED_NOTES = 5
 
 
 class RandomState(L.Callback):
-    """Saves the random state of this process in the checkpoint. Lightning does not."""
+    """Gives each rank random numbers of its own, and saves their states. Lightning does neither.
+
+    All ranks build the model with one seed, so that their weights are the same. Before the first
+    step all but the first get new seeds. Otherwise the dropout of all ranks would be the same.
+
+    A checkpoint has the state of every rank. A run that goes on with more ranks gives the new ones
+    a seed of that step, and one with fewer ranks leaves states out.
+    """
 
     def __init__(self) -> None:
-        self._restored: dict[str, Any] | None = None
+        self._restored: list[dict[str, Any]] = []  # by rank
 
     def state_dict(self) -> dict[str, Any]:
-        kind, keys, *rest = np.random.get_state()
-        state: dict[str, Any] = {
-            "python": random.getstate(),
-            "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-            "torch": torch.get_rng_state(),
-        }
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state_all()
-        return state
+        """All ranks have to call."""
+        first, *others = gather_objects([random_state()])
+        return {**first, "other_ranks": others} if others else first
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        version, internal, gauss = state_dict["python"]
-        kind, keys, *rest = state_dict["numpy"]
-        self._restored = {
-            **state_dict,
-            "python": (version, tuple(internal), gauss),
-            "numpy": (kind, keys.numpy().astype(np.uint32), *rest),
-        }
+        # Older checkpoints have the state of the first rank only.
+        states = [state_dict, *state_dict.get("other_ranks", ())]
+        self._restored = [loaded_random_state(state) for state in states]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Not earlier: the setup and the sanity check draw random numbers too.
-        if (state := self._restored) is None:
-            return
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
-        torch.set_rng_state(state["torch"])
-        if "cuda" in state and torch.cuda.is_available():
-            # A run may go on with fewer GPUs than it had.
-            torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
-        self._restored = None
+        rank, states = trainer.global_rank, self._restored
+        if rank < len(states):
+            set_random_state(states[rank])
+        elif rank:
+            seed = rank_seed(torch.initial_seed(), trainer.global_step, rank)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+        self._restored = []
+
+
+def random_state() -> dict[str, Any]:
+    """The random state of this process, of plain values and tensors."""
+    kind, keys, *rest = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = [torch.cuda.get_rng_state()]  # of the GPU of this rank
+    return state
+
+
+def loaded_random_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A random state of a checkpoint, as Python and NumPy take it."""
+    version, internal, gauss = state["python"]
+    kind, keys, *rest = state["numpy"]
+    return {
+        **state,
+        "python": (version, tuple(internal), gauss),
+        "numpy": (kind, keys.numpy().astype(np.uint32), *rest),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state.get("cuda") and torch.cuda.is_available():
+        # Older checkpoints have the states of all GPUs. There may be fewer GPUs now, or more.
+        number = min(torch.cuda.current_device(), len(state["cuda"]) - 1)
+        torch.cuda.set_rng_state(state["cuda"][number])
 
 
 class Throughput(L.Callback):
@@ -77,19 +110,20 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
+        bar = in_bar(trainer)
         tokens, flops = getattr(pl_module, "tokens", 0), getattr(pl_module, "flops", 0.0)
         self._steps.append((time.perf_counter(), int(tokens), float(flops)))
         if len(self._steps) > 1:
             times, counts, operations = zip(*self._steps, strict=True)
             seconds = max(times[-1] - times[0], 1e-9)
             speed = sum(counts[1:]) * trainer.world_size / seconds
-            pl_module.log("tokens/s", speed, prog_bar=True)
+            pl_module.log("tokens/s", speed, prog_bar=bar)
             if flops_per_second := sum(operations[1:]) / seconds:
                 pl_module.log("TFLOP/s", flops_per_second / 1e12)
                 on_gpu = pl_module.device.type == "cuda"
                 if on_gpu and (peak := peak_flops()):
-                    pl_module.log("MFU", flops_per_second / peak, prog_bar=True)
-        pl_module.log("memory_GB", peak_memory(), prog_bar=True)
+                    pl_module.log("MFU", flops_per_second / peak, prog_bar=bar)
+        pl_module.log("memory_GB", peak_memory(), prog_bar=bar)
 
 
 class EnergyLog(L.Callback):

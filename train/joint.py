@@ -35,6 +35,7 @@ from multimodal.train.examples import Examples, Note
 from multimodal.train.optim import can_compile, parameters_named
 from multimodal.train.preflight import check_data
 from multimodal.train.run.folder import log_folder
+from multimodal.train.run.progress import in_bar
 from multimodal.train.sharding import unsharded
 from multimodal.train.word_rows import start_rows
 
@@ -204,7 +205,8 @@ class JointModule(AdapterModule):
         codes = batch.codes
         if codes is None:
             parts = torch.split(batch.pixels(), IMAGES_AT_ONCE)
-            codes = torch.cat([encode_images(self.model, pixels) for pixels in parts]).cpu()
+            with torch.autocast(self.device.type, enabled=False):  # as a person's image is encoded
+                codes = torch.cat([encode_images(self.model, pixels) for pixels in parts]).cpu()
         return list(torch.split(codes, batch.image_counts))
 
     def init_from(self, folder: str) -> None:
@@ -280,7 +282,7 @@ class JointModule(AdapterModule):
 
     def training_step(self, batch: Examples, batch_idx: int) -> Tensor:
         loss = self.step(batch, "train")
-        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        self.log("loss", loss.detach(), prog_bar=in_bar(self.trainer), logger=False)
         return loss
 
     # --- validation ---------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from multimodal.train.run.best import BestValidation
 from multimodal.train.run.checkpoints import AtomicCheckpointIO, RunCheckpoints
 from multimodal.train.run.damage import check_checkpoint
 from multimodal.train.run.folder import RunFolder
+from multimodal.train.run.resuming import find_checkpoint
 from multimodal.train.run.writing import copied
 from tests.launches import launch, run_processes, torchrun
 
@@ -236,6 +238,48 @@ def test_a_folder_that_was_being_replaced_gets_its_name_back(
         left.rename(run.checkpoints / f".{left.name}.old")
     checkpoints.on_train_start(trainer, L.LightningModule())
     assert not list(run.checkpoints.iterdir()), "they are of a run that was removed"
+
+
+def test_a_checkpoint_that_has_lost_its_name_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """last.ckpt leads to step=8.ckpt, which was being replaced. The other is half written."""
+
+    def leave(name: str) -> tuple[RunFolder, Any]:
+        run = RunFolder(tmp_path / name)
+        for folder in ("step=4.ckpt", ".step=8.ckpt.old", ".step=8.ckpt.part"):
+            (run.checkpoints / folder).mkdir(parents=True)
+            (run.checkpoints / folder / "name").write_text(folder)
+        run.last.symlink_to("step=8.ckpt")
+        trainer = SimpleNamespace(fast_dev_run=False)
+        return run, SimpleNamespace(
+            trainer=trainer, ckpt_path="auto", init_from=None, overwrite=False, checkpoint_copy=None
+        )
+
+    def left(run: RunFolder) -> set[str]:
+        return {path.name for path in run.checkpoints.glob(".step=*")}
+
+    def assert_resumes(run: RunFolder, config: Any) -> None:
+        find_checkpoint(config, run, fit=True)
+        assert config.ckpt_path == str(run.last), "it would start a new run"
+        assert (run.last / "name").read_text() == ".step=8.ckpt.old" and not left(run)
+
+    run, config = leave("first rank")
+    with run.locked(), pytest.raises(ValueError, match="another run is writing"):
+        find_checkpoint(config, run, fit=True)
+    with pytest.raises(ValueError, match="no weights to use"):
+        find_checkpoint(SimpleNamespace(**vars(config) | {"ckpt_path": None}), run, fit=False)
+    assert left(run) == {".step=8.ckpt.old", ".step=8.ckpt.part"}, "only a training clears"
+    assert_resumes(run, config)
+    run, config = leave("another rank")
+    monkeypatch.setenv("RANK", "1")
+    first_rank = threading.Timer(0.3, writing.clear_unfinished, [run.checkpoints])
+    first_rank.start()
+    try:
+        find_checkpoint(config, run, fit=True)
+    finally:
+        first_rank.join()
+    assert config.ckpt_path == str(run.last)
 
 
 # --- copies -------------------------------------------------------------------------------------

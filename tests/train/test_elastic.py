@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from multimodal.cli import main
-from tests.launches import launch, logged
+from multimodal.train.run import resuming
+from tests.launches import launch, logged, run_processes, torchrun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +67,48 @@ def test_a_second_start_cannot_replace_the_first(
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert main([*fit(work, tmp_path), "--overwrite"]) == 1
     assert "a second start would replace" in capsys.readouterr().err
+
+
+def in_folder_of_its_rank(folder: Path) -> None:
+    """As if each rank ran on a machine with a disk of its own."""
+    os.chdir(folder / os.environ["RANK"])
+
+
+def test_ranks_that_see_different_checkpoints_do_not_train(work: Path, tmp_path: Path) -> None:
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    run = tmp_path / "0/run"
+    start = ["--trainer.max_steps", "3", "--trainer.limit_val_batches", "0"]
+    assert main([*fit(work, run), *start]) == 0
+    before = (run / "checkpoints/step=3.ckpt").read_bytes()
+    ends = run_processes(
+        fit(work, Path("run"), *TWO_RANKS, "--ckpt_path", "auto"),
+        environments=torchrun(2),
+        before=partial(in_folder_of_its_rank, tmp_path),
+    )
+    for end in ends:
+        assert end.status == 1 and "Traceback" not in end.stderr, end.stderr
+        assert "(rank 0: step=3.ckpt; rank 1: none (a new run))" in end.stderr
+        assert "--output has to be a folder that all ranks see" in end.stderr
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step=3.ckpt", "last.ckpt"}
+    assert (run / "checkpoints/step=3.ckpt").read_bytes() == before
+
+
+def test_many_ranks_with_different_checkpoints_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts is the step that a link leads to, not its name."""
+    last = tmp_path / "last.ckpt"
+    last.symlink_to("step=8.ckpt")
+    for others in ([], ["step=8.ckpt"]):
+        monkeypatch.setattr(resuming, "gather_objects", lambda own, rest=others: [*own, *rest])
+        resuming.check_same_checkpoint(str(last))
+    others = ["step=8.ckpt"] * 9 + ["step=4.ckpt"]
+    monkeypatch.setattr(resuming, "gather_objects", lambda own: [*own, *others])
+    with pytest.raises(ValueError, match="different checkpoints") as error:
+        resuming.check_same_checkpoint(str(last))
+    ranks = "(ranks 0, 1, 2, 3, 4, 5, 6, 7, ...: step=8.ckpt; rank 10: step=4.ckpt)"
+    assert ranks in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.connectors.logger_connector import result
 
 from multimodal.cli import main
 from multimodal.model.layers.transformer import SIZES
@@ -53,9 +54,67 @@ def test_the_time_that_is_left_and_numbers_are_readable() -> None:
     trainer: Any = SimpleNamespace(
         global_step=30,
         estimated_stepping_batches=float("inf"),
-        progress_bar_metrics={"loss": 2.0, "v_num": 3},
+        callback_metrics={"loss": 2.0, "train/total": 2.0},
+        progress_bar_metrics={"v_num": 3},
     )
     assert Progress(False).line(trainer) == "step 30, loss 2"
+
+
+@pytest.mark.parametrize(
+    ("bar", "seconds", "expected"), [(True, 30.0, 4), (False, 30.0, 0), (False, 2.0, 2)]
+)
+def test_numbers_are_read_only_when_they_are_printed(
+    monkeypatch: pytest.MonkeyPatch, bar: bool, seconds: float, expected: int
+) -> None:
+    """32 steps in 4 seconds. A bar has numbers in the first step, then each second."""
+
+    class Loss:
+        reads = 0
+
+        def __float__(self) -> float:
+            self.reads += 1
+            return 2.5
+
+    loss, now = Loss(), [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    trainer: Any = SimpleNamespace(
+        global_step=0, is_global_zero=True, estimated_stepping_batches=100.0,
+        callback_metrics={"loss": loss, "train/total": loss}, progress_bar_metrics={},
+    )  # fmt: skip
+    callback = Progress(bar, seconds=seconds)
+    callback.on_train_start(trainer, L.LightningModule())
+    for step in range(1, 33):
+        now[0] += 0.125
+        trainer.global_step = step
+        callback.on_train_batch_end(trainer)
+    assert loss.reads == expected
+    callback.on_train_end(trainer, L.LightningModule())
+    assert loss.reads == expected + bar, "a bar that stays has the last numbers"
+
+
+def test_a_step_of_a_run_reads_no_number(
+    work: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Lightning reads each number that is logged for a bar in each step. It has none to read."""
+    read, original = list[torch.Tensor](), result.convert_tensors_to_scalars
+
+    def note(value: torch.Tensor) -> Any:
+        read.append(value)
+        return original(value)
+
+    monkeypatch.setattr(result, "convert_tensors_to_scalars", note)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    fit = ["fit", "--config", str(work / "joint.yaml"), "--trainer.max_steps", "3"]
+    fit += ["--trainer.limit_val_batches", "0", "--output"]
+    assert main([*fit, str(tmp_path / "run")]) == 0
+    assert not read and "step 3 of 3 (100%), loss " in capsys.readouterr().err
+    bar = ["--trainer.callbacks", "lightning.pytorch.callbacks.TQDMProgressBar"]
+    bar += ["--trainer.enable_progress_bar", "true"]
+    assert main([*fit, str(tmp_path / "bar"), *bar]) == 0
+    assert len(read) >= 3 and "loss=" in capsys.readouterr().out, "a bar of Lightning has them"
 
 
 def test_help_names_the_sizes_and_the_options_of_the_model_and_the_data(

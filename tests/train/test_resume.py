@@ -1,25 +1,29 @@
 """Runs that are killed, stopped, or run out of disk, on one rank and on two. All can resume."""
 
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from multimodal.cli import main
+from multimodal.train import callbacks
 from multimodal.train.callbacks import RandomState
 from multimodal.train.joint import JointModule
 from multimodal.train.run.damage import check_checkpoint
-from tests.launches import launch, logged, run_processes
+from tests.launches import die_before, launch, logged, run_processes, torchrun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,24 +50,89 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert samples == sorted(p.name for p in (work / name / "logs").rglob("step-*"))
 
 
-def test_random_state_of_more_gpus_than_there_are_is_restored_for_those(
+def test_the_random_state_of_a_gpu_is_restored_where_there_are_fewer_gpus_or_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    callback, restored = RandomState(), list[int]()
-
-    def set_rng_state_all(states: list[int]) -> None:
-        if len(states) > 2:
-            raise IndexError("tuple index out of range")
-        restored.extend(states)
-
+    """A checkpoint has the state of the GPU in use. Older ones have those of all GPUs."""
+    callback, restored = RandomState(), list[Any]()
+    trainer: Any = SimpleNamespace(global_rank=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    callback.load_state_dict({**callback.state_dict(), "cuda": [0, 1, 2, 3]})
+    state = callback.state_dict()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_rng_state_all", set_rng_state_all)
-    trainer: Any = None
-    callback.on_train_start(trainer, L.LightningModule())
-    assert restored == [0, 1]
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: "now")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    assert callback.state_dict()["cuda"] == ["now"]
+    for device, states in ((1, ["a", "b", "c", "d"]), (3, ["a", "b"]), (2, ["now"])):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda number=device: number)
+        callback.load_state_dict({**state, "cuda": states})
+        callback.on_train_start(trainer, L.LightningModule())
+    assert restored == ["b", "b", "now"]
+
+
+def test_each_rank_goes_on_with_its_own_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On as many ranks, on more, and from a checkpoint that has the state of one rank only."""
+
+    def numbers(callback: RandomState, rank: int, step: int) -> list[float]:
+        """What a rank draws whose start has set the seed."""
+        random.seed(5)
+        np.random.seed(5)
+        torch.manual_seed(5)
+        trainer: Any = SimpleNamespace(global_rank=rank, global_step=step)
+        callback.on_train_start(trainer, L.LightningModule())
+        states.append(RandomState().state_dict())
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    def resumed(checkpoint: dict[str, Any], rank: int, step: int) -> list[float]:
+        callback = RandomState()
+        callback.load_state_dict(checkpoint)
+        return numbers(callback, rank, step)
+
+    states = list[dict[str, Any]]()
+    drawn = [numbers(RandomState(), rank, 0) for rank in range(2)]
+    assert not set(drawn[0]) & set(drawn[1]), "they differ before the first step already"
+    of_two = list(states)
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks, "gather_objects", lambda _: of_two)
+        checkpoint = RandomState().state_dict()
+    assert [resumed(checkpoint, rank, 9) for rank in range(2)] == drawn
+    new = [resumed(checkpoint, 2, 9), resumed(checkpoint, 3, 9), resumed(checkpoint, 2, 8)]
+    new.append(resumed(of_two[0], 1, 9))
+    assert len({number for each in (*drawn, *new) for number in each}) == 6 * 3
+    assert resumed(checkpoint, 2, 9) == new[0]
+
+
+def note_random_states(folder: Path, dies_at: int | None) -> None:
+    """Each rank writes its random state before each step, to the file STEP-RANK."""
+    folder.mkdir(exist_ok=True)
+    original = JointModule.training_step
+
+    def and_note(self: JointModule, batch: Any, batch_idx: int) -> Any:
+        state = torch.get_rng_state().numpy().tobytes()
+        (folder / f"{self.global_step}-{self.global_rank}").write_bytes(state)
+        return original(self, batch, batch_idx)
+
+    JointModule.training_step = and_note  # type: ignore[method-assign]
+    if dies_at is not None:
+        die_before(dies_at)
+
+
+def test_two_ranks_drop_different_units_and_resume_bit_for_bit(work: Path, tmp_path: Path) -> None:
+    fit = ["fit", "--config", str(work / "joint.yaml"), "--model.init_args.dropout", "0.2"]
+    fit += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "6"]
+    fit += ["--trainer.limit_val_batches", "0", "--output"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    resume = ["--ckpt_path", str(run / "checkpoints/last.ckpt")]
+    for command, dies_at in (([str(whole)], None), ([str(run)], 5), ([str(run), *resume], None)):
+        note = partial(note_random_states, tmp_path / f"{Path(command[0]).name}-states", dies_at)
+        ends = run_processes([*fit, *command], environments=torchrun(2), before=note)
+        assert {end.status for end in ends} == {-signal.SIGKILL if dies_at else 0}, ends
+    uninterrupted, resumed = (
+        {path.name: path.read_bytes() for path in (tmp_path / f"{name}-states").iterdir()}
+        for name in ("whole", "run")
+    )
+    assert len(uninterrupted) == len(set(uninterrupted.values())) == 12
+    assert uninterrupted == resumed
+    assert_same_weights(run, whole)
 
 
 def assert_same_weights(run: Path, other: Path) -> None:

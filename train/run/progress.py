@@ -12,12 +12,25 @@ from multimodal.terminal import print_status
 from multimodal.train.run.best import BestValidation
 
 SECONDS = 30.0  # between two lines
+BAR_SECONDS = 1.0  # between two looks at the numbers beside a bar
+# Shown while a run trains, beside what is logged with prog_bar.
+SHOWN = ("loss", "psnr", "train/variance_lost", "tokens/s", "MFU", "memory_GB")
 # Of a validation these are for the log alone.
 DIAGNOSTICS = ("grad_norm/", "reconstruct/", "largest_logit", "log_z", "packing", "caption_")
 
 
+def in_bar(trainer: L.Trainer) -> bool:
+    """``prog_bar`` of ``log`` for a number in ``SHOWN``: whether there is a bar of Lightning.
+
+    Lightning reads such a number in each step, on all ranks, and reading waits for the device.
+    """
+    return trainer.progress_bar_callback is not None
+
+
 class Progress(L.Callback):
     """Prints step, loss, tokens/s and the time that is left, and the numbers of each validation.
+
+    Numbers are on their device. They are read when they are printed: reading waits for the device.
 
     Args:
         bar: show a bar. By default if stderr is a terminal.
@@ -41,7 +54,8 @@ class Progress(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first = self._step = trainer.global_step
-        self._started = self._printed = time.monotonic()
+        self._started = time.monotonic()
+        self._printed = -math.inf if self.bar else self._started  # a bar has numbers at once
         steps = trainer.estimated_stepping_batches
         self._open(trainer, "steps", None if math.isinf(steps) else int(steps), self._first)
 
@@ -49,18 +63,28 @@ class Progress(L.Callback):
         if trainer.global_step == self._step or not trainer.is_global_zero:
             return
         done, self._step = trainer.global_step - self._step, trainer.global_step
+        waited = time.monotonic() - self._printed
         if self._bars:
+            if waited >= BAR_SECONDS:
+                self._printed = time.monotonic()
+                self._show_numbers(trainer)
             self._bars[-1].update(done)
-            shown = {n: number(v) for n, v in self._metrics(trainer).items()}
-            self._bars[-1].set_postfix(shown, refresh=False)
-        elif time.monotonic() - self._printed >= self.seconds:
+        elif waited >= self.seconds:
             self._printed = time.monotonic()
             print_status(self.line(trainer))
 
+    def _show_numbers(self, trainer: L.Trainer) -> None:
+        shown = {name: number(value) for name, value in self._metrics(trainer).items()}
+        self._bars[-1].set_postfix(shown, refresh=False)
+
     @staticmethod
     def _metrics(trainer: L.Trainer) -> dict[str, float]:
-        # Numbers of the step before: those of this step are put together after the callbacks.
-        return {n: float(v) for n, v in trainer.progress_bar_metrics.items() if "v_num" not in n}
+        """Read the numbers. This waits for the device."""
+        logged: dict[str, Any] = {
+            name: value for name, value in trainer.callback_metrics.items() if name in SHOWN
+        }
+        logged |= trainer.progress_bar_metrics
+        return {name: float(value) for name, value in logged.items() if "v_num" not in name}
 
     def line(self, trainer: L.Trainer) -> str:
         """Such as "step 120 of 1,200 (10 %), loss 3.21, 12,300 tokens/s, 7 min left"."""
@@ -78,7 +102,9 @@ class Progress(L.Callback):
             parts.append(f"{duration(seconds)} left")
         return ", ".join(parts)
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._bars:
+            self._show_numbers(trainer)
         self._close()
 
     # --- validation ---------------------------------------------------------------------------

@@ -1,15 +1,19 @@
 """From which checkpoint a run goes on: by name, by address, or because it was started again."""
 
+import time
 from pathlib import Path
 from typing import Any
 
+from multimodal.distributed import gather_objects
 from multimodal.files import address_of
 from multimodal.torchrun import is_restart, may_restart
-from multimodal.train.run.copies import CheckpointCopies
+from multimodal.train.run.copies import CheckpointCopies, alone
 from multimodal.train.run.damage import check_checkpoint
-from multimodal.train.run.folder import RunFolder
+from multimodal.train.run.folder import RunFolder, is_first_rank
+from multimodal.train.run.writing import OLD, clear_unfinished
 
 AUTO = "auto"  # the last checkpoint if there is one, else a new run
+PATIENCE = 60.0  # seconds that a rank waits until the first one has cleared the folder
 
 
 def find_checkpoint(config: Any, run: RunFolder, fit: bool) -> None:
@@ -31,6 +35,8 @@ def find_checkpoint(config: Any, run: RunFolder, fit: bool) -> None:
             f"--overwrite with --ckpt_path {AUTO} or torchrun --max-restarts: a second start "
             "would replace what the first has done; remove the folder, or give another --output"
         )
+    if fit and not config.trainer.fast_dev_run:
+        clear_before_choosing(run)
     if config.ckpt_path == AUTO or (fit and is_restart()):
         given = None if config.ckpt_path == AUTO else config.ckpt_path
         if run.last.exists():
@@ -57,3 +63,52 @@ def find_checkpoint(config: Any, run: RunFolder, fit: bool) -> None:
         config.ckpt_path = str(path)
     elif config.ckpt_path:
         check_checkpoint(Path(config.ckpt_path))
+
+
+def clear_before_choosing(run: RunFolder) -> None:
+    """Put the folder of a run that was killed in order, so that no checkpoint is missed.
+
+    If it was killed while it replaced a checkpoint, that one has another name, and ``last.ckpt``
+    may lead nowhere. The first rank clears the folder, and the others wait for it.
+
+    Raises:
+        ValueError: if another run is writing to the folder.
+    """
+    folder = run.checkpoints
+    if not is_first_rank():
+        end = time.monotonic() + PATIENCE
+        while any(folder.glob(f".step=*.ckpt{OLD}")) and time.monotonic() < end:
+            time.sleep(0.1)
+    elif any(folder.glob(".step=*.ckpt.*")):
+        # What another run writes now, or another rank fetches, looks the same.
+        with run.locked(), alone(folder):
+            clear_unfinished(folder)
+
+
+def check_same_checkpoint(path: str | None) -> None:
+    """Refuse to train if the ranks have chosen different checkpoints.
+
+    Each rank chooses in the folder that it sees, before the ranks connect. All ranks have to call,
+    after they have connected and before anything is loaded.
+
+    Args:
+        path: the checkpoint of this rank. None: it starts a new run.
+
+    Raises:
+        ValueError: on all ranks. It names what each rank has.
+    """
+    # Of last.ckpt it is the step that counts.
+    chosen = gather_objects([Path(path).resolve().name if path else "none (a new run)"])
+    if len(set(chosen)) == 1:
+        return
+    ranks_of: dict[str, list[str]] = {}
+    for rank, name in enumerate(chosen):
+        ranks_of.setdefault(name, []).append(str(rank))
+    parts = [
+        f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks[:8])}{', ...' * (len(ranks) > 8)}: {name}"
+        for name, ranks in ranks_of.items()
+    ]
+    raise ValueError(
+        f"the ranks would resume from different checkpoints ({'; '.join(parts)}): --output has to "
+        "be a folder that all ranks see; or give each machine the same file with --ckpt_path"
+    )

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from multimodal.files import atomic_file
 from multimodal.terminal import print_status
 from multimodal.train.run.folder import archive, log_folder
+from multimodal.train.run.resuming import check_same_checkpoint
 
 # The optimizer of a checkpoint has them, and they stay in force.
 RESTORED = ("learning_rate", "learning_rates", "weight_decay")
@@ -48,7 +49,11 @@ class ResumedSettings(L.Callback):
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = flatten({name: settings.get(name) for name in COMPARED})
+        self.ckpt_path: str | None = settings.get("ckpt_path")
         self._before: dict[str, str] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        check_same_checkpoint(self.ckpt_path)
 
     def state_dict(self) -> dict[str, Any]:
         return {"settings": self.settings}

@@ -28,6 +28,7 @@ from multimodal.train.adapting import LoraModule
 from multimodal.train.examples import Examples
 from multimodal.train.optim import can_compile
 from multimodal.train.run.folder import log_folder
+from multimodal.train.run.progress import in_bar
 from multimodal.train.tokenizers.auxiliary_losses import (
     Distillation,
     PatchDiscriminator,
@@ -298,7 +299,7 @@ class DetailModule(LoraModule):
         self.tokens = parts["codes"].numel()
         self.train_usage.update(parts.pop("codes"))
         self.log_dict({f"train/{k}": v.detach() for k, v in parts.items()}, batch_size=len(batch))
-        self.log("psnr", psnr(parts["mse"].detach()), prog_bar=True, logger=False)
+        self.log("psnr", psnr(parts["mse"].detach()), prog_bar=in_bar(self.trainer), logger=False)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.is_logged and (self.global_step + 1) % USAGE_EVERY < every:
             self._log_usage("train", self.train_usage)
@@ -336,9 +337,8 @@ class DetailModule(LoraModule):
         images = levels.detail_images(pixels)
         pair = torch.cat([images, levels.decode(levels.encode(pixels))])
         grid = make_grid(pair.float(), nrow=len(images))
-        for logger in self.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("val/images", grid / 2 + 0.5, self.global_step)
+        for logger in (each for each in self.loggers if isinstance(each, TensorBoardLogger)):
+            logger.experiment.add_image("val/images", grid / 2 + 0.5, self.global_step)
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = log_folder(self.trainer) / "pictures"
             folder.mkdir(parents=True, exist_ok=True)

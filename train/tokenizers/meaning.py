@@ -22,6 +22,7 @@ from multimodal.tokenizers.meaning import Meaning, MeaningConfig, round_to_half
 from multimodal.tokenizers.quantizers.quantizer import CodebookUsage, distributed
 from multimodal.train.examples import Examples
 from multimodal.train.optim import MuonModule
+from multimodal.train.run.progress import in_bar
 
 REPORT = "report.json"
 
@@ -151,7 +152,12 @@ class MeaningModule(MuonModule):
     def training_step(self, batch: Examples, batch_idx: int) -> Tensor:
         lost, codes = self.step(batch)
         self.tokens = codes.numel()
-        self.log("train/variance_lost", lost.detach(), prog_bar=True, batch_size=len(batch))
+        self.log(
+            "train/variance_lost",
+            lost.detach(),
+            prog_bar=in_bar(self.trainer),
+            batch_size=len(batch),
+        )
         return lost
 
     def on_validation_epoch_start(self) -> None:
