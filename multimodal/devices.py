@@ -5,6 +5,10 @@ Nothing here imports torch before it is needed, so that ``--help`` stays fast.
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import attrgetter
+from threading import Lock
 from typing import TYPE_CHECKING, Literal, get_args
 
 from multimodal.terminal import print_error
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
 
 DType = Literal["auto", "float32", "bfloat16"]
 DTYPES = get_args(DType)
+_FLOAT32 = ("cudnn.conv", "cuda.matmul", "mkldnn.conv", "mkldnn.matmul")  # of torch.backends
 
 
 def choose_device(device: "str | torch.device" = "auto") -> "torch.device":
@@ -103,6 +108,44 @@ def moved(tensor: "Tensor", device: "torch.device") -> "Tensor":
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Let products and convolutions of float32 use all of its bits, on any device.
+
+    Otherwise cuDNN computes convolutions in TF32, which has 10 bits of 23, and so do products if a
+    user allows it (``torch.set_float32_matmul_precision``). An image on a GPU would then have other
+    codes than on a CPU. The settings are those of the process: the last of several threads to leave
+    restores them.
+    """
+    import torch
+
+    settings = attrgetter(*_FLOAT32)(torch.backends)
+    with _full_float32.lock:
+        if _full_float32.depth == 0:
+            _full_float32.before = [each.fp32_precision for each in settings]
+            for each in settings:
+                each.fp32_precision = "ieee"
+        _full_float32.depth += 1
+    try:
+        yield
+    finally:
+        with _full_float32.lock:
+            _full_float32.depth -= 1
+            if _full_float32.depth == 0:
+                for each, precision in zip(settings, _full_float32.before, strict=True):
+                    each.fp32_precision = precision
+
+
+class _FullFloat32:
+    """How many threads are inside ``full_float32``, and the settings before them."""
+
+    def __init__(self) -> None:
+        self.lock, self.depth, self.before = Lock(), 0, list[str]()
+
+
+_full_float32 = _FullFloat32()
 
 
 def _has_bfloat16(device: "torch.device") -> bool:

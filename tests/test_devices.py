@@ -1,20 +1,27 @@
 """The device and the dtype that ``auto`` means, and what is said when memory is not enough."""
 
 import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from multimodal import devices, load
+from multimodal import Model, devices, load
 from multimodal.cli import main
 from multimodal.devices import (
     choose_device,
     choose_dtype,
+    full_float32,
     has_slow_bfloat16,
     warn_of_slow_bfloat16,
 )
+from multimodal.inference.codec import encode_as_drawn, encode_images, encode_to_read
+from multimodal.tokenizers.detail import VQTokenizer
 
 HERE = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 BEST_HERE = next((name for name, there in HERE.items() if there), "cpu")
@@ -137,3 +144,59 @@ def test_a_processor_without_instructions_for_bfloat16_is_named(
         assert has_slow_bfloat16("cpu") is slow and not has_slow_bfloat16("meta")
         warn_of_slow_bfloat16("cpu", "--precision float32")
         assert ("give --precision float32" in capsys.readouterr().err) is slow
+
+
+def precisions() -> list[str]:
+    """In which numbers torch computes float32 convolutions and products."""
+    settings = attrgetter("cudnn.conv", "cuda.matmul", "mkldnn.conv", "mkldnn.matmul")
+    return [each.fp32_precision for each in settings(torch.backends)]
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """TF32 is allowed: for convolutions by torch, for products by who trains on a GPU."""
+    cudnn, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.backends.cudnn.allow_tf32 = cudnn
+    torch.set_float32_matmul_precision(products)
+
+
+@pytest.mark.parametrize("encode", [encode_images, encode_to_read, encode_as_drawn])
+def test_images_are_encoded_in_all_bits_of_float32_whatever_is_allowed(
+    tf32: None,
+    encode: Callable[[Model, Tensor], Tensor],
+    tiny_model: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen, plain = list[list[str]](), VQTokenizer.encode
+
+    def noted(self: VQTokenizer, images: Tensor) -> Tensor:
+        seen.append(precisions())
+        return plain(self, images)
+
+    monkeypatch.setattr(VQTokenizer, "encode", noted)
+    before = precisions()
+    assert before[:2] == ["tf32", "tf32"]
+    encode(tiny_model(), torch.zeros(1, 3, 32, 32))
+    assert seen == [["ieee"] * 4] and precisions() == before
+    assert torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "high"
+
+
+def test_the_last_of_several_threads_restores_the_precision(tf32: None) -> None:
+    before, inside, leave = precisions(), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with full_float32():
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(60)
+    with full_float32():
+        leave.set()
+        thread.join()
+        assert precisions() == ["ieee"] * 4, "though the first one has left"
+    assert precisions() == before

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from multimodal.devices import full_float32
 from multimodal.provenance import Provenance
 from multimodal.tokenizers.detail import VQTokenizer
 from multimodal.tokenizers.levels import Layout
@@ -98,8 +99,9 @@ class ImageTokenizer(nn.Module):
         return self.layout.codebook_size
 
     @torch.no_grad()
+    @full_float32()
     def encode(self, images: Tensor, levels: Sequence[str] | None = None) -> Tensor:
-        """Encode images.
+        """Encode images. TF32, which torch allows on a GPU, would give other codes.
 
         Args:
             images: float[B, 3, S, S] in [-1, 1].

@@ -385,9 +385,7 @@ def encode_pictures(
     """
     device = next(tokenizer.parameters()).device
     images = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-    # Without this, a GPU computes convolutions in TF32, which is neither of the two precisions.
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    with exact, torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         return tokenizer.encode(images).cpu().numpy()
 
 

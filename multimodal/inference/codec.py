@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from multimodal.data.images import fit_image, to_tensor
+from multimodal.devices import full_float32
 from multimodal.inference.values import ImageSource, name_of, open_source
 from multimodal.memory import check_memory
 from multimodal.model.checkpoint import ModelParts
@@ -90,6 +91,7 @@ def encode_as_drawn(model: ModelParts, pixels: Tensor) -> Tensor:
     return model.image_tokenizer.encode(pixels.to(model.device), model.config.draws)
 
 
+@full_float32()
 def drawn_to_read(model: ModelParts, codes: Tensor) -> Tensor:
     """Of images that were drawn the codes that are read: int64[B, n] -> int64[B, n or fewer].
 

@@ -13,8 +13,10 @@ from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from multimodal.devices import moved
 from multimodal.inference.batch import DecodeBatch, check_length
 from multimodal.inference.codec import UNKNOWN, drawn_to_read, encode_text
 from multimodal.inference.decode import Row, decode, guide
@@ -27,6 +29,7 @@ from multimodal.tokenizers.levels import Layout, Level
 
 OnStep: TypeAlias = Callable[[Sequence[int], Tensor], object]
 DRAWINGS_AT_ONCE = 64
+SCORES_AT_ONCE = 1 << 24  # among which codes are chosen: 128 MB in float64
 Value = TypeVar("Value")
 
 
@@ -262,7 +265,7 @@ def _draw_masked(
 
     Each step draws some codes. How many is given by the cosine schedule. Which ones does not depend
     on the model's confidence, or even backgrounds would always come first: they are spread over the
-    image (``spread_order``).
+    image (``spread_order``). So the host knows the places, and codes and scores stay on the device.
 
     Args:
         level: what to draw. The levels that are drawn before it are known and come after the
@@ -274,38 +277,33 @@ def _draw_masked(
     Returns:
         int64[B, n], without UNKNOWN in this level.
     """
-    layout, start = model.config.layout, model.vocabulary.image_start
-    span, numbers_of_level = layout.span(level.name), layout.numbers(level.name)
-    codes = image[:, span]
-    count, n = codes.shape
-    if not (codes == UNKNOWN).any():
+    layout, draws, device = model.config.layout, model.config.draws, model.device
+    start, span = model.vocabulary.image_start, layout.span(level.name)
+    numbers_of_level = layout.numbers(level.name)
+    known = image[:, span] != UNKNOWN
+    if known.all():
         return image
+    codes, (count, n) = moved(image[:, span], device), known.shape
     copies, order = len(prompts[0]), spread_order(level.grid)
     order = (order[:, None] * level.groups + torch.arange(level.groups)).flatten()
     # All conditional prompts come first. They are read once, into the cache.
-    places = layout.indices(model.config.draws)
-    before = (
-        image[:, places[: layout.span(level.name, model.config.draws).start]] + start
-    ).tolist()
-    batch = DecodeBatch(
-        model.network,
-        [
-            [*each[i], *ids]
-            for i in range(copies)
-            for each, ids in zip(prompts, before, strict=True)
-        ],
-        n,
-    )
+    places = layout.indices(draws)[: layout.span(level.name, draws).start]
+    pairs = list(zip(prompts, (image[:, places] + start).tolist(), strict=True))
+    read = [[*each[i], *before] for i in range(copies) for each, before in pairs]
+    batch = DecodeBatch(model.network, read, n)
     code_ids = slice(start + numbers_of_level.start, start + numbers_of_level.stop)
-    group_of = torch.arange(n) % level.groups
+    group_of_number = moved(torch.arange(level.numbers) // level.codebook_size, device)
 
     def whole(codes: Tensor) -> Tensor:
-        return torch.cat([image[:, : span.start], codes, image[:, span.stop :]], 1)
+        return torch.cat([image[:, : span.start], codes.cpu(), image[:, span.stop :]], 1)
 
-    def logits_of(to_predict: Tensor, codes: Tensor, progress: float) -> Tensor:
-        """Guided scores of some UNKNOWN codes, image by image.
+    def filled(places: Tensor, chosen: Tensor) -> Tensor:
+        """The codes, with those that were chosen for some places: bool[B, n], image by image."""
+        index = moved(places.flatten().nonzero()[:, 0], device)
+        return codes.flatten().scatter(0, index, chosen + numbers_of_level.start).view(count, n)
 
-        float32[predicted codes, numbers of the level]
+    def logits_of(to_predict: Tensor, progress: float) -> Tensor:
+        """Guided scores of some UNKNOWN codes, image by image: float32[codes, numbers of level].
 
         Only they and the known codes are read. A mask that is not predicted would say nothing.
 
@@ -313,32 +311,29 @@ def _draw_masked(
             to_predict: bool[B, n].
             progress: of the guidance, in [0, 1].
         """
-        known = codes != UNKNOWN
-        needed = to_predict | known
+        needed, counts = to_predict | known, to_predict.sum(1)
         # Codes to predict come first, then the known ones.
         index = (2 * to_predict.int() + known.int()).argsort(dim=-1, descending=True, stable=True)
         index = index[:, : int(needed.sum(1).max())]
-        ids = torch.where(known, codes + start, model.vocabulary.mask)
-        block = ids.gather(1, index), index, needed.gather(1, index)
-        block_ids, positions, valid = (x.repeat(copies, 1).to(model.device) for x in block)
-        counts = to_predict.sum(1)
-        hidden = batch.forward_block(block_ids, positions, valid, int(counts.max()))
-        predicted = (torch.arange(hidden.shape[1]) < counts[:, None]).repeat(copies, 1)
-        hidden = hidden[predicted.to(model.device)]
-        logits = model.network.transformer.logits(hidden, code_ids)
+        queries = int(counts.max())
+        predicted = (torch.arange(queries) < counts[:, None]).repeat(copies, 1).flatten()
+        rows = moved(predicted.nonzero()[:, 0], device)
+        block = index, needed.gather(1, index), known.gather(1, index)
+        positions, valid, is_known = (moved(x, device) for x in block)
+        ids = torch.where(is_known, codes.gather(1, positions) + start, model.vocabulary.mask)
+        ids, positions, valid = (x.repeat(copies, 1) for x in (ids, positions, valid))
+        hidden = batch.forward_block(ids, positions, valid, queries)
+        logits = model.network.transformer.logits(hidden.flatten(0, 1)[rows], code_ids)
         if copies > 1:
             conditional, unconditional = logits.chunk(2)
             logits = guide(conditional, unconditional, guidance_scale_at(options, progress))
-        logits = logits.cpu()
         if level.groups > 1:  # a place takes the codes of its group
-            groups = group_of.expand(count, -1)[to_predict]
-            of_group = torch.arange(level.numbers) // level.codebook_size
-            logits = logits.masked_fill(groups[:, None] != of_group, -torch.inf)
+            groups = moved((torch.arange(n) % level.groups).expand(count, -1)[to_predict], device)
+            logits = logits.masked_fill(groups[:, None] != group_of_number, -torch.inf)
         return logits
 
-    to_draw = (codes == UNKNOWN).sum(1)
+    to_draw = (~known).sum(1)
     for step in range(options.steps):
-        known = codes != UNKNOWN
         if known.all():  # each step draws one code at least
             break
         angle = torch.tensor((step + 1) / options.steps * torch.pi / 2)
@@ -352,20 +347,32 @@ def _draw_masked(
         fresh = (rank < (n - remaining)[:, None]) & ~known
         progress = step / max(1, options.steps - 1)
         if fresh.any():  # with fewer codes than steps the last steps have nothing to draw
-            logits = torch.split(logits_of(fresh, codes, progress), fresh.sum(1).tolist())
-            chosen = [
-                choose(scores[None], options, [generator])[0]
-                for scores, generator in zip(logits, dice, strict=True)
-            ]
-            codes = codes.masked_scatter(fresh, torch.cat(chosen) + numbers_of_level.start)
+            logits = logits_of(fresh, progress)
+            codes = filled(fresh, _choose_codes(logits, fresh.sum(1).tolist(), options, dice))
+            known = known | fresh
         if on_step is not None and level == layout.levels[-1]:  # before it there are no pixels
-            undrawn, shown = codes == UNKNOWN, codes
-            if undrawn.any():
-                likeliest = logits_of(undrawn, codes, progress).argmax(-1)
-                shown = codes.masked_scatter(undrawn, likeliest + numbers_of_level.start)
+            shown = codes if known.all() else filled(~known, logits_of(~known, progress).argmax(-1))
             on_step(numbers, whole(shown))
         yield
     return whole(codes)
+
+
+def _choose_codes(
+    logits: Tensor, counts: list[int], options: EditOptions, dice: Sequence[torch.Generator]
+) -> Tensor:
+    """``choose`` for so many codes of each image, where the logits are: float[N, V] -> int64[N].
+
+    Images with equally many codes go together, for each call makes the host wait for a GPU.
+    """
+    given = logits.cpu() if logits.device.type == "mps" else logits  # mps has no float64
+    size = max(1, SCORES_AT_ONCE // (counts[0] * logits.shape[1])) if len(set(counts)) == 1 else 1
+    parts = [slice(at, at + size) for at in range(0, len(counts), size)]
+    sizes = [sum(counts[part]) for part in parts]
+    chosen = [
+        choose(rearrange(scores, "(b n) v -> b n v", b=len(some)), options, some).flatten()
+        for scores, some in zip(torch.split(given, sizes), [dice[p] for p in parts], strict=True)
+    ]
+    return torch.cat(chosen).to(logits.device)
 
 
 def spread_order(side: int) -> Tensor:

@@ -20,7 +20,7 @@ from multimodal.data.jobs import job_folder
 from multimodal.data.parallel import Engine, map_units
 from multimodal.data.shards import Shards, read_manifest
 from multimodal.files import atomic_file, local_path
-from multimodal.inference.codec import encode_images, read_images
+from multimodal.inference.codec import check_pixels, encode_to_read, read_images
 from multimodal.inference.embedding import embed_codes
 from multimodal.inference.text import best_captions
 from multimodal.model.checkpoint import ModelParts
@@ -181,18 +181,25 @@ def _results(model: ModelParts, shard: ShardTask) -> tuple[list[dict[str, Any]],
     lines: list[dict[str, Any]] = []
     codes: list[Tensor] = []
     readable: list[int] = []  # the numbers of the samples that have codes
-    for number in range(len(samples)):
-        sample = samples[number]
-        lines.append({"key": sample.key})
-        try:
-            if samples.encoding is not None:
-                codes.append(torch.from_numpy(sample.codes[:1]).flatten(1))
-            else:
-                pixels = read_images(model, [sample.image], [sample.key])
-                codes.append(encode_images(model, pixels))
-            readable.append(number)
-        except ValueError as error:
-            lines[-1]["error"] = str(error)
+    for start in range(0, len(samples), job.batch_size):
+        part = range(start, min(start + job.batch_size, len(samples)))
+        if samples.encoding is None:
+            check_pixels(model, len(part))
+        batch: list[Tensor] = []  # the codes, or the pixels, of each sample
+        for number in part:
+            sample = samples[number]
+            lines.append({"key": sample.key})
+            try:
+                if samples.encoding is not None:
+                    batch.append(torch.from_numpy(sample.codes[:1]).flatten(1))
+                else:
+                    batch.append(read_images(model, [sample.image], [sample.key]))
+                readable.append(number)
+            except ValueError as error:
+                lines[-1]["error"] = str(error)
+        if batch:
+            together = torch.cat(batch)
+            codes.append(encode_to_read(model, together) if samples.encoding is None else together)
     all_codes = torch.cat(codes) if codes else torch.zeros(0, 0, dtype=torch.int64)
     if job.kind == "embed":
         for row, number in enumerate(readable):

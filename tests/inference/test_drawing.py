@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from multimodal.api import Model
+from multimodal.inference.batch import DecodeBatch
 from multimodal.inference.codec import UNKNOWN, decode_images
 from multimodal.inference.drawing import draw_codes, spread_order
 from multimodal.inference.likelihoods import text_likelihoods
@@ -169,6 +172,62 @@ def test_watching_a_drawing_does_not_change_it(model: Model) -> None:
         alone = draw_codes(model, [text], options, known=known[row : row + 1], numbers=[row])
         assert torch.equal(alone[0], codes[row])
     assert (seen[0] != UNKNOWN).all(), "undrawn codes are shown as their argmax"
+
+
+class Asked(TorchFunctionMode):
+    """Notes what the host asks of tensors that are marked ``there``, and of what comes of them.
+
+    A host has to wait for a GPU to answer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name, result = getattr(func, "__name__", ""), func(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if not any(getattr(x, "there", False) for x in given):
+            return result
+        masked = name == "__getitem__" and any(x.dtype == torch.bool for x in given)
+        if masked or name in ("__bool__", "cpu", "item", "nonzero", "numpy", "tolist"):
+            self.names.append(name)
+        if name == "cpu":
+            return result.clone()
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                x.there = True  # type: ignore[attr-defined]
+        return result
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_scores_stay_on_a_device_and_the_host_waits_once_a_step_at_most(
+    model: Model, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """The one question of a step is whether the scores are numbers. At the end it takes codes."""
+    forward = DecodeBatch.forward_block
+
+    def there(*arguments: Any) -> Tensor:
+        hidden = forward(*arguments)
+        hidden.there = True  # type: ignore[attr-defined]
+        return hidden
+
+    monkeypatch.setattr(DecodeBatch, "forward_block", there)
+    with Asked() as asked:
+        draw_codes(model, TEXTS, replace(MASKED, steps=5, temperature=temperature))
+    assert asked.names == [*["__bool__"] * (5 if temperature else 0), "cpu"]
+
+
+def test_drawings_that_are_chosen_together_are_those_of_each_alone(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(MASKED, steps=4, temperature=1.0)
+    together = draw_codes(model, TEXTS * 3, options)
+    monkeypatch.setattr("multimodal.inference.drawing.SCORES_AT_ONCE", 1)
+    assert torch.equal(draw_codes(model, TEXTS * 3, options), together)
+    assert len(set(map(str, together.tolist()))) == 6
 
 
 @pytest.mark.parametrize("side", [1, 4, 8, 14, 32])

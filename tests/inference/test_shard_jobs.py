@@ -1,16 +1,19 @@
 """Captions and embeddings of shard folders: those of the images, whoever does them, done once."""
 
 import json
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from multimodal import load
 from multimodal.cli import main
 from multimodal.data.encode import Encoding, encode_shards
 from multimodal.data.shards import Shards, index_shard, write_manifest, write_tar
+from multimodal.tokenizers.image import ImageTokenizer
 
 RAY = pytest.param(("--workers", "2", "--engine", "ray"), marks=pytest.mark.slow)
 ENGINES = (("--workers", "2"), RAY)
@@ -66,6 +69,27 @@ def test_captions_are_those_of_the_images(
     expected = load(tiny_model_folder).caption(images, max_tokens=6)
     assert [line["caption"] for line in found if "error" not in line] == expected
     assert json.loads((captions / "job.json").read_text())["max_tokens"] == 6
+
+
+def test_images_are_encoded_in_batches_and_written_as_if_alone(
+    source: Path, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [sample for number, sample in enumerate(Shards(source)) if number != 6]
+    model = load(tiny_model_folder)
+    alone = [model.caption(sample.image, max_tokens=6) for sample in samples]
+    sizes, encode = list[int](), ImageTokenizer.encode
+
+    def counted(
+        self: ImageTokenizer, images: Tensor, levels: Sequence[str] | None = None
+    ) -> Tensor:
+        sizes.append(len(images))
+        return encode(self, images, levels)
+
+    monkeypatch.setattr(ImageTokenizer, "encode", counted)
+    assert run("caption", tiny_model_folder, source, tmp_path / "out", "--max-tokens", "6") == 1
+    found = [line["caption"] for line in lines(tmp_path / "out") if "error" not in line]
+    assert found == alone
+    assert sizes == [3, 1, 2, 1, 3, 1], "four images a shard, three at a time; one is none"
 
 
 @pytest.mark.parametrize("options", ENGINES)
