@@ -10,14 +10,15 @@ weights exported, behind benchmarks/peers/transformers_server.py, answer the sam
 
 The three take turns: a part of the requests each, --rounds times, so that a machine that is slower
 for a while is slower for all. A round is ten requests of each client: the batch fills at its start
-and drains at its end, and neither is what a server under load does. The last line is JSON: captions
-a second of all three, the medians and 99th percentiles of the seconds to the first token and to the
-end, and ratios: the median of those of the rounds, and all of them. --out writes it to a file.
+and drains at its end, and neither is what a server under load does. The clients share the processor
+with the servers, so they note what comes and when, and read it after the round. The last line is
+JSON: captions a second of all three, the medians and 99th percentiles of the seconds to the first
+token and to the end, and ratios: the median of those of the rounds, and all of them. --out writes
+it to a file.
 """
 
 import argparse
 import base64
-import http.client
 import io
 import json
 import os
@@ -26,11 +27,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +44,12 @@ from multimodal.export.hf import export_hf
 from multimodal.files import write_json
 
 TOKENS = 32
+HEAD = """POST /v1/chat/completions HTTP/1.1\r
+Host: 127.0.0.1\r
+Content-Type: application/json\r
+Content-Length: {}\r
+\r
+"""
 
 
 def request_of(number: int) -> bytes:
@@ -57,24 +67,40 @@ def request_of(number: int) -> bytes:
     return json.dumps(body).encode()
 
 
-def ask(port: int, body: bytes) -> tuple[str, float, float]:
+class Client:
+    """One connection that stays open. It computes nothing while others are served."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=600)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def ask(self, body: bytes) -> list[tuple[float, bytes]]:
+        """What came, and the seconds to it from the request on."""
+        start, received = time.perf_counter(), list[tuple[float, bytes]]()
+        self._socket.sendall(HEAD.format(len(body)).encode("ascii") + body)
+        while not received or not received[-1][1].endswith(b"0\r\n\r\n"):
+            data = self._socket.recv(65536)
+            received.append((time.perf_counter() - start, data))
+            if not data or not received[0][1].startswith(b"HTTP/1.1 200"):
+                raise SystemExit(f"a request failed: {received[0][1][:300]!r}")
+        return received
+
+
+def read_answer(received: Sequence[tuple[float, bytes]]) -> tuple[str, float, float]:
     """The text, and the seconds to its first token and to its end."""
-    start, first, text = time.perf_counter(), 0.0, ""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    if answer.status != 200:
-        raise SystemExit(f"status {answer.status}: {answer.read()[:300]!r}")
-    for line in answer:
-        if not line.startswith(b"data: {"):
-            continue
-        for choice in json.loads(line[6:])["choices"]:
-            if piece := choice["delta"].get("content"):
-                first = first or time.perf_counter() - start
-                text += piece
-    connection.close()
-    end = time.perf_counter() - start
-    return text, first or end, end
+    answer = b"".join(data for _, data in received)
+    ends = list(accumulate(len(data) for _, data in received))
+    place, text, first = answer.index(b"\r\n\r\n") + 4, "", 0.0
+    while size := int(answer[place : (line := answer.index(b"\r\n", place))], 16):
+        chunk, place = answer[line + 2 : line + 2 + size], line + 2 + size + 2
+        for event in chunk.split(b"\n\n"):
+            if not event.startswith(b"data: {"):
+                continue
+            for choice in json.loads(event[6:])["choices"]:
+                if piece := choice["delta"].get("content"):
+                    first = first or received[bisect_left(ends, place - 2)][0]
+                    text += piece
+    return text, first or received[-1][0], received[-1][0]
 
 
 @dataclass
@@ -89,10 +115,18 @@ class Side:
     rates: list[float] = field(default_factory=list)  # captions a second of each round
 
     def measure(self, bodies: Sequence[bytes]) -> None:
+        mine = threading.local()
+
+        def ask(body: bytes) -> list[tuple[float, bytes]]:
+            if not hasattr(mine, "client"):
+                mine.client = Client(self.port)
+            return mine.client.ask(body)
+
         start = time.perf_counter()
         with ThreadPoolExecutor(self.clients) as pool:
-            results = list(pool.map(lambda body: ask(self.port, body), bodies))
+            answers = list(pool.map(ask, bodies))
         self.rates.append(len(bodies) / (time.perf_counter() - start))
+        results = list(map(read_answer, answers))
         self.texts += [text for text, _, _ in results]
         self.firsts += [first for _, first, _ in results]
         self.wholes += [whole for _, _, whole in results]

@@ -23,11 +23,11 @@ from multimodal.model.layers.attention import (
 )
 from multimodal.model.layers.compiled import ROOM_MULTIPLE
 from multimodal.model.layers.mlp import MAX_STATIC_ROWS
-from multimodal.model.layers.prefixes import Piece, PrefixCache, key_after
+from multimodal.model.layers.prefixes import MIN_SHARED, PrefixCache
+from multimodal.model.layers.reading import read_prompts
 from multimodal.model.layers.transformer import ALL
 from multimodal.model.network import MultimodalLM
 
-MIN_SHARED = 16  # tokens of a common beginning that are worth a pass of their own
 GROWTH = 64  # tokens that a full cache grows by
 COLUMN_MULTIPLE = 16  # of exact rows: keys that are not visible then fill whole vectors of a CPU
 
@@ -116,11 +116,9 @@ class DecodeBatch:
         capacity = self._capacity(longest + new_tokens)
         self.cache = self._empty_cache(len(prompts), capacity)
         if exact:
-            several = [
-                self._read_pieces(pieces_of(list(prompt), ends), self.cache.row(number))
-                for (prompt, ends), number in number_of.items()
-            ]
-            self.hidden = torch.cat(several)
+            pieces = [pieces_of(list(prompt), ends) for prompt, ends in number_of]
+            caches = [self.cache.row(number) for number in number_of.values()]
+            self.hidden = read_prompts(network, pieces, caches, self._prefixes, _exact_rows(1))
         else:
             self.hidden = self._read(prompts, self.cache)
         self._set_lengths(list(map(len, prompts)))
@@ -164,22 +162,6 @@ class DecodeBatch:
         self._read_on(ids, cache)
         into.put(slice(None), 0, *cache.columns(slice(len(ids))))
         into.length = len(ids)
-
-    def _read_pieces(self, pieces: Sequence[list[int]], cache: KVCache) -> Tensor:
-        """Read a prompt into a cache of one row, but for pieces that are kept: float[1, D]."""
-        key = b""
-        for ids in pieces:
-            key = key_after(key, ids)
-            worth = len(ids) >= MIN_SHARED
-            kept = self._prefixes.find((self.network, key), len(ids)) if worth else None
-            if kept is not None:
-                kept.put_into(cache)
-                hidden = kept.hidden
-                continue
-            hidden = self._read_on(ids, cache)
-            if worth:
-                self._prefixes.add((self.network, key), Piece.last_of(cache, len(ids), hidden))
-        return hidden
 
     def _read_on(self, ids: list[int], cache: KVCache) -> Tensor:
         """Read tokens after those in a cache of one row: the state of the last one, float[1, D]."""

@@ -78,6 +78,16 @@ class Row(ABC):
         """
 
 
+@dataclass(frozen=True)
+class Joining:
+    """Rows that join, and how their tokens are chosen: the arguments of ``Decoder.join``."""
+
+    rows: Sequence[Row]
+    sampling: Sampling
+    repetition_penalty: float = 1.0
+    log_probabilities: bool = False
+
+
 @dataclass(eq=False)
 class _Member:
     """A row in the batch.
@@ -127,7 +137,6 @@ class Decoder:
         """The rows that are being decoded."""
         return [member.row for member in self._members]
 
-    @torch.inference_mode()
     def join(
         self,
         rows: Sequence[Row],
@@ -145,6 +154,14 @@ class Decoder:
         Raises:
             ValueError: if they do not fit into the model or the memory. Then none of them joins.
         """
+        self.join_together([Joining(rows, sampling, repetition_penalty, log_probabilities)])
+
+    @torch.inference_mode()
+    def join_together(self, several: Sequence["Joining"]) -> None:
+        """As ``join``, for rows whose tokens are chosen in several ways: all prompts are read at
+        once.
+        """
+        rows = [row for part in several for row in part.rows]
         new_tokens = max(row.max_new_tokens for row in rows)
         prompts, ends = list[list[int]](), list[Sequence[int]]()
         for row in rows:
@@ -157,12 +174,13 @@ class Decoder:
         else:
             start = len(self._batch.hidden)
             self._batch.join(joining, new_tokens)
-        dice = generators(sampling, [row.number for row in rows])
-        for row, each in zip(rows, dice, strict=True):
-            slots = list(range(start, start + len(row.prompts)))
-            member = _Member(row, sampling, repetition_penalty, log_probabilities, each, slots)
-            self._members.append(member)
-            start += len(slots)
+        for part in several:
+            how = part.sampling, part.repetition_penalty, part.log_probabilities
+            dice = generators(part.sampling, [row.number for row in part.rows])
+            for row, each in zip(part.rows, dice, strict=True):
+                slots = list(range(start, start + len(row.prompts)))
+                self._members.append(_Member(row, *how, each, slots))
+                start += len(slots)
         self._regroup()
 
     @torch.inference_mode()

@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from multimodal.model.head_loss import SLICE
 from multimodal.model.sequences import OBJECTIVES
 
+MULTIPLE = 64  # to which positions are padded: each new size takes memory that others do not fit
+
 
 @dataclass(frozen=True)
 class Teaching:
@@ -60,9 +62,11 @@ def losses_of_taught(
         return teacher_losses(hidden, head, teaching, positions)
     numbers = torch.tensor([OBJECTIVES.index(name) for name in names], device=hidden.device)
     is_taught = torch.isin(objectives, numbers)
-    taught = torch.nonzero_static(is_taught, size=sum(counts[name] for name in names))[:, 0]
-    losses = teacher_losses(hidden[taught], head, teaching, positions[taught])
-    return losses.new_zeros(len(hidden)).index_copy(0, taught, losses)
+    count = sum(counts[name] for name in names)
+    size = -(-count // MULTIPLE) * MULTIPLE
+    taught = torch.nonzero_static(is_taught, size=size, fill_value=0)[:, 0]
+    losses = teacher_losses(hidden[taught], head, teaching, positions[taught])[:count]
+    return losses.new_zeros(len(hidden)).index_copy(0, taught[:count], losses)
 
 
 def teacher_losses(hidden: Tensor, head: Tensor, teaching: Teaching, of_teacher: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Exact rows: not one bit of a row depends on the rows beside it."""
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 
 from multimodal.api import Model
-from multimodal.inference.decode import Decoder, Row
+from multimodal.inference.decode import Decoder, Joining, Row
 from multimodal.inference.drawing import ImageRow, guided_prompts
 from multimodal.inference.mixed import Grammar, MixedRow
+from multimodal.model.layers.prefixes import PrefixCache
 from multimodal.options import EditOptions, TextOptions
 from tests.prompts import prompts_of
 
@@ -124,3 +126,49 @@ def test_a_member_that_leaves_early_and_one_that_cannot_join_change_nothing(
     assert decoder.rows == [row]
     finish(decoder)
     assert numbers_of(row) == numbers_of(alone)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kept", [0, 1 << 24])
+def test_prompts_that_are_read_together_have_the_bits_that_they_have_alone(
+    tiny_model: Make, threads: int, kept: int
+) -> None:
+    """The matrices are the starter's in size. Some begin alike, and one pass does not hold all."""
+    small, before = tiny_model(), torch.get_num_threads()
+    parts = small.text_tokenizer, small.image_tokenizer, small.config.objectives
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Model.new("mini", *parts)
+    dice = random.Random(0)
+    lengths = [1, 7, 8, 9, 17, 50, 51, 64, 90, 120, 200, 700, 30]
+    prompts = [[dice.randrange(2, 200) for _ in range(length)] for length in lengths]
+    prompts += [prompts[9][:40] + prompts[5], prompts[9][:40] + prompts[6], prompts[5]]
+    ends = [[len(prompt) // 2] for prompt in prompts[:13]] + [[40], [40, 60], [20]]
+
+    def rows_of(numbers: range) -> list[Scored]:
+        rows = [texts(model, [prompts[number]], HOT)[0] for number in numbers]
+        for row, number in zip(rows, numbers, strict=True):
+            row.ends = ends[number]
+        return rows
+
+    torch.set_num_threads(threads)
+    try:
+        alone = [rows_of(range(number, number + 1))[0] for number in range(len(prompts))]
+        for row in alone:
+            decoder = Decoder(model.network, exact=True)
+            decoder.join([row], HOT, log_probabilities=True)
+            finish(decoder)
+        together, prefixes = rows_of(range(len(prompts))), PrefixCache(kept)
+        decoder = Decoder(model.network, exact=True, prefixes=prefixes)
+        cold = TextOptions(temperature=0.0, max_tokens=9)
+        decoder.join_together([
+            Joining(together[:6], HOT, log_probabilities=True),
+            Joining(texts(model, prompts[3:5], cold), cold),
+            Joining(together[6:], HOT, log_probabilities=True),
+        ])  # fmt: skip
+        finish(decoder)
+    finally:
+        torch.set_num_threads(before)
+    for row, same in zip(together, alone, strict=True):
+        assert numbers_of(row) == numbers_of(same)
+    assert (prefixes.hits > 0) == bool(kept)

@@ -16,6 +16,7 @@ import pytest
 
 from multimodal.api import Model
 from multimodal.inference.decode import Row
+from multimodal.model.layers.graphs import Run, StepGraphs
 from multimodal.options import TextOptions
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.scheduler import Decoding, Job, Scheduler, Steps
@@ -176,6 +177,34 @@ def test_many_rows_of_one_request_do_not_keep_others_out(ends: Ends) -> None:
     ends.submit("one", ends.decoding([Counting(0, 10)]))
     wait_for(lambda: len(ends.results) == 2)
     assert ends.order == ["one", "many"] and ends.results["many"] == [10] * 12
+
+
+def test_a_network_with_graphs_plays_them_and_says_what_is_not_kept(
+    tiny_model: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU, but that steps are not recorded. Without graphs beginnings are kept."""
+    recorded = list[Run]()
+
+    def record(run: Run) -> Run:
+        recorded.append(run)
+        return run
+
+    def tokens(model: Model) -> tuple[list[list[int]], int]:
+        ends = Ends(model, rows=4, prefix_bytes=1 << 20)
+        rows = [Counting(n, 10 + n) for n in range(3)]
+        for number, row in enumerate(rows):
+            row.prompts, row.ends = [[*range(5, 45), number]], [40]
+            ends.submit(str(number), ends.decoding([row]))
+        wait_for(lambda: len(ends.results) == 3)
+        ends.scheduler.stop(0)
+        return [row.generated for row in rows], ends.scheduler.prefixes.hits
+
+    plain, graphed = tiny_model(noise=0.1), tiny_model(noise=0.1)
+    graphed.network.graphs = StepGraphs(record)
+    expected, hits = tokens(plain)
+    assert hits == 2 and "not kept" not in caplog.text
+    assert tokens(graphed) == (expected, 0)
+    assert recorded and caplog.text.count("beginnings of prompts are not kept") == 1
 
 
 def test_an_error_ends_its_own_request(ends: Ends) -> None:

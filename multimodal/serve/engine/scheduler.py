@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from multimodal.inference.decode import Decoder, Row
+from multimodal.inference.decode import Decoder, Joining, Row
 from multimodal.model.layers.prefixes import PrefixCache
 from multimodal.model.network import MultimodalLM
 from multimodal.options import Sampling
@@ -100,6 +100,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._stopping = self._stopped = False
         self._seconds = 1.0  # that a request takes, a moving average
+        self._warned = False  # that prefixes are not kept
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -260,20 +261,53 @@ class Scheduler:
             chosen[job].append(job.waiting[len(chosen[job])])
             long += bool(job.decoding and job.decoding.long)
             room -= 1
+        joining: dict[MultimodalLM, dict[Job, list[Row]]] = {}
         for job, rows in chosen.items():
+            if rows and job.decoding is not None:
+                joining.setdefault(job.decoding.network, {})[job] = rows
+        for network, several in joining.items():
+            if not self._join(network, several):
+                # One of them does not fit. Alone each of them joins, or ends with its own error.
+                for job, rows in several.items():
+                    self._join(network, {job: rows}, ends=True)
+
+    def _join(
+        self, network: MultimodalLM, several: dict[Job, list[Row]], ends: bool = False
+    ) -> bool:
+        """Let rows into the batch of a network. All of their prompts are read together.
+
+        Args:
+            ends: whether requests end with the error.
+        """
+        decoder = self._decoders.get(network) or self._new_decoder(network)
+        parts = []
+        for job, rows in several.items():
             how = job.decoding
-            if not rows or how is None:
-                continue
-            decoder = self._decoders.get(how.network)
-            decoder = decoder or Decoder(how.network, exact=True, prefixes=self.prefixes)
-            try:
-                decoder.join(rows, how.sampling, how.repetition_penalty, how.log_probabilities)
-            except Exception as error:
+            assert how is not None, "it has rows that wait"
+            parts.append(Joining(rows, how.sampling, how.repetition_penalty, how.log_probabilities))
+        try:
+            decoder.join_together(parts)
+        except Exception as error:
+            for job in several if ends else ():
                 self._end(job, error)
-            else:
-                self._decoders[how.network] = decoder
-                job.waiting = job.waiting[len(rows) :]
-                job.running += rows
+            return False
+        self._decoders[network] = decoder
+        for job, rows in several.items():
+            job.waiting = job.waiting[len(rows) :]
+            job.running += rows
+        return True
+
+    def _new_decoder(self, network: MultimodalLM) -> Decoder:
+        """A decoder without rows. It plays the CUDA graphs of a network that has them.
+
+        Exact rows are read and stepped without graphs, and no GPU makes their bits equal. But only
+        exact rows read prompts in pieces that ``prefixes`` keeps (docs/guides/serving.md).
+        """
+        exact = network.graphs is None
+        if not exact and self.prefixes.max_bytes and not self._warned:
+            self._warned = True
+            log.warning("CUDA graphs: beginnings of prompts are not kept, prefix_bytes is not used")
+        return Decoder(network, exact, self.prefixes)
 
     def _decode(self, network: MultimodalLM) -> None:
         """Decode one token of each row of a network. Without rows, it needs no decoder."""
