@@ -125,9 +125,10 @@ def compare(arguments: argparse.Namespace) -> int:
     total = len(images) * len(tokenizers)
     with tqdm(total=total, desc="reconstructions", unit="image", disable=None) as progress:
         for name, tokenizer in tokenizers.items():
-            scores, reconstructions = score_tokenizer(
+            measured, reconstructions = score_tokenizer(
                 tokenizer, images, features, arguments.batch_size, SHOWN, progress.update, side
             )
+            scores = measured.compute()
             rows.append({"tokenizer": name, **describe(tokenizer, side), **scores})
             pictures.append(reconstructions)
     times = time_tokenizers(tokenizers, images[: arguments.batch_size])

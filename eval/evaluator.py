@@ -25,6 +25,7 @@ from multimodal.data.shards import Shards, splits_of
 from multimodal.distributed import gather_objects, rank, world_size
 from multimodal.energy import EnergyOptions
 from multimodal.eval.metrics.clip_score import ClipScore
+from multimodal.eval.metrics.proportions import Cases
 from multimodal.inference.codec import decode_images, encode_images, text_fits
 
 
@@ -269,6 +270,18 @@ def interval(
     means = sums[picks].sum(1) / sizes[picks].sum(1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def value_of(cases: Cases, row_of: Sequence[int] | None = None) -> Value:
+    """The value of cases. Without a case it is 0, and has no interval.
+
+    Args:
+        row_of: numbers of the samples that ``cases.rows`` stand for. By default themselves.
+    """
+    if not cases.values:
+        return 0.0
+    rows = cases.rows if row_of is None else [row_of[row] for row in cases.rows]
+    return PerQuestion(cases.values, rows)
 
 
 def evaluate(evaluator: Evaluator, subject: Subject) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The tables of the report, as Markdown, each a function of the JSON files."""
 
+import re
 from collections.abc import Callable, Sequence
 
 from docs.reporting.results import (
@@ -90,6 +91,11 @@ def abilities() -> str:
     for folder, name in (("easy_vqa", "simple shapes"), ("scenes", "scenes")):
         grey = without(folder, "answers", "blind_accuracy", "%", "about a grey picture")
         row(f"answers about {name}", folder, "answers", "accuracy", "%", grey)
+    reworded, changed = "scene_answers", "scene_counterfactuals"
+    usual = without("scenes", reworded, "usual", "%", "in the usual one")
+    row("the same, in wordings never trained", "scenes", reworded, "accuracy", "%", usual)
+    stays = without("scenes", changed, "stays", "%", "those that must stay")
+    row("one thing changed: answers that must change do", "scenes", changed, "follows", "%", stays)
     said = "scene_captions"
     row("captions of scenes: claims that are true", "scenes", said, "attribute_precision", "%", "")
     row("the same: objects named rightly", "scenes", said, "object_recall", "%", "")
@@ -97,6 +103,7 @@ def abilities() -> str:
     row("drawn scenes: objects right", "scenes", "scene_drawings", "objects", "%",
         without("scenes", *ceiling))  # fmt: skip
     row("the same: colours right", "scenes", "scene_drawings", "colours", "%", "")
+    row("photos encoded and decoded: dB", photos, "reconstruction", "psnr", ".1f", "")
     return table(("what", "n", "starter (95 %)", "beside it"), rows)
 
 
@@ -208,6 +215,18 @@ def retrieved() -> str:
     return table(("", "CIDEr (95 %)", "minus no examples (95 %)"), rows)
 
 
+def thirty() -> str:
+    """Captions of the first photos of val, beside what people wrote: a list, for people to read."""
+    lines = []
+    for row in read("starter_captions")["captions"]:
+        said, wrote = (
+            re.sub(r"([\\`*_<>\[\]|])", r"\\\1", text)
+            for text in (row["caption"], " / ".join(row["references"][:2]))
+        )
+        lines.append(f"1. **{said}** People: {wrote}")
+    return "\n".join(lines)
+
+
 def cost() -> str:
     """What the training of the bundled starter took."""
     steps = read("starter_cost")["steps"]
@@ -229,5 +248,5 @@ def cost() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (model, data, abilities, stages, looking, unseen, drawing, robust, examples,
-                 retrieved, cost)
+                 retrieved, thirty, cost)
 }  # fmt: skip

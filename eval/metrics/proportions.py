@@ -4,13 +4,48 @@
   does not become certainty.
 - A difference of two rates: Newcombe's hybrid of two of them (1998, Statistics in Medicine 17:873,
   method 10).
+
+Both are for cases that do not depend on one another. ``Cases`` keeps the sample of each, for a
+bootstrap over samples.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 Z_OF_POWER = 0.8416212335729143  # the 80 % quantile
+
+
+@dataclass
+class Cases:
+    """Values of cases, such as 1 for a claim that is true, and the sample of each.
+
+    A sample may have several cases, or none. Those of one sample depend on one another.
+
+    Args:
+        values: one for each case.
+        rows: for each case, the number of its sample.
+    """
+
+    values: list[float] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+
+    def add(self, row: int, values: Iterable[float]) -> None:
+        """Add cases of one sample."""
+        before = len(self.values)
+        self.values += values
+        self.rows += [row] * (len(self.values) - before)
+
+    def add_count(self, row: int, count: int, n: int) -> None:
+        """Add n cases of one sample, ``count`` of which have the value 1, the others 0."""
+        assert 0 <= count <= n, f"{count} of {n}"
+        self.add(row, [1.0] * count + [0.0] * (n - count))
+
+    @property
+    def mean(self) -> float:
+        """Of all cases. 0 if there are none."""
+        return sum(self.values) / len(self.values) if self.values else 0.0
 
 
 @dataclass(frozen=True)

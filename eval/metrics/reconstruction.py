@@ -30,7 +30,7 @@ def ms_ssim_scales(side: int) -> int:
 
 
 class ReconstructionScores:
-    """Collects scores batch by batch.
+    """Collects scores batch by batch. ``per_image``: those that are a mean, of each image.
 
     Args:
         features: network for perceptual distance and FID.
@@ -44,7 +44,7 @@ class ReconstructionScores:
         self.frechet = FrechetInceptionDistance(feature=features, normalize=True)
         weights = SCALES[: ms_ssim_scales(side)]
         self.scale_weights = tuple(weight / sum(weights) for weight in weights)
-        self.sums: dict[str, float] = {}
+        self.per_image: dict[str, list[float]] = {}
         self.count = 0
 
     @torch.inference_mode()
@@ -75,7 +75,7 @@ class ReconstructionScores:
             "perceptual": self.features.distance(reconstructions, images),
         }
         for name, values in scores.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(torch.as_tensor(values).sum())
+            self.per_image.setdefault(name, []).extend(torch.as_tensor(values).flatten().tolist())
         self.frechet.update(images, real=True)
         self.frechet.update(reconstructions, real=False)
         self.count += len(images)
@@ -91,7 +91,7 @@ class ReconstructionScores:
             - ``fid``: 0 is best. Left out for fewer than 2 images.
             - ``used``: share of the codebook. ``perplexity``: of the codes.
         """
-        scores = {name: total / self.count for name, total in self.sums.items()}
+        scores = {name: sum(values) / self.count for name, values in self.per_image.items()}
         if self.count > 1:
             scores["fid"] = float(self.frechet.compute())
         return {**scores, "used": self.use.used, "perplexity": self.use.perplexity}

@@ -7,15 +7,17 @@ captions, so a caption with more claims has more weight.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from multimodal.eval.metrics.proportions import Cases
 from multimodal.scenes.checking import check_caption
 from multimodal.scenes.claims import KINDS, parse_caption
 from multimodal.scenes.facts import facts_of, facts_said
 from multimodal.scenes.scene import Scene, scene_of
 
 CHECKED_KINDS = tuple(kind for kind in KINDS if kind != "unparsed")
+TOTALS = ("attribute_precision", "object_recall", "object_precision", "perfect", "unparsed")
 
 
 def named_shapes(caption: str) -> set[str]:
@@ -30,6 +32,40 @@ def hallucinated(caption: str, scene: Scene) -> bool:
     it is exact, because all objects of a scene are known.
     """
     return bool(named_shapes(caption) - {item.shape for item in scene.objects})
+
+
+def judge_scene_captions(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[str, Cases]:
+    """Which claims of captions are true, and which objects of the scenes they name.
+
+    Args:
+        captions: N captions, any text.
+        scenes: of each caption its ground truth, N > 0.
+
+    Returns:
+        The scores of ``score_scene_captions`` without ``n``, with the number of the caption of each
+        case. ``object_precision`` has no case if no caption mentions an object.
+    """
+    total = {name: Cases() for name in TOTALS}
+    of_kind = {
+        f"{score}_{kind}": Cases()
+        for kind in CHECKED_KINDS
+        for score in ("precision", "recall", "said")
+    }
+    for row, (caption, scene) in enumerate(zip(captions, scenes, strict=True)):
+        score = check_caption(caption, scene)
+        total["attribute_precision"].add(row, [float(holds) for _, holds in score.results])
+        total["object_recall"].add_count(row, score.matched, score.objects)
+        total["object_precision"].add_count(row, score.matched, score.mentioned)
+        total["perfect"].add(row, [float(score.precision == 1 and score.recall == 1)])
+        total["unparsed"].add(row, [float(score.unparsed > 0)])
+        facts = Counter(kind for kind, _ in facts_of(scene))
+        said = Counter(kind for kind, _ in facts_said(score, scene))
+        for kind in CHECKED_KINDS:
+            holds = [float(true) for claim, true in score.results if claim.kind == kind]
+            of_kind[f"precision_{kind}"].add(row, holds)
+            of_kind[f"recall_{kind}"].add_count(row, said[kind], facts[kind])
+            of_kind[f"said_{kind}"].add(row, [float(len(holds))])
+    return total | {name: cases for name, cases in of_kind.items() if cases.values}
 
 
 def score_scene_captions(
@@ -66,38 +102,8 @@ def score_scene_captions(
             f"{len(predictions)} captions for {len(scenes)} scenes, expected the same keys: "
             f"without caption {sorted(no_caption)[:3]}, without scene {sorted(no_scene)[:3]}"
         )
-    claims: Counter[str] = Counter()
-    true: Counter[str] = Counter()
-    facts: Counter[str] = Counter()
-    said: Counter[str] = Counter()
-    mentioned = matched = objects = perfect = unparsed = 0
-    for key, scene in scenes.items():
-        score = check_caption(predictions[key], scene)
-        for claim, holds in score.results:
-            claims[claim.kind] += 1
-            true[claim.kind] += holds
-        facts.update(kind for kind, _ in facts_of(scene))
-        said.update(kind for kind, _ in facts_said(score, scene))
-        mentioned += score.mentioned
-        matched += score.matched
-        objects += score.objects
-        perfect += score.precision == 1 and score.recall == 1
-        unparsed += score.unparsed > 0
-    result = {
-        "attribute_precision": true.total() / claims.total(),
-        "object_recall": matched / objects,
-        "object_precision": matched / mentioned if mentioned else 0.0,
-        "perfect": perfect / len(scenes),
-        "unparsed": unparsed / len(scenes),
-        "n": float(len(scenes)),
-    }
-    for kind in CHECKED_KINDS:
-        if claims[kind]:
-            result[f"precision_{kind}"] = true[kind] / claims[kind]
-        if facts[kind]:
-            result[f"recall_{kind}"] = said[kind] / facts[kind]
-        result[f"said_{kind}"] = claims[kind] / len(scenes)
-    return result
+    judged = judge_scene_captions([predictions[key] for key in scenes], list(scenes.values()))
+    return {name: cases.mean for name, cases in judged.items()} | {"n": float(len(scenes))}
 
 
 def has_scene(record: Mapping[str, Any]) -> bool:

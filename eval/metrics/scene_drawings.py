@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from multimodal.eval.metrics.proportions import Cases
 from multimodal.eval.metrics.scene_pixels import detect_objects, detect_scene
 from multimodal.scenes.checking import check_caption
 from multimodal.scenes.claims import parse_caption
@@ -40,6 +41,39 @@ def complete_caption(record: Mapping[str, Any]) -> str | None:
     return next(complete, None)
 
 
+def judge_scene_drawings(
+    captions: Sequence[str], drawings: Sequence[Image.Image]
+) -> dict[str, Cases]:
+    """How many of the named objects the drawings show.
+
+    Args:
+        captions: N texts.
+        drawings: N pictures, one for each caption.
+
+    Returns:
+        The scores of ``score_scene_drawings`` without ``n``, with the number of the caption of each
+        case: a named object, or for ``extra`` a drawn one.
+
+    Raises:
+        ValueError: if the lengths differ, or no caption names an object.
+    """
+    objects, of_colours, extra = Cases(), Cases(), Cases()
+    for row, (caption, drawing) in enumerate(zip(captions, drawings, strict=True)):
+        named, detected = named_objects(caption), detect_objects(drawing)
+        pairs: Counter[tuple[str, str | None]] = Counter((d.colour, d.shape) for d in detected)
+        colours = Counter(d.colour for d in detected)
+        matched = sum(min(count, pairs[pair]) for pair, count in named.items())
+        named_colours: Counter[str] = Counter()
+        for (colour, _), count in named.items():
+            named_colours[colour] += count
+        objects.add_count(row, matched, named.total())
+        of_colours.add_count(row, (named_colours & colours).total(), named.total())
+        extra.add_count(row, len(detected) - matched, len(detected))
+    if not objects.values:
+        raise ValueError("no caption names an object with its colour and shape")
+    return {"objects": objects, "colours": of_colours, "extra": extra}
+
+
 def score_scene_drawings(
     captions: Sequence[str], drawings: Sequence[Image.Image]
 ) -> dict[str, float]:
@@ -60,30 +94,14 @@ def score_scene_drawings(
     Raises:
         ValueError: if the lengths differ, or no caption names an object.
     """
-    total_named = total_drawn = matched = colour_matched = 0
-    for caption, drawing in zip(captions, drawings, strict=True):
-        named, detected = named_objects(caption), detect_objects(drawing)
-        pairs: Counter[tuple[str, str | None]] = Counter((d.colour, d.shape) for d in detected)
-        colours = Counter(d.colour for d in detected)
-        total_named, total_drawn = total_named + named.total(), total_drawn + len(detected)
-        matched += sum(min(count, pairs[pair]) for pair, count in named.items())
-        named_colours: Counter[str] = Counter()
-        for (colour, _), count in named.items():
-            named_colours[colour] += count
-        colour_matched += (named_colours & colours).total()
-    if not total_named:
-        raise ValueError("no caption names an object with its colour and shape")
-    return {
-        "objects": matched / total_named,
-        "colours": colour_matched / total_named,
-        "extra": (total_drawn - matched) / total_drawn if total_drawn else 0.0,
-        "n": float(total_named),
-    }
+    judged = judge_scene_drawings(captions, drawings)
+    scores = {name: cases.mean for name, cases in judged.items()}
+    return scores | {"n": float(len(judged["objects"].values))}
 
 
-def score_drawn_claims(
+def judge_drawn_claims(
     captions: Sequence[str], drawings: Sequence[Image.Image]
-) -> dict[str, tuple[float, int]]:
+) -> dict[str, Cases]:
     """Which claims of the captions are true of the drawings.
 
     Textures cannot be read off the pixels, so counts of textured objects are left out.
@@ -93,14 +111,14 @@ def score_drawn_claims(
         drawings: N pictures, one for each caption.
 
     Returns:
-        Kind of claim -> (share that is true, number of claims), for the kinds in ``CLAIM_KINDS``
-        that the captions have.
+        Kind of claim -> its claims, with the number of the caption of each, for the kinds in
+        ``CLAIM_KINDS`` that the captions have.
 
     Raises:
         ValueError: if the lengths differ.
     """
-    results: dict[str, list[bool]] = {kind: [] for kind in CLAIM_KINDS}
-    for caption, drawing in zip(captions, drawings, strict=True):
+    results = {kind: Cases() for kind in CLAIM_KINDS}
+    for row, (caption, drawing) in enumerate(zip(captions, drawings, strict=True)):
         scene = detect_scene(drawing)
         if scene is None:
             checked = [(claim, False) for claim in parse_caption(caption)]
@@ -112,8 +130,16 @@ def score_drawn_claims(
         for claim, true in checked:
             counts_textured = claim.kind == "count" and not textured.isdisjoint(claim.subject)
             if claim.kind in results and not counts_textured:
-                results[claim.kind].append(true)
-    return {kind: (sum(each) / len(each), len(each)) for kind, each in results.items() if each}
+                results[claim.kind].add(row, [float(true)])
+    return {kind: cases for kind, cases in results.items() if cases.values}
+
+
+def score_drawn_claims(
+    captions: Sequence[str], drawings: Sequence[Image.Image]
+) -> dict[str, tuple[float, int]]:
+    """Kind of claim -> (share that is true, number of claims). See ``judge_drawn_claims``."""
+    judged = judge_drawn_claims(captions, drawings)
+    return {kind: (cases.mean, len(cases.values)) for kind, cases in judged.items()}
 
 
 def drawing_score(caption: str, drawing: Image.Image) -> float:

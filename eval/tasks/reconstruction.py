@@ -1,7 +1,6 @@
 """Reconstruction: what an image tokenizer preserves of images."""
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -27,7 +26,7 @@ def score_tokenizer(
     keep: int = 0,
     on_batch: Callable[[int], object] = lambda count: None,
     side: int = 0,
-) -> tuple[dict[str, float], Tensor]:
+) -> tuple[ReconstructionScores, Tensor]:
     """Encode and decode images, and score the result.
 
     Images are resized to the size of the tokenizer, and its reconstructions to that of the
@@ -43,7 +42,7 @@ def score_tokenizer(
         side: pixels of a side at which images are compared. 0: R.
 
     Returns:
-        (scores, reconstructions). The scores are those of ``ReconstructionScores.compute``. The
+        (scores, reconstructions). The scores are those of all images and of each. The
         reconstructions are of the first images: float[min(N, keep), 3, side, side] in [-1, 1].
     """
     side = side or images.shape[-1]
@@ -56,7 +55,7 @@ def score_tokenizer(
         scores.update(resize(batch, side), reconstructions, codes)
         first.append(reconstructions[: max(0, keep - start)])
         on_batch(len(batch))
-    return scores.compute(), torch.cat(first)
+    return scores, torch.cat(first)
 
 
 @dataclass
@@ -83,9 +82,9 @@ class Reconstruction:
             on_batch=subject.on_batch,
             side=tokenizer.drawn_size,
         )
-        yield from scores.items()
-        pixels = resize(subject.pixels, tokenizer.drawn_size)
-        errors = (reconstructions - pixels).square().mean((1, 2, 3)).tolist()
-        for sample, image, error in zip(subject.samples, reconstructions, errors, strict=True):
-            psnr = -10 * math.log10(max(error, 1e-10) / 4)
+        for name, value in scores.compute().items():
+            yield name, scores.per_image.get(name, value)
+        for sample, image, psnr in zip(
+            subject.samples, reconstructions, scores.per_image["psnr"], strict=True
+        ):
             self.examples.append(Example(sample.key, f"{psnr:.1f} dB", psnr, to_image(image)))

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from multimodal.data.samples import Sample
-from multimodal.eval.evaluator import Example, Subject, Value
-from multimodal.eval.metrics.scene_captions import hallucinated, score_scene_captions
+from multimodal.eval.evaluator import Example, Subject, Value, value_of
+from multimodal.eval.metrics.scene_captions import hallucinated, judge_scene_captions
 from multimodal.inference.text import caption_codes
 from multimodal.model.lessons import descriptions_of
 from multimodal.options import TextOptions
@@ -34,30 +34,28 @@ class SceneCaptions:
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         model, codes = subject.model, subject.codes
-        keys = [sample.key for sample in subject.samples]
         texts = subject.map_batches(
-            range(len(keys)), lambda batch: caption_codes(model, codes[list(batch)])
+            range(len(subject.samples)), lambda batch: caption_codes(model, codes[list(batch)])
         )
-        captions = dict(zip(keys, texts, strict=True))
-        scenes = {s.key: Scene.from_json(s.record["scene"]) for s in subject.samples}
-        for name, value in score_scene_captions(captions, scenes).items():
-            if name != "n":
-                yield name, value
-        references = {
-            f"{sample.key} {number}": (caption, scenes[sample.key])
-            for sample in subject.samples
-            for number, caption in enumerate(descriptions_of(sample.record))
-        }
+        scenes = [Scene.from_json(sample.record["scene"]) for sample in subject.samples]
+        for name, cases in judge_scene_captions(texts, scenes).items():
+            yield name, value_of(cases)
+        references = [
+            (row, caption)
+            for row, sample in enumerate(subject.samples)
+            for caption in descriptions_of(sample.record)
+        ]
         if references:
-            of_references = score_scene_captions(
-                {key: caption for key, (caption, _) in references.items()},
-                {key: scene for key, (_, scene) in references.items()},
-            )
-            for name, value in of_references.items():
+            rows, captions = zip(*references, strict=True)
+            judged = judge_scene_captions(captions, [scenes[row] for row in rows])
+            for name, cases in judged.items():
                 if name.startswith(("recall_", "said_")):
-                    yield f"{name}_references", value
-        yield "hallucinated", [float(hallucinated(captions[key], scenes[key])) for key in keys]
-        for key, image in zip(keys, subject.images, strict=True):
-            score = check_caption(captions[key], scenes[key])
+                    yield f"{name}_references", value_of(cases, rows)
+        pairs = list(zip(texts, scenes, strict=True))
+        yield "hallucinated", [float(hallucinated(*pair)) for pair in pairs]
+        for sample, (text, scene), image in zip(
+            subject.samples, pairs, subject.images, strict=True
+        ):
+            score = check_caption(text, scene)
             quality = (score.precision + score.recall) / 2
-            self.examples.append(Example(key, captions[key], quality, image))
+            self.examples.append(Example(sample.key, text, quality, image))

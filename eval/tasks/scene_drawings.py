@@ -9,10 +9,11 @@ from torch import Tensor
 
 from multimodal.data.images import to_image
 from multimodal.data.samples import Sample
-from multimodal.eval.evaluator import Example, Subject, Value
+from multimodal.eval.evaluator import Example, Subject, Value, value_of
 from multimodal.eval.metrics.scene_drawings import (
     complete_caption,
-    score_drawn_claims,
+    judge_drawn_claims,
+    judge_scene_drawings,
     score_scene_drawings,
 )
 from multimodal.eval.tasks.drawing import DRAWING, draw
@@ -45,18 +46,18 @@ class SceneDrawings:
             return [to_image(image) for image in pixels]
 
         drawings = pictures(draw(subject, texts, options))
-        scores = score_scene_drawings(texts, drawings)
-        best = score_scene_drawings(texts, pictures(subject.codes))
+        scores = judge_scene_drawings(texts, drawings)
+        best = judge_scene_drawings(texts, pictures(subject.codes))
         for name in ("objects", "colours", "extra"):
-            yield name, scores[name]
-            yield f"{name}_of_reconstructions", best[name]
-        masked = score_scene_drawings(texts, pictures(draw(subject, texts, masked_options)))
+            yield name, value_of(scores[name])
+            yield f"{name}_of_reconstructions", value_of(best[name])
+        masked = judge_scene_drawings(texts, pictures(draw(subject, texts, masked_options)))
         for name in ("objects", "colours"):
-            yield f"{name}_masked", masked[name]
-        yield "objects_asked", scores["n"]
-        for kind, (share, claims) in score_drawn_claims(texts, drawings).items():
-            yield f"{kind}_true", share
-            yield f"{kind}_claims", float(claims)
+            yield f"{name}_masked", value_of(masked[name])
+        yield "objects_asked", float(len(scores["objects"].values))
+        for kind, claims in judge_drawn_claims(texts, drawings).items():
+            yield f"{kind}_true", value_of(claims)
+            yield f"{kind}_claims", float(len(claims.values))
         for sample, text, drawing in zip(subject.samples, texts, drawings, strict=True):
             quality = score_scene_drawings([text], [drawing])["objects"]
             self.examples.append(Example(sample.key, text, quality, drawing))

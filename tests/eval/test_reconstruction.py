@@ -101,11 +101,17 @@ def test_features_of_timm_are_loaded_from_a_file(tmp_path: Path) -> None:
 
 def test_scores_equal_the_formulas() -> None:
     images, model, features = scenes(40), tokenizer(), Features()
-    scores, kept = score_tokenizer(model, images, features, batch_size=16, keep=20)
+    measured, kept = score_tokenizer(model, images, features, batch_size=16, keep=20)
+    scores = measured.compute()
     decoded = model.decode(model.encode(images))
     assert torch.equal(kept, decoded[:20])
     error = (decoded - images).square().mean((1, 2, 3))
     assert scores["psnr"] == pytest.approx(float((-10 * torch.log10(error / 4)).mean()), abs=1e-3)
+    each = (-10 * torch.log10(error / 4)).tolist()
+    assert measured.per_image["psnr"] == pytest.approx(each, abs=1e-3)
+    assert {name: len(values) for name, values in measured.per_image.items()} == dict.fromkeys(
+        ("psnr", "ssim", "ms_ssim", "perceptual"), 40
+    )
     a, b = (features(x).double().numpy() for x in (images, decoded))
     difference = np.square(a.mean(0) - b.mean(0)).sum()
     covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -124,7 +130,7 @@ def test_perfect_reconstructions_have_the_best_scores(monkeypatch: pytest.Monkey
     images, model = scenes(8), tokenizer()
     monkeypatch.setattr(model, "encode", lambda x: torch.zeros(len(x), 4, 4, dtype=torch.int64))
     monkeypatch.setattr(model, "decode", lambda codes: images[: len(codes)])
-    scores, _ = score_tokenizer(model, images, Features())
+    scores = score_tokenizer(model, images, Features())[0].compute()
     assert min(scores["ssim"], scores["ms_ssim"]) > 0.9999
     assert scores["perceptual"] < 1e-6 and abs(scores["fid"]) < 1e-3 and scores["psnr"] > 60
 

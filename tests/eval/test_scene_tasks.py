@@ -5,6 +5,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,8 +13,12 @@ from multimodal import load
 from multimodal.cli import main
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards
-from multimodal.eval.evaluator import Subject, evaluate
-from multimodal.eval.metrics.scene_captions import hallucinated, named_shapes
+from multimodal.eval.evaluator import Subject, evaluate, interval
+from multimodal.eval.metrics.scene_captions import (
+    hallucinated,
+    judge_scene_captions,
+    named_shapes,
+)
 from multimodal.eval.tasks import scene_answers, scene_captions, scene_drawings
 from multimodal.eval.tasks.scene_answers import SceneAnswers
 from multimodal.eval.tasks.scene_captions import SceneCaptions
@@ -96,6 +101,35 @@ def test_recall_of_captions_stands_beside_that_of_the_references(
     assert scores["recall_shape_references"]["value"] == 1 > scores["recall_shape"]["value"]
 
 
+def test_intervals_of_scenes_draw_the_claims_of_a_scene_together(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [
+        sample.record["captions"][0] if number % 2 else "a dog"
+        for number, sample in enumerate(subject.samples)
+    ]
+    given = iter(texts)
+    monkeypatch.setattr(
+        scene_captions, "caption_codes", lambda _, codes: [next(given) for _ in codes]
+    )
+    scores = evaluate(SceneCaptions(), subject)
+    scenes = [Scene.from_json(sample.record["scene"]) for sample in subject.samples]
+    claims = judge_scene_captions(texts, scenes)["attribute_precision"]
+    score = scores["attribute_precision"]
+    assert score["n"] == len(claims.values) > len(texts)
+    assert score["value"] == sum(claims.values) / len(claims.values)
+    assert (score["low"], score["high"]) == interval(claims.values, 0, claims.rows)
+    assert score["high"] - score["low"] > 1.5 * np.diff(interval(claims.values, 0))[0]
+    assert scores["perfect"]["n"] == 12 and scores["perfect"]["value"] == 0.5
+    # References: several captions of a scene.
+    rows = [n for n, sample in enumerate(subject.samples) for _ in sample.record["captions"]]
+    captions = [caption for sample in subject.samples for caption in sample.record["captions"]]
+    said = judge_scene_captions(captions, [scenes[row] for row in rows])["said_background"]
+    score = scores["said_background_references"]
+    assert score["n"] == len(captions) and said.rows == [*range(len(captions))]
+    assert (score["low"], score["high"]) == interval(said.values, 0, rows)
+
+
 def test_questions_are_asked_in_unseen_wordings(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +179,12 @@ def test_drawings_equal_to_the_pictures_have_the_best_scores(
     assert scores["objects"]["value"] > 0.6 and scores["colours"]["value"] > 0.9
     assert scores["objects_asked"]["value"] == sum(
         len(sample.record["scene"]["objects"]) for sample in subject.samples
+    )
+    assert scores["objects"]["n"] == scores["objects_asked"]["value"]
+    assert scores["objects"]["low"] <= scores["objects"]["value"] <= scores["objects"]["high"]
+    true = [name for name in scores if name.endswith("_true")]
+    assert true and all(
+        scores[name]["n"] == scores[name.replace("_true", "_claims")]["value"] for name in true
     )
 
 
