@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self, TypeAlias
 
 import torch
@@ -29,6 +30,7 @@ from multimodal.tokenizers.folding import fold_batch_norms
 from multimodal.tokenizers.weights import load_weights
 
 KINDS = ("timm", "open_clip")
+_folding = Lock()
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,12 @@ class Encoder(nn.Module):
 
     def _without_norms(self) -> nn.Module:
         """The network for inference. It is made again after the weights have changed."""
-        if self._folded is None:
-            shape = 1, 3, self.image_size, self.image_size
-            waves = torch.arange(math.prod(shape), device=self.mean.device).sin()
-            self._folded = (fold_batch_norms(self.network, waves.view(shape).to(self.mean)),)
-        return self._folded[0]
+        with _folding:  # several threads may encode
+            if self._folded is None:
+                shape = 1, 3, self.image_size, self.image_size
+                waves = torch.arange(math.prod(shape), device=self.mean.device).sin()
+                self._folded = (fold_batch_norms(self.network, waves.view(shape).to(self.mean)),)
+            return self._folded[0]
 
     def _apply(self, *arguments: Any, **more: Any) -> Self:
         self._folded = None

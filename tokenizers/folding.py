@@ -28,8 +28,8 @@ def fold_batch_norms(network: nn.Module, images: Tensor) -> nn.Module:
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network
-    pairs, expected = _pairs(network, images)
-    folded = copy.deepcopy(network)
+    folded = copy.deepcopy(network)  # no hook on the given one: others may use it, or copy it
+    pairs, expected = _pairs(folded, images)
     for convolution, norm in pairs.items():
         fused: Any = fuse_conv_bn_eval(  # type: ignore[type-var]
             folded.get_submodule(convolution),

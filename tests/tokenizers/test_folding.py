@@ -1,5 +1,8 @@
 """Batch norms of encoders inside their convolutions: the same features, in less time."""
 
+import threading
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -74,3 +77,56 @@ def test_a_network_that_would_change_is_left_as_it_is() -> None:
     assert fold_batch_norms(network, torch.rand(1, 3, 4, 4)) is network
     plain = timm.create_model("test_vit", num_classes=0).eval()
     assert fold_batch_norms(plain, torch.empty(0)) is plain, "nothing is computed without norms"
+
+
+def test_threads_that_fold_one_network_at_once_leave_no_hooks_in_it() -> None:
+    """The hooks of the other thread would keep all that the folded network computes from now on."""
+    network, first = trained("test_resnet").network, True
+    inside, done = threading.Event(), threading.Event()
+    found = list[nn.Module]()
+
+    def wait(*_: Any) -> None:
+        nonlocal first
+        if first:  # the thread below: another one folds while its hooks are there
+            first = False
+            inside.set()
+            assert done.wait(60)
+
+    next(iter(network.modules())).register_forward_pre_hook(wait)
+    pictures = torch.rand(1, 3, 64, 64)
+    thread = threading.Thread(target=lambda: found.append(fold_batch_norms(network, pictures)))
+    thread.start()
+    assert inside.wait(60)
+    found.append(fold_batch_norms(network, pictures))
+    done.set()
+    thread.join()
+    assert len(found) == 2
+    for folded in found:
+        hooks = [module._forward_hooks for module in folded.modules()]
+        assert folded is not network and not any(hooks)
+
+
+def test_an_encoder_that_threads_use_for_the_first_time_is_folded_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, calls = trained("test_resnet"), list[int]()
+    all_here = threading.Barrier(4)
+
+    def noted(network: nn.Module, images: Tensor) -> nn.Module:
+        calls.append(1)
+        return fold_batch_norms(network, images)
+
+    monkeypatch.setattr("multimodal.tokenizers.encoder.fold_batch_norms", noted)
+    pictures = images(made)
+
+    def encode() -> None:
+        all_here.wait()
+        with torch.inference_mode():
+            made(pictures)
+
+    threads = [threading.Thread(target=encode) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1

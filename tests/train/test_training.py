@@ -125,6 +125,14 @@ def a_batch(work: Path, **arguments: Any) -> tuple[JointModule, Examples]:
     return module, dataset.collate([dataset[item] for item in items])
 
 
+def test_images_have_the_codes_of_float32_whatever_the_precision_of_the_run(work: Path) -> None:
+    module, batch = a_batch(work)
+    expected = module.codes(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module.codes(batch)
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
 def loss_of_model(work: Path, folder: Path) -> float:
     module, batch = a_batch(work)
     module.model = load(folder)

@@ -8,53 +8,16 @@ Shapes: L tokens of a piece, G key-value heads, d head size, D width.
 """
 
 import hashlib
-import math
-import mmap
 from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from multimodal.model.layers.attention import KVCache
 
 MIN_SHARED = 16  # tokens of a common beginning that are worth a pass of their own
-ALIGNMENT = 64  # bytes at which each tensor begins
-
-
-class Apart:
-    """Copies of tensors of one device, for what is kept for long, in one piece of memory.
-
-    On a CPU it does not come from malloc, nor do tensors stay. What lies there between activations,
-    which come and go, breaks their memory into pieces, be it as small as the head of a tensor: the
-    process grew to ten times of what it needed (docs/decisions/decoding_speed.md). The system gets
-    this memory back when it is freed.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._kinds = [(x.dtype, tuple(x.shape)) for x in tensors]
-        self._sizes = [-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in tensors]
-        self.bytes, device = sum(self._sizes), tensors[0].device
-        self._memory: mmap.mmap | Tensor
-        if device.type == "cpu" and hasattr(mmap, "MAP_PRIVATE"):
-            self._memory = mmap.mmap(-1, self.bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        else:
-            self._memory = torch.empty(self.bytes, dtype=torch.uint8, device=device)
-        for copy, x in zip(self.tensors(), tensors, strict=True):
-            copy.copy_(x)
-
-    def tensors(self) -> list[Tensor]:
-        """In this memory."""
-        whole = self._memory
-        if not isinstance(whole, Tensor):
-            whole = torch.frombuffer(whole, dtype=torch.uint8)
-        parts = zip(torch.split(whole, self._sizes), self._kinds, strict=True)
-        return [
-            part[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-            for part, (dtype, shape) in parts
-        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,31 +25,29 @@ class Piece:
     """What reading a piece of a prompt has given.
 
     Attributes:
-        tokens: L.
-        kept: keys and values of each layer, float[1, G, L, d], and the state after the last token,
-            float[1, D].
+        keys, values: for each layer float[1, G, L, d].
+        hidden: float[1, D], the state after its last token.
     """
 
-    tokens: int
-    kept: Apart
+    keys: list[Tensor]
+    values: list[Tensor]
+    hidden: Tensor
 
     @classmethod
     def last_of(cls, cache: KVCache, tokens: int, hidden: Tensor) -> "Piece":
         """The last tokens of a cache with one row, copied."""
-        keys, values = cache.columns(slice(cache.length - tokens, cache.length))
-        return cls(tokens, Apart([*keys, *values, hidden]))
+        columns = cache.columns(slice(cache.length - tokens, cache.length))
+        keys, values = ([x.clone() for x in several] for several in columns)
+        return cls(keys, values, hidden.clone())
 
-    def put_into(self, cache: KVCache) -> Tensor:
-        """Let it follow what is in a cache with one row: the state after it, float[1, D]."""
-        *both, hidden = self.kept.tensors()
-        layers = len(both) // 2
-        cache.put(slice(None), cache.length, both[:layers], both[layers:])
-        cache.length += self.tokens
-        return hidden
+    def put_into(self, cache: KVCache) -> None:
+        """Let it follow what is in a cache with one row."""
+        cache.put(slice(None), cache.length, self.keys, self.values)
+        cache.length += self.keys[0].shape[2]
 
     @property
     def bytes(self) -> int:
-        return self.kept.bytes
+        return sum(x.nbytes for x in (*self.keys, *self.values, self.hidden))
 
 
 class PrefixCache:

@@ -57,7 +57,8 @@ def read_prompts(
                 if kept is None:
                     reading[keys[row]], tokens = row, tokens + size
                 else:
-                    states[row] = kept.put_into(caches[row])
+                    kept.put_into(caches[row])
+                    states[row] = kept.hidden
             several = list(reading.values())
             pieces, into = [prompts[row][number] for row in several], [caches[n] for n in several]
             if several:
