@@ -191,7 +191,8 @@ def to_tensor(image: Image.Image) -> "Tensor":
     if image.mode != "RGB":
         raise ValueError(f"expected an image of mode RGB (see open_image), not {image.mode}")
     pixels: Tensor = rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w")
-    return pixels.to(torch.float32).contiguous() / 127.5 - 1
+    whole = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    return whole.div_(127.5).sub_(1)
 
 
 def to_image(tensor: "Tensor") -> Image.Image:

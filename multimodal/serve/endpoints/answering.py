@@ -18,11 +18,11 @@ from torch import Tensor
 from multimodal.inference.mixed import MixedRow, Output, check_prompt
 from multimodal.serve.endpoints.asking import Chat
 from multimodal.serve.endpoints.bridge import finished
-from multimodal.serve.endpoints.noting import Note, digest_of
+from multimodal.serve.endpoints.noting import Note
 from multimodal.serve.endpoints.screening import CODE, Screening
 from multimodal.serve.engine.engine import Engine
 from multimodal.serve.engine.errors import ApiError
-from multimodal.serve.engine.pictures import Credentials
+from multimodal.serve.engine.pictures import Credentials, digest_of
 from multimodal.serve.engine.scheduler import Decoding, Steps
 
 Scored: TypeAlias = tuple[int, float, Sequence[tuple[int, float]]]

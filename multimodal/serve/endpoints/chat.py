@@ -7,10 +7,11 @@ from torch import Tensor
 from multimodal.serve.endpoints.answering import Answer, chat_steps, noted, refuse, settle
 from multimodal.serve.endpoints.asking import Chat, read_chat
 from multimodal.serve.endpoints.bridge import outcome, unless_left
-from multimodal.serve.endpoints.noting import Note, digest_of, note_of
+from multimodal.serve.endpoints.noting import Note, note_of
 from multimodal.serve.endpoints.replies import ChatStream, choice_of, made
 from multimodal.serve.endpoints.streams import event_stream
 from multimodal.serve.engine.engine import Engines
+from multimodal.serve.engine.pictures import digest_of
 
 
 async def chat_completions(request: Request, engines: Engines) -> Response:

@@ -16,11 +16,12 @@ from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.schemas import Between
 from multimodal.serve.endpoints.bodies import Ignored, asked, read_body
 from multimodal.serve.endpoints.bridge import result_of
-from multimodal.serve.endpoints.noting import digest_of, note_of
+from multimodal.serve.endpoints.noting import note_of
 from multimodal.serve.endpoints.screening import Screening, screened, screened_pixels
 from multimodal.serve.engine.engine import Engine, Engines
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.messages import ImageUrl, Message, message_parts
+from multimodal.serve.engine.pictures import digest_of
 from multimodal.serve.engine.scheduler import Steps
 
 AT_ONCE = 32  # texts in one piece of work

@@ -1,6 +1,5 @@
 """What is noted about a request, for the record that the server keeps (multimodal/record)."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,9 +7,9 @@ from typing import Any
 
 from PIL import Image
 from starlette.requests import Request
-from torch import Tensor
 
 from multimodal.serve.engine.errors import ApiError
+from multimodal.serve.engine.pictures import digest_of
 
 # Fields of requests that are texts or images, which are noted as such, and that change nothing.
 NOT_SETTINGS = {
@@ -72,12 +71,6 @@ def note_of(request: Request) -> Note:
     note = request.scope.setdefault("note", Note())
     assert isinstance(note, Note)
     return note
-
-
-def digest_of(data: bytes | Tensor) -> str:
-    """The SHA-256 of bytes, or of the numbers of a tensor."""
-    data = data if isinstance(data, bytes) else data.numpy().tobytes()
-    return hashlib.sha256(data).hexdigest()
 
 
 def digests_of(images: Iterable[Image.Image]) -> list[str]:

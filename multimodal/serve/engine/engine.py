@@ -4,7 +4,6 @@ The models of one server, a base and its adapters, share a scheduler and the lim
 """
 
 import asyncio
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
@@ -25,7 +24,7 @@ from multimodal.origin.credentials import DRAWN, Drawing, Signer
 from multimodal.serve.engine.encoders import Encoders
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.metrics import Metrics
-from multimodal.serve.engine.pictures import Budget, Credentials
+from multimodal.serve.engine.pictures import Budget, Credentials, digest_of
 from multimodal.serve.engine.scheduler import Scheduler
 from multimodal.serve.engine.settings import Settings
 
@@ -117,7 +116,7 @@ class Engine:
         self.settings, self.metrics = engines.settings, engines.metrics
         self.filters, self.scheduler = engines.filters, engines.scheduler
         self.grammar = Grammar.of(model)
-        self._ids: OrderedDict[bytes, Future[list[int]]] = OrderedDict()
+        self._ids: OrderedDict[tuple[str, bool], Future[list[int]]] = OrderedDict()
 
     async def in_thread(self, function: Callable[..., Value], *arguments: object) -> Value:
         """Call a function that takes long but does not use the network, in another thread."""
@@ -127,7 +126,9 @@ class Engine:
     def pixels(self, image: Image.Image) -> Tensor:
         """An image as the tokenizer takes it: float32[1, 3, H, W] in [-1, 1]."""
         tokenizer = self.model.image_tokenizer
-        return to_tensor(fit_image(image, tokenizer.image_size, tokenizer.fit))[None]
+        pixels = to_tensor(fit_image(image, tokenizer.image_size, tokenizer.fit))[None]
+        digest_of(pixels)  # here, in a thread of its own, and not where requests wait for it
+        return pixels
 
     @cached_property
     def max_characters(self) -> int:
@@ -170,7 +171,7 @@ class Engine:
 
         An image is encoded alone, so its ids do not depend on the requests beside it.
         """
-        key = hashlib.sha256(pixels.numpy().tobytes()).digest() + bytes([opens])
+        key = digest_of(pixels), opens
         kept = self._ids.get(key)
         if kept is None or (kept.done() and kept.exception() is not None):
             kept = self.engines.encoders.submit(image_ids, self.model, pixels, opens)

@@ -2,12 +2,15 @@
 
 import base64
 import binascii
+import hashlib
 import io
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from PIL import Image
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from multimodal.data.images import open_header, open_image
 from multimodal.origin.credentials import Drawing, Signer
@@ -141,3 +144,16 @@ def to_base64(
 
 def _bad(reason: str) -> ApiError:
     return ApiError(400, f"image: {reason}", param="image", code="invalid_image")
+
+
+def digest_of(data: bytes | Tensor) -> str:
+    """The SHA-256 of bytes, or of the numbers of a tensor, of which it is found once."""
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).hexdigest()
+    digest = _digests.get(data)  # type: ignore[no-untyped-call]
+    if digest is None:
+        digest = _digests[data] = hashlib.sha256(data.contiguous().numpy().data).hexdigest()
+    return str(digest)
+
+
+_digests = WeakIdKeyDictionary()
