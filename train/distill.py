@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from multimodal.adapters.lora import without_adapter
+from multimodal.devices import moved
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.distillation import Teaching
 from multimodal.model.sequences import OBJECTIVES, Packed
@@ -137,7 +138,8 @@ class KeepWordsModule(JointModule):
     def _taught(self, rows: Packed) -> Teaching:
         """What the language model says of the rows that have plain texts."""
         network, text = self.network, OBJECTIVES.index("text")
-        numbers = (rows.objectives == text).any(1).nonzero()[:, 0]
+        numbers = (self.host_rows.objectives == text).any(1).nonzero()[:, 0]
+        numbers = moved(numbers, rows.ids.device)
         tables = [field.name for field in fields(rows) if field.name != "states"]
         some = replace(rows, **{name: getattr(rows, name)[numbers] for name in tables})
         with torch.no_grad(), unsharded(network), without_adapter(network.transformer):

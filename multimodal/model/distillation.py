@@ -60,8 +60,9 @@ def losses_of_taught(
     names = [name for name in OBJECTIVES if teaching.weights.get(name)]
     if len(names) == len(OBJECTIVES):
         return teacher_losses(hidden, head, teaching, positions)
-    numbers = torch.tensor([OBJECTIVES.index(name) for name in names], device=hidden.device)
-    is_taught = torch.isin(objectives, numbers)
+    is_taught = torch.zeros_like(objectives, dtype=torch.bool)
+    for name in names:
+        is_taught |= objectives == OBJECTIVES.index(name)
     count = sum(counts[name] for name in names)
     size = -(-count // MULTIPLE) * MULTIPLE
     taught = torch.nonzero_static(is_taught, size=size, fill_value=0)[:, 0]

@@ -207,7 +207,7 @@ def test_a_language_model_that_learns_to_see_keeps_its_words(
             )
             p = p[:, : after.vocabulary.text_size].log_softmax(-1)
             q = q.log_softmax(-1)[:, : p.shape[1]]
-            divergences.append(float((p.exp() * (p - q)).sum(-1).mean()))
+            divergences.append((p.exp() * (p - q)).sum(-1).mean().item())
         moved[name] = sum(divergences) / len(divergences)
         if "Keep" in name:
             assert len(logged(output, "train/teacher/text")) == 20

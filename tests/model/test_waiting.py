@@ -142,8 +142,10 @@ def test_a_step_with_a_teacher_waits_for_nothing(tiny_model: Make) -> None:
     with waits() as names:
         with torch.no_grad():
             hidden = teacher.hidden(batch.packed).flatten(0, 1)
-        teaching = Teaching(hidden, teacher.transformer.lm_head.weight, 2.0, 0.5)
-        step_of(model.network, replace(batch, teaching=teaching))
+        head = teacher.transformer.lm_head.weight
+        for taught in (OBJECTIVES, ["text"]):
+            teaching = Teaching(hidden, head, 2.0, dict.fromkeys(taught, 0.5))
+            step_of(model.network, replace(batch, teaching=teaching))
     assert names == []
 
 

@@ -54,7 +54,7 @@ def broken(models: tuple[Model, Model], monkeypatch: pytest.MonkeyPatch) -> Mode
     def fails(*arguments: Any, **more: Any) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(models[0].network.transformer, "forward_prompt", fails)
+    monkeypatch.setattr(models[0].network.transformer.embed_tokens, "forward", fails)
     return models[0]
 
 

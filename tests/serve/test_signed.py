@@ -81,7 +81,7 @@ def test_what_a_fallback_draws_is_said_to_be_of_it(
         raise RuntimeError("no memory")
 
     broken, spare = (tiny_model(noise=0.1, tied=False, seed=seed) for seed in (0, 1))
-    monkeypatch.setattr(broken.network.transformer, "forward_prompt", fails)
+    monkeypatch.setattr(broken.network.transformer.embed_tokens, "forward", fails)
     with serving(broken, ("spare", spare), make_signer(tmp_path / "keys")) as server:
         (image,) = chat_images(server, stream)
     assert broken.fingerprint != spare.fingerprint
