@@ -5,11 +5,11 @@ Nothing here imports torch before it is needed, so that ``--help`` stays fast.
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import _GeneratorContextManager, contextmanager
 from operator import attrgetter
 from threading import Lock
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar, get_args
 
 from multimodal.terminal import print_error
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+Before = TypeVar("Before")
 DType = Literal["auto", "float32", "bfloat16"]
 DTYPES = get_args(DType)
 _FLOAT32 = ("cudnn.conv", "cuda.matmul", "mkldnn.conv", "mkldnn.matmul")  # of torch.backends
@@ -110,42 +111,60 @@ def moved(tensor: "Tensor", device: "torch.device") -> "Tensor":
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-@contextmanager
-def full_float32() -> Iterator[None]:
+class SharedSetting(Generic[Before]):
+    """A setting of the process that is another one while any thread is inside ``held``.
+
+    Args:
+        change: makes it, and returns what it was. The first thread to enter calls it.
+        restore: takes that. The last one to leave calls it.
+    """
+
+    def __init__(self, change: Callable[[], Before], restore: Callable[[Before], object]) -> None:
+        self._change, self._restore = change, restore
+        self._lock, self._threads = Lock(), 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with self._lock:
+            if self._threads == 0:
+                self._before = self._change()
+            self._threads += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._threads -= 1
+                if self._threads == 0:
+                    self._restore(self._before)
+
+
+def full_float32() -> "_GeneratorContextManager[None]":
     """Let products and convolutions of float32 use all of its bits, on any device.
 
     Otherwise cuDNN computes convolutions in TF32, which has 10 bits of 23, and so do products if a
     user allows it (``torch.set_float32_matmul_precision``). An image on a GPU would then have other
-    codes than on a CPU. The settings are those of the process: the last of several threads to leave
-    restores them.
+    codes than on a CPU. The settings are those of the process: see ``SharedSetting``.
     """
+    return _full_float32.held()
+
+
+def _use_full_float32() -> list[str]:
     import torch
 
     settings = attrgetter(*_FLOAT32)(torch.backends)
-    with _full_float32.lock:
-        if _full_float32.depth == 0:
-            _full_float32.before = [each.fp32_precision for each in settings]
-            for each in settings:
-                each.fp32_precision = "ieee"
-        _full_float32.depth += 1
-    try:
-        yield
-    finally:
-        with _full_float32.lock:
-            _full_float32.depth -= 1
-            if _full_float32.depth == 0:
-                for each, precision in zip(settings, _full_float32.before, strict=True):
-                    each.fp32_precision = precision
+    before = [each.fp32_precision for each in settings]
+    _set_float32(["ieee"] * len(settings))
+    return before
 
 
-class _FullFloat32:
-    """How many threads are inside ``full_float32``, and the settings before them."""
+def _set_float32(precisions: list[str]) -> None:
+    import torch
 
-    def __init__(self) -> None:
-        self.lock, self.depth, self.before = Lock(), 0, list[str]()
+    for each, precision in zip(attrgetter(*_FLOAT32)(torch.backends), precisions, strict=True):
+        each.fp32_precision = precision
 
 
-_full_float32 = _FullFloat32()
+_full_float32 = SharedSetting(_use_full_float32, _set_float32)
 
 
 def _has_bfloat16(device: "torch.device") -> bool:

@@ -30,17 +30,18 @@ instead of computing them.
 Shapes: B rows, L queries, S keys, H heads, G key-value heads, d head size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import _GeneratorContextManager
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from multimodal.devices import SharedSetting
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -131,37 +132,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-@contextmanager
-def without_cudnn_attention() -> Iterator[None]:
+def without_cudnn_attention() -> "_GeneratorContextManager[None]":
     """Leave cuDNN's attention out, for lengths that grow by one token a step.
 
     In fp16 and bf16 torch takes cuDNN, which plans once for each new length: 50 ms on an H200, for
-    a step that takes 2 ms (docs/decisions/decoding_speed.md). The setting is one of the process, so
-    the last of several threads to leave restores it. Nothing changes on a CPU.
+    a step that takes 2 ms (docs/decisions/decoding_speed.md). The setting is one of the process:
+    see ``SharedSetting``. Nothing changes on a CPU.
     """
-    cudnn = torch.backends.cuda
-    with _without_cudnn.lock:
-        if _without_cudnn.depth == 0:
-            _without_cudnn.enabled = cudnn.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-            cudnn.enable_cudnn_sdp(False)
-        _without_cudnn.depth += 1
-    try:
-        yield
-    finally:
-        with _without_cudnn.lock:
-            _without_cudnn.depth -= 1
-            if _without_cudnn.depth == 0:
-                cudnn.enable_cudnn_sdp(_without_cudnn.enabled)
+    return _without_cudnn.held()
 
 
-class _WithoutCudnn:
-    """How many threads are inside ``without_cudnn_attention``, and the setting before them."""
+def _leave_cudnn_out() -> bool:
+    before = bool(torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return before
 
-    def __init__(self) -> None:
-        self.lock, self.depth, self.enabled = Lock(), 0, True
 
-
-_without_cudnn = _WithoutCudnn()
+_without_cudnn = SharedSetting(
+    _leave_cudnn_out, lambda on: torch.backends.cuda.enable_cudnn_sdp(on)
+)
 
 
 def _attend_by_products(
