@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from docs.reporting.captions import keep_judgements
 from docs.reporting.cost import step_of
 from docs.reporting.figures import FIGURES, draw, drawn_numbers, numbers, path_of
 from docs.reporting.page import NUMBER, PAGE, TABLE, filled
@@ -33,6 +34,22 @@ def test_a_changed_number_changes_the_page(monkeypatch: pytest.MonkeyPatch) -> N
     assert NUMBER.search(marked) and ">0.78<" in filled(marked)
     with pytest.raises(ValueError, match="not measured"):
         filled("<!--starter_val flickr8k captioning nothing:.2f-->0<!---->")
+
+
+def test_a_judgement_stays_as_long_as_its_caption_does(tmp_path: Path) -> None:
+    old = [
+        {"photo": "one", "caption": "a dog", "judged": "right"},
+        {"photo": "two", "caption": "a cat", "judged": "wrong"},
+        {"photo": "three", "caption": "a hat"},
+    ]
+    (tmp_path / "old.json").write_text(json.dumps({"captions": old}), "utf-8")
+    new: list[dict[str, Any]] = [{**row, "references": []} for row in old]
+    for row in new:
+        row.pop("judged", None)
+    new[1]["caption"] = "a dog"
+    keep_judgements(new, tmp_path / "old.json")
+    assert [row.get("judged") for row in new] == ["right", None, None]
+    keep_judgements(new, tmp_path / "none.json")
 
 
 def test_figures_show_the_numbers_of_today(tmp_path: Path) -> None:

@@ -5,6 +5,9 @@
 The first thirty photos of val, in the order of the shards: nobody chose them. Greedy. The photos
 may not be published, so each is named by its key, which is its file name in Flickr8k.
 ``python -m docs.reporting`` puts the captions on a page.
+
+A person who looked at the photos may write "judged" beside a caption: right (what is in the middle,
+what it does and where), partly, or wrong. A judgement stays as long as the caption does.
 """
 
 import argparse
@@ -55,6 +58,17 @@ def read(model: Model, folder: Path, split: str, count: int) -> dict[str, Any]:
     return {"protocol": protocol, "captions": rows}
 
 
+def keep_judgements(rows: list[dict[str, Any]], before: Path) -> None:
+    """Put what a person wrote of the same captions of the same photos into the rows."""
+    if not before.exists():
+        return
+    old = json.loads(before.read_text("utf-8"))["captions"]
+    judged = {(row["photo"], row["caption"]): row["judged"] for row in old if "judged" in row}
+    for row in rows:
+        if (word := judged.get((row["photo"], row["caption"]))) is not None:
+            row["judged"] = word
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("data", type=Path, help="a shard folder of photos with captions")
@@ -66,6 +80,7 @@ def main() -> None:
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     made = read(load(arguments.model), arguments.data, arguments.split, arguments.count)
+    keep_judgements(made["captions"], arguments.out)
     arguments.out.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 

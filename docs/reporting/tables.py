@@ -1,6 +1,7 @@
 """The tables of the report, as Markdown, each a function of the JSON files."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from docs.reporting.results import (
@@ -217,13 +218,15 @@ def retrieved() -> str:
 
 def thirty() -> str:
     """Captions of the first photos of val, beside what people wrote: a list, for people to read."""
-    lines = []
-    for row in read("starter_captions")["captions"]:
+    rows = read("starter_captions")["captions"]
+    counts = Counter(row["judged"] for row in rows)
+    lines = [", ".join(f"{counts[word]} {word}" for word in ("right", "partly", "wrong")) + ":", ""]
+    for row in rows:
         said, wrote = (
             re.sub(r"([\\`*_<>\[\]|])", r"\\\1", text)
             for text in (row["caption"], " / ".join(row["references"][:2]))
         )
-        lines.append(f"1. **{said}** People: {wrote}")
+        lines.append(f"1. **{said}** {row['judged'].capitalize()}. People: {wrote}")
     return "\n".join(lines)
 
 
