@@ -32,6 +32,9 @@ from multimodal.filters.personal import KINDS, find_personal
 from multimodal.plugins import from_file
 from multimodal.schemas import construct
 
+UNIT_SIGNS = {"\N{MICRO SIGN}", "\N{OHM SIGN}"}  # their normal form is a Greek letter
+# How the names of letters begin that are of no script, or of several.
+SHARED_LETTERS = {"MODIFIER", "KATAKANA-HIRAGANA", "IDEOGRAPHIC", "VERTICAL", "MASU"}
 When = Literal["prompt", "reply"]
 Span = tuple[int, int]
 
@@ -218,6 +221,12 @@ def masked(text: str, spans: Sequence[Span], by: str) -> str:
 
 
 def scripts_of(text: str) -> set[str]:
-    """The scripts of the letters of a text: LATIN, CYRILLIC, CJK, ..."""
-    letters = {letter for letter in text if letter.isalpha()}
-    return {unicodedata.name(letter, "UNKNOWN").split()[0] for letter in letters}
+    """The scripts of the letters of a text: LATIN, CYRILLIC, CJK, ...
+
+    A form of a letter, as a full-width one, has the script of the letter. Signs of units, and
+    letters that several scripts share, as the Japanese marks of repetition, have none.
+    """
+    letters = {letter for letter in text if letter.isalpha()} - UNIT_SIGNS
+    plain = "".join(unicodedata.normalize("NFKC", letter) for letter in letters)
+    names = (unicodedata.name(letter, "UNKNOWN") for letter in plain if letter.isalpha())
+    return {name.split()[0] for name in names} - SHARED_LETTERS

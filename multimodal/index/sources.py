@@ -43,12 +43,20 @@ class Item:
 
 
 class Source(Protocol):
-    """Attributes: root: the folder. split: of shards. problems: what is left out, a line each."""
+    """What ``open_source`` gives.
+
+    Attributes:
+        root: the folder.
+        split: of shards.
+        problems: what is left out, a line each.
+        unreadable: folders in it that cannot be read now.
+    """
 
     kind: Literal["images", "texts"]
     root: Path
     split: str | None
     problems: list[str]
+    unreadable: list[Path]
 
     def __len__(self) -> int: ...
 
@@ -71,6 +79,7 @@ class Files:
     ) -> None:
         self.root, self.kind, self.listing = root, kind, listing
         self.problems = list(listing.complaints())
+        self.unreadable = list(listing.unreadable)
         self.tokenizer, self.piece_tokens = model.text_tokenizer, piece_tokens
 
     def __len__(self) -> int:
@@ -120,6 +129,7 @@ class Samples:
 
     def __init__(self, root: Path, split: str | None, model: ModelParts) -> None:
         self.root, self.split, self.problems = root, split, list[str]()
+        self.unreadable = list[Path]()
         self.shards = Shards(root, split)
         check_codes_fit(model, self.shards)
 

@@ -1,7 +1,7 @@
 """What brings an index up to date with a source: by the hash of each file or sample.
 
-An update works in memory, and saves a whole index every minute. So one that was interrupted leaves
-an index that can be used, and the next one goes on from there.
+An update works in memory, and saves a whole index every minute, between two files. So one that was
+interrupted leaves an index that can be used, and the next one goes on from there.
 """
 
 import heapq
@@ -10,7 +10,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from multimodal.inference.codec import encode_to_read, read_images
 from multimodal.inference.embedding import embed_codes, embed_lines
 from multimodal.model.checkpoint import ModelParts
 
-SAVE_INTERVAL = 60.0  # seconds of work that an interruption may cost
+SAVE_INTERVAL = 60.0  # seconds of work that an interruption may cost, or a file that takes longer
 SAVE_SHARE = 0.05  # of the time, at most, is spent on saving
+_Read = tuple[str, Item | ValueError]  # an item by its path, or what is wrong with it
 
 
 @dataclass
@@ -76,8 +76,7 @@ class Update:
         changes, seen = Changes(), set[str]()
         saved = time.monotonic()
         cost = 0.0  # seconds that the last save took
-        items = iter(progress(self.source.read(), len(self.source)))
-        while batch := list(islice(items, self.batch_size)):
+        for batch in self._batches(progress(self.source.read(), len(self.source))):
             new: list[Item] = []
             for path, item in batch:
                 seen.add(path)
@@ -96,10 +95,22 @@ class Update:
                 saved = time.monotonic()
                 cost = saved - now
         for path in [path for path, numbers in self.numbers.items() if numbers]:
-            if path not in seen:
+            if path not in seen and not self._is_hidden(path):
                 self._remove(path)
                 changes.removed += 1
         return changes
+
+    def _batches(self, items: Iterable[_Read]) -> Iterator[list[_Read]]:
+        """Items, as many as have ``batch_size`` images or pieces. One may have more by itself."""
+        batch, count = list[_Read](), 0
+        for path, item in items:
+            batch.append((path, item))
+            count += max(1, len(item.pieces)) if isinstance(item, Item) else 1
+            if count >= self.batch_size:
+                yield batch
+                batch, count = [], 0
+        if batch:
+            yield batch
 
     def save(self) -> IndexConfig:
         return write_index(self.folder, self.config, self.vectors, self.entries)
@@ -109,6 +120,11 @@ class Update:
         numbers = self.numbers.get(path)
         entry = self.entries[numbers[0]] if numbers else None
         return None if entry is None else entry.sha256
+
+    def _is_hidden(self, path: str) -> bool:
+        """Whether an item is in a folder that cannot be read now, so that it may still be there."""
+        file = self.source.root / path
+        return any(file.is_relative_to(folder) for folder in self.source.unreadable)
 
     def _remove(self, path: str) -> None:
         numbers = self.numbers.pop(path, [])

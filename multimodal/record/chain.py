@@ -23,8 +23,10 @@ import hashlib
 import io
 import json
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -41,6 +43,7 @@ MAX_FACTS = 1 << 20  # bytes of JSON of the values of its facts
 MAX_LENGTH = 2048  # of a string, a list or an object in them: a request has that many inputs
 MAX_DEPTH = 16  # of objects in objects in them
 NAMES = {"number", "previous", "facts", "texts", "digests", "hash"}
+BEGINNING = b'{"digests":{'  # of each line
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Record:
 
     Raises:
         ValueError: if another process writes it, if it is no file, or if its last line is no entry.
+            The file stays as it is.
     """
 
     def __init__(self, path: str | Path, keep_texts: bool = False) -> None:
@@ -238,20 +242,22 @@ def redact(path: str | Path, before: datetime) -> int:
 
 
 def prune(path: str | Path, before: datetime) -> int:
-    """Remove the entries of before a time, but never the last one. The rest still is a chain.
+    """Remove the entries of before a time at the beginning of a record, but never the last one.
+
+    The rest still is a chain. So after the first entry that is kept all are, even one of before the
+    time, as there is where a clock was set back.
 
     Returns:
         How many were removed.
     """
     last = max((e.number for e in entries(path) if isinstance(e, Entry)), default=0)
-    count = 0
+    count, keeps = 0, False
 
     def kept(entry: Entry) -> Entry | None:
-        nonlocal count
-        if entry.number == last or entry.time >= before:
-            return entry
-        count += 1
-        return None
+        nonlocal count, keeps
+        keeps = keeps or entry.number == last or entry.time >= before
+        count += not keeps
+        return entry if keeps else None
 
     _rewrite(path, kept)
     return count
@@ -322,25 +328,34 @@ def _lock(file: io.IOBase, path: Path) -> None:
 
 
 def _last_entry(file: io.FileIO, path: Path) -> Entry | None:
-    """The last entry. A line that was not written to its end is cut off."""
+    """The last entry. A line after it that was not written to its end is cut off.
+
+    Raises:
+        ValueError: for a file that is no record. It stays as it is.
+    """
     size = file.seek(0, os.SEEK_END)
     start = max(0, size - 2 * MAX_LINE)
     file.seek(start)
     complete, newline, cut = file.read().rpartition(b"\n")
-    if start and not newline:
+    last = None
+    if newline:
+        try:
+            last = Entry.parse(complete.rpartition(b"\n")[2])
+        except ValueError as error:
+            raise ValueError(f"{path}: its last line {error}: name another file") from error
+    elif start:
         raise ValueError(f"{path}: its last line is too long: name another file")
+    elif cut[: len(BEGINNING)] != BEGINNING[: len(cut)]:
+        raise ValueError(f"{path}: is no record: name another file")
     if cut:
         file.truncate(size - len(cut))
-    if not newline:
-        return None
-    try:
-        return Entry.parse(complete.rpartition(b"\n")[2])
-    except ValueError as error:
-        raise ValueError(f"{path}: its last line {error}: name another file") from error
+    return last
 
 
 def _rewrite(path: str | Path, change: Callable[[Entry], Entry | None]) -> None:
     """Write a record again, each entry as ``change`` gives it, or without it for None.
+
+    A link stays, and the file that it leads to is written. Owner and permissions stay.
 
     Raises:
         ValueError: for a record with lines that are no entries or that ``change`` refuses, and for
@@ -350,8 +365,10 @@ def _rewrite(path: str | Path, change: Callable[[Entry], Entry | None]) -> None:
     open_file(path).close()  # a regular file
     with open(path, "r+b") as held:
         _lock(held, path)
-        with atomic_file(path, sync=True) as part, open(part, "wb") as file:
-            for entry in entries(path):
+        target = path.resolve()
+        with atomic_file(target, sync=True) as part, open(part, "wb", opener=_open_private) as file:
+            _copy_access(held.fileno(), file.fileno())
+            for entry in entries(target):
                 if isinstance(entry, str):
                     raise ValueError(f"{path}: {entry}")
                 try:
@@ -360,6 +377,19 @@ def _rewrite(path: str | Path, change: Callable[[Entry], Entry | None]) -> None:
                     raise ValueError(f"{path}: entry {entry.number}: {error}") from error
                 if changed is not None:
                     file.write(changed.line())
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _copy_access(source: int, target: int) -> None:
+    """Give an open file the owner and the group of another, where that is allowed, and its mode."""
+    about = os.fstat(source)
+    for owner in ((about.st_uid, -1), (-1, about.st_gid)):
+        with suppress(PermissionError):
+            os.fchown(target, *owner)
+    os.fchmod(target, stat.S_IMODE(about.st_mode))
 
 
 def _gaps(numbers: list[int]) -> Iterator[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """What a folder holds: images, their texts, and what is skipped and named."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -58,3 +59,26 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     (tmp_path / "secret").mkdir(mode=0)
     assert list_images(tmp_path).skipped == [tmp_path / "secret"]
+
+
+def test_a_folder_that_fails_is_not_called_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.png", "notes", "away/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path).name == "away":
+            raise OSError(errno.EIO, "Input/output error", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = list_images(tmp_path)
+    assert found.files == [tmp_path / "a.png"]
+    assert found.skipped == [tmp_path / "away", tmp_path / "notes"]
+    assert list(found.complaints()) == [
+        f"{tmp_path / 'away'}: cannot be read (Input/output error)",
+        f"{tmp_path / 'notes'}: skipped, not an image (without a suffix)",
+    ]

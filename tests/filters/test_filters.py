@@ -29,9 +29,48 @@ def test_personal_data_is_found_and_other_numbers_are_not(kind: str) -> None:
 
 
 def test_patterns_of_personal_data_end_soon_on_hostile_texts() -> None:
-    for piece in ("a@", "1 ", "12-", "+1(", ":", "DE89 ", "0." * 3, "a.a@a."):
+    pieces = ["a@", "1 ", "12-", "+1(", ":", "DE89 ", "0." * 3, "a.a@a.", "1", "00", "1:", "a:::"]
+    pieces += ["1111 ", "DE89" + "a" * 40 + " ", "+" + "1" * 40 + " ", "4111 1111 1111 1112 "]
+    for piece in pieces:
         for _ in find_personal(piece * 20_000, tuple(KINDS)):
             pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "found"),
+    [
+        ("iban", "My IBAN is DE89370400440532013000 please use it", "DE89370400440532013000"),
+        ("iban", "GB82 WEST 1234 5698 7654 32 for rent", "GB82 WEST 1234 5698 7654 32"),
+        ("iban", "no12 is DE89 3704 0044 0532 0130 00 7", "DE89 3704 0044 0532 0130 00"),
+        ("iban", "MA64011519000001205000534921 of Morocco", "MA64011519000001205000534921"),
+        ("card", "4111 1111 1111 1111 12/27", "4111 1111 1111 1111"),
+        ("card", "card 4111111111111111 123", "4111111111111111"),
+        ("card", "pay 2 4111 1111 1111 1111", "4111 1111 1111 1111"),
+        ("card", "in 2026 3782 822463 10005 of 01/28", "3782 822463 10005"),
+        ("phone", "+49 170 1234567 2026-11-28", "+49 170 1234567"),
+        ("ip", "192.168.0.1:8080", "192.168.0.1"),
+        ("ip", "http://192.168.0.1:8080/x", "192.168.0.1"),
+        ("ip", "IP:10.0.0.1", "10.0.0.1"),
+        ("ip", "::ffff:10.0.0.1", "10.0.0.1"),
+        ("ip", "from 2001:db8::1: ok", "2001:db8::1"),
+        ("ip", "2001:db8::/32", "2001:db8::"),
+    ],
+)
+def test_a_number_ends_where_other_words_and_digits_begin(kind: str, text: str, found: str) -> None:
+    assert [text[start:end] for start, end, _ in find_personal(text, (kind,))] == [found]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " ".join(map(str, range(200))),
+        " ".join(f"2026-11-{day:02}" for day in range(1, 31)),
+        "43:51:43:a1:b5:fc:8b:b7:0a:3a:a9:b1:0f:66:73:a8",
+        "aa:bb:cc:dd:ee:ff std::map 12:30:45",
+    ],
+)
+def test_rows_of_numbers_are_not_personal_data(text: str) -> None:
+    assert not list(find_personal(text, tuple(KINDS)))
 
 
 def filters(**rules: dict[str, Any]) -> Filters:
@@ -73,6 +112,23 @@ def test_lengths_and_scripts() -> None:
         found = refusal(rules.text(text, "prompt")[1])
         assert (found and found.rule) == broken, text
     assert scripts_of("dog собака 1") == {"LATIN", "CYRILLIC"}
+
+
+@pytest.mark.parametrize(
+    ("text", "scripts"),
+    [
+        ("1º piso", {"LATIN"}),
+        ("5 µm, 3 k\N{OHM SIGN}", {"LATIN"}),
+        ("Hawaiʻi", {"LATIN"}),
+        ("Ｃａｆé ﬁn ℓ", {"LATIN"}),
+        ("コーヒー ｶﾌｪ", {"KATAKANA"}),
+        ("時々", {"CJK"}),
+        ("μ", {"GREEK"}),
+        ("犬™ №", {"CJK"}),
+    ],
+)
+def test_forms_of_letters_and_signs_are_of_no_other_script(text: str, scripts: set[str]) -> None:
+    assert scripts_of(text) == scripts
 
 
 def test_spans_that_overlap_become_one() -> None:

@@ -1,5 +1,6 @@
 """An index follows its folder: what is searched is what is there, whatever happens in between."""
 
+import errno
 import json
 import os
 import random
@@ -96,6 +97,29 @@ def test_changes_of_a_folder_are_followed(
     assert hit_of(index, folder / "a.png").captions == ("another caption",)
     check_against_folder(Index.open(tmp_path / "index", model), folder)
     assert len(list((tmp_path / "index").iterdir())) == 3, "no files of before are left"
+
+
+def test_what_is_in_a_folder_that_cannot_be_read_now_stays(
+    model: Model, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = Index.open(tmp_path / "index", model, create=True)
+    index.add(folder)
+    (folder / "b c.png").unlink()
+    real, problems = os.scandir, list[str]()
+
+    def scandir(path: str) -> object:
+        if Path(path) == folder / "sub":
+            raise OSError(errno.ESTALE, "Stale file handle", path)
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        changes = index.add(folder, on_problem=problems.append)
+    assert changes == update.Changes(removed=1, unchanged=6, problems=1)
+    assert problems == [f"{folder / 'sub'}: cannot be read (Stale file handle)"]
+    check_against_folder(index, folder)
+    shutil.rmtree(folder / "sub")
+    assert index.add(folder) == update.Changes(removed=2, unchanged=6)
 
 
 def test_several_folders_in_one_index(model: Model, folder: Path, tmp_path: Path) -> None:
@@ -201,6 +225,33 @@ def test_work_of_a_killed_run_is_not_lost(
     assert len(index) == 6
     assert index.add(folder) == update.Changes(added=3, unchanged=6)
     check_against_folder(index, folder)
+
+
+def test_of_long_texts_only_the_one_in_work_is_lost(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for n in range(4):
+        (folder / f"{n}.txt").write_text("a small blue circle and a red bus.\n\n" * 20)
+    index = Index.open(tmp_path / "index", model, create=True)
+    monkeypatch.setattr(update, "SAVE_INTERVAL", 0.0)
+    monkeypatch.setattr(update, "SAVE_SHARE", 1e9)
+    real, count = update.embed_lines, [0]
+
+    def killed(*args: object) -> object:
+        count[0] += 1
+        if count[0] > 2:
+            raise KeyboardInterrupt
+        return real(*args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "embed_lines", killed)
+        with pytest.raises(KeyboardInterrupt):
+            index.add(folder, piece_tokens=16, batch_size=8)
+    index = Index.open(tmp_path / "index", model)
+    changes = index.add(folder, piece_tokens=16, batch_size=8)
+    assert changes == update.Changes(added=2, unchanged=2)
 
 
 def test_another_model_another_kind_and_other_folders_are_refused(

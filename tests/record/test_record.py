@@ -6,12 +6,14 @@ import random
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from multimodal.cli import main
+from multimodal.record import chain
 from multimodal.record.chain import Entry, Record, entries, prune, redact, verify
 from multimodal.record.report import failures, summary
 
@@ -126,6 +128,67 @@ def test_a_line_that_was_not_written_to_its_end_is_named_and_then_cut(tmp_path: 
     assert record.append({"status": 200}).number == 2
     record.close()
     assert verify(path) == []
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"a": 1}', b"{}", b"a note\nand another", b'{\n "a": 1\n}', b"\xff", b"\n{"]
+)
+def test_a_file_that_is_no_record_stays_as_it_is(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"config.json: .*: name another file"):
+        Record(path)
+    assert path.read_bytes() == content
+
+
+def test_a_first_line_that_was_not_written_to_its_end_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    (line,) = written(path, 1)
+    for length in range(len(line)):
+        path.write_bytes(line[:length])
+        record = Record(path)
+        assert record.append({"status": 200}).number == 0
+        record.close()
+        assert verify(path) == []
+
+
+@pytest.mark.parametrize("change", [redact, prune])
+def test_the_file_behind_a_link_is_changed_and_only_its_owner_reads_it(
+    tmp_path: Path, change: Callable[[Path, datetime], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, link = tmp_path / "data" / "record.jsonl", tmp_path / "record.jsonl"
+    written(path, 3)
+    link.symlink_to("data/record.jsonl")
+    path.chmod(0o600)
+    if os.getuid() == 0:
+        os.chown(path, 1234, 5678)
+    before, modes = path.stat(), list[int]()
+
+    def read(path: Path) -> Iterator[Entry | str]:
+        modes.extend(part.stat().st_mode for part in path.parent.glob(".*.part"))
+        return entries(path)
+
+    monkeypatch.setattr(chain, "entries", read)
+    assert change(link, datetime.now(UTC) + timedelta(days=1))
+    after = path.stat()
+    assert link.is_symlink() and b"picture 0" not in path.read_bytes() and verify(link) == []
+    assert (after.st_mode, after.st_uid, after.st_gid) == (
+        before.st_mode, before.st_uid, before.st_gid,
+    )  # fmt: skip
+    assert modes == [before.st_mode], "nobody else can read it while it is written"
+    assert [file.name for file in path.parent.iterdir()] == ["record.jsonl"]
+
+
+def test_prune_ends_at_the_first_entry_that_is_kept(tmp_path: Path) -> None:
+    """After a clock was set back, earlier times follow later ones."""
+    path = tmp_path / "record.jsonl"
+    record = Record(path)
+    for day in (1, 2, 5, 1, 6):
+        record.append({"time": f"2026-11-0{day}T00:00:00+00:00"})
+    record.close()
+    for removed in (2, 0):
+        assert prune(path, datetime(2026, 11, 3, tzinfo=UTC)) == removed and verify(path) == []
+    assert [entry.number for entry in entries(path) if isinstance(entry, Entry)] == [2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from multimodal.files import local_path
@@ -27,17 +27,23 @@ class FolderListing:
         skipped: other files, and folders that cannot be read, sorted. A .txt or .json of an image's
             name belongs to the image.
         kind: what the files are.
+        unreadable: the folders of ``skipped`` that cannot be read, and why. What is in them is not
+            known: it is not gone.
     """
 
     files: list[Path]
     skipped: list[Path]
     kind: str = "image"
+    unreadable: dict[Path, str] = field(default_factory=dict)
 
     def complaints(self) -> Iterator[str]:
-        """A line for each file that is skipped. Many of one suffix are counted."""
+        """A line for each folder and file that is skipped. Many of one suffix are counted."""
         groups: dict[str, list[Path]] = defaultdict(list)
         for path in self.skipped:
-            groups[path.suffix.lower()].append(path)
+            if path in self.unreadable:
+                yield f"{path}: cannot be read ({self.unreadable[path]})"
+            else:
+                groups[path.suffix.lower()].append(path)
         for suffix, paths in sorted(groups.items()):
             kind = f"a {suffix} file" if suffix else "without a suffix"
             named = paths[:MAX_NAMED]
@@ -67,7 +73,7 @@ def list_images(folder: str | Path, outside: Path | None = None) -> FolderListin
         for path in others
         if _suffix(path) not in SIDECARS or path.with_suffix("") not in stems
     ]
-    return FolderListing(sorted(images), sorted(skipped + unreadable))
+    return FolderListing(sorted(images), sorted([*skipped, *unreadable]), "image", unreadable)
 
 
 def list_texts(folder: str | Path, outside: Path | None = None) -> FolderListing:
@@ -81,15 +87,15 @@ def list_texts(folder: str | Path, outside: Path | None = None) -> FolderListing
     if not texts:
         raise ValueError(f"{folder}: no texts in it ({', '.join(TEXT_SUFFIXES)})")
     others = [path for path in files if _suffix(path) not in TEXT_SUFFIXES]
-    return FolderListing(sorted(texts), sorted(others + unreadable), "text")
+    return FolderListing(sorted(texts), sorted([*others, *unreadable]), "text", unreadable)
 
 
 def _suffix(path: Path) -> str:
     return path.suffix.lower().removeprefix(".")
 
 
-def _walk(folder: str | Path, outside: Path | None) -> tuple[list[Path], list[Path]]:
-    """The files that are not hidden, and the folders that cannot be read."""
+def _walk(folder: str | Path, outside: Path | None) -> tuple[list[Path], dict[Path, str]]:
+    """The files that are not hidden, and the folders that cannot be read, with the reason."""
     folder = local_path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
@@ -102,4 +108,4 @@ def _walk(folder: str | Path, outside: Path | None) -> tuple[list[Path], list[Pa
         if real not in visited:
             found += (Path(parent, name) for name in files if not name.startswith("."))
         visited.add(real)
-    return found, [Path(str(error.filename)) for error in unreadable]
+    return found, {Path(error.filename): error.strerror or str(error) for error in unreadable}
