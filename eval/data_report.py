@@ -140,7 +140,7 @@ class FolderStats:
         captions = record.get("captions", [])
         self.kinds["captions"] += len(captions)
         self.kinds["questions"] += len(record.get("qa", []))
-        self.kinds["labels"] += "label" in record
+        self.kinds["labels"] += record.get("label") not in (None, "")
         self.kinds["documents"] += "content" in record
         self.kinds["samples without any text"] += not has_text({"captions": [], **record})
         self.captions[str(len(captions))] += 1

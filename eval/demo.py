@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from multimodal.commands.options import check_output, load_model, make_parser
+from multimodal.commands.options import add_seed, check_output, load_model, make_parser
 from multimodal.data.images import open_image
 from multimodal.eval.metrics.scene_drawings import named_objects, score_scene_drawings
 from multimodal.eval.page import Figure, Section, page
@@ -56,12 +56,15 @@ class Demo:
 
     @property
     def steps(self) -> dict[str, Callable[[], Section]]:
-        return {
-            "captions": self.captions,
-            "answers": self.answers,
+        draws = {
             "image codes": self.reconstructions,
             "drawings": self.drawings,
             "an edit": self.edit,
+        }
+        return {
+            "captions": self.captions,
+            "answers": self.answers,
+            **(draws if self.model.image_tokenizer.can_draw else {}),
             "search": self.search,
         }
 
@@ -195,6 +198,7 @@ def main(argv: list[str]) -> int:
     options.add_argument(
         "--out", type=Path, default=Path("demo.html"), metavar="FILE", help="(default demo.html)"
     )
+    add_seed(options)
     arguments = options.parse_args(argv)
     check_output(arguments.out, (".html",))
 

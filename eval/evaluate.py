@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multimodal.commands.options import check_output, load_model, make_parser
+from multimodal.commands.options import add_seed, check_output, load_model, make_parser
 from multimodal.commands.vectors.search import default_cache
 from multimodal.data.shards import Shards
 from multimodal.energy import GRAMS_PER_KWH, WATTS_PER_CORE, EnergyMeter, EnergyOptions
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> int:
         "--limit", type=int, default=1000, help="most samples of each folder, the first ones"
     )
     options.add_argument("--batch-size", type=int, default=32)
+    add_seed(options)
     options.add_argument(
         "--cache",
         metavar="DIR",
@@ -100,13 +101,14 @@ def main(argv: list[str]) -> int:
     tasks = tuple(dict.fromkeys(chain.from_iterable(names)))
     with process_group() as rank:
         report = run(arguments, tasks, shards, is_first=rank == 0)
+    failed = int("failed" in report)
     if rank:
-        return 0
+        return failed
     print(format_table(report))
     if arguments.output:
         with atomic_file(arguments.output) as file:
             file.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    return 0
+    return failed
 
 
 def _warn(line: str) -> None:
@@ -128,19 +130,26 @@ def run(
         is_first: True on the first rank. It shows progress and writes the page.
 
     Returns:
-        The report: the protocol, and the results of each folder and task.
+        The report: the protocol, the results of each folder and task, and ``failed``, the tasks
+        that could not be measured and why, if there are any.
 
     Raises:
-        ValueError: if no sample fits any task.
+        ValueError: if no sample fits any task, if all tasks failed, and for codes of another image
+            tokenizer.
     """
+    from multimodal.distributed import world_size
     from multimodal.eval.evaluator import training_samples, usable_samples
     from multimodal.eval.metrics.clip_score import ClipScore
     from multimodal.eval.page import page
+    from multimodal.inference.shard_jobs import check_codes_fit
 
     evaluators = {task: find_evaluator(task) for task in tasks}
     clip = ClipScore(arguments.clip) if arguments.clip else None
     model = load_model(arguments)
+    for of_folder in shards.values():
+        check_codes_fit(model, of_folder)
     results: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
     sections: list[Section] = []
     for folder, of_folder in shards.items():
         warn = _warn if is_first else lambda line: None
@@ -149,22 +158,36 @@ def run(
         training = training_samples(folder, arguments.split)
         for task, make_evaluator in evaluators.items():
             evaluator = make_evaluator()
+            if getattr(evaluator, "draws", False) and not model.image_tokenizer.can_draw:
+                warn(f"{task}: left out, the model has no decoder of images")
+                continue
             usable = [sample for sample in folder_samples if evaluator.fits(sample)]
-            if usable:
-                name = address_of(folder) or str(folder)
-                title = f"{task}: {name}"
+            if not usable:
+                continue
+            name = address_of(folder) or str(folder)
+            title = f"{task}: {name}"
+            try:
                 result = measure(
                     evaluator, model, usable, training, arguments, clip, title, is_first
                 )
-                results.append({"task": task, "data": name, **result})
-                sections.append(section_of(title, result, evaluator, arguments.seed))
+            except ValueError as error:
+                if world_size() > 1:  # other ranks wait for this one
+                    raise
+                warn(f"error: {title}: {error}")
+                failed.append({"task": task, "data": name, "error": str(error)})
+                continue
+            results.append({"task": task, "data": name, **result})
+            sections.append(section_of(title, result, evaluator, arguments.seed))
+    if failed and not results:
+        raise ValueError(f"no task could be measured: {failed[0]['error']}")
     if not results:
         raise ValueError(f"no sample of {', '.join(map(str, shards))} fits {', '.join(tasks)}")
     if arguments.page and is_first:
         title = f"{arguments.model} ({model.fingerprint})"
         with atomic_file(arguments.page) as file:
             file.write_text(page(title, f"commit {git_commit()}", sections), "utf-8")
-    return {"protocol": protocol_of(arguments, model, clip), "results": results}
+    report = {"protocol": protocol_of(arguments, model, clip), "results": results}
+    return {**report, "failed": failed} if failed else report
 
 
 def measure(

@@ -20,12 +20,13 @@ from torch import Tensor
 from multimodal.api import Model
 from multimodal.data.documents import codes_in, images_in
 from multimodal.data.images import fit_image, open_image, to_image, to_tensor
-from multimodal.data.samples import CODES, Sample, readable, texts_of
+from multimodal.data.samples import CODES, IMAGE_SUFFIXES, Sample, readable, texts_of
 from multimodal.data.shards import Shards, splits_of
 from multimodal.distributed import gather_objects, rank, world_size
 from multimodal.energy import EnergyOptions
 from multimodal.eval.metrics.clip_score import ClipScore
 from multimodal.eval.metrics.proportions import Cases
+from multimodal.eval.page import SHOWN
 from multimodal.inference.codec import decode_images, encode_images, text_fits
 
 
@@ -60,6 +61,7 @@ class Estimate:
 
 
 TRAINING_SPLIT = "train"
+MOST_SHOWN = 2 * SHOWN  # pixels of a side
 Value: TypeAlias = float | Sequence[float] | PerQuestion | Estimate
 T = TypeVar("T")
 U = TypeVar("U")
@@ -116,21 +118,37 @@ class Subject:
         return any(CODES in sample.members for sample in self.samples)
 
     @cached_property
-    def images(self) -> list[Image.Image]:
-        """N images in their original size. Those of codes are decoded, or grey without detail."""
+    def originals(self) -> Sequence[Image.Image]:
+        """N images in their original size, opened when they are taken. Those of codes are decoded,
+        or grey without detail.
+        """
         if self.has_codes and not self.model.image_tokenizer.can_draw:
             return [Image.new("RGB", (64, 64), "grey")] * len(self.samples)
         if self.has_codes:
             decoded = self.map_rows(lambda batch: decode_images(self.model, batch), self.codes)
             return [to_image(image) for image in decoded]
-        return [open_image(sample.image, name=sample.key) for sample in self.samples]
+        return OpenedWhenTaken(self.samples)
 
-    @cached_property
+    @property
+    def images(self) -> list[Image.Image]:
+        """The N images to show: none has more than MOST_SHOWN pixels a side."""
+        return self._read[0]
+
+    @property
     def pixels(self) -> Tensor:
         """float32[N, 3, H, W] in [-1, 1], at the model's size."""
-        tokenizer = self.model.image_tokenizer
-        fitted = [fit_image(image, tokenizer.image_size, tokenizer.fit) for image in self.images]
-        return torch.stack([to_tensor(image) for image in fitted])
+        return self._read[1]
+
+    @cached_property
+    def _read(self) -> tuple[list[Image.Image], Tensor]:
+        tokenizer, shown, pixels = self.model.image_tokenizer, [], []
+        for image in self.originals:
+            fitted = fit_image(image, tokenizer.image_size, tokenizer.fit)
+            pixels.append(to_tensor(fitted))
+            if max(image.size) > MOST_SHOWN:
+                image.thumbnail((MOST_SHOWN, MOST_SHOWN))
+            shown.append(image)
+        return shown, torch.stack(pixels)
 
     @cached_property
     def codes(self) -> Tensor:
@@ -181,6 +199,26 @@ class Subject:
         return torch.stack(results)
 
 
+class OpenedWhenTaken(Sequence[Image.Image]):
+    """The images of samples. All of them at once may be more than the memory holds."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [open_image(sample.image, name=sample.key) for sample in self.samples[row]]
+        return open_image(self.samples[row].image, name=self.samples[row].key)
+
+
+def is_one_image(sample: Sample) -> bool:
+    """Whether a sample is an image, or its codes: no document, and no plain text."""
+    return CODES in sample.members or any(suffix in sample.members for suffix in IMAGE_SUFFIXES)
+
+
 def problem_of(sample: Sample, model: Model | None = None) -> str | None:
     """Why the record, an image or the codes of a sample cannot be read. None: they can.
 
@@ -229,7 +267,8 @@ class Evaluator(Protocol):
     """One task.
 
     name: of the task. protocol: how its scores are measured, in words. examples: filled by
-    ``measure``. It may also fill ``notes``, a list of texts that are shown below the scores.
+    ``measure``. It may also fill ``notes``, a list of texts that are shown below the scores. With
+    ``draws = True`` it is left out for models that have no decoder of images.
     """
 
     name: ClassVar[str]

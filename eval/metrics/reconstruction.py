@@ -6,8 +6,6 @@ and FID (Heusel et al. 2017, arXiv:1706.08500) with given features.
 Shapes: B images of a batch, R pixels per side, h w grid of codes.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import (
@@ -25,8 +23,16 @@ KERNEL = 11  # pixels of SSIM's window
 
 
 def ms_ssim_scales(side: int) -> int:
-    """Number of scales of MS-SSIM at which its window still fits. ``side``: pixels."""
-    return min(len(SCALES), int(math.log2(max(1, (side - 1) / (KERNEL - 1)))) + 1)
+    """Number of scales of MS-SSIM at which its window still fits. ``side``: pixels.
+
+    Each scale halves the image. torchmetrics shrinks it by ``(scales - 1) ** 2`` in its own check.
+    """
+    fitting = [
+        scales
+        for scales in range(1, len(SCALES) + 1)
+        if side > (KERNEL - 1) * 2 ** (scales - 1) and side // max(1, scales - 1) ** 2 > KERNEL - 1
+    ]
+    return max(fitting, default=1)
 
 
 class ReconstructionScores:

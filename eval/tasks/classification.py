@@ -25,8 +25,12 @@ TEXTS_PER_BATCH = 256
 
 
 def class_of(record: dict[str, Any]) -> str | None:
-    """The name of a record's class in words. The labels true and false are not classes."""
-    names = (str(record[name]) for name in CLASS_FIELDS if name in record)
+    """The name of a record's class in words. The labels true and false are not classes.
+
+    A field that is null or empty is none.
+    """
+    values = (record.get(name) for name in CLASS_FIELDS)
+    names = (str(value) for value in values if value not in (None, ""))
     return next((name.replace("_", " ") for name in names if name not in LABELS), None)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from multimodal.data.images import to_image
@@ -43,6 +44,7 @@ class Drawing:
     """Drawings after captions, by the model's alignment score, FID, KID and CLIPScore."""
 
     name: ClassVar[str] = "drawing"
+    draws: ClassVar[bool] = True
     protocol: ClassVar[str] = (
         f"{DRAWING}, after the first caption; own_alignment: the product of the model's embeddings "
         "of caption and drawing; fid and kid compare the drawings, and the true pictures encoded "
@@ -81,10 +83,15 @@ class Drawing:
         if (clip := subject.clip) is not None:
             for name, images in (
                 ("clip_score", drawings),
-                ("clip_score_of_true_images", subject.images),
+                ("clip_score_of_true_images", subject.originals),
             ):
-                pairs = list(zip(images, texts, strict=True))
-                yield name, subject.map_batches(pairs, lambda some: clip(*zip(*some, strict=True)))
+
+                def fits_of(
+                    rows: Sequence[int], images: Sequence[Image.Image] = images
+                ) -> list[float]:
+                    return clip([images[row] for row in rows], [texts[row] for row in rows])
+
+                yield name, subject.map_batches(range(len(texts)), fits_of)
         for sample, text, image, score in zip(
             subject.samples, texts, drawings, alignment, strict=True
         ):

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from multimodal.data.samples import Sample
 from multimodal.energy import EnergyMeter
-from multimodal.eval.evaluator import Example, Subject, Value
+from multimodal.eval.evaluator import Example, Subject, Value, is_one_image
 
 MAX_REQUESTS = 8  # of a kind, after one that is not counted
 REQUESTS = 1000  # that the scores are of
@@ -28,11 +28,11 @@ class EnergyUse:
     notes: list[str] = field(default_factory=list)
 
     def fits(self, sample: Sample) -> bool:
-        return True
+        return is_one_image(sample)
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         model = subject.model
-        images = subject.images[:MAX_REQUESTS]
+        images = subject.originals[:MAX_REQUESTS]
         kinds: dict[str, Callable[[int], object]] = {
             "caption": lambda row: model.caption([images[row]]),
             "answer": lambda row: model.answer(images[row], QUESTION),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from multimodal.data.images import to_image
 from multimodal.data.samples import Sample
-from multimodal.eval.evaluator import Example, Subject, Value
+from multimodal.eval.evaluator import Example, Subject, Value, is_one_image
 from multimodal.eval.metrics.features import Features
 from multimodal.eval.metrics.reconstruction import ReconstructionScores
 from multimodal.tokenizers.image import ImageTokenizer
@@ -63,6 +63,7 @@ class Reconstruction:
     """What the image tokenizer preserves."""
 
     name: ClassVar[str] = "reconstruction"
+    draws: ClassVar[bool] = True
     protocol: ClassVar[str] = (
         "images at the size that the model draws, encoded and decoded; perceptual and fid use "
         "random features of seed 0, so they compare with each other but not with published values"
@@ -70,7 +71,7 @@ class Reconstruction:
     examples: list[Example] = field(default_factory=list)
 
     def fits(self, sample: Sample) -> bool:
-        return True
+        return is_one_image(sample)
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         tokenizer = copy.deepcopy(subject.model.image_tokenizer).cpu()  # the pixels are on the CPU

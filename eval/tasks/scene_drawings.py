@@ -26,6 +26,7 @@ class SceneDrawings:
     """Which objects and claims of captions the drawings show."""
 
     name: ClassVar[str] = "scene_drawings"
+    draws: ClassVar[bool] = True
     protocol: ClassVar[str] = (
         f"{DRAWING}, after the first caption that names all objects; objects and claims are read "
         f"off the pixels by program; masked: drawn in {DrawOptions().steps} steps; "

@@ -116,7 +116,7 @@ class Robustness:
                 yield f"asked: {wording}", PerQuestion(values, rows)
         yield "spread of wordings", max(means) - min(means)
         size, fit = model.image_tokenizer.image_size, model.image_tokenizer.fit
-        fitted = [fit_image(image, size, fit) for image in subject.images]
+        fitted = [fit_image(image, size, fit) for image in subject.originals]
         for name, degrade in DEGRADATIONS.items():
             images = [degrade(image, subject.seed + row) for row, image in enumerate(fitted)]
             codes = subject.encode(torch.stack([to_tensor(image) for image in images]))

@@ -36,7 +36,7 @@ def make_parser(
     options: type[Sampling] | None = None,
     adapters: bool = False,
 ) -> argparse.ArgumentParser:
-    """A parser with what every verb that uses a model has: the model, the device, the seed.
+    """A parser with what every verb that uses a model has: the model, and where it runs.
 
     Args:
         options: add every field of this options class.
@@ -68,13 +68,15 @@ def make_parser(
     parser.add_argument(
         "--urls", action="store_true", help="images may be http and https addresses: fetch them"
     )
-    if options is None:
-        parser.add_argument(
-            "--seed", type=int, default=0, help="seed of all random numbers (default 0)"
-        )
-    else:
+    if options is not None:
         add_options(parser, options)
     return parser
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of all random numbers (default 0)"
+    )
 
 
 def add_options(parser: argparse.ArgumentParser, options: type[Sampling]) -> None:
@@ -268,14 +270,14 @@ def image_paths(verb: str, names: "Sequence[str]") -> tuple[list[str], int]:
     return paths, skipped
 
 
+def stdin_bytes() -> bytes:
+    """All that comes on stdin."""
+    return sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+
+
 def _lines_of(name: str) -> list[str]:
     """The lines of stdin (``-``) or of a file (``@FILE``) that are not empty."""
-    if name == "-":
-        data = (
-            sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
-        )
-    else:
-        data = read_bytes(name[1:])
+    data = stdin_bytes() if name == "-" else read_bytes(name[1:])
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, as PowerShell writes lists
         data = data.decode("utf-16", "replace").encode()
     # Paths are bytes: what is not UTF-8 comes through as it is.

@@ -1,13 +1,22 @@
 """One bad sample ends no evaluation: scores are those of the folder without it."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
+from multimodal.api import load
 from multimodal.cli import main
+from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards, index_shard, read_manifest, write_manifest, write_tar
+from multimodal.eval.demo import Demo
+from multimodal.eval.evaluator import MOST_SHOWN, Subject
+from multimodal.inference.codec import read_images
+from multimodal.tokenizers.image import ImageTokenizer
 from tests.photos import picture
 
 BAD = {
@@ -140,3 +149,90 @@ def test_a_report_names_what_it_cannot_read(
         assert ("cannot be read: train_broken" in said) == (folder.name == "bad")
         (about,) = json.loads(numbers.read_text())["folders"]
         assert len(about["unreadable"]) == (2 * len(BAD) if folder.name == "bad" else 0)
+
+
+def test_a_document_is_left_to_the_tasks_that_read_it(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    """Reconstruction and energy are of images: a document ends neither."""
+    content = [{"text": "before"}, {"image": "0.png"}]
+    document = {"0.png": picture(40), "json": json.dumps({"content": content}).encode()}
+    text = {"json": json.dumps({"content": [{"text": "no picture"}]}).encode()}
+    samples = [("document", document), ("text", text), ("image", good(0)), ("other", good(1))]
+    write_tar(tmp_path / "val-0000.tar", samples)
+    write_manifest(tmp_path, [index_shard(tmp_path / "val-0000.tar")])
+    out = tmp_path / "report.json"
+    line = ["eval", "reconstruction", "energy", "--model", str(tiny_model_folder)]
+    assert main([*line, "--data", str(tmp_path), "--output", str(out)]) == 0
+    assert [result["n"] for result in json.loads(out.read_text())["results"]] == [2, 2]
+
+
+def test_a_task_that_fails_leaves_the_others(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    tiny_model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "class Wrong:\n"
+        "    name, protocol, examples = 'wrong', 'none', []\n"
+        "    def fits(self, sample): return True\n"
+        "    def measure(self, subject): raise ValueError('no such measure')\n"
+    )
+    out, wrong = tmp_path / "report.json", f"{tmp_path}/mine.py:Wrong"
+    line = ["--data", str(folders["clean"]), "--model", str(tiny_model_folder)]
+    assert main(["eval", wrong, "retrieval", *line, "--output", str(out)]) == 1
+    report = json.loads(out.read_text())
+    assert [result["task"] for result in report["results"]] == ["retrieval"]
+    (failed,) = report["failed"]
+    assert (failed["task"], failed["error"]) == (wrong, "no such measure")
+    captured = capsys.readouterr()
+    assert "no such measure" in captured.err and "text_to_image@1" in captured.out
+    assert main(["eval", wrong, *line]) == 1
+    assert "no task could be measured: no such measure" in capsys.readouterr().err
+
+
+def test_a_model_without_a_decoder_is_not_asked_to_draw(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    tiny_model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(ImageTokenizer, "can_draw", False)
+    out = tmp_path / "report.json"
+    line = ["--data", str(folders["clean"]), "--model", str(tiny_model_folder)]
+    tasks = ["drawing", "scene_drawings", "reconstruction", "retrieval"]
+    assert main(["eval", *tasks, *line, "--output", str(out)]) == 0
+    assert [result["task"] for result in json.loads(out.read_text())["results"]] == ["retrieval"]
+    assert capsys.readouterr().err.count("the model has no decoder of images") == 3
+    assert list(Demo(load(tiny_model_folder)).steps) == ["captions", "answers", "search"]
+
+
+def test_codes_of_another_tokenizer_are_refused(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    tiny_model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    codes, tokenizer = tmp_path / "codes", ["--tokenizer", str(tiny_model_folder)]
+    assert main(["tokenizer", "encode", *tokenizer, str(folders["clean"]), str(codes)]) == 0
+    line = ["eval", "retrieval", "--model", str(tiny_model_folder), "--data", str(codes)]
+    assert main(line) == 0
+    manifest = read_manifest(codes)
+    manifest["image_tokenizer"]["fingerprint"] = "0123456789abcdef"
+    (codes / "manifest.json").write_text(json.dumps(manifest))
+    assert main(line) == 1
+    assert "its codes are of another image tokenizer" in capsys.readouterr().err
+
+
+def test_large_images_are_not_all_in_memory(tiny_model_folder: Path) -> None:
+    large = Image.effect_noise((1300, 700), 90).convert("RGB")
+    file = io.BytesIO()
+    large.save(file, "PNG")
+    model = load(tiny_model_folder)
+    subject = Subject(model, [Sample(str(n), {"png": file.getvalue()}) for n in range(3)])
+    assert {max(image.size) for image in subject.images} == {MOST_SHOWN}
+    assert torch.equal(subject.pixels, read_images(model, [large] * 3))
+    assert subject.originals[1].tobytes() == large.tobytes()
+    assert [image.size for image in subject.originals[:2]] == [large.size] * 2

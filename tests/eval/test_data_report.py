@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from multimodal.cli import main
+from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards, index_shard, write_manifest, write_tar
+from multimodal.eval.data_report import FolderStats
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,13 @@ def test_a_report_counts_samples_texts_and_copies(
     passes = html.split("passes over the folder per epoch")[1].split("</table>")[0]
     assert re.findall(r"class='number'>([\d.]+)", passes) == ["0.2833", "6.375"]
     assert html.count("<figure>") > 30 and "http" not in html
+
+
+def test_a_label_that_is_null_or_empty_is_not_counted() -> None:
+    folder = FolderStats(Path("folder"), {})
+    for label in (b"null", b'""', b'"dog"', b"0"):
+        folder.add("train", Sample("a", {"json": b'{"label": %s}' % label}))
+    assert folder.kinds["labels"] == 2 and folder.kinds["samples without any text"] == 2
 
 
 def test_the_same_seed_shows_the_same_samples(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -14,7 +14,11 @@ from torch import Tensor
 from multimodal.cli import main
 from multimodal.data.images import to_tensor
 from multimodal.eval.metrics.features import Features
-from multimodal.eval.metrics.reconstruction import ms_ssim_scales
+from multimodal.eval.metrics.reconstruction import (
+    KERNEL,
+    ReconstructionScores,
+    ms_ssim_scales,
+)
 from multimodal.eval.tasks.reconstruction import score_tokenizer
 from multimodal.scenes.dataset import write_scenes
 from multimodal.scenes.rendering import render
@@ -138,6 +142,19 @@ def test_perfect_reconstructions_have_the_best_scores(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("side", "scales"), [(32, 2), (64, 3), (128, 4), (176, 5), (256, 5)])
 def test_ms_ssim_uses_as_many_scales_as_fit(side: int, scales: int) -> None:
     assert ms_ssim_scales(side) == scales
+
+
+def test_torchmetrics_takes_the_scales_of_every_side() -> None:
+    for side in range(KERNEL, 301):
+        scales = ms_ssim_scales(side)
+        assert side // max(1, scales - 1) ** 2 >= KERNEL and side >= 2**scales, side
+        assert scales >= ms_ssim_scales(side - 1)
+    codes = torch.zeros(1, 1, 1, dtype=torch.int64)
+    for side in (11, 21, 41, 43, 81, 98, 161, 175):
+        image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        scores = ReconstructionScores(Features(), side, 2)
+        scores.update(image, image, codes)
+        assert scores.per_image["ms_ssim"] == [pytest.approx(1)], side
 
 
 @pytest.fixture

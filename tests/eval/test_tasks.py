@@ -91,6 +91,14 @@ def test_embeddings_of_the_right_class_have_an_accuracy_of_one(
     assert not Classification().fits(Sample("x", {"json": b'{"label": "true"}'}))
 
 
+@pytest.mark.parametrize("label", [b"null", b'""'])
+def test_a_label_that_is_null_or_empty_is_no_class(label: bytes) -> None:
+    sample = Sample("x", {"json": b'{"label": %s, "class": %s}' % (label, label)})
+    assert not Classification().fits(sample)
+    sample = Sample("x", {"json": b'{"label": %s, "group": "red_fox"}' % label})
+    assert classification.class_of(sample.record) == "red fox"
+
+
 def test_likelihoods_of_answers_are_sums_over_their_tokens(subject: Subject) -> None:
     model = subject.model
     prompts, choices = ["Which? Answer:", "What now?"], [["a red bus", "dogs", "on"], ["x", "the"]]
