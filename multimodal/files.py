@@ -164,6 +164,14 @@ def read_text(path: str | Path, max_bytes: int = MAX_FILE) -> str:
         raise UnreadableFile(path, str(error)) from error
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text: what ends in \\n, \\r\\n or \\r.
+
+    ``str.splitlines`` also breaks at characters within lines, such as U+2028.
+    """
+    return [line.removesuffix("\n") for line in io.StringIO(text, newline=None)]
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text. NaN and infinite numbers become None. Bytes: see ``decode_text``.
 

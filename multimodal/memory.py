@@ -71,6 +71,10 @@ def _of_the_process() -> Iterator[int]:
             yield limit - pages * resource.getpagesize()
 
 
+class NotEnoughMemory(ValueError):
+    """Work that would not fit into the memory that is free now."""
+
+
 def check_memory(needed: float, what: str, lower: str = "") -> None:
     """Refuse work that does not fit into memory, before Linux kills the process in the midst of it.
 
@@ -80,14 +84,14 @@ def check_memory(needed: float, what: str, lower: str = "") -> None:
         lower: the options that would need less.
 
     Raises:
-        ValueError: says how much is needed, how much there is, and what to lower.
+        NotEnoughMemory: says how much is needed, how much there is, and what to lower.
     """
     if needed < CHECKED_FROM:
         return
     free = available_memory()
     if free is not None and needed > free:
         advice = f": lower {lower}" if lower else ""
-        raise ValueError(
+        raise NotEnoughMemory(
             f"{what} needs about {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are "
             f"free{advice}"
         )

@@ -16,6 +16,7 @@ from multimodal.schemas import check_fields
 
 Method = Literal["causal", "masked"]
 Schedule = Literal["constant", "rising"]
+COLDEST = 1e-20  # a temperature: below it logits overflow
 MAX_BEAMS, MAX_CANDIDATES, MAX_STEPS = 1024, 10_000, 10_000
 Options = TypeVar("Options", bound="Sampling")
 MethodT = TypeVar("MethodT", bound=Callable[..., Any])
@@ -51,7 +52,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check(self.temperature >= 0, "temperature", self.temperature, "a number from 0 on")
+        chosen = self.temperature == 0 or self.temperature >= COLDEST
+        cold = f"0 (the most likely token) or a number from {COLDEST:g} on"
+        check(chosen, "temperature", self.temperature, cold)
         check(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
         check(0 < self.top_p <= 1, "top_p", self.top_p, "a share in (0, 1]")
         check(0 <= self.min_p <= 1, "min_p", self.min_p, "a share in [0, 1]")

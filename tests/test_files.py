@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from multimodal.files import atomic_file, atomic_folder, new_folder, temporary_path, write_json
+from multimodal.files import (
+    atomic_file,
+    atomic_folder,
+    lines_of,
+    new_folder,
+    temporary_path,
+    write_json,
+)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -167,3 +174,13 @@ def test_a_new_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
 def test_importing_it_does_not_import_torch() -> None:
     code = "import sys, multimodal.files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_lines_end_where_those_of_a_file_do(tmp_path: Path) -> None:
+    text = "a\u2028b\x85c\x0cd\n\r\nlast\rone"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    with (tmp_path / "a.txt").open(encoding="utf-8") as file:
+        assert (
+            lines_of(text) == file.read().split("\n") == ["a\u2028b\x85c\x0cd", "", "last", "one"]
+        )
+    assert lines_of("a\n") == ["a"] and lines_of("") == []

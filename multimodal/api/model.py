@@ -48,6 +48,7 @@ from multimodal.inference.values import (
     ImageSource,
     Results,
     is_one,
+    name_of,
     open_mask,
     open_source,
     to_list,
@@ -276,8 +277,10 @@ class Model(TextMethods, InsideMethods):
         check(batch_size >= 1, "batch_size", batch_size, "at least 1")
         rows: list[Tensor] = [torch.zeros(0, self.config.objectives.alignment_dim)]
         pictures = [] if images is None else to_list(images)
+        names = [name_of(picture, number) for number, picture in enumerate(pictures)]
         for start in range(0, len(pictures), batch_size):
-            pixels = read_images(self, pictures[start : start + batch_size])
+            part = slice(start, start + batch_size)
+            pixels = read_images(self, pictures[part], names[part])
             rows.append(embed_codes(self, encode_to_read(self, pixels)))
         lines = [] if texts is None else to_texts(texts)
         for start in range(0, len(lines), batch_size):

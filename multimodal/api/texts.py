@@ -19,6 +19,7 @@ from multimodal.inference.values import (
     OnError,
     Results,
     is_one,
+    name_of,
     to_list,
     to_texts,
 )
@@ -155,12 +156,19 @@ class TextMethods(ModelParts):
         if not isinstance(question, str) and len(questions) != count:
             raise ValueError(f"{count} images and {len(questions)} questions: expected as many")
         answers: list[str] = []
+        names = [name_of(each, number) for number, each in enumerate(images)]
+        of_one = encode_to_read(self, read_images(self, images)) if is_one(image) else None
         for start in range(0, count, batch_size):
-            part, several = slice(start, min(start + batch_size, count)), len(questions) > 1
-            asked = questions[part] if several else questions * (part.stop - start)
-            pixels = read_images(self, images if is_one(image) else images[part])
-            codes = encode_to_read(self, pixels).expand(len(asked), -1)
-            answers += answer_codes(self, codes, asked, answer_options, words, choices, follow)
+            numbers = range(start, min(start + batch_size, count))
+            part = slice(start, numbers.stop)
+            asked = questions[part] if len(questions) > 1 else questions * len(numbers)
+            if of_one is None:
+                codes = encode_to_read(self, read_images(self, images[part], names[part]))
+            else:
+                codes = of_one.expand(len(asked), -1)
+            answers += answer_codes(
+                self, codes, asked, answer_options, words, choices, follow, numbers
+            )
         return answers[0] if is_one(image) and isinstance(question, str) else answers
 
     @takes_options(TextOptions)

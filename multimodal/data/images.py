@@ -336,6 +336,12 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
+def upright(image: Image.Image, pixels: Image.Image) -> Image.Image:
+    """Pixels of a loaded image, turned as its EXIF says."""
+    turn = orientation(image)
+    return pixels.transpose(_UPRIGHT[turn]) if turn in _UPRIGHT else pixels
+
+
 def _grey16_to_rgb(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8 bits (65535 -> 255). Pillow's conversion would clip at 255."""
     values = np.asarray(image).astype(np.int64)
@@ -350,7 +356,6 @@ def _grey16_to_rgb(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
     check_size(image.size, max_pixels)
     image.load()
-    turn = orientation(image)
     if image.mode == "F":
         raise ValueError("mode F (floating point) has no defined range; convert it to RGB first")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -361,7 +366,6 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
         result.paste(layer, mask=layer.getchannel("A"))
     else:
         result = image.convert("RGB")
-    if turn in _UPRIGHT:
-        result = result.transpose(_UPRIGHT[turn])
+    result = upright(image, result)
     result.info = {}  # otherwise the next reader would apply the orientation again
     return result

@@ -119,6 +119,9 @@ class Decoder:
         network: reads and scores the tokens.
         exact: no bit of a row depends on the others: see ``DecodeBatch``.
         prefixes: with ``exact``, keeps pieces of prompts.
+
+    Attributes:
+        failed: the rows for which the last step found no token, and why. They have left.
     """
 
     def __init__(
@@ -128,6 +131,7 @@ class Decoder:
         self._members: list[_Member] = []
         self._groups: list[list[_Member]] = []
         self._batch: DecodeBatch | None = None
+        self.failed: list[tuple[Row, Exception]] = []
 
     def __len__(self) -> int:
         return len(self._members)
@@ -191,24 +195,31 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Row, Any]]:
-        """Decode one token of each row.
+        """Decode one token of each row. Rows for which that fails are in ``failed``.
 
         Returns:
             The pieces that rows have finished: (row, piece).
-
-        Raises:
-            ValueError: if the logits are not finite.
         """
         assert self._batch is not None, "no row has joined"
         pieces: list[tuple[Row, Any]] = []
+        self.failed = []
         ids = self._batch.last_position.new_zeros(len(self._batch.hidden))
         for group in self._groups:
             slots = torch.tensor([member.slots for member in group], device=ids.device)
-            chosen, scores = self._choose(group, slots)
+            try:
+                chosen, scores = self._choose(group, slots)
+            except Exception as error:  # the other groups have logits of their own
+                self.failed += [(member.row, error) for member in group]
+                continue
             ids[slots] = chosen[:, None]
             for member, token, score in zip(group, chosen.tolist(), scores, strict=True):
-                pieces += [(member.row, piece) for piece in member.row.take(token, score)]
-        kept = self._keep([member for member in self._members if not member.row.done])
+                try:
+                    pieces += [(member.row, piece) for piece in member.row.take(token, score)]
+                except Exception as error:
+                    self.failed.append((member.row, error))
+        left = {id(row) for row, _ in self.failed}
+        left |= {id(member.row) for member in self._members if member.row.done}
+        kept = self._keep([member for member in self._members if id(member.row) not in left])
         if self._members:
             self._batch.step(ids if kept is None else ids[kept])
         return pieces
@@ -289,6 +300,9 @@ def decode(
 
     Yields:
         After each step the pieces that rows have finished: (row, piece).
+
+    Raises:
+        ValueError: if the logits are not finite.
     """
     size, decoder = batch_size or len(rows), Decoder(network)
     # Rows of similar length together: less padding is read.
@@ -298,7 +312,10 @@ def decode(
             room = size - len(decoder)
             fresh, waiting = waiting[:room], waiting[room:]
             decoder.join(fresh, sampling, repetition_penalty, log_probabilities)
-        yield decoder.step()
+        pieces = decoder.step()
+        for _, error in decoder.failed:
+            raise error
+        yield pieces
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor | float) -> Tensor:

@@ -119,18 +119,34 @@ def edit_steps(
             f"the mask has {mask.width} x {mask.height} pixels, the image {image.width} x "
             f"{image.height}: they must be of one size"
         )
-    mask = mask.convert("L").point(lambda value: 255 if value > 127 else 0)
-    fit = model.image_tokenizer.fit
-    levels = model.config.layout.levels
+    fit, levels = model.image_tokenizer.fit, model.config.layout.levels
     fresh = torch.cat(
         [masked_codes(mask, fit, level.grid).repeat_interleave(level.groups) for level in levels]
     )
     if not fresh.any():
         raise ValueError("the mask is black where the model looks: nothing to draw")
-    codes = _codes_of(model, image)
-    known = codes.masked_fill(fresh, UNKNOWN)
+    known = _codes_of(model, image).masked_fill(fresh, UNKNOWN)
+    return (yield from _redraw(model, image, mask, known, text, options, number))
+
+
+def _redraw(
+    model: ModelParts,
+    image: Image.Image,
+    mask: Image.Image,
+    known: Tensor,
+    text: str,
+    options: EditOptions,
+    number: int = 0,
+) -> Generator[None, None, Image.Image]:
+    """Draw the codes that are not known, and put the white part of a mask into the image.
+
+    Args:
+        known: int64[1, n], UNKNOWN where a code is drawn.
+    """
+    fit = model.image_tokenizer.fit
     drawn_codes = yield from masked_steps(model, [text], options, known, [number])
     drawn = to_image(decode_images(model, drawn_codes)[0])
+    mask = mask.convert("L").point(lambda value: 255 if value > 127 else 0)
     if fit == "crop":  # the model sees only the middle: leave the rest as it is
         inside = _to_original(Image.new("RGB", drawn.size, "white"), image.size, fit)
         mask = Image.composite(mask, Image.new("L", mask.size), inside.convert("L"))
@@ -174,7 +190,7 @@ def vary_image(
     text: str | None,
     options: EditOptions,
 ) -> Image.Image:
-    """Draw a share of an image anew: places of the last level, anywhere. The rest stays as it is.
+    """Draw a share of an image anew: places of the last level, anywhere. All other codes stay.
 
     Args:
         share: of the places, in (0, 1].
@@ -183,18 +199,23 @@ def vary_image(
     check_value("share", share, float)
     if not 0 < share <= 1:
         raise ValueError(f"share={share}: expected a share of the codes in (0, 1]")
-    if text is None and not (text := caption_codes(model, _codes_of(model, image))[0]):
+    codes = _codes_of(model, image)
+    if text is None and not (text := caption_codes(model, codes)[0]):
         raise ValueError("the model says nothing of this image: give a text")
-    side = model.config.layout.levels[-1].grid
+    level = model.config.layout.levels[-1]
+    side = level.grid
     generator = torch.Generator().manual_seed(options.seed)
-    chosen = torch.randperm(side * side, generator=generator)[: max(1, round(share * side * side))]
-    places = np.zeros(side * side, np.uint8)
-    places[chosen.numpy()] = 255
-    cells = Image.fromarray(rearrange(places, "(h w) -> h w", h=side))
+    count = max(1, round(share * side * side))
+    places = torch.zeros(side * side, dtype=torch.bool)
+    places[torch.randperm(side * side, generator=generator)[:count]] = True
+    kept = torch.zeros(codes.shape[1] - level.codes, dtype=torch.bool)
+    known = codes.masked_fill(torch.cat([kept, places.repeat_interleave(level.groups)]), UNKNOWN)
+    white = 255 * rearrange(places, "(h w) -> h w", h=side).byte()
+    cells = Image.fromarray(white.numpy())
     tokenizer = model.image_tokenizer
     square = cells.resize((tokenizer.image_size, tokenizer.image_size), Image.Resampling.NEAREST)
     mask = _to_original(square.convert("RGB"), image.size, tokenizer.fit)
-    return edit_image(model, image, mask, text, options)
+    return returned(_redraw(model, image, mask, known, text, options))
 
 
 def _codes_of(model: ModelParts, image: Image.Image) -> Tensor:

@@ -242,6 +242,7 @@ def answer_codes(
     prompt: Prompt | None = None,
     choices: Sequence[str] | None = None,
     schema: Schema | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[str]:
     """Answer questions about images.
 
@@ -251,6 +252,7 @@ def answer_codes(
         prompt: the words around a question. The model's own template by default.
         choices: the answer is the most likely one of these.
         schema: the answer is JSON that follows it.
+        numbers: name the random numbers of each question. 0, 1, ... by default.
 
     Returns:
         B answers.
@@ -261,7 +263,7 @@ def answer_codes(
         for question in questions
     ]
     if choices is None:
-        return complete_prompts(model, codes, prompts, options, schema=schema)
+        return complete_prompts(model, codes, prompts, options, numbers, schema)
     if schema is not None or isinstance(choices, str) or len(set(choices)) < 2:
         raise ValueError(f"choices={choices!r}: expected a list of two or more, without a schema")
     check_value("choices", choices, Sequence[str])

@@ -37,6 +37,7 @@ from multimodal.serve.watching import DriftWatch
 
 Endpoint = Callable[[Request, Engines], Awaitable[Response]]
 log = logging.getLogger("multimodal.serve")
+UNWIND_SECONDS = 5.0  # in which requests that the HTTP server has cancelled end
 CLIENT_LEFT = 499  # nginx's status for it; nobody reads it
 _LOCAL = re.compile(rb"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 
@@ -95,6 +96,7 @@ def make_app(
             if telling is not None:
                 telling.close()
             app.state.engines.stop()  # the HTTP server has let requests end before
+            await gate.until_idle()
             if record is not None:
                 record.close()
 
@@ -116,7 +118,8 @@ def make_app(
     )
     paths = {route.path for route in app.routes if isinstance(route, Route)}
     free = {"/health", *(route.path for route in page)}
-    return Gate(app, settings, counted, paths, free, record, watch)
+    gate = Gate(app, settings, counted, paths, free, record, watch)
+    return gate
 
 
 def _route(path: str, endpoint: Endpoint, method: str) -> Route:
@@ -178,6 +181,13 @@ class Gate:
         self.app, self.settings, self.metrics = app, settings, metrics
         self.paths, self.free, self.record, self.watch = paths, free, record, watch
         self.received = 0  # bytes of all bodies that have not been worked on to the end
+        self.open = 0  # requests
+
+    async def until_idle(self) -> None:
+        """Wait until the requests that were cut off have ended, so that they are recorded."""
+        end = time.monotonic() + UNWIND_SECONDS
+        while self.open and time.monotonic() < end:
+            await asyncio.sleep(0.01)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -189,6 +199,7 @@ class Gate:
         path = scope["path"] if scope["path"] in self.paths else "other"
         note = scope["note"] = Note({"request": f"req_{secrets.token_hex(12)}", "path": path})
         at_end = scope["at_end"] = contextlib.ExitStack()  # of calls when the response is sent
+        self.open += 1
 
         async def counted() -> Message:
             nonlocal size, complete
@@ -242,6 +253,7 @@ class Gate:
             self.metrics.seconds.labels(path).observe(time.monotonic() - start)
             if self.record is not None and path.startswith("/v1/") and scope["method"] == "POST":
                 self._write(self.record, note, status, time.monotonic() - start)
+            self.open -= 1
 
     def _write(self, record: Record, note: Note, status: int, seconds: float) -> None:
         facts = {**note.facts, "status": status or CLIENT_LEFT, "seconds": round(seconds, 4)}

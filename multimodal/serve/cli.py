@@ -117,6 +117,10 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--port {arguments.port}: expected 1 to 65,535")
     if not 0 < arguments.workers <= MAX_WORKERS:
         raise ValueError(f"--workers {arguments.workers}: expected 1 to {MAX_WORKERS}")
+    if arguments.private_urls and not arguments.urls:
+        raise ValueError("--private-urls: give --urls, or no address is fetched")
+    if arguments.record_texts and not arguments.record:
+        raise ValueError("--record-texts: give --record FILE, or nothing is noted")
     arguments.model = arguments.folder or arguments.model
     arguments.adapter = named_adapters(arguments.adapter or ()) or None
     keys = tuple(arguments.api_key or filter(None, [os.environ.get(KEY)]))

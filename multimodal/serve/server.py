@@ -96,13 +96,11 @@ def serve(
         OSError: if the address is in use.
         ValueError: what ``load`` raises. Of several workers the first one says it itself.
     """
+    check_free(host, port)
     if workers == 1:
         model, fallback = load()
-        server = make_server(model, settings, host, port, fallback, signer)
-        on_ready()
-        server.run()
+        make_server(model, settings, host, port, fallback, signer, on_ready).run()
         return 0
-    check_free(host, port)
     with tempfile.TemporaryDirectory(prefix="multimodal-serve-") as folder:
         work = _Work(load, replace(settings, peers=folder), host, port, signer)
         return Supervisor(work, workers, settings.stop_timeout, on_ready).run()

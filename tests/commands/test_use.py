@@ -121,6 +121,9 @@ def test_embed_images_and_texts(
     assert "lines.txt: line 3: a prompt of" in errors
     again = np.load(tmp_path / "texts.npy", allow_pickle=False)
     assert np.allclose(again, rows, atol=1e-6), "the other lines have their rows"
+    (tmp_path / "lines.txt").write_bytes("a red\u2028bus\r\ntwo\x0bdogs".encode())
+    assert run("embed", *lines)[0] == 0
+    assert len(np.load(tmp_path / "texts.npy", allow_pickle=False)) == 2
 
 
 def test_search(run: Run, photo: Path, tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -190,6 +193,9 @@ HOSTILE: list[tuple[tuple[str, ...], int, str]] = [
     (("generate", "--image", "missing.png"), 1, "missing.png"),
     (("embed", "--out", "x.npy"), 2, "one of them"),
     (("embed", "PHOTO", "--out", "x.npz"), 1, "ends in .npy"),
+    (("embed", "PHOTO", "--out", "x.npy", "--seed", "1"), 2, "unrecognized arguments: --seed"),
+    (("serve", "--private-urls"), 1, "give --urls"),
+    (("serve", "--record-texts"), 1, "give --record FILE"),
     (("embed", "missing.png", "--out", "x.npy"), 1, "nothing could be embedded"),
     (("search", "a bus", "--images", "nowhere"), 1, "nowhere: no such folder"),
     (("search", "a bus", "--images", "EMPTY"), 1, "no images in it"),

@@ -119,6 +119,23 @@ def test_a_variation_keeps_the_other_codes(
         model.vary(image, 0)
 
 
+@pytest.mark.parametrize("size", [(37, 23), (500, 333), (5, 90)])
+@pytest.mark.parametrize("fit", ["squash", "crop", "letterbox"])
+def test_a_variation_draws_its_share_of_codes_in_any_size(
+    model: Model, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], fit: str
+) -> None:
+    drawn = []
+
+    def spy(*arguments: Any) -> Any:
+        drawn.append(int((arguments[3] == UNKNOWN).sum()))
+        return masked_steps(*arguments)
+
+    monkeypatch.setattr(editing, "masked_steps", spy)
+    monkeypatch.setattr(model.image_tokenizer, "fit", fit)
+    assert model.vary(picture().resize(size), 0.25, "a cat").size == size
+    assert drawn == [4]
+
+
 def test_the_edit_command(tiny_model_folder: Path, tmp_path: Path) -> None:
     picture().save(tmp_path / "a.png")
     line = ["edit", "--model", str(tiny_model_folder), str(tmp_path / "a.png")]

@@ -186,6 +186,21 @@ def test_answers_to_many_are_those_to_each(model: Model) -> None:
         ask([PICTURE, other], questions)
 
 
+def test_answers_do_not_depend_on_how_many_are_asked_at_once(model: Model) -> None:
+    """An image is read once, and each question has random numbers of its own."""
+    ask = functools.partial(model.answer, max_tokens=8, temperature=1.0, seed=5)
+    file = io.BytesIO()
+    PICTURE.save(file, "PNG")
+    expected = ask(PICTURE, ["what is it?"] * 7)
+    assert len(set(expected)) > 4
+    file.seek(0)
+    assert ask(file, ["what is it?"] * 7, batch_size=3) == expected
+    images = [PICTURE, PICTURE, b"damaged"]
+    for act in (functools.partial(ask, question="what?"), model.embed):
+        with pytest.raises(ValueError, match="image 2"):
+            act(images, batch_size=2)
+
+
 @pytest.mark.parametrize(
     ("ask", "message"),
     [

@@ -9,6 +9,8 @@ import openai
 import pytest
 from PIL import Image
 
+from multimodal.serve.endpoints.answering import Choice
+from multimodal.serve.endpoints.replies import _Edges, _message
 from tests.processes import wait_until
 
 ASK = [{"role": "user", "content": "what is in the snow?"}]
@@ -156,6 +158,21 @@ def test_json_follows_its_schema(server: Any) -> None:
         assert choice.finish_reason == "stop"
     cut = server.client().chat.completions.create(**how, max_tokens=2)
     assert {choice.finish_reason for choice in cut.choices} == {"length"}
+
+
+def test_texts_around_images_are_lines_of_their_own() -> None:
+    edges = _Edges()
+    shown = edges(" a") + edges(" cat. ")
+    edges.image()
+    edges.image()
+    shown += edges("  ") + edges(" A do") + edges("g. ")
+    edges.image()
+    shown += edges(" ")
+    whole = _message(Choice(0, ["a cat.", picture(), picture(), "A dog.", picture()]))
+    assert shown == whole["content"] == "a cat.\nA dog."
+    first = _Edges()
+    first.image()
+    assert first(" text ") == "text"
 
 
 def test_images_out_of_a_chat(server: Any) -> None:

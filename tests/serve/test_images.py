@@ -166,6 +166,27 @@ def test_what_is_transparent_is_drawn_anew(server: Any) -> None:
     assert (np.asarray(opened(again.data[0].b64_json))[20:] == before[20:]).all()
 
 
+def test_a_mask_is_turned_as_its_image_is(server: Any) -> None:
+    """Cameras write how they were held: here an image of 24 x 40 pixels that lies on its side."""
+    rng = np.random.default_rng(2)
+    image = Image.fromarray(rng.integers(0, 256, (40, 24, 3), dtype=np.uint8))
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, (0, 0, 24, 10))
+    image.putalpha(alpha)
+    lying, exif, file = image.transpose(Image.Transpose.ROTATE_90), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    lying.save(file, "PNG", exif=exif)
+    how: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": "a bus",
+        "extra_body": {"seed": 3, "steps": 4},
+    }
+    edited = server.client().images.edit(image=("a.png", file.getvalue()), **how)
+    upright = server.client().images.edit(image=("a.png", png(image)), **how)
+    assert edited.data[0].b64_json == upright.data[0].b64_json
+    assert opened(edited.data[0].b64_json).size == (24, 40)
+
+
 def test_embeddings_are_those_of_the_model_itself(server: Any) -> None:
     client, texts = server.client(), ["a red bus", "two dogs"]
     expected = server.model.embed(texts=texts).numpy()

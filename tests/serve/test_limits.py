@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 from PIL import Image
 
@@ -78,6 +79,7 @@ CHAT: list[tuple[Any, int, str | None]] = [
     ({**ASK, "max_tokens": True}, 400, "invalid_value"),
     ({**ASK, "temperature": "hot"}, 400, "invalid_value"),
     ({**ASK, "temperature": -1}, 400, "invalid_value"),
+    ({**ASK, "temperature": 1e-40}, 400, "invalid_value"),
     ({**ASK, "top_p": 0}, 400, "invalid_value"),
     ({**ASK, "frequency_penalty": 1}, 400, "invalid_value"),
     ({**ASK, "stop": [""]}, 400, "invalid_value"),
@@ -90,6 +92,8 @@ CHAT: list[tuple[Any, int, str | None]] = [
     (with_image(URI + "###"), 400, "invalid_image"),
     (with_image(URI + "AAAA"), 400, "invalid_image"),
     (with_image("data:image/png,abc"), 400, "invalid_image"),
+    (with_image("data:" + "a" * 1_000_000), 400, "invalid_image"),
+    (with_image("data:" + "a/b;c=d;" * 100_000 + "base64"), 400, "invalid_image"),
     (with_image("file:///etc/passwd"), 400, "invalid_image"),
     (with_image("http://127.0.0.1/a.png"), 400, "invalid_image"),
     (with_image({"a": 1}), 400, "invalid_value"),
@@ -206,6 +210,27 @@ def test_a_full_queue_says_when_to_come_again(tiny_model: Make, serving: Any) ->
         assert caught.value.code == "queue_full"
         streams[0].close()
         waiting.join()
+
+
+def test_a_reply_without_a_length_has_what_room_there_is(tiny_model: Make, serving: Any) -> None:
+    ask: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "a bus"}]}
+    with serving(tiny_model(noise=0.1, tied=False), max_tokens=7) as server:
+        create = server.client().chat.completions.create
+        assert create(**ask).usage.completion_tokens == 7
+        with pytest.raises(openai.BadRequestError, match="max_tokens=8"):
+            create(**ask, max_tokens=8)
+    with serving(tiny_model(noise=0.1, tied=False)) as server:
+        create = server.client().chat.completions.create
+        limit = server.model.config.transformer.max_position_embeddings
+        one = create(**ask, max_tokens=1).usage.prompt_tokens
+        ask["messages"][0]["content"] = "a" + " bus" * 10
+        each = (create(**ask, max_tokens=1).usage.prompt_tokens - one) // 9
+        ask["messages"][0]["content"] = "a" + " bus" * ((limit - one - 20) // each)
+        usage = create(**ask, max_tokens=1).usage
+        assert 0 < limit - usage.prompt_tokens < 100
+        assert create(**ask).usage.total_tokens == limit
+        with pytest.raises(openai.BadRequestError, match="256 more"):
+            create(**ask, max_tokens=256)
 
 
 def test_decoded_images_that_wait_are_within_a_budget(server: Any) -> None:

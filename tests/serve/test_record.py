@@ -3,12 +3,14 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from multimodal.inference.decode import Decoder
 from multimodal.record.chain import Entry, Record, entries, verify
 from multimodal.record.report import failures
 from multimodal.serve.engine.metrics import Metrics
@@ -134,6 +136,31 @@ def test_without_texts_only_digests_are_kept(
     (line,) = path.read_text("utf-8").splitlines()
     assert "secret" not in line and json.loads(line)["digests"].keys() == {"prompt"}
     assert verify(path) == []
+
+
+def test_a_request_that_a_stop_cuts_off_is_noted(
+    tiny_model: Make, serving: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Decoder.step
+
+    def slow(self: Decoder) -> list[Any]:
+        time.sleep(0.02)
+        return step(self)
+
+    monkeypatch.setattr(Decoder, "step", slow)
+    path = tmp_path / "requests.jsonl"
+    with (
+        ThreadPoolExecutor() as threads,
+        serving(tiny_model(noise=0.1, tied=False), record=str(path), stop_timeout=0.2) as server,
+    ):
+        messages: Any = [{"role": "user", "content": "two dogs run"}]
+        create = server.client().chat.completions.create
+        asked = threads.submit(create, model="tiny", messages=messages, max_tokens=1000)
+        while not server.engines.scheduler.count_running():
+            time.sleep(0.01)
+    assert asked.exception() is not None
+    (entry,) = Log(path).all()
+    assert entry.facts["status"] in (499, 503)
 
 
 def test_without_a_record_feedback_has_no_place(server: Any) -> None:

@@ -6,19 +6,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+import torch
+from torch import Tensor
 
 from multimodal.api import Model
-from multimodal.inference.decode import Row
+from multimodal.inference.decode import Decoder, Joining, Row
+from multimodal.memory import NotEnoughMemory
 from multimodal.model.layers.graphs import Run, StepGraphs
 from multimodal.options import TextOptions
-from multimodal.serve.engine.errors import ApiError
+from multimodal.serve.engine.errors import ApiError, as_api_error
 from multimodal.serve.engine.scheduler import Decoding, Job, Scheduler, Steps
 
 Make = Callable[..., Model]
@@ -269,6 +272,51 @@ def test_the_scheduler_outlives_a_batch_that_fails(ends: Ends) -> None:
     ends.submit("next", ends.decoding([Counting(0, 5)]))
     wait_for(lambda: "next" in ends.results)
     assert ends.results["next"] == [5]
+
+
+class Choiceless(Counting):
+    """A row that allows no token at all, from its third on."""
+
+    def allowed(self) -> Tensor:
+        return torch.full((300,), len(self.generated) < 2)
+
+
+def test_a_row_without_a_token_leaves_the_others_in_the_batch(ends: Ends) -> None:
+    def drawn(rows: list[Row]) -> Steps:
+        yield Decoding(ends.network, rows, TextOptions(temperature=1.0))
+        return [len(row.generated) for row in rows]
+
+    ends.submit("right", ends.decoding([Counting(0, 9)]))
+    ends.submit("wrong", ends.decoding([Counting(1, 9, fails=True), Counting(1, 9)]))
+    ends.submit("none", drawn([Choiceless(2, 9)]))
+    wait_for(lambda: len(ends.results) == 3)
+    assert ends.results["right"] == [9] and ends.order[-1] == "right"
+    assert "a row failed" in str(ends.results["wrong"])
+    assert "nothing can be chosen" in str(ends.results["none"])
+    assert all(isinstance(ends.results[name], RuntimeError) for name in ("wrong", "none"))
+
+
+def test_rows_wait_for_memory_that_others_have(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused, join = list[int](), Decoder.join_together
+
+    def joined(self: Decoder, several: Sequence[Joining]) -> None:
+        rows = len(self) + sum(len(part.rows) for part in several)
+        if rows > 1:
+            refused.append(rows)
+            raise NotEnoughMemory("a batch needs about 9 GB of memory")
+        join(self, several)
+
+    monkeypatch.setattr(Decoder, "join_together", joined)
+    ends.submit("first", ends.decoding([Counting(0, 40)]))
+    wait_for(lambda: ends.scheduler.count_rows() == 1)
+    ends.submit("second", ends.decoding([Counting(1, 40)]))
+    wait_for(lambda: len(ends.results) == 2)
+    assert ends.order == ["first", "second"] and ends.results["second"] == [40]
+    assert 0 < len(refused) <= 2, "it was not tried again at each step"
+    ends.submit("too many", ends.decoding([Counting(n, 40) for n in range(3)]))
+    wait_for(lambda: "too many" in ends.results)
+    error = as_api_error(ends.results["too many"])
+    assert (error.status, error.retry_after) == (503, 5) and "GB" not in error.message
 
 
 @pytest.mark.parametrize("where", ["piece", "end", "stop"])

@@ -30,7 +30,7 @@ from multimodal.data.shards import (
     write_tar,
 )
 from multimodal.eval.metrics.scene_captions import has_scene
-from multimodal.files import atomic_file, local_path
+from multimodal.files import atomic_file, lines_of, local_path, read_text
 from multimodal.inference.codec import encode_images, read_images, text_fits
 from multimodal.inference.drawing import draw_codes
 from multimodal.model.checkpoint import ModelParts
@@ -167,7 +167,7 @@ def make_preferences(
                     _make_chunk(maker, shards[name], chunk, file, on_sample)
                 else:
                     on_sample(len(chunk))
-                lines += [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+                lines += [json.loads(line) for line in lines_of(read_text(file))]
         tars = sorted(out.glob("*.tar"))
         if not tars:
             raise ValueError(f"{source}: no sample has a preference: {reasons_of(lines)}")

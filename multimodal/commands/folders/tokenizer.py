@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from multimodal.commands.options import add_device, add_engine
-from multimodal.files import address_of, local_path, open_file, read_text
+from multimodal.files import address_of, lines_of, local_path, open_file, read_text
 from multimodal.terminal import Parser, print_error
 
 EXAMPLES = """examples:
@@ -36,15 +36,15 @@ def texts(sources: list[str], split: str) -> Iterator[str]:
             for sample in readable(samples, lambda line: tqdm.write(line, file=sys.stderr)):
                 yield from texts_of(sample.record)
         else:
-            yield from lines_of(source)
+            yield from file_lines(source)
 
 
-def lines_of(path: str) -> Iterator[str]:
+def file_lines(path: str) -> Iterator[str]:
     """The lines of a text file. Those that are not UTF-8 are left out; the first one is named."""
     wrong = 0
     with open_file(path) as file:
         if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            yield from read_text(path).splitlines()
+            yield from lines_of(read_text(path))
             return
         for number, line in enumerate(file, 1):
             try:

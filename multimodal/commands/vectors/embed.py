@@ -14,8 +14,9 @@ from multimodal.commands.options import (
     load_model,
     make_parser,
     run_bulk,
+    stdin_bytes,
 )
-from multimodal.files import atomic_file, read_text
+from multimodal.files import atomic_file, decode_text, lines_of, read_text
 from multimodal.terminal import print_error
 
 if TYPE_CHECKING:
@@ -107,8 +108,7 @@ def main(argv: list[str]) -> int:
 
 
 def _lines(name: str) -> list[str]:
-    text = sys.stdin.read() if name == "-" else read_text(name)
-    lines = text.splitlines()
+    lines = lines_of(decode_text(stdin_bytes()) if name == "-" else read_text(name))
     if not lines:
         raise ValueError(f"{name}: no lines in it")
     return lines

@@ -115,6 +115,9 @@ def chat_steps(chat: Chat, streams: bool, numbers: Sequence[int]) -> Steps:
     engine, options = chat.engine, chat.options
     model, settings = engine.model, engine.settings
     ids, ends = yield from engine.prompt(chat.parts)
+    room = model.config.transformer.max_position_embeddings - len(ids)
+    if chat.request.most_tokens is None and room > 0:  # nobody asked for more than there is
+        options = replace(options, max_tokens=min(options.max_tokens, room))
     try:
         check_prompt(model, ids, chat.kind, options)
     except ValueError as error:

@@ -14,7 +14,7 @@ from multimodal.inference.json_schema import Schema
 from multimodal.inference.mixed import OutputKind
 from multimodal.options import TextOptions
 from multimodal.schemas import Between
-from multimodal.serve.endpoints.bodies import Ignored, asked, read_body
+from multimodal.serve.endpoints.bodies import Ignored, read_body
 from multimodal.serve.endpoints.noting import Note, note_of
 from multimodal.serve.endpoints.screening import Screening, screened, screened_pixels
 from multimodal.serve.engine.engine import Engine, Engines
@@ -61,6 +61,11 @@ class ChatRequest(Ignored):
     template: Template = "question"
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens of a reply at most, under the name of today or that of before."""
+        return self.max_completion_tokens or self.max_tokens
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -119,7 +124,7 @@ class Chat:
 
 async def read_chat(request: Request, engines: Engines) -> Chat:
     """Raises ``ApiError`` for what cannot be done."""
-    chat = asked(ChatRequest, await read_body(request))
+    chat = await read_body(request, ChatRequest)
     engine = engines.named(chat.model)
     settings = engine.settings
     urls = [part for part in _parts(chat, engine) if isinstance(part, ImageUrl)]
@@ -135,7 +140,7 @@ async def read_chat(request: Request, engines: Engines) -> Chat:
         raise ApiError(400, f"n={chat.n}: at most {settings.max_choices}", param="n")
     wanted = set(chat.modalities or ("text",))
     kind: OutputKind = "text" if wanted == {"text"} else "any" if "text" in wanted else "image"
-    most = chat.max_completion_tokens or chat.max_tokens or settings.default_tokens
+    most = chat.most_tokens or min(settings.default_tokens, settings.max_tokens)
     if most > settings.max_tokens:
         raise ApiError(400, f"max_tokens={most}: at most {settings.max_tokens}", param="max_tokens")
     given = {

@@ -1,5 +1,6 @@
 """Bodies of requests: read within limits, and made into dataclasses."""
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from multimodal.serve.endpoints.bridge import Disconnected
 from multimodal.serve.engine.errors import ApiError, as_api_error
 
 Asked = TypeVar("Asked")
+LARGE = 1 << 16  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +28,15 @@ class Ignored:
     prompt_cache_key: str | None = None
 
 
-async def read_body(request: Request) -> Any:
-    """The JSON of a request.
+async def read_body(request: Request, make: type[Asked]) -> Asked:
+    """The JSON of a request as a dataclass.
 
     A page of another site may send any text without asking, but nothing that is called JSON. (With
     a key it can send nothing at all.)
 
     Raises:
-        ApiError: if it is none, or if a server without a key is not told that it is JSON.
+        ApiError: for what is wrong with it, or if a server without a key is not told that it is
+            JSON.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not request.app.state.engines.settings.keys:
@@ -43,8 +46,14 @@ async def read_body(request: Request) -> Any:
         data = await request.body()
     except ClientDisconnect as error:
         raise Disconnected from error
+    if len(data) > LARGE:  # a million messages take seconds, in which others are answered
+        return await asyncio.to_thread(_parsed, data, make)
+    return _parsed(data, make)
+
+
+def _parsed(data: bytes, make: type[Asked]) -> Asked:
     try:
-        return parse_json(data)
+        return asked(make, parse_json(data))
     except UnreadableText as error:
         raise ApiError(400, f"the body is {error}", code="invalid_json") from error
 

@@ -161,7 +161,7 @@ def draw_steps(engine: Engine, request: ImageRequest, options: DrawOptions) -> S
 
 
 async def images_generations(request: Request, engines: Engines) -> Response:
-    drawing = asked(ImageRequest, await read_body(request))
+    drawing = await read_body(request, ImageRequest)
     engine = engines.named(drawing.model)
     options, look = _checked(drawing, engine)
     drawing = await _screened(request, drawing, engine, options.seed)

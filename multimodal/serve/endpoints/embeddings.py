@@ -14,7 +14,7 @@ from multimodal.inference.batch import check_length
 from multimodal.inference.codec import encode_text, encode_to_read
 from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.schemas import Between
-from multimodal.serve.endpoints.bodies import Ignored, asked, read_body
+from multimodal.serve.endpoints.bodies import Ignored, read_body
 from multimodal.serve.endpoints.bridge import result_of
 from multimodal.serve.endpoints.noting import note_of
 from multimodal.serve.endpoints.screening import Screening, screened, screened_pixels
@@ -40,7 +40,7 @@ class EmbeddingRequest(Ignored):
 
 
 async def embeddings(request: Request, engines: Engines) -> Response:
-    wanted = asked(EmbeddingRequest, await read_body(request))
+    wanted = await read_body(request, EmbeddingRequest)
     engine = engines.named(wanted.model)
     width = engine.model.config.objectives.alignment_dim
     if (wanted.dimensions or width) > width:

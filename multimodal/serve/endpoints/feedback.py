@@ -6,7 +6,7 @@ from typing import Literal
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from multimodal.serve.endpoints.bodies import asked, read_body
+from multimodal.serve.endpoints.bodies import read_body
 from multimodal.serve.endpoints.noting import note_of
 from multimodal.serve.engine.engine import Engines
 from multimodal.serve.engine.errors import ApiError
@@ -24,7 +24,7 @@ class Feedback:
 
 
 async def feedback(request: Request, engines: Engines) -> Response:
-    given = asked(Feedback, await read_body(request))
+    given = await read_body(request, Feedback)
     if not engines.settings.record:
         raise ApiError(
             404, "this server keeps no record, so feedback has no place", code="no_record"

@@ -73,17 +73,27 @@ def logprobs(tokens: Sequence[Scored], engine: Engine) -> dict[str, Any]:
 
 
 class _Edges:
-    """Texts in pieces, without white space before the first and after the last character."""
+    """Texts in pieces, without white space before the first and after the last character.
+
+    Texts with an image between them are lines of their own, as in a whole reply.
+    """
 
     def __init__(self) -> None:
-        self.held, self.begun = "", False
+        self.held, self.begun, self.before = "", False, ""
 
     def __call__(self, piece: str) -> str:
         text = self.held + piece
         text = text if self.begun else text.lstrip()
         shown = text.rstrip()
-        self.held, self.begun = text[len(shown) :], self.begun or bool(shown)
+        self.held = text[len(shown) :]
+        if shown and not self.begun:
+            self.begun, shown = True, self.before + shown
         return shown
+
+    def image(self) -> None:
+        """An image came: the next text is another one."""
+        self.before = "\n" if self.begun or self.before else ""
+        self.held, self.begun = "", False
 
 
 class ChatStream:
@@ -135,6 +145,7 @@ class ChatStream:
         if self.held:
             return
         if isinstance(piece, Image.Image):
+            self.edges[row.number].image()
             yield self._chunk(row.number, {"images": [_image(piece, self.chat.credentials)]})
         elif isinstance(piece, str) and (text := self.edges[row.number](piece)):
             yield self._chunk(row.number, {"content": text}, row.tokens)
@@ -163,8 +174,9 @@ class ChatStream:
         scores = None
         if tokens is not None and self.chat.request.logprobs:
             start = self.scored.get(number, 0)
-            self.scored[number] = len(tokens)
-            scores = logprobs(tokens[start:], self.engine)
+            new = tokens[start:]  # while it is read, the scheduler may append
+            self.scored[number] = start + len(new)
+            scores = logprobs(new, self.engine)
         choice: dict[str, Any] = {"index": number, "delta": delta, "logprobs": scores}
         choice["finish_reason"] = ended and ended.reason
         if ended and ended.fallback:

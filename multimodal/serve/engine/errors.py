@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from multimodal.memory import NotEnoughMemory
+
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -57,6 +59,9 @@ def as_api_error(error: BaseException) -> ApiError:
     """A ``ValueError`` is the client's mistake. Anything else is ours, and is not shown."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, NotEnoughMemory):  # for a request that is right
+        message = "the server has not enough memory for this now: try again later"
+        return ApiError(503, message, code="no_memory", retry_after=5)
     if isinstance(error, ValueError):
         named = _NAMED.match(str(error))
         return ApiError(400, str(error), param=named[1] if named else None, code="invalid_value")

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from multimodal.data.images import open_header, open_image
+from multimodal.data.images import open_header, open_image, upright
 from multimodal.origin.credentials import Drawing, Signer
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.fetch import fetch
@@ -20,7 +20,8 @@ from multimodal.serve.engine.settings import Settings
 
 MAX_SIDE = 1 << 31
 OutputFormat = Literal["png", "jpeg", "webp"]
-_DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w=.+-]+)*;base64,", re.ASCII)
+MAX_HEAD = 200  # characters of a data URI before its data
+_HEAD = re.compile(r"data:[\w.+/-]*(?:;[\w=.+-]+)*;base64", re.ASCII | re.IGNORECASE)
 
 
 class Budget:
@@ -51,10 +52,11 @@ def read_image_url(url: str, settings: Settings) -> Image.Image:
         ApiError: says what is wrong with it.
     """
     if url[:5].lower() == "data:":
-        if (start := _DATA_URI.match(url)) is None:
+        comma = url.find(",", 0, MAX_HEAD)
+        if comma < 0 or _HEAD.fullmatch(url, 0, comma) is None:
             raise _bad("expected data:image/...;base64,...")
         try:
-            data = base64.b64decode(url[start.end() :], validate=True)
+            data = base64.b64decode(url[comma + 1 :], validate=True)
         except (binascii.Error, ValueError) as error:
             raise _bad(f"not base64 ({error})") from error
     elif url[:8].lower().startswith(("http://", "https://")):
@@ -88,7 +90,7 @@ def read_transparency(data: bytes, settings: Settings, name: str = "mask") -> Im
     with open_header(data) as image:
         if not image.has_transparency_data:
             return None
-        alpha = image.convert("RGBA").getchannel("A")
+        alpha = upright(image, image.convert("RGBA").getchannel("A"))
     return alpha.point(lambda value: 255 if value < 128 else 0)
 
 

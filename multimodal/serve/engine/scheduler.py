@@ -29,6 +29,7 @@ from typing import Any, TypeAlias
 import torch
 
 from multimodal.inference.decode import Decoder, Joining, Row
+from multimodal.memory import NotEnoughMemory
 from multimodal.model.layers.prefixes import PrefixCache
 from multimodal.model.network import MultimodalLM
 from multimodal.options import Sampling
@@ -100,6 +101,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._stopping = self._stopped = False
         self._seconds = 1.0  # that a request takes, a moving average
+        self._full = 0  # so many rows were in the batches when memory did not suffice for more
         self._warned = False  # that prefixes are not kept
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
@@ -242,10 +244,11 @@ class Scheduler:
 
     def _let_join(self) -> None:
         """Let waiting rows into the batch, one of each request at a time."""
-        room = self.rows - self.count_rows()
-        waiting = [job for job in list(self.jobs) if job.waiting]
-        if not room or not waiting:
+        count = self.count_rows()
+        room, waiting = self.rows - count, [job for job in list(self.jobs) if job.waiting]
+        if not room or not waiting or 0 < self._full <= count:
             return
+        self._full = 0
         long = sum(len(job.running) for job in self.jobs if job.decoding and job.decoding.long)
         chosen: dict[Job, list[Row]] = {job: [] for job in waiting}
         while room:
@@ -287,6 +290,11 @@ class Scheduler:
             parts.append(Joining(rows, how.sampling, how.repetition_penalty, how.log_probabilities))
         try:
             decoder.join_together(parts)
+        except NotEnoughMemory as error:
+            self._full = self.count_rows()  # if there are any, these wait until some have left
+            for job in several if ends and not self._full else ():
+                self._end(job, error)
+            return False
         except Exception as error:
             for job in several if ends else ():
                 self._end(job, error)
@@ -325,9 +333,12 @@ class Scheduler:
             for job in {id(job): job for job in owners.values()}.values():
                 self._end(job, RuntimeError(f"the batch failed: {error}"))
             return
+        failed = {owners[id(row)]: reason for row, reason in decoder.failed}
         for row, piece in pieces:
             owners[id(row)].on_piece(row, piece)
-        for job in {id(job): job for job in owners.values()}.values():
+        for job, reason in failed.items():
+            self._end(job, RuntimeError(f"its next token failed: {reason}"))
+        for job in {id(job): job for job in owners.values() if job not in failed}.values():
             job.running = [row for row in job.running if not row.done]
             if not job.running and not job.waiting:
                 job.decoding = None

@@ -30,7 +30,9 @@ class Settings:
         max_images: in a request.
         max_choices: ``n`` of a request.
         max_inputs: texts and images of a request for embeddings.
-        max_tokens: of a text that is written, and how many there are by default.
+        max_tokens: of a text that is written.
+        default_tokens: of a text for which a request names none. Fewer, if max_tokens or what the
+            model reads leave no room for as many.
         fetch: images may be http and https addresses.
         private: these addresses may be in private networks.
         record: a file in which requests are noted (multimodal/record). Empty: none.
