@@ -26,7 +26,6 @@ from multimodal.distributed import gather_objects, rank, world_size
 from multimodal.energy import EnergyOptions
 from multimodal.eval.metrics.clip_score import ClipScore
 from multimodal.eval.metrics.proportions import Cases
-from multimodal.eval.page import SHOWN
 from multimodal.inference.codec import decode_images, encode_images, text_fits
 
 
@@ -61,7 +60,7 @@ class Estimate:
 
 
 TRAINING_SPLIT = "train"
-MOST_SHOWN = 2 * SHOWN  # pixels of a side
+MOST_SHOWN = 320  # pixels of a side, as many as the page shows
 Value: TypeAlias = float | Sequence[float] | PerQuestion | Estimate
 T = TypeVar("T")
 U = TypeVar("U")

@@ -6,13 +6,20 @@ writes both. So fine-tuning, export and joining of tokenizers keep them.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multimodal.files import read_json, read_text
+from multimodal.files import atomic_folder, read_json, read_text
 
 RULE = "\n" + "-" * 80 + "\n\n"  # between two licences
+# What a model folder has only if there is something in it: its terms, and how the model talks.
+OPTIONAL = (
+    "LICENSE", "sources.json", "image_tokenizer/LICENSE", "image_tokenizer/sources.json",
+    "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
 Source = dict[str, Any]
 
 
@@ -63,7 +70,8 @@ class Provenance:
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}: expected an object with a list of sources") from error
         here = cls(licenses, sources)
-        if folder.name == "image_tokenizer" and (folder.parent / "model.safetensors").is_file():
+        # The weights of a model are not there where its image tokenizer alone was downloaded.
+        if folder.name == "image_tokenizer" and (folder.parent / "config.json").is_file():
             return cls.read(folder.parent) + here
         return here
 
@@ -102,6 +110,20 @@ class Provenance:
         terms = "the terms in LICENSE hold" if self.licenses else "no LICENSE was passed on"
         rule = f"Weights follow the licences of their data: {terms}."
         return f"## Data and licence\n\n{rows}\n\n{rule}\n"
+
+
+@contextmanager
+def model_folder(folder: Path) -> Iterator[Path]:
+    """``atomic_folder`` for a model. Of another model that was there OPTIONAL goes, too.
+
+    In a folder without a model these are files of the user, and stay.
+    """
+    with atomic_folder(folder) as part:
+        yield part
+        replaces = (folder / "heads.safetensors").exists()
+        stale = [name for name in OPTIONAL if replaces and not (part / name).exists()]
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
 
 
 def run_card(title: str, provenance: Provenance, steps: int, numbers: dict[str, float]) -> str:

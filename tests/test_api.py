@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from multimodal.api import Model
+from multimodal.api import Model, load
 from multimodal.data.formats.folders import list_images
 from multimodal.data.images import Fit, fit_image, to_tensor
 from multimodal.inference.codec import UNKNOWN, encode_images, read_images
@@ -322,3 +322,18 @@ def test_impossible_prompts_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate(parts, **options)  # type: ignore[arg-type]
+
+
+def test_a_rounded_model_has_the_fingerprint_of_its_folder_and_can_be_saved(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    rounded = load(tiny_model_folder, dtype="bfloat16")
+    assert rounded.fingerprint == load(tiny_model_folder).fingerprint
+    rounded.save(tmp_path / "saved")
+    saved = load(tmp_path / "saved")
+    assert saved.fingerprint != rounded.fingerprint, "it has other weights"
+    assert load(tmp_path / "saved", dtype="bfloat16").caption(picture()) == rounded.caption(
+        picture()
+    )
+    for name, weight in rounded.network.state_dict().items():
+        assert torch.equal(weight.float(), saved.network.state_dict()[name].float())

@@ -6,7 +6,7 @@ flickr8k they find better captions than the stage before (docs/decisions/meaning
     timm:tf_efficientnet_lite0            downloaded by its name, or from the cache
     timm:tf_efficientnet_lite0=lite0.pth  weights from a file
     open_clip:ViT-B-32/laion2b_s34b_b79k  the image tower of an architecture and its weights
-    open_clip:ViT-B-32=weights.safetensors
+    open_clip:ViT-B-32/laion2b_s34b_b79k=weights.safetensors
 
 Files are safetensors, or checkpoints that torch opens with ``weights_only``: nothing in them runs.
 
@@ -233,6 +233,8 @@ def _open_clip(name: EncoderName, stages: Stages, pretrained: bool) -> Made:
     if pretrained and not name.file and not tag:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
         raise ValueError(f"encoder {name}: which weights? {name}/TAG or {name}=FILE; tags: {tags}")
+    if pretrained:
+        _check_activation(model, tag)
     try:
         clip: Any = open_clip.create_model(
             model,
@@ -255,6 +257,29 @@ def _open_clip(name: EncoderName, stages: Stages, pretrained: bool) -> Made:
     size = visual.image_size
     side = size[0] if isinstance(size, tuple) else size
     return _ClipTower(visual, stages), mean, std, int(side)
+
+
+def _check_activation(model: str, tag: str) -> None:
+    """Refuse weights that were trained with QuickGELU in a transformer with GELU: all shapes fit.
+
+    Args:
+        tag: of the weights. Empty: any of this model.
+
+    Raises:
+        ValueError: if they were, or if it depends on the tag.
+    """
+    from open_clip import get_model_config, list_pretrained_tags_by_model
+    from open_clip.pretrained import get_pretrained_cfg
+
+    tags = [tag] if tag else list_pretrained_tags_by_model(model)
+    quick = [each for each in tags if get_pretrained_cfg(model, each).get("quick_gelu")]
+    config = get_model_config(model)
+    is_resnet = isinstance(config["vision_cfg"].get("layers"), list)  # and has ReLU
+    if quick and not is_resnet and not config.get("quick_gelu"):
+        raise ValueError(
+            f"encoder open_clip:{model}: the weights {', '.join(quick)} need QuickGELU: name them "
+            f"open_clip:{model}-quickgelu/TAG, and others in a file open_clip:{model}/TAG=FILE"
+        )
 
 
 def _normalisation(model: str, tag: str) -> tuple[list[float], list[float]] | None:

@@ -74,9 +74,7 @@ def make_parser(
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of all random numbers (default 0)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default 0)")
 
 
 def add_options(parser: argparse.ArgumentParser, options: type[Sampling]) -> None:

@@ -17,6 +17,7 @@ from multimodal.hub.names import find_model
 from multimodal.model.checkpoint import ModelParts, read_config
 from multimodal.model.stock import family_of, stock_config
 from multimodal.model.vocabulary import SPECIALS, Vocabulary
+from multimodal.tokenizers.text import ChatFormat
 
 
 def image_token(code: int) -> str:
@@ -80,7 +81,7 @@ def _write(model: ModelParts, folder: Path, dtype: str) -> None:
     }
     if (chat := model.text_tokenizer.chat) is not None:
         written["generation_config.json"]["eos_token_id"] = chat_ends(model)
-        written["tokenizer_config.json"]["chat_template"] = chat.template
+        written["tokenizer_config.json"]["chat_template"] = chat_template(chat)
     for name, content in written.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", "utf-8")
     weights = model.network.transformer.stock_state_dict()
@@ -95,13 +96,26 @@ def chat_ends(model: ModelParts) -> list[int]:
     return ends + [known[chat.end]] if chat is not None and chat.end in known else ends
 
 
+def chat_template(chat: ChatFormat) -> str:
+    """The template with its own tokens: an engine would put <eos> and <bos> in their place."""
+    tokens = {"eos_token": chat.end, "bos_token": chat.begin}
+    used = [
+        f"{{%- set {name} = {json.dumps(token, ensure_ascii=False)} %}}"
+        for name, token in tokens.items()
+        if name in chat.template
+    ]
+    return "".join([*used, chat.template])
+
+
 def exported_tokenizer(model: ModelParts) -> dict[str, Any]:
     """The text tokenizer with a token for each special and each code, at the ids of Vocabulary.
 
-    Codes are not special tokens there, so that ``skip_special_tokens`` keeps a drawn image.
+    Codes are not special tokens there, so that ``skip_special_tokens`` keeps a drawn image. It adds
+    no token to a text.
     """
     vocabulary: Vocabulary = model.vocabulary
     stored: dict[str, Any] = json.loads(model.text_tokenizer.to_json())
+    stored["post_processor"] = None  # that of a language model may begin each prompt
     names = [*SPECIALS, *map(image_token, range(vocabulary.codebook_size))]
     added = stored.get("added_tokens") or []  # of the language model that it started from
     existing = {*stored["model"]["vocab"], *(token["content"] for token in added)}

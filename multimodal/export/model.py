@@ -1,6 +1,7 @@
 """A model folder, or an image tokenizer, written again: rounded, another decoder, an adapter."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,12 +36,18 @@ def export_model(
         adapter: of this model, or of its images' decoder; see multimodal/adapters/folder.py.
 
     Raises:
-        ValueError: as ``export_hf``, for an image tokenizer that makes other codes, and for an
-            adapter of another model.
+        ValueError: as ``export_hf``, for an image tokenizer that makes other codes or does not fit
+            the model, for an adapter of another model, and for one of images beside an image
+            tokenizer.
     """
     source, out = find_model(source), local_path(out)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if adapter is not None and image_tokenizer is not None and Adapter.read(adapter).is_of_images:
+        raise ValueError(
+            f"{adapter}: is for the image tokenizer that {image_tokenizer} would replace: give one "
+            "of the two"
+        )
     if adapter is not None and not (source / "text_tokenizer.json").exists():
         _export_images(source, out, adapter)
         return
@@ -53,8 +60,7 @@ def export_model(
                     f"{image_tokenizer}: makes other codes than the tokenizer of {source}; "
                     "only its decoder may differ (see decoder_only)"
                 )
-            model.image_tokenizer = other
-            model.provenance += other.provenance
+            model = replace(model, image_tokenizer=other)  # which checks that they fit
         model.save(folder, dtype=DTYPES[dtype])
         if (source / "README.md").is_file():
             shutil.copyfile(source / "README.md", folder / "README.md")

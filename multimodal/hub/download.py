@@ -1,10 +1,10 @@
 """Download a model from the Hugging Face Hub. Nothing of it is believed, and nothing is executed.
 
 The Hub says which commit a revision is, and which files it has, with their sizes and hashes. Only
-safetensors, JSON, README.md and LICENSE are fetched, and never a path that leads outside. A file
-enters the cache when its size and its hash are those of the list. Links to a commit are made when
-all its files are there, and the name of the revision last. So a stopped or refused download leaves
-nothing that could be read.
+safetensors, JSON, README.md, LICENSE and a chat template are fetched, and never a path that leads
+outside. A file enters the cache when its size and its hash are those of the list. Links to a commit
+are made when all its files are there, and the name of the revision last. So a stopped or refused
+download leaves nothing that could be read.
 
 The cache is that of the library huggingface_hub, and has its format: a model that transformers
 downloaded is not downloaded again. The library's own download is not used, because it takes names
@@ -38,10 +38,13 @@ if TYPE_CHECKING:
 # What is fetched: files at the top of a model, and an image tokenizer, which may have levels.
 TOP = (
     r"[A-Za-z0-9_][A-Za-z0-9._-]*\.json|(model|heads|adapter_model)(-\d+-of-\d+)?\.safetensors|"
-    r"README\.md|LICENSE"
+    r"README\.md|LICENSE|chat_template\.jinja"
 )
 TOKENIZER = r"(image_tokenizer/)?((meaning|detail)/)?(config\.json|model\.safetensors)"
-READABLE = re.compile(f"(?:{TOP})|(?:{TOKENIZER})")
+TERMS = r"image_tokenizer/(LICENSE|sources\.json)"
+READABLE = re.compile(f"(?:{TOP})|(?:{TOKENIZER})|(?:{TERMS})")
+# What is read beside a part: the levels, the licences and sources, how the model talks.
+BESIDE = ("config.json", "LICENSE", "sources.json", "tokenizer_config.json", "chat_template.jinja")
 # Formats of weights that are, or may hold, pickles: opening one can run any code.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".keras")
 HUB_DOMAINS = ("huggingface.co", "hf.co")  # where the Hub keeps large files, too
@@ -90,7 +93,7 @@ def download(name: HubName, *parts: str) -> Path:
 
     Args:
         parts: names of files or folders. Of the first one that the repository has, this alone is
-            needed. Without any: all files that can be read.
+            needed, and BESIDE. Without any: all files that can be read.
 
     Raises:
         ValueError: with the reason, if it cannot be had or is refused.
@@ -234,7 +237,7 @@ def _wanted(name: HubName, files: list[HubFile], parts: tuple[str, ...]) -> list
     allowed = [file for file in files if readable(file.path)]
     for part in parts:
         if found := [f for f in allowed if f.path == part or f.path.startswith(f"{part}/")]:
-            return found
+            return found + [f for f in allowed if f.path in BESIDE]
     if not any(file.path.endswith(".safetensors") for file in allowed):
         pickles = [file.path for file in files if file.path.lower().endswith(PICKLES)]
         reason = "it has no weights in safetensors"

@@ -31,7 +31,8 @@ def find_model(name: str | Path) -> Path:
 def part_of(name: str | Path, part: str) -> Path:
     """A part of a model, such as ``image_tokenizer``. What has no such part is returned whole.
 
-    Of a model of the Hub that part alone is downloaded. Raises ``ValueError`` as ``find_model``.
+    Of a model of the Hub that part alone is downloaded, with the small files that are read beside
+    it. Raises ``ValueError`` as ``find_model``.
     """
     # A stock language model has its text tokenizer under another name.
     others = ("tokenizer.json",) if part == "text_tokenizer.json" else ()

@@ -20,7 +20,7 @@ def push(
 ) -> str:
     """Make the repository what the folder is. Its files that are not in the folder are deleted.
 
-    Only what ``download`` reads is pushed: safetensors, JSON, README.md, LICENSE.
+    Only what ``download`` reads is pushed: safetensors, JSON, README.md, LICENSE, a chat template.
 
     Args:
         folder: a model folder.

@@ -21,7 +21,7 @@ from torch import Tensor
 from multimodal.adapters.choice import AdapterChoice
 from multimodal.adapters.folder import Adapter, AdapterSource
 from multimodal.adapters.images import adapt_decoder
-from multimodal.files import atomic_folder, local_path
+from multimodal.files import local_path
 from multimodal.hub.card import DEFAULT_CARD
 from multimodal.hub.names import find_model
 from multimodal.model.batches import BatchBuilder
@@ -33,7 +33,7 @@ from multimodal.model.network import ModelConfig, MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.templates import Templates
 from multimodal.model.vocabulary import Vocabulary
-from multimodal.provenance import Provenance
+from multimodal.provenance import Provenance, model_folder
 from multimodal.schemas import construct
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.tokenizers.levels import Layout
@@ -92,6 +92,7 @@ class ModelParts:
     urls: bool = False  # whether images may be web addresses
     provenance: Provenance = Provenance()
     adapters: AdapterChoice | None = None
+    rounded_from: str | None = None  # the fingerprint of the folder whose network this is, rounded
 
     def __post_init__(self) -> None:
         config = self.network.config
@@ -199,6 +200,8 @@ class ModelParts:
             )
         if adapter is not None:
             parts._adapt(adapter, path, claimed.model)
+        elif dtype != torch.float32:
+            parts.rounded_from = claimed.model
         parts.network.to(dtype)
         return parts.to(device).eval()
 
@@ -257,7 +260,7 @@ class ModelParts:
             OSError: if something could not be written. What was there before is left.
         """
         folder = local_path(folder)
-        with atomic_folder(folder) as part:
+        with model_folder(folder) as part:
             _write(self, part, dtype)
             self.provenance.write(part)
             if card or not (folder / "README.md").exists():
@@ -268,14 +271,14 @@ class ModelParts:
         if self.config.transformer.weight_bits is None:
             return self
         plain = copy.copy(self)
+        plain.rounded_from = None
         plain.network = MultimodalLM(self.config.with_bits(None)).eval()
         plain.network.load_state_dict(dequantized(self.network.state_dict()))
         return plain
 
     def to(self, device: str | torch.device) -> Self:
         """Move the network and the image tokenizer. On a CUDA device its steps become graphs."""
-        self.network.to(device)
-        network, experts = self.network, self.config.transformer.experts
+        network, experts = self.network.to(device), self.config.transformer.experts
         # How many tokens an expert has is known only when it runs: no graph can hold that.
         graphed = network.device.type == "cuda" and experts is None
         network.graphs = StepGraphs() if graphed else None
@@ -336,7 +339,9 @@ class ModelParts:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over config, weights and both tokenizers."""
+        """16 hex digits over config, weights and tokenizers. Rounded by ``load``: of the folder."""
+        if self.rounded_from is not None:
+            return self.rounded_from
         digest = hashlib.sha256(json.dumps(self.config.stored(), sort_keys=True).encode())
         digest.update(self.text_tokenizer.to_json().encode())
         images = self.image_tokenizer.state_dict()
@@ -347,7 +352,7 @@ class ModelParts:
 
 
 def _write(model: ModelParts, folder: Path, dtype: torch.dtype) -> None:
-    if dtype != torch.float32:
+    if {dtype, next(model.network.alignment.parameters()).dtype} != {torch.float32}:
         network = copy.deepcopy(model.network).to(dtype).float()
         # The fingerprint is of the weights as they will be loaded.
         model = ModelParts(network, model.text_tokenizer, model.image_tokenizer)

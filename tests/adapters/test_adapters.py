@@ -16,10 +16,14 @@ from multimodal.adapters.folder import PREFIX, Adapter, AdapterBase, write_adapt
 from multimodal.adapters.lora import LoraConfig, inject, without_adapter
 from multimodal.api import Model, load
 from multimodal.cli import main
+from multimodal.inference.text import generate_ids
 from multimodal.model.layers.attention import KVCache
+from multimodal.model.layers.compiled import CompiledForward
 from multimodal.model.layers.experts import ExpertsConfig
 from multimodal.model.layers.transformer import Transformer
+from multimodal.options import TextOptions
 from multimodal.provenance import Provenance
+from tests.prompts import prompts_of
 
 peft = pytest.importorskip("peft")
 LICENCE = "A licence of the data"
@@ -167,6 +171,22 @@ def test_adapters_are_chosen_by_name_and_leave_no_trace(
         base.use_adapter("photos")
 
 
+def test_a_model_beside_a_compiled_one_computes_with_its_own_weights(
+    tiny_model_folder: Path, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As of torch, a plain function: deepcopy copies methods, and keeps functions.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *given: function(*given))
+    model = load(tiny_model_folder, adapter={"photos": folders / "a", "scenes": folders / "b"})
+    model.network.compiled = CompiledForward.of(model.network.transformer)
+    prompts, greedy = prompts_of(model), TextOptions(max_tokens=8)
+    photos, scenes = (
+        generate_ids(load(tiny_model_folder, adapter=folders / name), prompts, greedy)
+        for name in ("a", "b")
+    )
+    assert generate_ids(model.adapted("scenes"), prompts, greedy) == scenes != photos
+    assert generate_ids(model, prompts, greedy) == photos
+
+
 def test_a_merged_model_folder_is_the_model_with_its_adapter(
     tiny_model_folder: Path, folders: Path, tmp_path: Path
 ) -> None:
@@ -179,6 +199,24 @@ def test_a_merged_model_folder_is_the_model_with_its_adapter(
     assert LICENCE in merged.provenance.licenses
     assert {"kind": "data", "name": "a"} in merged.provenance.sources
     assert str(folders / "a") in (tmp_path / "merged/README.md").read_text()
+
+
+def test_an_adapter_of_images_is_refused_where_they_get_another_tokenizer(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = load(tiny_model_folder).image_tokenizer
+    images.save(tmp_path / "other")
+    detail = images.detail
+    assert detail is not None
+    base = AdapterBase("tiny", detail.fingerprint)
+    inject(detail, LoraConfig(2, target=("decoder",)))
+    weights = detail.state_dict()
+    write_adapter(tmp_path / "adapter", detail, weights, base, Provenance(), "# A card")
+    more = ["--adapter", str(tmp_path / "adapter"), "--image-tokenizer", str(tmp_path / "other")]
+    for source in (tiny_model_folder, tmp_path / "other"):
+        assert main(["export", "model", str(source), str(tmp_path / "out"), *more]) == 1
+        assert "give one of the two" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 def test_commands_take_an_adapter(tiny_model_folder: Path, folders: Path, tmp_path: Path) -> None:

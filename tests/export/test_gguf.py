@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jinja2
 import numpy as np
 import pytest
 import torch
@@ -107,6 +108,18 @@ def test_the_tokenizer_and_the_chat_template_are_in_the_file(folder: Path, tmp_p
     assert stock.chat_template == TEMPLATE
     config = json.loads((tmp_path / "stock/generation_config.json").read_text("utf-8"))
     assert config["eos_token_id"] == [vocabulary.eos, ours.vocabulary()["<|im_end|>"]]
+
+
+def test_a_chat_has_the_tokens_of_its_language_model(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    model = load(tiny_model_folder)
+    model.text_tokenizer.chat = ChatFormat("{{ bos_token }}a red bus{{ eos_token }}", "</s>", "<s>")
+    model.save(tmp_path / "ours")
+    export_gguf(tmp_path / "ours", tmp_path / "m.gguf")
+    field = gguf.GGUFReader(tmp_path / "m.gguf").fields["tokenizer.chat_template"]
+    template = jinja2.Template(field.contents())
+    assert template.render(bos_token="<bos>", eos_token="<eos>") == "<s>a red bus</s>"
 
 
 def test_rounded_weights_are_those_of_the_format(folder: Path, tmp_path: Path) -> None:

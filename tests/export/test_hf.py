@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from multimodal.api import Model, load
@@ -27,6 +29,9 @@ from multimodal.model.sequences import (
 )
 from multimodal.model.vocabulary import SPECIALS
 from multimodal.options import TextOptions
+from multimodal.tokenizers.image import ImageTokenizer
+from multimodal.tokenizers.text import ChatFormat, TextTokenizer
+from tests.tokenizers.test_levels import detail, meaning
 
 transformers = pytest.importorskip("transformers")
 
@@ -155,6 +160,35 @@ def test_greedy_text_is_the_same(pair: tuple[Model, Any, Any]) -> None:
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     assert generate_ids(ours, ids, TextOptions(max_tokens=24)) == texts
     assert len({tuple(text) for text in texts}) == 3
+
+
+def test_a_prompt_begins_as_it_is_written(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """The tokenizers of many language models put a token before each text."""
+    model = load(tiny_model_folder)
+    tokenizer = Tokenizer.from_str(model.text_tokenizer.to_json())
+    tokenizer.post_processor = TemplateProcessing("! $A", special_tokens=[("!", 0)])
+    assert tokenizer.encode("a").tokens == ["!", "a"]
+    model.text_tokenizer = TextTokenizer.from_json(tokenizer.to_str())
+    model.save(tmp_path / "ours")
+    export_hf(tmp_path / "ours", tmp_path / "stock")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "stock", local_files_only=True)
+    expected = [model.vocabulary.bos, *model.text_tokenizer.encode("a red bus")]
+    assert theirs("<bos>a red bus")["input_ids"] == expected
+
+
+@pytest.mark.parametrize("begin", ["", "<s>"])
+def test_a_chat_has_the_tokens_of_its_language_model(
+    begin: str, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    model = load(tiny_model_folder)
+    turns = "{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
+    model.text_tokenizer.chat = ChatFormat("{{ bos_token }}" + turns, "<｜end▁of▁turn｜>", begin)
+    model.save(tmp_path / "ours")
+    export_hf(tmp_path / "ours", tmp_path / "stock")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "stock", local_files_only=True)
+    messages = [{"role": "user", "content": "a red bus"}]
+    shown = theirs.apply_chat_template(messages, tokenize=False)
+    assert shown == f"{begin}a red bus<｜end▁of▁turn｜>"
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -337,3 +371,20 @@ def test_only_an_image_tokenizer_with_the_same_codes_replaces_another(
     codes = old.image_tokenizer.encode(images)
     assert torch.equal(codes, new.image_tokenizer.encode(images))
     assert not torch.equal(old.image_tokenizer.decode(codes), new.image_tokenizer.decode(codes))
+
+
+def test_an_image_tokenizer_that_does_not_fit_the_model_is_refused(
+    tiny_model: Callable[..., Model], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its decoder reads a level that the model does not draw. The codes are the same."""
+    seen = meaning()
+    before, other = (ImageTokenizer(seen, detail(reads=reads)) for reads in (None, seen))
+    assert other.codes_fingerprint == before.codes_fingerprint
+    text_tokenizer = tiny_model().text_tokenizer
+    Model.new("tiny", text_tokenizer, before, draws=["detail"]).save(tmp_path / "model")
+    other.save(tmp_path / "other")
+    export = ["export", "model", str(tmp_path / "model"), str(tmp_path / "out")]
+    export += ["--dtype", "float32", "--image-tokenizer", str(tmp_path / "other")]
+    assert main(export) == 1
+    assert "the decoder of detail reads meaning" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -29,13 +29,20 @@ def tokenizer_of(kind: str) -> ImageTokenizer:
     sizes = MeaningConfig(encoder.name, (), 64, grid=2, groups=2, codebook_size=16, channels=8)
     meaning = Meaning(sizes, encoder)
     fit_codebooks(meaning, meaning.features(torch.rand(40, 3, 64, 64) * 2 - 1).flatten(0, 2))
-    reads = (8, meaning.fingerprint) if kind == "both" else (0, "")
-    detail = VQTokenizer(VQTokenizerConfig(32, "squash", 8, VIT, fsq, *reads))
-    return ImageTokenizer(meaning, detail if kind == "both" else None).eval()
+    if kind == "meaning":
+        return ImageTokenizer(meaning).eval()
+    size = 96 if kind == "larger detail" else 32
+    config = VQTokenizerConfig(size, "squash", 8, VIT, fsq, 8, meaning.fingerprint)
+    return ImageTokenizer(meaning, VQTokenizer(config)).eval()
 
 
 @pytest.mark.parametrize(
-    "kind", ["both", *(pytest.param(k, marks=pytest.mark.slow) for k in ("detail", "meaning"))]
+    "kind",
+    [
+        "larger meaning",
+        "larger detail",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("detail", "meaning")),
+    ],
 )
 def test_codes_and_images_are_ours(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -12,7 +12,8 @@ import torch
 from multimodal import load
 from multimodal.cli import main
 from multimodal.hub.address import HubName
-from multimodal.hub.names import find_model, part_of
+from multimodal.hub.names import find_model, levels_of, part_of
+from multimodal.provenance import Provenance
 from multimodal.tokenizers.text import ChatFormat
 from tests.hub.stand_in import TOKEN, Answer, StandIn, requested
 
@@ -228,7 +229,31 @@ def test_parts_of_a_model_are_downloaded_alone(tiny: StandIn, tiny_model_folder:
     assert images.codebook_size == 64
     files = [path for path in requested(tiny) if "/resolve/" in path]
     assert not any(path.endswith(("/heads.safetensors", "README.md")) for path in files)
-    assert len(files) == 3  # the text tokenizer, and two files of the image tokenizer
+    assert len(files) == 4  # two of the image tokenizer, the text tokenizer, and config.json
+
+
+def test_a_part_has_what_is_read_beside_it(
+    hub: StandIn, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    from multimodal.tokenizers.image import load_image_tokenizer
+    from multimodal.tokenizers.text import TextTokenizer
+
+    model, folder = load(tiny_model_folder), tmp_path / "whole"
+    model.text_tokenizer.chat = ChatFormat("{{ messages }}", "a", "b")
+    model.image_tokenizer.provenance = Provenance(("Of the images.",), ({"name": "photos"},))
+    model.provenance = Provenance(("Of the texts.",)) + model.image_tokenizer.provenance
+    model.save(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0] }}")
+    for name in ("me/levels", "me/images", "me/texts"):  # none has what another one brought
+        hub.add(name, folder)
+    assert levels_of("me/levels") == levels_of(folder) == (("detail",), ())
+    images = load_image_tokenizer(part_of("me/images", "image_tokenizer"))
+    assert images.provenance == load_image_tokenizer(folder / "image_tokenizer").provenance
+    assert set(images.provenance.licenses) == {"Of the texts.", "Of the images."}
+    text = TextTokenizer.load(part_of("me/texts", "text_tokenizer.json"))
+    assert text.chat == ChatFormat("{{ messages[0] }}", "a", "b")
+    texts = [path for path in requested(hub) if path.startswith("/me/texts/")]
+    assert not any("safetensors" in path for path in texts)
 
 
 def test_a_stock_language_model_of_the_hub_starts_a_model(hub: StandIn, tmp_path: Path) -> None:

@@ -68,6 +68,14 @@ def test_fsq_is_the_formula_of_the_paper(levels: tuple[int, ...]) -> None:
     assert result.codes.min() >= 0 and result.codes.max() < math.prod(levels)
 
 
+@pytest.mark.parametrize("count", [1003, 2048, 2**16])
+def test_fsq_of_many_values_keeps_to_its_codes(count: int) -> None:
+    fsq, latents = FSQ((count,)), torch.linspace(-30, 30, 1000)[:, None]
+    result = fsq(latents)
+    assert (result.codes.min(), result.codes.max()) == (0, count - 1)
+    torch.testing.assert_close(result.vectors, fsq.lookup(result.codes))
+
+
 def test_fsq_gradient_ignores_the_rounding() -> None:
     fsq = FSQ((7, 4))
     latents = torch.randn(3, 2, 2, 2, requires_grad=True)

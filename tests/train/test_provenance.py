@@ -1,18 +1,20 @@
 """Licences and sources follow weights: through fine-tuning, resuming, joining and export."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import pytest
 
-from multimodal.api import load
+from multimodal.api import Model, load
 from multimodal.cli import main
 from multimodal.export.gguf import export_gguf
 from multimodal.export.hf import export_hf
 from multimodal.export.model import export_model
 from multimodal.provenance import Provenance
 from multimodal.tokenizers.image import load_image_tokenizer
+from multimodal.tokenizers.text import ChatFormat
 
 TERMS = "Only on Sundays.\n\nThe long text."
 PHOTOS = {"kind": "data", "name": "photos", "samples": 1000, "license": "Sundays"}
@@ -56,6 +58,31 @@ def test_exports_carry_the_licence(
         assert main(["info", str(tmp_path / folder)]) == 0
         shown = capsys.readouterr().out
         assert "license: Only on Sundays.\n" in shown and "data photos (samples 1,000" in shown
+
+
+def test_a_model_takes_nothing_of_one_that_it_replaces(
+    tmp_path: Path, tiny_model: Callable[..., Model], tiny_model_folder: Path
+) -> None:
+    old, folder = load(tiny_model_folder), tmp_path / "model"
+    old.text_tokenizer.chat = ChatFormat("{{ messages }}", "a")
+    old.provenance = old.image_tokenizer.provenance = Provenance((TERMS,), (PHOTOS,))
+    old.save(folder)
+    assert load(folder).text_tokenizer.chat is not None
+    for name in ("chat_template.jinja", "notes.txt"):
+        (folder / name).write_text("{{ messages }}")
+    tiny_model(seed=1).save(folder)
+    new = load(folder)
+    assert new.provenance == new.image_tokenizer.provenance == Provenance()
+    assert new.text_tokenizer.chat is None and not (folder / "chat_template.jinja").exists()
+    assert (folder / "notes.txt").exists()
+
+
+def test_the_files_of_a_folder_without_a_model_stay(
+    tmp_path: Path, tiny_model: Callable[..., Model]
+) -> None:
+    (tmp_path / "LICENSE").write_text("MIT")
+    tiny_model().save(tmp_path)
+    assert (tmp_path / "LICENSE").read_text() == "MIT"
 
 
 def test_a_fine_tuned_model_has_the_licence_of_its_start_and_a_card(

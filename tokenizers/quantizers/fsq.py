@@ -64,8 +64,10 @@ class FSQ(Quantizer):
         # In fp32: a bf16 tanh moves latents across rounding boundaries.
         with torch.autocast(latents.device.type, enabled=False):
             bounded = self._bound(latents.float())
-            integers = bounded + (bounded.round() - bounded).detach()
             half_width = self.levels // 2
+            # Of more than 1001 levels the bound reaches past the last integer.
+            nearest = bounded.round().clamp(-half_width, (self.levels - 1) // 2)
+            integers = bounded + (nearest - bounded).detach()
             codes = ((integers.detach() + half_width) * self.basis).sum(-1).round().long()
             return Quantized(codes, integers / half_width, {}, self.codebook_size)
 

@@ -273,7 +273,7 @@ def main(argv: list[str]) -> int:
     meaning.add_argument("sources", nargs="+", help="shard folders with images")
     meaning.add_argument("--out", required=True, help="the folder to write")
     meaning.add_argument(
-        "--encoder", required=True, help="timm:MODEL[=FILE] or open_clip:MODEL[/TAG|=FILE]"
+        "--encoder", required=True, help="timm:MODEL[=FILE] or open_clip:MODEL/TAG[=FILE]"
     )
     meaning.add_argument(
         "--stages",

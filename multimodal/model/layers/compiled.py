@@ -8,6 +8,7 @@ CUDA device steps are graphs instead (model/layers/graphs.py).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -25,7 +26,7 @@ RECOMPILE_LIMIT = 64  # torch's own limit of 8 ends at 512 tokens of few rows, i
 
 @dataclass(frozen=True)
 class CompiledForward:
-    """Compiled when first called.
+    """Compiled when first called. A copy of a network with it computes with the copy's weights.
 
     Attributes:
         step: ``Transformer.forward_token`` for up to MAX_STATIC_ROWS rows, once for each shape.
@@ -43,9 +44,14 @@ class CompiledForward:
     def of(cls, transformer: Transformer) -> "CompiledForward":
         config = torch._dynamo.config
         config.recompile_limit = max(RECOMPILE_LIMIT, config.recompile_limit)
+
+        def bound(method: Callable[..., Tensor], dynamic: bool = True) -> Callable[..., Tensor]:
+            # deepcopy copies what a partial binds. A compiled method would keep its transformer.
+            return partial(torch.compile(method, dynamic=dynamic), transformer)
+
         return cls(
-            step=torch.compile(transformer.forward_token, dynamic=False),
-            step_dynamic=torch.compile(transformer.forward_token, dynamic=True),
-            prompt=torch.compile(transformer.forward_prompt, dynamic=True),
-            block=torch.compile(transformer.forward, dynamic=True),
+            step=bound(Transformer.forward_token, dynamic=False),
+            step_dynamic=bound(Transformer.forward_token),
+            prompt=bound(Transformer.forward_prompt),
+            block=bound(Transformer.forward),
         )
