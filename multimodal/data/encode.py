@@ -33,7 +33,7 @@ from multimodal.data.parallel import (
     map_ordered,
     map_units,
 )
-from multimodal.data.samples import CODES, Sample
+from multimodal.data.samples import CODES, RECORD_MEMBERS, Sample
 from multimodal.data.shards import (
     MANIFEST,
     Shards,
@@ -315,7 +315,8 @@ def _encoded(
                 codes = {
                     name: codes_to_bytes(next(encoded), tokenizer.codebook_size) for name in names
                 }
-                texts = {k: v for k, v in encoded_sample.members.items() if k in ("json", "txt")}
+                members = encoded_sample.members.items()
+                texts = {suffix: data for suffix, data in members if suffix in RECORD_MEMBERS}
                 yield encoded_sample.key, {**codes, **texts}
             on_sample(len(samples))
             samples, pictures = [], []

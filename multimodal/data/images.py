@@ -35,6 +35,7 @@ MAX_ASPECT = 200
 LETTERBOX_GREY = (127, 127, 127)
 
 _ORIENTATION_TAG = 0x0112
+_BITS_TAG, _PHOTOMETRIC_TAG = 258, 262  # of TIFF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -343,11 +344,18 @@ def upright(image: Image.Image, pixels: Image.Image) -> Image.Image:
 
 
 def _grey16_to_rgb(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits (65535 -> 255). Pillow's conversion would clip at 255."""
+    """Scale 16-bit grey to 8 bits (65535 -> 255). Pillow's conversion would clip at 255.
+
+    A TIFF may have 12 bits (4095 -> 255), and may say that 0 is white.
+    """
+    tags = getattr(image, "tag_v2", {})
+    top = 2 ** min(16, *tags.get(_BITS_TAG, (16,))) - 1
     values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"mode {image.mode} with values outside 0..65535: the scale is unknown")
-    grey = ((values + 128) // 257).astype(np.uint8)
+    if values.min() < 0 or values.max() > top:
+        raise ValueError(f"mode {image.mode} with values outside 0..{top}: the scale is unknown")
+    if tags.get(_PHOTOMETRIC_TAG) == 0:
+        values = top - values
+    grey = ((255 * values + top // 2) // top).astype(np.uint8)
     if isinstance(transparent := image.info.get("transparency"), int):
         grey[values == transparent] = 255
     return Image.fromarray(grey).convert("RGB")

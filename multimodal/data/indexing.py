@@ -60,35 +60,42 @@ def index_folder(
             )
         )
     target = out or folder
-    if target.resolve() != folder.resolve():
-        _link(tars, target)
-    elif not (os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222):
+    in_place = target.resolve() == folder.resolve()
+    if in_place and not (os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222):
         # Root may write to any folder, so the mode counts too.
         raise ValueError(
             f"{folder}: cannot write here; run: multimodal data index {folder} --out NEW_FOLDER "
             "(links to the tars, nothing is copied)"
         )
-    entries, damaged = [], 0
-    hashes = _earlier_hashes(target)
-    for tar in progress(tars):
-        try:
-            sha256 = hashes.get(tar.name)
-            if sha256 is not None and file_sha256(tar) != sha256:
-                raise DamagedShard(
-                    f"{tar}: differs from {target / MANIFEST}; if it was changed on "
-                    "purpose, delete that file first"
-                )
-            entries.append(index_shard(target / tar.name, ignored))
-        except DamagedShard as error:
-            damaged += 1
-            on_problem(str(error))
-    missing = sorted(hashes.keys() - {tar.name for tar in tars})
-    for name in missing:
-        on_problem(f"{target / name}: in the manifest, but not there")
-    if damaged or missing:
+    earlier = _earlier_hashes(folder) | _earlier_hashes(target)
+    known = [tar for tar in tars if tar.name in earlier]
+    missing = sorted(earlier.keys() - {tar.name for tar in known})
+    problems = [f"{folder / name}: in {earlier[name][1]}, but not there" for name in missing]
+    for tar in progress(known) if known else ():
+        sha256, manifest = earlier[tar.name]
+        if file_sha256(tar) != sha256:
+            problems.append(
+                f"{tar}: differs from {manifest}; if it was changed on purpose, delete that file "
+                "first"
+            )
+    entries: list[dict[str, Any]] = []
+    if not problems:
+        if not in_place:
+            _link(tars, target)
+        # New shards come first: if one is damaged, the earlier manifest still fits its indexes.
+        for tar in progress(sorted(tars, key=lambda tar: tar.name in earlier)):
+            if problems and tar.name in earlier:
+                break
+            try:
+                entries.append(index_shard(target / tar.name, ignored))
+            except DamagedShard as error:
+                problems.append(str(error))
+    for problem in problems:
+        on_problem(problem)
+    if problems:
         raise ValueError(
-            f"{folder}: {damaged + len(missing)} of {len(tars) + len(missing)} shards are damaged "
-            "or missing, so no manifest is written; to keep the good samples run: "
+            f"{folder}: {len(problems)} of {len(tars) + len(missing)} shards are damaged or "
+            "missing, so no manifest is written; to keep the good samples run: "
             f"multimodal data build {folder} NEW_FOLDER"
         )
     write_manifest(target, entries, **({"source": shown(folder)} | _earlier_fields(folder)))
@@ -106,11 +113,15 @@ def _link(tars: list[Path], target: Path) -> None:
         link.symlink_to(tar.resolve())
 
 
-def _earlier_hashes(target: Path) -> dict[str, str]:
-    """The hashes of an earlier manifest: damage since then must not get a new valid hash."""
-    if not (target / MANIFEST).is_file():
+def _earlier_hashes(folder: Path) -> dict[str, tuple[str, Path]]:
+    """The hash of each shard in an earlier manifest, and that manifest.
+
+    Damage since then must not get a new valid hash.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
         return {}
-    return {entry["name"]: entry["sha256"] for entry in read_manifest(target)["shards"]}
+    return {entry["name"]: (entry["sha256"], path) for entry in read_manifest(folder)["shards"]}
 
 
 def _earlier_fields(folder: Path) -> dict[str, Any]:

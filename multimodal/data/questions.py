@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from multimodal.data.objects import named_objects, presence_question
-from multimodal.data.samples import Sample, readable
+from multimodal.data.samples import Sample, plain, readable
 from multimodal.data.shards import (
     Shards,
     index_shard,
@@ -92,7 +92,7 @@ def add_questions(
             record["qa"] = [*record.get("qa", []), *questions]
             count += len(questions)
             members = {k: v for k, v in sample.members.items() if k not in ("json", "txt")}
-            members["json"] = json.dumps(record, ensure_ascii=False).encode()
+            members["json"] = json.dumps(plain(record), ensure_ascii=False).encode()
             yield sample.key, members
             on_sample(1)
 

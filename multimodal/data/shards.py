@@ -97,7 +97,7 @@ def index_shard(shard: Path, ignored: Counter[str] | None = None) -> dict[str, A
 
 def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
     """Write (key, members) of each sample. The same samples always give the same bytes."""
-    with tarfile.open(path, "w:", format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(path, "w:", format=tarfile.PAX_FORMAT) as tar:
         for key, members in samples:
             for suffix, data in members.items():
                 info = tarfile.TarInfo(f"{key}.{suffix}")  # with time 0 and no owner

@@ -187,3 +187,37 @@ def test_a_character_of_a_script_without_spaces_counts_as_a_word() -> None:
     captions = ["一只狗在雪地里跑", "狗在跑", "two dogs run", "狗 and 猫 run abc中", "犬がいる"]
     record = cleaning.cleaned({"captions": captions}, Counter())
     assert record["captions"] == ["狗在跑", "two dogs run", "犬がいる"]
+
+
+PREFERENCES = [
+    {"prompt": "Whose is it?", "chosen": "call 0171 1234567", "rejected": "a DAMN dog"},
+    {"prompt": "of me@x.org", "chosen": {"image": "0"}, "rejected": {"image": "1"}},
+    {"prompt": "", "completion": "no", "label": False},
+    {"prompt": "Who?", "chosen": "ask a@x.org", "rejected": "ask b@x.org"},
+]
+
+
+def test_texts_of_preferences_are_cleaned() -> None:
+    record = {"captions": [], "preferences": PREFERENCES}
+    for steps, reason in (
+        ({"blocklist": ["damn"]}, "word of the blocklist"),
+        ({"personal_data": "drop"}, "personal data"),
+    ):
+        fault = Cleaning(**steps).fault_of_texts(record)  # type: ignore[arg-type]
+        assert fault is not None and fault[0] == reason
+    changed = Counter[str]()
+    masked = Cleaning(personal_data="mask").cleaned(record, changed)
+    assert masked["preferences"] == [
+        {**PREFERENCES[0], "chosen": "call [phone]"},
+        {**PREFERENCES[1], "prompt": "of [e-mail]"},
+        PREFERENCES[2],
+    ]
+    assert +changed == {
+        "texts with personal data masked": 3,
+        "preferences without a difference": 1,  # training would refuse two equal answers
+    }
+    alone = {"captions": [], "preferences": PREFERENCES[3:]}
+    assert Cleaning(personal_data="mask").cleaned(alone, changed) == {"captions": []}
+    other = {"captions": [], "preferences": ["of another kind", 3]}
+    cleaning = Cleaning(personal_data="mask", blocklist=["damn"])
+    assert cleaning.fault_of_texts(other) is None and cleaning.cleaned(other, changed) == other

@@ -181,6 +181,31 @@ def test_plain_text_is_a_document_without_images(tmp_path: Path) -> None:
     assert list(Shards(tmp_path / "again"))[1].members == second.members
 
 
+def test_the_column_of_plain_text_can_be_given(tmp_path: Path) -> None:
+    rows = [{"text": "short", "body": "long", "content": ["x"]}, {"text": "s", "body": "l"}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_shards(tmp_path / "t.jsonl", tmp_path / "out", text_column="body")
+    assert [sample.record for sample in Shards(tmp_path / "out")] == [
+        {"captions": [], "text": "short", "content": [{"text": "long"}]},
+        {"captions": [], "text": "s", "content": [{"text": "l"}]},
+    ]
+    with pytest.raises(ValueError, match="no column 'gone'; it has text, body"):
+        build_shards(tmp_path / "t.jsonl", tmp_path / "none", text_column="gone")
+
+
+def test_conversations_beside_a_list_of_images_are_no_document(
+    source: Path, tmp_path: Path
+) -> None:
+    row = {"images": ["img/a.jpg"], "texts": [{"user": "What colour?", "assistant": "Red"}]}
+    source.with_name("t.jsonl").write_text(json.dumps(row))
+    source.with_name("t.json").write_text(json.dumps([row]))
+    for name in ("t.jsonl", "t.json"):
+        build_shards(source.with_name(name), tmp_path / name)
+        (sample,) = Shards(tmp_path / name)
+        assert sample.record == {"captions": [], "qa": [["What colour?", "Red"]]}
+        assert sample.image == picture("red")
+
+
 @pytest.mark.parametrize(
     "rows",
     [

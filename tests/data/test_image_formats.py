@@ -148,6 +148,24 @@ def test_a_tile_of_a_tiff_is_bounded() -> None:
         open_image(data, name="a file")
 
 
+@pytest.mark.parametrize(("bits", "white_is_zero"), [(12, False), (16, True), (16, False)])
+def test_grey_of_a_tiff_has_the_scale_and_the_white_that_the_file_says(
+    bits: int, white_is_zero: bool
+) -> None:
+    top = 2**bits - 1
+    values = [0, top // 4, top // 2, top]
+    packed = struct.pack("<4H", *values)
+    if bits == 12:  # without gaps
+        packed = int("".join(f"{value:012b}" for value in values), 2).to_bytes(6, "big")
+    fields = {256: 4, 257: 1, 258: bits, 259: 1, 262: int(not white_is_zero)}
+    fields |= {273: 122, 277: 1, 278: 1, 279: len(packed)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    data = struct.pack("<2sHIH", b"II", 42, 8, len(fields)) + entries + bytes(4) + packed
+    grey = [round(255 * value / top) for value in values]
+    expected = [255 - value for value in grey] if white_is_zero else grey
+    assert np.asarray(open_image(data))[0, :, 0].tolist() == expected
+
+
 def test_heic_is_read_with_pillow_heif_and_named_without_it() -> None:
     if importlib.util.find_spec("pillow_heif") is None:
         header = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)

@@ -249,6 +249,14 @@ def test_a_saved_folder_that_is_damaged(saved: Path, tmp_path: Path) -> None:
         multimodal.build_shards(saved, tmp_path / "evil")
 
 
+def test_a_split_of_a_saved_folder_that_is_missing_is_named(saved: Path, tmp_path: Path) -> None:
+    (saved / "test/state.json").unlink()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="saved/test: dataset_dict.json lists this split"):
+            multimodal.build_shards(saved, tmp_path / "out")
+        shutil.rmtree(saved / "test", ignore_errors=True)
+
+
 def test_a_file_of_the_cache_keeps_its_split(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     for name in ("beans-train.arrow", "beans-validation-00000-of-00002.arrow"):

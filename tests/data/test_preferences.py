@@ -193,3 +193,25 @@ def test_items_of_a_program(folder: Path) -> None:
     )
     assert report is not None and report.reasons == {"equal chosen and rejected answers": 1}
     check(list(Shards(folder / "out")), [entry for row, entry in GOOD if "images" in row])
+
+
+def test_a_column_of_images_or_of_texts_that_is_given_is_used(folder: Path) -> None:
+    row = {"prompt": "What is it?", "chosen": "A square", "rejected": "A dog"}
+    photo, other = {"photo": ["img/green.png"]}, {"images": ["img/red.png"]}
+    (folder / "t.jsonl").write_text(json.dumps({**row, **photo, **other}))
+    pq.write_table(pa.Table.from_pylist([{**row, **photo, **other}]), folder / "t.parquet")
+    items = [{**row, "photo": picture("green"), "images": picture("red")}]
+    for number, source in enumerate((folder / "t.jsonl", folder / "t.parquet", items)):
+        build_shards(source, folder / f"out-{number}", image_column="photo")
+        (sample,) = Shards(folder / f"out-{number}")
+        check([sample], [row])
+        assert sample.image == picture("green") and sample.record.keys() == {
+            "captions",
+            "preferences",
+        }
+    with pytest.raises(ValueError, match="no sample could be used"):
+        build_shards(folder / "t.jsonl", folder / "none", image_column="gone")
+    assert "no column 'gone'" in (folder / "none/rejected.jsonl").read_text()
+    build_shards(folder / "t.jsonl", folder / "texts", text_column="chosen")
+    (sample,) = Shards(folder / "texts")
+    assert sample.record["captions"] == ["A square"] and sample.image == picture("red")

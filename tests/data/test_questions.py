@@ -71,3 +71,17 @@ def test_captions_without_known_objects_are_an_error(
     assert main(["data", "questions", str(folder), str(tmp_path / "out")]) == 1
     assert "no caption names an object" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_other_fields_of_a_record_become_valid_json(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    record = {"captions": ["a dog"], "name": "\ud800", "similarity": float("inf")}
+    write_tar(
+        folder / "train-0000.tar", [("0", {"jpg": b"x", "json": json.dumps(record).encode()})]
+    )
+    write_manifest(folder, [index_shard(folder / "train-0000.tar")])
+    assert main(["data", "questions", str(folder), str(tmp_path / "out")]) == 0
+    (sample,) = Shards(tmp_path / "out")
+    assert sample.record["name"] == "\\ud800" and sample.record["similarity"] is None
+    assert sample.record["qa"] and b"Infinity" not in sample.members["json"]

@@ -1,14 +1,17 @@
 """``data build`` and ``data index`` read the same records from shards."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import webdataset
 
+from multimodal.api import Model
 from multimodal.cli import main
 from multimodal.data.builder.build import build_shards
+from multimodal.data.encode import Encoding, encode_shards
 from multimodal.data.indexing import index_folder
 from multimodal.data.samples import has_text, plain, record_of, texts_of
 from multimodal.data.shards import Shards
@@ -159,3 +162,17 @@ def test_one_unreadable_record_ends_no_job(
     assert main(["data", "questions", source, str(tmp_path / "asked")]) == 0
     asked = {sample.key: sample for sample in Shards(tmp_path / "asked")}
     assert len(asked["0"].record["qa"]) == 2 and asked["1"].members["txt"] == b"\xff"
+
+
+def test_codes_keep_all_that_a_record_is_made_of(
+    tmp_path: Path, tiny_model: Callable[..., Model]
+) -> None:
+    members = {f"{name}.png": picture(ord(name)) for name in "abc"}
+    members |= {"a.cls": b"7", "b.txt": b"a dog", "c.json": b'{"qa": [["so?", "no"]]}'}
+    tar_of(tmp_path / "s/train-0.tar", dict(sorted(members.items())))
+    index_folder(tmp_path / "s")
+    tokenizer = tiny_model().image_tokenizer
+    encode_shards(tmp_path / "s", tmp_path / "codes", tokenizer, Encoding.for_tokenizer(tokenizer))
+    records = {sample.key: sample.record for sample in Shards(tmp_path / "codes")}
+    assert records == {sample.key: sample.record for sample in Shards(tmp_path / "s")}
+    assert records["a"]["label"] == "7"

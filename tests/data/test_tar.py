@@ -12,7 +12,7 @@ from multimodal.data.builder.salvage import LostSample, salvage
 from multimodal.data.formats.tar import BadTar, only_zeros, read_members
 from multimodal.data.members import scan
 from multimodal.data.samples import Sample
-from multimodal.data.shards import DamagedShard, index_shard
+from multimodal.data.shards import DamagedShard, index_shard, read_index, write_tar
 
 LONG = "x" * 150 + "/" + "y" * 200
 NAMES = ("a.jpg", "folder/b.png", "dög ß.jpg", f"{LONG}.jpg", "n" * 100 + ".json", "\udcff.txt")
@@ -139,3 +139,19 @@ def test_a_block_that_is_no_header_is_skipped_only_in_repair(tmp_path: Path) -> 
     with pytest.raises(BadTar, match="byte 1024: not a header"):
         list(read_members(path))
     assert [m.name for m in read_members(path, repair=True)] == ["a.jpg", "b.jpg"]
+
+
+def test_only_a_long_key_gets_a_header_of_pax(tmp_path: Path) -> None:
+    keys = ["a", "folder/b", "k" * 90]
+    write_tar(tmp_path / "short.tar", [(key, {"json": b"{}", "jpg": b"x"}) for key in keys])
+    with tarfile.open(tmp_path / "ustar.tar", "w:", format=tarfile.USTAR_FORMAT) as tar:
+        for key in keys:
+            for suffix, data in (("json", b"{}"), ("jpg", b"x")):
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert (tmp_path / "short.tar").read_bytes() == (tmp_path / "ustar.tar").read_bytes()
+    keys = ["k" * 150, "a", "ö" * 90]
+    write_tar(tmp_path / "long.tar", [(key, {"0.codes.npy": b"x"}) for key in keys])
+    assert index_shard(tmp_path / "long.tar")["samples"] == 3
+    assert [sample["key"] for sample in read_index(tmp_path / "long.tar")] == keys

@@ -6,7 +6,7 @@ A step changes a record, or rejects a sample with a reason. The manifest counts 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -103,10 +103,10 @@ class Cleaning:
             if not isinstance(license, str) or license.strip().casefold() not in self._allowed:  # type: ignore[attr-defined]
                 return "license not allowed", str(license)
         if self._blocked is not None:  # type: ignore[attr-defined]
-            for text in texts_of(record):
+            for text in _all_texts(record):
                 if match := self._blocked.search(text):  # type: ignore[attr-defined]
                     return "word of the blocklist", match.group().casefold()
-        if self.personal_data == "drop" and any(find_personal(text) for text in texts_of(record)):
+        if self.personal_data == "drop" and any(map(find_personal, _all_texts(record))):
             return "personal data", ""
         return None
 
@@ -126,19 +126,52 @@ class Cleaning:
             ) + sum(new != list(old) for new, old in zip(pairs, questions, strict=True))
             record = {**record, "captions": masked, **({"qa": pairs} if questions else {})}
             if content := parts_of(record):
-                parts = [
-                    {"text": mask_personal(part["text"])} if "text" in part else part
-                    for part in content
+                record["content"] = _masked(content, changed)
+            if preferences := _preferences_of(record):
+                different = [
+                    entry
+                    for entry in _masked(preferences, changed)
+                    if "chosen" not in entry or entry["chosen"] != entry.get("rejected")
                 ]
-                changed["texts with personal data masked"] += sum(
-                    new != old for new, old in zip(parts, content, strict=True)
-                )
-                record["content"] = parts
+                changed["preferences without a difference"] += len(preferences) - len(different)
+                record["preferences"] = different
+                if not different:
+                    del record["preferences"]
         return record
 
     def _has_right_length(self, caption: str) -> bool:
         words = len(_WORD.findall(caption))
         return self.min_words <= words and (not self.max_words or words <= self.max_words)
+
+
+def _preferences_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The preferences of a record. Empty if it has none, or another field of that name."""
+    entries = record.get("preferences")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        return []
+    return entries
+
+
+def _all_texts(record: Mapping[str, Any]) -> Iterator[str]:
+    """The texts of a record and of its preferences: prompts and answers."""
+    yield from texts_of(record)
+    for entry in _preferences_of(record):
+        yield from (value for value in entry.values() if isinstance(value, str))
+
+
+def _masked(entries: Sequence[Mapping[str, Any]], changed: "Counter[str]") -> list[dict[str, Any]]:
+    """Parts of a document, or preferences, with their texts masked. Images stay."""
+    masked = [
+        {
+            name: mask_personal(value) if isinstance(value, str) and name != "image" else value
+            for name, value in entry.items()
+        }
+        for entry in entries
+    ]
+    changed["texts with personal data masked"] += sum(
+        new != old for new, old in zip(masked, entries, strict=True)
+    )
+    return masked
 
 
 def read_blocklist(file: Path) -> list[str]:

@@ -20,6 +20,7 @@ from multimodal.data.tables.records import (
     SourceItem,
     SourceSample,
     held_out,
+    held_out_folder,
     shuffled,
 )
 from multimodal.files import read_bytes, read_json
@@ -70,6 +71,9 @@ def read_folder(folder: Path, files: FolderFiles, options: ReadOptions) -> Itera
         folder: images with .txt or .json beside them, or with a metadata table, or tables only.
         files: what is in it.
         options: how to read.
+
+    Raises:
+        ValueError: if the options name a folder of images, and the images are in this one.
     """
     if not files.images and not files.metadata and files.tables:
         for texts in files.texts.values():
@@ -77,11 +81,12 @@ def read_folder(folder: Path, files: FolderFiles, options: ReadOptions) -> Itera
         for table in files.tables:
             yield from _of_table(table, folder, options)
         return
+    refuse_images(folder, options)
     for table in files.tables:
         options.notes.ignored[f"files {table.suffix.lower()}"] += 1
     described: dict[str, SourceSample] = {}
     for table in files.metadata:
-        for item in _of_table(table, folder, replace(options, images=None)):
+        for item in _of_table(table, folder, options):
             if isinstance(item, RejectedSample) or not isinstance(item.images[0], Path):
                 yield item
                 continue
@@ -100,11 +105,20 @@ def read_folder(folder: Path, files: FolderFiles, options: ReadOptions) -> Itera
     for name in shuffled([*{**files.images, **described}]):
         if name in described:
             hint = shown(os.path.splitext(name)[0])
-            split = described[name].split or _split_of(name)
+            split = described[name].split or held_out_folder(name)
             yield replace(described[name], hint=hint, identity=shown(name), split=split)
         else:
             texts = files.texts.get(name.rpartition(".")[0], {})
             yield _image(name, files.images[name], texts, options)
+
+
+def refuse_images(source: Path, options: ReadOptions) -> None:
+    """Raise ``ValueError`` if the options name a folder of images for a source that holds them."""
+    if options.images is not None:
+        raise ValueError(
+            f"{source}: it holds its images, and --images {options.images} is for a table or "
+            "annotations; give such a file as the SOURCE"
+        )
 
 
 def _image(name: str, path: Path, texts: dict[str, Path], options: ReadOptions) -> SourceItem:
@@ -117,12 +131,7 @@ def _image(name: str, path: Path, texts: dict[str, Path], options: ReadOptions) 
     except (OSError, ValueError) as error:
         return RejectedSample(shown(path), "unreadable text", shown(str(error)))
     stem = shown(name.rpartition(".")[0])
-    return SourceSample(shown(path), stem, shown(name), (path,), record, _split_of(name))
-
-
-def _split_of(name: str) -> str | None:
-    """The split that the folders of an image were held out for, such as test/dogs/1.jpg."""
-    return next(filter(None, map(held_out, name.split("/")[:-1])), None)
+    return SourceSample(shown(path), stem, shown(name), (path,), record, held_out_folder(name))
 
 
 def saved_tables(folder: Path) -> list[Path] | None:
@@ -132,11 +141,18 @@ def saved_tables(folder: Path) -> list[Path] | None:
     splits, each a folder with a ``state.json``. Other files in it are of caches.
 
     Raises:
-        ValueError: if one of these lists cannot be read.
+        ValueError: if one of these lists cannot be read, or if a split is missing.
     """
     if (folder / "dataset_dict.json").is_file():
-        splits = _listed(folder / "dataset_dict.json", "splits")
-        return [table for split in splits for table in saved_tables(folder / split) or ()]
+        tables: list[Path] = []
+        for split in _listed(folder / "dataset_dict.json", "splits"):
+            if (of_split := saved_tables(folder / split)) is None:
+                raise ValueError(
+                    f"{folder / split}: dataset_dict.json lists this split, but it has no "
+                    "state.json and dataset_info.json; save the data set again"
+                )
+            tables += of_split
+        return tables
     state = folder / "state.json"
     if not state.is_file() or not (folder / "dataset_info.json").is_file():
         return None
@@ -162,20 +178,29 @@ def _listed(path: Path, field: str) -> list[str]:
     return [str(name) for name in names]
 
 
-def _of_table(table: Path, folder: Path, options: ReadOptions) -> Iterator[SourceItem]:
-    """The samples of one of several tables. One that cannot be read does not end the others."""
+def read_table_of(folder: Path, table: Path, options: ReadOptions) -> Iterator[SourceItem]:
+    """The samples of a table in a folder, held out if its name or the folders above it say so.
+
+    Raises:
+        ValueError: if the table as a whole cannot be read.
+    """
     stem, parent = table.stem, table.parent
     if table.suffix.lower() == ".arrow":  # NAME-SPLIT, or NAME-SPLIT-00000-of-00002, in its cache
         stem = re.sub(r"^.*-(?=[a-z]+(-\d+-of-\d+)?$)", "", stem)
-    of_parent = table.name in METADATA or parent != folder
-    split = held_out(stem) or (held_out(parent.name) if of_parent else None)
+    start = folder.parent if table.name in METADATA else folder
+    split = held_out(stem) or held_out_folder(table.relative_to(start).as_posix())
     above = f"{shown(parent.relative_to(folder).as_posix())}/" * (parent != folder)
+    for item in read_table(table, options):
+        if isinstance(item, SourceSample):
+            yield replace(item, split=item.split or split, identity=above + item.identity)
+        else:
+            yield item
+
+
+def _of_table(table: Path, folder: Path, options: ReadOptions) -> Iterator[SourceItem]:
+    """The samples of one of several tables. One that cannot be read does not end the others."""
     try:
-        for item in read_table(table, options):
-            if isinstance(item, SourceSample):
-                yield replace(item, split=split, identity=above + item.identity)
-            else:
-                yield item
+        yield from read_table_of(folder, table, options)
     except (ValueError, OSError) as error:
         yield RejectedSample(shown(table), "unreadable table", str(error))
 

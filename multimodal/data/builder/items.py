@@ -199,7 +199,7 @@ class _Reader:
 
     def read(self, number: int, item: Any) -> SourceItem:
         name = self.name(number)
-        if isinstance(item, Mapping) and is_preferences(item):
+        if isinstance(item, Mapping) and is_preferences(item, self.options):
             return self._preference(number, item)
         try:
             fields, columns = self._fields(item)
@@ -237,7 +237,9 @@ class _Reader:
 
         try:
             fields = {str(key): _native(value) for key, value in item.items()}
-            images, record, document = preference_of(fields, place_of, self.options.notes.of(name))
+            images, record, document = preference_of(
+                fields, place_of, self.options.notes.of(name), self.options.image_column
+            )
         except NoPreference as error:
             return self.rejected(number, error.reason, error.detail)
         return SourceSample(

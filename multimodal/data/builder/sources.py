@@ -9,7 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from multimodal.data.builder.folders import find_files, read_folder, saved_tables
+from multimodal.data.builder.folders import (
+    find_files,
+    read_folder,
+    read_table_of,
+    refuse_images,
+    saved_tables,
+)
 from multimodal.data.builder.items import (
     Items,
     ItemSource,
@@ -34,13 +40,14 @@ from multimodal.data.samples import (
     record_of,
 )
 from multimodal.data.shards import read_index
-from multimodal.data.tables.read import TABLE_SUFFIXES, read_table
+from multimodal.data.tables.read import TABLE_SUFFIXES
 from multimodal.data.tables.records import (
     ReadOptions,
     RejectedSample,
     SourceItem,
     SourceSample,
     held_out,
+    held_out_folder,
 )
 from multimodal.files import address_of, local_path, open_file
 from multimodal.terminal import shown
@@ -118,7 +125,7 @@ def _read_path(
     elif is_tar(source):
         yield from _read_shards([source], source.parent, options, workspace)
     elif source.suffix.lower() in TABLE_SUFFIXES:
-        yield from read_table(source, options)
+        yield from read_table_of(source.parent, source, options)
     else:
         raise ValueError(
             f"{source}: not a folder, shards ({', '.join(TAR_SUFFIXES)}), "
@@ -153,9 +160,10 @@ def expected_samples(source: Source) -> int | None:
 def _read_shards(
     tars: list[Path], folder: Path, options: ReadOptions, workspace: Path | None
 ) -> Iterator[SourceItem]:
+    refuse_images(tars[0], options)
     for tar in tars:
         relative = tar.relative_to(folder)
-        split = held_out(tar.name.partition(".")[0]) or held_out(relative.parent.name)
+        split = held_out(tar.name.partition(".")[0]) or held_out_folder(relative.as_posix())
         try:
             path = unpacked(tar, workspace)
         except ValueError as error:

@@ -43,8 +43,13 @@ class ParquetTable:
         yield from self._file.iter_batches(BATCH, [group], names) if names else ()
 
     def column(self, group: int, name: str) -> Any:
-        """The values of a column of a group."""
-        return self._file.read_row_group(group, [name])[name]
+        """The values of a column of a group.
+
+        They are read in batches: Arrow refuses a column of structs with over 2 GiB at once.
+        """
+        import pyarrow as pa
+
+        return pa.Table.from_batches(self._file.iter_batches(BATCH, [group], [name]))[name]
 
     def is_null(self, column: str, field: str) -> bool:
         """Whether a field of a column of structs is known to have no value in any row."""

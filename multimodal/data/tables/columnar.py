@@ -130,7 +130,7 @@ def _read_files(
     """A sample a row. Only the other columns are read here, and the image when it is needed."""
     root = options.images or table.parent
     names = [name for name in file.schema.names if name != columns.image]
-    if has_paths := _has_field(file.schema.field(columns.image).type, "path"):
+    if _has_field(file.schema.field(columns.image).type, "path"):
         names.append(f"{columns.image}.path")
     starts, number = [], 0
     for size in file.sizes:
@@ -144,7 +144,8 @@ def _read_files(
         if row.problem:
             yield RejectedSample.row(row.place, "unreadable row", row.problem)
             continue
-        path = (row.fields.get(columns.image) or {}).get("path") if has_paths else None
+        image = row.fields.get(columns.image)  # not a dict if its path is not UTF-8
+        path = image.get("path") if isinstance(image, dict) else None
         hint = Path(path).stem if isinstance(path, str) else ""
         record = columns.checked(row, options)
         if isinstance(record, RejectedSample):

@@ -29,21 +29,27 @@ from multimodal.terminal import shown
 SNIFFED_ROWS = 1000  # rows that decide what a file holds
 
 
-def is_documents(source: Path) -> bool:
+def is_documents(source: Path, text_column: str | None = None) -> bool:
     """Whether a .jsonl holds documents, and not a table of images.
 
-    The first SNIFFED_ROWS rows decide. Plain text has a ``text`` in each of them, and in most of
-    them no image: one text may end with the name of a file.
+    The first SNIFFED_ROWS rows decide. Plain text has a ``text``, or the column that is given, in
+    each of them, and in most of them no image: one text may end with the name of a file. Documents
+    of another form have no column of texts.
     """
     if source.suffix.lower() != ".jsonl":
         return False
     rows = [row.fields for row in islice(read_rows(source)[1], SNIFFED_ROWS) if not row.problem]
     first = rows[0] if rows else {}
-    listed = isinstance(first.get("images"), list) and isinstance(first.get("texts"), list)
-    if listed or isinstance(first.get("content"), list):
+    images, texts = first.get("images"), first.get("texts")
+    listed = (
+        isinstance(images, list)
+        and isinstance(texts, list)
+        and all(text is None or isinstance(text, str) for text in texts)  # no conversation
+    )
+    if text_column is None and (listed or isinstance(first.get("content"), list)):
         return True
-    images = sum(map(names_image, rows))
-    return bool(rows) and all("text" in row for row in rows) and images < len(rows) / 2
+    with_image, column = sum(map(names_image, rows)), text_column or "text"
+    return bool(rows) and all(column in row for row in rows) and with_image < len(rows) / 2
 
 
 def names_image(row: Mapping[str, Any]) -> bool:
@@ -54,19 +60,30 @@ def names_image(row: Mapping[str, Any]) -> bool:
     return any(path.endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)) for path in paths)
 
 
-def read_documents(source: Path, root: Path) -> Iterator[SourceItem]:
-    """The documents of a .jsonl, in order. ``root`` is the folder of their images."""
+def read_documents(
+    source: Path, root: Path, text_column: str | None = None
+) -> Iterator[SourceItem]:
+    """The documents of a .jsonl, in order.
+
+    Args:
+        root: the folder of their images.
+        text_column: that of plain text. None: ``text``, or documents of another form.
+    """
+    column = text_column or "text"
     for row in read_rows(source)[1]:
         fields, line = row.fields, row.place.numbers[0]
         if row.problem:
             yield RejectedSample.row(row.place, "unreadable row", row.problem)
             continue
         try:
-            if not {"content", "images", "texts"} & {*fields} and names_image(fields):
+            form = set() if text_column else {"content", "images", "texts"} & {*fields}
+            if not form and names_image(fields):
                 raise UnreadableText("it names an image, but the file holds plain text")
-            paths, content = content_parts(fields)
-            columns = {"content"} & {*fields} or {"images", "texts"} & {*fields} or {"text"}
-            rest = {k: v for k, v in fields.items() if k not in {*columns, "key"}}
+            paths, content = content_parts(fields if form else {"text": fields.get(column)})
+            used = {"content"} & form or form or {column}
+            rest = {k: v for k, v in fields.items() if k not in {*used, "key"}}
+            if text_column:
+                rest.setdefault("captions", [])  # ``text`` is a field like any other then
             record = {**normalise(rest), "content": content}
         except UnreadableText as error:
             yield RejectedSample.row(row.place, "unreadable text", str(error))

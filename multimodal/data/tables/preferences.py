@@ -43,23 +43,29 @@ class NoPreference(ValueError):
         self.reason, self.detail = reason, detail
 
 
-def is_preferences(columns: Collection[str]) -> bool:
-    """Whether a table with these columns holds preferences."""
-    return PAIR <= {*columns} or LABELLED <= {*columns}
+def is_preferences(columns: Collection[str], options: ReadOptions) -> bool:
+    """Whether a table with these columns holds preferences.
+
+    With a column of texts it is read as any other table.
+    """
+    return options.text_column is None and (PAIR <= {*columns} or LABELLED <= {*columns})
 
 
 def read_preferences(
     table: Path, rows: Iterable[Row], options: ReadOptions
 ) -> Iterator[SourceItem]:
     """The samples of a table, in its order: each row is one."""
-    root = options.images or table.parent
+    root, column = options.images or table.parent, options.image_column
     for row in rows:
         if row.problem:
             yield RejectedSample.row(row.place, "unreadable row", row.problem)
             continue
         try:
             images, record, document = preference_of(
-                row.fields, lambda value: _place(value, root), options.notes.of(str(row.place))
+                row.fields,
+                lambda value: _place(value, root),
+                options.notes.of(str(row.place)),
+                column,
             )
         except NoPreference as error:
             yield RejectedSample.row(row.place, error.reason, error.detail)
@@ -96,18 +102,24 @@ def preference_of(
     fields: Mapping[str, Any],
     place_of: Callable[[Any], ImagePlace],
     note: Callable[[str], object] = lambda what: None,
+    image_column: str | None = None,
 ) -> tuple[tuple[ImagePlace, ...], dict[str, Any], bool]:
     """The images and the record of a row, and whether it is a document.
 
     Args:
         place_of: where an image is, of a value of the row. May raise ``NoPreference``.
         note: is told SYSTEM.
+        image_column: None: ``images`` or ``image``.
 
     Raises:
         NoPreference: if the row is no preference.
     """
     prompt, answers, used = _answers(fields)
     column = fields.get("images", fields.get("image"))
+    if image_column is not None:
+        if image_column not in fields:
+            raise NoPreference("no image", f"no column {image_column!r}")
+        column, used = fields[image_column], used | {image_column}
     waiting = list(column) if isinstance(column, list | tuple) else [column] * (column is not None)
     prompt_parts, *answer_parts = [
         _parts(value, name, note) for name, value in (("prompt", prompt), *answers.items())

@@ -24,7 +24,7 @@ def read_table(table: Path, options: ReadOptions) -> Iterator[SourceItem]:
     suffix = table.suffix.lower()
     if suffix in COLUMN_SUFFIXES:
         file = open_columns(table)
-        if is_preferences(file.schema.names):
+        if is_preferences(file.schema.names, options):
             rows_of_columns = column_rows(table, file, file.schema.names)
             yield from read_preferences(table, rows_of_columns, options)
         else:
@@ -36,15 +36,15 @@ def read_table(table: Path, options: ReadOptions) -> Iterator[SourceItem]:
             yield from read_annotations(table, content, options)
             return
         layout, rows = None, list(rows_of(table, content))
-    elif options.image_column is None and is_documents(table):
-        yield from read_documents(table, options.images or table.parent)
+    elif options.image_column is None and is_documents(table, options.text_column):
+        yield from read_documents(table, options.images or table.parent, options.text_column)
         return
     else:
         named = [name for name in (options.image_column, options.text_column) if name]
         layout, lazy = read_rows(table, named)
         rows = list(lazy)
     names = layout.names if layout else tuple(dict.fromkeys(n for row in rows for n in row.fields))
-    if is_preferences(names):
+    if is_preferences(names, options):
         yield from read_preferences(table, rows, options)
         return
     yield from join_rows(table, rows, find_columns(table, names, options, layout), options)

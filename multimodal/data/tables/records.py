@@ -63,12 +63,11 @@ ImagePlace: TypeAlias = Path | Slice | Cell | Blob
 
 @lru_cache(1)  # the rows of a group are read one after the other
 def _column(path: Path, group: int, column: str) -> Any:
+    import pyarrow as pa
+
     try:
         return open_columns(path).column(group, column)
-    except (
-        OSError,
-        MemoryError,
-    ) as error:  # of the table, not of the machine: it was opened before
+    except (pa.ArrowException, OSError, MemoryError) as error:  # of the table, not of the machine
         raise ValueError(f"{path}: row group {group} cannot be read ({error})") from error
 
 
@@ -233,9 +232,17 @@ _HELD_OUT = ("val", "valid", "validation", "dev", "test", "eval", "heldout", "ho
 
 
 def held_out(name: str) -> str | None:
-    """The split of a file's or folder's name, if it is held out: test-00000-of-00002 gives test."""
-    split = re.sub(r"(?:[-_.]?\d+(?:-of-\d+)?)?$", "", name.lower())
+    """The split of a file's or folder's name, if it is held out: test-00000-of-00002 gives test.
+
+    Older files of the Hugging Face Hub have a hash behind it: test-00000-of-00002-a09b74b3ef9c3b56.
+    """
+    split = re.sub(r"(?:[-_.]?\d+(?:-of-\d+(?:-[0-9a-f]{16})?)?)?$", "", name.lower())
     return split if split in _HELD_OUT else None
+
+
+def held_out_folder(name: str) -> str | None:
+    """The split that the folders of a file were held out for, such as test/dogs/1.jpg."""
+    return next(filter(None, map(held_out, name.split("/")[:-1])), None)
 
 
 def shuffled(names: list[str]) -> list[str]:
