@@ -40,7 +40,13 @@ from multimodal.train.callbacks import (
 from multimodal.train.cost import layer_parameters
 from multimodal.train.data import ShardData
 from multimodal.train.run.annotate import annotate
-from multimodal.train.run.best import LAST, BestValidation, ExportModel, keep_equal_weights
+from multimodal.train.run.best import (
+    LAST,
+    BestValidation,
+    ExportModel,
+    begin_with_now,
+    keep_equal_weights,
+)
 from multimodal.train.run.checkpoints import AtomicCheckpointIO, RunCheckpoints, load_weights
 from multimodal.train.run.copies import CheckpointCopies
 from multimodal.train.run.finite import FiniteLoss
@@ -196,6 +202,7 @@ class TrainingCLI(LightningCLI):
         for average in given:
             if isinstance(average, WeightAveraging):
                 keep_equal_weights(average)
+                begin_with_now(average)
         callbacks: list[L.Callback] = [RandomState(), Throughput(), Summary(), Mixture(), Notes()]
         best = None
         if fit and not any(isinstance(callback, EnergyLog) for callback in given):

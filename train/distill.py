@@ -142,8 +142,11 @@ class KeepWordsModule(JointModule):
         numbers = moved(numbers, rows.ids.device)
         tables = [field.name for field in fields(rows) if field.name != "states"]
         some = replace(rows, **{name: getattr(rows, name)[numbers] for name in tables})
+        mode = network.training
+        network.eval()  # without dropout
         with torch.no_grad(), unsharded(network), without_adapter(network.transformer):
             states = network.hidden(some)
+        network.train(mode)
         share = len(numbers) / len(rows.ids)
         self.flops += share * training_flops(network.config.transformer, self.host_rows) / 3
         hidden = states.new_zeros(*rows.ids.shape, states.shape[-1])

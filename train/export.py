@@ -43,11 +43,12 @@ def export_checkpoint(checkpoint: Path, out: Path, config: Path | None = None) -
     module: Any = module_of(config)
     module.configure_model()  # an adapter has weights, too
     if checkpoint.is_dir():
+        from lightning.fabric.strategies.fsdp import _METADATA_FILENAME  # type: ignore[attr-defined]
         from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
         with tempfile.NamedTemporaryFile(suffix=".ckpt") as whole:
             dcp_to_torch_save(checkpoint, whole.name)
-            load_weights(module, Path(whole.name), complete=False)
+            load_weights(module, Path(whole.name), checkpoint / _METADATA_FILENAME)
     else:
         load_weights(module, checkpoint)
     with new_folder(out) as folder:

@@ -184,7 +184,7 @@ class JointModule(AdapterModule):
             self.learned,
         )
         if self.lora is not None and self.lora.new_rows and self.rows_are_new and not resumed:
-            start_rows(self.model, shards)
+            start_rows(self.model, shards, self.builder.row_length)
 
     @property
     def preprocessing(self) -> tuple[int, Fit]:

@@ -25,6 +25,7 @@ from multimodal.tokenizers.text import TextTokenizer
 
 SAMPLES = 10_000  # that are counted at most
 STATES_OF = 16  # samples whose hidden states say what is likely to be output
+MIN_ROW = 256  # tokens of a row of them
 AT_ONCE = 1_000  # encodings in one product of matrices
 LONGEST = 2  # lengths of a word: what a longer row outputs is not lowered enough
 # By how much logits are lowered, in units of the largest logit of a text.
@@ -38,12 +39,13 @@ LIKE = {
 }
 
 
-def start_rows(parts: ModelParts, shards: Iterable[Shards]) -> None:
+def start_rows(parts: ModelParts, shards: Iterable[Shards], row_length: int) -> None:
     """Give the embeddings of specials and codes of a language model a start, in place.
 
     Args:
         parts: a language model whose table has grown, and its tokenizers.
         shards: the training data. Without stored codes and captions the codes stay as they are.
+        row_length: of the training, which an image with a text fits.
     """
     samples = list(captioned(shards, parts.codes_per_image))
     if not samples:
@@ -51,7 +53,7 @@ def start_rows(parts: ModelParts, shards: Iterable[Shards]) -> None:
     vocabulary, transformer = parts.vocabulary, parts.network.transformer
     table = transformer.embed_tokens.weight
     some = [TrainingSample(s.key, s.record, s.codes[:1], 0) for s in samples[:STATES_OF]]
-    batch = parts.batch_builder().build(some).to(parts.device)
+    batch = parts.batch_builder(max(MIN_ROW, row_length)).build(some).to(parts.device)
     assert batch.predicted is not None
     with torch.no_grad():
         specials = special_rows(table, parts.text_tokenizer)

@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from multimodal.api import Model, load
 from multimodal.cli import main
 from multimodal.export.hf import export_hf
+from multimodal.model.network import MultimodalLM
 from multimodal.model.stock import read_stock
 from multimodal.scenes.dataset import write_scenes
 from multimodal.tokenizers.image import load_image_tokenizer
@@ -166,7 +168,12 @@ def test_with_an_adapter_and_new_rows_the_text_rows_stay(
 
 
 def test_a_language_model_that_learns_to_see_keeps_its_words(
-    qwen: Path, images: str, tmp_path: Path, sentences: tuple[str, ...], one_thread: None
+    qwen: Path,
+    images: str,
+    tmp_path: Path,
+    sentences: tuple[str, ...],
+    one_thread: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Beside scenes it reads texts: it learns them, or is held to what it said of texts before."""
     pytest.importorskip("peft")
@@ -183,6 +190,14 @@ def test_a_language_model_that_learns_to_see_keeps_its_words(
         "objectives": {"weights": {"text": 3.0}, "alignment_weight": 0.0},
         "lora": {"r": 4, "target": ["q_proj", "v_proj"], "new_rows": True},
     }  # fmt: skip
+    dropping, compute = set[bool](), MultimodalLM.hidden
+
+    def hidden(self: MultimodalLM, *arguments: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            dropping.add(self.training)
+        return compute(self, *arguments)
+
+    monkeypatch.setattr(MultimodalLM, "hidden", hidden)
     moved = {}
     for name in ("joint.JointModule", "distill.KeepWordsModule"):
         config = {
@@ -195,6 +210,7 @@ def test_a_language_model_that_learns_to_see_keeps_its_words(
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
         output = tmp_path / name
         assert main(["fit", "--config", str(tmp_path / "run.yaml"), "--output", str(output)]) == 0
+        assert dropping == ({False} if "Keep" in name else set()), "what it said is no noise"
         after = load(output / "model")
         divergences = []
         for text in sentences[::2]:
@@ -255,3 +271,10 @@ def test_the_recipe_that_learns_to_see_runs(
     assert main(["fit", "--config", "smollm2_photos.yaml", *words]) == 0
     on = load_file(tmp_path / "on/model/model.safetensors")
     assert torch.allclose(on[table], after[table], atol=1e-6)
+    # And the recipe after it rewards captions. Texts stay to the bit again.
+    options |= {"--output": str(tmp_path / "rewarded"), "--model.init_args.learning_rate": "1e-3"}
+    words = [word for option in options.items() for word in option]
+    assert main(["fit", "--config", "smollm2_reward.yaml", *words]) == 0
+    rewarded = load_file(tmp_path / "rewarded/model/model.safetensors")
+    assert torch.equal(rewarded[table][:302], before[table][:302])
+    assert not torch.equal(rewarded[table][302:], after[table][302:])

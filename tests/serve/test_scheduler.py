@@ -1,14 +1,10 @@
 """Requests share a batch: each gets what it would get alone, and what happens to one is its own."""
 
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -379,35 +375,3 @@ def test_a_stopping_scheduler_lets_requests_end(tiny_model: Make) -> None:
     assert caught.value.status == 503 and caught.value.retry_after
     stopping.join()
     assert ends.results["running"] == [50]
-
-
-# --- the command ----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_command_answers_and_ends_by_a_signal(tiny_model_folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "multimodal", "serve", str(tiny_model_folder)]
-    process = subprocess.Popen(
-        [*command, "--port", str(port), "--threads", "1"], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert str(port) in process.stdout.readline()
-    url = f"http://127.0.0.1:{port}"
-
-    def up() -> bool:
-        try:
-            return httpx2.get(f"{url}/health").status_code == 200
-        except httpx2.TransportError:
-            return False
-
-    wait_for(up)
-    body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 900}
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(httpx2.post, f"{url}/v1/chat/completions", json=body, timeout=60)
-        wait_for(lambda: "running 1.0" in httpx2.get(f"{url}/metrics").text)
-        process.send_signal(signal.SIGTERM)
-        assert running.result().status_code == 200, "what was running ends"
-    assert process.wait(30) in (0, -signal.SIGTERM)

@@ -19,6 +19,7 @@ from multimodal.cli import main
 from multimodal.train.run import writing
 from multimodal.train.run.best import BestValidation
 from multimodal.train.run.checkpoints import AtomicCheckpointIO, RunCheckpoints
+from multimodal.train.run.copies import CheckpointCopies
 from multimodal.train.run.damage import check_checkpoint
 from multimodal.train.run.folder import RunFolder
 from multimodal.train.run.resuming import find_checkpoint
@@ -302,6 +303,10 @@ def test_a_run_goes_on_from_a_bucket_and_not_from_half_a_copy(
     again = fit(config, tmp_path / "two", *copy, *by, "--ckpt_path", "auto")
     assert main([*again, "--trainer.max_steps", "9"]) == 0
     assert (tmp_path / "two/checkpoints/best.ckpt").resolve().name == best
+    # A run that does not go on from there would replace what is there.
+    assert main(fit(config, tmp_path / "new", *copy)) == 1
+    assert "s3://bucket/run: has checkpoints of another run" in capsys.readouterr().err
+    assert s3.exists("bucket/run/step=9.json")
     s3.rm_file("bucket/run/step=9.json")  # as if the copy had been cut off
     first = fit(config, tmp_path / "three", "--ckpt_path")
     assert main([*first, f"{at}/step=9.ckpt"]) == 1
@@ -312,6 +317,20 @@ def test_a_run_goes_on_from_a_bucket_and_not_from_half_a_copy(
     assert main([*first, f"{at}/best.ckpt"]) == 1
     assert "the checkpoint is damaged" in capsys.readouterr().err
     assert not list((tmp_path / "three").rglob("*.ckpt"))
+
+
+def test_a_run_that_went_back_keeps_later_copies(tmp_path: Path) -> None:
+    copies = CheckpointCopies(f"file://{tmp_path}/copies")
+    run = RunFolder(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    for step in (4, 8):
+        (run.checkpoints / f"step={step}.ckpt").write_bytes(b"weights")
+        copies.put(run.checkpoints / f"step={step}.ckpt", best=False)
+    (run.checkpoints / "step=4.ckpt").unlink()
+    (run.checkpoints / "step=8.ckpt").unlink()
+    (run.checkpoints / "step=6.ckpt").write_bytes(b"weights")
+    copies.put(run.checkpoints / "step=6.ckpt", best=False)
+    assert {p.name for p in (tmp_path / "copies").glob("*.ckpt")} == {"step=6.ckpt", "step=8.ckpt"}
 
 
 def test_a_copy_that_fails_does_not_end_the_training(

@@ -169,6 +169,7 @@ def test_a_stopped_run_saves_and_resumes_bit_for_bit(
     fit = ["fit", "--config", str(work / "joint.yaml"), "--output", str(run)]
     if accumulate > 1:  # the signal comes in the middle of a step
         fit += ["--trainer.accumulate_grad_batches", str(accumulate), "--trainer.max_steps", "6"]
+        fit += ["--trainer.val_check_interval", "6"]
         uninterrupted = tmp_path / "uninterrupted"
         assert main([*fit, "--output", str(uninterrupted)]) == 0
     before = partial(signal_at, name, hook, step, batch)
@@ -258,6 +259,10 @@ def test_a_model_over_two_ranks_resumes_and_agrees_with_one(work: Path, tmp_path
     launch([*fit, str(uninterrupted)], resume, predict, ranks=2)
     assert_same_weights(run, uninterrupted)
     assert len(list(run.glob("predictions-*.jsonl"))) == 2
+    # Checkpoints at the step of a validation know its score, though they were saved before it.
+    rest = torch.load(run / "checkpoints/last.ckpt/meta.pt", weights_only=True)
+    (best,) = (state for name, state in rest["callbacks"].items() if "BestValidation" in name)
+    assert best["count"] == len(logged(uninterrupted, "val/total")) and best["value"] is not None
     assert_a_folder_is_a_checkpoint(run, resume, tmp_path / "exported")
     for name in ("train/text", "train/image", "train/total", "train/gradient_norm", "val/total"):
         single, double = logged(work / "joint", name), logged(uninterrupted, name)
@@ -277,6 +282,7 @@ def assert_a_folder_is_a_checkpoint(run: Path, resume: list[str], out: Path) -> 
     exported, own = (load_file(f / "model.safetensors") for f in (out, run / "model"))
     assert exported.keys() == own.keys()
     assert all(torch.equal(exported[name], own[name]) for name in own)
+    assert {p.name for p in out.iterdir()} == {p.name for p in (run / "model").iterdir()}
     before, *_ = [p for p in checkpoint.parent.glob("step=*.ckpt") if p != checkpoint]
     part = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
     data = bytearray(part.read_bytes())
@@ -303,6 +309,9 @@ def test_a_discriminator_resumes_with_its_decoder(work: Path, tmp_path: Path, pa
         fit += ["--model.init_args.discriminator_start", "2"]
     fit += ["--output"]
     assert main([*fit, str(tmp_path / "uninterrupted"), *start]) == 0
+    checkpoints = tmp_path / "uninterrupted/checkpoints"
+    best = (checkpoints / "best.ckpt").resolve()
+    assert best == (checkpoints / "last.ckpt").resolve(), "not one before the discriminator"
     launch([*fit, str(run), *start], dies_at=5)
     assert main([*fit, str(run), "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
     for name in ("train/tell", "train/fool", "train/perceptual"):
@@ -334,3 +343,23 @@ def test_averaged_weights_resume_and_are_exported(work: Path, tmp_path: Path) ->
     assert not torch.equal(average, trained)
     for folder in (tmp_path / "uninterrupted", run):
         assert torch.equal(load_file(folder / "model/model.safetensors")[name], average)
+
+
+def test_an_average_that_has_not_begun_is_the_weights_of_now(work: Path, tmp_path: Path) -> None:
+    """And not those that the run began with: they would be validated, compared and exported."""
+    config = yaml.safe_load((work / "tokenizer.yaml").read_text())
+    config["trainer"] |= {"max_steps": 5, "val_check_interval": 2}
+    late = {"decay": 0.9, "update_starting_at_step": 100}
+    average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": late}
+    runs = {"plain": [], "averaged": [average]}
+    for name, given in runs.items():
+        config["trainer"]["callbacks"] = given
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        fit = ["fit", "--config", str(tmp_path / f"{name}.yaml")]
+        assert main([*fit, "--output", str(tmp_path / name)]) == 0
+    plain, averaged = (tmp_path / name for name in runs)
+    assert logged(averaged, "val/total") == logged(plain, "val/total")
+    assert_same_weights(averaged, plain)
+    last = torch.load(averaged / "checkpoints/last.ckpt", weights_only=True)
+    now = last["current_model_state"]
+    assert all(torch.equal(value, now[name]) for name, value in last["state_dict"].items())

@@ -115,3 +115,16 @@ def test_it_learns_only_what_the_codes_contain(
     assert context < 0.05
     blind_bag, blind_context = best(torch.zeros_like(vectors))
     assert blind_bag > 1.4 and blind_context > 0.5
+
+
+def test_a_document_of_images_alone_teaches_nothing(text_tokenizer: TextTokenizer) -> None:
+    semantic = loss(text_tokenizer, channels=4)
+    silent, told = {"content": [{"image": "0.png"}]}, {"captions": ["a red star"]}
+    vectors = torch.randn(2, 2, 2, 4, generator=torch.Generator().manual_seed(0))
+    alone = semantic(vectors[:1], semantic.targets(["a"], [silent], [0]))
+    assert alone["words"] == 0 and alone["context"] == 0
+    one = semantic(vectors[1:], semantic.targets(["b"], [told], [0]))
+    both = semantic(vectors, semantic.targets(["a", "b"], [silent, told], [0, 0]))
+    assert torch.allclose(both["context"], one["context"])
+    with pytest.raises(ValueError, match="sample c"):
+        semantic.targets(["c"], [{"captions": []}], [0])

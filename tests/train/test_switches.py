@@ -48,6 +48,7 @@ SWITCHES: list[tuple[dict[str, Any], str | None]] = [
     ({"max_steps": 0}, r"trainer.max_steps=0: nothing would be trained"),
     ({"limit_train_batches": 0}, r"trainer.limit_train_batches=0: nothing would be trained"),
     ({"val_check_interval": 0}, r"trainer.val_check_interval=0: expected more than 0"),
+    ({"accumulate_grad_batches": 2, "val_check_interval": 3}, r"in the middle of a step"),
     ({"accumulate_grad_batches": 0}, r"trainer.accumulate_grad_batches=0: expected more than 0"),
     ({"gradient_clip_val": -1}, r"trainer.gradient_clip_val=-1: expected 0 \(none\) or more"),
     ({"num_sanity_val_steps": 1}, None),

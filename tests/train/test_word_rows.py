@@ -15,6 +15,7 @@ from multimodal.data.shards import Shards
 from multimodal.scenes.dataset import write_scenes
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
+from multimodal.train import word_rows as word_rows_module
 from multimodal.train.word_rows import (
     LONGEST,
     captioned,
@@ -109,6 +110,7 @@ def test_a_language_model_starts_with_words_for_codes(
     qwen: Path,  # noqa: F811
     images: str,  # noqa: F811
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_scenes(tmp_path / "scenes", 60, 0, 32)
     encode = ["tokenizer", "encode", str(tmp_path / "scenes"), str(tmp_path / "codes")]
@@ -118,10 +120,13 @@ def test_a_language_model_starts_with_words_for_codes(
     transformer, vocabulary = model.network.transformer, model.vocabulary
     tied = transformer.head is transformer.embed_tokens.weight
     before = transformer.embed_tokens.weight.detach().clone()
-    start_rows(model, [Shards(tmp_path / "scenes", "train")])
+    start_rows(model, [Shards(tmp_path / "scenes", "train")], 256)
     assert torch.equal(transformer.embed_tokens.weight, before)  # images without codes say nothing
     shards = Shards(tmp_path / "codes", "train")
-    start_rows(model, [shards])
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="row_length=8"):
+        patched.setattr(word_rows_module, "MIN_ROW", 8)
+        start_rows(model, [shards], 8)
+    start_rows(model, [shards], 256)
     after = transformer.embed_tokens.weight.detach()
     codes = slice(vocabulary.image_start, vocabulary.image_end)
     assert torch.equal(after[: vocabulary.text_size], before[: vocabulary.text_size])

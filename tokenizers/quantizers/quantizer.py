@@ -101,6 +101,13 @@ class CodebookUsage:
         """Count codes, int64[...] in [0, K)."""
         self.counts += torch.bincount(codes.flatten().cpu(), minlength=len(self.counts))
 
+    def add_other_ranks(self, device: torch.device) -> None:
+        """Count what all ranks have counted. device: where ranks can exchange tensors."""
+        if distributed():
+            counts = self.counts.to(device)
+            dist.all_reduce(counts)
+            self.counts = counts.cpu()
+
     @property
     def used(self) -> float:
         """Share of the codes that appeared at least once, in [0, 1]."""

@@ -21,6 +21,7 @@ from multimodal.data.shards import Shards
 from multimodal.distributed import mean_over_ranks
 from multimodal.model.objectives import PolicyConfig
 from multimodal.model.training_batch import TrainingBatch, TrainingSample, Written
+from multimodal.train.distill import KeepWordsModule
 from multimodal.train.examples import Examples
 from multimodal.train.preflight import SAMPLES
 from multimodal.train.reference import ReferencedModule
@@ -198,3 +199,13 @@ class RewardModule(ReferencedModule):
         parts = {name: torch.tensor(value, device=self.device) for name, value in values.items()}
         means = mean_over_ranks(parts)
         self.log_dict({f"train/{name}": value for name, value in means.items()})
+
+
+class KeepWordsRewardModule(KeepWordsModule, RewardModule):
+    """Rewards what a language model writes of images, and keeps its words as KeepWordsModule does.
+
+    The weight of the objective ``text`` is one within the joint loss: ``lm_weight`` multiplies it.
+
+    Args:
+        joint: the arguments of RewardModule, with ``lora`` and its ``new_rows``.
+    """

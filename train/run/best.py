@@ -1,7 +1,9 @@
 """Which validation of a run was the best, and the model folder, which is of that validation."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,31 @@ def keep_equal_weights(average: WeightAveraging) -> None:
             return torch.where(averaged == now, now, mean(averaged, now, count))
 
         average._kwargs["avg_fn"] = exact_mean
+
+
+def begin_with_now(average: WeightAveraging) -> None:
+    """Let an average be the weights of now until its first update.
+
+    Lightning's is a copy of those that the run began with. It would be validated, compared and
+    exported until then.
+    """
+    for name in ("on_validation_epoch_start", "on_train_end", "on_save_checkpoint"):
+
+        def caught_up(
+            trainer: L.Trainer,
+            module: L.LightningModule,
+            *more: Any,
+            hook: Callable[..., None],
+        ) -> None:
+            mean = average._average_model
+            if mean is not None and not int(mean.n_averaged):
+                weights = chain(mean.module.parameters(), mean.module.buffers())
+                of_now = chain(module.parameters(), module.buffers())
+                for one, now in zip(weights, of_now, strict=True):
+                    one.data.copy_(now.data)
+            hook(trainer, module, *more)
+
+        setattr(average, name, partial(caught_up, hook=getattr(average, name)))
 
 
 @contextmanager

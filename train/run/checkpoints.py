@@ -159,7 +159,7 @@ class RunCheckpoints(Checkpoint):
                 self.copies.put(path, best)
 
         if is_sharded(trainer.strategy) and self._saved == step:  # not all of it twice
-            self.writer.wait()
+            self.writer.write_rest(trainer, path)
             if trainer.is_global_zero:
                 publish()
             trainer.strategy.barrier()
@@ -177,19 +177,20 @@ class RunCheckpoints(Checkpoint):
                 remove(path)
 
 
-def load_weights(module: L.LightningModule, checkpoint: Path, complete: bool = True) -> None:
+def load_weights(module: L.LightningModule, checkpoint: Path, rest: Path | None = None) -> None:
     """Load the weights of a checkpoint, those that its run would export.
 
     Args:
-        complete: the file is a checkpoint as a run writes it, not only its weights.
+        rest: of a checkpoint of which the file has the weights alone, where the rest is.
 
     Raises:
         ValueError: if they are of another model.
     """
-    if complete:
+    if rest is None:
         stored = AtomicCheckpointIO().load_checkpoint(checkpoint)
     else:
-        stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        stored = torch.load(rest, map_location="cpu", weights_only=True)
+        stored |= torch.load(checkpoint, map_location="cpu", weights_only=True)
     try:
         module.load_state_dict(stored["state_dict"])
         module.on_load_checkpoint(stored)  # where the weights come from

@@ -14,7 +14,7 @@ from typing import Any
 
 from multimodal.files import atomic_file, temporary_path
 from multimodal.terminal import print_status
-from multimodal.train.run.damage import checksum, saved_steps
+from multimodal.train.run.damage import checksum, saved_steps, step_of
 from multimodal.train.run.folder import link, remove
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}  # of pyproject.toml
@@ -75,7 +75,8 @@ class CheckpointCopies:
         for name in ("last", *(["best"] if best else [])):
             self._write_json(f"{name}.json", {"checkpoint": path.name})
         kept = {p.name for p in saved_steps(path.parent)} | {self._named("best")}
-        for name in self._names() - kept:
+        older = [n for n in self._names() - kept if step_of(Path(n)) <= step_of(path)]
+        for name in older:  # a run that went back keeps later ones
             for unwanted in (Path(name).with_suffix(".json").name, name):  # a manifest first
                 if self.files.exists(f"{self.root}/{unwanted}"):
                     self.files.rm(f"{self.root}/{unwanted}", recursive=True)

@@ -84,6 +84,11 @@ def write_checksums(folder: Path) -> None:
     write_json(folder / CHECKSUMS, _checksums(folder))
 
 
+def renew_checksum(folder: Path, name: str) -> None:
+    """Write that of a file of a sharded checkpoint which has been replaced."""
+    write_json(folder / CHECKSUMS, {**read_json(folder / CHECKSUMS), name: checksum(folder / name)})
+
+
 def _checksums(folder: Path) -> dict[str, int]:
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != CHECKSUMS]
     return {path.relative_to(folder).as_posix(): checksum(path) for path in paths}

@@ -56,6 +56,11 @@ def find_checkpoint(config: Any, run: RunFolder, fit: bool) -> None:
                 f"no weights to use: {run.last} does not exist; give --ckpt_path or --init_from"
             )
         config.ckpt_path = str(run.last)
+    if fit and copy is not None and not config.ckpt_path and copy.has_any:
+        raise ValueError(
+            f"{copy.address}: has checkpoints of another run, which this one would replace: go on "
+            f"with --ckpt_path {AUTO}, or give another --checkpoint_copy"
+        )
     if config.ckpt_path and address_of(config.ckpt_path):
         folder, _, name = config.ckpt_path.rpartition("/")
         copies = CheckpointCopies(folder)

@@ -40,6 +40,13 @@ def check_switches(trainer: Any, verb: str) -> None:
     for name in ("val_check_interval", "accumulate_grad_batches"):
         if getattr(trainer, name) == 0:
             raise ValueError(f"trainer.{name}=0: expected more than 0")
+    accumulated, interval = trainer.accumulate_grad_batches or 1, trainer.val_check_interval
+    validates = trainer.limit_val_batches != 0 and isinstance(interval, int)
+    if validates and interval % accumulated:
+        raise ValueError(
+            f"trainer.val_check_interval={interval}, accumulate_grad_batches={accumulated}: a "
+            "validation would come in the middle of a step. Both count batches: give a multiple"
+        )
     if (largest := trainer.gradient_clip_val) is not None and largest < 0:
         raise ValueError(f"trainer.gradient_clip_val={largest}: expected 0 (none) or more")
     if trainer.check_val_every_n_epoch is None and isinstance(trainer.val_check_interval, float):

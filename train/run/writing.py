@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from multimodal.files import temporary_path
-from multimodal.train.run.damage import saved_steps, write_checksums
+from multimodal.files import atomic_file, temporary_path
+from multimodal.train.run.damage import renew_checksum, saved_steps, write_checksums
 from multimodal.train.run.folder import remove
 
 GIVE_UP = 60.0  # seconds that a run which has failed waits for its last checkpoint
@@ -100,6 +100,23 @@ class CheckpointWriter:
                 publish()
 
             self._pending = self._thread.submit(save)
+
+    def write_rest(self, trainer: L.Trainer, path: Path) -> None:
+        """Write again what a sharded checkpoint has beside weights and optimizer, such as scores.
+
+        Raises:
+            ValueError: if it could not be written.
+        """
+        self.wait()
+        state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        rest = {
+            name: state[name] for name in state if name not in ("state_dict", "optimizer_states")
+        }
+        if trainer.is_global_zero:
+            with one_line_errors():
+                with atomic_file(path / _METADATA_FILENAME) as part:
+                    torch.save(rest, part)
+                renew_checksum(path, _METADATA_FILENAME)
 
     def _write_parts(self, state: dict[str, Any], part: Path) -> Future[Any]:
         """Begin to write this rank's weights and optimizer, and take them out of the state.

@@ -138,8 +138,7 @@ class DetailModule(LoraModule):
             names = lora.names(self.tokenizer)
             if decoder_only and any(name.startswith("encoder.") for name in names):
                 raise ValueError(f"lora.target={lora.target}: decoder_only keeps the encoder")
-        self.mse_weight = mse_weight
-        self.perceptual_weight = perceptual_weight
+        self.mse_weight, self.perceptual_weight = mse_weight, perceptual_weight
         self.features: Features | None = None
         if perceptual_weight > 0:
             self.features = Features(perceptual_features, perceptual_stages)
@@ -152,6 +151,7 @@ class DetailModule(LoraModule):
         self.discriminator_weight = discriminator_weight
         self.discriminator_start = discriminator_start
         self.discriminator = PatchDiscriminator() if discriminator_weight else None
+        self.best_by = "last" if discriminator_weight else self.best_by  # its loss is no measure
         self.semantic: SemanticLoss | None = None
         if semantic_weight and not decoder_only:
             if text_tokenizer is None:
@@ -168,7 +168,6 @@ class DetailModule(LoraModule):
         if compile and can_compile():
             self.compiled = torch.compile(self.losses)
         self.train_usage = CodebookUsage(self.tokenizer.codebook_size)
-        self.val_usage = CodebookUsage(self.tokenizer.codebook_size)
 
     def train(self, mode: bool = True) -> "DetailModule":
         super().train(mode)
@@ -315,12 +314,13 @@ class DetailModule(LoraModule):
     def validation_step(self, batch: Examples, batch_idx: int) -> None:
         _, parts = self.step(batch)
         self.val_usage.update(parts.pop("codes"))
-        parts["psnr"] = psnr(parts["mse"])
-        self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=len(batch))
+        logged = {f"val/{k}": v for k, v in {**parts, "psnr": psnr(parts["mse"])}.items()}
+        self.log_dict(logged, batch_size=len(batch), sync_dist=True)
         if batch_idx == 0:
             self._log_pictures(batch)
 
     def on_validation_epoch_end(self) -> None:
+        self.val_usage.add_other_ranks(self.device)
         self._log_usage("val", self.val_usage)
 
     def _log_usage(self, stage: str, usage: CodebookUsage) -> None:

@@ -165,12 +165,13 @@ class MeaningModule(MuonModule):
 
     def validation_step(self, batch: Examples, batch_idx: int) -> None:
         lost, codes = self.step(batch)
-        self.log("val/variance_lost", lost, batch_size=len(batch))
+        self.log("val/variance_lost", lost, batch_size=len(batch), sync_dist=True)
         for group, usage in enumerate(self.usage):
             usage.update(codes[..., group])
 
     def on_validation_epoch_end(self) -> None:
         for group, usage in enumerate(self.usage):
+            usage.add_other_ranks(self.device)
             self.log(f"val/codebook_used/{group}", usage.used)
             self.log(f"val/codebook_perplexity/{group}", usage.perplexity)
             if message := usage.collapse_warning():

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from multimodal.data.samples import Sample, parts_of
+from multimodal.data.samples import Sample, parts_of, texts_of
 from multimodal.model.lessons import no_text_error
 from multimodal.tokenizers.text import TextTokenizer
 
@@ -100,12 +100,14 @@ class SemanticLoss(nn.Module):
             seeds: B numbers that decide which caption is used for the context.
 
         Raises:
-            ValueError: for a sample without a text.
+            ValueError: for a pair without a text.
         """
         bag = torch.zeros(len(records), len(self.text_tokenizer))
         captions = np.full((len(records), MAX_TOKENS), NO_TOKEN, np.int64)
         longest = 1
         for i, (key, record, seed) in enumerate(zip(keys, records, seeds, strict=True)):
+            if parts_of(record) and not any(texts_of(record)):
+                continue  # images alone: there is nothing to learn from them here
             texts = [self.text_tokenizer.encode(text) for text in texts_about(key, record)]
             for ids in texts:
                 bag[i, list(set(ids))] += 1
@@ -136,7 +138,10 @@ class SemanticLoss(nn.Module):
         grammar = self.grammar(self.neighbours(neighbours).flatten(2)).float()
         answers = attention.transpose(1, 2) @ scores + grammar
         tokens = targets.caption.flatten()
-        context = F.cross_entropy(answers.flatten(0, 1), tokens, ignore_index=NO_TOKEN)
+        each = F.cross_entropy(
+            answers.flatten(0, 1), tokens, ignore_index=NO_TOKEN, reduction="none"
+        )
+        context = each.sum() / (tokens != NO_TOKEN).sum().clamp(min=1)
         return {"words": bag, "context": context}
 
     def _neighbours(self, caption: Tensor) -> Tensor:
