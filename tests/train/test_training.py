@@ -365,6 +365,7 @@ def test_a_forecast_prints_what_a_run_needs_and_keeps_nothing(
     out = capsys.readouterr().out
     assert "131,458 to train, " in out and "900 steps in " in out and " GB at most" in out
     once = ["--trainer.max_steps", "1", "--trainer.accumulate_grad_batches", "2"]
+    once += ["--trainer.val_check_interval", "2"]
     assert main(["info", f"--config={work / 'joint.yaml'}", *once]) == 0
     assert "1 steps in " in capsys.readouterr().out
     assert sorted((work / "joint").rglob("*")) == before and not list(tmp_path.iterdir())
