@@ -94,7 +94,9 @@ def test_captions_by_llama_cpp(run: Run, work: Path, tiny_model_folder: Path) ->
     printed = run("llama_cpp_caption.py", tiny_model_folder, work / "m.gguf", work / "photo.png")
     model = load(tiny_model_folder)
     assert encode_to_read(model, read_images(model, [work / "photo.png"])).shape[0] == 1
-    assert printed.strip() == model.caption([work / "photo.png"])[0]
+    expected = model.caption([work / "photo.png"])[0]
+    # This model writes bytes that are no UTF-8. llama-cpp-python leaves them out.
+    assert printed.strip() == expected.replace("\N{REPLACEMENT CHARACTER}", "")
 
 
 def test_a_language_model_writes_texts(run: Run, tmp_path: Path) -> None:
