@@ -144,9 +144,9 @@ class Subject:
         for image in self.originals:
             fitted = fit_image(image, tokenizer.image_size, tokenizer.fit)
             pixels.append(to_tensor(fitted))
-            if max(image.size) > MOST_SHOWN:
-                image.thumbnail((MOST_SHOWN, MOST_SHOWN))
-            shown.append(image)
+            small = image.copy()  # those of codes are kept
+            small.thumbnail((MOST_SHOWN, MOST_SHOWN))
+            shown.append(small)
         return shown, torch.stack(pixels)
 
     @cached_property

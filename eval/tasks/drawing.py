@@ -86,12 +86,12 @@ class Drawing:
                 ("clip_score_of_true_images", subject.originals),
             ):
 
-                def fits_of(
+                def scores_of(
                     rows: Sequence[int], images: Sequence[Image.Image] = images
                 ) -> list[float]:
                     return clip([images[row] for row in rows], [texts[row] for row in rows])
 
-                yield name, subject.map_batches(range(len(texts)), fits_of)
+                yield name, subject.map_batches(range(len(texts)), scores_of)
         for sample, text, image, score in zip(
             subject.samples, texts, drawings, alignment, strict=True
         ):

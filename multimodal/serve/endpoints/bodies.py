@@ -13,7 +13,7 @@ from multimodal.serve.endpoints.bridge import Disconnected
 from multimodal.serve.engine.errors import ApiError, as_api_error
 
 Asked = TypeVar("Asked")
-LARGE = 1 << 16  # bytes
+LARGE = 1 << 16  # bytes of a body that is read in a thread
 
 
 @dataclass(frozen=True, kw_only=True)
