@@ -4,6 +4,7 @@ pip install peft
 python examples/peft_lora.py EXPORTED OUT "a caption" CODE CODE ...
 """
 
+import shutil
 import sys
 
 import torch
@@ -26,3 +27,6 @@ for step in range(10):
     optimizer.zero_grad()
     print(f"step {step}: loss {loss.item():.3f}")
 model.merge_and_unload().save_pretrained(out)  # the stock class again
+tokenizer.save_pretrained(out)
+# What `multimodal import OUT MODEL` needs to make it a model of the toolkit again.
+shutil.copytree(f"{folder}/image_tokenizer", f"{out}/image_tokenizer")

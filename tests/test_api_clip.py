@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -41,6 +42,23 @@ def test_the_zero_shot_classifier_of_open_clip_is_ours(
     features = clip.encode_image(pixels, normalize=True)
     torch.testing.assert_close(features, model.embed(images=images), atol=1e-5, rtol=0)
     assert (features @ classifier).std() > 0.01
+
+
+def test_any_picture_is_read_as_ours_is(model: Model) -> None:
+    """Transparent, of 16 bits, turned by its EXIF: and in half precision."""
+    clear = Image.new("RGBA", (40, 30), (200, 0, 0, 0))
+    clear.paste((0, 0, 200, 255), (0, 0, 15, 15))
+    grey = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
+    turned = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8))
+    turned.getexif()[0x0112] = 6
+    clip, preprocess, _ = as_open_clip(model)
+    pixels = torch.stack([preprocess(image) for image in (clear, grey, turned)])
+    expected = model.embed(images=[clear, grey, turned])
+    torch.testing.assert_close(clip.encode_image(pixels), expected, atol=1e-5, rtol=0)
+    scale = model.network.alignment.log_scale.dtype
+    rounded = clip.to(torch.bfloat16).encode_image(pixels.bfloat16())
+    assert (rounded * expected).sum(1).min() > 0.9
+    assert model.network.alignment.log_scale.dtype == scale, "the model is not rounded"
 
 
 def test_a_retrieval_loop_finds_what_ours_finds(model: Model, images: list[Image.Image]) -> None:

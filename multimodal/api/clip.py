@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from multimodal.data.images import fit_image, to_tensor
+from multimodal.data.images import fit_image, open_image, to_tensor
 from multimodal.inference.batch import DecodeBatch
 from multimodal.inference.codec import encode_text, encode_to_read
 from multimodal.inference.embedding import embed_codes
@@ -35,7 +35,9 @@ class ClipModel(nn.Module):
         super().__init__()
         self._parts = (parts,)  # in a tuple: ``to`` must not round the image tokenizer
         alignment = parts.network.alignment
-        self.logit_scale, self.logit_bias = alignment.log_scale, alignment.bias
+        # Copies: ``half`` rounds what a module has.
+        self.logit_scale = nn.Parameter(alignment.log_scale.detach().clone())
+        self.logit_bias = nn.Parameter(alignment.bias.detach().clone())
 
     @property
     def parts(self) -> ModelParts:
@@ -43,7 +45,7 @@ class ClipModel(nn.Module):
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """Images as ``preprocess`` gives them, float[B, 3, S, S] -> float32[B, E]."""
-        codes = encode_to_read(self.parts, images)
+        codes = encode_to_read(self.parts, images.float())  # codes are made in float32
         # A clone is no tensor of inference mode: a product with the scale may have a gradient.
         return embed_codes(self.parts, codes).to(images.device).clone()
 
@@ -100,6 +102,6 @@ def as_open_clip(
     tokenizer = parts.image_tokenizer
 
     def preprocess(image: Image.Image) -> Tensor:
-        return to_tensor(fit_image(image.convert("RGB"), tokenizer.image_size, tokenizer.fit))
+        return to_tensor(fit_image(open_image(image), tokenizer.image_size, tokenizer.fit))
 
     return ClipModel(parts), preprocess, ClipTokenizer(parts)

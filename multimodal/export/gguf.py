@@ -65,6 +65,8 @@ def export_gguf(source: str | Path, out: str | Path, dtype: str = "float16") -> 
     name, _ = family_of(config)
     if config.experts is not None:
         raise ValueError(f"{source}: experts are not written as GGUF; `export hf` writes them")
+    if name != "llama" and _slows_gradually(config):
+        raise ValueError(f"{source}: llama.cpp has RoPE of type llama3 for a llama, not for {name}")
     architecture = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == name)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ def export_gguf(source: str | Path, out: str | Path, dtype: str = "float16") -> 
             bits = FINER.get(dtype, dtype) if short.startswith(TABLES) else dtype
             data, kind = _stored(_arranged(stock_name, weight, config, name), bits)
             writer.add_tensor(short, data, raw_dtype=kind)
-        if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
+        if _slows_gradually(config):
             writer.add_tensor("rope_freqs.weight", _slower_by(config))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -198,6 +200,11 @@ def _stored(data: NDArray[np.float32], dtype: str) -> tuple[NDArray[Any], Any]:
         return quantize_q4_k(data), types.Q4_K
     kinds = {"float16": types.F16, "bfloat16": types.BF16, "q8_0": types.Q8_0, "q4_k": types.Q5_0}
     return gguf.quants.quantize(data, kinds[dtype]), kinds[dtype]
+
+
+def _slows_gradually(config: TransformerConfig) -> bool:
+    """Whether each rotation is slower by a factor of its own."""
+    return config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3"
 
 
 def _slower_by(config: TransformerConfig) -> NDArray[np.float32]:

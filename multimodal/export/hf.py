@@ -6,6 +6,7 @@ so that an export does not need transformers.
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,8 @@ from multimodal.files import local_path, new_folder
 from multimodal.hub.names import find_model
 from multimodal.model.checkpoint import ModelParts, read_config
 from multimodal.model.stock import family_of, stock_config
-from multimodal.model.vocabulary import SPECIALS, Vocabulary
+from multimodal.model.vocabulary import SPECIALS, Vocabulary, image_token
 from multimodal.tokenizers.text import ChatFormat
-
-
-def image_token(code: int) -> str:
-    """How an image code is written in a prompt."""
-    return f"<|image:{code}|>"
 
 
 def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> str:
@@ -63,10 +59,15 @@ def _write(model: ModelParts, folder: Path, dtype: str) -> None:
     }
     padding = list(range(vocabulary.image_end, vocabulary.size))
     generation = {**ends, "do_sample": False, **({"suppress_tokens": padding} if padding else {})}
-    levels = {"reads": list(model.config.reads), "draws": list(model.config.draws)}
+    chat = model.text_tokenizer.chat
+    ours = {  # what a stock class does not need, and `multimodal import` does
+        "image_levels": {"reads": list(model.config.reads), "draws": list(model.config.draws)},
+        "templates": asdict(model.config.templates),
+        "chat_format": None if chat is None else asdict(chat),
+    }
     config = {**stock_config(model.config.transformer), **ends, "torch_dtype": dtype}
     written: dict[str, dict[str, Any]] = {
-        "config.json": {**config, "image_levels": levels},
+        "config.json": {**config, **ours},
         "generation_config.json": generation,
         "tokenizer.json": exported_tokenizer(model),
         "tokenizer_config.json": {
@@ -79,7 +80,7 @@ def _write(model: ModelParts, folder: Path, dtype: str) -> None:
             "clean_up_tokenization_spaces": False,
         },
     }
-    if (chat := model.text_tokenizer.chat) is not None:
+    if chat is not None:
         written["generation_config.json"]["eos_token_id"] = chat_ends(model)
         written["tokenizer_config.json"]["chat_template"] = chat_template(chat)
     for name, content in written.items():

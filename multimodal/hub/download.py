@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 # What is fetched: files at the top of a model, and an image tokenizer, which may have levels.
 TOP = (
-    r"[A-Za-z0-9_][A-Za-z0-9._-]*\.json|(model|heads|adapter_model)(-\d+-of-\d+)?\.safetensors|"
+    r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}\.json|"
+    r"(model|heads|adapter_model)(-\d{1,9}-of-\d{1,9})?\.safetensors|"
     r"README\.md|LICENSE|chat_template\.jinja"
 )
 TOKENIZER = r"(image_tokenizer/)?((meaning|detail)/)?(config\.json|model\.safetensors)"
@@ -127,7 +128,8 @@ def download(name: HubName, *parts: str) -> Path:
                 _fetch(name, commit, file, blob)
             except Unreachable as error:
                 raise ValueError(f"{name}: {file.path} was not downloaded: {error}") from error
-    for file in wanted:
+    # What a snapshot is known by comes last: a stopped download is none.
+    for file in sorted(wanted, key=lambda file: file.path == "config.json"):
         if not _complete(snapshot / file.path, file):
             _link(storage / "blobs" / file.digest, snapshot / file.path)
     if name.revision != commit:

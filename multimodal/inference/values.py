@@ -32,6 +32,7 @@ OnError = Literal["raise", "skip"]
 EXPECTED = "a path, bytes, a file, a Pillow image, a numpy array or a torch tensor"
 URL_STARTS = ("http://", "https://")
 MAX_DOWNLOAD = 64 << 20  # bytes of an image behind an address
+CHUNK = 1 << 16  # bytes; without it read1 makes room for all that is announced
 TIMEOUT, LONGEST_DOWNLOAD = 30, 300  # seconds without an answer, and in all
 WEB_HANDLERS = (  # without those for files and FTP
     urllib.request.ProxyHandler,
@@ -149,13 +150,13 @@ def _download(address: str) -> bytes:
     data = bytearray()
     try:
         with web.open(address, timeout=TIMEOUT) as answer:
-            while len(data) <= MAX_DOWNLOAD and (chunk := answer.read1()):
+            while len(data) <= MAX_DOWNLOAD and (chunk := answer.read1(CHUNK)):
                 data += chunk
                 if time.monotonic() > end:
                     raise TimeoutError(f"it took more than {LONGEST_DOWNLOAD} seconds")
             if len(data) <= MAX_DOWNLOAD and answer.length:
                 raise http.client.IncompleteRead(b"", answer.length)
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{address}: could not be fetched ({reason})") from error
     if len(data) > MAX_DOWNLOAD:

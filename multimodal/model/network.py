@@ -37,7 +37,7 @@ from multimodal.model.objectives import (
 )
 from multimodal.model.preference_loss import Completions, token_log_probabilities
 from multimodal.model.sequences import NO_LOSS, Packed
-from multimodal.model.stock import read_stock
+from multimodal.model.stock import read_stock, refuse_exports
 from multimodal.model.templates import Templates
 from multimodal.model.training_batch import TrainingBatch
 from multimodal.model.vocabulary import Vocabulary
@@ -167,6 +167,7 @@ class MultimodalLM(nn.Module):
         weights = None
         source = None if size in SIZES else find_model(size)
         if source is not None and source.exists():
+            refuse_exports(source)
             sizes, weights = read_stock(source)
             if sizes.vocab_size < text_size:
                 raise ValueError(

@@ -184,7 +184,8 @@ def transformer_config(config: Mapping[str, Any], name: str) -> TransformerConfi
         for key in ("hidden_size", "num_attention_heads", "max_position_embeddings"):
             check_value(key, sizes[key], Size)
         heads = sizes["num_attention_heads"]
-        if window := model_type == "mistral" and config.get("sliding_window"):
+        # Absent, it is what the class of transformers assumes.
+        if window := model_type == "mistral" and config.get("sliding_window", 4096):
             check_value("sliding_window", window, Size)
             sizes["max_position_embeddings"] = min(window, sizes["max_position_embeddings"])
         theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
@@ -249,6 +250,17 @@ def read_sizes(folder: Path) -> TransformerConfig:
     except ValueError as error:
         raise ValueError(f"{folder}: config.json: {error}") from error
     return sizes
+
+
+def refuse_exports(path: Path) -> None:
+    """Raise ``ValueError`` for a folder of ``multimodal export hf``: its vocabulary has codes."""
+    if (path / "config.json").is_file() and "image_levels" in read_config_file(
+        path / "config.json"
+    ):
+        raise ValueError(
+            f"{path}: has image codes, as an export of this toolkit. A training goes on from it by "
+            f"`multimodal import {path} MODEL` and --init_from MODEL"
+        )
 
 
 def _read_folder(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:

@@ -9,6 +9,11 @@ from dataclasses import dataclass
 SPECIALS = ("<bos>", "<eos>", "<pad>", "<boi>", "<eoi>", "<mask>", "<null>")
 
 
+def image_token(code: int) -> str:
+    """How an image code is written in a prompt of an export."""
+    return f"<|image:{code}|>"
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The ids.

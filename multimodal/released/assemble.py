@@ -19,7 +19,9 @@ from multimodal.model.checkpoint import ModelParts
 from multimodal.model.layers.transformer import TransformerConfig
 from multimodal.model.network import ModelConfig, MultimodalLM
 from multimodal.model.stock import check_weights
+from multimodal.model.templates import Templates
 from multimodal.model.vocabulary import Vocabulary
+from multimodal.provenance import Provenance
 from multimodal.tokenizers.image import ImageTokenizer
 from multimodal.tokenizers.text import TextTokenizer
 
@@ -37,6 +39,8 @@ class Released:
         specials: their id of each of our specials that they have. Two may share one.
         codes: their id of each image code, K of them.
         image_tokenizer: that makes these codes.
+        reads, draws, templates: see ``ModelConfig``.
+        provenance: of the weights.
     """
 
     config: TransformerConfig
@@ -45,6 +49,10 @@ class Released:
     specials: Mapping[str, int]
     codes: Sequence[int]
     image_tokenizer: ImageTokenizer
+    reads: tuple[str, ...] = ()
+    draws: tuple[str, ...] = ()
+    templates: Templates = Templates()
+    provenance: Provenance = Provenance()
 
     def __post_init__(self) -> None:
         size = self.image_tokenizer.codebook_size
@@ -95,13 +103,18 @@ def assemble(released: Released) -> ModelParts:
     Raises:
         ValueError: for weights that do not fit the config, or another kind of text tokenizer.
     """
-    text = renumbered(released.text_tokenizer, released.text_ids)
+    text, ids = released.text_tokenizer, released.text_ids
+    if ids != list(range(len(text))):
+        text = renumbered(text, ids)
     vocabulary = Vocabulary(len(text), len(released.codes))
     rows = source_rows(released, vocabulary)
     config = ModelConfig(
         replace(released.config, vocab_size=vocabulary.size),
         len(text),
         released.image_tokenizer.layout,
+        templates=released.templates,
+        reads=released.reads,
+        draws=released.draws,
     )
     weights = dict(released.weights)
     check_weights(released.config, weights)
@@ -113,7 +126,8 @@ def assemble(released: Released) -> ModelParts:
         network.transformer.load_stock_state_dict(weights)
     except (RuntimeError, IndexError) as error:
         raise ValueError(f"its weights and its config.json differ: {str(error)[:300]}") from error
-    return ModelParts(network, text, released.image_tokenizer).eval()
+    images, provenance = released.image_tokenizer, released.provenance
+    return ModelParts(network, text, images, provenance=provenance).eval()
 
 
 def source_rows(released: Released, vocabulary: Vocabulary) -> Tensor:
@@ -123,6 +137,9 @@ def source_rows(released: Released, vocabulary: Vocabulary) -> Tensor:
     for name, theirs in released.specials.items():
         rows[vocabulary.special(name)] = theirs
     rows[vocabulary.image_start : vocabulary.image_end] = torch.tensor(released.codes)
+    ours, end = torch.arange(vocabulary.size), vocabulary.image_end
+    if released.config.vocab_size == vocabulary.size and torch.equal(rows[:end], ours[:end]):
+        return ours  # an export of ours: its padding stays, too
     return rows
 
 

@@ -1,6 +1,7 @@
 """``import_model``: a folder of a released unified model, as transformers saves it, into ours.
 
-To add a model, write ``read`` in a file like chameleon.py, and name it in READERS.
+An export of ours that was trained further elsewhere comes back this way, too. To add a model, write
+``read`` in a file like chameleon.py, and name it in READERS.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from multimodal.model.checkpoint import ModelParts
-from multimodal.released import chameleon, emu3
+from multimodal.released import chameleon, emu3, exported
 from multimodal.released.assemble import Released, assemble
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from multimodal.tokenizers.released import import_tokenizer
@@ -52,13 +53,14 @@ def import_model(
     kind = str(config.get("model_type"))
     if kind in REFUSED:
         raise ValueError(f"{folder}: a Janus cannot be imported: {REFUSED[kind]}")
-    if kind not in READERS:
+    reader = exported.read if "image_levels" in config else READERS.get(kind)
+    if reader is None:
         raise ValueError(
             f"{folder}: a model of type {kind!r}, expected one of {', '.join(READERS)}; "
             "a language model starts a training instead (size: FOLDER)"
         )
     try:
-        released = READERS[kind](folder, config, image_size, fit)
+        released = reader(folder, config, image_size, fit)
         model = assemble(released)
     except ValueError as error:
         message = str(error)

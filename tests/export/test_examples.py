@@ -15,6 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from multimodal.api import load
+from multimodal.cli import main
 from multimodal.data.builder.build import build_shards
 from multimodal.export.gguf import export_gguf
 from multimodal.export.hf import export_hf
@@ -86,6 +87,12 @@ def test_lora_by_peft(run: Run, work: Path) -> None:
     assert learned[-1] < 0.8 * learned[0]
     tuned = transformers.AutoModelForCausalLM.from_pretrained(work / "tuned")
     assert type(tuned).__name__ == "Qwen3ForCausalLM"
+    assert main(["import", str(work / "tuned"), str(work / "ours")]) == 0
+    weights = load(work / "ours").network.transformer.stock_state_dict()
+    assert torch.equal(weights["model.norm.weight"], tuned.model.norm.weight)
+    queries, values = (weights[f"model.layers.0.self_attn.{n}_proj.weight"] for n in "qv")
+    assert torch.equal(queries, tuned.model.layers[0].self_attn.q_proj.weight)
+    assert torch.equal(values, tuned.model.layers[0].self_attn.v_proj.weight)
 
 
 @pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")

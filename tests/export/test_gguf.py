@@ -1,6 +1,7 @@
 """A GGUF file: the weights, sizes and tokenizer of the model, as other readers find them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from multimodal.cli import main
 from multimodal.export.gguf import SPLITS, _stored, export_gguf, split_of
 from multimodal.export.hf import export_hf, exported_tokenizer
 from multimodal.export.q4_k import quantize_q4_k
+from multimodal.model.layers.rope import RopeScaling
 from multimodal.model.stock import read_stock
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import ChatFormat, TextTokenizer
@@ -87,6 +89,17 @@ def test_what_is_written_is_read_back_to_the_bit(folder: Path, tmp_path: Path) -
     state = ours.network.transformer.stock_state_dict()
     assert weights.keys() == state.keys()
     assert all(torch.equal(weights[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("folder", ["Qwen3"], indirect=True)
+def test_a_rope_that_llama_cpp_has_for_a_llama_alone(folder: Path, tmp_path: Path) -> None:
+    model = load(folder)
+    transformer = replace(model.config.transformer, rope_scaling=RopeScaling("llama3", 8.0))
+    object.__setattr__(model.config, "transformer", transformer)
+    model.save(tmp_path / "slower")
+    with pytest.raises(ValueError, match="RoPE of type llama3 for a llama, not for qwen3"):
+        export_gguf(tmp_path / "slower", tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_the_tokenizer_and_the_chat_template_are_in_the_file(folder: Path, tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from multimodal import load
+from multimodal.hub import download
 from multimodal.hub.names import find_model
 from tests.hub.stand_in import Answer, StandIn, cached, requested
 
@@ -154,6 +157,40 @@ def test_a_transfer_that_lies_leaves_nothing(
     assert not (tmp_path / "cache/models--me--tiny/refs").exists()
     tiny.serve_with = lambda path, answer: answer
     load("me/tiny")
+
+
+def test_a_download_that_is_stopped_among_its_links_is_no_model(
+    tiny: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at each link in turn. Without a network there is nothing to be read then."""
+    commit, linked = tiny.repositories["me/tiny"].refs["main"], download._link
+    snapshot = tmp_path / "cache/models--me--tiny/snapshots" / commit
+    load("me/tiny")
+    count = sum(path.is_file() for path in snapshot.rglob("*"))
+    for stop in range(count):
+        shutil.rmtree(snapshot, ignore_errors=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                download, "_link", mock.Mock(wraps=linked, side_effect=[mock.DEFAULT] * stop)
+            )
+            with pytest.raises(StopIteration):
+                load("me/tiny")
+        with monkeypatch.context() as patch:
+            patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+            with pytest.raises(ValueError, match="cannot be asked for a model of this name"):
+                find_model(f"me/tiny@{commit}")
+    assert count > 4
+
+
+def test_a_name_that_no_file_can_have_is_not_fetched(tiny: StandIn, tmp_path: Path) -> None:
+    def add(listing: dict[str, Any]) -> dict[str, Any]:
+        entry = {"rfilename": f"{'a' * 300}.json", "size": 2, "blobId": "0" * 40}
+        listing["siblings"].append(entry)
+        return listing
+
+    tiny.list_with = add
+    assert load("me/tiny").text_tokenizer
+    assert not any("a" * 300 in path for path in requested(tiny))
 
 
 def test_headers_name_no_files(tiny: StandIn, tmp_path: Path) -> None:

@@ -113,6 +113,16 @@ class Strange(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "1000")
             self.end_headers()
             self.wfile.write(png())
+        elif self.path.startswith("/announces/"):
+            self.send_response(200)
+            self.send_header("Content-Length", self.path.removeprefix("/announces/"))
+            self.end_headers()
+        elif self.path == "/chunk":
+            self.protocol_version = "HTTP/1.1"
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"f" * 30 + b"\r\n" + png())
         elif self.path == "/slow":
             self.send_response(200)
             self.end_headers()
@@ -136,7 +146,9 @@ def test_what_a_web_address_may_do_wrong_is_one_line(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         start = f"http://127.0.0.1:{server.server_port}"
         wrong = [f"{start}/{end}" for end in (
-            "to/ftp://127.0.0.1/a.png", "to/file:///etc/hostname", "short", "slow", "strange", "a b"
+            "to/ftp://127.0.0.1/a.png", "to/file:///etc/hostname", "short", "slow", "strange",
+            "a b", "announces/30000000000", f"announces/{'9' * 30}", "chunk",
+            f"to/http://127.0.0.1:{'9' * 50}/a.png",
         )]  # fmt: skip
         wrong += ["http://127.0.0.1:99999999/a.png", "http://[::1/a.png", "http:///a.png"]
         results = model.caption([*wrong, PICTURE], max_tokens=2, on_error="skip")

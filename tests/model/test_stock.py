@@ -215,6 +215,10 @@ def test_what_the_transformer_does_not_have_is_refused(
 def test_a_sliding_window_limits_how_much_is_read() -> None:
     config = stored(model_type="mistral", sliding_window=128)
     assert transformer_config(config, "m").max_position_embeddings == 128
+    absent = stored(model_type="mistral", max_position_embeddings=8192)
+    absent.pop("sliding_window", None)
+    assumed = transformers.MistralConfig.from_dict(absent).sliding_window
+    assert transformer_config(absent, "m").max_position_embeddings == assumed == 4096
     whole = config | {"sliding_window": None}
     assert transformer_config(whole, "m").max_position_embeddings == 4096
 

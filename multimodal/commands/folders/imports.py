@@ -9,12 +9,13 @@ EXAMPLES = """examples:
   multimodal import chameleon-7b runs/chameleon
   multimodal import Anole-7b-v0.1-hf runs/anole --image-tokenizer vqgan.ckpt
   multimodal import Emu3-Gen-hf runs/emu3 --image-size 512
+  multimodal import exported-and-tuned runs/mine
   multimodal caption --model runs/chameleon cat.jpg
 """
 CARD = """\
 # {name}
 
-A released {kind} as a model of the multimodal toolkit. Its licence is that of the release.
+A {kind} as a model of the multimodal toolkit. Its licence is that of the weights it was made of.
 The embeddings of images and texts (`multimodal embed`, `search`) are not trained.
 """
 
@@ -23,8 +24,8 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         prog="multimodal import",
         description="Turn a released unified model, a folder as transformers saves it, into a "
-        "model folder: Chameleon, Anole, Emu3. The weights stay what they are. No code of the "
-        "folder is run.",
+        "model folder: Chameleon, Anole, Emu3, and what `multimodal export hf` wrote, perhaps "
+        "trained further elsewhere. The weights stay what they are. No code of the folder is run.",
         epilog=EXAMPLES,
     )
     parser.add_argument("folder", metavar="FOLDER", help="config.json, tokenizer.json, safetensors")
