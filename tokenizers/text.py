@@ -8,14 +8,15 @@ of a user never becomes a control token.
 import base64
 import binascii
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from multimodal.files import open_file, parse_json, read_text
+from multimodal.tokenizers.chat import ChatFormat
 from multimodal.tokenizers.gguf import gguf_alone
 from multimodal.tokenizers.weights import read_config_file
 
@@ -25,21 +26,6 @@ MAX_TEMPLATE = 2**20  # bytes
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 # How a text is split before BPE, where transformers reads it off a GGUF file rightly.
 GGUF_SPLITS = ("default", "gpt-2", "smollm", "qwen2")
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """How the language model that a tokenizer belongs to was taught to talk.
-
-    Attributes:
-        template: Jinja, as Hugging Face writes it.
-        end: the token that ends a turn.
-        begin: the token that begins a text, if there is one.
-    """
-
-    template: str
-    end: str
-    begin: str = ""
 
 
 class TextTokenizer:
@@ -150,9 +136,39 @@ class TextTokenizer:
         """The id of every token, by the token as the file writes it."""
         return dict(self._tokenizer.get_vocab())
 
+    def controls(self) -> dict[str, int]:
+        """The ids of the control tokens, which no text becomes."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items()}
+
     def encode(self, text: str) -> list[int]:
         """Text to ids in [0, len(self)). A lone surrogate becomes "?", as UTF-8 has none."""
         return list(self._tokenizer.encode(_valid(text), add_special_tokens=False).ids)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The ids of a conversation in the model's chat template, up to where it answers.
+
+        Args:
+            messages: ``role`` (system, user or assistant) and ``content`` of each.
+
+        Raises:
+            ValueError: if the model was not taught to talk, or its template refuses the messages.
+        """
+        if self.chat is None:
+            raise ValueError("this model has no chat template")
+        controls, ids, text = self.controls(), list[int](), ""  # text: since the last control token
+        splits = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
+        for piece in self.chat.render([message["role"] for message in messages]):
+            if isinstance(piece, int):
+                text += messages[piece]["content"]
+                continue
+            start = 0
+            for token in splits.finditer(piece) if controls else ():
+                text += piece[start : token.start()]
+                ids += [*self.encode(text), controls[token[0]]]
+                text, start = "", token.end()
+            text += piece[start:]
+        return ids + self.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids in [0, len(self)) to text."""

@@ -37,6 +37,13 @@ def text_mask(model: ModelParts) -> Tensor:
     return mask
 
 
+def text_ends(model: ModelParts) -> frozenset[int]:
+    """The ids that end a text: <eos>, and what ends a turn of a model that was taught to talk."""
+    chat, ends = model.text_tokenizer.chat, {model.vocabulary.eos}
+    turn = None if chat is None else model.text_tokenizer.controls().get(chat.end)
+    return frozenset(ends if turn is None else {*ends, turn})
+
+
 def before_stop(text: str, stop: Sequence[str]) -> str:
     """The text up to the first of the stop texts in it."""
     starts = [start for one in stop if (start := text.find(one)) >= 0]
@@ -52,7 +59,7 @@ def partial_stop_length(text: str, stop: Sequence[str]) -> int:
 
 
 class TextRow(Row):
-    """A text: text ids until <eos>, a stop text, or ``max_tokens``.
+    """A text: text ids until one of ``text_ends``, a stop text, or ``max_tokens``.
 
     Args:
         mask: bool, an entry for each id of the range ``ids``: whether a text may contain it.
@@ -60,7 +67,7 @@ class TextRow(Row):
         streams: yield the text in pieces of whole characters.
 
     Attributes:
-        tokens: the ids of the text, without <eos>.
+        tokens: the ids of the text, without its end.
         ended: by the model (``end``), by max_tokens (``length``), or by a stop text (``stop``).
     """
 
@@ -77,7 +84,9 @@ class TextRow(Row):
     ) -> None:
         super().__init__(number, [prompt], max_tokens)
         self.ids = slice(0, model.vocabulary.image_start)
-        self.tokenizer, self.eos = model.text_tokenizer, model.vocabulary.eos
+        self.tokenizer = model.text_tokenizer
+        # A schema says by itself where a text ends.
+        self.ends = text_ends(model) if state is None else {model.vocabulary.eos}
         self.stop, self.mask, self.state, self.streams = stop, mask, state, streams
         self.tokens: list[int] = self.generated
         self.ended = "length"
@@ -87,7 +96,7 @@ class TextRow(Row):
         return self.mask if self.state is None else self.mask & self.state.allowed(self.mask)
 
     def take(self, token: int, log_probability: float = 0.0) -> Iterator[str]:
-        if token == self.eos:
+        if token in self.ends:
             self.ended, self.done = "end", True
         else:
             self.tokens.append(token)

@@ -2,15 +2,20 @@
 
 import base64
 import io
+from functools import partial
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
+import tokenizers
 from PIL import Image
 
+from multimodal.inference.text import generate_ids
+from multimodal.options import TextOptions
 from multimodal.serve.endpoints.answering import Choice
 from multimodal.serve.endpoints.replies import _Edges, _message
+from multimodal.tokenizers.text import ChatFormat, TextTokenizer
 from tests.processes import wait_until
 
 ASK = [{"role": "user", "content": "what is in the snow?"}]
@@ -201,6 +206,56 @@ def test_turns_of_a_conversation_become_one_prompt(server: Any) -> None:
     )
     expected = server.model.generate([ASK[0]["content"]], **how)[0]
     assert plain.choices[0].message.content == expected
+
+
+def test_a_language_model_reads_texts_in_its_chat_template(tiny_model: Any, serving: Any) -> None:
+    """Images are asked about as they were learned, and a turn ends where its token says so."""
+    model = tiny_model(noise=0.1, tied=False)
+    letters = tokenizers.Tokenizer.from_str(model.text_tokenizer.to_json())
+    end = letters.decode([40])  # any token will do as the end of a turn
+    letters.add_special_tokens([end])
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    chat = ChatFormat(template + "{{ 'assistant:' }}", end)
+    talking = TextTokenizer.from_json(letters.to_str(), chat)
+    assert len(talking) == len(model.text_tokenizer)
+    model.text_tokenizer = talking
+    messages = [{"role": "developer", "content": "Be short."}, *ASK]
+    ids = talking.encode_chat([{"role": "system", "content": "Be short."}, *ASK])
+    assert ids.count(40) == 2 and ids[0] != model.vocabulary.bos
+    written = generate_ids(model, [ids], TextOptions(max_tokens=9))[0]
+    expected = talking.decode(written)
+    with serving(model) as server:
+        ask = partial(server.client().chat.completions.create, model="tiny", max_tokens=9)
+        answer = ask(messages=messages)
+        assert answer.choices[0].message.content == expected.strip()
+        assert answer.usage.prompt_tokens == len(ids)
+        again = ask(messages=messages, extra_body={"template": "chat"})
+        assert again.choices[0].message.content == expected.strip()
+        asked = ask(messages=about(picture(), "where?"))
+        assert asked.choices[0].message.content == model.answer(picture(), "where?", max_tokens=9)
+        with pytest.raises(openai.BadRequestError, match="a chat template is for texts alone"):
+            ask(messages=about(picture(), "where?"), extra_body={"template": "chat"})
+    names = {number: name for name, number in talking.vocabulary().items()}
+    turn = tokenizers.Tokenizer.from_str(talking.to_json())
+    turn.add_special_tokens([names[written[3]]])
+    template = chat.template.replace("eos_token", repr(end))
+    model.text_tokenizer = TextTokenizer.from_json(
+        turn.to_str(), ChatFormat(template, names[written[3]])
+    )
+    assert model.text_tokenizer.encode_chat([*ASK]) == talking.encode_chat([*ASK])
+    with serving(model) as server:
+        answer = server.client().chat.completions.create(
+            model="tiny", messages=messages, max_tokens=9
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.usage.completion_tokens == written.index(written[3])
+
+
+def test_a_model_without_a_chat_template_says_so(server: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="chat template is what this model lacks"):
+        server.client().chat.completions.create(
+            model="tiny", messages=ASK, extra_body={"template": "chat"}
+        )
 
 
 def test_images_behind_addresses_are_fetched_if_that_is_allowed(

@@ -58,7 +58,7 @@ class ChatRequest(Ignored):
     top_logprobs: Annotated[int, Between(0, 20)] | None = None
     response_format: Mapping[str, Any] | None = None
     modalities: tuple[Literal["text", "image"], ...] | None = None
-    template: Template = "question"
+    template: Template | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -170,8 +170,9 @@ async def read_chat(request: Request, engines: Engines) -> Chat:
 def _parts(
     request: ChatRequest, engine: Engine, shown: Callable[[str], str] = str
 ) -> list[str | ImageUrl]:
-    templates = engine.model.config.templates
-    return message_parts(request.messages, request.template, templates, shown)
+    model = engine.model
+    talks = model.text_tokenizer.chat is not None
+    return message_parts(request.messages, request.template, model.config.templates, shown, talks)
 
 
 async def _prompt(

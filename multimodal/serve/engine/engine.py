@@ -23,6 +23,7 @@ from multimodal.inference.mixed import Grammar, MixedRow, image_ids
 from multimodal.origin.credentials import DRAWN, Drawing, Signer
 from multimodal.serve.engine.encoders import Encoders
 from multimodal.serve.engine.errors import ApiError
+from multimodal.serve.engine.messages import Conversation
 from multimodal.serve.engine.metrics import Metrics
 from multimodal.serve.engine.pictures import Budget, Credentials, digest_of
 from multimodal.serve.engine.scheduler import Scheduler
@@ -193,7 +194,12 @@ class Engine:
         }
         ids, ends = [self.model.vocabulary.bos], []
         for number, part in enumerate(parts):
-            if isinstance(part, str):
+            if isinstance(part, Conversation):
+                try:
+                    ids = self.model.text_tokenizer.encode_chat(part.messages)
+                except ValueError as error:
+                    raise ApiError(400, str(error), param="messages") from error
+            elif isinstance(part, str):
                 ids += self.model.text_tokenizer.encode(part)
             else:
                 yield encoding[number]

@@ -3,6 +3,8 @@
 Texts of the system come first, as they are. A message of the user is its images, then its texts in
 the model's template of questions. A message of the assistant follows as it is, as an answer does in
 training. Images without a text ask for a caption.
+
+A language model that was taught to talk reads texts alone in its chat template.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +14,7 @@ from typing import Any, Literal
 from multimodal.model.templates import Templates
 from multimodal.serve.engine.errors import ApiError
 
-Template = Literal["question", "statement", "none"]
+Template = Literal["question", "statement", "none", "chat"]
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,38 @@ class ImageUrl:
     url: str
 
 
+class Conversation(str):
+    """What is said in a chat, a text like any other for all that reads texts.
+
+    Attributes:
+        messages: ``role`` and ``content`` of each.
+    """
+
+    messages: tuple[Mapping[str, str], ...]
+
+    @classmethod
+    def of(cls, messages: Sequence[Mapping[str, str]]) -> "Conversation":
+        made = cls("\n".join(message["content"] for message in messages))
+        made.messages = tuple(messages)
+        return made
+
+
 def message_parts(
     messages: Sequence[Message],
-    template: Template,
+    template: Template | None,
     templates: Templates,
     shown: Callable[[str], str] = str,
+    talks: bool = False,
 ) -> list[str | ImageUrl]:
     """The texts and images of a prompt, in order.
 
     Args:
-        template: the words around texts of the user. ``none``: none.
+        template: the words around texts of the user. ``none``: none. ``chat``: the model's own, for
+            texts alone. None: ``chat`` if the model has it and there are no images, else
+            ``question``.
         templates: the model's.
         shown: what the model may see of a text. A text of which nothing is left is left out.
+        talks: the model has a chat template.
 
     Raises:
         ApiError: for no messages, or parts of other types.
@@ -51,14 +73,22 @@ def message_parts(
     if not messages:
         raise ApiError(400, "messages: expected at least one", param="messages")
     parts: list[str | ImageUrl] = []
-    empty = True
-    for number, message in enumerate(messages):
-        images, text = _content(message, f"messages.{number}.content")
+    empty, said = True, list[dict[str, str]]()
+    contents = [_content(each, f"messages.{n}.content") for n, each in enumerate(messages)]
+    has_images = any(images for images, _ in contents)
+    template = template or ("chat" if talks and not has_images else "question")
+    if template == "chat" and (has_images or not talks):
+        reason = "is for texts alone" if talks else "is what this model lacks"
+        raise ApiError(400, f"template: a chat template {reason}", param="template")
+    for number, (message, (images, text)) in enumerate(zip(messages, contents, strict=True)):
         if message.role != "user" and images:
             raise _wrong(f"messages.{number}.content", "only messages of the user have images")
         empty = empty and not images and not text.strip()
         text = shown(text) if text.strip() else ""
-        if message.role == "user":
+        if template == "chat":
+            role = "system" if message.role == "developer" else message.role
+            said += [{"role": role, "content": text.strip()}] if text.strip() else []
+        elif message.role == "user":
             parts += images
             if text.strip():
                 ask = {"question": templates.ask, "statement": templates.judge}.get(template, str)
@@ -67,7 +97,7 @@ def message_parts(
             parts.append(text.strip())
     if empty:
         raise ApiError(400, "messages: all of them are empty", param="messages")
-    return parts
+    return [Conversation.of(said)] if said else parts
 
 
 def _content(message: Message, name: str) -> tuple[list[ImageUrl], str]:
