@@ -6,7 +6,7 @@
 The recipe is finetune.yaml, and what follows ``--`` goes to both runs. Each run is a process of its
 own, so its peak memory is its own. On a CPU that of imports is subtracted, or peft would count as
 memory of LoRA. Measured is CIDEr on the split val (greedy), of the best validation. A run that is
-done is not done again. The last line is JSON.
+done is not done again, and one of other arguments needs another --out. The last line is JSON.
 """
 
 import argparse
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fits import last_figures
+from fits import last_figures, measured_once
 from safetensors import safe_open
 
 from multimodal import load
+from multimodal.files import write_json
 
 KINDS = ("full", "lora")
 # A step of a tiny network, for torch and peft import more when they are first used.
@@ -46,6 +47,27 @@ def multimodal(*arguments: str) -> float:
     return time.monotonic() - start
 
 
+def fit_once(folder: Path, *arguments: str) -> float:
+    """Run ``multimodal fit`` into a folder, unless it is done. Returns its seconds.
+
+    A run that was stopped begins anew: its memory and its seconds are those of a whole one.
+
+    Raises:
+        SystemExit: for a folder that holds a run of other arguments.
+    """
+    written, done = folder / "arguments.json", folder / "seconds"
+    stored = json.loads(written.read_text("utf-8")) if written.is_file() else None
+    if stored != [*arguments]:
+        if folder.is_dir() and any(folder.iterdir()):
+            sys.exit(f"{folder}: holds a run of other arguments; give another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(written, arguments)
+    if not done.is_file():
+        seconds = multimodal("fit", *arguments, "--output", str(folder), "--overwrite")
+        done.write_text(f"{seconds:.0f}\n", "utf-8")
+    return float(done.read_text("utf-8"))
+
+
 def memory_before(kind: str) -> float:
     """GB that a process of such a run has before it makes its network. 0 on a GPU."""
     if torch.cuda.is_available():
@@ -55,12 +77,17 @@ def memory_before(kind: str) -> float:
     return float(done.stdout)
 
 
-def cider(results: Path, data: str, *model: str) -> dict[str, Any]:
-    """CIDEr with its interval, as ``multimodal eval captioning`` writes it."""
-    if not results.exists():
+def cider(folder: Path, data: str, *model: str) -> dict[str, Any]:
+    """CIDEr with its interval, as ``multimodal eval captioning`` writes it. Measured once."""
+
+    def measure() -> dict[str, Any]:
+        results = folder / "results.json"
         multimodal("eval", "captioning", "--data", data, *model, "--output", str(results))
-    (result,) = json.loads(results.read_text("utf-8"))["results"]
-    return {name: value for name, value in result["scores"].items() if name.startswith("CIDEr")}
+        (result,) = json.loads(results.read_text("utf-8"))["results"]
+        return dict(result["scores"])
+
+    scores = measured_once(folder, "captioning", {"data": data, "model": model}, measure)
+    return {name: value for name, value in scores.items() if name.startswith("CIDEr")}
 
 
 def numbers(weights: Path) -> int:
@@ -81,30 +108,26 @@ def main() -> None:
     parser.add_argument("more", nargs="*", metavar="--KEY VALUE", help="after --, of fit")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, Any] = {
-        "base": cider(options.out / "base.json", options.data, "--model", options.model)
-    }
+    rows: dict[str, Any] = {"base": cider(options.out, options.data, "--model", options.model)}
     before = {kind: memory_before(kind) for kind in KINDS}
     for seed in options.seeds:
         for kind, rate in zip(KINDS, options.rates, strict=True):
             folder = options.out / f"{kind}-{seed}"
             exported = folder / ("model" if kind == "full" else "adapter")
-            fit = ["fit", "--config", "finetune.yaml", "--data.folders", f"[{options.data}]"]
-            fit += ["--init_from", options.model, "--output", str(folder), "--overwrite"]
+            fit = ["--config", "finetune.yaml", "--data.folders", f"[{options.data}]"]
+            fit += ["--init_from", options.model]
             fit += ["--seed_everything", str(seed), "--model.learning_rate", rate]
             fit += ["--trainer.max_steps", str(options.steps), *options.more]
             fit += [f"--model.{part}_tokenizer={options.model}" for part in ("text", "image")]
             fit += ["--model.lora.r", str(options.r)] if kind == "lora" else []
-            if not exported.exists():
-                seconds = multimodal(*fit)
-                (folder / "seconds").write_text(f"{seconds:.0f}", "utf-8")
+            seconds = fit_once(folder, *fit)
             use = ["--model", str(exported)]
             if kind == "lora":
                 use = ["--model", options.model, "--adapter", str(exported)]
             rows[f"{kind}-{seed}"] = {
-                **cider(folder / "results.json", options.data, *use),
+                **cider(folder, options.data, *use),
                 "memory_GB": last_figures(folder)["memory_GB"] - before[kind],
-                "seconds": float((folder / "seconds").read_text("utf-8")),
+                "seconds": seconds,
                 "trained": numbers(exported / "adapter_model.safetensors")
                 if kind == "lora"
                 else sum(weight.numel() for weight in load(exported).network.parameters()),

@@ -64,6 +64,7 @@ def main() -> None:
         "num_experts": arguments.experts,
         "num_experts_per_tok": arguments.active,
         "moe_intermediate_size": width // arguments.active,
+        "norm_topk_prob": arguments.active > 1,  # the weight of one expert would always be 1
     }
     rows: dict[str, dict[str, Any]] = {}
     for name, more in (("dense", {}), ("experts", {"experts": experts})):

@@ -4,10 +4,11 @@
         [--pictures scenes|paper|chalk] [--count 200] [--out runs/few-shot] [-- --KEY VALUE ...]
 
 Trains the model by the recipe few_shot.yaml (what follows ``--`` goes to it; a run that is done is
-not done again), and compares it with the model before. Both caption the same new pictures after 0,
-1, 2 and 4 examples, greedy. The pictures are scenes of a seed of their own: rendered as in the
-training data, cut out of paper, or drawn with chalk. Their captions are lists such as "list of 2 :
-circle red ; square blue ; end". They follow no rule by which the training rewrites captions.
+not done again, and one of other arguments needs another --out), and compares it with the model
+before. Both caption the same new pictures after 0, 1, 2 and 4 examples, greedy. The pictures are
+scenes of a seed of their own: rendered as in the training data, cut out of paper, or drawn with
+chalk. Their captions are lists such as "list of 2 : circle red ; square blue ; end". They follow no
+rule by which the training rewrites captions.
 
 Printed is CIDEr with 95 % intervals over pictures (bootstrap), and for each number of examples the
 difference to none, of the same pictures. The last line is JSON. How long it takes was not measured.
@@ -20,7 +21,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from adapters import multimodal
+from adapters import fit_once
 from fine_tuning import SIDE, STYLES
 from PIL import Image
 
@@ -79,13 +80,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/few-shot"))
     parser.add_argument("more", nargs="*", metavar="--KEY VALUE", help="after --, of fit")
     options = parser.parse_args()
-    trained, seconds = options.out / "model", 0.0
-    if not trained.exists():
-        fit = ["fit", "--config", "few_shot.yaml", "--init_from", options.model]
-        fit += ["--data.folders", f"[{', '.join(options.data)}]", "--output", str(options.out)]
-        fit += [f"--model.{part}_tokenizer={options.model}" for part in ("text", "image")]
-        fit += ["--trainer.max_steps", str(options.steps), *options.more]
-        seconds = multimodal(*fit)
+    fit = ["--config", "few_shot.yaml", "--init_from", options.model]
+    fit += ["--data.folders", f"[{', '.join(options.data)}]"]
+    fit += [f"--model.{part}_tokenizer={options.model}" for part in ("text", "image")]
+    fit += ["--trainer.max_steps", str(options.steps), *options.more]
+    seconds, trained = fit_once(options.out, *fit), options.out / "model"
     samples = new_samples(options.pictures, options.count)
     table = {"before": scores(options.model, samples), "trained": scores(str(trained), samples)}
     print(f"{'CIDEr':<10}" + "".join(f"{name:>28}" for name in table))

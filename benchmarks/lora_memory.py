@@ -118,6 +118,8 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)  # of a process
     options = parser.parse_args()
+    if options.steps < 2:
+        parser.error(f"--steps {options.steps}: expected 2 or more, for the first is not timed")
     if options.kind is not None:
         print(json.dumps(measure(options.kind, options)))
         return

@@ -20,6 +20,7 @@ from multimodal.data.samples import CODES, Sample
 from multimodal.data.shards import Shards
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.lessons import descriptions_of
+from multimodal.model.sequences import OBJECTIVES, Packed
 from multimodal.model.training_batch import TrainingSample
 from multimodal.tokenizers.text import TextTokenizer
 
@@ -54,13 +55,13 @@ def start_rows(parts: ModelParts, shards: Iterable[Shards], row_length: int) -> 
     table = transformer.embed_tokens.weight
     some = [TrainingSample(s.key, s.record, s.codes[:1], 0) for s in samples[:STATES_OF]]
     batch = parts.batch_builder(max(MIN_ROW, row_length)).build(some).to(parts.device)
-    assert batch.predicted is not None
+    positions = predicting_texts(batch.packed)
     with torch.no_grad():
         specials = special_rows(table, parts.text_tokenizer)
         examples = captioned_codes(samples, parts.text_tokenizer.encode, parts.read)
         codes = word_rows(table, vocabulary.text_size, vocabulary.codebook_size, examples)
-        if transformer.head is table:
-            states = parts.network.hidden(batch.packed).flatten(0, 1)[batch.predicted.positions]
+        if transformer.head is table and len(positions):
+            states = parts.network.hidden(batch.packed).flatten(0, 1)[positions]
             largest = (states @ table.T).amax(-1).mean()
             offset = largest * silent_offset(states)
             codes = codes.to(offset) + LOWERED * offset
@@ -136,6 +137,13 @@ def special_rows(table: Tensor, tokenizer: TextTokenizer) -> dict[str, Tensor]:
                 found[name] = table[ids[0]].detach().clone()
                 break
     return found
+
+
+def predicting_texts(packed: Packed) -> Tensor:
+    """int64[N], the positions in the flattened rows that predict a text, or its end."""
+    texts = torch.tensor([OBJECTIVES.index(name) for name in ("caption", "text", "answer")])
+    objectives = packed.objectives.flatten()
+    return torch.isin(objectives, texts.to(objectives.device)).nonzero()[:, 0]
 
 
 def silent_offset(states: Tensor) -> Tensor:

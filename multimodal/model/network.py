@@ -184,6 +184,8 @@ class MultimodalLM(nn.Module):
         else:
             sizes = named_config(size, vocabulary.size)
             sizes = replace(sizes, experts=experts or sizes.experts)
+            if sizes.experts is not None:
+                sizes.experts.check_router()
         config = ModelConfig(
             sizes,
             text_size,
@@ -232,8 +234,12 @@ class MultimodalLM(nn.Module):
             experts=ours.transformer.experts if grows else experts,
             weight_bits=bits,
         )
-        if shared != ours.transformer or theirs.text_size != ours.text_size:
-            raise ValueError("its sizes are not those of this run")
+        has, here = asdict(shared), asdict(ours.transformer)
+        has["text_size"], here["text_size"] = theirs.text_size, ours.text_size
+        if differ := [
+            f"{name} {has[name]}, here {here[name]}" for name in has if has[name] != here[name]
+        ]:
+            raise ValueError(f"its sizes are not those of this run: {'; '.join(differ)}")
         if not set(theirs.layout.levels) <= set(ours.layout.levels):
             raise ValueError(f"its levels are not those of this run: {theirs.layout}")
         weights = source.state_dict()

@@ -166,10 +166,13 @@ def preference_loss(
         The loss, float32[]. Its gradients are averaged over ranks afterwards, so the local sum is
         multiplied by the number of ranks.
         Figures by name, float32[], whose means over the ranks are those of all completions. A
-        reward is beta * r. ``rewards/accuracy`` is the share of the pairs in which the chosen one
-        has the larger reward; in ``kto``, of the completions whose r is on its side of kl.
+        reward is beta * r, with the r of the variant. ``rewards/accuracy`` is the share of the
+        pairs in which the chosen one has the larger reward; in ``kto``, of the completions whose r
+        is on its side of kl.
     """
     ratios = policy - reference
+    if config.variant == "ipo":
+        ratios = ratios / lengths.clamp(min=1)
     chosen, rejected = ratios[roles == CHOSEN], ratios[roles == REJECTED]
     rewards = {
         "rewards/chosen": global_mean(config.beta * chosen.detach()),
@@ -195,9 +198,7 @@ def preference_loss(
         if config.variant == "dpo":
             losses = -F.logsigmoid(config.beta * (chosen - rejected))
         else:
-            means = ratios / lengths.clamp(min=1)
-            margins = means[roles == CHOSEN] - means[roles == REJECTED]
-            losses = (margins - 1 / (2 * config.beta)) ** 2
+            losses = (chosen - rejected - 1 / (2 * config.beta)) ** 2
         right = chosen > rejected
         margin = global_mean(config.beta * (chosen - rejected).detach())
     loss = global_mean(losses)

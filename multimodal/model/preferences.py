@@ -130,7 +130,7 @@ def check_preferences(
     if PREFERENCES not in record:
         check(key, record)
         return
-    content = record.get("content", [])
+    content = _content(record)
     images = sum("image" in part for part in content) if content else 1
     try:
         preferences = preferences_of(record, images)
@@ -143,6 +143,16 @@ def check_preferences(
                 raise ValueError("drawings need a content that lists their images, texts none")
     except ValueError as error:
         raise ValueError(f"sample {key}: {error}") from error
+
+
+def _content(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The parts of a document. Empty if the record has none, or another field of that name."""
+    content = record.get("content")
+    if not isinstance(content, list) or not all(
+        isinstance(part, dict) and {*part} in ({"image"}, {"text"}) for part in content
+    ):
+        return []
+    return content
 
 
 @dataclass(frozen=True)

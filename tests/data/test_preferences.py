@@ -102,6 +102,16 @@ GOOD: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"prompt": "What colour is it?", "completion": "red", "label": True},
     ),
     (
+        {"question": "Why?", "chosen": "So", "rejected": "No", "image": "img/red.png",
+         "content": "a page of a book"},
+        {"prompt": "Why?", "chosen": "So", "rejected": "No"},
+    ),
+    (
+        {"question": "Why?", "chosen": "So", "rejected": "No", "image": "img/red.png",
+         "content": 5},
+        {"prompt": "Why?", "chosen": "So", "rejected": "No"},
+    ),
+    (
         {"prompt": user(DRAW), "completion": drawn(), "label": False, "images": ["img/red.png"]},
         {"prompt": "A blue square", "completion": {"image": "0"}, "label": False},
     ),
@@ -121,6 +131,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({**FIRST, "images": ["img/broken.png"]}, "unreadable image"),
     ({**FIRST, "prompt": [*FIRST["prompt"], *said("red"), *user(QUESTION)]}, "several turns"),
     ({**FIRST, "chosen": 3}, "unreadable messages"),
+    ({**FIRST, "content": [{"text": "a page"}]}, "texts about a document"),
     ({**GOOD[5][0], "prompt": ""}, "no drawings of a text"),
     ({**GOOD[5][0], "rejected": said("a dog")}, "no drawings of a text"),
     ({**GOOD[7][0], "label": "yes"}, "no label"),
@@ -155,7 +166,9 @@ def test_rows_of_json_lines_become_samples_or_have_a_reason(folder: Path) -> Non
     assert report.reasons == dict(expected)
     rejected = [json.loads(line) for line in open(folder / "out/rejected.jsonl")]
     by_line = {line["lines"][0]: line["reason"] for line in rejected}
-    assert by_line == {n: r for n, (_, r) in enumerate([*BAD, ({}, "unreadable row")], 10)}
+    assert by_line == {
+        n: r for n, (_, r) in enumerate([*BAD, ({}, "unreadable row")], len(GOOD) + 1)
+    }
     samples = list(Shards(folder / "out"))
     check(samples, [entry for _, entry in GOOD])
     assert samples[0].record["license"] == "CC0"

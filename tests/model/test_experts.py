@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +57,29 @@ def token_by_token(mlp: SparseMLP, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(("experts", "k"), [(1, 1), (4, 1), (5, 3), (40, 2)])
 def test_grouped_by_expert_is_token_by_token(experts: int, k: int, norm: bool) -> None:
     torch.manual_seed(experts)
-    mlp = SparseMLP(16, ExpertsConfig(experts, k, 24, norm_topk_prob=norm))
+    mlp = SparseMLP(16, ExpertsConfig(experts, k, 24, norm_topk_prob=norm)).eval()
     x, along = torch.randn(2, 9, 16), torch.randn(2, 9, 16)
     expected, outputs = token_by_token(mlp, x), mlp(x)
     torch.testing.assert_close(outputs, expected)
     with torch.inference_mode():  # experts without a token are left out
         torch.testing.assert_close(mlp(x), expected)
         torch.testing.assert_close(mlp.forward_token(x[:, 0]), expected[:, 0])
+        assert mlp(x[:0]).shape == (0, 9, 16)
     weights = list(mlp.parameters())
     theirs = torch.autograd.grad((expected * along).sum(), weights, materialize_grads=True)
     (outputs * along).sum().backward()
     for weight, gradient in zip(weights, theirs, strict=True):
         assert weight.grad is not None, "also where no token went: other ranks wait for it"
         torch.testing.assert_close(weight.grad, gradient)
+
+
+def test_no_rows_have_no_states(model: Model, sentences: tuple[str, ...]) -> None:
+    """As in a batch without plain texts, whose words ``KeepWordsModule`` would keep."""
+    rows = model.batch_builder(160).build(samples_of([{"captions": [sentences[0]]}])).packed
+    tables = [field.name for field in fields(rows) if field.name != "states"]
+    none = replace(rows, **{name: getattr(rows, name)[:0] for name in tables})
+    with torch.no_grad():
+        assert model.network.hidden(none).shape == (0, *model.network.hidden(rows).shape[1:])
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -92,6 +102,28 @@ def test_the_balance_loss_is_least_when_all_experts_have_as_many_tokens() -> Non
     one = torch.tensor([9.0, 0, 0, 0]).expand(1, 40, 4)
     assert balance_loss(even, 1, counted).item() == pytest.approx(1.0)
     assert balance_loss(one, 1, counted).item() > 3.9
+
+
+def test_the_balance_loss_is_of_all_layers_together_and_the_log_shows_each() -> None:
+    collapsed = torch.eye(4)[:, None].expand(4, 40, 4) * 99  # each layer to an expert of its own
+    counted = torch.ones(40, dtype=torch.bool)
+    assert balance_loss(collapsed, 1, counted).item() == pytest.approx(1.0)
+    assert expert_use(collapsed, 1, {"text": counted})["busiest"].item() == pytest.approx(1.0)
+
+
+def test_a_router_that_would_learn_nothing_is_refused() -> None:
+    x = torch.randn(5, 16, requires_grad=True)
+    for experts, k, norm in ((4, 1, False), (4, 2, True), (1, 1, True), (4, 1, True)):
+        config = ExpertsConfig(experts, k, 24, norm_topk_prob=norm)
+        mlp = SparseMLP(16, config)
+        mlp(x).square().sum().backward()
+        learns = bool(mlp.gate.weight.grad.abs().max() > 1e-6)
+        assert learns == (experts > 1 and (k > 1 or not norm))
+        if learns or experts == 1:
+            config.check_router()
+        else:
+            with pytest.raises(ValueError, match="norm_topk_prob: false"):
+                config.check_router()
 
 
 def test_the_z_loss_is_the_mean_square_of_log_z() -> None:
@@ -190,7 +222,7 @@ def logits_of(transformer: Transformer, ids: Tensor) -> Tensor:
         return transformer.logits(transformer(ids, ones.cumsum(1) - 1, mask))
 
 
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("k", [2, 3])
 def test_copies_of_an_mlp_compute_what_it_does(k: int) -> None:
     torch.manual_seed(0)
     dense = TransformerConfig(**SIZES)
@@ -205,6 +237,7 @@ def test_copies_of_an_mlp_compute_what_it_does(k: int) -> None:
     for wrong, message in (
         (replace(experts, moe_intermediate_size=40), "moe_intermediate_size=40.*its width, 48"),
         (replace(experts, norm_topk_prob=False), "norm_topk_prob=true"),
+        (replace(experts, num_experts_per_tok=1), "give 2 experts for a token"),
     ):
         with pytest.raises(ValueError, match=message):
             upcycled(before.state_dict(), wrong)

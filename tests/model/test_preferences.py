@@ -78,13 +78,14 @@ def test_losses_are_those_of_the_papers(variant: Any, seed: int) -> None:
     )
     expected = by_the_papers(variant, beta, pairs, mismatched, weights)
     assert loss.item() == pytest.approx(expected, abs=1e-5, rel=1e-5)
-    rewards = {n: beta * (policy - reference)[roles == n].mean() for n in (CHOSEN, REJECTED)}
+    ratios = (policy - reference) / (lengths if variant == "ipo" else 1)
+    rewards = {n: beta * ratios[roles == n].mean() for n in (CHOSEN, REJECTED)}
     assert parts["rewards/chosen"].item() == pytest.approx(rewards[CHOSEN].item(), abs=1e-5)
     margin = (rewards[CHOSEN] - rewards[REJECTED]).item()
     assert parts["rewards/margin"].item() == pytest.approx(margin, abs=1e-5)
     if variant != "kto":
-        better = [c[0] - c[1] > r[0] - r[1] for c, r in pairs]
-        assert parts["rewards/accuracy"].item() == pytest.approx(np.mean(better))
+        better = ratios[roles == CHOSEN] > ratios[roles == REJECTED]
+        assert parts["rewards/accuracy"].item() == pytest.approx(better.float().mean().item())
 
 
 def test_kto_learns_from_one_kind_alone_and_without_a_mismatched_one() -> None:
@@ -257,6 +258,17 @@ def test_what_compares_nothing_is_refused(entry: Any, message: str) -> None:
         check_preferences(lambda key, record: None, True, "k", {"preferences": [entry]})
     good = {"completion": "a bus", "label": True}
     check_preferences(lambda key, record: None, False, "k", {"preferences": [good]})
+    drawing = {"prompt": "a bus", "completion": {"image": "0"}, "label": True}
+    for content in (5, "a page", ["a page"], [{"type": "text", "text": "a page"}], None):
+        record = {"content": content, "preferences": [good]}
+        check_preferences(lambda key, record: None, False, "k", record)
+        with pytest.raises(ValueError, match="drawings need a content"):
+            record = {"content": content, "preferences": [drawing]}
+            check_preferences(lambda key, record: None, False, "k", record)
+    for part in ({"text": "a page"}, {"image": "0"}):
+        with pytest.raises(ValueError, match="texts none"):
+            record = {"content": [part], "preferences": [good]}
+            check_preferences(lambda key, record: None, False, "k", record)
     assert preferences_of({}, 1) == []
 
 

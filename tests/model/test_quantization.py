@@ -144,6 +144,14 @@ def test_a_gradient_goes_through_the_weights_as_floats() -> None:
     torch.testing.assert_close(x.grad, y.grad)
 
 
+@pytest.mark.parametrize("columns", [False, True])
+def test_no_rows_give_no_rows(products: bool, columns: bool) -> None:
+    """As of an expert without a token."""
+    layer = QuantizedLinear(64, 48, columns=columns)
+    for x in (torch.zeros(0, 64), torch.zeros(3, 0, 64, requires_grad=True)):
+        assert layer(x).shape == (*x.shape[:-1], 48)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_layers_of_a_module_give_what_its_floats_give(

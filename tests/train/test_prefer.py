@@ -1,19 +1,36 @@
 """``multimodal prefer``: what it makes, that nothing is lost, and a run that learns from it."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from multimodal import load
 from multimodal.cli import main
-from multimodal.data.shards import Shards, read_manifest
+from multimodal.data.encode import Encoding, codes_to_bytes
+from multimodal.data.samples import CODES
+from multimodal.data.shards import (
+    Shards,
+    index_shard,
+    read_manifest,
+    write_manifest,
+    write_tar,
+)
 from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.options import TextOptions
 from multimodal.train.preferences import candidates
-from multimodal.train.preferences.candidates import Candidates, PreferSettings, make_preferences
+from multimodal.train.preferences.candidates import (
+    CandidateMaker,
+    Candidates,
+    PreferSettings,
+    make_preferences,
+)
+from multimodal.train.rewards.judges import find_judge
+from multimodal.train.rewards.rewards import find_reward
 from tests.launches import logged
 from tests.preferring import recipe, values
 
@@ -80,6 +97,10 @@ def test_a_stopped_job_goes_on_and_gives_the_same(
     first = stopped / "train-0000.jsonl"
     assert first.is_file() and not (stopped / "manifest.json").exists()
     time = first.stat().st_mtime_ns
+    (tmp_path / "mine.py").write_text(JUDGE + "\n# another rule")
+    with pytest.raises(ValueError, match="begun with other shards or options"):
+        make_preferences(model, work / "scenes", stopped, settings, "train", 10)
+    (tmp_path / "mine.py").write_text(JUDGE)
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
     make_preferences(model, work / "scenes", stopped, settings, "train", 10)
     assert first.stat().st_mtime_ns == time, "it was not made again"
@@ -113,10 +134,11 @@ def test_a_run_learns_from_drawings(work: Path, tmp_path: Path, variant: str) ->
     assert ("train/kto_kl" in (tmp_path / "run/logs/metrics.csv").read_text()) == (variant == "kto")
 
 
-def test_alignment_is_that_of_the_model(work: Path, tmp_path: Path) -> None:
+def test_alignment_is_that_of_the_model(work: Path, tmp_path: Path, capsys: Any) -> None:
     model = load(work / "joint/model")
     settings = PreferSettings("captions", "alignment", LONG, candidates=8)
     lines = make_preferences(model, work / "scenes", tmp_path / "out", settings, "val", 3)
+    assert "alignment_weight" not in capsys.readouterr().err
     sample = Shards(work / "scenes", "val")[0]
     from multimodal.inference.codec import encode_images, read_images
 
@@ -127,6 +149,42 @@ def test_alignment_is_that_of_the_model(work: Path, tmp_path: Path) -> None:
     )
     found = torch.tensor([lines[0]["scores"][n] for n in ended])
     assert torch.allclose(found, expected[0], atol=1e-5)
+
+
+def test_a_model_that_learned_no_alignment_is_warned_of(work: Path, capsys: Any) -> None:
+    model = load(work / "joint/model")
+    config = model.network.config
+    objectives = replace(config.objectives, alignment_weight=0.0)
+    model.network.config = replace(config, objectives=objectives)
+    for find, names in (
+        (lambda name: find_reward(name, model, []), "objects, scenes"),
+        (lambda name: find_judge(name, model), "scenes"),
+    ):
+        find("scenes")
+        assert not capsys.readouterr().err
+        find("alignment")
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "alignment_weight of this model is 0" in line and f"{names}, FILE.py" in line
+
+
+@pytest.mark.parametrize("wrong", ["short", "large"])
+def test_codes_that_are_not_the_models_are_left_out(work: Path, tmp_path: Path, wrong: str) -> None:
+    model = load(work / "joint/model")
+    encoding = asdict(Encoding.for_tokenizer(model.image_tokenizer))
+    count, size = encoding["codes_per_image"], encoding["codebook_size"]
+    record = b'{"captions": ["a red circle", "a blue square"]}'
+    bad = np.zeros((1, count - 1)) if wrong == "short" else np.full((1, count), size)
+    samples = [
+        (key, {CODES: codes_to_bytes(codes.astype(np.int64), 2**16), "json": record})
+        for key, codes in (("bad", bad), ("good", np.zeros((1, count))))
+    ]
+    write_tar(tmp_path / "train-0000.tar", samples)
+    write_manifest(tmp_path, [index_shard(tmp_path / "train-0000.tar")], image_tokenizer=encoding)
+    settings = PreferSettings("captions", "cider", LONG, candidates=8)
+    maker = CandidateMaker(model, settings, Shards(tmp_path, "train"))
+    made = maker.make(list(Shards(tmp_path, "train")), encoded=True)
+    assert made[0].reason == "codes that cannot be read"
+    assert made[1].texts and not made[0].texts
 
 
 def test_the_best_and_the_worst_are_chosen_if_they_differ() -> None:

@@ -1,6 +1,8 @@
 """Codes start near the words that they occur with, and are not output."""
 
 import io
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,6 +14,8 @@ from multimodal.api import Model
 from multimodal.cli import main
 from multimodal.data.samples import CODES, Sample
 from multimodal.data.shards import Shards
+from multimodal.model.sequences import OBJECTIVES
+from multimodal.model.training_batch import TrainingSample
 from multimodal.scenes.dataset import write_scenes
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
@@ -143,6 +147,39 @@ def test_a_language_model_starts_with_words_for_codes(
     states = hidden(model, ids)
     change = (states @ moved.T).mean()
     assert change < -1 if tied else torch.equal(moved[never], torch.zeros_like(moved[never]))
+
+
+def test_codes_are_lowered_where_texts_are_predicted_and_nowhere_else(
+    tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, lowered = tiny_model(noise=0.1), list[torch.Tensor]()
+    write_scenes(tmp_path / "scenes", 20, 0, 32)
+    model.save(tmp_path / "model")
+    encode = ["tokenizer", "encode", str(tmp_path / "scenes"), str(tmp_path / "codes")]
+    assert main([*encode, "--tokenizer", str(tmp_path / "model")]) == 0
+    shards = Shards(tmp_path / "codes", "train")
+
+    def noted(states: torch.Tensor) -> torch.Tensor:
+        lowered.append(states)
+        return silent_offset(states)
+
+    monkeypatch.setattr(word_rows_module, "silent_offset", noted)
+    some = [TrainingSample(s.key, s.record, s.codes[:1], 0) for s in islice(shards, 16)]
+    packed = model.batch_builder(256).build(some).packed
+    states, objectives = model.network.hidden(packed).flatten(0, 1), packed.objectives.flatten()
+    expected = [
+        state
+        for state, objective in zip(states, objectives.tolist(), strict=True)
+        if objective >= 0 and OBJECTIVES[objective] in ("caption", "text", "answer")
+    ]
+    assert 0 < len(expected) < (objectives >= 0).sum()
+    start_rows(model, [shards], 256)
+    torch.testing.assert_close(lowered[0], torch.stack(expected).detach())
+    monkeypatch.setattr(
+        word_rows_module, "predicting_texts", lambda packed: torch.zeros(0, dtype=torch.int64)
+    )
+    start_rows(model, [shards], 256)
+    assert len(lowered) == 1 and model.network.transformer.embed_tokens.weight.isfinite().all()
 
 
 def hidden(model: Model, ids: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from multimodal.data.samples import CODES, Sample
 from multimodal.data.shards import (
     MANIFEST,
     Shards,
+    file_sha256,
     index_shard,
     read_manifest,
     splits_of,
@@ -37,6 +38,7 @@ from multimodal.model.checkpoint import ModelParts
 from multimodal.model.lessons import descriptions_of
 from multimodal.options import MAX_CANDIDATES, DrawOptions, TextOptions
 from multimodal.seeds import sample_seed
+from multimodal.train.examples import select_encoding
 from multimodal.train.rewards.judges import Judge, completed, find_judge, text_to_draw
 from multimodal.train.rewards.rewards import Reward, WrittenText, find_reward
 from multimodal.train.rewards.tasks import write_texts
@@ -150,13 +152,15 @@ def make_preferences(
     if (out / MANIFEST).is_file():
         raise ValueError(f"{out}: not empty (it is complete); give a new folder")
     manifest = read_manifest(source)
-    arguments = {
+    arguments: dict[str, Any] = {
         "model": model.fingerprint,
         "shards": [entry["sha256"] for entry in manifest["shards"]],
         "counts": counts,
         **asdict(settings),
     }
     maker = CandidateMaker(model, settings, shards.get("train", shards[splits[0]]))
+    if (judge := Path(settings.judge.rpartition(":")[0])).is_file():  # FILE.py:FUNCTION
+        arguments["judge_sha256"] = file_sha256(judge)
     with job_folder(out, out / SETTINGS, arguments, result=out / MANIFEST):
         lines: list[dict[str, Any]] = []
         for name, count in counts.items():
@@ -295,18 +299,19 @@ class CandidateMaker:
     ) -> None:
         """Captions of images."""
         model, settings = self.model, self.settings
+        encoding = asdict(Encoding.for_tokenizer(model.image_tokenizer))
         assert self.reward is not None and isinstance(settings.options, TextOptions)
         read: list[tuple[Candidates, Sample, dict[str, Any], Tensor]] = []
         for made, sample, record in usable:
             try:
                 if encoded:
-                    codes = torch.from_numpy(sample.codes[0])
+                    codes = torch.from_numpy(select_encoding(sample.codes[:1], encoding, 0))
                 else:
                     pixels = read_images(model, [sample.image], [sample.key])
                     codes = encode_images(model, pixels)[0].cpu()
                 read.append((made, sample, record, codes))
             except ValueError:
-                made.reason = "an image that cannot be read"
+                made.reason = f"{'codes' if encoded else 'an image'} that cannot be read"
         if not read:
             return
         seen = [model.read(codes[None])[0].numpy() for *_, codes in read]

@@ -14,12 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from multimodal.data.images import to_image
+from multimodal.distributed import rank
 from multimodal.eval.metrics.scene_drawings import complete_caption, drawing_score
 from multimodal.inference.codec import UNKNOWN, decode_images, encode_images
 from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.lessons import descriptions_of
 from multimodal.plugins import from_file
+from multimodal.terminal import print_error
 from multimodal.tokenizers.weights import resize
 
 JUDGES = ("alignment", "scenes")
@@ -49,8 +51,11 @@ def find_judge(name: str, model: ModelParts) -> Judge:
     def scenes(texts: Sequence[str], codes: Tensor, records: Records) -> list[float]:
         return [drawing_score(*pair) for pair in zip(texts, pictures(model, codes), strict=True)]
 
-    if name in JUDGES:
-        return alignment if name == "alignment" else scenes
+    if name == "alignment":
+        warn_of_unaligned(model, JUDGES)
+        return alignment
+    if name == "scenes":
+        return scenes
     function = from_file(name, "judge of drawings", JUDGES, "FUNCTION")
 
     def of_file(texts: Sequence[str], codes: Tensor, records: Records) -> list[float]:
@@ -64,6 +69,20 @@ def find_judge(name: str, model: ModelParts) -> Judge:
         return scores
 
     return of_file
+
+
+def warn_of_unaligned(model: ModelParts, names: Sequence[str]) -> None:
+    """Print a warning if the alignment of a model may never have been trained.
+
+    Args:
+        names: of all judges, of which the others are named.
+    """
+    if not model.config.objectives.alignment_weight and not rank():
+        others = ", ".join(name for name in names if name != "alignment")
+        print_error(
+            "alignment: the objectives.alignment_weight of this model is 0: if it was never "
+            f"trained to align, these scores are random; other judges: {others}, FILE.py:FUNCTION"
+        )
 
 
 def text_to_draw(record: Mapping[str, Any], of_scene: bool, seed: int) -> str | None:

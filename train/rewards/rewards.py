@@ -27,6 +27,7 @@ from multimodal.model.checkpoint import ModelParts
 from multimodal.model.lessons import descriptions_of
 from multimodal.model.sequences import Ids
 from multimodal.plugins import from_file
+from multimodal.train.rewards.judges import warn_of_unaligned
 
 END = "<eos>"  # the word for the end of a caption
 REWARDS = {"captions": ("cider", "alignment", "objects", "scenes"), "answers": ("exact",)}
@@ -193,6 +194,7 @@ def find_reward(
     if name == "exact":
         return exact_reward
     if name == "alignment":
+        warn_of_unaligned(model, REWARDS[of])
         return AlignmentReward(model)
     if name == "objects":
         return objects_reward

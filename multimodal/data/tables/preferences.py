@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from multimodal.data.samples import IMAGE_PLACE, normalise
+from multimodal.data.samples import IMAGE_PLACE, normalise, parts_of
 from multimodal.data.tables.records import (
     Blob,
     ImagePlace,
@@ -137,7 +137,8 @@ def preference_of(
     text = "\n".join(text for kind, text in prompt_parts if kind == "text").strip()
     entry: dict[str, Any] = {"prompt": text}
     rest = {key: value for key, value in fields.items() if key not in used}
-    if any(in_answers):
+    drawings = any(in_answers)
+    if drawings:
         if in_prompt or not text or any(map(str.strip, texts)) or waiting:
             raise NoPreference("no drawings of a text", "images of answers need a prompt of text")
         if any(len(images) != 1 for images in in_answers):
@@ -146,6 +147,8 @@ def preference_of(
         values: list[Any] = [{"image": str(number)} for number in range(len(places))]
         rest["content"] = [{"text": text}, *values]
     else:
+        if parts_of(rest):
+            raise NoPreference("texts about a document", "its content lists parts")
         if len(in_prompt) + len(waiting) != 1:
             count = len(in_prompt) + len(waiting)
             raise NoPreference("no image", f"{count} images, and answers are about one")
@@ -154,9 +157,7 @@ def preference_of(
         for name, value in zip(answers, values, strict=True):
             if not value:
                 raise NoPreference(f"no {name} answer")
-    if len(values) == 2 and (
-        values[0] == values[1] or places[0] == places[-1] and rest.get("content")
-    ):
+    if len(values) == 2 and (values[0] == values[1] or drawings and places[0] == places[1]):
         raise NoPreference("equal chosen and rejected answers")
     entry |= dict(zip(answers, values, strict=True))
     if "completion" in answers:
@@ -167,7 +168,7 @@ def preference_of(
         record = normalise(rest, note)
     except UnreadableText as error:
         raise NoPreference("unreadable text", str(error)) from error
-    return places, {**record, "preferences": [entry]}, bool(rest.get("content"))
+    return places, {**record, "preferences": [entry]}, drawings
 
 
 def _answers(fields: Mapping[str, Any]) -> tuple[Any, dict[str, Any], set[str]]:

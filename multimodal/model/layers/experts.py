@@ -5,8 +5,9 @@ MLPs of the k best are added up, weighted by their probabilities. So a layer has
 all experts, and costs those of k.
 
 Two losses train the router besides the token losses. ``balance_loss`` spreads the tokens over the
-experts (Switch Transformer, Fedus et al. 2021, arXiv:2101.03961). ``router_z_loss`` keeps its
-logits small (ST-MoE, Zoph et al. 2022, arXiv:2202.08906).
+experts (Switch Transformer, Fedus et al. 2021, arXiv:2101.03961), but as Qwen3-MoE of transformers
+has it: of all layers together. ``router_z_loss`` keeps its logits small (ST-MoE, Zoph et al. 2022,
+arXiv:2202.08906).
 
 Shapes: N tokens, D width, E experts, k experts of a token, S layers with experts.
 """
@@ -61,6 +62,18 @@ class ExpertsConfig:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok}: there are only "
                 f"num_experts={self.num_experts}"
+            )
+
+    def check_router(self) -> None:
+        """Raises ``ValueError`` if the token losses would teach the router nothing.
+
+        The weight of one expert divided by itself is 1, whatever the router says.
+        """
+        if self.norm_topk_prob and self.num_experts_per_tok == 1 < self.num_experts:
+            raise ValueError(
+                "num_experts_per_tok=1 with norm_topk_prob: true: the expert of a token always has "
+                "the weight 1, so no token loss trains the router; give 2 experts for a token, or, "
+                "unless they start as copies of an MLP, norm_topk_prob: false"
             )
 
     def fitted(self, layers: int, width: int) -> "ExpertsConfig":
@@ -136,11 +149,11 @@ class SparseMLP(nn.Module):
         counts = experts.bincount(minlength=len(self.experts)).tolist()
         parts = torch.split(tokens[order // chosen.shape[1]], counts)
         # In training also those without a token: a rank that left one out would have no gradient
-        # of it, and the others would wait.
+        # of it, and the others would wait. Without any token all of them, for their empty outputs.
         outputs = [
             expert(part)
             for expert, part in zip(self.experts, parts, strict=True)
-            if len(part) or torch.is_grad_enabled()
+            if len(part) or torch.is_grad_enabled() or not len(tokens)
         ]
         return rearrange(torch.cat(outputs)[order.argsort()], "(n k) d -> n k d", k=chosen.shape[1])
 
@@ -165,8 +178,10 @@ def expert_shares(logits: Tensor, k: int, counted: Tensor) -> Tensor:
 def balance_loss(logits: Tensor, k: int, counted: Tensor) -> Tensor:
     """E times the sum over experts of their share of the tokens times their mean probability.
 
-    It is at its minimum k if all experts have as many tokens. Shares and means are over all layers
-    and all ranks. Arguments as for ``expert_shares``.
+    Shares and means are over all layers and all ranks, as in Qwen3-MoE of transformers. It is k if
+    all experts have as many tokens. That need not hold in a layer: layers that each send all tokens
+    to one expert, each to another one, have the loss k too. ``busiest`` of ``expert_use`` shows
+    them. Arguments as for ``expert_shares``.
 
     Returns:
         float32[]. Gradients are averaged over ranks afterwards, so it is multiplied by their
@@ -224,10 +239,12 @@ def upcycled(weights: Mapping[str, Tensor], config: ExpertsConfig) -> dict[str, 
         weights: by name, those of MLPs as ``...layers.NUMBER.mlp.gate_proj.weight``.
 
     Raises:
-        ValueError: if the experts are of another width, or their weights do not add up to 1.
+        ValueError: if the experts are of another width, their weights do not add up to 1, or no
+            token loss would train the router.
     """
     if not config.norm_topk_prob:
         raise ValueError("experts that start as copies of an MLP need norm_topk_prob=true")
+    config.check_router()
     made: dict[str, Tensor] = {}
     for name, weight in weights.items():
         found = re.fullmatch(r"(.*\blayers\.(\d+)\.mlp)\.((gate|up|down)_proj\.weight)", name)

@@ -259,7 +259,7 @@ class QuantizedLinear(nn.Module):
         product = int8_product(rows, self.weight[ids], self.scale[ids], table, self.rounds)
         if self.bias is not None:
             product = product + self.bias[ids].float()
-        return product.to(x.dtype).view(*x.shape[:-1], -1)
+        return product.to(x.dtype).view(*x.shape[:-1], product.shape[-1])
 
     def matrix(self) -> Tensor:
         """The weights as floats, made anew: float[N, K], in the dtype of the scales."""

@@ -1,0 +1,65 @@
+"""Trainings of benchmarks: what is done is kept, and nothing else passes for it."""
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def adapters(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark of adapters, whose commands write ``results.json`` and are noted."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = import_module("adapters")
+    ran = list[str]()
+
+    def run(*arguments: str) -> float:
+        ran.append(arguments[0])
+        output = Path(arguments[arguments.index("--output") + 1])
+        if "killed" in arguments:
+            (output / "model").mkdir(exist_ok=True)
+            raise KeyboardInterrupt
+        if arguments[0] == "eval":
+            scores = {"CIDEr": {"value": len(ran)}, "BLEU": {"value": 0}}
+            output.write_text(json.dumps({"results": [{"scores": scores}]}))
+        return 7.0
+
+    monkeypatch.setattr(module, "multimodal", run)
+    monkeypatch.setattr(module, "ran", ran, raising=False)
+    return module
+
+
+def test_a_run_is_done_once_it_has_ended_and_not_with_other_arguments(
+    adapters: Any, tmp_path: Path
+) -> None:
+    assert [adapters.fit_once(tmp_path / "run", "--seed", "1") for _ in range(2)] == [7.0, 7.0]
+    assert adapters.ran == ["fit"]
+    with pytest.raises(SystemExit, match="a run of other arguments"):
+        adapters.fit_once(tmp_path / "run", "--seed", "2")
+    for _ in range(2):  # half a run has a model, too
+        with pytest.raises(KeyboardInterrupt):
+            adapters.fit_once(tmp_path / "half", "killed")
+    assert adapters.ran == ["fit"] * 3
+    (tmp_path / "older/model").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="give another --out"):
+        adapters.fit_once(tmp_path / "older")
+
+
+def test_a_score_is_that_of_its_model_and_data(adapters: Any, tmp_path: Path) -> None:
+    first = adapters.cider(tmp_path, "data/a", "--model", "starter")
+    assert first == {"CIDEr": {"value": 1}}
+    assert adapters.cider(tmp_path, "data/a", "--model", "starter") == first
+    assert adapters.cider(tmp_path, "data/b", "--model", "starter") == {"CIDEr": {"value": 2}}
+    assert adapters.cider(tmp_path, "data/a", "--model", "other") == {"CIDEr": {"value": 3}}
+
+
+def test_a_step_that_is_not_timed_is_not_enough() -> None:
+    command = [sys.executable, str(BENCHMARKS / "lora_memory.py"), "--steps", "1"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert done.returncode == 2 and "--steps 1: expected 2 or more" in done.stderr
