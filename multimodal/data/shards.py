@@ -142,9 +142,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if not path.is_file():
-        raise ValueError(
-            f"{folder}: no {MANIFEST}; for shards that exist run: multimodal data index {folder}"
-        )
+        how = f"for images: multimodal data build {folder} OUT; for shards: multimodal data index"
+        raise ValueError(f"{folder}: no {MANIFEST}; {how} {folder}")
     try:
         manifest = read_json(path)
     except UnreadableFile as error:
