@@ -146,7 +146,7 @@ def test_what_a_user_writes_is_never_a_special(model: Model) -> None:
 def test_codes_under_the_mask(fit: Fit) -> None:
     """A white quarter of an image of any shape, in the codes where the model sees it."""
     mask = box_mask((64, 32), (0, 0, 32, 16))
-    fresh = masked_codes(mask, fit, 4).reshape(4, 4)
+    fresh = masked_codes(mask, fit, 32, 4).reshape(4, 4)
     expected = {
         "squash": [[1, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4],
         "crop": [[1, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4],
@@ -157,7 +157,7 @@ def test_codes_under_the_mask(fit: Fit) -> None:
 
 def test_a_single_white_pixel_is_enough() -> None:
     mask = box_mask((32, 32), (9, 17, 10, 18))
-    assert masked_codes(mask, "squash", 4).nonzero().tolist() == [[9]]
+    assert masked_codes(mask, "squash", 32, 4).nonzero().tolist() == [[9]]
 
 
 def test_codes_outside_the_mask_stay(model: Model) -> None:

@@ -52,6 +52,15 @@ def test_a_judgement_stays_as_long_as_its_caption_does(tmp_path: Path) -> None:
     keep_judgements(new, tmp_path / "none.json")
 
 
+def test_a_caption_that_nobody_judged_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"caption": "a dog", "references": ["two dogs"]}
+    rows = [{**row, "judged": "wrong"}, row, {**row, "judged": "right"}]
+    monkeypatch.setitem(read("starter_captions"), "captions", rows)
+    lines = TABLES["thirty"]().splitlines()
+    assert lines[0] == "1 right, 0 partly, 1 wrong, 1 not judged:"
+    assert lines[3] == "1. **a dog** Not judged. People: two dogs"
+
+
 def test_figures_show_the_numbers_of_today(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for name, (bars, *_) in FIGURES.items():

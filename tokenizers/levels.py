@@ -143,7 +143,7 @@ class Layout:
         Returns:
             int64[B, h w G], code numbers.
         """
-        flat = codes.reshape(len(codes), -1)
+        flat = codes.flatten(1)
         return flat + self.first[self.span(name)].to(codes.device)
 
     def unflatten(self, name: str, codes: Tensor) -> Tensor:

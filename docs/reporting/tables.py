@@ -25,6 +25,7 @@ WORDS = {
     "jpeg": "JPEG",
     "occlusion": "a part hidden",
 }
+NOT_JUDGED = "not judged"  # a caption that nobody has looked at yet
 Rows = list[Sequence[str]]
 
 
@@ -219,14 +220,16 @@ def retrieved() -> str:
 def thirty() -> str:
     """Captions of the first photos of val, beside what people wrote: a list, for people to read."""
     rows = read("starter_captions")["captions"]
-    counts = Counter(row["judged"] for row in rows)
-    lines = [", ".join(f"{counts[word]} {word}" for word in ("right", "partly", "wrong")) + ":", ""]
+    counts = Counter(row.get("judged", NOT_JUDGED) for row in rows)
+    words = ["right", "partly", "wrong"] + [NOT_JUDGED] * (NOT_JUDGED in counts)
+    lines = [", ".join(f"{counts[word]} {word}" for word in words) + ":", ""]
     for row in rows:
         said, wrote = (
             re.sub(r"([\\`*_<>\[\]|])", r"\\\1", text)
             for text in (row["caption"], " / ".join(row["references"][:2]))
         )
-        lines.append(f"1. **{said}** {row['judged'].capitalize()}. People: {wrote}")
+        judged = row.get("judged", NOT_JUDGED).capitalize()
+        lines.append(f"1. **{said}** {judged}. People: {wrote}")
     return "\n".join(lines)
 
 

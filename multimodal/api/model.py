@@ -12,6 +12,7 @@ from __future__ import annotations  # help() shows the names of types as they ar
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -128,9 +129,9 @@ class Model(TextMethods, InsideMethods):
         """Draw n images of a text, or of each of several texts. A notebook shows them as a grid.
 
         Args:
-            on_preview: is given the numbers of some drawings and what there is of them, after each
-                row of codes or each step of masked drawing. A masked step is two to three times
-                slower then.
+            on_preview: is given the places of some drawings, counted from 0 text by text, and what
+                there is of them, after each row of codes or each step of masked drawing. Texts are
+                drawn one after the other then, and a masked step is two to three times slower.
             options: see DrawOptions.
         """
         drawn = list(self.draw_each(text, n, on_preview=on_preview, **options))
@@ -151,21 +152,25 @@ class Model(TextMethods, InsideMethods):
         draw_options = make_options(DrawOptions, options)
         texts = to_texts(text)
 
-        def on_step(numbers: Sequence[int], codes: Tensor) -> None:
+        def on_step(first: int, numbers: Sequence[int], codes: Tensor) -> None:
             if on_preview is not None:
-                on_preview(numbers, [to_image(image) for image in preview_images(self, codes)])
+                images = [to_image(image) for image in preview_images(self, codes)]
+                on_preview([first + number for number in numbers], images)
 
-        wanted = ((each, number) for each in texts for number in range(n))
+        # The number of a drawing decides its random numbers, and is its own within one text only.
+        groups = [texts] if on_preview is None else [[each] for each in texts]
         size = max(1, DRAWINGS_AT_ONCE // draw_options.candidates)
-        while batch := list(islice(wanted, size)):
-            codes = draw_codes(
-                self,
-                [each for each, _ in batch],
-                draw_options,
-                numbers=[number for _, number in batch],
-                on_step=None if on_preview is None else on_step,
-            )
-            yield from (to_image(image) for image in decode_images(self, codes))
+        for place, several in enumerate(groups):
+            wanted = ((each, number) for each in several for number in range(n))
+            while batch := list(islice(wanted, size)):
+                codes = draw_codes(
+                    self,
+                    [each for each, _ in batch],
+                    draw_options,
+                    numbers=[number for _, number in batch],
+                    on_step=None if on_preview is None else partial(on_step, n * place),
+                )
+                yield from (to_image(image) for image in decode_images(self, codes))
 
     @takes_options(EditOptions)
     def edit(

@@ -22,7 +22,7 @@ from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards, read_manifest
 from multimodal.files import atomic_file, atomic_folder, local_path, write_json
 from multimodal.seeds import sample_seed
-from multimodal.tokenizers.meaning import Fitted, Meaning, fit_codebooks
+from multimodal.tokenizers.meaning import COLOUR_CHANNELS, Fitted, Meaning, fit_codebooks
 
 SETTINGS = "fitting.json"  # the arguments, in a folder that is not finished
 FEATURES = ".features"
@@ -178,5 +178,6 @@ def _features(
                 kept.append(grid[rng.permutation(len(grid))[:each].tolist()])
             batch, keys = [], []
     if not kept:
-        return torch.zeros(0, len(meaning.center), dtype=torch.float16)
+        width = len(meaning.center) + COLOUR_CHANNELS * config.colours
+        return torch.zeros(0, width, dtype=torch.float16)
     return torch.cat(kept)

@@ -18,7 +18,7 @@ from multimodal.hub.names import find_model
 from multimodal.model.checkpoint import ModelParts, read_config
 from multimodal.model.stock import family_of, stock_config
 from multimodal.model.vocabulary import SPECIALS, Vocabulary, image_token
-from multimodal.tokenizers.text import ChatFormat
+from multimodal.tokenizers.chat import ChatFormat
 
 
 def export_hf(source: str | Path, out: str | Path, dtype: str = "float32") -> str:

@@ -5,10 +5,13 @@ It does what transformers' ``generate(num_beams=K)`` does, and finds the same te
 Shapes: B prompts, K beams of each, V vocabulary.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from multimodal.inference.batch import DecodeBatch
+from multimodal.inference.sampling import NOT_FINITE
 
 
 class FinishedBeams:
@@ -50,6 +53,9 @@ def beam_search(
 
     Returns:
         B lists of ids, without <eos>.
+
+    Raises:
+        ValueError: if the logits are not finite.
     """
     prompts = len(batch.hidden)
     finished = [FinishedBeams(beams) for _ in range(prompts)]
@@ -68,6 +74,9 @@ def beam_search(
         for place, (prompt, values, indices) in enumerate(
             zip(alive, best.values.tolist(), best.indices.tolist(), strict=True)
         ):
+            # NaN comes first. -inf does where all beams have ended.
+            if not (math.isfinite(values[0]) or values[0] == -math.inf and finished[prompt].texts):
+                raise ValueError(NOT_FINITE)
             going: list[tuple[float, int, int]] = []
             for rank, (score, index) in enumerate(zip(values, indices, strict=True)):
                 beam, token = divmod(index, vocabulary)

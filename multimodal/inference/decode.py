@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from multimodal.inference.batch import DecodeBatch, compact_rows
-from multimodal.inference.sampling import choose, generators, penalise
+from multimodal.inference.sampling import NOT_FINITE, choose, generators, penalise
 from multimodal.model.layers.prefixes import PrefixCache
 from multimodal.model.layers.transformer import ALL
 from multimodal.model.network import MultimodalLM
@@ -214,6 +214,8 @@ class Decoder:
             ids[slots] = chosen[:, None]
             for member, token, score in zip(group, chosen.tolist(), scores, strict=True):
                 try:
+                    if token < (member.row.ids.start or 0):  # NOTHING
+                        raise ValueError(NOT_FINITE)
                     pieces += [(member.row, piece) for piece in member.row.take(token, score)]
                 except Exception as error:
                     self.failed.append((member.row, error))
@@ -250,7 +252,7 @@ class Decoder:
                 best = scores.topk(min(row.alternatives, len(scores)))
                 likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)
                 row.likeliest = [(start + number, score) for number, score in likely]
-        return choices + start, table.gather(1, choices[:, None])[:, 0].tolist()
+        return choices + start, table.gather(1, choices[:, None].clamp(min=0))[:, 0].tolist()
 
     def _keep(self, members: list[_Member]) -> list[int] | None:
         """Go on with these members only.

@@ -4,11 +4,14 @@ Shapes: n codes of an image.
 """
 
 from collections.abc import Generator
+from fractions import Fraction
+from itertools import pairwise
+from math import ceil, floor
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -45,25 +48,58 @@ def box_mask(size: tuple[int, int], box: Box) -> Image.Image:
     return mask
 
 
-def masked_codes(mask: Image.Image, fit: Fit, grid: int) -> Tensor:
+def masked_codes(mask: Image.Image, fit: Fit, image_size: int, grid: int) -> Tensor:
     """The positions under the white part of a mask: bool[grid * grid].
+
+    A position with any part of a white pixel is drawn: no line is too thin. Resampling spreads a
+    pixel a little further, to positions that are not drawn.
 
     Args:
         mask: white where to draw.
         fit: how the image is made square.
+        image_size: pixels of a side of the square.
         grid: positions per side.
     """
-    white = torch.from_numpy(np.asarray(mask.convert("L")) > 127).float()
-    (height, width), side = white.shape, min(mask.size)
+    white = np.asarray(mask.convert("L")) > 127
+    (left, width), (top, height) = _seen(mask.size, fit, image_size)
+    rows = _touched(white, top, height, grid)
+    return torch.from_numpy(_touched(rows.T, left, width, grid).T).flatten()
+
+
+def _seen(size: tuple[int, int], fit: Fit, image_size: int) -> list[tuple[Fraction, Fraction]]:
+    """What of an image ``fit_image`` shows in its square: of columns, then of rows.
+
+    The first pixel, and how many. With a letterbox the square shows more than the image has.
+    """
     if fit == "crop":
-        top, left = (height - side) // 2, (width - side) // 2
-        white = white[top : top + side, left : left + side]
-    elif fit == "letterbox":
-        side = max(mask.size)
-        left, top = (side - width) // 2, (side - height) // 2
-        white = F.pad(white, (left, side - width - left, top, side - height - top))
-    # A position with any white pixel is drawn: no line is too thin.
-    return F.adaptive_max_pool2d(white[None, None], grid).flatten().bool()
+        side = min(size)
+        return [(Fraction(length - side, 2), Fraction(side)) for length in size]
+    if fit == "squash":
+        return [(Fraction(0), Fraction(length)) for length in size]
+    inner, corner = _letterbox(size, image_size)
+    scales = [Fraction(length, part) for length, part in zip(size, inner, strict=True)]
+    return [
+        (-start * scale, image_size * scale) for start, scale in zip(corner, scales, strict=True)
+    ]
+
+
+def _letterbox(size: tuple[int, int], image_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The size of the image inside the grey of ``fit_image``, and its corner: x, y."""
+    scale = image_size / max(size)
+    inner = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+    return inner, ((image_size - inner[0]) // 2, (image_size - inner[1]) // 2)
+
+
+def _touched(
+    white: NDArray[np.bool_], first: Fraction, count: Fraction, parts: int
+) -> NDArray[np.bool_]:
+    """Which of equal parts of some rows have a white pixel: bool[R, C] -> bool[parts, C].
+
+    Args:
+        first, count: the rows. Those at both ends of a part may belong to it in part.
+    """
+    edges = [first + count * part / parts for part in range(parts + 1)]
+    return np.stack([white[max(0, floor(a)) : max(0, ceil(b))].any(0) for a, b in pairwise(edges)])
 
 
 def _to_original(square: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
@@ -79,9 +115,7 @@ def _to_original(square: Image.Image, size: tuple[int, int], fit: Fit) -> Image.
             square.resize((side, side), resample), ((width - side) // 2, (height - side) // 2)
         )
         return whole
-    scale = square.width / max(size)
-    inner = (max(1, round(width * scale)), max(1, round(height * scale)))
-    left, top = (square.width - inner[0]) // 2, (square.height - inner[1]) // 2
+    inner, (left, top) = _letterbox(size, square.width)
     return square.resize(size, resample, box=(left, top, left + inner[0], top + inner[1]))
 
 
@@ -119,9 +153,10 @@ def edit_steps(
             f"the mask has {mask.width} x {mask.height} pixels, the image {image.width} x "
             f"{image.height}: they must be of one size"
         )
-    fit, levels = model.image_tokenizer.fit, model.config.layout.levels
+    tokenizer, levels = model.image_tokenizer, model.config.layout.levels
+    places = [masked_codes(mask, tokenizer.fit, tokenizer.image_size, v.grid) for v in levels]
     fresh = torch.cat(
-        [masked_codes(mask, fit, level.grid).repeat_interleave(level.groups) for level in levels]
+        [part.repeat_interleave(v.groups) for part, v in zip(places, levels, strict=True)]
     )
     if not fresh.any():
         raise ValueError("the mask is black where the model looks: nothing to draw")

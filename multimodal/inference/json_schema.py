@@ -4,6 +4,7 @@ Shapes: V vocabulary.
 """
 
 import json
+import re
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from multimodal.model.checkpoint import ModelParts
+
+SPACE = "\u2581"  # how a BPE with byte_fallback writes a space
 
 
 @cache
@@ -22,16 +25,38 @@ def _byte_of() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-def token_bytes(model: ModelParts) -> list[bytes]:
-    """The bytes of every id. Ids that are no text have none."""
-    tokens = [b""] * model.vocabulary.size
+def _of_byte_level(token: str) -> bytes:
     byte_of = _byte_of()
-    for token, number in model.text_tokenizer.vocabulary().items():
-        if all(character in byte_of for character in token):
-            tokens[number] = bytes(byte_of[character] for character in token)
-        else:  # a token that was added as a whole
-            tokens[number] = token.encode()
-    return tokens
+    if all(character in byte_of for character in token):
+        return bytes(byte_of[character] for character in token)
+    return token.encode()  # a token that was added as a whole
+
+
+def _of_byte_fallback(token: str) -> bytes:
+    if single := re.fullmatch("<0x([0-9A-F]{2})>", token):
+        return bytes.fromhex(single[1])
+    return token.replace(SPACE, " ").encode()
+
+
+def token_bytes(model: ModelParts) -> list[bytes]:
+    """The bytes of every id. Ids that are no text have none.
+
+    Raises:
+        ValueError: for a text tokenizer that is neither a byte-level BPE nor one with byte_fallback
+            (Llama 2, Gemma).
+    """
+    tokens, tokenizer = [b""] * model.vocabulary.size, model.text_tokenizer
+    vocabulary = tokenizer.vocabulary()
+    # How a tokenizer writes a line break shows which of the two it is.
+    for newline, bytes_of in (("\u010a", _of_byte_level), ("<0x0A>", _of_byte_fallback)):
+        if newline in vocabulary and tokenizer.decode([vocabulary[newline]]) == "\n":
+            for token, number in vocabulary.items():
+                tokens[number] = bytes_of(token)
+            return tokens
+    raise ValueError(
+        "a JSON schema needs a text tokenizer that can write every byte: byte-level BPE, or BPE "
+        "with byte_fallback"
+    )
 
 
 class _TokenizerForLlguidance:
@@ -43,9 +68,13 @@ class _TokenizerForLlguidance:
         self.tokens = token_bytes(model)
         self.special_token_ids = list(range(vocabulary.text_size, vocabulary.size))
         self._encode = model.text_tokenizer.encode
+        # Such a tokenizer puts a space before each text, so a model has learned to begin with one.
+        self.begins_with_space = self.tokens[self._encode("a")[0]].startswith(b" ")
+        self._before = "\x02" if self.begins_with_space else ""  # never one token with a letter
 
     def __call__(self, text: str) -> list[int]:
-        return self._encode(text)
+        """The ids of a text that goes on: without the space that begins one."""
+        return self._encode(self._before + text)[len(self._encode(self._before)) :]
 
 
 class BadSchema(ValueError):
@@ -57,7 +86,7 @@ class Schema:
 
     Raises:
         BadSchema: if the schema is not valid, or cannot be followed.
-        ValueError: if llguidance is missing.
+        ValueError: if llguidance is missing, or for a text tokenizer that it cannot follow.
     """
 
     def __init__(self, model: ModelParts, schema: dict[str, Any]) -> None:
@@ -65,10 +94,9 @@ class Schema:
             import llguidance
         except ImportError as error:
             raise ValueError("a JSON schema needs llguidance: pip install llguidance") from error
-        self._llguidance = llguidance
+        self._llguidance, tokenizer = llguidance, _TokenizerForLlguidance(model)
         self._tokenizer = llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_TokenizerForLlguidance(model)),
-            n_vocab=model.vocabulary.size,
+            llguidance.TokenizerWrapper(tokenizer), n_vocab=model.vocabulary.size
         )
         try:
             self._grammar = llguidance.LLMatcher.grammar_from_json_schema(
@@ -78,6 +106,10 @@ class Schema:
             raise BadSchema("not a JSON schema: nested too deep") from error
         except (TypeError, ValueError) as error:
             raise BadSchema(f"not a JSON schema: {' '.join(str(error).split())[:300]}") from error
+        if tokenizer.begins_with_space:
+            grammar = json.loads(self._grammar)
+            spaced = {"name": "spaced", "lark_grammar": 'start: " "? @json_schema'}
+            self._grammar = json.dumps({**grammar, "grammars": [spaced, *grammar["grammars"]]})
         self.start()  # so that errors of the schema are raised here
 
     def start(self) -> "SchemaState":

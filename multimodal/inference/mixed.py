@@ -190,7 +190,7 @@ class MixedRow(Row):
             yield from self._take_code(self.part, token)
         elif self.part is not None:
             yield from self.part.take(token)
-            if token not in self.part.ends:
+            if token not in self.part.end_ids:
                 self.generated.append(token)
                 reply.text_tokens += 1
                 self.left -= 1

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from multimodal.options import Sampling
 
+NOTHING = -1  # in the place of an id, where a host has not looked yet whether logits are finite
+NOT_FINITE = "logits are not finite, or nothing can be chosen: weights that are not numbers"
+
 
 def generators(sampling: Sampling, numbers: Iterable[int]) -> list[torch.Generator]:
     """A source of random numbers for each row, by its number."""
@@ -68,10 +71,12 @@ def choose(logits: Tensor, sampling: Sampling, dice: Sequence[torch.Generator]) 
         dice: a generator for each of the B rows.
 
     Raises:
-        ValueError: if the logits are not finite.
+        ValueError: if the logits are not finite. At a temperature of 0 such a row gets NOTHING
+            instead, and who reads the ids raises: no host waits for a GPU here.
     """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        best = logits.max(-1)  # NaN, if there is one
+        return best.indices.masked_fill(~best.values.isfinite(), NOTHING)
     # One random number a choice, looked up in the cumulated probabilities. Gumbel noise for each
     # token of a large vocabulary would take longer than a step of a small model.
     exact = torch.float32 if logits.device.type == "mps" else torch.float64  # mps has no float64
@@ -79,8 +84,8 @@ def choose(logits: Tensor, sampling: Sampling, dice: Sequence[torch.Generator]) 
     end, shape = cumulated[..., -1], logits.shape[1:-1]
     if not end.isfinite().all():
         raise ValueError(
-            "logits are not finite, or nothing can be chosen: weights that are not numbers, or "
-            f"temperature={sampling.temperature} is too small (0 takes the most likely token)"
+            f"{NOT_FINITE}, or temperature={sampling.temperature} is too small (0 takes the most "
+            "likely token)"
         )
     shares = [torch.rand(shape, generator=generator, dtype=exact) for generator in dice]
     # A share is below 1, so its product is below the end: no token of probability 0 is reached.

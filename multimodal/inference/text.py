@@ -86,7 +86,7 @@ class TextRow(Row):
         self.ids = slice(0, model.vocabulary.image_start)
         self.tokenizer = model.text_tokenizer
         # A schema says by itself where a text ends.
-        self.ends = text_ends(model) if state is None else {model.vocabulary.eos}
+        self.end_ids = text_ends(model) if state is None else frozenset({model.vocabulary.eos})
         self.stop, self.mask, self.state, self.streams = stop, mask, state, streams
         self.tokens: list[int] = self.generated
         self.ended = "length"
@@ -96,7 +96,7 @@ class TextRow(Row):
         return self.mask if self.state is None else self.mask & self.state.allowed(self.mask)
 
     def take(self, token: int, log_probability: float = 0.0) -> Iterator[str]:
-        if token in self.ends:
+        if token in self.end_ids:
             self.ended, self.done = "end", True
         else:
             self.tokens.append(token)

@@ -298,8 +298,9 @@ def document(
         extend([boi], objective)
         extend(image, "image")
         objective = "caption"
-    # Right after a cut, <eos> would teach to say nothing after <bos>.
-    if max_length is None or len(ids) < max_length and (spans or not sequences):
+    # <eos> would teach to say nothing: right after a cut, or of an image that stands alone.
+    silent = len(spans) == 2 if objective == "caption" else bool(sequences) and not spans
+    if not silent and (max_length is None or len(ids) < max_length):
         extend([vocabulary.eos], objective)
     cut()
     return sequences
@@ -370,8 +371,7 @@ def pack(
             f"a sequence of {longest} tokens does not fit rows of {row_length}: "
             "raise row_length, or cut the text"
         )
-    rows: list[list[int]] = []
-    room: list[int] = []
+    rows, room = list[list[int]](), list[int]()
     for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
         n = len(sequences[i])
         row = next((r for r, free in enumerate(room) if free >= n), len(rows))

@@ -287,10 +287,15 @@ def _finding(report: Mapping[str, Any]) -> Finding:
     actions: list[Mapping[str, Any]] = []
     drawing = None
     for assertion in manifest.get("assertions", ()):
-        if str(assertion.get("label")).startswith("c2pa.actions"):
-            actions += assertion["data"].get("actions", ())
-        elif assertion.get("label") == DRAWING:
-            drawing = {str(name): str(value) for name, value in assertion["data"].items()}
+        label, data = str(assertion.get("label")), assertion.get("data")
+        if not isinstance(data, Mapping):  # anyone can sign anything
+            continue
+        if label.startswith("c2pa.actions"):
+            several = data.get("actions")
+            several = several if isinstance(several, list) else []
+            actions += [each for each in several if isinstance(each, Mapping)]
+        elif label == DRAWING:
+            drawing = {str(name): str(value) for name, value in data.items()}
     signature = manifest.get("signature_info", {})
     signer = [str(signature[name]) for name in ("issuer", "common_name") if name in signature]
     makers = [

@@ -14,8 +14,9 @@ from multimodal.model.vocabulary import SPECIALS, image_token
 from multimodal.provenance import Provenance
 from multimodal.released.assemble import Released, ids_of, part_of_config
 from multimodal.schemas import construct
+from multimodal.tokenizers.chat import ChatFormat
 from multimodal.tokenizers.image import load_image_tokenizer
-from multimodal.tokenizers.text import ChatFormat, TextTokenizer
+from multimodal.tokenizers.text import TextTokenizer
 from multimodal.tokenizers.weights import Fit
 
 

@@ -96,6 +96,24 @@ def test_an_unreadable_image_is_named_and_a_folder_named_twice_counts_once(
     assert mode == (tmp_path / "once" / "config.json").stat().st_mode
 
 
+def test_a_shard_without_a_usable_image_adds_nothing_to_features_with_colours(
+    work: Path, tmp_path: Path
+) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name, end in (("train-0000", 40), ("train-0001", None)):
+        samples = [
+            (f"{name}-{s.key}", {"png": s.image[:end], "json": json.dumps(s.record).encode()})
+            for s in list(Shards(work / "scenes", "train"))[:8]
+        ]
+        write_tar(shards / f"{name}.tar", samples)
+    write_manifest(shards, [index_shard(file) for file in sorted(shards.glob("*.tar"))])
+    arguments = command(work, tmp_path / "meaning", "--colours")
+    arguments[2] = str(shards)
+    assert main(arguments) == 0
+    assert Meaning.load(tmp_path / "meaning").level.groups == 3
+
+
 def test_a_stopped_run_goes_on_and_gives_the_same(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,6 +59,14 @@ def test_beams_are_those_of_transformers(
     assert ours != generate_ids(model, prompts, TextOptions(max_tokens=9)), "greedy is another text"
 
 
+def test_beams_of_weights_that_are_not_numbers_are_an_error(tiny_model: Make) -> None:
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.network.transformer.norm.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits are not finite.*weights that are not numbers"):
+        generate_ids(broken, prompts_of(broken), TextOptions(max_tokens=4, beams=3))
+
+
 def test_beams_do_not_draw(model: Model) -> None:
     with pytest.raises(ValueError, match="no option beams"):
         model.draw("a red bus", beams=2, temperature=0.0)

@@ -1,5 +1,6 @@
 """Guidance by a schedule and away from a text, outpainting, and variations of an image."""
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from PIL import Image
 
 import multimodal.inference.editing as editing
 from multimodal.api import Model
 from multimodal.cli import main
 from multimodal.commands.options import given_options, make_parser
+from multimodal.data.images import Fit, fit_image
 from multimodal.inference.codec import UNKNOWN, encode_images, read_images
 from multimodal.inference.drawing import draw_codes, masked_steps
 from multimodal.inference.editing import box_mask, masked_codes
@@ -149,11 +152,53 @@ def test_the_edit_command(tiny_model_folder: Path, tmp_path: Path) -> None:
 
 def test_a_thin_mask_touches_its_codes(model: Model) -> None:
     thin = box_mask((1024, 1024), (255, 100, 257, 400))  # two pixels, on both sides of a border
-    codes = masked_codes(thin, "squash", 4).reshape(4, 4)
+    codes = masked_codes(thin, "squash", 32, 4).reshape(4, 4)
     assert codes.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     edge = box_mask((500, 250), (0, 0, 1, 1))
-    assert masked_codes(edge, "crop", 4).sum() == 0
-    assert masked_codes(edge, "letterbox", 4).any()
+    assert masked_codes(edge, "crop", 32, 4).sum() == 0
+    assert masked_codes(edge, "letterbox", 32, 4).any()
+
+
+@pytest.mark.parametrize("fit", ["squash", "crop", "letterbox"])
+def test_the_codes_under_a_pixel_are_those_where_a_change_of_it_shows(fit: Fit) -> None:
+    """As the square of ``fit_image`` shows it, which is compared before and after the change.
+
+    The most changed pixel is under a drawn code, and every drawn code has changed. Resampling
+    reads up to three pixels (of the coarser grid) around: beyond a mask so much wider nothing has.
+    """
+    rng = np.random.default_rng(0)
+    cases = [((21, 216), (10, 40), 64, 8)]  # the letterbox rounds 6.2 pixels to 6
+    for _ in range(300):
+        width, height = (int(side) for side in rng.integers(8, 160, 2))
+        place = int(rng.integers(width)), int(rng.integers(height))
+        cases.append(((width, height), place, *[(32, 4), (64, 8), (128, 16)][rng.integers(3)]))
+    shown = 0
+    for size, (x, y), side, grid in cases:
+        plain = Image.new("RGB", size, (100, 100, 100))
+        changed = plain.copy()
+        changed.putpixel((x, y), (255, 255, 255))
+        squares = [np.asarray(fit_image(image, side, fit), np.int64) for image in (plain, changed)]
+        change = abs(squares[1] - squares[0]).sum(-1)
+        change = rearrange(change, "(h i) (w j) -> h w (i j)", h=grid, w=grid).max(-1).flatten()
+        reach = int(3 * max(1, max(size) / side))
+        wide = Image.new("L", size)
+        wide.paste(255, (max(0, x - reach), max(0, y - reach), x + reach + 1, y + reach + 1))
+        drawn, near = (
+            masked_codes(mask, fit, side, grid).numpy()
+            for mask in (box_mask(size, (x, y, x + 1, y + 1)), wide)
+        )
+        shown += drawn.any()
+        assert not drawn.any() or change[drawn].max() == change.max(), (size, x, y)
+        assert (change[drawn] > 0).all() and not change[~near].any(), (size, x, y)
+    assert shown > 150
+
+
+def test_a_long_image_takes_no_memory_of_a_square() -> None:
+    mask = box_mask((14_100, 71), (10_000, 0, 10_001, 1))
+    tracemalloc.start()
+    assert masked_codes(mask, "letterbox", 256, 16).nonzero().tolist() == [[16 * 7 + 11]]
+    assert tracemalloc.get_traced_memory()[1] < 4 * mask.width * mask.height
+    tracemalloc.stop()
 
 
 def test_pixels_outside_a_crop_are_left_alone(

@@ -168,5 +168,11 @@ def test_drawings_have_previews(model: Model, method: str, calls: int) -> None:
     assert drawn == model.draw("a red bus", 3, **options)
     assert [numbers for numbers, _ in seen] == [[0, 1, 2]] * calls
     assert seen[-1][1] == drawn and seen[0][1] != drawn
+    seen.clear()
+    texts = ["a red bus", "two dogs", "a red bus"]
+    several = sum(model.draw(texts, 2, **options), [])
+    assert sum(model.draw(texts, 2, on_preview=on_preview, **options), []) == several
+    last = dict(pair for places, images in seen for pair in zip(places, images, strict=True))
+    assert [last[place] for place in range(6)] == several and several[:2] == several[4:]
     with pytest.raises(ValueError, match="nothing to see before the end"):
         model.draw("a red bus", candidates=2, on_preview=lambda n, images: None)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from multimodal.api import Model
-from multimodal.inference.sampling import choose, generators, penalise, truncate
+from multimodal.inference.sampling import NOTHING, choose, generators, penalise, truncate
 from multimodal.inference.text import generate_ids
 from multimodal.options import Sampling, TextOptions
 from tests.prompts import prompts_of
@@ -54,6 +54,21 @@ def test_a_token_of_probability_0_is_never_chosen(
 def test_logits_that_are_not_finite_are_an_error(broken: float) -> None:
     with pytest.raises(ValueError, match="logits are not finite"):
         choose(torch.full((2, 5), broken), HOT, generators(HOT, range(2)))
+    greedy = Sampling(temperature=0.0)
+    logits = torch.tensor([[broken, broken], [-torch.inf, 1.0], [2.0, broken]])
+    last = 0 if broken == -torch.inf else NOTHING
+    assert choose(logits, greedy, generators(greedy, range(3))).tolist() == [NOTHING, 1, last]
+
+
+def test_a_model_of_weights_that_are_not_numbers_says_so(tiny_model: Make) -> None:
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.network.transformer.norm.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits are not finite.*weights that are not numbers"):
+        generate_ids(broken, prompts_of(broken), TextOptions(max_tokens=4))
+    for method, words in (("causal", "logits are not finite"), ("masked", "codes from -1 to -1")):
+        with pytest.raises(ValueError, match=words):
+            broken.draw("a red bus", method=method, temperature=0.0)
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,17 @@ def test_a_long_document_continues_in_the_next_sequence_and_loses_nothing(max_le
         document(VOCABULARY, parts, 5)
 
 
+def test_an_image_that_stands_alone_teaches_no_empty_caption() -> None:
+    image = np.array(CODES)
+    alone = ["<bos> -> <boi> text", "<boi> -> i4 image", "i4 -> i0 image", "i0 -> i49 image"]
+    alone += ["i49 -> <eoi> image", "<eoi>"]
+    assert [table(each) for each in document(VOCABULARY, [image])] == [alone]
+    after_a_cut = document(VOCABULARY, [TEXT, image], 8)
+    assert len(after_a_cut) == 2 and table(after_a_cut[1]) == alone
+    for parts in ([TEXT, image], [image, TEXT], [image, image]):
+        assert document(VOCABULARY, parts)[0].ids[-1] == VOCABULARY.eos
+
+
 def test_an_empty_text() -> None:
     assert table(describe(VOCABULARY, CODES, [[]]))[-2:] == ["<eoi> -> <eos> caption", "<eos>"]
     assert table(draw(VOCABULARY, []))[0] == "<bos> -> <boi> text"

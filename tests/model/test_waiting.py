@@ -25,6 +25,8 @@ from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import OBJECTIVES, Predicted
 from multimodal.model.sequences import NO_LOSS
 from multimodal.model.training_batch import TrainingBatch, TrainingSample
+from multimodal.tokenizers.detail import make_quantizer
+from multimodal.tokenizers.quantizers.quantizer import CodebookUsage
 from multimodal.train.sharding import clip_gradients
 from tests.samples import samples_of
 
@@ -147,6 +149,20 @@ def test_a_step_with_a_teacher_waits_for_nothing(tiny_model: Make) -> None:
             teaching = Teaching(hidden, head, 2.0, dict.fromkeys(taught, 0.5))
             step_of(model.network, replace(batch, teaching=teaching))
     assert names == []
+
+
+@pytest.mark.parametrize("name", ["vq", "ibq"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_learned_codebook_waits_in_its_first_step_alone(name: str, first: bool) -> None:
+    options = {"codebook_size": 16, "channels": 4}
+    quantizer, usage = make_quantizer(name, **options).train(), CodebookUsage(16)
+    if not first:
+        quantizer(torch.randn(2, 3, 3, 4))
+    with waits() as names:
+        result = quantizer(torch.randn(2, 3, 3, 4))
+        usage.update(result.codes)
+    assert bool(names) == first
+    assert usage.counts.sum() == 18 and usage.used > 0
 
 
 def test_the_move_to_a_device_keeps_what_was_found_on_the_host(tiny_model: Make) -> None:

@@ -21,6 +21,7 @@ from multimodal.origin.credentials import (
     SELF_MADE,
     Drawing,
     Signer,
+    _finding,
     find_credentials,
     make_signer,
     read_credentials,
@@ -193,3 +194,34 @@ def test_drawings_of_the_command_line_are_signed(tmp_path: Path) -> None:
     edited = tmp_path / "edited.jpg"
     assert main([*edit, "--out", str(edited), "--sign", str(keys)]) == 0
     assert read_credentials(edited).source_types == ("compositeWithTrainedAlgorithmicMedia",)
+
+
+@pytest.mark.parametrize("data", ["a text", 7, [["model", 1]], {"model": {"a": 1}}])
+def test_whatever_another_has_signed_no_file_ends_a_listing(
+    signer: Signer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    data: object,
+) -> None:
+    drawing, odd, good = Drawing.of("0123abcd", PROMPT), tmp_path / "odd.png", tmp_path / "good.png"
+    good.write_bytes(signer.sign(PICTURE, "PNG", drawing))
+    told = drawing.manifest()
+    told["assertions"][1]["data"] = data
+    monkeypatch.setattr(Drawing, "manifest", lambda self: told)
+    odd.write_bytes(signer.sign(PICTURE, "PNG", drawing))
+    assert main(["provenance", str(odd), str(good), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["state"] for line in lines] == ["valid", "valid"]
+    assert lines[0]["drawing"] == ({"model": "{'a': 1}"} if isinstance(data, dict) else None)
+
+
+@pytest.mark.parametrize(
+    "data", ["a text", {"actions": "a text"}, {"actions": ["a", {"action": "b"}]}]
+)
+def test_actions_of_another_form_are_left_out(data: object) -> None:
+    """As a report of c2pa might have them."""
+    assertions = [{"label": "c2pa.actions.v2", "data": data}, {"label": "c2pa.actions"}]
+    manifests = {"one": {"assertions": assertions}}
+    found = _finding({"active_manifest": "one", "manifests": manifests})
+    assert found.actions in ((), ("b",)) and found.source_types == ()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multimodal.tokenizers.detail import make_quantizer
 from multimodal.tokenizers.quantizers.ibq import IBQ
 from multimodal.tokenizers.quantizers.quantizer import CodebookUsage
 from multimodal.tokenizers.quantizers.vq import VQ
@@ -122,6 +123,45 @@ def test_vq_has_one_codebook_on_all_ranks(learning: str, tmp_path: Path) -> None
     assert not torch.equal(*first), "some were restarted"
     # Before the restarts the codebook equals that of one rank with all data.
     torch.testing.assert_close(first[0], train_vq(learning, slice(None)).codebook.weight.detach())
+
+
+def codebooks_of_an_uneven_rank(rank: int, file: str, out: str) -> None:
+    """Steps in which the first rank has no latents, in which the other one has none, and both."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
+    made = []
+    for make in (VQ, IBQ):
+        torch.manual_seed(rank)
+        quantizer = make(codebook_size=8, channels=4).train()
+        for step, share in enumerate((slice(8 * rank), slice(8 - 8 * rank), slice(4), slice(4))):
+            if make is VQ and step > 1:
+                quantizer.dead_after = 2.0
+            quantizer(unit(8, 2, 2, 4, seed=10 * step + rank)[share])
+            made.append((quantizer.codebook.weight.detach().clone(), bool(quantizer.initialised)))
+    torch.save(made, f"{out}-{rank}")
+    dist.destroy_process_group()
+
+
+def test_ranks_without_latents_keep_the_codebook_of_the_others(tmp_path: Path) -> None:
+    import torch.multiprocessing as mp
+
+    arguments = (str(tmp_path / "meet"), str(tmp_path / "made"))
+    mp.spawn(codebooks_of_an_uneven_rank, args=arguments, nprocs=2)
+    first, second = (torch.load(tmp_path / f"made-{rank}") for rank in (0, 1))
+    for step, ((ours, begun), (theirs, too)) in enumerate(zip(first, second, strict=True)):
+        assert begun == too == (step % 4 > 0), "it starts where the first rank has latents"
+        assert not begun or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["fsq", "ibq", "lfq", "vq"])
+def test_no_latents_change_nothing(name: str) -> None:
+    options = {"levels": [3] * 4} if name == "fsq" else {"channels": 4}
+    quantizer = make_quantizer(name, **options).train()
+    before = {key: value.clone() for key, value in quantizer.state_dict().items()}
+    assert quantizer(torch.zeros(0, 1, 1, 4)).codes.shape == (0, 1, 1)
+    moved = {k for k, v in quantizer.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved <= {"counts"}, "of VQ, which decay"
 
 
 def test_vq_restarts_dead_codes_from_the_data() -> None:

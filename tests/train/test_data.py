@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 import multimodal.train.sample_order as train_order
 from multimodal.api import Model
@@ -19,6 +20,7 @@ from multimodal.model.training_batch import TrainingSample
 from multimodal.train.callbacks import Mixture
 from multimodal.train.data import GlobalBatchLoader, ShardData
 from multimodal.train.examples import ShardDataset
+from multimodal.train.joint import JointModule
 from multimodal.train.sample_order import GlobalBatches, Order
 from multimodal.train.tokenizers.semantic import texts_about
 
@@ -44,6 +46,14 @@ def test_only_the_augmented_folders_are_cropped(tmp_path: Path) -> None:
     assert plain[4:] == cropped[4:] == later[4:]
     with pytest.raises(ValueError, match="augmented has .*'elsewhere'.*some of data.folders"):
         ShardData(folders, augmented=["elsewhere"])
+
+
+def test_plain_texts_alone_have_no_codes(work: Path) -> None:
+    module = JointModule(**yaml.safe_load((work / "joint.yaml").read_text())["model"]["init_args"])
+    text: dict[str, Any] = {"key": "t", "images": [], "record": {}, "seed": 0, "source": 0}
+    text |= {"document": ["a text"], "drawn": True, "notes": []}
+    batch = ShardDataset([], 16, "squash", seed=0).collate([text, text])
+    assert [codes.shape for codes in module.codes(batch)] == [(0, module.model.codes_per_image)] * 2
 
 
 def test_images_of_the_drawn_folders_alone_are_learned_to_be_drawn(

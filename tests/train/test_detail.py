@@ -1,7 +1,9 @@
-"""A decoder that reads meaning: trained on frozen codes, at the size that meaning reads."""
+"""Training of the levels: a decoder that reads meaning, a projection, batches without images."""
 
 import json
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -12,10 +14,14 @@ from torch import Tensor
 from multimodal.cli import main
 from multimodal.data.images import fit_image, open_image, to_tensor
 from multimodal.data.shards import Shards
+from multimodal.tokenizers.detail import VQTokenizerConfig
 from multimodal.tokenizers.encoder import Encoder
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.levels import Level
 from multimodal.tokenizers.meaning import Meaning, MeaningConfig, fit_codebooks
+from multimodal.train.examples import Examples
+from multimodal.train.tokenizers.detail import DetailModule
+from multimodal.train.tokenizers.meaning import MeaningModule
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +117,91 @@ def test_the_projection_of_a_level_of_meaning_is_trained(work: Path, tmp_path: P
     assert main([*more, "--output", str(tmp_path / "more")]) == 0
     again = Meaning.load(tmp_path / "more/model").encode(torch.stack(pixels))
     assert (again == codes).float().mean() > 0.8
+
+
+def examples(images: Tensor) -> Examples:
+    """Images with captions, or one plain text."""
+    pixels, count = (127.5 * images + 127.5).byte(), max(1, len(images))
+    records: list[dict[str, Any]] = [{"captions": ["a red circle"]}] * count
+    documents: list[list[str | None]] = [[] if len(images) else ["a text"]] * count
+    zeros = [0] * count
+    return Examples([f"{n}" for n in range(count)], pixels, records, zeros, zeros, documents, [])
+
+
+def logged_by(module: DetailModule | MeaningModule, batches: list[Examples]) -> dict[str, Any]:
+    """What a rank logs in validation: by name, in its order, values and their weights."""
+    found: dict[str, Any] = {}
+
+    def log(name: str, value: Tensor, batch_size: int, sync_dist: bool) -> None:
+        found.setdefault(name, []).append((float(value), batch_size))
+
+    def log_dict(values: dict[str, Tensor], **options: Any) -> None:
+        for name, value in values.items():
+            log(name, value, **options)
+
+    module.log, module.log_dict = log, log_dict  # type: ignore[assignment, method-assign]
+    module.eval().on_validation_epoch_start()
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            module.validation_step(batch, number)
+    return found
+
+
+def test_ranks_log_the_same_names_in_the_same_order_whatever_is_in_their_batches(
+    work: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    vit = {"name": "vit", "dim": 32, "encoder_depth": 0, "decoder_depth": 0, "heads": 2}
+    quantizer = {"name": "vq", "codebook_size": 8, "channels": 4}
+    config = VQTokenizerConfig(64, "squash", 32, vit, quantizer)
+    module = DetailModule(
+        config,
+        text_tokenizer=str(work / "text.json"),
+        semantic_weight=0.5,
+        teacher_weight=0.1,
+        teacher="random",
+        discriminator_weight=0.1,
+        perceptual_weight=0.1,
+    )
+    shown: list[Examples] = []
+    monkeypatch.setattr(module, "_log_pictures", shown.append)
+    full, none = examples(images[:3]), examples(images[:0])
+    one = logged_by(module, [none, full])
+    assert module.val_usage.counts.sum() == 3 * 4
+    other = logged_by(module, [full, none])
+    assert list(one) == list(other) and len(one) >= 10 and shown == [full]
+    for name, both in one.items():
+        assert [weight for _, weight in both] == [0, 3]
+        assert both == other[name][::-1] and all(isfinite(value) for value, _ in both)
+    # In training it has gradients of zero, and codes of nothing.
+    total, parts = module.train().step(none)
+    total.backward()
+    assert list(parts) == ["codes"] and not parts["codes"].numel()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and not p.grad.any() for p in trained)
+
+
+def test_the_projection_of_meaning_starts_with_the_first_images(
+    images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    weights = tmp_path / "network.safetensors"
+    save_file(timm.create_model("test_efficientnet").state_dict(), weights)
+    name = f"timm:test_efficientnet={weights}"
+    module = MeaningModule(name, image_size=64, grid=2, levels=(3, 3), width=32)
+    full, none = examples(images), examples(images[:0])
+    # All ranks meet as often, with images or without.
+    meetings: list[Tensor] = []
+    monkeypatch.setattr("multimodal.train.tokenizers.meaning.distributed", lambda: True)
+    monkeypatch.setattr("torch.distributed.broadcast", lambda each, rank: meetings.append(each))
+    for batch, met in ((none, 4), (full, 8), (none, 8), (full, 8)):
+        lost, codes = module.step(batch)
+        assert len(meetings) == met and lost.isfinite() and lost.requires_grad
+        assert len(codes) == len(batch.images) and bool(lost) == bool(len(codes))
+    found = logged_by(module, [none, full])
+    assert list(found) == ["val/variance_lost"]
+    assert found["val/variance_lost"][0] == (0.0, 0) and found["val/variance_lost"][1][1] == 16
+    assert module.usage[0].counts.sum() == 16 * 4
 
 
 MEANING = """

@@ -23,7 +23,6 @@ from multimodal.cli import main
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.options import DrawArguments, DrawOptions
 from multimodal.tokenizers.image import load_image_tokenizer
-from multimodal.tokenizers.quantizers import vq
 from multimodal.train.data import ShardData
 from multimodal.train.examples import Examples, ShardDataset
 from multimodal.train.joint import JointModule
@@ -90,7 +89,10 @@ def test_a_collapsed_codebook_gives_a_warning(
     monkeypatch.setattr(detail, "USAGE_EVERY", 12)
     quantizer = {"name": "vq", "codebook_size": 64, "channels": 4, "decay": 0.5}
     if collapsed:  # all codes start equal, never move, and are never restarted
-        monkeypatch.setattr(vq, "sample_codebook", lambda flat, count: flat[:1].expand(count, -1))
+        monkeypatch.setattr(
+            "multimodal.tokenizers.quantizers.quantizer.sample_codebook",
+            lambda flat, count: (flat[:1].expand(count, -1), torch.tensor(True)),
+        )
         quantizer |= {"decay": 1.0, "dead_after": 0.0}
     config = yaml.safe_load((work / "tokenizer.yaml").read_text())
     config["model"]["init_args"]["tokenizer"]["quantizer"] = quantizer
@@ -274,7 +276,7 @@ ZERO = "{caption: 0, answer: 0, text: 0, image: 0, reconstruct: 0}"
     ("options", "status", "message"),
     [
         (["--data.folders", "[nowhere]"], 1, r"nowhere: no such folder"),
-        (["--data.folders", "[BARE]"], 1, r"no manifest.json; .* run: multimodal data index"),
+        (["--data.folders", "[BARE]"], 1, r"no manifest.json; .* multimodal data index"),
         (["--data.train_split", "trian"], 1, r"no split 'trian'; it has heldout, train, val"),
         (["--data.global_batch_size", "999"], 1, r"50 samples are fewer than one global batch"),
         (["--model.init_args.text_tokenizer", "no.json"], 1, r"error: no.json: no such file; "),
@@ -309,7 +311,11 @@ ZERO = "{caption: 0, answer: 0, text: 0, image: 0, reconstruct: 0}"
         (["--ckpt_path", "no.ckpt"], 1, r"no.ckpt: no such checkpoint"),
         (["--ckpt_path", "OTHER"], 1, r"the checkpoint is of another model"),
         (["--init_from", "nowhere"], 1, r"nowhere: no such model folder"),
-        (["--init_from", "MODEL", "--model.init_args.size", "mini"], 1, r"its sizes are not those"),
+        (
+            ["--init_from", "MODEL", "--model.init_args.size", "mini"],
+            1,
+            r"of this run: hidden_size ",
+        ),
         (["--init_from", "MODEL", "--ckpt_path", "x"], 1, r"give one of them"),
     ],
 )

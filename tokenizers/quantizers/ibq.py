@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from multimodal.tokenizers.quantizers.quantizer import (
     Channels,
     CodebookSize,
+    LearnedCodebook,
     Quantized,
-    Quantizer,
     entropy_of,
-    sample_codebook,
 )
 
 
-class IBQ(Quantizer):
+class IBQ(LearnedCodebook):
     """Index backpropagation quantization.
 
     Args:
@@ -40,8 +39,6 @@ class IBQ(Quantizer):
     Raises:
         ValueError: for sizes below 2, or a temperature of 0 or less.
     """
-
-    initialised: Tensor
 
     def __init__(
         self,
@@ -69,10 +66,8 @@ class IBQ(Quantizer):
         with torch.autocast(latents.device.type, enabled=False):
             latents = F.normalize(latents.float(), dim=-1)
             flat = rearrange(latents, "b h w c -> (b h w) c")
-            if self.training and not self.initialised:
-                with torch.no_grad():
-                    self.codebook.weight.copy_(sample_codebook(flat, self.codebook_size))
-                    self.initialised.fill_(True)
+            if self.training:
+                self._initialise(flat)
             codebook = F.normalize(self.codebook.weight, dim=-1)
             logits = flat @ codebook.T / self.temperature
             codes = logits.detach().argmax(-1)
@@ -82,7 +77,8 @@ class IBQ(Quantizer):
             if self.training:
                 # The IBQ estimator: one-hot in the forward pass, softmax in the backward pass.
                 probabilities = logits.softmax(-1)
-                one_hot = F.one_hot(codes, self.codebook_size).to(probabilities)
+                # Not F.one_hot: there the host waits for a GPU.
+                one_hot = torch.zeros_like(probabilities).scatter_(-1, codes[:, None], 1.0)
                 vectors = (one_hot + probabilities - probabilities.detach()) @ codebook
                 mutual = self._distance(vectors, flat)
                 chosen = self._distance(nearest, flat.detach())

@@ -67,23 +67,55 @@ def distributed() -> bool:
 
 
 @torch.no_grad()
-def sample_codebook(flat: Tensor, count: int) -> Tensor:
-    """Draw a codebook from the latents of a batch, the same on all ranks.
+def sample_codebook(flat: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Draw a codebook from the latents of the first rank, the same on all ranks.
 
     A little noise keeps latents apart that are drawn several times.
 
     Args:
-        flat: float[N, C], latents.
+        flat: float[N, C], latents. N may be 0.
         count: number of codes.
 
     Returns:
-        float[count, C].
+        float[count, C], and whether the first rank had latents at all: bool[].
     """
-    drawn = flat[torch.randint(len(flat), (count,), device=flat.device)]
-    codebook = drawn + 0.01 * torch.randn_like(drawn)
+    # The last row says whether there were any. So ranks meet once, and no host waits for a GPU.
+    drawn = flat.new_zeros(count + 1, flat.shape[1])
+    if len(flat):
+        latents = flat[torch.randint(len(flat), (count,), device=flat.device)]
+        drawn[:count] = latents + 0.01 * torch.randn_like(latents)
+        drawn[count] = 1
     if distributed():
-        dist.broadcast(codebook, 0)
-    return codebook
+        dist.broadcast(drawn, 0)
+    return drawn[:count], drawn[count, 0] > 0
+
+
+class LearnedCodebook(Quantizer):
+    """Base of quantizers whose codebook starts at latents of the first batch that has any.
+
+    Attributes:
+        codebook: K vectors of C.
+        initialised: bool[], a buffer.
+    """
+
+    codebook: nn.Embedding
+    initialised: Tensor
+    _is_initialised = False  # what the buffer says, once it is true: no step waits for a GPU
+
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        """Vectors as the codebook holds them."""
+        return vectors
+
+    @torch.no_grad()
+    def _initialise(self, flat: Tensor) -> None:
+        if self._is_initialised:
+            return
+        if not self.initialised:
+            drawn, found = sample_codebook(flat, self.codebook_size)
+            weight = self.codebook.weight
+            weight.copy_(torch.where(found, self._scaled(drawn), weight))
+            self.initialised.copy_(found)
+        self._is_initialised = bool(self.initialised)
 
 
 def entropy_of(probabilities: Tensor) -> Tensor:
@@ -95,18 +127,23 @@ class CodebookUsage:
     """Counts codes over many batches: the share of the codebook in use, and its perplexity."""
 
     def __init__(self, codebook_size: int) -> None:
-        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
+        self._counts = torch.zeros(codebook_size, dtype=torch.int64)  # where the codes are
+
+    @property
+    def counts(self) -> Tensor:
+        """int64[K], on the CPU."""
+        return self._counts.cpu()
 
     def update(self, codes: Tensor) -> None:
-        """Count codes, int64[...] in [0, K)."""
-        self.counts += torch.bincount(codes.flatten().cpu(), minlength=len(self.counts))
+        """Count codes, int64[...] in [0, K). The host does not wait for a GPU."""
+        flat = codes.flatten()
+        self._counts = self._counts.to(flat.device).index_add_(0, flat, torch.ones_like(flat))
 
     def add_other_ranks(self, device: torch.device) -> None:
         """Count what all ranks have counted. device: where ranks can exchange tensors."""
         if distributed():
-            counts = self.counts.to(device)
-            dist.all_reduce(counts)
-            self.counts = counts.cpu()
+            self._counts = self._counts.to(device)
+            dist.all_reduce(self._counts)
 
     @property
     def used(self) -> float:
@@ -119,17 +156,18 @@ class CodebookUsage:
 
         A codebook of this size, used equally, would have the same entropy.
         """
-        p = self.counts.double() / self.counts.sum().clamp(min=1)
+        counts = self.counts.double()
+        p = counts / counts.sum().clamp(min=1)
         return float(entropy_of(p).exp())
 
     @property
     def has_enough_codes(self) -> bool:
         """Whether the counts suffice to judge the codebook: 4 for each of its codes."""
-        return int(self.counts.sum()) >= 4 * len(self.counts)
+        return int(self._counts.sum()) >= 4 * len(self._counts)
 
     def collapse_warning(self) -> str | None:
         """A message if the codebook collapses. None if it does not, or there are too few codes."""
-        total, size = int(self.counts.sum()), len(self.counts)
+        total, size = int(self._counts.sum()), len(self._counts)
         if not self.has_enough_codes:
             return None
         if self.used >= 0.5 and self.perplexity >= 0.05 * size:

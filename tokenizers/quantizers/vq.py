@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from multimodal.tokenizers.quantizers.quantizer import (
     Channels,
     CodebookSize,
+    LearnedCodebook,
     Quantized,
-    Quantizer,
     distributed,
     sample_codebook,
 )
 
 
-class VQ(Quantizer):
+class VQ(LearnedCodebook):
     """Vector quantization.
 
     Args:
@@ -44,7 +44,6 @@ class VQ(Quantizer):
     """
 
     counts: Tensor
-    initialised: Tensor
 
     def __init__(
         self,
@@ -112,15 +111,10 @@ class VQ(Quantizer):
         return F.mse_loss(moved, target) * (self.channels if self.normalise else 1)
 
     @torch.no_grad()
-    def _initialise(self, flat: Tensor) -> None:
-        if not self.initialised:
-            self.codebook.weight.copy_(self._scaled(sample_codebook(flat, self.codebook_size)))
-            self.initialised.fill_(True)
-
-    @torch.no_grad()
     def _update(self, flat: Tensor, codes: Tensor) -> None:
         # Sum over ranks, so that all codebooks move alike.
-        fresh = torch.bincount(codes, minlength=self.codebook_size).to(flat)
+        # Not torch.bincount: there the host waits for a GPU.
+        fresh = torch.zeros_like(self.counts).index_add_(0, codes, flat.new_ones(len(codes)))
         if distributed():
             dist.all_reduce(fresh)
         past = self.decay * self.counts
@@ -138,8 +132,8 @@ class VQ(Quantizer):
     @torch.no_grad()
     def _restart_dead(self, flat: Tensor) -> None:
         # Called before the lookup: autograd forbids changing a tensor it has saved.
-        dead = self.counts < self.dead_after
+        drawn, found = sample_codebook(flat, self.codebook_size)
+        dead = (self.counts < self.dead_after) & found
         weight = self.codebook.weight
-        drawn = self._scaled(sample_codebook(flat, self.codebook_size))
-        weight.copy_(torch.where(dead[:, None], drawn, weight))
+        weight.copy_(torch.where(dead[:, None], self._scaled(drawn), weight))
         self.counts.copy_(torch.where(dead, torch.ones_like(self.counts), self.counts))

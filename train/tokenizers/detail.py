@@ -114,9 +114,12 @@ class DetailModule(LoraModule):
             lora = replace(lora, target=lora.target or ("decoder",))
         super().__init__(learning_rate, weight_decay, warmup_steps, lora=lora)
         self.semantic_weight = semantic_weight
-        self.meaning = _load_meaning(meaning) if meaning else None
-        if meaning and self.meaning is not None:
+        self.meaning: Meaning | None = None
+        if meaning:
             place = part_of(meaning, "image_tokenizer")
+            self.meaning = load_image_tokenizer(place).meaning
+            if self.meaning is None:
+                raise ValueError(f"{meaning}: has no level of meaning")
             self.note_source(meaning, self.meaning.fingerprint, Provenance.read(place))
             if not decoder_only:
                 raise ValueError("meaning is for the decoder alone: give decoder_only too")
@@ -234,8 +237,7 @@ class DetailModule(LoraModule):
         """
         reconstruction, quantized = self.tokenizer(images, meaning)
         reconstruction = reconstruction.float()
-        parts = {"mse": F.mse_loss(reconstruction, images)}
-        parts["l1"] = F.l1_loss(reconstruction, images)
+        parts = {"mse": F.mse_loss(reconstruction, images), "l1": F.l1_loss(reconstruction, images)}
         if self.features is not None:
             parts["perceptual"] = self.features.distance(reconstruction, images).mean()
         parts |= quantized.losses
@@ -253,9 +255,8 @@ class DetailModule(LoraModule):
         One backward pass serves both sides: ``fool`` has a gradient for the tokenizer only,
         ``tell`` for the discriminator only.
         """
-        weights = {"mse": self.mse_weight, "perceptual": self.perceptual_weight}
+        weights = {"mse": self.mse_weight, "perceptual": self.perceptual_weight, "fool": 0.0}
         weights["teacher"] = self.teacher_weight
-        weights["fool"] = 0.0
         weights |= dict.fromkeys(("words", "context"), self.semantic_weight)
         total = torch.zeros(()).to(parts["mse"])
         for name, loss in parts.items():
@@ -275,10 +276,10 @@ class DetailModule(LoraModule):
         """The total loss, and all losses and the codes by name."""
         targets = None
         if not len(batch.images):
-            # Documents without images. Other ranks wait for the gradients of this one.
-            zero = torch.zeros((), device=self.device)
+            # Documents without images. Other ranks wait for its gradients and its codes.
+            quantizer, zero = self.tokenizer.quantizer, torch.zeros((), device=self.device)
             total = zero + sum(0 * p.sum() for p in self.parameters() if p.requires_grad)
-            return total, {"mse": zero, "codes": torch.zeros(0, dtype=torch.int64)}
+            return total, {"codes": quantizer(zero.new_zeros(0, 1, 1, quantizer.channels)).codes}
         if self.semantic is not None:
             rows = [row for row, count in enumerate(batch.image_counts) for _ in range(count)]
             targets = self.semantic.targets(
@@ -297,8 +298,10 @@ class DetailModule(LoraModule):
         total, parts = self.step(batch)
         self.tokens = parts["codes"].numel()
         self.train_usage.update(parts.pop("codes"))
-        self.log_dict({f"train/{k}": v.detach() for k, v in parts.items()}, batch_size=len(batch))
-        self.log("psnr", psnr(parts["mse"].detach()), prog_bar=in_bar(self.trainer), logger=False)
+        if parts:
+            logged = {f"train/{name}": loss.detach() for name, loss in parts.items()}
+            self.log_dict(logged, batch_size=len(batch.images))
+            self.log("psnr", psnr(logged["train/mse"]), prog_bar=in_bar(self.trainer), logger=False)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.is_logged and (self.global_step + 1) % USAGE_EVERY < every:
             self._log_usage("train", self.train_usage)
@@ -312,11 +315,15 @@ class DetailModule(LoraModule):
         self.val_usage = CodebookUsage(self.tokenizer.codebook_size)
 
     def validation_step(self, batch: Examples, batch_idx: int) -> None:
+        count = len(batch.images)
+        if not count:  # all ranks must log the same names in one order: here with weight 0
+            blank = batch.images.new_zeros(1, *batch.images.shape[1:])
+            batch = Examples([""], blank, [{"content": [{"image": ""}]}], [0], [0], [[]], [True])
         _, parts = self.step(batch)
-        self.val_usage.update(parts.pop("codes"))
+        self.val_usage.update(parts.pop("codes")[:count])
         logged = {f"val/{k}": v for k, v in {**parts, "psnr": psnr(parts["mse"])}.items()}
-        self.log_dict(logged, batch_size=len(batch), sync_dist=True)
-        if batch_idx == 0:
+        self.log_dict(logged, batch_size=count, sync_dist=True)
+        if batch_idx == 0 and count:
             self._log_pictures(batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -391,10 +398,3 @@ class DetailModule(LoraModule):
                 levels.provenance = self.provenance()
                 levels.save(part)
                 (part / "README.md").write_text(self.card("An image tokenizer"), "utf-8")
-
-
-def _load_meaning(folder: str) -> Meaning:
-    meaning = load_image_tokenizer(part_of(folder, "image_tokenizer")).meaning
-    if meaning is None:
-        raise ValueError(f"{folder}: has no level of meaning")
-    return meaning

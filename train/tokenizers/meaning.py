@@ -93,6 +93,7 @@ class MeaningModule(MuonModule):
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("scale", torch.zeros(()))
         self.new_projection = True
+        self.has_started = False  # what the scale says, once it is set: no step waits for a GPU
         self.usage = self._usage()
 
     @property
@@ -112,12 +113,22 @@ class MeaningModule(MuonModule):
         return [CodebookUsage(config.codebook_size) for _ in range(config.groups)]
 
     @torch.no_grad()
-    def _start(self, features: Tensor) -> None:
-        """Measure the features. A new projection becomes that onto their principal components.
+    def _start(self, features: Tensor | None) -> None:
+        """Measure the features of the first rank, or wait for its next batch if it has none.
 
-        Each component gets a standard deviation of 1.
+        A new projection becomes that onto their principal components. Each component gets a
+        standard deviation of 1.
         """
-        config, flat = self.meaning.config, features.flatten(0, -2)
+        if not self.scale:
+            if features is not None:
+                self._measure(features.float().flatten(0, -2))
+            if distributed():
+                for tensor in (*self.projection.parameters(), self.mean, self.scale):
+                    dist.broadcast(tensor, 0)
+        self.has_started = bool(self.scale)
+
+    def _measure(self, flat: Tensor) -> None:
+        config = self.meaning.config
         mean = flat.mean(0)
         self.mean.copy_(mean)
         self.scale.copy_((flat - mean).square().mean().sqrt().clamp(min=1e-6))
@@ -132,15 +143,19 @@ class MeaningModule(MuonModule):
             weight = (directions[:count] / deviations[:, None])[order]
             self.projection.weight.copy_(weight)
             self.projection.bias.copy_(-(weight @ mean))
-        if distributed():
-            for tensor in (*self.projection.parameters(), self.mean, self.scale):
-                dist.broadcast(tensor, 0)
 
     def step(self, batch: Examples) -> tuple[Tensor, Tensor]:
-        """The share of the variance that is lost, float32[], and codes: int64[B, h, w, G]."""
-        features = self.meaning.features(batch.pixels())
-        if not self.scale:
-            self._start(features.float())
+        """The share of the variance that is lost, float32[], and codes: int64[I, h, w, G].
+
+        Without images, or before the first rank had any, nothing is lost and there are no codes.
+        """
+        features = self.meaning.features(batch.pixels()) if len(batch.images) else None
+        if not self.has_started:
+            self._start(features)
+        if features is None or not self.has_started:  # other ranks wait for its gradients
+            zero = self.mean.new_zeros(())
+            lost = zero + sum(0 * p.sum() for p in self.parameters() if p.requires_grad)
+            return lost, zero.new_zeros(0, 1, 1, self.meaning.config.groups, dtype=torch.int64)
         fsq = self.meaning.fsq
         assert fsq is not None, "its form is fsq"
         parts = self.projection(features).chunk(self.meaning.config.groups, -1)
@@ -152,12 +167,13 @@ class MeaningModule(MuonModule):
     def training_step(self, batch: Examples, batch_idx: int) -> Tensor:
         lost, codes = self.step(batch)
         self.tokens = codes.numel()
-        self.log(
-            "train/variance_lost",
-            lost.detach(),
-            prog_bar=in_bar(self.trainer),
-            batch_size=len(batch),
-        )
+        if len(codes):
+            self.log(
+                "train/variance_lost",
+                lost.detach(),
+                prog_bar=in_bar(self.trainer),
+                batch_size=len(codes),
+            )
         return lost
 
     def on_validation_epoch_start(self) -> None:
@@ -165,7 +181,7 @@ class MeaningModule(MuonModule):
 
     def validation_step(self, batch: Examples, batch_idx: int) -> None:
         lost, codes = self.step(batch)
-        self.log("val/variance_lost", lost, batch_size=len(batch), sync_dist=True)
+        self.log("val/variance_lost", lost, batch_size=len(codes), sync_dist=True)
         for group, usage in enumerate(self.usage):
             usage.update(codes[..., group])
 
