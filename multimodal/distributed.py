@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -177,14 +178,22 @@ def global_sum(value: Tensor) -> Tensor:
     return value
 
 
-def global_counts(counts: Sequence[int], device: torch.device) -> list[int]:
-    """The sums over all ranks of numbers that each rank has on the host.
+@cache
+def host_group() -> Any:
+    """The ranks as a group for tensors of the host. It is made once, and all ranks have to call.
 
-    One rank needs no device for that. Several wait for theirs.
+    NCCL would need a GPU for them, and the host would wait for all that it does before.
     """
+    return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
+
+
+def global_counts(counts: Sequence[int]) -> list[int]:
+    """The sums over all ranks of numbers that each rank has on the host. No GPU is waited for."""
     if world_size() == 1:
         return list(counts)
-    return [int(count) for count in global_sum(torch.tensor(counts, device=device)).tolist()]
+    sums = torch.tensor(counts, dtype=torch.int64)
+    dist.all_reduce(sums, group=host_group())
+    return [int(count) for count in sums.tolist()]
 
 
 def mean_over_ranks(parts: dict[str, Tensor]) -> dict[str, Tensor]:

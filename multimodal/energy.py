@@ -14,6 +14,7 @@ https://www.kernel.org/doc/html/latest/power/powercap/powercap.html
 import os
 import threading
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,14 +120,17 @@ class Rapl:
         return self._joules
 
 
-def cpu_seconds() -> float:
+def cpu_seconds(without: Collection[int] = ()) -> float:
     """CPU seconds of this process and of all that it started, ended or not.
 
     Outside Linux those that still run are left out.
+
+    Args:
+        without: processes that it started, of which and of whose children others count the time.
     """
     times = os.times()
     total = time.process_time() + times.children_user + times.children_system
-    waiting = _children(os.getpid())
+    waiting = [pid for pid in _children(os.getpid()) if pid not in without]
     while waiting:
         pid = waiting.pop()
         waiting += _children(pid)
@@ -173,6 +177,7 @@ class EnergyMeter:
         counts_machine: whether this process counts the whole machine, if that is possible. Of
             several processes on a machine only one may.
         powercap: the folder of RAPL counters. None: ``POWERCAP``.
+        without: see ``cpu_seconds``.
     """
 
     def __init__(
@@ -181,8 +186,9 @@ class EnergyMeter:
         options: EnergyOptions = EnergyOptions(),  # noqa: B008 (frozen)
         counts_machine: bool = True,
         powercap: Path | None = None,
+        without: Collection[int] = (),
     ) -> None:
-        self.options = options
+        self.options, self._without = options, without
         self._counts_machine = counts_machine
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -193,7 +199,7 @@ class EnergyMeter:
         try:
             self._rapl = Rapl(powercap or POWERCAP)
         except (OSError, ValueError):
-            self._start = cpu_seconds()
+            self._start = cpu_seconds(without)
         else:
             threading.Thread(target=self._keep_reading, daemon=True).start()
         if device is not None and device.type != "cpu":
@@ -218,7 +224,8 @@ class EnergyMeter:
     def read(self) -> Energy:
         """The energy so far."""
         if self._rapl is None:
-            joules = (cpu_seconds() - self._start) * self.options.watts_per_core
+            seconds = cpu_seconds(self._without) - self._start
+            joules = seconds * self.options.watts_per_core
         else:
             joules = self._machine_joules() if self._counts_machine else 0.0
         if self._gpu is not None:

@@ -126,6 +126,14 @@ def torchrun(ranks: int) -> list[Environment]:
     return [shared | {"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(ranks)]
 
 
+def sharded(ranks: int = 1) -> list[str]:
+    """The options of FSDP2: each rank has a part of every weight."""
+    strategy = "--trainer.strategy"
+    sizes = {"data_parallel_size": ranks, "tensor_parallel_size": 1}
+    options = [strategy, "lightning.pytorch.strategies.ModelParallelStrategy"]
+    return options + [f"{strategy}.{name}={size}" for name, size in sizes.items()]
+
+
 def die_before(step: int) -> None:
     """This process and its workers are killed before that step of a training."""
 

@@ -69,10 +69,11 @@ def test_child_processes_count_while_they_run_and_after(tmp_path: Path) -> None:
     ) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        running = cpu_seconds() - before
+        running, without = cpu_seconds() - before, cpu_seconds((child.pid,)) - before
         child.communicate(b"\n")
     ended = cpu_seconds() - before
     assert 0.6 - 0.04 < running <= ended + 0.04, "ticks of 10 ms"
+    assert without < 0.3, "those of the child are counted by itself"
 
 
 def test_units() -> None:

@@ -23,6 +23,7 @@ from multimodal.model.layers.attention import attention_mask, block_mask
 from multimodal.model.layers.experts import ExpertsConfig
 from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import PolicyConfig, PolicyTokens
+from multimodal.model.sequences import OBJECTIVES
 from multimodal.model.training_batch import TrainingBatch, TrainingSample
 from multimodal.train.optim import muon
 from multimodal.train.sharding import clip_gradients, full_state_dict, shard
@@ -32,6 +33,7 @@ from tests.samples import samples_of
 pytestmark = pytest.mark.gpu
 Make = Callable[..., Model]
 Step = tuple[float, dict[str, float], dict[str, Tensor]]
+HALF = dict.fromkeys(OBJECTIVES, 0.5)  # of what is learned is the teacher's
 CARD = "needs a CUDA device: a CPU compiles in another way"
 
 
@@ -159,7 +161,7 @@ def test_a_step_with_a_teacher(
         teacher, batch = tiny_model(seed=1, noise=0.1).to(model.device).network, batch_of(model)
         with torch.no_grad():
             hidden = teacher.hidden(batch.packed.to(model.device)).flatten(0, 1)
-        teaching = Teaching(hidden, teacher.transformer.lm_head.weight, 2.0, 0.5)
+        teaching = Teaching(hidden, teacher.transformer.lm_head.weight, 2.0, HALF)
         steps.append(step_of(model.network, replace(batch, teaching=teaching)))
     assert_same(*steps)
 
@@ -222,7 +224,7 @@ def test_the_host_never_waits_in_a_step(
             with torch.no_grad():
                 hidden = teacher.hidden(moved.packed).flatten(0, 1)
             head = teacher.transformer.lm_head.weight
-            moved = replace(moved, teaching=Teaching(hidden, head, 2.0, 0.5))
+            moved = replace(moved, teaching=Teaching(hidden, head, 2.0, HALF))
         with torch.autocast(device.type, torch.bfloat16, enabled=form == "autocast"):
             total, _ = network(moved)
         total.backward()

@@ -72,6 +72,10 @@ class LoraModule(MuonModule):
             inject(self.adapted, self.lora)
 
     def on_fit_start(self) -> None:
+        if not self.trainer.ckpt_path:  # with FSDP2 it is loaded later
+            self._check_base()
+
+    def _check_base(self) -> None:
         if self.exports == "adapter" and self.base is None:
             raise ValueError(
                 "lora: an adapter needs a model that it adapts: give --init_from, or a language "
@@ -87,6 +91,7 @@ class LoraModule(MuonModule):
         super().on_load_checkpoint(checkpoint)
         if self.lora is not None and "adapter_base" in checkpoint:
             self.base = AdapterBase(**checkpoint["adapter_base"])
+        self._check_base()
 
     def write_adapter(self, folder: str | Path, weights: Mapping[str, Tensor]) -> None:
         """Write the folder of the adapter.

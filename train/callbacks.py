@@ -145,8 +145,11 @@ class EnergyLog(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first_step, self._start = trainer.global_step, time.perf_counter()
-        # One rank on each machine counts the machine, and each its GPU.
-        self._meter = EnergyMeter(pl_module.device, self.options, trainer.local_rank == 0)
+        # One rank on each machine counts the machine, and each its GPU and its own CPU time: the
+        # other ranks are children of the first one if Lightning has started them.
+        ranks = [process.pid for process in getattr(trainer.strategy.launcher, "procs", ())]
+        first = trainer.local_rank == 0
+        self._meter = EnergyMeter(pl_module.device, self.options, first, without=ranks)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             archive(log_folder(trainer) / "energy.json")
 

@@ -3,8 +3,10 @@
 import re
 import resource
 import sys
+from collections.abc import Iterator
 
 import torch
+from timm.optim.muon import Muon
 
 from multimodal.model.layers.transformer import TransformerConfig
 from multimodal.model.sequences import NO_LOSS, Packed
@@ -12,7 +14,9 @@ from multimodal.model.sequences import NO_LOSS, Packed
 # Dense bf16 TFLOP/s by the name of the device in torch, from the data sheets.
 PEAKS = {
     "B200": 2250.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
+    "H100 NVL": 835.0,
     "H100 PCIe": 756.0,
     "H100": 989.0,
     "A100": 312.0,
@@ -56,6 +60,40 @@ def training_flops(config: TransformerConfig, packed: Packed) -> float:
     targets = float((packed.objectives != NO_LOSS).sum())
     head = config.hidden_size * config.vocab_size * targets
     return 3 * 2 * (layers + attention + head)
+
+
+def _iterations(optimizer: Muon) -> Iterator[tuple[int, int, int]]:
+    """Of each matrix of Muon: the steps of Newton and Schulz, the short and the long side."""
+    for group in optimizer.param_groups:
+        for matrix in () if group.get("use_fallback") else group["params"]:
+            rows, columns = matrix.flatten(1).shape
+            yield group["ns_steps"], min(rows, columns), max(rows, columns)
+
+
+def muon_flops(optimizer: Muon, parts: int = 1) -> float:
+    """Floating-point operations of an update by Muon, on each rank.
+
+    A matrix has three products a step: s x l x s, s x s x s and s x s x l.
+
+    Args:
+        parts: ranks that have a part of each matrix (FSDP2). They share the products with l.
+    """
+    return sum(
+        steps * 2 * short**2 * (2 * long / parts + short)
+        for steps, short, long in _iterations(optimizer)
+    )
+
+
+def muon_bytes(optimizer: Muon, parts: int) -> float:
+    """Bytes that each rank sends in an update by Muon of parts of matrices (FSDP2).
+
+    In a step, in bfloat16, an s x s is summed for all ranks, and an s x s and an s x l for the one
+    that has the part. So it is for the matrices of ``7b`` from 8 ranks on, in torch 2.15.
+    """
+    numbers = sum(
+        steps * (3 * short**2 + short * long) for steps, short, long in _iterations(optimizer)
+    )
+    return 2 * numbers * (parts - 1) / parts
 
 
 def peak_flops() -> float | None:

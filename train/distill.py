@@ -56,17 +56,21 @@ class DistillModule(JointModule):
 
     def on_fit_start(self) -> None:
         self._teachers = [self._load_teacher()]
+        self._check_teacher()
         super().on_fit_start()
+
+    def _check_teacher(self) -> None:
+        for teacher in self._teachers:
+            if self.expected_teacher not in (None, teacher.fingerprint):
+                raise ValueError(
+                    f"{self.teacher_name}: the run that is resumed had another teacher, "
+                    f"{self.expected_teacher}; this is {teacher.fingerprint}"
+                )
 
     def _load_teacher(self) -> ModelParts:
         """Raises ``ValueError`` if it cannot teach this student."""
         name = self.teacher_name
         teacher = ModelParts.load(name, str(self.device))
-        if self.expected_teacher not in (None, teacher.fingerprint):
-            raise ValueError(
-                f"{name}: the run that is resumed had another teacher, {self.expected_teacher}; "
-                f"this is {teacher.fingerprint}"
-            )
         if teacher.text_tokenizer.to_json() != self.model.text_tokenizer.to_json():
             raise ValueError(f"{name}: the teacher's text tokenizer is not that of this run")
         if teacher.image_tokenizer.codes_fingerprint != self.image_tokenizer.codes_fingerprint:
@@ -96,6 +100,7 @@ class DistillModule(JointModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.expected_teacher = checkpoint.get("teacher")
+        self._check_teacher()  # with FSDP2 it is loaded after on_fit_start
 
     def pack(self, batch: Examples) -> TrainingBatch:
         packed = super().pack(batch)

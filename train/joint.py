@@ -1,5 +1,6 @@
 """Joint pretraining: language modelling, alignment and mask-and-reconstruct in one forward pass."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.adapting import AdapterModule
 from multimodal.train.cost import training_flops
 from multimodal.train.examples import Examples, Note
-from multimodal.train.optim import can_compile, parameters_named
+from multimodal.train.optim import can_compile, has_compiler, parameters_named
 from multimodal.train.preflight import check_data
 from multimodal.train.run.folder import log_folder
 from multimodal.train.run.progress import in_bar
@@ -79,10 +80,12 @@ class JointModule(AdapterModule):
             ``new_rows`` codes and specials train too: for a language model in ``size``.
         recompute: keep no activations inside layers, and compute them again for the gradients. It
             takes a third more time and much less memory.
-        captions_in_validation, answers_in_validation, drawings_in_validation: how many to make,
-            with the options that a person gets by default. Answers have 16 tokens at most.
-        compile: torch.compile, on a GPU layer by layer. On a CPU it needs a C++ compiler.
-        attention: ``sdpa`` anywhere. ``flex`` on a GPU skips masked blocks.
+        captions_in_validation, answers_in_validation, drawings_in_validation: how many all ranks
+            make together, with the options that a person gets by default. Answers have 16 tokens
+            at most.
+        compile: torch.compile, on a GPU layer by layer. On a CPU it needs a C++ compiler, on a GPU
+            one of C.
+        attention: ``sdpa`` anywhere. ``flex`` on a GPU skips masked blocks, and needs a C compiler.
     """
 
     def __init__(
@@ -168,21 +171,14 @@ class JointModule(AdapterModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.network.attention_backend == "flex" and self.device.type != "cuda":
-            raise ValueError("attention: flex needs a GPU (CUDA); sdpa runs anywhere")
+        on_gpu = self.device.type == "cuda" and has_compiler()
+        if self.network.attention_backend == "flex" and not on_gpu:
+            raise ValueError("attention: flex needs CUDA and a C compiler; sdpa runs anywhere")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         shards = data.shards(data.train_split)
         limit = self.network.config.transformer.max_position_embeddings
-        resumed = bool(self.trainer.ckpt_path)
-        check_data(
-            self.builder,
-            shards,
-            data.drawn_folders,
-            limit,
-            self.check_sample,
-            resumed,
-            self.learned,
-        )
+        drawn, resumed = data.drawn_folders, bool(self.trainer.ckpt_path)
+        check_data(self.builder, shards, drawn, limit, self.check_sample, resumed, self.learned)
         if self.lora is not None and self.lora.new_rows and self.rows_are_new and not resumed:
             start_rows(self.model, shards, self.builder.row_length)
 
@@ -294,6 +290,9 @@ class JointModule(AdapterModule):
         self.prompts: list[str] = []
         self.drawn: list[Tensor] = []  # codes of the drawings
         self.answers: list[tuple[str, str, str]] = []  # prompt, expected and given answer
+        ranks = self.trainer.world_size  # they share what there is to make
+        self.caption_share = math.ceil(self.captions_in_validation / ranks)
+        self.answer_share = math.ceil(self.answers_in_validation / ranks)
 
     def validation_step(self, batch: Examples, batch_idx: int) -> None:
         self.step(batch, "val")
@@ -314,7 +313,7 @@ class JointModule(AdapterModule):
         """
         pairs, codes = self._pairs(batch)
         descriptions = [descriptions_of(batch.records[row]) for row in pairs]
-        missing = max(0, self.captions_in_validation - len(self.captions))
+        missing = max(0, self.caption_share - len(self.captions))
         rows = [row for row, captions in enumerate(descriptions) if captions][:missing]
         for row, caption in zip(rows, caption_codes(self.model, codes[rows]), strict=True):
             key = batch.keys[pairs[row]]
@@ -331,7 +330,7 @@ class JointModule(AdapterModule):
         templates = self.network.config.templates
         for record, image in zip(records, codes, strict=True):
             exchanges = exchanges_of(record, templates)
-            exchanges = exchanges[: self.answers_in_validation - len(self.answers)]
+            exchanges = exchanges[: self.answer_share - len(self.answers)]
             if exchanges:
                 prompts, expected = zip(*exchanges, strict=True)
                 repeated = image[None].expand(len(prompts), -1)
@@ -339,10 +338,8 @@ class JointModule(AdapterModule):
                 self.answers += zip(prompts, expected, answers, strict=True)
 
     def on_validation_epoch_end(self) -> None:
-        self.captions, self.references = (
-            gather_objects(self.captions),
-            gather_objects(self.references),
-        )
+        self.captions = gather_objects(self.captions)
+        self.references = gather_objects(self.references)
         self.answers = gather_objects(self.answers)
         folder, step = self.samples_folder, f"step-{self.global_step:06d}"
         if self.captions:

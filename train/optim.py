@@ -1,6 +1,7 @@
 """The optimizer of all training modules: Muon, warm-up and cosine, clipping by global norm."""
 
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -159,11 +160,20 @@ def parameters_named(module: nn.Module, name: str) -> list[nn.Parameter]:
     return parameters
 
 
+def has_compiler() -> bool:
+    """Whether torch.compile finds what it needs: on a CPU a C++ compiler, on a GPU one of C."""
+    if torch.cuda.is_available():  # Triton compiles what starts its kernels
+        return bool(os.environ.get("CC")) or any(map(shutil.which, ("gcc", "clang")))
+    return any(map(shutil.which, ("g++", "clang++")))
+
+
 def can_compile() -> bool:
-    """Whether torch.compile works here. On a CPU it needs a C++ compiler. Warns if it does not."""
-    if torch.cuda.is_available() or any(map(shutil.which, ("g++", "clang++"))):
+    """Whether torch.compile works here. Warns if it does not."""
+    if has_compiler():
         return True
-    rank_zero_warn("compile: true needs a C++ compiler (g++, clang++), found none: not compiling")
+    on_gpu = torch.cuda.is_available()
+    needed = "a C compiler (gcc, clang)" if on_gpu else "a C++ compiler (g++, clang++)"
+    rank_zero_warn(f"compile: true needs {needed}, found none: not compiling")
     return False
 
 

@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from timm.optim.muon import Muon
 
 from multimodal.model.batches import BatchBuilder
 from multimodal.model.training_batch import TrainingBatch, TrainingSample
-from multimodal.train.cost import peak_flops, peak_memory, training_flops
+from multimodal.train.cost import muon_flops, peak_flops, peak_memory, training_flops
+from multimodal.train.optim import muon
 from multimodal.train.sharding import clip_gradients
 from on_card.sizes import Figure, Sizes, kernels, products_per_second, seconds_of, synchronize
 
@@ -48,15 +50,13 @@ def batch_of(sizes: Sizes, network: Any, rows: int) -> TrainingBatch:
     )
 
 
-def training_step(network: Any, batch: TrainingBatch, device: torch.device) -> Callable[[], None]:
-    """A step as ``multimodal fit`` does it, from a batch on the host, with AdamW."""
+def training_step(network: Any, optimizer: Muon, batch: TrainingBatch) -> Callable[[], None]:
+    """A step as ``multimodal fit`` does it, from a batch on the host."""
     weights = [p for p in network.parameters() if p.requires_grad]
-    on_card = device.type == "cuda"
-    optimizer = torch.optim.AdamW(weights, 1e-4, weight_decay=0.1, fused=on_card)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = network(batch.to(device))[0]
+        with torch.autocast(network.device.type, torch.bfloat16):
+            loss = network(batch.to(network.device))[0]
         loss.backward()
         clip_gradients(weights, 1.0)
         optimizer.step()
@@ -72,14 +72,15 @@ def _train(sizes: Sizes, name: str) -> Iterator[Figure]:
     if sizes.compiled:
         network.attention_backend = "flex"
         network.transformer.compile_layers()
-    step = training_step(network, batch, network.device)
+    optimizer = muon(network, [], 1e-4, 0.1)
+    step = training_step(network, optimizer, batch)
     yield _measured(f"train/{name}", sizes, network, batch, step)
-    flops = training_flops(network.config.transformer, batch.packed)
+    flops = training_flops(network.config.transformer, batch.packed) + muon_flops(optimizer)
     floor = flops / products_per_second(sizes)
     yield Figure(f"train/{name}/kernels", 1e3 * floor, "ms at the floor", kernels(step))
-    del network, step
+    del network, optimizer, step
     network = sizes.network(name, torch.float32).train()
-    step = training_step(network, batch, network.device)
+    step = training_step(network, muon(network, [], 1e-4, 0.1), batch)
     yield _measured(f"train/{name}/eager", sizes, network, batch, step)
 
 
@@ -99,6 +100,7 @@ def _measured(
         "row_length": sizes.row_length,
         "tokens": batch.tokens,
         "attention": network.attention_backend,
+        "optimizer": "Muon",
         "tokens_per_second": batch.tokens / seconds,
         "ms": 1e3 * seconds,
         "host_ms": 1e3 * host_seconds(step),
@@ -145,7 +147,8 @@ def their_train(sizes: Sizes) -> Iterator[Figure]:
 
     seconds = seconds_of(step, sizes.steps)
     peak = peak_flops()
-    more = {"size": "large", "ms": 1e3 * seconds, "memory_GB": peak_memory()}
+    more = {"size": "large", "optimizer": "AdamW", "ms": 1e3 * seconds}
+    more["memory_GB"] = peak_memory()
     if peak:
         more["MFU by our count"] = 100 * flops / seconds / peak
     yield Figure("train/transformers", batch.tokens / seconds, "tokens/s", more)

@@ -322,7 +322,7 @@ def token_losses(
     if counts is None:
         counted = torch.stack([mask.sum() for mask in means.values()]).tolist()
         counts = dict(zip(means, counted, strict=True))
-    totals = global_counts([counts[name] for name in means], objectives.device)
+    totals = global_counts([counts[name] for name in means])
     # What each position contributes to a mean.
     shares = {
         name: mask.float() * (world_size() / total)

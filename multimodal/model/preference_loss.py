@@ -115,7 +115,7 @@ class Completions:
         own = self.roles[self.owners] != MISMATCHED
         ratio = (log_probabilities - self.reference).detach()[own]
         parts["preference_kl"] = global_mean(kl_k3(ratio))
-        return loss, parts if any(global_counts([len(self.roles)], policy.device)) else {}
+        return loss, parts if any(global_counts([len(self.roles)])) else {}
 
 
 def kl_k3(log_ratios: Tensor) -> Tensor:

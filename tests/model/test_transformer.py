@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -357,6 +358,33 @@ def test_the_residual_stream_keeps_its_scale_with_depth() -> None:
             transformer(ids, positions, mask)
             added.append(float((stream[0] - transformer.embed_tokens(ids)).std()))
     assert added[1] == pytest.approx(added[0], rel=0.35)
+
+
+def test_compiled_layers_read_prompts_without_the_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """More layers than torch compiles forms of a function (8)."""
+    compiled: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    transformer = Transformer(TransformerConfig(64, 16, 10, 2, 1, 8, 32))
+    transformer.compile_layers()
+    ids = torch.arange(12).view(2, 6)
+    seen = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    with torch.no_grad():
+        expected = transformer(ids, ids, seen)
+        forms = len(compiled)
+        found = transformer.forward_prompt(ids, ids, seen, transformer.empty_cache(2, 6))
+    torch.testing.assert_close(found, expected[:, -1])
+    assert forms and len(compiled) == forms
+    transformer(ids, ids, seen)  # with gradients
+    assert len(compiled) > forms
+    torch.compiler.reset()
 
 
 @pytest.mark.filterwarnings("error")  # torch warns where mixed types cost it its fast kernels

@@ -11,7 +11,7 @@ from multimodal.api import Model
 from multimodal.model.layers.attention import attention_mask
 from multimodal.model.layers.experts import ExpertsConfig
 from multimodal.model.sequences import NO_LOSS, describe, draw, pack
-from multimodal.train.cost import layer_parameters, peak_memory, training_flops
+from multimodal.train.cost import layer_parameters, peak_flops, peak_memory, training_flops
 
 
 @pytest.mark.parametrize("experts", [None, ExpertsConfig(5, 3, 48, mlp_only_layers=(0,))])
@@ -42,6 +42,25 @@ def test_flops_count_all_products_that_the_mask_allows(
         + 2 * config.hidden_size * config.vocab_size * targets
     )
     assert training_flops(config, packed) == expected and hidden.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA L400", None),
+    ],
+)
+def test_the_peak_of_a_card_is_that_of_its_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert peak_flops() == peak
 
 
 def test_peak_memory_is_in_gigabytes() -> None:

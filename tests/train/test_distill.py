@@ -13,7 +13,7 @@ from multimodal.api import Model, load
 from multimodal.cli import main
 from multimodal.scenes.dataset import write_scenes
 from multimodal.tokenizers.text import TextTokenizer
-from tests.launches import logged
+from tests.launches import launch, logged, run_processes, sharded
 
 LOSSES = ("train/teacher/caption", "train/teacher/image", "train/teacher/reconstruct")
 
@@ -96,6 +96,17 @@ def test_another_teacher_is_refused_when_a_run_is_resumed(
     more += ["--trainer.max_steps", "7"]
     assert main(fit(taught, tmp_path / "again", *more)) != 0
     assert "had another teacher" in capsys.readouterr().err
+
+
+def test_another_teacher_of_parts_of_weights_is_refused(
+    taught: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    """With FSDP2 Lightning reads a checkpoint after ``on_fit_start``."""
+    run = tmp_path / "run"
+    launch(fit(taught, run, "--trainer.max_steps", "1", *sharded()))
+    other = ["--ckpt_path", "last", "--model.teacher", str(tiny_model_folder)]
+    (end,) = run_processes(fit(taught, run, *other, *sharded()))
+    assert end.status == 1 and "had another teacher" in end.stderr, end
 
 
 @pytest.mark.parametrize("kind", ["text", "codes", "missing", "numbers", "rows"])

@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import pytest
@@ -24,7 +26,7 @@ def test_each_start_of_a_run_has_its_energy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seconds = iter([10.0, 10.5, 20.0, 24.0])  # at the start and at the end, twice
-    monkeypatch.setattr("multimodal.energy.cpu_seconds", lambda: next(seconds))
+    monkeypatch.setattr("multimodal.energy.cpu_seconds", lambda *_: next(seconds))
     monkeypatch.setattr("multimodal.energy.POWERCAP", tmp_path)
     fit(tmp_path)
     fit(tmp_path)
@@ -38,6 +40,21 @@ def test_each_start_of_a_run_has_its_energy(
     assert (second["from_step"], second["to_step"], second["ranks"]) == (0, 3, 1)
     assert second["how"] == "estimated: CPU seconds x 7 W a core" and second["seconds"] > 0
     assert "energy of this start: 0.00778 Wh" in capsys.readouterr().err
+
+
+def test_the_first_rank_leaves_out_ranks_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+    monkeypatch.setattr("multimodal.energy.cpu_seconds", lambda without: counted.append(without))
+    monkeypatch.setattr("multimodal.energy.POWERCAP", tmp_path)
+    strategy = SimpleNamespace(launcher=SimpleNamespace(procs=[SimpleNamespace(pid=7)]))
+    trainer = SimpleNamespace(
+        strategy=strategy, global_step=0, local_rank=0, is_global_zero=False, fast_dev_run=False
+    )
+    log: Any = EnergyLog()
+    log.on_train_start(trainer, BoringModel())
+    assert counted == [[7]]
 
 
 def test_trying_a_run_writes_nothing(tmp_path: Path) -> None:

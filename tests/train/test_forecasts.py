@@ -1,7 +1,9 @@
 """The computed memory of a step: that of steps that were run, here and on a graphics card."""
 
+import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from timm.optim.muon import _COEFFICIENTS, DEFAULT_NS_STEPS, zeropower_via_newtonschulz
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from multimodal.cli import main
 from multimodal.model.head_loss import head_losses
@@ -22,10 +30,12 @@ from multimodal.model.objectives import ObjectivesConfig
 from multimodal.model.sequences import Packed
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.tokenizers.levels import Layout, Level
+from multimodal.train.cost import muon_bytes, muon_flops
 from multimodal.train.forecasts.budget import Memory, Step, step_memory
 from multimodal.train.optim import muon
 from multimodal.train.sharding import clip_gradients, shard
 
+COEFFICIENTS = _COEFFICIENTS["polar_express"]
 CODES = 16_384
 ROWS, LENGTH = 4, 192
 
@@ -64,12 +74,14 @@ def test_it_is_within_a_tenth_of_what_an_h200_needed(
     assert with_adamw(network, memory).peak / 1e9 == pytest.approx(measured, rel=0.1)
 
 
-@pytest.fixture
-def two_ranks() -> Iterator[None]:
+@contextmanager
+def first_of(ranks: int) -> Iterator[None]:
     """A process group of which this process is the first rank. Its collectives do nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield
-    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -77,7 +89,7 @@ def two_ranks() -> Iterator[None]:
     [(False, False, True), (True, False, False), (True, True, True)],
 )
 def test_it_is_within_a_tenth_of_what_a_step_allocates(
-    two_ranks: None, sharded: bool, recompute: bool, bfloat16: bool
+    sharded: bool, recompute: bool, bfloat16: bool
 ) -> None:
     sizes = TransformerConfig(8192, 256, 3, 4, 2, 64, 768)
     step = Step(
@@ -90,7 +102,54 @@ def test_it_is_within_a_tenth_of_what_a_step_allocates(
         recompute=recompute,
     )
     memory = step_memory(network_of(sizes, 1024), step)
-    assert memory.peak == pytest.approx(allocated(sizes, step), rel=0.1)
+    with first_of(2):
+        assert memory.peak == pytest.approx(allocated(sizes, step), rel=0.1)
+
+
+def test_the_products_of_muon_are_those_that_torch_counts() -> None:
+    network = network_of(TransformerConfig(512, 32, 3, 4, 2, 8, 96), 256, "cpu")
+    optimizer = muon(network, [], 1e-3, 0.1)
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert muon_flops(optimizer) == counter.get_total_flops() > 0
+
+
+class Sent(TorchDispatchMode):
+    """Counts the bytes that are summed over the ranks, for all of them or for one."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes, self.others = 0.0, (ranks - 1) / ranks
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(each, DTensor) for each in types):
+            return NotImplemented
+        times = {"all_reduce": 2, "reduce_scatter_tensor": 1}.get(func._opname, 0)
+        if times and args[0].ndim == 2:  # not of norms
+            self.bytes += times * args[0].nbytes * self.others
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ranks", [8, 32])
+def test_muon_of_parts_sends_and_computes_what_torch_does(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shapes of ``7b``, in bfloat16 as on a graphics card."""
+    monkeypatch.setattr("multimodal.train.optim.has_slow_bfloat16", lambda device: False)
+    with first_of(ranks):
+        mesh = init_device_mesh("cpu", (ranks,))
+        for rows, columns in ((4096, 4096), (1024, 4096), (12288, 4096), (4096, 12288)):
+            optimizer = muon(nn.Linear(columns, rows, False, "meta"), [], 1e-3, 0.1)
+            with FakeTensorMode():
+                part = torch.empty(rows // ranks, columns)
+                update = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+                for _ in range(2):  # the first time torch chooses how, on whole matrices
+                    with FlopCounterMode(display=False) as counter, Sent(ranks) as sent:
+                        zeropower_via_newtonschulz(update, DEFAULT_NS_STEPS, COEFFICIENTS)
+            assert muon_flops(optimizer, ranks) == counter.get_total_flops()
+            assert muon_bytes(optimizer, ranks) == pytest.approx(sent.bytes)
 
 
 def test_many_ranks_are_computed_in_one_process(
@@ -108,6 +167,12 @@ def test_many_ranks_are_computed_in_one_process(
     # A 64th of fp32 weights; all of them are never on one rank.
     assert f"weights {4 * trained / 64 / 1e9:.2f}" in lines["of that"]
     assert float(lines["memory"].split()[0]) < 4 * trained / 1e9
+    # Muon is no part of the MFU, and sends more than all of the step before it.
+    sent, by_muon = (
+        float(re.search(r"sends (\S+) GB", lines[name])[1])  # type: ignore[index]
+        for name in ("step", "update")
+    )
+    assert "TFLOP on each rank" in lines["update"] and by_muon > sent
     command += ["--trainer.strategy", sharded, "--trainer.strategy.data_parallel_size", "32"]
     assert main(command) == 1  # the run would be refused, too
     assert "data_parallel_size=32: expected 64" in capsys.readouterr().err

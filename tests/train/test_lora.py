@@ -15,7 +15,7 @@ from multimodal.api import load
 from multimodal.cli import main
 from multimodal.export.hf import export_hf
 from multimodal.scenes.dataset import write_scenes
-from tests.launches import launch, logged
+from tests.launches import launch, logged, sharded
 
 
 def configuration(base: Path, folder: Path, **module: Any) -> dict[str, Any]:
@@ -127,6 +127,21 @@ def test_the_folder_names_its_base_and_its_data(adapted: Path, tiny_model_folder
     sources = json.loads((folder / "sources.json").read_text())["sources"]
     assert {source["kind"] for source in sources} == {"model", "data"}
     assert fingerprint in (folder / "README.md").read_text()
+
+
+def test_an_adapter_for_parts_of_weights_resumes(
+    adapted: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    """With FSDP2 Lightning reads a checkpoint after ``on_fit_start``."""
+    run, start = tmp_path / "run", ["--init_from", str(tiny_model_folder)]
+    launch(fit(adapted, run, *start, "--trainer.max_steps", "2", *sharded()))
+    launch(fit(adapted, run, "--ckpt_path", "last", *sharded()))
+    assert (run / "checkpoints/last.ckpt").resolve().name == "step=3.ckpt"
+    about, theirs = (
+        json.loads((folder / "adapter/base.json").read_text())
+        for folder in (run, adapted / "whole")
+    )
+    assert about["base"] == theirs["base"]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], bool, str]] = {

@@ -1,12 +1,14 @@
 """The optimizer: Muon for matrices inside the network, AdamW for the rest."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from timm.optim import muon as muon_of_timm
 from torch import Tensor, nn
 
 from multimodal.model.layers.experts import ExpertsConfig, SparseMLP
-from multimodal.train.optim import muon
+from multimodal.train.optim import can_compile, muon
 
 COEFFICIENTS = muon_of_timm.resolve_ns_coefficients("polar_express", muon_of_timm._COEFFICIENTS)
 
@@ -98,3 +100,22 @@ def test_the_iteration_is_in_float32_where_bfloat16_is_slow(
     found = muon_of_timm.zeropower_via_newtonschulz(update, 5, COEFFICIENTS)
     assert found.dtype == (torch.float32 if slow else torch.bfloat16)
     assert condition_number(found.float()) < 1.5
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "installed", "works"),
+    [
+        (False, ["g++"], True), (False, ["gcc"], False), (True, ["gcc"], True), (True, [], False),
+        (True, ["CC"], True),
+    ],
+)  # fmt: skip
+def test_compiling_needs_a_compiler_for_a_gpu_too(
+    on_gpu: bool, installed: list[str], works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr("shutil.which", lambda name: name if name in installed else None)
+    monkeypatch.delenv("CC", raising=False)
+    if "CC" in installed:
+        monkeypatch.setenv("CC", "/opt/bin/cc")
+    with nullcontext() if works else pytest.warns(UserWarning, match="needs a C.* compiler"):
+        assert can_compile() == works

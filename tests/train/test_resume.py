@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop as TrainingEpochLoop
 from safetensors.torch import load_file
 
 from multimodal.cli import main
@@ -182,6 +183,26 @@ def test_a_stopped_run_saves_and_resumes_bit_for_bit(
     assert_same_weights(run, uninterrupted)
 
 
+def stop_the_second_rank() -> None:
+    """As if over NCCL, where what Lightning asks in each step would wait for the GPU."""
+
+    def fail(_: Any) -> None:
+        raise AssertionError
+
+    torch.distributed.get_backend = lambda *_: "nccl"
+    TrainingEpochLoop._broadcast_sigterm_tensor = fail  # type: ignore[assignment]
+    if os.environ["RANK"] == "1":
+        signal_at("SIGTERM", "training_step", 1, 1)
+
+
+def test_a_signal_to_one_rank_stops_all(work: Path, tmp_path: Path) -> None:
+    fit = ["fit", "--config", str(work / "joint.yaml"), "--output", str(tmp_path)]
+    fit += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    ends = run_processes(fit, environments=torchrun(2), before=stop_the_second_rank)
+    assert [end.status for end in ends] == [128 + signal.SIGTERM] * 2, ends
+    assert "stopped at step 2; resume with --ckpt_path" in ends[0].stderr
+
+
 @pytest.mark.parametrize(
     ("validation", "reason"),
     [("0", "checkpoint could not be written"), ("1.0", "model: could not be written")],
@@ -229,6 +250,10 @@ def test_two_ranks_resume_bit_for_bit_and_agree_with_one(work: Path, tmp_path: P
             loss = double[step]
             bound = 1e-5 if step == 0 else 5e-2
             assert abs(float(loss) / float(single[step]) - 1) < bound, (name, step)
+    # As many samples as on one rank (2), shared by the ranks.
+    for kind in ("", "-answers"):
+        lines = (uninterrupted / f"logs/samples/step-000008{kind}.txt").read_text().splitlines()
+        assert len(lines) == 2, lines
 
 
 @pytest.mark.slow

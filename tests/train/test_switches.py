@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from multimodal.cli import main
+from multimodal.train.joint import JointModule
 from tests.launches import logged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,3 +137,14 @@ def test_data_without_a_validation_split_train(
     both = ["--data.folders", f"[{data}, {work / 'scenes'}]", "--overwrite"]
     assert main([*fit, *both, "--data.val_limit", "2"]) == 0
     assert torch.tensor([float(v) for v in logged(run, "val/total").values()]).isfinite().all()
+
+
+def test_flex_attention_without_a_compiler_is_refused(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a GPU, which this module only claims to be on."""
+    monkeypatch.setattr(JointModule, "device", torch.device("cuda"))
+    monkeypatch.setattr("multimodal.train.joint.has_compiler", lambda: False)
+    fit = ["fit", "--config", str(work / "joint.yaml"), "--output", str(tmp_path / "run")]
+    assert main([*fit, "--model.init_args.attention", "flex"]) == 1
+    assert "flex needs CUDA and a C compiler" in capsys.readouterr().err

@@ -16,12 +16,14 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.optim.muon import Muon
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from multimodal.adapters.lora import adapter_parts
 from multimodal.model.head_loss import SLICE
 from multimodal.model.layers.attention import Backend
 from multimodal.model.layers.transformer import ALL, Layer, TransformerConfig
@@ -61,6 +63,11 @@ class Step:
     dropout: float = 0.0
     images: int = 0
 
+    @property
+    def parts(self) -> int:
+        """How many ranks a weight is divided among."""
+        return self.ranks if self.strategy == "fsdp" else 1
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -87,6 +94,11 @@ class Memory:
         return self.weights + self.optimizer + self.images + max(self.phases.values())
 
 
+def optimizer_of(network: MultimodalLM) -> Muon:
+    """The optimizer of ``JointModule``: which parameters Muon trains, and which AdamW."""
+    return muon(network, adapter_parts(network.transformer), 1e-3, 0.1)
+
+
 def step_memory(network: MultimodalLM, step: Step) -> Memory:
     """Compute the memory of a step of training with Muon.
 
@@ -94,8 +106,8 @@ def step_memory(network: MultimodalLM, step: Step) -> Memory:
         network: on ``meta``. Parameters that are not trained do not require gradients.
         step: how it is trained.
     """
-    config, parts = network.config.transformer, step.ranks if step.strategy == "fsdp" else 1
-    groups = muon(network, [], 1e-3, 0.1).param_groups
+    config, parts = network.config.transformer, step.parts
+    groups = optimizer_of(network).param_groups
     by_muon = [p for group in groups if not group.get("use_fallback") for p in group["params"]]
     by_adamw = [p for group in groups if group.get("use_fallback") for p in group["params"]]
     layers = [sum(p.numel() for p in layer.parameters()) for layer in network.transformer.layers]

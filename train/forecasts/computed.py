@@ -22,9 +22,9 @@ from multimodal.model.training_batch import TrainingBatch, TrainingSample
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.train.cost import PEAKS, training_flops
+from multimodal.train.cost import PEAKS, muon_bytes, muon_flops, training_flops
 from multimodal.train.data import ShardData
-from multimodal.train.forecasts.budget import Memory, Step, step_memory
+from multimodal.train.forecasts.budget import Memory, Step, optimizer_of, step_memory
 from multimodal.train.optim import parameters_named
 
 MODULE = "multimodal.train.joint.JointModule"
@@ -107,6 +107,9 @@ def forecast_lines(
     floor = flops / (1e12 * PEAKS[CARD])
     mfu = MFU * 3 / 4 if step.recompute else MFU  # a second forward pass counts as none
     compute, exchange = floor / mfu, memory.exchanged / BETWEEN_MACHINES
+    optimizer = optimizer_of(network)
+    products, sent = muon_flops(optimizer, step.parts), muon_bytes(optimizer, step.parts)
+    update = products / (1e12 * PEAKS[CARD] * MFU) + sent / BETWEEN_MACHINES
     rows = {
         "computed": f"for {step.ranks} ranks on {step.device} ({step.strategy}); nothing was run",
         "parameters": f"{trained:,} to train, {all_weights - trained:,} frozen",
@@ -120,8 +123,13 @@ def forecast_lines(
             f"sends {memory.exchanged / 1e9:.1f} GB, {exchange:.2f} s at "
             f"{BETWEEN_MACHINES / 1e9:.0f} GB/s"
         )
+        if products:
+            rows["update"] = (
+                f"{update:.2f} s more for Muon: {products / 1e12:.1f} TFLOP on each rank"
+                + f", which sends {sent / 1e9:.1f} GB" * bool(sent)
+            )
         if steps > 0:
-            hours = steps * max(compute, exchange) / 3600
+            hours = steps * (max(compute, exchange) + update) / 3600
             rows["run"] = (
                 f"{steps:,} steps in {hours:,.1f} hours, {hours * step.ranks:,.0f} GPU hours, "
                 "without validations, if sending hides behind computing"

@@ -54,6 +54,8 @@ class ResumedSettings(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         check_same_checkpoint(self.ckpt_path)
+        # on_fit_start asks for it. With FSDP2 Lightning reads the checkpoint, and sets it, later.
+        trainer.ckpt_path = self.ckpt_path
 
     def state_dict(self) -> dict[str, Any]:
         return {"settings": self.settings}

@@ -4,8 +4,10 @@ import signal
 from typing import Any
 
 import lightning as L
+import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from multimodal.distributed import global_counts, host_group, world_size
 from multimodal.terminal import print_status
 from multimodal.train.run.best import ExportModel
 from multimodal.train.run.checkpoints import RunCheckpoints
@@ -35,6 +37,11 @@ class GracefulStop(L.Callback):
         self._step = trainer.global_step
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._on_signal)
+        if world_size() > 1:
+            # Lightning asks in each step whether a rank got SIGTERM, and waits for the GPU.
+            loop: Any = trainer.fit_loop.epoch_loop
+            loop._broadcast_sigterm_tensor = lambda: None
+            dist.set_timeout(trainer.strategy._timeout, host_group())  # type: ignore[attr-defined]
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if not self._signal:
@@ -55,7 +62,7 @@ class GracefulStop(L.Callback):
         if trainer.global_step == self._step:
             return  # gradients are being accumulated, and no checkpoint holds them
         self._step = trainer.global_step
-        if not trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False):
+        if not any(global_counts([bool(self._signal)])):
             return
         self._stopping = True
         stopped = f"stopped at step {trainer.global_step:,}"

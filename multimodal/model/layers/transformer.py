@@ -303,7 +303,8 @@ class Transformer(nn.Module):
         x = add_dropped(torch.zeros_like(x[..., :1]), x, dropout) if dropout else x
         for number, layer in enumerate(self.layers):
             queries = query_slice if number == len(self.layers) - 1 else ALL
-            run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
+            run: Any = layer if cache is None else layer._call_impl  # see compile_layers
+            run = partial(checkpoint, layer, use_reentrant=False) if recompute else run
             x, logits = run(x, cos_sin, mask, cache, number, queries, dropout)
             if router_logits is not None:
                 router_logits += logits
@@ -348,7 +349,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def compile_layers(self) -> None:
-        """torch.compile of each layer. They are alike, so it compiles one of them."""
+        """torch.compile of one layer for all. A cache, which numbers them, goes without it."""
         for layer in self.layers:
             layer.compile()
 
@@ -391,9 +392,8 @@ class Transformer(nn.Module):
         state = {name.removeprefix("model."): value for name, value in state.items()}
         tied = [name for name in state if name.startswith("embed_tokens.")]
         for name in tied if self.config.tie_word_embeddings else ():
-            embeddings = state[name]
-            head = state.setdefault(name.replace("embed_tokens", "lm_head"), embeddings)
-            if head is not embeddings and not torch.equal(head, embeddings):
+            head = state.setdefault(name.replace("embed_tokens", "lm_head"), state[name])
+            if head is not state[name] and not torch.equal(head, state[name]):
                 raise RuntimeError(
                     "lm_head differs from embed_tokens: tie_word_embeddings is wrong"
                 )

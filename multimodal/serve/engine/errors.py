@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from multimodal.memory import NotEnoughMemory
+from multimodal.memory import NotEnoughMemory, is_out_of_memory
 
 KINDS = {
     400: "invalid_request_error",
@@ -59,10 +59,10 @@ def as_api_error(error: BaseException) -> ApiError:
     """A ``ValueError`` is the client's mistake. Anything else is ours, and is not shown."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, NotEnoughMemory):  # for a request that is right
-        message = "the server has not enough memory for this now: try again later"
-        return ApiError(503, message, code="no_memory", retry_after=5)
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError) and not isinstance(error, NotEnoughMemory):
         named = _NAMED.match(str(error))
         return ApiError(400, str(error), param=named[1] if named else None, code="invalid_value")
+    if isinstance(error, NotEnoughMemory) or is_out_of_memory(error):  # for a request that is right
+        message = "the server has not enough memory for this now: try again later"
+        return ApiError(503, message, code="no_memory", retry_after=5)
     return ApiError(500, "the server failed on this request", code="internal_error")

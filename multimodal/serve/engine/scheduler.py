@@ -29,7 +29,7 @@ from typing import Any, TypeAlias
 import torch
 
 from multimodal.inference.decode import Decoder, Joining, Row
-from multimodal.memory import NotEnoughMemory
+from multimodal.memory import NotEnoughMemory, is_out_of_memory
 from multimodal.model.layers.prefixes import PrefixCache
 from multimodal.model.network import MultimodalLM
 from multimodal.options import Sampling
@@ -290,12 +290,10 @@ class Scheduler:
             parts.append(Joining(rows, how.sampling, how.repetition_penalty, how.log_probabilities))
         try:
             decoder.join_together(parts)
-        except NotEnoughMemory as error:
-            self._full = self.count_rows()  # if there are any, these wait until some have left
-            for job in several if ends and not self._full else ():
-                self._end(job, error)
-            return False
         except Exception as error:
+            if isinstance(error, NotEnoughMemory) or is_out_of_memory(error):
+                self._full = self.count_rows()  # if there are any, these wait until some have left
+                ends = ends and not self._full
             for job in several if ends else ():
                 self._end(job, error)
             return False
