@@ -241,8 +241,9 @@ def test_captions_are_written_as_often_as_they_are_likely(
     captions = all_captions(toy)
     with torch.inference_mode():
         chances = torch.stack([probability(toy, ids, temperature) for ids in captions])
+    texts = SimpleNamespace(chat=None)
     model: Any = SimpleNamespace(
-        network=toy, vocabulary=toy.vocabulary, device=toy.device, text_tokenizer=None
+        network=toy, vocabulary=toy.vocabulary, device=toy.device, text_tokenizer=texts
     )
     options, count = TextOptions(temperature=temperature, max_tokens=MAX_TOKENS), 4000
     (texts,) = write_texts(model, [CODES], [5], count, options)

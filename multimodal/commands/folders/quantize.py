@@ -2,8 +2,8 @@
 
 from multimodal.terminal import Parser
 
-EPILOG = """int8 is half the size of bfloat16, and about as fast on CPUs with VNNI. int4 is a third of
-it on disk; in memory and in speed it is like int8. The image tokenizer keeps its weights. The
+EPILOG = """int8 is half the size of bfloat16, and about as fast on CPUs with VNNI. int4 is a third
+of it on disk; in memory and in speed it is like int8. The image tokenizer keeps its weights. The
 result is used like any model, on any device. Adapters train over it (fit --model.lora.bits 8);
 other training needs the model it was made from.
 
