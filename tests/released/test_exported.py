@@ -14,7 +14,7 @@ from multimodal.cli import main
 from multimodal.export.hf import export_hf
 from multimodal.model.templates import Templates
 from multimodal.provenance import Provenance
-from multimodal.tokenizers.text import ChatFormat
+from multimodal.tokenizers.text import ChatFormat, TextTokenizer
 from tests.export.test_hf import our_logits
 
 CHAT = ChatFormat(
@@ -28,7 +28,7 @@ def model(tiny_model: Callable[..., Model]) -> Model:
 
 
 def test_an_export_is_the_model_again(model: Model, tmp_path: Path) -> None:
-    model.text_tokenizer.chat = CHAT
+    model.text_tokenizer = TextTokenizer.from_json(model.text_tokenizer.to_json(), CHAT)
     object.__setattr__(model.config, "templates", Templates(question="Q {text} A"))
     model.provenance = Provenance(("Apache",), ({"kind": "data", "name": "photos"},))
     model.save(tmp_path / "ours")

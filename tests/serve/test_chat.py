@@ -1,7 +1,6 @@
 """The openai SDK talks to /v1/chat/completions."""
 
 import base64
-import copy
 import io
 from functools import partial
 from typing import Any
@@ -211,7 +210,7 @@ def test_turns_of_a_conversation_become_one_prompt(server: Any) -> None:
 
 def test_a_language_model_reads_texts_in_its_chat_template(tiny_model: Any, serving: Any) -> None:
     """Images are asked about as they were learned, and a turn ends where its token says so."""
-    model = copy.copy(tiny_model(noise=0.1, tied=False))
+    model = tiny_model(noise=0.1, tied=False)
     letters = tokenizers.Tokenizer.from_str(model.text_tokenizer.to_json())
     end = letters.decode([40])  # any token will do as the end of a turn
     letters.add_special_tokens([end])
