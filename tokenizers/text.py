@@ -136,6 +136,11 @@ class TextTokenizer:
         """The id of every token, by the token as the file writes it."""
         return dict(self._tokenizer.get_vocab())
 
+    @property
+    def turn_end(self) -> int | None:
+        """The id that ends a turn of a model that was taught to talk."""
+        return None if self.chat is None else self._tokenizer.token_to_id(self.chat.end)
+
     def controls(self) -> dict[str, int]:
         """The ids of the control tokens, which no text becomes."""
         added = self._tokenizer.get_added_tokens_decoder()

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from multimodal.export.hf import chat_ends, chat_template, exported_tokenizer
+from multimodal.export.hf import chat_template, exported_tokenizer
 from multimodal.export.q4_k import BLOCK, quantize_q4_k
 from multimodal.files import atomic_file, local_path
 from multimodal.hub.names import find_model
@@ -168,7 +168,8 @@ def _add_tokenizer(writer: Any, model: ModelParts) -> None:
     writer.add_add_bos_token(False)  # a prompt begins with <bos>, as for every engine
     if (chat := model.text_tokenizer.chat) is not None:
         writer.add_chat_template(chat_template(chat))
-        writer.add_eot_token_id(chat_ends(model)[-1])
+        turn = model.text_tokenizer.turn_end
+        writer.add_eot_token_id(vocabulary.eos if turn is None else turn)
 
 
 def _arranged(

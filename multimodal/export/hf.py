@@ -81,20 +81,15 @@ def _write(model: ModelParts, folder: Path, dtype: str) -> None:
         },
     }
     if chat is not None:
-        written["generation_config.json"]["eos_token_id"] = chat_ends(model)
+        turn = model.text_tokenizer.turn_end
+        last = [vocabulary.eos] if turn is None else [vocabulary.eos, turn]
+        written["generation_config.json"]["eos_token_id"] = last
         written["tokenizer_config.json"]["chat_template"] = chat_template(chat)
     for name, content in written.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", "utf-8")
     weights = model.network.transformer.stock_state_dict()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     model.image_tokenizer.save(folder / "image_tokenizer")
-
-
-def chat_ends(model: ModelParts) -> list[int]:
-    """The ids that end a text: <eos>, and what ends a turn of the language model it began as."""
-    chat, ends = model.text_tokenizer.chat, [model.vocabulary.eos]
-    known = model.text_tokenizer.vocabulary()
-    return ends + [known[chat.end]] if chat is not None and chat.end in known else ends
 
 
 def chat_template(chat: ChatFormat) -> str:

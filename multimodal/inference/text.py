@@ -39,9 +39,8 @@ def text_mask(model: ModelParts) -> Tensor:
 
 def text_ends(model: ModelParts) -> frozenset[int]:
     """The ids that end a text: <eos>, and what ends a turn of a model that was taught to talk."""
-    chat, ends = model.text_tokenizer.chat, {model.vocabulary.eos}
-    turn = None if chat is None else model.text_tokenizer.controls().get(chat.end)
-    return frozenset(ends if turn is None else {*ends, turn})
+    turn = model.text_tokenizer.turn_end
+    return frozenset({model.vocabulary.eos} if turn is None else {model.vocabulary.eos, turn})
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:

@@ -241,7 +241,7 @@ def test_captions_are_written_as_often_as_they_are_likely(
     captions = all_captions(toy)
     with torch.inference_mode():
         chances = torch.stack([probability(toy, ids, temperature) for ids in captions])
-    texts = SimpleNamespace(chat=None)
+    texts = SimpleNamespace(turn_end=None)
     model: Any = SimpleNamespace(
         network=toy, vocabulary=toy.vocabulary, device=toy.device, text_tokenizer=texts
     )

@@ -72,32 +72,29 @@ def message_parts(
     """
     if not messages:
         raise ApiError(400, "messages: expected at least one", param="messages")
-    parts: list[str | ImageUrl] = []
-    empty, said = True, list[dict[str, str]]()
     contents = [_content(each, f"messages.{n}.content") for n, each in enumerate(messages)]
+    for number, (message, (images, _)) in enumerate(zip(messages, contents, strict=True)):
+        if message.role != "user" and images:
+            raise _wrong(f"messages.{number}.content", "only messages of the user have images")
+    if not any(images or text.strip() for images, text in contents):
+        raise ApiError(400, "messages: all of them are empty", param="messages")
     has_images = any(images for images, _ in contents)
     template = template or ("chat" if talks and not has_images else "question")
     if template == "chat" and (has_images or not talks):
         reason = "is for texts alone" if talks else "is what this model lacks"
         raise ApiError(400, f"template: a chat template {reason}", param="template")
-    for number, (message, (images, text)) in enumerate(zip(messages, contents, strict=True)):
-        if message.role != "user" and images:
-            raise _wrong(f"messages.{number}.content", "only messages of the user have images")
-        empty = empty and not images and not text.strip()
+    ask = {"question": templates.ask, "statement": templates.judge}.get(template, str)
+    parts: list[str | ImageUrl] = []
+    said: list[dict[str, str]] = []
+    for message, (images, text) in zip(messages, contents, strict=True):
+        parts += images
         text = shown(text) if text.strip() else ""
-        if template == "chat":
-            role = "system" if message.role == "developer" else message.role
-            said += [{"role": role, "content": text.strip()}] if text.strip() else []
-        elif message.role == "user":
-            parts += images
-            if text.strip():
-                ask = {"question": templates.ask, "statement": templates.judge}.get(template, str)
-                parts.append(ask(text))
-        elif text.strip():
-            parts.append(text.strip())
-    if empty:
-        raise ApiError(400, "messages: all of them are empty", param="messages")
-    return [Conversation.of(said)] if said else parts
+        if not text.strip():
+            continue
+        role = "system" if message.role == "developer" else message.role
+        said.append({"role": role, "content": text.strip()})
+        parts.append(ask(text) if role == "user" else text.strip())
+    return [Conversation.of(said)] if template == "chat" and said else parts
 
 
 def _content(message: Message, name: str) -> tuple[list[ImageUrl], str]:
