@@ -161,6 +161,9 @@ class TextTokenizer:
         """
         if self.chat is None:
             raise ValueError("this model has no chat template")
+        for number, message in enumerate(messages):
+            if not all(isinstance(message.get(name), str) for name in ("role", "content")):
+                raise ValueError(f"message {number}: expected role and content, both texts")
         controls, ids, text = self.controls(), list[int](), ""  # text: since the last control token
         splits = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
         for piece in self.chat.render([message["role"] for message in messages]):
@@ -220,6 +223,8 @@ def _read_gguf(path: Path) -> tuple[str, ChatFormat | None]:
     if isinstance(found.chat_template, str) and end:
         chat = ChatFormat(found.chat_template, end, found.bos_token or "")
     stored = json.loads(found.backend_tokenizer.to_str())
+    if splits == "qwen2":  # GGUF describes no normalizer, and those of Qwen have one
+        stored["normalizer"] = {"type": "NFC"}
     # transformers adds an <unk> where there is none.
     listed = reader.get_field("tokenizer.ggml.tokens")
     count = len(listed.data) if listed is not None else 0

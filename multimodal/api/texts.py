@@ -10,7 +10,7 @@ from PIL import Image
 from multimodal.inference import mixed
 from multimodal.inference.codec import encode_to_read, read_images
 from multimodal.inference.json_schema import Schema
-from multimodal.inference.mixed import Output, OutputKind, Reply
+from multimodal.inference.mixed import Output, OutputKind, Parts, Reply
 from multimodal.inference.prompt_files import Prompt, find_prompt
 from multimodal.inference.text import answer_codes, caption_images
 from multimodal.inference.values import (
@@ -174,7 +174,7 @@ class TextMethods(ModelParts):
     @takes_options(TextOptions)
     def generate(
         self,
-        parts: Sequence[ImageSource],
+        parts: Parts,
         *,
         output: OutputKind = "text",
         **options: Unpack[TextArguments],
@@ -182,7 +182,9 @@ class TextMethods(ModelParts):
         """Continue any mix of texts and images.
 
         Args:
-            parts: a ``str`` is text, everything else an image (a path is a ``Path``).
+            parts: a ``str`` is text, everything else an image (a path is a ``Path``). Or messages
+                with ``role`` and ``content``, for a language model that was taught to talk: they
+                are read in its chat template.
             output: ``text``, one ``image``, or ``any`` mix of both. max_tokens bounds the text. An
                 image is always whole.
             options: see TextOptions.
@@ -195,7 +197,7 @@ class TextMethods(ModelParts):
     @takes_options(TextOptions)
     def reply(
         self,
-        prompts: Sequence[Sequence[ImageSource]],
+        prompts: Sequence[Parts],
         *,
         output: OutputKind = "text",
         batch_size: int = 32,
@@ -210,7 +212,7 @@ class TextMethods(ModelParts):
     @takes_options(TextOptions)
     def stream(
         self,
-        parts: Sequence[ImageSource],
+        parts: Parts,
         *,
         output: OutputKind = "text",
         previews: bool = False,

@@ -14,16 +14,20 @@ from multimodal.commands.options import (
 )
 from multimodal.options import TextOptions
 
-EPILOG = """The prompt is what --image and --text say, in the order given. Images that the model
+EPILOG = """The prompt is what --image and --text say, in the order given. With --chat the texts are
+messages, the user's first, then in turn the model's and the user's, in the model's chat template:
+for language models that were taught to talk. Images that the model
 draws are written to --out (with -0, -1, ... before the suffix where there are several).
 
 examples:
   multimodal generate --image cat.jpg --text "a cat that"
   multimodal generate --text "a red bus" --output image --out bus.png
   multimodal generate --image a.jpg --text "a dog" --image b.jpg --json
+  multimodal generate --model MODEL --chat --text "Write a limerick about a dog." --max-tokens 60
 """
 
 
+ROLES = ("user", "assistant")
 USAGE = ("prompt_tokens", "text_tokens", "image_tokens", "log_probability", "ended")
 
 
@@ -39,6 +43,7 @@ def main(argv: list[str]) -> int:
     parser = make_parser("generate", "Continue any mix of images and texts.", EPILOG, TextOptions)
     parser.add_argument("--image", dest="parts", action=_Part, metavar="FILE", help="an image file")
     parser.add_argument("--text", dest="parts", action=_Part, metavar="TEXT")
+    parser.add_argument("--chat", action="store_true", help="the texts are messages of a chat")
     parser.add_argument(
         "--output",
         choices=("text", "image", "any"),
@@ -54,15 +59,18 @@ def main(argv: list[str]) -> int:
         parser.error("the prompt is empty: give --image and --text")
     if arguments.output != "text" and arguments.out is None:
         parser.error(f"--output {arguments.output} needs --out FILE for images")
+    prompt = arguments.parts
+    if arguments.chat:
+        if any(isinstance(part, Path) for part in prompt):
+            parser.error("--chat is for texts alone, not for --image")
+        prompt = [
+            {"role": ROLES[number % 2], "content": text} for number, text in enumerate(prompt)
+        ]
     options = given_options(arguments, TextOptions)
     if arguments.out is not None:
         check_output(arguments.out)
     model = load_model(arguments)
-    (reply,) = model.reply(
-        [arguments.parts],
-        output=arguments.output,
-        **options,
-    )
+    (reply,) = model.reply([prompt], output=arguments.output, **options)
     if isinstance(reply, ValueError):
         raise reply
     parts = reply.parts or [""]
@@ -76,5 +84,6 @@ def main(argv: list[str]) -> int:
         print(json.dumps({"output": output, "usage": usage}))
     else:
         for item in output:
-            print(" ".join(next(iter(item.values())).split()))
+            text = next(iter(item.values()))
+            print(text if arguments.chat else " ".join(text.split()))
     return 0

@@ -6,7 +6,7 @@ A prompt continues in a text (text ids, <eos>, and <boi> where an image may begi
 Shapes: B prompts, V vocabulary, n codes of an image.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -47,6 +47,7 @@ class Preview:
 
 
 Output: TypeAlias = str | Image.Image | Preview
+Parts: TypeAlias = Sequence[ImageSource] | Sequence[Mapping[str, str]]  # or messages of a chat
 
 
 @dataclass
@@ -70,12 +71,21 @@ class Reply:
     ended: str = "length"
 
 
-def prompt_ids(model: ModelParts, parts: Sequence[ImageSource]) -> list[int]:
-    """<bos>, then each part in its order. A ``str`` is text, everything else an image."""
-    if isinstance(parts, str | bytes | Path) or not parts:
+def prompt_ids(model: ModelParts, parts: Parts) -> list[int]:
+    """<bos>, then each part in its order. A ``str`` is text, everything else an image.
+
+    Messages (``role`` and ``content``) are read in the chat template of the model.
+    """
+    if isinstance(parts, str | bytes | Path | Mapping) or not parts:
         raise ValueError("the prompt is empty: give a list of texts (str) and images (others)")
+    messages = [part for part in parts if isinstance(part, Mapping)]
+    if len(messages) == len(parts):
+        return model.text_tokenizer.encode_chat(messages)
+    if messages:
+        raise ValueError("a prompt is messages of a chat, or texts and images, not both")
     ids = [model.vocabulary.bos]
     for number, part in enumerate(parts):
+        assert not isinstance(part, Mapping)
         if isinstance(part, str):
             ids += model.text_tokenizer.encode(part)
             continue
@@ -282,7 +292,7 @@ def decode_stream(
 
 def reply(
     model: ModelParts,
-    prompts: Sequence[Sequence[ImageSource]],
+    prompts: Sequence[Parts],
     kind: OutputKind,
     options: TextOptions,
     batch_size: int = 32,
@@ -290,7 +300,7 @@ def reply(
     """Continue every prompt.
 
     Args:
-        prompts: texts (``str``) and images (others) in any order.
+        prompts: texts (``str``) and images (others) in any order, or messages of a chat.
         kind: ``text``, one ``image``, or ``any``: what the model chooses, with at most MAX_IMAGES
             images. max_tokens bounds the text. An image is always whole.
         batch_size: prompts at once.
@@ -318,7 +328,7 @@ def reply(
 
 def stream(
     model: ModelParts,
-    parts: Sequence[ImageSource],
+    parts: Parts,
     kind: OutputKind,
     options: TextOptions,
     previews: bool = False,

@@ -48,7 +48,7 @@ OTHERS = {
         "prompt",
         "prompts",
     },
-    "generate": {"parts", "output", "out", "json"},
+    "generate": {"parts", "chat", "output", "out", "json"},
     "draw": {"prompt", "out", "n", "sign"},
     "edit": {"image", "mask", "box", "margins", "vary", "prompt", "out", "sign"},
 }

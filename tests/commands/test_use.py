@@ -191,6 +191,8 @@ HOSTILE: list[tuple[tuple[str, ...], int, str]] = [
     (("generate",), 2, "the prompt is empty"),
     (("generate", "--text", "a", "--output", "image"), 2, "needs --out"),
     (("generate", "--image", "missing.png"), 1, "missing.png"),
+    (("generate", "--chat", "--text", "a", "--image", "PHOTO"), 2, "--chat is for texts alone"),
+    (("generate", "--chat", "--text", "a"), 1, "this model has no chat template"),
     (("embed", "--out", "x.npy"), 2, "one of them"),
     (("embed", "PHOTO", "--out", "x.npz"), 1, "ends in .npy"),
     (("embed", "PHOTO", "--out", "x.npy", "--seed", "1"), 2, "unrecognized arguments: --seed"),

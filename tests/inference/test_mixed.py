@@ -10,8 +10,12 @@ import torch
 from PIL import Image
 
 from multimodal.api import Model
+from multimodal.cli import main
 from multimodal.inference.batch import DecodeBatch
 from multimodal.inference.mixed import Output, Preview, Reply, prompt_ids
+from multimodal.inference.text import generate_ids
+from multimodal.options import TextOptions
+from multimodal.tokenizers.text import ChatFormat, TextTokenizer
 
 Make = Callable[..., Model]
 
@@ -176,3 +180,35 @@ def test_drawings_have_previews(model: Model, method: str, calls: int) -> None:
     assert [last[place] for place in range(6)] == several and several[:2] == several[4:]
     with pytest.raises(ValueError, match="nothing to see before the end"):
         model.draw("a red bus", candidates=2, on_preview=lambda n, images: None)
+
+
+def test_messages_are_read_in_the_chat_template(
+    tiny_model: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model(seed=5, noise=0.1, tied=False)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+    end = next(token for token, number in model.text_tokenizer.vocabulary().items() if number == 40)
+    text = model.text_tokenizer.to_json()
+    model.text_tokenizer = TextTokenizer.from_json(text, ChatFormat(template, end))
+    said = ["a red bus", "yes", "why"]
+    messages = [
+        {"role": role, "content": content}
+        for role, content in zip(("user", "assistant", "user"), said, strict=True)
+    ]
+    ids = model.text_tokenizer.encode("user: a red bus\nassistant: yes\nuser: why\nassistant: ")
+    assert prompt_ids(model, messages) == ids
+    options = TextOptions(max_tokens=12, temperature=1.0, seed=4)
+    (expected,) = generate_ids(model, [ids], options)
+    given = {"max_tokens": 12, "temperature": 1.0, "seed": 4}
+    answer = model.text_tokenizer.decode(expected).strip()
+    assert answer and model.generate(messages, **given) == [answer]
+    assert "".join(str(part) for part in model.stream(messages, **given)).strip() == answer
+    (answered, refused) = model.reply([messages, [*messages[:1], "a bus"]], **given)
+    assert "not both" in str(refused) and isinstance(answered, Reply) and answered.parts == [answer]
+    (wrong,) = model.reply([[{"role": "user", "content": ["a"]}]])
+    assert str(wrong) == "message 0: expected role and content, both texts"
+    model.save(tmp_path / "talks")
+    texts = [part for text in said for part in ("--text", text)]
+    how = ["--max-tokens", "12", "--temperature", "1", "--seed", "4"]
+    assert main(["generate", "--model", str(tmp_path / "talks"), "--chat", *texts, *how]) == 0
+    assert capsys.readouterr().out == answer + "\n"

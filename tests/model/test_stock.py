@@ -24,6 +24,7 @@ from multimodal.model.stock import FAMILIES, read_stock, stock_config, transform
 from multimodal.options import TextOptions
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
+from tests.layouts import hostile_strings
 
 SIZES: dict[str, Any] = dict(
     hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -165,17 +166,6 @@ def test_the_tokenizer_gives_the_ids_of_the_stock_tokenizer(pair: Pair) -> None:
         assert ids == exported(text, split_special_tokens=True)["input_ids"], repr(text)
         normal = unicodedata.normalize("NFC", text) if pair.family.startswith("Qwen") else text
         assert ours.decode(ids) == normal
-
-
-def hostile_strings(count: int) -> list[str]:
-    """Strings of letters, spaces, control characters, combining marks, emoji, rare planes."""
-    rng = random.Random(0)
-    parts = [
-        *"abcXYZ 0159 \t\n\r\x00\x7f\u00a0\u200b\u200d\ufeff\u0301ßİıſ", "  ", "don't", "'LL", "猫",
-        "🐈‍⬛", "👩‍👩‍👧", "\U0001f1e9\U0001f1ea", "𝔘𝔫𝔦", "नमस्ते", "مرحبا", "\ue000", "\U0010ffff",
-        "<|im_end|>", "<s>", "</s>", "▁", "Ġ", "<0x0A>", "[INST]", "<eos>",
-    ]  # fmt: skip
-    return ["".join(rng.choices(parts, k=rng.randint(0, 12))) for _ in range(count)]
 
 
 # --- what cannot be read --------------------------------------------------------------------------

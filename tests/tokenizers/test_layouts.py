@@ -1,17 +1,13 @@
 """Text tokenizers in the layouts that language models have: ids and texts of transformers."""
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-from tokenizers import pre_tokenizers as pre
-from tokenizers.trainers import BpeTrainer
+from tokenizers import Tokenizer, models
 
 from multimodal.api import Model
 from multimodal.inference.json_schema import Schema, token_bytes
@@ -19,65 +15,7 @@ from multimodal.inference.text import generate_ids
 from multimodal.model.objectives import ObjectivesConfig
 from multimodal.options import TextOptions
 from multimodal.tokenizers.text import TextTokenizer
-
-QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-CONTROL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-
-
-def bytes_after(*splits: Any) -> Any:
-    words = pre.ByteLevel(add_prefix_space=False, use_regex=not splits)
-    if splits and isinstance(splits[0], pre.Digits):  # as SmolLM2
-        words = pre.ByteLevel(add_prefix_space=False, use_regex=True)
-    return pre.Sequence([*splits, words]) if splits else words
-
-
-def regex(expression: str) -> Any:
-    return pre.Split(Regex(expression), "isolated")
-
-
-def made_as(layout: str, texts: list[str]) -> Tokenizer:
-    alphabet = pre.ByteLevel.alphabet()
-    if layout == "llama 2":  # spaces are a letter, and what is no token is bytes
-        made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-        made.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
-        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-        # Bytes are tokens of the vocabulary, not control tokens: they are trained as letters.
-        trainer = BpeTrainer(vocab_size=700, special_tokens=[*CONTROL, *BYTES], show_progress=False)
-        made.train_from_iterator(texts, trainer)
-        stored = json.loads(made.to_str())
-        stored["added_tokens"] = [t for t in stored["added_tokens"] if t["content"] in CONTROL]
-        return Tokenizer.from_str(json.dumps(stored))
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = {
-        "gpt 2": bytes_after(),
-        "smollm 2": bytes_after(pre.Digits(individual_digits=True)),
-        "qwen": bytes_after(regex(QWEN)),
-        "llama 3": bytes_after(regex(LLAMA3)),
-    }[layout]
-    if layout == "qwen":
-        made.normalizer = normalizers.NFC()
-    made.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator(texts, trainer)
-    made.add_special_tokens([AddedToken(token, special=True) for token in CONTROL])
-    return made
-
-
-def hostile(count: int) -> list[str]:
-    rng = random.Random(0)
-    parts = [
-        *"abcXYZ 0159 \t\n\r\x00\x7f\u00a0\u200b\ufeff\u0301ßİı", "  ", "2024", "don't", "'LL",
-        "猫", "🐈‍⬛", "नमस्ते", "\U0010ffff", "▁", "Ġ", "<0x0A>", "[INST]", *CONTROL,
-    ]  # fmt: skip
-    return ["".join(rng.choices(parts, k=rng.randint(0, 12))) for _ in range(count)]
+from tests.layouts import CONTROL, hostile_strings, made_as
 
 
 @pytest.mark.parametrize("layout", ["gpt 2", "smollm 2", "qwen", "llama 3", "llama 2"])
@@ -89,7 +27,7 @@ def test_ids_and_texts_are_those_of_transformers(
     theirs.save_pretrained(tmp_path)
     ours = TextTokenizer.load(tmp_path)
     splits = set()
-    for text in hostile(1000):
+    for text in hostile_strings(1000):
         ids = ours.encode(text)
         expected = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert ids == expected, repr(text)
