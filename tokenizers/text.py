@@ -11,12 +11,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from multimodal.files import open_file, parse_json, read_text
-from multimodal.tokenizers.chat import ChatFormat
+from multimodal.tokenizers.chat import ROLES, ChatFormat
 from multimodal.tokenizers.gguf import gguf_alone
 from multimodal.tokenizers.weights import read_config_file
 
@@ -24,8 +24,11 @@ MAX_FILE = 2**28  # bytes of a tokenizer: that of 250,000 tokens has 2**24
 MAX_TEMPLATE = 2**20  # bytes
 # Where Hugging Face keeps a template. Ours is in the JSON: only JSON and weights are shared.
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
+GENERATION = "generation_config.json"
+ENDS = "end_tokens"  # in the CONFIG of a folder of ours
+NORMALIZER = "multimodal.normalizer"  # in a GGUF file of ours: NFC or none
 # How a text is split before BPE, where transformers reads it off a GGUF file rightly.
-GGUF_SPLITS = ("default", "gpt-2", "smollm", "qwen2")
+GGUF_SPLITS = ("gpt-2", "smollm", "qwen2")
 
 
 class TextTokenizer:
@@ -33,12 +36,17 @@ class TextTokenizer:
 
     Attributes:
         chat: how to talk to the language model that it belongs to. None: it was not taught to.
+        ends: tokens that end a text of that language model.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chat: ChatFormat | None = None) -> None:
-        self.chat = chat
+    def __init__(
+        self, tokenizer: Tokenizer, chat: ChatFormat | None = None, ends: Iterable[str] = ()
+    ) -> None:
+        self.chat, self.ends = chat, tuple(ends)
         stored = json.loads(tokenizer.to_str())
-        for token in stored.get("added_tokens") or []:
+        added = stored.get("added_tokens") or []
+        self._plain = frozenset(token["id"] for token in added if not token["special"])
+        for token in added:
             token["special"] = True  # unmarked control tokens would be matched in a text
         stored |= {"truncation": None, "padding": None}  # a text has the ids that it has
         self._tokenizer = Tokenizer.from_str(json.dumps(stored))
@@ -49,10 +57,12 @@ class TextTokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle with ``encode_special_tokens``, which the library's own pickle loses."""
-        return TextTokenizer.from_json, (self.to_json(), self.chat)
+        return TextTokenizer.from_json, (self.to_json(), self.chat, self.ends)
 
     @classmethod
-    def from_json(cls, text: str, chat: ChatFormat | None = None) -> "TextTokenizer":
+    def from_json(
+        cls, text: str, chat: ChatFormat | None = None, ends: Iterable[str] = ()
+    ) -> "TextTokenizer":
         """The reverse of ``to_json``.
 
         Raises:
@@ -60,7 +70,7 @@ class TextTokenizer:
         """
         check_safe(parse_json(text))
         try:
-            made = cls(Tokenizer.from_str(text), chat)
+            made = cls(Tokenizer.from_str(text), chat, ends)
             made.decode(made.encode("a b"))
         except BaseException as error:
             # The library raises plain Exception, and its panics are no Exception at all.
@@ -108,9 +118,15 @@ class TextTokenizer:
             raise ValueError(f"{path}: no such file; train one with: multimodal tokenizer text")
         is_gguf = path.suffix == ".gguf"
         open_file(path).close()  # a regular file
-        text, chat = ("", None) if is_gguf else (read_text(path, MAX_FILE), _chat_beside(path))
+        text, beside = ("", None) if is_gguf else (read_text(path, MAX_FILE), _read_beside(path))
         try:
-            return cls.from_json(*(_read_gguf(path) if is_gguf else (text, chat)))
+            if beside is None:
+                return cls.from_json(*_read_gguf(path))
+            made = cls.from_json(text, beside.chat)
+            names = {number: token for token, number in made.controls().items()}
+            listed = (*beside.ends, *(names.get(number, "") for number in beside.end_ids))
+            made.ends = tuple(dict.fromkeys(token for token in listed if token))
+            return made
         except Exception as error:  # the readers of GGUF raise what comes
             raise ValueError(f"{path}: not a text tokenizer: {error}") from error
 
@@ -118,16 +134,30 @@ class TextTokenizer:
         """Write the file, and beside it how to talk to the model, as Hugging Face does."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._tokenizer.save(str(path))
+        if self._plain:
+            stored = json.loads(self.to_json())
+            path.write_text(json.dumps(stored, ensure_ascii=False, indent=2), "utf-8")
+        else:
+            self._tokenizer.save(str(path))
+        config: dict[str, Any] = {}
         if self.chat is not None:
             tokens = {"eos_token": self.chat.end, "bos_token": self.chat.begin}
             config = {"chat_template": self.chat.template, **{k: v for k, v in tokens.items() if v}}
+        if self.ends:
+            config[ENDS] = list(self.ends)
+        if config:
             text = json.dumps(config, ensure_ascii=False, indent=1)
             (path.parent / CONFIG).write_text(text + "\n", "utf-8")
 
     def to_json(self) -> str:
         """The tokenizer in Hugging Face's format."""
-        return str(self._tokenizer.to_str())
+        text = str(self._tokenizer.to_str())
+        if not self._plain:
+            return text
+        stored = json.loads(text)
+        for token in stored["added_tokens"]:
+            token["special"] = token["id"] not in self._plain
+        return json.dumps(stored, ensure_ascii=False)
 
     def __len__(self) -> int:
         return int(self._tokenizer.get_vocab_size())
@@ -140,6 +170,12 @@ class TextTokenizer:
     def turn_end(self) -> int | None:
         """The id that ends a turn of a model that was taught to talk."""
         return None if self.chat is None else self._tokenizer.token_to_id(self.chat.end)
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids that end a text of the language model, and a turn of it."""
+        found = [self.turn_end, *map(self._tokenizer.token_to_id, self.ends)]
+        return list(dict.fromkeys(number for number in found if number is not None))
 
     def controls(self) -> dict[str, int]:
         """The ids of the control tokens, which no text becomes."""
@@ -159,40 +195,75 @@ class TextTokenizer:
         Raises:
             ValueError: if the model was not taught to talk, or its template refuses the messages.
         """
+        return [number for piece in self.chat_pieces(messages) for number in piece]
+
+    def chat_pieces(self, messages: Sequence[Mapping[str, str]]) -> list[list[int]]:
+        """The same in pieces, each up to the first control token behind a message.
+
+        The pieces of a longer conversation begin with those of its beginning but the last one.
+        """
         if self.chat is None:
             raise ValueError("this model has no chat template")
         for number, message in enumerate(messages):
             if not all(isinstance(message.get(name), str) for name in ("role", "content")):
                 raise ValueError(f"message {number}: expected role and content, both texts")
-        controls, ids, text = self.controls(), list[int](), ""  # text: since the last control token
+            if message["role"] not in ROLES:
+                raise ValueError(f"message {number}: role is none of {', '.join(ROLES)}")
+        controls, pieces, text = self.controls(), [list[int]()], ""
         splits = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
-        for piece in self.chat.render([message["role"] for message in messages]):
-            if isinstance(piece, int):
-                text += messages[piece]["content"]
+        ends = False  # the next control token ends a piece
+        for piece in self.chat.render(messages):
+            if piece.said:
+                text, ends = text + piece.text, True
                 continue
             start = 0
-            for token in splits.finditer(piece) if controls else ():
-                text += piece[start : token.start()]
-                ids += [*self.encode(text), controls[token[0]]]
+            for token in splits.finditer(piece.text) if controls else ():
+                text += piece.text[start : token.start()]
+                pieces[-1] += [*self.encode(text), controls[token[0]]]
                 text, start = "", token.end()
-            text += piece[start:]
-        return ids + self.encode(text)
+                if ends:
+                    pieces.append([])
+                    ends = False
+            text += piece.text[start:]
+        pieces[-1] += self.encode(text)
+        return [piece for piece in pieces if piece]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids in [0, len(self)) to text."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
-def _chat_beside(path: Path) -> ChatFormat | None:
-    """The chat format in the files beside a tokenizer's. Raises ``ValueError`` for other files."""
-    template, config = path.parent / TEMPLATE, dict[str, Any]()
-    if (path.parent / CONFIG).exists():
-        config = read_config_file(path.parent / CONFIG)
+class _Beside(NamedTuple):
+    """What the files beside a tokenizer's say. end_ids: those of generation_config.json."""
+
+    chat: ChatFormat | None
+    ends: tuple[str, ...]
+    end_ids: tuple[int, ...]
+
+
+def _read_beside(path: Path) -> _Beside:
+    """Raises ``ValueError`` for other files."""
+    config, generation = (
+        read_config_file(path.parent / name) if (path.parent / name).exists() else {}
+        for name in (CONFIG, GENERATION)
+    )
     found = config.get("chat_template")
-    if template.exists():
-        found = read_text(template, MAX_TEMPLATE)
+    if isinstance(found, list):  # of several
+        found = next((each.get("template") for each in found if _is_default(each)), None)
+    if (path.parent / TEMPLATE).exists():
+        found = read_text(path.parent / TEMPLATE, MAX_TEMPLATE)
     end, begin = (_content(config.get(f"{name}_token")) for name in ("eos", "bos"))
-    return ChatFormat(found, end, begin) if isinstance(found, str) and end else None
+    chat = ChatFormat(found, end, begin) if isinstance(found, str) and end else None
+    if isinstance(listed := config.get(ENDS), list):  # a folder of ours
+        return _Beside(chat, tuple(token for token in listed if isinstance(token, str)), ())
+    ids = generation.get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [ids]
+    ends = (end,) if end and chat is None else ()
+    return _Beside(chat, ends, tuple(number for number in ids if type(number) is int))
+
+
+def _is_default(template: object) -> bool:
+    return isinstance(template, dict) and template.get("name") == "default"
 
 
 def _content(token: object) -> str:
@@ -201,35 +272,49 @@ def _content(token: object) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _read_gguf(path: Path) -> tuple[str, ChatFormat | None]:
-    """The tokenizer of a GGUF file, as transformers converts it."""
+def _read_gguf(path: Path) -> tuple[str, ChatFormat | None, tuple[str, ...]]:
+    """The tokenizer of a GGUF file, as transformers converts it, with its chat and its ends."""
     with gguf_alone(path) as alone:
         import gguf
         import transformers
 
         reader = gguf.GGUFReader(path)
-        field = reader.get_field("tokenizer.ggml.pre")
-        splits = field.contents() if field else "default"
-        if splits not in GGUF_SPLITS:
+        has_pieces = _field(reader, "tokenizer.ggml.model") == "llama"  # those of SentencePiece
+        splits = _field(reader, "tokenizer.ggml.pre")
+        if not has_pieces and splits not in GGUF_SPLITS:
             raise ValueError(
-                f"it splits texts as {splits!r} does, which GGUF does not describe; give the "
-                "tokenizer.json of the model that it was made of"
+                f"it splits texts as {splits or 'default'!r} does, which GGUF does not describe; "
+                "give the tokenizer.json of the model that it was made of"
             )
         found = transformers.AutoTokenizer.from_pretrained(**alone)
-    end = found.eos_token
-    if (turn := reader.get_field("tokenizer.ggml.eot_token_id")) is not None:
-        end = found.convert_ids_to_tokens(int(turn.contents()))
+    end = last = found.eos_token
+    if (turn := _field(reader, "tokenizer.ggml.eot_token_id")) is not None:
+        end = found.convert_ids_to_tokens(int(turn))
     chat = None
     if isinstance(found.chat_template, str) and end:
         chat = ChatFormat(found.chat_template, end, found.bos_token or "")
     stored = json.loads(found.backend_tokenizer.to_str())
-    if splits == "qwen2":  # GGUF describes no normalizer, and those of Qwen have one
+    # GGUF describes no normalizer, and those of Qwen have one.
+    normal = _field(reader, NORMALIZER) or ("NFC" if splits == "qwen2" else "none")
+    if has_pieces:  # transformers adds no space before a text that begins with one
+        spaced = _field(reader, "tokenizer.ggml.add_space_prefix") is not False
+        steps = [{"type": "Prepend", "prepend": "▁"}] if spaced else []
+        replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        stored["normalizer"] = {"type": "Sequence", "normalizers": [*steps, replace]}
+        stored["pre_tokenizer"] = None
+    elif normal == "NFC":
         stored["normalizer"] = {"type": "NFC"}
     # transformers adds an <unk> where there is none.
     listed = reader.get_field("tokenizer.ggml.tokens")
     count = len(listed.data) if listed is not None else 0
     stored["added_tokens"] = [token for token in stored["added_tokens"] if token["id"] < count]
-    return json.dumps(stored), chat
+    return json.dumps(stored), chat, (last,) if last and (chat is None or last != end) else ()
+
+
+def _field(reader: Any, name: str) -> Any:
+    """What a GGUF file says, or None."""
+    field = reader.get_field(name)
+    return None if field is None else field.contents()
 
 
 def check_safe(stored: Any) -> None:

@@ -63,6 +63,8 @@ def main(argv: list[str]) -> int:
     if arguments.chat:
         if any(isinstance(part, Path) for part in prompt):
             parser.error("--chat is for texts alone, not for --image")
+        if len(prompt) % 2 == 0:
+            parser.error("--chat: the last --text is the user's: give 1, 3, 5, ... of them")
         prompt = [
             {"role": ROLES[number % 2], "content": text} for number, text in enumerate(prompt)
         ]

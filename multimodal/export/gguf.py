@@ -19,6 +19,7 @@ from multimodal.model.checkpoint import ModelParts
 from multimodal.model.layers.rope import Rope
 from multimodal.model.layers.transformer import TransformerConfig
 from multimodal.model.stock import family_of
+from multimodal.tokenizers.text import NORMALIZER
 
 DTYPES = ("float32", "float16", "bfloat16", "q8_0", "q4_k")
 TABLES = ("token_embd", "output.")
@@ -165,6 +166,8 @@ def _add_tokenizer(writer: Any, model: ModelParts) -> None:
     writer.add_bos_token_id(vocabulary.bos)
     writer.add_eos_token_id(vocabulary.eos)
     writer.add_pad_token_id(vocabulary.pad)
+    normalizer = (tokenizer.get("normalizer") or {}).get("type", "none")
+    writer.add_string(NORMALIZER, normalizer)
     writer.add_add_bos_token(False)  # a prompt begins with <bos>, as for every engine
     if (chat := model.text_tokenizer.chat) is not None:
         writer.add_chat_template(chat_template(chat))

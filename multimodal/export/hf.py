@@ -64,6 +64,7 @@ def _write(model: ModelParts, folder: Path, dtype: str) -> None:
         "image_levels": {"reads": list(model.config.reads), "draws": list(model.config.draws)},
         "templates": asdict(model.config.templates),
         "chat_format": None if chat is None else asdict(chat),
+        "end_tokens": list(model.text_tokenizer.ends),
     }
     config = {**stock_config(model.config.transformer), **ends, "torch_dtype": dtype}
     written: dict[str, dict[str, Any]] = {
@@ -80,10 +81,10 @@ def _write(model: ModelParts, folder: Path, dtype: str) -> None:
             "clean_up_tokenization_spaces": False,
         },
     }
-    if chat is not None:
-        turn = model.text_tokenizer.turn_end
-        last = [vocabulary.eos] if turn is None else [vocabulary.eos, turn]
+    if ends_of_texts := model.text_tokenizer.end_ids:
+        last = [vocabulary.eos, *ends_of_texts]
         written["generation_config.json"]["eos_token_id"] = last
+    if chat is not None:
         written["tokenizer_config.json"]["chat_template"] = chat_template(chat)
     for name, content in written.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", "utf-8")

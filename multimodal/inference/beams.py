@@ -6,6 +6,7 @@ Shapes: B prompts, K beams of each, V vocabulary.
 """
 
 import math
+from collections.abc import Set
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class FinishedBeams:
 def beam_search(
     batch: DecodeBatch,
     allowed: Tensor,
-    eos: int,
+    ends: Set[int],
     max_tokens: int,
     beams: int,
     length_penalty: float,
@@ -46,13 +47,13 @@ def beam_search(
     Args:
         batch: B prompts that were read.
         allowed: bool[V], the ids that a text may have.
-        eos: the id that ends a text.
+        ends: the ids that end a text.
         max_tokens: the longest text.
         beams: K.
         length_penalty: scores are log probabilities over the length to the power of this.
 
     Returns:
-        B lists of ids, without <eos>.
+        B lists of ids, without the one that ended the text.
 
     Raises:
         ValueError: if the logits are not finite.
@@ -68,8 +69,8 @@ def beam_search(
         steps = batch.logits().log_softmax(-1).masked_fill(~allowed, -torch.inf)
         vocabulary = steps.shape[-1]
         totals = (scores[..., None] + steps.view(len(alive), beams, vocabulary)).flatten(1)
-        # Each beam can end once at most, so twice K candidates leave K that go on.
-        best = totals.topk(2 * beams, dim=-1)
+        # A beam ends at most once by each of the ends, so this many candidates leave K that go on.
+        best = totals.topk((1 + len(ends)) * beams, dim=-1)
         keep, rows, next_ids, next_scores, next_texts = [], [], [], [], []
         for place, (prompt, values, indices) in enumerate(
             zip(alive, best.values.tolist(), best.indices.tolist(), strict=True)
@@ -80,7 +81,7 @@ def beam_search(
             going: list[tuple[float, int, int]] = []
             for rank, (score, index) in enumerate(zip(values, indices, strict=True)):
                 beam, token = divmod(index, vocabulary)
-                if token != eos:
+                if token not in ends:
                     going.append((score, beam, token))
                 elif rank < beams and score > -torch.inf:
                     finished[prompt].add(score / length**length_penalty, texts[place][beam])

@@ -38,9 +38,8 @@ def text_mask(model: ModelParts) -> Tensor:
 
 
 def text_ends(model: ModelParts) -> frozenset[int]:
-    """The ids that end a text: <eos>, and what ends a turn of a model that was taught to talk."""
-    turn = model.text_tokenizer.turn_end
-    return frozenset({model.vocabulary.eos} if turn is None else {model.vocabulary.eos, turn})
+    """The ids that end a text: <eos>, and what ends texts and turns of the language model."""
+    return frozenset({model.vocabulary.eos, *model.text_tokenizer.end_ids})
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:
@@ -66,7 +65,7 @@ class TextRow(Row):
         streams: yield the text in pieces of whole characters.
 
     Attributes:
-        tokens: the ids of the text, without its end.
+        tokens: the ids of the text, without its end. end: the id that ended it, if one did.
         ended: by the model (``end``), by max_tokens (``length``), or by a stop text (``stop``).
     """
 
@@ -88,7 +87,7 @@ class TextRow(Row):
         self.end_ids = text_ends(model) if state is None else frozenset({model.vocabulary.eos})
         self.stop, self.mask, self.state, self.streams = stop, mask, state, streams
         self.tokens: list[int] = self.generated
-        self.ended = "length"
+        self.ended, self.end = "length", list[int]()
         self._streamed = ""
 
     def allowed(self) -> Tensor:
@@ -96,7 +95,7 @@ class TextRow(Row):
 
     def take(self, token: int, log_probability: float = 0.0) -> Iterator[str]:
         if token in self.end_ids:
-            self.ended, self.done = "end", True
+            self.ended, self.done, self.end = "end", True, [token]
         else:
             self.tokens.append(token)
             if self.state is not None:
@@ -132,6 +131,7 @@ def generate_ids(
     numbers: Sequence[int] | None = None,
     schema: Schema | None = None,
     batch_size: int = 0,
+    with_ends: bool = False,
 ) -> list[list[int]]:
     """Continue each prompt by a text.
 
@@ -140,9 +140,10 @@ def generate_ids(
         numbers: with the seed, they decide the random numbers of each prompt. 0, 1, ... by default.
         schema: the texts follow it.
         batch_size: prompts at once. 0: all. Others take the places of those that are done.
+        with_ends: keep the id that ended a text, where one did. Not for beams.
 
     Returns:
-        B lists of ids, without <eos>. The token that completes a stop text is the last one.
+        B lists of ids, without what ended them. The token that completes a stop text is the last.
 
     Raises:
         ValueError: if a prompt is too long, or a text does not follow the schema to its end.
@@ -160,7 +161,7 @@ def generate_ids(
             texts += beam_search(
                 batch,
                 mask,
-                vocabulary.eos,
+                text_ends(model),
                 options.max_tokens,
                 options.beams,
                 options.length_penalty,
@@ -195,7 +196,7 @@ def generate_ids(
             "numbers (maximum) and lists (maxItems). The text so far: "
             f"{textwrap.shorten(unfinished[0].text(), PARTIAL_TEXT)!r}"
         )
-    return [row.tokens for row in rows]
+    return [row.tokens + (row.end if with_ends else []) for row in rows]
 
 
 def complete_prompts(

@@ -35,7 +35,7 @@ def read(folder: Path, config: dict[str, Any], image_size: int | None, fit: Fit 
     return Released(
         transformer_config(config, str(folder)),
         read_weights(folder),
-        texts_of(whole, specials["<bos>"], config.get("chat_format")),
+        texts_of(whole, specials["<bos>"], config),
         specials,
         [ids[token] for token in tokens if token in ids],
         images,
@@ -46,14 +46,18 @@ def read(folder: Path, config: dict[str, Any], image_size: int | None, fit: Fit 
     )
 
 
-def texts_of(whole: TextTokenizer, size: int, chat: object) -> TextTokenizer:
+def texts_of(whole: TextTokenizer, size: int, config: dict[str, Any]) -> TextTokenizer:
     """The text tokenizer alone: without the tokens for specials and codes.
 
     Args:
         size: the number of its tokens, which come first.
-        chat: what config.json says of how to talk.
+        config: says how to talk, and what ends a text.
     """
     stored = json.loads(whole.to_json())
     stored["added_tokens"] = [each for each in stored["added_tokens"] if each["id"] < size]
+    chat = config.get("chat_format")
     talk = None if chat is None else construct(ChatFormat, chat, "chat_format")
-    return TextTokenizer.from_json(json.dumps(stored), talk)
+    ends = config.get("end_tokens", [])
+    if not isinstance(ends, list) or not all(isinstance(token, str) for token in ends):
+        raise ValueError("its config.json has end_tokens that are no list of texts")
+    return TextTokenizer.from_json(json.dumps(stored), talk, ends)

@@ -193,6 +193,7 @@ HOSTILE: list[tuple[tuple[str, ...], int, str]] = [
     (("generate", "--image", "missing.png"), 1, "missing.png"),
     (("generate", "--chat", "--text", "a", "--image", "PHOTO"), 2, "--chat is for texts alone"),
     (("generate", "--chat", "--text", "a"), 1, "this model has no chat template"),
+    (("generate", "--chat", "--text", "a", "--text", "b"), 2, "the last --text is the user's"),
     (("embed", "--out", "x.npy"), 2, "one of them"),
     (("embed", "PHOTO", "--out", "x.npz"), 1, "ends in .npy"),
     (("embed", "PHOTO", "--out", "x.npy", "--seed", "1"), 2, "unrecognized arguments: --seed"),

@@ -23,7 +23,7 @@ from multimodal.model.layers.rope import RopeScaling
 from multimodal.model.stock import read_stock
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import ChatFormat, TextTokenizer
-from tests.layouts import hostile_strings, made_as
+from tests.layouts import BYTES, CONTROL, hostile_strings, made_as
 
 SIZES: dict[str, Any] = dict(
     hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -147,6 +147,36 @@ def test_texts_have_the_ids_that_they_had(
         found = theirs(normal, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert found == ids, repr(text)
         assert again.decode(ids) == model.text_tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("spaced", [True, False])
+def test_a_tokenizer_of_sentencepiece(
+    spaced: bool, sentences: tuple[str, ...], tmp_path: Path
+) -> None:
+    """As llama.cpp's converter writes those of Llama 2, TinyLlama and Mistral."""
+    made = made_as("llama 2", [*sentences, "  two  spaces"] * 4)
+    stored, types = json.loads(made.to_str()), gguf.TokenType
+    ids = made.get_vocab()
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(sorted(ids, key=lambda token: ids[token]))
+    writer.add_token_scores([-float(number) for number in range(len(ids))])
+    kinds = dict.fromkeys(ids, types.NORMAL) | dict.fromkeys(BYTES, types.BYTE)
+    kinds |= dict.fromkeys(CONTROL, types.CONTROL) | {"<unk>": types.UNKNOWN}
+    writer.add_token_types([kinds[token] for token in sorted(ids, key=lambda token: ids[token])])
+    writer.add_bos_token_id(ids["<s>"])
+    writer.add_eos_token_id(ids["</s>"])
+    writer.add_unk_token_id(ids["<unk>"])
+    if not spaced:
+        writer.add_add_space_prefix(False)
+        stored["normalizer"] = stored["normalizer"]["normalizers"][1]
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()
+    ours = TextTokenizer.load(tmp_path / "m.gguf")
+    expected = TextTokenizer.from_json(json.dumps(stored))
+    assert ours.ends == ("</s>",) and ours.end_ids == [ids["</s>"]]
+    for text in hostile_strings(1000):
+        assert ours.encode(text) == expected.encode(text), repr(text)
 
 
 def test_a_chat_has_the_tokens_of_its_language_model(

@@ -12,6 +12,7 @@ from multimodal.export.hf import export_hf
 from multimodal.inference.text import generate_ids
 from multimodal.model.sequences import describe_prompt
 from multimodal.options import TextOptions
+from multimodal.tokenizers.text import TextTokenizer
 
 Make = Callable[..., Model]
 
@@ -57,6 +58,38 @@ def test_beams_are_those_of_transformers(
     assert ours == expected
     assert [generate_ids(model, [prompt], options)[0] for prompt in prompts] == ours
     assert ours != generate_ids(model, prompts, TextOptions(max_tokens=9)), "greedy is another text"
+
+
+def test_beams_end_where_a_language_model_ends_its_texts(tiny_model: Make, tmp_path: Path) -> None:
+    model = tiny_model(seed=1, noise=0.15)
+    model.save(tmp_path / "model")
+    export_hf(tmp_path / "model", tmp_path / "stock")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval()
+    v, prompts = model.vocabulary, prompts_of(model)
+    options = TextOptions(beams=3, length_penalty=1.0, max_tokens=9)
+    longest = max(generate_ids(model, prompts, options), key=len)
+    names = {number: token for token, number in model.text_tokenizer.vocabulary().items()}
+    end = longest[2]
+    text = model.text_tokenizer.to_json()
+    model.text_tokenizer = TextTokenizer.from_json(text, ends=[names[end]])
+    ends = [v.eos, end]
+    expected = []
+    for prompt in prompts:
+        with torch.inference_mode():
+            output = theirs.generate(
+                torch.tensor([prompt]),
+                num_beams=3,
+                max_new_tokens=9,
+                do_sample=False,
+                early_stopping=False,
+                eos_token_id=ends,
+                pad_token_id=v.pad,
+                suppress_tokens=[i for i in range(v.text_size, v.size) if i != v.eos],
+            )
+        ids = output[0, len(prompt) :].tolist()
+        expected.append(ids[: next((n for n, i in enumerate(ids) if i in ends), len(ids))])
+    assert generate_ids(model, prompts, options) == expected
+    assert not any(end in ids for ids in expected)
 
 
 def test_beams_of_weights_that_are_not_numbers_are_an_error(tiny_model: Make) -> None:

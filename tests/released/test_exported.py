@@ -28,7 +28,7 @@ def model(tiny_model: Callable[..., Model]) -> Model:
 
 
 def test_an_export_is_the_model_again(model: Model, tmp_path: Path) -> None:
-    model.text_tokenizer = TextTokenizer.from_json(model.text_tokenizer.to_json(), CHAT)
+    model.text_tokenizer = TextTokenizer.from_json(model.text_tokenizer.to_json(), CHAT, ["z", "y"])
     object.__setattr__(model.config, "templates", Templates(question="Q {text} A"))
     model.provenance = Provenance(("Apache",), ({"kind": "data", "name": "photos"},))
     model.save(tmp_path / "ours")
@@ -41,6 +41,11 @@ def test_an_export_is_the_model_again(model: Model, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
     assert again.text_tokenizer.to_json() == first.text_tokenizer.to_json()
     assert again.text_tokenizer.chat == CHAT
+    assert again.text_tokenizer.ends == ("z", "y")
+    vocabulary = first.text_tokenizer.vocabulary()
+    stopping = json.loads((tmp_path / "stock/generation_config.json").read_text("utf-8"))
+    expected = [first.vocabulary.eos, vocabulary["z"], vocabulary["y"]]
+    assert stopping["eos_token_id"] == expected
     assert again.config.templates == first.config.templates
     assert (again.config.reads, again.config.draws) == (first.config.reads, first.config.draws)
     assert again.image_tokenizer.fingerprint == first.image_tokenizer.fingerprint

@@ -1,5 +1,6 @@
 """Conversations in a model's chat template have the ids that transformers gives them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,17 @@ MISTRAL = (
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+QWEN = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|start|>{{ m.role }}\n{% generation %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') }}{% endgeneration %}<|end|>\n{% else %}"
+    "<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+    "<|start|>assistant {{ strftime_now('%Y') }} {{ {'a': '<é>'} | tojson }}\n"
+)
 TALKS = (
     ["what is it?"],
     ["  naïve  猫 🐈 123?\n\nx", "It is\n a cat.", "why"],
     ["a" * 300, "b", "c", "{{ 7 * 7 }} {% if %}", "\ue0000\ue001"],
+    ["why?\n", "<think>\nhm\n</think>\n\nso \n", " go on "],
 )
 
 
@@ -36,7 +44,7 @@ def messages_of(said: list[str]) -> list[dict[str, str]]:
     return [{"role": roles[n % 2], "content": text} for n, text in enumerate(said)]
 
 
-@pytest.fixture(params=[CHATML, LLAMA, MISTRAL], ids=["chatml", "llama", "mistral"])
+@pytest.fixture(params=[CHATML, LLAMA, MISTRAL, QWEN], ids=["chatml", "llama", "mistral", "qwen"])
 def both(
     request: pytest.FixtureRequest, sentences: tuple[str, ...], tmp_path: Path
 ) -> tuple[TextTokenizer, transformers.PreTrainedTokenizerFast]:
@@ -58,9 +66,58 @@ def test_a_conversation_has_the_ids_of_transformers(
     said: list[str], both: tuple[TextTokenizer, transformers.PreTrainedTokenizerFast]
 ) -> None:
     ours, theirs = both
-    stripped = messages_of([text.strip() for text in said])  # templates may do so, too
-    expected = theirs.apply_chat_template(stripped, add_generation_prompt=True, return_dict=False)
-    assert ours.encode_chat(stripped) == list(expected)
+    messages = messages_of(said)
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ours.encode_chat(messages) == list(expected)
+
+
+def test_a_longer_conversation_begins_as_the_shorter_one(
+    both: tuple[TextTokenizer, transformers.PreTrainedTokenizerFast],
+) -> None:
+    ours, _ = both
+    messages = messages_of(["what is it?", "a cat", "why", "look", "ah"])
+    longer = ours.chat_pieces(messages)
+    assert [number for piece in longer for number in piece] == ours.encode_chat(messages)
+    shorter = ours.chat_pieces(messages[:3])
+    if "|start|" in ours.chat.template:  # type: ignore[union-attr]  # others end some turns alone
+        assert len(longer) == 6 and longer[:3] == shorter[:3]
+
+
+def test_a_template_that_makes_something_else_of_a_message(sentences: tuple[str, ...]) -> None:
+    """It is read as it is, between what the template writes around it."""
+    text = TextTokenizer.train(list(sentences), 300).to_json()
+    ours = TextTokenizer.from_json(text, ChatFormat("<{{ messages[0].content | upper }}>", "a"))
+    assert ours.decode(ours.encode_chat([{"role": "user", "content": "<b>"}])) == "<<b>>"
+    with pytest.raises(ValueError, match="message 0: role is none of system, user, assistant"):
+        ours.encode_chat([{"role": "user<b>", "content": "b"}])
+
+
+def test_what_ends_a_text_is_read_and_kept(sentences: tuple[str, ...], tmp_path: Path) -> None:
+    """Also of a language model that was not taught to talk, and flags of tokens."""
+    made = TextTokenizer.train(list(sentences) * 4, 300)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(made.to_json())
+    )
+    theirs.add_special_tokens({"eos_token": "</s>", "additional_special_tokens": ["<|end|>"]})
+    theirs.add_tokens([tokenizers.AddedToken("<think>", special=False)])
+    theirs.save_pretrained(tmp_path / "base")
+    base = TextTokenizer.load(tmp_path / "base")
+    assert base.chat is None and base.end_ids == [300]
+    config = {"eos_token_id": [301, 300, 999]}
+    (tmp_path / "base/generation_config.json").write_text(json.dumps(config))
+    listed = TextTokenizer.load(tmp_path / "base")
+    assert sorted(listed.end_ids) == [300, 301]
+    listed.save(tmp_path / "ours/text_tokenizer.json")
+    again = TextTokenizer.load(tmp_path / "ours/text_tokenizer.json")
+    assert again.ends == listed.ends and again.to_json() == listed.to_json()
+    flags = {t["content"]: t["special"] for t in json.loads(again.to_json())["added_tokens"]}
+    assert flags == {"</s>": True, "<|end|>": True, "<think>": False}
+    assert 302 not in again.encode("<think>"), "what is said becomes no token of these either"
+    config = json.loads((tmp_path / "base/tokenizer_config.json").read_text("utf-8"))
+    templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    config["chat_template"] = templates
+    (tmp_path / "base/tokenizer_config.json").write_text(json.dumps(config))
+    assert TextTokenizer.load(tmp_path / "base").chat == ChatFormat("d", "</s>")
 
 
 def test_what_is_said_becomes_no_control_token(

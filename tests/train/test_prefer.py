@@ -1,6 +1,7 @@
 """``multimodal prefer``: what it makes, that nothing is lost, and a run that learns from it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from multimodal import load
+from multimodal.api import Model, load
 from multimodal.cli import main
 from multimodal.data.encode import Encoding, codes_to_bytes
 from multimodal.data.samples import CODES
@@ -101,6 +102,9 @@ def test_a_stopped_job_goes_on_and_gives_the_same(
     with pytest.raises(ValueError, match="begun with other shards or options"):
         make_preferences(model, work / "scenes", stopped, settings, "train", 10)
     (tmp_path / "mine.py").write_text(JUDGE)
+    with pytest.raises(ValueError, match="begun with other shards or options"):
+        rounded = load(work / "joint/model", dtype="bfloat16")
+        make_preferences(rounded, work / "scenes", stopped, settings, "train", 10)
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
     make_preferences(model, work / "scenes", stopped, settings, "train", 10)
     assert first.stat().st_mtime_ns == time, "it was not made again"
@@ -185,6 +189,20 @@ def test_codes_that_are_not_the_models_are_left_out(work: Path, tmp_path: Path, 
     made = maker.make(list(Shards(tmp_path, "train")), encoded=True)
     assert made[0].reason == "codes that cannot be read"
     assert made[1].texts and not made[0].texts
+
+
+@pytest.mark.parametrize("judge", ["cider", "objects"])
+def test_captions_are_not_compared_with_no_captions(
+    tiny_model: Callable[..., Model], tmp_path: Path, judge: str
+) -> None:
+    """Without references every object would be invented, and "blue" better than "a dog"."""
+    records = (b'{"captions": []}', b'{"captions": ["a dog"]}')
+    write_tar(tmp_path / "train-0000.tar", [(f"{n}", {"json": r}) for n, r in enumerate(records)])
+    write_manifest(tmp_path, [index_shard(tmp_path / "train-0000.tar")])
+    shards = Shards(tmp_path, "train")
+    maker = CandidateMaker(tiny_model(), PreferSettings("captions", judge, LONG), shards)
+    (made,) = maker.make([shards[0]], encoded=True)
+    assert made.reason == "no captions to compare with"
 
 
 def test_the_best_and_the_worst_are_chosen_if_they_differ() -> None:

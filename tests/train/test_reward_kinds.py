@@ -93,6 +93,7 @@ def test_a_prompt_is_what_the_sample_has(tiny_model: Callable[..., Model]) -> No
     drawings = Drawings(*arguments, ["alignment"], 2, 8, 1.0)
     texts = {p.text for n in range(20) if (p := drawings.prompt(sample(captioned.record, n)))}
     assert texts == {"a red bus", "two dogs"}
+    assert not drawings.prompt(sample(captioned.record, drawn=False)), "data.drawn leaves it out"
     scenes = Drawings(*arguments, ["alignment", "scenes"], 2, 8, 1.0)
     assert not scenes.prompt(captioned) and "a scene" in scenes.needs
 
@@ -215,6 +216,8 @@ REFUSED: dict[str, tuple[dict[str, Any], bool, str]] = {
     "no question": ({"of": "answers", "reward": "exact"}, True,
                     "has a question with its answer that fits row_length=192"),
     "no scene": ({"of": "drawings", "reward": "scenes"}, True, "a caption to draw after and a"),
+    "nothing drawn": ({"of": "drawings", "reward": "alignment"}, True,
+                      "has an image that is drawn (data.drawn) with a caption to draw after"),
     "another reward": ({"of": "drawings", "reward": "cider"}, True, "expected alignment, scenes"),
     "no weight": ({"reward": {"cider": 0.0}}, True, "names with their weights, not all of them 0"),
     "no base": ({"beta": 0.1}, False, "give a model with --init_from"),
@@ -239,6 +242,7 @@ def test_what_cannot_be_rewarded_is_refused_before_the_first_step(
     arguments, starts, message = REFUSED[kind]
     more = ["--data.folders", f"[{plain}]", "--output", str(tmp_path / "run")]
     more += ["--init_from", str(work / "joint/model")] if starts else []
+    more += ["--data.drawn", "[]"] if kind == "nothing drawn" else []
     assert "scene" not in Shards(plain, "train")[0].record
     assert main([*fit(work, tmp_path, 2, **arguments), *more]) != 0
     assert message in capsys.readouterr().err

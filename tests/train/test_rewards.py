@@ -179,9 +179,16 @@ def toy() -> MultimodalLM:
     return network.eval()
 
 
-def all_captions(network: MultimodalLM) -> list[list[int]]:
-    eos, letters = network.vocabulary.eos, range(network.vocabulary.text_size)
-    ended = [[*ids, eos] for n in range(MAX_TOKENS) for ids in itertools.product(letters, repeat=n)]
+def all_captions(network: MultimodalLM, *more_ends: int) -> list[list[int]]:
+    """more_ends: text ids that end a caption as <eos> does."""
+    ends = [network.vocabulary.eos, *more_ends]
+    letters = [n for n in range(network.vocabulary.text_size) if n not in more_ends]
+    ended = [
+        [*ids, end]
+        for n in range(MAX_TOKENS)
+        for ids in itertools.product(letters, repeat=n)
+        for end in ends
+    ]
     return ended + [list(ids) for ids in itertools.product(letters, repeat=MAX_TOKENS)]
 
 
@@ -234,14 +241,14 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(
     assert toy(none)[1]["policy"] == 0, "a rank may have no written caption"
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(("temperature", "more_ends"), [(1.0, []), (0.6, []), (1.0, [1])])
 def test_captions_are_written_as_often_as_they_are_likely(
-    toy: MultimodalLM, temperature: float
+    toy: MultimodalLM, temperature: float, more_ends: list[int]
 ) -> None:
-    captions = all_captions(toy)
+    captions = all_captions(toy, *more_ends)
     with torch.inference_mode():
         chances = torch.stack([probability(toy, ids, temperature) for ids in captions])
-    texts = SimpleNamespace(turn_end=None)
+    texts = SimpleNamespace(end_ids=more_ends)
     model: Any = SimpleNamespace(
         network=toy, vocabulary=toy.vocabulary, device=toy.device, text_tokenizer=texts
     )

@@ -34,6 +34,7 @@ from multimodal.eval.metrics.scene_captions import has_scene
 from multimodal.files import atomic_file, lines_of, local_path, read_text
 from multimodal.inference.codec import encode_images, read_images, text_fits
 from multimodal.inference.drawing import draw_codes
+from multimodal.inference.text import text_ends
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.lessons import descriptions_of
 from multimodal.options import MAX_CANDIDATES, DrawOptions, TextOptions
@@ -47,6 +48,7 @@ SETTINGS = "job.json"
 CANDIDATES = "candidates.jsonl"
 CHUNK = 200  # samples: some minutes of work, which a run that was killed has to repeat
 KEPT_FIELDS = ("source", "license", "scene")  # of the record, beside a drawing
+BY_REFERENCES = ("cider", "objects")  # judges that compare with the captions of an image
 Kind = Literal["captions", "drawings"]
 
 
@@ -153,7 +155,8 @@ def make_preferences(
         raise ValueError(f"{out}: not empty (it is complete); give a new folder")
     manifest = read_manifest(source)
     arguments: dict[str, Any] = {
-        "model": model.fingerprint,
+        "model": model.fingerprint,  # in bfloat16, too, that of the folder
+        "dtype": str(model.network.alignment.log_scale.dtype).removeprefix("torch."),
         "shards": [entry["sha256"] for entry in manifest["shards"]],
         "counts": counts,
         **asdict(settings),
@@ -287,7 +290,7 @@ class CandidateMaker:
                 made.reason = "no caption to draw after"
             elif not text_fits(self.model, made.prompt):
                 made.reason = "a caption longer than what the model reads"
-        elif self.settings.judge == "cider" and not descriptions_of(record):
+        elif self.settings.judge in BY_REFERENCES and not descriptions_of(record):
             made.reason = "no captions to compare with"
         return None if made.reason else record
 
@@ -317,11 +320,11 @@ class CandidateMaker:
         seen = [model.read(codes[None])[0].numpy() for *_, codes in read]
         seeds = [self._seed(made.key) for made, *_ in read]
         written = write_texts(model, seen, seeds, settings.candidates, settings.options)
-        eos, decode = model.vocabulary.eos, model.text_tokenizer.decode
+        ends, decode = text_ends(model), model.text_tokenizer.decode
         captions = [
             WrittenText(
-                decode([token for token in ids if token != eos]).strip(),
-                ids[-1] == eos,
+                decode([token for token in ids if token not in ends]).strip(),
+                ids[-1] in ends,
                 record,
                 codes.numpy(),
             )

@@ -7,9 +7,10 @@ group. The joint loss goes on beside it, so that nothing else is forgotten.
 Shapes: S samples, k completions of each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from multimodal.data.documents import document_of
 from multimodal.data.shards import Shards
 from multimodal.distributed import mean_over_ranks
+from multimodal.inference.text import text_ends
 from multimodal.model.objectives import PolicyConfig
 from multimodal.model.training_batch import TrainingBatch, TrainingSample, Written
 from multimodal.train.distill import KeepWordsModule
@@ -111,19 +113,21 @@ class RewardModule(ReferencedModule):
         shards = data.shards(data.train_split)
         self.task.find_rewards(shards)
         if not self.trainer.ckpt_path:
-            self._check_prompts(shards)
+            self._check_prompts(shards, data.drawn_folders)
 
-    def _check_prompts(self, folders: Sequence[Shards]) -> None:
+    def _check_prompts(self, folders: Sequence[Shards], drawn: Container[Path]) -> None:
         """Raises ``ValueError`` if nothing can be made of the first samples."""
-        for sample in chain(*(islice(folder, SAMPLES) for folder in folders)):
-            try:
-                document, record = document_of(sample), sample.record
-            except ValueError:
-                continue  # check_data has counted it
-            codes = np.zeros((1, self.builder.layout.codes_per_image), np.int64)
-            example = TrainingSample(sample.key, record, codes, 0, document)
-            if self.task.prompt(example) is not None:
-                return
+        codes = np.zeros((1, self.builder.layout.codes_per_image), np.int64)
+        for folder in folders:
+            is_drawn = folder.folder in drawn
+            for sample in islice(folder, SAMPLES):
+                try:
+                    document, record = document_of(sample), sample.record
+                except ValueError:
+                    continue  # check_data has counted it
+                example = TrainingSample(sample.key, record, codes, 0, document, drawn=is_drawn)
+                if self.task.prompt(example) is not None:
+                    return
         raise ValueError(
             f"none of the first {SAMPLES} samples of each folder has {self.task.needs} that fits "
             f"row_length={self.builder.row_length}, so nothing could be rewarded by "
@@ -188,12 +192,12 @@ class RewardModule(ReferencedModule):
 
     def _log_written(self, made: Made, rewards: dict[str, Tensor], greedy: Tensor | None) -> None:
         all_ids = [tuple(ids) for group in made for ids in group]
-        count, eos = max(1, len(all_ids)), self.network.vocabulary.eos
+        count, ends = max(1, len(all_ids)), text_ends(self.model)
         values = {name: float(each.sum()) / count for name, each in rewards.items()}
         values["written_distinct"] = len(set(all_ids)) / count
         if not self.policy.drawings:
             values["written_tokens"] = sum(map(len, all_ids)) / count
-            values["written_unended"] = sum(ids[-1] != eos for ids in all_ids) / count
+            values["written_unended"] = sum(ids[-1] not in ends for ids in all_ids) / count
         if greedy is not None:
             values["reward_greedy"] = float(greedy.sum()) / max(1, len(greedy))
         parts = {name: torch.tensor(value, device=self.device) for name, value in values.items()}

@@ -18,7 +18,7 @@ from multimodal.data.shards import Shards
 from multimodal.eval.metrics.scene_captions import has_scene
 from multimodal.inference.codec import UNKNOWN
 from multimodal.inference.drawing import draw_codes
-from multimodal.inference.text import generate_ids
+from multimodal.inference.text import generate_ids, text_ends
 from multimodal.model.batches import BatchBuilder
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.lessons import descriptions_of, questions_of
@@ -136,11 +136,11 @@ class Texts(Task):
         }
 
     def judge(self, prompts: Sequence[Prompt], made: Made) -> dict[str, Sequence[float]]:
-        decode, eos = self.model.text_tokenizer.decode, self.model.vocabulary.eos
+        decode, ends = self.model.text_tokenizer.decode, text_ends(self.model)
         written = [
             WrittenText(
-                decode([token for token in ids if token != eos]).strip(),
-                ids[-1] == eos,
+                decode([token for token in ids if token not in ends]).strip(),
+                ids[-1] in ends,
                 prompt.sample.record,
                 prompt.sample.codes[0],
                 prompt.sample.source,
@@ -177,7 +177,7 @@ class Answers(Texts):
 class Drawings(Task):
     """Drawings of captions, code by code and without guidance: as likely as the network says."""
 
-    needs = "a caption to draw after"
+    needs = "an image that is drawn (data.drawn) with a caption to draw after"
 
     def __init__(self, model: ModelParts, *arguments: Any) -> None:
         super().__init__(model, *arguments)
@@ -185,6 +185,8 @@ class Drawings(Task):
             raise ValueError("of=drawings: the image tokenizer of this run has no decoder")
 
     def _prompt(self, sample: TrainingSample) -> Prompt | None:
+        if not sample.drawn:
+            return None
         text = text_to_draw(sample.record, "scenes" in self.names, sample.seed)
         return Prompt(sample, text, tuple(self.builder.encode(text.strip()))) if text else None
 
@@ -241,7 +243,7 @@ def write_texts(
     options: TextOptions,
     prompts: Sequence[Sequence[int]] | None = None,
 ) -> list[list[list[int]]]:
-    """Write texts about each image: ids with <eos>, if it came within ``max_tokens`` tokens.
+    """Write texts about each image: ids with what ended them, if it came within ``max_tokens``.
 
     Args:
         codes: of S images those that are read, int64[n] each.
@@ -257,9 +259,9 @@ def write_texts(
         for image, prompt in zip(codes, behind, strict=True)
         for _ in range(count)
     ]
-    texts = generate_ids(model, begun, options, _numbers(seeds, count))
-    end = [model.vocabulary.eos]
-    return _groups([ids + end if len(ids) < options.max_tokens else ids for ids in texts], count)
+    return _groups(
+        generate_ids(model, begun, options, _numbers(seeds, count), with_ends=True), count
+    )
 
 
 def _numbers(seeds: Sequence[int], count: int) -> list[int]:
