@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 MAX_FILE = 1 << 30  # bytes of a file that is read as a whole: images, texts, JSON
@@ -220,8 +221,13 @@ def read_yaml(path: str | Path, max_bytes: int = MAX_FILE) -> Any:
 
 
 def temporary_path(path: Path, shared: bool = False) -> Path:
-    """``.NAME.part`` beside ``path``, or ``.NAME.PID.part`` for a file that processes share."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part" if shared else f".{path.name}.part")
+    """``.NAME.part`` beside ``path``.
+
+    Args:
+        shared: ``.NAME.RANDOM.part``, another one at each call. A process id would not do: threads
+            share it, and each container has a process 1.
+    """
+    return path.with_name(f".{path.name}.{token_hex(8)}.part" if shared else f".{path.name}.part")
 
 
 @contextmanager
@@ -230,9 +236,9 @@ def atomic_file(path: Path, *, shared: bool = False, sync: bool = False) -> Iter
 
     Args:
         path: the file to write. Its folder has to exist.
-        shared: two processes may write this file at the same time. The temporary name then has the
-            process id. Otherwise a process that was killed leaves one temporary file at most, and
-            the next writer replaces it.
+        shared: several may write this file at the same time: threads, processes, machines. Each
+            then has a temporary name of its own. Otherwise a process that was killed leaves one
+            temporary file at most, and the next writer replaces it.
         sync: bring the data to the disk (fsync) before the rename. It then survives a loss of
             power.
 

@@ -6,13 +6,13 @@ writes both. So fine-tuning, export and joining of tokenizers keep them.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multimodal.files import atomic_folder, read_json, read_text
+from multimodal.files import atomic_folder, parse_json, read_text
 
 RULE = "\n" + "-" * 80 + "\n\n"  # between two licences
 # What a model folder has only if there is something in it: its terms, and how the model talks.
@@ -46,10 +46,15 @@ class Provenance:
         """The first paragraph of each licence, in one line."""
         return " / ".join(" ".join(text.split("\n\n")[0].split()) for text in self.licenses)
 
-    def of_model(self, name: str, fingerprint: str) -> "Provenance":
-        """Of what is made of a model: all that the model was made of, and the model itself."""
-        about = {"name": name, "fingerprint": fingerprint, "license": self.license_name}
-        return self + Provenance(sources=({"kind": "model", **about},))
+    def of_model(self, name: str, fingerprint: str = "") -> "Provenance":
+        """Of what is made of a model: all that the model was made of, and the model itself.
+
+        Args:
+            fingerprint: of a model of this package.
+        """
+        about = {"fingerprint": fingerprint} if fingerprint else {}
+        source = {"kind": "model", "name": name, **about, "license": self.license_name}
+        return self + Provenance(sources=(source,))
 
     @classmethod
     def read(cls, folder: Path) -> "Provenance":
@@ -58,22 +63,33 @@ class Provenance:
         Raises:
             ValueError: if one of the files cannot be read.
         """
-        licenses: tuple[str, ...] = ()
-        sources: tuple[Source, ...] = ()
-        if (folder / "LICENSE").is_file():
-            texts = read_text(folder / "LICENSE").split(RULE)
-            licenses = tuple(text.strip() for text in texts if text.strip())
-        path = folder / "sources.json"
-        if path.is_file():
-            try:
-                sources = tuple(dict(each) for each in read_json(path)["sources"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}: expected an object with a list of sources") from error
-        here = cls(licenses, sources)
+        names = ("LICENSE", "sources.json")
+        texts = {name: read_text(folder / name) for name in names if (folder / name).is_file()}
+        here = cls.of_texts(texts, folder)
         # The weights of a model are not there where its image tokenizer alone was downloaded.
         if folder.name == "image_tokenizer" and (folder.parent / "config.json").is_file():
             return cls.read(folder.parent) + here
         return here
+
+    @classmethod
+    def of_texts(cls, texts: Mapping[str, str], place: Path) -> "Provenance":
+        """The reverse of ``texts``.
+
+        Args:
+            place: where they are, for errors.
+
+        Raises:
+            ValueError: for a text that is not of this form.
+        """
+        licenses = [text.strip() for text in texts.get("LICENSE", "").split(RULE)]
+        try:
+            stored = parse_json(texts.get("sources.json", '{"sources": []}'))
+            sources = tuple(dict(each) for each in stored["sources"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{place / 'sources.json'}: expected an object with a list of sources"
+            ) from error
+        return cls(tuple(text for text in licenses if text), sources)
 
     def texts(self) -> dict[str, str]:
         """The texts of LICENSE and of sources.json, each if there is something in it."""

@@ -11,6 +11,8 @@ from PIL import Image
 from multimodal.api import Model
 from multimodal.api.clip import as_open_clip
 from multimodal.eval.tasks.classification import zero_shot_classifier
+from multimodal.inference.codec import encode_to_read
+from multimodal.inference.embedding import embed_codes
 
 NAMES = ["red bus", "dog", "two cats on a mat"]
 TEMPLATES = (lambda name: f"a photo of a {name}.", lambda name: f"{name}")
@@ -59,6 +61,24 @@ def test_any_picture_is_read_as_ours_is(model: Model) -> None:
     rounded = clip.to(torch.bfloat16).encode_image(pixels.bfloat16())
     assert (rounded * expected).sum(1).min() > 0.9
     assert model.network.alignment.log_scale.dtype == scale, "the model is not rounded"
+
+
+def test_autocast_changes_no_codes(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks of open_clip run under autocast."""
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        "multimodal.api.clip.embed_codes",
+        lambda parts, codes: (seen.append(codes), embed_codes(parts, codes))[1],
+    )
+    clip, _, _ = as_open_clip(model)
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 2, (64, 3, 32, 32)).float() * 2 - 1
+    clip.encode_image(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        clip.encode_image(pixels)
+        rounded = encode_to_read(model, pixels)
+    assert torch.equal(*seen)
+    assert not torch.equal(seen[0], rounded), "autocast would change them"
 
 
 def test_a_retrieval_loop_finds_what_ours_finds(model: Model, images: list[Image.Image]) -> None:

@@ -131,6 +131,7 @@ class JointModule(AdapterModule):
         self.network = self.model.network = self.base_network(self.model.network)
         self.rows_are_new = True  # of codes and specials
         self.image_tokenizer = self.model.image_tokenizer
+        self.started_from += self.model.provenance
         if self.image_tokenizer.provenance != Provenance():
             fingerprint = self.image_tokenizer.fingerprint
             self.note_source(image_tokenizer, fingerprint, self.image_tokenizer.provenance)
@@ -144,8 +145,8 @@ class JointModule(AdapterModule):
                 parameter.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"freeze={freeze}: nothing is left to train")
-        for name in self.learning_rates:
-            parameters_named(self, name)  # a wrong name is an error now
+        for name in self.learning_rates if lora is None else ():
+            parameters_named(self, name)  # a wrong name is an error now; with lora at the start
         self.network.transformer.recompute = recompute
         for name, share in (("dropout", dropout), ("label_smoothing", label_smoothing)):
             if not 0 <= share < 1:

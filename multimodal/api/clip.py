@@ -45,7 +45,8 @@ class ClipModel(nn.Module):
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """Images as ``preprocess`` gives them, float[B, 3, S, S] -> float32[B, E]."""
-        codes = encode_to_read(self.parts, images.float())  # codes are made in float32
+        with torch.autocast(self.parts.device.type, enabled=False):
+            codes = encode_to_read(self.parts, images.float())  # codes are made in float32
         # A clone is no tensor of inference mode: a product with the scale may have a gradient.
         return embed_codes(self.parts, codes).to(images.device).clone()
 

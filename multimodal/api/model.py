@@ -95,13 +95,13 @@ class Model(TextMethods, InsideMethods):
         The first prompt, the first batch, the first drawing and the first batch of drawings each
         take up to a minute, and each further 128 tokens of one prompt and its reply ten seconds.
         After that one prompt at a time is about twice as fast, several are up to a fifth faster,
-        and masked drawing up to a third. On a CUDA device nothing is compiled: the step that makes
-        a token is a CUDA graph there from the beginning (model/layers/graphs.py).
+        and masked drawing up to a third. Where the step that makes a token is a CUDA graph
+        (model/layers/graphs.py: on CUDA devices, without experts) nothing is compiled.
 
         Raises:
             ValueError: on a CPU without a C++ compiler.
         """
-        if self.device.type == "cuda":
+        if self.network.graphs is not None:
             return
         if self.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
             raise ValueError("compiling on a CPU needs a C++ compiler: install g++ or clang++")

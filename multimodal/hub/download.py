@@ -1,9 +1,9 @@
 """Download a model from the Hugging Face Hub. Nothing of it is believed, and nothing is executed.
 
-The Hub says which commit a revision is, and which files it has, with their sizes and hashes. Only
-safetensors, JSON, README.md, LICENSE and a chat template are fetched, and never a path that leads
-outside. A file enters the cache when its size and its hash are those of the list. Links to a commit
-are made when all its files are there, and the name of the revision last. So a stopped or refused
+The Hub says which commit a revision is, and which files it has, with their sizes and hashes (see
+multimodal/hub/listing.py). A file enters the cache when its size and its hash are those of the
+list. Links to a commit are made when all its files are there, and the name of the revision last.
+Without a network a commit is read if all that its list names is there. So a stopped or refused
 download leaves nothing that could be read.
 
 The cache is that of the library huggingface_hub, and has its format: a model that transformers
@@ -15,76 +15,39 @@ Format of the cache: https://huggingface.co/docs/huggingface_hub/guides/manage-c
 """
 
 import contextlib
-import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote, urljoin, urlsplit
 
 from multimodal import __version__
 from multimodal.files import atomic_file
 from multimodal.hub.address import HubName
+from multimodal.hub.listing import (
+    COMMIT,
+    HubFile,
+    check_file,
+    needed_files,
+    store_list,
+    stored_list,
+)
 from multimodal.terminal import print_error
 
 if TYPE_CHECKING:
     from httpx2 import Response
 
-# What is fetched: files at the top of a model, and an image tokenizer, which may have levels.
-TOP = (
-    r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}\.json|"
-    r"(model|heads|adapter_model)(-\d{1,9}-of-\d{1,9})?\.safetensors|"
-    r"README\.md|LICENSE|chat_template\.jinja"
-)
-TOKENIZER = r"(image_tokenizer/)?((meaning|detail)/)?(config\.json|model\.safetensors)"
-TERMS = r"image_tokenizer/(LICENSE|sources\.json)"
-READABLE = re.compile(f"(?:{TOP})|(?:{TOKENIZER})|(?:{TERMS})")
-# What is read beside a part: the levels, the licences and sources, how the model talks.
-BESIDE = ("config.json", "LICENSE", "sources.json", "tokenizer_config.json", "chat_template.jinja")
-# Formats of weights that are, or may hold, pickles: opening one can run any code.
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".keras")
 HUB_DOMAINS = ("huggingface.co", "hf.co")  # where the Hub keeps large files, too
 MAX_LIST = 32 << 20  # bytes of the answer that lists the files
-MAX_TEXT = 64 << 20  # bytes of a file that is not weights
 MAX_REDIRECTS = 5
 TRIES = 8  # of a file, each goes on where the last one ended
-COMMIT = re.compile(r"[0-9a-f]{40}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Unreachable(Exception):
     """The Hub does not answer, or not with what was asked for. Offline mode is this, too."""
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """A file of a repository, as the Hub lists it.
-
-    Attributes:
-        path: its name in the repository.
-        size: bytes.
-        digest: the SHA-256 of a large file, the git hash (SHA-1) of a small one. Hex.
-    """
-
-    path: str
-    size: int
-    digest: str
-
-    def hash(self) -> "hashlib._Hash":
-        """An empty hash of the kind of ``digest``."""
-        if len(self.digest) == 64:
-            return hashlib.sha256()
-        return hashlib.sha1(f"blob {self.size}\0".encode(), usedforsecurity=False)
-
-
-def readable(path: str) -> bool:
-    """Whether a file of this name is ever fetched, or pushed."""
-    return READABLE.fullmatch(path) is not None
 
 
 def download(name: HubName, *parts: str) -> Path:
@@ -93,8 +56,7 @@ def download(name: HubName, *parts: str) -> Path:
     Without a network it is what the cache has of the revision.
 
     Args:
-        parts: names of files or folders. Of the first one that the repository has, this alone is
-            needed, and BESIDE. Without any: all files that can be read.
+        parts: see ``needed_files``.
 
     Raises:
         ValueError: with the reason, if it cannot be had or is refused.
@@ -113,25 +75,27 @@ def download(name: HubName, *parts: str) -> Path:
         commit, files = _list(name)
     except Unreachable as error:
         return _cached(name, storage, parts, constants.ENDPOINT, error)
-    wanted = _wanted(name, files, parts)
+    wanted = needed_files(name, files, parts)
     snapshot = storage / "snapshots" / commit
     (storage / "blobs").mkdir(parents=True, exist_ok=True)
-    missing = sum(f.size for f in wanted if not _complete(snapshot / f.path, f))
-    if missing > (free := shutil.disk_usage(storage).free):
+    missing = [file for file in wanted if not file.is_at(snapshot / file.path)]
+    size = sum(file.size for file in missing)
+    if size > (free := shutil.disk_usage(storage).free):
         raise ValueError(
-            f"{name}: needs {missing / 1e9:,.1f} GB, and {storage} has {free / 1e9:,.1f} GB free"
+            f"{name}: needs {size / 1e9:,.1f} GB, and {storage} has {free / 1e9:,.1f} GB free"
         )
-    for file in wanted:
+    for file in missing:
         blob = storage / "blobs" / file.digest
-        if not _complete(snapshot / file.path, file) and not _complete(blob, file):
+        if not file.is_at(blob):
             try:
                 _fetch(name, commit, file, blob)
             except Unreachable as error:
                 raise ValueError(f"{name}: {file.path} was not downloaded: {error}") from error
-    # What a snapshot is known by comes last: a stopped download is none.
-    for file in sorted(wanted, key=lambda file: file.path == "config.json"):
-        if not _complete(snapshot / file.path, file):
-            _link(storage / "blobs" / file.digest, snapshot / file.path)
+    if missing:
+        store_list(storage, commit, files)
+    # What other programs know a snapshot by comes last: a stopped download is none.
+    for file in sorted(missing, key=lambda file: file.path == "config.json"):
+        _link(storage / "blobs" / file.digest, snapshot / file.path)
     if name.revision != commit:
         reference = storage / "refs" / name.revision
         reference.parent.mkdir(parents=True, exist_ok=True)
@@ -146,16 +110,14 @@ def _cached(
     """What the cache has of a revision, when the Hub cannot be asked.
 
     Args:
-        parts: see ``download``. A snapshot may have others only.
+        parts: see ``needed_files``. A snapshot may have others only.
     """
     commit = name.revision
     if not COMMIT.fullmatch(commit):
         with contextlib.suppress(OSError, UnicodeDecodeError):
             commit = (storage / "refs" / commit).read_text("utf-8").strip()
     snapshot = storage / "snapshots" / commit
-    whole = (snapshot / "config.json").exists() and any(snapshot.glob("*.safetensors"))
-    has = whole or any((snapshot / part).exists() for part in parts)
-    if not COMMIT.fullmatch(commit) or not has:
+    if not COMMIT.fullmatch(commit) or not _has(name, storage, commit, parts):
         which = "Only a part of it is" if snapshot.is_dir() else "It is not"
         raise ValueError(
             f"{name}: no such folder; and the Hub ({endpoint}) cannot be asked for a model of this "
@@ -165,6 +127,16 @@ def _cached(
     if not _offline():
         print_error(f"{name}: the Hub cannot be asked ({error}); this is the copy in the cache")
     return snapshot
+
+
+def _has(name: HubName, storage: Path, commit: str, parts: tuple[str, ...]) -> bool:
+    """Whether the cache has all of a commit that is needed."""
+    snapshot, listed = storage / "snapshots" / commit, stored_list(storage, commit)
+    if listed is not None:
+        return all(f.is_at(snapshot / f.path) for f in needed_files(name, listed, parts))
+    # Another program downloaded it, and kept no list.
+    whole = (snapshot / "config.json").exists() and any(snapshot.glob("*.safetensors"))
+    return whole or any((snapshot / part).exists() for part in parts)
 
 
 def _offline() -> bool:
@@ -191,7 +163,7 @@ def _list(name: HubName) -> tuple[str, list[HubFile]]:
     try:
         answer = json.loads(body)
         commit, listed = answer["sha"], answer["siblings"]
-        files = [_file(entry) for entry in listed]
+        files = [HubFile.of(entry) for entry in listed]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Unreachable(f"{ENDPOINT} does not answer like a Hub: {error!r}") from error
     if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
@@ -199,61 +171,11 @@ def _list(name: HubName) -> tuple[str, list[HubFile]]:
     if COMMIT.fullmatch(name.revision) and commit != name.revision:
         raise ValueError(f"{name}: refused: the Hub answers with another commit, {commit}")
     for file in files:
-        _check(name, file)
+        check_file(name, file)
     return commit, files
 
 
-def _file(entry: dict[str, Any]) -> HubFile:
-    if large := entry.get("lfs"):
-        return HubFile(entry["rfilename"], large["size"], large["sha256"])
-    return HubFile(entry["rfilename"], entry["size"], entry["blobId"])
-
-
-def _check(name: HubName, file: HubFile) -> None:
-    """Raises ``ValueError`` for a name that leads outside, and a size or a hash that is none."""
-    path = file.path
-    if (
-        not isinstance(path, str)
-        or not path
-        or not path.isprintable()
-        or any(part in ("", ".", "..") for part in path.split("/"))
-        or "\\" in path
-        or ":" in path
-    ):
-        raise ValueError(f"{name}: refused: its list of files has the path {path!r}")
-    if not readable(path):
-        return
-    if not isinstance(file.size, int) or isinstance(file.size, bool) or file.size < 0:
-        raise ValueError(f"{name}: refused: {path} is listed with a size of {file.size!r}")
-    if not path.endswith(".safetensors") and file.size > MAX_TEXT:
-        raise ValueError(
-            f"{name}: refused: {path} has {file.size:,} bytes, expected 64 MiB at most"
-        )
-    digest = file.digest
-    if not isinstance(digest, str) or not (COMMIT.fullmatch(digest) or SHA256.fullmatch(digest)):
-        raise ValueError(f"{name}: refused: {path} is listed with the hash {digest!r}")
-
-
-def _wanted(name: HubName, files: list[HubFile], parts: tuple[str, ...]) -> list[HubFile]:
-    """The files to fetch. Raises ``ValueError`` if the weights are none that can be read."""
-    allowed = [file for file in files if readable(file.path)]
-    for part in parts:
-        if found := [f for f in allowed if f.path == part or f.path.startswith(f"{part}/")]:
-            return found + [f for f in allowed if f.path in BESIDE]
-    if not any(file.path.endswith(".safetensors") for file in allowed):
-        pickles = [file.path for file in files if file.path.lower().endswith(PICKLES)]
-        reason = "it has no weights in safetensors"
-        if pickles:
-            reason += f", but {pickles[0]}: such a file can run any code when it is opened"
-        raise ValueError(f"{name}: refused: {reason}")
-    return allowed
-
-
 # --- what is fetched -------------------------------------------------------------------------
-
-
-def _complete(path: Path, file: HubFile) -> bool:
-    return path.is_file() and path.stat().st_size == file.size
 
 
 def _fetch(name: HubName, commit: str, file: HubFile, blob: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from multimodal.files import read_json, read_text
 from multimodal.hub.address import HubName
 from multimodal.hub.card import DEFAULT_CARD, make_card, read_results
-from multimodal.hub.download import readable
+from multimodal.hub.listing import readable
 
 RESULTS = "results.json"
 

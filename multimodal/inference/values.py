@@ -1,15 +1,17 @@
 """What methods of a model take as an image, and what they return for many inputs.
 
-Shapes: H W pixels, C channels (1 grey, 3 RGB, 4 RGB and alpha), B images.
+Shapes: H W pixels, C channels (1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha), B images.
 """
 
 import base64
 import html
 import http.client
 import io
+import threading
 import time
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
@@ -93,8 +95,8 @@ def open_source(source: Any, name: str | None = None, urls: bool = False) -> Ima
 
     Args:
         source: a numpy array [H, W] or [H, W, C], or a torch tensor [H, W] or [C, H, W], of uint8,
-            bool (white is true) or floats in [0, 1]. Or what ``open_image`` takes, a file that is
-            open for reading, or a web address.
+            uint16, bool (white is true) or floats in [0, 1]. Or what ``open_image`` takes, a file
+            that is open for reading, or a web address.
         name: what errors call it.
         urls: whether web addresses are fetched.
 
@@ -139,11 +141,32 @@ def open_mask(mask: Any, urls: bool = False) -> Image.Image:
 
 
 def _download(address: str) -> bytes:
-    """What is behind a web address. Redirects may lead to others, and to no other kind.
+    """What is behind a web address.
+
+    A server can send its headers, or a redirect, a byte at a time. So another thread waits for
+    them, and ends by itself when the server does.
 
     Raises:
         ValueError: for anything that is not had in time.
     """
+    answer = Future[bytes]()
+
+    def fetch() -> None:
+        try:
+            answer.set_result(_fetch(address))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=fetch, name="download", daemon=True).start()
+    try:
+        return answer.result(LONGEST_DOWNLOAD)
+    except TimeoutError:
+        reason = f"it took more than {LONGEST_DOWNLOAD} seconds"
+        raise ValueError(f"{address}: could not be fetched ({reason})") from None
+
+
+def _fetch(address: str) -> bytes:
+    """The same, without an end to the headers. Redirects lead to web addresses alone."""
     web, end = urllib.request.OpenerDirector(), time.monotonic() + LONGEST_DOWNLOAD
     for handler in WEB_HANDLERS:
         web.add_handler(handler())

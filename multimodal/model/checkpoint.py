@@ -31,11 +31,13 @@ from multimodal.model.layers.quantization import dequantized, read_weights, stor
 from multimodal.model.layers.transformer import TransformerConfig
 from multimodal.model.network import ModelConfig, MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
+from multimodal.model.stock import language_model
 from multimodal.model.templates import Templates
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.provenance import Provenance, model_folder
 from multimodal.schemas import construct
 from multimodal.tokenizers.image import ImageTokenizer, load_image_tokenizer
+from multimodal.tokenizers.language_model import read_beside
 from multimodal.tokenizers.levels import Layout
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.tokenizers.weights import hash_weights, load_weights, read_config_file
@@ -126,18 +128,14 @@ class ModelParts:
         draws: Sequence[str] = (),
         experts: ExpertsConfig | None = None,
     ) -> Self:
-        """A model to train. Arguments as for ``MultimodalLM.new``."""
-        network = MultimodalLM.new(
-            size,
-            len(text_tokenizer),
-            image_tokenizer.layout,
-            image_tokenizer.code_vectors(),
-            objectives,
-            reads,
-            draws,
-            experts,
-        )
-        return cls(network, text_tokenizer, image_tokenizer)
+        """A model to train. See ``MultimodalLM.new``; for its errors ``read_beside``, too."""
+        source = language_model(size)
+        shape = len(text_tokenizer), image_tokenizer.layout, image_tokenizer.code_vectors()
+        network = MultimodalLM.new(source or size, *shape, objectives, reads, draws, experts)
+        made = cls(network, text_tokenizer, image_tokenizer)
+        if source is not None:
+            made.provenance = read_beside(source, size, text_tokenizer) + made.provenance
+        return made
 
     @classmethod
     def load(

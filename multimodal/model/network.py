@@ -8,13 +8,13 @@ Shapes: R rows, L tokens of a row, B image-text pairs, D width, V vocabulary, K 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from multimodal.distributed import global_sum, world_size
-from multimodal.hub.names import find_model
 from multimodal.model.alignment import Alignment
 from multimodal.model.distillation import losses_of_taught
 from multimodal.model.layers.attention import Backend, attention_mask, block_mask
@@ -29,7 +29,7 @@ from multimodal.model.layers.experts import (
 )
 from multimodal.model.layers.graphs import StepGraphs
 from multimodal.model.layers.quantization import quantized, with_quantized_layers
-from multimodal.model.layers.transformer import SIZES, Transformer, TransformerConfig, named_config
+from multimodal.model.layers.transformer import Transformer, TransformerConfig, named_config
 from multimodal.model.objectives import (
     ObjectivesConfig,
     token_losses,
@@ -37,7 +37,7 @@ from multimodal.model.objectives import (
 )
 from multimodal.model.preference_loss import Completions, token_log_probabilities
 from multimodal.model.sequences import NO_LOSS, Packed
-from multimodal.model.stock import read_stock, refuse_exports
+from multimodal.model.stock import language_model, read_stock, refuse_exports
 from multimodal.model.templates import Templates
 from multimodal.model.training_batch import TrainingBatch
 from multimodal.model.vocabulary import Vocabulary
@@ -133,7 +133,7 @@ class MultimodalLM(nn.Module):
     @classmethod
     def new(
         cls,
-        size: str,
+        size: str | Path,
         text_size: int,
         layout: Layout,
         code_vectors: Iterable[Tensor],
@@ -165,8 +165,8 @@ class MultimodalLM(nn.Module):
         """
         vocabulary = Vocabulary(text_size, layout.codebook_size)
         weights = None
-        source = None if size in SIZES else find_model(size)
-        if source is not None and source.exists():
+        source = language_model(size)
+        if source is not None:
             refuse_exports(source)
             sizes, weights = read_stock(source)
             if sizes.vocab_size < text_size:
@@ -182,7 +182,7 @@ class MultimodalLM(nn.Module):
                 assert sizes.experts is not None
                 weights = upcycled(weights, sizes.experts)
         else:
-            sizes = named_config(size, vocabulary.size)
+            sizes = named_config(str(size), vocabulary.size)
             sizes = replace(sizes, experts=experts or sizes.experts)
             if sizes.experts is not None:
                 sizes.experts.check_router()
@@ -322,15 +322,15 @@ class MultimodalLM(nn.Module):
                 squares = global_sum(torch.cat(gradients).float().square().sum())
                 parts["grad_norm/alignment"] = squares.sqrt() / world_size()
             total = total + weighted
-        if router_logits:
-            routing, of_routing = self._router_losses(stacked(router_logits), packed)
-            total, parts = total + routing, parts | of_routing
         if (policy := batch.policy) is not None:
             loss, of_policy = policy.loss(hidden, self.transformer.head)
             total, parts = policy.config.joint_weight * total + loss, parts | of_policy
         if (completions := batch.completions) is not None:
             loss, of_preferences = completions.loss(self.log_probabilities(completions))
             total, parts = completions.joint_weight * total + loss, parts | of_preferences
+        if router_logits:  # last: the weights of the joint losses are not those of the routers
+            routing, of_routing = self._router_losses(stacked(router_logits), packed)
+            total, parts = total + routing, parts | of_routing
         return total, {**parts, "total": total}
 
     def log_probabilities(self, completions: Completions) -> Tensor:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from multimodal.files import read_json
+from multimodal.hub.names import find_model
 from multimodal.memory import check_memory
 from multimodal.model.layers.attention import QKNorm
 from multimodal.model.layers.experts import ExpertsConfig
 from multimodal.model.layers.rope import Rope, RopeScaling
-from multimodal.model.layers.transformer import Transformer, TransformerConfig
+from multimodal.model.layers.transformer import SIZES, Transformer, TransformerConfig
 from multimodal.schemas import Between, Positive, check_value, construct
 from multimodal.tokenizers.gguf import gguf_alone
 from multimodal.tokenizers.weights import load_weights, read_config_file
@@ -175,9 +176,7 @@ def transformer_config(config: Mapping[str, Any], name: str) -> TransformerConfi
     if config.get("auto_map"):
         raise ValueError(f"{name}: its auto_map names code of its own, and none is run here")
     try:
-        rope = _object(config, "rope_scaling") | _object(config, "rope_parameters")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError("its partial_rotary_factor is not supported")
+        theta, scaling = _rope(config)
         if missing := [key for key in NUMBERS if key not in config]:
             raise ValueError(f"{missing[0]}: is missing")
         sizes = {key: config[key] for key in NUMBERS}
@@ -188,8 +187,6 @@ def transformer_config(config: Mapping[str, Any], name: str) -> TransformerConfi
         if window := model_type == "mistral" and config.get("sliding_window", 4096):
             check_value("sliding_window", window, Size)
             sizes["max_position_embeddings"] = min(window, sizes["max_position_embeddings"])
-        theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-        check_value("rope_theta", theta, Positive)
         return construct(
             TransformerConfig,
             {
@@ -198,10 +195,10 @@ def transformer_config(config: Mapping[str, Any], name: str) -> TransformerConfi
                 "head_dim": config.get("head_dim") or sizes["hidden_size"] // heads,
                 # Absent, it is what the class of transformers assumes.
                 "tie_word_embeddings": config.get("tie_word_embeddings", False),
-                "rope_theta": float(theta),
+                "rope_theta": theta,
                 "qk_norm": family.qk_norm,
                 "attention_bias": family.attention_bias,
-                "rope_scaling": RopeScaling.of(rope),
+                "rope_scaling": scaling,
                 "experts": _experts_config(config) if family.experts else None,
             },
         )
@@ -209,10 +206,24 @@ def transformer_config(config: Mapping[str, Any], name: str) -> TransformerConfi
         raise ValueError(f"{name}: config.json: {error}") from error
 
 
-def _object(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """An object in a config, empty if there is none. Raises ``ValueError`` for anything else."""
-    check_value(key, config.get(key), dict[str, Any] | None)
-    return dict(config.get(key) or {})
+def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """The base and the scaling of RoPE.
+
+    transformers 4 writes ``rope_scaling``, and 5 ``rope_parameters``. Where both are given,
+    transformers reads the first alone, so the second must not say otherwise. Raises ``ValueError``.
+    """
+    keys, read = ("rope_scaling", "rope_parameters"), []
+    for key in keys:
+        check_value(key, config.get(key), dict[str, Any] | None)
+    for rope in [config[key] for key in keys if config.get(key)] or [{}]:
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("its partial_rotary_factor is not supported")
+        theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+        check_value("rope_theta", theta, Positive)
+        read.append((float(theta), RopeScaling.of(rope)))
+    if read[0] != read[-1]:
+        raise ValueError("its rope_scaling and its rope_parameters differ: keep one of them")
+    return read[0]
 
 
 def read_stock(path: str | Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
@@ -226,7 +237,8 @@ def read_stock(path: str | Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
             safetensors.
     """
     path = Path(path)
-    config, weights = _read_gguf(path) if path.is_file() else _read_folder(path)
+    read = _read_gguf(path) if path.is_file() else (read_sizes(path), read_weights(path))
+    config, weights = read
     try:
         check_weights(config, weights)
     except ValueError as error:
@@ -252,6 +264,12 @@ def read_sizes(folder: Path) -> TransformerConfig:
     return sizes
 
 
+def language_model(size: str | Path) -> Path | None:
+    """The place of the language model that ``size`` names. None: a named size, or nothing."""
+    path = None if size in SIZES else find_model(size)
+    return path if path is not None and path.exists() else None
+
+
 def refuse_exports(path: Path) -> None:
     """Raise ``ValueError`` for a folder of ``multimodal export hf``: its vocabulary has codes."""
     if (path / "config.json").is_file() and "image_levels" in read_config_file(
@@ -261,10 +279,6 @@ def refuse_exports(path: Path) -> None:
             f"{path}: has image codes, as an export of this toolkit. A training goes on from it by "
             f"`multimodal import {path} MODEL` and --init_from MODEL"
         )
-
-
-def _read_folder(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
-    return read_sizes(folder), read_weights(folder)
 
 
 def check_weights(config: TransformerConfig, weights: Mapping[str, Tensor]) -> None:
@@ -293,11 +307,13 @@ def check_weights(config: TransformerConfig, weights: Mapping[str, Tensor]) -> N
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of a Hugging Face folder, in the dtype in which they are stored.
 
+    As in transformers, an index counts only where the weights are not in one file.
+
     Raises:
         ValueError: if they are not safetensors of this folder.
     """
     names = [WEIGHTS]
-    if (folder / INDEX).exists():
+    if (folder / INDEX).exists() and not (folder / WEIGHTS).exists():
         index = read_json(folder / INDEX, MAX_INDEX)
         files = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(files, dict) or not all(isinstance(n, str) for n in files.values()):

@@ -1,7 +1,9 @@
 """Models by their names on the Hub: what arrives is used, and what is wrong is refused."""
 
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ from multimodal.hub.address import HubName
 from multimodal.hub.names import find_model, levels_of, part_of
 from multimodal.provenance import Provenance
 from multimodal.tokenizers.text import ChatFormat
-from tests.hub.stand_in import TOKEN, Answer, StandIn, requested
+from tests.hub.stand_in import TOKEN, Answer, StandIn, cached, requested
 
 # --- what a name means -----------------------------------------------------------------------
 
@@ -217,6 +219,22 @@ def test_an_interrupted_transfer_goes_on_where_it_was(tiny: StandIn, tmp_path: P
     tiny.serve_with = cut
     load("me/tiny")
     assert len(set(starts)) >= 3, "each try asked for the rest"
+
+
+def test_two_threads_may_download_a_model_at_once(tiny: StandIn, tmp_path: Path) -> None:
+    """Both are in the middle of each large file at the same time."""
+    both = threading.Barrier(2)
+
+    def wait(path: str, answer: Answer) -> Answer:
+        if path.startswith("/large/"):
+            both.wait(20)
+        return answer
+
+    tiny.serve_with = wait
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(find_model, ["me/tiny"] * 2))
+    assert found[0] == found[1] and load(found[0])
+    assert not [path.name for path in cached(tmp_path) if path.name.endswith(".part")]
 
 
 def test_parts_of_a_model_are_downloaded_alone(tiny: StandIn, tiny_model_folder: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from multimodal import load
 from multimodal.hub import download
-from multimodal.hub.names import find_model
+from multimodal.hub.names import find_model, part_of
 from tests.hub.stand_in import Answer, StandIn, cached, requested
 
 
@@ -180,6 +180,27 @@ def test_a_download_that_is_stopped_among_its_links_is_no_model(
             with pytest.raises(ValueError, match="cannot be asked for a model of this name"):
                 find_model(f"me/tiny@{commit}")
     assert count > 4
+
+
+@pytest.mark.parametrize("part", ["text_tokenizer.json", "image_tokenizer"])
+def test_a_download_that_is_stopped_after_a_part_of_it_was_there_is_no_model(
+    part: str, tiny: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a part config.json is there already, by which other programs know a whole model."""
+    linked = download._link
+    for stop in range(4):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        part_of("me/tiny", part)
+        with monkeypatch.context() as patch:
+            links = mock.Mock(wraps=linked, side_effect=[mock.DEFAULT] * stop)
+            patch.setattr(download, "_link", links)
+            with pytest.raises(StopIteration):
+                find_model("me/tiny")
+        with monkeypatch.context() as patch:
+            patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+            with pytest.raises(ValueError, match="Only a part of it is in the cache"):
+                find_model("me/tiny")
+            assert part_of("me/tiny", part).name == part
 
 
 def test_a_name_that_no_file_can_have_is_not_fetched(tiny: StandIn, tmp_path: Path) -> None:

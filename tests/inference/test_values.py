@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_every_form_of_an_image_is_the_same_image(tmp_path: Path) -> None:
         (PIXELS.astype(float), r"values outside \[0, 1\]"),
         (np.full((4, 4), np.nan), r"values outside \[0, 1\]"),
         (torch.randn(3, 4, 4), r"values outside \[0, 1\]"),
-        (PIXELS.transpose(2, 0, 1), r"expected \[H, W\] or \[H, W, C\] with 1, 3 or 4"),
+        (PIXELS.transpose(2, 0, 1), r"expected \[H, W\] or \[H, W, C\] with 1 to 4"),
         (torch.from_numpy(PIXELS.copy()), r"expected \[H, W\] or \[C, H, W\]"),
         (np.zeros((0, 4), np.uint8), "no pixels"),
         (str(Path(__file__).parent), r"is a folder: give a list of its images, as in sorted\(Path"),
@@ -126,12 +127,23 @@ class Strange(http.server.BaseHTTPRequestHandler):
         elif self.path == "/slow":
             self.send_response(200)
             self.end_headers()
-            for _ in range(3):
+            self.drip()
+        elif self.path == "/headers":
+            self.send_response(200)
+            self.send_header("X-Long", "")
+            self.flush_headers()
+            self.drip()
+            self.end_headers()
+        else:
+            self.wfile.write(b"HI\r\n\r\n")
+
+    def drip(self) -> None:
+        """Something after each wait, which is shorter than any limit, for over a second."""
+        with suppress(OSError):
+            for _ in range(30):
                 self.wfile.write(b"x")
                 self.wfile.flush()
                 time.sleep(0.05)
-        else:
-            self.wfile.write(b"HI\r\n\r\n")
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -140,14 +152,14 @@ class Strange(http.server.BaseHTTPRequestHandler):
 def test_what_a_web_address_may_do_wrong_is_one_line(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("multimodal.inference.values.LONGEST_DOWNLOAD", 0.01)
+    monkeypatch.setattr("multimodal.inference.values.LONGEST_DOWNLOAD", 0.5)
     monkeypatch.setattr(model, "urls", True)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Strange) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         start = f"http://127.0.0.1:{server.server_port}"
         wrong = [f"{start}/{end}" for end in (
-            "to/ftp://127.0.0.1/a.png", "to/file:///etc/hostname", "short", "slow", "strange",
-            "a b", "announces/30000000000", f"announces/{'9' * 30}", "chunk",
+            "to/ftp://127.0.0.1/a.png", "to/file:///etc/hostname", "short", "slow", "headers",
+            "strange", "a b", "announces/30000000000", f"announces/{'9' * 30}", "chunk",
             f"to/http://127.0.0.1:{'9' * 50}/a.png",
         )]  # fmt: skip
         wrong += ["http://127.0.0.1:99999999/a.png", "http://[::1/a.png", "http:///a.png"]
@@ -155,7 +167,10 @@ def test_what_a_web_address_may_do_wrong_is_one_line(
         server.shutdown()
     assert [result is None for result in results] == [True] * len(wrong) + [False]
     for number, address in enumerate(wrong):
-        assert str(results.skipped[number]).startswith(f"{address}: could not be fetched (")
+        error = str(results.skipped[number])
+        assert error.startswith(f"{address}: could not be fetched (")
+        if address.endswith(("/slow", "/headers")):
+            assert "it took more than 0.5 seconds" in error
 
 
 def test_one_in_is_one_out(model: Model) -> None:

@@ -202,6 +202,32 @@ def test_what_the_transformer_does_not_have_is_refused(
         transformer_config(config, "theirs")
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        (YARN, "RoPE of type 'yarn' is not supported"),
+        ({"type": "linear", "factor": 4.0}, "rope_scaling and its rope_parameters differ"),
+        ({"rope_type": "default"}, "rope_scaling and its rope_parameters differ"),  # another theta
+    ],
+)
+def test_a_scaling_beside_the_rope_parameters_is_not_dropped(
+    scaling: dict[str, Any], message: str
+) -> None:
+    """Added by hand to what transformers 5 saved, which reads it alone."""
+    saved = transformers.Qwen3Config(**SIZES, rope_parameters={"rope_theta": 1e6}).to_dict()
+    assert "rope_theta" not in saved and transformer_config(saved, "m").rope_theta == 1e6
+    added = json.loads(json.dumps(saved)) | {"rope_scaling": scaling}
+    read = transformers.Qwen3Config.from_dict(added).rope_parameters
+    assert read["rope_type"] == scaling.get("rope_type", "linear")
+    with pytest.raises(ValueError, match=message):
+        transformer_config(added, "m")
+    same = {"rope_scaling": LINEAR, "rope_parameters": LINEAR}
+    assert transformer_config(saved | same, "m").rope_scaling == RopeScaling("linear", 4.0)
+
+
 def test_a_sliding_window_limits_how_much_is_read() -> None:
     config = stored(model_type="mistral", sliding_window=128)
     assert transformer_config(config, "m").max_position_embeddings == 128
@@ -234,6 +260,21 @@ def test_what_older_llamas_store_beside_their_weights_is_not_read(
     config, read = read_stock(tmp_path / "old")
     expected, same = read_stock(pair.out)
     assert config == expected and read.keys() == same.keys()
+
+
+def test_a_stale_index_does_not_hide_the_weights(pair: Pair, tmp_path: Path) -> None:
+    """As transformers reads a folder that had its weights in parts before."""
+    shutil.copytree(pair.out, tmp_path / "again")
+    _, weights = read_stock(pair.out)
+    zeros = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    save_file(zeros, tmp_path / "again/part.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "part.safetensors")}
+    (tmp_path / "again/model.safetensors.index.json").write_text(json.dumps(index))
+    _, read = read_stock(tmp_path / "again")
+    assert all(torch.equal(read[name], weight) for name, weight in weights.items())
+    (tmp_path / "again/model.safetensors").unlink()
+    _, parts = read_stock(tmp_path / "again")
+    assert not any(weight.any() for weight in parts.values())
 
 
 def test_weights_outside_the_folder_or_missing_are_refused(tmp_path: Path) -> None:
