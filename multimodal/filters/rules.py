@@ -3,7 +3,7 @@
     # insults.yaml
     when: [prompt, reply]          # what it looks at; by default both
     words: [idiot, fool]           # one of: words, pattern, personal, characters, scripts,
-                                   # languages, image, onnx
+                                   # languages, json_schema, image, onnx
     action: refuse                 # or mask: what was found becomes [insults]
     reason: insults are not answered
     answer: I would rather not.    # of a refused chat; by default nothing
@@ -11,22 +11,24 @@
 ``words``: whole words, in any case. ``pattern``: a regular expression. ``personal``: some of email,
 phone, card, iban, ip. ``characters``: [least, most]. ``scripts``: those that letters may be of, as
 LATIN. ``languages``: those of texts that are long enough to tell, as en (filters/languages.py).
+``json_schema``: that of the whole text, which has to be JSON (filters/json_schema.py).
 ``onnx``: a classifier of images (filters/classifier.py). ``image``: ``FILE.py:FUNCTION``, FILE in
 this folder, which takes a PIL image and returns a reason to refuse it, or nothing.
 """
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
 from multimodal.files import UnreadableFile, local_path, read_yaml
 from multimodal.filters.classifier import Classifier, ClassifierFile
+from multimodal.filters.json_schema import JsonSchema
 from multimodal.filters.languages import check_languages, is_another
 from multimodal.filters.personal import KINDS, find_personal
 from multimodal.plugins import from_file
@@ -53,6 +55,7 @@ class RuleFile:
     characters: tuple[int, ...] | None = None
     scripts: tuple[str, ...] | None = None
     languages: tuple[str, ...] | None = None
+    json_schema: Mapping[str, Any] | None = None
     image: str | None = None
     onnx: ClassifierFile | None = None
 
@@ -81,7 +84,8 @@ class Rule:
 
     def __post_init__(self) -> None:
         maskable = ("words", "pattern", "personal")
-        kinds = (*maskable, "characters", "scripts", "languages", "image", "onnx")
+        whole = ("characters", "scripts", "languages", "json_schema", "image", "onnx")
+        kinds = (*maskable, *whole)
         given = [kind for kind in kinds if getattr(self.file, kind) is not None]
         if len(given) != 1:
             raise ValueError(
@@ -102,7 +106,7 @@ class Rule:
             raise ValueError("reason and when must not be empty")
         if given[0] == "words" and not all(word.strip() for word in self.file.words or ("",)):
             raise ValueError("words: is empty, or has an empty word")
-        _ = self._pattern  # raises for one that is wrong
+        _ = self._pattern, self.schema  # raises for one that is wrong
 
     @cached_property
     def _pattern(self) -> re.Pattern[str] | None:
@@ -114,8 +118,16 @@ class Rule:
         except re.error as error:
             raise ValueError(f"pattern: {error}") from error
 
+    @cached_property
+    def schema(self) -> JsonSchema | None:
+        """What a text has to follow as a whole."""
+        return None if self.file.json_schema is None else JsonSchema(self.file.json_schema)
+
     def found(self, text: str) -> list[Span]:
-        """Where a text breaks the rule. A text that breaks it as a whole: all of it."""
+        """Where a text breaks the rule. A text that breaks it as a whole: all of it.
+
+        A rule with a ``schema`` is asked for the ``problem`` of a text instead.
+        """
         file = self.file
         if self._pattern is not None:
             return [found.span() for found in self._pattern.finditer(text) if found[0]]
@@ -175,6 +187,9 @@ class Filters:
         """The text with what is masked, and the decisions. One that refuses is the last."""
         decisions = []
         for rule in self._rules(when):
+            if rule.schema is not None and (problem := rule.schema.problem(text)):
+                decisions.append(self._decision(rule, f"{rule.file.reason}: {problem}"))
+                break
             spans = [] if rule.look is not None else rule.found(text)
             if not spans:
                 continue

@@ -59,9 +59,8 @@ class ImageRow(Row):
         self.places = layout.indices(draws)  # of the m codes among the n
         self.image_codes = layout.codes_per_image
         self.ids = slice(vocabulary.image_start, vocabulary.image_end)
-        start, size = (
-            (vocabulary.image_start, vocabulary.size) if among_texts else (0, layout.codebook_size)
-        )
+        all_ids = (vocabulary.image_start, vocabulary.size)
+        start, size = all_ids if among_texts else (0, layout.codebook_size)
         masks = code_masks(layout, start, size, str(model.device))
         self.masks = [masks[place] for place in self.places.tolist()]
         self.any_code = len({id(mask) for mask in masks}) == 1 and not among_texts
@@ -98,7 +97,6 @@ def code_masks(layout: Layout, start: int, size: int, device: str) -> tuple[Tens
     Places that take the same codes have the same tensor object.
 
     Args:
-        layout: the levels.
         start: the id of code 0.
         size: how many ids a mask has.
     """
@@ -169,8 +167,7 @@ def guided_prompts(
     prompts = [[draw_prompt(model.vocabulary, encode_text(model, text))] for text in texts]
     if options.guidance_scale != 1:
         away = None if options.negative is None else encode_text(model, options.negative)
-        for several in prompts:
-            several.append(draw_prompt(model.vocabulary, away))
+        prompts = [[*several, draw_prompt(model.vocabulary, away)] for several in prompts]
     for several in prompts:
         check_length(model.network, several, model.codes_drawn)
     return prompts
@@ -184,8 +181,11 @@ def masked_steps(
     known: Tensor,
     numbers: Sequence[int],
     on_step: OnStep | None = None,
-) -> Generator[None, None, Tensor]:
-    """Masked drawing, a step at a time. Arguments and result as for ``draw_codes``."""
+) -> Generator[Callable[[], Tensor] | None, None, Tensor]:
+    """Masked drawing, a step at a time. Arguments and result as for ``draw_codes``.
+
+    Yields a function for the codes so far, as ``on_step`` is given them. None: there are no pixels.
+    """
     prompts = guided_prompts(model, texts, options)
     parts = [slice(at, at + DRAWINGS_AT_ONCE) for at in range(0, len(texts), DRAWINGS_AT_ONCE)]
     drawn = [known[:0]]
@@ -260,7 +260,7 @@ def _draw_masked(
     dice: Sequence[torch.Generator],
     numbers: Sequence[int],
     on_step: OnStep | None,
-) -> Generator[None, None, Tensor]:
+) -> Generator[Callable[[], Tensor] | None, None, Tensor]:
     """Masked drawing of one level, of MaskGIT (Chang et al. 2022, arXiv:2202.04200).
 
     Each step draws some codes. How many is given by the cosine schedule. Which ones does not depend
@@ -268,8 +268,7 @@ def _draw_masked(
     image (``spread_order``). So the host knows the places, and codes and scores stay on the device.
 
     Args:
-        level: what to draw. The levels that are drawn before it are known and come after the
-            prompt.
+        level: what to draw. The levels drawn before it are known and come after the prompt.
         prompts: for each image its prompts, all conditional ones or with unconditional ones.
         image: int64[B, n], UNKNOWN where to draw.
         dice: the random numbers of each image.
@@ -306,10 +305,7 @@ def _draw_masked(
         """Guided scores of some UNKNOWN codes, image by image: float32[codes, numbers of level].
 
         Only they and the known codes are read. A mask that is not predicted would say nothing.
-
-        Args:
-            to_predict: bool[B, n].
-            progress: of the guidance, in [0, 1].
+        to_predict: bool[B, n]. progress: of the guidance, in [0, 1].
         """
         needed, counts = to_predict | known, to_predict.sum(1)
         # Codes to predict come first, then the known ones.
@@ -332,6 +328,11 @@ def _draw_masked(
             logits = logits.masked_fill(groups[:, None] != group_of_number, -torch.inf)
         return logits
 
+    def shown() -> Tensor:  # codes that are not drawn yet as the likeliest
+        return whole(
+            codes if known.all() else filled(~known, logits_of(~known, progress).argmax(-1))
+        )
+
     to_draw = (~known).sum(1)
     for step in range(options.steps):
         if known.all():  # each step draws one code at least
@@ -350,10 +351,10 @@ def _draw_masked(
             logits = logits_of(fresh, progress)
             codes = filled(fresh, _choose_codes(logits, fresh.sum(1).tolist(), options, dice))
             known = known | fresh
-        if on_step is not None and level == layout.levels[-1]:  # before it there are no pixels
-            shown = codes if known.all() else filled(~known, logits_of(~known, progress).argmax(-1))
-            on_step(numbers, whole(shown))
-        yield
+        has_pixels = level == layout.levels[-1]
+        if on_step is not None and has_pixels:
+            on_step(numbers, shown())
+        yield shown if has_pixels else None
     return whole(codes)
 
 
@@ -381,8 +382,7 @@ def spread_order(side: int) -> Tensor:
     Codes that are drawn together lie far apart: the order is that of the Halton points of bases 2
     and 3 (Besnier et al. 2025, arXiv:2503.17076).
     """
-    order: dict[int, int] = {}
-    number = 0
+    order, number = dict[int, int](), 0
     while len(order) < side * side:
         number += 1
         row, column = (int(side * _radical_inverse(number, base)) for base in (2, 3))

@@ -3,8 +3,9 @@
 Shapes: n codes of an image.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from math import ceil, floor
 
@@ -133,7 +134,7 @@ def edit_steps(
     text: str,
     options: EditOptions,
     number: int = 0,
-) -> Generator[None, None, Image.Image]:
+) -> Generator[Callable[[], Image.Image] | None, None, Image.Image]:
     """Draw the white part of a mask anew, a step at a time.
 
     Every code that a white pixel touches is drawn. Of the picture that the codes give, only the
@@ -141,6 +142,9 @@ def edit_steps(
 
     Args:
         number: with the seed, decides the random numbers.
+
+    Yields:
+        A function for the image so far, to be called before the next step. None: there is none.
 
     Returns:
         An image of the same size, unchanged outside the mask.
@@ -172,20 +176,32 @@ def _redraw(
     text: str,
     options: EditOptions,
     number: int = 0,
-) -> Generator[None, None, Image.Image]:
+) -> Generator[Callable[[], Image.Image] | None, None, Image.Image]:
     """Draw the codes that are not known, and put the white part of a mask into the image.
 
     Args:
         known: int64[1, n], UNKNOWN where a code is drawn.
     """
-    fit = model.image_tokenizer.fit
-    drawn_codes = yield from masked_steps(model, [text], options, known, [number])
-    drawn = to_image(decode_images(model, drawn_codes)[0])
+    fit, side = model.image_tokenizer.fit, model.image_tokenizer.image_size
     mask = mask.convert("L").point(lambda value: 255 if value > 127 else 0)
     if fit == "crop":  # the model sees only the middle: leave the rest as it is
-        inside = _to_original(Image.new("RGB", drawn.size, "white"), image.size, fit)
+        inside = _to_original(Image.new("RGB", (side, side), "white"), image.size, fit)
         mask = Image.composite(mask, Image.new("L", mask.size), inside.convert("L"))
-    return Image.composite(_to_original(drawn, image.size, fit), image, mask)
+
+    def edited(codes: Tensor) -> Image.Image:
+        drawn = to_image(decode_images(model, codes)[0])
+        return Image.composite(_to_original(drawn, image.size, fit), image, mask)
+
+    def edited_so_far(codes: Callable[[], Tensor]) -> Image.Image:
+        return edited(codes())
+
+    steps = masked_steps(model, [text], options, known, [number])
+    while True:
+        try:
+            codes = next(steps)
+        except StopIteration as end:
+            return edited(end.value)
+        yield None if codes is None else partial(edited_so_far, codes)
 
 
 def outpaint_image(

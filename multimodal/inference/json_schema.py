@@ -59,6 +59,25 @@ def token_bytes(model: ModelParts) -> list[bytes]:
     )
 
 
+class SchemaTokenizer:
+    """A text tokenizer as llguidance takes it: all schemas of a model share it.
+
+    Raises:
+        ValueError: if llguidance is missing, or for a text tokenizer that it cannot follow.
+    """
+
+    def __init__(self, model: ModelParts) -> None:
+        try:
+            import llguidance
+        except ImportError as error:
+            raise ValueError("a JSON schema needs llguidance: pip install llguidance") from error
+        tokenizer = _TokenizerForLlguidance(model)
+        self.begins_with_space = tokenizer.begins_with_space
+        self.tokens = llguidance.LLTokenizer(
+            llguidance.TokenizerWrapper(tokenizer), n_vocab=model.vocabulary.size
+        )
+
+
 class _TokenizerForLlguidance:
     """The attributes that llguidance expects of a tokenizer."""
 
@@ -84,20 +103,21 @@ class BadSchema(ValueError):
 class Schema:
     """A JSON schema for the texts of a model.
 
+    Args:
+        tokenizer: of the model. Made anew by default, which goes over the whole vocabulary.
+
     Raises:
         BadSchema: if the schema is not valid, or cannot be followed.
-        ValueError: if llguidance is missing, or for a text tokenizer that it cannot follow.
+        ValueError: see ``SchemaTokenizer``.
     """
 
-    def __init__(self, model: ModelParts, schema: dict[str, Any]) -> None:
-        try:
-            import llguidance
-        except ImportError as error:
-            raise ValueError("a JSON schema needs llguidance: pip install llguidance") from error
-        self._llguidance, tokenizer = llguidance, _TokenizerForLlguidance(model)
-        self._tokenizer = llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(tokenizer), n_vocab=model.vocabulary.size
-        )
+    def __init__(
+        self, model: ModelParts, schema: dict[str, Any], tokenizer: SchemaTokenizer | None = None
+    ) -> None:
+        tokenizer = tokenizer or SchemaTokenizer(model)
+        import llguidance
+
+        self._llguidance, self._tokenizer = llguidance, tokenizer.tokens
         try:
             self._grammar = llguidance.LLMatcher.grammar_from_json_schema(
                 json.dumps(schema), overrides={"whitespace_flexible": False}

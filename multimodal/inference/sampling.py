@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multimodal.devices import moved
 from multimodal.options import Sampling
 
 NOTHING = -1  # in the place of an id, where a host has not looked yet whether logits are finite
@@ -56,12 +57,14 @@ def penalise(logits: Tensor, generated: Sequence[Sequence[int]], penalty: float)
     """
     if penalty == 1:
         return logits
-    logits = logits.clone()
-    for row, ids in zip(logits, generated, strict=True):
-        repeated = torch.tensor(sorted(set(ids)), dtype=torch.int64, device=row.device)
-        scores = row[repeated]
-        row[repeated] = torch.where(scores > 0, scores / penalty, scores * penalty)
-    return logits
+    # All rows at once, as places in the flat logits: one copy to a GPU, and a handful of kernels.
+    rows = zip(range(len(logits)), generated, strict=True)
+    places = [row * logits.shape[1] + token for row, ids in rows for token in set(ids)]
+    repeated = moved(torch.tensor(places, dtype=torch.int64), logits.device)
+    flat = logits.clone(memory_format=torch.contiguous_format).view(-1)
+    scores = flat[repeated]
+    flat[repeated] = torch.where(scores > 0, scores / penalty, scores * penalty)
+    return flat.view_as(logits)
 
 
 def choose(logits: Tensor, sampling: Sampling, dice: Sequence[torch.Generator]) -> Tensor:
@@ -82,12 +85,13 @@ def choose(logits: Tensor, sampling: Sampling, dice: Sequence[torch.Generator]) 
     exact = torch.float32 if logits.device.type == "mps" else torch.float64  # mps has no float64
     cumulated = truncate(logits, sampling).softmax(-1, dtype=exact).cumsum(-1)
     end, shape = cumulated[..., -1], logits.shape[1:-1]
-    if not end.isfinite().all():
+    shares = [torch.rand(shape, generator=generator, dtype=exact) for generator in dice]
+    # A share is below 1, so its product is below the end: no token of probability 0 is reached.
+    targets = moved(torch.stack(shares), cumulated.device) * end
+    chosen = torch.searchsorted(cumulated, targets[..., None], right=True)[..., 0]
+    if not end.isfinite().all():  # the host waits for a GPU here, once, with all of it under way
         raise ValueError(
             f"{NOT_FINITE}, or temperature={sampling.temperature} is too small (0 takes the most "
             "likely token)"
         )
-    shares = [torch.rand(shape, generator=generator, dtype=exact) for generator in dice]
-    # A share is below 1, so its product is below the end: no token of probability 0 is reached.
-    targets = torch.stack(shares).to(cumulated.device) * end
-    return torch.searchsorted(cumulated, targets[..., None], right=True)[..., 0]
+    return chosen

@@ -13,37 +13,34 @@ So a text can be taken out later, and the chain still holds. What a client sends
 entry too long to be read: of a text that is too long only the digest is kept, and long facts are
 cut.
 
-What does not show in the file alone: that its first entries were removed (``prune`` does it, and a
-record then begins later), that its last ones were, or that all of it was written anew. Note the
-last hash elsewhere from time to time, and give it to ``verify``.
+``prune`` removes the first entries, and adds an entry that says with which number the record begins
+since then. So without such an entry it shows that the first ones are missing.
+
+What does not show in the file alone: that its last entries were removed, or that all of it was
+written anew. Note the last hash elsewhere from time to time, and give it to ``verify``.
 """
 
-import fcntl
 import hashlib
 import io
 import json
 import os
-import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from multimodal.files import atomic_file, local_path, open_file, parse_json
+from multimodal.record.access import copy_access, lock_file, open_private
+from multimodal.record.limits import cut_facts, digest, short_texts
 from multimodal.schemas import construct
 
 START = "0" * 64
 MAX_LINE = 16 << 20  # bytes of an entry
-MAX_TEXTS = 8 << 20  # bytes of JSON of the texts of an entry that are kept
-MAX_FACTS = 1 << 20  # bytes of JSON of the values of its facts
-MAX_LENGTH = 2048  # of a string, a list or an object in them: a request has that many inputs
-MAX_DEPTH = 16  # of objects in objects in them
 NAMES = {"number", "previous", "facts", "texts", "digests", "hash"}
 BEGINNING = b'{"digests":{'  # of each line
+PRUNED = "prune"  # the kind of an entry about entries that were removed
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,16 @@ class Entry:
     @property
     def time(self) -> datetime:
         """Raises ``ValueError`` for facts without a time."""
-        return parse_time(str(self.facts.get("time")))
+        try:
+            return parse_time(str(self.facts.get("time")))
+        except ValueError as error:
+            raise ValueError(f"entry {self.number}: {error}") from error
+
+    @property
+    def begins(self) -> int:
+        """The number with which its record begins, as far as this entry says: 0 without a word."""
+        first = self.facts.get("first") if self.facts.get("kind") == PRUNED else None
+        return first if isinstance(first, int) else 0
 
 
 class Record:
@@ -105,7 +111,7 @@ class Record:
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (it stays open)
         self._lock = threading.Lock()
         try:
-            _lock(self._file, self.path)
+            lock_file(self._file, self.path)
             last = _last_entry(self._file, self.path)
         except BaseException:
             self._file.close()
@@ -117,10 +123,10 @@ class Record:
 
         Args:
             facts: what can become JSON. ``time`` is added. Numbers that are not finite become null.
-                Strings, lists and objects over MAX_LENGTH are cut. The longest facts become null if
-                all of them have over MAX_FACTS bytes.
-            texts: what may be taken out later. The longest ones are not kept if all of them have
-                over MAX_TEXTS bytes. Their digests are.
+                Long strings, lists and objects are cut. The longest facts become null if all of
+                them are too long together (record/limits.py).
+            texts: what may be taken out later. The longest ones are not kept if all of them are
+                too long together. Their digests are.
 
         Raises:
             OSError: if it cannot be written. The file is then as it was before.
@@ -128,14 +134,10 @@ class Record:
         """
         texts = texts or {}
         digests = {name: digest(text) for name, text in texts.items()}
-        facts = _cut_facts(facts)
+        facts = cut_facts(facts)
         with self._lock:
-            now = datetime.now(UTC).isoformat(timespec="milliseconds")
-            entry = Entry(
-                self.number, self.head, {"time": now, **facts},
-                _short_texts(texts) if self.keep_texts else {}, digests, "",
-            )  # fmt: skip
-            entry = replace(entry, hash=entry.computed)
+            kept = short_texts(texts) if self.keep_texts else {}
+            entry = _sealed(self.number, self.head, facts, kept, digests)
             line = entry.line()
             if len(line) > MAX_LINE:
                 raise ValueError(f"an entry of {len(line):,} bytes: at most {MAX_LINE:,} are read")
@@ -183,8 +185,8 @@ def entries(path: str | Path) -> Iterator[Entry | str]:
 def verify(path: str | Path, head: str | None = None) -> list[str]:
     """What is wrong with a record, one sentence each. Empty: nothing shows.
 
-    A record may begin later than with entry 0, as after ``prune``. That its end was cut off shows
-    only against a hash that was noted.
+    A record begins with entry 0, or with the one that an entry of ``prune`` names. That its end was
+    cut off shows only against a hash that was noted.
 
     Args:
         head: a hash that was noted before. The record has to have its entry.
@@ -193,11 +195,12 @@ def verify(path: str | Path, head: str | None = None) -> list[str]:
     hashes: dict[int, str] = {}
     followed: dict[int, str] = {}  # number: the hash that it says it follows
     before: int | None = None
+    begins = 0
     for entry in entries(path):
         if isinstance(entry, str):
             problems.append(entry)
             continue
-        number = entry.number
+        number, begins = entry.number, max(begins, entry.begins)
         if number in hashes:
             problems.append(f"entry {number} is there twice")
         elif before is not None and number < before:
@@ -208,9 +211,12 @@ def verify(path: str | Path, head: str | None = None) -> list[str]:
             if entry.digests.get(name) != digest(text):
                 problems.append(f"entry {number}: its text {name!r:.80} was changed")
         hashes[number], followed[number], before = entry.hash, entry.previous, number
+    first = min(hashes, default=begins)
+    if first > begins:
+        which = _missing(begins, first - 1)
+        problems.append(f"{which}: removed from the beginning, and no entry of prune says so")
     for start, end in _gaps(sorted(hashes)):
-        which = f"entry {start} is" if start == end else f"entries {start} to {end} are"
-        problems.append(f"{which} missing")
+        problems.append(_missing(start, end))
     for number, previous in followed.items():
         expected = START if number == 0 else hashes.get(number - 1)
         if expected not in (None, previous):
@@ -230,12 +236,12 @@ def redact(path: str | Path, before: datetime) -> int:
     """
     count = 0
 
-    def without_texts(entry: Entry) -> Entry:
+    def without_texts(all_entries: Iterator[Entry]) -> Iterator[Entry]:
         nonlocal count
-        if not entry.texts or entry.time >= before:
-            return entry
-        count += 1
-        return replace(entry, texts={})
+        for entry in all_entries:
+            redacts = bool(entry.texts) and entry.time < before
+            count += redacts
+            yield replace(entry, texts={}) if redacts else entry
 
     _rewrite(path, without_texts)
     return count
@@ -245,27 +251,30 @@ def prune(path: str | Path, before: datetime) -> int:
     """Remove the entries of before a time at the beginning of a record, but never the last one.
 
     The rest still is a chain. So after the first entry that is kept all are, even one of before the
-    time, as there is where a clock was set back.
+    time, as there is where a clock was set back. An entry at the end says what was removed.
 
     Returns:
         How many were removed.
     """
     last = max((e.number for e in entries(path) if isinstance(e, Entry)), default=0)
-    count, keeps = 0, False
+    count = 0
 
-    def kept(entry: Entry) -> Entry | None:
-        nonlocal count, keeps
-        keeps = keeps or entry.number == last or entry.time >= before
-        count += not keeps
-        return entry if keeps else None
+    def kept(all_entries: Iterator[Entry]) -> Iterator[Entry]:
+        nonlocal count
+        first: Entry | None = None
+        end: Entry | None = None
+        for end in all_entries:
+            if first is None and end.number != last and end.time < before:
+                count += 1
+                continue
+            first = first or end
+            yield end
+        if count and first and end:
+            facts = {"kind": PRUNED, "first": first.number, "removed": count}
+            yield _sealed(end.number + 1, end.hash, facts, {}, {})
 
     _rewrite(path, kept)
     return count
-
-
-def digest(text: str) -> str:
-    """The SHA-256 of a text, 64 hex digits."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def parse_time(text: str) -> datetime:
@@ -279,52 +288,21 @@ def parse_time(text: str) -> datetime:
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
+def _sealed(
+    number: int,
+    previous: str,
+    facts: Mapping[str, Any],
+    texts: Mapping[str, str],
+    digests: Mapping[str, str],
+) -> Entry:
+    """An entry of now, with its hash."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    entry = Entry(number, previous, {"time": now, **facts}, texts, digests, "")
+    return replace(entry, hash=entry.computed)
+
+
 def _canonical(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _cut_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts as they will be read, cut to the limits."""
-    cut = {name: _cut(value) for name, value in facts.items()}
-    sizes = {name: len(json.dumps(value)) for name, value in cut.items()}
-    for name in sorted(sizes, key=lambda name: -sizes[name]):
-        if sum(sizes.values()) <= MAX_FACTS:
-            break
-        cut[name], sizes[name] = None, len("null")
-    kept: dict[str, Any] = parse_json(json.dumps(cut))
-    return kept
-
-
-def _cut(value: Any, depth: int = 0) -> Any:
-    """A value of JSON without what is too long in it. Of a long string the digest stays."""
-    if isinstance(value, str) and len(value) > MAX_LENGTH:
-        return f"{value[:MAX_LENGTH]}... ({len(value):,} characters, SHA-256 {digest(value)})"
-    if not isinstance(value, list | tuple | Mapping):
-        return value
-    if depth == MAX_DEPTH:
-        return "..."
-    if isinstance(value, Mapping):
-        items = islice(value.items(), MAX_LENGTH)
-        return {_cut(name): _cut(item, depth + 1) for name, item in items}
-    return [_cut(item, depth + 1) for item in value[:MAX_LENGTH]]
-
-
-def _short_texts(texts: Mapping[str, str]) -> dict[str, str]:
-    """The texts that are short enough to be kept, the shortest first."""
-    kept, left = dict[str, str](), MAX_TEXTS
-    for name, text in sorted(texts.items(), key=lambda item: len(item[1])):
-        left -= len(json.dumps(text))
-        if left < 0:
-            break
-        kept[name] = text
-    return kept
-
-
-def _lock(file: io.IOBase, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ValueError(f"{path}: another process writes this record") from error
 
 
 def _last_entry(file: io.FileIO, path: Path) -> Entry | None:
@@ -352,8 +330,8 @@ def _last_entry(file: io.FileIO, path: Path) -> Entry | None:
     return last
 
 
-def _rewrite(path: str | Path, change: Callable[[Entry], Entry | None]) -> None:
-    """Write a record again, each entry as ``change`` gives it, or without it for None.
+def _rewrite(path: str | Path, change: Callable[[Iterator[Entry]], Iterator[Entry]]) -> None:
+    """Write a record again, with the entries that ``change`` gives for those of the file.
 
     A link stays, and the file that it leads to is written. Owner and permissions stay.
 
@@ -364,32 +342,27 @@ def _rewrite(path: str | Path, change: Callable[[Entry], Entry | None]) -> None:
     path = local_path(path)
     open_file(path).close()  # a regular file
     with open(path, "r+b") as held:
-        _lock(held, path)
+        lock_file(held, path)
         target = path.resolve()
-        with atomic_file(target, sync=True) as part, open(part, "wb", opener=_open_private) as file:
-            _copy_access(held.fileno(), file.fileno())
-            for entry in entries(target):
-                if isinstance(entry, str):
-                    raise ValueError(f"{path}: {entry}")
-                try:
-                    changed = change(entry)
-                except ValueError as error:  # it has no time
-                    raise ValueError(f"{path}: entry {entry.number}: {error}") from error
-                if changed is not None:
-                    file.write(changed.line())
+        with atomic_file(target, sync=True) as part, open(part, "wb", opener=open_private) as file:
+            copy_access(held.fileno(), file.fileno())
+            try:
+                for entry in change(_only_entries(target)):
+                    file.write(entry.line())
+            except ValueError as error:  # a line is no entry, or an entry has no time
+                raise ValueError(f"{path}: {error}") from error
 
 
-def _open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+def _only_entries(path: Path) -> Iterator[Entry]:
+    """Raises ``ValueError`` at a line that is none."""
+    for entry in entries(path):
+        if isinstance(entry, str):
+            raise ValueError(entry)
+        yield entry
 
 
-def _copy_access(source: int, target: int) -> None:
-    """Give an open file the owner and the group of another, where that is allowed, and its mode."""
-    about = os.fstat(source)
-    for owner in ((about.st_uid, -1), (-1, about.st_gid)):
-        with suppress(PermissionError):
-            os.fchown(target, *owner)
-    os.fchmod(target, stat.S_IMODE(about.st_mode))
+def _missing(start: int, end: int) -> str:
+    return f"entry {start} is missing" if start == end else f"entries {start} to {end} are missing"
 
 
 def _gaps(numbers: list[int]) -> Iterator[tuple[int, int]]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from multimodal.record.chain import Entry
-from multimodal.record.report import READ, WRITTEN
+from multimodal.record.report import NOT_ADMITTED, NOT_REQUESTS, READ, WRITTEN
 
 Rows = NDArray[np.float32]
 WINDOW = 200
@@ -48,7 +48,8 @@ NUMBERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "seconds": lambda facts: facts.get("seconds"),
 }
 RATES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-    "errors": lambda facts: (facts.get("status") or 0) >= 400,
+    # A client that left (499) is none.
+    "errors": lambda facts: (facts.get("status") or 0) >= 400 and facts.get("status") != 499,
     "empty replies": lambda facts: bool(facts.get("empty")),
     "replies over the limit": lambda facts: "length" in (facts.get("finish_reasons") or ()),
     "filtered": lambda facts: bool(facts.get("filters")),
@@ -81,8 +82,16 @@ class Drift:
 
 
 def requests_of(entries: Sequence[Entry], path: str | None = None) -> list[Entry]:
-    """The requests of one address, by default of that with the most."""
-    asked = [entry for entry in entries if entry.facts.get("kind") != "feedback"]
+    """The requests of one address, by default of that with the most.
+
+    Records of older servers have those of callers without a key, too. They are left out.
+    """
+    asked = [
+        entry
+        for entry in entries
+        if entry.facts.get("kind") not in NOT_REQUESTS
+        and entry.facts.get("status") not in NOT_ADMITTED
+    ]
     paths = [str(entry.facts.get("path")) for entry in asked]
     if path is None and paths:
         path = max(sorted(set(paths)), key=paths.count)

@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from multimodal.record.chain import Entry, entries
+from multimodal.record.chain import PRUNED, Entry, entries
 from multimodal.schemas import check_value
 
 EXAMPLES = 5  # of each group of failures
 READ, WRITTEN = ("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens")
+NOT_REQUESTS = ("feedback", PRUNED)  # kinds of entries
+NOT_ADMITTED = (401, 403)  # statuses for callers who may not ask anything
 # The facts that are counted and compared. Each may be missing or null; others may be anything.
 FACTS: dict[str, Any] = {
     "time": str, "kind": str, "path": str, "status": int, "seconds": float, "likelihood": float,
     "usage": Mapping[str, Any], "images": list[Any], "filters": list[Any],
-    "finish_reasons": list[Any],
+    "finish_reasons": list[Any], "reason": str,
 }  # fmt: skip
 
 
@@ -68,6 +70,8 @@ def summary(entries: Iterable[Entry]) -> dict[str, Any]:
     tokens, feedback, times = Counter[str](), Counter[str](), list[str]()
     for entry in entries:
         facts = entry.facts
+        if facts.get("kind") == PRUNED:
+            continue
         times.append(str(facts.get("time")))
         if facts.get("kind") == "feedback":
             feedback[str(facts.get("rating"))] += 1
@@ -97,19 +101,31 @@ def failures(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
 
     Groups: ``error STATUS CODE``; ``filtered``; ``empty`` (nothing was written); ``over the limit``
     (a text ended at its limit of tokens); ``fallback: WHY`` (something else than the model has
-    answered); ``thumbs down`` (by feedback); ``client left``.
+    answered); ``thumbs down`` (by feedback), and ``thumbs down: REASON`` if that says why; ``client
+    left``; ``feedback without a request`` (the feedback itself, about what is in none of these
+    entries).
     """
-    groups: dict[str, list[Entry]] = defaultdict(list)
-    by_id: dict[str, Entry] = {}
+    entries, groups = list(entries), defaultdict[str, list[Entry]](list)
+    # Feedback may come first: a client knows the id of a stream before its entry is written.
+    by_id = {
+        str(entry.facts[name]): entry
+        for entry in entries
+        if entry.facts.get("kind") not in NOT_REQUESTS
+        for name in ("id", "request")
+        if entry.facts.get(name) is not None
+    }
     for entry in entries:
         facts = entry.facts
         if facts.get("kind") == "feedback":
             rated = by_id.get(str(facts.get("about")))
-            if facts.get("rating") == "down" and rated is not None:
+            if rated is None:
+                groups["feedback without a request"].append(entry)
+            elif facts.get("rating") == "down":
                 groups["thumbs down"].append(rated)
+                if reason := facts.get("reason"):
+                    groups[f"thumbs down: {str(reason)[:20]}"].append(rated)
+        if facts.get("kind") in NOT_REQUESTS:
             continue
-        for name in ("id", "request"):
-            by_id[str(facts.get(name))] = entry
         status, reasons = facts.get("status"), facts.get("finish_reasons") or ()
         if status == 499:
             groups["client left"].append(entry)

@@ -21,7 +21,8 @@ from multimodal.api import Model
 from multimodal.filters.rules import Filters
 from multimodal.origin.credentials import Signer
 from multimodal.record.chain import Record
-from multimodal.serve.endpoints.bridge import Disconnected
+from multimodal.record.report import NOT_ADMITTED
+from multimodal.serve.endpoints.bridge import CLIENT_LEFT, Disconnected
 from multimodal.serve.endpoints.chat import chat_completions
 from multimodal.serve.endpoints.drawings import images_edits, images_generations
 from multimodal.serve.endpoints.embeddings import embeddings
@@ -38,7 +39,6 @@ from multimodal.serve.watching import DriftWatch
 Endpoint = Callable[[Request, Engines], Awaitable[Response]]
 log = logging.getLogger("multimodal.serve")
 UNWIND_SECONDS = 5.0  # in which requests that the HTTP server has cancelled end
-CLIENT_LEFT = 499  # nginx's status for it; nobody reads it
 _LOCAL = re.compile(rb"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
@@ -251,7 +251,9 @@ class Gate:
             status = note.status or status
             self.metrics.requests.labels(path, str(status)).inc()
             self.metrics.seconds.labels(path).observe(time.monotonic() - start)
-            if self.record is not None and path.startswith("/v1/") and scope["method"] == "POST":
+            posted = path.startswith("/v1/") and scope["method"] == "POST"
+            # Who has no key is counted only: else anybody could fill the disk, and feign a drift.
+            if self.record is not None and posted and status not in NOT_ADMITTED:
                 self._write(self.record, note, status, time.monotonic() - start)
             self.open -= 1
 

@@ -48,28 +48,34 @@ def make_server(
         timeout_graceful_shutdown=round(settings.stop_timeout),
         server_header=False,
     )
-    return _Server(config, settings.write_timeout, on_start)
+    return _Server(config, settings, on_start)
 
 
 class _Server(uvicorn.Server):
-    """write_timeout: seconds after which a connection ends whose client reads nothing. What it has
-    not read is in the buffers of the connection, so the kernel has to end it (Linux).
+    """Ends connections whose client reads nothing for ``Settings.write_timeout`` seconds. What it
+    has not read is in the buffers of the connection, so the kernel has to end it (Linux).
     """
 
     def __init__(
-        self, config: uvicorn.Config, write_timeout: float, on_start: Callable[[], None]
+        self, config: uvicorn.Config, settings: Settings, on_start: Callable[[], None]
     ) -> None:
         super().__init__(config)
-        self.write_timeout, self.on_start = write_timeout, on_start
+        self.settings, self.on_start = settings, on_start
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started and hasattr(socket, "TCP_USER_TIMEOUT"):
             for listening in (each for server in self.servers for each in server.sockets):
-                listening.setsockopt(
-                    socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * self.write_timeout)
-                )
+                milliseconds = round(1000 * self.settings.write_timeout)
+                listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         self.on_start()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end. A worker whose scheduler is dead does, and is started again."""
+        app: Any = self.config.app
+        is_worker = bool(self.settings.peers)
+        dead = is_worker and app.app.state.engines.scheduler.stopping
+        return await super().on_tick(counter) or dead
 
 
 def serve(

@@ -131,6 +131,54 @@ def test_forms_of_letters_and_signs_are_of_no_other_script(text: str, scripts: s
     assert scripts_of(text) == scripts
 
 
+DOG = {
+    "type": "object",
+    "properties": {"dog": {"$ref": "#/$defs/dog"}, "cat": False},
+    "additionalProperties": {"type": "integer"},
+    "required": ["dog"],
+    "$defs": {"dog": {"properties": {"ages": {"items": {"type": "integer"}}}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (' {"dog": {"ages": [1, 2]}, "bird": 3}\n', None),
+        ('{"dog": {"ages": [1, "secret"]}}', '$.dog.ages[1]: expected type "integer"'),
+        ('{"dog": {}, "secret": "secret"}', '$.*: expected type "integer"'),
+        ('{"dog": {}, "cat": "secret"}', "$: has what is never allowed"),
+        ("{}", '$: expected required ["dog"]'),
+        ("[]", '$: expected type "object"'),
+        ("A secret dog.", "is not JSON"),
+        ('```json\n{"dog": {}}\n```', "is not JSON"),
+        ('{"dog": {}, "bird": NaN}', "is not JSON"),
+        ("", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+    ],
+)
+def test_a_text_follows_a_schema_or_is_refused_where_it_does_not(
+    text: str, problem: str | None
+) -> None:
+    """The reason shows nothing of the text: it stands in the record."""
+    rules = filters(form={"json_schema": DOG, "when": ("reply",), "answer": "none"})
+    shown, decisions = rules.text(text, "reply")
+    assert shown == text and rules.text(text, "prompt") == (text, [])
+    assert [each.reason for each in decisions] == ([f"about form: {problem}"] if problem else [])
+    assert all((each.action, each.answer) == ("refuse", "none") for each in decisions)
+
+
+def test_a_schema_that_cannot_be_followed_refuses_and_fetches_nothing() -> None:
+    rules = filters(form={"json_schema": {"$ref": "http://127.0.0.1:9/schema.json"}})
+    (refused,) = rules.text("{}", "reply")[1]
+    assert "cannot be followed: Unresolvable: http://127.0.0.1:9/schema.json" in refused.reason
+    rules = filters(form={"json_schema": {"items": {"$ref": "#"}}})
+    (refused,) = rules.text("[" * 500 + "]" * 500, "reply")[1]
+    assert refused.reason == "about form: the schema cannot be followed: RecursionError"
+    old = {"$schema": "http://json-schema.org/draft-04/schema#", "exclusiveMinimum": True}
+    rules = filters(form={"json_schema": {**old, "minimum": 3}})
+    assert rules.text("4", "reply")[1] == [] and rules.text("3", "reply")[1]
+
+
 def test_spans_that_overlap_become_one() -> None:
     assert masked("abcdef", [(1, 3), (2, 4), (5, 6)], "*") == "a*e*"
 
@@ -167,6 +215,12 @@ def test_images_are_judged_by_a_function_and_its_errors_refuse(tmp_path: Path) -
         ("reason: x\ncharacters: [5, 2]", "expected [least, most]"),
         ("reason: x\nwords: ['']", "has an empty word"),
         ("reason: x\nscripts: [latin]\naction: mask", "only refuse"),
+        ("reason: x\njson_schema: {}\naction: mask", "only refuse"),
+        ("reason: x\njson_schema: {type: x}", "json_schema: $.type: 'x' is not valid"),
+        ("reason: x\njson_schema: {pattern: '('}", "json_schema: $.pattern: '(' is not a 'regex'"),
+        ("reason: x\njson_schema: {$schema: other}", "json_schema: $schema 'other' is unknown"),
+        ("reason: x\njson_schema: {const: 2026-11-28}", "json_schema: is not JSON"),
+        ("reason: x\njson_schema: 3", "expected an object"),
         ("reason: x\nwords: [a]\nwhen: [never]", "when"),
         ("reason: x\nwords: [a]\nsay: b", "say"),
         ("- a", "expected the fields of a rule"),

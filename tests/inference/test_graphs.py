@@ -5,9 +5,13 @@ the function itself, so everything but the recording is what a card does.
 """
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +21,8 @@ from multimodal.api import Model
 from multimodal.inference.batch import DecodeBatch
 from multimodal.inference.drawing import draw_codes
 from multimodal.inference.text import generate_ids
+from multimodal.model.layers import graphs
+from multimodal.model.layers.attention import KVCache
 from multimodal.model.layers.compiled import ROOM_MULTIPLE
 from multimodal.model.layers.graphs import MAX_FREE, Run, StepGraphs, power_of_two
 from multimodal.options import DrawOptions, TextOptions
@@ -205,6 +211,128 @@ def test_a_copy_has_graphs_of_its_own(graphed: Model) -> None:
         assert network.graphs._record is itself
         twin = Model(network, graphed.text_tokenizer, graphed.image_tokenizer)
         assert generate_ids(twin, prompts, options) == expected
+
+
+class Card:
+    """Stands for torch.cuda: what is recorded where, on a card that is not here."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.pools: list[int] = []  # of each graph
+        self.streams: list[Any] = []  # on which each graph was recorded
+        self.now = self.first = self.Stream(0)
+        card = self
+
+        class Graph:
+            def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+                self.used = pool
+                card.pools.append(pool)
+                card.streams.append(card.now)
+
+            def capture_end(self) -> None:
+                self.ended = True
+
+            def pool(self) -> int:
+                return self.used
+
+            def replay(self) -> None:
+                pass
+
+        @contextmanager
+        def on(stream: Any) -> Iterator[None]:
+            before, card.now = card.now, stream
+            yield
+            card.now = before
+
+        handles = iter(range(100, 200))
+        patch.setattr(torch.cuda, "CUDAGraph", Graph)
+        patch.setattr(torch.cuda, "Stream", self.Stream)
+        patch.setattr(torch.cuda, "stream", on)
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch.cuda, "current_stream", lambda *_: card.now)
+
+    class Stream:
+        def __init__(self, device: int) -> None:
+            self.waited_for: list[Any] = []
+
+        def wait_stream(self, other: Any) -> None:
+            self.waited_for.append(other)
+
+
+def test_graphs_of_a_card_share_memory_and_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not the memory of graphs that are all gone, which torch refuses."""
+    card = Card(monkeypatch)
+    monkeypatch.setattr(graphs, "_shared", cache(graphs._shared.__wrapped__))
+    plays = [graphs.cuda_graph(lambda: torch.ones(2)) for _ in range(3)]
+    assert card.pools == [100, 100, 100] and len(set(map(id, card.streams))) == 1
+    assert card.streams[0] is not card.first
+    card.now = other = card.Stream(0)
+    for play in plays:
+        assert torch.equal(play(), torch.ones(2))
+    assert other.waited_for == [card.first], "once: a graph may use what the last one used"
+    plays.clear()
+    del play
+    gc.collect()
+    graphs.cuda_graph(lambda: torch.ones(2))
+    assert card.pools[-1] == 101 and card.streams[-1] is card.streams[0]
+
+
+def test_no_step_of_another_thread_comes_between_a_result_and_its_copy(tiny_model: Make) -> None:
+    """Graphs share memory, so it would write over the result."""
+
+    class Result:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+        def __getitem__(self, rows: slice) -> "Result":
+            return Result(self.tensor[rows])
+
+        def clone(self) -> Tensor:
+            assert graphs.ONE_AT_A_TIME.locked()
+            return self.tensor.clone()
+
+    def record(run: Run) -> Any:
+        assert graphs.ONE_AT_A_TIME.locked()
+        return lambda: Result(run())
+
+    model = tiny_model(noise=0.1)
+    model.network.graphs = StepGraphs(record)
+    expected = generate_ids(tiny_model(noise=0.1), prompts_of(model), TextOptions(max_tokens=4))
+    assert generate_ids(model, prompts_of(model), TextOptions(max_tokens=4)) == expected
+    assert not graphs.ONE_AT_A_TIME.locked()
+
+
+def test_where_memory_is_short_free_caches_are_given_back(graphed: Model) -> None:
+    lender, transformer = graphed.network.graphs, graphed.network.transformer
+    assert lender is not None
+    batch = DecodeBatch(graphed.network, prompts_of(graphed)[:3], ROOM_MULTIPLE)
+    batch.step(torch.tensor([7, 8, 9]))
+    lent = lender.cache(transformer, 2, 100)
+    free = weakref.ref(lender._memories[batch.cache.address].keys[0])
+    del batch
+    found, empty_cache = list[bool](), transformer.empty_cache
+
+    def short(rows: int, columns: int) -> KVCache:
+        found.append(free() is not None)
+        if len(found) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty_cache(rows, columns)
+
+    transformer.empty_cache = short  # type: ignore[method-assign]
+    # More rows and fewer columns than what is free has, which is kept where there is room.
+    made = lender.cache(transformer, 64, 1)
+    assert made.most_rows == 64 and found == [True, False]
+    assert set(lender._memories) == {lent.address, made.address}
+
+
+def test_what_has_graphs_is_not_compiled(graphed: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphed.compile_decoding()
+    assert graphed.network.compiled is None
+    # Experts on a card have none: how many tokens each gets is known only when it runs.
+    graphed.network.graphs = None
+    monkeypatch.setattr(Model, "device", torch.device("cuda"))
+    graphed.compile_decoding()
+    assert graphed.network.compiled is not None
 
 
 @pytest.mark.parametrize(("number", "expected"), [(1, 1), (2, 2), (3, 4), (4, 4), (129, 256)])

@@ -108,6 +108,20 @@ def test_the_penalty_falls_on_the_tokens_of_the_same_text_alone(model: Model) ->
     assert all(len(set(text)) == len(text) for text in varied)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_penalty_of_many_rows_is_that_of_each(transposed: bool) -> None:
+    """To the bit, and the logits that were given stay."""
+    torch.manual_seed(0)
+    logits = torch.randn(9, 5).T if transposed else torch.randn(5, 9)
+    before, texts = logits.clone(), [[8, 8, 0], [], [3], list(range(9)), [0]]
+    penalised = penalise(logits, texts, 1.7)
+    for row, text, result in zip(before, texts, penalised, strict=True):
+        scored = [s / 1.7 if s > 0 else s * 1.7 for s in row]
+        expected = [scored[i] if i in text else s for i, s in enumerate(row)]
+        assert torch.equal(result, torch.stack(expected))
+    assert torch.equal(logits, before)
+
+
 def test_a_row_is_the_same_in_any_batch(model: Model) -> None:
     v = model.vocabulary
     prompts = [[v.bos, *model.text_tokenizer.encode(text)] for text in ("a red", "two", "the cat")]

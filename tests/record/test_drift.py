@@ -91,6 +91,18 @@ def test_other_subjects_are_found_by_their_embeddings() -> None:
     assert [r.signal for r in found if r.alarm] == [EMBEDDINGS]
 
 
+def test_callers_without_a_key_are_no_requests() -> None:
+    """Records of older servers have them."""
+    known = requests(0, 100)
+    refused = [
+        Entry(number, "", {"path": known[0].facts["path"], "status": status}, {}, {}, "")
+        for number, status in enumerate((401, 403) * 200)
+    ]
+    assert requests_of([*known, *refused]) == known
+    pruned = Entry(0, "", {"kind": "prune", "path": known[0].facts["path"]}, {}, {}, "")
+    assert requests_of([pruned, *known]) == known
+
+
 def test_the_command_compares_two_records(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,39 +39,69 @@ def test_a_record_that_nobody_touched_holds(tmp_path: Path) -> None:
     assert [entry.number for entry in entries(path) if isinstance(entry, Entry)] == [*range(101)]
 
 
-def test_ten_thousand_entries_of_which_one_is_changed_or_moved(tmp_path: Path) -> None:
-    path = tmp_path / "record.jsonl"
-    lines = written(path, 10_000, keep_texts=False)
-    for number in (0, 4321, 9_998):
-        line = bytearray(lines[number])
-        line[line.index(b"chatcmpl") + 1] ^= 1
-        path.write_bytes(b"".join([*lines[:number], bytes(line), *lines[number + 1 :]]))
-        assert verify(path) == [f"entry {number} was changed"]
-        swapped = [*lines[:number], lines[number + 1], lines[number], *lines[number + 2 :]]
-        path.write_bytes(b"".join(swapped))
-        (problem,) = verify(path)
-        assert problem.startswith(f"entry {number} stands after entry {number + 1}")
+@pytest.fixture(scope="module")
+def ten_thousand(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """The lines of a record."""
+    return written(tmp_path_factory.mktemp("record") / "record.jsonl", 10_000, keep_texts=False)
 
 
-def test_an_entry_that_was_removed_shows(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [0, 4321, 9_998])
+def test_of_ten_thousand_entries_one_is_changed_moved_or_removed(
+    tmp_path: Path, ten_thousand: list[bytes], number: int
 ) -> None:
-    """In the middle always; at the end against a noted hash; the first in where a record begins."""
-    path = tmp_path / "record.jsonl"
-    lines = written(path, 1000, keep_texts=False)
-    head = json.loads(lines[-1])["hash"]
-    for number in range(0, 1000, 41):
-        path.write_bytes(b"".join([*lines[:number], *lines[number + 1 :]]))
-        assert verify(path, head) == ([f"entry {number} is missing"] if number else [])
-    path.write_bytes(b"".join(lines[:-1]))
+    path, before, after = tmp_path / "record", ten_thousand[:number], ten_thousand[number + 1 :]
+    line = bytearray(ten_thousand[number])
+    line[line.index(b"chatcmpl") + 1] ^= 1
+    path.write_bytes(b"".join([*before, bytes(line), *after]))
+    assert verify(path) == [f"entry {number} was changed"]
+    path.write_bytes(b"".join([*before, after[0], ten_thousand[number], *after[1:]]))
+    assert verify(path) == [
+        f"entry {number} stands after entry {number + 1}: the order was changed"
+    ]
+    path.write_bytes(b"".join([*before, *after]))
+    (problem,) = verify(path)
+    assert problem.startswith(f"entry {number} is missing")
+    assert ("removed from the beginning" in problem) == (number == 0)
+
+
+def test_removed_entries_at_the_end_show_against_a_noted_hash(
+    tmp_path: Path, ten_thousand: list[bytes]
+) -> None:
+    path, head = tmp_path / "record.jsonl", json.loads(ten_thousand[-1])["hash"]
+    path.write_bytes(b"".join(ten_thousand[:-1]))
     assert verify(path) == []
     assert verify(path, head) == [
         f"no entry has the hash {head}: the end was cut off, or all was replaced"
     ]
-    for first, said in ((0, "1,000 entries, nothing"), (1, "999 entries from 1 on, nothing")):
-        path.write_bytes(b"".join(lines[first:]))  # as after prune
+
+
+def test_removed_entries_at_the_beginning_show_unless_prune_removed_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "record.jsonl"
+    record = Record(path)
+    for day in range(1, 9):
+        record.append({"time": f"2026-11-0{day}T00:00:00+00:00", "path": "/v1/a"})
+    record.close()
+    whole = path.read_bytes().splitlines(keepends=True)
+    for day in (3, 5):
+        assert prune(path, datetime(2026, 11, day, tzinfo=UTC)) == 2
         assert main(["log", "verify", str(path)]) == 0
-        assert said in capsys.readouterr().out
+        assert f" from {day - 1} on, nothing shows" in capsys.readouterr().out
+    lines = path.read_bytes().splitlines(keepends=True)
+    noted = Entry.parse(lines[-1])
+    assert (noted.number, noted.facts["first"], noted.facts["removed"]) == (9, 4, 2)
+    assert summary(map(Entry.parse, lines))["requests"] == 4, "what prune notes is no request"
+    said = "removed from the beginning, and no entry of prune says so"
+    for changed, problem in (
+        (lines[1:], f"entry 4 is missing: {said}"),
+        (lines[3:], f"entries 4 to 6 are missing: {said}"),
+        (whole[1:], f"entry 0 is missing: {said}"),
+        ([lines[-1]], f"entries 4 to 8 are missing: {said}"),
+        ([*lines[:-1], lines[-1].replace(b'"first":4', b'"first":5')], "entry 9 was changed"),
+    ):
+        path.write_bytes(b"".join(changed))
+        assert verify(path) == [problem]
 
 
 def test_every_byte_of_an_entry_counts(tmp_path: Path) -> None:
@@ -114,7 +144,7 @@ def test_texts_can_be_taken_out_and_changed_ones_show(tmp_path: Path) -> None:
     assert prune(path, datetime.now(UTC) + timedelta(days=1)) == 3
     assert verify(path) == []
     record = Record(path)
-    assert record.append({}).number == 4
+    assert record.append({}).number == 5, "after what prune has noted"
     record.close()
     assert verify(path) == []
 
@@ -188,7 +218,7 @@ def test_prune_ends_at_the_first_entry_that_is_kept(tmp_path: Path) -> None:
     record.close()
     for removed in (2, 0):
         assert prune(path, datetime(2026, 11, 3, tzinfo=UTC)) == removed and verify(path) == []
-    assert [entry.number for entry in entries(path) if isinstance(entry, Entry)] == [2, 3, 4]
+    assert [entry.number for entry in entries(path) if isinstance(entry, Entry)] == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -292,11 +322,32 @@ def test_threads_share_a_record_and_processes_do_not(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    prune = ["-m", "multimodal", "log", "prune", str(path), "--before", "2999-01-01"]
     code = f"from multimodal.record.chain import Record; Record({str(path)!r})"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "another process writes this record" in other.stderr
+    for argv in (prune, ["-c", code]):
+        other = subprocess.run([sys.executable, *argv], capture_output=True, text=True)
+        assert f"another process writes this record (process {os.getpid()})" in other.stderr
+        assert "stop it first" in other.stderr
     record.close()
     assert verify(path) == [] and len(list(entries(path))) == 400
+
+
+def test_feedback_is_grouped_wherever_it_stands(tmp_path: Path) -> None:
+    """During a stream it comes before the entry of its request. Some is about no request."""
+    record = Record(tmp_path / "record.jsonl")
+    down = {"kind": "feedback", "rating": "down"}
+    made = [
+        record.append({**down, "about": "req_1", "reason": "hallucination"}),
+        record.append({"path": "/v1/chat/completions", "request": "req_1", "id": "c1"}),
+        record.append({**down, "about": "req_9"}),
+        record.append({**down, "about": "None", "rating": "up"}),
+        record.append({"path": "/v1/embeddings", "status": 200}),
+    ]
+    record.close()
+    assert failures(iter(made)) == {
+        "thumbs down": [made[1]], "thumbs down: hallucination": [made[1]],
+        "feedback without a request": [made[2], made[3]],
+    }  # fmt: skip
 
 
 def test_report_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -337,6 +388,8 @@ def test_report_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     other.close()
     assert main(["log", "failures", str(other.path), str(path)]) == 0
     assert "thumbs down: 2" in capsys.readouterr().out, "feedback is in another worker's file"
+    assert main(["log", "failures", str(other.path)]) == 0
+    assert "feedback without a request: 1" in capsys.readouterr().out
     assert main(["log", "redact", str(path), "--before", "2999-01-01"]) == 0
     assert "6 entries" not in capsys.readouterr().err
     path.write_bytes(path.read_bytes().replace(b"invalid_json", b"invalid_jsom"))

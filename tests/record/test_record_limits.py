@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from multimodal.cli import main
-from multimodal.record import chain
+from multimodal.record import chain, limits
 from multimodal.record.chain import Entry, Record, entries, prune, redact, verify
 from multimodal.record.report import countable_entries
 
@@ -54,7 +54,7 @@ def test_a_long_fact_is_cut(tmp_path: Path, name: str) -> None:
     path = tmp_path / "record.jsonl"
     facts = {"path": "/v1/a", "status": 200, "asked": FACTS[name], "images": ["f" * 64] * 2048}
     entry = written(path, facts)
-    assert len(entry.line()) < 2 * chain.MAX_FACTS
+    assert len(entry.line()) < 2 * limits.MAX_FACTS
     assert entry.facts["status"] == 200 and entry.facts["images"] == ["f" * 64] * 2048
     if name == "a string":
         digest = hashlib.sha256(FACTS[name].encode()).hexdigest()

@@ -2,7 +2,12 @@
 
 import base64
 import io
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -11,10 +16,12 @@ import pytest
 import tokenizers
 from PIL import Image
 
+from multimodal.inference import json_schema
 from multimodal.inference.text import generate_ids
 from multimodal.options import TextOptions
 from multimodal.serve.endpoints.answering import Choice
 from multimodal.serve.endpoints.replies import _Edges, _message
+from multimodal.serve.engine.pictures import read_data_uri
 from multimodal.tokenizers.text import ChatFormat, TextTokenizer
 from tests.processes import wait_until
 
@@ -110,14 +117,20 @@ def test_stop_texts_and_edges_of_white_space(server: Any) -> None:
     client = server.client()
     text = client.chat.completions.create(**how).choices[0].message.content
     stop = text[10:13]
-    stopped = client.chat.completions.create(**how, stop=stop).choices[0]
+    how["logprobs"] = True
+    answer = client.chat.completions.create(**how, stop=stop)
+    stopped = answer.choices[0]
     assert stopped.finish_reason == "stop"
     assert stopped.message.content == text[: text.index(stop)].strip()
-    streamed = "".join(
-        chunk.choices[0].delta.content or ""
-        for chunk in client.chat.completions.create(**how, stop=[stop], stream=True)
-    )
+    tokens = stopped.logprobs.content
+    scored = b"".join(bytes(token.bytes) for token in tokens).decode("utf-8", "replace")
+    assert scored.strip().startswith(stopped.message.content) and stop not in scored
+    assert len(tokens) < answer.usage.completion_tokens
+    chunks = list(client.chat.completions.create(**how, stop=[stop], stream=True))
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert streamed == stopped.message.content
+    found = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+    assert [token for each in found for token in each.content] == tokens
 
 
 def test_log_probabilities_are_those_of_the_tokens(server: Any) -> None:
@@ -165,6 +178,28 @@ def test_json_follows_its_schema(server: Any) -> None:
     assert {choice.finish_reason for choice in cut.choices} == {"length"}
 
 
+def test_schemas_of_a_model_share_a_tokenizer(
+    tiny_model: Any, serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llguidance")
+    made, init = list[Any](), json_schema.SchemaTokenizer.__init__
+
+    def counted(self: Any, *arguments: Any) -> None:
+        made.append(self)
+        init(self, *arguments)
+
+    monkeypatch.setattr(json_schema.SchemaTokenizer, "__init__", counted)
+    with serving(tiny_model(noise=0.1, tied=False)) as server:
+        for word in ("dog", "cat", "dog"):
+            form = {"name": "a", "schema": {"enum": [word]}}
+            answer = server.client().chat.completions.create(
+                model="tiny", messages=ASK, max_tokens=9,
+                response_format={"type": "json_schema", "json_schema": form},
+            )  # fmt: skip
+            assert answer.choices[0].message.content == f'"{word}"'
+    assert len(made) == 1
+
+
 def test_texts_around_images_are_lines_of_their_own() -> None:
     edges = _Edges()
     shown = edges(" a") + edges(" cat. ")
@@ -208,6 +243,26 @@ def test_turns_of_a_conversation_become_one_prompt(server: Any) -> None:
     assert plain.choices[0].message.content == expected
 
 
+def test_replies_go_back_into_a_conversation_as_they_came(server: Any) -> None:
+    """As an object of the SDK and as a dictionary, whose fields are null, with what was drawn."""
+    create = partial(server.client().chat.completions.create, model="tiny", max_tokens=9)
+    more = {"extra_body": {"logit_bias": None, "tools": None}}
+    said = create(messages=ASK, **more).choices[0].message
+    drawn = create(messages=ASK, seed=2, temperature=1.0, extra_body={"modalities": ["image"]})
+    drawn = drawn.choices[0].message
+    again = {"role": "user", "content": "where?"}
+    (image,) = drawn.images
+    picture = Image.open(io.BytesIO(read_data_uri(image["image_url"]["url"])))
+    ask = [f"Question: {each}? Answer:" for each in ("what is in the snow", "where")]
+    for reply, read in ((said, said.content.strip()), (drawn, picture)):
+        (expected,) = server.model.generate([ask[0], read, ask[1]], max_tokens=9)
+        for message in (reply, reply.model_dump()):
+            found = create(messages=[*ASK, message, again], **more).choices[0].message.content
+            assert found == expected
+    with pytest.raises(openai.BadRequestError, match="of the assistant"):
+        create(messages=[{**again, "images": [image]}])
+
+
 def test_a_language_model_reads_texts_in_its_chat_template(tiny_model: Any, serving: Any) -> None:
     """Images are asked about as they were learned, and a turn ends where its token says so."""
     model = tiny_model(noise=0.1, tied=False)
@@ -245,9 +300,10 @@ def test_a_language_model_reads_texts_in_its_chat_template(tiny_model: Any, serv
     assert model.text_tokenizer.encode_chat([*ASK]) == talking.encode_chat([*ASK])
     with serving(model) as server:
         answer = server.client().chat.completions.create(
-            model="tiny", messages=messages, max_tokens=9
+            model="tiny", messages=messages, max_tokens=9, logprobs=True
         )
         assert answer.choices[0].finish_reason == "stop"
+        assert len(answer.choices[0].logprobs.content) == answer.usage.completion_tokens
         assert answer.usage.completion_tokens == written.index(written[3])
 
 
@@ -261,9 +317,6 @@ def test_a_model_without_a_chat_template_says_so(server: Any) -> None:
 def test_images_behind_addresses_are_fetched_if_that_is_allowed(
     tiny_model: Any, serving: Any
 ) -> None:
-    from http.server import BaseHTTPRequestHandler, HTTPServer
-    from threading import Thread
-
     image = picture()
 
     class Handler(BaseHTTPRequestHandler):
@@ -278,12 +331,58 @@ def test_images_behind_addresses_are_fetched_if_that_is_allowed(
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
         Thread(target=http.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{http.server_address[1]}/a.png"
-        content = [{"type": "image_url", "image_url": {"url": url}}]
-        ask: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": content}]}
+        ask: dict[str, Any] = {"model": "tiny", "messages": linked(url)}
         model = tiny_model(noise=0.1, tied=False)
         with serving(model, fetch=True, private=True) as server:
             answer = server.client().chat.completions.create(**ask, max_tokens=5)
             assert answer.choices[0].message.content == model.caption(image, max_tokens=5)
         with serving(model, fetch=True) as server, pytest.raises(Exception, match="public"):
             server.client().chat.completions.create(**ask)
+        http.shutdown()
+
+
+def linked(*urls: str) -> list[dict[str, Any]]:
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": content}]
+
+
+def test_slow_addresses_keep_no_other_image_waiting(tiny_model: Any, serving: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(6) as pool:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        with serving(tiny_model(noise=0.1, tied=False), fetch=True, private=True) as server:
+            create = partial(server.client().chat.completions.create, model="tiny", max_tokens=5)
+            slow = [pool.submit(create, messages=linked(url), timeout=5) for _ in range(6)]
+            connections = [silent.accept()[0] for _ in slow]
+            assert create(messages=about(picture()), timeout=4).usage.completion_tokens == 5
+            with pytest.raises(openai.APITimeoutError):
+                create(messages=linked(url), timeout=0.3)
+            assert wait_until(lambda: server.app.open == len(slow)), "who leaves waits for nothing"
+            assert not any(each.done() for each in slow), "nobody has answered them"
+            for connection in connections:
+                connection.close()
+            assert all(isinstance(each.exception(), openai.BadRequestError) for each in slow)
+
+
+def test_all_addresses_of_a_chat_share_its_seconds(
+    tiny_model: Any, serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep(0.2)
+            self.send_response(200)
+            self.end_headers()
+            picture().save(self.wfile, "PNG")
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    monkeypatch.setattr("multimodal.serve.endpoints.screening.TIMEOUT", 0.5)
+    with HTTPServer(("127.0.0.1", 0), Slow) as http:
+        Thread(target=http.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{http.server_address[1]}/a.png"
+        with serving(tiny_model(noise=0.1, tied=False), fetch=True, private=True) as server:
+            create = partial(server.client().chat.completions.create, model="tiny", max_tokens=2)
+            assert create(messages=linked(url))
+            with pytest.raises(openai.BadRequestError, match="took too long"):
+                create(messages=linked(*[url] * 4))
         http.shutdown()

@@ -6,8 +6,11 @@ from typing import Any
 
 import openai
 import pytest
+from torch import Tensor
 
 from multimodal.api import Model
+from multimodal.inference.decode import Decoder
+from multimodal.memory import NotEnoughMemory
 from multimodal.record.chain import Entry, entries
 from multimodal.serve.app import make_app
 from multimodal.serve.endpoints import answering
@@ -101,7 +104,7 @@ def test_what_waits_for_a_fallback_has_the_size_that_it_reads(
     with serving(models[0], ("spare", models[1])) as server:
         chat(server, about(picture().resize((500, 400)), "who?"))
     kept = [each for each in vars(asked[0]).values() if isinstance(each, list | tuple)]
-    held = [part for several in kept for part in several if not isinstance(part, str)]
+    held = [part for several in kept for part in several if isinstance(part, Tensor)]
     assert len(held) == 2 and all(tuple(part.shape) == (1, 3, 32, 32) for part in held)
 
 
@@ -148,6 +151,39 @@ def test_filtered_replies_and_prompts_get_the_fixed_answer(
             assert chat(server, stream=stream) == expected, "both models write letters"
             bomb = [{"role": "user", "content": "a bomb"}]
             assert chat(server, bomb, stream) == expected
+
+
+def test_a_likelihood_is_of_the_tokens_of_the_model_that_was_asked(
+    models: tuple[Model, Model], serving: Any, rules: str, tmp_path: Path
+) -> None:
+    """Not of the fallback's, and where nothing was written there is none."""
+    settings = {"record": str(tmp_path / "record.jsonl"), "unsure": -1e-9}
+    found = []
+    for fallback in (None, ("spare", models[1])):
+        with serving(models[0], fallback, fallback_answer=SORRY, **settings) as server:
+            assert chat(server)[0][0] == SORRY
+        found.append(noted(tmp_path / "record.jsonl"))
+    first, both = found
+    assert both["usage"]["completion_tokens"] == 2 * first["usage"]["completion_tokens"]
+    assert both["likelihood"] == first["likelihood"] < 0
+    with serving(models[0], filters=rules, fallback_answer=SORRY, **settings) as server:
+        chat(server, [{"role": "user", "content": "a bomb"}])
+    assert noted(tmp_path / "record.jsonl")["likelihood"] is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fallback_answers_where_memory_is_not_enough(
+    models: tuple[Model, Model], serving: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    def refused(*_: Any) -> None:
+        raise NotEnoughMemory("a batch needs about 9 GB of memory")
+
+    monkeypatch.setattr(Decoder, "join_together", refused)
+    with serving(models[0], fallback_answer=SORRY) as server:
+        assert chat(server, stream=stream) == [(SORRY, "stop", {"why": "failed", "by": "answer"})]
+    with serving(models[0]) as server, pytest.raises(openai.InternalServerError) as caught:
+        chat(server, stream=stream)
+    assert caught.value.status_code == 503
 
 
 def test_without_a_fallback_errors_are_errors(

@@ -58,6 +58,30 @@ def test_a_drawing_is_seen_as_it_grows(server: Any) -> None:
     assert last.usage.output_tokens == 16
 
 
+def test_masked_drawings_and_edits_are_seen_as_they_grow(server: Any) -> None:
+    client, before = server.client(), picture().resize((40, 40))
+    image = before.copy()
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, (0, 0, 20, 20))
+    image.putalpha(alpha)
+    how: dict[str, Any] = {"model": "tiny", "prompt": "a red bus"}
+    how["extra_body"] = {"seed": 3, "steps": 4}
+    whole = client.images.generate(**how)
+    *partial, last = client.images.generate(**how, stream=True, partial_images=2)
+    assert [event.type for event in partial] == ["image_generation.partial_image"] * 2
+    assert [event.partial_image_index for event in partial] == [0, 1]
+    assert last.b64_json == whole.data[0].b64_json != partial[0].b64_json
+    how["image"] = ("a.png", png(image))
+    whole = client.images.edit(**how)
+    *partial, last = client.images.edit(**how, stream=True, partial_images=2)
+    assert [event.type for event in partial] == ["image_edit.partial_image"] * 2
+    assert last.b64_json == whole.data[0].b64_json
+    for event in partial:
+        pixels = np.asarray(opened(event.b64_json))
+        assert (pixels[20:] == np.asarray(before)[20:]).all()
+        assert (pixels[:20, :20] != np.asarray(before)[:20, :20]).any()
+
+
 def test_pictures_are_sent_and_noted_in_threads(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -249,6 +249,9 @@ def test_decoded_images_that_wait_are_within_a_budget(server: Any) -> None:
     for width, count in ((41, 1), (40, 2)):
         answer = edit(width, 20, count)
         assert answer.status_code == 429 and answer.json()["error"]["code"] == "too_many_pixels"
+    drawing = {"model": "tiny", "prompt": "a", "size": "100x100"}
+    drawings = f"http://127.0.0.1:{server.port}/v1/images/generations"
+    assert httpx2.post(drawings, json=drawing, headers=HEADERS).status_code == 429
     budget.give_back(others)
     answer = edit(2200, 2000, 16)
     assert answer.status_code == 400 and "together" in answer.json()["error"]["message"]
@@ -380,9 +383,8 @@ def test_redirects_and_long_answers_end(tiny_model: Make) -> None:
         b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n",
     ],
 )
-def test_an_answer_a_byte_at_a_time_ends(monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
+def test_an_answer_a_byte_at_a_time_ends(head: bytes) -> None:
     """In its head, in the length of a piece, and in the body."""
-    monkeypatch.setattr("multimodal.serve.engine.fetch.TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def drip() -> None:
@@ -394,5 +396,5 @@ def test_an_answer_a_byte_at_a_time_ends(monkeypatch: pytest.MonkeyPatch, head: 
                     connection.sendall(b"0")
 
         threading.Thread(target=drip, daemon=True).start()
-        with pytest.raises(ValueError, match="took more than"):
-            fetch(f"http://127.0.0.1:{listening.getsockname()[1]}/", 10_000, private=True)
+        with pytest.raises(ValueError, match="took too long"):
+            fetch(f"http://127.0.0.1:{listening.getsockname()[1]}/", 10_000, True, 0.3)

@@ -255,6 +255,21 @@ def test_pictures_are_ranked(page: Browser, open_server: Any, scenes: list[Path]
     assert len(answer["data"][0]["embedding"]) == len(shown)
 
 
+def test_a_lost_connection_is_no_fault_of_the_pictures(page: Browser, scenes: list[Path]) -> None:
+    page.click("#search-tab")
+    page.choose_files("#search-files", scenes)
+    fill(page, "#query", "a red bus")
+    page.evaluate(
+        "window.kept = fetch; window.fetch = () => Promise.reject(new TypeError('network'))"
+    )
+    page.click("#search .go")
+    page.wait("/cannot be reached/.test(document.querySelector('#search .error').textContent)")
+    assert text(page, "#chosen") == "4 pictures."
+    page.evaluate("window.fetch = window.kept")
+    page.click("#search .go")
+    page.wait("document.querySelectorAll('#found li').length == 4")
+
+
 def test_a_request_is_stopped(page: Browser, open_server: Any) -> None:
     set_option(page, max_tokens=1024)
     fill(page, "#question", "what?")

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx2
+import tokenizers
 
+from multimodal.tokenizers.text import ChatFormat, TextTokenizer
 from tests.serve.conftest import KEY
 from tests.serve.test_chat import about, picture
 
@@ -44,3 +46,31 @@ def test_what_is_kept_changes_no_bit_and_is_counted(
         read = counted(server, 'multimodal_prefix_tokens_total{source="read"}')
         assert counted(server, 'multimodal_prefix_tokens_total{source="kept"}') > 2 * read
         assert counted(server, "multimodal_prefix_bytes") > 0
+
+
+def test_a_second_turn_in_a_chat_template_reads_what_is_new(
+    tiny_model: Callable[..., Any], serving: Callable[..., Any]
+) -> None:
+    model = tiny_model(noise=0.1, tied=False)
+    letters = tokenizers.Tokenizer.from_str(model.text_tokenizer.to_json())
+    end = letters.decode([40])  # any token will do as the end of a turn
+    letters.add_special_tokens([end])
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    chat = ChatFormat(template + "{{ 'assistant:' }}", end)
+    model.text_tokenizer = TextTokenizer.from_json(letters.to_str(), chat)
+    messages = [SYSTEM, {"role": "user", "content": "What is it that you see in the snow?"}]
+    with serving(model) as server:
+        source = 'multimodal_prefix_tokens_total{{source="{}"}}'
+
+        def read() -> tuple[int, str, float, float]:
+            made = server.client().chat.completions.create(
+                model="tiny", messages=messages, max_tokens=9, temperature=1.0, seed=3
+            )
+            kept, new = (counted(server, source.format(name)) for name in ("kept", "read"))
+            return made.usage.prompt_tokens, made.choices[0].message.content, kept, new
+
+        first, reply, kept, before = read()
+        assert kept == 0
+        messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": "Where?"}]
+        second, _, kept, after = read()
+        assert kept >= first - 16 and after - before == second - kept

@@ -356,20 +356,34 @@ def test_an_error_of_no_request_ends_all_and_the_scheduler_goes_on(
     assert not ends.scheduler.jobs and not ends.scheduler.count_rows()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_server_whose_scheduler_is_dead_says_so(tiny_model: Make, serving: Any) -> None:
-    def dies() -> Steps:
-        yield None
-        raise SystemExit
+class Panics(Counting):
+    """A row with an error as those of libraries in Rust, which are no ``Exception``."""
 
+    def take(self, token: int, log_probability: float) -> Iterator[int]:
+        raise BaseException("a panic")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_scheduler_that_dies_ends_all_requests_and_its_server_says_so(
+    tiny_model: Make, serving: Any
+) -> None:
     with serving(tiny_model()) as server:
         url = f"http://127.0.0.1:{server.port}/health"
         assert httpx2.get(url).status_code == 200
-        scheduler = server.engines.scheduler
-        scheduler.submit(Job(dies(), print, print))
+        scheduler, results = server.engines.scheduler, list[Any]()
+
+        def submit(row: Row) -> None:
+            def steps() -> Steps:
+                yield Decoding(server.model.network, [row], TextOptions())
+
+            scheduler.submit(Job(steps(), lambda row, piece: None, results.append))
+
+        submit(Counting(0, 4000))
+        submit(Panics(1, 4000))
         wait_for(lambda: httpx2.get(url).status_code == 503)
+        assert [type(result) for result in results] == [RuntimeError] * 2
         with pytest.raises(ApiError, match="the server stops"):
-            scheduler.submit(Job(dies(), print, print))
+            submit(Counting(2, 5))
 
 
 def test_a_stopping_scheduler_lets_requests_end(tiny_model: Make) -> None:

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from multimodal.commands.folders.log import main as log_main
 from multimodal.origin.credentials import find_credentials
 from multimodal.record.chain import verify
 from multimodal.serve.engine.metrics import Metrics
+from multimodal.serve.engine.scheduler import Job, Steps
 from multimodal.serve.peers import merged
 from multimodal.serve.server import record_of
 from multimodal.serve.workers import Supervisor, check_free
@@ -138,6 +140,20 @@ def test_workers_end_with_their_supervisor(end: End, tmp_path: Path) -> None:
         assert "Traceback" not in stderr.read_text(), stderr.read_text()
     finally:
         finish(process)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_whose_scheduler_is_dead_ends(
+    tiny_model: Callable[..., Any], serving: Callable[..., Any]
+) -> None:
+    def dies() -> Steps:
+        yield None
+        raise SystemExit
+
+    with tempfile.TemporaryDirectory() as folder, serving(tiny_model(), peers=folder) as server:
+        assert ask(server.port, "/health")
+        server.engines.scheduler.submit(Job(dies(), print, print))
+        wait_for(lambda: not ask(server.port, "/health"))
 
 
 def test_an_address_that_is_in_use_is_not_shared() -> None:

@@ -9,7 +9,7 @@ from multimodal.record.report import EXAMPLES, countable_entries, failures, summ
 from multimodal.terminal import Parser, print_error
 
 EPILOG = """`multimodal serve --record FILE` writes the record. Each entry has the hash of the one
-before: one that was changed, moved, or removed between others is named. Who can write the file can
+before: one that was changed, moved, or removed is named. Who can write the file can
 also cut its end off, or make a new chain: note the last hash elsewhere (verify prints it), and give
 it to --head later. report and failures name on stderr each line that cannot be counted, and the
 exit status is then 1.

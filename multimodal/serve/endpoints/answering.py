@@ -7,8 +7,10 @@ model. What a fallback has said is named in the reply and in the record.
 """
 
 import logging
+from asyncio import CancelledError
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, TypeAlias
 
@@ -16,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from multimodal.inference.mixed import MixedRow, Output, check_prompt
+from multimodal.inference.text import TextRow
+from multimodal.memory import NotEnoughMemory
 from multimodal.serve.endpoints.asking import Chat
 from multimodal.serve.endpoints.bridge import finished
 from multimodal.serve.endpoints.noting import Note
@@ -35,7 +39,8 @@ class ChatRow(MixedRow):
     """A reply that keeps what its tokens are, and in which errors end nothing but itself.
 
     Attributes:
-        tokens: (id, log probability, likeliest ids) of each token.
+        tokens: (id, log probability, likeliest ids) of each token, without those that are not
+            shown: what ends a text, and a stop text.
         error: what went wrong.
     """
 
@@ -57,12 +62,31 @@ class ChatRow(MixedRow):
     def take(self, token: int, log_probability: float) -> list[Output]:  # type: ignore[override]
         if self.error is None:
             try:
-                self.tokens.append((token, log_probability, self.likeliest))
-                return list(super().take(token, log_probability))
+                text = self.part if isinstance(self.part, TextRow) else None
+                if text is None or token not in text.end_ids:
+                    self.tokens.append((token, log_probability, self.likeliest))
+                pieces = list(super().take(token, log_probability))
+                if text is not None and text.ended == "stop":
+                    self._drop_stop(text)
+                return pieces
             except Exception as error:
                 self.error = error
         self.done = True
         return []
+
+    def _drop_stop(self, text: TextRow) -> None:
+        """Leave out the tokens after the last one that has a part of the text before a stop."""
+        shown, count = text.text(), len(text.tokens)
+        while count and text.tokenizer.decode(text.tokens[: count - 1]).startswith(shown):
+            count -= 1
+            self.tokens.pop()
+
+    def parts_so_far(self) -> list[str | Image.Image]:
+        """Those of the reply, and the text that has not ended. The row may be decoded meanwhile."""
+        parts, last = list(self.reply.parts), self.part
+        if isinstance(last, TextRow) and last.tokens and not self.done:
+            parts.append(last.text().strip())
+        return parts
 
 
 @dataclass(frozen=True)
@@ -137,6 +161,7 @@ def chat_steps(chat: Chat, streams: bool, numbers: Sequence[int]) -> Steps:
         )
         for number in numbers
     ]
+    chat.written.append(rows)
     scored = bool(chat.request.logprobs or settings.record or settings.unsure is not None)
     penalty, long = options.repetition_penalty, chat.kind != "text"
     yield Decoding(model.network, rows, options, penalty, scored, long)
@@ -152,7 +177,7 @@ async def settle(chat: Chat, result: Sequence[ChatRow] | Exception, note: Note) 
     Raises:
         Exception: the error, if it is the client's, or if nothing takes its place.
     """
-    if isinstance(result, ApiError | ValueError):
+    if isinstance(result, ApiError | ValueError) and not isinstance(result, NotEnoughMemory):
         raise result
     settings, fallback = chat.engine.settings, chat.engine.engines.fallback
     choices: dict[int, Choice] = {}
@@ -238,14 +263,44 @@ def noted(answer: Answer, engine: Engine, note: Note) -> dict[str, int]:
     usage = Counter[str](prompt_tokens=0, completion_tokens=0, total_tokens=0)
     for rows in answer.rows:
         usage.update(engine.count_usage(rows))
-    parts = [part for choice in answer.choices for part in choice.parts]
-    reply = "\n".join(part for part in parts if isinstance(part, str))
-    drawn = [digest_of(part.tobytes()) for part in parts if not isinstance(part, str)]
+    reply, drawn = _contents(part for choice in answer.choices for part in choice.parts)
     reasons = [choice.reason for choice in answer.choices]
     empty = not reply.strip() and not drawn
-    total = sum(row.reply.log_probability for rows in answer.rows for row in rows)
-    likelihood = total / max(1, usage["completion_tokens"])
+    # A fallback's tokens are of another vocabulary.
+    own = [row.reply for rows in answer.rows for row in rows if row.model is engine.model]
+    total = sum(each.log_probability for each in own)
+    written = sum(each.text_tokens + each.image_tokens for each in own)
+    likelihood = total / written if written else None
     note.answered(
         usage, reply, finish_reasons=reasons, drawn=drawn, empty=empty, likelihood=likelihood
     )
     return dict(usage)
+
+
+@contextmanager
+def noted_if_left(chat: Chat, note: Note) -> Iterator[None]:
+    """Note and count what was written, if the client leaves before all of it was noted."""
+    try:
+        yield
+    except (CancelledError, GeneratorExit):
+        engine, usage = chat.engine, Counter[str]()
+        begun = [
+            [row for row in rows if row.used > row.reply.prompt_tokens] for rows in chat.written
+        ]
+        if any(begun) and "usage" not in note.facts:
+            for rows in begun:
+                usage.update(engine.count_usage(rows))
+            if engine.engines.looks_at_replies:  # no rule has seen the texts
+                note.answered(usage)
+            else:
+                rows = [row for rows in begun for row in rows]
+                reply, drawn = _contents(part for row in rows for part in row.parts_so_far())
+                note.answered(usage, reply, drawn=drawn)
+        raise
+
+
+def _contents(parts: Iterable[str | Image.Image]) -> tuple[str, list[str]]:
+    """The texts of parts, and the digests of their images."""
+    parts = list(parts)
+    reply = "\n".join(part for part in parts if isinstance(part, str))
+    return reply, [digest_of(part.tobytes()) for part in parts if not isinstance(part, str)]

@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
@@ -15,6 +15,7 @@ from multimodal.inference.mixed import OutputKind
 from multimodal.options import TextOptions
 from multimodal.schemas import Between
 from multimodal.serve.endpoints.bodies import Ignored, read_body
+from multimodal.serve.endpoints.bridge import unless_left
 from multimodal.serve.endpoints.noting import Note, note_of
 from multimodal.serve.endpoints.screening import Screening, screened, screened_pixels
 from multimodal.serve.engine.engine import Engine, Engines
@@ -81,6 +82,7 @@ class Chat:
         images: those of the messages in their order, as the fallback reads them, if there is one.
         parts: of the prompt, as this model reads them.
         screen: what the rules said about the prompt.
+        written: the rows that each model has begun to write for it (``ChatRow``).
     """
 
     engine: Engine
@@ -93,6 +95,7 @@ class Chat:
     id: str
     created: int
     screen: Screening
+    written: list[Sequence[Any]] = field(default_factory=list)
 
     @property
     def count(self) -> int:
@@ -123,7 +126,12 @@ class Chat:
 
 
 async def read_chat(request: Request, engines: Engines) -> Chat:
-    """Raises ``ApiError`` for what cannot be done."""
+    """Read and check it.
+
+    Raises:
+        ApiError: for what cannot be done.
+        Disconnected: if the client leaves while its images are fetched and read.
+    """
     chat = await read_body(request, ChatRequest)
     engine = engines.named(chat.model)
     settings = engine.settings
@@ -160,7 +168,8 @@ async def read_chat(request: Request, engines: Engines) -> Chat:
     schema = await _schema(chat, kind, engine)
     screen = Screening(engine.filters, note_of(request))
     models = [engine] if engines.fallback is None else [engine, engines.fallback]
-    read = [await screened_pixels(url.url, screen, models) for url in urls]
+    links = [url.url for url in urls]
+    read = await unless_left(request, screened_pixels(links, screen, models)) if links else []
     parts = await _prompt(chat, [each[0] for each in read], engine, screen)
     images = [each[1] for each in read if engines.fallback is not None]
     name, now = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())

@@ -12,6 +12,7 @@ from multimodal.inference.decode import Row
 from multimodal.serve.engine.scheduler import Job, Scheduler, Steps
 
 Value = TypeVar("Value")
+CLIENT_LEFT = 499  # nginx's status for it; nobody reads it
 
 
 class Disconnected(Exception):
@@ -20,9 +21,9 @@ class Disconnected(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of output that a row has finished."""
+    """A piece of output that a row has finished, or a request without rows."""
 
-    row: Row
+    row: Row | None
     piece: Any
 
 

@@ -4,7 +4,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
-from multimodal.serve.endpoints.answering import Answer, chat_steps, noted, refuse, settle
+from multimodal.serve.endpoints.answering import (
+    Answer,
+    chat_steps,
+    noted,
+    noted_if_left,
+    refuse,
+    settle,
+)
 from multimodal.serve.endpoints.asking import Chat, read_chat
 from multimodal.serve.endpoints.bridge import outcome, unless_left
 from multimodal.serve.endpoints.noting import Note, note_of
@@ -34,5 +41,6 @@ async def chat_completions(request: Request, engines: Engines) -> Response:
 async def _answer(chat: Chat, note: Note) -> Answer:
     if chat.screen.refused is not None:
         return refuse(chat, note)
-    steps = chat_steps(chat, False, range(chat.count))
-    return await settle(chat, await outcome(chat.engine.scheduler, steps), note)
+    with noted_if_left(chat, note):
+        steps = chat_steps(chat, False, range(chat.count))
+        return await settle(chat, await outcome(chat.engine.scheduler, steps), note)

@@ -8,14 +8,14 @@ Beyond OpenAI's fields: ``seed``, ``temperature``, ``top_k``, ``top_p``, ``min_p
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, fields, replace
+from asyncio import CancelledError
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from starlette.datastructures import UploadFile
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
@@ -26,9 +26,10 @@ from multimodal.inference.editing import edit_steps
 from multimodal.options import MAX_STEPS, DrawOptions, Method, Schedule
 from multimodal.origin.credentials import PARTLY_DRAWN
 from multimodal.schemas import Between
-from multimodal.serve.endpoints.bodies import Ignored, asked, read_body
-from multimodal.serve.endpoints.bridge import Disconnected, Piece, Result, events, result_of
+from multimodal.serve.endpoints.bodies import Ignored, read_body, read_form
+from multimodal.serve.endpoints.bridge import Disconnected, Result, events, result_of
 from multimodal.serve.endpoints.noting import Note, digests_of, note_of
+from multimodal.serve.endpoints.partial_images import is_due, with_partial_images
 from multimodal.serve.endpoints.screening import Screening, screened
 from multimodal.serve.endpoints.streams import event_stream, server_sent
 from multimodal.serve.engine.engine import Engine, Engines
@@ -138,21 +139,44 @@ def _check_pixels(count: int, pixels: int) -> None:
         raise ApiError(400, f"{given}: at most {MAX_PIXELS:,} pixels together", param="n")
 
 
-def draw_steps(engine: Engine, request: ImageRequest, options: DrawOptions) -> Steps:
-    """The work of a drawing. Returns the images, and the tokens of the prompt."""
+def _reserve(request: Request, engine: Engine, size: int) -> None:
+    """Take so many bytes from the budget of images until the response is sent.
+
+    Raises:
+        ApiError: 429 if there is not enough left.
+    """
+    budget = engine.engines.decoded
+    budget.take(size)
+    request.scope["at_end"].callback(budget.give_back, size)
+
+
+def _count_partial(engine: Engine, request: ImageRequest) -> int:
+    """How many partial images are shown: none before the rules have seen all of an image."""
+    shows = request.stream and not engine.filters.has("reply")
+    return request.partial_images or 0 if shows else 0
+
+
+def draw_steps(
+    engine: Engine, request: ImageRequest, options: DrawOptions, rows: list[ImageRow]
+) -> Steps:
+    """The work of a drawing. Returns the images, and the tokens of the prompt.
+
+    Args:
+        rows: is filled with those that are drawn code by code.
+    """
     model, count = engine.model, request.n or 1
     texts = [request.prompt]
     (prompts,) = guided_prompts(model, texts, options)
-    images: list[Image.Image] = []
+    images, wanted = list[Image.Image](), _count_partial(engine, request)
     if options.method == "masked":
         for number in range(count):
             unknown = engine.unknown_codes()
-            codes = yield from masked_steps(model, texts, options, unknown, [number])
+            drawing = masked_steps(model, texts, options, unknown, [number])
+            codes = yield from with_partial_images(drawing, wanted, options.steps)
             images.append(to_image(decode_images(model, codes)[0]))
             yield None
     else:
-        previews = bool(request.stream and request.partial_images)
-        rows = [ImageRow(model, number, prompts, options, previews) for number in range(count)]
+        rows += [ImageRow(model, n, prompts, options, bool(wanted)) for n in range(count)]
         yield Decoding(model.network, rows, options, long=True)
         for row in rows:  # each alone: its pixels do not depend on the others
             images.append(to_image(decode_images(model, row.partial()[None])[0]))
@@ -167,74 +191,50 @@ async def images_generations(request: Request, engines: Engines) -> Response:
     drawing = await _screened(request, drawing, engine, options.seed)
     options = replace(options, negative=drawing.negative_prompt)
     look = replace(look, credentials=engine.credentials(drawing.prompt))
-    steps = draw_steps(engine, drawing, options)
-    return await _respond(request, engine, drawing, look, steps, "image_generation")
+    side, rows = engine.model.image_tokenizer.image_size, list[ImageRow]()
+    width, height = look.size or (side, side)
+    _reserve(request, engine, 3 * (drawing.n or 1) * width * height)
+    steps = draw_steps(engine, drawing, options, rows)
+    return await _respond(request, engine, drawing, look, steps, "image_generation", rows)
 
 
 async def images_edits(request: Request, engines: Engines) -> Response:
-    editing, files = await _read_form(request, engines.settings.max_body)
+    editing, files = await read_form(request, ImageRequest, engines.settings.max_body)
     engine = engines.named(editing.model)
     options, look = _checked(editing, engine)
     if options.method == "causal" and editing.method is not None:
         raise ApiError(400, "method: a part of an image is drawn by masks", param="method")
-    image, mask = await _decoded(request, engine, files, editing.n or 1)
+    image, mask = await _decoded(request, engine, files, editing.n or 1, look)
     editing = await _screened(request, editing, engine, options.seed, [image, mask])
     options = replace(options, negative=editing.negative_prompt)
     look = replace(look, credentials=engine.credentials(editing.prompt, PARTLY_DRAWN))
 
-    def steps() -> Generator[None, None, Any]:
-        images = []
+    def steps() -> Steps:
+        images, wanted = list[Image.Image](), _count_partial(engine, editing)
         for number in range(editing.n or 1):
-            edited = yield from edit_steps(
-                engine.model, image, mask, editing.prompt, options, number
-            )
+            drawing = edit_steps(engine.model, image, mask, editing.prompt, options, number)
+            edited = yield from with_partial_images(drawing, wanted, options.steps)
             images.append(edited)
         return images, len(engine.model.text_tokenizer.encode(editing.prompt))
 
     return await _respond(request, engine, editing, look, steps(), "image_edit")
 
 
-async def _read_form(request: Request, max_size: int) -> tuple[ImageRequest, dict[str, bytes]]:
-    """The fields of a form, and its files ``image`` and ``mask``. max_size: bytes of a field."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise ApiError(400, "expected multipart/form-data", code="invalid_form")
-    values: dict[str, Any] = {}
-    files: dict[str, bytes] = {}
-    try:
-        async with request.form(max_files=4, max_fields=64, max_part_size=max_size) as form:
-            for name, value in form.multi_items():
-                if isinstance(value, UploadFile):
-                    name = name.removesuffix("[]")
-                    if name in files:
-                        raise ApiError(400, f"{name}: expected one file", param=name)
-                    files[name] = await value.read()
-                else:
-                    values[name] = _typed(name, value)
-    except ClientDisconnect as error:
-        raise Disconnected from error
-    if unknown := sorted(set(files) - {"image", "mask"}):
-        raise ApiError(400, f"{unknown[0]:.50}: expected files image and mask")
-    if "image" not in files:
-        raise ApiError(400, "image: is missing", param="image")
-    return asked(ImageRequest, values), files
-
-
 async def _decoded(
-    request: Request, engine: Engine, files: Mapping[str, bytes], count: int
+    request: Request, engine: Engine, files: Mapping[str, bytes], count: int, look: Look
 ) -> tuple[Image.Image, Image.Image]:
     """The image, and a mask that is white where to draw.
 
     The edited image has the size of this one, so all of it waits with the request. Its bytes, those
     of the mask and of ``count`` results are taken from the budget until the response is sent.
     """
-    settings, budget = engine.settings, engine.engines.decoded
+    settings = engine.settings
     source = "mask" if "mask" in files else "image"
     pixels = await engine.in_thread(check_pixels, files["image"], settings, "image")
     masked = await engine.in_thread(check_pixels, files[source], settings, source)
     _check_pixels(count, pixels)
-    size = 3 * pixels * (1 + count) + masked
-    budget.take(size)
-    request.scope["at_end"].callback(budget.give_back, size)
+    width, height = look.size or (0, 0)
+    _reserve(request, engine, 3 * (pixels + count * max(pixels, width * height)) + masked)
     image = await engine.in_thread(read_image, files["image"], settings)
     mask = await engine.in_thread(read_transparency, files[source], settings, source)
     if mask is None:
@@ -245,22 +245,6 @@ async def _decoded(
             param="mask",
         )
     return image, mask
-
-
-def _typed(name: str, text: str) -> Any:
-    """A field of a form as the type that ``ImageRequest`` has for it."""
-    kinds = {item.name: str(item.type) for item in fields(ImageRequest)}
-    kind = kinds.get(name, "")
-    try:
-        if "[int," in kind:
-            return int(text)
-        if "[float," in kind:
-            return float(text)
-    except ValueError:
-        return text
-    if "bool" in kind:
-        return {"true": True, "false": False}.get(text.lower(), text)
-    return text
 
 
 async def _screened(
@@ -308,12 +292,19 @@ async def _check_drawn(images: Sequence[Image.Image], engine: Engine, note: Note
 
 
 async def _respond(
-    request: Request, engine: Engine, asked: ImageRequest, look: Look, steps: Steps, event: str
+    request: Request,
+    engine: Engine,
+    asked: ImageRequest,
+    look: Look,
+    steps: Steps,
+    event: str,
+    rows: Sequence[ImageRow] = (),
 ) -> Response:
     if asked.stream:
-        shown = _events(engine, asked, look, steps, event, note_of(request))
+        shown = _events(engine, asked, look, steps, event, note_of(request), rows)
         return await event_stream(request, shown)
-    images, read = await result_of(request, engine.scheduler, steps)
+    with _noted_if_left(engine, rows, note_of(request)):
+        images, read = await result_of(request, engine.scheduler, steps)
     await _check_drawn(images, engine, note_of(request))
     data = [{"b64_json": await engine.in_thread(look.send, image)} for image in images]
     head = {"created": int(time.time()), "output_format": look.kind}
@@ -321,13 +312,29 @@ async def _respond(
     return JSONResponse({**head, "data": data, "usage": usage})
 
 
+@contextmanager
+def _noted_if_left(engine: Engine, rows: Sequence[ImageRow], note: Note) -> Iterator[None]:
+    """Note and count the codes of rows, if the client leaves before the whole image was noted."""
+    try:
+        yield
+    except (CancelledError, GeneratorExit, Disconnected):
+        drawn = sum(len(row.codes) for row in rows)
+        if drawn and "usage" not in note.facts:
+            note.answered(_counted(engine, len(rows[0].prompts[0]), drawn))
+        raise
+
+
 async def _events(
-    engine: Engine, asked: ImageRequest, look: Look, steps: Steps, event: str, note: Note
+    engine: Engine,
+    asked: ImageRequest,
+    look: Look,
+    steps: Steps,
+    event: str,
+    note: Note,
+    rows: Sequence[ImageRow],
 ) -> AsyncGenerator[bytes, None]:
-    """Partial images while one is drawn code by code, and the whole one."""
-    created, shown, wanted = int(time.time()), 0, asked.partial_images or 0
-    if engine.filters.has("reply"):
-        wanted = 0  # nothing is shown before the rules have seen all of it
+    """Partial images while one is drawn, and the whole one."""
+    created, shown, wanted = int(time.time()), 0, _count_partial(engine, asked)
 
     async def message(kind: str, image: Image.Image, **more: Any) -> bytes:
         name = f"{event}.{kind}"
@@ -342,33 +349,42 @@ async def _events(
         }
         return server_sent({**about, **more}, name)
 
-    async with aclosing(events(engine.scheduler, steps)) as stream:  # type: ignore[type-var]
-        async for one in stream:
-            if isinstance(one, Piece) and isinstance(one.piece, Tensor):
-                share = int((one.piece != UNKNOWN).sum()) / engine.model.codes_drawn
-                if shown < wanted and (shown + 1) / (wanted + 1) <= share < 1:
-                    pixels = await engine.in_thread(preview_images, engine.model, one.piece[None])
+    with _noted_if_left(engine, rows, note):
+        async with aclosing(events(engine.scheduler, steps)) as stream:  # type: ignore[type-var]
+            async for one in stream:
+                if isinstance(one, Result):
+                    (image,), read = one.value
+                    await _check_drawn([image], engine, note)
+                    usage = await _usage(engine, read, [image], note)
+                    yield await message("completed", image, usage=usage)
+                    return
+                image = one.piece
+                if isinstance(image, Tensor):  # codes
+                    share = int((image != UNKNOWN).sum()) / engine.model.codes_drawn
+                    if one.row is not None and not is_due(shown, wanted, share):
+                        continue
+                    codes = image.reshape(1, -1)
+                    pixels = await engine.in_thread(preview_images, engine.model, codes)
                     image = to_image(pixels[0])
-                    yield await message("partial_image", image, partial_image_index=shown)
-                    shown += 1
-            elif isinstance(one, Result):
-                (image,), read = one.value
-                await _check_drawn([image], engine, note)
-                usage = await _usage(engine, read, [image], note)
-                yield await message("completed", image, usage=usage)
+                yield await message("partial_image", image, partial_image_index=shown)
+                shown += 1
 
 
 async def _usage(
     engine: Engine, read: int, images: Sequence[Image.Image], note: Note
 ) -> dict[str, Any]:
     """The usage, noted with the digests of the images."""
-    drawn = len(images) * engine.model.codes_drawn
+    usage = _counted(engine, read, len(images) * engine.model.codes_drawn)
+    note.answered(usage, drawn=await engine.in_thread(digests_of, images))
+    return usage
+
+
+def _counted(engine: Engine, read: int, drawn: int) -> dict[str, Any]:
+    """The usage, after it was counted."""
     engine.metrics.count_tokens(read, drawn)
-    usage = {
+    return {
         "input_tokens": read,
         "input_tokens_details": {"text_tokens": read, "image_tokens": 0},
         "output_tokens": drawn,
         "total_tokens": read + drawn,
     }
-    note.answered(usage, drawn=await engine.in_thread(digests_of, images))
-    return usage

@@ -15,7 +15,7 @@ from multimodal.inference.codec import encode_text, encode_to_read
 from multimodal.inference.embedding import embed_codes, embed_texts
 from multimodal.schemas import Between
 from multimodal.serve.endpoints.bodies import Ignored, read_body
-from multimodal.serve.endpoints.bridge import result_of
+from multimodal.serve.endpoints.bridge import result_of, unless_left
 from multimodal.serve.endpoints.noting import note_of
 from multimodal.serve.endpoints.screening import Screening, screened, screened_pixels
 from multimodal.serve.engine.engine import Engine, Engines
@@ -47,7 +47,7 @@ async def embeddings(request: Request, engines: Engines) -> Response:
         raise ApiError(400, f"dimensions={wanted.dimensions}: at most {width}", param="dimensions")
     note = note_of(request)
     screen = Screening(engine.filters, note)
-    items = await _items(wanted, engine, screen)
+    items = await unless_left(request, _items(wanted, engine, screen))
     images = [digest_of(item) for item in items if not isinstance(item, str)]
     note.asked(wanted, engine.fingerprint, images)
     note.texts["prompt"] = "\n".join(item for item in items if isinstance(item, str))
@@ -82,15 +82,18 @@ async def _items(wanted: EmbeddingRequest, engine: Engine, screen: Screening) ->
         raise ApiError(
             400, f"input: {len(parts)} items, expected 1 to {settings.max_inputs}", param="input"
         )
+    for text in (part for part in parts if isinstance(part, str)):
+        if not text.strip():
+            raise ApiError(400, "input: a text is empty", param="input")
+        engine.check_characters(len(text.strip()), "input")
+    urls = [part.url for part in parts if isinstance(part, ImageUrl)]
+    images = iter(await screened_pixels(urls, screen, [engine]))
     items: list[str | Tensor] = []
     for part in parts:
         if isinstance(part, str):
-            if not part.strip():
-                raise ApiError(400, "input: a text is empty", param="input")
-            engine.check_characters(len(part.strip()), "input")
             items.append(await screened(engine, screen.text, part, "prompt"))
         else:
-            items += await screened_pixels(part.url, screen, [engine])
+            items += next(images)
     return items
 
 

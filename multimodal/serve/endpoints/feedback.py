@@ -16,11 +16,15 @@ MAX_COMMENT = 4000  # characters
 
 @dataclass(frozen=True, kw_only=True)
 class Feedback:
-    """About a reply: its ``id``, or the ``x-request-id`` of its response."""
+    """About a reply: its ``id``, or the ``x-request-id`` of its response.
+
+    reason: of a thumbs-down. hallucination: the reply names what is not in the picture.
+    """
 
     id: str
     rating: Literal["up", "down"]
     comment: str = ""
+    reason: Literal["hallucination", "wrong", "harmful"] | None = None
 
 
 async def feedback(request: Request, engines: Engines) -> Response:
@@ -35,6 +39,8 @@ async def feedback(request: Request, engines: Engines) -> Response:
         )
     note = note_of(request)
     note.facts |= {"kind": "feedback", "about": given.id, "rating": given.rating}
+    if given.reason:
+        note.facts["reason"] = given.reason
     if given.comment:
         note.texts["comment"] = given.comment
     return JSONResponse({"object": "feedback", "id": given.id, "rating": given.rating})

@@ -12,6 +12,7 @@ from multimodal.serve.endpoints.answering import (
     Scored,
     chat_steps,
     noted,
+    noted_if_left,
     refuse,
     settle,
 )
@@ -113,6 +114,12 @@ class ChatStream:
         self.scored: dict[int, int] = {}
 
     async def events(self, note: Note) -> AsyncGenerator[bytes, None]:
+        with noted_if_left(self.chat, note):
+            async with aclosing(self._events(note)) as stream:
+                async for one in stream:
+                    yield one
+
+    async def _events(self, note: Note) -> AsyncGenerator[bytes, None]:
         chat, engine = self.chat, self.engine
         result: Sequence[ChatRow] | Exception = []
         if chat.screen.refused is None:
@@ -148,7 +155,9 @@ class ChatStream:
             self.edges[row.number].image()
             yield self._chunk(row.number, {"images": [_image(piece, self.chat.credentials)]})
         elif isinstance(piece, str) and (text := self.edges[row.number](piece)):
-            yield self._chunk(row.number, {"content": text}, row.tokens)
+            # With stop texts, the last tokens may be those of one. So all come at the end.
+            tokens = None if self.chat.request.stops else row.tokens
+            yield self._chunk(row.number, {"content": text}, tokens)
 
     def _end(self, choice: Choice) -> Iterator[bytes]:
         yield from self._begin(choice.number)

@@ -1,5 +1,6 @@
 """The rules of a server about one request: what they decide is noted."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,7 +12,8 @@ from multimodal.filters.rules import Decision, Filters, When, refusal
 from multimodal.serve.endpoints.noting import Note
 from multimodal.serve.engine.engine import Engine
 from multimodal.serve.engine.errors import ApiError
-from multimodal.serve.engine.pictures import read_image_url
+from multimodal.serve.engine.fetch import TIMEOUT
+from multimodal.serve.engine.pictures import is_address, read_data_uri, read_image
 
 CODE = "content_filter"
 Value = TypeVar("Value")
@@ -67,15 +69,30 @@ async def screened(engine: Engine, function: Callable[..., Value], *arguments: o
     return await engine.in_thread(function, *arguments)
 
 
-async def screened_pixels(url: str, screen: Screening, engines: Sequence[Engine]) -> list[Tensor]:
-    """An image of a prompt, as each of these models takes it.
+async def screened_pixels(
+    urls: Sequence[str], screen: Screening, engines: Sequence[Engine]
+) -> list[list[Tensor]]:
+    """The images of a request, each as each of these models takes it.
 
-    All of it is done in one call: the image itself may be large, and is not kept while others wait.
+    An image is read in one call: it may be large, and is not kept while others wait. Addresses have
+    TIMEOUT seconds together, or if they are more than a chat may have, each ``max_images`` of them.
     """
+    engine, settings = engines[0], engines[0].settings
 
-    def read() -> list[Tensor]:
-        image = read_image_url(url, engines[0].settings)
+    def read(data: bytes | str) -> list[Tensor]:
+        image = read_image(read_data_uri(data) if isinstance(data, str) else data, settings)
         screen.image(image, "prompt")
-        return [engine.pixels(image) for engine in engines]
+        return [each.pixels(image) for each in engines]
 
-    return await engines[0].in_thread(read)
+    found = []
+    seconds = TIMEOUT * max(1, sum(map(is_address, urls)) / settings.max_images)
+    for url in urls:
+        if not is_address(url):
+            found.append(await engine.in_thread(read, url))
+            continue
+        async with engine.engines.fetching:  # until it is read: such bytes are in no limit
+            start = time.monotonic()
+            data = await engine.engines.fetched(url, seconds)
+            seconds -= time.monotonic() - start
+            found.append(await engine.in_thread(read, data))
+    return found

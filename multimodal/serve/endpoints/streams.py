@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from multimodal.serve.endpoints.bridge import unless_left
+from multimodal.serve.endpoints.bridge import CLIENT_LEFT, unless_left
 from multimodal.serve.endpoints.noting import note_of
 from multimodal.serve.engine.errors import as_api_error
 
@@ -42,12 +42,15 @@ async def event_stream(request: Request, events: Bytes) -> Response:
         try:
             async for event in events:
                 yield event
+            note.status = None
         except Exception as error:
             told = as_api_error(error)
             note.failed(told)
             yield server_sent(told.body())
 
-    return EventStream(rest(await unless_left(request, first())), events)
+    begin = await unless_left(request, first())
+    note.status = CLIENT_LEFT  # until all of it was sent
+    return EventStream(rest(begin), events)
 
 
 class EventStream(StreamingResponse):

@@ -6,8 +6,9 @@ The models of one server, a base and its adapters, share a scheduler and the lim
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
@@ -18,19 +19,20 @@ from multimodal.api import Model
 from multimodal.data.images import fit_image, to_tensor
 from multimodal.filters.rules import Filters
 from multimodal.inference.codec import UNKNOWN
-from multimodal.inference.json_schema import Schema, token_bytes
+from multimodal.inference.json_schema import Schema, SchemaTokenizer, token_bytes
 from multimodal.inference.mixed import Grammar, MixedRow, image_ids
 from multimodal.origin.credentials import DRAWN, Drawing, Signer
 from multimodal.serve.engine.encoders import Encoders
 from multimodal.serve.engine.errors import ApiError
 from multimodal.serve.engine.messages import Conversation
 from multimodal.serve.engine.metrics import Metrics
-from multimodal.serve.engine.pictures import Budget, Credentials, digest_of
+from multimodal.serve.engine.pictures import Budget, Credentials, digest_of, fetch_image
 from multimodal.serve.engine.scheduler import Scheduler
 from multimodal.serve.engine.settings import Settings
 
 KEPT_IMAGES = 1024  # whose codes are kept: many questions about an image encode it once
 READERS = 4  # threads that decode files of images
+FETCHERS = 8  # threads that fetch them
 Given = ParamSpec("Given")
 Value = TypeVar("Value")
 Waiting: TypeAlias = Generator[Future[Any], None, Value]  # for what other threads compute
@@ -76,6 +78,9 @@ class Engines:
         self.signer = signer
         self.scheduler = Scheduler(settings.rows, settings.requests, settings.prefix_bytes)
         self.readers, self.encoders = asyncio.Semaphore(READERS), Encoders()
+        # A slow address keeps its thread, which is none of those that all others need.
+        self.fetching = asyncio.Semaphore(FETCHERS)
+        self._fetchers = ThreadPoolExecutor(FETCHERS, "fetcher")
         self.decoded = Budget(settings.max_decoded)
         metrics.watch(self.scheduler)
         self.by_name = {name: Engine(name, model, self) for name, model in models.items()}
@@ -85,6 +90,12 @@ class Engines:
         """Requests that have not ended get status 503."""
         self.scheduler.stop(0)
         self.encoders.stop()
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+
+    async def fetched(self, url: str, seconds: float) -> bytes:
+        """The bytes of an image behind an address. Raises ``ApiError``."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._fetchers, fetch_image, url, self.settings, seconds)
 
     @property
     def looks_at_replies(self) -> bool:
@@ -156,8 +167,12 @@ class Engine:
                 code="context_length_exceeded",
             )
 
+    @cached_property
+    def _schema_tokenizer(self) -> SchemaTokenizer:
+        return SchemaTokenizer(self.model)
+
     def schema(self, schema: dict[str, object]) -> Schema:
-        return Schema(self.model, schema)
+        return Schema(self.model, schema, self._schema_tokenizer)
 
     def computed(
         self, function: Callable[Given, Value], *arguments: Given.args, **more: Given.kwargs
@@ -183,7 +198,9 @@ class Engine:
         return kept
 
     def prompt(self, parts: Sequence[str | Tensor]) -> Waiting[tuple[list[int], list[int]]]:
-        """The ids of texts and images (``pixels``), and where each ends."""
+        """The ids of texts and images (``pixels``), and where each ends: of a conversation each
+        piece.
+        """
         first = next(
             (number for number, part in enumerate(parts) if not isinstance(part, str) or part), 0
         )
@@ -192,13 +209,15 @@ class Engine:
             for number, part in enumerate(parts)
             if isinstance(part, Tensor)
         }
-        ids, ends = [self.model.vocabulary.bos], []
+        ids, ends = [self.model.vocabulary.bos], list[int]()
         for number, part in enumerate(parts):
             if isinstance(part, Conversation):
                 try:
-                    ids = self.model.text_tokenizer.encode_chat(part.messages)
+                    pieces = self.model.text_tokenizer.chat_pieces(part.messages)
                 except ValueError as error:
                     raise ApiError(400, str(error), param="messages") from error
+                ids = [number for piece in pieces for number in piece]
+                ends += accumulate(map(len, pieces))
             elif isinstance(part, str):
                 ids += self.model.text_tokenizer.encode(part)
             else:

@@ -19,22 +19,23 @@ from contextlib import suppress
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 MAX_REDIRECTS = 3
-TIMEOUT = 10.0  # seconds for the whole of it
+TIMEOUT = 10.0  # seconds for all addresses of a chat
 CHUNK = 1 << 16
 PORTS = {"http": 80, "https": 443}
-TOO_LATE = f"it took more than {TIMEOUT:g} seconds"
+TOO_LATE = "it took too long"
 
 
-def fetch(address: str, max_bytes: int, private: bool = False) -> bytes:
+def fetch(address: str, max_bytes: int, private: bool = False, seconds: float = TIMEOUT) -> bytes:
     """The bytes behind an http or https address.
 
     Args:
         private: allow addresses that are not public, too.
+        seconds: for the whole of it.
 
     Raises:
         ValueError: for what is not allowed or cannot be fetched.
     """
-    deadline = time.monotonic() + TIMEOUT
+    deadline = time.monotonic() + seconds
     for _ in range(MAX_REDIRECTS + 1):
         try:
             found = _get(urlsplit(address), max_bytes, private, deadline)

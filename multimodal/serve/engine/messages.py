@@ -2,7 +2,7 @@
 
 Texts of the system come first, as they are. A message of the user is its images, then its texts in
 the model's template of questions. A message of the assistant follows as it is, as an answer does in
-training. Images without a text ask for a caption.
+training, behind the images that were drawn for it. Images without a text ask for a caption.
 
 A language model that was taught to talk reads texts alone in its chat template.
 """
@@ -19,12 +19,18 @@ Template = Literal["question", "statement", "none", "chat"]
 
 @dataclass(frozen=True)
 class Message:
-    """One message. content: a text, or parts of type ``text`` and ``image_url``."""
+    """One message.
+
+    Attributes:
+        content: a text, or parts of type ``text`` and ``image_url``.
+        images: those of a reply, as it was sent.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | tuple[Mapping[str, Any], ...] | None = None
     name: str | None = None
     refusal: str | None = None
+    images: tuple[Mapping[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,7 @@ def message_parts(
     """
     if not messages:
         raise ApiError(400, "messages: expected at least one", param="messages")
-    contents = [_content(each, f"messages.{n}.content") for n, each in enumerate(messages)]
-    for number, (message, (images, _)) in enumerate(zip(messages, contents, strict=True)):
-        if message.role != "user" and images:
-            raise _wrong(f"messages.{number}.content", "only messages of the user have images")
+    contents = [_content(each, f"messages.{n}") for n, each in enumerate(messages)]
     if not any(images or text.strip() for images, text in contents):
         raise ApiError(400, "messages: all of them are empty", param="messages")
     has_images = any(images for images, _ in contents)
@@ -99,10 +102,22 @@ def message_parts(
 
 def _content(message: Message, name: str) -> tuple[list[ImageUrl], str]:
     """The images and the text of a message."""
-    if message.content is None or isinstance(message.content, str):
-        return [], message.content or ""
+    images, text = _images_and_text(message.content or "", f"{name}.content")
+    if message.role != "user" and images:
+        raise _wrong(f"{name}.content", "only messages of the user have images")
+    drawn, _ = _images_and_text(message.images or (), f"{name}.images")
+    if message.role != "assistant" and drawn:
+        raise _wrong(f"{name}.images", "only messages of the assistant have images that were drawn")
+    return images + drawn, text
+
+
+def _images_and_text(
+    content: str | Sequence[Mapping[str, Any]], name: str
+) -> tuple[list[ImageUrl], str]:
+    if isinstance(content, str):
+        return [], content
     images, texts = [], []
-    for number, part in enumerate(message.content):
+    for number, part in enumerate(content):
         where, kind = f"{name}.{number}", part.get("type")
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])

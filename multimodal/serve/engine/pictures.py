@@ -45,30 +45,32 @@ class Budget:
         self.used -= size
 
 
-def read_image_url(url: str, settings: Settings) -> Image.Image:
-    """The image of a data URI, or behind an address, in mode RGB.
+def is_address(url: str) -> bool:
+    """Whether an image is to be fetched."""
+    return url[:8].lower().startswith(("http://", "https://"))
 
-    Raises:
-        ApiError: says what is wrong with it.
-    """
+
+def fetch_image(url: str, settings: Settings, seconds: float) -> bytes:
+    """The bytes behind an address. Raises ``ApiError``."""
+    if not settings.fetch:
+        raise _bad("this server fetches no addresses: send the image as a data URI")
+    try:
+        return fetch(url, settings.max_body, settings.private, seconds)
+    except ValueError as error:
+        raise _bad(str(error)) from error
+
+
+def read_data_uri(url: str) -> bytes:
+    """The bytes of a data URI. Raises ``ApiError``."""
     if url[:5].lower() == "data:":
         comma = url.find(",", 0, MAX_HEAD)
         if comma < 0 or _HEAD.fullmatch(url, 0, comma) is None:
             raise _bad("expected data:image/...;base64,...")
         try:
-            data = base64.b64decode(url[comma + 1 :], validate=True)
+            return base64.b64decode(url[comma + 1 :], validate=True)
         except (binascii.Error, ValueError) as error:
             raise _bad(f"not base64 ({error})") from error
-    elif url[:8].lower().startswith(("http://", "https://")):
-        if not settings.fetch:
-            raise _bad("this server fetches no addresses: send the image as a data URI")
-        try:
-            data = fetch(url, settings.max_body, settings.private)
-        except ValueError as error:
-            raise _bad(str(error)) from error
-    else:
-        raise _bad("expected a data URI, or an http or https address")
-    return read_image(data, settings)
+    raise _bad("expected a data URI, or an http or https address")
 
 
 def read_image(data: bytes, settings: Settings, name: str = "image") -> Image.Image:

@@ -3,7 +3,8 @@
 A request is a generator, its ``Steps``. It does a piece of its own work between two yields: some
 codes are drawn, texts are embedded. Where it yields a ``Decoding``, its rows join the batch as soon
 as there is room, and it goes on when they are done. Where it yields a ``Future``, such as an image
-that another thread encodes, it goes on when that is done. In each turn
+that another thread encodes, it goes on when that is done. Codes or an image that it yields are a
+piece of output. In each turn
 
 1. cancelled requests end, and their rows leave the batch,
 2. requests do pieces of their own work, in turn, for a short time,
@@ -27,6 +28,8 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from multimodal.inference.decode import Decoder, Joining, Row
 from multimodal.memory import NotEnoughMemory, is_out_of_memory
@@ -53,7 +56,7 @@ class Decoding:
     long: bool = False
 
 
-Steps: TypeAlias = Generator[Decoding | Future[Any] | None, None, Any]
+Steps: TypeAlias = Generator[Decoding | Future[Any] | Tensor | Image.Image | None, None, Any]
 
 
 class Job:
@@ -61,14 +64,14 @@ class Job:
 
     Args:
         steps: its work.
-        on_piece: is given a row and a piece of output.
+        on_piece: is given a row, or None, and a piece of output.
         on_end: is given what the steps returned, or the error.
     """
 
     def __init__(
         self,
         steps: Steps,
-        on_piece: Callable[[Row, Any], None],
+        on_piece: Callable[[Row | None, Any], None],
         on_end: Callable[[Any], None],
     ) -> None:
         self.steps, self.on_piece, self.on_end = steps, on_piece, on_end
@@ -172,6 +175,11 @@ class Scheduler:
             except Exception as error:  # of no request: what is left of the batches is unknown
                 log.exception("the scheduler failed: all requests end with an error")
                 self._fail_all(RuntimeError(f"the scheduler failed: {error}"))
+            except BaseException as error:  # such as a panic of a library in Rust
+                with self._changed:
+                    self._stopping = True  # nobody submits to a thread that is about to end
+                self._fail_all(RuntimeError(f"the scheduler died: {error!r}"))
+                raise
 
     def _wait_for_work(self) -> bool:
         """Returns whether there is any. Otherwise the scheduler has been stopped."""
@@ -193,7 +201,7 @@ class Scheduler:
             for end in (job.steps.close, partial(job.on_end, error)):
                 try:
                     end()
-                except Exception:
+                except BaseException:
                     log.exception("a request did not end as it should")
 
     def _has_work(self) -> bool:
@@ -231,6 +239,9 @@ class Scheduler:
         else:
             if isinstance(wanted, Future):
                 wanted.add_done_callback(lambda _: self._go_on(job))
+            elif isinstance(wanted, Tensor | Image.Image):
+                job.on_piece(None, wanted)
+                self._ready.append(job)
             elif wanted is None or not wanted.rows:
                 self._ready.append(job)
             else:

@@ -25,8 +25,8 @@ class Settings:
         max_body: bytes of a request.
         max_bytes: of the bodies that are being received, all together. More get status 429.
         max_pixels: of an image in a request.
-        max_decoded: bytes of images that are edited and of what they become, of all requests. More
-            get status 429.
+        max_decoded: bytes of images that are edited, of what they become, and of drawings until
+            they are sent, of all requests. More get status 429.
         max_images: in a request.
         max_choices: ``n`` of a request.
         max_inputs: texts and images of a request for embeddings.

@@ -5,6 +5,9 @@ import { Problem } from "./server.js";
 
 const MOST = { bytes: 4 << 20, side: 2048 };
 
+/** A file that cannot be read as a picture, whatever the server does. */
+export class BadPicture extends Problem {}
+
 /** A file of a picture. In a request it stands for its data URI. */
 export class Picture {
   /** uri: data:image/...;base64,... */
@@ -20,7 +23,7 @@ export class Picture {
     const reader = new FileReader();
     await new Promise((resolve, reject) => {
       reader.onload = resolve;
-      reader.onerror = () => reject(new Problem(`${name} cannot be read.`));
+      reader.onerror = () => reject(new BadPicture(`${name} cannot be read.`));
       reader.readAsDataURL(blob);
     });
     return new Picture(name, blob, reader.result);
@@ -35,17 +38,17 @@ export class Picture {
 
 /**
  * A file as a Picture. Over most.bytes it is drawn again, at most most.side pixels wide and high.
- * Raises Problem.
+ * Raises BadPicture.
  */
 export async function readPicture(file, most = MOST) {
   if (file.type && !file.type.startsWith("image/"))
-    throw new Problem(`${file.name} is not a picture.`);
+    throw new BadPicture(`${file.name} is not a picture.`);
   if (file.size <= most.bytes) return Picture.of(file, file.name || "picture.png");
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    throw new Problem(`This browser cannot open ${file.name}. Save it as JPEG or PNG.`);
+    throw new BadPicture(`This browser cannot open ${file.name}. Save it as JPEG or PNG.`);
   }
   const scale = Math.min(1, most.side / Math.max(bitmap.width, bitmap.height));
   const [width, height] = [bitmap.width, bitmap.height].map((n) => Math.max(1, n * scale));

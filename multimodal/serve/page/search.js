@@ -3,7 +3,7 @@
 
 import { code } from "./code.js";
 import { $, count, make, say, works } from "./dom.js";
-import { readPicture, receives } from "./pictures.js";
+import { BadPicture, readPicture, receives } from "./pictures.js";
 import { options } from "./settings.js";
 import { Problem, ask } from "./server.js";
 
@@ -69,8 +69,8 @@ async function seeSome(model, some, signal) {
     const rows = await embed(about(model, pictures), signal);
     some.forEach((item, i) => (item.row = rows[i]));
   } catch (error) {
-    const ofPictures = error instanceof Problem && [undefined, 400, 413].includes(error.status);
-    if (!ofPictures) throw error;
+    const refused = error instanceof Problem && [400, 413].includes(error.status);
+    if (!refused && !(error instanceof BadPicture)) throw error;
     if (some.length > 1) for (const item of some) await seeSome(model, [item], signal);
     else some[0].bad = true;
   }
