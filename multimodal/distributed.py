@@ -1,5 +1,6 @@
 """Collective operations of torch.distributed. Without a process group there is one rank."""
 
+import ipaddress
 import os
 import pickle
 import socket
@@ -24,23 +25,44 @@ Objects = TypeVar("Objects", dict[str, Any], list[Any])
 
 
 def leave_store_of_last_attempt() -> None:
-    """In ranks that torchrun has started again: meet at a port that no attempt before has used.
+    """In ranks that torchrun has started again: meet where no attempt before has met.
 
     torchrun keeps one store for all attempts (torch 2.15). It still has the addresses of the ranks
-    that are gone, and a rank that is early would wait for those. Call before the ranks connect.
+    that are gone, and a rank that is early would wait for those. The first rank need not be on the
+    machine of the store: others may have joined or left. Call before the ranks connect.
+
+    Raises:
+        ValueError: if the first rank does not say in that store where the ranks meet.
     """
     if not is_restart() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     own_rank, ranks = rank_and_world_size()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, ranks, is_master=False)  # type: ignore[attr-defined]
-    key = f"multimodal/port/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    key = f"multimodal/address/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
     if own_rank == 0:
         with socket.socket() as free:
             free.bind(("", 0))
-            store.set(key, str(free.getsockname()[1]))
-    os.environ["MASTER_PORT"] = store.get(key).decode()
+            store.set(key, f"{address_beside(host, port)} {free.getsockname()[1]}")
+    try:
+        place = store.get(key).decode()
+    except dist.DistStoreError as error:
+        raise ValueError(
+            f"{host}:{port}: the first rank has not said there where the ranks meet (torchrun gave "
+            "it another store, as its machines have changed?): start torchrun again"
+        ) from error
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.split()
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # the first rank has the new one
+
+
+def address_beside(host: str, port: int) -> str:
+    """The address of this machine for those that know another one: ``host`` if it is this one."""
+    family, kind, protocol, _, there = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as route:
+        route.connect(there)  # of datagrams: nothing is sent
+        here = str(route.getsockname()[0])
+    same = here == there[0] or ipaddress.ip_address(here.partition("%")[0]).is_loopback
+    return host if same else here
 
 
 @contextmanager

@@ -17,6 +17,20 @@ def is_first_rank() -> bool:
     return rank_and_world_size()[0] == 0
 
 
+def check_one_process(verb: str) -> None:
+    """Refuse torchrun for a command that is not shared by ranks.
+
+    Raises:
+        ValueError: if there are several ranks: each would write all of the same files.
+    """
+    _, ranks = rank_and_world_size()
+    if ranks > 1:
+        raise ValueError(
+            f"WORLD_SIZE={ranks}: {verb} is the work of one process, and each of these would do "
+            "all of it: start it without torchrun, or unset WORLD_SIZE"
+        )
+
+
 def is_restart() -> bool:
     """Whether torchrun has started this process in place of one that failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -1,5 +1,6 @@
 """The script that measures a card runs on a CPU with tiny sizes, so that it cannot rot."""
 
+import dataclasses
 import json
 import math
 import os
@@ -32,7 +33,8 @@ def lines_of(text: str) -> list[dict[str, Any]]:
 
 def test_the_parts_are_those_that_are_tested_and_the_tests(gpu: ModuleType) -> None:
     assert sorted(gpu.PARTS) == sorted((*PARTS, "tests"))
-    assert sum(gpu.PARTS[name].seconds for name in ("floors", "train_1b", "decode")) < gpu.SECONDS
+    assert sum(part.seconds for part in gpu.PARTS.values()) <= gpu.SECONDS, "some have no time"
+    assert list(gpu.PARTS).index("tests") < list(gpu.PARTS).index("train_large")
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -47,6 +49,9 @@ def test_a_part_measures_what_it_says(
         if line["figure"].endswith("kernels"):
             assert line["groups"]["products"] > 0 and line["launches"] > 0
             assert line["busy_ms"] == pytest.approx(sum(line["groups"].values()), rel=1e-2)
+        if line["figure"].startswith("train/") and line["figure"].endswith("kernels"):
+            assert set(line["phases_ms"]) == {"forward", "backward", "clip", "optimizer"}
+            assert min(line["phases_ms"].values()) > 0
 
 
 def test_a_part_that_fails_is_named_and_what_it_measured_stays(
@@ -168,6 +173,40 @@ def test_a_span_that_a_program_names_is_no_kernel(gpu: ModuleType) -> None:
     found = kernels(work)
     assert "products" in found["groups"] and "optimizer" not in found["groups"]
     assert not any("AdamW" in name for name in found["top"])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        ("triton_poi_fused__to_copy_mul_silu_3", "fused by the compiler"),
+        ("triton_red_fused__to_copy_mean_pow_0", "fused by the compiler"),
+        ("triton_per_fused__softmax_backward_1", "fused by the compiler"),
+        ("triton_tem_fused_flex_attention_2", "attention"),
+        ("nvjet_tst_128x256_64x4", "products"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies and casts"),
+    ],
+)
+def test_a_kernel_is_in_the_group_of_what_it_does(gpu: ModuleType, kernel: str, group: str) -> None:
+    from on_card.sizes import group_of
+
+    assert group_of(kernel) == group
+
+
+def test_the_layers_of_another_model_are_compiled_one_by_one(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from on_card.training import their_train
+
+    compiled: list[str] = []
+
+    def compile(function: Any, *_: Any, **__: Any) -> Any:
+        compiled.append(type(getattr(function, "__self__", function)).__name__)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    list(their_train(dataclasses.replace(gpu.TINY, compiled=True)))
+    assert len(compiled) > 1 and set(compiled) == {"Qwen3DecoderLayer"}
 
 
 def test_without_a_card_nothing_is_written(

@@ -25,8 +25,12 @@ from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import PolicyConfig, PolicyTokens
 from multimodal.model.sequences import OBJECTIVES
 from multimodal.model.training_batch import TrainingBatch, TrainingSample
+from multimodal.tokenizers.detail import make_quantizer
+from multimodal.tokenizers.text import TextTokenizer
+from multimodal.train.examples import Examples
 from multimodal.train.optim import muon
 from multimodal.train.sharding import clip_gradients, full_state_dict, shard
+from multimodal.train.tokenizers.semantic import SemanticLoss
 from tests.launches import launch, logged
 from tests.samples import samples_of
 
@@ -234,6 +238,30 @@ def test_the_host_never_waits_in_a_step(
         return total.detach()
 
     step()  # libraries set themselves up, compilers compile
+    with no_waiting(device):
+        loss = step()
+    assert loss.isfinite()
+
+
+def test_the_host_never_waits_for_pixels_and_captions(device: torch.device) -> None:
+    """Of a step that learns words from the codes of images."""
+    torch.manual_seed(0)
+    semantic = SemanticLoss(TextTokenizer.train(["a red bus"], 300), 4, 16).to(device)
+    quantizer = make_quantizer("vq", codebook_size=16, channels=4).train().to(device)
+    images, records = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), [{"captions": ["a red bus"]}] * 2
+    batch = Examples(["a", "b"], images, records, [0, 1], [0, 0], [[], []], [True, True])
+    latents = torch.randn(2, 3, 3, 4, device=device)
+
+    def step() -> Tensor:
+        pixels = batch.to(device).pixels()
+        targets = semantic.targets(batch.keys, batch.records, batch.seeds)
+        result = quantizer(latents + pixels.mean())
+        losses = [*result.losses.values(), *semantic(result.vectors, targets).values()]
+        total = torch.stack(losses).sum()
+        total.backward()
+        return total.detach()
+
+    step()  # it draws a codebook
     with no_waiting(device):
         loss = step()
     assert loss.isfinite()

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from multimodal.adapters.folder import AdapterBase, write_adapter
@@ -175,6 +176,12 @@ class AdapterModule(LoraModule):
                 "those of this run are others"
             )
         self.base = AdapterBase(folder, source.fingerprint)
+        if self.lora.bits is not None and theirs.transformer.weight_bits is None:
+            rank_zero_warn(
+                f"lora.bits={self.lora.bits}: the adapter is trained over rounded weights, and "
+                f"will be added to those of {folder}, which are not rounded: better run "
+                "`multimodal quantize` first, and train over what it writes"
+            )
 
     def written_network(self) -> MultimodalLM | None:
         """The network that a model folder has: whole, with the adapter merged into it.

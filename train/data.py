@@ -213,7 +213,19 @@ class ShardData(L.LightningDataModule):
         return scenes_folder(module.preprocessing[0])
 
     def prepare_data(self) -> None:
-        """Lightning calls it in one process of a machine, before the others go on."""
+        """Lightning calls it in one process of a machine, before the others go on.
+
+        Raises:
+            ValueError: if scenes, which are images, would be replayed beside codes.
+        """
+        if SCENES in self.old and SCENES not in self.new:
+            for new in map(local_folder, self.new):
+                if "image_tokenizer" in read_manifest(new):
+                    raise ValueError(
+                        f"data.replay={self.replay}: scenes are rendered as images, and {new} "
+                        "holds codes: make a folder of scenes (multimodal data scenes), encode it "
+                        "(multimodal tokenizer encode), and name it in data.replayed"
+                    )
         for folder in self.old:
             self._local(folder)
 

@@ -15,6 +15,7 @@ from multimodal.data.documents import codes_in, document_of, images_in, is_plain
 from multimodal.data.images import Fit, augment_image, fit_image, open_image
 from multimodal.data.samples import Sample
 from multimodal.data.shards import Shards
+from multimodal.devices import moved
 from multimodal.seeds import sample_seed
 from multimodal.train.mixing.few_shot import FewShot
 from multimodal.train.sample_order import Item
@@ -73,10 +74,13 @@ class Examples:
         return len(self.keys)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Examples":
-        """With the images on a device. Codes stay where they are: the host makes rows of them."""
+        """With the images on a device. Codes stay where they are: the host makes rows of them.
+
+        Lightning gives ``non_blocking`` to tensors alone. The host waits for no copy here.
+        """
         if self.codes is not None:
             return self
-        return replace(self, images=self.images.to(device, non_blocking=non_blocking))
+        return replace(self, images=moved(self.images, device))
 
     def pixels(self) -> Tensor:
         """float[I, 3, H, W] in [-1, 1]"""

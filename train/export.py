@@ -27,20 +27,29 @@ EXAMPLES = """examples:
 """
 
 
-def export_checkpoint(checkpoint: Path, out: Path, config: Path | None = None) -> None:
+def export_checkpoint(
+    checkpoint: Path, out: Path, config: Path | None = None, changed: bool = False
+) -> None:
     """Write the model folder (or the image tokenizer) of a training checkpoint.
 
     Args:
         checkpoint: a file, or the folder of a sharded run.
         out: a new or empty folder.
         config: of the run. By default the one in the run's folder.
+        changed: whether the model is given another dtype or image tokenizer afterwards.
 
     Raises:
-        ValueError: if the checkpoint is damaged, or its configuration is missing or another one.
+        ValueError: if the checkpoint is damaged, its configuration is missing or another one, or
+            an adapter would be changed.
     """
     check_checkpoint(checkpoint)
     config = config or checkpoint.resolve().parent.parent / "logs" / "config.yaml"
     module: Any = module_of(config)
+    if changed and module.exports == "adapter":
+        raise ValueError(
+            f"{checkpoint}: of a run with LoRA, whose adapter takes no --dtype and no "
+            "--image-tokenizer: leave them out"
+        )
     module.configure_model()  # an adapter has weights, too
     if checkpoint.is_dir():
         from lightning.fabric.strategies.fsdp import _METADATA_FILENAME  # type: ignore[attr-defined]
@@ -108,7 +117,7 @@ def main(argv: list[str]) -> int:
     else:
         temporary = Path(tempfile.mkdtemp())
         try:
-            export_checkpoint(source, temporary / "model", arguments.config)
+            export_checkpoint(source, temporary / "model", arguments.config, changed=True)
             export_model(temporary / "model", out, arguments.dtype or "float32", tokenizer)
         finally:
             shutil.rmtree(temporary)

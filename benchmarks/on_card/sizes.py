@@ -18,7 +18,9 @@ from multimodal.tokenizers.levels import Layout, Level
 
 SMALL = 100e9  # bytes of a card: with less memory there are fewer rows
 # Kernels by what they do, the first pattern that fits. On a CPU the names are those of operations.
+# A kernel that inductor has fused names all of its operations, so what it is comes first.
 GROUPS = (
+    ("fused by the compiler", r"^triton_(poi|red|per)"),
     ("attention", r"flash|fmha|flex|attention|cudnn.*sdp|softmax"),
     ("products", r"gemm|cutlass|xmma|cublas|nvjet|::(mm|bmm|addmm|linear|matmul)$"),
     ("optimizer", r"adam|multi_tensor|foreach|norm_per_tensor"),
@@ -173,6 +175,36 @@ def seconds_of(work: Callable[[], object], times: int, warm: int | None = None) 
     return (time.perf_counter() - start) / times
 
 
+def milliseconds_of(phases: dict[str, Callable[[], object]], times: int) -> dict[str, float]:
+    """The mean time of each phase of a work that is done so many times, by events on the card."""
+    marks = []
+    for _ in range(times):
+        marks.append([_now()])
+        for phase in phases.values():
+            phase()
+            marks[-1].append(_now())
+    synchronize()
+    taken = dict.fromkeys(phases, 0.0)
+    for moments in marks:
+        for name, start, end in zip(phases, moments, moments[1:], strict=False):
+            taken[name] += _between(start, end) / times
+    return taken
+
+
+def _now() -> Any:
+    """This moment on the card, or on the host if there is no card."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: Any, end: Any) -> float:
+    """Milliseconds."""
+    return 1e3 * (end - start) if isinstance(start, float) else float(start.elapsed_time(end))
+
+
 def floors(sizes: Sizes) -> Iterator[Figure]:
     """The fastest products and copies of this device."""
     yield Figure("floors/products", products_per_second(sizes) / 1e12, "TFLOP/s", {"dtype": "bf16"})
@@ -191,6 +223,11 @@ def bytes_per_second(sizes: Sizes) -> float:
     source = torch.zeros(4 * sizes.product**2, device=sizes.device)
     target = torch.zeros_like(source)
     return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), 10)
+
+
+def group_of(kernel: str) -> str:
+    """What a kernel does, by its name."""
+    return next((g for g, pattern in GROUPS if re.search(pattern, kernel, re.I)), "other")
 
 
 def kernels(work: Callable[[], object], times: int = 2) -> dict[str, Any]:
@@ -225,7 +262,7 @@ def kernels(work: Callable[[], object], times: int = 2) -> dict[str, Any]:
             found[event.key] = (taken / 1e3 / times, event.count // times)
     groups: dict[str, float] = {}
     for name, (taken, _) in found.items():
-        group = next((g for g, pattern in GROUPS if re.search(pattern, name, re.I)), "other")
+        group = group_of(name)
         groups[group] = groups.get(group, 0.0) + taken
     top = sorted(found.items(), key=lambda item: -item[1][0])[:8]
     return {

@@ -12,7 +12,15 @@ from multimodal.model.training_batch import TrainingBatch, TrainingSample
 from multimodal.train.cost import muon_flops, peak_flops, peak_memory, training_flops
 from multimodal.train.optim import muon
 from multimodal.train.sharding import clip_gradients
-from on_card.sizes import Figure, Sizes, kernels, products_per_second, seconds_of, synchronize
+from on_card.sizes import (
+    Figure,
+    Sizes,
+    kernels,
+    milliseconds_of,
+    products_per_second,
+    seconds_of,
+    synchronize,
+)
 
 
 def figures(name: str) -> list[str]:
@@ -50,17 +58,35 @@ def batch_of(sizes: Sizes, network: Any, rows: int) -> TrainingBatch:
     )
 
 
-def training_step(network: Any, optimizer: Muon, batch: TrainingBatch) -> Callable[[], None]:
-    """A step as ``multimodal fit`` does it, from a batch on the host."""
+def phases_of(
+    network: Any, optimizer: Muon, batch: TrainingBatch
+) -> dict[str, Callable[[], object]]:
+    """The phases of a step as ``multimodal fit`` does it, from a batch on the host, by name."""
     weights = [p for p in network.parameters() if p.requires_grad]
+    losses: list[torch.Tensor] = []
 
-    def step() -> None:
+    def forward() -> None:
         with torch.autocast(network.device.type, torch.bfloat16):
-            loss = network(batch.to(network.device))[0]
-        loss.backward()
-        clip_gradients(weights, 1.0)
+            losses.append(network(batch.to(network.device))[0])
+
+    def update() -> None:
         optimizer.step()
         optimizer.zero_grad()
+
+    return {
+        "forward": forward,
+        "backward": lambda: losses.pop().backward(),
+        "clip": lambda: clip_gradients(weights, 1.0),
+        "optimizer": update,
+    }
+
+
+def training_step(phases: dict[str, Callable[[], object]]) -> Callable[[], None]:
+    """All phases, one after the other."""
+
+    def step() -> None:
+        for phase in phases.values():
+            phase()
 
     return step
 
@@ -73,14 +99,16 @@ def _train(sizes: Sizes, name: str) -> Iterator[Figure]:
         network.attention_backend = "flex"
         network.transformer.compile_layers()
     optimizer = muon(network, [], 1e-4, 0.1)
-    step = training_step(network, optimizer, batch)
+    phases = phases_of(network, optimizer, batch)
+    step = training_step(phases)
     yield _measured(f"train/{name}", sizes, network, batch, step)
     flops = training_flops(network.config.transformer, batch.packed) + muon_flops(optimizer)
     floor = flops / products_per_second(sizes)
-    yield Figure(f"train/{name}/kernels", 1e3 * floor, "ms at the floor", kernels(step))
-    del network, optimizer, step
+    more = kernels(step) | {"phases_ms": milliseconds_of(phases, sizes.steps)}
+    yield Figure(f"train/{name}/kernels", 1e3 * floor, "ms at the floor", more)
+    del network, optimizer, phases, step
     network = sizes.network(name, torch.float32).train()
-    step = training_step(network, muon(network, [], 1e-4, 0.1), batch)
+    step = training_step(phases_of(network, muon(network, [], 1e-4, 0.1), batch))
     yield _measured(f"train/{name}/eager", sizes, network, batch, step)
 
 
@@ -135,11 +163,13 @@ def their_train(sizes: Sizes) -> Iterator[Figure]:
         theirs: Any = Qwen3ForCausalLM(their_config(network)).train()
     del network
     optimizer = torch.optim.AdamW(theirs.parameters(), 1e-4, fused=sizes.device == "cuda")
-    call = torch.compile(theirs) if sizes.compiled else theirs
+    if sizes.compiled:  # as ours: all layers as one would be compiled as one long function
+        for layer in theirs.model.layers:
+            layer.compile()
 
     def step() -> None:
         with torch.autocast(sizes.device, torch.bfloat16):
-            loss = call(input_ids=ids, labels=labels).loss
+            loss = theirs(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         optimizer.step()

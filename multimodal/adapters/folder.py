@@ -5,7 +5,8 @@
 ``PeftModel.from_pretrained`` loads the folder on top of the stock folder of the model
 (``multimodal export hf``), or on top of a ``VQTokenizer``. ``base.json`` is ours. It names what the
 adapter was trained on, by the fingerprint of the model, or of the level of detail. An adapter that
-peft trained has no such file: then only names and shapes are compared.
+peft trained has no such file. But peft names the folder that it trained on: if that is here, the
+weights of the adapted layers are compared with it.
 
 Reading and merging need no peft, and nothing here is a pickle. Merged weights are W + scale * B A,
 so inference costs what it costs without an adapter. Of a convolution B A is one, too: A has its
@@ -14,21 +15,24 @@ kernel, and B is 1 x 1.
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from multimodal.adapters.lora import adapter_weights, stored_config
-from multimodal.files import atomic_folder, local_path
+from multimodal.files import atomic_folder, local_path, open_file
 from multimodal.hub.names import find_model
 from multimodal.model.layers.transformer import Transformer
 from multimodal.provenance import Provenance
 from multimodal.schemas import check_value, construct
+from multimodal.terminal import print_error
 from multimodal.tokenizers.weights import digest_of, load_weights, read_config_file
 
 AdapterSource: TypeAlias = str | Path | Mapping[str, str | Path]  # one, or several by name
@@ -80,6 +84,7 @@ class Adapter:
         pairs: by the name of a layer in what it adapts, A and B.
         scale: of their product.
         base: None: the folder does not say.
+        trained_on: the folder that peft loaded, if it is here.
     """
 
     folder: Path
@@ -87,6 +92,7 @@ class Adapter:
     scale: float
     base: AdapterBase | None
     provenance: Provenance
+    trained_on: Path | None = None
 
     @classmethod
     def read(cls, name: str | Path) -> "Adapter":
@@ -112,8 +118,18 @@ class Adapter:
                     f"{folder}: damaged: its files are not those that {BASE} names; copy it again"
                 )
             base = stored.base
-        provenance = Provenance.read(folder)
-        return cls(folder, _pairs(folder, weights, rank), scale, base, provenance)
+        source = config.get("base_model_name_or_path")
+        trained_on = None
+        if isinstance(source, str) and os.path.isdir(source):
+            trained_on = Path(source)
+        return cls(
+            folder,
+            _pairs(folder, weights, rank),
+            scale,
+            base,
+            Provenance.read(folder),
+            trained_on,
+        )
 
     def check_base(self, model: str | Path, fingerprint: str) -> None:
         """Raises ``ValueError`` if it was trained on another model."""
@@ -134,7 +150,10 @@ class Adapter:
         return self.scale * torch.einsum("or,r...->o...", up.float().flatten(1), down.float())
 
     def check_layers(self, module: nn.Module) -> None:
-        """Raises ``ValueError`` if a model has no such layers, of these sizes, with floats."""
+        """Raises ``ValueError`` if a model has no such layers, of these sizes, with floats, or if
+        the folder that peft trained on has other weights there. Warns if nothing says which model
+        the adapter is for.
+        """
         parameters = dict(module.named_parameters())
         for layer, (down, up) in self.pairs.items():
             weight = parameters.get(f"{layer}.weight")
@@ -148,6 +167,40 @@ class Adapter:
                 raise ValueError(
                     f"{self.folder}: is for a {layer} of {theirs}, that of the model is {ours}"
                 )
+        if self.base is None and not self._has_weights_of(parameters):
+            print_error(
+                f"{self.folder}: is merged by names and shapes alone: it has no {BASE}, and the "
+                "folder that it was trained on is not here to compare with"
+            )
+
+    def _has_weights_of(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Whether the adapted layers are those of the folder that peft trained on.
+
+        A fingerprint in that folder would not do: transformers keeps it when it saves tuned
+        weights.
+
+        Returns:
+            False if they could not be compared.
+
+        Raises:
+            ValueError: if they differ, or a file cannot be read.
+        """
+        missing = {f"model.{layer}.weight": parameters[f"{layer}.weight"] for layer in self.pairs}
+        for path in sorted(self.trained_on.glob("*.safetensors")) if self.trained_on else ():
+            open_file(path).close()  # a regular file
+            try:
+                with safe_open(path, "pt") as file:
+                    for name in sorted(missing.keys() & file.keys()):
+                        theirs, ours = file.get_tensor(name), missing.pop(name).detach().cpu()
+                        # An export may be rounded.
+                        if not torch.equal(ours.to(theirs.dtype), theirs):
+                            raise ValueError(
+                                f"{self.folder}: this adapter was trained on {self.trained_on}, "
+                                f"and {name} of the model is another one"
+                            )
+            except SafetensorError as error:
+                raise ValueError(f"{path}: not readable as safetensors: {error}") from error
+        return not missing
 
     @torch.no_grad()
     def merge(self, module: nn.Module) -> None:

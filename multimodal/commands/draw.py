@@ -14,6 +14,7 @@ from multimodal.commands.options import (
 )
 from multimodal.commands.signing import add_sign, signer_of
 from multimodal.options import DrawOptions
+from multimodal.torchrun import check_one_process
 
 EPILOG = """With -n over 1 the files are FILE with -0, -1, ... before the suffix, and FILE itself
 shows them in a grid (the first 1,024). The same seed draws the same images, however many there are.
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> int:
     at_least_one(arguments, "n")
     options = given_options(arguments, DrawOptions)
     check_output(arguments.out)
+    check_one_process("draw")
     signer = signer_of(arguments.sign)
 
     from multimodal.data.images import grid_of

@@ -12,6 +12,7 @@ from multimodal.commands.options import (
 )
 from multimodal.commands.signing import add_sign, signer_of
 from multimodal.options import EditOptions
+from multimodal.torchrun import check_one_process
 
 EPILOG = """A mask is an image of the same size: what is white in it is drawn anew. Outside the mask
 not a pixel changes.
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     options = given_options(arguments, EditOptions)
     check_output(arguments.out)
+    check_one_process("edit")
     signer, drawing = signer_of(arguments.sign), None
     model = load_model(arguments)
     image, prompt = arguments.image, arguments.prompt

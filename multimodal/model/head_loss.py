@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 SLICE = 1 << 24  # logits in memory at a time: 64 MiB in fp32, and some copies of them
+CUDA_SLICE = 1 << 27  # on a graphics card, which would wait for small products and their launches
 
 
 class HeadLosses(NamedTuple):
@@ -35,6 +36,11 @@ class HeadLosses(NamedTuple):
     log_z: Tensor
     largest: Tensor
     state_grad_norm_sq: Tensor
+
+
+def slice_size(device: str) -> int:
+    """How many logits are in memory at a time on a type of device."""
+    return CUDA_SLICE if device == "cuda" else SLICE
 
 
 def head_losses(
@@ -82,7 +88,7 @@ class _HeadLosses(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         with torch.autocast(hidden.device.type, enabled=False):
             read, matrix = hidden.to(kind), head.to(kind)
-            size = max(1, SLICE // len(head))
+            size = max(1, slice_size(hidden.device.type) // len(head))
             # Weights are like 1 / tokens: in fp16 products with them would vanish, so they are
             # brought to 1 for the products, and back with the factor of the whole loss.
             unit = (
@@ -116,6 +122,7 @@ class _HeadLosses(torch.autograd.Function):
                 state_grad_norm_sq[here] = (of_hidden[here].float() * unit).square().sum(-1)
                 if of_head is not None:
                     of_head += gradient.T @ read[here]
+                del logits, gradient  # before there are those of the next slice
             if of_head is not None:
                 of_head[:smoothed_ids] -= smoothed @ read.float() / smoothed_ids
             uniform = log_z - read.float() @ mean_row

@@ -157,7 +157,7 @@ class PolicyConfig:
     Args:
         temperature: at which it samples.
         beta: how strongly it is held to the reference.
-        joint_weight: of all other losses beside.
+        joint_weight: of all other losses beside, but those of routers.
         drawings: it made images for texts. If not, texts about images.
 
     Raises:

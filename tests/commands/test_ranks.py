@@ -95,3 +95,20 @@ def test_a_rank_that_ends_while_the_first_looks_has_not_failed() -> None:
     shared = SharedWork()
     shared.rank, shared.ranks, shared._store = 0, 2, EndsBetweenLooks()
     assert list(shared.map_batches("abcd", 2, lambda batch, _: batch)) == list("abcd")
+
+
+@pytest.mark.parametrize("command", [["draw", "a cat"], ["edit", "cat.png", "--prompt", "a dog"]])
+def test_what_ranks_do_not_share_is_refused(
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each rank would draw all images, and write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    more = ["--vary", "0.5"] if command[0] == "edit" else []
+    out = tmp_path / "out.png"
+    assert main([*command, *more, "--model", "no/such/folder", "--out", str(out)]) == 1
+    assert f"WORLD_SIZE=2: {command[0]} is the work of one process" in capsys.readouterr().err
+    assert not out.exists()

@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from multimodal.api import Model
+from multimodal.devices import moved
+from multimodal.inference.sampling import choose, generators, penalise
 from multimodal.model.distillation import Teaching
 from multimodal.model.layers.attention import attention_mask, block_mask
 from multimodal.model.layers.transformer import Transformer
@@ -25,9 +28,13 @@ from multimodal.model.network import MultimodalLM
 from multimodal.model.objectives import OBJECTIVES, Predicted
 from multimodal.model.sequences import NO_LOSS
 from multimodal.model.training_batch import TrainingBatch, TrainingSample
+from multimodal.options import Sampling
 from multimodal.tokenizers.detail import make_quantizer
 from multimodal.tokenizers.quantizers.quantizer import CodebookUsage
+from multimodal.tokenizers.text import TextTokenizer
+from multimodal.train.examples import Examples
 from multimodal.train.sharding import clip_gradients
+from multimodal.train.tokenizers.semantic import SemanticLoss
 from tests.samples import samples_of
 
 Make = Callable[..., Model]
@@ -35,6 +42,8 @@ READS = ("_local_scalar_dense", "item", "is_nonzero", "equal")
 SEARCHES = ("nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "bincount")
 BY_INDEX = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
 FROM_HOST = ("lift_fresh",)  # torch.tensor(1.0, device=...)
+CUDA = torch.device("cuda", 0)
+HOT = Sampling(temperature=1.0)
 HANDED_OVER = ("tolist", "numpy", "cpu", "item", "__array__", "__bool__", "__int__", "__float__")
 
 
@@ -72,6 +81,54 @@ class Methods(TorchFunctionMode):
         if getattr(func, "__name__", "") in HANDED_OVER:
             self.names.append(func.__name__)
         return func(*args, **(kwargs or {}))
+
+
+class CopiesToCard(TorchDispatchMode):
+    """Notes copies to and from a card that the host waits for.
+
+    For ``FakeTensorMode``: its tensors have no memory, and can be on a card that is not here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("_to_copy", "copy_"):
+            source = args[0] if len(args) == 1 else args[1]
+            blocks = not (kwargs or {}).get("non_blocking") and True not in args[2:]
+            if blocks and source.device.type != result.device.type:
+                self.names.append(f"{source.device.type} to {result.device.type}")
+        return result
+
+
+class Kernels(TorchDispatchMode):
+    """Notes the operations on a card that are more than another view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        on_card = isinstance(result, Tensor) and result.device.type == "cuda"
+        if on_card and not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return result
+
+
+@pytest.fixture
+def on_a_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of what makes the host wait for a card, which need not be here."""
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    with FakeTensorMode(allow_non_fake_inputs=True), CopiesToCard() as copies:
+        monkeypatch.setattr(Tensor, "__bool__", lambda _: copies.names.append("bool") or True)
+        yield copies.names
 
 
 @contextmanager
@@ -149,6 +206,69 @@ def test_a_step_with_a_teacher_waits_for_nothing(tiny_model: Make) -> None:
             teaching = Teaching(hidden, head, 2.0, dict.fromkeys(taught, 0.5))
             step_of(model.network, replace(batch, teaching=teaching))
     assert names == []
+
+
+def test_the_copies_to_a_card_that_wait_are_seen(on_a_card: list[str]) -> None:
+    x = torch.zeros(3)
+    there = moved(x, CUDA)
+    assert on_a_card == [] and there.device.type == "cuda"
+    for number, wait in enumerate(
+        (
+            lambda: x.to(there),
+            lambda: x.to(there.device),
+            lambda: there.cpu(),
+            lambda: there.copy_(x),
+            lambda: torch.tensor([1.0], device=CUDA),
+            lambda: bool(there.any()),
+        )
+    ):
+        wait()
+        assert len(on_a_card) == number + 1
+
+
+def test_pixels_and_captions_reach_a_card_without_a_wait(on_a_card: list[str]) -> None:
+    """A step of an image tokenizer that learns to predict words."""
+    with torch.device(CUDA):
+        semantic = SemanticLoss(TextTokenizer.train(["a red bus"], 300), 4, 16)
+    batch = Examples(
+        ["a", "b"],
+        torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+        [{"captions": ["a red bus", "a bus"]}, {"captions": ["a cat"]}],
+        [0, 1],
+        [0, 0],
+        [[], []],
+        [True, True],
+    )
+    pixels = batch.to(CUDA).pixels()
+    targets = semantic.targets(batch.keys, batch.records, batch.seeds)
+    vectors = pixels.mean((1, 2, 3))[:, None, None, None].expand(2, 3, 3, 4)
+    losses = semantic(vectors, targets).values()
+    used = [pixels, targets.bag, targets.caption, *losses]
+    assert on_a_card == [] and {tensor.device for tensor in used} == {CUDA}
+
+
+def test_a_step_that_learns_words_from_codes_waits_for_nothing() -> None:
+    semantic = SemanticLoss(TextTokenizer.train(["a red bus"], 300), 4, 16)
+    quantizer = make_quantizer("vq", codebook_size=16, channels=4).train()
+    latents = torch.randn(2, 3, 3, 4, requires_grad=True)
+    quantizer(latents)  # the first step draws a codebook
+    targets = semantic.targets(["a", "b"], [{"captions": ["a red bus", "a cat"]}] * 2, [0, 1])
+    with waits() as names:
+        result = quantizer(latents)
+        losses = [*result.losses.values(), *semantic(result.vectors, targets).values()]
+        torch.stack(losses).sum().backward()
+    assert names == [] and latents.grad is not None
+
+
+@pytest.mark.parametrize("rows", [2, 9])
+def test_a_choice_waits_once_and_its_penalty_never(rows: int, on_a_card: list[str]) -> None:
+    """Whatever the rows, the penalty is a handful of kernels."""
+    logits, dice = torch.zeros(rows, 5, device=CUDA), generators(HOT, range(rows))
+    with Kernels() as kernels:
+        logits = penalise(logits, [[0, 3], *[[1, 1, 4]] * (rows - 1)], 1.5)
+    assert on_a_card == [] and len(kernels.names) <= 10, kernels.names
+    assert choose(logits, HOT, dice).shape == (rows,)
+    assert on_a_card == ["bool"]
 
 
 @pytest.mark.parametrize("name", ["vq", "ibq"])

@@ -21,10 +21,11 @@ from multimodal.train.run.best import BestValidation
 from multimodal.train.run.checkpoints import AtomicCheckpointIO, RunCheckpoints
 from multimodal.train.run.copies import CheckpointCopies
 from multimodal.train.run.damage import check_checkpoint
-from multimodal.train.run.folder import RunFolder
+from multimodal.train.run.folder import RunFolder, remove
 from multimodal.train.run.resuming import find_checkpoint
 from multimodal.train.run.writing import copied
 from tests.launches import launch, run_processes, torchrun
+from tests.processes import wait_until
 
 if TYPE_CHECKING:
     from s3fs import S3FileSystem
@@ -180,6 +181,7 @@ def write_late_and_die_before_a_name() -> None:
     def die(part: Path, path: Path) -> None:
         count[0] += 1
         if count[0] == 2:
+            assert wait_until((path.parents[2] / "copies/last.json").exists)
             os.killpg(0, signal.SIGKILL)
         complete(part, path)
 
@@ -326,11 +328,54 @@ def test_a_run_that_went_back_keeps_later_copies(tmp_path: Path) -> None:
     for step in (4, 8):
         (run.checkpoints / f"step={step}.ckpt").write_bytes(b"weights")
         copies.put(run.checkpoints / f"step={step}.ckpt", best=False)
+        copies.wait()
     (run.checkpoints / "step=4.ckpt").unlink()
     (run.checkpoints / "step=8.ckpt").unlink()
     (run.checkpoints / "step=6.ckpt").write_bytes(b"weights")
     copies.put(run.checkpoints / "step=6.ckpt", best=False)
+    copies.wait()
     assert {p.name for p in (tmp_path / "copies").glob("*.ckpt")} == {"step=6.ckpt", "step=8.ckpt"}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_slow_copy_keeps_nobody_waiting(
+    sharded: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Meanwhile the run replaces and removes checkpoints. The best and the last one are copied."""
+    copies = CheckpointCopies(f"file://{tmp_path}/copies")
+    run, goes_on = RunFolder(tmp_path / "run"), threading.Event()
+    put_file, sent = copies.files.put_file, list[str]()
+
+    def late(source: str, target: str) -> None:
+        sent.append(target.partition("/copies/")[2])
+        assert goes_on.wait(60)
+        put_file(source, target)
+
+    monkeypatch.setattr(copies.files, "put_file", late)
+    checkpoints = RunCheckpoints(run, 1, 1, BestValidation("last"), copies=copies)
+    for step in (1, 2, 3, 4):
+        path = run.checkpoints / f"step={step}.ckpt"
+        file = path / "weights" if sharded else path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"weights of {step}")
+        copies.put(path, best=step == 2)
+        assert wait_until(lambda: bool(sent))
+        if step < 4:
+            remove(path)
+    assert len(sent) == 1 and "step=3.ckpt: is not copied" in capsys.readouterr().err
+    goes_on.set()
+    checkpoints.teardown()
+    inside = "/weights" * sharded
+    assert sent == [f"step={step}.ckpt{inside}" for step in (1, 2, 4)]
+    there = {path.name for path in (tmp_path / "copies").glob("step=*.ckpt")}
+    assert there == {"step=2.ckpt", "step=4.ckpt"}
+    for name, step in (("best", 2), ("last", 4)):
+        fetched = copies.fetch(name, tmp_path / name)
+        assert Path(f"{fetched}{inside}").read_text() == f"weights of {step}"
+    assert {path.name for path in run.checkpoints.iterdir()} == {"step=4.ckpt"}
 
 
 def test_a_copy_that_fails_does_not_end_the_training(

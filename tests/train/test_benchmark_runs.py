@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,6 +58,33 @@ def test_a_score_is_that_of_its_model_and_data(adapters: Any, tmp_path: Path) ->
     assert adapters.cider(tmp_path, "data/a", "--model", "starter") == first
     assert adapters.cider(tmp_path, "data/b", "--model", "starter") == {"CIDEr": {"value": 2}}
     assert adapters.cider(tmp_path, "data/a", "--model", "other") == {"CIDEr": {"value": 3}}
+
+
+def test_a_student_of_another_width_does_not_replace_the_one_of_earlier_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module, sizes = import_module("distillation"), list[Path]()
+
+    def fit(folder: Path, name: str, arguments: dict[str, Any], *more: Any) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "seconds").write_text("1")
+        sizes.append(Path(arguments["size"]))
+
+    teacher = SimpleNamespace(
+        text_tokenizer="text", config=SimpleNamespace(reads=("detail",), draws=("detail",))
+    )
+    monkeypatch.setattr(module, "load", lambda name: teacher)
+    monkeypatch.setattr(module, "parameters", lambda name: 1)
+    monkeypatch.setattr(module, "cider", lambda *arguments: {})
+    monkeypatch.setattr(module, "fit", fit)
+    for width in ("64", "128"):
+        command = ["distillation.py", "--codes", "a", "--data", "a", "--width", width]
+        command += ["--layers", "1", "--inner", "8", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", command)
+        module.main()
+    widths = [json.loads((size / "config.json").read_text())["hidden_size"] for size in sizes]
+    assert widths == [64, 64, 128, 128]
 
 
 def test_a_step_that_is_not_timed_is_not_enough() -> None:

@@ -124,7 +124,7 @@ def test_what_cannot_teach_is_refused_before_a_step(
         tiny_model(seed=5).save(other)
         reason = "the teacher's image tokenizer is not that of this run"
     elif kind == "missing":
-        reason = "other"
+        reason = "other: no such model folder"
     else:
         shutil.copytree(taught / "teacher", other)
         reason = "teacher_weight=1.5: expected" if kind == "numbers" else "the teacher reads"

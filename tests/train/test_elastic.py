@@ -1,17 +1,22 @@
 """torchrun starts the ranks of a run again when one dies, and the run goes on by itself."""
 
 import os
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from multimodal import distributed
 from multimodal.cli import main
-from multimodal.train.run import resuming
+from multimodal.train.run import resuming, stopping
 from tests.launches import launch, logged, run_processes, torchrun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,6 +114,64 @@ def test_many_ranks_with_different_checkpoints_are_one_line(
         resuming.check_same_checkpoint(str(last))
     ranks = "(ranks 0, 1, 2, 3, 4, 5, 6, 7, ...: step=8.ckpt; rank 10: step=4.ckpt)"
     assert ranks in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("first", ["10.0.0.2", "127.0.0.1"])
+def test_ranks_meet_on_the_machine_of_the_first_one(
+    first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After machines have joined or left, it need not be that of the store."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    monkeypatch.setattr(distributed, "address_beside", lambda host, port: first)
+    places = []
+    for rank in "01":
+        environment = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environment |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_RESTART_COUNT": "1"}
+        environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        distributed.leave_store_of_last_attempt()
+        assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "False"
+        places.append((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]))
+    assert places[0] == places[1] and places[0][0] == first
+    assert places[0][1] != str(store.port), "a port that no attempt before has used"
+
+
+def test_the_address_of_this_machine_is_that_of_its_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert distributed.address_beside("127.0.0.1", 80) == "127.0.0.1"
+    assert distributed.address_beside("localhost", 80) == "localhost"
+
+    class Route(socket.socket):
+        def connect(self, address: Any) -> None:
+            assert address == ("10.0.0.1", 80)
+
+        def getsockname(self) -> Any:
+            return "10.0.0.2", 5000
+
+    found = [(socket.AF_INET, socket.SOCK_DGRAM, 0, "", ("10.0.0.1", 80))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(socket, "socket", Route)
+    assert distributed.address_beside("node-1", 80) == "10.0.0.2"
+
+
+@pytest.mark.filterwarnings("ignore:.*_set_pg_timeout:FutureWarning")
+@pytest.mark.parametrize("public", [True, False])
+def test_the_timeout_of_ranks_is_set_by_old_and_new_torch(
+    public: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before 2.14 torch has a private function for it."""
+    if public and not hasattr(dist, "set_timeout"):
+        pytest.skip("this torch is older")
+    if not public:
+        monkeypatch.delattr(dist, "set_timeout", raising=False)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        stopping.set_timeout(timedelta(seconds=77), None)
+        group: Any = dist.group.WORLD
+        options = group._get_backend(torch.device("cpu")).options
+        assert options._timeout == timedelta(seconds=77)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow

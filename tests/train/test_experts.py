@@ -1,16 +1,22 @@
 """A run with experts: from a dense model, with their losses in the log, resumed to the bit."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from multimodal.api import load
+from multimodal.api import Model, load
 from multimodal.cli import main
+from multimodal.model.layers.experts import ExpertsConfig
+from multimodal.model.objectives import PolicyConfig
+from multimodal.model.training_batch import Written
 from multimodal.scenes.dataset import write_scenes
 from tests.launches import logged
+from tests.samples import samples_of
 
 KINDS = ("text", "image", "shared", "busiest")
 
@@ -57,3 +63,22 @@ def test_a_dense_model_gets_experts_and_the_run_resumes_to_the_bit(
     counted = json.loads(capsys.readouterr().out)["parameters"]
     idle = 2 * 3 * 64 * 128  # two of four experts, in one layer
     assert counted["transformer"] - counted["of which active for a token"] == idle
+
+
+def test_routers_are_balanced_whatever_the_weight_of_the_joint_losses(
+    tiny_model: Callable[..., Model], sentences: tuple[str, ...]
+) -> None:
+    """Reward training with ``lm_weight: 0``, where no completion is better than another."""
+    model = tiny_model(noise=0.1, experts=ExpertsConfig(4))
+    written = [Written([5, 6, model.vocabulary.eos], 0.0)]
+    samples = [replace(s, written=written) for s in samples_of([{"captions": [*sentences]}] * 3)]
+    batch = model.batch_builder(160).build(samples, policy=PolicyConfig(joint_weight=0.0))
+    total, parts = model.network(batch)
+    expected = 0.01 * parts["router_balance"] + 0.001 * parts["router_z"]
+    torch.testing.assert_close(total, expected)
+    router = model.network.get_submodule("transformer.layers.1.mlp.gate").weight
+    found, alone = (
+        torch.autograd.grad(loss, router, retain_graph=True)[0] for loss in (total, expected)
+    )
+    assert found.abs().max() > 0
+    torch.testing.assert_close(found, alone)

@@ -1,7 +1,9 @@
 """The computed memory of a step: that of steps that were run, here and on a graphics card."""
 
 import re
+import resource
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from multimodal.cli import main
-from multimodal.model.head_loss import head_losses
+from multimodal.model.head_loss import CUDA_SLICE, SLICE, head_losses
 from multimodal.model.layers.transformer import TransformerConfig, named_config
 from multimodal.model.network import ModelConfig, MultimodalLM
 from multimodal.model.objectives import ObjectivesConfig
@@ -31,9 +33,10 @@ from multimodal.model.sequences import Packed
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.tokenizers.levels import Layout, Level
 from multimodal.train.cost import muon_bytes, muon_flops
-from multimodal.train.forecasts.budget import Memory, Step, step_memory
+from multimodal.train.forecasts.budget import Live, Memory, Step, step_memory
 from multimodal.train.optim import muon
 from multimodal.train.sharding import clip_gradients, shard
+from tests import launches
 
 COEFFICIENTS = _COEFFICIENTS["polar_express"]
 CODES = 16_384
@@ -116,6 +119,32 @@ def test_the_products_of_muon_are_those_that_torch_counts() -> None:
     assert muon_flops(optimizer) == counter.get_total_flops() > 0
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize(("device", "size"), [("cpu", SLICE), ("cuda", CUDA_SLICE)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_logits_of_one_slice_are_there_at_a_time(
+    device: str, size: int, dtype: torch.dtype
+) -> None:
+    """Counted on tensors without memory, and in bfloat16 with what the product is before a cast."""
+    vocabulary = 32_768
+    with FakeTensorMode(), Live(nn.Module()) as live, torch.device(device):
+        hidden, head = (
+            torch.zeros(rows, 8, dtype=dtype, requires_grad=True)
+            for rows in (3 * size // vocabulary, vocabulary)
+        )
+        targets, weights = torch.zeros(len(hidden), dtype=torch.int64), torch.ones(len(hidden))
+        head_losses(hidden, head, targets, weights, weights)
+    assert 1 <= live.peak / (4 * size) < 1.7
+
+
+def test_the_larger_slices_of_a_card_are_in_its_forecast() -> None:
+    network, of_head = network_of(named_config("large", 49_152), CODES), dict[str, int]()
+    for device in ("cpu", "cuda"):
+        memory = step_memory(network, Step(48, 1280, device=device))  # type: ignore[arg-type]
+        of_head[device] = memory.phases["loss"] - memory.activations
+    assert of_head["cuda"] - of_head["cpu"] == 2 * 4 * (CUDA_SLICE - SLICE)
+
+
 class Sent(TorchDispatchMode):
     """Counts the bytes that are summed over the ranks, for all of them or for one."""
 
@@ -152,15 +181,32 @@ def test_muon_of_parts_sends_and_computes_what_torch_does(
             assert muon_bytes(optimizer, ranks) == pytest.approx(sent.bytes)
 
 
+def alone_and_measured() -> None:
+    """In this process: nothing may be started, and a command says what memory it has taken."""
+    subprocess.Popen = None  # type: ignore[assignment,misc]
+    run, unit = launches.main, 1 if sys.platform == "darwin" else 1024
+
+    def measured(arguments: list[str]) -> int:
+        status = run(arguments)
+        print(f"peak: {unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}")
+        return status
+
+    launches.main = measured
+
+
 def test_many_ranks_are_computed_in_one_process(
-    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(subprocess, "Popen", None)  # nothing may be started
+    """In less than 4 GB of memory: a seventh of what the weights alone would take."""
     command = ["info", "--config", str(work / "joint.yaml"), "--trainer.accelerator", "gpu"]
     command += ["--model.size", "7b", "--trainer.devices", "8", "--trainer.num_nodes", "8"]
     sharded = "lightning.pytorch.strategies.ModelParallelStrategy"
-    assert main([*command, "--trainer.strategy", sharded]) == 0
-    lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    (end,) = launches.run_processes(
+        [*command, "--trainer.strategy", sharded], before=alone_and_measured
+    )
+    assert end.status == 0, end.stderr
+    lines = dict(line.split(":", 1) for line in end.stdout.splitlines())
+    assert 1e8 < int(lines["peak"]) < 4e9
     assert "for 64 ranks on cuda (fsdp); nothing was run" in lines["computed"]
     trained = int(lines["parameters"].split()[0].replace(",", ""))
     assert trained > 6e9

@@ -107,7 +107,7 @@ def test_only_the_adapter_trains_and_the_run_resumes_to_the_bit(
 
 
 def test_a_checkpoint_gives_the_adapter_and_a_resumed_end_writes_it(
-    adapted: Path, tmp_path: Path
+    adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(adapted / "whole", run, symlinks=True)
@@ -115,9 +115,24 @@ def test_a_checkpoint_gives_the_adapter_and_a_resumed_end_writes_it(
     checkpoint = str(run / "checkpoints/best.ckpt")
     assert main(["export", "model", checkpoint, str(tmp_path / "one")]) == 0
     assert (tmp_path / "one/adapter_model.safetensors").read_bytes() == written
+    smaller = ["export", "model", checkpoint, str(tmp_path / "two"), "--dtype", "bfloat16"]
+    assert main(smaller) == 1 and not (tmp_path / "two").exists()
+    reason = "of a run with LoRA, whose adapter takes no --dtype and no --image-tokenizer"
+    assert f"{checkpoint}: {reason}: leave them out" in capsys.readouterr().err
     shutil.rmtree(run / "adapter")
     assert main(fit(adapted, run, "--ckpt_path", "last")) == 0
     assert (run / "adapter/adapter_model.safetensors").read_bytes() == written
+
+
+def test_parts_of_an_adapter_have_rates_of_their_own(
+    adapted: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    more = ["--init_from", str(tiny_model_folder), "--trainer.max_steps", "1"]
+    rates = ["--model.learning_rates", '{"*.layers.0.*.lora_B.*": 0.0}']
+    assert main(fit(adapted, tmp_path / "run", *more, *rates)) == 0
+    for name, weight in load_file(tmp_path / "run/adapter/adapter_model.safetensors").items():
+        if ".lora_B" in name:  # starts at 0
+            assert weight.any() == (".layers.0." not in name), name
 
 
 def test_the_folder_names_its_base_and_its_data(adapted: Path, tiny_model_folder: Path) -> None:
@@ -149,6 +164,7 @@ REFUSED: dict[str, tuple[dict[str, Any], bool, str]] = {
     "no such layer": ({"lora.target": "[q_proj, attn]"}, True, "'attn' is no layer to adapt"),
     "experts": ({"experts.num_experts": "4"}, True, "keeps the sizes, the levels, the experts"),
     "frozen parts": ({"freeze": "[network.transformer.layers.0]"}, True, "lora.target names its"),
+    "no such part": ({"learning_rates": '{"*.lora_C.*": 0.1}'}, True, "no part of that name"),
     "a rank of 0": ({"lora.r": "0"}, True, "r=0: expected a whole number from 1 to 1,024"),
 }
 

@@ -1,6 +1,8 @@
 """LoRA over weights of 8 or 4 bits: the gradients of its floats, runs, and what loads where."""
 
 import json
+import re
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,9 @@ from multimodal.model.checkpoint import ModelParts
 from multimodal.model.layers import quantization
 from multimodal.model.layers.quantization import dequantized
 from multimodal.model.network import MultimodalLM
+from multimodal.model.objectives import ObjectivesConfig
 from multimodal.scenes.dataset import write_scenes
+from multimodal.train.joint import JointModule
 from tests.launches import logged
 from tests.train.test_lora import configuration, fit
 
@@ -166,12 +170,35 @@ def test_over_a_quantized_model_it_is_merged_into_the_floats_that_it_was_trained
         assert (logits_of(by_name.network) - expected).abs().max() > 0.01
 
 
+HAS_BITS = (
+    "int8: its weights have 8 bits: an adapter can be trained over them (lora.bits=8), all else "
+    "needs floats: start from the model that it was quantized from"
+)
 REFUSED = {
-    "a quantized model without bits": ({"lora": "{r: 4}"}, "(lora.bits=8), all else needs floats"),
-    "other bits": ({"lora.bits": "4"}, "its weights have 8 bits"),
-    "bits that there are not": ({"lora.bits": "3"}, "bits"),
-    "no adapter": ({"lora": "null"}, "its weights have 8 bits"),
+    "a quantized model without bits": ({"lora": "{r: 4}"}, HAS_BITS),
+    "other bits": ({"lora.bits": "4"}, HAS_BITS),
+    "bits that there are not": ({"lora.bits": "3"}, "Expected a typing.Literal[8, 4]"),
+    "no adapter": ({"lora": "null"}, HAS_BITS),
 }
+
+
+def test_floats_that_training_rounds_are_better_quantized_first(
+    trained: Path, tiny_model_folder: Path
+) -> None:
+    base = str(tiny_model_folder)
+    module = JointModule(
+        base,
+        base,
+        "tiny",
+        ObjectivesConfig(alignment_dim=32),
+        row_length=192,
+        lora=LoraConfig(4, bits=8),
+    )
+    reason = f"lora.bits=8: the adapter is trained over rounded weights, .*{re.escape(base)}, .*"
+    with pytest.warns(UserWarning, match=f"{reason}better run `multimodal quantize` first"):
+        module.init_from(base)
+    with warnings.catch_warnings(action="error"):
+        module.init_from(str(trained / "int8"))
 
 
 def test_integers_are_not_averaged(

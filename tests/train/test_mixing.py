@@ -129,6 +129,19 @@ def test_a_share_of_an_epoch_is_replayed(
     assert weights == [0.375, 0.125, 0.5] and length == 200
 
 
+def test_scenes_are_not_rendered_to_be_replayed_beside_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MULTIMODAL_CACHE", str(tmp_path / "cache"))
+    folder = texts_in_shards(tmp_path / "codes", ["a"], 1)
+    write_manifest(folder, [index_shard(folder / "train-0000.tar")], image_tokenizer={})
+    reason = r"data.replay=0.1: scenes are rendered as images, and \S+/codes holds codes: make a"
+    with pytest.raises(ValueError, match=reason):
+        ShardData([str(folder)], replay=0.1).prepare_data()
+    assert not (tmp_path / "cache").exists()
+    ShardData([str(folder)], replay=0.1, replayed=[str(folder)]).prepare_data()
+
+
 # --- all of it at once ----------------------------------------------------------------------------
 
 

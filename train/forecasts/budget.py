@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from multimodal.adapters.lora import adapter_parts
-from multimodal.model.head_loss import SLICE
+from multimodal.model.head_loss import slice_size
 from multimodal.model.layers.attention import Backend
 from multimodal.model.layers.transformer import ALL, Layer, TransformerConfig
 from multimodal.model.network import MultimodalLM
@@ -130,12 +130,14 @@ def step_memory(network: MultimodalLM, step: Step) -> Memory:
     else:
         casts = 0
     kind = HALF if step.bfloat16 else FLOAT
-    states = step.rows * step.row_length * config.hidden_size
+    positions = step.rows * step.row_length
+    states = positions * config.hidden_size
     table = config.vocab_size * config.hidden_size
-    logits = min(SLICE, step.rows * step.row_length * config.vocab_size)
-    head = states * (2 * FLOAT + 2 * kind) + table * FLOAT
-    # In bfloat16 the cast head and copies of the logits, else the product that is added to its sum.
-    head += table * HALF + 2 * logits * FLOAT if step.bfloat16 else (table + logits) * FLOAT
+    logits = min(slice_size(step.device), positions * config.vocab_size)
+    # Logits, and a copy of them or the product that is added to the gradient of the head.
+    sliced = FLOAT * (logits + (logits if step.bfloat16 else max(logits, table)))
+    cast = table * HALF if step.bfloat16 else 0
+    head = states * (2 * FLOAT + 2 * kind) + table * FLOAT + sliced + cast
     return Memory(
         weights=sum(p.element_size() * _part(p, parts) for p in network.parameters()),
         gradients=gradients,

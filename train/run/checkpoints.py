@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from multimodal.files import atomic_file
 from multimodal.train.run.best import BestValidation
@@ -14,7 +15,12 @@ from multimodal.train.run.copies import CheckpointCopies
 from multimodal.train.run.damage import saved_steps, step_of
 from multimodal.train.run.finite import check_finite, is_last_step
 from multimodal.train.run.folder import RunFolder, link, remove
-from multimodal.train.run.writing import CheckpointWriter, clear_unfinished, is_sharded
+from multimodal.train.run.writing import (
+    GIVE_UP,
+    CheckpointWriter,
+    clear_unfinished,
+    is_sharded,
+)
 
 PARTS = {"state_dict": dict, "loops": dict, "callbacks": dict, "global_step": int}
 
@@ -87,7 +93,8 @@ class RunCheckpoints(Checkpoint):
         keep: the newest ones that are kept. 0 keeps all.
         best: knows the best validation.
         background: the training goes on while a checkpoint is written.
-        copies: at an address, which get every checkpoint when it is complete.
+        copies: at an address, which get checkpoints when they are complete, while the training
+            goes on. The last one is waited for at the end.
     """
 
     def __init__(
@@ -133,11 +140,17 @@ class RunCheckpoints(Checkpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.writer.wait()
 
-    def on_exception(self, *_: Any) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         self.writer.close()
+        if self.copies is not None:  # a run that was told to stop ends as one that is done
+            self.copies.wait(None if isinstance(exception, SIGTERMException) else GIVE_UP)
 
     def teardown(self, *_: Any, **__: Any) -> None:
         self.writer.close()
+        if self.copies is not None:  # here no other rank waits for the first one any more
+            self.copies.wait()
 
     def save(self, trainer: L.Trainer) -> None:
         """Save this step. All ranks have to call.

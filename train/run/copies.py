@@ -6,10 +6,13 @@ the size and CRC-32 of its files, and is written after them: without it, there i
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Any
 
 from multimodal.files import atomic_file, temporary_path
@@ -19,6 +22,23 @@ from multimodal.train.run.folder import link, remove
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}  # of pyproject.toml
 Files = dict[str, dict[str, int]]  # path below the address -> bytes and crc32
+
+
+@dataclass(frozen=True, eq=False)
+class _Copy:
+    """What is copied.
+
+    Attributes:
+        path: ``step=N.ckpt`` in the folder of the run.
+        source: its files under another name, for the run may replace or remove it meanwhile.
+        best: it is that of the best validation.
+        kept: the checkpoints that the folder has with it.
+    """
+
+    path: Path
+    source: Path
+    best: bool
+    kept: set[str]
 
 
 class CheckpointCopies:
@@ -33,6 +53,9 @@ class CheckpointCopies:
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
+        self._lock, self._copying, self._count = Lock(), False, 0
+        self._thread: Thread | None = None
+        self._waiting: list[_Copy] = []
         try:
             from fsspec.core import url_to_fs
 
@@ -46,7 +69,10 @@ class CheckpointCopies:
     # --- writing ----------------------------------------------------------------------------------
 
     def put(self, path: Path, best: bool) -> None:
-        """Copy a complete checkpoint, and remove those that its folder does not keep any more.
+        """Begin to copy a complete checkpoint, and return at once: no rank waits for a network.
+
+        Afterwards those are removed that the folder does not keep now. While another copy goes on,
+        this one waits. It replaces one that waits, but not the best one.
 
         A copy that fails is a line on stderr: the training goes on, and the next one is tried.
 
@@ -54,15 +80,60 @@ class CheckpointCopies:
             path: ``step=N.ckpt`` in the folder of the run.
             best: it is that of the best validation.
         """
+        self._count += 1
+        source = path.with_name(f".{path.name}.copy{self._count}")
         try:
-            self._put(path, best)
-        except Exception as error:  # each file system of fsspec has its own errors
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            print_status(f"{path}: could not be copied to {self.address} ({reason})")
+            link_files(path, source)
+        except OSError as error:
+            return self._say_failed(path, error)
+        copy = _Copy(path, source, best, {p.name for p in saved_steps(path.parent)})
+        with self._lock:
+            skipped = [each for each in self._waiting if best or not each.best]
+            self._waiting = [*(each for each in self._waiting if each not in skipped), copy]
+            if not self._copying:
+                self._copying = True
+                # A daemon: a copy that hangs does not keep a run that has ended.
+                self._thread = Thread(target=self._copy_waiting, daemon=True)
+                self._thread.start()
+        for each in skipped:
+            remove(each.source)
+            if each.path != path:
+                print_status(f"{each.path}: is not copied, as the copy before it still goes on")
 
-    def _put(self, path: Path, best: bool) -> None:
-        paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-        names = {p: p.relative_to(path.parent).as_posix() for p in paths}
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait until all is copied. A copy that takes longer than so many seconds is given up."""
+        if self._thread is None:
+            return
+        self._thread.join(1.0)
+        if self._thread.is_alive():
+            print_status(f"waiting for the last copies to {self.address}")
+            self._thread.join(seconds)
+        if self._thread.is_alive():
+            print_status(f"the last copies to {self.address} take too long, and are not complete")
+
+    def _copy_waiting(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._copying = False
+                    return
+                copy = self._waiting.pop(0)
+            try:
+                try:
+                    self._put(copy)
+                finally:
+                    remove(copy.source)
+            except Exception as error:  # each file system of fsspec has its own errors
+                self._say_failed(copy.path, error)
+
+    def _say_failed(self, path: Path, error: Exception) -> None:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print_status(f"{path}: could not be copied to {self.address} ({reason})")
+
+    def _put(self, copy: "_Copy") -> None:
+        path, source = copy.path, copy.source
+        paths = [p for p in (source, *sorted(source.rglob("*"))) if p.is_file()]
+        names = {p: (Path(path.name) / p.relative_to(source)).as_posix() for p in paths}
         manifest = path.with_suffix(".json").name
         if self.files.exists(f"{self.root}/{manifest}"):  # it would be true of other bytes
             self.files.rm_file(f"{self.root}/{manifest}")
@@ -72,9 +143,9 @@ class CheckpointCopies:
             self.files.put_file(str(local), target)
         facts = {n: {"bytes": p.stat().st_size, "crc32": checksum(p)} for p, n in names.items()}
         self._write_json(manifest, {"checkpoint": path.name, "files": facts})
-        for name in ("last", *(["best"] if best else [])):
+        for name in ("last", *(["best"] if copy.best else [])):
             self._write_json(f"{name}.json", {"checkpoint": path.name})
-        kept = {p.name for p in saved_steps(path.parent)} | {self._named("best")}
+        kept = copy.kept | {self._named("best")}
         older = [n for n in self._names() - kept if step_of(Path(n)) <= step_of(path)]
         for name in older:  # a run that went back keeps later ones
             for unwanted in (Path(name).with_suffix(".json").name, name):  # a manifest first
@@ -174,6 +245,25 @@ class CheckpointCopies:
         self.files.get_file(f"{self.root}/{name}", str(target))
         if not _is_same(target, facts):
             raise ValueError(f"{self.address}/{name}: the checkpoint is damaged (its CRC-32)")
+
+
+def link_files(path: Path, target: Path) -> None:
+    """Give the files of a checkpoint another name. It takes no room, where a disk has hard links.
+
+    Files of checkpoints are replaced, never changed. ``clear_unfinished`` removes what a killed run
+    leaves.
+    """
+
+    def link_file(source: Any, other: Any) -> None:
+        try:
+            os.link(source, other)
+        except OSError:
+            shutil.copy2(source, other)
+
+    if path.is_dir():
+        shutil.copytree(path, target, copy_function=link_file)
+    else:
+        link_file(path, target)
 
 
 def _is_same(path: Path, facts: dict[str, int]) -> bool:

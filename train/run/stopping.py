@@ -1,11 +1,13 @@
 """How a run ends when it is told to: it saves the step, and leaves a model."""
 
 import signal
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed import distributed_c10d
 
 from multimodal.distributed import global_counts, host_group, world_size
 from multimodal.terminal import print_status
@@ -41,7 +43,7 @@ class GracefulStop(L.Callback):
             # Lightning asks in each step whether a rank got SIGTERM, and waits for the GPU.
             loop: Any = trainer.fit_loop.epoch_loop
             loop._broadcast_sigterm_tensor = lambda: None
-            dist.set_timeout(trainer.strategy._timeout, host_group())  # type: ignore[attr-defined]
+            set_timeout(trainer.strategy._timeout, host_group())  # type: ignore[attr-defined]
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if not self._signal:
@@ -89,3 +91,10 @@ class GracefulStop(L.Callback):
 
     def teardown(self, *_: Any, **__: Any) -> None:
         self._restore()
+
+
+def set_timeout(timeout: timedelta, group: Any) -> None:
+    """How long operations of a group of ranks may take. None: of the default group."""
+    # torch has the public function since 2.14, and the private one before.
+    change = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    change(timeout, group)

@@ -28,6 +28,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from multimodal.data.samples import Sample, parts_of, texts_of
+from multimodal.devices import moved
 from multimodal.model.lessons import no_text_error
 from multimodal.tokenizers.text import TextTokenizer
 
@@ -114,11 +115,11 @@ class SemanticLoss(nn.Module):
             ids = texts[int(np.random.default_rng([seed, 2]).integers(len(texts)))][:MAX_TOKENS]
             captions[i, : len(ids)] = ids
             longest = max(longest, len(ids))
-        bag = bag.to(self.rarity) * self.rarity
+        bag = moved(bag, self.rarity.device).to(self.rarity) * self.rarity
         # Round up the length: on a CPU each new shape needs time and memory for new kernels.
         caption = torch.from_numpy(captions[:, : min(MAX_TOKENS, -(-longest // 16) * 16)])
         return CaptionTargets(
-            bag / bag.sum(-1, keepdim=True).clamp(min=1e-6), caption.to(bag.device)
+            bag / bag.sum(-1, keepdim=True).clamp(min=1e-6), moved(caption, bag.device)
         )
 
     def forward(self, vectors: Tensor, targets: CaptionTargets) -> dict[str, Tensor]:

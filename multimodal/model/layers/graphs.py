@@ -15,8 +15,9 @@ Shapes: B rows, P the power of two from B on, S columns of the cache, D width.
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from threading import Lock
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,29 +28,71 @@ from multimodal.model.layers.transformer import Transformer
 from multimodal.terminal import print_error
 
 MAX_FREE = 3  # caches that are kept though nobody uses them
+ONE_AT_A_TIME = Lock()  # steps of all threads: see ``cuda_graph``
 Run: TypeAlias = Callable[[], Tensor]
+
+
+@dataclass
+class _Shared:
+    """What all graphs of a device share.
+
+    Attributes:
+        stream: records them. Libraries keep memory for each stream: cuBLAS 32 MiB on an H200.
+        last: the stream on which a graph was recorded or played last.
+        graphs: those that are left.
+    """
+
+    stream: torch.cuda.Stream
+    last: torch.cuda.Stream
+    graphs: "weakref.WeakSet[torch.cuda.CUDAGraph]" = field(default_factory=weakref.WeakSet)
+
+    def begin(self) -> torch.cuda.Stream:
+        """The current stream, after it waits for the last graph."""
+        now = torch.cuda.current_stream()
+        if now != self.last:
+            now.wait_stream(self.last)
+            self.last = now
+        return now
+
+    def pool(self) -> Any:
+        """The memory of all graphs: torch refuses a pool whose graphs are all gone."""
+        for graph in self.graphs:
+            return graph.pool()
+        return torch.cuda.graph_pool_handle()
+
+
+@cache
+def _shared(device: int) -> _Shared:
+    now = torch.cuda.current_stream(device)
+    return _Shared(torch.cuda.Stream(device), now)  # type: ignore[no-untyped-call]
 
 
 def cuda_graph(run: Run) -> Run:
     """Record what a function launches on the current device.
 
+    All graphs of a device use the same memory, so one may write where another has left its result.
+    Their order does not matter ("Graph memory management" in torch's notes on CUDA), if the caller
+    holds ``ONE_AT_A_TIME`` while it records one, and while it plays one and copies the result.
+
     The result is the same tensor each time. The function has run before, so that libraries have
     set themselves up. It must not wait for the card.
     """
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
+    graph, shared = torch.cuda.CUDAGraph(), _shared(torch.cuda.current_device())
+    stream, now = shared.stream, shared.begin()
+    stream.wait_stream(now)
     with torch.cuda.stream(stream):
         run()  # libraries have memory of their own for each stream
         # Other threads may use the card meanwhile.
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(shared.pool(), capture_error_mode="thread_local")
         try:
             output = run()
         finally:
             graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
+    shared.graphs.add(graph)
+    now.wait_stream(stream)
 
     def play() -> Tensor:
+        shared.begin()
         graph.replay()
         return output
 
@@ -72,21 +115,20 @@ class _Step:
         record: Callable[[Run], Run],
     ) -> None:
         rows, columns, device = len(keys[0]), keys[0].shape[2], keys[0].device
-        self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self.ids = ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.positions = positions = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self._record, self._runs, self._rows = record, 0, 0
 
-        def run() -> Tensor:
-            seen = visible(self.positions, columns)
-            slots = self.positions[:, 0]
-            return transformer.forward_token(self.ids, self.positions, seen, keys, values, slots)
+        def run() -> Tensor:  # without ``self``: a cycle would keep the memory
+            seen = visible(positions, columns)
+            return transformer.forward_token(ids, positions, seen, keys, values, positions[:, 0])
 
         self._run: Run = run
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
         """int64[B], int64[B, 1] -> float[B, D]"""
         # A graph records the current device, which need not be that of the memory.
-        with torch.cuda.device_of(self.ids):  # type: ignore[no-untyped-call]
+        with ONE_AT_A_TIME, torch.cuda.device_of(self.ids):  # type: ignore[no-untyped-call]
             return self._read(ids, positions)
 
     def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -100,7 +142,7 @@ class _Step:
         self._runs += 1
         if self._runs == 2:
             self._run = self._recorded()
-        return self._run()[:rows].clone()  # the next step writes to the same memory
+        return self._run()[:rows].clone()  # the next step of any shape writes to the same memory
 
     def _recorded(self) -> Run:
         try:
@@ -179,7 +221,7 @@ class StepGraphs:
             ]
             if not fitting:
                 self._forget(rows, columns)
-                made = transformer.empty_cache(rows, columns)
+                made = self._new_cache(transformer, rows, columns)
                 memory = _Memory(made.keys, made.values, weakref.ref(made))
                 self._memories[made.address] = memory
                 return made
@@ -189,6 +231,16 @@ class StepGraphs:
         for tensor in (*memory.keys, *memory.values):
             tensor.zero_()  # a number that is not finite would spoil what it is multiplied with
         return lent
+
+    def _new_cache(self, transformer: Transformer, rows: int, columns: int) -> KVCache:
+        """An empty cache. Where memory is short, all that is free is given back for it."""
+        try:
+            return transformer.empty_cache(rows, columns)
+        except torch.OutOfMemoryError:
+            pass  # the error holds what there was room for, so try again without it
+        lent = {address: each for address, each in self._memories.items() if not each.is_free}
+        self._memories = lent
+        return transformer.empty_cache(rows, columns)
 
     def _forget(self, rows: int, columns: int) -> None:
         """Drop free memory: what a new one of these sizes has room for, and the oldest."""
