@@ -67,6 +67,7 @@ def main() -> None:
     result = {
         "benchmark": "onnx_codes",
         "model": arguments.model,
+        "fingerprint": model.fingerprint,
         "photos": len(photos),
         "equal_codes": equal / total,
         "pixels_differ_by": difference,

@@ -1,7 +1,8 @@
-"""Every number of the starter in README and model card is the one of the evaluation reports."""
+"""Numbers in README, the model card and the docs are those of the JSON files in docs/."""
 
 import json
 import re
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OF_STARTER = ("val", "heldout")
 REPORTS = {name: ROOT / f"docs/starter_{name}.json" for name in OF_STARTER}
 CARD = "multimodal/starter/README.md"
-# {SPLIT FOLDER TASK SCORE:FORMAT}
+# {REPORT FOLDER TASK SCORE:FORMAT}, or {FILE PATH.OF.A.VALUE:FORMAT}, with % for one in [0, 1]
 ROWS = {
     "README.md": (
         "CIDEr with 5 beams; greedy | {val flickr8k captioning CIDEr_beams:.3f}; "
@@ -33,6 +34,37 @@ ROWS = {
         "{val scenes scene_drawings colours:%} | "
         "true pictures after encoding and decoding "
         "{val scenes scene_drawings objects_of_reconstructions:%}",
+        "hours, has {seeing flickr8k captioning CIDEr_beams:.3f} with beams",
+    ),
+    "docs/training/language_models.md": (
+        "(perplexity before: {language_model before.perplexity:.2f})",
+        "{seeing_photos flickr8k captioning CIDEr:.3f}; "
+        "{seeing_photos flickr8k captioning CIDEr_beams:.3f} | not measured |",
+        "| {seeing flickr8k captioning CIDEr:.3f}; {seeing flickr8k captioning CIDEr_beams:.3f} | "
+        "{language_model after.perplexity:.2f} |",
+    ),
+    "docs/guides/engines.md": (
+        "CIDEr {gguf CIDEr:.3f}): | GGUF of the starter",
+        *(
+            f"| `{dtype}` | {{gguf llama_cpp.{dtype}.megabytes:.1f}} | "
+            f"{{gguf llama_cpp.{dtype}.equal:d}} | {{gguf llama_cpp.{dtype}.CIDEr:.3f}} |"
+            for dtype in ("float32", "q8_0", "q4_k")
+        ),
+        "CIDEr {gguf_smollm2 CIDEr:.3f}): `float32` "
+        "{gguf_smollm2 llama_cpp.float32.megabytes:.0f} MB and "
+        "{gguf_smollm2 llama_cpp.float32.equal:d} captions, `q8_0` "
+        "{gguf_smollm2 llama_cpp.q8_0.megabytes:.0f} MB and "
+        "{gguf_smollm2 llama_cpp.q8_0.equal:d} (CIDEr {gguf_smollm2 llama_cpp.q8_0.CIDEr:.3f}), "
+        "`q4_k` {gguf_smollm2 llama_cpp.q4_k.megabytes:.0f} MB and "
+        "{gguf_smollm2 llama_cpp.q4_k.equal:d} ({gguf_smollm2 llama_cpp.q4_k.CIDEr:.3f})",
+        "the first {onnx photos:d} photos of flickr8k val are all those of torch, and decoded "
+        "pixels differ by {onnx pixels_differ_by:.0e}",
+        *(
+            f"| {{fewer_bits rows.{dtype}.CIDEr.value:.3f}} | {{fewer_bits rows.{dtype}.agree:%}} "
+            f"| {{fewer_bits rows.{dtype}.tokens_per_second.alone:,.0f}} | "
+            f"{{fewer_bits rows.{dtype}.tokens_per_second.together:,.0f}} |"
+            for dtype in ("float32", "bfloat16", "int8", "int4")
+        ),
     ),
     "docs/guides/evaluation.md": (
         "for men alone for {val flickr8k person_words women_said_men:%} of 195 photos of women",
@@ -78,44 +110,56 @@ ROWS = {
 }
 
 
-@pytest.fixture(scope="module")
-def reports() -> dict[str, dict[str, Any]]:
-    return {split: json.loads(path.read_text("utf-8")) for split, path in REPORTS.items()}
+@cache
+def stored(name: str) -> Any:
+    """A file in docs/, by its name, or by the split for the starter's."""
+    return json.loads(REPORTS.get(name, ROOT / f"docs/{name}.json").read_text("utf-8"))
 
 
-def filled(row: str, reports: dict[str, dict[str, Any]]) -> str:
-    def value(match: re.Match[str]) -> str:
-        split, folder, task, score, form = match.groups()
-        (score_of_task,) = (
-            result["scores"][score]["value"]
-            for result in reports[split]["results"]
-            if result["task"] == task and Path(result["data"]).name == folder
-        )
-        return f"{100 * score_of_task:.1f} %" if form == "%" else format(score_of_task, form)
+def score_of(report: str, folder: str, task: str, score: str) -> Any:
+    (found,) = (
+        result["scores"][score]["value"]
+        for result in stored(report)["results"]
+        if result["task"] == task and Path(result["data"]).name == folder
+    )
+    return found
 
-    return re.sub(r"\{(\w+) (\w+) (\w+) ([\w@]+):([^}]+)\}", value, row)
+
+def value_at(name: str, path: str) -> Any:
+    return reduce(lambda value, key: value[key], path.split("."), stored(name))
+
+
+def filled(row: str) -> str:
+    def text(match: re.Match[str]) -> str:
+        names, form = match[1].split(), match[2]
+        value = value_at(*names) if len(names) == 2 else score_of(*names)
+        found = f"{100 * value:.1f} %" if form == "%" else format(value, form)
+        return found.replace("e-0", "e-")
+
+    return re.sub(r"\{([^:}]+):([^}]+)\}", text, row)
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_the_numbers_in_the_text_are_those_of_the_reports(
-    name: str, reports: dict[str, dict[str, Any]]
-) -> None:
+def test_the_numbers_in_the_text_are_those_of_the_files(name: str) -> None:
     text = " ".join((ROOT / name).read_text("utf-8").split())
     for row in ROWS[name]:
-        assert (expected := filled(row, reports)) in text, expected
+        assert (expected := filled(row)) in text, expected
 
 
-def test_the_reports_are_of_the_bundled_starter(reports: dict[str, dict[str, Any]]) -> None:
+def test_the_reports_are_of_the_bundled_starter() -> None:
     fingerprint = read_config(find_model("starter")).fingerprints.model
+    for name in ("gguf", "onnx"):
+        assert stored(name)["fingerprint"] == fingerprint, name
+    assert stored("fewer_bits")["model"] == fingerprint
     for split in OF_STARTER:
-        protocol = reports[split]["protocol"]
+        protocol = stored(split)["protocol"]
         assert protocol["fingerprint"] == fingerprint and protocol["split"] == split
         assert (
             protocol["seed"] == 0
             and protocol["dtype"] == "float32"
             and protocol["commit"] != "unknown"
         )
-    results = reports["val"]["results"]
+    results = stored("val")["results"]
     sizes = {(Path(r["data"]).name, r["task"]): r["n"] for r in results}
     assert sizes["flickr8k", "captioning"] == 1000 and sizes["scenes", "scene_captions"] == 600
 
