@@ -42,6 +42,8 @@ from PIL import Image, ImageDraw
 
 from multimodal.export.hf import export_hf
 from multimodal.files import write_json
+from multimodal.hub.names import find_model
+from multimodal.model.checkpoint import read_config
 
 TOKENS = 32
 HEAD = """POST /v1/chat/completions HTTP/1.1\r
@@ -214,6 +216,7 @@ def main() -> None:
     result = {
         "benchmark": "serving",
         "model": arguments.model,
+        "fingerprint": read_config(find_model(arguments.model)).fingerprints.model,
         "clients": arguments.clients,
         "requests": len(together.texts),
         "rounds": arguments.rounds,

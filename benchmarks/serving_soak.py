@@ -41,6 +41,8 @@ from PIL import Image
 
 from benchmarks.serving import free_port, server
 from multimodal.files import write_json
+from multimodal.hub.names import find_model
+from multimodal.model.checkpoint import read_config
 
 PATIENCE = 120.0  # seconds
 MAX_GROWTH = 0.15  # of the memory after a tenth of the right requests
@@ -376,6 +378,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "benchmark": "serving_soak",
         "model": arguments.model,
+        "fingerprint": read_config(find_model(arguments.model)).fingerprints.model,
         "fuzz": {"seconds": arguments.seconds, "statuses": statuses,
             "before": before, "after": fuzzed},
         "right": {"requests": arguments.requests, "statuses": dict(soak.statuses),

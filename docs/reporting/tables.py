@@ -206,6 +206,8 @@ def retrieved() -> str:
     names = {
         "without": "no examples",
         "first_caption": "the first caption of the nearest photo, no model",
+        "nearest 1": "the nearest photo as an example",
+        "random 1": "a photo at random as an example",
         "nearest 4": "the four nearest photos as examples",
         "random 4": "four photos at random as examples",
     }
