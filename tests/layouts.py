@@ -43,7 +43,7 @@ def made_as(layout: str, texts: list[str]) -> Tokenizer:
         stored = json.loads(made.to_str())
         stored["added_tokens"] = [t for t in stored["added_tokens"] if t["content"] in CONTROL]
         return Tokenizer.from_str(json.dumps(stored))
-    made = Tokenizer(models.BPE())
+    made = Tokenizer(models.BPE(ignore_merges=layout == "llama 3"))
     made.pre_tokenizer = {
         "gpt 2": bytes_after(),
         "smollm 2": bytes_after(pre.Digits(individual_digits=True)),

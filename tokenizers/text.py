@@ -28,7 +28,7 @@ GENERATION = "generation_config.json"
 ENDS = "end_tokens"  # in the CONFIG of a folder of ours
 NORMALIZER = "multimodal.normalizer"  # in a GGUF file of ours: NFC or none
 # How a text is split before BPE, where transformers reads it off a GGUF file rightly.
-GGUF_SPLITS = ("gpt-2", "smollm", "qwen2")
+GGUF_SPLITS = ("gpt-2", "smollm", "qwen2", "llama-bpe")
 
 
 class TextTokenizer:
@@ -294,6 +294,8 @@ def _read_gguf(path: Path) -> tuple[str, ChatFormat | None, tuple[str, ...]]:
     if isinstance(found.chat_template, str) and end:
         chat = ChatFormat(found.chat_template, end, found.bos_token or "")
     stored = json.loads(found.backend_tokenizer.to_str())
+    if splits == "llama-bpe":  # of Llama 3: a word that is a token is that token
+        stored["model"]["ignore_merges"] = True
     # GGUF describes no normalizer, and those of Qwen have one.
     normal = _field(reader, NORMALIZER) or ("NFC" if splits == "qwen2" else "none")
     if has_pieces:  # transformers adds no space before a text that begins with one

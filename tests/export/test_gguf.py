@@ -125,7 +125,7 @@ def test_the_tokenizer_and_the_chat_template_are_in_the_file(folder: Path, tmp_p
     assert config["eos_token_id"] == [vocabulary.eos, ours.vocabulary()["<|im_end|>"]]
 
 
-@pytest.mark.parametrize("layout", ["gpt 2", "smollm 2", "qwen"])
+@pytest.mark.parametrize("layout", ["gpt 2", "smollm 2", "qwen", "llama 3"])
 def test_texts_have_the_ids_that_they_had(
     layout: str, sentences: tuple[str, ...], tiny_model_folder: Path, tmp_path: Path
 ) -> None:
@@ -177,6 +177,22 @@ def test_a_tokenizer_of_sentencepiece(
     assert ours.ends == ("</s>",) and ours.end_ids == [ids["</s>"]]
     for text in hostile_strings(1000):
         assert ours.encode(text) == expected.encode(text), repr(text)
+
+
+@pytest.mark.parametrize("splits", ["tekken", None])
+def test_splits_that_are_read_wrongly_or_not_named_are_refused(
+    splits: str | None, sentences: tuple[str, ...], tmp_path: Path
+) -> None:
+    stored = json.loads(made_as("gpt 2", [*sentences]).to_str())
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    if splits is not None:
+        writer.add_tokenizer_pre(splits)
+    writer.add_token_list([*stored["model"]["vocab"]])
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()
+    with pytest.raises(ValueError, match=f"as '{splits or 'default'}' does, .*; give the token"):
+        TextTokenizer.load(tmp_path / "m.gguf")
 
 
 def test_a_chat_has_the_tokens_of_its_language_model(
