@@ -8,6 +8,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers import pre_tokenizers as pre
 from tokenizers.trainers import BpeTrainer
 
+from multimodal.tokenizers.text import ChatFormat, TextTokenizer
+
 QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -57,6 +59,16 @@ def made_as(layout: str, texts: list[str]) -> Tokenizer:
     made.train_from_iterator(texts, trainer)
     made.add_special_tokens([AddedToken(token, special=True) for token in CONTROL])
     return made
+
+
+def that_talks(text: TextTokenizer) -> TextTokenizer:
+    """The same tokens, with a chat template. Token 40 ends a turn: any one will do."""
+    letters = Tokenizer.from_str(text.to_json())
+    end = letters.decode([40])
+    letters.add_special_tokens([end])
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    chat = ChatFormat(template + "{{ 'assistant:' }}", end)
+    return TextTokenizer.from_json(letters.to_str(), chat)
 
 
 def hostile_strings(count: int) -> list[str]:

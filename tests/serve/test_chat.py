@@ -23,6 +23,7 @@ from multimodal.serve.endpoints.answering import Choice
 from multimodal.serve.endpoints.replies import _Edges, _message
 from multimodal.serve.engine.pictures import read_data_uri
 from multimodal.tokenizers.text import ChatFormat, TextTokenizer
+from tests.layouts import that_talks
 from tests.processes import wait_until
 
 ASK = [{"role": "user", "content": "what is in the snow?"}]
@@ -266,12 +267,9 @@ def test_replies_go_back_into_a_conversation_as_they_came(server: Any) -> None:
 def test_a_language_model_reads_texts_in_its_chat_template(tiny_model: Any, serving: Any) -> None:
     """Images are asked about as they were learned, and a turn ends where its token says so."""
     model = tiny_model(noise=0.1, tied=False)
-    letters = tokenizers.Tokenizer.from_str(model.text_tokenizer.to_json())
-    end = letters.decode([40])  # any token will do as the end of a turn
-    letters.add_special_tokens([end])
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
-    chat = ChatFormat(template + "{{ 'assistant:' }}", end)
-    talking = TextTokenizer.from_json(letters.to_str(), chat)
+    talking = that_talks(model.text_tokenizer)
+    chat = talking.chat
+    assert chat is not None
     assert len(talking) == len(model.text_tokenizer)
     model.text_tokenizer = talking
     messages = [{"role": "developer", "content": "Be short."}, *ASK]
@@ -293,7 +291,7 @@ def test_a_language_model_reads_texts_in_its_chat_template(tiny_model: Any, serv
     names = {number: name for name, number in talking.vocabulary().items()}
     turn = tokenizers.Tokenizer.from_str(talking.to_json())
     turn.add_special_tokens([names[written[3]]])
-    template = chat.template.replace("eos_token", repr(end))
+    template = chat.template.replace("eos_token", repr(chat.end))
     model.text_tokenizer = TextTokenizer.from_json(
         turn.to_str(), ChatFormat(template, names[written[3]])
     )

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx2
-import tokenizers
 
-from multimodal.tokenizers.text import ChatFormat, TextTokenizer
+from tests.layouts import that_talks
 from tests.serve.conftest import KEY
 from tests.serve.test_chat import about, picture
 
@@ -52,12 +51,7 @@ def test_a_second_turn_in_a_chat_template_reads_what_is_new(
     tiny_model: Callable[..., Any], serving: Callable[..., Any]
 ) -> None:
     model = tiny_model(noise=0.1, tied=False)
-    letters = tokenizers.Tokenizer.from_str(model.text_tokenizer.to_json())
-    end = letters.decode([40])  # any token will do as the end of a turn
-    letters.add_special_tokens([end])
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
-    chat = ChatFormat(template + "{{ 'assistant:' }}", end)
-    model.text_tokenizer = TextTokenizer.from_json(letters.to_str(), chat)
+    model.text_tokenizer = that_talks(model.text_tokenizer)
     messages = [SYSTEM, {"role": "user", "content": "What is it that you see in the snow?"}]
     with serving(model) as server:
         source = 'multimodal_prefix_tokens_total{{source="{}"}}'
