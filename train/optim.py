@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from multimodal.devices import has_slow_bfloat16
 from multimodal.model.layers.experts import Router
+from multimodal.model.layers.transformer import Transformer
 from multimodal.provenance import Provenance, run_card
 from multimodal.train.sharding import clip_gradients
 
@@ -25,9 +26,10 @@ class MuonModule(L.LightningModule):
     """A LightningModule that Muon and AdamW train.
 
     Muon trains the matrices and kernels inside the network, those of each expert too. AdamW trains
-    embeddings, norms, biases, routers, the modules of ``heads``, and codebooks. Muon makes the
-    update of a matrix orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon). The
-    update is scaled as in Liu et al. 2025 (arXiv:2502.16982), so that one learning rate fits both.
+    embeddings, the head, norms, biases, routers, the modules of ``heads``, and codebooks. Muon
+    makes the update of a matrix orthogonal (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon). The update is scaled as in Liu et al. 2025
+    (arXiv:2502.16982), so that one learning rate fits both.
     AdamW alone needs twice the steps here (docs/decisions/optimizer.md has the numbers).
 
     Args:
@@ -209,6 +211,8 @@ def muon(
     """
     # A router is a classifier: an orthogonal update would give every expert a score as different.
     adamw_modules = [m for m in module.modules() if isinstance(m, nn.Embedding | Router)] + heads
+    # A head of its own, whose rows are tokens as those of the embeddings are.
+    adamw_modules += [m.lm_head for m in module.modules() if isinstance(m, Transformer)]
     adamw = {id(p) for part in adamw_modules for p in part.parameters()}
     undecayed = {id(p) for part in no_weight_decay for p in part.parameters()}
     parameters = [p for p in module.parameters() if p.requires_grad]

@@ -8,6 +8,7 @@ from timm.optim import muon as muon_of_timm
 from torch import Tensor, nn
 
 from multimodal.model.layers.experts import ExpertsConfig, SparseMLP
+from multimodal.model.layers.transformer import Transformer, TransformerConfig
 from multimodal.train.optim import can_compile, muon
 
 COEFFICIENTS = muon_of_timm.resolve_ns_coefficients("polar_express", muon_of_timm._COEFFICIENTS)
@@ -52,6 +53,16 @@ def test_inner_matrices_get_orthogonal_updates_and_the_rest_those_of_adamw() -> 
     assert not steps["frozen.weight"].any()
     # The scale of Liu et al.: a root mean square of 0.2 times the rate, as of AdamW in practice.
     assert float(steps["inside.weight"].square().mean().sqrt()) == pytest.approx(0.002, rel=0.25)
+
+
+def test_a_head_of_its_own_is_trained_as_the_embeddings_are() -> None:
+    config = TransformerConfig(40, 16, 1, 2, 1, 8, 24, tie_word_embeddings=False)
+    network = Transformer(config)
+    groups = muon(network, [], 0.01, 0.0).param_groups
+    by_adamw = {id(p) for group in groups if group.get("use_fallback") for p in group["params"]}
+    assert {id(network.lm_head.weight), id(network.embed_tokens.weight)} <= by_adamw
+    inner = [p for p in network.layers.parameters() if p.ndim == 2]
+    assert inner and not {id(p) for p in inner} & by_adamw
 
 
 def test_each_matrix_of_an_expert_gets_an_orthogonal_update_and_the_router_that_of_adamw() -> None:

@@ -258,7 +258,7 @@ class DetailModule(LoraModule):
         weights = {"mse": self.mse_weight, "perceptual": self.perceptual_weight, "fool": 0.0}
         weights["teacher"] = self.teacher_weight
         weights |= dict.fromkeys(("words", "context"), self.semantic_weight)
-        total = torch.zeros(()).to(parts["mse"])
+        total = parts["mse"].new_zeros(())
         for name, loss in parts.items():
             if weight := weights.get(name, 1.0):
                 total = total + weight * loss
