@@ -43,6 +43,23 @@ ROWS = {
         "| {seeing flickr8k captioning CIDEr:.3f}; {seeing flickr8k captioning CIDEr_beams:.3f} | "
         "{language_model after.perplexity:.2f} |",
     ),
+    "docs/training/distillation.md": (
+        "| the starter, its teacher | 4.92 million | {distillation rows.teacher.CIDEr.value:.3f}; "
+        "{distillation rows.teacher.CIDEr_beams.value:.3f} |",
+        *(
+            f"{{distillation rows.{row}.CIDEr.value:.3f}}; "
+            f"{{distillation rows.{row}.CIDEr_beams.value:.3f}}{end} | "
+            f"{{distillation rows.{row}.share_of_teacher:%}}; "
+            f"{{distillation rows.{row}.share_of_teacher_beams:%}} | "
+            f"{{distillation rows.{row}.distinct_captions.value:.0f}}; "
+            f"{{distillation rows.{row}.distinct_captions_beams.value:.0f}} |"
+            for row, end in (("taught", "**"), ("alone", ""))
+        ),
+        "({distillation rows.taught.CIDEr.low:.3f} to "
+        "{distillation rows.taught.CIDEr.high:.3f} and "
+        "{distillation rows.alone.CIDEr.low:.3f} to "
+        "{distillation rows.alone.CIDEr.high:.3f} greedy",
+    ),
     "docs/guides/engines.md": (
         "CIDEr {gguf CIDEr:.3f}): | GGUF of the starter",
         *(
