@@ -81,7 +81,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     trained = [weight for weight in network.parameters() if weight.requires_grad]
     optimizer = muon(network, adapter_parts(network.transformer), 1e-3, 0.1)
     network.train()
-    network.transformer.recompute = options.recompute
+    network.transformer.recompute = len(network.transformer.layers) if options.recompute else 0
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", "ascii")  # VmHWM starts anew
     seconds = []

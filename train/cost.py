@@ -26,6 +26,18 @@ PEAKS = {
 }
 
 
+def recomputed_layers(recompute: bool | int, layers: int) -> int:
+    """How many of so many layers compute their activations again: all (True), none, or a number.
+
+    Raises:
+        ValueError: for a number that they do not have.
+    """
+    count = layers if recompute is True else int(recompute)
+    if not 0 <= count <= layers:
+        raise ValueError(f"recompute={recompute}: expected true, false, or 0 to {layers} layers")
+    return count
+
+
 def layer_parameters(config: TransformerConfig) -> int:
     """Number of parameters in the matrices of all layers, of experts those that a token has."""
     heads, experts = config.num_attention_heads + config.num_key_value_heads, config.experts

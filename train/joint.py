@@ -31,7 +31,7 @@ from multimodal.terminal import shown
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
 from multimodal.train.adapting import AdapterModule
-from multimodal.train.cost import training_flops
+from multimodal.train.cost import recomputed_layers, training_flops
 from multimodal.train.examples import Examples, Note
 from multimodal.train.optim import can_compile, has_compiler, parameters_named
 from multimodal.train.preflight import check_data
@@ -51,10 +51,11 @@ class JointModule(AdapterModule):
             ``starter``, or ``user/name`` of the Hugging Face Hub).
         image_tokenizer: folder of a trained image tokenizer, or a model whose image tokenizer is
             taken.
-        size: a named size (tiny, mini, starter, base, large, 1b, 7b; with experts starter-moe,
-            base-moe), or a language model to start from its weights: a Qwen3, Qwen3-MoE, Qwen2,
-            Llama, SmolLM2 or Mistral of Hugging Face (its folder, or ``user/name``), a GGUF file,
-            or a model folder of this package. The text tokenizer is then given the same, too.
+        size: a named size (tiny, micro, mini, starter, base, large, 1b, 7b; with experts
+            starter-moe, base-moe), or a language model to start from its weights: a Qwen3,
+            Qwen3-MoE, Qwen2, Llama, SmolLM2 or Mistral of Hugging Face (its folder, or
+            ``user/name``), a GGUF file, or a model folder of this package. The text tokenizer is
+            then given the same, too.
         objectives: weights and shares of the losses.
         reads: the levels of the image tokenizer that captions, answers and embeddings read. By
             default those of the model that ``image_tokenizer`` names, else the first one.
@@ -78,8 +79,8 @@ class JointModule(AdapterModule):
         lora: train an adapter for the model of ``--init_from``, and nothing else: r, alpha,
             dropout, target, bits. The run writes ``adapter/`` in place of ``model/``. With
             ``new_rows`` codes and specials train too: for a language model in ``size``.
-        recompute: keep no activations inside layers, and compute them again for the gradients. It
-            takes a third more time and much less memory.
+        recompute: keep no activations inside layers (true), or inside so many of them, and compute
+            them again for the gradients. For all it takes a third more time and much less memory.
         captions_in_validation, answers_in_validation, drawings_in_validation: how many all ranks
             make together, with the options that a person gets by default. Answers have 16 tokens
             at most.
@@ -108,7 +109,7 @@ class JointModule(AdapterModule):
         learning_rates: dict[str, float] | None = None,
         freeze: list[str] | None = None,
         lora: LoraConfig | None = None,
-        recompute: bool = False,
+        recompute: bool | int = False,
         captions_in_validation: int = 200,
         answers_in_validation: int = 200,
         drawings_in_validation: int = 8,
@@ -147,7 +148,8 @@ class JointModule(AdapterModule):
             raise ValueError(f"freeze={freeze}: nothing is left to train")
         for name in self.learning_rates if lora is None else ():
             parameters_named(self, name)  # a wrong name is an error now; with lora at the start
-        self.network.transformer.recompute = recompute
+        layers = len(self.network.transformer.layers)
+        self.network.transformer.recompute = recomputed_layers(recompute, layers)
         for name, share in (("dropout", dropout), ("label_smoothing", label_smoothing)):
             if not 0 <= share < 1:
                 raise ValueError(f"{name}={share}: expected a share in [0, 1)")

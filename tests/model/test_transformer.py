@@ -1,5 +1,6 @@
 """What each token sees. Packing, padding and caches change no number."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -163,13 +164,13 @@ def test_packed_is_separate_in_values_and_gradients(tiny_model: Callable[..., Mo
 
     alone = [pack([sequence], len(sequence), 0) for sequence in sequences]
     loss, gradients = loss_and_gradients([together])
-    transformer.recompute = True  # computes again what is not kept
-    layer, calls = transformer.layers[0], list[int]()
-    handle = layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    transformer.recompute = 1  # computes again what is not kept
+    calls, mlps = Counter[int](), [layer.mlp for layer in transformer.layers]
+    hooks = [m.register_forward_pre_hook(lambda m, _: calls.update([mlps.index(m)])) for m in mlps]
     again, gradients_again = loss_and_gradients([together])
-    handle.remove()
-    transformer.recompute = False
-    assert len(calls) == 2, "once in the forward pass, once in the backward pass"
+    for hook in hooks:
+        hook.remove()
+    assert calls == {0: 2, 1: 1}, "twice where it is not kept: going forth, and going back"
     assert again == loss
     assert all(torch.equal(gradients_again[name], g) for name, g in gradients.items())
     expected_loss, expected = loss_and_gradients(alone)
@@ -202,7 +203,7 @@ def test_dropout_is_unbiased_and_only_in_training(tiny_model: Callable[..., Mode
     transformer.train()
     assert (logits_of(model, sequence) - before).abs().max() > SOMETHING
     gradients = []
-    for transformer.recompute in (False, True):  # the same numbers are dropped again
+    for transformer.recompute in (0, 2):  # the same numbers are dropped again
         torch.manual_seed(1)
         loss = summed_loss(model, packed)
         gradients.append(torch.autograd.grad(loss, list(transformer.parameters())))

@@ -11,7 +11,13 @@ from multimodal.api import Model
 from multimodal.model.layers.attention import attention_mask
 from multimodal.model.layers.experts import ExpertsConfig
 from multimodal.model.sequences import NO_LOSS, describe, draw, pack
-from multimodal.train.cost import layer_parameters, peak_flops, peak_memory, training_flops
+from multimodal.train.cost import (
+    layer_parameters,
+    peak_flops,
+    peak_memory,
+    recomputed_layers,
+    training_flops,
+)
 
 
 @pytest.mark.parametrize("experts", [None, ExpertsConfig(5, 3, 48, mlp_only_layers=(0,))])
@@ -69,3 +75,14 @@ def test_peak_memory_is_in_gigabytes() -> None:
     if not torch.cuda.is_available():
         array = torch.ones(round((before + 0.4) * 1e9) // 4)  # more than the peak so far
         assert peak_memory() > before + 0.3 and array.sum() > 0
+
+
+@pytest.mark.parametrize(("given", "count"), [(True, 7), (False, 0), (1, 1), (7, 7), (0, 0)])
+def test_all_layers_compute_again_or_so_many(given: bool | int, count: int) -> None:
+    assert recomputed_layers(given, 7) == count
+
+
+@pytest.mark.parametrize("given", [8, -1])
+def test_more_layers_than_there_are_cannot_compute_again(given: int) -> None:
+    with pytest.raises(ValueError, match=f"recompute={given}: expected true, false, or 0 to 7"):
+        recomputed_layers(given, 7)

@@ -47,7 +47,8 @@ class Step:
         strategy: ``one`` rank alone, ``ddp`` (all of the model on each), or ``fsdp`` (a part).
         device: ``cuda`` or ``cpu``. They differ in their kernels of attention and norms.
         bfloat16: products in bfloat16 (bf16-mixed).
-        recompute, attention, compiled, dropout: as of ``JointModule``.
+        recompute: how many layers compute their activations again.
+        attention, compiled, dropout: as of ``JointModule``.
         images: bytes of the frozen image tokenizer, which each rank has.
     """
 
@@ -57,7 +58,7 @@ class Step:
     strategy: Strategy = "one"
     device: Literal["cuda", "cpu"] = "cuda"
     bfloat16: bool = True
-    recompute: bool = False
+    recompute: int = 0
     attention: Backend = "sdpa"
     compiled: bool = False
     dropout: float = 0.0
@@ -124,11 +125,12 @@ def step_memory(network: MultimodalLM, step: Step) -> Memory:
         gathered = [gradients] * 3  # the reducer's buckets
         exchanged = round(2 * gradients * (step.ranks - 1) / step.ranks)
     fixed, layer, transient, casts = _activations(config, step)
-    activations = fixed + len(layers) * layer
-    if step.recompute:  # autocast keeps what it cast until the end of the forward pass
-        casts *= len(layers)
-    else:
-        casts = 0
+    # A layer that computes again keeps what enters it. Its turn comes when those above, which do
+    # not, have freed what they kept, so only if there are none it counts as a whole one beside.
+    entering = FLOAT * step.rows * step.row_length * config.hidden_size
+    activations = fixed + (len(layers) - step.recompute) * layer + step.recompute * entering
+    transient += layer if step.recompute == len(layers) else 0
+    casts *= step.recompute  # autocast keeps what it cast until the end of the forward pass
     kind = HALF if step.bfloat16 else FLOAT
     positions = step.rows * step.row_length
     states = positions * config.hidden_size
@@ -190,9 +192,6 @@ def _activations(config: TransformerConfig, step: Step) -> tuple[int, int, int, 
             x.sum().backward()  # type: ignore[no-untyped-call]
             del x, packed
     of_layer, transient = kept[-1] - kept[-2], max(0, live.peak - before - gradients)
-    if step.recompute:  # a layer keeps what enters it, and one layer at a time has all of it
-        entering = FLOAT * step.rows * step.row_length * config.hidden_size
-        return kept[0], entering, transient + of_layer, casts
     return kept[0], of_layer, transient, casts
 
 

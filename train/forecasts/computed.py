@@ -22,7 +22,13 @@ from multimodal.model.training_batch import TrainingBatch, TrainingSample
 from multimodal.model.vocabulary import Vocabulary
 from multimodal.tokenizers.image import load_image_tokenizer
 from multimodal.tokenizers.text import TextTokenizer
-from multimodal.train.cost import PEAKS, muon_bytes, muon_flops, training_flops
+from multimodal.train.cost import (
+    PEAKS,
+    muon_bytes,
+    muon_flops,
+    recomputed_layers,
+    training_flops,
+)
 from multimodal.train.data import ShardData
 from multimodal.train.forecasts.budget import Memory, Step, optimizer_of, step_memory
 from multimodal.train.optim import parameters_named
@@ -79,7 +85,7 @@ def computed(config: Any) -> list[str]:
         strategy=_strategy(trainer.strategy, ranks),
         device="cpu" if trainer.accelerator == "cpu" else "cuda",
         bfloat16=str(trainer.precision).startswith(("bf16", "16")),
-        recompute=options.recompute,
+        recompute=recomputed_layers(options.recompute, len(network.transformer.layers)),
         attention=options.attention,
         compiled=options.compile,
         dropout=options.dropout,
@@ -105,7 +111,8 @@ def forecast_lines(
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     all_weights = sum(p.numel() for p in network.parameters())
     floor = flops / (1e12 * PEAKS[CARD])
-    mfu = MFU * 3 / 4 if step.recompute else MFU  # a second forward pass counts as none
+    # A second forward pass counts as none.
+    mfu = MFU * 3 / (3 + step.recompute / len(network.transformer.layers))
     compute, exchange = floor / mfu, memory.exchanged / BETWEEN_MACHINES
     optimizer = optimizer_of(network)
     products, sent = muon_flops(optimizer, step.parts), muon_bytes(optimizer, step.parts)

@@ -102,6 +102,7 @@ class TransformerConfig:
 # has in the layers, and all with a vocabulary of 49,152 ids (32k of text, 16k codes)
 SIZES: dict[str, tuple[int, ...]] = {
     "tiny": (2, 64, 4, 2, 16, 128),  #             74 k    3.2 M
+    "micro": (4, 128, 2, 1, 64, 384),  #          787 k    7.1 M
     "mini": (4, 256, 4, 2, 64, 768),  #           3.1 M    16 M
     "starter": (6, 384, 6, 2, 64, 1024),  #       9.4 M    28 M
     "starter-moe": (6, 384, 6, 2, 64, 1024, 8, 2, 512),  #   9.5 M    50 M
@@ -140,8 +141,7 @@ class Attention(nn.Module):
         """Queries float[B, H, Q, d], keys and values float[B, G, L, d], as they meet."""
         parts = self.q_proj(x[:, query_slice]), self.k_proj(x), self.v_proj(x)
         q, k, v = (rearrange(part, "b l (h d) -> b l h d", d=self.head_dim) for part in parts)
-        # Norm and rotation in fp32, as the angles are. The products in the dtype of the weights.
-        # Keep [B, L, H, d] until after RoPE: memory stays contiguous.
+        # Norm and rotation in fp32, products in the dtype of the weights; [B, L, H, d] until then.
         query_cos_sin = [angles[:, query_slice] for angles in cos_sin]
         q = rotate(self.q_norm(q), *query_cos_sin).to(v.dtype)
         k = rotate(self.k_norm(k), *cos_sin).to(v.dtype)
@@ -240,12 +240,12 @@ class Transformer(nn.Module):
     """Ids in, hidden states out. ``logits`` turns hidden states into float32 scores.
 
     Attributes:
-        recompute: in training keep only what enters a layer, and compute the rest again in the
-            backward pass (Chen et al. 2016, arXiv:1604.06174).
+        recompute: of so many layers, the first ones, keep in training only what enters, and compute
+            the rest again in the backward pass (Chen et al. 2016, arXiv:1604.06174).
         dropout: in training, the share of embeddings and of what layers add that is set to 0.
     """
 
-    recompute = False
+    recompute = 0
     dropout = 0.0
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -298,13 +298,13 @@ class Transformer(nn.Module):
         """
         cos_sin = self.config.rope.angles(positions)
         dropout = self.dropout if self.training else 0.0
-        recompute = self.recompute and torch.is_grad_enabled() and cache is None
+        recompute = self.recompute if torch.is_grad_enabled() and cache is None else 0
         x = self.embed_tokens(ids)
         x = add_dropped(torch.zeros_like(x[..., :1]), x, dropout) if dropout else x
         for number, layer in enumerate(self.layers):
             queries = query_slice if number == len(self.layers) - 1 else ALL
             run: Any = layer if cache is None else layer._call_impl  # see compile_layers
-            run = partial(checkpoint, layer, use_reentrant=False) if recompute else run
+            run = partial(checkpoint, layer, use_reentrant=False) if number < recompute else run
             x, logits = run(x, cos_sin, mask, cache, number, queries, dropout)
             if router_logits is not None:
                 router_logits += logits
