@@ -1,14 +1,13 @@
 """A student of a third of the parameters, with its teacher and from the data alone.
 
-    python benchmarks/distillation.py --codes data/flickr8k-codes --data data/flickr8k
-        [--teacher starter] [--layers 4] [--width 128] [--inner 384] [--weight 0.5]
-        [--temperature 2] [--steps 1200] [--seeds 0] [--out runs/distillation]
+    python benchmarks/distillation.py --data data/flickr8k [--teacher starter] [--weights 0.5 0]
+        [--seeds 0] [--out runs/distillation] [-- --KEY VALUE ...]
 
-Both students start from the same weights and read the same rows in the same order. They learn to
-caption alone, so what the teacher draws is not asked of them. Measured is CIDEr on the split val of
---data, greedy, beside that of the teacher, with 95 % intervals. A run that is done is not done
-again, one that was stopped is resumed, and one of other arguments needs another --out. The last
-line is JSON.
+The recipe is student.yaml; what follows ``--`` goes to all runs. They start from the same weights
+and read the same rows in the same order, and the teacher's weight is all that they differ in: 0 is
+the data alone. Measured is CIDEr on the split val of --data, beside that of the teacher, with 95 %
+intervals. A run that is done is not done again, and one of other arguments needs another --out. The
+last line is JSON.
 """
 
 import argparse
@@ -16,34 +15,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from adapters import cider
-from fits import fit
-from safetensors.torch import save_file
+from adapters import cider, fit_once
 
 from multimodal import load
-from multimodal.files import write_json
-from multimodal.model.layers.transformer import Transformer, TransformerConfig
-from multimodal.model.stock import stock_config
-
-HEAD_DIM = 64
-
-
-def new_student(folder: Path, text_size: int, layers: int, width: int, inner: int) -> None:
-    """A language model with random weights in a folder, as ``size`` takes it.
-
-    So codes start at a tenth of the scale of texts (``grown_table``), 0.002 where a named size has
-    0.02. Both students do, and AdamW moves each number that far within the warm-up.
-    """
-    torch.manual_seed(0)
-    heads = width // HEAD_DIM
-    config = TransformerConfig(
-        text_size, width, layers, heads, max(1, heads // 2), HEAD_DIM, inner, True
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    state = Transformer(config).stock_state_dict()
-    save_file({name: value.detach() for name, value in state.items()}, folder / "model.safetensors")
-    write_json(folder / "config.json", stock_config(config))
 
 
 def parameters(model: str) -> int:
@@ -51,66 +25,35 @@ def parameters(model: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--codes", required=True, help="a shard folder of codes, to train on")
-    parser.add_argument("--data", required=True, help="the same images, to measure on")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="images with captions, to measure on")
     parser.add_argument("--teacher", default="starter")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=128, help=f"a multiple of {HEAD_DIM}")
-    parser.add_argument("--inner", type=int, default=384, help="width of the MLPs")
-    parser.add_argument("--weight", type=float, default=0.5, help="of the teacher, 0 to 1")
-    parser.add_argument("--temperature", type=float, default=2.0)
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--rate", type=float, default=4e-3, help="learning rate")
+    parser.add_argument("--weights", nargs="+", default=["0.5", "0"], help="of the teacher, 0 to 1")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
+    parser.add_argument("more", nargs="*", metavar="--KEY VALUE", help="after --, of fit")
     options = parser.parse_args()
-    teacher = load(options.teacher)
-    # Other widths do not change the student of the runs that are there.
-    size = options.out / f"size-{options.layers}-{options.width}-{options.inner}"
-    if options.width % HEAD_DIM:
-        parser.error(f"--width {options.width}: not a multiple of {HEAD_DIM}")
-    new_student(size, len(teacher.text_tokenizer), options.layers, options.width, options.inner)
-    rows: dict[str, Any] = {
-        "teacher": {
-            "parameters": parameters(options.teacher),
-            **cider(options.out, options.data, "--model", options.teacher),
-        }
-    }
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def measured(folder: Path, model: str) -> dict[str, Any]:
+        figures = cider(folder, options.data, "--model", model)
+        return {"parameters": parameters(model), **figures}
+
+    rows: dict[str, Any] = {"teacher": measured(options.out, options.teacher)}
     for seed in options.seeds:
-        for kind, weight in (("taught", options.weight), ("alone", 0.0)):
-            folder = options.out / f"{kind}-{seed}"
-            module = {
-                "teacher": options.teacher,
-                "teacher_weight": weight,
-                "temperature": options.temperature,
-                "text_tokenizer": options.teacher,
-                "image_tokenizer": options.teacher,
-                "size": str(size),
-                "reads": [*teacher.config.reads],
-                "draws": [*teacher.config.draws],
-                "row_length": 240,
-                "captions_per_image": 5,
-                "dropout": 0.05,
-                "objectives": {
-                    "alignment_weight": 0.0,
-                    "reconstruct_share": 0.0,
-                    "next_token_share": 0.0,
-                },
-                "learning_rate": options.rate,
-                "warmup_steps": min(60, options.steps // 10),
-                "captions_in_validation": 100,
-            }
-            data = {"folders": [options.codes], "global_batch_size": 32, "val_limit": 200}
-            fit(folder, "distill.DistillModule", module, data | {"workers": 0}, options.steps, seed)
-            student = str(folder / "model")
-            rows[f"{kind}-{seed}"] = {
-                "parameters": parameters(student),
-                **cider(folder, options.data, "--model", student),
-                "seconds": float((folder / "seconds").read_text("utf-8")),
-            }
-            print(kind, seed, json.dumps(rows[f"{kind}-{seed}"]), flush=True)
-    print(json.dumps({name: str(value) for name, value in vars(options).items()} | rows))
+        for weight in options.weights:
+            name = f"weight {weight}, seed {seed}"
+            folder = options.out / f"{weight}-{seed}"
+            fit = ["--config", "student.yaml", "--seed_everything", str(seed)]
+            fit += ["--model.teacher_weight", weight, *options.more]
+            for part in ("teacher", "text_tokenizer", "image_tokenizer"):
+                fit += [f"--model.{part}", options.teacher]
+            seconds = fit_once(folder, *fit)
+            rows[name] = {**measured(folder, str(folder / "model")), "seconds": seconds}
+            print(name, json.dumps(rows[name]), flush=True)
+    print(json.dumps({"data": options.data, "more": options.more, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,31 +59,27 @@ def test_a_score_is_that_of_its_model_and_data(adapters: Any, tmp_path: Path) ->
     assert adapters.cider(tmp_path, "data/a", "--model", "other") == {"CIDEr": {"value": 3}}
 
 
-def test_a_student_of_another_width_does_not_replace_the_one_of_earlier_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_students_differ_in_the_weight_of_their_teacher_alone(
+    adapters: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    module, sizes = import_module("distillation"), list[Path]()
+    module, given = import_module("distillation"), list[tuple[str, ...]]()
 
-    def fit(folder: Path, name: str, arguments: dict[str, Any], *more: Any) -> None:
-        folder.mkdir(exist_ok=True)
-        (folder / "seconds").write_text("1")
-        sizes.append(Path(arguments["size"]))
+    def fit_once(folder: Path, *arguments: str) -> float:
+        folder.mkdir()
+        given.append(arguments)
+        return 7.0
 
-    teacher = SimpleNamespace(
-        text_tokenizer="text", config=SimpleNamespace(reads=("detail",), draws=("detail",))
-    )
-    monkeypatch.setattr(module, "load", lambda name: teacher)
+    monkeypatch.setattr(module, "cider", adapters.cider)
+    monkeypatch.setattr(module, "fit_once", fit_once)
     monkeypatch.setattr(module, "parameters", lambda name: 1)
-    monkeypatch.setattr(module, "cider", lambda *arguments: {})
-    monkeypatch.setattr(module, "fit", fit)
-    for width in ("64", "128"):
-        command = ["distillation.py", "--codes", "a", "--data", "a", "--width", width]
-        command += ["--layers", "1", "--inner", "8", "--out", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", command)
-        module.main()
-    widths = [json.loads((size / "config.json").read_text())["hidden_size"] for size in sizes]
-    assert widths == [64, 64, 128, 128]
+    command = ["distillation.py", "--data", "a", "--out", str(tmp_path), "--", "--model.dropout=0"]
+    monkeypatch.setattr(sys, "argv", command)
+    module.main()
+    taught, alone = given
+    differing = {pair for pair in zip(taught, alone, strict=True) if len({*pair}) > 1}
+    assert differing == {("0.5", "0")}
+    assert taught[taught.index("0.5") - 1] == "--model.teacher_weight"
+    assert "--model.dropout=0" in taught
 
 
 def test_a_step_that_is_not_timed_is_not_enough() -> None:
