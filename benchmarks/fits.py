@@ -49,8 +49,12 @@ def fit(
     data: dict[str, Any],
     steps: int,
     seed: int = 0,
+    start: str | None = None,
 ) -> None:
     """Start a run, resume one that was stopped, or do nothing if it is done.
+
+    Args:
+        start: the model that the run starts from.
 
     The model is in ``folder/model``. ``folder/seconds`` has the seconds of the last start.
 
@@ -61,6 +65,7 @@ def fit(
     config = {
         "output": str(folder),
         "seed_everything": seed,
+        **({} if start is None else {"init_from": start}),
         "model": {"class_path": f"multimodal.train.{module}", "init_args": arguments},
         "data": {"workers": 1, **data},
         "trainer": {**TRAINER, "max_steps": steps, "val_check_interval": steps},
@@ -74,9 +79,9 @@ def fit(
     command = [sys.executable, "-m", "multimodal.cli", "fit", "--config", folder / "config.yaml"]
     if (last := folder / "checkpoints/last.ckpt").is_file():
         command += ["--ckpt_path", last]
-    start = time.perf_counter()
+    began = time.perf_counter()
     subprocess.run([str(part) for part in command], check=True)
-    (folder / "seconds").write_text(f"{time.perf_counter() - start:.0f}\n", "utf-8")
+    (folder / "seconds").write_text(f"{time.perf_counter() - began:.0f}\n", "utf-8")
 
 
 def fit_in_memory(

@@ -52,6 +52,20 @@ ROWS = {
         "{fine_tuning smollm2.rows.lora.CIDEr_beams.value:.3f} for "
         "{fine_tuning smollm2.rows.full.CIDEr_beams.value:.3f} with beams",
     ),
+    "docs/training/preferences.md": (
+        "draws {preferences rows.dpo-0.guidance_1_5.objects:%} of the objects of new scenes right, "
+        "before {preferences rows.before.guidance_3.objects:%}",
+    ),
+    "docs/decisions/drawing.md": (
+        *(
+            f"{{preferences rows.{row}.guidance_1.objects:%}}{gain}"
+            for row, gain in (("before", " | "), ("dpo-0", " (+7.8 to +17.6) | **"))
+        ),
+        "(+7.2 to +16.9) | {preferences rows.kto-0.guidance_1_5.objects:%} (+8.8 to +19.3) | "
+        "{preferences rows.kto-0.guidance_3.objects:%} (+3.5 to +13.1) |",
+        "(-7.3 to +2.1) | {preferences rows.ipo-0.guidance_1_5.objects:%} (-2.9 to +6.5) | "
+        "{preferences rows.ipo-0.guidance_3.objects:%} (-1.2 to +9.7) |",
+    ),
     "docs/training/distillation.md": (
         "| the starter, its teacher | 4.92 million | {distillation rows.teacher.CIDEr.value:.3f}; "
         "{distillation rows.teacher.CIDEr_beams.value:.3f} |",

@@ -196,7 +196,7 @@ def test_each_worker_has_a_record(tmp_path: Path) -> None:
 def test_the_command_with_workers(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two models answer; one is killed and comes again; records hold; a signal ends all."""
+    """Two models answer; one is killed while both write, and comes again; a signal ends all."""
     port, record = free_port(), tmp_path / "record.jsonl"
     command = [sys.executable, "-m", "multimodal", "serve", str(tiny_model_folder)]
     command += ["--port", str(port), "--threads", "1", "--workers", "2", "--record", str(record)]
@@ -206,12 +206,16 @@ def test_the_command_with_workers(
     body = {"model": "tiny", "messages": [{"role": "user", "content": "a red bus"}],
         "max_tokens": 5, "temperature": 1.0, "seed": 1}  # fmt: skip
 
-    def chat() -> str:
+    def chat(**changed: Any) -> str:
         try:
-            answer = httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=60)
-            return str(answer.json()["choices"][0]["message"]["content"])
+            asked = httpx2.post(f"{url}/v1/chat/completions", json=body | changed, timeout=60)
+            (choice,) = asked.json()["choices"]
+            return f"{choice['message']['content']} ({choice['finish_reason']})"
         except httpx2.TransportError:
             return ""
+
+    def long_chat() -> str:
+        return chat(temperature=0.0, max_tokens=900)
 
     def drawn() -> bytes:
         asked = {"model": "tiny", "prompt": "a red bus", "seed": 1}
@@ -225,6 +229,15 @@ def test_the_command_with_workers(
             return set()
         return {part[:1] for part in text.split('worker="')[1:]}
 
+    def busy() -> set[str]:
+        samples = (
+            sample
+            for family in text_string_to_metric_families(httpx2.get(f"{url}/metrics").text)
+            for sample in family.samples
+            if sample.name.endswith("_running")
+        )
+        return {sample.labels["worker"] for sample in samples if sample.value}
+
     try:
         assert process.stdout is not None and str(port) in process.stdout.readline()
         wait_for(lambda: numbers() == {"0", "1"})
@@ -235,7 +248,13 @@ def test_the_command_with_workers(
         workers = [
             pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
         ]
-        os.kill(int(workers[0]), signal.SIGKILL)
+        with ThreadPoolExecutor(12) as pool:
+            running = [pool.submit(long_chat) for _ in range(12)]
+            wait_for(lambda: busy() == {"0", "1"})
+            os.kill(int(workers[0]), signal.SIGKILL)
+            answers = [each.result() for each in running]
+        assert "" in answers, "those of the victim get an error"
+        assert len({*answers}) == 2, "those of the other one their answers, all of them whole"
         wait_for(lambda: chat())
         wait_for(lambda: numbers() == {"0", "1"})
         process.send_signal(signal.SIGTERM)

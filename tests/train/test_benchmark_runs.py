@@ -86,3 +86,23 @@ def test_a_step_that_is_not_timed_is_not_enough() -> None:
     command = [sys.executable, str(BENCHMARKS / "lora_memory.py"), "--steps", "1"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 2 and "--steps 1: expected 2 or more" in done.stderr
+
+
+def test_what_is_gained_is_of_the_same_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = import_module("preferences")
+
+    def figures(*right: float) -> dict[str, Any]:
+        """Of three scenes with two objects each."""
+        cases = [list(right), [0, 0, 1, 1, 2, 2]]
+        return {"captions": {"perfect": sum(right)}, "3": {"objects": cases, "extra": [[], []]}}
+
+    before, after = figures(1, 0, 0, 0, 1, 1), figures(1, 1, 1, 0, 1, 0)
+    found = module.summary(after, before, [3.0])
+    assert found["captions"] == {"perfect": 4} and found["guidance 3"]["objects"] == 4 / 6
+    gained = found["guidance 3"]["objects_gained"]
+    assert gained["value"] == pytest.approx(1 / 6)
+    # The differences of the scenes are 1, 1 and -1 objects of two.
+    assert gained["low"] == -0.5 and gained["high"] == 0.5
+    same = module.summary(before, before, [3.0])["guidance 3"]["objects_gained"]
+    assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
