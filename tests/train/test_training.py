@@ -306,7 +306,7 @@ ZERO = "{caption: 0, answer: 0, text: 0, image: 0, reconstruct: 0}"
         (["--trainer.max_steps", "many"], 2, r"trainer.max_steps.*Got value: many"),
         (["--trainer.max_steps", "-1"], 1, r"the run has no end"),
         (["--speed", "3"], 2, r"unrecognized arguments: --speed 3"),
-        (["--config", "no.yaml"], 1, r"no.yaml: no such file, and no recipe .*scenes_joint.yaml"),
+        (["--config", "no.yaml"], 1, r"no.yaml: no such file, and no recipe .*scenes_joint, "),
         (["--config", "WRONG"], 2, r"does not accept option 'trainr"),
         (["--ckpt_path", "no.ckpt"], 1, r"no.ckpt: no such checkpoint"),
         (["--ckpt_path", "OTHER"], 1, r"the checkpoint is of another model"),

@@ -66,9 +66,10 @@ def find_recipes(argv: list[str]) -> list[str]:
         if local_path(value).exists():
             continue
         if not (recipe := recipes / value).is_file():
+            names = ", ".join(name.removesuffix(".yaml") for name in recipe_names())
             raise ValueError(
-                f"--config {value}: no such file, and no recipe of that name; recipes are "
-                f"{', '.join(recipe_names())}"
+                f"--config {value}: no such file, and no recipe of that name; recipes, each with "
+                f".yaml at its end, are {names}"
             )
         arguments[position] = f"--config={recipe}" if equals else str(recipe)
     return arguments
