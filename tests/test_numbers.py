@@ -76,8 +76,12 @@ ROWS = {
             f"{{distillation rows.{row}.share_of_teacher_beams:%}} | "
             f"{{distillation rows.{row}.distinct_captions.value:.0f}}; "
             f"{{distillation rows.{row}.distinct_captions_beams.value:.0f}} |"
-            for row, end in (("taught", "**"), ("alone", ""))
+            for row, end in (("taught", "**"), ("alone", ""), ("recipe", ""))
         ),
+        "**{distillation rows.rewarded.CIDEr.value:.3f}**; "
+        "{distillation rows.rewarded.CIDEr_beams.value:.3f} | "
+        "{distillation rows.rewarded.share_of_teacher:%}; "
+        "{distillation rows.rewarded.share_of_teacher_beams:%} |",
         "({distillation rows.taught.CIDEr.low:.3f} to "
         "{distillation rows.taught.CIDEr.high:.3f} and "
         "{distillation rows.alone.CIDEr.low:.3f} to "
