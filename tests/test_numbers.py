@@ -109,6 +109,13 @@ ROWS = {
             f"{{fewer_bits rows.{dtype}.tokens_per_second.together:,.0f}} |"
             for dtype in ("float32", "bfloat16", "int8", "int4")
         ),
+        *(
+            f"| {{fewer_bits_smollm2 rows.{dtype}.CIDEr.value:.3f}} | "
+            f"{{fewer_bits_smollm2 rows.{dtype}.agree:%}} | "
+            f"{{fewer_bits_smollm2 rows.{dtype}.tokens_per_second.alone:.1f}} | "
+            f"{{fewer_bits_smollm2 rows.{dtype}.tokens_per_second.together:.0f}} |"
+            for dtype in ("float32", "bfloat16", "int8", "int4")
+        ),
     ),
     "docs/guides/evaluation.md": (
         "for men alone for {val flickr8k person_words women_said_men:%} of 195 photos of women",
