@@ -22,7 +22,8 @@ from multimodal.data.images import to_image
 from multimodal.data.shards import Shards
 from multimodal.eval.evaluate import git_commit
 from multimodal.eval.evaluator import Subject, evaluate
-from multimodal.eval.metrics.scene_drawings import complete_caption, score_scene_drawings
+from multimodal.eval.metrics.proportions import Cases
+from multimodal.eval.metrics.scene_drawings import complete_caption, judge_scene_drawings
 from multimodal.eval.tasks.scene_captions import SceneCaptions
 from multimodal.files import write_json
 from multimodal.inference.codec import decode_images
@@ -53,10 +54,10 @@ def fit(
 ) -> None:
     """Start a run, resume one that was stopped, or do nothing if it is done.
 
-    Args:
-        start: the model that the run starts from.
-
     The model is in ``folder/model``. ``folder/seconds`` has the seconds of the last start.
+
+    Args:
+        start: the model that a new run starts from.
 
     Raises:
         SystemExit: for a folder that holds a run of another configuration.
@@ -78,7 +79,7 @@ def fit(
         return
     command = [sys.executable, "-m", "multimodal.cli", "fit", "--config", folder / "config.yaml"]
     if (last := folder / "checkpoints/last.ckpt").is_file():
-        command += ["--ckpt_path", last]
+        command += ["--ckpt_path", last, "--init_from", "null"]  # the checkpoint has all weights
     began = time.perf_counter()
     subprocess.run([str(part) for part in command], check=True)
     (folder / "seconds").write_text(f"{time.perf_counter() - began:.0f}\n", "utf-8")
@@ -141,21 +142,28 @@ def score_captions(model: Model, data: str) -> dict[str, float]:
     return {name: score["value"] for name, score in scores.items()}
 
 
-def score_drawings(model: Model, data: str, method: Method = "causal") -> dict[str, float]:
-    """Scores of drawings of 200 scenes of val: guidance 3, the default temperature, seed 0."""
+def judge_drawings(model: Model, data: str, options: DrawOptions) -> dict[str, Cases]:
+    """What is right in drawings of 200 scenes of val, as ``judge_scene_drawings`` says it."""
     records = (sample.record for sample in islice(Shards(data, "val"), 200))
     prompts = [caption for record in records if (caption := complete_caption(record))]
     codes = [
         draw_codes(
             model,
             prompts[start : start + 64],
-            DrawOptions(method=method),
+            options,
             numbers=range(start, min(start + 64, len(prompts))),
         )
         for start in range(0, len(prompts), 64)
     ]
     drawn = [to_image(image) for image in decode_images(model, torch.cat(codes))]
-    return score_scene_drawings(prompts, drawn)
+    return judge_scene_drawings(prompts, drawn)
+
+
+def score_drawings(model: Model, data: str, method: Method = "causal") -> dict[str, float]:
+    """Scores of these drawings: guidance 3, the default temperature, seed 0. ``n``: objects."""
+    judged = judge_drawings(model, data, DrawOptions(method=method))
+    scores = {name: cases.mean for name, cases in judged.items()}
+    return scores | {"n": float(len(judged["objects"].values))}
 
 
 def file_of(folder: Path, name: str, settings: dict[str, Any], suffix: str) -> Path:

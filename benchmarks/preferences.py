@@ -16,39 +16,16 @@ import argparse
 import json
 import subprocess
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fits import fit, last_figures, measured_once, score_captions
+from fits import fit, judge_drawings, last_figures, measured_once, score_captions
 
-from multimodal import Model, load
-from multimodal.data.images import to_image
-from multimodal.data.shards import Shards
+from multimodal import load
 from multimodal.eval.evaluator import interval
-from multimodal.eval.metrics.proportions import Cases
-from multimodal.eval.metrics.scene_drawings import complete_caption, judge_scene_drawings
-from multimodal.inference.codec import decode_images
-from multimodal.inference.drawing import draw_codes
 from multimodal.options import DrawOptions
 
 BETA = {"dpo": 0.1, "ipo": 10.0, "kto": 0.1}  # ipo aims at 1 / (2 beta) nats a code
-SCENES, BATCH = 200, 50
-
-
-def drawn(model: Model, data: str, guidance: float) -> dict[str, Cases]:
-    """What is right in drawings of scenes of val, code by code, seed 0."""
-    records = [sample.record for sample in islice(Shards(data, "val"), SCENES)]
-    texts = [caption for record in records if (caption := complete_caption(record))]
-    options = DrawOptions(guidance_scale=guidance)
-    codes = [
-        draw_codes(
-            model, texts[start : start + BATCH], options, numbers=range(start, start + BATCH)
-        )
-        for start in range(0, len(texts), BATCH)
-    ]
-    pictures = [to_image(image) for each in codes for image in decode_images(model, each)]
-    return judge_scene_drawings(texts, pictures)
 
 
 def measured(model: str, data: str, guidances: list[float]) -> dict[str, Any]:
@@ -56,7 +33,7 @@ def measured(model: str, data: str, guidances: list[float]) -> dict[str, Any]:
     loaded = load(model)
     figures: dict[str, Any] = {"captions": score_captions(loaded, data)}
     for guidance in guidances:
-        cases = drawn(loaded, data, guidance)
+        cases = judge_drawings(loaded, data, DrawOptions(guidance_scale=guidance))
         figures[f"{guidance:g}"] = {name: [each.values, each.rows] for name, each in cases.items()}
     return figures
 
@@ -101,7 +78,7 @@ def main() -> None:
         command += ["--margin", 0.2, "--limit", options.limit, "--split", "train"]
         command += ["--guidance-scale", options.drawn_with, "--batch-size", 32]
         subprocess.run([sys.executable, "-m", "multimodal", *map(str, command)], check=True)
-    teacher = load(options.model)
+    base = load(options.model)
 
     def measure(folder: Path, model: str) -> dict[str, Any]:
         settings = {"model": model, "data": options.data, "guidance": options.guidance}
@@ -119,8 +96,8 @@ def main() -> None:
                 "text_tokenizer": options.model,
                 "image_tokenizer": options.model,
                 "size": "mini",
-                "reads": [*teacher.config.reads],
-                "draws": [*teacher.config.draws],
+                "reads": [*base.config.reads],
+                "draws": [*base.config.draws],
                 "row_length": 640,
                 "variant": variant,
                 "beta": BETA[variant],
@@ -146,9 +123,9 @@ def main() -> None:
                 seed,
                 start,
             )
-            student = str(folder / "model")
+            trained = str(folder / "model")
             rows[f"{variant}-{seed}"] = {
-                **summary(measure(folder, student), before, options.guidance),
+                **summary(measure(folder, trained), before, options.guidance),
                 "log": last_figures(folder),
                 "seconds": float((folder / "seconds").read_text("utf-8")),
             }
