@@ -1,5 +1,7 @@
 """What fewer bits cost and give: a model in float32 and bfloat16, and quantized to int8 and int4.
 
+int4 is made twice: from the weights alone, and with samples of the split train of --data.
+
     python benchmarks/fewer_bits.py --data data/flickr8k [--model starter] [--split val]
         [--photos 500] [--rounds 5] [--threads 1]
 
@@ -46,6 +48,7 @@ from multimodal.options import TextOptions
 
 BATCH, ALONE = 32, 8  # photos at a time, and one after the other
 GREEDY = TextOptions()
+WITH_SAMPLES = "int4_with_samples"
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,17 @@ class Row:
         }
 
 
-def rows_of(name: str, folder: Path) -> dict[str, Row]:
+def rows_of(name: str, folder: Path, data: Path) -> dict[str, Row]:
     for dtype in ("float32", "bfloat16"):
         export_model(name, folder / dtype, dtype)
     quantize_model(name, folder / "int8", "int8")
     quantize_model(name, folder / "int4", "int4")
+    quantize_model(name, folder / WITH_SAMPLES, "int4", data)
     return {
         kind: Row(
             folder / kind, load(folder / kind, dtype=kind if kind == "bfloat16" else "float32")
         )
-        for kind in ("float32", "bfloat16", "int8", "int4")
+        for kind in ("float32", "bfloat16", "int8", "int4", WITH_SAMPLES)
     }
 
 
@@ -143,7 +147,7 @@ def main() -> None:
     figures: dict[str, dict[str, Any]] = {}
     captions: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        rows = rows_of(arguments.model, Path(temporary))
+        rows = rows_of(arguments.model, Path(temporary), arguments.data)
         for name, row in rows.items():
             subject = Subject(row.model, described)
             captions[name] = captions_of(subject)

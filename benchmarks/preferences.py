@@ -22,6 +22,7 @@ from typing import Any
 from fits import fit, judge_drawings, last_figures, measured_once, score_captions
 
 from multimodal import load
+from multimodal.api import Model
 from multimodal.eval.evaluator import interval
 from multimodal.options import DrawOptions
 
@@ -54,6 +55,57 @@ def summary(figures: dict[str, Any], before: dict[str, Any], guidances: list[flo
     return row
 
 
+def made_pairs(options: argparse.Namespace, *more: Any) -> Path:
+    """The shards that ``multimodal prefer`` writes of the split train, made once."""
+    pairs = Path(options.out) / "pairs"
+    if not (pairs / "manifest.json").is_file():
+        command = ["prefer", options.model, "--data", options.data, "--out", pairs, "--split"]
+        command += ["train", "--candidates", options.candidates, "--batch-size", 32, *more]
+        subprocess.run([sys.executable, "-m", "multimodal", *map(str, command)], check=True)
+    return pairs
+
+
+def fit_preferences(
+    folder: Path,
+    pairs: Path,
+    base: Model,
+    options: argparse.Namespace,
+    variant: str,
+    learns: str,
+    seed: int,
+) -> str:
+    """Train all weights on pairs, and return the folder of the model.
+
+    Args:
+        base: the model of ``options``, loaded.
+        learns: the only part of a sequence that the joint losses beside learn: of the chosen ones.
+    """
+    weights = {part: float(part == learns) for part in ("image", "caption", "answer", "text")}
+    module = {
+        "text_tokenizer": options.model,
+        "image_tokenizer": options.model,
+        "size": "mini",
+        "reads": [*base.config.reads],
+        "draws": [*base.config.draws],
+        "row_length": 640,
+        "variant": variant,
+        "beta": BETA[variant],
+        "lm_weight": options.lm_weight,
+        "objectives": {
+            "weights": weights,
+            "alignment_weight": 0.0,
+            "reconstruct_share": 0.0,
+            "next_token_share": 1.0,
+        },
+        "learning_rate": options.rate,
+        "warmup_steps": min(20, options.steps // 5),
+    }
+    data = {"folders": [str(pairs)], "global_batch_size": 32, "workers": 0, "hold_out": 0.03}
+    kind = "preferences.module.PreferenceModule"
+    fit(folder, kind, module, data, options.steps, seed, options.model)
+    return str(folder / "model")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -71,13 +123,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/preferences"))
     options = parser.parse_args()
-    pairs = options.out / "pairs"
-    if not (pairs / "manifest.json").is_file():
-        command = ["prefer", options.model, "--data", options.data, "--out", pairs, "--of"]
-        command += ["drawings", "--judge", "scenes", "--candidates", options.candidates]
-        command += ["--margin", 0.2, "--limit", options.limit, "--split", "train"]
-        command += ["--guidance-scale", options.drawn_with, "--batch-size", 32]
-        subprocess.run([sys.executable, "-m", "multimodal", *map(str, command)], check=True)
+    more = ["--of", "drawings", "--judge", "scenes", "--guidance-scale", options.drawn_with]
+    pairs = made_pairs(options, *more, "--margin", 0.2, "--limit", options.limit)
     base = load(options.model)
 
     def measure(folder: Path, model: str) -> dict[str, Any]:
@@ -92,38 +139,7 @@ def main() -> None:
     for seed in options.seeds:
         for variant in options.variants:
             folder = options.out / f"{variant}-{seed}"
-            module = {
-                "text_tokenizer": options.model,
-                "image_tokenizer": options.model,
-                "size": "mini",
-                "reads": [*base.config.reads],
-                "draws": [*base.config.draws],
-                "row_length": 640,
-                "variant": variant,
-                "beta": BETA[variant],
-                "lm_weight": options.lm_weight,
-                "objectives": {
-                    "weights": {"image": 1.0, "caption": 0.0, "answer": 0.0, "text": 0.0},
-                    "alignment_weight": 0.0,
-                    "reconstruct_share": 0.0,
-                    "next_token_share": 1.0,
-                },
-                "learning_rate": options.rate,
-                "warmup_steps": min(20, options.steps // 5),
-            }
-            data = {"folders": [str(pairs)], "global_batch_size": 32, "workers": 0}
-            data |= {"hold_out": 0.03}
-            start = options.model
-            fit(
-                folder,
-                "preferences.module.PreferenceModule",
-                module,
-                data,
-                options.steps,
-                seed,
-                start,
-            )
-            trained = str(folder / "model")
+            trained = fit_preferences(folder, pairs, base, options, variant, "image", seed)
             rows[f"{variant}-{seed}"] = {
                 **summary(measure(folder, trained), before, options.guidance),
                 "log": last_figures(folder),

@@ -42,13 +42,16 @@ BELOW: dict[str, tuple[str, ...]] = {
     "model.layers": ("foundation",),
     "adapters": ("foundation", "tokenizers", "hub", "model.layers"),
     "model": ("foundation", "tokenizers", "hub", "model.layers", "adapters"),
-    "export": ("foundation", "tokenizers", "hub", "model", "model.layers", "adapters"),
     "released": ("foundation", "tokenizers", "model", "model.layers"),
     "scenes": ("foundation", "data"),
     "origin": ("foundation", "data", "data.remote", "model"),
     "record": ("foundation",),
     "filters": ("foundation",),
     "inference": ("foundation", "tokenizers", "data", "data.formats", "model", "model.layers"),
+    "export": (
+        "foundation", "tokenizers", "hub", "data", "model", "model.layers", "adapters",
+        "inference",
+    ),
     "api": (
         "foundation", "tokenizers", "hub", "data", "data.formats", "model", "model.layers",
         "inference",

@@ -91,6 +91,32 @@ def test_four_bits_come_back_exactly_however_often_they_are_stored(size: int) ->
     assert torch.equal(read_weights(stored, 4)["a.weight"], integers)
 
 
+def test_columns_that_are_left_make_up_for_what_a_product_lost() -> None:
+    weight, dice = matrix(20, 128), torch.Generator().manual_seed(1)
+    few = torch.randn(500, 12, generator=dice)  # what most of an input is made of
+    x = few @ torch.randn(12, 128, generator=dice) + torch.randn(500, 128, generator=dice) / 4
+
+    def lost(moments: Tensor | None) -> float:
+        integers, scale = quantize_rows(weight, 4, moments)
+        assert torch.equal(scale, quantize_rows(weight, 4)[1])
+        stored = stored_weights({"a.weight": integers, "a.scale": scale}, 4)
+        assert torch.equal(read_weights(stored, 4)["a.weight"], integers)
+        products = x @ (integers.float() * scale[:, None] - weight).T
+        return float(products[:, 3:].norm() + products[:, 0].norm())
+
+    assert lost(x.T @ x) < 0.4 * lost(None)
+    assert lost(x.T @ x / 500) == pytest.approx(lost(x.T @ x), rel=0.02)  # the scale is nothing
+
+
+@pytest.mark.parametrize("moments", [torch.zeros(64, 64), torch.eye(64), 5 * torch.eye(64)])
+def test_where_nothing_can_be_made_up_for_weights_are_rounded_alone(moments: Tensor) -> None:
+    weight = matrix(20, 64)
+    assert torch.equal(quantize_rows(weight, 4, moments)[0], quantize_rows(weight, 4)[0])
+    one_column = torch.zeros(64, 64)
+    one_column[5, 5] = 1  # all others are never read
+    assert quantize_rows(weight, 4, one_column)[0].abs().max() <= 127
+
+
 def test_four_bits_need_a_width_of_whole_groups() -> None:
     with pytest.raises(ValueError, match="33 numbers wide: 4 bits need a multiple of 32"):
         quantize_rows(matrix(4, 33), 4)

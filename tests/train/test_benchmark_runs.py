@@ -106,3 +106,21 @@ def test_what_is_gained_is_of_the_same_scenes(monkeypatch: pytest.MonkeyPatch) -
     assert gained["low"] == -0.5 and gained["high"] == 0.5
     same = module.summary(before, before, [3.0])["guidance 3"]["objects_gained"]
     assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_invented_objects_are_a_share_of_all_that_captions_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = import_module("invented_objects")
+    references = [["a dog runs after a ball"], ["a cat"], ["two men with hats"]]
+    values = module.values_of(["a dog with a ball on a horse", "a car", "rain"], references)
+    assert values["named"] == [3, 1, 0] and values["right"] == [2, 0, 0]
+    assert values["captions_with"] == [1, 1, 0] and values["words"] == [8, 2, 1]
+    assert values["CIDEr"][0] > 0 == values["CIDEr"][2]
+    assert module.means(values)["invented"] == 2 / 4
+    better = {**values, "right": [3, 1, 0]}
+    row = module.summary(better, values)
+    assert row["invented"]["value"] == 0 and row["invented"]["change"] == -0.5
+    assert -1 <= row["invented"]["low"] <= -1 / 3 and row["invented"]["high"] <= 0
+    assert row["CIDEr"]["change"] == row["CIDEr"]["low"] == row["CIDEr"]["high"] == 0

@@ -34,6 +34,7 @@ from multimodal.eval.metrics.scene_captions import has_scene
 from multimodal.files import atomic_file, lines_of, local_path, read_text
 from multimodal.inference.codec import encode_images, read_images, text_fits
 from multimodal.inference.drawing import draw_codes
+from multimodal.inference.shard_jobs import check_codes_fit
 from multimodal.inference.text import text_ends
 from multimodal.model.checkpoint import ModelParts
 from multimodal.model.lessons import descriptions_of
@@ -150,7 +151,7 @@ def make_preferences(
     shards = {name: Shards(source, name) for name in splits}
     counts = {name: min(len(each), limit or len(each)) for name, each in shards.items()}
     for each in shards.values():
-        check_encoding(model, each)
+        check_codes_fit(model, each)
     if (out / MANIFEST).is_file():
         raise ValueError(f"{out}: not empty (it is complete); give a new folder")
     manifest = read_manifest(source)
@@ -191,16 +192,6 @@ def make_preferences(
         for file in [*out.glob("*-*.jsonl"), out / SETTINGS, *out.glob(".*.part")]:
             file.unlink(missing_ok=True)
     return lines
-
-
-def check_encoding(model: ModelParts, shards: Shards) -> None:
-    """Raises ``ValueError`` for codes that are not the model's."""
-    stored = (shards.encoding or {}).get("fingerprint")
-    if shards.encoding is not None and stored != model.image_tokenizer.codes_fingerprint:
-        raise ValueError(
-            f"{shards.folder}: its codes are of another image tokenizer ({stored}; the model reads "
-            f"codes {model.image_tokenizer.codes_fingerprint})"
-        )
 
 
 def _json_line(line: dict[str, Any]) -> str:

@@ -11,7 +11,9 @@ With 4 bits, groups of 64 numbers of a row (of 32 where 64 does not divide it) s
 offset, both small integers: a weight is (n - offset) * step, with n from 0 to 15, cut to int8. So
 it is an int8 number exactly (QServe's progressive groups, Lin et al. 2024, arXiv:2405.04532), and 4
 bits are a way to store 8: half the file, and in memory the same layers with the same speed. Tables
-and the projections of embeddings keep 8 bits.
+and the projections of embeddings keep 8 bits. If it is known what a matrix reads, its columns are
+rounded one after the other, and those that are left make up for what the product has lost (GPTQ,
+Frantar et al. 2023, arXiv:2210.17323).
 
 Shapes: B rows of an input, K its width, N width of the output, V vocabulary.
 """
@@ -37,14 +39,20 @@ INTEGER_PRODUCTS = bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
 # The tensors of a quantized matrix: its integers; float[N] and, of a table, float[K]; and on disk,
 # with 4 bits, a step and an offset for each group, uint8[N, groups].
 WEIGHT, SCALE, COLUMNS, GROUPS = ".weight", ".scale", ".columns", ".groups"
+DAMPING = 0.01  # of the mean of the moments' diagonal, added to it, as in GPTQ
+BLOCK = 64  # columns that are rounded before the rest makes up for them
 
 
-def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    weight: Tensor, bits: int, moments: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Round a matrix.
 
     Args:
         weight: float[N, K].
         bits: 8 or 4. For 4, K is a multiple of 32.
+        moments: float[K, K], the mean (or sum) of x x^T of what the matrix reads. With 4 bits the
+            error of the products with such x is made small, and not that of the weights.
 
     Returns:
         int8[N, K] in [-127, 127], and the scale of each row, float32[N], a number of bfloat16: it
@@ -53,7 +61,10 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     scale = (weight.float().abs().amax(1) / MAX_INT8).clamp(min=1e-30).bfloat16().float()
     scaled = (weight.float() / scale[:, None]).clamp(-MAX_INT8, MAX_INT8)
     if bits == 4:
-        return _unpack(*_pack(scaled)), scale
+        packed, groups = _pack(scaled)
+        if moments is None or not moments.any():
+            return _unpack(packed, groups), scale
+        return _with_feedback(scaled, groups, moments), scale
     return scaled.round().to(torch.int8), scale
 
 
@@ -94,6 +105,43 @@ def _pack(scaled: Tensor) -> tuple[Tensor, Tensor]:
         about = torch.where(better, LEVELS * (step - 1) + offset, about)
     pairs = rearrange(numbers.to(torch.uint8), "n g (k two) -> n (g k) two", two=2)
     return pairs[..., 0] + LEVELS * pairs[..., 1], about[..., 0].to(torch.uint8)
+
+
+def _with_feedback(scaled: Tensor, groups: Tensor, moments: Tensor) -> Tensor:
+    """Round columns in the order of what they read, largest first: the rest make up for each.
+
+    Args:
+        scaled: float[N, K] in [-127, 127].
+        groups: uint8[N, groups], of ``_pack``: the steps and offsets are fixed.
+        moments: float[K, K], not all zero.
+
+    Returns:
+        int8[N, K], numbers that ``_pack`` gives back exactly.
+    """
+    width = scaled.shape[1]
+    each = groups.repeat_interleave(width // groups.shape[1], 1)
+    step, offset = (each // LEVELS + 1).float(), (each % LEVELS).float()
+    curvature = moments.double()
+    diagonal = curvature.diagonal()
+    curvature = curvature + DAMPING * diagonal.mean() * torch.eye(width, device=moments.device)
+    order = diagonal.argsort(descending=True, stable=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(curvature[order][:, order]))
+    feedback = torch.linalg.cholesky(inverse, upper=True).float()
+    left, rounded = scaled[:, order], torch.empty_like(scaled)
+    for start in range(0, width, BLOCK):
+        block = range(start, min(start + BLOCK, width))
+        errors = torch.zeros(len(scaled), len(block), device=scaled.device)
+        for place, column in enumerate(block):
+            own, wanted = order[column], left[:, column]
+            n = (wanted.clamp(-MAX_INT8, MAX_INT8) / step[:, own]).round() + offset[:, own]
+            number = (n.clamp(0, LEVELS - 1) - offset[:, own]) * step[:, own]
+            rounded[:, own] = number.clamp(-MAX_INT8, MAX_INT8)
+            error = (wanted - rounded[:, own]) / feedback[column, column]
+            later = slice(column + 1, block.stop)
+            left[:, later] -= error[:, None] * feedback[column, later]
+            errors[:, place] = error
+        left[:, block.stop :] -= errors @ feedback[block.start : block.stop, block.stop :]
+    return rounded.to(torch.int8)
 
 
 def _unpack(packed: Tensor, about: Tensor) -> Tensor:
