@@ -166,6 +166,8 @@ class TrainingCLI(LightningCLI):
         """Check what is cheap to check, and take the folder, before anything is loaded."""
         config = self.config[self.subcommand]
         self.run = RunFolder(local_path(config.output))
+        if config.data.seed is None:
+            config.data.seed = int(config.seed_everything)
         if config.threads < 0:
             raise ValueError(f"--threads {config.threads}: expected 0 (torch's choice) or more")
         if config.threads:

@@ -143,7 +143,8 @@ class ShardData(L.LightningDataModule):
         global_batch_size: samples per optimizer step, over all ranks.
         val_limit: use the first ``val_limit`` validation samples. 0 uses all.
         workers: processes that decode images. 0 decodes in the training process.
-        seed: of the order, and of all random choices about a sample.
+        seed: of the order, and of all random choices about a sample. By default 0, and in a run
+            that of ``--seed_everything``.
 
     Raises:
         ValueError: for a share that is none, a folder in augmented or drawn that is not in folders,
@@ -167,7 +168,7 @@ class ShardData(L.LightningDataModule):
         global_batch_size: int = 64,
         val_limit: int = 0,
         workers: int = 2,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if not 0 < crop_scale <= 1:
@@ -195,7 +196,7 @@ class ShardData(L.LightningDataModule):
         self.global_batch_size, self.val_limit = global_batch_size, val_limit
         if not 0 <= workers <= MAX_WORKERS:
             raise ValueError(f"workers={workers}: expected 0 to {MAX_WORKERS:,}")
-        self.workers, self.seed = workers, seed
+        self.workers, self.seed = workers, seed or 0
         self._sources: list[dict[str, Any]] | None = None
         self._hash_below: dict[Path, int] = {}
 

@@ -99,6 +99,22 @@ def test_another_run_is_not_replaced_unless_asked(
     assert (run / "logs/config.1.yaml").is_file(), "the settings of the run before are kept"
 
 
+def test_one_seed_decides_the_samples_too_unless_they_have_their_own(
+    work: Path, tmp_path: Path
+) -> None:
+    orders = {}
+    for name, more in {
+        "first": [],
+        "other": ["--seed_everything", "5"],
+        "own": ["--seed_everything", "5", "--data.seed", "0"],
+    }.items():
+        assert main([*fit(work, tmp_path / name, 1), *more]) == 0
+        last = torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)
+        (loader,) = last["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+        orders[name] = loader["order_of"]["seed"]
+    assert orders == {"first": 0, "other": 5, "own": 0}
+
+
 def test_no_log_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     for content in ("first", "second"):
