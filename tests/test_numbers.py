@@ -55,6 +55,27 @@ ROWS = {
     "docs/training/preferences.md": (
         "draws {preferences rows.dpo-0.guidance_1_5.objects:%} of the objects of new scenes right, "
         "before {preferences rows.before.guidance_3.objects:%}",
+        "{invented_objects rows.mean.greedy.invented:%} of the named objects, before "
+        "{invented_objects rows.before.greedy.invented.value:%}, at a CIDEr of "
+        "{invented_objects rows.mean.greedy.CIDEr:.3f} for "
+        "{invented_objects rows.before.greedy.CIDEr.value:.3f}",
+    ),
+    "docs/decisions/captions.md": (
+        *(
+            f"{{invented_objects rows.before.{way}.invented.value:%}} | "
+            f"{{invented_objects rows.before.{way}.captions_with.value:%}} | "
+            f"{{invented_objects rows.before.{way}.right.value:.2f}} | "
+            f"{{invented_objects rows.before.{way}.CIDEr.value:.3f}} | "
+            f"{{invented_objects rows.before.{way}.distinct_captions:.0f}} |"
+            for way in ("greedy", "beams")
+        ),
+        *(f"**{{invented_objects rows.mean.{way}.invented:%}}**" for way in ("greedy", "beams")),
+        *(
+            f"| {{invented_objects rows.mean.{way}.captions_with:%}} | "
+            f"{{invented_objects rows.mean.{way}.right:.2f}} | "
+            f"{{invented_objects rows.mean.{way}.CIDEr:.3f}} ("
+            for way in ("greedy", "beams")
+        ),
     ),
     "docs/decisions/drawing.md": (
         *(

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from multimodal.data.shards import index_shard, write_manifest, write_tar
+
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
 
@@ -124,3 +126,19 @@ def test_invented_objects_are_a_share_of_all_that_captions_name(
     assert row["invented"]["value"] == 0 and row["invented"]["change"] == -0.5
     assert -1 <= row["invented"]["low"] <= -1 / 3 and row["invented"]["high"] <= 0
     assert row["CIDEr"]["change"] == row["CIDEr"]["low"] == row["CIDEr"]["high"] == 0
+
+
+def test_lists_of_objects_are_of_photos_whose_captions_name_some(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = import_module("few_shot")
+    captions = {"a": ["two dogs", "a dog and a ball"], "b": ["rain"], "c": ["A cat ."]}
+    members = [(k, {"json": json.dumps({"captions": c}).encode()}) for k, c in captions.items()]
+    write_tar(tmp_path / "val-0000.tar", members)
+    write_manifest(tmp_path, [index_shard(tmp_path / "val-0000.tar")])
+    found = {s.key: s.record["captions"] for s in module.new_photos(str(tmp_path))}
+    assert found == {"a": ["list of 2 : ball ; dog ; end"], "c": ["list of 1 : cat ; end"]}
+    first, again = (list(module.new_scenes("chalk", 2)) for _ in range(2))
+    assert [s.members for s in first] == [s.members for s in again]
+    assert all(s.record["captions"][0].startswith("list of ") for s in first)
