@@ -13,8 +13,9 @@ end" and "list of 2 : circle red ; square blue ; end". They follow no rule by wh
 rewrites captions. The objects of a photo are those that its captions name.
 
 Printed is CIDEr with 95 % intervals over pictures (bootstrap), and for each number of examples the
-difference to none, of the same pictures. A list has one reference, and its words are few: so CIDEr
-is high where the style is right, and near 0 elsewhere. The last line is JSON.
+difference to none, of the same pictures. A list has one reference, and few words: CIDEr is high
+where the style is right, and near 0 elsewhere. So the same texts are scored for other pictures, too
+(shuffled): that is what the style alone brings. The last line is JSON.
 """
 
 import argparse
@@ -84,6 +85,7 @@ def scores(model: Model, samples: list[Sample]) -> dict[str, Any]:
     values: dict[str, Any] = dict(FewShot().measure(Subject(model, samples)))
     measured = [shots for shots in SHOTS if f"CIDEr_{shots}" in values]  # what the model can read
     rows = {f"{shots} shots": values[f"CIDEr_{shots}"] for shots in measured}
+    rows |= {f"{shots} shuffled": values[f"CIDEr_{shots}_shuffled"] for shots in measured}
     for shots in measured[1:]:
         pairs = zip(rows[f"{shots} shots"], rows["0 shots"], strict=True)
         rows[f"{shots} - 0"] = [after - before for after, before in pairs]

@@ -60,6 +60,40 @@ ROWS = {
         "{invented_objects rows.mean.greedy.CIDEr:.3f} for "
         "{invented_objects rows.before.greedy.CIDEr.value:.3f}",
     ),
+    "docs/training/objectives.md": (
+        "| 0 | {few_shot smollm2.before.0_shots.value:.3f} | "
+        "{few_shot smollm2.trained.0_shots.value:.3f} | "
+        "{few_shot smollm2.trained.0_shuffled.value:.3f} |",
+        "| 2 | {few_shot smollm2.before.2_shots.value:.3f} | "
+        "{few_shot smollm2.trained.2_shots.value:.3f} ("
+        "{few_shot smollm2.trained.2_shots.low:.3f} to "
+        "{few_shot smollm2.trained.2_shots.high:.3f}) | "
+        "{few_shot smollm2.trained.2_shuffled.value:.3f} |",
+        "| 4 | {few_shot smollm2.before.4_shots.value:.3f} ("
+        "{few_shot smollm2.before.4_shots.low:.3f} to "
+        "{few_shot smollm2.before.4_shots.high:.3f}) | "
+        "**{few_shot smollm2.trained.4_shots.value:.3f} ("
+        "{few_shot smollm2.trained.4_shots.low:.3f} to "
+        "{few_shot smollm2.trained.4_shots.high:.3f})** | "
+        "{few_shot smollm2.trained.4_shuffled.value:.3f} |",
+        "add {few_shot smollm2.trained.4_minus_0.value:.3f} ("
+        "{few_shot smollm2.trained.4_minus_0.low:.3f} to "
+        "{few_shot smollm2.trained.4_minus_0.high:.3f})",
+        "scenes by {few_shot starter.trained.4_minus_0.value:.3f} after four",
+    ),
+    "docs/decisions/language_models.md": (
+        *(
+            f"| {n} | {{few_shot smollm2.before.{n}_shots.value:.3f}}; "
+            f"{{few_shot smollm2.before.{n}_shuffled.value:.3f}} | "
+            f"{bold}{{few_shot smollm2.trained.{n}_shots.value:.3f}}{bold}; "
+            f"{{few_shot smollm2.trained.{n}_shuffled.value:.3f}} |"
+            for n, bold in ((0, ""), (1, ""), (2, ""), (4, "**"))
+        ),
+        "on new scenes {few_shot starter.trained.0_shots.value:.3f}, "
+        "{few_shot starter.trained.1_shots.value:.3f}, "
+        "{few_shot starter.trained.2_shots.value:.3f} and "
+        "{few_shot starter.trained.4_shots.value:.3f} after",
+    ),
     "docs/decisions/captions.md": (
         *(
             f"{{invented_objects rows.before.{way}.invented.value:%}} | "

@@ -7,6 +7,7 @@ from typing import ClassVar
 from multimodal.data.samples import Sample
 from multimodal.eval.evaluator import Example, Subject, Value
 from multimodal.eval.metrics.captioning import score_captions
+from multimodal.eval.metrics.yardsticks import shuffled
 from multimodal.inference.text import few_shot_prompt, generate_ids
 from multimodal.model.lessons import descriptions_of
 from multimodal.model.sequences import image_tokens
@@ -23,7 +24,8 @@ class FewShot:
     name: ClassVar[str] = "few_shot"
     protocol: ClassVar[str] = (
         f"captions after {', '.join(map(str, SHOTS))} examples: the next samples of the data, each "
-        f"with its first caption; greedy, at most {MAX_TOKENS} tokens"
+        f"with its first caption; greedy, at most {MAX_TOKENS} tokens; CIDEr_..._shuffled: the "
+        "same captions, each for another image: their style alone"
     )
     examples: list[Example] = field(default_factory=list)
 
@@ -34,6 +36,7 @@ class FewShot:
         model, count = subject.model, len(subject.samples)
         codes = model.read(subject.codes)
         first_captions = [descriptions_of(sample.record)[0] for sample in subject.samples]
+        keys = [sample.key for sample in subject.samples]
         references = {sample.key: descriptions_of(sample.record) for sample in subject.samples}
         limit = model.config.transformer.max_position_embeddings
         per_image: dict[str, dict[str, float]] = {}
@@ -48,12 +51,14 @@ class FewShot:
             if max(map(len, prompts)) + MAX_TOKENS > limit:
                 break  # the prompt would be longer than the model can read
             ids = subject.map_batches(prompts, lambda batch: generate_ids(model, batch))
-            captions = {
-                sample.key: model.text_tokenizer.decode(tokens).strip()
-                for sample, tokens in zip(subject.samples, ids, strict=True)
-            }
+            texts = [model.text_tokenizer.decode(tokens).strip() for tokens in ids]
+            captions = dict(zip(keys, texts, strict=True))
             per_image = score_captions(captions, references)["per_image"]
             yield f"CIDEr_{shots}", [per_image[key]["CIDEr"] for key in references]
+            if count > 1:
+                moved = dict(zip(keys, shuffled(texts, subject.seed), strict=True))
+                of_others = score_captions(moved, references)["per_image"]
+                yield f"CIDEr_{shots}_shuffled", [of_others[key]["CIDEr"] for key in references]
         for sample, image in zip(subject.samples, subject.images, strict=True):
             if sample.key in per_image:
                 score = per_image[sample.key]["CIDEr"]

@@ -148,7 +148,9 @@ def test_few_shot_prompts_have_other_samples_and_never_the_answer(
 
     monkeypatch.setattr(few_shot, "generate_ids", record)
     scores = evaluate(FewShot(), subject)
-    assert [*scores] == ["CIDEr_0", "CIDEr_1", "CIDEr_2", "CIDEr_4"]
+    measured = [f"CIDEr_{shots}" for shots in (0, 1, 2, 4)]
+    assert [*scores] == [name + end for name in measured for end in ("", "_shuffled")]
+    assert all(scores[n] == scores[f"{n}_shuffled"] for n in measured), "equal texts, moved"
     v = model.vocabulary
     assert [prompt.count(v.boi) for prompt in prompts] == [
         shots + 1 for shots in (0, 1, 2, 4) for _ in subject.samples
