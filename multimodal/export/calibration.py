@@ -87,6 +87,9 @@ def input_moments(network: MultimodalLM, batches: Iterable[TrainingBatch]) -> di
     Returns:
         By the name of the layer the sum of x x^T over all tokens that are not padding:
         float32[K, K]. Layers that read the same have the same tensor. What never ran has none.
+
+    Raises:
+        ValueError: if a layer reads what is not finite.
     """
     moments = dict[str, Tensor]()
     latest: tuple[Tensor, str] | None = None  # an input, and the first layer that read it
@@ -120,4 +123,6 @@ def input_moments(network: MultimodalLM, batches: Iterable[TrainingBatch]) -> di
     finally:
         for hook in hooks:
             hook.remove()
+    if broken := [name for name, each in moments.items() if not each.isfinite().all()]:
+        raise ValueError(f"{broken[0]}: reads numbers that are not finite")
     return moments

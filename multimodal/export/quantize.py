@@ -6,9 +6,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from multimodal.data.shards import Shards, splits_of
-from multimodal.export.calibration import calibration_batches, input_moments
+from multimodal.export.calibration import BATCH, calibration_batches, input_moments
 from multimodal.files import local_path, new_folder, read_text
 from multimodal.hub.names import find_model
 from multimodal.model.checkpoint import ModelParts
@@ -78,7 +79,9 @@ def _moments(
         raise ValueError(f"samples={samples}: expected 1 or more")
     splits = splits_of(data)
     shards = Shards(data, "train" if "train" in splits else splits[0])
-    return input_moments(model.network, calibration_batches(model, shards, samples, on_problem))
+    batches = calibration_batches(model, shards, samples, on_problem)
+    shown = tqdm(batches, "reading samples", -(-samples // BATCH), unit="batch", disable=None)
+    return input_moments(model.network, shown)
 
 
 def quantized_network(
@@ -91,8 +94,10 @@ def quantized_network(
     """
     smaller = MultimodalLM(network.config.with_bits(bits)).eval()
     smaller.take_weights(network)
+    if not moments:
+        return smaller
     state, floats = smaller.state_dict(), network.state_dict()
-    for name, of_layer in (moments or {}).items():
+    for name, of_layer in tqdm(moments.items(), "rounding matrices", disable=None):
         if name + SCALE in state and name + COLUMNS not in state:
             integers, _ = quantize_rows(floats[name + WEIGHT], bits, of_layer)
             state[name + WEIGHT].copy_(integers)

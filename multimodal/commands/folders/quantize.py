@@ -2,7 +2,7 @@
 
 import sys
 
-from multimodal.terminal import Parser
+from multimodal.terminal import Parser, one_line
 
 EPILOG = """int8 is half the size of bfloat16, and about as fast on CPUs with VNNI. int4 is a third
 of it on disk; in memory and in speed it is like int8. It loses less with --data: weights are then
@@ -36,6 +36,8 @@ def main(argv: list[str]) -> int:
     )
     arguments = parser.parse_args(argv)
 
+    from tqdm import tqdm
+
     from multimodal.export.quantize import quantize_model
 
     quantize_model(
@@ -44,7 +46,7 @@ def main(argv: list[str]) -> int:
         arguments.to,
         arguments.data,
         arguments.samples,
-        lambda problem: print(problem, file=sys.stderr),
+        lambda problem: tqdm.write(one_line(problem), file=sys.stderr),
     )
     print(arguments.out)
     return 0
