@@ -360,7 +360,8 @@ def test_a_checkpoint_is_loaded_into_memory_of_the_host(
 def test_a_resume_says_which_settings_it_changes(
     work: Path, finished: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    more = ["--ckpt_path", str(finished / "checkpoints/best.ckpt"), "--seed_everything", "3"]
+    more = ["--ckpt_path", str(finished / "checkpoints/best.ckpt")]
+    more += ["--seed_everything", "3", "--data.seed", "0"]  # the order is the checkpoint's
     more += ["--model.init_args.row_length", "256", "--model.init_args.learning_rate", "0.5"]
     more += ["--trainer.accumulate_grad_batches", "2", "--trainer.limit_val_batches", "0"]
     assert main([*fit(work, tmp_path, steps=4), *more]) == 0

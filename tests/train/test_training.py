@@ -41,7 +41,8 @@ def test_init_from_starts_from_the_weights_at_step_0(work: Path, tmp_path: Path,
     fit = ["fit", "--config", config, "--trainer.max_steps", "1", "--data.val_limit", "8"]
     for run, more in (("a", ["--init_from", model]), ("b", ["--init_from", model]), ("c", [])):
         # Rate 0 keeps the weights, so the seed changes the initial weights only.
-        rate = ["--model.init_args.learning_rate", "0", "--seed_everything", str(ord(run))]
+        rate = ["--model.init_args.learning_rate", "0", "--data.seed", "0"]
+        rate += ["--seed_everything", str(ord(run))]
         assert main([*fit, *rate, *more, "--output", str(tmp_path / run)]) == 0
     loss_name = "train/l1" if name == "tokenizer" else "train/total"
     first, again, random = (logged(tmp_path / run, loss_name) for run in "abc")
