@@ -91,8 +91,8 @@ class GlobalBatchLoader(DataLoader[Any]):
             changes = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in changed)
             raise ValueError(
                 f"the data are not those of the checkpoint ({changes}), so the samples that were "
-                "seen are unknown: resume with the same data, or start from the weights alone "
-                "with --init_from"
+                "seen are unknown: resume with the same data and seed, or start from the weights "
+                "alone with --init_from"
             )
         self.batch_sampler.start = self._done = (state["epoch"], state["batches"])
 
