@@ -18,15 +18,14 @@ What is done is not done again. The last line is JSON.
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fits import last_figures, measured_once
-from preferences import BETA, fit_preferences, made_pairs
+from fits import measured_once
+from preferences import BETA, made_pairs, run_all
 
 from multimodal import load
 from multimodal.data.objects import named_objects
@@ -126,7 +125,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/invented-objects"))
     options = parser.parse_args()
     pairs = made_pairs(options, "--judge", options.judge, "--margin", options.margin)
-    base = load(options.model)
 
     def measure(folder: Path, model: str) -> dict[str, Any]:
         settings = {"model": model, "data": options.data, "photos": options.photos}
@@ -134,20 +132,7 @@ def main() -> None:
             folder, "captioned", settings, lambda: captioned(model, options.data, options.photos)
         )
 
-    before = measure(options.out, options.model)
-    rows: dict[str, Any] = {"before": row_of(before, before)}
-    print("before", json.dumps(rows["before"]), flush=True)
-    for seed in options.seeds:
-        for variant in options.variants:
-            folder = options.out / f"{variant}-{seed}"
-            trained = fit_preferences(folder, pairs, base, options, variant, "caption", seed)
-            rows[f"{variant}-{seed}"] = {
-                **row_of(measure(folder, trained), before),
-                "log": last_figures(folder),
-                "seconds": float((folder / "seconds").read_text("utf-8")),
-            }
-            print(variant, seed, json.dumps(rows[f"{variant}-{seed}"]), flush=True)
-    print(json.dumps({name: str(value) for name, value in vars(options).items()} | rows))
+    run_all(options, pairs, "caption", measure, row_of)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,36 @@ def fit_preferences(
     return str(folder / "model")
 
 
+def run_all(
+    options: argparse.Namespace,
+    pairs: Path,
+    learns: str,
+    measure: Callable[[Path, str], dict[str, Any]],
+    row_of: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
+) -> None:
+    """Train with each seed and variant, and print a row of each. The last line is JSON of all.
+
+    Args:
+        learns: see ``fit_preferences``.
+        measure: figures of a model, kept in a folder.
+        row_of: of figures after and before.
+    """
+    base, before = load(options.model), measure(options.out, options.model)
+    rows = {"before": row_of(before, before)}
+    print("before", json.dumps(rows["before"]), flush=True)
+    for seed in options.seeds:
+        for variant in options.variants:
+            folder = options.out / f"{variant}-{seed}"
+            trained = fit_preferences(folder, pairs, base, options, variant, learns, seed)
+            rows[folder.name] = {
+                **row_of(measure(folder, trained), before),
+                "log": last_figures(folder),
+                "seconds": float((folder / "seconds").read_text("utf-8")),
+            }
+            print(variant, seed, json.dumps(rows[folder.name]), flush=True)
+    print(json.dumps({name: str(value) for name, value in vars(options).items()} | rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -125,7 +156,6 @@ def main() -> None:
     options = parser.parse_args()
     more = ["--of", "drawings", "--judge", "scenes", "--guidance-scale", options.drawn_with]
     pairs = made_pairs(options, *more, "--margin", 0.2, "--limit", options.limit)
-    base = load(options.model)
 
     def measure(folder: Path, model: str) -> dict[str, Any]:
         settings = {"model": model, "data": options.data, "guidance": options.guidance}
@@ -133,20 +163,7 @@ def main() -> None:
             folder, "drawn", settings, lambda: measured(model, options.data, options.guidance)
         )
 
-    before = measure(options.out, options.model)
-    rows = {"before": summary(before, before, options.guidance)}
-    print("before", json.dumps(rows["before"]), flush=True)
-    for seed in options.seeds:
-        for variant in options.variants:
-            folder = options.out / f"{variant}-{seed}"
-            trained = fit_preferences(folder, pairs, base, options, variant, "image", seed)
-            rows[f"{variant}-{seed}"] = {
-                **summary(measure(folder, trained), before, options.guidance),
-                "log": last_figures(folder),
-                "seconds": float((folder / "seconds").read_text("utf-8")),
-            }
-            print(variant, seed, json.dumps(rows[f"{variant}-{seed}"]), flush=True)
-    print(json.dumps({name: str(value) for name, value in vars(options).items()} | rows))
+    run_all(options, pairs, "image", measure, lambda *both: summary(*both, options.guidance))
 
 
 if __name__ == "__main__":
