@@ -73,7 +73,7 @@ def _codes_of(model: ModelParts, sample: Sample, encoded: bool) -> Tensor:
     return codes
 
 
-def same_view(x: Tensor, other: Tensor) -> bool:
+def _same_view(x: Tensor, other: Tensor) -> bool:
     """Whether both tensors have the same numbers at the same place in memory."""
     layout, theirs = ((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (x, other))
     return layout == theirs
@@ -97,7 +97,7 @@ def input_moments(network: MultimodalLM, batches: Iterable[TrainingBatch]) -> di
 
     def add(name: str, x: Tensor) -> None:
         nonlocal latest
-        if latest is not None and same_view(latest[0], x):
+        if latest is not None and _same_view(latest[0], x):
             moments[name] = moments[latest[1]]
             return
         latest = (x, name)
