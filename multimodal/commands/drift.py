@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from multimodal.commands.options import load_model, make_parser
 from multimodal.record.chain import Entry
-from multimodal.record.drift import EMBEDDINGS, WINDOW, Rows, drift, requests_of
+from multimodal.record.drift import EMBEDDINGS, WINDOW, Rows, drift, prompts_of, requests_of
 from multimodal.record.report import countable_entries
 from multimodal.terminal import print_error
 
@@ -13,7 +16,8 @@ EPILOG = f"""Both are records of `multimodal serve --record`. The last requests 
 with REFERENCE: lengths, likelihoods, seconds, errors, empty replies, and with --embed what prompts
 are about (of records with texts: `serve --record-texts`). --alpha is the probability of an alarm
 without a cause, of all tests together and if requests are independent. The exit status is 1 after
-an alarm. `multimodal serve --drift-reference` has the same numbers in /metrics.
+an alarm. `multimodal serve --drift-reference` has the same numbers in /metrics, and what prompts
+are about where REFERENCE has texts.
 
 examples:
   multimodal drift week1.jsonl today.jsonl
@@ -50,10 +54,13 @@ def main(argv: list[str]) -> int:
         model = load_model(arguments)
 
         def rows(side: list[Entry]) -> Rows:
-            texts = [text for entry in side if (text := entry.texts.get("prompt", "").strip())]
+            texts = prompts_of(side)
             if not texts:
                 raise ValueError("--embed: a record has no texts (serve with --record-texts)")
-            return model.embed(texts=texts).numpy()
+            found = [row for row in model.embed_lines(texts) if not isinstance(row, ValueError)]
+            if missing := len(texts) - len(found):
+                print_error(f"multimodal drift: left out: {missing} prompts that are too long")
+            return torch.stack(found).numpy() if found else np.zeros((0, 1), np.float32)
 
         embedded = rows(reference), rows(window)
     results = drift(reference, window, arguments.alpha, embedded)

@@ -13,8 +13,8 @@ So a text can be taken out later, and the chain still holds. What a client sends
 entry too long to be read: of a text that is too long only the digest is kept, and long facts are
 cut.
 
-``prune`` removes the first entries, and adds an entry that says with which number the record begins
-since then. So without such an entry it shows that the first ones are missing.
+``prune`` (retention.py) removes the first entries, and adds an entry that says with which number
+the record begins since then. So without such an entry it shows that the first ones are missing.
 
 What does not show in the file alone: that its last entries were removed, or that all of it was
 written anew. Note the last hash elsewhere from time to time, and give it to ``verify``.
@@ -29,9 +29,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from multimodal.files import atomic_file, local_path, open_file, parse_json
+from multimodal.files import local_path, open_file, parse_json, temporary_path
 from multimodal.record.access import copy_access, lock_file, open_private
 from multimodal.record.limits import cut_facts, digest, short_texts
 from multimodal.schemas import construct
@@ -41,6 +41,7 @@ MAX_LINE = 16 << 20  # bytes of an entry
 NAMES = {"number", "previous", "facts", "texts", "digests", "hash"}
 BEGINNING = b'{"digests":{'  # of each line
 PRUNED = "prune"  # the kind of an entry about entries that were removed
+Change: TypeAlias = Callable[[Iterator["Entry"]], Iterator["Entry"]]
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Record:
             open_file(self.path).close()  # a device has no end
         # Unbuffered: what could not be written is not written later, after another entry.
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (it stays open)
-        self._lock = threading.Lock()
+        self._lock, self._rewriting = threading.Lock(), threading.Lock()
         try:
             lock_file(self._file, self.path)
             last = _last_entry(self._file, self.path)
@@ -141,32 +142,93 @@ class Record:
             line = entry.line()
             if len(line) > MAX_LINE:
                 raise ValueError(f"an entry of {len(line):,} bytes: at most {MAX_LINE:,} are read")
-            self._write(line)
+            _append(self._file, line)
             self.number, self.head = entry.number + 1, entry.hash
         return entry
 
-    def _write(self, line: bytes) -> None:
-        """Write all of a line or, if the disk is full for instance, nothing of it."""
-        size, left = self._file.seek(0, os.SEEK_END), memoryview(line)
-        try:
-            while left:  # a call may write a part, and the next one then says why
-                left = left[self._file.write(left) :]
-        except BaseException:
-            self._file.truncate(size)
-            raise
+    def entries(self) -> Iterator[Entry]:
+        """Those that are in the file now. Raises ``ValueError`` at a line that is none."""
+        return self._entries(self._size())
+
+    def _size(self) -> int:
+        with self._lock:  # no entry is half written
+            return os.fstat(self._file.fileno()).st_size
+
+    def _entries(self, end: int) -> Iterator[Entry]:
+        for entry in entries(self.path, end):
+            if isinstance(entry, str):
+                raise ValueError(entry)
+            yield entry
+
+    def rewrite(self, change: Change, note: Callable[[], Mapping[str, Any]] | None = None) -> None:
+        """Write the file again. Entries may be added meanwhile: they stay, and wait a moment only.
+
+        A link stays, and the file that it leads to is written. Owner and permissions stay.
+
+        Args:
+            change: gives the entries of the new file for those of the old.
+            note: gives the facts of an entry that says what was done.
+
+        Raises:
+            ValueError: for lines that are no entries. The file stays as it is.
+            OSError: if the new file cannot be written. The old one stays.
+        """
+        target = self.path.resolve()
+        part = temporary_path(target)
+        with self._rewriting:
+            other = open(part, "w+b", buffering=0, opener=open_private)  # noqa: SIM115
+            try:
+                copy_access(self._file.fileno(), other.fileno())
+                lock_file(other, self.path)
+                end = self._size()
+                for entry in change(self._entries(end)):
+                    _append(other, entry.line())
+                os.fsync(other.fileno())
+                with self._lock:
+                    with open_file(target) as added:
+                        added.seek(end)
+                        while data := added.read(MAX_LINE):
+                            _append(other, data)
+                    number, head = self.number, self.head
+                    if note is not None:
+                        entry = _sealed(number, head, note(), {}, {})
+                        _append(other, entry.line())
+                        number, head = entry.number + 1, entry.hash
+                    os.fsync(other.fileno())
+                    part.replace(target)
+                    self.number, self.head = number, head
+                    self._file, other = other, self._file
+            finally:
+                other.close()
+                part.unlink(missing_ok=True)
 
     def close(self) -> None:
-        with self._lock:
+        with self._rewriting, self._lock:
             if not self._file.closed:
                 os.fsync(self._file.fileno())
                 self._file.close()
 
 
-def entries(path: str | Path) -> Iterator[Entry | str]:
-    """The entries of a file in its order. A line that is none: what is wrong with it."""
+def _append(file: io.FileIO, line: bytes) -> None:
+    """Write all of a line or, if the disk is full for instance, nothing of it."""
+    size, left = file.seek(0, os.SEEK_END), memoryview(line)
+    try:
+        while left:  # a call may write a part, and the next one then says why
+            left = left[file.write(left) :]
+    except BaseException:
+        file.truncate(size)
+        raise
+
+
+def entries(path: str | Path, end: int | None = None) -> Iterator[Entry | str]:
+    """The entries of a file in its order. A line that is none: what is wrong with it.
+
+    Args:
+        end: bytes that are read, of whole lines. None: all.
+    """
     with open_file(path) as file:
         number = 0
-        while line := file.readline(MAX_LINE + 1):
+        while (end is None or file.tell() < end) and (line := file.readline(MAX_LINE + 1)):
             number += 1
             if len(line) > MAX_LINE:
                 yield f"line {number}: is longer than {MAX_LINE:,} bytes"
@@ -228,55 +290,6 @@ def verify(path: str | Path, head: str | None = None) -> list[str]:
     return problems
 
 
-def redact(path: str | Path, before: datetime) -> int:
-    """Take the texts out of entries of before a time. Their digests stay, and the chain holds.
-
-    Returns:
-        How many entries lost texts.
-    """
-    count = 0
-
-    def without_texts(all_entries: Iterator[Entry]) -> Iterator[Entry]:
-        nonlocal count
-        for entry in all_entries:
-            redacts = bool(entry.texts) and entry.time < before
-            count += redacts
-            yield replace(entry, texts={}) if redacts else entry
-
-    _rewrite(path, without_texts)
-    return count
-
-
-def prune(path: str | Path, before: datetime) -> int:
-    """Remove the entries of before a time at the beginning of a record, but never the last one.
-
-    The rest still is a chain. So after the first entry that is kept all are, even one of before the
-    time, as there is where a clock was set back. An entry at the end says what was removed.
-
-    Returns:
-        How many were removed.
-    """
-    last = max((e.number for e in entries(path) if isinstance(e, Entry)), default=0)
-    count = 0
-
-    def kept(all_entries: Iterator[Entry]) -> Iterator[Entry]:
-        nonlocal count
-        first: Entry | None = None
-        end: Entry | None = None
-        for end in all_entries:
-            if first is None and end.number != last and end.time < before:
-                count += 1
-                continue
-            first = first or end
-            yield end
-        if count and first and end:
-            facts = {"kind": PRUNED, "first": first.number, "removed": count}
-            yield _sealed(end.number + 1, end.hash, facts, {}, {})
-
-    _rewrite(path, kept)
-    return count
-
-
 def parse_time(text: str) -> datetime:
     """A time of ISO 8601, or a day. Without a zone it is UTC. Raises ``ValueError``."""
     try:
@@ -328,37 +341,6 @@ def _last_entry(file: io.FileIO, path: Path) -> Entry | None:
     if cut:
         file.truncate(size - len(cut))
     return last
-
-
-def _rewrite(path: str | Path, change: Callable[[Iterator[Entry]], Iterator[Entry]]) -> None:
-    """Write a record again, with the entries that ``change`` gives for those of the file.
-
-    A link stays, and the file that it leads to is written. Owner and permissions stay.
-
-    Raises:
-        ValueError: for a record with lines that are no entries or that ``change`` refuses, and for
-            one that is being written.
-    """
-    path = local_path(path)
-    open_file(path).close()  # a regular file
-    with open(path, "r+b") as held:
-        lock_file(held, path)
-        target = path.resolve()
-        with atomic_file(target, sync=True) as part, open(part, "wb", opener=open_private) as file:
-            copy_access(held.fileno(), file.fileno())
-            try:
-                for entry in change(_only_entries(target)):
-                    file.write(entry.line())
-            except ValueError as error:  # a line is no entry, or an entry has no time
-                raise ValueError(f"{path}: {error}") from error
-
-
-def _only_entries(path: Path) -> Iterator[Entry]:
-    """Raises ``ValueError`` at a line that is none."""
-    for entry in entries(path):
-        if isinstance(entry, str):
-            raise ValueError(entry)
-        yield entry
 
 
 def _missing(start: int, end: int) -> str:

@@ -98,6 +98,13 @@ def requests_of(entries: Sequence[Entry], path: str | None = None) -> list[Entry
     return [entry for entry, each in zip(asked, paths, strict=True) if each == path]
 
 
+def prompts_of(requests: Sequence[Entry]) -> list[str]:
+    """Their prompts that have a text, at most MOST_EMBEDDED of them, drawn at random (seed 0)."""
+    texts = [text for entry in requests if (text := entry.texts.get("prompt", "").strip())]
+    chosen = np.random.default_rng(0).permutation(len(texts))[:MOST_EMBEDDED]
+    return [texts[number] for number in chosen]
+
+
 def drift(
     reference: Sequence[Entry],
     window: Sequence[Entry],

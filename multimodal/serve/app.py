@@ -7,7 +7,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -21,8 +21,9 @@ from multimodal.api import Model
 from multimodal.filters.rules import Filters
 from multimodal.origin.credentials import Signer
 from multimodal.record.chain import Record
+from multimodal.record.drift import Rows
 from multimodal.record.report import NOT_ADMITTED
-from multimodal.serve.endpoints.bridge import CLIENT_LEFT, Disconnected
+from multimodal.serve.endpoints.bridge import CLIENT_LEFT, Disconnected, finished
 from multimodal.serve.endpoints.chat import chat_completions
 from multimodal.serve.endpoints.drawings import images_edits, images_generations
 from multimodal.serve.endpoints.embeddings import embeddings
@@ -34,7 +35,7 @@ from multimodal.serve.engine.metrics import Metrics
 from multimodal.serve.engine.settings import Settings
 from multimodal.serve.peers import Peers
 from multimodal.serve.static import page_routes
-from multimodal.serve.watching import DriftWatch
+from multimodal.serve.watching import DriftWatch, embed_prompts, keep_daily
 
 Endpoint = Callable[[Request, Engines], Awaitable[Response]]
 log = logging.getLogger("multimodal.serve")
@@ -61,10 +62,17 @@ def make_app(
     models = models_of(model, settings.name)
     filters = Filters.read(settings.filters) if settings.filters else Filters()
     peers = Peers(settings.peers, settings.worker, counted.text) if settings.peers else None
+
+    async def embed(prompts: Sequence[str]) -> Rows:
+        engines: Engines = app.state.engines
+        rows: Rows = await finished(engines.scheduler, embed_prompts(engines.base.model, prompts))
+        return rows
+
     watch = None
     if settings.drift_reference:
-        watch = DriftWatch(settings.drift_reference, counted.drift)
+        watch = DriftWatch(settings.drift_reference, counted.drift, embed)
     record = Record(settings.record, settings.record_texts) if settings.record else None
+    days, text_days = settings.record_days, settings.record_text_days
 
     async def health(request: Request, engines: Engines) -> Response:
         stopping = engines.scheduler.stopping
@@ -90,9 +98,16 @@ def make_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.engines = Engines(models, settings, counted, filters, fallback, signer)
         telling = None if peers is None else await peers.listen()
+        keeping = None
+        if record is not None and (days or text_days):
+            keeping = asyncio.create_task(keep_daily(record, days, text_days))
         try:
             yield
         finally:
+            if keeping is not None:
+                keeping.cancel()
+            if watch is not None:
+                watch.stop()
             if telling is not None:
                 telling.close()
             app.state.engines.stop()  # the HTTP server has let requests end before
@@ -261,8 +276,8 @@ class Gate:
         facts = {**note.facts, "status": status or CLIENT_LEFT, "seconds": round(seconds, 4)}
         try:
             entry = record.append(facts, note.texts)
-            if self.watch is not None and self.watch.add(entry):
-                asyncio.get_running_loop().run_in_executor(None, self.watch.compare)
+            if self.watch is not None:
+                self.watch.add(entry, note.texts.get("prompt", ""))
         except (OSError, ValueError):
             log.exception("the record was not written")
 

@@ -34,7 +34,7 @@ examples:
   multimodal serve
   multimodal serve runs/photos-joint/model --port 9000 --name photos
   multimodal serve runs/photos-joint/model --adapter scenes=runs/scenes/adapter
-  multimodal serve --record requests.jsonl
+  multimodal serve --record requests.jsonl --record-texts --record-text-days 30
   {KEY}=... multimodal serve user/name --host 0.0.0.0
 """
 MAX_WORKERS = 64
@@ -79,6 +79,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--record-texts", action="store_true", help="note prompts and replies, not only digests"
     )
+    for name, what in (("--record-days", "entries"), ("--record-text-days", "their texts")):
+        parser.add_argument(
+            name,
+            type=int,
+            default=0,
+            metavar="N",
+            help=f"remove {what} after N days (default: never)",
+        )
     parser.add_argument(
         "--filters", default="", metavar="DIR", help="rules for prompts and replies, YAML files"
     )
@@ -131,6 +139,8 @@ def main(argv: list[str]) -> int:
         private=arguments.private_urls,
         record=arguments.record,
         record_texts=arguments.record_texts,
+        record_days=arguments.record_days,
+        record_text_days=arguments.record_text_days,
         filters=arguments.filters,
         fallback_answer=arguments.fallback_answer,
         unsure=arguments.unsure,

@@ -1,6 +1,7 @@
 """Drift: planted shifts are found, equal windows raise no alarm, p-values are those expected."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,20 @@ def test_the_command_compares_two_records(
     assert "the window has 5 requests: 20 at least are needed" in capsys.readouterr().err
     assert main(["drift", before, str(tmp_path / "same"), "--embed"]) != 0
     assert "has no texts" in capsys.readouterr().err
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model: Callable[..., Any]
+) -> None:
+    tiny_model(noise=0.1).save(folder := tmp_path / "model")
+    for name in ("before", "now"):
+        record = Record(tmp_path / name, keep_texts=True)
+        for number, entry in enumerate(requests(0, 40)):
+            record.append(
+                entry.facts, {"prompt": "long " * 2000 if number < 3 else f"bus {number}"}
+            )
+        record.close()
+    files = [str(tmp_path / name) for name in ("before", "now")]
+    assert main(["drift", *files, "--embed", "--model", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    assert f"{EMBEDDINGS}: 0 before" in out and err.count("left out: 3 prompts") == 2

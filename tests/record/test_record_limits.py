@@ -10,8 +10,9 @@ import pytest
 
 from multimodal.cli import main
 from multimodal.record import chain, limits
-from multimodal.record.chain import Entry, Record, entries, prune, redact, verify
+from multimodal.record.chain import Entry, Record, entries, verify
 from multimodal.record.report import countable_entries
+from multimodal.record.retention import prune, redact
 
 DEEP: dict[str, Any] = {}
 for _ in range(900):

@@ -1,20 +1,26 @@
 """What a server notes about requests, with and without their texts."""
 
+import asyncio
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
 from multimodal.inference.decode import Decoder
 from multimodal.record.chain import Entry, Record, entries, verify
+from multimodal.record.drift import EMBEDDINGS, Rows
 from multimodal.record.report import failures
 from multimodal.serve.engine.metrics import Metrics
+from multimodal.serve.engine.settings import Settings
 from multimodal.serve.watching import DriftWatch
 
 Make = Callable[..., Any]
@@ -249,17 +255,100 @@ def test_the_last_requests_are_compared_with_an_earlier_record(
             assert (value < 0.01) == (expected < 1), (expected, value)
 
 
+async def no_rows(prompts: Sequence[str]) -> Rows:
+    return np.zeros((0, 2), np.float32)
+
+
+def test_what_prompts_are_about_is_compared_where_the_reference_has_texts(
+    tiny_model: Make, serving: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a prompt that is too long to be embedded nor one without a text ends it."""
+    monkeypatch.setattr("multimodal.serve.watching.EVERY", 21)
+    model, name = tiny_model(noise=0.1), str(tmp_path / "reference")
+    shown = f'multimodal_drift_p{{signal="{EMBEDDINGS}"}} '
+    for texts, about, changes in (
+        (True, "dogs", None),
+        (False, "dogs", False),
+        (False, "?!", True),
+    ):
+        more = {"drift_reference": name, "record": str(tmp_path / f"now{changes}")}
+        if changes is None:
+            more = {"record": name, "record_texts": texts}
+        with serving(model, **more) as server:
+            client = server.client()
+            for number in range(20):
+                client.embeddings.create(model="tiny", input=f"{number} {about}")
+            with suppress(openai.BadRequestError):
+                client.embeddings.create(model="tiny", input="long " * 2000)
+            metrics, deadline = "", time.monotonic() + 20
+            while changes is not None and shown not in metrics and time.monotonic() < deadline:
+                metrics = client.get("/../metrics", cast_to=str)
+        if changes is not None:
+            assert shown in metrics
+            assert (float(metrics.partition(shown)[2].split()[0]) < 0.01) == changes
+
+
+def test_prompts_are_embedded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multimodal.serve.watching.EVERY", 30)
+    embedded = list[list[str]]()
+
+    async def embed(prompts: Sequence[str]) -> Rows:
+        embedded.append(list(prompts))
+        return np.array([[len(prompt), 0] for prompt in prompts], np.float32)
+
+    record = Record(tmp_path / "reference", keep_texts=True)
+    facts = {"path": "/v1/embeddings", "status": 200}
+    noted = [record.append(facts, {"prompt": f"before {number}"}) for number in range(25)]
+    record.close()
+
+    async def ask() -> DriftWatch:
+        watch = DriftWatch(record.path, Metrics().drift, embed)
+        for number in range(60):
+            watch.add(noted[0], f"now {number}")
+            if watch._comparing is not None:
+                await watch._comparing
+        return watch
+
+    watch = asyncio.run(ask())
+    assert sorted(embedded[0]) == sorted(f"before {number}" for number in range(25))
+    assert embedded[1:] == [[f"now {n}" for n in range(30)], [f"now {n}" for n in range(30, 60)]]
+    assert len(watch.rows) == 60
+
+
+def test_a_server_takes_out_of_its_record_what_is_old(
+    tiny_model: Make, serving: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "requests.jsonl"
+    record = Record(path, keep_texts=True)
+    for days in (50, 20, 1):
+        time_ = (datetime.now(UTC) - timedelta(days=days)).isoformat()
+        record.append({"time": time_, "path": "/v1/embeddings"}, {"prompt": f"of {days}"})
+    record.close()
+    kept = {"record": str(path), "record_texts": True, "record_days": 30, "record_text_days": 7}
+    with serving(tiny_model(), **kept) as server:
+        server.client().embeddings.create(model="tiny", input="of now")
+        deadline = time.monotonic() + 20
+        while b"of 20" in path.read_bytes() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert verify(path) == []
+    texts = [entry.texts.get("prompt") for entry in Log(path).all()]
+    assert b"of 50" not in path.read_bytes() and texts[:2] == [None, "of 1"]
+    assert sorted(map(str, texts[2:])) == ["None", "of now"], "and what prune has noted"
+    with pytest.raises(ValueError, match="record_days: give record"):
+        Settings(record_days=3)
+
+
 def test_a_comparison_that_fails_is_in_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("no comparison")
 
     record = Record(tmp_path / "reference")
     for _ in range(20):
         record.append({"path": "/v1/embeddings", "status": 200})
     record.close()
-    watch = DriftWatch(record.path, Metrics().drift)
+    watch = DriftWatch(record.path, Metrics().drift, no_rows)
     monkeypatch.setattr("multimodal.serve.watching.drift", fails)
-    watch.compare()
+    asyncio.run(watch.compare())
     assert "were not compared" in caplog.text and "no comparison" in caplog.text

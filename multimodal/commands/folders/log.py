@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from multimodal.record.chain import Entry, entries, parse_time, prune, redact, verify
+from multimodal.record.chain import Entry, entries, parse_time, verify
 from multimodal.record.report import EXAMPLES, countable_entries, failures, summary
+from multimodal.record.retention import prune, redact
 from multimodal.terminal import Parser, print_error
 
 EPILOG = """`multimodal serve --record FILE` writes the record. Each entry has the hash of the one

@@ -8,6 +8,7 @@ from multimodal.schemas import Between, check_fields
 
 Count = Annotated[int, Between(1, 2**31)]
 Bytes = Annotated[int, Between(0, 2**50)]
+Days = Annotated[int, Between(0, 36_500)]
 Seconds = Annotated[float, Between(0.1, 86_400)]
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -37,6 +38,9 @@ class Settings:
         private: these addresses may be in private networks.
         record: a file in which requests are noted (multimodal/record). Empty: none.
         record_texts: note prompts and replies, not only their digests.
+        record_days: after which entries are removed from the record, while the server runs. 0: they
+            stay.
+        record_text_days: after which texts are taken out of it. 0: they stay as long as entries.
         filters: a folder of rules (multimodal/filters). Empty: none.
         fallback_answer: what is answered where a model failed, is unsure, or is filtered. Empty:
             nothing.
@@ -68,6 +72,8 @@ class Settings:
     private: bool = False
     record: str = ""
     record_texts: bool = False
+    record_days: Days = 0
+    record_text_days: Days = 0
     filters: str = ""
     fallback_answer: str = ""
     unsure: float | None = None
@@ -85,6 +91,9 @@ class Settings:
             local_path(path)
         if not self.name.strip() or any(not key.strip() for key in self.keys):
             raise ValueError("the name of the model and API keys must not be empty")
+        for name in ("record_days", "record_text_days"):
+            if getattr(self, name) and not self.record:
+                raise ValueError(f"{name}: give record, or nothing is noted")
         if self.drift_reference and not self.record:
             raise ValueError(
                 "drift_reference: requests are compared as they are recorded: give record"
