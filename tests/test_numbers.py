@@ -43,6 +43,15 @@ ROWS = {
         "| {seeing flickr8k captioning CIDEr:.3f}; {seeing flickr8k captioning CIDEr_beams:.3f} | "
         "{language_model after.perplexity:.2f} |",
     ),
+    "docs/guides/retrieval.md": (
+        "among the first 3 of 200 | 100 % (98 to 100) | {documents found.embeddings.value:%} (",
+        "first of 1,000 (flickr8k val) | {documents captions.words.1.value:%} (",
+        ") | {documents captions.embeddings.1.value:%} (21.5 to 26.7) | "
+        "{documents captions.both.1.value:%} (",
+        "among the first 10 | {documents captions.words.10.value:%} (63.6 to 69.5) | "
+        "{documents captions.embeddings.10.value:%} (52.6 to 58.8) | "
+        "{documents captions.both.10.value:%} (",
+    ),
     "docs/training/adapting.md": (
         "it takes {fine_tuning smollm2.rows.lora.memory_GB:.2f} GB for "
         "{fine_tuning smollm2.rows.full.memory_GB:.2f} and little more than half of the time a "

@@ -18,7 +18,7 @@ class Hit:
 
     Args:
         path: of the file, or of the shard folder.
-        score: the cosine with the query, in [-1, 1].
+        score: the cosine with the query, in [-1, 1]. Of a piece of a text see ``Index.search``.
         captions: of the image.
         key, split, number: of the sample in its shards. Empty: a file.
         text: of the piece.

@@ -8,6 +8,8 @@ index.search("a dog in the snow", k=5)
 from __future__ import annotations  # help() shows the names of types as they are written
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -35,6 +37,7 @@ from multimodal.index.storage import (
 )
 from multimodal.index.update import Changes, Update
 from multimodal.index.vectors import Vectors, as_rows
+from multimodal.index.words import Words
 from multimodal.inference import mixed
 from multimodal.inference.embedding import embed_codes
 from multimodal.inference.prompt_files import Prompt, find_prompt
@@ -50,6 +53,8 @@ from multimodal.options import (
     shows_types,
     takes_options,
 )
+
+CANDIDATES = 100  # texts by their words, and as many by their embeddings, which are compared
 
 
 class Index:
@@ -107,16 +112,35 @@ class Index:
     def search(self, query: ImageSource, k: int = 10) -> Results:
         """The k entries that fit a text, or an image, best: a ``Hit`` each, the best first.
 
+        Texts are found by their words, too: half of the score of a piece is its BM25, divided by
+        that of the piece with the highest, and half is the cosine (a convex combination, as in
+        Bruch, Gai and Ingber 2023, arXiv:2210.11934).
+
         Args:
             query: a ``str`` is a text, everything else an image (a path is a ``Path``).
         """
         check(k >= 1, "k", k, "at least 1")
-        if isinstance(query, str):
-            row = self.model.embed(texts=query)
-        else:
-            row = self.model.embed(images=query)
-        (hits,) = self.search_rows(row[None], k)
-        return Results(hits)
+        if not isinstance(query, str):
+            (hits,) = self.search_rows(self.model.embed(images=query)[None], k)
+            return Results(hits)
+        row = self.model.embed(texts=query)[None]
+        if self.config.kind != "texts":
+            (hits,) = self.search_rows(row, k)
+            return Results(hits)
+        words = self._words.search(query, CANDIDATES)
+        (nearest,) = self._vectors.search(as_rows(row), max(k, CANDIDATES))
+        scores = {number: cosine / 2 for number, cosine in nearest}
+        others = [number for number in words if number not in scores]
+        cosines = self._vectors.cosines(as_rows(row)[0], others)
+        scores |= {number: cosine / 2 for number, cosine in zip(others, cosines, strict=True)}
+        for number, share in words.items():
+            scores[number] += share / 2
+        best = sorted(scores, key=lambda number: (-scores[number], number))[:k]
+        return Results([self._hit(number, scores[number]) for number in best])
+
+    @cached_property
+    def _words(self) -> Words:
+        return Words((n, entry.text) for n, entry in enumerate(self._entries) if entry is not None)
 
     def search_rows(self, rows: Tensor, k: int) -> list[list[Hit]]:
         """As ``search``, for embeddings. rows: float32[B, D] of unit norm."""
@@ -197,6 +221,9 @@ class Index:
     ) -> Answer:
         """The answer to a question, after what the index has about it.
 
+        A language model that has a chat template is asked in it, unless there is an image, or the
+        prompt has a template of its own.
+
         Args:
             question: what is searched, except where an index of images is given an image.
             image: that the question is about, if any.
@@ -210,13 +237,16 @@ class Index:
         words = prompt if isinstance(prompt, Prompt) else find_prompt(prompt)
         words.fill(question, model.config.templates)  # an empty question is an error at once
         if image is not None and self.config.kind == "images":
-            row = model.embed(images=image)
+            (hits,) = self.search_rows(model.embed(images=image)[None], retrieve)
         else:
-            row = model.embed(texts=question)
-        (hits,) = self.search_rows(row[None], retrieve)
+            hits = self.search(question, retrieve)
         answer_options = words.answer_options(**options)
         limit = model.config.transformer.max_position_embeddings - answer_options.max_tokens
         room = limit - image_room(model, image)
+        talks = image is None and words.template is None and model.text_tokenizer.chat is not None
+        if talks:
+            words = replace(words, template="{text}")
+            room -= len(mixed.prompt_ids(model, [{"role": "user", "content": ""}]))
         words, used = sources_prompt(model, hits, question, words, room)
         if image is not None:
             text = model.answer(
@@ -226,7 +256,8 @@ class Index:
         if choices or words.choices or schema:
             raise ValueError("choices and a schema are for questions about an image: give one")
         asked = words.fill(question, model.config.templates)
-        (reply,) = mixed.reply(model, [[asked]], "text", answer_options, 1)
+        parts = [{"role": "user", "content": asked}] if talks else [asked]
+        (reply,) = mixed.reply(model, [parts], "text", answer_options, 1)
         if isinstance(reply, ValueError):
             raise reply
         return Answer("".join(map(str, reply.parts)).strip(), Results(used))
@@ -287,6 +318,7 @@ class Index:
             self.config = update.save() if update.changed else config
             changes.problems += len(content.problems)
         self._vectors, self._entries = read_files(self.folder, self.config, verify=False)
+        self.__dict__.pop("_words", None)
         return changes
 
 

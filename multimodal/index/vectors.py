@@ -88,6 +88,13 @@ class Vectors:
             for each in found
         ]
 
+    def cosines(self, row: Rows, numbers: Sequence[int]) -> list[float]:
+        """Those of a row with rows of the index. row: float32[D] of unit norm."""
+        if not numbers:
+            return []
+        rows: Rows = self._graph.get(np.array(numbers, np.uint64))
+        return (rows @ row).tolist()
+
     def save(self, path: Path) -> None:
         """Raises ``OSError`` if the file cannot be written."""
         try:

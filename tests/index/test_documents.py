@@ -20,6 +20,6 @@ def test_none_of_two_hundred_is_not_certainty() -> None:
 def test_the_published_intervals_belong_to_their_counts() -> None:
     content = json.loads(RESULT.read_text("utf-8"))
     rates = [row[name] for row in content["rows"].values() for name in ("right", "wrong")]
-    for each in [content["found"], *rates]:
+    for each in [*content["found"].values(), *rates]:
         rate = Rate(round(each["value"] * content["facts"]), content["facts"])
         assert (each["low"], each["high"]) == pytest.approx(rate.interval)

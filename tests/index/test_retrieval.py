@@ -87,8 +87,9 @@ def test_pieces_are_found_with_their_lines(texts: Index) -> None:
         ("b.txt", (1, 2), "a small blue circle. a red bus."),
     }
     for hit in hits:
-        expected = float(texts.model.embed(texts=hit.text) @ texts.model.embed(texts="a red bus"))
-        assert hit.score == pytest.approx(expected, abs=1e-5)
+        cosine = float(texts.model.embed(texts=hit.text) @ texts.model.embed(texts="a red bus"))
+        words = hit.path.name == "b.txt"
+        assert hit.score == pytest.approx((words + cosine) / 2, abs=1e-5)
     assert "the cat {text} sleeps." in hits._repr_html_()
 
 
