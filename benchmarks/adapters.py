@@ -1,6 +1,6 @@
 """An adapter (LoRA) against full fine-tuning and against the model as it is.
 
-    python benchmarks/adapters.py --data data/mine [--model starter] [--steps 80] [--r 16]
+    python benchmarks/adapters.py --data data/mine [--model starter] [--steps 80 80] [--r 16]
         [--rates 2e-3 5e-3] [--seeds 0 1 2] [--out runs/adapters] [-- --KEY VALUE ...]
 
 The recipe is finetune.yaml, and what follows ``--`` goes to both runs. Each run is a process of its
@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="a shard folder with captions")
     parser.add_argument("--model", default="starter")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, nargs=2, default=[80, 80], help="of full, of LoRA")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--rates", nargs=2, default=["2e-3", "5e-3"], help="of full, of LoRA")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -111,13 +111,13 @@ def main() -> None:
     rows: dict[str, Any] = {"base": cider(options.out, options.data, "--model", options.model)}
     before = {kind: memory_before(kind) for kind in KINDS}
     for seed in options.seeds:
-        for kind, rate in zip(KINDS, options.rates, strict=True):
+        for kind, steps, rate in zip(KINDS, options.steps, options.rates, strict=True):
             folder = options.out / f"{kind}-{seed}"
             exported = folder / ("model" if kind == "full" else "adapter")
             fit = ["--config", "finetune.yaml", "--data.folders", f"[{options.data}]"]
             fit += ["--init_from", options.model]
             fit += ["--seed_everything", str(seed), "--model.learning_rate", rate]
-            fit += ["--trainer.max_steps", str(options.steps), *options.more]
+            fit += ["--trainer.max_steps", str(steps), *options.more]
             fit += [f"--model.{part}_tokenizer={options.model}" for part in ("text", "image")]
             fit += ["--model.lora.r", str(options.r)] if kind == "lora" else []
             seconds = fit_once(folder, *fit)

@@ -43,6 +43,14 @@ ROWS = {
         "| {seeing flickr8k captioning CIDEr:.3f}; {seeing flickr8k captioning CIDEr_beams:.3f} | "
         "{language_model after.perplexity:.2f} |",
     ),
+    "docs/guides/serving.md": (
+        "| 32 clients | {serving at_once.captions_per_second:.1f} | "
+        "{serving at_once.first_token_p50:.2f}; {serving at_once.first_token_p99:.2f} s | "
+        "{serving at_once.whole_p50:.2f}; {serving at_once.whole_p99:.2f} s |",
+        "one by one | {serving one_by_one.captions_per_second:.1f} |",
+        "behind a route | {serving transformers.captions_per_second:.1f} |",
+        "is worth {serving ratio:.1f} times",
+    ),
     "docs/guides/retrieval.md": (
         "among the first 3 of 200 | 100 % (98 to 100) | {documents found.embeddings.value:%} (",
         "first of 1,000 (flickr8k val) | {documents captions.words.1.value:%} (",
