@@ -52,6 +52,10 @@ ROWS = {
         "is worth {serving ratio:.1f} times",
     ),
     "docs/guides/retrieval.md": (
+        "question alone | {documents_smollm2 rows.alone.right.value:%} (1.1 to 5.7) | "
+        "{documents_smollm2 rows.alone.wrong.value:%} (",
+        "nearest documents | {documents_smollm2 rows.nearest.right.value:%} (84.5 to 93.0) | "
+        "{documents_smollm2 rows.nearest.wrong.value:%} (",
         "among the first 3 of 200 | 100 % (98 to 100) | {documents found.embeddings.value:%} (",
         "first of 1,000 (flickr8k val) | {documents captions.words.1.value:%} (",
         ") | {documents captions.embeddings.1.value:%} (21.5 to 26.7) | "

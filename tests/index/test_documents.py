@@ -8,7 +8,7 @@ import pytest
 from benchmarks.documents import share
 from multimodal.eval.metrics.proportions import Rate
 
-RESULT = Path(__file__).parents[2] / "docs/documents.json"
+RESULTS = [*(Path(__file__).parents[2] / "docs").glob("documents*.json")]
 
 
 def test_none_of_two_hundred_is_not_certainty() -> None:
@@ -17,8 +17,9 @@ def test_none_of_two_hundred_is_not_certainty() -> None:
     assert share([True] * 9 + [False] * 191)["value"] == 0.045
 
 
-def test_the_published_intervals_belong_to_their_counts() -> None:
-    content = json.loads(RESULT.read_text("utf-8"))
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_published_intervals_belong_to_their_counts(path: Path) -> None:
+    content = json.loads(path.read_text("utf-8"))
     rates = [row[name] for row in content["rows"].values() for name in ("right", "wrong")]
     for each in [*content["found"].values(), *rates]:
         rate = Rate(round(each["value"] * content["facts"]), content["facts"])
