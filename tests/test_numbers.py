@@ -65,6 +65,10 @@ ROWS = {
         "{documents captions.both.10.value:%} (",
     ),
     "docs/training/adapting.md": (
+        "{fine_tuning smollm2_seeds.means.lora.CIDEr:.3f} for "
+        "{fine_tuning smollm2_seeds.means.full.CIDEr:.3f} greedy and "
+        "{fine_tuning smollm2_seeds.means.lora.CIDEr_beams:.3f} for "
+        "{fine_tuning smollm2_seeds.means.full.CIDEr_beams:.3f} with beams (three seeds)",
         "cut paper {fine_tuning paper.means.lora.memory_GB:.2f} GB for "
         "{fine_tuning paper.means.full.memory_GB:.2f}, at 94 % of the CIDEr "
         "({fine_tuning paper.means.lora.CIDEr:.2f} for "
