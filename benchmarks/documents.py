@@ -28,6 +28,7 @@ from multimodal.api import Model, load
 from multimodal.data.shards import Shards
 from multimodal.eval.metrics.proportions import Rate
 from multimodal.files import write_json
+from multimodal.index.hits import Hit
 from multimodal.index.index import Index
 from multimodal.index.vectors import as_rows
 
@@ -78,18 +79,18 @@ def index_of(model: Model, folder: Path, facts: dict[str, str]) -> Index:
 def places_found(index: Index, queries: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
     """By each way of searching, the place of the text that a query is for. Without it: 0."""
 
-    def place(found: Iterable[int], name: str) -> int:
-        stems = [index._hit(number, 0.0).path.stem for number in found]
+    def place(hits: Iterable[Hit], name: str) -> int:
+        stems = [hit.path.stem for hit in hits]
         return stems.index(name) + 1 if name in stems else 0
 
     ways: dict[str, list[int]] = {"words": [], "embeddings": [], "both": []}
     rows = index.model.embed(texts=list(queries))
     nearest = index._vectors.search(as_rows(rows), MOST)
     for query, name, near in zip(queries, names, nearest, strict=True):
-        ways["words"].append(place(index._words.search(query, MOST), name))
-        ways["embeddings"].append(place((number for number, _ in near), name))
-        stems = [hit.path.stem for hit in index.search(query, MOST)]
-        ways["both"].append(stems.index(name) + 1 if name in stems else 0)
+        worded = index._words.search(query, MOST).items()
+        ways["words"].append(place((index._hit(*each) for each in worded), name))
+        ways["embeddings"].append(place((index._hit(*each) for each in near), name))
+        ways["both"].append(place(index.search(query, MOST), name))
     return ways
 
 

@@ -102,7 +102,7 @@ class DriftWatch:
 
 
 def embed_prompts(model: Model, prompts: Sequence[str]) -> Steps:
-    """The work. Returns float32[N, D] of the prompts that the model can read."""
+    """The work of ``DriftWatch.embed``. Returns float32[N, D] of the prompts that can be read."""
     rows: list[Rows] = [np.zeros((0, model.config.objectives.alignment_dim), np.float32)]
     for start in range(0, len(prompts), AT_ONCE):
         for row in model.embed_lines(prompts[start : start + AT_ONCE]):
@@ -113,7 +113,7 @@ def embed_prompts(model: Model, prompts: Sequence[str]) -> Steps:
 
 
 async def keep_daily(record: Record, days: int, text_days: int) -> None:
-    """Take what is too old out of a record, now and then each day. See ``keep``."""
+    """Take what is too old out of a record: at once, and then once a day. See ``keep``."""
     while True:
         try:
             removed, redacted = await asyncio.to_thread(keep, record, days, text_days)
